@@ -1,0 +1,62 @@
+// Atomic accesses to plain 64-bit words, the same on CPU and CUDA.
+//
+// State lives in torch tensors, so words are plain int64; every concurrent access goes through these functions.
+// Orders are stated at each access (acquire, release), never by fences, which ThreadSanitizer does not model.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+#if defined(__CUDACC__)
+#include <cuda/atomic>
+#endif
+
+namespace recis {
+
+RECIS_HD uint64_t load_acquire(const uint64_t* word) {
+#if defined(__CUDA_ARCH__)
+  return cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*const_cast<uint64_t*>(word))
+      .load(cuda::memory_order_acquire);
+#else
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+#endif
+}
+
+RECIS_HD void store_release(uint64_t* word, uint64_t value) {
+#if defined(__CUDA_ARCH__)
+  cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).store(value, cuda::memory_order_release);
+#else
+  __atomic_store_n(word, value, __ATOMIC_RELEASE);
+#endif
+}
+
+// Returns true if the word held `expected` and now holds `desired`; else `expected` becomes what it held.
+RECIS_HD bool compare_exchange(uint64_t* word, uint64_t& expected, uint64_t desired) {
+#if defined(__CUDA_ARCH__)
+  return cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).compare_exchange_strong(
+      expected, desired, cuda::memory_order_acq_rel, cuda::memory_order_acquire);
+#else
+  return __atomic_compare_exchange_n(word, &expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+#endif
+}
+
+// Counts: only the number matters, nothing is published by it.
+RECIS_HD int64_t fetch_add(int64_t* word, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*word).fetch_add(value, cuda::memory_order_relaxed);
+#else
+  return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+#endif
+}
+
+RECIS_HD int64_t load_relaxed(const int64_t* word) {
+#if defined(__CUDA_ARCH__)
+  return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*const_cast<int64_t*>(word))
+      .load(cuda::memory_order_relaxed);
+#else
+  return __atomic_load_n(word, __ATOMIC_RELAXED);
+#endif
+}
+
+}  // namespace recis

@@ -1,0 +1,128 @@
+// for_each: one kernel body, launched on CPU or CUDA.
+//
+// A kernel is a trivially copyable functor. Two shapes:
+//
+//   plain      void operator()(int64_t i, Lanes lanes) const        items 0 .. n-1
+//   segmented  void operator()(int32_t part, int64_t i, Lanes lanes) const, with a member `segments` (segments.h)
+//
+// Items run in any order and at the same time. `lanes` is the group that works on one item: the body loops its inner
+// dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the loop is vectorised by the
+// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`; the CPU
+// launcher calls it kPrefetch items ahead.
+//
+// The executor says how CPU threads are had: it is callable as executor(n, grain, body) and calls body(begin, end) over
+// disjoint ranges that cover [0, n). torch's pool is one (ops/device.h); Serial and Threads are here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "core/macros.h"
+#include "core/segments.h"
+
+namespace recis {
+
+struct OneLane {
+  static constexpr int rank = 0;
+  static constexpr int size = 1;
+};
+
+struct ManyLanes {
+  int rank;
+  int size;
+};
+
+struct Serial {
+  template <class Body>
+  void operator()(int64_t n, int64_t, Body&& body) const {
+    if (n > 0) body(int64_t{0}, n);
+  }
+};
+
+// Plain threads, for programs without torch: ThreadSanitizer understands them, and not libgomp.
+struct Threads {
+  int count;
+
+  template <class Body>
+  void operator()(int64_t n, int64_t grain, Body&& body) const {
+    const int64_t chunk = std::max<int64_t>((n + count - 1) / count, std::max<int64_t>(grain, 1));
+    std::vector<std::thread> threads;
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+      threads.emplace_back([&body, begin, end = std::min(n, begin + chunk)] { body(begin, end); });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+// Items between a prefetch and its use: enough to cover a DRAM access at some 5 to 10 ns of work an item.
+inline constexpr int64_t kPrefetch = 16;
+
+namespace detail {
+
+// Walks a segmented range: the part is looked up once, then followed.
+template <class Parts>
+struct Cursor {
+  const Parts& segments;
+  int64_t i;
+  int32_t part;
+  int64_t end;
+
+  Cursor(const Parts& parts, int64_t start)
+      : segments(parts), i(start), part(parts.find(start)), end(parts.end(part)) {}
+
+  void next() {
+    ++i;
+    while (i >= end && part + 1 < segments.count) end = segments.end(++part);
+  }
+};
+
+template <class Kernel>
+concept Segmented = requires(const Kernel& kernel) { kernel.segments.total; };
+
+template <class Kernel>
+void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
+  if constexpr (Segmented<Kernel>) {
+    constexpr bool kFetches = requires { kernel.prefetch(int32_t{}, int64_t{}); };
+    Cursor at(kernel.segments, begin);
+    if constexpr (kFetches) {
+      Cursor ahead(kernel.segments, begin);
+      for (; ahead.i < std::min(end, begin + kPrefetch); ahead.next()) kernel.prefetch(ahead.part, ahead.i);
+      for (; ahead.i < end; at.next(), ahead.next()) {
+        kernel.prefetch(ahead.part, ahead.i);
+        kernel(at.part, at.i, OneLane{});
+      }
+    }
+    for (; at.i < end; at.next()) kernel(at.part, at.i, OneLane{});
+  } else {
+    int64_t i = begin;
+    if constexpr (requires { kernel.prefetch(int64_t{}); }) {
+      for (int64_t k = begin; k < std::min(end, begin + kPrefetch); ++k) kernel.prefetch(k);
+      for (; i + kPrefetch < end; ++i) {
+        kernel.prefetch(i + kPrefetch);
+        kernel(i, OneLane{});
+      }
+    }
+    for (; i < end; ++i) kernel(i, OneLane{});
+  }
+}
+
+}  // namespace detail
+
+// Runs kernel over n items (a segmented kernel: over its segments.total), at least `grain` of them a task.
+template <class Executor, class Kernel>
+void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kernel& kernel) {
+  executor(n, grain, [&kernel](int64_t begin, int64_t end) { detail::run_range(kernel, begin, end); });
+}
+
+// Loops one item's inner dimension in tiles of W consecutive elements: f(first, count), where count is Const<W> for a
+// whole tile and an int for the last, shorter one.
+template <int W, class Lanes, class F>
+RECIS_HD void for_tiles(int64_t dim, Lanes lanes, F&& f) {
+  int64_t d = int64_t{lanes.rank} * W;
+  for (; d + W <= dim; d += int64_t{lanes.size} * W) f(d, Const<W>{});
+  if (d < dim) f(d, static_cast<int>(dim - d));
+}
+
+}  // namespace recis

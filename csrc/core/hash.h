@@ -1,0 +1,56 @@
+// Kernels that hash: strings and ids to ids.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+
+#include "core/bytes.h"
+#include "core/farm.h"
+#include "core/murmur.h"
+
+namespace recis {
+
+enum class HashKind : int64_t { kFarm = 0, kMurmur = 1 };
+
+// out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
+//
+// Offsets that would make a row lie outside the values are never followed. On CPU *refused becomes 1 + such a row (one
+// of them) and the operator raises; a GPU's kernel has nobody to tell without a synchronisation and stops, as indexing
+// out of bounds does in torch.
+template <class Hasher>
+struct HashBytes {
+  const uint8_t* values;
+  int64_t total;
+  const int64_t* offsets;
+  int64_t* out;
+  int64_t* refused;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    const int64_t begin = offsets[i];
+    const int64_t end = offsets[i + 1];
+    if (begin < 0 || end < begin || end > total) {
+#if defined(__CUDA_ARCH__)
+      assert(false && "recis::hash_bytes: offsets decrease or lie outside the values");
+#else
+      __atomic_store_n(refused, i + 1, __ATOMIC_RELAXED);
+#endif
+      return;
+    }
+    out[i] = static_cast<int64_t>(Hasher{}(Bytes{values + begin, end - begin}));
+  }
+};
+
+// out[i] = hash of the eight little-endian bytes of ids[i].
+template <class Hasher>
+struct HashIds {
+  const int64_t* ids;
+  int64_t* out;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    out[i] = static_cast<int64_t>(Hasher{}(WordBytes{static_cast<uint64_t>(ids[i])}));
+  }
+};
+
+}  // namespace recis

@@ -1,0 +1,39 @@
+// A row's first values: a function of (seed, member table's name, id), whatever the order of arrival.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/normal.h"
+#include "core/philox.h"
+
+namespace recis {
+
+enum class InitKind : int32_t { kConstant = 0, kUniform = 1, kNormal = 2 };
+
+struct Initializer {
+  InitKind kind;
+  float a;       // constant: the value; uniform: the low end; normal: the mean
+  float b;       // uniform: the high end (not reached); normal: the standard deviation
+  uint64_t key;  // of seed and member table's name
+};
+
+// Elements 4 * quad .. 4 * quad + 3 of the row of `id`.
+RECIS_HD void first_values(const Initializer& init, int64_t id, int64_t quad, float (&out)[4]) {
+  if (init.kind == InitKind::kConstant) {
+    for (float& x : out) x = init.a;
+    return;
+  }
+  const Random4 random = philox(init.key, static_cast<uint64_t>(id), static_cast<uint64_t>(quad));
+  if (init.kind == InitKind::kUniform) {
+    for (int j = 0; j < 4; ++j) out[j] = init.a + (init.b - init.a) * unit_float(random.x[j]);
+  } else {
+    for (int j = 0; j < 4; j += 2) {
+      const Pair pair = normal_pair(random.x[j], random.x[j + 1]);
+      out[j] = init.a + init.b * pair.a;
+      out[j + 1] = init.a + init.b * pair.b;
+    }
+  }
+}
+
+}  // namespace recis

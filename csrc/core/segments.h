@@ -1,0 +1,42 @@
+// A list of features (or other parts) laid end to end over one range of items.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace recis {
+
+// Items [part.first, next part's first) belong to a part; `total` ends the last one. T is plain data with a member
+// `int64_t first`. Up to kInline parts travel inside the kernel's arguments (no copy to the device, so a CUDA graph can
+// hold them); longer lists are read through `far`, which the launching code has put where the kernel runs.
+template <class T>
+struct Segments {
+  static constexpr int kInline = 64;
+
+  int32_t count = 0;
+  int64_t total = 0;
+  const T* far = nullptr;
+  T near[kInline];
+
+  RECIS_HD const T& operator[](int32_t part) const { return far == nullptr ? near[part] : far[part]; }
+
+  RECIS_HD int64_t end(int32_t part) const { return part + 1 < count ? (*this)[part + 1].first : total; }
+
+  // The part that item i lies in (the last one whose first <= i, so that empty parts are passed over).
+  RECIS_HD int32_t find(int64_t i) const {
+    int32_t low = 0;
+    int32_t high = count;
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if ((*this)[middle].first <= i) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+}  // namespace recis

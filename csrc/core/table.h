@@ -1,0 +1,66 @@
+// The table descriptor: everything a kernel may know of a HashTable, as plain data.
+//
+// IDMap: slots of two words. Word 0 is the id, all 64 bits of it. Word 1 is the entry:
+//
+//     63..62 state | 61..46 member table | 45..6 row | 5..0 tag of the hash
+//
+// The state decides what a slot holds, so that every id is legal and none is reserved. States only ever go
+// kEmpty -> kClaimed -> kFull -> kErased within one slots tensor; a rehash makes a new one.
+//
+// EmbeddingBlocks: equal blocks of 2^block_shift records; `addresses` holds one address a block. A row never moves.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace recis {
+
+enum class SlotState : uint64_t { kEmpty = 0, kClaimed = 1, kFull = 2, kErased = 3 };
+
+inline constexpr int kRowBits = 40;
+inline constexpr int kTagBits = 6;
+inline constexpr int kMemberShift = kRowBits + kTagBits;
+inline constexpr int kStateShift = 62;
+inline constexpr uint64_t kRowMask = (uint64_t{1} << kRowBits) - 1;
+// What two entries of one id have in common while one of them is being written: member and tag.
+inline constexpr uint64_t kKeyMask = (((uint64_t{1} << 16) - 1) << kMemberShift) | ((uint64_t{1} << kTagBits) - 1);
+
+RECIS_HD SlotState entry_state(uint64_t entry) { return static_cast<SlotState>(entry >> kStateShift); }
+RECIS_HD int64_t entry_row(uint64_t entry) { return static_cast<int64_t>((entry >> kTagBits) & kRowMask); }
+RECIS_HD int64_t entry_member(uint64_t entry) { return static_cast<int64_t>((entry >> kMemberShift) & 0xffff); }
+RECIS_HD uint64_t make_entry(SlotState state, uint64_t key, int64_t row) {
+  return (static_cast<uint64_t>(state) << kStateShift) | key | (static_cast<uint64_t>(row) << kTagBits);
+}
+
+struct IdMapRef {
+  uint64_t* slots;  // [mask + 1][2]
+  uint64_t mask;    // capacity - 1, the capacity a power of two
+};
+
+struct BlocksRef {
+  const int64_t* addresses;  // [number of blocks]
+  int32_t block_shift;       // log2 of the rows of a block
+  int64_t record_bytes;      // a multiple of 16
+
+  RECIS_HD char* record(int64_t row) const {
+    const int64_t within = row & ((int64_t{1} << block_shift) - 1);
+    return reinterpret_cast<char*>(addresses[row >> block_shift]) + within * record_bytes;
+  }
+};
+
+struct TableRef {
+  IdMapRef map;
+  BlocksRef blocks;
+};
+
+// Starts loading a record, every line of it, for writing where `write`.
+template <bool write>
+RECIS_HD void prefetch_record(const BlocksRef& blocks, int64_t row, int64_t bytes) {
+#if !defined(__CUDA_ARCH__)
+  const char* record = blocks.record(row);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(record + at, write ? 1 : 0, 3);
+#endif
+}
+
+}  // namespace recis

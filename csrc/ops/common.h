@@ -1,0 +1,63 @@
+// What every family of operators needs: short names for the stable ABI, checks, raw pointers.
+//
+// Python validates what a user hands over and says it in the user's words; the checks here are the second line.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/table.h"
+
+namespace recis {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+using torch::headeronly::ScalarType;
+
+#define RECIS_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+template <class T>
+inline constexpr ScalarType kTypeOf = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kTypeOf<uint8_t> = ScalarType::Byte;
+
+// The tensor's memory as T, after checking that it is contiguous and of that type.
+template <class T>
+T* data(const Tensor& tensor, const char* name) {
+  RECIS_CHECK(tensor.scalar_type() == kTypeOf<T>, name, ": unexpected dtype ", static_cast<int>(tensor.scalar_type()));
+  RECIS_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class T>
+T* data_or_null(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor.has_value() ? data<T>(*tensor, name) : nullptr;
+}
+
+inline IdMapRef id_map_ref(const Tensor& slots) {
+  const int64_t capacity = slots.size(0);
+  RECIS_CHECK(capacity > 0 && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,
+              "slots must be [a power of two, 2], got [", capacity, ", ", slots.size(1), "]");
+  return {reinterpret_cast<uint64_t*>(data<int64_t>(slots, "slots")), static_cast<uint64_t>(capacity - 1)};
+}
+
+inline BlocksRef blocks_ref(const Tensor& addresses, int64_t block_shift, int64_t record_bytes) {
+  RECIS_CHECK(record_bytes > 0 && record_bytes % 16 == 0, "record_bytes must be a multiple of 16, got ", record_bytes);
+  return {data<int64_t>(addresses, "blocks"), static_cast<int32_t>(block_shift), record_bytes};
+}
+
+}  // namespace recis

@@ -1,0 +1,88 @@
+// Host memory for blocks, slots and large outputs: huge pages, and used again.
+//
+// A random access into ordinary 4 KiB pages misses the TLB nearly every time, and a fresh large output costs a page
+// fault every 4 KiB; so large buffers are 2 MiB aligned and advised, and freed ones are kept for the next request.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "ops/common.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) { m.def("huge_empty(int bytes) -> Tensor"); }
+
+namespace recis {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kMostKept = size_t{1} << 30;
+
+class Pool {
+ public:
+  // Sizes are rounded up so that batches of slightly different sizes share buffers: to 1/8 of a power of two.
+  static size_t rounded(size_t bytes) {
+    size_t step = kHugePage;
+    while (step * 16 <= bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+  }
+
+  void* take(size_t size) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto found = kept_.find(size);
+      if (found != kept_.end() && !found->second.empty()) {
+        void* memory = found->second.back();
+        found->second.pop_back();
+        kept_bytes_ -= size;
+        return memory;
+      }
+    }
+    void* memory = std::aligned_alloc(kHugePage, size);
+    if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // advice: failing is no error
+    return memory;
+  }
+
+  void give(void* memory, size_t size) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (kept_bytes_ + size <= kMostKept) {
+        kept_[size].push_back(memory);
+        kept_bytes_ += size;
+        return;
+      }
+    }
+    std::free(memory);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<size_t, std::vector<void*>> kept_;
+  size_t kept_bytes_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+Tensor huge_empty(int64_t bytes) {
+  RECIS_CHECK(bytes > 0, "huge_empty: bytes must be positive, got ", bytes);
+  const size_t size = Pool::rounded(static_cast<size_t>(bytes));
+  void* memory = pool().take(size);
+  RECIS_CHECK(memory != nullptr, "out of memory: ", size, " bytes of host memory were asked for");
+  const int64_t sizes[] = {bytes};
+  const int64_t strides[] = {1};
+  return torch::stable::from_blob(
+      memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+      [size](void* data) { pool().give(data, size); });
+}
+
+}  // namespace
+}  // namespace recis
+
+STABLE_TORCH_LIBRARY_IMPL(recis, CompositeExplicitAutograd, m) {
+  m.impl("huge_empty", TORCH_BOX(&recis::huge_empty));
+}

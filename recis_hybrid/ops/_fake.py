@@ -1,0 +1,17 @@
+"""Fake kernels: what an operator does to shapes, for torch.compile and tracing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def nothing_returned(*names: str) -> None:
+    """Registers fakes for operators that only write into their arguments and return nothing."""
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    for name in names:
+        torch.library.register_fake(f"recis::{name}", fake)

@@ -1,0 +1,24 @@
+"""Host memory for blocks, slots and large outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below this a plain allocation comes from the heap without page faults and fits a huge page badly.
+_HUGE_FROM = 1 << 20
+
+
+@torch.library.register_fake("recis::huge_empty")
+def _huge_empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def empty_bytes(size: int, device: torch.device) -> Tensor:
+    """Returns an uninitialised uint8 tensor of ``size`` bytes, 64-byte aligned.
+
+    Large host tensors lie on huge pages, and their memory is kept for the next request when they die.
+    """
+    if device.type == "cpu" and size >= _HUGE_FROM:
+        return torch.ops.recis.huge_empty(size)  # type: ignore[no-any-return]
+    return torch.empty(size, dtype=torch.uint8, device=device)
