@@ -1,0 +1,113 @@
+# Two commands matter: `make demo` and `make test`. Both set up what is missing first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= -r requirements/torch.txt
+TORCH_INDEX_URL ?=
+PIP_OPTIONS ?=
+RECIS_CUDA ?= auto
+CXX ?= g++
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
+export RECIS_CUDA CXX
+
+PY := $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS)
+STAMPS := $(VENV)/stamps
+DEPENDENCIES := $(STAMPS)/dependencies
+EDITABLE := $(STAMPS)/editable
+NATIVE := build/native.stamp
+NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: help demo test lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
+
+help:  ## Lists what can be made, and the settings
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@printf '%s\n' '' 'Settings, as in `make test PYTHON=python3.12`:' \
+	  '  PYTHON           the Python to make the environment with, 3.11 to 3.13 (python3)' \
+	  '  VENV             where the environment is (.venv)' \
+	  '  TORCH            what to hand to pip for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
+	  '  TORCH_INDEX_URL  the index to take torch from; https://download.pytorch.org/whl/cpu has the small' \
+	  '                   builds for machines without a GPU, where the default brings CUDA along on Linux' \
+	  '  PIP_OPTIONS      more options for every `pip install`, e.g. --no-index --find-links=wheels' \
+	  '  RECIS_CUDA       0: no CUDA library; 1: build it; auto: build it where torch is a CUDA build (auto)' \
+	  '  CXX, NVCC        the compilers (g++, nvcc)' \
+	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   handed on to the programs'
+
+demo: setup  ## Trains a hybrid torch and JAX model on data it makes itself
+	$(PY) examples/demo.py $(DEMO_ARGS)
+
+test: setup  ## Runs the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(DEPENDENCIES)  ## Checks format, rules and types; changes nothing
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DEPENDENCIES)  ## Formats Python, C++ and CUDA
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+cuda-build: $(DEPENDENCIES)  ## Compiles and links the CUDA library, where nvcc is
+	@if nvcc=$$(scripts/find_nvcc.sh); then \
+	  echo "with $$nvcc:"; RECIS_CUDA=1 NVCC="$$nvcc" $(PY) setup.py --quiet build_ext --inplace; \
+	  ls -l recis_hybrid/lib/librecis_cuda.so; \
+	else \
+	  echo "left out: the CUDA library, because nvcc is neither in NVCC nor on PATH nor in /usr/local/cuda/bin"; \
+	fi
+
+sanitize:  ## Runs the native tests under the thread, address and undefined-behaviour sanitizers
+	scripts/sanitize.sh
+
+bench: setup  ## Runs the benchmarks (BENCH_ARGS= for the full ones)
+	@for program in $(wildcard benchmarks/[a-z]*.py); do \
+	  echo "$$program $(BENCH_ARGS)"; $(PY) "$$program" $(BENCH_ARGS); done
+
+bench-peers: setup  ## Installs the peers that pip can give, then runs the benchmarks beside them
+	$(PIP_INSTALL) --no-deps -r requirements/peers.txt
+	@$(MAKE) --no-print-directory bench
+
+wheel: setup  ## Makes an sdist, and from it a wheel, in dist/
+	$(PY) -m build --no-isolation
+
+clean:  ## Removes what was built and cached, not the environment
+	rm -rf build dist *.egg-info recis_hybrid/lib/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: $(EDITABLE) $(NATIVE)
+
+# Alone and first: torch comes from an index of its own where one is given, and what follows finds it there.
+$(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constraints.txt $(STAMPS)/torch-setting
+	@command -v $(PYTHON) >/dev/null || { echo "recis_hybrid: $(PYTHON) was not found; install Python 3.11 to 3.13" \
+	  "or name one, e.g. make demo PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) scripts/setup_env.py host
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(PIP_INSTALL) $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt
+	@$(PY) scripts/setup_env.py torch
+	@touch $@
+
+# Before the editable install, which would build the same, but with pip's trace around a compiler's message.
+$(NATIVE): $(NATIVE_SOURCES) $(STAMPS)/cuda-setting | $(DEPENDENCIES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+$(EDITABLE): pyproject.toml setup.py $(DEPENDENCIES) | $(NATIVE)
+	$(PIP_INSTALL) --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# A setting that changed makes what depends on it anew.
+$(STAMPS)/torch-setting: SETTING = $(TORCH)
+$(STAMPS)/cuda-setting: SETTING = $(RECIS_CUDA)
+$(STAMPS)/torch-setting $(STAMPS)/cuda-setting: FORCE
+	@mkdir -p $(@D)
+	@cmp -s $@ <(echo '$(SETTING)') || echo '$(SETTING)' > $@

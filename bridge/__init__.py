@@ -1,0 +1,28 @@
+"""torch and JAX in one program: tensors that cross without a copy, and JAX functions as torch modules.
+
+The bridge can be used on its own. It never copies unless told to: `to_jax` and `to_torch` share memory or raise, and
+`copies()` counts what was copied. `JaxTower` makes a `torch.nn.Module` of a JAX function, with parameters that torch
+owns. README.md beside this file holds the contract of lifetime and mutation.
+"""
+
+if __name__ != "recis_hybrid.bridge":
+    # The folder lies at the top of the repository, so that `import bridge` from there would load a second copy.
+    raise ImportError(
+        f"bridge: was imported as {__name__!r}, which would be a second copy of it; use `import recis_hybrid.bridge`"
+    )
+
+try:
+    import jax as _jax
+except ModuleNotFoundError as _error:
+    if (_error.name or "").partition(".")[0] not in ("jax", "jaxlib"):
+        raise
+    raise ImportError(
+        f"recis_hybrid.bridge: needs JAX, and there is no module {_error.name!r}; run `pip install recis_hybrid[jax]`"
+    ) from _error
+
+from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
+from .tower import JaxTower as JaxTower
+
+del _jax
+
+__all__ = ["JaxTower", "copies", "to_jax", "to_torch"]

@@ -1,0 +1,115 @@
+"""What happens in a call of a tower: arrays in, a program, tensors out, and torch's autograd told about it."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import torch
+
+from ._programs import Forward, Jitted, Programs
+from .dlpack import ALIGNMENT, count_copy, share, unshare
+
+
+class Caller:
+    """Runs the programs of one tower.
+
+    Args:
+        programs: the tower's programs.
+        where: what errors begin with.
+
+    Attributes:
+        copies: how many gradients had to be copied, because they came in memory that JAX cannot use.
+    """
+
+    def __init__(self, programs: Programs, where: str) -> None:
+        self.programs = programs
+        self.where = where
+        self.copies = 0
+
+    @contextlib.contextmanager
+    def noting(self, kind: str) -> Any:
+        """Adds the tower's name to what is raised inside."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"raised in the {kind} of {self.where}")
+            raise
+
+    def run(self, kind: str, program: Jitted, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
+        """Runs a program and takes its results.
+
+        Taking a result waits for the whole program, so that torch may write to the arguments again afterwards; on a
+        GPU it makes torch's stream wait. Until then `arrays` keeps them alive.
+        """
+        with self.noting(kind):
+            return [unshare(array) for array in program(*arrays)]
+
+    def share_gradient(self, gradient: torch.Tensor) -> jax.Array:
+        """Shares a gradient, which its receiver could not choose: `y.sum().backward()` sends an expanded one."""
+        if not gradient.is_contiguous() or gradient.data_ptr() % ALIGNMENT or gradient.is_neg() or gradient.is_conj():
+            gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+            self.copies += 1
+            count_copy()
+        return share(gradient, f"{self.where}: gradient of an output")
+
+
+class Apply(torch.autograd.Function):
+    """A program of a tower and its backward, as one node of torch's graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, caller: Caller, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """(P + I leaves) → O outputs; saves what backward needs, and no more, where torch can watch and free it."""
+        pool = [*tensors, *caller.run("forward", program.run, arrays)]
+        outputs = pool[len(tensors) : len(tensors) + len(program.outputs)]
+        ctx.caller, ctx.program = caller, program
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[pool[place] for place in program.saved])
+        ctx.mark_non_differentiable(
+            *[tensor for tensor, known in zip(outputs, program.outputs, strict=True) if not known.differentiable]
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """(O gradients, or None for zero) → (P + I gradients, None where none is wanted)."""
+        caller, program = cast(Caller, ctx.caller), cast(Forward, ctx.program)
+        given = tuple([gradient is not None for gradient in gradients])
+        results: list[torch.Tensor] = []
+        if any(given):
+            # torch may run this in a thread of its own, where a `with jax.enable_x64()` around forward does not reach.
+            with _x64(program.x64):
+                arrays = [share(tensor, f"{caller.where}: saved tensor") for tensor in ctx.saved_tensors]
+                arrays += [caller.share_gradient(gradient) for gradient in gradients if gradient is not None]
+                with caller.noting("backward"):
+                    pullback = caller.programs.backward(program, given)
+                results = caller.run("backward", pullback, arrays)
+            if torch.is_grad_enabled():
+                results = list(_Once.apply(caller.where, torch.zeros((), requires_grad=True), *results))
+        taken = iter(results)
+        return (None, None, None, *[next(taken, None) if want else None for want in program.wanted])
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on under `create_graph=True`, and raises if they are differentiated in turn.
+
+    Without it they would count as constants, and a gradient penalty would have no effect and no error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, where: str, anchor: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.where = where
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"{ctx.where}: its gradients cannot be differentiated again (double backward); compute what needs second "
+            "derivatives inside the JAX function, by jax.grad, and return it as an output"
+        )
+
+
+def _x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if jax.config.jax_enable_x64 == wanted else jax.enable_x64(wanted)

@@ -1,0 +1,245 @@
+"""A JAX function as two jitted programs: forward, which also returns what backward needs, and backward.
+
+`jax.vjp` gives a function that holds its residuals. Returned from a jitted call as it is, that function would carry a
+copy of every weight and input, because an output of an executable never shares memory with its inputs. So the trace
+of `jax.vjp` is looked at first: a residual that is an input or an output of the function is remembered as such, a
+constant is kept as a constant, and the forward program returns only the others.
+
+Legend: a leaf is one tensor of the parameters or inputs, in their order; the pool of a call is its leaves, then its
+outputs, then its other residuals.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, jaxpr_as_fun
+
+Jitted = Callable[..., list[jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is known of one output of the function: all but its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient can come back to it."""
+        return bool(jnp.issubdtype(self.dtype, jnp.inexact))
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Where backward finds one residual: at `place` of what was saved, or, if there is none, in `constant`."""
+
+    place: int | None = None
+    constant: Any = None
+    key_impl: Any = None  # of a typed PRNG key, which crosses as its data
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The forward program of one signature.
+
+    Attributes:
+        run: the jitted call, leaves → outputs followed by the new residuals.
+        outputs: one entry for each output.
+        out_tree: the structure of the outputs.
+        wanted: for each leaf, whether it gets a gradient.
+        saved: the places in the pool that backward needs.
+        residuals: the leaves of `jax.vjp`'s function, by places in what was saved.
+        vjp_tree: the structure of `jax.vjp`'s function.
+        x64: whether `jax_enable_x64` was on.
+    """
+
+    run: Jitted
+    outputs: tuple[Output, ...]
+    out_tree: jax.tree_util.PyTreeDef
+    wanted: tuple[bool, ...]
+    saved: tuple[int, ...]
+    residuals: tuple[Residual, ...]
+    vjp_tree: jax.tree_util.PyTreeDef | None
+    x64: bool
+
+
+class Programs:
+    """The programs of one JAX function, made when first needed and kept.
+
+    Args:
+        f: the function, `f(params, *inputs)`.
+        params_tree: the structure of its first argument.
+        name: what the programs are called in profiles.
+
+    Attributes:
+        compilations: how many programs have been traced, and so compiled.
+    """
+
+    def __init__(self, f: Callable[..., Any], params_tree: jax.tree_util.PyTreeDef, name: str) -> None:
+        self.f = f
+        self.params_tree = params_tree
+        self.name = "".join(letter if letter.isalnum() else "_" for letter in name)
+        self.compilations = 0
+        self._forwards: dict[Hashable, Forward] = {}
+        self._backwards: dict[tuple[int, tuple[bool, ...]], Jitted] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
+        # A copy of a module computes the same function, so it shares what has been compiled.
+        return self
+
+    def forward(
+        self,
+        signature: Hashable,
+        arrays: Sequence[jax.Array],
+        inputs_tree: jax.tree_util.PyTreeDef,
+        wanted: tuple[bool, ...],
+    ) -> Forward:
+        """The forward program of a signature.
+
+        Args:
+            signature: all that the program depends on besides the function: structure, shapes, dtypes, device, which
+                leaves want gradients.
+            arrays: the leaves, of which only shapes and dtypes are looked at.
+            inputs_tree: the structure of the tuple of inputs.
+            wanted: for each leaf, whether it gets a gradient; if none does, backward is impossible.
+
+        Returns:
+            The program, made by tracing the function if this is the signature's first call.
+        """
+        x64 = bool(jax.config.jax_enable_x64)
+        known = self._forwards.get((x64, signature))
+        if known is None:
+            known = self._trace(arrays, inputs_tree, wanted, x64)
+            self._forwards[x64, signature] = known
+        return known
+
+    def backward(self, forward: Forward, given: tuple[bool, ...]) -> Jitted:
+        """The backward program: (what was saved, then the gradients that are given) → gradients of wanted leaves.
+
+        Args:
+            forward: the forward program that went before.
+            given: for each output, whether it has a gradient; one that has none counts as zero.
+
+        Returns:
+            The jitted call.
+        """
+        key = (id(forward), given)  # `_forwards` keeps every Forward alive
+        known = self._backwards.get(key)
+        if known is None:
+            known = self._backwards[key] = self._jit("backward", self._pullback(forward, given))
+        return known
+
+    def _trace(
+        self,
+        arrays: Sequence[jax.Array],
+        inputs_tree: jax.tree_util.PyTreeDef,
+        wanted: tuple[bool, ...],
+        x64: bool,
+    ) -> Forward:
+        def apply(*leaves: Any) -> Any:
+            params = jax.tree.unflatten(self.params_tree, leaves[: self.params_tree.num_leaves])
+            inputs = jax.tree.unflatten(inputs_tree, leaves[self.params_tree.num_leaves :])
+            return self.f(params, *inputs)
+
+        def with_residuals(*leaves: Any) -> tuple[Any, Any]:
+            if not any(wanted):
+                return apply(*leaves), None
+
+            def of_wanted(*chosen: Any) -> Any:
+                source = iter(chosen)
+                return apply(*(next(source) if want else leaf for leaf, want in zip(leaves, wanted, strict=True)))
+
+            return jax.vjp(of_wanted, *(leaf for leaf, want in zip(leaves, wanted, strict=True) if want))
+
+        closed, (out_shapes, vjp_shape) = jax.make_jaxpr(with_residuals, return_shape=True)(*arrays)
+        shapes, out_tree = jax.tree.flatten(out_shapes)
+        outputs = tuple(Output(tuple(each.shape), each.dtype) for each in shapes)
+        vjp_leaves, vjp_tree = jax.tree.flatten(vjp_shape)
+
+        pool: dict[Any, int] = {}
+        for place, variable in enumerate([*closed.invars, *closed.outvars[: len(outputs)]]):
+            if not isinstance(variable, Literal):
+                pool.setdefault(variable, place)
+        constants = dict(zip(closed.constvars, closed.consts, strict=True))
+        returned = list(range(len(outputs)))
+        saved: list[int] = []
+        residuals = []
+        for position, variable in enumerate(closed.outvars[len(outputs) :], start=len(outputs)):
+            dtype = vjp_leaves[position - len(outputs)].dtype
+            impl = jax.random.key_impl(jnp.empty(0, dtype)) if jnp.issubdtype(dtype, jax.dtypes.prng_key) else None
+            if isinstance(variable, Literal):
+                residuals.append(Residual(constant=np.asarray(variable.val, dtype)))
+            elif variable in constants:
+                residuals.append(Residual(constant=constants[variable]))
+            else:
+                if variable not in pool:
+                    pool[variable] = len(arrays) + len(returned)
+                    returned.append(position)
+                if pool[variable] not in saved:
+                    saved.append(pool[variable])
+                residuals.append(Residual(place=saved.index(pool[variable]), key_impl=impl))
+
+        evaluate = jaxpr_as_fun(closed)
+
+        def forward(*leaves: Any) -> list[Any]:
+            values = evaluate(*leaves)
+            return [_plain(values[position]) for position in returned]
+
+        return Forward(
+            run=self._jit("forward", forward),
+            outputs=outputs,
+            out_tree=out_tree,
+            wanted=wanted,
+            saved=tuple(saved),
+            residuals=tuple(residuals),
+            vjp_tree=vjp_tree if any(wanted) else None,
+            x64=x64,
+        )
+
+    def _pullback(self, forward: Forward, given: tuple[bool, ...]) -> Callable[..., list[Any]]:
+        def backward(*arguments: Any) -> list[Any]:
+            saved, gradients = arguments[: len(forward.saved)], iter(arguments[len(forward.saved) :])
+            pullback = jax.tree.unflatten(forward.vjp_tree, [_find(residual, saved) for residual in forward.residuals])
+            cotangents = [
+                _conjugate(next(gradients)) if is_given else _zero(output)
+                for output, is_given in zip(forward.outputs, given, strict=True)
+            ]
+            return [_conjugate(each) for each in pullback(jax.tree.unflatten(forward.out_tree, cotangents))]
+
+        return backward
+
+    def _jit(self, kind: str, function: Callable[..., list[Any]]) -> Jitted:
+        def counted(*arguments: Any) -> list[Any]:
+            self.compilations += 1  # runs when jit traces, once for each program
+            return function(*arguments)
+
+        counted.__name__ = counted.__qualname__ = f"{self.name}_{kind}"
+        return jax.jit(counted)
+
+
+def _plain(value: Any) -> Any:
+    """The data of a typed PRNG key, which DLPack does not know; anything else as it is."""
+    return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+
+
+def _find(residual: Residual, saved: Sequence[Any]) -> Any:
+    if residual.place is None:
+        return residual.constant
+    value = saved[residual.place]
+    return value if residual.key_impl is None else jax.random.wrap_key_data(value, impl=residual.key_impl)
+
+
+def _zero(output: Output) -> Any:
+    if output.differentiable:
+        return jnp.zeros(output.shape, output.dtype)
+    return np.zeros(output.shape, jax.dtypes.float0)
+
+
+def _conjugate(value: Any) -> Any:
+    # The gradient of a real loss at x + iy is dx + i·dy to torch, dx - i·dy to JAX.
+    return jnp.conj(value) if jnp.iscomplexobj(value) else value

@@ -1,0 +1,266 @@
+"""Tensors to JAX and arrays to torch: in the same memory, or not at all.
+
+JAX's own import copies in silence when memory is not aligned, and cuts int64 to int32 while x64 is off. Here either
+is an error that names the cause and the remedy. The contract of lifetime and mutation is in README.md.
+"""
+
+import threading
+from typing import Any, Final, cast, overload
+
+import jax
+import torch
+
+from ._capsules import PUBLIC, cpu_roads
+
+ALIGNMENT: Final = 64
+"""Where a buffer must start, in bytes, for XLA to use it as it is."""
+
+WIDE: Final = frozenset({torch.int64, torch.uint64, torch.float64, torch.complex128})
+"""What JAX holds only while `jax_enable_x64` is on."""
+
+DTYPES: Final = WIDE | {
+    torch.bool,
+    *(torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.complex64),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+}
+"""What both sides can hold."""
+
+_ARRAY_DTYPES: Final = frozenset(jax.numpy.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES)
+
+_lock = threading.Lock()
+_copies = 0
+
+
+def copies() -> int:
+    """How many tensors and arrays this process has copied on their way across.
+
+    Returns:
+        The number of copies since the start: those asked for by `copy=True`, and gradients that could not be shared
+        (`JaxTower.copies` has those of one tower).
+
+    Example:
+        >>> before = copies()
+        >>> _ = to_jax(torch.ones(3, 4).t(), copy=True)
+        >>> copies() - before
+        1
+    """
+    return _copies
+
+
+def count_copy() -> None:
+    """Adds one to `copies()`."""
+    global _copies
+    with _lock:
+        _copies += 1
+
+
+@overload
+def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array: ...
+@overload
+def to_jax(tensor: Any, *, copy: bool = False) -> Any: ...
+def to_jax(tensor: Any, *, copy: bool = False) -> Any:
+    """Hands a tensor to JAX, in the same memory.
+
+    The array and the tensor are one buffer, which lives as long as either does. JAX takes arrays to be constant: while
+    the array is in use, do not write to the tensor.
+
+    Args:
+        tensor: a tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any other that JAX knows).
+            Contiguous, starting at a multiple of 64 bytes, and detached. The dtypes are those of the table in
+            README.md; 64-bit ones need `jax_enable_x64`.
+        copy: whether to copy; then the tensor may be strided or misaligned. Each copy is counted by `copies()`.
+
+    Returns:
+        A `jax.Array` of the same shape and dtype, committed to the tensor's device, or a pytree of them.
+
+    Raises:
+        TypeError: if a leaf is not a plain tensor.
+        ValueError: if the memory cannot be shared: it is strided or misaligned; if the tensor requires a gradient, is
+            on a device that JAX does not have, or is of a dtype that JAX does not have, or has only with x64 on.
+
+    Example:
+        >>> tensor = torch.arange(4, dtype=torch.float32)
+        >>> array = to_jax(tensor)
+        >>> array.unsafe_buffer_pointer() == tensor.data_ptr()
+        True
+    """
+    if type(tensor) is torch.Tensor:
+        return _to_jax(tensor, copy, "to_jax")
+    leaves, tree = jax.tree_util.tree_flatten_with_path(tensor)
+    arrays = [_to_jax(leaf, copy, f"to_jax{jax.tree_util.keystr(path)}") for path, leaf in leaves]
+    return jax.tree.unflatten(tree, arrays)
+
+
+@overload
+def to_torch(array: jax.Array, *, copy: bool = False) -> torch.Tensor: ...
+@overload
+def to_torch(array: Any, *, copy: bool = False) -> Any: ...
+def to_torch(array: Any, *, copy: bool = False) -> Any:
+    """Hands an array to torch, in the same memory.
+
+    On the CPU this waits until the array has been computed. The tensor and the array are one buffer, which lives as
+    long as either does. Torch does not know that JAX takes it to be constant: do not write to the tensor while the
+    array is in use.
+
+    Args:
+        array: a `jax.Array` of any shape, on one device, or a pytree of them.
+        copy: whether to copy; then the tensor may be written to. Each copy is counted by `copies()`.
+
+    Returns:
+        A tensor of the same shape and dtype, on the array's device, or a pytree of them.
+
+    Raises:
+        TypeError: if a leaf is not a `jax.Array`, or is one that is being traced.
+        ValueError: if the array is spread over several devices, has been deleted (or donated), or is of a dtype that
+            torch does not have.
+
+    Example:
+        >>> array = jax.numpy.ones((2, 3))
+        >>> tensor = to_torch(array)
+        >>> tensor.data_ptr() == array.unsafe_buffer_pointer()
+        True
+    """
+    if isinstance(array, jax.Array):
+        return _to_torch(array, copy, "to_torch")
+    leaves, tree = jax.tree_util.tree_flatten_with_path(array)
+    tensors = [_to_torch(leaf, copy, f"to_torch{jax.tree_util.keystr(path)}") for path, leaf in leaves]
+    return jax.tree.unflatten(tree, tensors)
+
+
+def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
+    """`to_jax` of one tensor whose gradient, if it has one, is somebody else's business.
+
+    Args:
+        tensor: a tensor; whether it requires a gradient is not looked at.
+        where: what errors begin with.
+
+    Returns:
+        The array in the tensor's memory.
+
+    Raises:
+        TypeError: if it is not a plain tensor.
+        ValueError: if the memory cannot be shared.
+    """
+    # Everything that can go wrong, in the order of cost; `refusal` then finds out which of them did.
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or tensor.layout is not torch.strided
+        or not tensor.is_contiguous()
+        or tensor.dtype not in DTYPES
+        or (tensor.dtype in WIDE and not jax.config.jax_enable_x64)
+        or not (tensor.is_cpu or tensor.is_cuda)
+        or tensor.is_neg()
+        or tensor.is_conj()
+        or _wraps_another(tensor)
+        or tensor.data_ptr() % ALIGNMENT
+    ):
+        raise refusal(tensor, where)
+    shape = tensor.shape
+    if 1 in shape or 0 in shape:
+        # The strides of such dimensions are arbitrary, but other strides are another layout to XLA: one more compile.
+        strides = _canonical_strides(shape)
+        if tensor.stride() != strides:
+            tensor = tensor.as_strided(shape, strides)
+    if tensor.is_cpu:
+        return cpu_roads().to_jax(tensor)
+    try:
+        return PUBLIC.to_jax(tensor)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: the tensor is on {tensor.device}, which JAX cannot use here: {error}") from error
+
+
+def unshare(array: jax.Array) -> torch.Tensor:
+    """`to_torch` of an array that a jitted call has just returned, on one device and of a dtype that torch has."""
+    (device,) = array.sharding.device_set
+    return cpu_roads().to_torch(array) if device.platform == "cpu" else PUBLIC.to_torch(array)
+
+
+def refusal(tensor: object, where: str) -> TypeError | ValueError:
+    """The error that says why a tensor cannot be shared with JAX, and what to do about it."""
+    if not isinstance(tensor, torch.Tensor):
+        return TypeError(f"{where}: takes tensors, got {type(tensor).__qualname__}")
+    got = f"(shape {tuple(tensor.shape)}, {_name(tensor.dtype)}, {tensor.device})"
+    if _wraps_another(tensor):
+        return TypeError(f"{where}: takes plain tensors, got {type(tensor).__qualname__} {got}, which wraps others")
+    if not (tensor.is_cpu or tensor.is_cuda):
+        cause = f"its device, {tensor.device}, is none that torch and JAX share; move it by .to('cpu') or .to('cuda')"
+    elif tensor.layout is not torch.strided:
+        cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
+    elif tensor.dtype not in DTYPES:
+        cause = "JAX has no such dtype, or takes none by DLPack; cast it by .to(dtype)"
+    elif tensor.dtype in WIDE and not jax.config.jax_enable_x64:
+        cause = (
+            "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
+            "turn it on by jax.config.update('jax_enable_x64', True), or cast the tensor where the values allow it"
+        )
+    elif tensor.is_neg() or tensor.is_conj():
+        cause = "it is a lazy negation or conjugate; materialise it by .resolve_neg().resolve_conj()"
+    elif not tensor.is_contiguous():
+        kind = "expanded (stride 0)" if 0 in tensor.stride() else "strided"
+        cause = f"it is {kind}, strides {tuple(tensor.stride())}; copy it by .contiguous(), or pass copy=True"
+        cause += ", or pass the whole buffer and slice it in JAX"
+    else:
+        cause = (
+            f"its memory starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
+            "copy it by .clone(), or pass copy=True (a slice of rows is aligned if row bytes × first row is such a "
+            "multiple)"
+        )
+    return ValueError(f"{where}: the tensor {got} cannot share memory with JAX: {cause}")
+
+
+def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
+    if not isinstance(tensor, torch.Tensor):
+        raise refusal(tensor, where)
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{where}: the tensor (shape {tuple(tensor.shape)}, {_name(tensor.dtype)}) requires a gradient, which JAX "
+            "would not see; pass tensor.detach(), or use JaxTower for gradients across the border"
+        )
+    if copy and not _wraps_another(tensor) and tensor.layout is torch.strided:
+        tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        array = share(tensor, where)
+        count_copy()
+        return array
+    return share(tensor, where)
+
+
+def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{where}: takes arrays with values, got {array}: it is being traced by jit, grad or vmap")
+    if not isinstance(array, jax.Array):
+        raise TypeError(f"{where}: takes arrays of JAX, got {type(array).__qualname__}")
+    devices = array.sharding.device_set
+    if len(devices) != 1 or array.dtype not in _ARRAY_DTYPES or array.is_deleted():
+        got = f"(shape {array.shape}, {array.dtype.name})"
+        if array.is_deleted():
+            cause = "it has been deleted; an array donated to a jitted call is gone"
+        elif len(devices) != 1:
+            cause = f"it is spread over {len(devices)} devices; gather it by jax.device_put(array, device)"
+        else:
+            cause = "torch has no such dtype; cast it by .astype, or pass jax.random.key_data of a PRNG key"
+        raise ValueError(f"{where}: the array {got} cannot share memory with torch: {cause}")
+    tensor = unshare(array)
+    if copy:
+        tensor = tensor.clone()
+        count_copy()
+    return tensor
+
+
+def _wraps_another(tensor: torch.Tensor) -> bool:
+    """Whether a tensor only stands for others, as fake, distributed and nested ones do: it has no memory to share."""
+    kind = type(tensor)
+    return kind is not torch.Tensor and kind.__torch_dispatch__ is not cast(Any, torch.Tensor).__torch_dispatch__
+
+
+def _canonical_strides(shape: torch.Size) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,59 @@
+// Operators that hash strings and ids (kernels: core/hash.h).
+#pragma once
+
+#include "core/hash.h"
+#include "ops/common.h"
+
+namespace recis {
+
+// Calls f with the hash function that `kind` names.
+template <class F>
+void with_hasher(int64_t kind, F&& f) {
+  switch (static_cast<HashKind>(kind)) {
+    case HashKind::kFarm:
+      return f(Farm{});
+    case HashKind::kMurmur:
+      return f(Murmur{});
+  }
+  RECIS_CHECK(false, "unknown kind of hash: ", kind);
+}
+
+template <class Device>
+Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind) {
+  Device device(values);
+  RECIS_CHECK(values.dim() == 1 && offsets.dim() == 1 && offsets.numel() > 0,
+              "hash_bytes takes values [bytes] and offsets [rows + 1]");
+  const int64_t rows = offsets.numel() - 1;
+  const int64_t sizes[] = {rows};
+  Tensor out = torch::stable::new_empty(values, {sizes, 1}, ScalarType::Long);
+  int64_t refused = 0;
+  with_hasher(kind, [&](auto hasher) {
+    device.for_each(
+        rows, 1,
+        HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(), data<int64_t>(offsets, "offsets"),
+                                    data<int64_t>(out, "out"), &refused});
+  });
+  // On CUDA this is zero: the kernel neither knows the host's counter nor needs it.
+  refused = device.items(&refused, 0);
+  RECIS_CHECK(refused == 0, "hash_bytes: the offsets of row ", refused - 1, " decrease or lie outside the ",
+              values.numel(), " bytes");
+  return out;
+}
+
+template <class Device>
+Tensor hash_ids(const Tensor& ids, int64_t kind) {
+  Device device(ids);
+  Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
+  with_hasher(kind, [&](auto hasher) {
+    device.for_each(ids.numel(), 1, HashIds<decltype(hasher)>{data<int64_t>(ids, "ids"), data<int64_t>(out, "out")});
+  });
+  return out;
+}
+
+template <class Device, class Library>
+void register_hash(Library& m) {
+  m.impl("hash_bytes", TORCH_BOX(&hash_bytes<Device>));
+  m.impl("hash_ids", TORCH_BOX(&hash_ids<Device>));
+}
+
+}  // namespace recis

@@ -1,0 +1,92 @@
+"""What a user says of a column: how its values become a tensor, and what stands for a null.
+
+Letters: B rows of a batch, N values over all rows, L values of each row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeAlias
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One number for each row, or as many for every row: a tensor [B], or [B, L] with a `length`.
+
+    Args:
+        dtype: Of the tensor; None takes the file's. Integers become floats and floats become other floats by rounding,
+            integers become narrower ones if every value fits, and unsigned 64-bit integers become int64 bit for bit,
+            since an id is its bits. Floats do not become integers.
+        default: What stands for a null (in a column with a `length`, for a null list by L copies too); None refuses
+            nulls.
+        length: L, the length of every list of a list column; None for a column of plain numbers.
+
+    Raises:
+        TypeError: The default is not of a number's type.
+        ValueError: The length is less than 1.
+
+    Example:
+        >>> Dense(torch.float32, default=0.0)
+        Dense(dtype=torch.float32, default=0.0, length=None)
+    """
+
+    dtype: torch.dtype | None = None
+    _: KW_ONLY
+    default: float | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_default("Dense", self.default)
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"Dense: length must be at least 1, got {self.length}; leave it out for one value a row")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of numbers for each row, of any length: a RaggedTensor of [N] values and B rows.
+
+    Args:
+        dtype: Of the values, by the rules of `Dense`; None takes the file's.
+        default: What stands for a null inside a list; None refuses them.
+        null_as_empty: Whether a row without a list is read as an empty list, or refused.
+
+    Raises:
+        TypeError: The default is not of a number's type.
+    """
+
+    dtype: torch.dtype | None = None
+    _: KW_ONLY
+    default: float | None = None
+    null_as_empty: bool = False
+
+    def __post_init__(self) -> None:
+        _check_default("Ragged", self.default)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string for each row: a RaggedTensor of B rows whose uint8 values are the bytes of all strings.
+
+    Args:
+        default: What stands for a null, `""` for instance; `str` is encoded as UTF-8. None refuses nulls.
+
+    Raises:
+        TypeError: The default is neither str nor bytes.
+    """
+
+    default: str | bytes | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.default, str | bytes | None):
+            raise TypeError(f"Text: default must be str or bytes, got {self.default!r}")
+
+
+Column: TypeAlias = Dense | Ragged | Text
+"""Any of the specs that a column may have."""
+
+
+def _check_default(spec: str, default: object) -> None:
+    if not isinstance(default, int | float | None):
+        raise TypeError(f"{spec}: default must be a number, got {default!r}")

@@ -1,0 +1,152 @@
+"""Turns what a user passes to the saver into states and back: Saveable objects, torch modules and optimizers, JSON."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.saver.compare import named_differences, refuse_differences, state_differences
+from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.json_values import checked_json
+from recis_hybrid.saver.manifest import TensorSpec
+from recis_hybrid.saver.optimizer_adapter import OptimizerPart
+from recis_hybrid.saver.protocol import PartState, Saveable
+
+
+class Part(Protocol):
+    """One part, whatever it is."""
+
+    kind: str
+    """One of `manifest.KINDS`."""
+
+    def state(self) -> PartState:
+        """The state of now."""
+        ...
+
+    def check(self, where: str, saved: PartState) -> None:
+        """Raise `CheckpointMismatch` if a saved state does not fit, changing nothing."""
+        ...
+
+    def load(self, saved: PartState) -> None:
+        """Take over a saved state that fits."""
+        ...
+
+
+def part_of(name: str, value: object) -> Part:
+    """Find the adapter of a value.
+
+    Args:
+        name: name of the part, for messages.
+        value: what the user passed.
+
+    Returns:
+        The adapter. An object that is both Saveable and a module is taken as Saveable.
+
+    Raises:
+        CheckpointError: the value is of no kind that can be saved.
+    """
+    if isinstance(value, Saveable) and not isinstance(value, type):
+        return SaveablePart(value)
+    if isinstance(value, torch.nn.Module):
+        return ModulePart(name, value)
+    if isinstance(value, torch.optim.Optimizer):
+        return OptimizerPart(name, value)
+    if value is None or isinstance(value, bool | int | float | str | list | dict):
+        return JsonPart(name, value)
+    raise CheckpointError(
+        f"Saver: part {name!r} must be a Saveable (checkpoint_state, load_checkpoint_state), a torch.nn.Module, a "
+        f"torch.optim.Optimizer or JSON, got {type(value).__name__}. Wrap it in one of these."
+    )
+
+
+class SaveablePart:
+    """An object that implements `Saveable`."""
+
+    kind = "saveable"
+
+    def __init__(self, value: Saveable) -> None:
+        self._value = value
+
+    def state(self) -> PartState:
+        """The state as the object hands it out."""
+        return self._value.checkpoint_state()
+
+    def check(self, where: str, saved: PartState) -> None:
+        """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
+        refuse_differences(where, state_differences(saved, self._value.checkpoint_state()))
+
+    def load(self, saved: PartState) -> None:
+        """Hand the state to the object."""
+        self._value.load_checkpoint_state(saved)
+
+
+class ModulePart:
+    """A module, by its state_dict: tensors under their names, other values (extra state) as JSON."""
+
+    kind = "module"
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self._name = name
+        self._module = module
+
+    def state(self) -> PartState:
+        """Detached copies of parameters and buffers."""
+        tensors: dict[str, Tensor] = {}
+        other: dict[str, object] = {}
+        for key, value in self._entries().items():
+            if isinstance(value, Tensor):
+                tensors[key] = value.detach().clone()
+            else:
+                other[key] = value
+        extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
+        return PartState(tensors=tensors, meta={"extra": extra})
+
+    def check(self, where: str, saved: PartState) -> None:
+        """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""
+        extra = _extra(where, saved)
+        live = {k: TensorSpec.of(v) if isinstance(v, Tensor) else "extra state" for k, v in self._entries().items()}
+        found = {k: TensorSpec.of(v) for k, v in saved.tensors.items()} | dict.fromkeys(extra, "extra state")
+        refuse_differences(where, named_differences("tensor", found, live))
+
+    def load(self, saved: PartState) -> None:
+        """Copy into the parameters and buffers; they stay the same tensors."""
+        self._module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
+
+    def _entries(self) -> dict[str, object]:
+        lazy = [k for k, p in self._module.named_parameters() if torch.nn.parameter.is_lazy(p)]
+        lazy += [k for k, b in self._module.named_buffers() if torch.nn.parameter.is_lazy(b)]
+        if lazy:
+            raise CheckpointError(
+                f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
+                "module once on a batch."
+            )
+        return dict(self._module.state_dict())
+
+
+class JsonPart:
+    """A JSON value; `Saver.read_json` reads it back."""
+
+    kind = "json"
+
+    def __init__(self, name: str, value: object) -> None:
+        self._name = name
+        self._value = value
+
+    def state(self) -> PartState:
+        """The value as metadata."""
+        return PartState(meta={"value": checked_json(f"Saver.save: part {self._name!r}", self._value)})
+
+    def check(self, where: str, saved: PartState) -> None:
+        """Refuse: there is no object to load into."""
+        raise CheckpointError(f"{where} is JSON, which has no place to be loaded into. Use Saver.read_json.")
+
+    def load(self, saved: PartState) -> None:
+        """Never reached, as `check` refuses."""
+        raise AssertionError
+
+
+def _extra(where: str, saved: PartState) -> dict[str, object]:
+    extra = saved.meta.get("extra")
+    if not isinstance(extra, dict):
+        raise CorruptCheckpoint(f"{where}: meta.extra must be an object, got {extra!r}. {OTHER_STEP}")
+    return dict(extra)

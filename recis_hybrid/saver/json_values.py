@@ -1,0 +1,70 @@
+"""JSON with nothing lost: what is written reads back equal, or is refused."""
+
+import json
+from typing import cast
+
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.protocol import JSON
+
+
+def checked_json(where: str, value: object) -> JSON:
+    """Return an independent copy of a value as JSON reads it back, if it is equal to the value.
+
+    Args:
+        where: what the value is, for the message.
+        value: the value.
+
+    Returns:
+        The copy.
+
+    Raises:
+        CheckpointError: the value, or something in it, is no JSON (a tuple, an integer key, NaN, an object).
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} must be JSON with finite numbers, but {error}. {_REMEDY}") from error
+    copy = cast(JSON, json.loads(text))
+    if not _same(copy, value):
+        raise CheckpointError(
+            f"{where} must be JSON that reads back equal, but {_short(value)} reads back as {_short(copy)}. {_REMEDY}"
+        )
+    return copy
+
+
+def checked_object(where: str, value: object) -> dict[str, JSON]:
+    """`checked_json` of a dictionary with string keys.
+
+    Args:
+        where: what the value is, for the message.
+        value: the dictionary.
+
+    Returns:
+        The copy.
+
+    Raises:
+        CheckpointError: the value is no dictionary, or not JSON.
+    """
+    copy = checked_json(where, value)
+    if not isinstance(copy, dict):
+        raise CheckpointError(f"{where} must be a dictionary, got {_short(value)}. {_REMEDY}")
+    return copy
+
+
+_REMEDY = "Use None, bool, int, finite float, str, list, and dict with string keys; tensors go into `tensors`."
+
+
+def _same(copy: JSON, value: object) -> bool:
+    """Equality that tells 1 from True and 1.0, which `==` does not."""
+    if isinstance(copy, dict):
+        return isinstance(value, dict) and copy.keys() == value.keys() and all(_same(copy[k], value[k]) for k in copy)
+    if isinstance(copy, list):
+        return isinstance(value, list) and len(copy) == len(value) and all(map(_same, copy, value))
+    if isinstance(copy, bool) or isinstance(value, bool):
+        return copy is value
+    return isinstance(value, type(copy)) and copy == value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,307 @@
+"""`Saver`: checkpoints that appear whole or not at all, and are verified before anything is changed."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from recis_hybrid.saver.adapters import part_of
+from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from recis_hybrid.saver.files import list_files, sync_directory
+from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
+from recis_hybrid.saver.parse import parse_manifest, part_files
+from recis_hybrid.saver.part_files import read_part, verify_part, write_part
+from recis_hybrid.saver.protocol import JSON
+
+_STEP = re.compile(r"step_(\d{6,18})")
+_LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
+_LARGEST_STEP = 10**18 - 1
+
+
+class Saver:
+    """Saves and loads the state of a training run in one directory.
+
+    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, or a JSON value.
+    Files are safetensors and JSON, as docs/format.md specifies; nothing that is read is ever executed.
+
+    One process writes to a directory at a time.
+
+    Args:
+        path: directory of the checkpoints, on a local file system; made at the first save.
+        keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place.
+
+    Raises:
+        CheckpointError: the path is a URL, or `keep` is no positive integer.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> saver = Saver(tempfile.mkdtemp(), keep=2)
+        >>> saver.save(100, model=model, optimizer=optimizer, note={"epoch": 1}).name
+        'step_000100'
+        >>> saver.load(model=model, optimizer=optimizer)
+        100
+        >>> saver.read_json("note")
+        {'epoch': 1}
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int | None = 5) -> None:
+        if "://" in os.fspath(path):
+            raise CheckpointError(
+                f"Saver: path must be a local directory, got {os.fspath(path)!r}. Save to a local one."
+            )
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
+        self._root = Path(path).absolute()
+        self._keep = keep
+
+    def steps(self) -> list[int]:
+        """Find the complete checkpoints.
+
+        Returns:
+            Their steps, ascending.
+        """
+        if not self._root.is_dir():
+            return []
+        names = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
+        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+        return sorted(step for step in found if (self._directory(step) / MANIFEST).is_file())
+
+    def latest(self) -> int | None:
+        """Find the newest complete checkpoint.
+
+        Returns:
+            Its step, the highest one; None if there is none.
+        """
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, **parts: object) -> Path:
+        """Save the parts as one checkpoint.
+
+        It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
+        checkpoints before it whole, and its remains are removed by the next save.
+
+        Args:
+            step: number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
+                is the one that was written last.
+            **parts: what to save, by name.
+
+        Returns:
+            Directory of the checkpoint.
+
+        Raises:
+            CheckpointError: a part cannot be saved, the step is not above the latest, more than one process trains,
+                or the files cannot be written.
+        """
+        _refuse_many_processes()
+        latest = self.latest()
+        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+            raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
+                "directory, or delete the later checkpoints first."
+            )
+        if not parts:
+            raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
+        adapters = {name: part_of(name, value) for name, value in parts.items()}
+        self._root.mkdir(parents=True, exist_ok=True)
+        sync_directory(self._root.parent)
+        self._remove_leftovers()
+
+        partial = self._root / f".{_step_name(step)}.partial"
+        partial.mkdir()
+        try:
+            entries = {name: write_part(partial, name, part.kind, part.state()) for name, part in adapters.items()}
+            _write_manifest(partial, Manifest(step, 1, entries, _about()))
+            directory = self._directory(step)
+            partial.rename(directory)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(
+                    f"{partial}: could not be written ({error}). Make room, or save elsewhere."
+                ) from error
+            raise
+        sync_directory(self._root)
+        self._delete_oldest(step)
+        return directory
+
+    def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
+        """Load parts of a checkpoint into live objects.
+
+        The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
+        only if all is sound is anything changed. Parts that the checkpoint has and the call does not name are left
+        alone.
+
+        Args:
+            step: which checkpoint; the highest complete step by default.
+            **parts: the objects to load into, by the names under which they were saved. JSON is read by `read_json`.
+
+        Returns:
+            The step that was loaded.
+
+        Raises:
+            CorruptCheckpoint: a file is missing, unknown or changed.
+            CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
+            CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
+        """
+        if not parts:
+            raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
+        adapters = {name: part_of(name, value) for name, value in parts.items()}
+        found = self._resolve(step)
+        directory = self._directory(found)
+        try:
+            manifest = _read_manifest(directory, found)
+            entries = {name: _entry(directory, manifest, name, part.kind) for name, part in adapters.items()}
+            for name, entry in entries.items():
+                verify_part(directory, name, entry)
+            states = {name: read_part(directory, name, entry) for name, entry in entries.items()}
+            for name, part in adapters.items():
+                part.check(f"{directory / MANIFEST}: part {name!r}", states[name])
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
+        for name, part in adapters.items():
+            part.load(states.pop(name))
+        return found
+
+    def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
+        """Read a JSON value that was saved as a part.
+
+        Args:
+            name: name of the part.
+            step: which checkpoint; the highest complete step by default.
+
+        Returns:
+            The value.
+
+        Raises:
+            CorruptCheckpoint: a file is missing, unknown or changed.
+            CheckpointMismatch: the checkpoint has no such part, or it is no JSON value.
+            CheckpointError: there is no such checkpoint, or it has another format version.
+        """
+        found = self._resolve(step)
+        directory = self._directory(found)
+        try:
+            manifest = _read_manifest(directory, found)
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
+        return _entry(directory, manifest, name, "json").meta.get("value")
+
+    def _directory(self, step: int) -> Path:
+        return self._root / _step_name(step)
+
+    def _resolve(self, step: int | Literal["latest"]) -> int:
+        steps = self.steps()
+        wanted = max(steps, default=None) if step == "latest" else step
+        if wanted is None or wanted not in steps:
+            raise CheckpointError(
+                f"Saver.load: {self._root} must hold a complete checkpoint of step {step!r}, it holds {steps}. Save "
+                "first, or name one of these."
+            )
+        return wanted
+
+    def _others(self, step: int) -> str:
+        others = [other for other in self.steps() if other != step]
+        return f"Other steps in {self._root}: {others}." if others else f"There is no other step in {self._root}."
+
+    def _remove_leftovers(self) -> None:
+        for entry in list(os.scandir(self._root)):
+            if _LEFTOVER.fullmatch(entry.name):
+                shutil.rmtree(entry.path)
+
+    def _delete_oldest(self, newest: int) -> None:
+        if self._keep is None:
+            return
+        for step in self.steps()[: -self._keep]:
+            # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
+            doomed = self._root / f".{_step_name(step)}.deleted"
+            self._directory(step).rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _write_manifest(partial: Path, manifest: Manifest) -> None:
+    for folder in ("dense", "sparse"):
+        if (partial / folder).is_dir():
+            sync_directory(partial / folder)
+    with open(partial / MANIFEST, "xb") as file:
+        file.write(dump_manifest(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(partial)
+
+
+def _read_manifest(directory: Path, step: int) -> Manifest:
+    """Read the manifest and hold it against the files that are there."""
+    path = directory / MANIFEST
+    manifest = parse_manifest(path.read_bytes(), path)
+    if manifest.step != step:
+        raise CorruptCheckpoint(
+            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
+            f"{_step_name(manifest.step)}, or load another step."
+        )
+    found = list_files(directory)
+    del found[MANIFEST]
+    for name, part in manifest.parts.items():
+        for file in part_files(part):
+            size = found.pop(file.path, None)
+            if size is None:
+                raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
+            if size != file.size:
+                raise CorruptCheckpoint(
+                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
+                    f"{size}. {OTHER_STEP}"
+                )
+    if found:
+        raise CorruptCheckpoint(
+            f"{directory}: must hold only what its manifest names, but also holds {sorted(found)}. Remove these files "
+            "if they are not the checkpoint's, or load another step."
+        )
+    return manifest
+
+
+def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEntry:
+    entry = manifest.parts.get(name)
+    where = f"{directory / MANIFEST}: part {name!r}"
+    if entry is None:
+        raise CheckpointMismatch(
+            f"{where} must be in the checkpoint, which has {sorted(manifest.parts)}. Leave it out, or save it first."
+        )
+    if entry.kind != kind:
+        remedy = "Use Saver.read_json." if entry.kind == "json" else "Pass the object that was saved under this name."
+        raise CheckpointMismatch(f"{where} was saved from a {entry.kind}, but a {kind} was asked for. {remedy}")
+    return entry
+
+
+def _refuse_many_processes() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise CheckpointError(
+                f"Saver.save: one process must train, torch.distributed has {size}. Save from a run of one process."
+            )
+
+
+def _about() -> dict[str, JSON]:
+    try:
+        own = importlib.metadata.version("recis_hybrid")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        own = "not installed"
+    versions: dict[str, JSON] = {
+        "python": platform.python_version(),
+        "recis_hybrid": own,
+        "safetensors": importlib.metadata.version("safetensors"),
+        "torch": torch.__version__,
+    }
+    return {"wall_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions}

@@ -1,0 +1,132 @@
+"""Says in one sentence what this machine lacks to build and run recis_hybrid, and how to get it.
+
+Run by the Makefile, with nothing but the standard library:
+
+    python3 scripts/setup_env.py host     before anything is installed: Python, venv, the C++ compiler
+    python  scripts/setup_env.py torch    inside the environment: the installed torch
+
+Exit status 0 and no output if all is well; 1 and one sentence per fault if not. The file keeps to the syntax of
+Python 3.6, so that an old Python still reaches the sentence that names it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any, List, Optional, Tuple
+
+PYTHONS = ((3, 11), (3, 13))
+TORCHES = ((2, 11), (2, 13))
+# Uses what the kernels use, so that a compiler too old for them fails here and not in the middle of the build.
+CXX_PROBE = """
+#include <bit>
+#include <concepts>
+#include <cstdint>
+template <std::unsigned_integral T> constexpr int width(T x) { return std::bit_width(x); }
+static_assert(width(std::uint64_t{255}) == 8);
+int main() {}
+"""
+
+
+def python_fault(version: Tuple[int, ...]) -> Optional[str]:
+    """Returns what is wrong with this version of Python, or None."""
+    low, high = PYTHONS
+    if low <= tuple(version[:2]) <= high:
+        return None
+    return (
+        "Python {}.{} is not supported: recis_hybrid needs {}.{} to {}.{}; install one of them "
+        "(Debian: `apt-get install python3.11 python3.11-venv`) and name it, e.g. `make demo PYTHON=python3.11`."
+    ).format(version[0], version[1], low[0], low[1], high[0], high[1])
+
+
+def venv_fault(version: Tuple[int, ...]) -> Optional[str]:
+    """Returns what is missing to make a virtual environment, or None."""
+    try:
+        # Debian ships venv without ensurepip, and then `python -m venv` fails with a page of text.
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError as error:
+        return (
+            "Python {0}.{1} cannot make virtual environments (no module {2!r}); "
+            "install its venv package (Debian: `apt-get install python{0}.{1}-venv`)."
+        ).format(version[0], version[1], error.name)
+    return None
+
+
+def compiler_fault(cxx: str) -> Optional[str]:
+    """Returns what is wrong with the C++ compiler of this name, or None."""
+    path = shutil.which(cxx)
+    if path is None:
+        return (
+            "The C++ compiler {!r} was not found; install g++ 10 or newer (Debian: `apt-get install g++`) "
+            "or name another one by the environment variable CXX."
+        ).format(cxx)
+    command = [path, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        done = subprocess.run(command, input=CXX_PROBE.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        return "The C++ compiler {} could not be run ({}); set CXX to one that can.".format(path, error.strerror)
+    if done.returncode == 0:
+        return None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return (
+        "The C++ compiler {} does not compile C++20 (it says: {}); install g++ 10 or newer, or clang 14 or newer, "
+        "and set CXX to it."
+    ).format(path, said[0] if said else "nothing, exit status {}".format(done.returncode))
+
+
+def torch_fault(version: Optional[str]) -> Optional[str]:
+    """Returns what is wrong with the installed torch of this version (None: not installed), or None."""
+    low, high = TORCHES
+    wanted = "recis_hybrid needs {}.{} to {}.{}; install it first: `pip install torch=={}.{}.0`.".format(
+        low[0], low[1], high[0], high[1], high[0], high[1]
+    )
+    if version is None:
+        return "torch is not installed in {}; {}".format(sys.prefix, wanted)
+    try:
+        major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    except ValueError:
+        return "torch in {} has the version {!r}, which cannot be read; {}".format(sys.prefix, version, wanted)
+    if (major, minor) < low:
+        return "torch {} in {} is too old; {}".format(version, sys.prefix, wanted)
+    if (major, minor) > high:
+        return "torch {} in {} is newer than what is supported; {}".format(version, sys.prefix, wanted)
+    return None
+
+
+def installed_torch() -> Optional[str]:
+    """Returns the version of torch in the environment of the running Python, without importing it."""
+    import importlib.metadata as metadata
+
+    try:
+        found: Any = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    return str(found)
+
+
+def faults(subject: str) -> List[str]:
+    """Returns every fault found, in the order in which they have to be mended."""
+    version = tuple(sys.version_info[:3])
+    found = [python_fault(version)]
+    if found[0] is None:
+        if subject == "host":
+            found += [venv_fault(version), compiler_fault(os.environ.get("CXX") or "g++")]
+        else:
+            found.append(torch_fault(installed_torch()))
+    return [fault for fault in found if fault is not None]
+
+
+def main(arguments: List[str]) -> int:
+    """Prints the faults; returns the exit status."""
+    if len(arguments) != 1 or arguments[0] not in ("host", "torch"):
+        print("usage: setup_env.py host|torch", file=sys.stderr)
+        return 2
+    found = faults(arguments[0])
+    for fault in found:
+        print("recis_hybrid: " + fault, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

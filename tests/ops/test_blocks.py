@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+
+from recis_hybrid.embedding import Constant, HashTable, MemberTable, Normal, RecordLayout, StateField, Uniform
+from recis_hybrid.embedding.initializers import table_key
+from tests.support import philox
+from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.tables import feature, make_table
+
+DIMS = [1, 3, 4, 10, 16, 32, 64, 100, 128]
+
+
+def values_of(table: HashTable, ids: list[int], **kwargs: object) -> torch.Tensor:
+    lookup = table.lookup([feature(ids, device=table.device.type)], insert=True)
+    out = torch.empty(len(ids), table.layout.dim, device=table.device)
+    table.gather(lookup, [out])
+    return out.cpu()
+
+
+def table_with(initializer: object, dim: int, device: str = "cpu", seed: int = 3) -> HashTable:
+    return HashTable([MemberTable("item", initializer)], RecordLayout(dim), torch.device(device), seed)  # type: ignore[arg-type]
+
+
+@on_devices
+@pytest.mark.parametrize("dim", DIMS)
+def test_uniform_first_values_are_bitwise_those_of_the_reference(device: str, dim: int) -> None:
+    got = values_of(table_with(Uniform(-0.3, 0.7), dim, device), EDGE_IDS)
+    want = philox.uniform(table_key(3, "item"), np.array(EDGE_IDS), dim, -0.3, 0.7)
+    assert np.array_equal(got.numpy(), want)
+
+
+@on_devices
+@pytest.mark.parametrize("dim", DIMS)
+def test_normal_first_values_are_within_two_ulp_of_float64(device: str, dim: int) -> None:
+    ids = list(range(-500, 500))
+    got = values_of(table_with(Normal(0.0, 1.0), dim, device), ids).numpy()
+    want = philox.normal(table_key(3, "item"), np.array(ids), dim, 0.0, 1.0)
+    # Near its zeros a cosine has few correct bits relative to itself; the error is then judged against the radius.
+    assert np.abs(got - want).max() < 4e-7 * 2
+    assert np.mean(np.abs(got - want) <= 2 * np.spacing(np.abs(want).astype(np.float32))) > 0.97
+
+
+def test_normal_first_values_are_normal() -> None:
+    values = values_of(table_with(Normal(1.0, 2.0), 64), list(range(20_000))).double()
+    standard = ((values - 1) / 2).flatten()
+    # 1.28 M numbers: means of their powers within five standard errors of those of a normal distribution.
+    for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(float((standard**power).mean()) - mean) < 5 * (variance / standard.numel()) ** 0.5
+
+
+@on_devices
+def test_constant_first_values(device: str) -> None:
+    assert values_of(table_with(Constant(0.25), 5, device), [1, 2]).tolist() == [[0.25] * 5] * 2
+
+
+@on_devices
+def test_first_values_depend_on_seed_table_and_id_only(device: str) -> None:
+    a = values_of(table_with(Normal(), 8, device), [1, 2, 3])
+    b = values_of(table_with(Normal(), 8, device), [9, 3, 3, 1, 2])
+    assert torch.equal(a[[2, 2, 0, 1]], b[1:])
+    assert not torch.equal(a, values_of(table_with(Normal(), 8, device, seed=4), [1, 2, 3]))
+    other = HashTable([MemberTable("user", Normal())], RecordLayout(8), torch.device(device), 3)
+    assert not torch.equal(a, values_of(other, [1, 2, 3]))
+
+
+@on_devices
+def test_optimizer_state_starts_as_declared(device: str) -> None:
+    state = (StateField("sum", first_value=0.1), StateField("step", width=1, first_value=-2.0))
+    table = make_table(dim=6, state=state, device=device)
+    lookup = table.lookup([feature([4, 5], device=device)], insert=True)
+    assert table.blocks.read(lookup.rows, "sum").tolist() == [pytest.approx([0.1] * 6)] * 2
+    assert table.blocks.read(lookup.rows, "step").tolist() == [[-2.0]] * 2
+
+
+@on_devices
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("combiner", ["sum", "mean"])
+def test_pooling_is_that_of_embedding_bag(device: str, dim: int, combiner: str) -> None:
+    table = make_table(dim=dim, device=device)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 9, (40,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(0, 50, (int(offsets[-1]),), generator=generator)
+    lookup = table.lookup(
+        [feature(ids, offsets.tolist(), combiner=int(combiner == "mean"), device=device), feature([7, 8], device=device)],
+        insert=True,
+    )
+    outs = [torch.full((40, dim), torch.nan, device=device), torch.full((2, dim), torch.nan, device=device)]
+    table.gather(lookup, outs)
+
+    weight = values_of(table, list(range(50)))
+    bag = torch.nn.functional.embedding_bag(ids, weight, offsets, mode=combiner, include_last_offset=True)
+    torch.testing.assert_close(outs[0].cpu(), bag, rtol=1e-6, atol=1e-7)
+    assert torch.equal(outs[1].cpu(), weight[[7, 8]])
+
+
+@on_devices
+def test_unknown_ids_count_with_their_first_value_and_stay_unknown(device: str) -> None:
+    table, twin = make_table(dim=10, device=device), make_table(dim=10, device=device)
+    table.lookup([feature([1], device=device)], insert=True)
+    twin.lookup([feature([1, 2, 3], device=device)], insert=True)
+    outs = []
+    for each in (table, twin):
+        lookup = each.lookup([feature([1, 2, 3, 3], [0, 2, 4], device=device)], insert=False)
+        outs.append(torch.empty(2, 10, device=device))
+        each.gather(lookup, [outs[-1]])
+    assert torch.equal(outs[0], outs[1])
+    assert len(table) == 1
+
+
+@on_devices
+def test_rows_never_move_while_blocks_grow(device: str) -> None:
+    table = make_table(dim=16, device=device)
+    table.blocks.block_rows = 64
+    table.lookup([feature(list(range(60)), device=device)], insert=True)
+    addresses = [block.data_ptr() for block in table.blocks.blocks]
+    before = values_of(table, list(range(60)))
+    table.lookup([feature(list(range(100, 2000)), device=device)], insert=True)
+    assert [block.data_ptr() for block in table.blocks.blocks][: len(addresses)] == addresses
+    assert len(table.blocks.blocks) > len(addresses)
+    assert torch.equal(values_of(table, list(range(60))), before)
+
+
+@on_devices
+def test_more_features_than_travel_in_kernel_arguments(device: str) -> None:
+    table = make_table(dim=4, members=2, device=device)
+    features = [feature([f, f + 1], member=f % 2, device=device) for f in range(150)]
+    lookup = table.lookup(features, insert=True)
+    outs = [torch.empty(2, 4, device=device) for _ in features]
+    table.gather(lookup, outs)
+    first = values_of(table, list(range(151)))
+    for f, out in enumerate(outs):
+        want = first[[f, f + 1]] if f % 2 == 0 else torch.full((2, 4), 0.5)
+        assert torch.equal(out.cpu(), want)
+
+
+def test_blocks_refuse_what_does_not_fit() -> None:
+    table = make_table(dim=4)
+    rows = table.lookup([feature([1, 2])], insert=True).rows
+    with pytest.raises(ValueError, match=r"embedding: values must have shape \(2, 4\), got \(2, 3\)"):
+        table.blocks.write(rows, "embedding", torch.zeros(2, 3))
+    with pytest.raises(KeyError, match="no optimizer state 'exp_avg'"):
+        table.blocks.read(rows, "exp_avg")
+
+
+def test_operators_have_right_schemas_and_fakes() -> None:
+    table = make_table(dim=4)
+    ids = torch.arange(3)
+    lookup = table.lookup([feature(ids)], insert=True)
+    blocks, none = tuple(table.blocks.handle), torch.empty(0, dtype=torch.int64)
+    init = ([0], [0.5, 0.0], [1])
+    check = torch.library.opcheck
+    check(
+        torch.ops.recis.gather_bags.default,
+        (*blocks, lookup.rows, [ids], [none], [0], *init, 4, [torch.empty(3, 4)]),
+    )
+    check(torch.ops.recis.blocks_read.default, (*blocks, lookup.rows, 0, torch.empty(3, 4)))
+    check(torch.ops.recis.blocks_write.default, (*blocks, lookup.rows, 0, torch.ones(3, 4)))
+    fresh = torch.zeros(3, dtype=torch.int64)
+    check(
+        torch.ops.recis.blocks_init_fresh.default,
+        (*blocks, table.id_map.counters.clone(), fresh, [ids], *init, 4, [], [], []),
+    )
+    check(torch.ops.recis.huge_empty.default, (1 << 21,), test_utils=["test_schema"])

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid import ops
+from recis_hybrid.embedding import IdMap
+from tests.support.devices import EDGE_IDS, on_devices
+
+any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
+
+
+def insert(id_map: IdMap, ids: torch.Tensor, member: int = 0) -> torch.Tensor:
+    id_map.reserve(ids.numel())
+    rows, _ = id_map.find_or_insert([ids], [member])
+    id_map.counters[1] = id_map.counters[0]  # as blocks_init_fresh does when it has written the records
+    return rows
+
+
+@on_devices
+def test_every_64_bit_id_gets_a_row_of_its_own(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    ids = torch.tensor(EDGE_IDS, device=device)
+    rows = insert(id_map, ids)
+    assert sorted(rows.tolist()) == list(range(len(EDGE_IDS)))
+    assert torch.equal(id_map.find([ids], [0]), rows)
+
+
+@on_devices
+def test_unknown_ids_have_row_minus_one(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    insert(id_map, torch.arange(100, device=device))
+    assert id_map.find([torch.arange(100, 200, device=device)], [0]).tolist() == [-1] * 100
+
+
+@on_devices
+def test_member_tables_are_apart(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    ids = torch.tensor(EDGE_IDS, device=device)
+    id_map.reserve(3 * len(EDGE_IDS))
+    rows, _ = id_map.find_or_insert([ids, ids, ids], [0, 1, 65_535])
+    assert rows.unique().numel() == 3 * len(EDGE_IDS)
+    assert id_map.find([ids], [2]).tolist() == [-1] * len(EDGE_IDS)
+    found, of = id_map.ids(65_535)
+    assert found.tolist() == sorted(EDGE_IDS)
+    assert set(of.tolist()) == set(rows[-len(EDGE_IDS) :].tolist())
+
+
+@on_devices
+def test_fresh_names_a_position_of_each_new_row(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    insert(id_map, torch.tensor([5, 6], device=device))
+    ids = torch.tensor([7, 5, 7, 8, 6, 8], device=device)
+    rows, fresh = id_map.find_or_insert([ids], [0])
+    new = fresh[:2]
+    assert rows[new].tolist() == [2, 3]
+    assert set(ids[new].tolist()) == {7, 8}
+    assert id_map.counters.tolist() == [4, 2]
+
+
+@on_devices
+def test_growing_keeps_every_row(device: str) -> None:
+    id_map = IdMap(torch.device(device), capacity=16)
+    ids = torch.randperm(50_000, device=device) * 0x9E3779B97F4A7C1 - 2**60
+    rows = torch.cat([insert(id_map, part) for part in ids.split(997)])
+    assert id_map.capacity >= 50_000 / 0.75
+    assert len(id_map) == id_map.row_bound == 50_000
+    assert torch.equal(id_map.find([ids], [0]), rows)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), any_id), max_size=30), max_size=8))
+def test_behaves_like_a_dict(batches: list[list[tuple[int, int]]]) -> None:
+    id_map = IdMap(torch.device("cpu"), capacity=16)
+    model: dict[tuple[int, int], int] = {}
+    for batch in batches:
+        by_member = [[i for m, i in batch if m == member] for member in range(3)]
+        ids = [torch.tensor(part, dtype=torch.int64) for part in by_member]
+        id_map.reserve(len(batch))
+        rows, _ = id_map.find_or_insert(ids, [0, 1, 2])
+        id_map.counters[1] = id_map.counters[0]
+        keys = [(member, i) for member in range(3) for i in by_member[member]]
+        for key, row in zip(keys, rows.tolist(), strict=True):
+            assert model.setdefault(key, row) == row
+        assert len(set(model.values())) == len(model) == len(id_map)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ids = torch.randint(0, 20_000, (400_000,))
+        id_map = IdMap(torch.device("cpu"))
+        rows = insert(id_map, ids)
+        assert len(id_map) == ids.unique().numel()
+        assert torch.equal(id_map.find([ids], [0]), rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_buckets_are_those_of_the_format() -> None:
+    # Ids are owned by these buckets in every checkpoint ever written: SplitMix64's finaliser over id ^ salt, top 16 bits.
+    def bucket(i: int) -> int:
+        mask = 2**64 - 1
+        x = (i & mask) ^ 0x5851F42D4C957F2D
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return (x ^ (x >> 31)) >> 48
+
+    assert ops.id_map.bucket_of(torch.tensor(EDGE_IDS)).tolist() == [bucket(i) for i in EDGE_IDS]
+
+
+def test_operators_have_right_schemas_and_fakes() -> None:
+    id_map = IdMap(torch.device("cpu"), capacity=64)
+    ids = torch.arange(5)
+    buffers = [torch.empty(5, dtype=torch.int64) for _ in range(2)]
+    check = torch.library.opcheck
+    check(torch.ops.recis.id_map_find_or_insert.default, (id_map.slots, id_map.counters, [ids], [0], *buffers))
+    check(torch.ops.recis.id_map_find.default, (id_map.slots, [ids], [0], buffers[0]))
+    check(torch.ops.recis.id_map_rehash.default, (id_map.slots, torch.zeros(128, 2, dtype=torch.int64)))
+    check(torch.ops.recis.id_map_list.default, (id_map.slots, 0, *buffers, torch.zeros(1, dtype=torch.int64)))
+    check(torch.ops.recis.bucket_ids.default, (ids, buffers[0]))

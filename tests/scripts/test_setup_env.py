@@ -1,0 +1,117 @@
+"""What a user reads who lacks something: one sentence with the remedy, never a trace."""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def setup_env(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", root / "scripts" / "setup_env.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(root: Path, subject: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "scripts" / "setup_env.py"), subject]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def executable(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 4), (3, 13, 9)])
+def test_supported_pythons(setup_env: ModuleType, version: tuple[int, ...]) -> None:
+    assert setup_env.python_fault(version) is None
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 15), (3, 10, 13), (3, 14, 0), (4, 0, 0)])
+def test_unsupported_pythons(setup_env: ModuleType, version: tuple[int, ...]) -> None:
+    fault = setup_env.python_fault(version)
+    assert fault.startswith(f"Python {version[0]}.{version[1]} is not supported")
+    assert "3.11 to 3.13" in fault
+    assert "PYTHON=" in fault
+
+
+def test_a_python_without_ensurepip(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setup_env.venv_fault((3, 11, 2)) is None
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    assert "apt-get install python3.11-venv" in setup_env.venv_fault((3, 11, 2))
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu", "2.13.0a0+git1234"])
+def test_supported_torches(setup_env: ModuleType, version: str) -> None:
+    assert setup_env.torch_fault(version) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.10.0", "torch 2.10.0 in {prefix} is too old"),
+        ("1.13.1+cu117", "torch 1.13.1+cu117 in {prefix} is too old"),
+        ("2.14.0", "torch 2.14.0 in {prefix} is newer than what is supported"),
+        ("nightly", "torch in {prefix} has the version 'nightly', which cannot be read"),
+        (None, "torch is not installed in {prefix}"),
+    ],
+)
+def test_unsupported_torches(setup_env: ModuleType, version: str | None, said: str) -> None:
+    fault = setup_env.torch_fault(version)
+    assert fault.startswith(said.format(prefix=sys.prefix))
+    assert "2.11 to 2.13" in fault
+    assert "pip install torch==2.13.0" in fault
+
+
+def test_the_installed_torch_is_the_one_checked(setup_env: ModuleType) -> None:
+    assert setup_env.installed_torch() == importlib.metadata.version("torch")
+
+
+def test_no_compiler(root: Path) -> None:
+    done = run(root, "host", CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "recis_hybrid: The C++ compiler 'no-such-compiler' was not found; install g++ 10 or newer "
+        "(Debian: `apt-get install g++`) or name another one by the environment variable CXX."
+    ]
+
+
+def test_a_compiler_that_is_too_old(root: Path, tmp_path: Path) -> None:
+    message = "error: unrecognized command line option -std=c++20"
+    done = run(root, "host", CXX=executable(tmp_path / "g++-7", f"echo '{message}' >&2; exit 1"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert "install g++ 10 or newer" in done.stderr
+
+
+def test_a_machine_with_everything_says_nothing(root: Path, tmp_path: Path) -> None:
+    # The probe is handed over on standard input: a stand-in that reads it to the end and is content.
+    done = run(root, "host", CXX=executable(tmp_path / "c++", "cat >/dev/null"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run(root, "torch")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_probe_is_cxx20(setup_env: ModuleType) -> None:
+    compiler = os.environ.get("CXX") or "g++"
+    assert setup_env.compiler_fault(compiler) is None
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run(command, input=setup_env.CXX_PROBE, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+
+
+def test_usage(root: Path) -> None:
+    done = run(root, "everything")
+    assert (done.returncode, done.stderr) == (2, "usage: setup_env.py host|torch\n")

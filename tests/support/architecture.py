@@ -1,0 +1,131 @@
+"""The rules of the architecture, as functions from sources to the places that break them."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+
+from tests.support.imports import PACKAGE, Import, Source, aliases, dotted, imports, outside_functions, room_of
+
+# Who may import whom inside the package; what is not here is forbidden. "" is the package's own __init__.
+ROOMS: dict[str, set[str]] = {
+    "": {"ragged", "state"},
+    "ops": set(),
+    "ragged": {"ops"},
+    "state": set(),
+    "columnio": {"ops", "ragged", "state"},
+    "features": {"ops", "ragged"},
+    # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the plain state they hand out.
+    "embedding": {"ops", "ragged", "state"},
+    "optim": {"ops", "ragged", "state", "embedding"},
+    "saver": {"ops", "ragged", "state"},
+    "metrics": {"ops", "ragged", "state"},
+    "pipelines": {"ops", "ragged", "state", "columnio", "features", "embedding", "optim", "saver", "metrics"},
+    "bridge": {"ops"},
+}
+# What a room may import from elsewhere, beside the standard library and torch.
+OUTSIDE: dict[str, set[str]] = {
+    "columnio": {"numpy", "pyarrow"},
+    "saver": {"numpy", "safetensors"},
+    "pipelines": {"numpy", "tqdm"},
+    "bridge": {"numpy", "jax", "jaxlib"},
+}
+OUTSIDE_OF_OTHERS = {"numpy"}
+
+# Modules and functions by which what is read could be run as code.
+UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
+UNSAFE_NAMES = {"torch.load", "torch.save", "torch.jit.load", "torch.package", "torch.hub.load", "eval", "exec"}
+
+# What C++ and CUDA files of a folder may not include, and why.
+UNSTABLE = r"ATen/|c10/|torch/(?!csrc/stable/|headeronly/|csrc/inductor/aoti_torch/c/)"
+INCLUDES: dict[str, tuple[str, str]] = {
+    "core": (r"torch/|ATen/|c10/|pybind11|xla/|Python\.h|ops/|cpu/|cuda/(?!atomic|std/)", "core knows no framework"),
+    "cpu": (UNSTABLE + r"|pybind11|xla/|Python\.h", "only torch's stable ABI may be used"),
+    "cuda": (UNSTABLE + r"|pybind11|xla/|Python\.h", "only torch's stable ABI may be used"),
+    "ops": (UNSTABLE + r"|pybind11|xla/|Python\.h", "only torch's stable ABI may be used"),
+    "test": (r"torch/|ATen/|c10/|pybind11|xla/|Python\.h", "the sanitizers' programs need no framework"),
+    "xla": (r"torch/|ATen/|c10/", "XLA's handlers need no torch"),
+}
+
+
+def inner_room(item: Import) -> str | None:
+    """Returns the room of the package that an import reaches, or None if it reaches outside."""
+    if item.target.split(".")[0] != PACKAGE:
+        return None
+    # `from recis_hybrid import ops` names a room just as `import recis_hybrid.ops` does.
+    if item.target == PACKAGE and item.name in ROOMS:
+        return item.name
+    return room_of(item.target)
+
+
+def import_violations(source: Source) -> Iterator[str]:
+    """Yields the imports that go against ROOMS and OUTSIDE."""
+    room = source.room
+    if room not in ROOMS:
+        yield f"{source.path}: the room {room!r} is not in ROOMS; decide there whom it may import"
+        return
+    for item in imports(source):
+        where = f"{source.path}:{item.line}"
+        reached = inner_room(item)
+        if reached is None:
+            top = item.target.split(".")[0]
+            allowed = OUTSIDE.get(room, OUTSIDE_OF_OTHERS) | {"torch"} | sys.stdlib_module_names
+            if top not in allowed:
+                yield f"{where}: {room or PACKAGE} may not import {top}"
+        elif reached != room and reached not in ROOMS[room]:
+            yield f"{where}: {room or PACKAGE} may not import {PACKAGE}{'.' + reached if reached else ''}"
+
+
+def name_violations(source: Source) -> Iterator[str]:
+    """Yields where a public name is not re-exported as such, or where a private one of another room is used."""
+    for item in imports(source):
+        where = f"{source.path}:{item.line}"
+        reached = inner_room(item)
+        if reached is None:
+            continue
+        if item.name == "*":
+            yield f"{where}: a star import hides which names are public; name them"
+        if reached != source.room:
+            below = item.target.split(".")[1:] + ([item.name] if item.name else [])
+            private = [part for part in below if part.startswith("_")]
+            if private:
+                yield f"{where}: {private[0]} is private to {PACKAGE}.{reached}; use what its __init__ re-exports"
+        elif source.is_package and item.name and not item.name.startswith("_") and item.alias != item.name:
+            yield f"{where}: re-export a public name with `import {item.name} as {item.name}`"
+
+
+def unsafe_violations(source: Source) -> Iterator[str]:
+    """Yields where a file could run what it reads."""
+    known = aliases(source)
+    for item in imports(source):
+        if item.target.split(".")[0] in UNSAFE_MODULES or item.name in UNSAFE_MODULES:
+            yield f"{source.path}:{item.line}: {item.target} can run what it reads"
+        elif f"{item.target}.{item.name}" in UNSAFE_NAMES or item.target in UNSAFE_NAMES:
+            yield f"{source.path}:{item.line}: {item.target}.{item.name} can run what it reads"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in UNSAFE_NAMES:
+            yield f"{source.path}:{node.lineno}: {dotted(node, known)} can run what it reads"
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                yield f"{source.path}:{node.value.lineno}: allow_pickle can run what it reads"
+
+
+def environment_violations(source: Source) -> Iterator[str]:
+    """Yields where a module reads an environment variable while it is imported."""
+    known = aliases(source)
+    for node in outside_functions(source.tree):
+        if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in ("os.environ", "os.getenv"):
+            yield f"{source.path}:{node.lineno}: reads the environment at import; read it where it is first needed"
+
+
+def include_violations(path: str, text: str) -> Iterator[str]:
+    """Yields what a file below csrc/ includes and may not."""
+    folder = path.split("/")[1]
+    if folder not in INCLUDES:
+        yield f"{path}: the folder csrc/{folder} is not in INCLUDES; decide there what it may include"
+        return
+    forbidden, why = INCLUDES[folder]
+    for number, line in enumerate(text.splitlines(), 1):
+        included = re.match(r'\s*#\s*include\s*[<"]([^>"]+)', line)
+        if included and re.match(forbidden, included[1]):
+            yield f"{path}:{number}: includes {included[1]}; {why}"

@@ -1,0 +1,128 @@
+"""Reads Python sources for what they import and call, without running them."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "recis_hybrid"
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported thing: ``from recis_hybrid.ops import gather as gather`` has the target ``recis_hybrid.ops``.
+
+    Args:
+        line: Where it is imported.
+        target: The module named, absolute; of ``import a.b`` it is ``a.b``.
+        name: The name taken from it, or None if the module itself is imported.
+        alias: The name after ``as``, or None.
+    """
+
+    line: int
+    target: str
+    name: str | None = None
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source file and the dotted name it is imported under."""
+
+    path: str
+    module: str
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        return self.path.endswith("__init__.py")
+
+    @property
+    def package(self) -> str:
+        """The package that relative imports of this file start from."""
+        return self.module if self.is_package else self.module.rpartition(".")[0]
+
+    @property
+    def room(self) -> str:
+        return room_of(self.module)
+
+
+def parse(text: str, path: str) -> Source:
+    """Makes a Source of this text as if it lay at this path below the root of the repository."""
+    parts = list(Path(path).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts.pop()
+    return Source(path, ".".join(parts), ast.parse(text, path))
+
+
+def read_package(root: Path) -> list[Source]:
+    """Reads every file of the package, of bridge too, which is a symbolic link in it."""
+    found: list[Source] = []
+    folders = [root / PACKAGE]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            if path.is_dir():
+                folders.append(path)
+            elif path.suffix == ".py":
+                found.append(parse(path.read_text(encoding="utf-8"), str(path.relative_to(root))))
+    return found
+
+
+def room_of(module: str) -> str:
+    """Returns the room of a module of the package: its name below the package, "" for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(source: Source) -> Iterator[Import]:
+    """Yields every import of a file: at its top, inside functions, for type checkers only, and by importlib."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                yield Import(node.lineno, item.name, None, item.asname)
+        elif isinstance(node, ast.ImportFrom):
+            target = node.module or ""
+            if node.level:
+                above = source.package.split(".")
+                above = above[: len(above) - node.level + 1]
+                target = ".".join([*above, target] if target else above)
+            for item in node.names:
+                yield Import(node.lineno, target, item.name, item.asname)
+        elif isinstance(node, ast.Call) and dotted(node.func, {}) in ("importlib.import_module", "__import__"):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield Import(node.lineno, first.value)
+
+
+def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
+    """Returns "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" if it is no such name."""
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value, aliases)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def aliases(source: Source) -> dict[str, str]:
+    """Maps the names that a file gives to imported things to what they are."""
+    found: dict[str, str] = {}
+    for item in imports(source):
+        if item.name is not None:
+            found[item.alias or item.name] = f"{item.target}.{item.name}"
+        elif item.alias is not None:
+            found[item.alias] = item.target
+    return found
+
+
+def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes that run when a module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(tree):
+        yield child
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            # Decorators, defaults and annotations do run.
+            for part in (*child.decorator_list, child.args):
+                yield part
+                yield from outside_functions(part)
+        elif not isinstance(child, ast.Lambda):
+            yield from outside_functions(child)

@@ -1,0 +1,219 @@
+"""The import graph, the public names and what an import may do; the checkers are tested on sources that break them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import architecture as rules
+from tests.support.imports import Import, Source, imports, parse, read_package
+
+
+@pytest.fixture(scope="module")
+def package(root: Path) -> list[Source]:
+    return read_package(root)
+
+
+def test_the_whole_package_is_read(package: list[Source], root: Path) -> None:
+    modules = {source.module for source in package}
+    assert {"recis_hybrid", "recis_hybrid.ops", "recis_hybrid.embedding", "recis_hybrid.bridge"} <= modules
+    assert (root / "recis_hybrid" / "bridge").is_symlink()
+    assert (root / "recis_hybrid" / "bridge").resolve() == root / "bridge"
+
+
+def test_imports_go_one_way(package: list[Source]) -> None:
+    assert [fault for source in package for fault in rules.import_violations(source)] == []
+
+
+def test_public_names(package: list[Source]) -> None:
+    assert [fault for source in package for fault in rules.name_violations(source)] == []
+
+
+def test_nothing_read_is_run(package: list[Source]) -> None:
+    assert [fault for source in package for fault in rules.unsafe_violations(source)] == []
+
+
+def test_no_environment_at_import(package: list[Source]) -> None:
+    assert [fault for source in package for fault in rules.environment_violations(source)] == []
+
+
+def test_includes(root: Path) -> None:
+    files = [path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    assert files
+    faults = [rules.include_violations(str(path.relative_to(root)), path.read_text()) for path in files]
+    assert [fault for found in faults for fault in found] == []
+
+
+def run_python(code: str, root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=False)
+
+
+def test_import_is_silent_and_light(root: Path) -> None:
+    code = (
+        "import sys; import recis_hybrid; "
+        "heavy = {'jax', 'jaxlib', 'pyarrow', 'recis_hybrid.bridge'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = run_python(code, root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_room_brings_jax(package: list[Source], root: Path) -> None:
+    modules = sorted(source.module for source in package if source.room != "bridge")
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; "
+        "heavy = {'jax', 'jaxlib', 'recis_hybrid.bridge'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = run_python(code, root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_way_to_import_is_seen() -> None:
+    text = """
+import torch as t
+from . import a
+from ._b import c as c
+from recis_hybrid.ops import gather
+def later():
+    import jax.numpy
+    importlib.import_module("pyarrow.dataset")
+if TYPE_CHECKING:
+    from .sub.d import e
+"""
+    of_package = list(imports(parse(text, "recis_hybrid/embedding/__init__.py")))
+    assert sorted(of_package, key=lambda item: item.line) == [
+        Import(2, "torch", None, "t"),
+        Import(3, "recis_hybrid.embedding", "a"),
+        Import(4, "recis_hybrid.embedding._b", "c", "c"),
+        Import(5, "recis_hybrid.ops", "gather"),
+        Import(7, "jax.numpy"),
+        Import(8, "pyarrow.dataset"),
+        Import(10, "recis_hybrid.embedding.sub.d", "e"),
+    ]
+    of_module = imports(parse("from .x import y\nfrom ..optim import z", "recis_hybrid/embedding/engine.py"))
+    assert [item.target for item in of_module] == ["recis_hybrid.embedding.x", "recis_hybrid.optim"]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fault"),
+    [
+        ("recis_hybrid/ops/x.py", "import recis_hybrid.ragged", "ops may not import recis_hybrid.ragged"),
+        ("recis_hybrid/embedding/x.py", "from recis_hybrid import optim", "may not import recis_hybrid.optim"),
+        ("recis_hybrid/embedding/x.py", "from ..saver import State", "may not import recis_hybrid.saver"),
+        ("recis_hybrid/embedding/x.py", "def f():\n  import recis_hybrid.columnio.x", "recis_hybrid.columnio"),
+        ("recis_hybrid/embedding/x.py", "from recis_hybrid import HashTable", "may not import recis_hybrid"),
+        ("recis_hybrid/saver/x.py", "import recis_hybrid.pipelines", "may not import recis_hybrid.pipelines"),
+        ("recis_hybrid/pipelines/x.py", "from recis_hybrid.bridge import to_jax", "recis_hybrid.bridge"),
+        ("recis_hybrid/pipelines/x.py", "import bridge", "pipelines may not import bridge"),
+        ("recis_hybrid/features/x.py", "def f():\n  import jax", "features may not import jax"),
+        ("recis_hybrid/features/x.py", "import pyarrow.parquet", "features may not import pyarrow"),
+        ("recis_hybrid/__init__.py", "from recis_hybrid.bridge import to_jax", "may not import recis_hybrid.bridge"),
+        ("recis_hybrid/bridge/x.py", "from recis_hybrid.embedding import HashTable", "recis_hybrid.embedding"),
+        ("recis_hybrid/bridge/x.py", "import pandas", "bridge may not import pandas"),
+        ("recis_hybrid/cellar/x.py", "", "the room 'cellar' is not in ROOMS"),
+    ],
+)
+def test_a_forbidden_import_is_found(path: str, text: str, fault: str) -> None:
+    (found,) = rules.import_violations(parse(text, path))
+    assert found.startswith(path)
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("recis_hybrid/embedding/x.py", "import torch, numpy, dataclasses\nfrom recis_hybrid.ops import gather"),
+        ("recis_hybrid/optim/x.py", "from recis_hybrid.embedding import RecordLayout\nfrom .y import z"),
+        ("recis_hybrid/pipelines/x.py", "from recis_hybrid import saver, optim\nimport recis_hybrid.columnio"),
+        ("recis_hybrid/columnio/x.py", "import pyarrow.parquet as pq"),
+        (
+            "recis_hybrid/bridge/x.py",
+            "import jax\nfrom jax import numpy\nfrom recis_hybrid import ops\nfrom .y import z",
+        ),
+    ],
+)
+def test_an_allowed_import_passes(path: str, text: str) -> None:
+    source = parse(text, path)
+    assert [*rules.import_violations(source), *rules.name_violations(source)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fault"),
+    [
+        ("recis_hybrid/ops/__init__.py", "from ._x import gather", "import gather as gather"),
+        ("recis_hybrid/ops/__init__.py", "from recis_hybrid.ops._x import gather as take", "import gather as gather"),
+        ("recis_hybrid/ops/__init__.py", "from ._x import *", "star import"),
+        ("recis_hybrid/optim/x.py", "from recis_hybrid.embedding._blocks import Blocks", "_blocks is private"),
+        ("recis_hybrid/optim/x.py", "from recis_hybrid.embedding import _Blocks", "_Blocks is private"),
+        ("recis_hybrid/optim/x.py", "import recis_hybrid.embedding._blocks", "_blocks is private"),
+    ],
+)
+def test_a_name_that_is_not_public_is_found(path: str, text: str, fault: str) -> None:
+    found = list(rules.name_violations(parse(text, path)))
+    assert found
+    assert fault in found[0]
+
+
+def test_private_names_are_free_within_a_room() -> None:
+    inside = parse("from recis_hybrid.ops import _library\nfrom ._x import y as y", "recis_hybrid/ops/__init__.py")
+    beside = parse("from ._x import y\nfrom recis_hybrid.ops._z import w", "recis_hybrid/ops/hash.py")
+    assert [*rules.name_violations(inside), *rules.name_violations(beside)] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "def f():\n  from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "import torch as t\nload = t.load",
+        "from torch import load",
+        "from torch import save as write",
+        "import torch\ntorch.save({}, 'x')",
+        "import numpy\nnumpy.load('x', allow_pickle=True)",
+        "eval('1')",
+        "exec('1')",
+    ],
+)
+def test_running_what_is_read_is_found(text: str) -> None:
+    assert list(rules.unsafe_violations(parse(text, "recis_hybrid/saver/x.py")))
+
+
+def test_harmless_calls_pass() -> None:
+    text = "import torch, json\ntorch.ops.load_library('x')\njson.load(f)\nmodel.eval()\nload(1)\nf(allow_pickle=False)"
+    assert list(rules.unsafe_violations(parse(text, "recis_hybrid/saver/x.py"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("import os\nx = os.environ['A']", 1),
+        ("from os import environ\nclass C:\n  x = environ.get('A')", 1),
+        ("import os\ndef f(x=os.getenv('A')):\n  return x", 1),
+        ("import os\ndef f():\n  return os.environ['A']", 0),
+        ("import os\nf = lambda: os.getenv('A')", 0),
+    ],
+)
+def test_reading_the_environment_at_import_is_found(text: str, faults: int) -> None:
+    assert len(list(rules.environment_violations(parse(text, "recis_hybrid/ops/x.py")))) == faults
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "faults"),
+    [
+        ("csrc/core/x.h", "#include <torch/csrc/stable/tensor.h>", 1),
+        ("csrc/core/x.h", "#include <cuda/atomic>", 0),
+        ("csrc/core/x.h", '#include "cuda/launch.cuh"', 1),
+        ("csrc/ops/x.cpp", "#include <torch/extension.h>", 1),
+        ("csrc/ops/x.cpp", "# include <ATen/ATen.h>", 1),
+        ("csrc/ops/x.cpp", "#include <torch/csrc/stable/library.h>", 0),
+        ("csrc/ops/x.cpp", "#include <torch/csrc/inductor/aoti_torch/c/shim.h>", 0),
+        ("csrc/cuda/x.cu", "#include <c10/cuda/CUDAStream.h>", 1),
+        ("csrc/xla/x.cpp", "#include <pybind11/pybind11.h>", 0),
+        ("csrc/cellar/x.cpp", "", 1),
+    ],
+)
+def test_a_forbidden_include_is_found(path: str, line: str, faults: int) -> None:
+    assert len(list(rules.include_violations(path, line))) == faults

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(st.lists(st.lists(INT64, max_size=5), max_size=8))
+def test_lists_survive_the_round_trip(rows: list[list[int]]) -> None:
+    ragged = RaggedTensor.from_lists(rows)
+    assert ragged.to_lists() == rows
+    assert ragged.dtype == torch.int64
+    assert ragged.batch_size == len(ragged) == len(rows)
+    assert ragged.lengths().tolist() == [len(row) for row in rows]
+
+
+@given(st.lists(st.binary(max_size=6), max_size=8))
+def test_strings_survive_the_round_trip(strings: list[bytes]) -> None:
+    column = RaggedTensor.from_strings(strings)
+    assert column.values.dtype == torch.uint8
+    assert column.to_strings() == strings
+
+
+def test_text_is_encoded_as_utf8() -> None:
+    assert RaggedTensor.from_strings(["é", "", "日"]).to_strings() == ["é".encode(), b"", "日".encode()]
+
+
+def test_from_lists_takes_a_dtype_and_weights() -> None:
+    ragged = RaggedTensor.from_lists([[1, 2], [3]], dtype=torch.float64, weights=[[0.5, 2], [1]])
+    assert ragged.dtype == torch.float64
+    assert ragged.weights is not None
+    assert ragged.weights.dtype == torch.float32
+    assert ragged.weights.tolist() == [0.5, 2.0, 1.0]
+
+
+def test_from_lists_refuses_weights_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"as many weights as values.*\[2\] values and \[1\] weights"):
+        RaggedTensor.from_lists([[1, 2]], weights=[[1.0]])
+
+
+def test_values_may_have_more_dimensions() -> None:
+    ragged = RaggedTensor(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 3]))
+    assert ragged.values[ragged.offsets[1] : ragged.offsets[2]].tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    assert str(ragged.to_lists()) == "[[[0.0, 1.0]], [[2.0, 3.0], [4.0, 5.0]]]"
+
+
+def test_a_batch_of_no_rows_is_legal() -> None:
+    ragged = RaggedTensor(torch.empty(0, dtype=torch.int64), torch.tensor([0]))
+    assert ragged.batch_size == 0
+    assert ragged.to_lists() == []
+    assert ragged.lengths().shape == (0,)
+
+
+VALUES = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        (torch.tensor([0, 3], dtype=torch.int32), TypeError, "offsets must be int64, got torch.int32"),
+        (torch.tensor([[0, 3]]), ValueError, r"must be \[B \+ 1\].*int64\[1, 2\]"),
+        (torch.empty(0, dtype=torch.int64), ValueError, r"the offsets \[0\]"),
+        (torch.tensor([1, 3]), ValueError, "must start with 0, got 1"),
+        (torch.tensor([0, 2, 1, 3]), ValueError, "must not decrease, got 2 and then 1 at row 1"),
+        (torch.tensor([0, -1, 3]), ValueError, "must not decrease, got 0 and then -1 at row 0"),
+        (torch.tensor([0, 2]), ValueError, "end with the number of values, 3, got 2"),
+        (torch.tensor([0, 4]), ValueError, "end with the number of values, 3, got 4"),
+        (np.array([0, 3]), TypeError, "offsets must be a torch.Tensor, got ndarray"),
+    ],
+)
+def test_wrong_offsets_are_refused(offsets: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RaggedTensor(VALUES, offsets)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.ones(3, dtype=torch.float64), TypeError, "weights must be float32"),
+        (torch.ones(2), ValueError, r"\[N\] with N = 3, got float32\[2\]"),
+        (torch.ones(3, 1), ValueError, r"\[N\] with N = 3, got float32\[3, 1\]"),
+        (torch.ones(3, device="meta"), ValueError, "beside the values, got meta and cpu"),
+    ],
+)
+def test_wrong_weights_are_refused(weights: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RaggedTensor(VALUES, torch.tensor([0, 3]), weights)
+
+
+def test_other_wrong_tensors_are_refused() -> None:
+    with pytest.raises(ValueError, match="without dimensions"):
+        RaggedTensor(torch.tensor(1), torch.tensor([0]))
+    with pytest.raises(ValueError, match="got cpu and meta"):
+        RaggedTensor(VALUES.to("meta"), torch.tensor([0, 3]))
+
+
+def test_it_is_frozen_and_compares_by_identity() -> None:
+    one, other = RaggedTensor.from_lists([[1]]), RaggedTensor.from_lists([[1]])
+    assert one == one  # noqa: PLR0124
+    assert one != other
+    with pytest.raises(FrozenInstanceError):
+        one.values = VALUES  # type: ignore[misc]
+
+
+def test_repr_names_form_and_not_content() -> None:
+    assert repr(RaggedTensor.from_lists([[1.0]], weights=[[2.0]])) == (
+        "RaggedTensor(batch_size=1, values=float32[1], weights=float32[1], device=cpu)"
+    )
+
+
+def test_to_returns_itself_where_nothing_moves() -> None:
+    ragged = RaggedTensor.from_lists([[1, 2], []], weights=[[1, 2], []])
+    assert ragged.to("cpu") is ragged
+    moved = ragged.to("meta")
+    assert moved.device == moved.offsets.device == torch.device("meta")
+    assert moved.weights is not None
+    assert moved.weights.device.type == "meta"
+
+
+def test_to_strings_refuses_numbers() -> None:
+    with pytest.raises(TypeError, match="uint8"):
+        RaggedTensor.from_lists([[1]]).to_strings()
+
+
+def test_a_change_made_behind_its_back_is_found_by_validate() -> None:
+    ragged = RaggedTensor.from_lists([[1], [2]])
+    assert ragged.validate() is ragged
+    ragged.offsets[1] = 5
+    with pytest.raises(ValueError, match="must not decrease, got 5 and then 2"):
+        ragged.validate()
+
+
+def test_it_can_be_built_inside_a_compiled_function() -> None:
+    def double(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ragged = RaggedTensor(values, offsets)
+        return ragged.values * 2 + ragged.lengths().sum()
+
+    compiled = torch.compile(double, fullgraph=True, backend="eager")
+    assert compiled(VALUES, torch.tensor([0, 1, 3])).tolist() == [3, 5, 7]
+
+
+def test_batch_helpers() -> None:
+    batch: Batch = {"id": torch.tensor([1, 2]), "clicks": RaggedTensor.from_lists([[7, 8], []])}
+    assert batch_size(batch) == 2
+    moved = batch_to(batch, "meta")
+    assert [column.device.type for column in moved.values()] == ["meta", "meta"]
+    assert batch_to(batch, "cpu")["id"] is batch["id"]
+
+
+def test_a_batch_whose_columns_disagree_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\{'id': 3, 'clicks': 1\}"):
+        batch_size({"id": VALUES, "clicks": RaggedTensor.from_lists([[7]])})
+    with pytest.raises(ValueError, match="no columns"):
+        batch_size({})
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_a_gpu() -> None:
+    ragged = RaggedTensor.from_lists([[1, 2], []]).to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = RaggedTensor(ragged.values + 1, ragged.offsets.clone())
+        lengths = again.lengths()
+        assert repr(again).endswith("device=cuda:0)")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert lengths.tolist() == [2, 0]
+    assert again.to("cpu").to_lists() == [[2, 3], []]
+    broken = RaggedTensor(ragged.values, ragged.offsets + 1)
+    with pytest.raises(ValueError, match="must start with 0, got 1"):
+        broken.validate()
