@@ -1,0 +1,271 @@
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, Normal, Uniform, dense_parameters
+from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.devices import EDGE_IDS, on_devices
+
+
+def batch_on(device: str) -> Batch:
+    return {
+        "user": torch.tensor([1, 2, 1, -1], device=device),
+        "item": RaggedTensor(
+            torch.tensor([5, 6, 5, 7, 2**63 - 1], device=device), torch.tensor([0, 2, 2, 3, 5], device=device)
+        ),
+        "pair": torch.tensor([[1, 2], [3, 4], [1, 1], [9, 9]], device=device),
+        "label": torch.zeros(4, device=device),
+    }
+
+
+CONFIGS = {
+    "user": EmbeddingConfig(dim=8, initializer=Normal(0, 0.1)),
+    "item": EmbeddingConfig(dim=8, combiner="mean", initializer=Uniform(-1, 1)),
+    "pair": EmbeddingConfig(dim=3, initializer=Normal(0, 0.1)),
+}
+
+
+def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, batch: Batch, steps: int = 3) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = sum(((value - 0.5) ** 2).sum() for value in engine(batch).values())
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@on_devices
+def test_outputs_are_aligned_float32_vectors_in_the_order_of_the_configs(device: str) -> None:
+    outputs = EmbeddingEngine(CONFIGS, device=device)(batch_on(device))
+    assert list(outputs) == ["user", "item", "pair"]
+    for name, value in outputs.items():
+        assert value.shape == (4, CONFIGS[name].dim)
+        assert value.dtype == torch.float32
+        assert value.is_contiguous()
+        assert value.data_ptr() % 64 == 0
+    assert torch.equal(outputs["item"][1], torch.zeros(8, device=device))
+
+
+@on_devices
+def test_training_lowers_the_loss(device: str) -> None:
+    engine = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state(), device=device)
+    losses = train(engine, optim.Adam(engine.parameters(), lr=0.05), batch_on(device), steps=60)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@on_devices
+def test_ids_of_any_value_train(device: str) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, initializer=Constant(0.0))}, device=device)
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    ids = torch.tensor(EDGE_IDS, device=device)
+    target = torch.arange(len(EDGE_IDS), device=device, dtype=torch.float32)
+    (engine({"id": ids})["id"] * -target[:, None]).sum().backward()
+    optimizer.step()
+    assert torch.equal(engine({"id": ids})["id"], target[:, None].expand(-1, 4))
+
+
+@on_devices
+@pytest.mark.parametrize("rule", ["SGD", "Adagrad", "Adam"])
+def test_coalescing_changes_no_bit(device: str, rule: str) -> None:
+    optimizer = getattr(optim, rule)
+    outputs = []
+    for coalesce in (True, False):
+        engine = EmbeddingEngine(CONFIGS, optimizer_state=optimizer.row_state(), device=device, coalesce=coalesce)
+        assert len(engine.tables) == (2 if coalesce else 3)
+        train(engine, optimizer(engine.parameters(), lr=0.1), batch_on(device))
+        outputs.append(engine(batch_on(device)))
+    for name in CONFIGS:
+        assert torch.equal(outputs[0][name], outputs[1][name])
+
+
+@on_devices
+def test_features_that_name_one_table_share_rows(device: str) -> None:
+    shared = EmbeddingConfig(dim=4, table="item")
+    engine = EmbeddingEngine({"clicked": shared, "shown": shared}, device=device)
+    ids = torch.tensor([3, 4], device=device)
+    outputs = engine({"clicked": ids, "shown": ids})
+    assert torch.equal(outputs["clicked"], outputs["shown"])
+    sum(value.sum() for value in outputs.values()).backward()  # type: ignore[union-attr]
+    optim.SGD(engine.parameters(), lr=0.25).step()
+    assert torch.equal(engine({"clicked": ids, "shown": ids})["shown"], outputs["shown"].detach() - 0.5)
+    assert len(engine.tables[0]) == 2
+
+
+@on_devices
+def test_evaluation_never_inserts(device: str) -> None:
+    engine = EmbeddingEngine(CONFIGS, device=device)
+    known = engine(batch_on(device))
+    sizes = [len(table) for table in engine.tables]
+    engine.eval()
+    assert all(torch.equal(value, known[name]) for name, value in engine(batch_on(device)).items())
+    fresh = {**batch_on(device), "user": torch.tensor([70, 71, 72, 73], device=device)}
+    unknown = engine(fresh)["user"]
+    assert [len(table) for table in engine.tables] == sizes
+    assert not unknown.requires_grad
+    engine.train()
+    assert torch.equal(engine(fresh)["user"], unknown)
+
+
+@on_devices
+def test_functional_core_agrees_with_autograd(device: str) -> None:
+    batch = batch_on(device)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(4, c.dim, generator=generator).to(device) for name, c in CONFIGS.items()}
+    results = []
+    for functional in (True, False):
+        engine = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state(), device=device)
+        optimizer = optim.Adam(engine.parameters(), lr=0.1)
+        for _ in range(3):
+            if functional:
+                _, ctx = engine.lookup(batch)
+                engine.apply_gradients(ctx, gradients, optimizer)
+            else:
+                outputs = engine(batch)
+                torch.autograd.backward([outputs[name] for name in CONFIGS], [gradients[name] for name in CONFIGS])
+                optimizer.step()
+        results.append(engine(batch))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in CONFIGS)
+
+
+def test_gradients_accumulate_until_a_step_and_zero_grad_forgets_them() -> None:
+    ids = {"id": torch.tensor([1, 2, 1])}
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))})
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    engine(ids)["id"].sum().backward()
+    optimizer.zero_grad()
+    for _ in range(2):
+        engine(ids)["id"].sum().backward()
+    optimizer.step()
+    optimizer.step()
+    assert engine(ids)["id"].tolist() == [[-4.0, -4.0], [-2.0, -2.0], [-4.0, -4.0]]
+
+
+def test_a_feature_without_gradient_is_not_updated() -> None:
+    engine = EmbeddingEngine(
+        {"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state()
+    )
+    optimizer = optim.Adam(engine.parameters(), lr=0.1)
+    batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
+    both = engine(batch)
+    sum(value.sum() for value in both.values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    before = engine(batch)
+    before["a"].sum().backward()
+    optimizer.step()
+    after = engine(batch)
+    assert torch.equal(after["b"], before["b"])
+    assert not torch.equal(after["a"], before["a"])
+
+
+def test_a_lookup_from_before_clear_is_refused() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    _, ctx = engine.lookup({"id": torch.tensor([1])})
+    engine.tables[0].clear()
+    with pytest.raises(RuntimeError, match="generation 0 and the table is in generation 1.*look the batch up again"):
+        engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
+
+
+@on_devices
+def test_state_goes_into_another_engine_and_is_bitwise_the_same(device: str) -> None:
+    batch = batch_on(device)
+    first = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state(), seed=5, device=device)
+    train(first, optim.Adam(first.parameters(), lr=0.1), batch)
+    state = first.checkpoint_state()
+    assert set(state.tables) == set(CONFIGS)
+    assert state.tables["item"].columns["ids"].tolist() == [5, 6, 7, 2**63 - 1]
+    second = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state(), seed=6, device=device, coalesce=False)
+    second(batch)
+    second.load_checkpoint_state(state)
+    again = second.checkpoint_state()
+    for name, table in state.tables.items():
+        for column, values in table.columns.items():
+            assert torch.equal(values, again.tables[name].columns[column])
+        assert torch.equal(table.buckets, again.tables[name].buckets)
+    unknown = {**batch, "user": torch.tensor([100, 101, 102, 103], device=device)}
+    assert torch.equal(first.eval()(unknown)["user"], second.eval()(unknown)["user"])
+
+
+def test_state_of_another_engine_is_refused_and_changes_nothing() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    engine({"id": torch.tensor([1])})
+    with pytest.raises(ValueError, match=r"missing \['id'\], unknown \['other'\]"):
+        engine.load_checkpoint_state(EmbeddingEngine({"other": EmbeddingConfig(dim=2)}).checkpoint_state())
+    with pytest.raises(ValueError, match="table 'id': the state has .*3.* this one .*2"):
+        engine.load_checkpoint_state(EmbeddingEngine({"id": EmbeddingConfig(dim=3)}).checkpoint_state())
+    assert len(engine.tables[0]) == 1
+
+
+def test_anchors_stay_out_of_state_dicts_and_dense_parameters() -> None:
+    model = torch.nn.ModuleDict({"engine": EmbeddingEngine(CONFIGS), "tower": torch.nn.Linear(2, 1)})
+    assert list(model.state_dict()) == ["tower.weight", "tower.bias"]
+    model.load_state_dict(model.state_dict())
+    assert [p.shape for p in dense_parameters(model)] == [p.shape for p in model["tower"].parameters()]
+    with pytest.raises(TypeError, match="cannot be deep-copied; save it with Saver"):
+        __import__("copy").deepcopy(model)
+
+
+def test_describe_names_tables_members_features_and_rows() -> None:
+    engine = EmbeddingEngine({**CONFIGS, "seen": EmbeddingConfig(dim=8, table="user", initializer=Normal(0, 0.1))})
+    engine({**batch_on("cpu"), "seen": torch.tensor([1, 2, 1, 3])})
+    text = engine.describe()
+    assert "user (user, seen), item (item)" in text
+    assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "error", "message"),
+    [
+        (None, KeyError, "feature 'user': the batch has no such column; it has"),
+        (torch.zeros(4), TypeError, "feature 'user': ids must be int64 or int32, got torch.float32; cast it"),
+        (
+            RaggedTensor(torch.zeros(4, dtype=torch.uint8), torch.tensor([0, 2, 4])),
+            TypeError,
+            "feature 'user': ids must be int64 or int32, got torch.uint8; hash it first",
+        ),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), ValueError, r"feature 'user': ids must be \[B\], \[B, L\]"),
+    ],
+)
+def test_bad_columns_are_refused(column: object, error: type[Exception], message: str) -> None:
+    batch = {**batch_on("cpu"), "user": column}
+    if column is None:
+        del batch["user"]
+    with pytest.raises(error, match=message):
+        EmbeddingEngine(CONFIGS)(batch)  # type: ignore[arg-type]
+
+
+def test_bad_configs_are_refused() -> None:
+    with pytest.raises(ValueError, match="give at least one feature"):
+        EmbeddingEngine({})
+    with pytest.raises(ValueError, match="dim must be positive, got 0"):
+        EmbeddingConfig(dim=0)
+    with pytest.raises(ValueError, match=r"combiner must be one of \['mean', 'sum'\], got 'max'"):
+        EmbeddingConfig(dim=1, combiner="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'a' and 'b' share the table 't' but want different ones: dim=1.*dim=2"):
+        EmbeddingEngine({"a": EmbeddingConfig(dim=1, table="t"), "b": EmbeddingConfig(dim=2, table="t")})
+    with pytest.raises(ValueError, match="Uniform: low must not exceed high"):
+        Uniform(1.0, 0.0)
+    with pytest.raises(ValueError, match="values must be finite"):
+        Normal(float("nan"), 1.0)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.lists(st.sampled_from(EDGE_IDS), min_size=1, max_size=12), min_size=1, max_size=6))
+def test_sgd_on_a_table_is_sgd_on_a_dict(batches: list[list[int]]) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3, initializer=Constant(1.0))})
+    optimizer = optim.SGD(engine.parameters(), lr=0.5)
+    model: dict[int, torch.Tensor] = {}
+    for ids in batches:
+        gradient = torch.randn(len(ids), 3)
+        engine({"id": torch.tensor(ids)})["id"].backward(gradient)
+        optimizer.step()
+        summed: dict[int, torch.Tensor] = {}
+        for i, g in zip(ids, gradient, strict=True):
+            summed[i] = summed.get(i, torch.zeros(3)) + g
+        for i, g in summed.items():
+            model[i] = model.get(i, torch.ones(3)) - 0.5 * g
+        assert torch.equal(engine({"id": torch.tensor(ids)})["id"], torch.stack([model[i] for i in ids]))
+    assert len(engine.tables[0]) == len(model)

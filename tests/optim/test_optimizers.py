@@ -1,0 +1,107 @@
+"""Sparse optimizers against torch.optim over 50 steps with repeating ids."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
+from tests.support.devices import on_devices
+
+IDS = 40
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
+    "sgd": (optim.SGD, optim.SGD.row_state(), {"lr": 0.1}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adagrad": (optim.Adagrad, optim.Adagrad.row_state(), {"lr": 0.1}, lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    "adagrad_from_0.1": (
+        optim.Adagrad,
+        optim.Adagrad.row_state(initial_accumulator_value=0.1),
+        {"lr": 0.1, "eps": 1e-8},
+        lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-8, initial_accumulator_value=0.1),
+    ),
+    "adam": (optim.Adam, optim.Adam.row_state(), {"lr": 0.01}, lambda p: torch.optim.SparseAdam(p, lr=0.01)),
+    "adam_betas": (
+        optim.Adam,
+        optim.Adam.row_state(),
+        {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3},
+        lambda p: torch.optim.SparseAdam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
+    ),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("dim", [1, 6, 16, 64])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> None:
+    ours, state, settings, theirs = CASES[case]
+    config = EmbeddingConfig(dim=dim, initializer=Normal(0, 1))
+    engine = EmbeddingEngine({"id": config}, optimizer_state=state, device=device)
+    every = torch.arange(IDS, device=device)
+    twin = torch.nn.Embedding(IDS, dim, sparse=True)
+    twin.weight.data.copy_(engine({"id": every})["id"].detach())
+    optimizer, reference = ours(engine.parameters(), **settings), theirs(list(twin.parameters()))
+    # A schedule on both: learning rates are read at each step.
+    schedules = [torch.optim.lr_scheduler.StepLR(o, step_size=20, gamma=0.5) for o in (optimizer, reference)]
+    generator = torch.Generator().manual_seed(dim)
+    for _ in range(50):
+        ids = torch.randint(0, IDS, (30,), generator=generator)
+        gradient = torch.randn(30, dim, generator=generator)
+        engine({"id": ids.to(device)})["id"].backward(gradient.to(device))
+        twin(ids).backward(gradient)
+        for each in (optimizer, reference, *schedules):
+            each.step()
+        for each in (optimizer, reference):
+            each.zero_grad()
+    torch.testing.assert_close(engine({"id": every})["id"].cpu(), twin.weight.detach(), rtol=1e-6, atol=2e-6)
+
+
+def test_a_parameter_that_is_no_anchor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Adam: parameter 0 \(shape \[3\]\) is not an embedding table's anchor"):
+        optim.Adam([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_an_engine_without_the_state_is_refused() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    with pytest.raises(ValueError, match=r"built with \[\]: build it with .*optimizer_state=Adagrad.row_state\(\)"):
+        optim.Adagrad(engine.parameters())
+
+
+def test_a_table_of_another_engine_is_refused() -> None:
+    engine, other = (EmbeddingEngine({"id": EmbeddingConfig(dim=2)}) for _ in range(2))
+    _, ctx = engine.lookup({"id": torch.tensor([1])})
+    with pytest.raises(ValueError, match="this table is not among the optimizer's parameters"):
+        engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(other.parameters()))
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}, {"lr": float("nan")}])
+def test_bad_hyperparameters_are_refused(settings: dict[str, Any]) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state())
+    with pytest.raises(ValueError, match="must"):
+        optim.Adam(engine.parameters(), **settings)
+
+
+def test_state_dict_keeps_the_step_count() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state())
+    optimizer = optim.Adam(engine.parameters())
+    for _ in range(3):
+        engine({"id": torch.tensor([1])})["id"].sum().backward()
+        optimizer.step()
+    restored = optim.Adam(engine.parameters())
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.state[engine.tables[0].anchor]["step"] == 3
+
+
+def test_a_closure_is_evaluated() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+
+    def closure() -> float:
+        loss = engine({"id": torch.tensor([1])})["id"].pow(2).sum()
+        loss.backward()
+        return loss.item()
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
