@@ -1,0 +1,186 @@
+// Tables under the sanitizers: many threads insert the same ids at once, then gather and update their rows.
+//
+// Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and UndefinedBehaviorSanitizer).
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "core/blocks.h"
+#include "core/for_each.h"
+#include "core/gather.h"
+#include "core/group.h"
+#include "core/id_map.h"
+#include "core/update.h"
+
+namespace {
+
+using namespace recis;
+
+int failures = 0;
+
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
+      ++failures;                                                     \
+    }                                                                 \
+  } while (0)
+
+constexpr int kThreads = 4;
+constexpr int64_t kDim = 20;
+constexpr int64_t kRecordBytes = 2 * kDim * 4;
+constexpr int kBlockShift = 7;
+
+// The host-side owner that Python's HashTable is in production, small.
+struct Table {
+  explicit Table(int64_t capacity) : slots(2 * capacity, 0), capacity(capacity) {}
+
+  IdMapRef map() { return {slots.data(), static_cast<uint64_t>(capacity - 1)}; }
+
+  BlocksRef blocks(int64_t rows) {
+    while (static_cast<int64_t>(memory.size()) << kBlockShift < rows) {
+      void* block = std::aligned_alloc(64, kRecordBytes << kBlockShift);
+      memory.emplace_back(block, &std::free);
+      addresses.push_back(reinterpret_cast<int64_t>(block));
+    }
+    return {addresses.data(), kBlockShift, kRecordBytes};
+  }
+
+  std::vector<uint64_t> slots;
+  int64_t capacity;
+  int64_t counters[2] = {0, 0};
+  std::vector<std::unique_ptr<void, void (*)(void*)>> memory;
+  std::vector<int64_t> addresses;
+};
+
+template <class T>
+Segments<T> segments(const std::vector<T>& parts, int64_t total) {
+  Segments<T> result;
+  result.count = static_cast<int32_t>(parts.size());
+  result.far = parts.data();
+  result.total = total;
+  return result;
+}
+
+// Every thread gets every id: the slots are fought for as hard as can be.
+void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
+  Table table(1024);
+  while (table.capacity * 3 < distinct * 4) table.capacity *= 2;
+  table.slots.assign(2 * table.capacity, 0);
+
+  std::mt19937_64 random(distinct);
+  std::vector<int64_t> pool;
+  for (int64_t i = 0; i < distinct; ++i) pool.push_back(static_cast<int64_t>(random()));
+  pool[0] = 0;
+  pool[1] = -1;
+  pool[2] = INT64_MIN;
+  pool[3] = INT64_MAX;
+  std::vector<int64_t> ids;
+  for (int r = 0; r < repeats * kThreads; ++r) ids.insert(ids.end(), pool.begin(), pool.end());
+  const int64_t n = static_cast<int64_t>(ids.size());
+  const Initializer init{InitKind::kNormal, 0.0f, 1.0f, 42};
+
+  // Two member tables over the same ids: twice the rows.
+  const int64_t half = n / 2;
+  const std::vector<IdSpan> spans{{0, ids.data(), 0}, {half, ids.data() + half, 7}};
+  std::set<std::pair<int64_t, int64_t>> keys;
+  for (int64_t i = 0; i < n; ++i) keys.insert({i < half ? 0 : 7, ids[i]});
+  while (table.capacity * 3 < static_cast<int64_t>(keys.size()) * 4) table.capacity *= 2;
+  table.slots.assign(2 * table.capacity, 0);
+
+  std::vector<int64_t> rows(n), fresh(n), found(n);
+  const Threads threads{kThreads};
+  for_each_cpu(threads, n, 1, FindOrInsertIds{segments(spans, n), table.map(), table.counters, rows.data(), fresh.data()});
+  const int64_t count = table.counters[0];
+  CHECK(count == static_cast<int64_t>(keys.size()));
+
+  const BlocksRef blocks = table.blocks(count);
+  RecordStart start{};
+  start.dim = kDim;
+  start.fields = 1;
+  start.field[0] = {kDim * 4, kDim, 0.5f};
+  const std::vector<InitSpan> inits{{0, ids.data(), init}, {half, ids.data() + half, init}};
+  for_each_cpu(threads, count, 1, InitFreshRows{segments(inits, n), blocks, table.counters, fresh.data(), start});
+  for_each_cpu(Serial{}, 1, 1, CommitFreshRows{table.counters});
+  CHECK(table.counters[1] == count);
+
+  if (grow) {
+    std::vector<uint64_t> larger(4 * table.capacity, 0);
+    const IdMapRef to{larger.data(), static_cast<uint64_t>(2 * table.capacity - 1)};
+    for_each_cpu(threads, table.capacity, 1, RehashSlots{table.slots.data(), to});
+    table.slots = std::move(larger);
+    table.capacity *= 2;
+  }
+  for_each_cpu(threads, n, 1, FindIds{segments(spans, n), table.map(), found.data()});
+  CHECK(found == rows);
+  std::vector<int64_t> listed(count), listed_rows(count);
+  int64_t listed_count = 0;
+  for_each_cpu(threads, table.capacity, 1,
+               ListIds{table.slots.data(), 7, listed.data(), listed_rows.data(), &listed_count});
+  CHECK(std::set<int64_t>(listed.begin(), listed.begin() + listed_count).size() ==
+        static_cast<size_t>(listed_count));
+
+  // Bags of three ids, gathered; then their gradients reduced and applied.
+  const int64_t bags = n / 3;
+  std::vector<int64_t> offsets;
+  for (int64_t b = 0; b <= bags; ++b) offsets.push_back(b == bags ? n : 3 * b);
+  std::vector<float> out(bags * kDim);
+  const std::vector<BagSpan> bag_spans{{0, 0, offsets.data(), ids.data(), out.data(), Combiner::kMean, init}};
+  GatherBags<16> gather{};
+  gather.segments = segments(bag_spans, bags);
+  gather.blocks = blocks;
+  gather.rows = rows.data();
+  gather.dim = kDim;
+  for_each_cpu(threads, bags, 1, gather);
+  float values[4];
+  first_values(init, ids[0], 0, values);
+  float sum = 0.0f;
+  for (int64_t p = 0; p < 3; ++p) {
+    first_values(init, ids[p], 0, values);
+    sum += values[0];
+  }
+  CHECK(out[0] == sum * (1.0f / 3.0f));
+
+  std::vector<int64_t> sources(n);
+  std::vector<float> scales(n);
+  const std::vector<SourceSpan> source_spans{{0, 0, offsets.data(), Combiner::kMean}};
+  for_each_cpu(threads, bags, 1, FillSources{segments(source_spans, bags), sources.data(), scales.data()});
+
+  std::vector<std::vector<float>> updated;
+  for (const int tasks : {1, kThreads}) {
+    std::vector<int64_t> unique(n), starts(n + 1), grouped(n);
+    std::vector<float> grouped_scales(n);
+    int64_t groups = 0;
+    group_rows_cpu(threads, tasks, rows.data(), sources.data(), scales.data(), n, count,
+                   GroupOutputs{unique.data(), starts.data(), grouped.data(), grouped_scales.data(), &groups});
+    CHECK(groups == count);
+    const std::vector<GradientSpan> gradients{{0, out.data(), kDim}};
+    GroupedGradients all{};
+    all.features = segments(gradients, 1);
+    all.count = &groups;
+    all.unique = unique.data();
+    all.offsets = starts.data();
+    all.sources = grouped.data();
+    all.scales = grouped_scales.data();
+    std::vector<float> reduced(groups * kDim);
+    for_each_cpu(threads, groups, 1, ReduceRows<16>{all, kDim, reduced.data()});
+    updated.push_back(reduced);
+    for_each_cpu(threads, groups, 1,
+                 UpdateRows<AdagradRule, 16>{all, blocks, kDim, AdagradRule{kDim * 4, 0.1f, 1e-10f}});
+  }
+  CHECK(updated[0] == updated[1]);
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 5; ++round) {
+    same_ids_at_once(50, 40, false);
+    same_ids_at_once(5000, 1, round % 2 == 0);
+  }
+  std::printf("table_test: %s\n", failures == 0 ? "passed" : "FAILED");
+  return failures == 0 ? 0 : 1;
+}
