@@ -17,7 +17,7 @@ BENCH_ARGS ?= --quick
 export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
-PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS)
+PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install $(PIP_OPTIONS)
 STAMPS := $(VENV)/stamps
 DEPENDENCIES := $(STAMPS)/dependencies
 EDITABLE := $(STAMPS)/editable
@@ -69,11 +69,11 @@ sanitize:  ## Runs the native tests under the thread, address and undefined-beha
 	scripts/sanitize.sh
 
 bench: setup  ## Runs the benchmarks (BENCH_ARGS= for the full ones)
-	@for program in $(wildcard benchmarks/[a-z]*.py); do \
-	  echo "$$program $(BENCH_ARGS)"; $(PY) "$$program" $(BENCH_ARGS); done
+	@for program in $$(grep -l '__main__' benchmarks/*.py); do \
+	  echo "$$program $(BENCH_ARGS)"; PYTHONPATH=. $(PY) "$$program" $(BENCH_ARGS); done
 
 bench-peers: setup  ## Installs the peers that pip can give, then runs the benchmarks beside them
-	$(PIP_INSTALL) --no-deps -r requirements/peers.txt
+	$(PIP_INSTALL) --quiet --no-deps -r requirements/peers.txt
 	@$(MAKE) --no-print-directory bench
 
 wheel: setup  ## Makes an sdist, and from it a wheel, in dist/
@@ -91,8 +91,9 @@ $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constr
 	  "or name one, e.g. make demo PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) scripts/setup_env.py host
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	$(PIP_INSTALL) $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt
+	@echo 'installing torch, then the other pinned dependencies, into $(VENV); this takes a few minutes'
+	$(PIP_INSTALL) --quiet --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(PIP_INSTALL) --quiet $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt
 	@$(PY) scripts/setup_env.py torch
 	@touch $@
 

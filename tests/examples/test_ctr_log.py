@@ -19,7 +19,8 @@ def table() -> pa.Table:
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].to_numpy()
+    values: np.ndarray = table[name].to_numpy()
+    return values
 
 
 def test_columns(table: pa.Table) -> None:
@@ -126,7 +127,7 @@ def test_effects_do_not_hang_on_the_seed() -> None:
 def test_auc_counts_the_pairs_in_order() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random(300) < 0.3).astype(np.float32)
-    scores = np.round(rng.random(300) + 0.2 * labels, 1)
+    scores = np.round(rng.random(300) + 0.2 * labels, 1).astype(np.float64)
     clicks, others = scores[labels == 1][:, None], scores[labels == 0][None, :]
     assert ctr_log.auc(labels, scores) == pytest.approx(((clicks > others) + 0.5 * (clicks == others)).mean())
     assert ctr_log.auc(np.array([0.0, 1.0]), np.array([0.1, 0.2])) == 1.0

@@ -15,7 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "state": set(),
     "columnio": {"ops", "ragged", "state"},
     "features": {"ops", "ragged"},
-    # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the plain state they hand out.
+    # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the state they hand out.
     "embedding": {"ops", "ragged", "state"},
     "optim": {"ops", "ragged", "state", "embedding"},
     "saver": {"ops", "ragged", "state"},

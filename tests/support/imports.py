@@ -31,6 +31,7 @@ class Source:
 
     path: str
     module: str
+    text: str
     tree: ast.Module
 
     @property
@@ -52,7 +53,7 @@ def parse(text: str, path: str) -> Source:
     parts = list(Path(path).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
-    return Source(path, ".".join(parts), ast.parse(text, path))
+    return Source(path, ".".join(parts), text, ast.parse(text, path))
 
 
 def read_package(root: Path) -> list[Source]:

@@ -1,0 +1,97 @@
+"""Operators that turn strings and ids into well-spread 64-bit ids.
+
+Shapes: T bytes in all, B strings. A hash is an unsigned number of 64 bits; it comes as the int64 of the same bits.
+
+References:
+    FarmHash, Geoff Pike, 2014 (Fingerprint64). MurmurHash2, Austin Appleby, 2008 (MurmurHash64A, here with seed 0).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+HashKind: TypeAlias = Literal["farm", "murmur"]
+"""``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0."""
+
+HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1}
+"""The kinds of hash and the numbers by which native code knows them."""
+
+
+def _fake_hash_bytes(values: Tensor, offsets: Tensor, kind: int) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1, dtype=torch.int64)
+
+
+def _fake_hash_ids(ids: Tensor, kind: int) -> Tensor:
+    return ids.new_empty(ids.shape)
+
+
+torch.library.register_fake("recis::hash_bytes", _fake_hash_bytes)
+torch.library.register_fake("recis::hash_ids", _fake_hash_ids)
+
+
+def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tensor:
+    """Hashes each string of a column.
+
+    Args:
+        values: uint8 ``[T]``: the bytes of all strings.
+        offsets: int64 ``[B + 1]`` on the device of ``values``: string i is ``values[offsets[i]:offsets[i + 1]]``.
+        kind: ``"farm"`` or ``"murmur"``.
+
+    Returns:
+        int64 ``[B]``, the same on every device and machine.
+
+    Raises:
+        TypeError: If a dtype is another one.
+        ValueError: If a shape, the devices or the kind are not as above.
+        RuntimeError: If offsets decrease or point outside the values. On a GPU, whose kernels cannot report it without
+            making the host wait, such offsets stop the program as an index out of bounds does.
+
+    Example:
+        >>> hash_bytes(torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([0, 3])).tolist()
+        [-7736835464683084646]
+    """
+    if values.dtype != torch.uint8 or offsets.dtype != torch.int64:
+        raise TypeError(
+            f"hash_bytes: values must be uint8 and offsets int64, got {values.dtype} and {offsets.dtype}; "
+            f"a string is hashed as its bytes, an id by hash_ids"
+        )
+    if values.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(
+            f"hash_bytes: values must be [T] and offsets [B + 1], got {list(values.shape)} and {list(offsets.shape)}"
+        )
+    if values.device != offsets.device:
+        raise ValueError(f"hash_bytes: values and offsets must lie together, got {values.device} and {offsets.device}")
+    return torch.ops.recis.hash_bytes(values.contiguous(), offsets.contiguous(), _number("hash_bytes", kind))  # type: ignore[no-any-return]
+
+
+def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
+    """Hashes each id as the string of its eight bytes, the lowest first.
+
+    Args:
+        ids: int64, any shape.
+        kind: ``"farm"`` or ``"murmur"``.
+
+    Returns:
+        int64 of the shape of ``ids``, contiguous.
+
+    Raises:
+        TypeError: If ``ids`` is not int64.
+        ValueError: If the kind is another one.
+
+    Example:
+        >>> as_bytes = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.uint8)
+        >>> bool(hash_ids(torch.tensor([1])) == hash_bytes(as_bytes, torch.tensor([0, 8])))
+        True
+    """
+    if ids.dtype != torch.int64:
+        raise TypeError(f"hash_ids: ids must be int64, got {ids.dtype}; convert with .to(torch.int64)")
+    return torch.ops.recis.hash_ids(ids.contiguous(), _number("hash_ids", kind))  # type: ignore[no-any-return]
+
+
+def _number(where: str, kind: str) -> int:
+    if kind not in HASH_KINDS:
+        raise ValueError(f"{where}: kind must be one of {list(HASH_KINDS)}, got {kind!r}")
+    return HASH_KINDS[kind]

@@ -1,0 +1,220 @@
+import doctest
+import pickle
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid import features, ops
+from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, engine, feature
+from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support import hashes
+from tests.support.devices import on_devices
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return {
+        "user": torch.tensor([5, -1, 5]),
+        "name": RaggedTensor.from_strings(["ann", "", "bob"]),
+        "clicks": RaggedTensor.from_lists([[7, 8], [], [9]], weights=[[0.5, 1], [], [2]]),
+        "age": torch.tensor([17.0, 18.0, 70.0]),
+        "label": torch.tensor([0.0, 1.0, 1.0]),
+    }
+
+
+@on_devices
+def test_features_of_every_kind_of_column(device: str, batch: Batch) -> None:
+    batch = {name: column.to(device) for name, column in batch.items()}
+    made = FeatureEngine([
+        Feature("name", ops=[Hash("murmur")]),
+        Feature("clicks", ops=[Hash(), Mod(100)]),
+        Feature("user", ops=[Mod(3)]),
+        Feature("age_group", ops=[Bucketize([18, 65])], source="age"),
+    ])(batch)  # fmt: skip
+    assert list(made) == ["name", "clicks", "user", "age_group", "label"]
+    name, clicks, user, group = (made[key] for key in list(made)[:4])
+    assert isinstance(name, torch.Tensor)
+    assert name.tolist() == [hashes.murmur(s) for s in (b"ann", b"", b"bob")]
+    assert isinstance(clicks, RaggedTensor)
+    flat = [hashes.farm(i.to_bytes(8, "little")) % 2**64 % 100 for i in (7, 8, 9)]
+    assert clicks.to_lists() == [flat[:2], [], flat[2:]]
+    assert clicks.weights is batch["clicks"].weights  # type: ignore[union-attr]
+    assert isinstance(user, torch.Tensor)
+    assert user.tolist() == [2, (2**64 - 1) % 3, 2]
+    assert isinstance(group, torch.Tensor)
+    assert group.tolist() == [0, 1, 2]
+    assert all(column.device.type == device for column in made.values())
+
+
+def test_columns_that_no_feature_reads_pass_through_untouched(batch: Batch) -> None:
+    before = dict(batch)
+    made = FeatureEngine([Feature("user_small", ops=[Mod(2)], source="user")])(batch)
+    assert list(made) == ["user_small", "name", "clicks", "age", "label"]
+    assert all(made[name] is batch[name] for name in ("name", "clicks", "age", "label"))
+    assert batch == before
+
+
+def test_a_column_may_be_kept_beside_what_is_made_of_it(batch: Batch) -> None:
+    made = FeatureEngine([Feature("age"), Feature("adult", ops=[Bucketize([18])], source="age")])(batch)
+    assert made["age"] is batch["age"]
+    assert made["adult"].tolist() == [0, 1, 1]  # type: ignore[union-attr]
+
+
+def test_a_feature_may_take_the_name_of_a_column_that_is_read(batch: Batch) -> None:
+    made = FeatureEngine([Feature("user", source="age"), Feature("age", source="user")])(batch)
+    assert made["user"] is batch["age"]
+    assert made["age"] is batch["user"]
+
+
+def test_no_features_change_nothing(batch: Batch) -> None:
+    assert FeatureEngine([])(batch) == batch
+
+
+def test_no_rows() -> None:
+    made = FeatureEngine([Feature("a", ops=[Hash(), Mod(3)]), Feature("b", ops=[Bucketize([1])])])(
+        {"a": RaggedTensor.from_strings([]), "b": torch.empty(0)}
+    )
+    assert [made[name].shape for name in "ab"] == [(0,), (0,)]  # type: ignore[union-attr]
+
+
+def test_what_it_says_of_itself() -> None:
+    declared = [Feature("b", source="x"), Feature("a", ops=[Mod(3)])]
+    built = FeatureEngine(declared)
+    assert built.features == tuple(declared)
+    assert built.columns == ("x", "a")
+
+
+def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hash_ids = ops.hash.hash_ids
+    monkeypatch.setattr(ops.hash, "hash_ids", lambda ids, kind: calls.append(kind) or hash_ids(ids, kind))
+    FeatureEngine([Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)])(batch)
+    assert calls == ["farm"]
+
+
+operation = st.one_of(
+    st.sampled_from([Hash("farm"), Hash("murmur")]),
+    st.builds(Mod, st.integers(1, 2**63 - 1)),
+    st.builds(Bucketize, st.lists(st.integers(-100, 100), min_size=1, max_size=4).map(sorted), right=st.booleans()),
+)
+
+
+def one_by_one(op: Op, value: int) -> int:
+    if isinstance(op, Hash):
+        return getattr(hashes, op.kind)(value.to_bytes(8, "little", signed=True))  # type: ignore[no-any-return]
+    if isinstance(op, Mod):
+        return value % 2**64 % op.n
+    assert isinstance(op, Bucketize)
+    return sum(b <= value if op.right else b < value for b in op.boundaries)
+
+
+@given(
+    chains=st.lists(st.tuples(st.sampled_from("xy"), st.lists(operation, max_size=4)), max_size=6),
+    values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
+)
+def test_any_features_are_what_their_operations_give_one_by_one(
+    chains: list[tuple[str, list[Op]]], values: list[int]
+) -> None:
+    declared = [Feature(f"f{i}", ops=chain, source=column) for i, (column, chain) in enumerate(chains)]
+    columns = {"x": values, "y": [v // 2**58 for v in values]}
+    made = FeatureEngine(declared)({name: torch.tensor(column) for name, column in columns.items()})
+    for one in declared:
+        want = columns[one.column]
+        for op in one.ops:
+            want = [one_by_one(op, value) for value in want]
+        assert made[one.name].tolist() == want  # type: ignore[union-attr]
+
+
+def test_an_operation_of_ones_own(batch: Batch) -> None:
+    @dataclass(frozen=True)
+    class Add:
+        n: int
+
+        def fault(self) -> str | None:
+            return None if self.n else "n must not be 0"
+
+        def kernel(self) -> features.op.Kernel:
+            return lambda column: column._replace(values=column.values + self.n)
+
+    made = FeatureEngine([Feature("user", ops=[Add(6), Mod(4)])])(batch)
+    assert made["user"].tolist() == [3, 1, 3]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="Feature 'user': Add: n must not be 0"):
+        Feature("user", ops=[Add(0)])
+
+
+def test_a_missing_column_is_named(batch: Batch) -> None:
+    built = FeatureEngine([Feature("first", source="usr"), Feature("second", source="usr")])
+    with pytest.raises(
+        ValueError, match=r"feature 'first': the batch has no column 'usr' \(did you mean 'user'\?\)"
+    ) as e:
+        built(batch)
+    assert "it has ['age', 'clicks', 'label', 'name', 'user']" in str(e.value)
+    assert "set source=" in str(e.value)
+    with pytest.raises(ValueError, match="feature 'q': the batch has no column 'q'; it has"):
+        FeatureEngine([Feature("q")])(batch)
+
+
+def test_a_column_of_another_class_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match="feature 'a': column 'a' must be a Tensor or a RaggedTensor, got list; .*from_l"
+    ):
+        FeatureEngine([Feature("a")])({"a": [1, 2]})  # type: ignore[dict-item]
+
+
+def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
+    with pytest.raises(
+        TypeError, match=r"^feature 'rank', mod\[5\]: Mod takes integers, got torch.float32; put a Bucket"
+    ):
+        FeatureEngine([Feature("rank", ops=[Mod(5)], source="age")])(batch)
+    with pytest.raises(TypeError, match=r"^feature 'name', mod\[5\]: .*put a Hash before it"):
+        FeatureEngine([Feature("name", ops=[Mod(5)])])(batch)
+    strings = RaggedTensor.from_strings(["ab"])
+    weighted = RaggedTensor(strings.values, strings.offsets, torch.ones(2))
+    with pytest.raises(ValueError, match=r"^feature 'a', hash\[farm\]: weights on a string column"):
+        FeatureEngine([Feature("a", ops=[Hash()])])({"a": weighted})
+
+
+def test_the_feature_of_bad_offsets_is_named() -> None:
+    strings = RaggedTensor.from_strings(["ab", "cd"])
+    strings.offsets[1] = 9  # behind the back of the RaggedTensor, which has checked them
+    with pytest.raises(RuntimeError, match="row [01] decrease or lie outside the 4 bytes") as error:
+        FeatureEngine([Feature("a", ops=[Hash()])])({"a": strings})
+    assert error.value.__notes__ == ["in feature 'a', hash[farm]"]
+
+
+def test_a_feature_does_not_hide_a_column(batch: Batch) -> None:
+    with pytest.raises(ValueError, match="feature 'label': the batch has a column of that name too.*rename"):
+        FeatureEngine([Feature("label", source="age")])(batch)
+
+
+def test_an_engine_can_go_to_another_process(batch: Batch) -> None:
+    built = FeatureEngine([Feature("age", ops=[Bucketize([18])]), Feature("user", ops=[Hash(), Mod(9)])])
+    copy = pickle.loads(pickle.dumps(built))
+    want, got = built(batch), copy(batch)
+    assert all(torch.equal(want[name], got[name]) for name in ("age", "user"))  # type: ignore[arg-type]
+
+
+def test_compiled_without_a_graph_break(batch: Batch) -> None:
+    built = FeatureEngine([
+        Feature("name", ops=[Hash(), Mod(10)]),
+        Feature("clicks", ops=[Hash("murmur"), Mod(10)]),
+        Feature("age", ops=[Bucketize([18, 65])]),
+    ])  # fmt: skip
+    want = built(batch)
+    got = torch.compile(built.__call__, fullgraph=True, backend="aot_eager")(batch)
+    assert list(got) == list(want)
+    for name in want:
+        a, b = Column.of(want[name]), Column.of(got[name])
+        assert torch.equal(a.values, b.values)
+        assert (a.offsets is None) == (b.offsets is None)
+
+
+@pytest.mark.parametrize("module", [engine, feature, features.operations, ops.hash, ops.transform])
+def test_the_examples_in_the_documentation(module: ModuleType) -> None:
+    names = {name: getattr(features, name) for name in ("Feature", "FeatureEngine", "Hash", "Mod", "Bucketize")}
+    done = doctest.testmod(module, extraglobs={"torch": torch, "RaggedTensor": RaggedTensor, **names})
+    assert done.attempted > 0
+    assert done.failed == 0

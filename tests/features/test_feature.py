@@ -1,0 +1,67 @@
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from recis_hybrid.features import Bucketize, Feature, Hash, Mod
+
+
+def test_the_source_is_the_column_of_that_name() -> None:
+    assert Feature("user").column == "user"
+    assert Feature("user_small", source="user").column == "user"
+
+
+def test_a_feature_is_a_value() -> None:
+    feature = Feature("user", ops=[Hash("murmur"), Mod(10)])
+    assert feature.ops == (Hash("murmur"), Mod(10))
+    assert feature == Feature("user", ops=(Hash("murmur"), Mod(10)), source="user")
+    assert hash(feature) == hash(Feature("user", ops=[Hash("murmur"), Mod(10)]))
+    assert feature != Feature("user", ops=[Hash("farm"), Mod(10)])
+    with pytest.raises(FrozenInstanceError):
+        feature.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"name": 3}, TypeError, "Feature 3: name must be a string, got int"),
+        ({"name": ""}, ValueError, "Feature '': name must not be empty"),
+        ({"name": "a", "source": 3}, TypeError, "Feature 'a': source must be a string, got int"),
+        ({"name": "a", "source": ""}, ValueError, "Feature 'a': source must not be empty"),
+        (
+            {"name": "a", "ops": Mod(3)},
+            TypeError,
+            r"Feature 'a': ops must be a list .*got Mod\(n=3\); write ops=\[...\]",
+        ),
+        ({"name": "a", "ops": "hash"}, TypeError, "Feature 'a': ops must be a list of operations, got 'hash'"),
+        ({"name": "a", "ops": [Mod(3), "hash"]}, TypeError, r"Feature 'a': ops\[1\] must be an operation .*got 'hash'"),
+        ({"name": "a", "ops": [Hash]}, TypeError, r"Feature 'a': ops\[0\] must be an operation such as Hash\('farm'\)"),
+    ],
+)
+def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        Feature(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "says"),
+    [
+        (Hash("md5"), r"Hash: kind must be one of \['farm', 'murmur'\], got 'md5'"),  # type: ignore[arg-type]
+        (Hash(["farm"]), r"Hash: kind must be one of .*, got \['farm'\]"),  # type: ignore[arg-type]
+        (Mod(0), f"Mod: n must be an int from 1 to {2**63 - 1}, got 0; n is the number of different ids"),
+        (Mod(-5), "Mod: n must be an int .*, got -5"),
+        (Mod(2**63), f"Mod: n must be an int .*, got {2**63}"),
+        (Mod(1.5), "Mod: n must be an int .*, got 1.5"),  # type: ignore[arg-type]
+        (Mod(True), "Mod: n must be an int .*, got True"),
+        (Bucketize([]), "Bucketize: boundaries must be at least one number, got none"),
+        (Bucketize([2, 1]), "Bucketize: boundaries must not decrease, got 2 and then 1 at 1; sort them"),
+        (Bucketize([1.0, float("nan")]), "Bucketize: boundaries must be numbers, got NaN at 1; drop it"),
+        (Bucketize([float("nan")]), "Bucketize: boundaries must be numbers, got NaN at 0"),
+        (Bucketize(["1"]), "Bucketize: boundaries must be numbers, got '1' at 0"),  # type: ignore[list-item]
+        (Bucketize([True]), "Bucketize: boundaries must be numbers, got True at 0"),
+        (Bucketize(5), "Bucketize: boundaries must be a list of numbers, got 5"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"Feature 'price': {says}"):
+        Feature("price", ops=[op])

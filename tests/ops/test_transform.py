@@ -1,0 +1,135 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid import ops
+from tests.support.devices import EDGE_IDS, on_devices
+
+any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
+any_modulus = st.one_of(
+    st.integers(1, 2**63 - 1), st.integers(1, 1000), st.integers(0, 62).map(lambda bits: 2**bits),
+    st.integers(1, 62).map(lambda bits: 2**bits - 1), st.integers(1, 62).map(lambda bits: 2**bits + 1),
+)  # fmt: skip
+# Subnormals are left out: whether they count as zero is a mode of the processor that other libraries set.
+FLOATS = {
+    torch.float32: st.floats(width=32, allow_nan=False, allow_subnormal=False),
+    torch.float64: st.floats(width=64, allow_nan=False, allow_subnormal=False),
+    torch.int64: any_id,
+}
+
+
+@on_devices
+@pytest.mark.parametrize("modulus", [1, 2, 3, 7, 10, 1000, 2**16, 2**31 - 1, 2**32, 2**62 + 1, 2**63 - 1])
+def test_mod_is_that_of_unsigned_numbers(device: str, modulus: int) -> None:
+    near = [k * modulus + d for k in (1, 2, (2**64 - 1) // modulus) for d in (-1, 0, 1)]
+    ids = EDGE_IDS + [(i + 2**63) % 2**64 - 2**63 for i in near]
+    got = ops.transform.mod_ids(torch.tensor(ids, device=device), modulus)
+    assert got.tolist() == [i % 2**64 % modulus for i in ids]
+
+
+@given(st.lists(any_id, max_size=20), any_modulus)
+def test_mod_of_any_ids_by_any_modulus(ids: list[int], modulus: int) -> None:
+    got = ops.transform.mod_ids(torch.tensor(ids, dtype=torch.int64), modulus)
+    assert got.tolist() == [i % 2**64 % modulus for i in ids]
+
+
+@on_devices
+def test_mod_keeps_the_shape(device: str) -> None:
+    grid = torch.arange(-6, 6, device=device).view(3, 4)
+    want = torch.tensor([[i % 2**64 % 5 for i in row] for row in grid.tolist()], device=device)
+    assert torch.equal(ops.transform.mod_ids(grid, 5), want)
+    assert torch.equal(ops.transform.mod_ids(grid.t(), 5), want.t())
+    assert ops.transform.mod_ids(grid[:0], 5).shape == (0, 4)
+
+
+def test_mod_over_all_threads() -> None:
+    ids = torch.randint(-(2**63), 2**63 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
+    want = (ids.numpy().view(np.uint64) % np.uint64(1_000_003)).astype(np.int64)
+    assert np.array_equal(ops.transform.mod_ids(ids, 1_000_003).numpy(), want)
+
+
+@pytest.mark.parametrize("modulus", [0, -1, 2**63])
+def test_mod_refuses_such_a_modulus(modulus: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to {2**63 - 1}, got {modulus}"):
+        ops.transform.mod_ids(torch.tensor([1]), modulus)
+
+
+def test_mod_refuses_other_dtypes() -> None:
+    with pytest.raises(TypeError, match="must be int64, got torch.float32"):
+        ops.transform.mod_ids(torch.tensor([1.0]), 3)
+    with pytest.raises(RuntimeError, match="must be positive, got 0"):
+        torch.ops.recis.mod_ids(torch.tensor([1]), 0)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 17, 1000])
+def test_buckets_are_torchs(device: str, dtype: torch.dtype, right: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    boundaries = (torch.randn(count, generator=generator) * 100).to(dtype).sort().values.to(device)
+    values = torch.cat([(torch.randn(5_000, generator=generator) * 100).to(dtype).to(device), boundaries]).view(-1, 1)
+    got = ops.transform.bucketize(values, boundaries, right=right)
+    assert torch.equal(got, torch.bucketize(values, boundaries, right=right))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+@given(data=st.data(), right=st.booleans())
+def test_any_buckets_are_numpys(dtype: torch.dtype, data: st.DataObject, right: bool) -> None:
+    values = torch.tensor(data.draw(st.lists(FLOATS[dtype], max_size=10)), dtype=dtype)
+    boundaries = torch.tensor(sorted(data.draw(st.lists(FLOATS[dtype], max_size=10))), dtype=dtype)
+    values = torch.cat([values, boundaries])
+    want = np.searchsorted(boundaries.numpy(), values.numpy(), side="right" if right else "left")
+    assert np.array_equal(ops.transform.bucketize(values, boundaries, right=right).numpy(), want)
+
+
+@on_devices
+def test_a_value_on_a_boundary_goes_up_unless_told(device: str) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, 2.0], device=device)
+    boundaries = torch.tensor([0.0, 1.0], device=device)
+    assert ops.transform.bucketize(values, boundaries).tolist() == [1, 1, 2, 2]
+    assert ops.transform.bucketize(values, boundaries, right=False).tolist() == [0, 0, 1, 2]
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("right", [True, False])
+def test_infinities_and_nan(device: str, dtype: torch.dtype, right: bool) -> None:
+    values = torch.tensor([-math.inf, math.inf, math.nan], dtype=dtype, device=device)
+    for count in (1, 2, 3, 8):
+        boundaries = torch.arange(count, dtype=dtype, device=device)
+        assert ops.transform.bucketize(values, boundaries, right=right).tolist() == [0, count, count]
+
+
+@on_devices
+def test_integers_are_compared_exactly(device: str) -> None:
+    ids = torch.tensor([2**53, 2**53 + 1, 2**63 - 1, -(2**63)], device=device)
+    boundaries = torch.tensor([-(2**63), 2**53 + 1, 2**63 - 1], device=device)
+    assert ops.transform.bucketize(ids, boundaries).tolist() == [1, 2, 3, 1]
+    assert ops.transform.bucketize(ids, boundaries, right=False).tolist() == [1, 1, 2, 0]
+
+
+def test_bucketize_refuses_bad_arguments() -> None:
+    values, boundaries = torch.tensor([1.0]), torch.tensor([0.0])
+    with pytest.raises(TypeError, match="int64, float32 or float64, got torch.float16"):
+        ops.transform.bucketize(values.half(), boundaries.half())
+    with pytest.raises(TypeError, match="boundaries must be torch.float32 as the values are, got torch.float64"):
+        ops.transform.bucketize(values, boundaries.double())
+    with pytest.raises(ValueError, match=r"\[K\] on cpu, got \[1, 1\] on cpu"):
+        ops.transform.bucketize(values, boundaries.view(1, 1))
+    with pytest.raises(ValueError, match=r"\[K\] on cpu, got \[1\] on meta"):
+        ops.transform.bucketize(values, boundaries.to("meta"))
+    with pytest.raises(RuntimeError, match="values: unexpected dtype"):
+        torch.ops.recis.bucketize(values.int(), boundaries.int(), True)
+
+
+@on_devices
+def test_operators_have_right_schemas_and_fakes(device: str) -> None:
+    ids = torch.arange(6, device=device).view(2, 3)
+    torch.library.opcheck(torch.ops.recis.mod_ids.default, (ids, 4))
+    for values in (ids, ids.float(), ids.double()):
+        torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], True))
+        torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], False))
