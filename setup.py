@@ -1,9 +1,9 @@
 """Builds the native libraries of recis_hybrid.
 
-Nothing here has a Python ABI: a library is loaded with ``torch.ops.load_library`` and speaks torch's stable ABI, so one
-build serves every supported Python and every torch from 2.11 on. The CPU library is built once per x86-64 level
-(``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``) and the best one is
-chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only ``nvcc``.
+Nothing here has a Python ABI: a library is loaded with ``torch.ops.load_library`` and speaks torch's stable ABI, so
+one build serves every supported Python and every torch from 2.11 on. The CPU library is built once per x86-64 level
+(``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``) and the best one
+is chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only ``nvcc``.
 
 Environment: ``RECIS_CUDA=0|1|auto`` (auto: build CUDA where ``nvcc`` is found and torch is a CUDA build),
 ``RECIS_CUDA_ARCHS`` (default ``80;90``), ``CXX``, ``NVCC``, ``MAX_JOBS``.
@@ -70,7 +70,18 @@ def cuda_link(lib: Path, objects: Path, cxx: str) -> list[str]:
     if not (lib / "libtorch_cuda.so").exists():
         lib = objects / "stub"
         lib.mkdir(parents=True, exist_ok=True)
-        run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "/dev/null", "-o", str(lib / "libtorch_cuda.so")])
+        run(
+            [
+                cxx,
+                "-shared",
+                "-Wl,-soname,libtorch_cuda.so",
+                "-x",
+                "c++",
+                "/dev/null",
+                "-o",
+                str(lib / "libtorch_cuda.so"),
+            ]
+        )
     return [f"-L{lib}", "-Xlinker=--no-as-needed", "-ltorch_cuda", "-Xlinker=--as-needed"]
 
 
@@ -127,8 +138,10 @@ class BuildNative(build_ext):
                 jobs.append((source, output, [nvcc, *flags, *common, "-c", str(source), "-o", str(output)]))
                 outputs.append(output)
             # The runtime is linked in, so that the library loads wherever a driver is; torch keeps its own.
-            libraries.append((target / "librecis_cuda.so", outputs,
-                              [nvcc, "-shared", "-cudart=static", *gencode, *cuda_link(lib, objects, cxx), *link]))  # fmt: skip
+            link = [*cuda_link(lib, objects, cxx), *link]
+            libraries.append(
+                (target / "librecis_cuda.so", outputs, [nvcc, "-shared", "-cudart=static", *gencode, *link])
+            )
 
         def compile_one(job: tuple[Path, Path, list[str]]) -> None:
             source, output, command = job
@@ -180,7 +193,9 @@ setup(
     ext_modules=[
         Extension(
             "recis_hybrid.lib.recis",
-            sources=[str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]],
+            sources=[
+                str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+            ],
             depends=[str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]],
         )
     ],

@@ -1,6 +1,6 @@
 """One warm training step of tables: lookup, backward from a fixed gradient, update; beside static and dynamic peers.
 
-    python benchmarks/embedding.py [--quick] [--threads 1] [--cases 65k/d64]
+    python -m benchmarks.embedding [--quick] [--threads 1] [--cases 65k/d64]
 
 Ours takes random 64-bit ids and finds them in a growing hash table. The peer ``nn.EmbeddingBag`` (26 of them, sparse
 gradients, torch.optim.Adagrad or SparseAdam) takes ready row numbers of tables of fixed size. The peer ``dict`` is a

@@ -1,7 +1,7 @@
 """Workload W: what one training step of a click model asks of its tables.
 
-26 features of 100,000 ids each, spread over the 64-bit space, drawn by Zipf's law with exponent 1.05; a sample has one id
-a feature. 2,520 samples make 65,520 ids a step, 157 make 4,082.
+26 features of 100,000 ids each, spread over the 64-bit space, drawn by Zipf's law with exponent 1.05; a sample has
+one id a feature. 2,520 samples make 65,520 ids a step, 157 make 4,082.
 """
 
 from __future__ import annotations

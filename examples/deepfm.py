@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from recis_hybrid.ragged import Batch
 
-HIDDEN = (300, 300, 300)
+HIDDEN = (400, 400, 400)
+MOMENTUM = 0.1  # of running statistics, torch's default
 TOWERS = ("torch", "jax", "both")
 
 
 class TorchTower(nn.Module):
-    """Linear, layer norm, ReLU and dropout, three times, and one number a sample at the end."""
+    """Linear, batch norm, ReLU and dropout, three times, and one number a sample at the end."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -27,7 +28,7 @@ class TorchTower(nn.Module):
             linear = nn.Linear(inner, outer)
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
-            layers += [linear, nn.LayerNorm(outer), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [linear, nn.BatchNorm1d(outer), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], 1))
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
@@ -39,6 +40,7 @@ class JaxMlp(nn.Module):
     """The same tower as a JAX function; the embeddings go in as they are, without a copy.
 
     Dropout's random bits come from torch's generator: one seed a call, so that ``torch.manual_seed`` fixes them too.
+    The function is pure, so batch norm's statistics are an output of it, and their running means, kept here, an input.
     """
 
     def __init__(self, width: int, dropout: float, seed: int) -> None:
@@ -48,16 +50,20 @@ class JaxMlp(nn.Module):
 
         from recis_hybrid.bridge import JaxTower
 
-        def mlp(params: Any, seed: Any, keep: Any, *parts: Any) -> Any:
+        def mlp(params: Any, seed: Any, keep: Any, training: Any, running: Any, *parts: Any) -> Any:
             x = jnp.concatenate(parts, axis=1)
+            statistics = []
             keys = jax.random.split(jax.random.wrap_key_data(seed, impl="threefry2x32"), len(params["hidden"]))
-            for layer, key in zip(params["hidden"], keys, strict=True):
+            for layer, key, kept in zip(params["hidden"], keys, running, strict=True):
                 x = x @ layer["w"] + layer["b"]
-                x = (x - x.mean(1, keepdims=True)) * jax.lax.rsqrt(x.var(1, keepdims=True) + 1e-5)
+                batch = jnp.stack([x.mean(0), x.var(0)])
+                statistics.append(batch)
+                mean, var = jnp.where(training, batch, kept)
+                x = (x - mean) * jax.lax.rsqrt(var + 1e-5)
                 x = jax.nn.relu(x * layer["scale"] + layer["shift"])
                 # keep is 1 in evaluation: every number of the uniform draw lies below it.
                 x = jnp.where(jax.random.uniform(key, x.shape) < keep, x / keep, 0.0)
-            return (x @ params["out"]["w"] + params["out"]["b"])[:, 0]
+            return (x @ params["out"]["w"] + params["out"]["b"])[:, 0], statistics
 
         def dense(key: Any, inner: int, outer: int) -> dict[str, Any]:
             return {"w": jax.nn.initializers.glorot_normal()(key, (inner, outer)), "b": jnp.zeros(outer)}
@@ -73,12 +79,19 @@ class JaxMlp(nn.Module):
         }
         self.dropout = dropout
         self.tower = JaxTower(mlp, params)
+        for number, outer in enumerate(HIDDEN):
+            self.register_buffer(f"running{number}", torch.stack([torch.zeros(outer), torch.ones(outer)]))
 
     def forward(self, parts: Sequence[Tensor]) -> Tensor:
         """[B, …] parts side by side → [B]."""
         seed = torch.empty(2, dtype=torch.int32).random_().view(torch.uint32)
         keep = torch.tensor(1.0 - self.dropout if self.training else 1.0)
-        return self.tower(seed, keep, *parts)  # type: ignore[no-any-return]
+        running = [getattr(self, f"running{number}") for number in range(len(HIDDEN))]
+        output, statistics = self.tower(seed, keep, torch.tensor(self.training), running, *parts)
+        if self.training:
+            for kept, batch in zip(running, statistics, strict=True):
+                kept.lerp_(batch.detach(), MOMENTUM)
+        return output  # type: ignore[no-any-return]
 
 
 def make_towers(choice: str, width: int, dropout: float, seed: int) -> nn.ModuleList:
@@ -101,10 +114,16 @@ class DeepFM(nn.Module):
         fields: The fields, in order.
         towers: Each takes a sequence of [B, …] parts and gives [B].
         dense: Columns of the batch, float32 [B], that the towers take beside the embeddings.
+        l2: Weight of the squared embeddings of a sample, which ``loss`` adds.
     """
 
     def __init__(
-        self, lookup: nn.Module, fields: Sequence[str], towers: nn.ModuleList, dense: Sequence[str] = ()
+        self,
+        lookup: nn.Module,
+        fields: Sequence[str],
+        towers: nn.ModuleList,
+        dense: Sequence[str] = (),
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
         self.lookup = lookup
@@ -112,6 +131,8 @@ class DeepFM(nn.Module):
         self.towers = towers
         self.dense = list(dense)
         self.bias = nn.Parameter(torch.zeros(1))
+        self.l2 = l2
+        self.penalty = torch.zeros(())
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch → logits [B]."""
@@ -120,7 +141,12 @@ class DeepFM(nn.Module):
         both = torch.stack(parts, dim=1)
         first_order, factors = both[:, :, 0].sum(1), both[:, :, 1:]
         pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
+        self.penalty = self.l2 * both.square().sum() / len(both)
         if self.dense:
             parts.append(torch.stack([batch[column] for column in self.dense], dim=1))  # type: ignore[arg-type]
         deep = torch.stack([tower(parts) for tower in self.towers]).mean(0)
         return self.bias + first_order + pairs + deep
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, and the penalty of the embeddings just looked up."""
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels) + self.penalty

@@ -1,4 +1,4 @@
-"""The whole path once: makes a click log, trains a model with a torch and a JAX tower on it, saves it and loads it again.
+"""The whole path once: makes a click log, trains a model with a torch and a JAX tower, saves it and loads it again.
 
     python examples/demo.py
 
@@ -17,7 +17,6 @@ from pathlib import Path
 import ctr_log
 import deepfm
 import torch
-from torch import nn
 
 from recis_hybrid import optim
 from recis_hybrid.columnio import ColumnDataset
@@ -83,7 +82,7 @@ def main() -> None:
         assert isinstance(engine, EmbeddingEngine)
         sparse = optim.Adam(engine.parameters(), lr=2e-3)
         dense = torch.optim.Adam(dense_parameters(model), lr=1e-3)
-        step = TorchStep(model, nn.functional.binary_cross_entropy_with_logits, [dense, sparse])
+        step = TorchStep(model, model.loss, [dense, sparse])
         trained = fit(step, train, epochs=args.epochs)
         print(engine.describe())
 

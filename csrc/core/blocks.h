@@ -46,8 +46,8 @@ struct InitSpan {
   Initializer init;
 };
 
-// Gives the rows that a find-or-insert has just handed out their first values. Launched over an upper bound of new rows;
-// how many there are is read from the counters, so that the host need not know.
+// Gives the rows that a find-or-insert has just handed out their first values. Launched over an upper bound of new
+// rows; how many there are is read from the counters, so that the host need not know.
 struct InitFreshRows {
   Segments<InitSpan> spans;  // not named `segments`: items are new rows, not positions
   BlocksRef blocks;

@@ -7,8 +7,8 @@
 //
 // Items run in any order and at the same time. `lanes` is the group that works on one item: the body loops its inner
 // dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the loop is vectorised by the
-// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`; the CPU
-// launcher calls it kPrefetch items ahead.
+// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`; the
+// CPU launcher calls it kPrefetch items ahead.
 //
 // The executor says how CPU threads are had: it is callable as executor(n, grain, body) and calls body(begin, end) over
 // disjoint ranges that cover [0, n). torch's pool is one (ops/device.h); Serial and Threads are here.

@@ -110,8 +110,7 @@ struct FillSources {
     const SourceSpan& span = segments[part];
     const Range range = bag_range(span, bag);
     const int64_t source = (static_cast<int64_t>(part) << kSourceShift) | (bag - span.first);
-    const float scale =
-        span.combiner == Combiner::kMean ? 1.0f / static_cast<float>(range.end - range.begin) : 1.0f;
+    const float scale = span.combiner == Combiner::kMean ? 1.0f / static_cast<float>(range.end - range.begin) : 1.0f;
     for (int64_t p = range.begin + lanes.rank; p < range.end; p += lanes.size) {
       sources[p] = source;
       if (scales != nullptr) scales[p] = scale;

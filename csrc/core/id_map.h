@@ -1,6 +1,7 @@
 // Kernels of the IDMap: find, find-or-insert, rehash, listing.
 //
-// Open addressing with linear probing; the caller keeps the load at or below 0.75, so a probe always meets an empty slot.
+// Open addressing with linear probing; the caller keeps the load at or below 0.75, so a probe always meets an empty
+// slot.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +55,7 @@ struct FindIds {
         return;
       }
       // A claimed slot is an insert still under way: its id is not there for us yet.
-      if (entry_state(entry) == SlotState::kFull && (entry & kKeyMask) == key &&
-          slot[0] == static_cast<uint64_t>(id)) {
+      if (entry_state(entry) == SlotState::kFull && (entry & kKeyMask) == key && slot[0] == static_cast<uint64_t>(id)) {
         rows[i] = entry_row(entry);
         return;
       }
@@ -65,10 +65,10 @@ struct FindIds {
 
 // Finds each id or gives it a row. Any number of threads may insert the same id at once; one of them wins.
 //
-// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so that others go on past
-// it at once unless it is probably their own id; only then do they wait for the id to be published. counters[0] counts
-// rows handed out, counters[1] how many of them were handed out before this call; new ones leave the position that
-// asked first in `fresh`, so that their records can be given first values afterwards.
+// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so that others go on
+// past it at once unless it is probably their own id; only then do they wait for the id to be published. counters[0]
+// counts rows handed out, counters[1] how many of them were handed out before this call; new ones leave the position
+// that asked first in `fresh`, so that their records can be given first values afterwards.
 struct FindOrInsertIds {
   Segments<IdSpan> segments;
   IdMapRef map;

@@ -57,10 +57,14 @@ RECIS_HD Pair turn_f32(float u) {
   c = c * y - 1.23370054f;
   c = c * y + 1.0f;
   switch (quarter & 3) {
-    case 0: return {c, s};
-    case 1: return {-s, c};
-    case 2: return {-c, -s};
-    default: return {s, -c};
+    case 0:
+      return {c, s};
+    case 1:
+      return {-s, c};
+    case 2:
+      return {-c, -s};
+    default:
+      return {s, -c};
   }
 }
 

@@ -12,9 +12,9 @@
 
 namespace recis {
 
-#define RECIS_CUDA_CHECK(call)                                                                        \
-  do {                                                                                                \
-    const cudaError_t status_ = (call);                                                               \
+#define RECIS_CUDA_CHECK(call)                                                                                    \
+  do {                                                                                                            \
+    const cudaError_t status_ = (call);                                                                           \
     RECIS_CHECK(status_ == cudaSuccess, "CUDA: ", cudaGetErrorString(status_), " (" __FILE__ ":", __LINE__, ")"); \
   } while (0)
 

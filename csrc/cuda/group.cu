@@ -1,4 +1,5 @@
-// Groups equal rows on CUDA: CUB's radix sort is stable, so input order is kept within a row (core/group.h is the CPU's).
+// Groups equal rows on CUDA: CUB's radix sort is stable, so input order is kept within a row (core/group.h is the
+// CPU's).
 #include <cub/cub.cuh>
 
 #include "cuda/device.cuh"
@@ -74,16 +75,16 @@ void group_rows(const Tensor& rows, const Tensor& sources, const std::optional<T
   size_t sort_bytes = 0;
   size_t encode_bytes = 0;
   size_t scan_bytes = 0;
-  RECIS_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted, positions, order, n, 0, bits,
-                                                   stream));
+  RECIS_CUDA_CHECK(
+      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
   RECIS_CUDA_CHECK(
       cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted, distinct, lengths, counted, n, stream));
   RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, lengths, starts, n + 1, stream));
   void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
 
   device.for_each(n, 1, NumberPositions{positions});
-  RECIS_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted, positions, order, n, 0, bits,
-                                                   stream));
+  RECIS_CUDA_CHECK(
+      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
   RECIS_CUDA_CHECK(
       cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted, distinct, lengths, counted, n, stream));
   device.for_each(n + 1, 1, ClearTail{counted, lengths});

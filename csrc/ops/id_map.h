@@ -8,8 +8,7 @@ namespace recis {
 
 // The ids of all features, end to end. `spans` is the caller's, since a launch may read it in place.
 template <class Device>
-Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& members,
-                             std::vector<IdSpan>& spans) {
+Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& members, std::vector<IdSpan>& spans) {
   RECIS_CHECK(ids.size() == members.size() && !ids.empty(), "one member table for each list of ids");
   int64_t total = 0;
   for (size_t f = 0; f < ids.size(); ++f) {

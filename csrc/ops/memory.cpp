@@ -75,14 +75,12 @@ Tensor huge_empty(int64_t bytes) {
   RECIS_CHECK(memory != nullptr, "out of memory: ", size, " bytes of host memory were asked for");
   const int64_t sizes[] = {bytes};
   const int64_t strides[] = {1};
-  return torch::stable::from_blob(
-      memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
-      [size](void* data) { pool().give(data, size); });
+  return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+                                  [size](void* data) { pool().give(data, size); });
 }
 
 }  // namespace
 }  // namespace recis
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CompositeExplicitAutograd, m) {
-  m.impl("huge_empty", TORCH_BOX(&recis::huge_empty));
-}
+STABLE_TORCH_LIBRARY_IMPL(recis, CompositeExplicitAutograd, m) { m.impl("huge_empty", TORCH_BOX(&recis::huge_empty)); }

@@ -8,7 +8,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
-      "bag_sources(Tensor[] offsets, int[] bags, int[] lengths, int[] combiners, Tensor(a!) sources, Tensor(b!)? scales) -> ()");
+      "bag_sources(Tensor[] offsets, int[] bags, int[] lengths, int[] combiners, Tensor(a!) sources, Tensor(b!)? "
+      "scales) -> ()");
   m.def(
       "group_rows(Tensor rows, Tensor sources, Tensor? scales, int row_bound, Tensor(a!) unique, Tensor(b!) offsets, "
       "Tensor(c!) grouped_sources, Tensor(d!)? grouped_scales, Tensor(e!) count) -> ()");

@@ -1,4 +1,5 @@
-// Operators on row gradients: where they come from, their reduction, and the optimizers' updates (kernels: core/update.h).
+// Operators on row gradients: where they come from, their reduction, and the optimizers' updates (kernels:
+// core/update.h).
 #pragma once
 
 #include <cmath>
@@ -32,10 +33,9 @@ void bag_sources(Tensors offsets, Ints bags, Ints lengths, Ints combiners, const
 }
 
 template <class Device>
-GroupedGradients grouped_gradients(Device& device, const Tensors& gradients, const Tensor& count,
-                                   const Tensor& unique, const Tensor& offsets, const Tensor& sources,
-                                   const std::optional<Tensor>& scales, std::vector<GradientSpan>& spans,
-                                   int64_t dim) {
+GroupedGradients grouped_gradients(Device& device, const Tensors& gradients, const Tensor& count, const Tensor& unique,
+                                   const Tensor& offsets, const Tensor& sources, const std::optional<Tensor>& scales,
+                                   std::vector<GradientSpan>& spans, int64_t dim) {
   for (const Tensor& gradient : gradients) {
     RECIS_CHECK(gradient.scalar_type() == ScalarType::Float && gradient.dim() == 2 && gradient.size(1) == dim,
                 "a gradient must be float32 [bags, dim]");
@@ -75,15 +75,16 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
 }
 
 template <class Device, class Rule>
-void update_rows(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim,
-                 const Tensors& gradients, const Tensor& count, const Tensor& unique, const Tensor& offsets,
-                 const Tensor& sources, const std::optional<Tensor>& scales, const Rule& rule) {
+void update_rows(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim, const Tensors& gradients,
+                 const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
+                 const std::optional<Tensor>& scales, const Rule& rule) {
   Device device(unique);
   std::vector<GradientSpan> spans;
   const auto grouped = grouped_gradients(device, gradients, count, unique, offsets, sources, scales, spans, dim);
   device.with_width(dim, aligned16(spans, dim), [&](auto width) {
-    device.for_each(device.items(grouped.count, unique.numel()), 4 * dim,
-                    UpdateRows<Rule, decltype(width)::value>{grouped, blocks_ref(blocks, block_shift, record_bytes), dim, rule});
+    device.for_each(
+        device.items(grouped.count, unique.numel()), 4 * dim,
+        UpdateRows<Rule, decltype(width)::value>{grouped, blocks_ref(blocks, block_shift, record_bytes), dim, rule});
   });
 }
 
@@ -110,11 +111,10 @@ void adam_update(const Tensor& blocks, int64_t block_shift, int64_t record_bytes
                  double beta1, double beta2, double eps, int64_t step) {
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-  update_rows<Device>(blocks, block_shift, record_bytes, dim, gradients, count, unique, offsets, sources, scales,
-                      AdamRule{exp_avg_offset, exp_avg_sq_offset, static_cast<float>(1.0 - beta1),
-                               static_cast<float>(1.0 - beta2),
-                               static_cast<float>(lr * std::sqrt(correction2) / correction1),
-                               static_cast<float>(eps)});
+  update_rows<Device>(
+      blocks, block_shift, record_bytes, dim, gradients, count, unique, offsets, sources, scales,
+      AdamRule{exp_avg_offset, exp_avg_sq_offset, static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2),
+               static_cast<float>(lr * std::sqrt(correction2) / correction1), static_cast<float>(eps)});
 }
 
 template <class Device, class Library>

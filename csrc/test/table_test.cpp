@@ -1,6 +1,7 @@
 // Tables under the sanitizers: many threads insert the same ids at once, then gather and update their rows.
 //
-// Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and UndefinedBehaviorSanitizer).
+// Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and
+// UndefinedBehaviorSanitizer).
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -21,12 +22,12 @@ using namespace recis;
 
 int failures = 0;
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      ++failures;                                                     \
-    }                                                                 \
+#define CHECK(condition)                                          \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                 \
+    }                                                             \
   } while (0)
 
 constexpr int kThreads = 4;
@@ -93,7 +94,8 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 
   std::vector<int64_t> rows(n), fresh(n), found(n);
   const Threads threads{kThreads};
-  for_each_cpu(threads, n, 1, FindOrInsertIds{segments(spans, n), table.map(), table.counters, rows.data(), fresh.data()});
+  for_each_cpu(threads, n, 1,
+               FindOrInsertIds{segments(spans, n), table.map(), table.counters, rows.data(), fresh.data()});
   const int64_t count = table.counters[0];
   CHECK(count == static_cast<int64_t>(keys.size()));
 
@@ -120,8 +122,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   int64_t listed_count = 0;
   for_each_cpu(threads, table.capacity, 1,
                ListIds{table.slots.data(), 7, listed.data(), listed_rows.data(), &listed_count});
-  CHECK(std::set<int64_t>(listed.begin(), listed.begin() + listed_count).size() ==
-        static_cast<size_t>(listed_count));
+  CHECK(std::set<int64_t>(listed.begin(), listed.begin() + listed_count).size() == static_cast<size_t>(listed_count));
 
   // Bags of three ids, gathered; then their gradients reduced and applied.
   const int64_t bags = n / 3;

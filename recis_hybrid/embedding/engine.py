@@ -93,7 +93,7 @@ class EmbeddingEngine(nn.Module):
         outputs: dict[str, Tensor] = {}
         for plan, table, lookup in zip(self.plans, self.tables, self._find(batch), strict=True):
             if self.training and torch.is_grad_enabled():
-                values = _Gather.apply(table.anchor, table, lookup)
+                values = _Gather.apply(table.anchor, table, lookup)  # type: ignore[no-untyped-call]
             else:
                 values = _gather(table, lookup)
             outputs.update(zip(plan.features, values, strict=True))
@@ -129,7 +129,9 @@ class EmbeddingEngine(nn.Module):
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
         for plan, table, lookup in zip(self.plans, self.tables, ctx.lookups, strict=True):
-            table.apply_gradients(lookup, [gradients[name] for name in plan.features], optimizer.update_of(table.anchor))
+            table.apply_gradients(
+                lookup, [gradients[name] for name in plan.features], optimizer.update_of(table.anchor)
+            )
 
     def _find(self, batch: Batch) -> tuple[Lookup, ...]:
         return tuple(
@@ -150,7 +152,9 @@ class EmbeddingEngine(nn.Module):
             readers: dict[int, list[str]] = {}
             for feature, member in plan.features.items():
                 readers.setdefault(member, []).append(feature)
-            members = ", ".join(f"{plan.members[member].name} ({', '.join(names)})" for member, names in readers.items())
+            members = ", ".join(
+                f"{plan.members[member].name} ({', '.join(names)})" for member, names in readers.items()
+            )
             record = f"{plan.layout.record_bytes} B"
             lines.append(f"{number:<8}{plan.layout.dim:>6}{record:>9}{len(table):>12,}  {members}")
         return "\n".join(lines)

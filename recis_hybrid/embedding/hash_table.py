@@ -31,6 +31,7 @@ class Anchor(nn.Parameter):
     table: HashTable
 
     def __new__(cls, table: HashTable) -> Anchor:
+        """Makes the anchor of a table."""
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=True)
         anchor.table = table
         return anchor
@@ -42,7 +43,8 @@ class Anchor(nn.Parameter):
 class RowUpdate(Protocol):
     """An optimizer's step on one table: updates the records that ``gradients`` belong to."""
 
-    def __call__(self, table: HashTable, gradients: RowGradients) -> None: ...
+    def __call__(self, table: HashTable, gradients: RowGradients) -> None:
+        """Updates the table."""
 
 
 class HashTable:

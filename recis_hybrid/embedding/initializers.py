@@ -31,10 +31,12 @@ class Constant:
 
     @property
     def kind(self) -> int:
+        """Which kernel draws the values."""
         return 0
 
     @property
     def values(self) -> tuple[float, float]:
+        """What that kernel takes."""
         return self.value, 0.0
 
 
@@ -52,10 +54,12 @@ class Uniform:
 
     @property
     def kind(self) -> int:
+        """Which kernel draws the values."""
         return 1
 
     @property
     def values(self) -> tuple[float, float]:
+        """What that kernel takes."""
         return self.low, self.high
 
 
@@ -73,10 +77,12 @@ class Normal:
 
     @property
     def kind(self) -> int:
+        """Which kernel draws the values."""
         return 2
 
     @property
     def values(self) -> tuple[float, float]:
+        """What that kernel takes."""
         return self.mean, self.std
 
 

@@ -3,13 +3,11 @@
 Importing this package loads the native library.
 """
 
-from recis_hybrid.ops import _library
-
-_library.load()
-
-from recis_hybrid.ops import blocks as blocks  # noqa: E402
-from recis_hybrid.ops import hash as hash  # noqa: E402
-from recis_hybrid.ops import id_map as id_map  # noqa: E402
-from recis_hybrid.ops import memory as memory  # noqa: E402
-from recis_hybrid.ops import transform as transform  # noqa: E402
-from recis_hybrid.ops import update as update  # noqa: E402
+from recis_hybrid.ops import (
+    blocks as blocks,
+    hash as hash,
+    id_map as id_map,
+    memory as memory,
+    transform as transform,
+    update as update,
+)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from recis_hybrid.ops import _library as _library  # operators must be there before their fakes
+
 
 def nothing_returned(*names: str) -> None:
     """Registers fakes for operators that only write into their arguments and return nothing."""

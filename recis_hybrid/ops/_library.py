@@ -19,7 +19,7 @@ def _cpu_library() -> Path:
     return _FOLDER / f"librecis_cpu_{level}.so"
 
 
-def load() -> None:
+def _load() -> None:
     """Registers the operators of the best CPU library for this processor, and CUDA's where torch has a device.
 
     Raises:
@@ -37,3 +37,6 @@ def load() -> None:
     cuda = _FOLDER / "librecis_cuda.so"
     if cuda.exists() and torch.version.cuda is not None:
         torch.ops.load_library(str(cuda))
+
+
+_load()

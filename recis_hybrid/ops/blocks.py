@@ -1,7 +1,7 @@
 """Operators of EmbeddingBlocks: first values, gather and pool, plain reads and writes of records.
 
-Shapes: N positions (ids of a call), B bags of a feature, D dim. ``Blocks`` names the storage: a table of block addresses,
-the binary logarithm of a block's rows, and the bytes of a record.
+Shapes: N positions (ids of a call), B bags of a feature, D dim. ``Blocks`` names the storage: a table of block
+addresses, the binary logarithm of a block's rows, and the bytes of a record.
 """
 
 from __future__ import annotations

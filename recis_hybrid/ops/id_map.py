@@ -1,8 +1,8 @@
 """Operators of the IDMap: (member table, id) → row.
 
 Shapes: N ids of a call over all features, S slots. ``slots`` is int64 ``[S, 2]`` with S a power of two; ``counters`` is
-int64 ``[2]``: rows handed out, and rows whose records have their first values. The callers in ``embedding`` keep the load
-at or below 0.75 and the buffers large enough; nothing here grows anything or waits for a device.
+int64 ``[2]``: rows handed out, and rows whose records have their first values. The callers in ``embedding`` keep the
+load at or below 0.75 and the buffers large enough; nothing here grows anything or waits for a device.
 """
 
 from __future__ import annotations

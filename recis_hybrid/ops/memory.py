@@ -9,7 +9,7 @@ from torch import Tensor
 _HUGE_FROM = 1 << 20
 
 
-@torch.library.register_fake("recis::huge_empty")
+@torch.library.register_fake("recis::huge_empty")  # type: ignore[untyped-decorator]
 def _huge_empty(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 

@@ -27,7 +27,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if not isinstance(anchor, Anchor):
                     raise TypeError(
                         f"{name}: parameter {number} (shape {list(anchor.shape)}) is not an embedding table's anchor; "
-                        f"give engine.parameters() here and dense parameters (embedding.dense_parameters(model)) to torch.optim"
+                        f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
                     )
                 have = {field.name: anchor.table.layout.width(field.name) for field in anchor.table.layout.state}
                 want = {field.name: field.width or anchor.table.layout.dim for field in needed}

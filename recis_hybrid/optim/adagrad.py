@@ -11,7 +11,9 @@ from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
 class Adagrad(SparseOptimizer):
-    r"""Adagrad: :math:`s \leftarrow s + g^2,\; w \leftarrow w - \eta g / (\sqrt{s} + \epsilon)`, as ``torch.optim.Adagrad``.
+    r"""Adagrad, as ``torch.optim.Adagrad``.
+
+    .. math:: s \leftarrow s + g^2,\; w \leftarrow w - \eta \frac{g}{\sqrt{s} + \epsilon}
 
     Args:
         params: ``engine.parameters()``, or groups of them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {epochs}")
-    total = len(data) * epochs if hasattr(data, "__len__") else None
+    total = len(data) * epochs if isinstance(data, Sized) else None
     steps = samples = 0
     watched: dict[str, Tensor] = {}
     begin = shown = time.perf_counter()
@@ -66,7 +66,9 @@ def fit(
     def figures() -> FitFigures:
         loss = watched["loss"].item()  # waits for the device
         if not math.isfinite(loss):
-            raise FloatingPointError(f"fit: the loss is {loss} at step {steps}; lower the learning rate or clip gradients")
+            raise FloatingPointError(
+                f"fit: the loss is {loss} at step {steps}; lower the learning rate or clip gradients"
+            )
         seconds = time.perf_counter() - begin
         return FitFigures(steps, samples, seconds, samples / seconds, loss)
 

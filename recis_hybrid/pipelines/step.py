@@ -55,7 +55,7 @@ class TorchStep:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss = self.loss(self.model(batch), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         for optimizer in self.optimizers:

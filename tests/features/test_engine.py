@@ -90,7 +90,12 @@ def test_what_it_says_of_itself() -> None:
 def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     hash_ids = ops.hash.hash_ids
-    monkeypatch.setattr(ops.hash, "hash_ids", lambda ids, kind: calls.append(kind) or hash_ids(ids, kind))
+
+    def counted(ids: torch.Tensor, kind: ops.hash.HashKind) -> torch.Tensor:
+        calls.append(kind)
+        return hash_ids(ids, kind)
+
+    monkeypatch.setattr(ops.hash, "hash_ids", counted)
     FeatureEngine([Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)])(batch)
     assert calls == ["farm"]
 
@@ -136,7 +141,7 @@ def test_an_operation_of_ones_own(batch: Batch) -> None:
         def fault(self) -> str | None:
             return None if self.n else "n must not be 0"
 
-        def kernel(self) -> features.op.Kernel:
+        def kernel(self) -> features.Kernel:
             return lambda column: column._replace(values=column.values + self.n)
 
     made = FeatureEngine([Feature("user", ops=[Add(6), Mod(4)])])(batch)

@@ -83,7 +83,10 @@ def test_pooling_is_that_of_embedding_bag(device: str, dim: int, combiner: str) 
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids = torch.randint(0, 50, (int(offsets[-1]),), generator=generator)
     lookup = table.lookup(
-        [feature(ids, offsets.tolist(), combiner=int(combiner == "mean"), device=device), feature([7, 8], device=device)],
+        [
+            feature(ids, offsets.tolist(), combiner=int(combiner == "mean"), device=device),
+            feature([7, 8], device=device),
+        ],
         insert=True,
     )
     outs = [torch.full((40, dim), torch.nan, device=device), torch.full((2, dim), torch.nan, device=device)]

@@ -98,7 +98,7 @@ def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
 
 
 def test_buckets_are_those_of_the_format() -> None:
-    # Ids are owned by these buckets in every checkpoint ever written: SplitMix64's finaliser over id ^ salt, top 16 bits.
+    # Owners in every checkpoint ever written: the top 16 bits of SplitMix64's finaliser over id ^ salt.
     def bucket(i: int) -> int:
         mask = 2**64 - 1
         x = (i & mask) ^ 0x5851F42D4C957F2D

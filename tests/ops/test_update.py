@@ -94,15 +94,15 @@ def test_reduction_over_features_bags_and_means(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 12, (offsets[-1],), generator=generator)
     flat = torch.randint(0, 12, (bags,), generator=generator)
-    lookup = table.lookup(
-        [feature(ids, offsets, combiner=1, device=device), feature(flat, device=device)], insert=True
-    )
+    lookup = table.lookup([feature(ids, offsets, combiner=1, device=device), feature(flat, device=device)], insert=True)
     gradients = [torch.randn(bags, 6, generator=generator) for _ in range(2)]
     out = torch.empty(lookup.rows.numel(), 6, device=device)
     ops.update.reduce_rows([gradient.to(device) for gradient in gradients], lookup.groups, out)
 
     weight = torch.zeros(12, 6, requires_grad=True)
-    pooled = torch.nn.functional.embedding_bag(ids, weight, torch.tensor(offsets), mode="mean", include_last_offset=True)
+    pooled = torch.nn.functional.embedding_bag(
+        ids, weight, torch.tensor(offsets), mode="mean", include_last_offset=True
+    )
     torch.autograd.backward([pooled, weight[flat]], gradients)
     count = int(lookup.groups.count)
     rows = table.lookup([feature(list(range(12)), device=device)], insert=False).rows.tolist()
