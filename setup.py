@@ -111,6 +111,8 @@ class BuildNative(build_ext):
         objects = ROOT / "build" / "native"
         headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
+        # Messages name source files: relative to the root, not by a path of the machine that built them.
+        prefix = f"-ffile-prefix-map={ROOT}/="
         common = [f"-I{ROOT / 'csrc'}", "-isystem", str(include), TARGET]
         link = [f"-L{lib}", "-ltorch_cpu", "-lc10"]
 
@@ -121,7 +123,9 @@ class BuildNative(build_ext):
             outputs = []
             for source in sorted(ROOT.glob("csrc/ops/*.cpp")):
                 output = objects / f"cpu_{level}" / (source.stem + ".o")
-                jobs.append((source, output, [cxx, *CXX_FLAGS, *flags, *common, "-c", str(source), "-o", str(output)]))
+                jobs.append(
+                    (source, output, [cxx, *CXX_FLAGS, prefix, *flags, *common, "-c", str(source), "-o", str(output)])
+                )
                 outputs.append(output)
             libraries.append((target / f"librecis_cpu_{level}.so", outputs, [cxx, "-shared", "-pthread", *link]))
 
@@ -130,8 +134,9 @@ class BuildNative(build_ext):
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "--fmad=false", "--extended-lambda", "-Xcompiler=-fPIC",
-                     "-Xcompiler=-fvisibility=hidden", "-diag-suppress=20012,20013,20015", *gencode]  # fmt: skip
+            flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "--fmad=false", "--extended-lambda",
+                     "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", f"-Xcompiler={prefix}",
+                     "-diag-suppress=20012,20013,20015", *gencode]  # fmt: skip
             outputs = []
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
                 output = objects / "cuda" / (source.stem + ".o")

@@ -87,7 +87,7 @@ class Apply(torch.autograd.Function):
                     pullback = caller.programs.backward(program, given)
                 results = caller.run("backward", pullback, arrays)
             if torch.is_grad_enabled():
-                results = list(_Once.apply(caller.where, torch.zeros((), requires_grad=True), *results))
+                results = list(_Once.apply(caller.where, torch.zeros((), requires_grad=True), *results))  # type: ignore[no-untyped-call]
         taken = iter(results)
         return (None, None, None, *[next(taken, None) if want else None for want in program.wanted])
 
@@ -112,4 +112,4 @@ class _Once(torch.autograd.Function):
 
 
 def _x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if jax.config.jax_enable_x64 == wanted else jax.enable_x64(wanted)
+    return contextlib.nullcontext() if jax.config.jax_enable_x64 == wanted else jax.enable_x64(wanted)  # type: ignore[attr-defined]

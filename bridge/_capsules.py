@@ -23,11 +23,11 @@ class Roads(NamedTuple):
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
-    return jax.dlpack.from_dlpack(tensor.detach(), copy=False)
+    return jax.dlpack.from_dlpack(tensor.detach(), copy=False)  # type: ignore[no-any-return]
 
 
 def _public_to_torch(array: jax.Array) -> torch.Tensor:
-    return cast(torch.Tensor, torch.from_dlpack(array))
+    return torch.utils.dlpack.from_dlpack(array)
 
 
 PUBLIC = Roads(_public_to_jax, _public_to_torch, private=False)

@@ -47,7 +47,7 @@ def gather(slots: tuple[Slot, ...]) -> list[torch.Tensor]:
     """The tensors that are in the slots now: `.to`, `functional_call` and parametrizations exchange them."""
     tensors: list[torch.Tensor] = []
     for owner, name in slots:
-        tensor = owner._parameters.get(name)
+        tensor: torch.Tensor | None = owner._parameters.get(name)
         if tensor is None:
             tensor = owner._buffers.get(name)
         tensors.append(getattr(owner, name) if tensor is None else tensor)
@@ -112,7 +112,7 @@ def _own(leaf: object, where: str) -> torch.Tensor:
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{where}: is {tensor.dtype}, which JAX has not; cast it")
-    if tensor.dtype in WIDE and not jax.config.jax_enable_x64:
+    if tensor.dtype in WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise ValueError(
             f"{where}: is {str(tensor.dtype).removeprefix('torch.')}, which JAX holds only with x64 on; turn it on by "
             "jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"

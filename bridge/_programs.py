@@ -111,7 +111,7 @@ class Programs:
         Returns:
             The program, made by tracing the function if this is the signature's first call.
         """
-        x64 = bool(jax.config.jax_enable_x64)
+        x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         known = self._forwards.get((x64, signature))
         if known is None:
             known = self._trace(arrays, inputs_tree, wanted, x64)

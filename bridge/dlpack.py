@@ -148,7 +148,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         or tensor.layout is not torch.strided
         or not tensor.is_contiguous()
         or tensor.dtype not in DTYPES
-        or (tensor.dtype in WIDE and not jax.config.jax_enable_x64)
+        or (tensor.dtype in WIDE and not jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         or not (tensor.is_cpu or tensor.is_cuda)
         or tensor.is_neg()
         or tensor.is_conj()
@@ -173,7 +173,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
 def unshare(array: jax.Array) -> torch.Tensor:
     """`to_torch` of an array that a jitted call has just returned, on one device and of a dtype that torch has."""
     (device,) = array.sharding.device_set
-    return cpu_roads().to_torch(array) if device.platform == "cpu" else PUBLIC.to_torch(array)
+    return cpu_roads().to_torch(array) if device.platform == "cpu" else PUBLIC.to_torch(array)  # type: ignore[attr-defined]
 
 
 def refusal(tensor: object, where: str) -> TypeError | ValueError:
@@ -189,7 +189,7 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
         cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
     elif tensor.dtype not in DTYPES:
         cause = "JAX has no such dtype, or takes none by DLPack; cast it by .to(dtype)"
-    elif tensor.dtype in WIDE and not jax.config.jax_enable_x64:
+    elif tensor.dtype in WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         cause = (
             "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
             "turn it on by jax.config.update('jax_enable_x64', True), or cast the tensor where the values allow it"

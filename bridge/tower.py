@@ -96,7 +96,7 @@ class JaxTower(torch.nn.Module):
             program = caller.programs.forward((inputs_tree, wanted, kinds, device), arrays, inputs_tree, wanted)
         self._check_outputs(program)
         if any(wanted):
-            outputs = Apply.apply(caller, program, arrays, *tensors)
+            outputs = Apply.apply(caller, program, arrays, *tensors)  # type: ignore[no-untyped-call]
         else:
             outputs = caller.run("forward", program.run, arrays)
         return jax.tree.unflatten(program.out_tree, outputs)

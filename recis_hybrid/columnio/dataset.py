@@ -181,7 +181,13 @@ class ColumnDataset:
                 f"ColumnDataset.load_state_dict: the rows have another order than when the state was taken "
                 f"({differences}); open the dataset as it was then, or begin anew"
             )
-        self._position = _Position(int(state["epoch"]), int(state["row"]))
+        epoch, row = int(state["epoch"]), int(state["row"])
+        if epoch < 0 or not 0 <= row <= self._num_rows:
+            raise ValueError(
+                f"ColumnDataset.load_state_dict: there is no row {row} of epoch {epoch} in {self._num_rows} rows; the "
+                f"state was changed after it was taken: load another, or begin anew"
+            )
+        self._position = _Position(epoch, row)
         self._first_row = self._position.row
 
     def __iter__(self) -> Iterator[Batch]:

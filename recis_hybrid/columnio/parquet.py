@@ -103,7 +103,8 @@ class ParquetFiles:
 
 def _open(path: Path, footer: Any = None) -> Any:
     try:
-        return pq.ParquetFile(path, metadata=footer)
+        # Where a writer left checksums a changed byte is refused; without this it would come out as another number.
+        return pq.ParquetFile(path, metadata=footer, page_checksum_verification=True)
     except (FileNotFoundError, PermissionError):
         raise
     except (OSError, pa.ArrowInvalid) as error:

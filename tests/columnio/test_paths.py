@@ -1,0 +1,71 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from recis_hybrid.columnio.paths import find_files
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in (
+        "b.parquet",
+        "a.parquet",
+        "day=1/c.pq",
+        "day=1/.c.pq.crc",
+        "_temporary/d.parquet",
+        "x.txt",
+        "_SUCCESS",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+def names(files: list[Path], tree: Path) -> list[str]:
+    return [str(file.relative_to(tree)) for file in files]
+
+
+def test_a_folder_gives_its_files_by_name_and_no_hidden_ones(tree: Path) -> None:
+    assert names(find_files(tree), tree) == ["a.parquet", "b.parquet", "day=1/c.pq"]
+
+
+def test_a_file_is_itself_whatever_its_name(tree: Path) -> None:
+    assert names(find_files(str(tree / "x.txt")), tree) == ["x.txt"]
+
+
+def test_a_sequence_keeps_its_order(tree: Path) -> None:
+    assert names(find_files([tree / "b.parquet", tree / "a.parquet"]), tree) == ["b.parquet", "a.parquet"]
+
+
+def test_patterns(tree: Path) -> None:
+    assert names(find_files(str(tree / "[ab].parquet")), tree) == ["a.parquet", "b.parquet"]
+    assert names(find_files(str(tree / "day=*")), tree) == ["day=1/c.pq"]
+    assert names(find_files(str(tree / "**" / "*.pq")), tree) == ["day=1/c.pq"]
+
+
+def test_what_is_not_there_is_refused(tree: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist .*check the path"):
+        find_files(tree / "none.parquet")
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.orc .*check the pattern"):
+        find_files(str(tree / "*.orc"))
+    empty = tree / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"the folder .*empty holds no file that ends in \.parquet or \.pq"):
+        find_files(empty)
+
+
+def test_what_cannot_be_meant_is_refused(tree: Path) -> None:
+    with pytest.raises(ValueError, match="at least one file, folder or pattern, got an empty sequence"):
+        find_files([])
+    with pytest.raises(ValueError, match="s3://bucket/x is a URL, and only local files can be read; copy or mount"):
+        find_files("s3://bucket/x")
+    with pytest.raises(ValueError, match=r"a\.parquet is named twice, and its rows would be read twice"):
+        find_files([tree, tree / "a.parquet"])
+
+
+def test_a_link_to_a_named_file_is_the_same_file(tree: Path) -> None:
+    os.symlink(tree / "a.parquet", tree / "link")
+    with pytest.raises(ValueError, match="named twice"):
+        find_files([tree / "a.parquet", tree / "link"])

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid.metrics import AUC, LogLoss, auc, logloss
+
+LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1])
+SCORES = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+
+both_classes = st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=40).filter(
+    lambda rows: 0 < sum(label for label, _ in rows) < len(rows)
+)
+
+
+def test_auc_of_the_known_vector() -> None:
+    assert auc(LABELS, SCORES) == pytest.approx(19 / 24, abs=1e-15)
+
+
+@given(both_classes)
+def test_auc_is_the_share_of_pairs_in_order(rows: list[tuple[bool, int]]) -> None:
+    positives = [score for label, score in rows if label]
+    negatives = [score for label, score in rows if not label]
+    pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives]
+    labels, scores = (torch.tensor(column) for column in zip(*rows, strict=True))
+    assert auc(labels, scores.float()) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_auc_tells_float32_scores_apart_that_are_close() -> None:
+    near = torch.tensor([0.5, 0.5 + 2**-24 * 2])
+    assert auc(torch.tensor([0, 1]), near) == 1.0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.001, 0.999)), min_size=1, max_size=30))
+def test_logloss_is_the_mean_of_logarithms(rows: list[tuple[bool, float]]) -> None:
+    want = -sum(math.log(p if label else 1 - p) for label, p in rows) / len(rows)
+    labels = torch.tensor([label for label, _ in rows])
+    scores = torch.tensor([score for _, score in rows], dtype=torch.float64)
+    assert logloss(labels, scores) == pytest.approx(want, rel=1e-9)
+
+
+def test_logloss_of_certain_and_wrong_is_finite() -> None:
+    assert logloss(torch.tensor([1.0]), torch.tensor([0.0])) == pytest.approx(-math.log(2**-52))
+
+
+@pytest.mark.parametrize("metric", [AUC, LogLoss])
+def test_accumulators_merge_and_reset(metric: type[AUC] | type[LogLoss]) -> None:
+    whole, first, second = metric(), metric(), metric()
+    whole.update(SCORES, LABELS)
+    first.update(SCORES[:4], LABELS[:4])
+    second.update(SCORES[4:], LABELS[4:])
+    first.merge(second)
+    assert first.compute() == whole.compute()
+    first.reset()
+    with pytest.raises(ValueError, match="nothing to compute; call update first"):
+        first.compute()
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([1, 1], [0.1, 0.2], "auc: needs both classes, got 2 positives and 0 negatives"),
+        ([1, 2], [0.1, 0.2], "auc: labels must be 0 or 1, got values from 1 to 2"),
+        ([0, 1], [0.1, math.nan], "auc: 1 of 2 scores are NaN"),
+        ([0, 1, 1], [0.1, 0.2], r"auc: labels and scores must be \[N\] each, got \[3\] and \[2\]"),
+    ],
+)
+def test_auc_refuses_bad_input(labels: list[int], scores: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        auc(torch.tensor(labels), torch.tensor(scores))
+
+
+def test_logloss_refuses_logits_and_nothing() -> None:
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -2.0 to 3.0; apply a sigmoid"):
+        logloss(torch.tensor([0, 1]), torch.tensor([-2.0, 3.0]))
+    with pytest.raises(ValueError, match="there are no rows"):
+        logloss(torch.tensor([]), torch.tensor([]))
