@@ -60,10 +60,15 @@ def test_the_thread_is_never_further_ahead_than_depth(depth: int) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 4])
 def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> None:
     error = LookupError("mine")
-    source, seen = Source(3, error), []
-    with pytest.raises(LookupError) as caught:
+    source = Source(3, error)
+    seen: list[int] = []
+
+    def consume() -> None:
         for item in prefetched(source.items, depth):
             seen.append(item)
+
+    with pytest.raises(LookupError) as caught:
+        consume()
     assert caught.value is error
     assert seen == [0, 1, 2]
     assert gone()

@@ -1,0 +1,95 @@
+import gc
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+from recis_hybrid.bridge import copies, to_jax, to_torch  # noqa: E402
+
+NARROW = [
+    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
+    torch.uint8, torch.uint16, torch.uint32, torch.bool, torch.complex64,
+]  # fmt: skip
+WIDE = [torch.int64, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_32_bit_types_share_memory_both_ways(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12).to(dtype).reshape(3, 4)
+    before = copies()
+    array = to_jax(tensor)
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    back = to_torch(array)
+    assert back.data_ptr() == tensor.data_ptr()
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+    assert copies() == before
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_64_bit_types_need_x64_and_are_never_cut(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([2**40 + 5, -(2**62)]).to(dtype)
+    for copy in (False, True):
+        with pytest.raises(ValueError, match="x64"):
+            to_jax(tensor, copy=copy)
+    with jax.enable_x64(True):
+        array = to_jax(tensor)
+        assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+        assert torch.equal(to_torch(array), tensor)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 1), (1, 5), (2, 1, 3)])
+def test_scalars_empty_and_flat_shapes(shape: tuple[int, ...]) -> None:
+    tensor = torch.rand(shape)
+    array = to_jax(tensor)
+    assert array.shape == shape
+    assert torch.equal(to_torch(array), tensor)
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda: torch.zeros(33)[1:], "64"),
+        (lambda: torch.zeros(8, 8)[:, :4], "contiguous|strid"),
+        (lambda: torch.zeros(8, 16)[::2], "contiguous|strid"),
+        (lambda: torch.zeros(1, 4).expand(3, 4), "contiguous|strid"),
+        (lambda: torch.zeros(4, requires_grad=True), "detach"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, cause: str) -> None:
+    tensor = make()  # type: ignore[operator]
+    with pytest.raises(ValueError, match=cause):
+        to_jax(tensor)
+    before = copies()
+    array = to_jax(tensor.detach(), copy=True)
+    assert copies() == before + 1
+    assert torch.equal(to_torch(array), tensor.detach())
+
+
+def test_trees_cross_as_trees_and_errors_name_the_leaf() -> None:
+    tree = {"a": [torch.ones(16), torch.zeros(16)], "b": None}
+    arrays = to_jax(tree)
+    assert arrays["a"][1].unsafe_buffer_pointer() == tree["a"][1].data_ptr()  # type: ignore[index]
+    assert to_torch(arrays)["b"] is None
+    with pytest.raises(ValueError, match=r"\['a'\]\[0\]"):
+        to_jax({"a": [torch.zeros(33)[1:]]})
+    with pytest.raises(TypeError, match="str"):
+        to_jax({"a": "no tensor"})
+
+
+def test_memory_outlives_its_producer_both_ways() -> None:
+    array = to_jax(torch.full((1024,), 3.0))
+    tensor = to_torch(jax.numpy.full((1024,), 4.0))
+    gc.collect()
+    scratch = [torch.full((1024,), -1.0) for _ in range(64)]
+    assert float(array.sum()) == 3 * 1024
+    assert float(tensor.sum()) == 4 * 1024
+    del scratch
+
+
+def test_a_copy_may_be_written_to() -> None:
+    array = jax.numpy.ones(16)
+    tensor = to_torch(array, copy=True)
+    tensor.zero_()
+    assert float(array.sum()) == 16

@@ -1,0 +1,174 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+from recis_hybrid.bridge import JaxTower  # noqa: E402
+
+
+def mlp(params: Any, x: Any) -> Any:
+    return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"]
+
+
+def twin(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x @ params["w1"] + params["b1"]) @ params["w2"]
+
+
+def parameters(dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = {"w1": (6, 5), "b1": (5,), "w2": (5, 2)}
+    return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def test_gradients_are_those_of_the_torch_twin_in_float64() -> None:
+    with jax.enable_x64(True):
+        tower = JaxTower(mlp, parameters(np.float64))
+        x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+        named = {name: p.detach().clone().requires_grad_() for name, p in tower.named_parameters()}
+        ours, theirs = tower(x), twin(named, x.detach().requires_grad_())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        weight = torch.randn(7, 2, dtype=torch.float64)
+        x2 = x.detach().clone().requires_grad_()
+        (ours * weight).sum().backward()
+        (twin(named, x2) * weight).sum().backward()
+        torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=1e-10)
+        for name, parameter in tower.named_parameters():
+            torch.testing.assert_close(parameter.grad, named[name].grad, rtol=0, atol=1e-10)
+
+
+def test_gradcheck() -> None:
+    with jax.enable_x64(True):
+        tower = JaxTower(mlp, parameters(np.float64))
+        x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, *_: tower(x), (x, *tower.parameters()), fast_mode=False)
+
+
+def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
+    seen: dict[str, int] = {}
+
+    def f(params: Any, x: Any) -> Any:
+        return x * params["w"]
+
+    tower = JaxTower(f, {"w": np.ones(16, np.float32)})
+    share = tower._share
+
+    def spy(tensors: Any, inputs: Any) -> Any:
+        arrays = share(tensors, inputs)
+        for number, (tensor, array) in enumerate(zip(tensors, arrays, strict=True)):
+            seen[f"{number}"] = array.unsafe_buffer_pointer() - tensor.data_ptr()
+        return arrays
+
+    tower._share = spy  # type: ignore[method-assign]
+    x = torch.rand(4, 16, requires_grad=True)
+    out = tower(x)
+    assert seen == {"0": 0, "1": 0}
+    gradient = torch.rand(4, 16)
+    out.backward(gradient)
+    assert tower.copies == 0  # the gradient went in as it was
+    torch.testing.assert_close(x.grad, gradient)
+    assert all(p.data_ptr() % 64 == 0 for p in tower.parameters())
+
+
+def test_outputs_are_jax_memory() -> None:
+    tower = JaxTower(lambda params, x: x + params["b"], {"b": np.zeros(16, np.float32)})
+    with torch.no_grad():
+        y = tower(torch.zeros(4, 16))
+    assert y.data_ptr() % 64 == 0
+    assert not y.requires_grad
+
+
+def test_an_expanded_gradient_is_copied_and_counted() -> None:
+    tower = JaxTower(mlp, parameters())
+    x = torch.rand(4, 6, requires_grad=True)
+    tower(x).sum().backward()
+    assert tower.copies == 1
+    reference = {name: p.detach() for name, p in tower.named_parameters()}
+    x2 = x.detach().clone().requires_grad_()
+    twin(reference, x2).sum().backward()
+    torch.testing.assert_close(x.grad, x2.grad)
+
+
+def test_an_optimizer_trains_it_as_it_trains_the_twin() -> None:
+    tower = JaxTower(mlp, parameters())
+    named = {name: nn.Parameter(p.detach().clone()) for name, p in tower.named_parameters()}
+    ours, theirs = torch.optim.Adam(tower.parameters(), lr=0.05), torch.optim.Adam(named.values(), lr=0.05)
+    x, y = torch.randn(32, 6), torch.randn(32, 2)
+    for _ in range(20):
+        for optimizer, output in ((ours, tower), (theirs, lambda x: twin(named, x))):
+            optimizer.zero_grad()
+            (output(x) - y).square().mean().backward()
+            optimizer.step()
+    for name, parameter in tower.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=1e-5)
+
+
+def test_state_dict_goes_round() -> None:
+    nested = {"layers": [{"w": np.ones((3, 2), np.float32)}, {"w": np.zeros((2, 1), np.float32)}]}
+
+    def f(params: Any, x: Any) -> Any:
+        for layer in params["layers"]:
+            x = x @ layer["w"]
+        return x
+
+    tower, other = JaxTower(f, nested), JaxTower(f, nested)
+    assert list(tower.state_dict()) == ["layers.0.w", "layers.1.w"]
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.uniform_()
+    other.load_state_dict(tower.state_dict())
+    x = torch.rand(4, 3)
+    assert torch.equal(tower(x), other(x))
+
+
+def test_integers_trees_and_unused_outputs() -> None:
+    def f(params: Any, inputs: Any, ids: Any) -> Any:
+        picked = params["table"][ids] * inputs["scale"]
+        return {"sum": picked.sum(1), "ids": ids + 1, "unused": picked * 2}
+
+    tower = JaxTower(f, {"table": np.arange(12, dtype=np.float32).reshape(4, 3)})
+    scale = torch.ones(2, 3, requires_grad=True)
+    ids = torch.tensor([1, 3], dtype=torch.int32)
+    out = tower({"scale": scale}, ids)
+    assert out["ids"].tolist() == [2, 4]
+    assert not out["ids"].requires_grad
+    out["sum"].sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.tolist() == [[3.0, 4.0, 5.0], [9.0, 10.0, 11.0]]
+
+
+def test_a_shape_compiles_once() -> None:
+    tower = JaxTower(mlp, parameters())
+    for size in (4, 4, 8, 4, 8):
+        tower(torch.rand(size, 6)).sum().backward()
+    assert tower.compilations == 4  # forward and backward of two sizes
+    with torch.no_grad():
+        tower(torch.rand(4, 6))
+        tower(torch.rand(4, 6))
+    assert tower.compilations == 5
+
+
+def test_an_error_inside_arrives_as_itself_with_the_name() -> None:
+    def f(params: Any, x: Any) -> Any:
+        raise ZeroDivisionError("inside")
+
+    tower = JaxTower(f, {"w": np.ones(2, np.float32)}, name="ranker")
+    with pytest.raises(ZeroDivisionError, match="inside") as caught:
+        tower(torch.ones(2))
+    assert any("ranker" in note for note in caught.value.__notes__)
+
+
+def test_bad_input_is_refused() -> None:
+    tower = JaxTower(mlp, parameters(), name="ranker")
+    with pytest.raises(ValueError, match=r"ranker.*input\[0\].*64"):
+        tower(torch.zeros(4 * 6 + 1)[1:].view(4, 6))
+    with pytest.raises(TypeError, match="ranker.*gradients need a floating output"):
+        JaxTower(lambda params, x: x @ params["w1"] > 0, parameters(), name="ranker")(torch.ones(2, 6))
+    with pytest.raises(ValueError, match="x64"):
+        JaxTower(mlp, parameters(np.float64))
+    with pytest.raises(TypeError, match="must be a function"):
+        JaxTower(3, {})  # type: ignore[arg-type]

@@ -1,0 +1,223 @@
+"""Arrow arrays by their specs; what they hold is compared with pyarrow's own to_pylist."""
+
+import gc
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from recis_hybrid.columnio import Column, Dense, Ragged, Text
+from recis_hybrid.columnio.convert import Converter, converter
+from recis_hybrid.columnio.numbers import Place
+from recis_hybrid.ragged import RaggedTensor
+
+PLACE = Place("x", "some.parquet", "row group 0, rows 0 to 9 of it")
+int64s = st.integers(-(2**63), 2**63 - 1)
+
+
+def made(array: Any, spec: Column | None = None) -> Converter:
+    return converter(spec, array.type, PLACE)
+
+
+def read(array: Any, spec: Column | None = None) -> torch.Tensor | RaggedTensor:
+    each = made(array, spec)
+    return each.tensor(each.clean(array, PLACE))
+
+
+def dense(array: Any, spec: Column | None = None) -> torch.Tensor:
+    tensor = read(array, spec)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def ragged(array: Any, spec: Column | None = None) -> RaggedTensor:
+    tensor = read(array, spec)
+    assert isinstance(tensor, RaggedTensor)
+    return tensor.validate()
+
+
+@pytest.mark.parametrize(
+    ("arrow_type", "dtype"),
+    [
+        (pa.int8(), torch.int8),
+        (pa.int16(), torch.int16),
+        (pa.int32(), torch.int32),
+        (pa.int64(), torch.int64),
+        (pa.uint8(), torch.uint8),
+        (pa.uint16(), torch.int32),
+        (pa.uint32(), torch.int64),
+        (pa.uint64(), torch.int64),
+        (pa.float16(), torch.float16),
+        (pa.float32(), torch.float32),
+        (pa.float64(), torch.float64),
+        (pa.bool_(), torch.bool),
+    ],
+)
+def test_a_number_is_read_in_the_dtype_of_the_file(arrow_type: Any, dtype: torch.dtype) -> None:
+    array = pa.array([0, 1, 1, 0, 1], pa.int64()).cast(pa.uint8()).cast(arrow_type)
+    assert torch.equal(dense(array), torch.tensor([0, 1, 1, 0, 1], dtype=dtype))
+    assert dense(array[:0]).tolist() == []
+    assert made(array).spec == Dense(dtype)
+    if arrow_type != pa.float16():
+        filled = dense(pa.array([None, *array.to_pylist()], arrow_type), Dense(default=1))
+        assert torch.equal(filled, torch.tensor([1, 0, 1, 1, 0, 1], dtype=dtype))
+
+
+def test_numbers_are_not_copied() -> None:
+    array = pa.array(range(100), pa.int64())
+    address = array.buffers()[1].address
+    assert dense(array).data_ptr() == address
+    assert dense(array[7:]).data_ptr() == address + 7 * 8
+    floats = pa.array([0.5] * 10, pa.float32())
+    assert dense(floats).data_ptr() == floats.buffers()[1].address
+
+
+def test_lists_and_strings_are_not_copied_either() -> None:
+    lists = pa.array([[1, 2], [], [3]], pa.large_list(pa.int64()))
+    assert ragged(lists).values.data_ptr() == lists.values.buffers()[1].address
+    fixed = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2))
+    assert dense(fixed).data_ptr() == fixed.values.buffers()[1].address
+    strings = pa.array(["ab", "", "c"])
+    assert ragged(strings).values.data_ptr() == strings.buffers()[2].address
+    large = strings.cast(pa.large_string())
+    assert ragged(large).offsets.data_ptr() == large.buffers()[1].address
+
+
+def test_a_tensor_keeps_its_memory() -> None:
+    array = pa.array([5] * 100_000, pa.int64())
+    tensor, text = dense(array), ragged(pa.array(["ab"] * 100_000))
+    del array
+    gc.collect()
+    other = [pa.array([6] * 100_000, pa.int64()) for _ in range(4)]
+    assert len(other) == 4
+    assert bool((tensor == 5).all())
+    assert set(text.to_strings()) == {b"ab"}
+
+
+@given(st.lists(int64s, max_size=30), st.data())
+def test_any_slice_of_any_int64(values: list[int], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(values)))
+    stop = data.draw(st.integers(first, len(values)))
+    array = pa.array(values, pa.int64())[first:stop]
+    assert dense(array).tolist() == values[first:stop]
+
+
+def test_unsigned_ids_keep_their_bits() -> None:
+    assert dense(pa.array([0, 2**63, 2**64 - 1], pa.uint64())).tolist() == [0, -(2**63), -1]
+
+
+def test_asking_for_another_dtype() -> None:
+    assert torch.equal(dense(pa.array([1, 3]), Dense(torch.float32)), torch.tensor([1.0, 3.0]))
+    assert torch.equal(dense(pa.array([True, False]), Dense(torch.float32)), torch.tensor([1.0, 0.0]))
+    assert torch.equal(dense(pa.array([0.1]), Dense(torch.float32)), torch.tensor([0.1]))
+    assert torch.equal(dense(pa.array([-7, 7]), Dense(torch.int8)), torch.tensor([-7, 7], dtype=torch.int8))
+
+
+def test_dictionaries_are_read_as_what_they_hold() -> None:
+    assert dense(pa.array([5, 6, 5]).dictionary_encode()).tolist() == [5, 6, 5]
+    strings = pa.array(["a", None, "a"]).dictionary_encode()
+    assert ragged(strings, Text(default="-")).to_strings() == [b"a", b"-", b"a"]
+
+
+@given(st.lists(st.none() | st.lists(st.none() | int64s, max_size=5), max_size=12), st.booleans(), st.data())
+def test_any_lists_with_nulls(rows: list[list[int | None] | None], large: bool, data: st.DataObject) -> None:
+    arrow_type = (pa.large_list if large else pa.list_)(pa.int64())
+    first = data.draw(st.integers(0, len(rows)))
+    stop = data.draw(st.integers(first, len(rows)))
+    got = ragged(pa.array(rows, arrow_type)[first:stop], Ragged(default=-9, null_as_empty=True))
+    assert got.to_lists() == [[-9 if value is None else value for value in row or []] for row in rows[first:stop]]
+
+
+def test_what_lies_below_a_null_list_is_not_read() -> None:
+    offsets, values = pa.array([0, 2, 4], pa.int32()), pa.array([1, 2, 3, 4])
+    array = pa.ListArray.from_arrays(offsets, values, mask=pa.array([True, False]))
+    assert ragged(array, Ragged(null_as_empty=True)).to_lists() == [[], [3, 4]]
+
+
+@given(st.lists(st.none() | st.lists(st.none() | int64s, min_size=3, max_size=3), max_size=9), st.booleans(), st.data())
+def test_any_lists_of_one_length(rows: list[list[int | None] | None], fixed: bool, data: st.DataObject) -> None:
+    arrow_type = pa.list_(pa.int64(), 3) if fixed else pa.list_(pa.int64())
+    first = data.draw(st.integers(0, len(rows)))
+    got = dense(pa.array(rows, arrow_type)[first:], Dense(length=3, default=4))
+    want = [[4 if value is None else value for value in row or [None] * 3] for row in rows[first:]]
+    assert got.shape == (len(rows) - first, 3)
+    assert got.tolist() == want
+
+
+def test_a_cut_out_of_clean_lists() -> None:
+    for array in (pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2)), pa.array([[1], [2, 3], [4]])):
+        each = made(array)
+        got = each.tensor(each.clean(array, PLACE).slice(1, 2))
+        got = got.to_lists() if isinstance(got, RaggedTensor) else got.tolist()
+        assert got == array.to_pylist()[1:]
+
+
+@given(st.lists(st.none() | st.binary(max_size=6), max_size=12), st.data())
+def test_any_strings_with_nulls(rows: list[bytes | None], data: st.DataObject) -> None:
+    arrow_type = data.draw(st.sampled_from([pa.binary(), pa.large_binary()]))
+    first = data.draw(st.integers(0, len(rows)))
+    array = pa.array(rows, arrow_type)
+    each = made(array, Text(default="é"))
+    want = ["é".encode() if row is None else row for row in rows]
+    assert ragged(array[first:], Text(default="é")).to_strings() == want[first:]
+    cut = each.tensor(each.clean(array, PLACE)[first:])
+    assert isinstance(cut, RaggedTensor)
+    assert cut.validate().to_strings() == want[first:]
+
+
+@pytest.mark.parametrize("arrow_type", [pa.string(), pa.large_string(), pa.string_view()])
+def test_strings_of_every_layout(arrow_type: Any) -> None:
+    assert ragged(pa.array(["a", "", "é"], arrow_type)).to_strings() == [b"a", b"", b"\xc3\xa9"]
+    assert ragged(pa.array(["", ""], arrow_type)).to_strings() == [b"", b""]
+
+
+@pytest.mark.parametrize(
+    ("array", "spec", "remedy"),
+    [
+        (pa.array([1, None]), None, r"give it Dense\(default=0\)"),
+        (pa.array(["a", None]), None, r'give it Text\(default=""\)'),
+        (pa.array([[1], None]), None, r"give it Ragged\(null_as_empty=True\)"),
+        (pa.array([[1], [None]]), Ragged(), r"give it Ragged\(default=0\)"),
+        (pa.array([[1], None]), Dense(length=1), r"give it Dense\(length=1, default=0\)"),
+    ],
+)
+def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remedy: str) -> None:
+    said = r"column 'x' of some\.parquet \(row group 0, rows 0 to 9 of it\) has 1 null in 2 values, .*"
+    with pytest.raises(ValueError, match=said + remedy):
+        read(array, spec)
+
+
+@pytest.mark.parametrize(
+    ("array", "spec", "message"),
+    [
+        (pa.array(["a"]), Dense(), r"'x' of some\.parquet .* is string, which Dense.* does not read; .*by Text\(\)"),
+        (pa.array([1]), Text(), r"is int64, which Text.* does not read; numbers are read by Dense\(\)"),
+        (pa.array([1]), Dense(length=2), r"is int64, which Dense.* does not read"),
+        (pa.array([[1]]), Dense(), r"does not read; lists of numbers are read by Ragged\(\), or by Dense\(length"),
+        (pa.array([[1]]), Text(), "lists of numbers are read by"),
+        (pa.array([{"a": 1}]), None, "which no tensor is made of; write it as numbers, strings or lists"),
+        (pa.array([["a"]]), Ragged(), "write it as numbers, strings or lists of numbers"),
+        (pa.array([1.5]), Dense(torch.int64), r"is double, which would be cut as torch\.int64; read it as"),
+        (pa.array([1]), Dense(torch.bool), r"is int64, which would be cut as torch\.bool"),
+        (pa.array([1]), Dense(torch.complex64), r"cannot be read as torch\.complex64; choose one of"),
+        (pa.array([1]), "Dense", "needs a Dense, Ragged or Text for its spec, got 'Dense'"),
+    ],
+)
+def test_a_spec_that_does_not_suit_is_refused(array: Any, spec: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        made(array, spec)
+
+
+@pytest.mark.parametrize("default", [2**63, -0.5, float("nan"), float("inf")])
+def test_a_default_that_is_no_number_of_the_dtype_is_refused(default: float) -> None:
+    with pytest.raises(ValueError, match=r"read as torch\.int64, and the default .* is no such number; give another"):
+        made(pa.array([1]), Dense(default=default))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'x' of some\.parquet .* does not fit into torch\.int8 .*wider dtype"):
+        read(pa.array([1, 300]), Dense(torch.int8))
+    with pytest.raises(ValueError, match=r"has 2 lists whose length is not 2 but 1, 3; read it with Ragged\(\)"):
+        read(pa.array([[1, 2], [1], [1, 2, 3]]), Dense(length=2))
