@@ -8,7 +8,7 @@ import jax
 import torch
 
 from ._programs import Forward, Jitted, Programs
-from .dlpack import ALIGNMENT, count_copy, share, unshare
+from .dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
 
 
 class Caller:
@@ -27,14 +27,9 @@ class Caller:
         self.where = where
         self.copies = 0
 
-    @contextlib.contextmanager
-    def noting(self, kind: str) -> Any:
-        """Adds the tower's name to what is raised inside."""
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"raised in the {kind} of {self.where}")
-            raise
+    def note(self, error: Exception, kind: str) -> None:
+        """Adds the tower's name to what its function, or its program, raised."""
+        error.add_note(f"raised in the {kind} of {self.where}")
 
     def run(self, kind: str, program: Jitted, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
         """Runs a program and takes its results.
@@ -42,8 +37,11 @@ class Caller:
         Taking a result waits for the whole program, so that torch may write to the arguments again afterwards; on a
         GPU it makes torch's stream wait. Until then `arrays` keeps them alive.
         """
-        with self.noting(kind):
-            return [unshare(array) for array in program(*arrays)]
+        try:
+            return unshare(program(*arrays))
+        except Exception as error:
+            self.note(error, kind)
+            raise
 
     def share_gradient(self, gradient: torch.Tensor) -> jax.Array:
         """Shares a gradient, which its receiver could not choose: `y.sum().backward()` sends an expanded one."""
@@ -83,11 +81,9 @@ class Apply(torch.autograd.Function):
             with _x64(program.x64):
                 arrays = [share(tensor, f"{caller.where}: saved tensor") for tensor in ctx.saved_tensors]
                 arrays += [caller.share_gradient(gradient) for gradient in gradients if gradient is not None]
-                with caller.noting("backward"):
-                    pullback = caller.programs.backward(program, given)
-                results = caller.run("backward", pullback, arrays)
+                results = caller.run("backward", caller.programs.backward(program, given), arrays)
             if torch.is_grad_enabled():
-                results = list(_Once.apply(caller.where, torch.zeros((), requires_grad=True), *results))  # type: ignore[no-untyped-call]
+                results = list(cast(Any, _Once).apply(caller.where, torch.zeros((), requires_grad=True), *results))  # type: ignore[no-untyped-call]
         taken = iter(results)
         return (None, None, None, *[next(taken, None) if want else None for want in program.wanted])
 
@@ -112,4 +108,4 @@ class _Once(torch.autograd.Function):
 
 
 def _x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if jax.config.jax_enable_x64 == wanted else jax.enable_x64(wanted)  # type: ignore[attr-defined]
+    return contextlib.nullcontext() if x64_is_on() == wanted else jax.enable_x64(wanted)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import torch
+import torch.utils.dlpack
 
 
 class Roads(NamedTuple):
@@ -23,7 +24,7 @@ class Roads(NamedTuple):
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
-    return jax.dlpack.from_dlpack(tensor.detach(), copy=False)  # type: ignore[no-any-return]
+    return cast(jax.Array, jax.dlpack.from_dlpack(tensor.detach(), copy=False))  # type: ignore[no-any-return]
 
 
 def _public_to_torch(array: jax.Array) -> torch.Tensor:

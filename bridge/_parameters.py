@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import torch
 
-from .dlpack import DTYPES, WIDE, to_torch
+from .dlpack import DTYPES, WIDE, to_torch, x64_is_on
 
 ROOT_NAME: Final = "param"
 """What a parameter is called when it is the whole pytree."""
@@ -112,7 +112,7 @@ def _own(leaf: object, where: str) -> torch.Tensor:
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{where}: is {tensor.dtype}, which JAX has not; cast it")
-    if tensor.dtype in WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if tensor.dtype in WIDE and not x64_is_on():  # type: ignore[attr-defined]
         raise ValueError(
             f"{where}: is {str(tensor.dtype).removeprefix('torch.')}, which JAX holds only with x64 on; turn it on by "
             "jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+from .dlpack import x64_is_on
+
 Jitted = Callable[..., list[jax.Array]]
 
 
@@ -111,7 +113,7 @@ class Programs:
         Returns:
             The program, made by tracing the function if this is the signature's first call.
         """
-        x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        x64 = x64_is_on()  # type: ignore[attr-defined]
         known = self._forwards.get((x64, signature))
         if known is None:
             known = self._trace(arrays, inputs_tree, wanted, x64)

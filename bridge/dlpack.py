@@ -5,6 +5,7 @@ is an error that names the cause and the remedy. The contract of lifetime and mu
 """
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Final, cast, overload
 
 import jax
@@ -27,6 +28,8 @@ DTYPES: Final = WIDE | {
 """What both sides can hold."""
 
 _ARRAY_DTYPES: Final = frozenset(jax.numpy.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES)
+
+_STRIDED: Final = torch.strided
 
 _lock = threading.Lock()
 _copies = 0
@@ -142,18 +145,18 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         TypeError: if it is not a plain tensor.
         ValueError: if the memory cannot be shared.
     """
-    # Everything that can go wrong, in the order of cost; `refusal` then finds out which of them did.
+    # Everything that can go wrong, quickly; `refusal` then finds out which of them did.
+    kind = type(tensor)
     if (
-        not isinstance(tensor, torch.Tensor)
-        or tensor.layout is not torch.strided
-        or not tensor.is_contiguous()
+        (kind is not torch.Tensor and kind is not torch.nn.Parameter and not _is_plain(tensor))
+        or tensor.layout is not _STRIDED
         or tensor.dtype not in DTYPES
-        or (tensor.dtype in WIDE and not jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        or not tensor.is_contiguous()
+        or tensor.data_ptr() % ALIGNMENT
+        or (tensor.dtype in WIDE and not x64_is_on())
         or not (tensor.is_cpu or tensor.is_cuda)
         or tensor.is_neg()
         or tensor.is_conj()
-        or _wraps_another(tensor)
-        or tensor.data_ptr() % ALIGNMENT
     ):
         raise refusal(tensor, where)
     shape = tensor.shape
@@ -170,10 +173,25 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         raise ValueError(f"{where}: the tensor is on {tensor.device}, which JAX cannot use here: {error}") from error
 
 
-def unshare(array: jax.Array) -> torch.Tensor:
-    """`to_torch` of an array that a jitted call has just returned, on one device and of a dtype that torch has."""
-    (device,) = array.sharding.device_set
-    return cpu_roads().to_torch(array) if device.platform == "cpu" else PUBLIC.to_torch(array)  # type: ignore[attr-defined]
+def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
+    """`to_torch` of arrays that lie on one device, which is the same for all, and are of dtypes that torch has.
+
+    Args:
+        arrays: what a jitted call returned, say.
+
+    Returns:
+        The tensors in the arrays' memory.
+    """
+    if not arrays:
+        return []
+    (device,) = arrays[0].sharding.device_set
+    roads = cpu_roads() if cast(Any, device).platform == "cpu" else PUBLIC
+    return [roads.to_torch(array) for array in arrays]
+
+
+def x64_is_on() -> bool:
+    """Whether JAX holds 64-bit numbers, in this thread."""
+    return bool(cast(Any, jax.config).jax_enable_x64)
 
 
 def refusal(tensor: object, where: str) -> TypeError | ValueError:
@@ -181,7 +199,7 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
     if not isinstance(tensor, torch.Tensor):
         return TypeError(f"{where}: takes tensors, got {type(tensor).__qualname__}")
     got = f"(shape {tuple(tensor.shape)}, {_name(tensor.dtype)}, {tensor.device})"
-    if _wraps_another(tensor):
+    if not _is_plain(tensor):
         return TypeError(f"{where}: takes plain tensors, got {type(tensor).__qualname__} {got}, which wraps others")
     if not (tensor.is_cpu or tensor.is_cuda):
         cause = f"its device, {tensor.device}, is none that torch and JAX share; move it by .to('cpu') or .to('cuda')"
@@ -189,7 +207,7 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
         cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
     elif tensor.dtype not in DTYPES:
         cause = "JAX has no such dtype, or takes none by DLPack; cast it by .to(dtype)"
-    elif tensor.dtype in WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    elif tensor.dtype in WIDE and not x64_is_on():  # type: ignore[attr-defined]
         cause = (
             "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
             "turn it on by jax.config.update('jax_enable_x64', True), or cast the tensor where the values allow it"
@@ -217,7 +235,7 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
             f"{where}: the tensor (shape {tuple(tensor.shape)}, {_name(tensor.dtype)}) requires a gradient, which JAX "
             "would not see; pass tensor.detach(), or use JaxTower for gradients across the border"
         )
-    if copy and not _wraps_another(tensor) and tensor.layout is torch.strided:
+    if copy and _is_plain(tensor) and tensor.layout is torch.strided:
         tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         array = share(tensor, where)
         count_copy()
@@ -240,17 +258,18 @@ def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
         else:
             cause = "torch has no such dtype; cast it by .astype, or pass jax.random.key_data of a PRNG key"
         raise ValueError(f"{where}: the array {got} cannot share memory with torch: {cause}")
-    tensor = unshare(array)
+    (tensor,) = unshare([array])
     if copy:
         tensor = tensor.clone()
         count_copy()
     return tensor
 
 
-def _wraps_another(tensor: torch.Tensor) -> bool:
-    """Whether a tensor only stands for others, as fake, distributed and nested ones do: it has no memory to share."""
-    kind = type(tensor)
-    return kind is not torch.Tensor and kind.__torch_dispatch__ is not cast(Any, torch.Tensor).__torch_dispatch__
+def _is_plain(tensor: object) -> bool:
+    """Whether it is a tensor with memory: fake, distributed and nested ones only stand for others."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    return type(tensor).__torch_dispatch__ is cast(Any, torch.Tensor).__torch_dispatch__
 
 
 def _canonical_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """JaxTower: a JAX function as an ordinary `torch.nn.Module`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import torch
@@ -92,11 +92,14 @@ class JaxTower(torch.nn.Module):
         kinds = tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
         device = tensors[0].device if tensors else None
         caller = self._caller
-        with caller.noting("forward"):
+        try:
             program = caller.programs.forward((inputs_tree, wanted, kinds, device), arrays, inputs_tree, wanted)
+        except Exception as error:
+            caller.note(error, "forward")
+            raise
         self._check_outputs(program)
         if any(wanted):
-            outputs = Apply.apply(caller, program, arrays, *tensors)  # type: ignore[no-untyped-call]
+            outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)  # type: ignore[no-untyped-call]
         else:
             outputs = caller.run("forward", program.run, arrays)
         return jax.tree.unflatten(program.out_tree, outputs)

@@ -19,6 +19,7 @@ from recis_hybrid.saver.tensors import TensorFile, check_tensor, open_tensors, w
 RANGE_BYTES = 64 * 2**20
 MOST_RANGES = 1024
 _INDEX = ("buckets", "bucket_offsets")
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def range_count(rows: int, row_bytes: int) -> int:
@@ -75,7 +76,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
     for i in range(count):
         first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
         chosen = order[cuts[i] : cuts[i + 1]]
-        tensors = {c: t.index_select(0, chosen.to(t.device)) for c, t in state.columns.items()}
+        tensors = {column: _rows(tensor, chosen) for column, tensor in state.columns.items()}
         present, sizes = torch.unique_consecutive(buckets[cuts[i] : cuts[i + 1]], return_counts=True)
         tensors["buckets"] = present.to(torch.int32)
         tensors["bucket_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -161,6 +162,12 @@ def _sorted_order(where: str, state: TableState) -> tuple[Tensor, Tensor]:
         raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
     buckets, by_bucket = state.buckets.cpu()[by_id].sort(stable=True)
     return by_id[by_bucket], buckets
+
+
+def _rows(column: Tensor, chosen: Tensor) -> Tensor:
+    """Copy the chosen [m] rows; unsigned words as signed ones, for which alone torch can."""
+    signed = _SIGNED.get(column.dtype, column.dtype)
+    return column.detach().view(signed).index_select(0, chosen.to(column.device)).view(column.dtype)
 
 
 def _tag(part: str, name: str, first: int, last: int) -> dict[str, JSON]:

@@ -1,0 +1,395 @@
+"""The order of rows, resuming, zero-copy, threads, and the real data."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, Text
+from recis_hybrid.columnio.parquet import ParquetFiles, Piece
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+ROWS = 47
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 0 to 46 in four files (one of them empty) of row groups of 5: id, a list and a string made of the number."""
+    path = tmp_path_factory.mktemp("data")
+    for number, (first, stop) in enumerate([(0, 13), (13, 13), (13, 20), (20, ROWS)]):
+        rows = range(first, stop)
+        columns = {
+            "row": pa.array(rows, pa.int64()),
+            "list": pa.array([[row] * (row % 4) for row in rows], pa.list_(pa.int64())),
+            "text": pa.array(["é" * (row % 3) + str(row) for row in rows], pa.string()),
+            "label": pa.array([row % 2 for row in rows], pa.float32()),
+        }
+        pq.write_table(pa.table(columns), path / f"part-{number}.parquet", row_group_size=5)
+    return path
+
+
+def dense(batch: Batch, name: str = "row") -> torch.Tensor:
+    column = batch[name]
+    assert isinstance(column, torch.Tensor)
+    return column
+
+
+def ragged(batch: Batch, name: str) -> RaggedTensor:
+    column = batch[name]
+    assert isinstance(column, RaggedTensor)
+    return column
+
+
+def rows_of(batches: Iterator[Batch] | ColumnDataset) -> list[list[int]]:
+    return [dense(batch).tolist() for batch in batches]
+
+
+def open_rows(folder: Path, batch_size: int = 6, **options: Any) -> ColumnDataset:
+    return ColumnDataset(folder, ["row"], batch_size, **options)
+
+
+def no_reader_is_left() -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not any(thread.name.startswith("recis-columnio") for thread in threading.enumerate()):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# What a batch is
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_all_columns_of_a_row_stay_together(folder: Path, shuffle: bool, prefetch: int) -> None:
+    data = ColumnDataset(folder, ["label", "text", "row", "list"], 6, shuffle=shuffle, prefetch=prefetch)
+    seen: list[int] = []
+    for batch in data:
+        assert list(batch) == ["label", "text", "row", "list"]
+        rows = dense(batch).tolist()
+        assert torch.equal(dense(batch, "label"), torch.tensor([float(row % 2) for row in rows]))
+        assert ragged(batch, "list").validate().to_lists() == [[row] * (row % 4) for row in rows]
+        assert ragged(batch, "text").validate().to_strings() == [("é" * (row % 3) + str(row)).encode() for row in rows]
+        assert ragged(batch, "text").dtype == torch.uint8
+        seen += rows
+    assert sorted(seen) == list(range(ROWS))
+    assert (seen == list(range(ROWS))) == (not shuffle)
+
+
+def test_sizes(folder: Path) -> None:
+    data = open_rows(folder)
+    assert (len(data), data.num_rows, [len(rows) for rows in rows_of(data)]) == (8, ROWS, [6] * 7 + [5])
+    data = open_rows(folder, drop_remainder=True)
+    assert (len(data), [len(rows) for rows in rows_of(data)]) == (7, [6] * 7)
+    assert rows_of(open_rows(folder, 1000)) == [list(range(ROWS))]
+
+
+def test_specs_are_shown_with_their_dtypes(folder: Path) -> None:
+    data = ColumnDataset(folder, {"row": Dense(torch.int32), "list": None, "text": None}, 6)
+    assert data.columns == {"row": Dense(torch.int32), "list": Ragged(torch.int64), "text": Text()}
+    assert dense(next(iter(data))).dtype == torch.int32
+
+
+def test_transforms_run_in_the_readers_thread(folder: Path) -> None:
+    threads: set[str] = set()
+
+    def double(batch: Batch) -> Batch:
+        threads.add(threading.current_thread().name.split("_")[0])
+        return {"twice": dense(batch) * 2}
+
+    got = [dense(batch, "twice").tolist() for batch in open_rows(folder, transforms=double)]
+    assert list(chain.from_iterable(got)) == list(range(0, 2 * ROWS, 2))
+    assert threads == {"recis-columnio"}
+
+
+# Zero-copy
+
+
+def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    read = ParquetFiles.read
+
+    def watched(self: ParquetFiles, piece: Piece, rows: int) -> Iterator[Any]:
+        for batch in read(self, piece, rows):
+            decoded.append((batch.column("row").buffers()[1].address, batch.num_rows * 8))
+            yield batch
+
+    monkeypatch.setattr(ParquetFiles, "read", watched)
+    # Row groups of 5 (and of 3 and 2 at ends of files): batches of 1 never lie in two of them.
+    kept = list(open_rows(folder, 1))
+    pointers = [dense(batch).data_ptr() for batch in kept]
+    assert pointers == [first + at for first, length in decoded for at in range(0, length, 8)]
+    assert [row for rows in rows_of(iter(kept)) for row in rows] == list(range(ROWS))
+
+
+# Order
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
+    def order(seed: int, epoch: int, **options: Any) -> list[int]:
+        data = open_rows(folder, seed=seed, shuffle=True, **options)
+        data.set_epoch(epoch)
+        return list(chain.from_iterable(rows_of(data)))
+
+    first = order(1, 0)
+    assert first == order(1, 0, prefetch=0)
+    assert len({tuple(order(*path)) for path in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]}) == 5
+    # A buffer smaller than the data shuffles row groups, and rows within blocks.
+    small = order(1, 0, shuffle_buffer=4)
+    assert sorted(small) == list(range(ROWS))
+    assert small not in (first, list(range(ROWS)))
+
+
+def test_a_pass_to_the_end_moves_on_to_the_next_epoch(folder: Path) -> None:
+    data = open_rows(folder, shuffle=True)
+    epochs = [rows_of(data) for _ in range(3)]
+    assert data.epoch == 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    data.set_epoch(1)
+    assert rows_of(data) == epochs[1]
+    # One that is left early does not.
+    next(iter(data))
+    assert (data.epoch, rows_of(data)) == (2, epochs[2])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3, 9, 60])
+def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:
+    alone = rows_of(open_rows(folder, 4, shuffle=shuffle))
+    ranks = [open_rows(folder, 4, shuffle=shuffle, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [rows_of(data) for data in ranks] == [alone[rank::world_size] for rank in range(world_size)]
+
+
+def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[Piece] = []
+    read = ParquetFiles.read
+
+    def watched(self: ParquetFiles, piece: Piece, rows: int) -> Iterator[Any]:
+        pieces.append(piece)
+        return read(self, piece, rows)
+
+    monkeypatch.setattr(ParquetFiles, "read", watched)
+    # 24 rows to each of two ranks: the first needs only the row groups that begin before row 24.
+    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
+    assert sum(piece.rows for piece in pieces) == 25
+
+
+# Resuming
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> dict[str, Any]:
+    before, now = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    return {
+        "order": {
+            "shuffle": draw(st.booleans()),
+            "seed": draw(st.integers(0, 5)),
+            "shuffle_buffer": draw(st.sampled_from([1, 4, 11, 1000])),
+        },
+        "epoch": draw(st.integers(0, 3)),
+        "turns": draw(st.integers(0, 12)),
+        "before": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": before},
+        "now": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": now},
+    }
+
+
+@settings(max_examples=80)
+@given(plan=plans())
+def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str, Any]) -> None:
+    whole = open_rows(folder, **plan["order"])
+    whole.set_epoch(plan["epoch"])
+    expected = list(chain.from_iterable(rows_of(whole)))
+
+    seen: list[list[list[int]]] = []
+    states: list[dict[str, Any]] = []
+    for rank in range(plan["before"]["world_size"]):
+        data = open_rows(folder, rank=rank, **plan["order"], **plan["before"])
+        data.set_epoch(plan["epoch"])
+        # All ranks stop after as many turns, as a training job does.
+        passing = iter(data)
+        seen.append(rows_of(islice(passing, plan["turns"])))
+        states.append(json.loads(json.dumps(data.state_dict())))
+    # In the last turn some ranks may get nothing more; a state is that of a rank which went furthest.
+    furthest = max(range(len(seen)), key=lambda rank: len(seen[rank]))
+
+    left: list[list[list[int]]] = []
+    for rank in range(plan["now"]["world_size"]):
+        data = open_rows(folder, rank=rank, **plan["order"], **plan["now"])
+        data.load_state_dict(states[furthest])
+        left.append(rows_of(iter(data)))
+        assert data.epoch == plan["epoch"] + 1
+    assert in_turns(seen) + in_turns(left) == expected
+
+
+def in_turns(ranks: list[list[list[int]]]) -> list[int]:
+    turns = range(max(map(len, ranks), default=0))
+    return [row for turn in turns for rank in ranks if turn < len(rank) for row in rank[turn]]
+
+
+def test_a_state_is_resumed_in_a_new_process_which_may_end_in_the_middle(folder: Path) -> None:
+    data = open_rows(folder, shuffle=True, seed=3)
+    data.set_epoch(2)
+    whole = rows_of(data)
+    data.set_epoch(2)
+    passing = iter(data)
+    assert rows_of(islice(passing, 3)) == whole[:3]
+    program = (
+        "import json, sys\nfrom recis_hybrid.columnio import ColumnDataset\n"
+        "data = ColumnDataset(sys.argv[1], ['row'], 6, shuffle=True, seed=3, prefetch=4)\n"
+        "data.load_state_dict(json.loads(sys.argv[2]))\n"
+        "passing = iter(data)\nprint(json.dumps([next(passing)['row'].tolist() for _ in range(2)]))\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(folder), json.dumps(data.state_dict())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == whole[3:5]
+
+
+def test_a_state_taken_after_the_last_batch_goes_on_with_the_next_epoch(folder: Path) -> None:
+    data, twin = open_rows(folder, shuffle=True), open_rows(folder, shuffle=True)
+    states = [data.state_dict() for _ in data]
+    twin.load_state_dict(states[-1])
+    assert rows_of(twin) == []
+    assert rows_of(twin) == rows_of(data)
+    twin.load_state_dict(data.state_dict())
+    assert rows_of(twin) == rows_of(data)
+
+
+def test_a_loaded_state_counts_for_one_pass_and_its_own_epoch(folder: Path) -> None:
+    data = open_rows(folder)
+    for _ in islice(iter(data), 7):
+        state = data.state_dict()
+    data = open_rows(folder)
+    data.load_state_dict(state)
+    data.set_epoch(0)
+    assert rows_of(data) == [list(range(42, 47))]
+    assert len(rows_of(data)) == 8
+    data.load_state_dict(state)
+    data.set_epoch(1)
+    assert len(rows_of(data)) == 8
+
+
+def test_states_of_something_else_are_refused(folder: Path) -> None:
+    state = open_rows(folder, shuffle=True, seed=1).state_dict()
+    with pytest.raises(ValueError, match=r"another order than when the state was taken \(seed was 1 and is 2\)"):
+        open_rows(folder, shuffle=True, seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="shuffle_buffer was 262144 and is None"):
+        open_rows(folder).load_state_dict(state)
+    with pytest.raises(ValueError, match="rows was 47 and is 13.*open the dataset as it was then, or begin anew"):
+        open_rows(folder / "part-0.parquet", shuffle=True, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="this is no reading position"):
+        open_rows(folder).load_state_dict({"step": 3})
+    with pytest.raises(ValueError, match="there is no row 48 of epoch 0 in 47 rows"):
+        open_rows(folder, shuffle=True, seed=1).load_state_dict(state | {"row": 48})
+
+
+# Threads
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_of_a_transform_arrives_as_itself(folder: Path, prefetch: int) -> None:
+    error = LookupError("mine")
+
+    def transform(batch: Batch) -> Batch:
+        if 20 in dense(batch):
+            raise error
+        return batch
+
+    seen: list[list[int]] = []
+
+    def consume() -> None:
+        for batch in open_rows(folder, transforms=transform, prefetch=prefetch):
+            seen.append(dense(batch).tolist())
+
+    with pytest.raises(LookupError) as caught:
+        consume()
+    assert caught.value is error
+    assert seen == [list(range(first, first + 6)) for first in (0, 6, 12)]
+    assert no_reader_is_left()
+
+
+def test_a_transform_must_return_a_batch(folder: Path) -> None:
+    wrong: Callable[[Batch], Any] = lambda batch: None  # noqa: E731
+    with pytest.raises(TypeError, match="transforms must return a batch, got NoneType"):
+        next(iter(open_rows(folder, transforms=wrong)))
+
+
+def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
+    data = open_rows(folder, 1)
+    for _ in data:
+        break
+    assert no_reader_is_left()
+    assert data.state_dict()["row"] == 1
+    assert len(rows_of(data)) == ROWS
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": -5}, "batch_size must be at least 1, got -5"),
+        ({"prefetch": -1}, "prefetch must be at least 0, got -1"),
+        ({"seed": -1, "shuffle": True}, "seed must be at least 0, got -1"),
+        ({"world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, "rank must be less than world_size, got 2 of 2"),
+        ({"shuffle": True, "shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
+        ({"batch_size": 48, "drop_remainder": True}, "drop_remainder leaves no batch of 47 rows.*smaller batch_size"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_rows(folder, **options)
+
+
+def test_arguments_of_wrong_types_are_refused(folder: Path) -> None:
+    wrong: Any = 2.5
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
+        open_rows(folder, wrong)
+    with pytest.raises(TypeError, match=r"columns must be names or specs by name, got a str; write \['row'\]"):
+        ColumnDataset(folder, "row", 6)
+    with pytest.raises(ValueError, match="columns must name at least one column, got none"):
+        ColumnDataset(folder, [], 6)
+    with pytest.raises(ValueError, match=r"columns must be named once each, got \['row', 'row'\]"):
+        ColumnDataset(folder, ["row", "row"], 6)
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        open_rows(folder).set_epoch(-1)
+
+
+def test_a_missing_path_is_refused(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        open_rows(folder / "nowhere")
+
+
+# Real data
+
+
+@pytest.mark.parametrize("kind", ["x1", "strings"])
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_frappe_is_read_as_pyarrow_reads_it(data_dir: Path, kind: str, split: str) -> None:
+    whole = pq.read_table(data_dir / "frappe" / kind / split)
+    batches = list(ColumnDataset(data_dir / "frappe" / kind / split, whole.column_names, 4096))
+    assert whole.num_rows == {"train": 202_027, "valid": 57_722, "test": 28_860}[split]
+    for field in whole.schema:
+        want = whole.column(field.name).to_pylist()
+        if pa.types.is_string(field.type):
+            got: list[Any] = [row.decode() for batch in batches for row in ragged(batch, field.name).to_strings()]
+        else:
+            tensor = torch.cat([dense(batch, field.name) for batch in batches])
+            assert tensor.dtype == (torch.float32 if field.name == "label" else torch.int64)
+            got = tensor.tolist()
+        assert got == want, field.name
