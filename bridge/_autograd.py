@@ -83,7 +83,7 @@ class Apply(torch.autograd.Function):
                 arrays += [caller.share_gradient(gradient) for gradient in gradients if gradient is not None]
                 results = caller.run("backward", caller.programs.backward(program, given), arrays)
             if torch.is_grad_enabled():
-                results = list(cast(Any, _Once).apply(caller.where, torch.zeros((), requires_grad=True), *results))  # type: ignore[no-untyped-call]
+                results = list(cast(Any, _Once).apply(caller.where, torch.zeros((), requires_grad=True), *results))
         taken = iter(results)
         return (None, None, None, *[next(taken, None) if want else None for want in program.wanted])
 
@@ -108,4 +108,4 @@ class _Once(torch.autograd.Function):
 
 
 def _x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if x64_is_on() == wanted else jax.enable_x64(wanted)  # type: ignore[attr-defined]
+    return contextlib.nullcontext() if x64_is_on() == wanted else jax.enable_x64(wanted)

@@ -24,7 +24,7 @@ class Roads(NamedTuple):
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
-    return cast(jax.Array, jax.dlpack.from_dlpack(tensor.detach(), copy=False))  # type: ignore[no-any-return]
+    return cast(jax.Array, jax.dlpack.from_dlpack(tensor.detach(), copy=False))
 
 
 def _public_to_torch(array: jax.Array) -> torch.Tensor:

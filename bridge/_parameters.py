@@ -112,7 +112,7 @@ def _own(leaf: object, where: str) -> torch.Tensor:
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{where}: is {tensor.dtype}, which JAX has not; cast it")
-    if tensor.dtype in WIDE and not x64_is_on():  # type: ignore[attr-defined]
+    if tensor.dtype in WIDE and not x64_is_on():
         raise ValueError(
             f"{where}: is {str(tensor.dtype).removeprefix('torch.')}, which JAX holds only with x64 on; turn it on by "
             "jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"

@@ -113,7 +113,7 @@ class Programs:
         Returns:
             The program, made by tracing the function if this is the signature's first call.
         """
-        x64 = x64_is_on()  # type: ignore[attr-defined]
+        x64 = x64_is_on()
         known = self._forwards.get((x64, signature))
         if known is None:
             known = self._trace(arrays, inputs_tree, wanted, x64)

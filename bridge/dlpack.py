@@ -207,7 +207,7 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
         cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
     elif tensor.dtype not in DTYPES:
         cause = "JAX has no such dtype, or takes none by DLPack; cast it by .to(dtype)"
-    elif tensor.dtype in WIDE and not x64_is_on():  # type: ignore[attr-defined]
+    elif tensor.dtype in WIDE and not x64_is_on():
         cause = (
             "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
             "turn it on by jax.config.update('jax_enable_x64', True), or cast the tensor where the values allow it"

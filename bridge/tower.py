@@ -99,7 +99,7 @@ class JaxTower(torch.nn.Module):
             raise
         self._check_outputs(program)
         if any(wanted):
-            outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)  # type: ignore[no-untyped-call]
+            outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)
         else:
             outputs = caller.run("forward", program.run, arrays)
         return jax.tree.unflatten(program.out_tree, outputs)

@@ -26,7 +26,8 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
     toy = saved(tmp_path / "run")
     save_file({"predictions": toy.predictions()}, tmp_path / "expected.safetensors")
     code = (
-        "import sys, torch\nfrom safetensors.torch import load_file\nfrom recis_hybrid.saver import Saver\nfrom tests.support.toy import Toy\n"
+        "import sys, torch\nfrom safetensors.torch import load_file\n"
+        "from recis_hybrid.saver import Saver\nfrom tests.support.toy import Toy\n"
         "toy = Toy(seed=9)\nassert Saver(sys.argv[1]).load(**toy.parts()) == 5\n"
         "assert torch.equal(toy.predictions(), load_file(sys.argv[2])['predictions']), 'other predictions'\n"
         "toy.train_steps(3)\nprint(toy.predictions().sum().item())"
