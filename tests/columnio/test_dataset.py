@@ -212,22 +212,22 @@ def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str
     whole.set_epoch(plan["epoch"])
     expected = list(chain.from_iterable(rows_of(whole)))
 
+    ranks = [
+        open_rows(folder, rank=rank, **plan["order"], **plan["before"]) for rank in range(plan["before"]["world_size"])
+    ]
+    # All ranks stop after as many turns, as a training job does; no rank gets more of them than the first, and in the
+    # last turn some may get nothing.
+    turns = min(plan["turns"], len(ranks[0]))
     seen: list[list[list[int]]] = []
-    states: list[dict[str, Any]] = []
-    for rank in range(plan["before"]["world_size"]):
-        data = open_rows(folder, rank=rank, **plan["order"], **plan["before"])
+    for data in ranks:
         data.set_epoch(plan["epoch"])
-        # All ranks stop after as many turns, as a training job does.
-        passing = iter(data)
-        seen.append(rows_of(islice(passing, plan["turns"])))
-        states.append(json.loads(json.dumps(data.state_dict())))
-    # In the last turn some ranks may get nothing more; a state is that of a rank which went furthest.
-    furthest = max(range(len(seen)), key=lambda rank: len(seen[rank]))
+        seen.append(rows_of(islice(iter(data), turns)))
+    state = json.loads(json.dumps(ranks[0].state_dict()))
 
     left: list[list[list[int]]] = []
     for rank in range(plan["now"]["world_size"]):
         data = open_rows(folder, rank=rank, **plan["order"], **plan["now"])
-        data.load_state_dict(states[furthest])
+        data.load_state_dict(state)
         left.append(rows_of(iter(data)))
         assert data.epoch == plan["epoch"] + 1
     assert in_turns(seen) + in_turns(left) == expected

@@ -1,0 +1,65 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CODE = """
+import hashlib, torch
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
+generator = torch.Generator().manual_seed(0)
+engine = EmbeddingEngine(
+    {n: EmbeddingConfig(dim=d, initializer=Normal(0, 1)) for n, d in (("a", 64), ("b", 10), ("c", 32))},
+    optimizer_state=optim.Adam.row_state(),
+)
+optimizer = optim.Adam(engine.parameters(), lr=0.1)
+digest = hashlib.sha256()
+for _ in range(5):
+    outputs = engine({n: torch.randint(-9, 9, (50, 3), generator=generator) for n in "abc"})
+    # Integers, since torch's own normal numbers differ from level to level.
+    gradients = [torch.randint(-99, 99, value.shape, generator=generator) / 8 for value in outputs.values()]
+    torch.autograd.backward(list(outputs.values()), gradients)
+    optimizer.step()
+    for value in outputs.values():
+        digest.update(value.detach().numpy().tobytes())
+loaded = [line.split("/")[-1].strip() for line in open("/proc/self/maps") if "librecis_cpu" in line]
+print(loaded[0], digest.hexdigest())
+"""
+
+
+def run(root: Path, capability: str | None, code: str = CODE) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    if capability is not None:
+        environment["ATEN_CPU_CAPABILITY"] = capability
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="x86 levels only")
+def test_every_level_that_this_processor_has_is_loaded_and_trains_to_the_same_bits(root: Path) -> None:
+    levels = {"default": "librecis_cpu_v2.so", "avx2": "librecis_cpu_v3.so"}
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        levels["avx512"] = "librecis_cpu_v4.so"
+    digests = set()
+    for capability, library in levels.items():
+        done = run(root, capability)
+        assert done.returncode == 0, done.stderr
+        loaded, digest = done.stdout.split()
+        assert loaded == library
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_a_missing_library_is_explained(root: Path) -> None:
+    code = (
+        "from pathlib import Path\nimport torch\nload = torch.ops.load_library\n"
+        "def missing(path):\n    load(path + '.gone')\n"
+        "torch.ops.load_library = missing\nimport recis_hybrid.ops"
+    )
+    done = run(root, None, code)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the native library librecis_cpu_")
+    assert "pip install --no-build-isolation -e ." in last
