@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", choices=deepfm.TOWERS, default="both", help="where the deep part runs (both)")
     parser.add_argument("--rows", type=int, default=300_000, help="rows of the log (300000)")
-    parser.add_argument("--epochs", type=int, default=2, help="passes over the training rows (2)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
     parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     args = parser.parse_args()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recis_hybrid.metrics._scored import ScoredLabels, check
 
 
-def auc(labels: Tensor, scores: Tensor) -> float:
+def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
     r"""Returns the probability that a positive's score exceeds a negative's, a tie counting half.
 
-    .. math:: \frac{1}{P N} \sum_{i \in pos} \sum_{j \in neg} [s_i > s_j] + \tfrac12 [s_i = s_j]
+    .. math:: \frac{\sum_{i \in pos} \sum_{j \in neg} w_i w_j \left([s_i > s_j] + \tfrac12 [s_i = s_j]\right)}
+        {\sum_{i \in pos} w_i \sum_{j \in neg} w_j}
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         scores: ``[N]``, floating; higher means more likely positive.
+        weights: ``[N]``, how much each row counts, none negative; None counts each once.
 
     Raises:
-        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, or there is only one class.
+        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, a weight is negative or not finite, or
+            there is only one class (of weight above 0).
 
     Example:
         >>> auc(torch.tensor([0, 1, 1]), torch.tensor([0.3, 0.3, 0.9]))
@@ -26,19 +30,22 @@ def auc(labels: Tensor, scores: Tensor) -> float:
     References:
         Fawcett: An introduction to ROC analysis. Pattern Recognition Letters 2006.
     """
-    labels, scores = check("auc", labels, scores)
-    positives = int(labels.sum())
-    negatives = labels.numel() - positives
+    labels, scores, weights = check("auc", labels, scores, weights)
+    # A row of no weight is as good as absent, and does not make a class either.
+    positives, negatives = (int((of_class & (weights > 0)).sum()) for of_class in (labels, ~labels))
     if positives == 0 or negatives == 0:
         raise ValueError(
             f"auc: needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
         )
-    _, group, counts = scores.unique(return_inverse=True, return_counts=True)
-    # Mean rank, from 1, of each group of equal scores: the rank-sum form of the double sum (Mann and Whitney).
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts.double() - 1) / 2)[group]
-    above = float(ranks[labels].sum()) - positives * (positives + 1) / 2
-    return above / positives / negatives
+    distinct, group = scores.unique(return_inverse=True)
+    positive, negative = (
+        torch.zeros_like(distinct).index_add_(0, group, torch.where(of_class, weights, 0.0))
+        for of_class in (labels, ~labels)
+    )
+    # What a positive of each score is above: all negatives of lower scores, and half of those of its own.
+    above = negative.cumsum(0) - negative / 2
+    # Divided last: whole numbers of pairs add up without an error.
+    return float((positive @ above) / positive.sum() / negative.sum())
 
 
 class AUC(ScoredLabels):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recis_hybrid.pipelines.step import Step
-from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged import Batch, batch_size
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fit(
         data: Batches; iterated once for each epoch.
         epochs: Passes over the data.
         progress: Shows a bar with loss and samples/s on stderr.
-        log: A file to which a line of JSON is appended at each refresh.
+        log: A file to which a line of JSON is appended at each refresh and at the end.
         refresh_s: Seconds between refreshes.
 
     Returns:
@@ -59,7 +59,7 @@ def fit(
     if epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {epochs}")
     total = len(data) * epochs if isinstance(data, Sized) else None
-    steps = samples = 0
+    steps = samples = logged = 0
     watched: dict[str, Tensor] = {}
     begin = shown = time.perf_counter()
 
@@ -72,6 +72,14 @@ def fit(
         seconds = time.perf_counter() - begin
         return FitFigures(steps, samples, seconds, samples / seconds, loss)
 
+    def show(now: FitFigures) -> None:
+        nonlocal logged
+        bar.set_postfix_str(f"loss {now.loss:.4f}, {now.samples_per_s:,.0f} samples/s")
+        if log is not None and logged < now.steps:
+            with open(log, "a") as file:
+                file.write(json.dumps(asdict(now)) + "\n")
+            logged = now.steps
+
     with tqdm(total=total, unit="batch", disable=not progress, dynamic_ncols=True) as bar:
         for _ in range(epochs):
             for batch in data:
@@ -79,20 +87,10 @@ def fit(
                 steps, samples = steps + 1, samples + batch_size(batch)
                 bar.update()
                 if time.perf_counter() - shown > refresh_s:
-                    now = figures()
+                    show(figures())
                     shown = time.perf_counter()
-                    bar.set_postfix_str(f"loss {now.loss:.4f}, {now.samples_per_s:,.0f} samples/s")
-                    if log is not None:
-                        with open(log, "a") as file:
-                            file.write(json.dumps(asdict(now)) + "\n")
         if steps == 0:
             raise ValueError("fit: the data gave no batch")
         done = figures()
-        bar.set_postfix_str(f"loss {done.loss:.4f}, {done.samples_per_s:,.0f} samples/s")
+        show(done)
     return done
-
-
-def batch_size(batch: Batch) -> int:
-    """Returns the number of rows of a batch."""
-    column = next(iter(batch.values()))
-    return column.batch_size if isinstance(column, RaggedTensor) else column.size(0)

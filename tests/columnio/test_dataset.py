@@ -164,6 +164,23 @@ def test_a_pass_to_the_end_moves_on_to_the_next_epoch(folder: Path) -> None:
     assert (data.epoch, rows_of(data)) == (2, epochs[2])
 
 
+def test_an_older_pass_no_longer_moves_the_dataset(folder: Path) -> None:
+    data = open_rows(folder)
+    older = iter(data)
+    next(older)
+    newer = iter(data)
+    next(newer)
+    assert len(rows_of(older)) == 7
+    assert (data.epoch, data.state_dict()["row"]) == (0, 6)
+
+
+def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"row": range(80)}), tmp_path / "part.parquet")
+    blocks = rows_of(open_rows(tmp_path, 20, shuffle=True, shuffle_buffer=20))
+    assert [sorted(block) for block in blocks] == [list(range(first, first + 20)) for first in range(0, 80, 20)]
+    assert len({tuple(row % 20 for row in block) for block in blocks}) == 4
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3, 9, 60])
 def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:

@@ -27,6 +27,60 @@ def test_auc_is_the_share_of_pairs_in_order(rows: list[tuple[bool, int]]) -> Non
     assert auc(labels, scores.float()) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(-2, 2), st.integers(0, 4)), min_size=2, max_size=25))
+def test_a_weight_counts_as_that_many_rows(rows: list[tuple[bool, int, int]]) -> None:
+    labels, scores, weights = (torch.tensor(column) for column in zip(*rows, strict=True))
+    repeated = [(label, score) for label, score, weight in rows for _ in range(weight)]
+    if len({label for label, _ in repeated}) < 2:
+        with pytest.raises(ValueError, match="needs both classes"):
+            auc(labels, scores.float(), weights)
+        return
+    many_labels, many_scores = (torch.tensor(column) for column in zip(*repeated, strict=True))
+    assert auc(labels, scores.float(), weights) == pytest.approx(auc(many_labels, many_scores.float()), abs=1e-12)
+    weighted = logloss(labels, scores.double().sigmoid(), weights)
+    assert weighted == pytest.approx(logloss(many_labels, many_scores.double().sigmoid()), rel=1e-12)
+
+
+def test_auc_of_a_perfect_order_is_exactly_one() -> None:
+    labels = torch.arange(10_007) % 3 == 0
+    assert auc(labels, labels + torch.rand(10_007, generator=torch.Generator().manual_seed(0)) / 2) == 1.0
+
+
+@pytest.mark.parametrize("metric", [AUC, LogLoss])
+def test_accumulators_keep_what_they_were_given(metric: type[AUC] | type[LogLoss]) -> None:
+    scores, labels, weights = SCORES.clone(), LABELS.clone(), torch.rand(10)
+    seen, whole = metric(), metric()
+    seen.update(scores, labels, weights)
+    whole.update(SCORES, LABELS, weights.clone())
+    for buffer in (scores, labels, weights):
+        buffer.zero_()
+    assert seen.compute() == whole.compute()
+
+
+@pytest.mark.parametrize("metric", [AUC, LogLoss])
+def test_batches_without_weights_weigh_one(metric: type[AUC] | type[LogLoss]) -> None:
+    some, all_of_them = metric(), metric()
+    weights = torch.tensor([2.0, 0.5, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    some.update(SCORES[:3], LABELS[:3], weights[:3])
+    some.update(SCORES[3:], LABELS[3:])
+    all_of_them.update(SCORES, LABELS, weights)
+    assert some.compute() == pytest.approx(all_of_them.compute(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"weights must be \[N\] with N = 2 as labels are, got \[1\]"),
+        ([1.0, -1.0], "weights must be finite and not negative, 1 of 2 are not"),
+        ([math.inf, math.nan], "weights must be finite and not negative, 2 of 2 are not"),
+    ],
+)
+def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
+    for metric in (auc, logloss):
+        with pytest.raises(ValueError, match=f"{metric.__name__}: {message}"):
+            metric(torch.tensor([0, 1]), torch.tensor([0.1, 0.2]), torch.tensor(weights))
+
+
 def test_auc_tells_float32_scores_apart_that_are_close() -> None:
     near = torch.tensor([0.5, 0.5 + 2**-24 * 2])
     assert auc(torch.tensor([0, 1]), near) == 1.0

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_the_log_has_a_line_a_refresh(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["steps"] for line in lines] == list(range(1, 9))
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_a_run_shorter_than_a_refresh_is_logged_once(tmp_path: Path) -> None:
+    _, step, batches = make()
+    figures = fit(step, batches, progress=False, log=tmp_path / "log.jsonl", refresh_s=1e9)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line) == asdict(figures)
 
 
 def test_the_bar_shows_loss_and_samples(capsys: pytest.CaptureFixture[str]) -> None:

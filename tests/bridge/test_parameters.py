@@ -1,0 +1,79 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+from recis_hybrid.bridge import JaxTower  # noqa: E402
+
+
+def nothing(params: Any, x: Any) -> Any:
+    return x
+
+
+def ones(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.float32)
+
+
+def test_names_are_paths_and_keys_with_dots_nest() -> None:
+    params = {"encoder.layer.0.weight": ones(2), "encoder": {"bias": ones(2)}, "type": [ones(2), (ones(2),)]}
+    names = {name for name, _ in JaxTower(nothing, params).named_parameters()}
+    assert names == {"encoder.layer.0.weight", "encoder.bias", "type.0", "type.1.0"}
+    assert list(JaxTower(nothing, ones(2)).state_dict()) == ["param"]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a.b": ones(2), "a": {"b": ones(2)}}, "two entries of params are called 'a.b'"),
+        ({"a": ones(2), "a.b": ones(2)}, "'a.b' lies under 'a'"),
+        ({"": ones(2)}, "needs a word"),
+        ({"a": 1.0}, r"params\['a'\]: takes arrays of JAX, numpy or torch, got float"),
+        ({"a": np.array(["x"])}, r"params\['a'\]: torch has no dtype"),
+        ({"a": np.ones(2)}, r"params\['a'\]: is float64, which JAX holds only with x64 on"),
+    ],
+)
+def test_what_cannot_be_a_parameter_is_refused(params: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        JaxTower(nothing, params, name="ranker")
+
+
+def test_arrays_of_all_makers_become_aligned_copies_of_torch() -> None:
+    misaligned = np.arange(33, dtype=np.float32)[1:]
+    own = torch.ones(2)
+    params = {
+        "jax": jnp.arange(3.0),
+        "bfloat16": np.arange(3).astype(jnp.bfloat16),
+        "swapped": np.arange(3, dtype=">f4"),
+        "strided": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+        "misaligned": misaligned,
+        "torch": own,
+        "scalar": np.float32(2.0),
+        "count": np.arange(3, dtype=np.int32),
+    }
+    tower = JaxTower(nothing, params)
+    tensors = tower.state_dict()
+    assert all(tensor.data_ptr() % 64 == 0 and tensor.is_contiguous() for tensor in tensors.values())
+    for name in ("jax", "bfloat16", "swapped", "count"):
+        assert tensors[name].tolist() == [0, 1, 2]
+    assert tensors["bfloat16"].dtype == torch.bfloat16
+    assert tensors["strided"].tolist() == params["strided"].tolist()
+    misaligned[:] = 0
+    own.zero_()
+    assert float(tensors["misaligned"].sum()) == sum(range(33))
+    assert float(tensors["torch"].sum()) == 2
+    assert [name for name, _ in tower.named_buffers()] == ["count"]
+
+
+def test_parameters_that_were_exchanged_are_the_ones_used() -> None:
+    tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(4)})
+    x = torch.rand(4)
+    assert torch.equal(torch.func.functional_call(tower, {"w": torch.full((4,), 3.0)}, (x,)), x * 3)
+    tower.bfloat16()
+    assert tower(x.bfloat16()).dtype == torch.bfloat16
+    tower.double()
+    with pytest.raises(ValueError, match="parameter 'w'.*x64"):
+        tower(x)
