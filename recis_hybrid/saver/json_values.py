@@ -6,6 +6,9 @@ from typing import cast
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.protocol import JSON
 
+MOST_LEVELS = 64
+"""How deep values may be nested; Pythons differ in how much deeper they could read."""
+
 
 def checked_json(where: str, value: object) -> JSON:
     """Return an independent copy of a value as JSON reads it back, if it is equal to the value.
@@ -21,11 +24,11 @@ def checked_json(where: str, value: object) -> JSON:
         CheckpointError: the value, or something in it, is no JSON (a tuple, an integer key, NaN, an object).
     """
     try:
-        text = json.dumps(value, allow_nan=False)
+        copy = cast(JSON, json.loads(json.dumps(value, allow_nan=False)))
+        same = _same(copy, value, MOST_LEVELS)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} must be JSON with finite numbers, but {error}. {_REMEDY}") from error
-    copy = cast(JSON, json.loads(text))
-    if not _same(copy, value):
+    if not same:
         raise CheckpointError(
             f"{where} must be JSON that reads back equal, but {_short(value)} reads back as {_short(copy)}. {_REMEDY}"
         )
@@ -54,12 +57,18 @@ def checked_object(where: str, value: object) -> dict[str, JSON]:
 _REMEDY = "Use None, bool, int, finite float, str, list, and dict with string keys; tensors go into `tensors`."
 
 
-def _same(copy: JSON, value: object) -> bool:
+def _same(copy: JSON, value: object, levels: int) -> bool:
     """Equality that tells 1 from True and 1.0, which `==` does not."""
+    if levels < 0:
+        raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
     if isinstance(copy, dict):
-        return isinstance(value, dict) and copy.keys() == value.keys() and all(_same(copy[k], value[k]) for k in copy)
+        if not isinstance(value, dict) or copy.keys() != value.keys():
+            return False
+        return all(_same(copy[key], value[key], levels - 1) for key in copy)
     if isinstance(copy, list):
-        return isinstance(value, list) and len(copy) == len(value) and all(map(_same, copy, value))
+        if not isinstance(value, list) or len(copy) != len(value):
+            return False
+        return all(_same(a, b, levels - 1) for a, b in zip(copy, value, strict=True))
     if isinstance(copy, bool) or isinstance(value, bool):
         return copy is value
     return isinstance(value, type(copy)) and copy == value

@@ -1,0 +1,101 @@
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, strategies as st
+
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.files import CHUNK_BYTES, encode_name, is_safe_path, list_files, seal_file, verify_file
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoded"),
+    [
+        ("user", "user"),
+        ("user/country", "user%2Fcountry"),
+        (".", "%2E"),
+        ("..", "%2E."),
+        ("a b\n", "a%20b%0A"),
+        ("城", "%E5%9F%8E"),
+        ("~", "%7E"),
+        ("%2E", "%252E"),
+    ],
+)
+def test_names(name: str, encoded: str) -> None:
+    assert encode_name(name) == encoded
+
+
+@given(names, names)
+@example("x" * 201, "x" * 202)
+@example("..", "%2E.")
+@example("城" * 300, "城" * 301)
+def test_any_name_is_one_safe_segment_of_its_own(a: str, b: str) -> None:
+    for name in (a, b):
+        file_name = f"{encode_name(name)}.safetensors"
+        assert is_safe_path(f"dense/{file_name}")
+        assert "/" not in file_name
+        assert len(file_name) <= 255
+    assert (encode_name(a) == encode_name(b)) == (a == b)
+
+
+@pytest.mark.parametrize("name", ["", "\ud800"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(CheckpointError, match="saver: "):
+        encode_name(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/", "/etc/passwd", "..", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", ".a", "a\\b", "a\0", "a\n"],
+)
+def test_paths_that_are_not_safe(path: str) -> None:
+    assert not is_safe_path(path)
+
+
+def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
+    data = os.urandom(2 * CHUNK_BYTES + 5)
+    (tmp_path / "f").write_bytes(data)
+    expected = [zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES)]
+    assert seal_file(tmp_path / "f") == (len(data), tuple(f"{sum_:08x}" for sum_ in expected))
+    (tmp_path / "g").write_bytes(data[:CHUNK_BYTES])
+    assert len(seal_file(tmp_path / "g")[1]) == 1
+    (tmp_path / "h").write_bytes(b"")
+    assert seal_file(tmp_path / "h") == (0, ())
+
+
+def test_a_changed_chunk_is_named(tmp_path: Path) -> None:
+    data = bytearray(CHUNK_BYTES + 10)
+    (tmp_path / "f").write_bytes(data)
+    sealed = seal_file(tmp_path / "f")
+    verify_file(tmp_path / "f", "part 'p'", *sealed)
+    data[CHUNK_BYTES] = 1
+    (tmp_path / "f").write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=rf"f \(part 'p'\): bytes {CHUNK_BYTES} to {CHUNK_BYTES + 9} must have"):
+        verify_file(tmp_path / "f", "part 'p'", *sealed)
+    (tmp_path / "f").write_bytes(data[:-1])
+    with pytest.raises(CorruptCheckpoint, match=f"must have {CHUNK_BYTES + 10} bytes .* has {CHUNK_BYTES + 9}"):
+        verify_file(tmp_path / "f", "part 'p'", *sealed)
+
+
+def test_files_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"123")
+    (tmp_path / "d").write_bytes(b"")
+    assert list_files(tmp_path) == {"a/b/c": 3, "d": 0}
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "nowhere"])
+def test_links_and_pipes_are_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "link").symlink_to(tmp_path / target)
+    with pytest.raises(CorruptCheckpoint, match=r"inside/link: .* plain files"):
+        list_files(tmp_path / "inside")
+    (tmp_path / "inside" / "link").unlink()
+    os.mkfifo(tmp_path / "inside" / "pipe")
+    with pytest.raises(CorruptCheckpoint, match=r"inside/pipe: .* plain files"):
+        list_files(tmp_path / "inside")
