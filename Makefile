@@ -14,6 +14,7 @@ CXX ?= g++
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --quick
+TFRA_PYTHON ?= python3.11
 export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
@@ -23,6 +24,8 @@ DEPENDENCIES := $(STAMPS)/dependencies
 EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+# The wheels of TFRA are for Pythons up to 3.11; without one the benchmarks report it as absent.
+PEERS := build/peers/fbgemm/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
@@ -37,6 +40,7 @@ help:  ## Lists what can be made, and the settings
 	  '                   builds for machines without a GPU, where the default brings CUDA along on Linux' \
 	  '  PIP_OPTIONS      more options for every `pip install`, e.g. --no-index --find-links=wheels' \
 	  '  RECIS_CUDA       0: no CUDA library; 1: build it; auto: build it where torch is a CUDA build (auto)' \
+	  '  TFRA_PYTHON      the Python for one of the peers of bench-peers, 3.11 or older (python3.11)' \
 	  '  CXX, NVCC        the compilers (g++, nvcc)' \
 	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   handed on to the programs'
 
@@ -72,9 +76,21 @@ bench: setup  ## Runs the benchmarks (BENCH_ARGS= for the full ones)
 	@for program in $$(grep -l '__main__' benchmarks/*.py); do \
 	  echo "$$program $(BENCH_ARGS)"; PYTHONPATH=. $(PY) "$$program" $(BENCH_ARGS); done
 
-bench-peers: setup  ## Installs the peers that pip can give, then runs the benchmarks beside them
-	$(PIP_INSTALL) --quiet --no-deps -r requirements/peers.txt
+bench-peers: setup $(PEERS)  ## Installs the peers, each in an environment of its own, then runs the benchmarks
 	@$(MAKE) --no-print-directory bench
+
+# The torch and numpy of FBGEMM are ours, by a .pth file.
+build/peers/fbgemm/ready: requirements/peers-fbgemm.txt | $(DEPENDENCIES)
+	$(PY) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	@touch $@
+
+build/peers/tfra/ready: requirements/peers-tfra.txt
+	$(TFRA_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
+	@touch $@
 
 wheel: setup  ## Makes an sdist, and from it a wheel, in dist/
 	$(PY) -m build --no-isolation

@@ -1,28 +1,47 @@
 """One warm training step of tables: lookup, backward from a fixed gradient, update; beside static and dynamic peers.
 
-    python -m benchmarks.embedding [--quick] [--threads 1] [--cases 65k/d64]
+    python -m benchmarks.embedding [--quick] [--threads 1] [--cases 65k/d64] [--clock wall]
 
-Ours takes random 64-bit ids and finds them in a growing hash table. The peer ``nn.EmbeddingBag`` (26 of them, sparse
-gradients, torch.optim.Adagrad or SparseAdam) takes ready row numbers of tables of fixed size. The peer ``dict`` is a
-Python dict from id to row and vectorised torch operations on the rows.
+Ours takes random 64-bit ids and finds them in a growing hash table. Static peers take ready row numbers of tables of
+fixed size: ``fbgemm`` (SplitTableBatchedEmbeddingBagsCodegen) and ``nn.EmbeddingBag`` (26 of them, sparse gradients,
+torch.optim). Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to
+row with vectorised torch operations on the rows. A peer is held beside ours alone, and the two step in turn. The case
+``threads`` sets two threads of ours against one.
 """
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness, workload
+from benchmarks.peers.worker import Worker, installed
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 
 LR = 0.01
-OURS = {"adagrad": optim.Adagrad, "adam": optim.Adam}
-THEIRS = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.SparseAdam}
+OURS = {
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "adagrad": optim.Adagrad,
+    "adam": optim.Adam,
+    "sgd": optim.SGD,
+    "lookup": optim.SGD,
+}
+BAGS = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.SparseAdam, "sgd": torch.optim.SGD}
+PEERS = {
+    "rowwise_adagrad": ["fbgemm"],
+    "adagrad": ["fbgemm", "nn.EmbeddingBag", "dict"],
+    "adam": ["nn.EmbeddingBag", "tfra", "dict"],
+    "sgd": ["fbgemm", "nn.EmbeddingBag"],
+    "lookup": ["fbgemm", "tfra", "dict"],
+}
+QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d16/adam", "65k/d16/adam/threads"]
 
 
 def ours(work: workload.Workload, dim: int, rule: str, device: torch.device) -> Callable[[], None]:
@@ -42,6 +61,13 @@ def ours(work: workload.Workload, dim: int, rule: str, device: torch.device) -> 
         torch.autograd.backward(list(outputs.values()), work.gradients)
         optimizer.step()
 
+    @torch.no_grad()
+    def lookup() -> None:
+        engine(batches[next(number) % workload.BATCHES])
+
+    if rule == "lookup":
+        engine.eval()
+        return lookup
     return step
 
 
@@ -50,7 +76,7 @@ def embedding_bags(work: workload.Workload, dim: int, rule: str, device: torch.d
         torch.nn.EmbeddingBag(workload.IDS, dim, mode="sum", sparse=True, device=device)
         for _ in range(workload.FEATURES)
     ]
-    optimizer = THEIRS[rule]([bag.weight for bag in bags], lr=LR)
+    optimizer = BAGS[rule]([bag.weight for bag in bags], lr=LR)
     offsets = torch.arange(work.gradients[0].size(0), device=device)
     number = count()
 
@@ -96,51 +122,100 @@ def dicts(work: workload.Workload, dim: int, rule: str) -> Callable[[], None]:
     tables = [DictTable(dim, rule) for _ in range(workload.FEATURES)]
     for table, ids in zip(tables, work.ids, strict=True):
         table.rows(ids)
-    number = count()
+    batches, number = [work.batch(b) for b in range(workload.BATCHES)], count()
 
     def step() -> None:
         at = next(number)
-        batch = work.batch(at)
-        for table, ids, gradient in zip(tables, batch.values(), work.gradients, strict=True):
+        for table, ids, gradient in zip(tables, batches[at % workload.BATCHES].values(), work.gradients, strict=True):
             rows = table.rows(ids)
             table.weight[rows]
-            table.update(rows, gradient, at + 1)
+            if rule != "lookup":
+                table.update(rows, gradient, at + 1)
 
     return step
 
 
-def run(case: str, device: torch.device, rounds: int) -> None:
-    size, dim, rule = case.split("/")
-    width = int(dim.removeprefix("d"))
-    work = workload.make(size, width, device)
-    steps = {
-        "ours": ours(work, width, rule, device),
-        "nn.EmbeddingBag": embedding_bags(work, width, rule, device),
-    }
-    if device.type == "cpu":
-        steps["dict"] = dicts(work, width, rule)
-    rate = {name: r / 1e6 for name, r in harness.rates(steps, work.step_ids, rounds, device).items()}
-    for peer in list(steps)[1:]:
-        ratio = rate["ours"] / rate[peer]
-        where = "" if device.type == "cpu" else f"{device.type}/"
-        harness.Result(
-            "embedding", where + case, "train_step", "M ids/s", round(rate["ours"], 3), round(rate[peer], 3), peer,
-            round(ratio, 2),
-        ).print()  # fmt: skip
+@contextmanager
+def peer_step(
+    peer: str, work: workload.Workload, dim: int, rule: str, args: argparse.Namespace
+) -> Iterator[Callable[[], float | None]]:
+    """Makes a peer's step, and lets go of its tables at the end."""
+    if peer == "nn.EmbeddingBag":
+        yield embedding_bags(work, dim, rule, torch.device(args.device))
+    elif peer == "dict":
+        yield dicts(work, dim, rule)
+    else:
+        with Worker(peer, work, rule, lr=LR, threads=args.threads, clock=args.clock) as worker:
+            worker.wait()
+            yield worker.step
+
+
+def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
+    def run() -> None:
+        torch.set_num_threads(threads)
+        step()
+
+    return run
+
+
+def run(case: str, args: argparse.Namespace) -> Iterator[harness.Result]:
+    size, width, rule, *threads = case.split("/")
+    dim, device = int(width.removeprefix("d")), torch.device(args.device)
+    work = workload.make(size, dim, device)
+    step = ours(work, dim, rule, device)
+    # Steps of 4k are over in a millisecond: many of them, and bursts that outlast what the other left in the caches.
+    rounds, burst = (7 if args.quick else 15, 2) if size == "65k" else (20 if args.quick else 50, 5)
+
+    def result(peer: str, steps: dict[str, Callable[[], float | None]], clock: str) -> harness.Result:
+        rate = {name: r / 1e6 for name, r in harness.rates(steps, work.step_ids, rounds, device, burst, clock).items()}
+        first, theirs = rate["ours"], rate.get(peer)
+        return harness.Result(
+            "embedding",
+            case if device.type == "cpu" else f"{device.type}/{case}",
+            "lookup" if rule == "lookup" else "train_step",
+            "M ids/s",
+            round(first, 3),
+            None if theirs is None else round(theirs, 3),
+            peer,
+            None if theirs is None else round(first / theirs, 2),
+        )
+
+    if threads:
+        # CPU time would add the threads' up.
+        yield result("1 thread", {"ours": with_threads(step, 2), "1 thread": with_threads(step, 1)}, "wall")
+        torch.set_num_threads(args.threads)
+        return
+    for peer in PEERS[rule]:
+        # Beside a GPU only nn.EmbeddingBag has a place: the other peers here are builds for the CPU.
+        if peer in ("fbgemm", "tfra") and not installed(peer) or device.type != "cpu" and peer != "nn.EmbeddingBag":
+            yield result(peer, {"ours": step}, args.clock)
+        else:
+            with peer_step(peer, work, dim, rule, args) as other:
+                yield result(peer, {"ours": step, peer: other}, args.clock)
+                del other  # or its tables would stay while the next peer makes its own
 
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(harness.CLOCKS), help="cpu: CPU time, for a machine that others share"
+    )
     args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--clock cpu is for one thread on the CPU")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
-    cases = [f"{size}/d{dim}/{rule}" for size in workload.SIZES for dim in (16, 64, 128) for rule in OURS]
-    if args.quick:
-        cases = ["65k/d16/adam", "65k/d64/adagrad", "65k/d64/adam", "4k/d64/adam"]
+    rules = [rule for rule in OURS if rule != "lookup"]
+    cases = [f"{size}/d{dim}/{rule}" for size in workload.SIZES for dim in (16, 64, 128) for rule in rules]
+    cases = QUICK if args.quick else [*cases, "65k/d64/lookup", "65k/d16/adam/threads"]
+    results = []
     for case in cases:
         if args.cases in case:
             harness.progress(f"{case} on {args.device}, {args.threads} thread(s)")
-            run(case, torch.device(args.device), rounds=7 if args.quick else 15)
+            for result in run(case, args):
+                result.print()
+                results.append(result)
+    harness.progress(harness.table(results))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,38 @@ class Result:
         print(json.dumps(asdict(self)), flush=True)
 
 
-def rates(steps: dict[str, Callable[[], None]], items: int, rounds: int, device: torch.device) -> dict[str, float]:
+def rates(
+    steps: dict[str, Callable[[], float | None]],
+    items: int,
+    rounds: int,
+    device: torch.device,
+    burst: int = 1,
+    clock: str = "wall",
+) -> dict[str, float]:
     """Runs the steps in turn, A B A B …, so that a machine whose speed drifts treats all alike.
 
     Args:
-        steps: By name, one step. Each runs three times before it counts.
+        steps: By name, one step. A step that runs in another process returns its own seconds.
         items: Items that a step handles.
-        rounds: Counted runs of each.
+        rounds: Counted turns of each; three more come before them.
         device: Waited for at the end of each step.
+        burst: Runs of a step in one turn, each timed, so that the median is of steps whose caches are warm.
+        clock: Of ``CLOCKS``.
 
     Returns:
         By name, items a second at the median time.
     """
+    now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 3):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number >= 3:
-                times[name].append(time.perf_counter() - begin)
+            for _ in range(burst):
+                begin = now()
+                seconds = step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if number >= 3:
+                    times[name].append(now() - begin if seconds is None else seconds)
     return {name: items / statistics.median(seconds) for name, seconds in times.items()}
 
 
@@ -63,6 +76,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     result.add_argument("--cases", default="", help="only cases whose name contains this")
     return result
+
+
+def table(results: Iterable[Result]) -> str:
+    """Returns the results as a table for people."""
+    lines = [f"{'case':28} {'ours':>8}  {'peer':>8}  {'ratio':>6}  unit      peer's name"]
+    for r in results:
+        peer, ratio = ("absent", "") if r.peer is None or r.ratio is None else (f"{r.peer:.2f}", f"{r.ratio:.2f}")
+        lines.append(f"{r.case:28} {r.ours:8.2f}  {peer:>8}  {ratio:>6}  {r.unit:9} {r.peer_name}")
+    return "\n".join(lines)
 
 
 def progress(text: str) -> None:

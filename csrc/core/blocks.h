@@ -1,8 +1,10 @@
-// Kernels of EmbeddingBlocks: first values of new rows, plain reads and writes of one part of the records.
+// Kernels of EmbeddingBlocks: first values of new rows, what rows keep of their past, plain reads and writes of one
+// part of the records.
 #pragma once
 
 #include <cstdint>
 
+#include "core/element.h"
 #include "core/id_map.h"
 #include "core/initializer.h"
 #include "core/table.h"
@@ -11,9 +13,10 @@ namespace recis {
 
 // One part of a record after the embedding: optimizer state that starts as a constant.
 struct StateField {
-  int64_t offset;  // bytes from the record's start
-  int64_t width;   // float32 elements
-  float first_value;
+  int64_t offset;        // bytes from the record's start
+  int64_t width;         // elements
+  int32_t element_size;  // bytes: 4 for float32, 2 for bfloat16 and float16
+  uint32_t first_value;  // as it lies in memory
 };
 
 inline constexpr int kMaxStateFields = 8;
@@ -24,17 +27,24 @@ struct RecordStart {
   StateField field[kMaxStateFields];
 
   // Writes a whole record: the embedding by its initializer, then each state field.
-  template <class Lanes>
-  RECIS_HD void write(char* record, const Initializer& init, int64_t id, Lanes lanes) const {
-    float* embedding = reinterpret_cast<float*>(record);
+  template <class E, class Lanes>
+  RECIS_HD void write(char* record, RowMeta* meta, const Initializer& init, int64_t id, Lanes lanes) const {
+    E* embedding = reinterpret_cast<E*>(record);
     for (int64_t quad = lanes.rank; quad * 4 < dim; quad += lanes.size) {
       float values[4];
       first_values(init, id, quad, values);
-      for (int j = 0; j < 4 && quad * 4 + j < dim; ++j) embedding[quad * 4 + j] = values[j];
+      for (int j = 0; j < 4 && quad * 4 + j < dim; ++j) store_element(embedding + quad * 4 + j, values[j]);
     }
+    if (lanes.rank == 0) *meta = RowMeta::of(0, 0, 0);
     for (int32_t f = 0; f < fields; ++f) {
-      float* state = reinterpret_cast<float*>(record + field[f].offset);
-      for (int64_t d = lanes.rank; d < field[f].width; d += lanes.size) state[d] = field[f].first_value;
+      char* state = record + field[f].offset;
+      for (int64_t d = lanes.rank; d < field[f].width; d += lanes.size) {
+        if (field[f].element_size == 4) {
+          reinterpret_cast<uint32_t*>(state)[d] = field[f].first_value;
+        } else {
+          reinterpret_cast<uint16_t*>(state)[d] = static_cast<uint16_t>(field[f].first_value);
+        }
+      }
     }
   }
 };
@@ -43,58 +53,102 @@ struct RecordStart {
 struct InitSpan {
   int64_t first;
   const int64_t* ids;
-  Initializer init;
+  int64_t member;
 };
 
 // Gives the rows that a find-or-insert has just handed out their first values. Launched over an upper bound of new
 // rows; how many there are is read from the counters, so that the host need not know.
+template <class E>
 struct InitFreshRows {
   Segments<InitSpan> spans;  // not named `segments`: items are new rows, not positions
   BlocksRef blocks;
+  const Initializer* initializers;  // by member table
   const int64_t* counters;
+  const int64_t* rows;
   const int64_t* fresh;
   RecordStart start;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
-    const int64_t before = counters[1];
-    if (i >= counters[0] - before) return;
+    if (i >= counters[kFresh]) return;
     const int64_t position = fresh[i];
     const InitSpan& span = spans[spans.find(position)];
-    start.write(blocks.record(before + i), span.init, span.ids[position - span.first], lanes);
+    const int64_t row = rows[position];
+    start.template write<E>(blocks.record(row), blocks.meta(row), initializers[span.member],
+                            span.ids[position - span.first], lanes);
   }
 };
 
-// Closes a find-or-insert: the rows handed out so far are old from now on.
-struct CommitFreshRows {
-  int64_t* counters;
+// Marks the rows of a training lookup as seen: row unique[u] occurs offsets[u + 1] - offsets[u] times in it.
+struct SeeRows {
+  BlocksRef blocks;
+  const int64_t* count;
+  const int64_t* unique;
+  const int64_t* offsets;
+  int64_t step;
+
+  static constexpr int64_t fetched_bytes() { return 64; }
+
+  RECIS_HD void prefetch(int64_t u) const {
+#if !defined(__CUDA_ARCH__)
+    if (u < *count) __builtin_prefetch(blocks.meta(unique[u]), 1, 3);
+#endif
+  }
 
   template <class Lanes>
-  RECIS_HD void operator()(int64_t, Lanes lanes) const {
-    if (lanes.rank == 0) counters[1] = counters[0];
+  RECIS_HD void operator()(int64_t u, Lanes lanes) const {
+    if (u >= *count || lanes.rank != 0) return;
+    RowMeta* meta = blocks.meta(unique[u]);
+    *meta = RowMeta::of(meta->updated_step(), step, meta->frequency() + offsets[u + 1] - offsets[u]);
   }
 };
 
-// values[i] = part of the record of rows[i] (kRead), or the other way round. Rows are distinct where written.
+// out[0..2][i] = updated step, seen step and frequency of rows[i] (kRead), or the other way round.
 template <bool kRead>
+struct CopyMeta {
+  BlocksRef blocks;
+  const int64_t* rows;
+  int64_t n;
+  int64_t* columns;  // [3, n]
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    RowMeta* meta = blocks.meta(rows[i]);
+    if constexpr (kRead) {
+      columns[i] = meta->updated_step();
+      columns[n + i] = meta->seen_step();
+      columns[2 * n + i] = meta->frequency();
+    } else {
+      *meta = RowMeta::of(columns[i], columns[n + i], columns[2 * n + i]);
+    }
+  }
+};
+
+// values[i] = part of the record of rows[i] (kRead), or the other way round. Rows are distinct where written. T has the
+// size of an element: bits are copied, not numbers.
+template <class T, bool kRead>
 struct CopyField {
   BlocksRef blocks;
   const int64_t* rows;
   int64_t offset;  // bytes
-  int64_t width;   // float32 elements
-  float* values;   // [n, width]
+  int64_t width;   // elements
+  T* values;       // [n, width]
+
+  int64_t fetched_bytes() const { return width * static_cast<int64_t>(sizeof(T)); }
 
   RECIS_HD void prefetch(int64_t i) const {
 #if !defined(__CUDA_ARCH__)
     const char* part = blocks.record(rows[i]) + offset;
-    for (int64_t at = 0; at < width * 4; at += 64) __builtin_prefetch(part + at, kRead ? 0 : 1, 3);
+    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(part + at, kRead ? 0 : 1, 3);
 #endif
   }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
-    float* part = reinterpret_cast<float*>(blocks.record(rows[i]) + offset);
-    float* value = values + i * width;
+    T* part = reinterpret_cast<T*>(blocks.record(rows[i]) + offset);
+    T* value = values + i * width;
     for (int64_t d = lanes.rank; d < width; d += lanes.size) {
       if constexpr (kRead) {
         value[d] = part[d];
@@ -102,6 +156,20 @@ struct CopyField {
         part[d] = value[d];
       }
     }
+  }
+};
+
+// Copies whole records from rows `from` to rows `to`, which are distinct and not among `from`.
+struct CopyRecords {
+  BlocksRef blocks;
+  const int64_t* from;
+  const int64_t* to;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const uint64_t* source = reinterpret_cast<const uint64_t*>(blocks.record(from[i]));
+    uint64_t* target = reinterpret_cast<uint64_t*>(blocks.record(to[i]));
+    for (int64_t w = lanes.rank; w < blocks.record_bytes / 8; w += lanes.size) target[w] = source[w];
   }
 };
 

@@ -7,8 +7,8 @@
 //
 // Items run in any order and at the same time. `lanes` is the group that works on one item: the body loops its inner
 // dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the loop is vectorised by the
-// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`; the
-// CPU launcher calls it kPrefetch items ahead.
+// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`, and
+// fetched_bytes(), what that asks for; the CPU launcher calls it some items ahead.
 //
 // The executor says how CPU threads are had: it is callable as executor(n, grain, body) and calls body(begin, end) over
 // disjoint ranges that cover [0, n). torch's pool is one (ops/device.h); Serial and Threads are here.
@@ -56,10 +56,14 @@ struct Threads {
   }
 };
 
-// Items between a prefetch and its use: enough to cover a DRAM access at some 5 to 10 ns of work an item.
-inline constexpr int64_t kPrefetch = 16;
-
 namespace detail {
+
+// Items between a prefetch and its use: enough to cover a DRAM access, and few enough that what is on its way fits well
+// into a first-level cache of 32 KiB.
+template <class Kernel>
+int64_t distance(const Kernel& kernel) {
+  return std::clamp<int64_t>(8192 / kernel.fetched_bytes(), 4, 32);
+}
 
 // Walks a segmented range: the part is looked up once, then followed.
 template <class Parts>
@@ -88,7 +92,8 @@ void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
     Cursor at(kernel.segments, begin);
     if constexpr (kFetches) {
       Cursor ahead(kernel.segments, begin);
-      for (; ahead.i < std::min(end, begin + kPrefetch); ahead.next()) kernel.prefetch(ahead.part, ahead.i);
+      const int64_t first = std::min(end, begin + distance(kernel));
+      for (; ahead.i < first; ahead.next()) kernel.prefetch(ahead.part, ahead.i);
       for (; ahead.i < end; at.next(), ahead.next()) {
         kernel.prefetch(ahead.part, ahead.i);
         kernel(at.part, at.i, OneLane{});
@@ -98,9 +103,10 @@ void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
   } else {
     int64_t i = begin;
     if constexpr (requires { kernel.prefetch(int64_t{}); }) {
-      for (int64_t k = begin; k < std::min(end, begin + kPrefetch); ++k) kernel.prefetch(k);
-      for (; i + kPrefetch < end; ++i) {
-        kernel.prefetch(i + kPrefetch);
+      const int64_t lead = distance(kernel);
+      for (int64_t k = begin; k < std::min(end, begin + lead); ++k) kernel.prefetch(k);
+      for (; i + lead < end; ++i) {
+        kernel.prefetch(i + lead);
         kernel(i, OneLane{});
       }
     }
@@ -114,6 +120,18 @@ void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
 template <class Executor, class Kernel>
 void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kernel& kernel) {
   executor(n, grain, [&kernel](int64_t begin, int64_t end) { detail::run_range(kernel, begin, end); });
+}
+
+RECIS_HD float lanes_sum(float x, OneLane) { return x; }
+
+// The sum over a group of threads, known to each of them; all of them call it together.
+RECIS_HD float lanes_sum(float x, ManyLanes lanes) {
+#if defined(__CUDA_ARCH__)
+  const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
+  const unsigned mask = group << (threadIdx.x % 32 - lanes.rank);
+  for (int distance = lanes.size / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(mask, x, distance);
+#endif
+  return x;
 }
 
 // Loops one item's inner dimension in tiles of W consecutive elements: f(first, count), where count is Const<W> for a

@@ -3,102 +3,190 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
+#if defined(__AVX__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
+
+#include "core/bags.h"
+#include "core/element.h"
 #include "core/initializer.h"
 #include "core/segments.h"
 #include "core/table.h"
 
 namespace recis {
 
-enum class Combiner : int32_t { kSum = 0, kMean = 1 };
+// Copies past the caches, for outputs that these could not hold anyway: a plain store would first read the line that it
+// is about to overwrite. `to` is a multiple of 32 bytes.
+#if defined(__AVX__) && !defined(__CUDACC__)
+template <class E, class Count>
+inline constexpr bool kCanStream = std::is_same_v<E, float> && !std::is_same_v<Count, int>;
 
-// The bags of one feature: bags first, first + 1, ... and the positions of their ids.
+template <int N>
+inline void stream_copy(float* to, const float* from) {
+  for (int j = 0; j < N; j += 8) _mm256_stream_ps(to + j, _mm256_loadu_ps(from + j));
+}
+#else
+template <class E, class Count>
+inline constexpr bool kCanStream = false;
+
+template <int N>
+RECIS_HD void stream_copy(float*, const float*) {}
+#endif
+
+// The vectors of one feature: vectors first, first + 1, ... and the positions of their ids in `rows`.
 struct BagSpan {
   int64_t first;
   int64_t first_position;
-  const int64_t* offsets;  // [bags + 1] into the feature's positions; null: one id a bag
-  const int64_t* ids;      // the feature's ids, for first values of unknown ones
-  float* out;              // [bags, dim]
-  Combiner combiner;
-  Initializer init;
+  Bags bags;
+  const int64_t* ids;  // the feature's ids, for first values of unknown ones
+  float* out;          // [vectors, dim]
+  int32_t* winners;    // max: [vectors, dim], which id of the bag each element is of; -1 in an empty bag; may be null
+  const Initializer* init;  // null: an unknown id counts as zeros
 };
 
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
-
-template <class Span>
-RECIS_HD Range bag_range(const Span& span, int64_t bag) {
-  const int64_t b = bag - span.first;
-  if (span.offsets == nullptr) return {span.first_position + b, span.first_position + b + 1};
-  return {span.first_position + span.offsets[b], span.first_position + span.offsets[b + 1]};
-}
-
-// out[bag] = sum or mean of its ids' embeddings; zeros for an empty bag. A row of -1 (an id that has none, in an
-// evaluation) counts with the first value it would have.
-template <int W>
+// out[v] = the combined embeddings of a bag's ids; zeros for an empty bag. A row of -1 (an id that has none) counts
+// with the first value it would have, or as zeros.
+template <class E, int W>
 struct GatherBags {
   Segments<BagSpan> segments;
   BlocksRef blocks;
   const int64_t* rows;
   int64_t dim;
+  bool streams;  // the output is larger than caches and each vector aligned: see stream_copy
 
-  RECIS_HD void prefetch(int32_t part, int64_t bag) const {
-    const Range range = bag_range(segments[part], bag);
+  int64_t fetched_bytes() const { return dim * static_cast<int64_t>(sizeof(E)); }
+
+  RECIS_HD void prefetch(int32_t part, int64_t v) const {
+    const BagSpan& span = segments[part];
+    const Range bag = span.bags.range(v - span.first);
     // A long bag fetches as it goes; its beginning is enough here.
-    for (int64_t p = range.begin; p < range.end && p < range.begin + 4; ++p) {
-      if (rows[p] >= 0) prefetch_record<false>(blocks, rows[p], dim * 4);
-    }
+    for (int64_t p = bag.begin; p < min64(bag.end, bag.begin + 4); ++p) prefetch_row(rows[span.first_position + p]);
+  }
+
+  RECIS_HD void prefetch_row(int64_t row) const {
+    if (row >= 0) prefetch_record<false>(blocks, row, dim * static_cast<int64_t>(sizeof(E)));
   }
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t bag, Lanes lanes) const {
+  RECIS_HD void operator()(int32_t part, int64_t v, Lanes lanes) const {
     const BagSpan& span = segments[part];
-    const Range range = bag_range(span, bag);
-    const int64_t length = range.end - range.begin;
-    float* out = span.out + (bag - span.first) * dim;
-    const float scale = span.combiner == Combiner::kMean && length > 1 ? 1.0f / static_cast<float>(length) : 1.0f;
+    const Range bag = span.bags.range(v - span.first);
+    const int64_t* bag_rows = rows + span.first_position;
+    float* RECIS_RESTRICT out = span.out + (v - span.first) * dim;
+    if (bag.end - bag.begin == 1 && span.bags.weights == nullptr && bag_rows[bag.begin] >= 0 &&
+        span.winners == nullptr) {
+      const E* RECIS_RESTRICT row = reinterpret_cast<const E*>(blocks.record(bag_rows[bag.begin]));
+      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+        if constexpr (kCanStream<E, decltype(n)>) {
+          if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
+        }
+        for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
+      });
+      return;
+    }
+    if (span.bags.combiner == Combiner::kMax) return greatest(span, bag, bag_rows, v, lanes);
+    const float norm = span.bags.norm(bag);
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float sum[W];
       for (int j = 0; j < n; ++j) sum[j] = 0.0f;
-      for (int64_t p = range.begin; p < range.end; ++p) {
-        if (rows[p] >= 0) {
-          const float* row = reinterpret_cast<const float*>(blocks.record(rows[p])) + d;
-          for (int j = 0; j < n; ++j) sum[j] += row[j];
-        } else {
-          add_first_values(span, p, d, n, sum);
+      for (int64_t p = bag.begin; p < bag.end; ++p) {
+        if (p + 4 < bag.end && d == 0) prefetch_row(bag_rows[p + 4]);
+        const float weight = span.bags.weight(p);
+        if (bag_rows[p] >= 0) {
+          const E* row = reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d;
+          for (int j = 0; j < n; ++j) sum[j] += weight * load_element(row[j]);
+        } else if (span.init != nullptr) {
+          float unknown[W];
+          first(span, p, d, n, unknown);
+          for (int j = 0; j < n; ++j) sum[j] += weight * unknown[j];
         }
       }
-      for (int j = 0; j < n; ++j) out[d + j] = sum[j] * scale;
+      for (int j = 0; j < n; ++j) out[d + j] = sum[j] * norm;
     });
   }
 
+  template <class Lanes>
+  RECIS_HD void greatest(const BagSpan& span, Range bag, const int64_t* bag_rows, int64_t v, Lanes lanes) const {
+    const int64_t at = (v - span.first) * dim;
+    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+      float best[W];
+      int32_t winner[W];
+      for (int j = 0; j < n; ++j) {
+        best[j] = bag.begin == bag.end ? 0.0f : -INFINITY;
+        winner[j] = bag.begin == bag.end ? -1 : 0;
+      }
+      for (int64_t p = bag.begin; p < bag.end; ++p) {
+        float x[W];
+        if (bag_rows[p] >= 0) {
+          const E* row = reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d;
+          for (int j = 0; j < n; ++j) x[j] = load_element(row[j]);
+        } else if (span.init != nullptr) {
+          first(span, p, d, n, x);
+        } else {
+          for (int j = 0; j < n; ++j) x[j] = 0.0f;
+        }
+        for (int j = 0; j < n; ++j) {
+          // The first of equals wins, as in torch; NaN wins over all and is shown.
+          const bool wins = x[j] > best[j] || (x[j] != x[j] && best[j] == best[j]);
+          best[j] = wins ? x[j] : best[j];
+          winner[j] = wins ? static_cast<int32_t>(p - bag.begin) : winner[j];
+        }
+      }
+      for (int j = 0; j < n; ++j) {
+        span.out[at + d + j] = best[j];
+        if (span.winners != nullptr) span.winners[at + d + j] = winner[j];
+      }
+    });
+  }
+
+  // Elements d .. d + n - 1 of the first value of the id at position p, rounded as a record would hold them.
   template <class Count>
-  RECIS_HD void add_first_values(const BagSpan& span, int64_t p, int64_t d, Count n, float (&sum)[W]) const {
-    const int64_t id = span.ids[p - span.first_position];
+  RECIS_HD void first(const BagSpan& span, int64_t p, int64_t d, Count n, float (&out)[W]) const {
     int64_t quad = -1;
     float values[4];
     for (int j = 0; j < n; ++j) {
       if ((d + j) / 4 != quad) {
         quad = (d + j) / 4;
-        first_values(span.init, id, quad, values);
+        first_values(*span.init, span.ids[p], quad, values);
       }
-      sum[j] += values[(d + j) % 4];
+      E rounded;
+      store_element(&rounded, values[(d + j) % 4]);
+      out[j] = load_element(rounded);
     }
   }
 };
 
-// Where the gradient of each position comes from: (feature, bag) packed into one word, and its share of it.
+// Backward of max: every id of a bag takes the bag's gradient where it won, else zero.
+struct SpreadMax {
+  const int64_t* offsets;  // [bags + 1]; null: one id a bag
+  const int32_t* winners;  // [bags, dim]
+  const float* gradient;   // [bags, dim], rows `stride` apart
+  int64_t stride;
+  int64_t dim;
+  float* out;  // [ids, dim]
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t b, Lanes lanes) const {
+    const Range bag = Bags{offsets, nullptr, Combiner::kMax, 0}.range(b);
+    for (int64_t p = bag.begin; p < bag.end; ++p) {
+      for (int64_t d = lanes.rank; d < dim; d += lanes.size) {
+        out[p * dim + d] = winners[b * dim + d] == p - bag.begin ? gradient[b * stride + d] : 0.0f;
+      }
+    }
+  }
+};
+
+// Where the gradient of each position comes from: (feature, its vector) packed into one word, and its share of it.
 struct SourceSpan {
   int64_t first;
   int64_t first_position;
-  const int64_t* offsets;
-  Combiner combiner;
+  Bags bags;
 };
 
-inline constexpr int kSourceShift = 40;  // feature above, bag of the feature below
-inline constexpr int64_t kSourceBag = (int64_t{1} << kSourceShift) - 1;
+inline constexpr int kSourceShift = 40;  // feature above, vector of the feature below
+inline constexpr int64_t kSourceVector = (int64_t{1} << kSourceShift) - 1;
 
 struct FillSources {
   Segments<SourceSpan> segments;
@@ -106,14 +194,14 @@ struct FillSources {
   float* scales;     // [positions], or null where every share is 1
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t bag, Lanes lanes) const {
+  RECIS_HD void operator()(int32_t part, int64_t v, Lanes lanes) const {
     const SourceSpan& span = segments[part];
-    const Range range = bag_range(span, bag);
-    const int64_t source = (static_cast<int64_t>(part) << kSourceShift) | (bag - span.first);
-    const float scale = span.combiner == Combiner::kMean ? 1.0f / static_cast<float>(range.end - range.begin) : 1.0f;
-    for (int64_t p = range.begin + lanes.rank; p < range.end; p += lanes.size) {
-      sources[p] = source;
-      if (scales != nullptr) scales[p] = scale;
+    const Range bag = span.bags.range(v - span.first);
+    const int64_t source = (static_cast<int64_t>(part) << kSourceShift) | (v - span.first);
+    const float norm = scales == nullptr ? 1.0f : span.bags.norm(bag);
+    for (int64_t p = bag.begin + lanes.rank; p < bag.end; p += lanes.size) {
+      sources[span.first_position + p] = source;
+      if (scales != nullptr) scales[span.first_position + p] = span.bags.weight(p) * norm;
     }
   }
 };

@@ -25,7 +25,7 @@ inline int bits_for(uint64_t bound) { return bound <= 1 ? 1 : 64 - __builtin_clz
 template <class Executor>
 uint64_t* radix_sort(const Executor& executor, int64_t tasks, uint64_t* words, uint64_t* spare, int64_t n, int shift,
                      int bits) {
-  constexpr int kMaxDigit = 11;
+  constexpr int kMaxDigit = 8;  // as many streams as a first-level cache has room for
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
   const int digit = (bits + passes - 1) / passes;
   const int64_t radix = int64_t{1} << digit;
@@ -61,7 +61,8 @@ uint64_t* radix_sort(const Executor& executor, int64_t tasks, uint64_t* words, u
   return words;
 }
 
-// rows: [n], each in [0, row_bound). bits_for(row_bound) + bits_for(n) must not exceed 64.
+// rows: [n], each below row_bound; positions whose row is below 0 belong to no group.
+// bits_for(row_bound + 1) + bits_for(n) must not exceed 64.
 template <class Executor>
 void group_rows_cpu(const Executor& executor, int64_t max_tasks, const int64_t* rows, const int64_t* sources,
                     const float* scales, int64_t n, int64_t row_bound, const GroupOutputs& out) {
@@ -75,10 +76,12 @@ void group_rows_cpu(const Executor& executor, int64_t max_tasks, const int64_t* 
   uint64_t* words = memory.get();
   executor(tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first * chunk; i < std::min(n, last * chunk); ++i) {
-      words[i] = (static_cast<uint64_t>(rows[i]) << position_bits) | static_cast<uint64_t>(i);
+      const int64_t row = rows[i] < 0 ? row_bound : rows[i];
+      words[i] = (static_cast<uint64_t>(row) << position_bits) | static_cast<uint64_t>(i);
     }
   });
-  words = radix_sort(executor, tasks, words, words + n, n, position_bits, bits_for(static_cast<uint64_t>(row_bound)));
+  words =
+      radix_sort(executor, tasks, words, words + n, n, position_bits, bits_for(static_cast<uint64_t>(row_bound) + 1));
 
   // A group begins wherever the row differs from the one before; count them a range, then fill.
   const auto begins = [&](int64_t i) {
@@ -114,6 +117,8 @@ void group_rows_cpu(const Executor& executor, int64_t max_tasks, const int64_t* 
       }
     }
   });
+  // The positions without a row have sorted to the end, as a last group; it is not counted.
+  if (n > 0 && out.unique[out.count[0] - 1] == row_bound) --out.count[0];
 }
 
 }  // namespace recis

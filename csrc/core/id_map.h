@@ -1,7 +1,7 @@
-// Kernels of the IDMap: find, find-or-insert, rehash, listing.
+// Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
-// Open addressing with linear probing; the caller keeps the load at or below 0.75, so a probe always meets an empty
-// slot.
+// Open addressing with linear probing; the caller keeps the load, erased slots included, at or below 0.75, so a probe
+// always meets an empty slot.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +30,30 @@ RECIS_HD void prefetch_slot(const IdMapRef& map, int64_t id, int64_t member) {
 #endif
 }
 
-// rows[i] = row of ids[i], or -1.
+// The slot that holds an id, or null: for maps that nothing is inserted into meanwhile, or where an insert under way
+// may be missed.
+RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
+  const uint64_t hash = slot_hash(id, member);
+  const uint64_t key = key_of(hash, member);
+  for (uint64_t at = hash;; ++at) {
+    uint64_t* slot = map.slots + 2 * (at & map.mask);
+    const uint64_t entry = load_acquire(slot + 1);
+    if (entry_state(entry) == SlotState::kEmpty) return nullptr;
+    // A claimed slot is an insert still under way: its id is not there for us yet.
+    if (entry_state(entry) == SlotState::kFull && (entry & kKeyMask) == key && slot[0] == static_cast<uint64_t>(id)) {
+      return slot;
+    }
+  }
+}
+
+// rows[i] = row of ids[i], or -1; with kSlots the number of its slot instead.
+template <bool kSlots>
 struct FindIds {
   Segments<IdSpan> segments;
   IdMapRef map;
   int64_t* rows;
+
+  static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     const IdSpan& span = segments[part];
@@ -44,37 +63,27 @@ struct FindIds {
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     const IdSpan& span = segments[part];
-    const int64_t id = span.ids[i - span.first];
-    const uint64_t hash = slot_hash(id, span.member);
-    const uint64_t key = key_of(hash, span.member);
-    for (uint64_t at = hash;; ++at) {
-      const uint64_t* slot = map.slots + 2 * (at & map.mask);
-      const uint64_t entry = load_acquire(slot + 1);
-      if (entry_state(entry) == SlotState::kEmpty) {
-        rows[i] = -1;
-        return;
-      }
-      // A claimed slot is an insert still under way: its id is not there for us yet.
-      if (entry_state(entry) == SlotState::kFull && (entry & kKeyMask) == key && slot[0] == static_cast<uint64_t>(id)) {
-        rows[i] = entry_row(entry);
-        return;
-      }
-    }
+    const uint64_t* slot = find_slot(map, span.ids[i - span.first], span.member);
+    rows[i] = slot == nullptr ? -1 : kSlots ? (slot - map.slots) / 2 : entry_row(load_acquire(slot + 1));
   }
 };
 
 // Finds each id or gives it a row. Any number of threads may insert the same id at once; one of them wins.
 //
 // A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so that others go on
-// past it at once unless it is probably their own id; only then do they wait for the id to be published. counters[0]
-// counts rows handed out, counters[1] how many of them were handed out before this call; new ones leave the position
-// that asked first in `fresh`, so that their records can be given first values afterwards.
+// past it at once unless it is probably their own id; only then do they wait for the id to be published. New rows come
+// from the free list first, then from the end; each leaves the position that asked first in `fresh`, so that its record
+// can be given first values afterwards. CommitInserts has to follow.
 struct FindOrInsertIds {
   Segments<IdSpan> segments;
   IdMapRef map;
   int64_t* counters;
+  const int64_t* free_rows;  // [counters[kFree]]
+  const uint8_t* admitted;   // [n]: whether an id without a row may have one; null: all may, and else row -1 is given
   int64_t* rows;
   int64_t* fresh;
+
+  static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     const IdSpan& span = segments[part];
@@ -91,11 +100,17 @@ struct FindOrInsertIds {
       uint64_t* slot = map.slots + 2 * (at & map.mask);
       uint64_t entry = load_acquire(slot + 1);
       if (entry_state(entry) == SlotState::kEmpty) {
+        if (admitted != nullptr && admitted[i] == 0) {
+          rows[i] = -1;
+          return;
+        }
         if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
-          const int64_t row = fetch_add(counters, 1);
+          const int64_t number = fetch_add(counters + kFresh, 1);
+          const int64_t reused = counters[kFree];
+          const int64_t row = number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
           slot[0] = static_cast<uint64_t>(id);
           store_release(slot + 1, make_entry(SlotState::kFull, key, row));
-          fresh[row - counters[1]] = i;
+          fresh[number] = i;
           rows[i] = row;
           return;
         }
@@ -131,21 +146,159 @@ struct RehashSlots {
   }
 };
 
-// Lists the ids of one member table and their rows, in no particular order.
+// Closes a find-or-insert: the rows it handed out are old from now on. One item.
+struct CommitInserts {
+  int64_t* counters;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    const int64_t fresh = counters[kFresh];
+    const int64_t reused = min64(fresh, counters[kFree]);
+    counters[kFree] -= reused;
+    counters[kRows] += fresh - reused;
+    counters[kUsedSlots] += fresh;
+    counters[kLive] += fresh;
+    counters[kFresh] = 0;
+  }
+};
+
+// Lists all ids with their member tables, rows and slots, in no particular order.
 struct ListIds {
   const uint64_t* slots;
-  int64_t member;
   int64_t* ids;
+  int64_t* members;
   int64_t* rows;
+  int64_t* numbers;
   int64_t* count;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     const uint64_t entry = slots[2 * i + 1];
-    if (entry_state(entry) != SlotState::kFull || entry_member(entry) != member) return;
+    if (entry_state(entry) != SlotState::kFull) return;
     const int64_t at = fetch_add(count, 1);
     ids[at] = static_cast<int64_t>(slots[2 * i]);
+    members[at] = entry_member(entry);
     rows[at] = entry_row(entry);
+    numbers[at] = i;
+  }
+};
+
+// Erases the ids in the given slots (numbers below 0 are passed over, a repeated one counts once) and puts their rows
+// on the free list, which has room for every row; without a list they are forgotten.
+struct EraseSlots {
+  uint64_t* slots;
+  const int64_t* numbers;
+  int64_t* counters;
+  int64_t* free_rows;  // or null
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    if (numbers[i] < 0) return;
+    uint64_t* word = slots + 2 * numbers[i] + 1;
+    uint64_t entry = load_acquire(word);
+    const uint64_t erased = make_entry(SlotState::kErased, entry & kKeyMask, 0);
+    if (entry_state(entry) != SlotState::kFull || !compare_exchange(word, entry, erased)) return;
+    if (free_rows != nullptr) free_rows[fetch_add(counters + kFree, 1)] = entry_row(entry);
+    fetch_add(counters + kLive, -1);
+  }
+};
+
+// Gives the ids in the given, distinct slots the rows `rows`.
+struct SetRows {
+  uint64_t* slots;
+  const int64_t* numbers;
+  const int64_t* rows;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    uint64_t& entry = slots[2 * numbers[i] + 1];
+    entry = make_entry(SlotState::kFull, entry & kKeyMask, rows[i]);
+  }
+};
+
+// Gives every id another row: moved[row] is where the record of `row` has gone.
+struct MoveRows {
+  uint64_t* slots;
+  const int64_t* moved;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    const uint64_t entry = slots[2 * i + 1];
+    if (entry_state(entry) != SlotState::kFull) return;
+    slots[2 * i + 1] = make_entry(SlotState::kFull, entry & kKeyMask, moved[entry_row(entry)]);
+  }
+};
+
+// An IDMap as an exact counter: the entry's row bits hold how often an id was counted. Counts the positions whose row
+// is below 0: ids that have none.
+struct CountIds {
+  Segments<IdSpan> segments;
+  IdMapRef map;
+  int64_t* counters;
+  const int64_t* rows;
+
+  static constexpr int64_t fetched_bytes() { return 64; }
+
+  RECIS_HD void prefetch(int32_t part, int64_t i) const {
+    const IdSpan& span = segments[part];
+    if (rows[i] < 0) prefetch_slot(map, span.ids[i - span.first], span.member);
+  }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+    if (rows[i] >= 0) return;
+    const IdSpan& span = segments[part];
+    const int64_t id = span.ids[i - span.first];
+    const uint64_t hash = slot_hash(id, span.member);
+    const uint64_t key = key_of(hash, span.member);
+    for (uint64_t at = hash;; ++at) {
+      uint64_t* slot = map.slots + 2 * (at & map.mask);
+      uint64_t entry = load_acquire(slot + 1);
+      if (entry_state(entry) == SlotState::kEmpty) {
+        if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
+          slot[0] = static_cast<uint64_t>(id);
+          store_release(slot + 1, make_entry(SlotState::kFull, key, 1));
+          fetch_add(counters + kUsedSlots, 1);
+          fetch_add(counters + kLive, 1);
+          return;
+        }
+      }
+      if ((entry & kKeyMask) != key) continue;
+      while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
+      if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) {
+        // 2^40 sightings of an id that has no row are out of reach: the sum stays within the row's bits.
+        fetch_add(reinterpret_cast<int64_t*>(slot + 1), int64_t{1} << kTagBits);
+        return;
+      }
+    }
+  }
+};
+
+// admitted[i] = whether ids[i] has a row or was counted `least` times.
+struct AdmitCounted {
+  Segments<IdSpan> segments;
+  IdMapRef map;
+  const int64_t* rows;
+  int64_t least;
+  uint8_t* admitted;
+
+  static constexpr int64_t fetched_bytes() { return 64; }
+
+  RECIS_HD void prefetch(int32_t part, int64_t i) const {
+    const IdSpan& span = segments[part];
+    if (rows[i] < 0) prefetch_slot(map, span.ids[i - span.first], span.member);
+  }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+    const IdSpan& span = segments[part];
+    if (rows[i] >= 0) {
+      admitted[i] = 1;
+      return;
+    }
+    const uint64_t* slot = find_slot(map, span.ids[i - span.first], span.member);
+    admitted[i] = slot != nullptr && entry_row(load_acquire(slot + 1)) >= least;
   }
 };
 

@@ -5,7 +5,10 @@
 //     63..62 state | 61..46 member table | 45..6 row | 5..0 tag of the hash
 //
 // The state decides what a slot holds, so that every id is legal and none is reserved. States only ever go
-// kEmpty -> kClaimed -> kFull -> kErased within one slots tensor; a rehash makes a new one.
+// kEmpty -> kClaimed -> kFull -> kErased within one slots tensor; a rehash makes a new one, without the erased.
+//
+// Counters: int64 [kCounters] beside the slots, indexed by the names below. What a call has handed out stays in kFresh
+// until the call is committed, so that its kernels can tell new rows from old ones.
 //
 // EmbeddingBlocks: equal blocks of 2^block_shift records; `addresses` holds one address a block. A row never moves.
 #pragma once
@@ -33,25 +36,51 @@ RECIS_HD uint64_t make_entry(SlotState state, uint64_t key, int64_t row) {
   return (static_cast<uint64_t>(state) << kStateShift) | key | (static_cast<uint64_t>(row) << kTagBits);
 }
 
+enum Counter : int { kFresh = 0, kRows = 1, kFree = 2, kUsedSlots = 3, kLive = 4, kCounters = 5 };
+// kFresh      rows handed out since the last commit
+// kRows       rows made so far: every row number is below
+// kFree       rows on the free list, to be used again
+// kUsedSlots  slots that are not empty: full or erased
+// kLive       ids that have a row
+
 struct IdMapRef {
   uint64_t* slots;  // [mask + 1][2]
   uint64_t mask;    // capacity - 1, the capacity a power of two
 };
 
+// What a row keeps of its past, 16 bytes of its record: two steps of 40 bits and a frequency of 48, which stops at its
+// largest value.
+struct RowMeta {
+  uint64_t updated;  // step of the last update << 24 | the frequency's high 24 bits
+  uint64_t seen;     // step of the last training lookup << 24 | the frequency's low 24 bits
+
+  static constexpr int kShift = 24;
+  static constexpr uint64_t kLow = (uint64_t{1} << kShift) - 1;
+  static constexpr uint64_t kMostFrequent = (uint64_t{1} << 48) - 1;
+
+  RECIS_HD static RowMeta of(int64_t updated_step, int64_t seen_step, int64_t frequency) {
+    const uint64_t f = static_cast<uint64_t>(frequency) < kMostFrequent ? frequency : kMostFrequent;
+    return {static_cast<uint64_t>(updated_step) << kShift | f >> kShift,
+            static_cast<uint64_t>(seen_step) << kShift | (f & kLow)};
+  }
+
+  RECIS_HD int64_t updated_step() const { return static_cast<int64_t>(updated >> kShift); }
+  RECIS_HD int64_t seen_step() const { return static_cast<int64_t>(seen >> kShift); }
+  RECIS_HD int64_t frequency() const { return static_cast<int64_t>((updated & kLow) << kShift | (seen & kLow)); }
+};
+
 struct BlocksRef {
   const int64_t* addresses;  // [number of blocks]
   int32_t block_shift;       // log2 of the rows of a block
+  int32_t meta_offset;       // bytes from a record's start to its RowMeta
   int64_t record_bytes;      // a multiple of 16
 
   RECIS_HD char* record(int64_t row) const {
     const int64_t within = row & ((int64_t{1} << block_shift) - 1);
     return reinterpret_cast<char*>(addresses[row >> block_shift]) + within * record_bytes;
   }
-};
 
-struct TableRef {
-  IdMapRef map;
-  BlocksRef blocks;
+  RECIS_HD RowMeta* meta(int64_t row) const { return reinterpret_cast<RowMeta*>(record(row) + meta_offset); }
 };
 
 // Starts loading a record, every line of it, for writing where `write`.

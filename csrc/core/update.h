@@ -1,103 +1,57 @@
-// Ordered reduction of row gradients, alone or fused with the optimizer's update of the record.
+// Optimizers' updates of records, one pass over gradient and record.
+//
+// A rule is plain data with
+//
+//   apply<E, S>(record, d, n, gradient, rounding)   elements d .. d + n - 1 of a record whose embedding is of type E
+//   and
+//                                                   whose state is of type S, `gradient` theirs
+//
+//   static constexpr bool kHasState   whether that state is of type S at all
+//
+// and, where a row keeps one number for all of its elements,
+//
+//   static constexpr bool kRowwise = true;
+//   float advance(record, mean_square)   before apply, by one lane; apply then takes what it returned
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "core/gather.h"
-#include "core/segments.h"
+#include "core/blocks.h"
+#include "core/reduce.h"
 #include "core/table.h"
 
 namespace recis {
 
-// The pooled gradients of one feature.
-struct GradientSpan {
-  int64_t first;  // unused; features are found by number
-  const float* values;
-  int64_t stride;  // elements from one bag to the next; 0 for an expanded gradient
+// Where new values are rounded to the type that a record has: at random, by bits that depend on the value, the element
+// and the step.
+struct Rounding {
+  uint32_t seed;
+
+  template <class T>
+  RECIS_HD void store(T* at, float x, uint32_t element) const {
+    store_stochastic(at, x, rounding_bits(seed, element, x));
+  }
+  // Of another part of the record.
+  RECIS_HD Rounding part(uint32_t number) const { return {seed ^ number * 0x85ebca6bu}; }
 };
 
-// Row gradients grouped by row: row unique[u] takes the gradients sources[segments[u] .. segments[u + 1]), in input
-// order. There are *count rows; the buffers are upper bounds.
-struct GroupedGradients {
-  Segments<GradientSpan> features;
-  const int64_t* count;
-  const int64_t* unique;
-  const int64_t* offsets;
-  const int64_t* sources;
-  const float* scales;  // by group, as sources; or null
+template <class T>
+RECIS_HD T* field_at(char* record, int64_t offset, int64_t d) {
+  return reinterpret_cast<T*>(record + offset) + d;
+}
 
-  RECIS_HD const float* source(int64_t k) const {
-    const GradientSpan& feature = features[static_cast<int32_t>(sources[k] >> kSourceShift)];
-    return feature.values + (sources[k] & kSourceBag) * feature.stride;
-  }
-
-  RECIS_HD void prefetch(int64_t u, int64_t dim) const {
-#if !defined(__CUDA_ARCH__)
-    const float* gradient = source(offsets[u]);
-    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(gradient + d, 0, 3);
-#endif
-  }
-
-  // Gradients are added in input order, in chunks of kChunk whose sums are added in order: the same bits whatever the
-  // number of threads, and long groups can be summed by several of them.
-  static constexpr int64_t kChunk = 256;
-
-  template <int W, class Count>
-  RECIS_HD void sum(int64_t u, int64_t d, Count n, float (&total)[W]) const {
-    const int64_t begin = offsets[u];
-    const int64_t end = offsets[u + 1];
-    sum_chunk<W>(begin, min64(end, begin + kChunk), d, n, total);
-    for (int64_t at = begin + kChunk; at < end; at += kChunk) {
-      float chunk[W];
-      sum_chunk<W>(at, min64(end, at + kChunk), d, n, chunk);
-      for (int j = 0; j < n; ++j) total[j] += chunk[j];
-    }
-  }
-
-  template <int W, class Count>
-  RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
-    for (int j = 0; j < n; ++j) total[j] = 0.0f;
-    if (scales == nullptr) {
-      for (int64_t k = begin; k < end; ++k) {
-        const float* gradient = source(k) + d;
-        for (int j = 0; j < n; ++j) total[j] += gradient[j];
-      }
-    } else {
-      for (int64_t k = begin; k < end; ++k) {
-        const float* gradient = source(k) + d;
-        for (int j = 0; j < n; ++j) total[j] += scales[k] * gradient[j];
-      }
-    }
-  }
-};
-
-// out[u] = the summed gradient of row unique[u].
-template <int W>
-struct ReduceRows {
-  GroupedGradients gradients;
-  int64_t dim;
-  float* out;  // [upper bound, dim]
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t u, Lanes lanes) const {
-    if (u >= *gradients.count) return;
-    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      float sum[W];
-      gradients.template sum<W>(u, d, n, sum);
-      for (int j = 0; j < n; ++j) out[u * dim + d + j] = sum[j];
-    });
-  }
-};
-
-// One pass over gradient and record: sums the gradient of a row and updates it by the rule. A rule is plain data with
-//   apply(record, d, n, gradient)   elements d .. d + n - 1, `gradient` theirs
-template <class Rule, int W>
+template <class Rule, class E, class S, int W>
 struct UpdateRows {
   GroupedGradients gradients;
   BlocksRef blocks;
   int64_t dim;
+  int64_t step;
+  bool sees;  // marks the rows as seen in this step, too: as SeeRows does
+  Rounding rounding;
   Rule rule;
+
+  int64_t fetched_bytes() const { return blocks.record_bytes + dim * 4; }
 
   RECIS_HD void prefetch(int64_t u) const {
     if (u >= *gradients.count) return;
@@ -108,68 +62,149 @@ struct UpdateRows {
   template <class Lanes>
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
     if (u >= *gradients.count) return;
-    char* record = blocks.record(gradients.unique[u]);
-    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      float gradient[W];
-      gradients.template sum<W>(u, d, n, gradient);
-      rule.apply(record, d, n, gradient);
-    });
+    const int64_t row = gradients.unique[u];
+    char* record = blocks.record(row);
+    if (lanes.rank == 0) {
+      RowMeta* meta = blocks.meta(row);
+      const int64_t times = sees ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
+      *meta = RowMeta::of(step, sees ? step : meta->seen_step(), meta->frequency() + times);
+    }
+    if constexpr (Rule::kRowwise) {
+      float squares[W] = {};
+      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+        float gradient[W];
+        gradients.template sum<W>(u, d, n, gradient);
+        for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
+      });
+      const float mean = lanes_sum(halved<W>(squares), lanes) / static_cast<float>(dim);
+      // One lane changes the row's number; the sum hands what it says to all of them.
+      const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
+      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+        float gradient[W];
+        gradients.template sum<W>(u, d, n, gradient);
+        rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
+      });
+    } else {
+      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+        float gradient[W];
+        gradients.template sum<W>(u, d, n, gradient);
+        rule.template apply<E, S>(record, d, n, gradient, rounding);
+      });
+    }
+  }
+
+  // Sums by halves: one order, whatever the width of the processor's vectors.
+  template <int N>
+  RECIS_HD static float halved(float (&x)[W]) {
+    if constexpr (N == 1) {
+      return x[0];
+    } else {
+      for (int j = 0; j < N / 2; ++j) x[j] += x[j + N / 2];
+      return halved<N / 2>(x);
+    }
   }
 };
 
-RECIS_HD float* field_at(char* record, int64_t offset, int64_t d) {
-  return reinterpret_cast<float*>(record + offset) + d;
-}
-
 // w -= lr g.
 struct SgdRule {
+  static constexpr bool kHasState = false;
+  static constexpr bool kRowwise = false;
   float lr;
 
-  template <class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W]) const {
-    float* w = field_at(record, 0, d);
-    for (int j = 0; j < n; ++j) w[j] -= lr * g[j];
+  template <class E, class S, class Count, int W>
+  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
+    E* w = field_at<E>(record, 0, d);
+    for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - lr * g[j], d + j);
+  }
+};
+
+// b = momentum b + g; w -= lr b. As torch.optim.SGD, whose first step starts from b = g: with b = 0 before, the same.
+struct MomentumRule {
+  static constexpr bool kHasState = true;
+  static constexpr bool kRowwise = false;
+  int64_t buffer_offset;
+  float lr;
+  float momentum;
+
+  template <class E, class S, class Count, int W>
+  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
+    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
+    S* RECIS_RESTRICT buffer = field_at<S>(record, buffer_offset, d);
+    for (int j = 0; j < n; ++j) {
+      const float b = momentum * load_element(buffer[j]) + g[j];
+      rounding.part(1).store(buffer + j, b, d + j);
+      rounding.store(w + j, load_element(w[j]) - lr * b, d + j);
+    }
   }
 };
 
 // Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011), as torch.optim.Adagrad.
 struct AdagradRule {
+  static constexpr bool kHasState = true;
+  static constexpr bool kRowwise = false;
   int64_t sum_offset;
   float lr;
   float eps;
 
-  template <class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W]) const {
-    float* RECIS_RESTRICT w = field_at(record, 0, d);
-    float* RECIS_RESTRICT sum = field_at(record, sum_offset, d);
+  template <class E, class S, class Count, int W>
+  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
+    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
+    S* RECIS_RESTRICT sum = field_at<S>(record, sum_offset, d);
     for (int j = 0; j < n; ++j) {
-      const float s = sum[j] + g[j] * g[j];
-      sum[j] = s;
-      w[j] -= lr * (g[j] / (sqrtf(s) + eps));
+      const float s = load_element(sum[j]) + g[j] * g[j];
+      rounding.part(1).store(sum + j, s, d + j);
+      rounding.store(w + j, load_element(w[j]) - lr * (g[j] / (sqrtf(s) + eps)), d + j);
     }
   }
 };
 
-// Kingma, Ba: Adam (ICLR 2015), for rows that have a gradient, as torch.optim.SparseAdam.
+// Adagrad with one float32 sum a row, of the mean of the squared gradient.
+struct RowwiseAdagradRule {
+  static constexpr bool kHasState = false;
+  static constexpr bool kRowwise = true;
+  int64_t sum_offset;
+  float lr;
+  float eps;
+
+  RECIS_HD float advance(char* record, float mean_square) const {
+    float* sum = field_at<float>(record, sum_offset, 0);
+    *sum += mean_square;
+    return lr / (sqrtf(*sum) + eps);
+  }
+
+  template <class E, class S, class Count, int W>
+  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding, float scale) const {
+    E* w = field_at<E>(record, 0, d);
+    for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - scale * g[j], d + j);
+  }
+};
+
+// Kingma, Ba: Adam (ICLR 2015), for rows that have a gradient, as torch.optim.SparseAdam; with a decay below 1 AdamW
+// (Loshchilov, Hutter, ICLR 2019).
 struct AdamRule {
+  static constexpr bool kHasState = true;
+  static constexpr bool kRowwise = false;
   int64_t exp_avg_offset;
   int64_t exp_avg_sq_offset;
   float beta1_rest;  // 1 - beta1
   float beta2_rest;
   float step_size;  // lr sqrt(1 - beta2^t) / (1 - beta1^t)
   float eps;
+  float decay;  // 1 - lr weight_decay
 
-  template <class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W]) const {
-    float* RECIS_RESTRICT w = field_at(record, 0, d);
-    float* RECIS_RESTRICT m = field_at(record, exp_avg_offset, d);
-    float* RECIS_RESTRICT v = field_at(record, exp_avg_sq_offset, d);
+  template <class E, class S, class Count, int W>
+  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
+    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
+    S* RECIS_RESTRICT m = field_at<S>(record, exp_avg_offset, d);
+    S* RECIS_RESTRICT v = field_at<S>(record, exp_avg_sq_offset, d);
     for (int j = 0; j < n; ++j) {
-      const float first = m[j] + beta1_rest * (g[j] - m[j]);
-      const float second = v[j] + beta2_rest * (g[j] * g[j] - v[j]);
-      m[j] = first;
-      v[j] = second;
-      w[j] -= step_size * (first / (sqrtf(second) + eps));
+      const float m0 = load_element(m[j]);
+      const float v0 = load_element(v[j]);
+      const float first = m0 + beta1_rest * (g[j] - m0);
+      const float second = v0 + beta2_rest * (g[j] * g[j] - v0);
+      rounding.part(1).store(m + j, first, d + j);
+      rounding.part(2).store(v + j, second, d + j);
+      rounding.store(w + j, decay * load_element(w[j]) - step_size * (first / (sqrtf(second) + eps)), d + j);
     }
   }
 };

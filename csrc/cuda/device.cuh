@@ -82,8 +82,6 @@ class CudaDevice {
 
   int64_t items(const int64_t*, int64_t bound) const { return bound; }
 
-  int64_t difference(const int64_t*, int64_t bound) const { return bound; }
-
   // Four floats a lane (one 16-byte access) where rows allow it.
   template <class F>
   void with_width(int64_t, bool aligned, F&& f) const {
@@ -92,6 +90,11 @@ class CudaDevice {
     } else {
       f(Const<1>{});
     }
+  }
+
+  template <class F>
+  void with_narrow_width(bool aligned, F&& f) const {
+    with_width(0, aligned, f);
   }
 
  private:

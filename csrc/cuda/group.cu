@@ -3,16 +3,34 @@
 #include <cub/cub.cuh>
 
 #include "cuda/device.cuh"
+#include "ops/gather.h"
 
 namespace recis {
 namespace {
 
+// Positions without a row sort to the end, as a last group.
 struct NumberPositions {
+  const int64_t* rows;
+  int64_t row_bound;
+  int64_t* keys;
   int64_t* positions;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
+    keys[i] = rows[i] < 0 ? row_bound : rows[i];
     positions[i] = i;
+  }
+};
+
+// ... which is not counted.
+struct DropLastGroup {
+  const int64_t* unique;
+  int64_t row_bound;
+  int64_t* count;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t, Lanes lanes) const {
+    if (lanes.rank == 0 && unique[*count - 1] == row_bound) --*count;
   }
 };
 
@@ -47,52 +65,54 @@ int bits_for(int64_t bound) {
   return bits;
 }
 
-void group_rows(const Tensor& rows, const Tensor& sources, const std::optional<Tensor>& scales, int64_t row_bound,
-                const Tensor& unique, const Tensor& offsets, const Tensor& grouped_sources,
-                const std::optional<Tensor>& grouped_scales, const Tensor& count) {
+void group_rows(const Tensor& rows, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
+                Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts, const Tensor& sources,
+                const std::optional<Tensor>& scales, const Tensor& count) {
   CudaDevice device(rows);
   const int64_t n = rows.numel();
-  RECIS_CHECK(unique.numel() >= n && offsets.numel() >= n + 1 && grouped_sources.numel() >= n && sources.numel() == n,
+  RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
               "group_rows: a buffer is smaller than its upper bound");
   int64_t* counted = data<int64_t>(count, "count");
-  int64_t* starts = data<int64_t>(offsets, "offsets");
+  int64_t* begins = data<int64_t>(starts, "starts");
+  float* shares = data_or_null<float>(scales, "scales");
   if (n == 0) {
     RECIS_CUDA_CHECK(cudaMemsetAsync(counted, 0, sizeof(int64_t), device.stream()));
-    RECIS_CUDA_CHECK(cudaMemsetAsync(starts, 0, sizeof(int64_t), device.stream()));
+    RECIS_CUDA_CHECK(cudaMemsetAsync(begins, 0, sizeof(int64_t), device.stream()));
     return;
   }
   const auto words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8).data_ptr()); };
+  int64_t* ungrouped = words(n);
+  float* ungrouped_scales = shares == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped, ungrouped_scales);
+  int64_t* keys = words(n);
   int64_t* positions = words(n);
   int64_t* sorted = words(n);
   int64_t* order = words(n);
-  int64_t* lengths = words(n + 1);
-  const int64_t* keys = data<int64_t>(rows, "rows");
+  int64_t* group_lengths = words(n + 1);
   int64_t* distinct = data<int64_t>(unique, "unique");
-  const int bits = bits_for(row_bound);
+  const int bits = bits_for(row_bound + 1);
   const auto stream = device.stream();
 
-  // Rows are never negative here, so the low bits alone order them.
+  // Keys are never negative, so the low bits alone order them.
   size_t sort_bytes = 0;
   size_t encode_bytes = 0;
   size_t scan_bytes = 0;
   RECIS_CUDA_CHECK(
       cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
   RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted, distinct, lengths, counted, n, stream));
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, lengths, starts, n + 1, stream));
+      cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted, distinct, group_lengths, counted, n, stream));
+  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, group_lengths, begins, n + 1, stream));
   void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
 
-  device.for_each(n, 1, NumberPositions{positions});
+  device.for_each(n, 1, NumberPositions{data<int64_t>(rows, "rows"), row_bound, keys, positions});
   RECIS_CUDA_CHECK(
       cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
   RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted, distinct, lengths, counted, n, stream));
-  device.for_each(n + 1, 1, ClearTail{counted, lengths});
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, lengths, starts, n + 1, stream));
-  device.for_each(n, 1,
-                  PermuteSources{order, data<int64_t>(sources, "sources"), data_or_null<float>(scales, "scales"),
-                                 data<int64_t>(grouped_sources, "grouped_sources"),
-                                 data_or_null<float>(grouped_scales, "grouped_scales")});
+      cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted, distinct, group_lengths, counted, n, stream));
+  device.for_each(n + 1, 1, ClearTail{counted, group_lengths});
+  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, group_lengths, begins, n + 1, stream));
+  device.for_each(n, 1, PermuteSources{order, ungrouped, ungrouped_scales, data<int64_t>(sources, "sources"), shares});
+  device.for_each(1, 1, DropLastGroup{distinct, row_bound, counted});
 }
 
 }  // namespace

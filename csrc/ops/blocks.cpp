@@ -2,21 +2,16 @@
 
 #include "ops/device.h"
 
-// `blocks` is the table of block addresses; it is marked as mutated where the blocks behind it are.
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
-  m.def(
-      "blocks_init_fresh(Tensor(a!) blocks, int block_shift, int record_bytes, Tensor(b!) counters, Tensor fresh, "
-      "Tensor[] ids, int[] init_kinds, float[] init_values, int[] init_keys, int dim, int[] field_offsets, "
-      "int[] field_widths, float[] field_values) -> ()");
-  m.def(
-      "gather_bags(Tensor blocks, int block_shift, int record_bytes, Tensor rows, Tensor[] ids, Tensor[] offsets, "
-      "int[] combiners, int[] init_kinds, float[] init_values, int[] init_keys, int dim, Tensor(a!)[] outs) -> ()");
-  m.def(
-      "blocks_read(Tensor blocks, int block_shift, int record_bytes, Tensor rows, int offset, Tensor(a!) values) -> "
-      "()");
-  m.def(
-      "blocks_write(Tensor(a!) blocks, int block_shift, int record_bytes, Tensor rows, int offset, Tensor values) -> "
-      "()");
+  m.def("blocks_init_fresh(" RECIS_BLOCKS_MUT
+        ", int type, Tensor counters, Tensor rows, Tensor fresh, Tensor[] ids, int[] members, Tensor initializers, "
+        "int dim, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] field_values) -> ()");
+  m.def("blocks_read(" RECIS_BLOCKS ", Tensor rows, int offset, Tensor(a!) values) -> ()");
+  m.def("blocks_write(" RECIS_BLOCKS_MUT ", Tensor rows, int offset, Tensor values) -> ()");
+  m.def("blocks_read_meta(" RECIS_BLOCKS ", Tensor rows, Tensor(a!) columns) -> ()");
+  m.def("blocks_write_meta(" RECIS_BLOCKS_MUT ", Tensor rows, Tensor columns) -> ()");
+  m.def("blocks_copy_records(" RECIS_BLOCKS_MUT ", Tensor source, Tensor target) -> ()");
+  m.def("blocks_see_rows(" RECIS_BLOCKS_MUT ", Tensor count, Tensor unique, Tensor offsets, int step) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_blocks<recis::CpuDevice>(m); }

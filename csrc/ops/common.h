@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "core/element.h"
 #include "core/table.h"
 
 namespace recis {
@@ -30,6 +31,8 @@ template <class T>
 inline constexpr ScalarType kTypeOf = ScalarType::Undefined;
 template <>
 inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType kTypeOf<int32_t> = ScalarType::Int;
 template <>
 inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
 template <>
@@ -55,9 +58,32 @@ inline IdMapRef id_map_ref(const Tensor& slots) {
   return {reinterpret_cast<uint64_t*>(data<int64_t>(slots, "slots")), static_cast<uint64_t>(capacity - 1)};
 }
 
-inline BlocksRef blocks_ref(const Tensor& addresses, int64_t block_shift, int64_t record_bytes) {
+// EmbeddingBlocks travel as four arguments, which RECIS_BLOCKS declares in a schema. The tensor is the table of block
+// addresses; it is marked as mutated where the blocks behind it are.
+#define RECIS_BLOCKS "Tensor blocks, int block_shift, int meta_offset, int record_bytes"
+#define RECIS_BLOCKS_MUT "Tensor(a!) blocks, int block_shift, int meta_offset, int record_bytes"
+
+inline BlocksRef blocks_ref(const Tensor& addresses, int64_t block_shift, int64_t meta_offset, int64_t record_bytes) {
   RECIS_CHECK(record_bytes > 0 && record_bytes % 16 == 0, "record_bytes must be a multiple of 16, got ", record_bytes);
-  return {data<int64_t>(addresses, "blocks"), static_cast<int32_t>(block_shift), record_bytes};
+  RECIS_CHECK(meta_offset > 0 && meta_offset + 16 <= record_bytes, "the row's metadata lie outside the record");
+  return {data<int64_t>(addresses, "blocks"), static_cast<int32_t>(block_shift), static_cast<int32_t>(meta_offset),
+          record_bytes};
+}
+
+// Element types travel as numbers: 0 float32, 1 bfloat16, 2 float16. Calls f with a value of the type.
+template <class F>
+void with_element(int64_t type, F&& f) {
+  if (type == 0) return f(float{});
+  if (type == 1) return f(BFloat16{});
+  if (type == 2) return f(Float16{});
+  RECIS_CHECK(false, "unknown element type: ", type);
+}
+
+// A list with one tensor a feature, or none at all where no feature has one; an empty tensor stands for a feature that
+// has none.
+template <class T>
+const T* optional_data(const Tensors& list, size_t f, const char* name) {
+  return list.empty() || list[f].numel() == 0 ? nullptr : data<T>(list[f], name);
 }
 
 }  // namespace recis

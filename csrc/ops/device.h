@@ -39,19 +39,20 @@ class CpuDevice {
   // kernel reads the counter itself.
   int64_t items(const int64_t* counter, int64_t) const { return *counter; }
 
-  // As items, for a counter that has grown from counter[1] to counter[0].
-  int64_t difference(const int64_t* counter, int64_t) const { return counter[0] - counter[1]; }
-
   // Calls f(Const<W>) with the elements that one lane handles at a time.
   template <class F>
   void with_width(int64_t dim, bool, F&& f) const {
     if (dim % 64 == 0) {
       f(Const<64>{});
-    } else if (dim % 32 == 0) {
-      f(Const<32>{});
     } else {
       f(Const<16>{});
     }
+  }
+
+  // As with_width, of which there is only one.
+  template <class F>
+  void with_narrow_width(bool, F&& f) const {
+    f(Const<16>{});
   }
 };
 

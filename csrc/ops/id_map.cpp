@@ -3,13 +3,21 @@
 #include "ops/device.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
-  m.def("id_map_find(Tensor slots, Tensor[] ids, int[] members, Tensor(a!) rows) -> ()");
+  m.def("id_map_find(Tensor slots, Tensor[] ids, int[] members, bool numbers, Tensor(a!) rows) -> ()");
   m.def(
-      "id_map_find_or_insert(Tensor(a!) slots, Tensor(b!) counters, Tensor[] ids, int[] members, Tensor(c!) rows, "
-      "Tensor(d!) fresh) -> ()");
-  m.def("id_map_rehash(Tensor slots, Tensor(a!) grown) -> ()");
+      "id_map_find_or_insert(Tensor(a!) slots, Tensor(b!) counters, Tensor free_rows, Tensor? admitted, Tensor[] ids, "
+      "int[] members, Tensor(c!) rows, Tensor(d!) fresh) -> ()");
+  m.def("id_map_commit(Tensor(a!) counters) -> ()");
+  m.def("id_map_rehash(Tensor slots, Tensor(a!) fresh_slots) -> ()");
+  m.def(
+      "id_map_list(Tensor slots, Tensor(a!) ids, Tensor(b!) members, Tensor(c!) rows, Tensor(d!) numbers, Tensor(e!) "
+      "count) -> ()");
+  m.def("id_map_erase(Tensor(a!) slots, Tensor numbers, Tensor(b!) counters, Tensor(c!)? free_rows) -> ()");
+  m.def("id_map_set(Tensor(a!) slots, Tensor numbers, Tensor rows) -> ()");
+  m.def("id_map_move(Tensor(a!) slots, Tensor moved) -> ()");
+  m.def("id_map_count(Tensor(a!) slots, Tensor(b!) counters, Tensor[] ids, int[] members, Tensor rows) -> ()");
+  m.def("id_map_admit(Tensor slots, Tensor[] ids, int[] members, Tensor rows, int least, Tensor(a!) admitted) -> ()");
   m.def("bucket_ids(Tensor ids, Tensor(a!) buckets) -> ()");
-  m.def("id_map_list(Tensor slots, int member, Tensor(a!) ids, Tensor(b!) rows, Tensor(c!) count) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_id_map<recis::CpuDevice>(m); }

@@ -21,40 +21,108 @@ Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& mem
   return segments;
 }
 
+inline int64_t* counter_data(const Tensor& counters) {
+  RECIS_CHECK(counters.numel() == kCounters, "counters must be [5]");
+  return data<int64_t>(counters, "counters");
+}
+
 template <class Device>
-void id_map_find(const Tensor& slots, Tensors ids, Ints members, const Tensor& rows) {
+void id_map_find(const Tensor& slots, Tensors ids, Ints members, bool numbers, const Tensor& rows) {
   Device device(slots);
   std::vector<IdSpan> spans;
   const auto segments = id_segments(device, ids, members, spans);
   RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
-  device.for_each(segments.total, 1, FindIds{segments, id_map_ref(slots), data<int64_t>(rows, "rows")});
+  const IdMapRef map = id_map_ref(slots);
+  int64_t* out = data<int64_t>(rows, "rows");
+  if (numbers) {
+    device.for_each(segments.total, 1, FindIds<true>{segments, map, out});
+  } else {
+    device.for_each(segments.total, 1, FindIds<false>{segments, map, out});
+  }
 }
 
 template <class Device>
-void id_map_find_or_insert(const Tensor& slots, const Tensor& counters, Tensors ids, Ints members, const Tensor& rows,
+void id_map_find_or_insert(const Tensor& slots, const Tensor& counters, const Tensor& free_rows,
+                           const std::optional<Tensor>& admitted, Tensors ids, Ints members, const Tensor& rows,
                            const Tensor& fresh) {
   Device device(slots);
   std::vector<IdSpan> spans;
   const auto segments = id_segments(device, ids, members, spans);
   RECIS_CHECK(rows.numel() == segments.total && fresh.numel() == segments.total,
               "rows and fresh must hold one element for each id");
+  RECIS_CHECK(!admitted.has_value() || admitted->numel() == segments.total, "admitted must hold one element an id");
   device.for_each(segments.total, 1,
-                  FindOrInsertIds{segments, id_map_ref(slots), data<int64_t>(counters, "counters"),
+                  FindOrInsertIds{segments, id_map_ref(slots), counter_data(counters),
+                                  data<int64_t>(free_rows, "free_rows"), data_or_null<uint8_t>(admitted, "admitted"),
                                   data<int64_t>(rows, "rows"), data<int64_t>(fresh, "fresh")});
 }
 
 template <class Device>
-void id_map_rehash(const Tensor& slots, const Tensor& grown) {
-  Device device(slots);
-  device.for_each(slots.size(0), 1, RehashSlots{id_map_ref(slots).slots, id_map_ref(grown)});
+void id_map_commit(const Tensor& counters) {
+  Device device(counters);
+  device.for_each(1, 1, CommitInserts{counter_data(counters)});
 }
 
 template <class Device>
-void id_map_list(const Tensor& slots, int64_t member, const Tensor& ids, const Tensor& rows, const Tensor& count) {
+void id_map_rehash(const Tensor& slots, const Tensor& fresh_slots) {
   Device device(slots);
-  device.for_each(slots.size(0), 1,
-                  ListIds{id_map_ref(slots).slots, member, data<int64_t>(ids, "ids"), data<int64_t>(rows, "rows"),
-                          data<int64_t>(count, "count")});
+  device.for_each(slots.size(0), 1, RehashSlots{id_map_ref(slots).slots, id_map_ref(fresh_slots)});
+}
+
+template <class Device>
+void id_map_list(const Tensor& slots, const Tensor& ids, const Tensor& members, const Tensor& rows,
+                 const Tensor& numbers, const Tensor& count) {
+  Device device(slots);
+  device.for_each(
+      slots.size(0), 1,
+      ListIds{id_map_ref(slots).slots, data<int64_t>(ids, "ids"), data<int64_t>(members, "members"),
+              data<int64_t>(rows, "rows"), data<int64_t>(numbers, "numbers"), data<int64_t>(count, "count")});
+}
+
+template <class Device>
+void id_map_erase(const Tensor& slots, const Tensor& numbers, const Tensor& counters,
+                  const std::optional<Tensor>& free_rows) {
+  Device device(slots);
+  device.for_each(numbers.numel(), 1,
+                  EraseSlots{id_map_ref(slots).slots, data<int64_t>(numbers, "numbers"), counter_data(counters),
+                             data_or_null<int64_t>(free_rows, "free_rows")});
+}
+
+template <class Device>
+void id_map_set(const Tensor& slots, const Tensor& numbers, const Tensor& rows) {
+  Device device(slots);
+  RECIS_CHECK(numbers.numel() == rows.numel(), "one row for each slot");
+  device.for_each(numbers.numel(), 1,
+                  SetRows{id_map_ref(slots).slots, data<int64_t>(numbers, "numbers"), data<int64_t>(rows, "rows")});
+}
+
+template <class Device>
+void id_map_move(const Tensor& slots, const Tensor& moved) {
+  Device device(slots);
+  device.for_each(slots.size(0), 1, MoveRows{id_map_ref(slots).slots, data<int64_t>(moved, "moved")});
+}
+
+template <class Device>
+void id_map_count(const Tensor& slots, const Tensor& counters, Tensors ids, Ints members, const Tensor& rows) {
+  Device device(slots);
+  std::vector<IdSpan> spans;
+  const auto segments = id_segments(device, ids, members, spans);
+  RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
+  device.for_each(segments.total, 1,
+                  CountIds{segments, id_map_ref(slots), counter_data(counters), data<int64_t>(rows, "rows")});
+}
+
+template <class Device>
+void id_map_admit(const Tensor& slots, Tensors ids, Ints members, const Tensor& rows, int64_t least,
+                  const Tensor& admitted) {
+  Device device(slots);
+  std::vector<IdSpan> spans;
+  const auto segments = id_segments(device, ids, members, spans);
+  RECIS_CHECK(rows.numel() == segments.total && admitted.numel() == segments.total,
+              "rows and admitted must hold one element for each id");
+  device.for_each(segments.total, 1,
+                  AdmitCounted{segments, id_map_ref(slots), data<int64_t>(rows, "rows"), least,
+                               data<uint8_t>(admitted, "admitted")});
 }
 
 template <class Device>
@@ -68,9 +136,15 @@ template <class Device, class Library>
 void register_id_map(Library& m) {
   m.impl("id_map_find", TORCH_BOX(&id_map_find<Device>));
   m.impl("id_map_find_or_insert", TORCH_BOX(&id_map_find_or_insert<Device>));
+  m.impl("id_map_commit", TORCH_BOX(&id_map_commit<Device>));
   m.impl("id_map_rehash", TORCH_BOX(&id_map_rehash<Device>));
-  m.impl("bucket_ids", TORCH_BOX(&bucket_ids<Device>));
   m.impl("id_map_list", TORCH_BOX(&id_map_list<Device>));
+  m.impl("id_map_erase", TORCH_BOX(&id_map_erase<Device>));
+  m.impl("id_map_set", TORCH_BOX(&id_map_set<Device>));
+  m.impl("id_map_move", TORCH_BOX(&id_map_move<Device>));
+  m.impl("id_map_count", TORCH_BOX(&id_map_count<Device>));
+  m.impl("id_map_admit", TORCH_BOX(&id_map_admit<Device>));
+  m.impl("bucket_ids", TORCH_BOX(&bucket_ids<Device>));
 }
 
 }  // namespace recis

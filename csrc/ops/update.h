@@ -1,56 +1,47 @@
-// Operators on row gradients: where they come from, their reduction, and the optimizers' updates (kernels:
-// core/update.h).
+// Operators on row gradients: their reduction and the optimizers' updates (kernels: core/reduce.h, core/update.h).
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/update.h"
 #include "ops/common.h"
 
 namespace recis {
 
-template <class Device>
-void bag_sources(Tensors offsets, Ints bags, Ints lengths, Ints combiners, const Tensor& sources,
-                 const std::optional<Tensor>& scales) {
-  Device device(sources);
-  std::vector<SourceSpan> spans;
-  int64_t first = 0;
-  int64_t positions = 0;
-  for (size_t f = 0; f < offsets.size(); ++f) {
-    const bool ragged = offsets[f].numel() > 0;
-    spans.push_back({first, positions, ragged ? data<int64_t>(offsets[f], "offsets") : nullptr,
-                     static_cast<Combiner>(combiners[f])});
-    first += bags[f];
-    positions += lengths[f];
-  }
-  RECIS_CHECK(sources.numel() == positions, "sources must hold one element for each position");
-  FillSources kernel{};
-  device.place(kernel.segments, spans);
-  kernel.segments.total = first;
-  kernel.sources = data<int64_t>(sources, "sources");
-  kernel.scales = data_or_null<float>(scales, "scales");
-  device.for_each(first, 1, kernel);
-}
+// Grouped gradients travel as these arguments, in this order.
+#define RECIS_GROUPED \
+  "Tensor[] gradients, Tensor count, Tensor unique, Tensor offsets, Tensor sources, Tensor? scales, Tensor? factor"
 
-template <class Device>
-GroupedGradients grouped_gradients(Device& device, const Tensors& gradients, const Tensor& count, const Tensor& unique,
-                                   const Tensor& offsets, const Tensor& sources, const std::optional<Tensor>& scales,
-                                   std::vector<GradientSpan>& spans, int64_t dim) {
-  for (const Tensor& gradient : gradients) {
-    RECIS_CHECK(gradient.scalar_type() == ScalarType::Float && gradient.dim() == 2 && gradient.size(1) == dim,
-                "a gradient must be float32 [bags, dim]");
-    RECIS_CHECK(dim == 1 || gradient.numel() == 0 || gradient.stride(1) == 1, "a gradient's rows must be contiguous");
-    spans.push_back({0, static_cast<const float*>(gradient.data_ptr()), gradient.stride(0)});
+struct Grouped {
+  const Tensors& gradients;
+  const Tensor& count;
+  const Tensor& unique;
+  const Tensor& offsets;
+  const Tensor& sources;
+  const std::optional<Tensor>& scales;
+  const std::optional<Tensor>& factor;
+
+  template <class Device>
+  GroupedGradients ref(Device& device, std::vector<GradientSpan>& spans, int64_t dim) const {
+    spans.reserve(gradients.size());
+    for (const Tensor& gradient : gradients) {
+      RECIS_CHECK(gradient.scalar_type() == ScalarType::Float && gradient.dim() == 2 && gradient.size(1) == dim,
+                  "a gradient must be float32 [vectors, dim]");
+      RECIS_CHECK(dim == 1 || gradient.numel() == 0 || gradient.stride(1) == 1, "a gradient's rows must be contiguous");
+      spans.push_back({0, static_cast<const float*>(gradient.data_ptr()), gradient.stride(0)});
+    }
+    GroupedGradients grouped{};
+    device.place(grouped.features, spans);
+    grouped.count = data<int64_t>(count, "count");
+    grouped.unique = data<int64_t>(unique, "unique");
+    grouped.offsets = data<int64_t>(offsets, "offsets");
+    grouped.sources = data<int64_t>(sources, "sources");
+    grouped.scales = data_or_null<float>(scales, "scales");
+    grouped.factor = data_or_null<float>(factor, "factor");
+    return grouped;
   }
-  GroupedGradients grouped{};
-  device.place(grouped.features, spans);
-  grouped.count = data<int64_t>(count, "count");
-  grouped.unique = data<int64_t>(unique, "unique");
-  grouped.offsets = data<int64_t>(offsets, "offsets");
-  grouped.sources = data<int64_t>(sources, "sources");
-  grouped.scales = data_or_null<float>(scales, "scales");
-  return grouped;
-}
+};
 
 // Whether every gradient row starts at a multiple of 16 bytes.
 inline bool aligned16(const std::vector<GradientSpan>& spans, int64_t dim) {
@@ -63,66 +54,117 @@ inline bool aligned16(const std::vector<GradientSpan>& spans, int64_t dim) {
 
 template <class Device>
 void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, const Tensor& offsets,
-                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& out) {
+                 const Tensor& sources, const std::optional<Tensor>& scales, const std::optional<Tensor>& factor,
+                 const Tensor& out) {
   Device device(unique);
   const int64_t dim = out.size(1);
   std::vector<GradientSpan> spans;
-  const auto grouped = grouped_gradients(device, gradients, count, unique, offsets, sources, scales, spans, dim);
+  const auto grouped = Grouped{gradients, count, unique, offsets, sources, scales, factor}.ref(device, spans, dim);
   device.with_width(dim, aligned16(spans, dim), [&](auto width) {
     device.for_each(device.items(grouped.count, unique.numel()), dim,
                     ReduceRows<decltype(width)::value>{grouped, dim, data<float>(out, "out")});
   });
 }
 
-template <class Device, class Rule>
-void update_rows(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim, const Tensors& gradients,
-                 const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
-                 const std::optional<Tensor>& scales, const Rule& rule) {
-  Device device(unique);
-  std::vector<GradientSpan> spans;
-  const auto grouped = grouped_gradients(device, gradients, count, unique, offsets, sources, scales, spans, dim);
-  device.with_width(dim, aligned16(spans, dim), [&](auto width) {
-    device.for_each(
-        device.items(grouped.count, unique.numel()), 4 * dim,
-        UpdateRows<Rule, decltype(width)::value>{grouped, blocks_ref(blocks, block_shift, record_bytes), dim, rule});
+// A table as an update takes it; RECIS_TABLE declares it in a schema. `type` and `state_type` are element types of the
+// embedding and of its state, `step` goes into the rows' metadata (`sees`: as the step that saw them, too), `seed` into
+// the rounding.
+#define RECIS_TABLE RECIS_BLOCKS_MUT ", int type, int state_type, int dim, int step, bool sees, int seed"
+
+struct Table {
+  const Tensor& blocks;
+  int64_t block_shift;
+  int64_t meta_offset;
+  int64_t record_bytes;
+  int64_t type;
+  int64_t state_type;
+  int64_t dim;
+  int64_t step;
+  bool sees;
+  int64_t seed;
+};
+
+// Calls f with values of the embedding's and of the state's type; the state is float32 or as the embedding, and float32
+// for a rule whose record has none of that type. What is stored below float32 comes in tiles of one width only: many
+// kernels are compiled here.
+template <class Rule, class Device, class F>
+void with_types(Device& device, const Table& table, bool aligned, F&& f) {
+  RECIS_CHECK(table.state_type == 0 || table.state_type == table.type, "the state is float32 or as the embedding");
+  with_element(table.type, [&](auto element) {
+    using E = decltype(element);
+    if constexpr (std::is_same_v<E, float>) {
+      device.with_width(table.dim, aligned, [&](auto width) { f(element, float{}, width); });
+    } else {
+      device.with_narrow_width(aligned, [&](auto width) {
+        if (table.state_type == 0 || !Rule::kHasState) {
+          f(element, float{}, width);
+        } else if constexpr (Rule::kHasState) {
+          f(element, element, width);
+        }
+      });
+    }
   });
 }
 
-template <class Device>
-void sgd_update(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim, Tensors gradients,
-                const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
-                const std::optional<Tensor>& scales, double lr) {
-  update_rows<Device>(blocks, block_shift, record_bytes, dim, gradients, count, unique, offsets, sources, scales,
-                      SgdRule{static_cast<float>(lr)});
+template <class Device, class Rule>
+void update_rows(const Table& table, const Grouped& gradients, const Rule& rule) {
+  Device device(gradients.unique);
+  std::vector<GradientSpan> spans;
+  const auto grouped = gradients.ref(device, spans, table.dim);
+  const BlocksRef blocks = blocks_ref(table.blocks, table.block_shift, table.meta_offset, table.record_bytes);
+  with_types<Rule>(device, table, aligned16(spans, table.dim), [&](auto element, auto state, auto width) {
+    device.for_each(
+        device.items(grouped.count, gradients.unique.numel()), 4 * table.dim,
+        UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
+            grouped, blocks, table.dim, table.step, table.sees, Rounding{static_cast<uint32_t>(table.seed)}, rule});
+  });
 }
 
-template <class Device>
-void adagrad_update(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim, Tensors gradients,
-                    const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
-                    const std::optional<Tensor>& scales, int64_t sum_offset, double lr, double eps) {
-  update_rows<Device>(blocks, block_shift, record_bytes, dim, gradients, count, unique, offsets, sources, scales,
-                      AdagradRule{sum_offset, static_cast<float>(lr), static_cast<float>(eps)});
-}
+// An operator for a rule: RECIS_UPDATE(name, (more parameters), rule made of them).
+#define RECIS_UNPACK(...) __VA_ARGS__
+#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                     \
+  template <class Device>                                                                                        \
+  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,  \
+            int64_t state_type, int64_t dim, int64_t step, bool sees, int64_t seed, Tensors gradients,           \
+            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,             \
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) { \
+    update_rows<Device>(                                                                                         \
+        Table{blocks, block_shift, meta_offset, record_bytes, type, state_type, dim, step, sees, seed},          \
+        Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                              \
+  }
 
-template <class Device>
-void adam_update(const Tensor& blocks, int64_t block_shift, int64_t record_bytes, int64_t dim, Tensors gradients,
-                 const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
-                 const std::optional<Tensor>& scales, int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr,
-                 double beta1, double beta2, double eps, int64_t step) {
+inline AdamRule adam_rule(int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2,
+                          double eps, double decay, int64_t step) {
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-  update_rows<Device>(
-      blocks, block_shift, record_bytes, dim, gradients, count, unique, offsets, sources, scales,
-      AdamRule{exp_avg_offset, exp_avg_sq_offset, static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2),
-               static_cast<float>(lr * std::sqrt(correction2) / correction1), static_cast<float>(eps)});
+  return {exp_avg_offset,
+          exp_avg_sq_offset,
+          static_cast<float>(1.0 - beta1),
+          static_cast<float>(1.0 - beta2),
+          static_cast<float>(lr * std::sqrt(correction2) / correction1),
+          static_cast<float>(eps),
+          static_cast<float>(decay)};
 }
+
+RECIS_UPDATE(sgd_update, (double lr), SgdRule{static_cast<float>(lr)})
+RECIS_UPDATE(momentum_update, (int64_t buffer_offset, double lr, double momentum),
+             (MomentumRule{buffer_offset, static_cast<float>(lr), static_cast<float>(momentum)}))
+RECIS_UPDATE(adagrad_update, (int64_t sum_offset, double lr, double eps),
+             (AdagradRule{sum_offset, static_cast<float>(lr), static_cast<float>(eps)}))
+RECIS_UPDATE(rowwise_adagrad_update, (int64_t sum_offset, double lr, double eps),
+             (RowwiseAdagradRule{sum_offset, static_cast<float>(lr), static_cast<float>(eps)}))
+RECIS_UPDATE(adam_update,
+             (int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2, double eps,
+              double decay, int64_t t),
+             (adam_rule(exp_avg_offset, exp_avg_sq_offset, lr, beta1, beta2, eps, decay, t)))
 
 template <class Device, class Library>
 void register_update(Library& m) {
-  m.impl("bag_sources", TORCH_BOX(&bag_sources<Device>));
   m.impl("reduce_rows", TORCH_BOX(&reduce_rows<Device>));
   m.impl("sgd_update", TORCH_BOX(&sgd_update<Device>));
+  m.impl("momentum_update", TORCH_BOX(&momentum_update<Device>));
   m.impl("adagrad_update", TORCH_BOX(&adagrad_update<Device>));
+  m.impl("rowwise_adagrad_update", TORCH_BOX(&rowwise_adagrad_update<Device>));
   m.impl("adam_update", TORCH_BOX(&adam_update<Device>));
 }
 

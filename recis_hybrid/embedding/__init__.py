@@ -1,5 +1,7 @@
 """Embedding Engine: growing, collision-free tables behind named features."""
 
+from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gate, MinFrequency as MinFrequency
+from recis_hybrid.embedding.anchor import Anchor as Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.config import EmbeddingConfig as EmbeddingConfig
 from recis_hybrid.embedding.engine import (
@@ -7,8 +9,20 @@ from recis_hybrid.embedding.engine import (
     EngineLookup as EngineLookup,
     dense_parameters as dense_parameters,
 )
-from recis_hybrid.embedding.hash_table import Anchor as Anchor, HashTable as HashTable, MemberTable as MemberTable
+from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
+from recis_hybrid.embedding.hash_table import HashTable as HashTable, MemberTable as MemberTable
 from recis_hybrid.embedding.id_map import IdMap as IdMap
-from recis_hybrid.embedding.initializers import Constant as Constant, Normal as Normal, Uniform as Uniform
-from recis_hybrid.embedding.lookup import FeatureIds as FeatureIds, Lookup as Lookup, RowGradients as RowGradients
+from recis_hybrid.embedding.initializers import (
+    Constant as Constant,
+    Initializer as Initializer,
+    KaimingNormal as KaimingNormal,
+    KaimingUniform as KaimingUniform,
+    Normal as Normal,
+    TruncatedNormal as TruncatedNormal,
+    Uniform as Uniform,
+    XavierNormal as XavierNormal,
+    XavierUniform as XavierUniform,
+)
+from recis_hybrid.embedding.lookup import FeatureIds as FeatureIds, Lookup as Lookup
+from recis_hybrid.embedding.placement import Placement as Placement
 from recis_hybrid.embedding.record_layout import RecordLayout as RecordLayout, StateField as StateField

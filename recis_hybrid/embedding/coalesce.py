@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from recis_hybrid.embedding.config import EmbeddingConfig
+import torch
+
+from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.hash_table import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
+
+COUNTS = ".admission"
+"""Ends the name under which checkpoints keep what admission knows of a member table's ids."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,14 @@ class TablePlan:
     members: tuple[MemberTable, ...]
     features: dict[str, int]
     """Feature name → number of its member table."""
+    config: EmbeddingConfig
+    """Of one of its features: what belongs to the table is the same in all."""
 
 
 def plan_tables(
     configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool
 ) -> list[TablePlan]:
-    """Groups features by member table, and member tables of one record layout into logical tables.
+    """Groups features by member table, and member tables that agree in all but the initializer into logical tables.
 
     Raises:
         ValueError: If features that share a member table disagree about it.
@@ -32,15 +39,14 @@ def plan_tables(
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, config in configs.items():
         table = config.table or name
+        if table.endswith(COUNTS):
+            raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")
         other = first_of.setdefault(table, name)
-        ours, theirs = (config.dim, config.initializer), (configs[other].dim, configs[other].initializer)
-        if ours != theirs:
-            raise ValueError(
-                f"features {other!r} and {name!r} share the table {table!r} but want different ones: "
-                f"dim={theirs[0]}, {theirs[1]} against dim={ours[0]}, {ours[1]}; "
-                f"give them equal settings or tables of their own"
-            )
-        groups.setdefault((config.dim,) if coalesce else (config.dim, table), []).append(name)
+        _refuse_disagreement(table, other, configs[other], name, config)
+        overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
+        key = (config.dim, config.dtype, _state_dtype(config), config.trainable, config.admission, overrides,
+               config.placement)  # fmt: skip
+        groups.setdefault(key if coalesce else (*key, table), []).append(name)
 
     plans = []
     for names in groups.values():
@@ -50,6 +56,21 @@ def plan_tables(
             table = configs[name].table or name
             members.setdefault(table, MemberTable(table, configs[name].initializer))
             features[name] = list(members).index(table)
-        layout = RecordLayout(configs[names[0]].dim, optimizer_state)
-        plans.append(TablePlan(layout, tuple(members.values()), features))
+        config = configs[names[0]]
+        layout = RecordLayout(config.dim, optimizer_state, config.dtype, _state_dtype(config))
+        plans.append(TablePlan(layout, tuple(members.values()), features, config))
     return plans
+
+
+def _state_dtype(config: EmbeddingConfig) -> torch.dtype:
+    return config.state_dtype or torch.float32
+
+
+def _refuse_disagreement(table: str, a: str, first: EmbeddingConfig, b: str, second: EmbeddingConfig) -> None:
+    differ = [name for name in TABLE_SETTINGS if getattr(first, name) != getattr(second, name)]
+    if differ:
+        ours, theirs = (", ".join(f"{n}={getattr(c, n)}" for n in differ) for c in (first, second))
+        raise ValueError(
+            f"features {a!r} and {b!r} share the table {table!r} but want different ones: {ours} against {theirs}; "
+            f"give them equal settings or tables of their own"
+        )

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
-from recis_hybrid.ops.blocks import COMBINERS
+from recis_hybrid.embedding.placement import Placement
+
+COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
+TABLE_SETTINGS = (
+    "dim", "dtype", "state_dtype", "initializer", "admission", "trainable", "optimizer", "placement"
+)  # fmt: skip
+"""What features that share a table must agree on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +33,56 @@ class EmbeddingConfig:
     """Elements of a vector."""
     table: str | None = None
     """Member table; features that name the same one share rows. None: a table of the feature's own name."""
-    combiner: Literal["sum", "mean"] = "sum"
-    """How the vectors of a bag become one; an empty bag gives zeros."""
+    dtype: torch.dtype = torch.float32
+    """In which embeddings are stored: float32, bfloat16 or float16. What comes out is float32 always."""
+    state_dtype: torch.dtype | None = None
+    """In which optimizer state is stored: float32 (None), or as the embedding."""
+    combiner: Literal["sum", "mean", "sqrtn", "max", "tile"] | None = "sum"
+    """How the vectors of a bag become one: their (weighted) sum; that over the sum of weights, or over the root of the
+    sum of their squares; the greatest of each element; ``tile``, the first ``max_length`` side by side; None, a vector
+    for each id. An empty bag gives zeros."""
+    max_length: int | None = None
+    """How many ids of a bag count, the first ones; None: all."""
+    weights: str | None = None
+    """Column with a weight for each id; None: the weights that a RaggedTensor itself carries, if it does."""
     initializer: Initializer = field(default_factory=Normal)
     """First values of rows."""
+    unknown: Literal["first_value", "zeros"] = "first_value"
+    """What stands for an id that has no row: in evaluation, and in training while it is not admitted."""
+    admission: Admission | None = None
+    """Which ids get a row; None: every one that training meets."""
+    trainable: bool = True
+    """False: the table is read-only. Nothing is inserted, and no gradient is taken."""
+    optimizer: Mapping[str, float | tuple[float, float]] | None = None
+    """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
+    placement: Placement | None = None
+    """Where the table lives; None: on the engine's device."""
 
     def __post_init__(self) -> None:
         if self.dim <= 0:
             raise ValueError(f"EmbeddingConfig: dim must be positive, got {self.dim}")
         if self.combiner not in COMBINERS:
-            raise ValueError(f"EmbeddingConfig: combiner must be one of {sorted(COMBINERS)}, got {self.combiner!r}")
+            raise ValueError(f"EmbeddingConfig: combiner must be one of {list(COMBINERS)}, got {self.combiner!r}")
         if self.table == "":
             raise ValueError("EmbeddingConfig: table must not be an empty name; leave it out for one of its own")
+        if self.dtype not in ops.blocks.ELEMENTS:
+            raise ValueError(f"EmbeddingConfig: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
+        if self.state_dtype not in (None, torch.float32, self.dtype):
+            raise ValueError(
+                f"EmbeddingConfig: state_dtype must be torch.float32 or the dtype {self.dtype}, got {self.state_dtype}"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"EmbeddingConfig: max_length must be at least 1, or None for all, got {self.max_length}")
+        if self.combiner == "tile" and self.max_length is None:
+            raise ValueError(
+                "EmbeddingConfig: the combiner 'tile' needs max_length, the number of vectors side by side"
+            )
+        if self.weights is not None and self.combiner in ("max", "tile", None):
+            raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; leave them out")
+        if self.unknown not in ("first_value", "zeros"):
+            raise ValueError(f"EmbeddingConfig: unknown must be 'first_value' or 'zeros', got {self.unknown!r}")
+
+    @property
+    def width(self) -> int:
+        """Elements of what a bag gives (of what an id gives, where there is no combiner)."""
+        return self.dim * (self.max_length or 1) if self.combiner == "tile" else self.dim

@@ -1,4 +1,4 @@
-"""EmbeddingEngine: a Batch in, one vector a bag and feature out; gradients back into the tables."""
+"""EmbeddingEngine: a Batch in, vectors by feature out; gradients back into the tables."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid import ops
+from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.coalesce import TablePlan, plan_tables
 from recis_hybrid.embedding.config import EmbeddingConfig
-from recis_hybrid.embedding.hash_table import Anchor, HashTable, RowUpdate
-from recis_hybrid.embedding.inputs import feature_ids
-from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.embedding.describe import describe
+from recis_hybrid.embedding.devices import device_of
+from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
+from recis_hybrid.embedding.hash_table import HashTable, RowUpdate
+from recis_hybrid.embedding.inputs import FeatureReader
+from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.state import load_tables_state, tables_state
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
-
-_PART_FLOATS = 16  # 64 bytes: what JAX wants of a buffer that it is to share
 
 
 class RowOptimizer(Protocol):
@@ -32,23 +34,25 @@ class RowOptimizer(Protocol):
 
 @dataclass(frozen=True)
 class EngineLookup:
-    """Which rows a batch met: one Lookup for each logical table."""
+    """Which rows a batch met, and what the gradients need: one of each for each logical table."""
 
     lookups: tuple[Lookup, ...]
+    outputs: tuple[Outputs, ...]
 
 
 class EmbeddingEngine(nn.Module):
     """Growing hash tables behind named features.
 
-    Member tables of one width and record layout are coalesced into one logical table: one lookup, one gather and one
-    update serve all of their features. In training mode (``train()``) an id that is met for the first time gets a row;
-    in evaluation mode (``eval()``) nothing is inserted and an unknown id counts with the first value it would have.
+    Member tables that agree in width, dtypes, record layout, placement and rules are coalesced into one logical table:
+    one lookup, one gather and one update serve all of their features. In training mode (``train()``) an id that is met
+    for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
+    id counts with the first value it would have.
 
     Args:
         configs: By feature name, the name of its column in the batch.
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
-        seed: Of the rows' first values, which depend on it, the table's name and the id alone.
-        device: Where the tables live.
+        seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
+        device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own; the numbers are the same.
 
     Raises:
@@ -73,13 +77,24 @@ class EmbeddingEngine(nn.Module):
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
         self.configs = dict(configs)
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device_of(device)
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce)
-        self.tables = [HashTable(plan.members, plan.layout, self.device, seed) for plan in self.plans]
+        self.tables = [self._table(plan, seed) for plan in self.plans]
+        self._readers = [
+            [FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()]
+            for plan in self.plans
+        ]
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
+
+    def _table(self, plan: TablePlan, seed: int) -> HashTable:
+        config = plan.config
+        table = HashTable(
+            plan.members, plan.layout, self.device, seed, placement=config.placement, admission=config.admission,
+            read_only=not config.trainable,
+        )  # fmt: skip
+        table.anchor.overrides = dict(config.optimizer or {})
+        return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Looks a batch up, differentiably.
@@ -88,16 +103,17 @@ class EmbeddingEngine(nn.Module):
             batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
 
         Returns:
-            By feature, float32 ``[B, dim]``; each starts at a multiple of 64 bytes.
+            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
+            ``[B, max_length * dim]``; where it is None ``[n, dim]`` in the order of the ids, or ``[B, L, dim]`` for
+            ids ``[B, L]``.
         """
-        outputs: dict[str, Tensor] = {}
-        for plan, table, lookup in zip(self.plans, self.tables, self._find(batch), strict=True):
-            if self.training and torch.is_grad_enabled():
-                values = _Gather.apply(table.anchor, table, lookup)  # type: ignore[no-untyped-call]
-            else:
-                values = _gather(table, lookup)
-            outputs.update(zip(plan.features, values, strict=True))
-        return {name: outputs[name] for name in self.configs}
+        results: dict[str, Tensor] = {}
+        for number, table in enumerate(self.tables):
+            lookup, outputs = self._find(batch, number)
+            takes_gradient = self.training and not table.read_only and torch.is_grad_enabled()
+            values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
+            results.update(zip(self.plans[number].features, values, strict=True))
+        return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
 
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
@@ -106,11 +122,12 @@ class EmbeddingEngine(nn.Module):
         Returns:
             The values as :meth:`forward` gives them, and what :meth:`apply_gradients` needs.
         """
-        lookups = self._find(batch)
-        outputs: dict[str, Tensor] = {}
-        for plan, table, lookup in zip(self.plans, self.tables, lookups, strict=True):
-            outputs.update(zip(plan.features, _gather(table, lookup), strict=True))
-        return {name: outputs[name] for name in self.configs}, EngineLookup(lookups)
+        found = [self._find(batch, number) for number in range(len(self.tables))]
+        results: dict[str, Tensor] = {}
+        for plan, table, (lookup, outputs) in zip(self.plans, self.tables, found, strict=True):
+            results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
+        lookups, outputs_of = zip(*found, strict=True)
+        return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
@@ -118,101 +135,65 @@ class EmbeddingEngine(nn.Module):
 
         Args:
             ctx: From :meth:`lookup` in training mode.
-            gradients: By feature, float32 ``[B, dim]``: of what :meth:`lookup` returned.
+            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed.
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
             KeyError: If a feature's gradient is missing.
-            RuntimeError: If rows of the lookup have been cleared or moved since.
+            RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
         """
-        missing = [name for name in self.configs if name not in gradients]
+        trained = [number for number, table in enumerate(self.tables) if not table.read_only]
+        missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
-        for plan, table, lookup in zip(self.plans, self.tables, ctx.lookups, strict=True):
-            table.apply_gradients(
-                lookup, [gradients[name] for name in plan.features], optimizer.update_of(table.anchor)
-            )
+        for number in trained:
+            table, lookup = self.tables[number], ctx.lookups[number]
+            if not lookup.train:
+                raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
+            given = [gradients[name] for name in self.plans[number].features]
+            rows = [gradient for gradient in spread(table, lookup, ctx.outputs[number], given) if gradient is not None]
+            table.apply_gradients(lookup, rows, optimizer.update_of(table.anchor))
 
-    def _find(self, batch: Batch) -> tuple[Lookup, ...]:
-        return tuple(
-            table.lookup(self._features(batch, plan), insert=self.training)
-            for plan, table in zip(self.plans, self.tables, strict=True)
-        )
+    def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
+        table = self.tables[number]
+        read = [reader(batch, table.device) for reader in self._readers[number]]
+        request = Request.of([ids for ids, _ in read])
+        lookup = table.find(request, train=self.training)
+        return lookup, Outputs.of(request.bags.vectors, [shape for _, shape in read], table, self.device)
 
-    def _features(self, batch: Batch, plan: TablePlan) -> list[Any]:
-        return [
-            feature_ids(batch, name, self.device, member, ops.blocks.COMBINERS[self.configs[name].combiner])
-            for name, member in plan.features.items()
-        ]
+    def evict(self, rule: Eviction) -> int:
+        """Gives up the rows that a rule names, in every table that is trained. Returns how many."""
+        return sum(table.evict(rule) for table in self.tables if not table.read_only)
+
+    def compact(self) -> None:
+        """Moves the rows of every table together and gives memory back."""
+        for table in self.tables:
+            table.compact()
+
+    def memory(self) -> dict[str, int]:
+        """Returns the bytes that each part of the tables holds, over all tables."""
+        reports = [table.memory() for table in self.tables]
+        return {part: sum(report[part] for report in reports) for part in reports[0]}
 
     def describe(self) -> str:
-        """Returns a table of what was coalesced: logical tables, their width, member tables, features and rows."""
-        lines = [f"{'table':<8}{'dim':>6}{'record':>9}{'rows':>12}  members (features)"]
-        for number, (plan, table) in enumerate(zip(self.plans, self.tables, strict=True)):
-            readers: dict[int, list[str]] = {}
-            for feature, member in plan.features.items():
-                readers.setdefault(member, []).append(feature)
-            members = ", ".join(
-                f"{plan.members[member].name} ({', '.join(names)})" for member, names in readers.items()
-            )
-            record = f"{plan.layout.record_bytes} B"
-            lines.append(f"{number:<8}{plan.layout.dim:>6}{record:>9}{len(table):>12,}  {members}")
-        return "\n".join(lines)
+        """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
+        return describe(self.plans, self.tables)
 
     def checkpoint_state(self) -> PartState:
         """Returns every member table's rows: what Saver writes."""
         return tables_state(self.tables)
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Replaces all rows by those of a checkpoint.
-
-        Raises:
-            ValueError: If tables are missing or too many, or their width or optimizer state differ.
-        """
+        """Replaces every member table's rows; see :func:`load_tables_state`."""
         load_tables_state(self.tables, state)
 
-    # Anchors hold nothing: a model's state_dict is its dense part, and rows go through Saver.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        return None
+        """Leaves the anchors out of state_dict: rows are saved by Saver."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Nothing of a state_dict is the engine's."""
 
 
-def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of a model that are not tables' anchors: what ``torch.optim`` and DDP should get."""
-    return [parameter for parameter in model.parameters() if not isinstance(parameter, Anchor)]
-
-
-def _gather(table: HashTable, lookup: Lookup) -> list[Tensor]:
-    """One buffer for a logical table's outputs, each feature's part starting at a multiple of 64 bytes."""
-    dim = table.layout.dim
-    starts, total = [], 0
-    for feature in lookup.features:
-        starts.append(total)
-        total += -(-feature.bags * dim // _PART_FLOATS) * _PART_FLOATS
-    buffer = ops.memory.empty_bytes(4 * max(total, _PART_FLOATS), table.device).view(torch.float32)
-    outs = [
-        buffer.as_strided((feature.bags, dim), (dim, 1), start)
-        for feature, start in zip(lookup.features, starts, strict=True)
-    ]
-    table.gather(lookup, outs)
-    return outs
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers; backward leaves the gradients at the table, for the optimizer's step to reduce once."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, table: HashTable, lookup: Lookup) -> tuple[Tensor, ...]:
-        ctx.table, ctx.lookup = table, lookup
-        ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
-        return tuple(_gather(table, lookup))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
-        table: HashTable = ctx.table
-        lookup: Lookup = ctx.lookup
-        used = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        table.add_gradients(lookup.select(used), [gradient for gradient in gradients if gradient is not None])
-        return None, None, None
+def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of a module that are not embedding tables: what to give to torch.optim."""
+    return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

@@ -1,20 +1,32 @@
-"""HashTable: one logical table, IDMap and EmbeddingBlocks together."""
+"""HashTable: one logical table, IDMap, EmbeddingBlocks and row metadata together.
+
+Letters: n ids, N positions (ids of a call over all features), D dim.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.admission import Admission, Gate
+from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
-from recis_hybrid.embedding.initializers import Initializer, table_key
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Pending, RowGradients
+from recis_hybrid.embedding.initializers import Initializer, initializer_words
+from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, select
+from recis_hybrid.embedding.pending import Part, Pending
+from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.record_layout import RecordLayout
+from recis_hybrid.ops.update import Gradients
+
+META = ("updated_step", "seen_step", "frequency")
+"""What a row keeps of its past, as columns of :meth:`HashTable.export`; int64 ``[n]`` each."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +37,10 @@ class MemberTable:
     initializer: Initializer
 
 
-class Anchor(nn.Parameter):
-    """A table's place in autograd and in optimizers; its one element means nothing."""
-
-    table: HashTable
-
-    def __new__(cls, table: HashTable) -> Anchor:
-        """Makes the anchor of a table."""
-        anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=True)
-        anchor.table = table
-        return anchor
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
-        raise TypeError("an embedding table cannot be deep-copied; save it with Saver and load it into a new engine")
-
-
 class RowUpdate(Protocol):
     """An optimizer's step on one table: updates the records that ``gradients`` belong to."""
 
-    def __call__(self, table: HashTable, gradients: RowGradients) -> None:
+    def __call__(self, table: HashTable, gradients: Gradients) -> None:
         """Updates the table."""
 
 
@@ -53,21 +50,33 @@ class HashTable:
     Args:
         members: The member tables; their number is their index here.
         layout: How a record lies in memory.
-        device: Where IDMap and blocks live.
-        seed: Of the rows' first values.
+        device: Where IDMap and blocks live, where ``placement`` does not say.
+        seed: Of the rows' first values and of stochastic rounding.
+        placement: Where IDMap and blocks live, each.
+        admission: Which ids get a row; None: all that a training lookup meets.
+        read_only: Refuses whatever would change rows, but for loading them.
     """
 
     def __init__(
-        self, members: Sequence[MemberTable], layout: RecordLayout, device: torch.device, seed: int = 0
-    ) -> None:
+        self, members: Sequence[MemberTable], layout: RecordLayout, device: torch.device, seed: int = 0, *,
+        placement: Placement | None = None, admission: Admission | None = None, read_only: bool = False,
+    ) -> None:  # fmt: skip
         if not 0 < len(members) <= MAX_MEMBERS:
             raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
         self.members = tuple(members)
         self.layout = layout
-        self.device = device
+        self.placement = placement or Placement.on(device)
+        self.map_device = self.placement.map_device(device.index)
+        self.device = self.placement.blocks_device(device.index)
+        """Whose kernels work on the records."""
+        self.admission = admission
+        self.read_only = read_only
         self.generation = 0
         """Raised by whatever makes row numbers of earlier lookups meaningless."""
+        self.step = 0
+        """Steps done: how often an optimizer over this table has stepped."""
         self.pending = Pending()
+        self._unseen: Lookup | None = None
         self.reseed(seed)
         self._empty()
         self.anchor = Anchor(self)
@@ -76,127 +85,314 @@ class HashTable:
         """Rows in use; waits for the device."""
         return len(self.id_map)
 
+    def __repr__(self) -> str:
+        return f"HashTable({self._name}, dim={self.layout.dim}, {len(self)} rows)"
+
     def reseed(self, seed: int) -> None:
         """Sets the seed of first values, for rows that are not there yet."""
         self.seed = seed
-        self._keys = [table_key(seed, member.name) for member in self.members]
+        words = [initializer_words(m.initializer, self.layout.dim, seed, m.name) for m in self.members]
+        self._initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
 
-    def clear(self) -> None:
-        """Removes every row."""
-        self._empty()
-        self.generation += 1
+    @property
+    def rounding_seed(self) -> int:
+        """32 bits for the stochastic rounding of the step under way."""
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + (self.step + 1) * 0xD1B54A32D192ED03) & (1 << 64) - 1
+        return mixed >> 32
 
-    def _empty(self) -> None:
-        self.id_map = IdMap(self.device)
-        self.blocks = EmbeddingBlocks(self.layout, self.device)
-        self.pending.clear()
+    # Lookups
 
-    def lookup(self, features: Sequence[FeatureIds], *, insert: bool) -> Lookup:
+    def lookup(self, features: Sequence[FeatureIds], *, train: bool) -> Lookup:
         """Finds the rows of all features' ids.
 
         Args:
             features: The ids, on the table's device.
-            insert: Gives ids that have no row one, with its first values; else their row is -1.
+            train: Gives ids that have no row one, as far as they are admitted, and notes what was met in the rows'
+                metadata. Else, and in a read-only table, nothing is changed, and an unknown id's row is -1.
         """
-        ids = [feature.ids for feature in features]
-        members = [feature.member for feature in features]
-        if insert:
-            rows = self._insert(ids, members)
-        else:
-            rows = self.id_map.find(ids, members)
-        return Lookup(tuple(features), rows, self.id_map.row_bound, self.generation)
+        return self.find(Request.of(features), train=train)
 
-    def _insert(self, ids: list[Tensor], members: list[int]) -> Tensor:
-        total = sum(part.numel() for part in ids)
-        self.id_map.reserve(total)
-        self.blocks.reserve(self.id_map.row_bound + total)
-        rows, fresh = self.id_map.find_or_insert(ids, members)
-        ops.blocks.init_fresh(
-            self.blocks.handle, self.id_map.counters, fresh, ids, self._init(members), self.layout.dim, self._state()
+    def find(self, request: Request, *, train: bool) -> Lookup:
+        """As :meth:`lookup`, of features side by side."""
+        if not train or self.read_only:
+            rows = self._on_blocks(self.id_map.find(self._on_map(request.ids), request.members))
+            return Lookup(request, rows, self.id_map.row_bound, self.generation, False, False, self.step)
+        rows = self._insert(request.ids, request.members, self.gate)
+        self._see()
+        self._unseen = Lookup(
+            request, rows, self.id_map.row_bound, self.generation, True, self.gate is None, self.step + 1
         )
+        return self._unseen
+
+    def _see(self) -> None:
+        """Notes in the rows' metadata what the last training lookup met.
+
+        An update of the same rows does this along with its own work; it is done here for lookups that none follows, and
+        before anything looks at metadata or moves rows.
+        """
+        lookup, self._unseen = self._unseen, None
+        if lookup is not None:
+            groups = lookup.groups
+            ops.blocks.see_rows(self.blocks.handle, groups.count, groups.unique, groups.offsets, lookup.step)
+
+    def records(self, gradients: Gradients) -> ops.update.Table:
+        """Returns the records as an update by these gradients sees them; the update must follow."""
+        unseen, layout = self._unseen, self.layout
+        sees = unseen is not None and unseen.step == self.step + 1 and unseen.grouped is gradients.groups
+        if sees:
+            self._unseen = None
+        return ops.update.Table(
+            self.blocks.handle, layout.element, layout.state_element, layout.dim, self.step + 1, sees,
+            self.rounding_seed,
+        )  # fmt: skip
+
+    def gather(self, lookup: Lookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
+        """Writes each feature's vectors.
+
+        Args:
+            lookup: Of this table.
+            out: float32, one buffer for all features.
+            starts: For each feature, where in ``out`` its ``[V, D]`` begin.
+            winners: int32, as ``out``; needed for gradients where a combiner takes the greatest.
+        """
+        self._check(lookup)
+        ids, members, bags, unknown = lookup.request
+        ops.gather.gather_bags(
+            self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
+            [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
+        )  # fmt: skip
+
+    def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None) -> Tensor:
+        total = sum(part.numel() for part in ids)
+        near = self._on_map(ids)
+        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members))
+        self.blocks.reserve(self.id_map.row_bound + total)
+        self.id_map.reserve(total)
+        rows, fresh = self.id_map.find_or_insert(near, members, admitted)
+        rows, fresh = self._on_blocks(rows), self._on_blocks(fresh)
+        ops.blocks.init_fresh(
+            self.blocks.handle, self.layout.element, self._on_blocks(self.id_map.counters), rows, fresh, ids, members,
+            self._initializers, self.layout.dim, self.layout.state_args,
+        )  # fmt: skip
+        self.id_map.commit()
         return rows
 
-    def gather(self, lookup: Lookup, outs: Sequence[Tensor]) -> None:
-        """Writes each feature's combined embeddings, float32 ``[B, dim]``, into ``outs``."""
-        self._check(lookup)
-        features = lookup.features
-        ops.blocks.gather_bags(
-            self.blocks.handle,
-            lookup.rows,
-            [feature.ids for feature in features],
-            [feature.offsets for feature in features],
-            [feature.combiner for feature in features],
-            self._init([feature.member for feature in features]),
-            self.layout.dim,
-            outs,
-        )
+    def _on_map(self, ids: list[Tensor]) -> list[Tensor]:
+        return ids if self.map_device == self.device else [part.to(self.map_device) for part in ids]
+
+    def _on_blocks(self, tensor: Tensor) -> Tensor:
+        return tensor if self.map_device == self.device else tensor.to(self.device)
+
+    # Gradients
 
     def apply_gradients(self, lookup: Lookup, gradients: Sequence[Tensor], update: RowUpdate) -> None:
-        """Updates the rows of a lookup by the gradients of what it gave, float32 ``[B, dim]`` for each feature."""
+        """Updates the rows of a training lookup: one step.
+
+        Args:
+            lookup: From :meth:`lookup`.
+            gradients: For each feature, float32 ``[V, D]``: of its vectors, or of its positions where the combiner
+                takes the greatest.
+            update: An optimizer's.
+        """
         self._check(lookup)
-        update(self, RowGradients(self._usable(lookup, gradients), lookup.groups))
+        self._refuse_read_only("apply_gradients")
+        update(self, Gradients(self._usable(lookup, gradients), lookup.groups))
+        self.step += 1
 
-    def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor]) -> None:
-        """Keeps the gradients of a lookup until :meth:`apply_pending`."""
+    def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
+        """Keeps the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
         self._check(lookup)
-        self.pending.add(lookup, self._usable(lookup, gradients))
+        bags, rows, groups = lookup.sources, lookup.rows, None
+        used = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        if len(used) < len(gradients):
+            parts = rows.split(bags.lengths)
+            rows = torch.cat([parts[number] for number in used]) if used else rows[:0]
+            bags = select(bags, used)
+        else:
+            groups = lookup.groups
+        if used:
+            values = self._usable(lookup, gradients)
+            self.pending.add(Part(rows, lookup.row_bound, bags, values, groups))
 
-    def apply_pending(self, update: RowUpdate) -> bool:
-        """Reduces all gradients that backward has left here, once, and updates their rows. False if there are none."""
-        if not self.pending.lookups:
-            return False
-        update(self, RowGradients(self.pending.gradients, Lookup.merged(self.pending.lookups).groups))
-        self.pending = Pending()
-        return True
+    def apply_pending(self, update: RowUpdate) -> None:
+        """Does a step: reduces what backward has left here, once, and updates the rows."""
+        if self.pending:
+            update(self, self.pending.gradients())
+            self.pending.clear()
+        self.step += 1
 
-    def export(self, member: int) -> dict[str, Tensor]:
-        """Returns a member table's ids (int64 ``[n]``, ascending) and every part of their records."""
-        ids, rows = self.id_map.ids(member)
-        return {"ids": ids, **{part: self.blocks.read(rows, part) for part in self.layout.parts}}
+    def _usable(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        # Kernels take any stride between rows (0 for an expanded gradient) but none within one.
+        dim = self.layout.dim
+        usable = []
+        for number, (vectors, gradient) in enumerate(zip(lookup.sources.vectors, gradients, strict=True)):
+            if gradient is None:
+                continue
+            if gradient.shape != (vectors, dim) or gradient.dtype != torch.float32:
+                name = self.members[lookup.request.members[number]].name
+                raise ValueError(
+                    f"table {name}: a gradient must be float32 {[vectors, dim]}, "
+                    f"got {gradient.dtype} {list(gradient.shape)}"
+                )
+            if gradient.device != self.device:
+                gradient = gradient.to(self.device)
+            usable.append(gradient if gradient.stride(1) == 1 or dim == 1 else gradient.contiguous())
+        return usable
 
-    def insert(self, member: int, ids: Tensor, parts: dict[str, Tensor]) -> None:
-        """Gives distinct ids (int64 ``[n]``) rows whose parts are ``parts``, float32 ``[n, width]`` each."""
-        if ids.numel() == 0:
-            return
+    # Rows in bulk; all of it waits for the device
+
+    def insert(self, member: int, ids: Tensor, columns: dict[str, Tensor] | None = None) -> Tensor:
+        """Gives ids rows, whatever admission says.
+
+        Args:
+            member: Number of the member table.
+            ids: int64 ``[n]``; distinct where columns are given.
+            columns: What the rows hold, as :meth:`export` gives it; what is not named starts with its first value.
+
+        Returns:
+            int64 ``[n]``: the rows.
+        """
+        self._refuse_read_only("insert")
+        return self.load(member, ids, columns or {})
+
+    def load(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """As :meth:`insert`, also for a read-only table: how a checkpoint comes in."""
+        self._see()
         ids = ids.to(self.device).contiguous()
-        rows = self._insert([ids], [member])
-        for part, values in parts.items():
-            self.blocks.write(rows, part, values)
+        rows = self._insert([ids], [member], None) if ids.numel() else ids
+        for part in self.layout.parts:
+            if part in columns:
+                self.blocks.write(rows, part, columns[part])
+        if all(name in columns for name in META):
+            meta = torch.stack([columns[name].to(self.device, torch.int64) for name in META])
+            ops.blocks.write_meta(self.blocks.handle, rows, meta)
+        return rows
+
+    def ids(self, member: int) -> Tensor:
+        """Returns the ids of a member table that have a row, int64 ``[n]``, ascending."""
+        entries = self.id_map.entries()
+        return entries.ids[entries.members == member].sort().values.to(self.device)
+
+    def rows(self, member: int, ids: Tensor) -> Tensor:
+        """Returns the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
+        return self._on_blocks(self.id_map.find([ids.to(self.map_device).contiguous()], [member]))
+
+    def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the records of ids.
+
+        Args:
+            member: Number of the member table.
+            ids: int64 ``[n]``; None: all that have a row, ascending.
+
+        Returns:
+            ``ids``; every part of the record, ``[n, width]``; ``updated_step``, ``seen_step`` and ``frequency``.
+
+        Raises:
+            KeyError: If an id has no row.
+        """
+        self._see()
+        ids = self.ids(member) if ids is None else ids.to(self.device)
+        rows = self.rows(member, ids)
+        if bool((rows < 0).any()):
+            missing = ids[rows < 0][:5].tolist()
+            raise KeyError(f"table {self.members[member].name!r}: no row for the ids {missing}; look them up first")
+        columns = {"ids": ids, **{part: self.blocks.read(rows, part) for part in self.layout.parts}}
+        return {**columns, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
+
+    def erase(self, member: int, ids: Tensor) -> int:
+        """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
+        slots = self.id_map.slots_of([ids.to(self.map_device).contiguous()], [member])
+        return self._erase("erase", slots)
+
+    def evict(self, rule: Eviction) -> int:
+        """Gives up the rows that a rule names. Returns how many."""
+        self._see()
+        entries = self.id_map.entries()
+        meta = ops.blocks.read_meta(self.blocks.handle, self._on_blocks(entries.rows)).to(self.map_device)
+        unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], self.step))
+        return self._erase("evict", entries.slots[unwanted])
+
+    def clear(self, member: int | None = None) -> None:
+        """Removes every row of a member table, or of all, and what admission knows of their ids."""
+        self._refuse_read_only("clear")
+        self.discard(member)
+
+    def discard(self, member: int | None = None) -> None:
+        """As :meth:`clear`, also for a read-only table."""
+        if member is not None:
+            entries = self.id_map.entries()
+            self._erase("clear", entries.slots[entries.members == member], loading=True)
+            if self.gate is not None:
+                self.gate.clear(member)
+            return
+        self._empty()
+        self.generation += 1
+
+    def compact(self) -> None:
+        """Moves rows together, so that blocks at the end can be given back; the only thing that moves rows."""
+        self._refuse_pending("compact")
+        self._see()
+        entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
+        rows = self._on_blocks(entries.rows)
+        free = torch.ones(live, dtype=torch.bool, device=self.device)
+        free[rows[rows < live]] = False
+        source, target = rows[rows >= live].sort().values, free.nonzero().view(-1)
+        ops.blocks.copy_records(self.blocks.handle, source, target)
+        moved = torch.arange(bound, dtype=torch.int64, device=self.device)
+        moved[source] = target
+        self.id_map.move(moved.to(self.map_device), live)
+        self.id_map.rehash(live)
+        self.blocks.truncate(live)
+        self.generation += 1
+
+    def memory(self) -> dict[str, int]:
+        """Returns the bytes that each part holds."""
+        parts = {
+            "id_map": self.id_map.nbytes,
+            "blocks": self.blocks.nbytes,
+            "free_rows": self.id_map.free_rows.nbytes,
+            "admission": 0 if self.gate is None else self.gate.nbytes,
+        }
+        return {**parts, "total": sum(parts.values())}
+
+    def _empty(self) -> None:
+        self.id_map = IdMap(self.map_device)
+        self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=self.placement.blocks == "pinned")
+        self.gate = None if self.admission is None else self.admission.gate(self.map_device)
+        self.pending.clear()
+        self._unseen = None
+
+    def _erase(self, what: str, slots: Tensor, *, loading: bool = False) -> int:
+        if not loading:
+            self._refuse_read_only(what)
+        self._refuse_pending(what)
+        self._see()
+        before = len(self)
+        self.id_map.erase_slots(slots.contiguous())
+        self.generation += 1
+        return before - len(self)
+
+    @property
+    def _name(self) -> str:
+        return ", ".join(member.name for member in self.members)
+
+    def _refuse_read_only(self, what: str) -> None:
+        if self.read_only:
+            raise RuntimeError(
+                f"table {self._name}: {what} would change it, and it is read-only; "
+                f"build the engine with trainable=True for its features"
+            )
+
+    def _refuse_pending(self, what: str) -> None:
+        if self.pending:
+            raise RuntimeError(
+                f"table {self._name}: {what} would part gradients that wait here from their rows; "
+                f"call the optimizer's step or zero_grad first"
+            )
 
     def _check(self, lookup: Lookup) -> None:
         if lookup.generation != self.generation:
-            names = ", ".join(member.name for member in self.members)
             raise RuntimeError(
-                f"table {names}: this lookup was made in generation {lookup.generation} and the table is in generation "
-                f"{self.generation}: its rows were cleared or moved since; look the batch up again"
+                f"table {self._name}: this lookup was made in generation {lookup.generation} and the table is in "
+                f"generation {self.generation}: its rows were cleared, erased or moved since; look the batch up again"
             )
-
-    def _init(self, members: Sequence[int]) -> ops.blocks.InitializerArgs:
-        chosen = [self.members[member].initializer for member in members]
-        return ops.blocks.InitializerArgs(
-            [initializer.kind for initializer in chosen],
-            [value for initializer in chosen for value in initializer.values],
-            [self._keys[member] for member in members],
-        )
-
-    def _state(self) -> ops.blocks.StateArgs:
-        state = self.layout.state
-        return ops.blocks.StateArgs(
-            [self.layout.offset(field.name) for field in state],
-            [self.layout.width(field.name) for field in state],
-            [field.first_value for field in state],
-        )
-
-    def _usable(self, lookup: Lookup, gradients: Sequence[Tensor]) -> list[Tensor]:
-        # Kernels take any stride between rows (0 for an expanded gradient) but none within one.
-        usable = []
-        for feature, gradient in zip(lookup.features, gradients, strict=True):
-            expected = (feature.bags, self.layout.dim)
-            if tuple(gradient.shape) != expected or gradient.dtype != torch.float32:
-                name = self.members[feature.member].name
-                raise ValueError(
-                    f"table {name}: a gradient must be float32 {list(expected)}, "
-                    f"got {gradient.dtype} {list(gradient.shape)}"
-                )
-            usable.append(gradient if expected[1] == 1 or gradient.stride(1) == 1 else gradient.contiguous())
-        return usable

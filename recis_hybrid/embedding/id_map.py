@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,23 @@ MAX_MEMBERS = 1 << 16
 MAX_ROWS = 1 << 40
 
 
+class Entries(NamedTuple):
+    """All ids of a map, in no particular order; int64 ``[n]`` each."""
+
+    ids: Tensor
+    members: Tensor
+    """Numbers of the member tables."""
+    rows: Tensor
+    slots: Tensor
+    """Numbers of the slots."""
+
+
 class IdMap:
     """An open-addressing hash table in torch tensors, changed in place by native operators.
 
-    Rows are numbered from 0 in order of arrival, which several threads settle among themselves: which id got which row
-    is not part of any promise. The host never waits for a device to learn how full the map is: it keeps an upper bound
-    (ids looked up so far, corrected by a count copied late) and grows by that.
+    Which id gets which row is settled among threads and is not part of any promise; rows of erased ids are used again.
+    The host never waits for a device to learn how full the map is: it keeps an upper bound (ids looked up so far,
+    corrected by a count copied late) and grows by that.
 
     Args:
         device: Where the slots live.
@@ -29,9 +41,11 @@ class IdMap:
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
         self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
         """int64 ``[S, 2]``."""
-        self.counters = torch.zeros(2, dtype=torch.int64, device=device)
-        """int64 ``[2]``: rows handed out, and rows whose records have first values."""
-        self._late = _LateCount(self.counters)
+        self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
+        """int64 ``[5]``, indexed as ``ops.id_map`` says."""
+        self.free_rows = torch.empty(0, dtype=torch.int64, device=device)
+        """int64: rows of erased ids; as many as the counters say."""
+        self._late = LateCounters(self.counters)
 
     @property
     def device(self) -> torch.device:
@@ -45,12 +59,17 @@ class IdMap:
 
     @property
     def row_bound(self) -> int:
-        """Greater than every row handed out so far; on the CPU, just the number of rows."""
-        return self._late.bound
+        """Greater than every row handed out so far; on the CPU, just the number of rows ever made."""
+        return self._late.bound(ops.id_map.ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of slots and counters."""
+        return self.slots.nbytes + self.counters.nbytes
 
     def __len__(self) -> int:
-        """Rows handed out; waits for the device."""
-        return int(self.counters[0])
+        """Ids that have a row; waits for the device."""
+        return int(self.counters[ops.id_map.LIVE])
 
     def find(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         """Returns the row of each id, int64 ``[N]``, -1 for an id that has none."""
@@ -60,80 +79,141 @@ class IdMap:
 
     def reserve(self, more: int) -> None:
         """Makes room for ``more`` further ids. If memory runs out, the map is as before."""
-        needed = self.row_bound + more
-        if needed > MAX_LOAD * self.capacity:
-            needed = self._late.exact() + more
-        if needed > MAX_ROWS:
-            raise ValueError(f"a hash table has at most 2**40 rows, and {needed} were asked for")
-        if needed <= MAX_LOAD * self.capacity:
+        if self._late.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
-        grown = _empty_slots(_power_of_two(int(needed / MAX_LOAD) + 1), self.device)
-        ops.id_map.rehash(self.slots, grown)
-        self.slots = grown
+        exact = self._late.exact()
+        if exact[ops.id_map.USED_SLOTS] + more > MAX_LOAD * self.capacity:
+            # Erased ids do not come along, so that the slots may be as many as before.
+            self.rehash(exact[ops.id_map.LIVE] + more)
 
-    def find_or_insert(self, ids: Sequence[Tensor], members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Finds each id or gives it a new row. Call :meth:`reserve` for as many ids before.
+    def rehash(self, ids: int) -> None:
+        """Makes the slots anew, as many as ``ids`` need."""
+        if ids > MAX_ROWS:
+            raise ValueError(f"a hash table has at most 2**40 rows, and {ids} were asked for")
+        slots = _empty_slots(_power_of_two(max(int(ids / MAX_LOAD) + 1, 16)), self.device)
+        ops.id_map.rehash(self.slots, slots)
+        self.slots = slots
+        self.counters[ops.id_map.USED_SLOTS] = self.counters[ops.id_map.LIVE]
+        self._late.exact()
+
+    def find_or_insert(
+        self, ids: Sequence[Tensor], members: Sequence[int], admitted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Finds each id or gives it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
 
         Args:
             ids: For each feature, int64 ``[n_f]``, contiguous.
             members: For each feature, its member table's number.
+            admitted: uint8 ``[N]``: 0 where an id without a row must not get one, and row -1 is given; None: all may.
 
         Returns:
             ``rows`` int64 ``[N]``, and ``fresh`` int64 ``[N]``: for each new row, a position that holds it.
         """
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
-        ops.id_map.find_or_insert(self.slots, self.counters, ids, members, rows, fresh)
+        ops.id_map.find_or_insert(self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh)
         self._late.inserted(total)
         return rows, fresh
 
-    def ids(self, member: int) -> tuple[Tensor, Tensor]:
-        """Returns the ids of a member table and their rows, int64 ``[n]`` each, sorted by id; waits for the device."""
-        ids, rows = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+    def commit(self) -> None:
+        """Counts the rows of :meth:`find_or_insert` as old, once they have their first values."""
+        ops.id_map.commit(self.counters)
+
+    def entries(self) -> Entries:
+        """Returns all ids; waits for the device."""
+        entries = Entries(*torch.empty(4, len(self), dtype=torch.int64, device=self.device).unbind())
         count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        ops.id_map.list_ids(self.slots, member, ids, rows, count)
-        n = int(count)
-        ids, order = torch.sort(ids[:n])
-        return ids, rows[:n][order]
+        ops.id_map.list_ids(self.slots, entries.ids, entries.members, entries.rows, entries.slots, count)
+        return entries
+
+    def erase_slots(self, slots: Tensor) -> None:
+        """Erases the ids in some slots (int64 ``[n]``, below 0: none); their rows may be used again."""
+        rows = self._late.exact()[ops.id_map.ROWS]
+        if self.free_rows.numel() < rows:
+            free_rows = torch.empty(_power_of_two(rows), dtype=torch.int64, device=self.device)
+            free_rows[: self.free_rows.numel()] = self.free_rows
+            self.free_rows = free_rows
+        ops.id_map.erase(self.slots, slots, self.counters, self.free_rows)
+        self._late.exact()
+
+    def slots_of(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+        """Returns the number of each id's slot, int64 ``[N]``, -1 for an id that has none."""
+        slots = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
+        ops.id_map.find(self.slots, ids, members, slots, numbers=True)
+        return slots
+
+    def move(self, moved: Tensor, rows: int) -> None:
+        """Gives the id of each row the row ``moved[row]`` (int64), all below ``rows``; no row is free then."""
+        ops.id_map.move(self.slots, moved)
+        self.counters[ops.id_map.ROWS] = rows
+        self.counters[ops.id_map.FREE] = 0
+        self.free_rows = self.free_rows[:0].clone()
+        self._late.exact()
 
 
-class _LateCount:
-    """An upper bound of a device counter that the host may read at any time.
+class IdCounts(IdMap):
+    """A map whose entries hold counts in place of rows: exact counters of ids."""
 
-    On CUDA the counter is copied after each insert without waiting; when the copy is found to have arrived, the bound
+    def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> None:
+        """Counts each id whose row (int64 ``[N]``) is below 0."""
+        self.reserve(rows.numel())
+        ops.id_map.count(self.slots, self.counters, ids, members, rows)
+        self._late.inserted(rows.numel())
+
+    def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
+        """Sets the counts of distinct ids; int64 ``[n]`` both."""
+        if ids.numel() > 0:
+            self.reserve(ids.numel())
+            self.find_or_insert([ids], [member])
+            self.commit()
+            ops.id_map.set_rows(self.slots, self.slots_of([ids], [member]), counts)
+
+    def erase_slots(self, slots: Tensor) -> None:
+        """Forgets the ids in some slots (int64 ``[n]``, below 0: none), without waiting."""
+        ops.id_map.erase(self.slots, slots, self.counters, None)
+
+
+class LateCounters:
+    """Upper bounds of device counters that the host may read at any time.
+
+    On CUDA the counters are copied after each insert without waiting; when the copy is found to have arrived, the bound
     becomes what it says plus what was inserted since.
     """
 
     def __init__(self, counters: Tensor) -> None:
         self._counters = counters
-        self._counted = int(counters[0])
+        self._view = None if counters.is_cuda else counters.numpy()
+        self._counted = counters.tolist()
         self._since = 0
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         self._since_copy = 0
 
-    @property
-    def bound(self) -> int:
-        if not self._counters.is_cuda:
-            return int(self._counters[0])
+    def bound(self, counter: int) -> int:
+        """Returns an upper bound of a counter, without waiting; on the CPU the counter itself."""
+        if self._view is not None:
+            return int(self._view[counter])
         if self._copy is not None and self._copy[1].query():
-            self._counted = int(self._copy[0][0])
-            self._since = self._since_copy
+            self._counted = self._copy[0].tolist()
+            # Rows that a call had handed out when the copy was made are not yet among those made.
+            self._since = self._since_copy + int(self._counted[ops.id_map.FRESH])
             self._copy = None
-        return self._counted + self._since
+        return int(self._counted[counter]) + self._since
 
-    def exact(self) -> int:
-        self._counted = int(self._counters[0])
+    def exact(self) -> list[int]:
+        """Returns the counters; waits for the device."""
+        self._counted = self._counters.tolist()
         self._since = 0
         self._copy = None
-        return self._counted
+        return [int(count) for count in self._counted]
 
     def inserted(self, at_most: int) -> None:
-        if not self._counters.is_cuda:
+        """Notes that a call may have inserted as many ids."""
+        if self._view is not None:
             return
         self._since += at_most
         self._since_copy += at_most
         if self._copy is None:
-            host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            host = torch.empty(ops.id_map.COUNTERS, dtype=torch.int64, pin_memory=True)
             host.copy_(self._counters, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

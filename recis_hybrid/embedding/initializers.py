@@ -1,23 +1,38 @@
-"""First values of rows: functions of (seed, member table's name, id), drawn by Philox4x32-10."""
+"""First values of rows: functions of (seed, member table's name, id), drawn by Philox4x32-10.
+
+A growing table has no number of rows. Where a formula asks for how many numbers come in and go out (fan in, fan out), a
+row of D elements counts as D for both, unless an initializer is given others.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Draw(NamedTuple):
+    """What kernels need to know: a kind, and up to four numbers."""
+
+    kind: int
+    """0 constant, 1 uniform, 2 normal, 3 truncated normal."""
+    a: float
+    """The value, the low end or the mean."""
+    b: float = 0.0
+    """The high end or the standard deviation."""
+    low: float = 0.0
+    """Of a truncated normal."""
+    high: float = 0.0
+    """Of a truncated normal."""
 
 
 class Initializer(Protocol):
-    """What a kernel needs to know of an initializer."""
+    """A distribution of first values."""
 
-    @property
-    def kind(self) -> int:
-        """0 constant, 1 uniform, 2 normal."""
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """The two numbers that the kind takes."""
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know for rows of ``dim`` elements."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +44,9 @@ class Constant:
     def __post_init__(self) -> None:
         _finite(self, self.value)
 
-    @property
-    def kind(self) -> int:
-        """Which kernel draws the values."""
-        return 0
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """What that kernel takes."""
-        return self.value, 0.0
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(0, self.value)
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,9 @@ class Uniform:
         if self.low > self.high:
             raise ValueError(f"Uniform: low must not exceed high, got low={self.low}, high={self.high}")
 
-    @property
-    def kind(self) -> int:
-        """Which kernel draws the values."""
-        return 1
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """What that kernel takes."""
-        return self.low, self.high
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(1, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,111 @@ class Normal:
 
     def __post_init__(self) -> None:
         _finite(self, self.mean, self.std)
-        if self.std < 0:
-            raise ValueError(f"Normal: std must not be negative, got {self.std}")
+        _not_negative(self, "std", self.std)
 
-    @property
-    def kind(self) -> int:
-        """Which kernel draws the values."""
-        return 2
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(2, self.mean, self.std)
 
-    @property
-    def values(self) -> tuple[float, float]:
-        """What that kernel takes."""
-        return self.mean, self.std
+
+@dataclass(frozen=True)
+class TruncatedNormal:
+    """Elements are normal, given that they lie in [low, high]: by the inverse of the cumulative distribution.
+
+    As ``torch.nn.init.trunc_normal_``, but the ends are given in standard deviations from the mean.
+    """
+
+    mean: float = 0.0
+    std: float = 0.01
+    low: float = -2.0
+    """Standard deviations."""
+    high: float = 2.0
+    """Standard deviations."""
+
+    def __post_init__(self) -> None:
+        _finite(self, self.mean, self.std, self.low, self.high)
+        _not_negative(self, "std", self.std)
+        if not -6 <= self.low < self.high <= 6:
+            raise ValueError(
+                f"TruncatedNormal: the ends must be -6 <= low < high <= 6 standard deviations from the mean, "
+                f"got low={self.low}, high={self.high}"
+            )
+
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(3, self.mean, self.std, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class XavierUniform:
+    """Uniform in ±gain √(6 / (fan in + fan out)).
+
+    References:
+        Glorot, Bengio: Understanding the difficulty of training deep feedforward neural networks. AISTATS 2010.
+    """
+
+    gain: float = 1.0
+    fan_in: int | None = None
+    fan_out: int | None = None
+
+    def __post_init__(self) -> None:
+        _fans(self, self.gain, self.fan_in, self.fan_out)
+
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        bound = math.sqrt(3.0) * _xavier(self.gain, self.fan_in, self.fan_out, dim)
+        return Draw(1, -bound, bound)
+
+
+@dataclass(frozen=True)
+class XavierNormal:
+    """Normal with standard deviation gain √(2 / (fan in + fan out)); reference as of XavierUniform."""
+
+    gain: float = 1.0
+    fan_in: int | None = None
+    fan_out: int | None = None
+
+    def __post_init__(self) -> None:
+        _fans(self, self.gain, self.fan_in, self.fan_out)
+
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(2, 0.0, _xavier(self.gain, self.fan_in, self.fan_out, dim))
+
+
+@dataclass(frozen=True)
+class KaimingUniform:
+    """Uniform in ±gain √(3 / fan in).
+
+    References:
+        He, Zhang, Ren, Sun: Delving deep into rectifiers. ICCV 2015.
+    """
+
+    gain: float = math.sqrt(2.0)
+    fan_in: int | None = None
+
+    def __post_init__(self) -> None:
+        _fans(self, self.gain, self.fan_in)
+
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        bound = self.gain * math.sqrt(3.0 / (self.fan_in or dim))
+        return Draw(1, -bound, bound)
+
+
+@dataclass(frozen=True)
+class KaimingNormal:
+    """Normal with standard deviation gain / √(fan in); reference as of KaimingUniform."""
+
+    gain: float = math.sqrt(2.0)
+    fan_in: int | None = None
+
+    def __post_init__(self) -> None:
+        _fans(self, self.gain, self.fan_in)
+
+    def draw(self, dim: int) -> Draw:
+        """Returns what kernels need to know."""
+        return Draw(2, 0.0, self.gain / math.sqrt(self.fan_in or dim))
 
 
 def table_key(seed: int, table: str) -> int:
@@ -92,6 +188,32 @@ def table_key(seed: int, table: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def initializer_words(initializer: Initializer, dim: int, seed: int, table: str) -> tuple[int, ...]:
+    """Returns the five int64 of ``csrc/core/initializer.h`` for a member table."""
+    kind, a, b, low, high = initializer.draw(dim)
+    erf_low, erf_high = math.erf(low / math.sqrt(2.0)), math.erf(high / math.sqrt(2.0))
+    packed = struct.pack("<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, 0, table_key(seed, table))
+    return struct.unpack("<5q", packed)
+
+
+def _xavier(gain: float, fan_in: int | None, fan_out: int | None, dim: int) -> float:
+    return gain * math.sqrt(2.0 / ((fan_in or dim) + (fan_out or dim)))
+
+
 def _finite(owner: object, *values: float) -> None:
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{type(owner).__name__}: values must be finite, got {values}")
+
+
+def _not_negative(owner: object, name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{type(owner).__name__}: {name} must not be negative, got {value}")
+
+
+def _fans(owner: object, gain: float, *fans: int | None) -> None:
+    _finite(owner, gain)
+    _not_negative(owner, "gain", gain)
+    if any(fan is not None and fan < 1 for fan in fans):
+        raise ValueError(
+            f"{type(owner).__name__}: a fan must be at least 1, or None for the width of a row, got {fans}"
+        )

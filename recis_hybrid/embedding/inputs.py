@@ -1,49 +1,144 @@
-"""From a Batch's columns to the ids that tables take."""
+"""From a Batch's columns to the ids that tables take.
+
+Letters: B bags, L ids of a bag, n ids.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from recis_hybrid import ops
+from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.lookup import FeatureIds
 from recis_hybrid.ragged import Batch, RaggedTensor
 
-_NO_OFFSETS: dict[torch.device, Tensor] = {}
+_KINDS = {"sum": 0, "mean": 1, "sqrtn": 2, "max": 3, "tile": 0, None: 0}
 
 
-def feature_ids(batch: Batch, feature: str, device: torch.device, member: int, combiner: int) -> FeatureIds:
-    """Reads a feature's column: ``[B]`` one id a bag, ``[B, L]`` L ids a bag, or a RaggedTensor.
+@dataclass(frozen=True)
+class FeatureReader:
+    """Reads one feature's column."""
 
-    Raises:
-        KeyError: If the batch lacks the column.
-        TypeError: If it holds no integers.
-        ValueError: If it has another number of dimensions.
-    """
-    if feature not in batch:
-        raise KeyError(f"feature {feature!r}: the batch has no such column; it has {sorted(batch)}")
-    column = batch[feature]
-    values = column.values if isinstance(column, RaggedTensor) else column
-    if values.dtype not in (torch.int64, torch.int32):
-        hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
-        raise TypeError(f"feature {feature!r}: ids must be int64 or int32, got {values.dtype}; {hint}")
-    ids = values.to(device=device, dtype=torch.int64).contiguous()
-    if isinstance(column, RaggedTensor):
-        if column.weights is not None:
-            raise ValueError(f"feature {feature!r}: weighted bags are not supported by the combiner; drop the weights")
-        if ids.dim() != 1:
-            raise ValueError(f"feature {feature!r}: ragged ids must be [N], got {list(ids.shape)}")
-        offsets = column.offsets.to(device=device).contiguous()
-        return FeatureIds(ids, offsets, offsets.numel() - 1, member, combiner)
-    if ids.dim() == 1 or (ids.dim() == 2 and ids.size(1) == 1):
-        return FeatureIds(ids.view(-1), _no_offsets(device), ids.size(0), member, combiner)
-    if ids.dim() != 2:
-        raise ValueError(f"feature {feature!r}: ids must be [B], [B, L] or a RaggedTensor, got {list(ids.shape)}")
-    bags, length = ids.shape
-    offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
-    return FeatureIds(ids.view(-1), offsets, bags, member, combiner)
+    name: str
+    member: int
+    config: EmbeddingConfig
+
+    def __call__(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
+        """Returns the ids, and the shape of what they give.
+
+        Args:
+            batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; or a RaggedTensor.
+            device: Where the ids are wanted.
+
+        Raises:
+            KeyError: If the batch lacks the column, or that of the weights.
+            TypeError: If the column holds no integers, or the weights are no floating-point numbers.
+            ValueError: If they have other shapes.
+        """
+        column = batch.get(self.name)
+        config = self.config
+        # The most common case, without detours.
+        if (
+            type(column) is Tensor
+            and column.dtype == torch.int64
+            and column.dim() == 1
+            and column.device == device
+            and config.weights is None
+            and config.combiner != "tile"
+            and column.is_contiguous()
+        ):
+            bags = column.numel()
+            zeros = config.unknown == "zeros"
+            return FeatureIds(column, bags, self.member, unknown_zeros=zeros), (bags, config.dim)
+        return self._read(batch, device)
+
+    def _read(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
+        config = self.config
+        column = self._column(batch, self.name)
+        weights = self._weights(batch, column, device)
+        values = column.values if isinstance(column, RaggedTensor) else column
+        if values.dtype not in (torch.int64, torch.int32):
+            hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
+            raise TypeError(f"{self._where}: ids must be int64 or int32, got {values.dtype}; {hint}")
+        ids = values.to(device=device, dtype=torch.int64).contiguous()
+        length = None
+        if isinstance(column, RaggedTensor):
+            if ids.dim() != 1:
+                raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
+            offsets = column.offsets.to(device=device).contiguous()
+            bags = offsets.numel() - 1
+        elif ids.dim() in (1, 2):
+            bags, length = ids.size(0), ids.size(1) if ids.dim() == 2 else 1
+            offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
+        else:
+            raise ValueError(f"{self._where}: ids must be [B], [B, L] or a RaggedTensor, got {list(ids.shape)}")
+        ids = ids.view(-1)
+        if config.max_length is not None and (length is None or length > config.max_length):
+            ids, weights, offsets = _first(ids, weights, offsets, config.max_length)
+            length = length and config.max_length
+        if config.combiner is None:
+            shape = (ids.numel(), config.dim)
+            if not isinstance(column, RaggedTensor) and column.dim() == 2:
+                assert length is not None
+                shape = (bags, length, config.dim)  # type: ignore[assignment]
+            return self._ids(ids, ids.numel()), shape
+        if config.combiner == "tile":
+            assert config.max_length is not None
+            return self._ids(ids, bags * config.max_length, offsets, tile=config.max_length), (bags, config.width)
+        return self._ids(ids, bags, None if length == 1 else offsets, weights), (bags, config.dim)
+
+    def _ids(
+        self, ids: Tensor, vectors: int, offsets: Tensor | None = None, weights: Tensor | None = None, tile: int = 0
+    ) -> FeatureIds:
+        kind, zeros = _KINDS[self.config.combiner], self.config.unknown == "zeros"
+        if offsets is None and weights is None:
+            kind = ops.gather.SUM  # of one id each: all combiners agree
+        return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros)
+
+    def _weights(self, batch: Batch, column: Tensor | RaggedTensor, device: torch.device) -> Tensor | None:
+        name = self.config.weights
+        if name is None:
+            if not isinstance(column, RaggedTensor) or column.weights is None:
+                return None
+            if self.config.combiner in ("max", "tile", None):
+                raise ValueError(
+                    f"{self._where}: the combiner {self.config.combiner!r} takes no weights, and the column carries "
+                    f"some; drop them, or use 'sum', 'mean' or 'sqrtn'"
+                )
+            return self._as_weights(column.weights, "weights", column.values, device)
+        given = self._column(batch, name)
+        ids = column.values if isinstance(column, RaggedTensor) else column
+        return self._as_weights(given.values if isinstance(given, RaggedTensor) else given, repr(name), ids, device)
+
+    def _as_weights(self, weights: Tensor, name: str, ids: Tensor, device: torch.device) -> Tensor:
+        if not weights.dtype.is_floating_point:
+            raise TypeError(f"{self._where}: {name} must be floating-point numbers, got {weights.dtype}; cast them")
+        if weights.shape != ids.shape:
+            raise ValueError(
+                f"{self._where}: there must be one weight for each id: {name} has the shape {list(weights.shape)}, "
+                f"the ids have {list(ids.shape)}"
+            )
+        if weights.requires_grad:
+            raise ValueError(f"{self._where}: {name} are data and take no gradient; detach() them")
+        return weights.to(device=device, dtype=torch.float32).contiguous().view(-1)
+
+    def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
+        if name not in batch:
+            raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
+        return batch[name]
+
+    @property
+    def _where(self) -> str:
+        return f"feature {self.name!r}"
 
 
-def _no_offsets(device: torch.device) -> Tensor:
-    if device not in _NO_OFFSETS:
-        _NO_OFFSETS[device] = torch.empty(0, dtype=torch.int64, device=device)
-    return _NO_OFFSETS[device]
+def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keeps the first ``most`` ids of each bag; on CUDA it waits for the device, which alone knows how many stay."""
+    lengths = offsets.diff()
+    place = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
+    kept = place < most
+    starts = torch.cat([offsets[:1], lengths.clamp(max=most).cumsum(0)])
+    return ids[kept], None if weights is None else weights[kept], starts

@@ -2,105 +2,127 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.ops.gather import MAX, Bags, RowGroups
 
 
-@dataclass(frozen=True)
-class FeatureIds:
+class FeatureIds(NamedTuple):
     """The ids of one feature, as a table takes them."""
 
     ids: Tensor
     """int64 ``[n]``, contiguous."""
-    offsets: Tensor
-    """int64 ``[B + 1]`` into ``ids``; empty: one id a bag."""
-    bags: int
-    """B."""
+    vectors: int
+    """How many vectors they give: bags, or bags times tile."""
     member: int
     """Number of the member table."""
-    combiner: int
-    """A value of ``ops.blocks.COMBINERS``."""
+    offsets: Tensor | None = None
+    """int64 ``[bags + 1]`` into ``ids``; None: one id a bag."""
+    weights: Tensor | None = None
+    """float32 ``[n]``; None: all are 1."""
+    combiner: int = ops.gather.SUM
+    """A number of ``ops.gather``."""
+    tile: int = 0
+    """0, or how many vectors a bag gives: of its first ids each."""
+    unknown_zeros: bool = False
+    """Whether an id that has no row counts as zeros and not with its first value."""
 
 
-@dataclass(frozen=True)
+class Request(NamedTuple):
+    """All features of a lookup, end to end, as kernels take them."""
+
+    ids: list[Tensor]
+    members: list[int]
+    bags: Bags
+    unknown: list[int]
+    """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
+
+    @staticmethod
+    def of(features: Sequence[FeatureIds]) -> Request:
+        """Puts features side by side."""
+        ids, vectors, members, offsets, weights, combiners, tiles, zeros = map(list, zip(*features, strict=True))
+        return Request(
+            ids,
+            members,
+            Bags([part.numel() for part in ids], vectors, _some(offsets), _some(weights), combiners, tiles),
+            [-1 if zero else member for zero, member in zip(zeros, members, strict=True)],
+        )
+
+
+_EMPTY: dict[torch.device, Tensor] = {}
+
+
+def _some(parts: list[Tensor | None]) -> list[Tensor]:
+    """An empty list where all are None, else with an empty tensor for each None."""
+    present = next((part for part in parts if part is not None), None)
+    if present is None:
+        return []
+    empty = _EMPTY.get(present.device)
+    if empty is None:
+        empty = _EMPTY[present.device] = torch.empty(0, device=present.device)
+    return [empty if part is None else part for part in parts]
+
+
+@dataclass(eq=False)
 class Lookup:
     """Which rows a batch met in one table: what :meth:`HashTable.apply_gradients` needs to find them again."""
 
-    features: tuple[FeatureIds, ...]
+    request: Request
     rows: Tensor
-    """int64 ``[N]``, features end to end."""
+    """int64 ``[N]``, features end to end; -1 for an id that has none."""
     row_bound: int
     """Greater than every row in ``rows``."""
     generation: int
     """The table's generation at the time; rows mean nothing in a later one."""
+    train: bool
+    """Whether it was a training lookup: one whose rows may take gradients."""
+    complete: bool
+    """Whether every id is known to have a row."""
+    step: int
+    """The step that it belongs to."""
+    grouped: RowGroups | None = None
+    """``groups``, once it was asked for."""
 
-    @cached_property
-    def groups(self) -> ops.update.RowGroups:
-        """The positions grouped by row."""
-        return ops.update.group_rows(
-            self.rows,
-            [feature.offsets for feature in self.features],
-            [feature.bags for feature in self.features],
-            [feature.ids.numel() for feature in self.features],
-            [feature.combiner for feature in self.features],
-            self.row_bound,
-        )
+    @property
+    def groups(self) -> RowGroups:
+        """The positions grouped by row, as gradients are summed."""
+        if self.grouped is None:
+            self.grouped = ops.gather.group_rows(self.rows, self.row_bound, self.sources)
+        return self.grouped
 
-    def select(self, features: list[int]) -> Lookup:
-        """Returns the lookup of some of its features, by number."""
-        if len(features) == len(self.features):
-            return self
-        parts = self.rows.split([feature.ids.numel() for feature in self.features])
-        rows = torch.cat([parts[number] for number in features]) if features else self.rows[:0]
-        return Lookup(tuple(self.features[number] for number in features), rows, self.row_bound, self.generation)
-
-    @staticmethod
-    def merged(lookups: list[Lookup]) -> Lookup:
-        """Returns several lookups of one table as one, their features in order."""
-        if len(lookups) == 1:
-            return lookups[0]
-        return Lookup(
-            features=tuple(feature for lookup in lookups for feature in lookup.features),
-            rows=torch.cat([lookup.rows for lookup in lookups]),
-            row_bound=max(lookup.row_bound for lookup in lookups),
-            generation=lookups[0].generation,
-        )
+    @property
+    def sources(self) -> Bags:
+        """How gradients belong to positions: as ``request.bags``, but one a position where the greatest was taken."""
+        return gradient_bags(self.request.bags)
 
 
-@dataclass(frozen=True)
-class RowGradients:
-    """Gradients on their way into a table: pooled ones by feature, and which rows they belong to."""
-
-    gradients: list[Tensor]
-    """For each feature, float32 ``[B, dim]``."""
-    groups: ops.update.RowGroups
-
-    def summed(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Returns the distinct rows, int64 ``[U]``, and their summed gradients, float32 ``[U, dim]``; waits."""
-        out = torch.empty(self.groups.unique.numel(), dim, dtype=torch.float32, device=self.groups.unique.device)
-        ops.update.reduce_rows(self.gradients, self.groups, out)
-        count = int(self.groups.count)
-        return self.groups.unique[:count], out[:count]
+def select(bags: Bags, numbers: list[int]) -> Bags:
+    """Returns the bags of some of the features, by number."""
+    lengths, vectors, offsets, weights, combiners, tiles = bags
+    return Bags(
+        [lengths[n] for n in numbers],
+        [vectors[n] for n in numbers],
+        [offsets[n] for n in numbers] if offsets else [],
+        [weights[n] for n in numbers] if weights else [],
+        [combiners[n] for n in numbers],
+        [tiles[n] for n in numbers],
+    )
 
 
-@dataclass
-class Pending:
-    """Gradients that backward has left at a table for the optimizer's next step."""
-
-    lookups: list[Lookup] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def add(self, lookup: Lookup, gradients: list[Tensor]) -> None:
-        """Appends the gradients of one lookup."""
-        self.lookups.append(lookup)
-        self.gradients.extend(gradients)
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.lookups.clear()
-        self.gradients.clear()
+def gradient_bags(bags: Bags) -> Bags:
+    """Returns how the gradients of these bags belong to positions."""
+    if MAX not in bags.combiners:
+        return bags
+    greatest = [combiner == MAX for combiner in bags.combiners]
+    offsets = bags.offsets and [part[:0] if g else part for part, g in zip(bags.offsets, greatest, strict=True)]
+    return bags._replace(
+        offsets=offsets,
+        vectors=[n if g else v for n, v, g in zip(bags.lengths, bags.vectors, greatest, strict=True)],
+        combiners=[ops.gather.SUM if g else c for c, g in zip(bags.combiners, greatest, strict=True)],
+    )

@@ -7,7 +7,10 @@ from functools import cached_property
 
 import torch
 
+from recis_hybrid import ops
+
 _ALIGN = 16
+_META_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,20 @@ class StateField:
     """Elements; None for as many as the embedding has."""
     first_value: float = 0.0
     """What it starts as."""
+    dtype: torch.dtype | None = None
+    """None for the layout's ``state_dtype``."""
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Embedding first, optimizer state beside it, each part and the whole padded to 16 bytes.
+    """Embedding first, then the row's metadata, then optimizer state; each part and the whole padded to 16 bytes.
+
+    The metadata, 16 bytes, are the steps of the last update and of the last training lookup, and the frequency.
 
     Example:
         >>> layout = RecordLayout(dim=10, state=(StateField("exp_avg"), StateField("exp_avg_sq")))
         >>> layout.offset("exp_avg"), layout.record_bytes
-        (48, 144)
+        (64, 160)
     """
 
     dim: int
@@ -37,30 +44,37 @@ class RecordLayout:
     state: tuple[StateField, ...] = ()
     """Optimizer state, in order."""
     dtype: torch.dtype = torch.float32
-    """Of the embedding."""
+    """Of the embedding: float32, bfloat16 or float16."""
+    state_dtype: torch.dtype = torch.float32
+    """Of the optimizer state where a field does not say: float32, or as the embedding."""
 
     def __post_init__(self) -> None:
         if self.dim <= 0:
             raise ValueError(f"RecordLayout: dim must be positive, got {self.dim}")
-        if self.dtype != torch.float32:
-            raise ValueError(f"RecordLayout: the dtype must be torch.float32, got {self.dtype}")
+        if self.dtype not in ops.blocks.ELEMENTS:
+            raise ValueError(f"RecordLayout: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
+        if self.state_dtype not in (torch.float32, self.dtype):
+            raise ValueError(
+                f"RecordLayout: state_dtype must be torch.float32 or the embedding's {self.dtype}, "
+                f"got {self.state_dtype}"
+            )
         names = [field.name for field in self.state]
         if len(set(names)) != len(names) or "embedding" in names:
             raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
 
     def width(self, name: str) -> int:
         """Returns the number of elements of a part: ``"embedding"`` or a state's name."""
-        if name == "embedding":
-            return self.dim
-        field = next((field for field in self.state if field.name == name), None)
-        if field is None:
-            known = [field.name for field in self.state]
-            raise KeyError(f"the record has no optimizer state {name!r}; it has {known}")
-        return self.dim if field.width is None else field.width
+        field = self._field(name)
+        return self.dim if field is None or field.width is None else field.width
+
+    def part_dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a part."""
+        field = self._field(name)
+        return self.dtype if field is None else field.dtype or self.state_dtype
 
     def offset(self, name: str) -> int:
         """Returns the byte offset of a part within the record."""
-        self.width(name)
+        self._field(name)
         return self._offsets[name]
 
     @property
@@ -68,16 +82,62 @@ class RecordLayout:
         """The names of all parts, in order."""
         return ("embedding", *(field.name for field in self.state))
 
-    @cached_property
+    @property
+    def meta_offset(self) -> int:
+        """The byte offset of the row's metadata."""
+        return self._offsets[""]
+
+    @property
     def record_bytes(self) -> int:
         """The size of a record."""
-        return self._offsets[""]
+        return self._offsets["end"]
+
+    @property
+    def element(self) -> int:
+        """The embedding's dtype, as kernels know it."""
+        return ops.blocks.ELEMENTS[self.dtype]
+
+    @property
+    def state_element(self) -> int:
+        """The optimizer state's dtype, as kernels know it."""
+        return ops.blocks.ELEMENTS[self.state_dtype]
+
+    @cached_property
+    def state_args(self) -> ops.blocks.StateArgs:
+        """The optimizer state, as kernels take it."""
+        dtypes = [self.part_dtype(field.name) for field in self.state]
+        return ops.blocks.StateArgs(
+            [self.offset(field.name) for field in self.state],
+            [self.width(field.name) for field in self.state],
+            [dtype.itemsize for dtype in dtypes],
+            [_bits(field.first_value, dtype) for field, dtype in zip(self.state, dtypes, strict=True)],
+        )
+
+    def _field(self, name: str) -> StateField | None:
+        if name == "embedding":
+            return None
+        field = next((field for field in self.state if field.name == name), None)
+        if field is None:
+            known = [field.name for field in self.state]
+            raise KeyError(f"the record has no optimizer state {name!r}; it has {known}")
+        return field
 
     @cached_property
     def _offsets(self) -> dict[str, int]:
-        offsets, at = {}, 0
-        for name in self.parts:
-            offsets[name] = at
-            at += -(-4 * self.width(name) // _ALIGN) * _ALIGN
+        offsets, at = {"embedding": 0}, _padded(self.dim * self.dtype.itemsize)
         offsets[""] = at
+        at += _META_BYTES
+        for field in self.state:
+            offsets[field.name] = at
+            at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
+        offsets["end"] = at
         return offsets
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _bits(value: float, dtype: torch.dtype) -> int:
+    as_integers = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return int(torch.tensor([value], dtype=dtype).view(as_integers)) & (1 << 8 * dtype.itemsize) - 1

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.hash_table import HashTable
+from recis_hybrid.embedding.coalesce import COUNTS
+from recis_hybrid.embedding.hash_table import META, HashTable
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.state import JSON, PartState, TableState
 
 
 def tables_state(tables: Sequence[HashTable]) -> PartState:
-    """Returns the rows of every member table, and the seed of first values."""
-    states = {}
+    """Returns the rows of every member table, what admission knows, steps done, and the seed of first values."""
+    states: dict[str, TableState] = {}
+    steps: dict[str, JSON] = {}
     for table in tables:
         for number, member in enumerate(table.members):
             columns = table.export(number)
             states[member.name] = TableState(columns, ops.id_map.bucket_of(columns["ids"]), _meta(table.layout))
-    return PartState(tables=states, meta={"seed": tables[0].seed})
+            steps[member.name] = table.step
+            if table.gate is not None:
+                known = table.gate.state(number)
+                states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
+    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps})
 
 
 def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
@@ -27,24 +33,37 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
         ValueError: If tables are missing or too many, or their width or optimizer state differ; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
-    if set(members) != set(state.tables):
+    wanted = set(members) | {name + COUNTS for name, (table, _) in members.items() if table.gate is not None}
+    if wanted != set(state.tables):
         raise ValueError(
-            f"the state is of other tables: missing {sorted(set(members) - set(state.tables))}, "
-            f"unknown {sorted(set(state.tables) - set(members))}"
+            f"the state is of other tables: missing {sorted(wanted - set(state.tables))}, "
+            f"unknown {sorted(set(state.tables) - wanted)}"
         )
     for name, (table, _) in members.items():
         if _meta(table.layout) != state.tables[name].meta:
             raise ValueError(f"table {name!r}: the state has {state.tables[name].meta}, this one {_meta(table.layout)}")
-    seed = state.meta["seed"]
+    seed, steps = state.meta["seed"], state.meta["steps"]
     assert isinstance(seed, int)
+    assert isinstance(steps, dict)
     for table in tables:
-        table.clear()
+        table.discard()
         table.reseed(seed)
     for name, (table, number) in members.items():
         columns = state.tables[name].columns
-        table.insert(number, columns["ids"], {part: columns[part] for part in table.layout.parts})
+        table.load(number, columns["ids"], {part: columns[part] for part in (*table.layout.parts, *META)})
+        step = steps[name]
+        assert isinstance(step, int)
+        table.step = max(table.step, step) if number else step
+        if table.gate is not None:
+            table.gate.load(number, state.tables[name + COUNTS].columns)
 
 
 def _meta(layout: RecordLayout) -> dict[str, JSON]:
-    state: list[JSON] = [[field.name, layout.width(field.name)] for field in layout.state]
-    return {"dim": layout.dim, "dtype": str(layout.dtype).removeprefix("torch."), "optimizer_state": state}
+    state: list[JSON] = [
+        [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state
+    ]
+    return {"dim": layout.dim, "dtype": _name(layout.dtype), "optimizer_state": state}
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

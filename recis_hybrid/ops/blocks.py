@@ -1,7 +1,6 @@
-"""Operators of EmbeddingBlocks: first values, gather and pool, plain reads and writes of records.
+"""Operators of EmbeddingBlocks: first values, what rows keep of their past, plain reads and writes of records.
 
-Shapes: N positions (ids of a call), B bags of a feature, D dim. ``Blocks`` names the storage: a table of block
-addresses, the binary logarithm of a block's rows, and the bytes of a record.
+Shapes: N positions (ids of a call), M member tables, U distinct rows, D dim.
 """
 
 from __future__ import annotations
@@ -15,32 +14,26 @@ from torch import Tensor
 
 from recis_hybrid.ops._fake import nothing_returned
 
-nothing_returned("blocks_init_fresh", "gather_bags", "blocks_read", "blocks_write")
+nothing_returned(
+    "blocks_init_fresh", "blocks_read", "blocks_write", "blocks_read_meta", "blocks_write_meta", "blocks_copy_records",
+    "blocks_see_rows",
+)  # fmt: skip
 
-COMBINERS = {"sum": 0, "mean": 1}
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The element types of records, by the number that kernels know them by."""
 
 
 class Blocks(NamedTuple):
     """EmbeddingBlocks as kernels see them."""
 
     addresses: Tensor
-    """int64 ``[blocks]``: the address of each block, on the blocks' device."""
+    """int64 ``[blocks]``: the address of each block, on the device that kernels run on."""
     block_shift: int
     """Binary logarithm of the rows of a block."""
+    meta_offset: int
+    """Bytes from a record's start to its metadata."""
     record_bytes: int
     """Bytes of a record, a multiple of 16."""
-
-
-@dataclass(frozen=True)
-class InitializerArgs:
-    """The first values of each feature's member table, as flat lists."""
-
-    kinds: list[int]
-    """0 constant, 1 uniform, 2 normal."""
-    values: list[float]
-    """Two for each feature: (value, 0), (low, high) or (mean, std)."""
-    keys: list[int]
-    """A signed 64-bit key of (seed, member table's name)."""
 
 
 @dataclass(frozen=True)
@@ -50,57 +43,72 @@ class StateArgs:
     offsets: list[int]
     """Bytes from the record's start."""
     widths: list[int]
-    """float32 elements."""
-    first_values: list[float]
+    """Elements."""
+    sizes: list[int]
+    """Bytes of an element: 4 or 2."""
+    first_values: list[int]
+    """Bits of the first value, as they lie in memory."""
 
 
 def init_fresh(
-    blocks: Blocks, counters: Tensor, fresh: Tensor, ids: Sequence[Tensor], init: InitializerArgs, dim: int,
-    state: StateArgs,
+    blocks: Blocks, element: int, counters: Tensor, rows: Tensor, fresh: Tensor, ids: Sequence[Tensor],
+    members: Sequence[int], initializers: Tensor, dim: int, state: StateArgs,
 ) -> None:  # fmt: skip
-    """Gives the rows handed out since the last call their first values, and counts them as old.
+    """Gives the rows handed out since the last commit their first values.
 
     Args:
         blocks: Written. Must hold every row that ``counters`` counts.
-        counters: int64 ``[2]`` of the IDMap.
+        element: Of the embedding, a value of ``ELEMENTS``.
+        counters: int64 ``[5]`` of the IDMap.
+        rows: int64 ``[N]`` as find_or_insert left it.
         fresh: int64 ``[N]`` as find_or_insert left it.
         ids: For each feature, int64 ``[n_f]``: the same lists as in that call.
-        init: First values, by feature.
+        members: For each feature, the number of its member table.
+        initializers: int64 ``[M, 5]``, as ``csrc/core/initializer.h`` lays them out.
         dim: D.
         state: First values of the optimizer state.
     """
     torch.ops.recis.blocks_init_fresh(
-        *blocks, counters, fresh, ids, init.kinds, init.values, init.keys, dim,
-        state.offsets, state.widths, state.first_values,
-    )  # fmt: skip
-
-
-def gather_bags(
-    blocks: Blocks, rows: Tensor, ids: Sequence[Tensor], offsets: Sequence[Tensor], combiners: Sequence[int],
-    init: InitializerArgs, dim: int, outs: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """Writes the combined embeddings of each bag.
-
-    Args:
-        blocks: Read.
-        rows: int64 ``[N]``; -1 stands for an id without a row, which counts with its first value.
-        ids: For each feature, int64 ``[n_f]``.
-        offsets: For each feature, int64 ``[B + 1]`` into its ids, or an empty tensor: one id a bag.
-        combiners: For each feature, a value of ``COMBINERS``.
-        init: First values, by feature.
-        dim: D.
-        outs: For each feature, float32 ``[B, D]``, contiguous; written. An empty bag gives zeros.
-    """
-    torch.ops.recis.gather_bags(
-        *blocks, rows, ids, offsets, combiners, init.kinds, init.values, init.keys, dim, outs
+        *blocks, element, counters, rows, fresh, ids, members, initializers, dim,
+        state.offsets, state.widths, state.sizes, state.first_values,
     )  # fmt: skip
 
 
 def read(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copies one part of the records of ``rows`` (int64 ``[n]``) into ``values`` (float32 ``[n, width]``)."""
+    """Copies one part of the records of ``rows`` (int64 ``[n]``) into ``values`` ``[n, width]`` of the part's dtype."""
     torch.ops.recis.blocks_read(*blocks, rows, offset, values)
 
 
 def write(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copies ``values`` (float32 ``[n, width]``) into one part of the records of ``rows`` (int64 ``[n]``, distinct)."""
+    """Copies ``values`` ``[n, width]`` into one part of the records of ``rows`` (int64 ``[n]``, distinct)."""
     torch.ops.recis.blocks_write(*blocks, rows, offset, values)
+
+
+def read_meta(blocks: Blocks, rows: Tensor) -> Tensor:
+    """Returns int64 ``[3, n]``: updated step, seen step and frequency of ``rows`` (int64 ``[n]``)."""
+    columns = torch.empty(3, rows.numel(), dtype=torch.int64, device=rows.device)
+    torch.ops.recis.blocks_read_meta(*blocks, rows, columns)
+    return columns
+
+
+def write_meta(blocks: Blocks, rows: Tensor, columns: Tensor) -> None:
+    """Overwrites what :func:`read_meta` reads. Steps are below 2^40; a frequency stops at 2^48 - 1."""
+    torch.ops.recis.blocks_write_meta(*blocks, rows, columns)
+
+
+def copy_records(blocks: Blocks, source: Tensor, target: Tensor) -> None:
+    """Copies whole records from the rows ``source`` to the distinct rows ``target``, none of which is a source."""
+    torch.ops.recis.blocks_copy_records(*blocks, source, target)
+
+
+def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, step: int) -> None:
+    """Marks rows as seen at ``step``, and adds to their frequencies how often they occur.
+
+    Args:
+        blocks: Written.
+        count: int64 ``[1]``: U.
+        unique: int64, distinct rows; the first U count.
+        offsets: int64: row ``unique[u]`` occurs ``offsets[u + 1] - offsets[u]`` times.
+        step: Below 2^40.
+    """
+    torch.ops.recis.blocks_see_rows(*blocks, count, unique, offsets, step)

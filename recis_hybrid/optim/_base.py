@@ -9,36 +9,37 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from recis_hybrid.embedding import Anchor, HashTable, RowGradients, StateField
+from recis_hybrid import ops
+from recis_hybrid.embedding import Anchor, HashTable, StateField
+from recis_hybrid.ops.update import Gradients
 
 
 class SparseOptimizer(torch.optim.Optimizer):
     """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
 
-    ``step()`` reduces what backward has left at each table once, and updates each record in the same pass. A table
-    without gradients is passed over and its step count stays.
+    ``step()`` reduces what backward has left at each table once, and updates each record in the same pass. Every table
+    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. A table
+    whose config has hyperparameters of its own gets a parameter group of its own.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], needed: tuple[StateField, ...]) -> None:
-        super().__init__(params, defaults)
+        super().__init__(_split_groups(type(self).__name__, params, defaults), defaults)
         name = type(self).__name__
         for group in self.param_groups:
-            for number, anchor in enumerate(group["params"]):
-                if not isinstance(anchor, Anchor):
-                    raise TypeError(
-                        f"{name}: parameter {number} (shape {list(anchor.shape)}) is not an embedding table's anchor; "
-                        f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
-                    )
-                have = {field.name: anchor.table.layout.width(field.name) for field in anchor.table.layout.state}
-                want = {field.name: field.width or anchor.table.layout.dim for field in needed}
-                if any(have.get(field) != width for field, width in want.items()):
+            for anchor in group["params"]:
+                layout = anchor.table.layout
+                have = {field.name: layout.width(field.name) for field in layout.state}
+                want = {field.name: field.width or layout.dim for field in needed}
+                if not anchor.table.read_only and any(have.get(field) != width for field, width in want.items()):
                     raise ValueError(
                         f"{name} keeps {sorted(want)} for every row, but the engine was built with {sorted(have)}: "
                         f"build it with EmbeddingEngine(..., optimizer_state={name}.row_state())"
                     )
 
     @abstractmethod
-    def _update(self, table: HashTable, gradients: RowGradients, group: dict[str, Any], step: int) -> None:
+    def _update(
+        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+    ) -> None:
         """Applies one step's gradients to a table; ``step`` counts from 1."""
 
     @overload
@@ -49,7 +50,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every table that has gradients.
+        """Updates every table.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -63,25 +64,58 @@ class SparseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for anchor in group["params"]:
-                if anchor.table.pending.lookups:
-                    anchor.table.apply_pending(self.update_of(anchor))
+                if not anchor.table.read_only:
+                    anchor.table.apply_pending(self._update_in(group, anchor))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients that no step has used."""
-        super().zero_grad(set_to_none)
         for group in self.param_groups:
             for anchor in group["params"]:
-                anchor.table.pending.clear()
+                anchor.grad = None
 
-    def update_of(self, anchor: Tensor) -> Callable[[HashTable, RowGradients], None]:
+    def update_of(self, anchor: Tensor) -> Callable[[HashTable, Gradients], None]:
         """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
             raise ValueError(f"{type(self).__name__}: this table is not among the optimizer's parameters")
+        return self._update_in(group, anchor)
+
+    def _update_in(self, group: dict[str, Any], anchor: Tensor) -> Callable[[HashTable, Gradients], None]:
         state = self.state[anchor]
         step = state["step"] = state.get("step", 0) + 1
-        return lambda table, gradients: self._update(table, gradients, group, step)
+
+        def update(table: HashTable, gradients: Gradients) -> None:
+            self._update(table, table.records(gradients), gradients, group, step)
+
+        return update
+
+
+def _split_groups(owner: str, params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns parameter groups, one more for each table with hyperparameters of its own."""
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    result = []
+    for group in groups:
+        anchors: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        for number, anchor in enumerate(anchors):
+            if not isinstance(anchor, Anchor):
+                raise TypeError(
+                    f"{owner}: parameter {number} (shape {list(anchor.shape)}) is not an embedding table's anchor; "
+                    f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
+                )
+            unknown = sorted(set(anchor.overrides) - set(defaults))
+            if unknown:
+                names = ", ".join(member.name for member in anchor.table.members)
+                raise ValueError(
+                    f"{owner} has no hyperparameter {unknown}, which the config of the table {names} sets; "
+                    f"it has {sorted(defaults)}"
+                )
+        common = [anchor for anchor in anchors if not anchor.overrides]
+        if common:
+            result.append({**group, "params": common})
+        result += [{**group, **anchor.overrides, "params": [anchor]} for anchor in anchors if anchor.overrides]
+    return result
 
 
 def check_positive(owner: str, **values: float) -> None:

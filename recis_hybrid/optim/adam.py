@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from recis_hybrid import ops
-from recis_hybrid.embedding import HashTable, RowGradients, StateField
+from recis_hybrid.embedding import HashTable, StateField
+from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
@@ -36,20 +37,80 @@ class Adam(SparseOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
+        _check_betas("Adam", betas)
         check_positive("Adam", lr=lr, eps=eps)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Adam: betas must lie in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, self.row_state())
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
         """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
-        return StateField("exp_avg"), StateField("exp_avg_sq")
+        return _MOMENTS
 
-    def _update(self, table: HashTable, gradients: RowGradients, group: dict[str, Any], step: int) -> None:
-        layout = table.layout
-        ops.update.adam_update(
-            table.blocks.handle, layout.dim, gradients.gradients, gradients.groups,
-            exp_avg_offset=layout.offset("exp_avg"), exp_avg_sq_offset=layout.offset("exp_avg_sq"),
-            lr=group["lr"], betas=group["betas"], eps=group["eps"], step=step,
-        )  # fmt: skip
+    def _update(
+        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+    ) -> None:
+        _adam(table, records, gradients, group, step, eps=group["eps"], decay=1.0)
+
+
+class AdamW(SparseOptimizer):
+    r"""AdamW for the rows that have gradients; for a row that always has one, as ``torch.optim.AdamW``.
+
+    .. math::
+        w \leftarrow (1 - \eta \lambda) w,\;
+        w \leftarrow w - \frac{\eta}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with the moments m and v of Adam. Moments and weight of a row stand still while it has no gradient: its weight does
+    not decay then either. t counts the steps of its table.
+
+    Args:
+        params: ``engine.parameters()``, or groups of them.
+        lr: Learning rate η.
+        betas: β₁ and β₂, in [0, 1).
+        eps: Added to the root.
+        weight_decay: λ.
+
+    Raises:
+        TypeError: If a parameter is not a table's anchor.
+        ValueError: If a hyperparameter is out of range, or the engine keeps no ``exp_avg`` and ``exp_avg_sq``.
+
+    References:
+        Loshchilov, Hutter: Decoupled weight decay regularization. ICLR 2019.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:  # fmt: skip
+        _check_betas("AdamW", betas)
+        check_positive("AdamW", lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, self.row_state())
+
+    @staticmethod
+    def row_state() -> tuple[StateField, ...]:
+        """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        return _MOMENTS
+
+    def _update(
+        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+    ) -> None:
+        eps = group["eps"] * (1 - group["betas"][1] ** step) ** 0.5
+        _adam(table, records, gradients, group, step, eps=eps, decay=1 - group["lr"] * group["weight_decay"])
+
+
+_MOMENTS = (StateField("exp_avg"), StateField("exp_avg_sq"))
+
+
+def _adam(
+    table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int, *, eps: float,
+    decay: float,
+) -> None:  # fmt: skip
+    layout = table.layout
+    ops.update.adam_update(
+        records, gradients, exp_avg_offset=layout.offset("exp_avg"), exp_avg_sq_offset=layout.offset("exp_avg_sq"),
+        lr=group["lr"], betas=group["betas"], eps=eps, decay=decay, t=step,
+    )  # fmt: skip
+
+
+def _check_betas(owner: str, betas: tuple[float, float]) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{owner}: betas must lie in [0, 1), got {betas}")

@@ -6,32 +6,50 @@ from collections.abc import Iterable
 from typing import Any
 
 from recis_hybrid import ops
-from recis_hybrid.embedding import HashTable, RowGradients, StateField
+from recis_hybrid.embedding import HashTable, StateField
+from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
 class SGD(SparseOptimizer):
-    r"""Stochastic gradient descent: :math:`w \leftarrow w - \eta g`, as ``torch.optim.SGD`` without momentum.
+    r"""Stochastic gradient descent, as ``torch.optim.SGD``.
+
+    .. math:: b \leftarrow \mu b + g,\; w \leftarrow w - \eta b
+
+    The momentum buffer b of a row stands still while the row has no gradient; without momentum there is none.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
+        momentum: μ, in [0, 1).
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If lr is negative.
+        ValueError: If a hyperparameter is out of range, or there is momentum and the engine keeps no
+            ``momentum_buffer``.
+
+    References:
+        Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning. ICML 2013.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2) -> None:
-        check_positive("SGD", lr=lr)
-        super().__init__(params, {"lr": lr}, self.row_state())
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0) -> None:
+        check_positive("SGD", lr=lr, momentum=momentum)
+        if momentum >= 1:
+            raise ValueError(f"SGD: momentum must lie in [0, 1), got {momentum}")
+        super().__init__(params, {"lr": lr, "momentum": momentum}, self.row_state(momentum))
 
     @staticmethod
-    def row_state() -> tuple[StateField, ...]:
-        """Returns what a row keeps: nothing."""
-        return ()
+    def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
+        """Returns what a row keeps: ``momentum_buffer`` where there is momentum."""
+        return (StateField("momentum_buffer"),) if momentum > 0 else ()
 
-    def _update(self, table: HashTable, gradients: RowGradients, group: dict[str, Any], step: int) -> None:
-        ops.update.sgd_update(
-            table.blocks.handle, table.layout.dim, gradients.gradients, gradients.groups, lr=group["lr"]
-        )
+    def _update(
+        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+    ) -> None:
+        if group["momentum"] > 0:
+            offset = table.layout.offset("momentum_buffer")
+            ops.update.momentum_update(
+                records, gradients, buffer_offset=offset, lr=group["lr"], momentum=group["momentum"]
+            )
+        else:
+            ops.update.sgd_update(records, gradients, lr=group["lr"])

@@ -219,7 +219,7 @@ def test_describe_names_tables_members_features_and_rows() -> None:
 @pytest.mark.parametrize(
     ("column", "error", "message"),
     [
-        (None, KeyError, "feature 'user': the batch has no such column; it has"),
+        (None, KeyError, "feature 'user': the batch has no column 'user'; it has"),
         (torch.zeros(4), TypeError, "feature 'user': ids must be int64 or int32, got torch.float32; cast it"),
         (
             RaggedTensor(torch.zeros(4, dtype=torch.uint8), torch.tensor([0, 2, 4])),
@@ -242,8 +242,10 @@ def test_bad_configs_are_refused() -> None:
         EmbeddingEngine({})
     with pytest.raises(ValueError, match="dim must be positive, got 0"):
         EmbeddingConfig(dim=0)
-    with pytest.raises(ValueError, match=r"combiner must be one of \['mean', 'sum'\], got 'max'"):
-        EmbeddingConfig(dim=1, combiner="max")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"combiner must be one of \['sum', 'mean', 'sqrtn', 'max', 'tile', None\], got 'min'"
+    ):
+        EmbeddingConfig(dim=1, combiner="min")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'a' and 'b' share the table 't' but want different ones: dim=1.*dim=2"):
         EmbeddingEngine({"a": EmbeddingConfig(dim=1, table="t"), "b": EmbeddingConfig(dim=2, table="t")})
     with pytest.raises(ValueError, match="Uniform: low must not exceed high"):

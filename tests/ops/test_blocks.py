@@ -2,20 +2,22 @@ import numpy as np
 import pytest
 import torch
 
-from recis_hybrid.embedding import Constant, HashTable, MemberTable, Normal, RecordLayout, StateField, Uniform
+from recis_hybrid.embedding import (
+    Constant,
+    EmbeddingBlocks,
+    HashTable,
+    MemberTable,
+    Normal,
+    RecordLayout,
+    StateField,
+    Uniform,
+)
 from recis_hybrid.embedding.initializers import table_key
 from tests.support import philox
 from tests.support.devices import EDGE_IDS, on_devices
-from tests.support.tables import feature, make_table
+from tests.support.tables import feature, gathered, make_table, values_of
 
 DIMS = [1, 3, 4, 10, 16, 32, 64, 100, 128]
-
-
-def values_of(table: HashTable, ids: list[int], **kwargs: object) -> torch.Tensor:
-    lookup = table.lookup([feature(ids, device=table.device.type)], insert=True)
-    out = torch.empty(len(ids), table.layout.dim, device=table.device)
-    table.gather(lookup, [out])
-    return out.cpu()
 
 
 def table_with(initializer: object, dim: int, device: str = "cpu", seed: int = 3) -> HashTable:
@@ -68,7 +70,7 @@ def test_first_values_depend_on_seed_table_and_id_only(device: str) -> None:
 def test_optimizer_state_starts_as_declared(device: str) -> None:
     state = (StateField("sum", first_value=0.1), StateField("step", width=1, first_value=-2.0))
     table = make_table(dim=6, state=state, device=device)
-    lookup = table.lookup([feature([4, 5], device=device)], insert=True)
+    lookup = table.lookup([feature([4, 5], device=device)], train=True)
     assert table.blocks.read(lookup.rows, "sum").tolist() == [pytest.approx([0.1] * 6)] * 2
     assert table.blocks.read(lookup.rows, "step").tolist() == [[-2.0]] * 2
 
@@ -87,10 +89,9 @@ def test_pooling_is_that_of_embedding_bag(device: str, dim: int, combiner: str) 
             feature(ids, offsets.tolist(), combiner=int(combiner == "mean"), device=device),
             feature([7, 8], device=device),
         ],
-        insert=True,
+        train=True,
     )
-    outs = [torch.full((40, dim), torch.nan, device=device), torch.full((2, dim), torch.nan, device=device)]
-    table.gather(lookup, outs)
+    outs = gathered(table, lookup)
 
     weight = values_of(table, list(range(50)))
     bag = torch.nn.functional.embedding_bag(ids, weight, offsets, mode=combiner, include_last_offset=True)
@@ -101,13 +102,12 @@ def test_pooling_is_that_of_embedding_bag(device: str, dim: int, combiner: str) 
 @on_devices
 def test_unknown_ids_count_with_their_first_value_and_stay_unknown(device: str) -> None:
     table, twin = make_table(dim=10, device=device), make_table(dim=10, device=device)
-    table.lookup([feature([1], device=device)], insert=True)
-    twin.lookup([feature([1, 2, 3], device=device)], insert=True)
+    table.lookup([feature([1], device=device)], train=True)
+    twin.lookup([feature([1, 2, 3], device=device)], train=True)
     outs = []
     for each in (table, twin):
-        lookup = each.lookup([feature([1, 2, 3, 3], [0, 2, 4], device=device)], insert=False)
-        outs.append(torch.empty(2, 10, device=device))
-        each.gather(lookup, [outs[-1]])
+        lookup = each.lookup([feature([1, 2, 3, 3], [0, 2, 4], device=device)], train=False)
+        outs += gathered(each, lookup)
     assert torch.equal(outs[0], outs[1])
     assert len(table) == 1
 
@@ -115,11 +115,11 @@ def test_unknown_ids_count_with_their_first_value_and_stay_unknown(device: str) 
 @on_devices
 def test_rows_never_move_while_blocks_grow(device: str) -> None:
     table = make_table(dim=16, device=device)
-    table.blocks.block_rows = 64
-    table.lookup([feature(list(range(60)), device=device)], insert=True)
+    table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
+    table.lookup([feature(list(range(60)), device=device)], train=True)
     addresses = [block.data_ptr() for block in table.blocks.blocks]
     before = values_of(table, list(range(60)))
-    table.lookup([feature(list(range(100, 2000)), device=device)], insert=True)
+    table.lookup([feature(list(range(100, 2000)), device=device)], train=True)
     assert [block.data_ptr() for block in table.blocks.blocks][: len(addresses)] == addresses
     assert len(table.blocks.blocks) > len(addresses)
     assert torch.equal(values_of(table, list(range(60))), before)
@@ -129,18 +129,16 @@ def test_rows_never_move_while_blocks_grow(device: str) -> None:
 def test_more_features_than_travel_in_kernel_arguments(device: str) -> None:
     table = make_table(dim=4, members=2, device=device)
     features = [feature([f, f + 1], member=f % 2, device=device) for f in range(150)]
-    lookup = table.lookup(features, insert=True)
-    outs = [torch.empty(2, 4, device=device) for _ in features]
-    table.gather(lookup, outs)
+    lookup = table.lookup(features, train=True)
     first = values_of(table, list(range(151)))
-    for f, out in enumerate(outs):
+    for f, out in enumerate(gathered(table, lookup)):
         want = first[[f, f + 1]] if f % 2 == 0 else torch.full((2, 4), 0.5)
         assert torch.equal(out.cpu(), want)
 
 
 def test_blocks_refuse_what_does_not_fit() -> None:
     table = make_table(dim=4)
-    rows = table.lookup([feature([1, 2])], insert=True).rows
+    rows = table.lookup([feature([1, 2])], train=True).rows
     with pytest.raises(ValueError, match=r"embedding: values must have shape \(2, 4\), got \(2, 3\)"):
         table.blocks.write(rows, "embedding", torch.zeros(2, 3))
     with pytest.raises(KeyError, match="no optimizer state 'exp_avg'"):
@@ -150,19 +148,26 @@ def test_blocks_refuse_what_does_not_fit() -> None:
 def test_operators_have_right_schemas_and_fakes() -> None:
     table = make_table(dim=4)
     ids = torch.arange(3)
-    lookup = table.lookup([feature(ids)], insert=True)
-    blocks, none = tuple(table.blocks.handle), torch.empty(0, dtype=torch.int64)
-    init = ([0], [0.5, 0.0], [1])
-    check = torch.library.opcheck
+    lookup = table.lookup([feature(ids)], train=True)
+    blocks, check = tuple(table.blocks.handle), torch.library.opcheck
+    rows, groups = lookup.rows, lookup.groups
+    initializers = torch.zeros(1, 5, dtype=torch.int64)
     check(
         torch.ops.recis.gather_bags.default,
-        (*blocks, lookup.rows, [ids], [none], [0], *init, 4, [torch.empty(3, 4)]),
+        (*blocks, 0, 4, rows, *lookup.request.bags, [ids], [0], initializers, torch.empty(12), [0], None),
     )
-    check(torch.ops.recis.blocks_read.default, (*blocks, lookup.rows, 0, torch.empty(3, 4)))
-    check(torch.ops.recis.blocks_write.default, (*blocks, lookup.rows, 0, torch.ones(3, 4)))
-    fresh = torch.zeros(3, dtype=torch.int64)
+    check(torch.ops.recis.blocks_read.default, (*blocks, rows, 0, torch.empty(3, 4)))
+    check(torch.ops.recis.blocks_write.default, (*blocks, rows, 0, torch.ones(3, 4)))
+    columns = torch.zeros(3, 3, dtype=torch.int64)
+    check(torch.ops.recis.blocks_read_meta.default, (*blocks, rows, columns))
+    check(torch.ops.recis.blocks_write_meta.default, (*blocks, rows, columns))
+    check(torch.ops.recis.blocks_copy_records.default, (*blocks, rows[:1], rows[1:2]))
+    check(torch.ops.recis.blocks_see_rows.default, (*blocks, groups.count, groups.unique, groups.offsets, 1))
     check(
         torch.ops.recis.blocks_init_fresh.default,
-        (*blocks, table.id_map.counters.clone(), fresh, [ids], *init, 4, [], [], []),
-    )
+        (*blocks, 0, table.id_map.counters.clone(), rows, torch.zeros(3, dtype=torch.int64), [ids], [0], initializers,
+         4, [], [], [], []),
+    )  # fmt: skip
+    winners, gradient = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4)
+    check(torch.ops.recis.spread_max.default, (torch.tensor([0, 1, 3]), winners, gradient, torch.empty(3, 4)))
     check(torch.ops.recis.huge_empty.default, (1 << 21,), test_utils=["test_schema"])

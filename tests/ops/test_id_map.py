@@ -12,7 +12,7 @@ any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.samp
 def insert(id_map: IdMap, ids: torch.Tensor, member: int = 0) -> torch.Tensor:
     id_map.reserve(ids.numel())
     rows, _ = id_map.find_or_insert([ids], [member])
-    id_map.counters[1] = id_map.counters[0]  # as blocks_init_fresh does when it has written the records
+    id_map.commit()
     return rows
 
 
@@ -38,11 +38,14 @@ def test_member_tables_are_apart(device: str) -> None:
     ids = torch.tensor(EDGE_IDS, device=device)
     id_map.reserve(3 * len(EDGE_IDS))
     rows, _ = id_map.find_or_insert([ids, ids, ids], [0, 1, 65_535])
+    id_map.commit()
     assert rows.unique().numel() == 3 * len(EDGE_IDS)
     assert id_map.find([ids], [2]).tolist() == [-1] * len(EDGE_IDS)
-    found, of = id_map.ids(65_535)
-    assert found.tolist() == sorted(EDGE_IDS)
-    assert set(of.tolist()) == set(rows[-len(EDGE_IDS) :].tolist())
+    entries = id_map.entries()
+    last = entries.members == 65_535
+    assert dict(zip(entries.ids[last].tolist(), entries.rows[last].tolist(), strict=True)) == dict(
+        zip(EDGE_IDS, rows[-len(EDGE_IDS) :].tolist(), strict=True)
+    )
 
 
 @on_devices
@@ -54,7 +57,9 @@ def test_fresh_names_a_position_of_each_new_row(device: str) -> None:
     new = fresh[:2]
     assert rows[new].tolist() == [2, 3]
     assert set(ids[new].tolist()) == {7, 8}
-    assert id_map.counters.tolist() == [4, 2]
+    assert id_map.counters.tolist() == [2, 2, 0, 2, 2]
+    id_map.commit()
+    assert id_map.counters.tolist() == [0, 4, 0, 4, 4]
 
 
 @on_devices
@@ -76,7 +81,7 @@ def test_behaves_like_a_dict(batches: list[list[tuple[int, int]]]) -> None:
         ids = [torch.tensor(part, dtype=torch.int64) for part in by_member]
         id_map.reserve(len(batch))
         rows, _ = id_map.find_or_insert(ids, [0, 1, 2])
-        id_map.counters[1] = id_map.counters[0]
+        id_map.commit()
         keys = [(member, i) for member in range(3) for i in by_member[member]]
         for key, row in zip(keys, rows.tolist(), strict=True):
             assert model.setdefault(key, row) == row
@@ -109,13 +114,62 @@ def test_buckets_are_those_of_the_format() -> None:
     assert ops.id_map.bucket_of(torch.tensor(EDGE_IDS)).tolist() == [bucket(i) for i in EDGE_IDS]
 
 
+@on_devices
+def test_erased_ids_leave_their_rows_to_new_ones(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    rows = insert(id_map, torch.arange(100, device=device))
+    gone = torch.tensor([3, 50, 99, 3, 12345], device=device)
+    id_map.erase_slots(id_map.slots_of([gone], [0]))
+    assert len(id_map) == 97
+    assert id_map.find([gone], [0]).tolist() == [-1] * 5
+    fresh = insert(id_map, torch.arange(1000, 1005, device=device))
+    assert set(rows[gone[:3]].tolist()) < set(fresh.tolist())
+    assert id_map.row_bound == 102
+    assert torch.equal(id_map.find([torch.arange(4, 50, device=device)], [0]), rows[4:50])
+
+
+def test_erasing_for_ever_needs_no_more_slots() -> None:
+    id_map = IdMap(torch.device("cpu"))
+    for turn in range(200):
+        ids = torch.arange(500) + 500 * turn
+        insert(id_map, ids)
+        id_map.erase_slots(id_map.slots_of([ids], [0]))
+    assert len(id_map) == 0
+    assert id_map.capacity <= 2048
+    assert id_map.row_bound == 500
+
+
+def test_growth_that_memory_has_no_room_for_leaves_the_map_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    id_map = IdMap(torch.device("cpu"))
+    rows = insert(id_map, torch.arange(700))
+
+    def no_memory(size: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ops.memory, "empty_bytes", no_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        id_map.reserve(10_000)
+    assert torch.equal(id_map.find([torch.arange(700)], [0]), rows)
+
+
 def test_operators_have_right_schemas_and_fakes() -> None:
     id_map = IdMap(torch.device("cpu"), capacity=64)
     ids = torch.arange(5)
-    buffers = [torch.empty(5, dtype=torch.int64) for _ in range(2)]
+    slots, counters = id_map.slots, id_map.counters
+    words = [torch.zeros(5, dtype=torch.int64) for _ in range(5)]
     check = torch.library.opcheck
-    check(torch.ops.recis.id_map_find_or_insert.default, (id_map.slots, id_map.counters, [ids], [0], *buffers))
-    check(torch.ops.recis.id_map_find.default, (id_map.slots, [ids], [0], buffers[0]))
-    check(torch.ops.recis.id_map_rehash.default, (id_map.slots, torch.zeros(128, 2, dtype=torch.int64)))
-    check(torch.ops.recis.id_map_list.default, (id_map.slots, 0, *buffers, torch.zeros(1, dtype=torch.int64)))
-    check(torch.ops.recis.bucket_ids.default, (ids, buffers[0]))
+    check(
+        torch.ops.recis.id_map_find_or_insert.default,
+        (slots, counters, id_map.free_rows, torch.ones(5, dtype=torch.uint8), [ids], [0], *words[:2]),
+    )
+    check(torch.ops.recis.id_map_commit.default, (counters,))
+    check(torch.ops.recis.id_map_find.default, (slots, [ids], [0], False, words[0]))
+    check(torch.ops.recis.id_map_rehash.default, (slots, torch.zeros(128, 2, dtype=torch.int64)))
+    check(torch.ops.recis.id_map_list.default, (slots, *words[:4], torch.zeros(1, dtype=torch.int64)))
+    check(torch.ops.recis.id_map_erase.default, (slots, ids[:1], counters, words[0]))
+    check(torch.ops.recis.id_map_set.default, (slots, ids[:1], ids[:1]))
+    check(torch.ops.recis.id_map_move.default, (slots, torch.arange(64)))
+    check(torch.ops.recis.id_map_count.default, (slots, counters, [ids], [0], words[0] - 1))
+    admitted = torch.empty(5, dtype=torch.uint8)
+    check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], words[0], 2, admitted))
+    check(torch.ops.recis.bucket_ids.default, (ids, words[0]))

@@ -4,31 +4,36 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import ops
-from recis_hybrid.embedding import Lookup
+from recis_hybrid.embedding.pending import Part, Pending
+from recis_hybrid.ops.gather import Bags, RowGroups
+from recis_hybrid.ops.update import Gradients
 from tests.support.devices import on_devices
 from tests.support.tables import feature, make_table
 
 DIMS = [1, 3, 4, 10, 16, 32, 64, 100, 128]
 
 
-def groups_of(rows: list[int], device: str = "cpu", bound: int | None = None) -> ops.update.RowGroups:
+def groups_of(rows: list[int], device: str = "cpu", bound: int | None = None) -> RowGroups:
     tensor = torch.tensor(rows, dtype=torch.int64, device=device)
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    return ops.update.group_rows(tensor, [none], [len(rows)], [len(rows)], [0], bound or max(rows, default=0) + 1)
+    return ops.gather.group_rows(tensor, bound or max(rows, default=0) + 1, singles(len(rows)))
 
 
-def check_groups(rows: list[int], groups: ops.update.RowGroups) -> None:
+def singles(n: int) -> Bags:
+    return Bags([n], [n], [], [], [0], [0])
+
+
+def check_groups(rows: list[int], groups: RowGroups) -> None:
     count = int(groups.count)
     unique, starts = groups.unique[:count].tolist(), groups.offsets[: count + 1].tolist()
-    assert unique == sorted(set(rows))
+    assert unique == sorted({row for row in rows if row >= 0})
     assert starts[0] == 0
-    assert starts[-1] == len(rows)
+    assert starts[-1] == sum(row >= 0 for row in rows)
     bags = groups.sources.tolist()
     for u, row in enumerate(unique):
         assert bags[starts[u] : starts[u + 1]] == [p for p, r in enumerate(rows) if r == row]
 
 
-@given(st.lists(st.one_of(st.integers(0, 5), st.integers(0, 2**40 - 1)), max_size=300))
+@given(st.lists(st.one_of(st.integers(-1, 5), st.integers(0, 2**40 - 1)), max_size=300))
 def test_groups_keep_input_order(rows: list[int]) -> None:
     check_groups(rows, groups_of(rows))
 
@@ -36,7 +41,7 @@ def test_groups_keep_input_order(rows: list[int]) -> None:
 @on_devices
 @pytest.mark.parametrize("bound", [1, 2, 2**11, 2**11 + 1, 2**22, 2**40])
 def test_groups_at_the_edges_of_digits(device: str, bound: int) -> None:
-    rows = [bound - 1, 0, bound // 2, bound - 1, 0, bound // 3]
+    rows = [bound - 1, -1, 0, bound // 2, bound - 1, 0, -1, bound // 3]
     check_groups(rows, groups_of(rows, device, bound))
 
 
@@ -81,7 +86,7 @@ def test_reduction_is_bitwise_in_the_stated_order(device: str, dim: int) -> None
     gradient = torch.randn(1600, dim, generator=generator)
     groups = groups_of(rows.tolist(), device)
     out = torch.empty(1600, dim, device=device)
-    ops.update.reduce_rows([gradient.to(device)], groups, out)
+    ops.update.reduce_rows(Gradients([gradient.to(device)], groups), out)
     want = np.stack([chunked_sum(gradient[rows == row].numpy()) for row in range(7)])
     assert np.array_equal(out[:7].cpu().numpy(), want)
 
@@ -94,10 +99,10 @@ def test_reduction_over_features_bags_and_means(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 12, (offsets[-1],), generator=generator)
     flat = torch.randint(0, 12, (bags,), generator=generator)
-    lookup = table.lookup([feature(ids, offsets, combiner=1, device=device), feature(flat, device=device)], insert=True)
+    lookup = table.lookup([feature(ids, offsets, combiner=1, device=device), feature(flat, device=device)], train=True)
     gradients = [torch.randn(bags, 6, generator=generator) for _ in range(2)]
     out = torch.empty(lookup.rows.numel(), 6, device=device)
-    ops.update.reduce_rows([gradient.to(device) for gradient in gradients], lookup.groups, out)
+    ops.update.reduce_rows(Gradients([gradient.to(device) for gradient in gradients], lookup.groups), out)
 
     weight = torch.zeros(12, 6, requires_grad=True)
     pooled = torch.nn.functional.embedding_bag(
@@ -105,7 +110,7 @@ def test_reduction_over_features_bags_and_means(device: str) -> None:
     )
     torch.autograd.backward([pooled, weight[flat]], gradients)
     count = int(lookup.groups.count)
-    rows = table.lookup([feature(list(range(12)), device=device)], insert=False).rows.tolist()
+    rows = table.lookup([feature(list(range(12)), device=device)], train=False).rows.tolist()
     for row, got in zip(lookup.groups.unique[:count].tolist(), out[:count].cpu(), strict=True):
         assert weight.grad is not None
         torch.testing.assert_close(got, weight.grad[rows.index(row)], rtol=1e-5, atol=1e-6)
@@ -118,25 +123,30 @@ def test_strided_gradients_are_taken_as_they_are(device: str, dim: int) -> None:
     wide = torch.randn(4, 2 * dim, device=device)
     out, want = torch.empty(4, dim, device=device), torch.empty(4, dim, device=device)
     for gradient in (wide[:, dim:], torch.randn(1, dim, device=device).expand(4, dim)):
-        ops.update.reduce_rows([gradient], groups, out)
-        ops.update.reduce_rows([gradient.contiguous()], groups, want)
+        ops.update.reduce_rows(Gradients([gradient], groups), out)
+        ops.update.reduce_rows(Gradients([gradient.contiguous()], groups), want)
         assert torch.equal(out[:3], want[:3])
 
 
-def test_merged_lookups_reduce_as_one() -> None:
-    table = make_table(dim=4)
-    first = table.lookup([feature([1, 2, 1])], insert=True)
-    second = table.lookup([feature([2, 3], [0, 2], combiner=1)], insert=True)
-    gradients = [torch.randn(3, 4), torch.randn(1, 4)]
-    merged = Lookup.merged([first, second])
-    out = torch.empty(5, 4)
-    ops.update.reduce_rows(gradients, merged.groups, out)
-    want = torch.stack([
-        gradients[0][0] + gradients[0][2],
-        gradients[0][1] + 0.5 * gradients[1][0],
-        0.5 * gradients[1][0],
-    ])  # fmt: skip
-    torch.testing.assert_close(out[: int(merged.groups.count)], want)
+@on_devices
+def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
+    table = make_table(dim=4, device=device)
+    first = table.lookup([feature([1, 2, 1], device=device)], train=True)
+    second = table.lookup([feature([2, 3], [0, 2], combiner=1, device=device)], train=True)
+    gradients = [torch.randn(3, 4, device=device), torch.randn(1, 4, device=device)]
+    pending = Pending()
+    for lookup, gradient in zip((first, second), gradients, strict=True):
+        pending.add(Part(lookup.rows, lookup.row_bound, lookup.sources, [gradient], lookup.groups))
+    out = torch.empty(5, 4, device=device)
+    merged = pending.gradients()
+    ops.update.reduce_rows(merged, out)
+    rows = table.rows(0, torch.tensor([1, 2, 3])).tolist()
+    want = {
+        rows[0]: gradients[0][0] + gradients[0][2],
+        rows[1]: gradients[0][1] + 0.5 * gradients[1][0],
+        rows[2]: 0.5 * gradients[1][0],
+    }
+    torch.testing.assert_close(out[:3], torch.stack([want[row] for row in merged.groups.unique[:3].tolist()]))
 
 
 @settings(max_examples=30)
@@ -150,7 +160,7 @@ def test_thread_counts_give_the_same_bits(dim: int, spread: int) -> None:
         torch.set_num_threads(threads)
         groups = groups_of(rows.tolist())
         out = torch.zeros(40_000, dim)
-        ops.update.reduce_rows([gradient], groups, out)
+        ops.update.reduce_rows(Gradients([gradient], groups), out)
         outs.append(out)
     torch.set_num_threads(before)
     assert torch.equal(*outs)
@@ -158,17 +168,15 @@ def test_thread_counts_give_the_same_bits(dim: int, spread: int) -> None:
 
 def test_operators_have_right_schemas_and_fakes() -> None:
     table = make_table(dim=4)
-    lookup = table.lookup([feature([1, 2, 1], combiner=0)], insert=True)
-    groups, blocks = lookup.groups, tuple(table.blocks.handle)
-    grouped = ([torch.ones(3, 4)], groups.count, groups.unique, groups.offsets, groups.sources, None)
-    none, words = torch.empty(0, dtype=torch.int64), [torch.empty(4, dtype=torch.int64) for _ in range(4)]
-    check = torch.library.opcheck
-    check(torch.ops.recis.bag_sources.default, ([none], [3], [3], [0], words[0][:3], None))
-    check(
-        torch.ops.recis.group_rows.default,
-        (lookup.rows, torch.arange(3), None, 2, words[0], words[1], words[2], None, words[3][:1]),
-    )
+    lookup = table.lookup([feature([1, 2, 1], combiner=0)], train=True)
+    groups = lookup.groups
+    grouped = ([torch.ones(3, 4)], groups.count, groups.unique, groups.offsets, groups.sources, None, torch.ones(1))
+    words = [torch.empty(4, dtype=torch.int64) for _ in range(4)]
+    records, check = (*table.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
+    check(torch.ops.recis.group_rows.default, (lookup.rows, 2, *singles(3), *words[:3], None, words[3][:1]))
     check(torch.ops.recis.reduce_rows.default, (*grouped, torch.zeros(3, 4)))
-    check(torch.ops.recis.sgd_update.default, (*blocks, 4, *grouped, 0.1))
-    check(torch.ops.recis.adagrad_update.default, (*blocks, 4, *grouped, 0, 0.1, 1e-10))
-    check(torch.ops.recis.adam_update.default, (*blocks, 4, *grouped, 0, 0, 0.1, 0.9, 0.999, 1e-8, 1))
+    check(torch.ops.recis.sgd_update.default, (*records, *grouped, 0.1))
+    check(torch.ops.recis.momentum_update.default, (*records, *grouped, 0, 0.1, 0.9))
+    check(torch.ops.recis.adagrad_update.default, (*records, *grouped, 0, 0.1, 1e-10))
+    check(torch.ops.recis.rowwise_adagrad_update.default, (*records, *grouped, 0, 0.1, 1e-10))
+    check(torch.ops.recis.adam_update.default, (*records, *grouped, 0, 0, 0.1, 0.9, 0.999, 1e-8, 1.0, 1))

@@ -1,0 +1,49 @@
+"""What a peer's worker speaks, in the peer's own interpreter: neither torch nor tensorflow is imported here.
+
+The parent hands the workload over as .npy files. The worker answers ``ready`` when its tables are warm, and then each
+line ``step`` with the seconds that its step took; it ends when its input does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Task:
+    """What to measure, from the command line: ids ``[features, n]``, rows ``[batches, features, samples]``."""
+
+    def __init__(self) -> None:
+        # Libraries print to stdout as they please; answers go to a stream of their own.
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--data", type=Path, required=True)
+        parser.add_argument("--rule", required=True)
+        parser.add_argument("--lr", type=float, required=True)
+        parser.add_argument("--threads", type=int, required=True)
+        parser.add_argument("--clock", choices=list(CLOCKS), required=True)
+        args = parser.parse_args()
+        self.rule: str = args.rule
+        self.lr: float = args.lr
+        self.threads: int = args.threads
+        self.ids: np.ndarray = np.load(args.data / "ids.npy")
+        self.rows: np.ndarray = np.load(args.data / "rows.npy")
+        self.gradients: np.ndarray = np.load(args.data / "gradients.npy")  # [features, samples, dim]
+        self._now = CLOCKS[args.clock]
+
+    def serve(self, step: Callable[[int], object]) -> None:
+        """Runs ``step(batch)`` each time the parent asks, with one batch after another."""
+        print("ready", file=self._answers)
+        for number, _ in enumerate(sys.stdin):
+            begin = self._now()
+            step(number % len(self.rows))
+            print(self._now() - begin, file=self._answers)

@@ -1,0 +1,113 @@
+// Ordered reduction of row gradients.
+#pragma once
+
+#include <cstdint>
+
+#include "core/for_each.h"
+#include "core/gather.h"
+#include "core/segments.h"
+
+namespace recis {
+
+// The gradients of one feature's vectors.
+struct GradientSpan {
+  int64_t first;  // unused; features are found by number
+  const float* values;
+  int64_t stride;  // elements from one vector to the next; 0 for an expanded gradient
+};
+
+// Row gradients grouped by row: row unique[u] takes the gradients sources[offsets[u] .. offsets[u + 1]), in input
+// order. There are *count rows; the buffers are upper bounds.
+struct GroupedGradients {
+  Segments<GradientSpan> features;
+  const int64_t* count;
+  const int64_t* unique;
+  const int64_t* offsets;
+  const int64_t* sources;
+  const float* scales;  // by group, as sources; or null
+  const float* factor;  // [1]: what summed gradients are multiplied by (unscaling, clipping); or null
+
+  RECIS_HD const float* source(int64_t k) const {
+    const GradientSpan& feature = features[static_cast<int32_t>(sources[k] >> kSourceShift)];
+    return feature.values + (sources[k] & kSourceVector) * feature.stride;
+  }
+
+  // Starts loading the first gradients of a group; a longer group asks for the others as it goes.
+  static constexpr int64_t kAhead = 8;
+
+  RECIS_HD void prefetch(int64_t u, int64_t dim) const {
+    const int64_t end = min64(offsets[u + 1], offsets[u] + kAhead);
+    for (int64_t k = offsets[u]; k < end; ++k) prefetch_source(k, dim);
+  }
+
+  RECIS_HD void prefetch_source(int64_t k, int64_t dim) const {
+#if !defined(__CUDA_ARCH__)
+    const float* gradient = source(k);
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(gradient + d, 0, 3);
+#endif
+  }
+
+  // Gradients are added in input order, in chunks of kChunk whose sums are added in order: the same bits whatever the
+  // number of threads, and long groups can be summed by several of them.
+  static constexpr int64_t kChunk = 256;
+
+  template <int W, class Count>
+  RECIS_HD void sum(int64_t u, int64_t d, Count n, float (&total)[W]) const {
+    const int64_t begin = offsets[u];
+    const int64_t end = offsets[u + 1];
+    if (d == 0) {
+      for (int64_t k = begin + kAhead; k < min64(end, begin + 64); ++k) prefetch_source(k, n);
+    }
+    sum_chunk<W>(begin, min64(end, begin + kChunk), d, n, total);
+    for (int64_t at = begin + kChunk; at < end; at += kChunk) {
+      float chunk[W];
+      sum_chunk<W>(at, min64(end, at + kChunk), d, n, chunk);
+      for (int j = 0; j < n; ++j) total[j] += chunk[j];
+    }
+    if (factor != nullptr) {
+      for (int j = 0; j < n; ++j) total[j] *= *factor;
+    }
+  }
+
+  template <int W, class Count>
+  RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
+    for (int j = 0; j < n; ++j) total[j] = 0.0f;
+    if (scales == nullptr) {
+      for (int64_t k = begin; k < end; ++k) {
+        const float* gradient = source(k) + d;
+        for (int j = 0; j < n; ++j) total[j] += gradient[j];
+      }
+    } else {
+      for (int64_t k = begin; k < end; ++k) {
+        const float* gradient = source(k) + d;
+        for (int j = 0; j < n; ++j) total[j] += scales[k] * gradient[j];
+      }
+    }
+  }
+};
+
+// out[u] = the summed gradient of row unique[u].
+template <int W>
+struct ReduceRows {
+  GroupedGradients gradients;
+  int64_t dim;
+  float* out;  // [upper bound, dim]
+
+  int64_t fetched_bytes() const { return dim * 4; }
+
+  RECIS_HD void prefetch(int64_t u) const {
+    if (u < *gradients.count) gradients.prefetch(u, dim);
+  }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t u, Lanes lanes) const {
+    if (u >= *gradients.count) return;
+    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+      float sum[W];
+      gradients.template sum<W>(u, d, n, sum);
+      for (int j = 0; j < n; ++j) out[u * dim + d + j] = sum[j];
+    });
+  }
+};
+
+}  // namespace recis

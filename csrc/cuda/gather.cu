@@ -1,0 +1,5 @@
+#include "ops/gather.h"
+
+#include "cuda/device.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) { recis::register_gather<recis::CudaDevice>(m); }

@@ -1,0 +1,119 @@
+// Operators from rows to pooled vectors and back to positions (kernels: core/gather.h).
+#pragma once
+
+#include <type_traits>
+
+#include "core/gather.h"
+#include "ops/blocks.h"
+#include "ops/common.h"
+
+namespace recis {
+
+// The features of a lookup travel as lists, one element each: `lengths` (ids), `vectors` (what it gives), `offsets` and
+// `weights` (see optional_data), `combiners`, `tiles`.
+#define RECIS_FEATURES "int[] lengths, int[] vectors, Tensor[] offsets, Tensor[] weights, int[] combiners, int[] tiles"
+
+inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& lengths, const Ints& vectors,
+                    const Ints& combiners, const Ints& tiles, size_t f) {
+  const int64_t* starts = optional_data<int64_t>(offsets, f, "offsets");
+  const float* shares = optional_data<float>(weights, f, "weights");
+  const int64_t bags = tiles[f] == 0 ? vectors[f] : vectors[f] / tiles[f];
+  RECIS_CHECK(starts == nullptr ? lengths[f] == vectors[f] && tiles[f] == 0 : offsets[f].numel() == bags + 1,
+              "offsets or ids do not fit the number of bags");
+  RECIS_CHECK(shares == nullptr || weights[f].numel() == lengths[f], "one weight for each id");
+  return {starts, shares, static_cast<Combiner>(combiners[f]), tiles[f]};
+}
+
+// Outputs above this many bytes are written past the caches.
+inline constexpr int64_t kStreamFrom = 4 << 20;
+
+template <class Device>
+void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,
+                 int64_t dim, const Tensor& rows, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
+                 Ints combiners, Ints tiles, Tensors ids, Ints members, const Tensor& initializers, const Tensor& out,
+                 Ints starts, const std::optional<Tensor>& winners) {
+  Device device(rows);
+  const Initializer* inits = initializer_data(initializers);
+  float* buffer = data<float>(out, "out");
+  int32_t* won = data_or_null<int32_t>(winners, "winners");
+  std::vector<BagSpan> spans;
+  spans.reserve(lengths.size());
+  int64_t total = 0;
+  int64_t positions = 0;
+  bool streams = dim % 16 == 0 && reinterpret_cast<uintptr_t>(buffer) % 64 == 0;
+  bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
+  for (size_t f = 0; f < lengths.size(); ++f) {
+    const Bags bags = bags_of(offsets, weights, lengths, vectors, combiners, tiles, f);
+    RECIS_CHECK(starts[f] >= 0 && starts[f] + vectors[f] * dim <= out.numel(), "out is too small");
+    RECIS_CHECK(ids.empty() || ids[f].numel() == lengths[f], "ids must hold one element for each row");
+    spans.push_back({total, positions, bags, ids.empty() ? nullptr : data<int64_t>(ids[f], "ids"), buffer + starts[f],
+                     bags.combiner == Combiner::kMax && won != nullptr ? won + starts[f] : nullptr,
+                     ids.empty() || members[f] < 0 ? nullptr : inits + members[f]});
+    aligned = aligned && starts[f] % 4 == 0;
+    streams = streams && starts[f] % 8 == 0;
+    total += vectors[f];
+    positions += lengths[f];
+  }
+  RECIS_CHECK(rows.numel() == positions, "rows must hold one element for each id");
+  with_element(type, [&](auto element) {
+    const auto gather = [&](auto width) {
+      GatherBags<decltype(element), decltype(width)::value> kernel{};
+      device.place(kernel.segments, spans);
+      kernel.segments.total = total;
+      kernel.blocks = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
+      kernel.rows = data<int64_t>(rows, "rows");
+      kernel.dim = dim;
+      kernel.streams = streams && total * dim * 4 > kStreamFrom;
+      device.for_each(total, dim, kernel);
+    };
+    if constexpr (std::is_same_v<decltype(element), float>) {
+      device.with_width(dim, aligned, gather);
+    } else {
+      device.with_narrow_width(aligned, gather);
+    }
+  });
+}
+
+template <class Device>
+void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& gradient, const Tensor& out) {
+  Device device(out);
+  const int64_t dim = out.size(1);
+  RECIS_CHECK(gradient.scalar_type() == ScalarType::Float && gradient.size(1) == dim &&
+                  (dim == 1 || gradient.numel() == 0 || gradient.stride(1) == 1),
+              "the gradient must be float32 [bags, dim] with contiguous rows");
+  const int64_t bags = gradient.size(0);
+  RECIS_CHECK(winners.numel() == bags * dim && (offsets.numel() == 0 ? out.size(0) : offsets.numel() - 1) == bags,
+              "winners, offsets and gradient must be of the same bags");
+  device.for_each(
+      bags, dim,
+      SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"), data<int32_t>(winners, "winners"),
+                static_cast<const float*>(gradient.data_ptr()), gradient.stride(0), dim, data<float>(out, "out")});
+}
+
+template <class Device>
+void fill_sources(Device& device, const Ints& lengths, const Ints& vectors, const Tensors& offsets,
+                  const Tensors& weights, const Ints& combiners, const Ints& tiles, int64_t* sources, float* scales) {
+  std::vector<SourceSpan> spans;
+  spans.reserve(lengths.size());
+  int64_t first = 0;
+  int64_t positions = 0;
+  for (size_t f = 0; f < lengths.size(); ++f) {
+    spans.push_back({first, positions, bags_of(offsets, weights, lengths, vectors, combiners, tiles, f)});
+    first += vectors[f];
+    positions += lengths[f];
+  }
+  FillSources kernel{};
+  device.place(kernel.segments, spans);
+  kernel.segments.total = first;
+  kernel.sources = sources;
+  kernel.scales = scales;
+  device.for_each(first, 1, kernel);
+}
+
+template <class Device, class Library>
+void register_gather(Library& m) {
+  m.impl("gather_bags", TORCH_BOX(&gather_bags<Device>));
+  m.impl("spread_max", TORCH_BOX(&spread_max<Device>));
+}
+
+}  // namespace recis

@@ -1,0 +1,119 @@
+"""Admission: which ids get a row.
+
+A policy is what a user writes into a config; a gate is its state within one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.id_map import IdCounts
+
+
+class Gate(Protocol):
+    """What a policy keeps for one table, and how it decides."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+    def admitted(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> Tensor:
+        """Notes a training lookup and decides about it.
+
+        Args:
+            ids: For each feature, int64 ``[n_f]``.
+            members: For each feature, its member table's number.
+            rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
+
+        Returns:
+            uint8 ``[N]``: 1 where an id has a row or is to get one.
+        """
+
+    def clear(self, member: int | None) -> None:
+        """Forgets what it knows of the ids of a member table, or of all."""
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """Returns what it knows of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
+
+    def load(self, member: int, state: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave."""
+
+
+class Admission(Protocol):
+    """A rule that says which ids get a row; hashable, so that tables with equal rules can be one."""
+
+    def gate(self, device: torch.device) -> Gate:
+        """Returns a gate without a past."""
+
+
+@dataclass(frozen=True)
+class MinFrequency:
+    """An id gets a row once it was looked up ``count`` times in training.
+
+    The lookup in which an id reaches the count is the first to find it. Counts are exact; ids that have a row need none
+    and hold none. Until then an id counts with its first value, or as zeros, as the config's ``unknown`` says, and its
+    gradients go nowhere.
+
+    Example:
+        >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")
+    """
+
+    count: int
+    """Lookups, at least 1; an id that occurs twice in a batch is looked up twice."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"MinFrequency: count must be at least 1, got {self.count}")
+
+    def gate(self, device: torch.device) -> Gate:
+        """Returns a gate that has counted nothing."""
+        return FrequencyGate(self.count, device)
+
+
+class FrequencyGate:
+    """Exact counts of the ids that have no row: forgotten when they get one."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._least = count
+        self._counts = IdCounts(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the counts."""
+        return self._counts.nbytes
+
+    def admitted(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> Tensor:
+        """Counts the ids that have no row, and admits those that have been counted often enough."""
+        counts = self._counts
+        counts.count(ids, members, rows)
+        admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
+        ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted)
+        # Whoever gets a row needs no count.
+        counts.erase_slots(torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1))
+        return admitted
+
+    def clear(self, member: int | None) -> None:
+        """Forgets counts."""
+        if member is None:
+            self._counts = IdCounts(self._counts.device)
+            return
+        entries = self._counts.entries()
+        self._counts.erase_slots(entries.slots[entries.members == member])
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """Returns ``ids``, ascending, and ``count``."""
+        entries = self._counts.entries()
+        mine = entries.members == member
+        ids, order = entries.ids[mine].sort()
+        return {"ids": ids, "count": entries.rows[mine][order]}
+
+    def load(self, member: int, state: dict[str, Tensor]) -> None:
+        """Takes over counts of ids that it knows nothing of."""
+        device = self._counts.device
+        self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())

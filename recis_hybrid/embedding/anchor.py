@@ -1,0 +1,47 @@
+"""Anchor: a table's place in autograd and in optimizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from recis_hybrid.embedding.hash_table import HashTable
+
+
+class Anchor(nn.Parameter):
+    """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
+
+    ``grad`` is their L2 norm, float32 ``[1]``, computed when it is read; None if there are none. Whatever scales it in
+    place scales the row gradients, and non-finite gradients make it non-finite: so ``torch.nn.utils.clip_grad_norm_``
+    (with its norm of 2) and ``torch.amp.GradScaler`` work on tables as on dense parameters. Setting it to None, as
+    ``zero_grad`` does, forgets the gradients.
+    """
+
+    table: HashTable
+    overrides: dict[str, Any]
+    """Hyperparameters of the optimizer that are others for this table."""
+
+    def __new__(cls, table: HashTable) -> Anchor:
+        """Makes the anchor of a table."""
+        anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
+        anchor.table = table
+        anchor.overrides = {}
+        return anchor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
+        raise TypeError("an embedding table cannot be deep-copied; save it with Saver and load it into a new engine")
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The norm of the table's row gradients; see the class."""
+        reduced = self.table.pending.reduced(self.table.layout.dim)
+        return None if reduced is None else reduced.shown
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError("the gradient of an embedding table cannot be set; scale what is there, or set it to None")
+        self.table.pending.clear()

@@ -1,0 +1,13 @@
+"""Devices by name, with their number."""
+
+from __future__ import annotations
+
+import torch
+
+
+def device_of(device: torch.device | str, index: int | None = None) -> torch.device:
+    """Returns the device with its number, which tensors carry: the current one where ``index`` is None."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    return device

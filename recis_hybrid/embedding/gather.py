@@ -1,0 +1,114 @@
+"""From a lookup to the outputs of its features, and back from their gradients to the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.hash_table import HashTable
+from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.ops.gather import MAX
+
+_PART_FLOATS = 16  # 64 bytes: what JAX wants of a buffer that it is to share
+
+
+@dataclass
+class Outputs:
+    """Where the outputs of a lookup lie: one buffer, each feature's part at a multiple of 64 bytes."""
+
+    shapes: list[tuple[int, ...]]
+    """For each feature, the shape of what it gives."""
+    starts: list[int]
+    """For each feature, where its part begins."""
+    total: int
+    """Elements of the buffer."""
+    device: torch.device
+    """Where the outputs are wanted."""
+    winners: Tensor | None = None
+    """int32, as the buffer: which id of a bag was the greatest; kept for the backward pass."""
+
+    @staticmethod
+    def of(vectors: list[int], shapes: list[tuple[int, ...]], table: HashTable, device: torch.device) -> Outputs:
+        """Lays the parts out."""
+        dim = table.layout.dim
+        starts, total = [], 0
+        for count in vectors:
+            starts.append(total)
+            total += -(-count * dim // _PART_FLOATS) * _PART_FLOATS
+        return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
+
+    def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        """Returns each feature's part of a buffer, in its shape."""
+        first = self.shapes[0]
+        count = len(self.shapes)
+        if len(first) == 2 and all(shape == first for shape in self.shapes):
+            rows, width = first
+            if count == 1 or (rows * width) % _PART_FLOATS == 0:  # no gaps: one call in place of many
+                return buffer[: count * rows * width].view(count, rows, width).unbind()
+        parts = zip(self.shapes, self.starts, strict=True)
+        return tuple(buffer.as_strided(shape, _strides(shape), start) for shape, start in parts)
+
+
+def gather(table: HashTable, lookup: Lookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
+    """Returns each feature's vectors, in one new buffer."""
+    buffer = ops.memory.empty_bytes(4 * outputs.total, table.device).view(torch.float32)
+    if keep_winners and MAX in lookup.request.bags.combiners:
+        outputs.winners = torch.empty(outputs.total, dtype=torch.int32, device=table.device)
+    table.gather(lookup, buffer, outputs.starts, outputs.winners)
+    return outputs.views(buffer if outputs.device == table.device else buffer.to(outputs.device))
+
+
+def differentiable(table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
+    """As :func:`gather`; backward leaves the gradients at the table, for the optimizer's step to reduce once."""
+    return _Gather.apply(table.anchor, table, lookup, outputs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def spread(
+    table: HashTable, lookup: Lookup, outputs: Outputs, gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
+    dim, request = table.layout.dim, lookup.request
+    results: list[Tensor | None] = []
+    for number, gradient in enumerate(gradients):
+        if gradient is None:
+            results.append(None)
+            continue
+        vectors = request.bags.vectors[number]
+        if gradient.dim() != 2 or gradient.size(1) != dim:
+            gradient = gradient.reshape(vectors, dim)
+        if request.bags.combiners[number] == MAX:
+            assert outputs.winners is not None
+            start = outputs.starts[number]
+            out = gradient.new_empty(request.bags.lengths[number], dim)
+            won = outputs.winners[start : start + vectors * dim]
+            gradient = gradient if gradient.stride(1) == 1 or dim == 1 else gradient.contiguous()
+            ops.gather.spread_max(request.bags.offsets[number], won, gradient, out)
+            gradient = out
+        results.append(gradient)
+    return results
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
+        ctx.table, ctx.lookup, ctx.outputs = table, lookup, outputs
+        ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
+        return gather(table, lookup, outputs, keep_winners=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None, None]:
+        ctx.table.add_gradients(ctx.lookup, spread(ctx.table, ctx.lookup, ctx.outputs, gradients))
+        return None, None, None, None
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))

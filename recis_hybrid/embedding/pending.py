@@ -1,0 +1,134 @@
+"""Pending: gradients that backward has left at a table for the optimizer's next step.
+
+Letters: N positions, U distinct rows, D dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.ops.gather import Bags, RowGroups
+from recis_hybrid.ops.update import Gradients
+
+
+@dataclass
+class Part:
+    """The gradients of one lookup."""
+
+    rows: Tensor
+    """int64 ``[N]``; -1 where there is none."""
+    row_bound: int
+    bags: Bags
+    """How gradients belong to positions."""
+    values: list[Tensor]
+    """For each feature, float32 ``[V, D]``."""
+    groups: RowGroups | None
+    """Of all its features, if they were grouped already."""
+
+
+@dataclass
+class Reduced:
+    """Summed row gradients, and their norm as torch's tools see and scale it."""
+
+    groups: RowGroups
+    sums: Tensor
+    """float32 ``[N, D]``: of the rows ``groups.unique``; zeros beyond them."""
+    norm: Tensor
+    """float32 ``[1]``."""
+    shown: Tensor
+    """A copy that is handed out as the anchor's ``grad``; what is done to it is done to the gradients."""
+
+    @property
+    def factor(self) -> Tensor:
+        """float32 ``[1]``: what the sums are to be multiplied by."""
+        return torch.where(self.norm == 0, 1.0, self.shown / self.norm)
+
+
+class Pending:
+    """Gradients of any number of lookups, reduced once: when they are used, or when their norm is asked for."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._reduced: Reduced | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parts) or self._reduced is not None
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._parts = []
+        self._reduced = None
+
+    def add(self, part: Part) -> None:
+        """Appends the gradients of one lookup."""
+        if self._reduced is not None:
+            self._parts = [self._as_part(self._reduced)]
+            self._reduced = None
+        self._parts.append(part)
+
+    def gradients(self) -> Gradients:
+        """Returns all of them, for one update."""
+        if self._reduced is not None:
+            return Gradients([self._reduced.sums], self._reduced.groups, self._reduced.factor)
+        part = self._parts[0]
+        if len(self._parts) > 1:
+            part = _merged(self._parts)
+        groups = part.groups or ops.gather.group_rows(part.rows, part.row_bound, part.bags)
+        return Gradients(part.values, groups)
+
+    def reduced(self, dim: int) -> Reduced | None:
+        """Sums the gradients of each row, unless that was done; None if there are none."""
+        if self._reduced is None and self._parts:
+            gradients = self.gradients()
+            n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
+            sums = torch.zeros(n, dim, dtype=torch.float32, device=device)
+            ops.update.reduce_rows(gradients, sums)
+            each = torch.arange(n + 1, dtype=torch.int64, device=device)
+            groups = RowGroups(gradients.groups.count, gradients.groups.unique, each, each[:n], None)
+            self._parts = []
+            self.replace_sums(groups, sums)
+        return self._reduced
+
+    def replace_sums(self, groups: RowGroups, sums: Tensor) -> None:
+        """Takes other summed gradients for those of the rows of ``groups``."""
+        # In float64: a sum of squares of scaled gradients may leave float32's range.
+        norm = torch.linalg.vector_norm(sums, dtype=torch.float64).reshape(1).to(torch.float32)
+        self._reduced = Reduced(groups, sums, norm, norm.clone())
+
+    def _as_part(self, reduced: Reduced) -> Part:
+        n = reduced.sums.size(0)
+        in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
+        rows = torch.where(in_use, reduced.groups.unique, -1)
+        bound = int(rows.max()) + 1 if n else 1
+        return Part(rows, bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None)
+
+
+def _merged(parts: list[Part]) -> Part:
+    """Returns several parts as one, their features in order."""
+    bags = [part.bags for part in parts]
+    return Part(
+        torch.cat([part.rows for part in parts]),
+        max(part.row_bound for part in parts),
+        Bags(
+            [n for each in bags for n in each.lengths],
+            [v for each in bags for v in each.vectors],
+            _joined([each.offsets for each in bags], bags),
+            _joined([each.weights for each in bags], bags),
+            [c for each in bags for c in each.combiners],
+            [t for each in bags for t in each.tiles],
+        ),
+        [value for part in parts for value in part.values],
+        None,
+    )
+
+
+def _joined(lists: list[list[Tensor]], bags: list[Bags]) -> list[Tensor]:
+    present = next((part for parts in lists for part in parts), None)
+    if present is None:
+        return []
+    none = present.new_empty(0)
+    return [p for parts, each in zip(lists, bags, strict=True) for p in (parts or [none] * len(each.lengths))]

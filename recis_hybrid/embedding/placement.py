@@ -1,0 +1,47 @@
+"""Placement: where a table's IDMap and its blocks live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from recis_hybrid.embedding.devices import device_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the two halves of a table live; the engine's outputs are on the engine's device all the same.
+
+    Example:
+        >>> Placement(id_map="cpu", blocks="cpu").blocks
+        'cpu'
+    """
+
+    id_map: Literal["cpu", "cuda"]
+    """Where ids are looked up."""
+    blocks: Literal["cpu", "cuda", "pinned"]
+    """Where records are kept: in host memory and worked on by the CPU, in GPU memory, or in pinned host memory that the
+    GPU reads and writes."""
+
+    def __post_init__(self) -> None:
+        if self.id_map not in ("cpu", "cuda"):
+            raise ValueError(f"Placement: id_map must be 'cpu' or 'cuda', got {self.id_map!r}")
+        if self.blocks not in ("cpu", "cuda", "pinned"):
+            raise ValueError(f"Placement: blocks must be 'cpu', 'cuda' or 'pinned', got {self.blocks!r}")
+
+    @staticmethod
+    def on(device: torch.device) -> Placement:
+        """Returns the placement of both halves on one device."""
+        if device.type == "cuda":
+            return Placement(id_map="cuda", blocks="cuda")
+        return Placement(id_map="cpu", blocks="cpu")
+
+    def map_device(self, index: int | None = None) -> torch.device:
+        """Returns the IDMap's device; ``index`` is the GPU's number, by default the current one."""
+        return device_of(self.id_map, index)
+
+    def blocks_device(self, index: int | None = None) -> torch.device:
+        """Returns the device whose kernels work on the blocks."""
+        return device_of("cuda" if self.blocks == "pinned" else self.blocks, index)

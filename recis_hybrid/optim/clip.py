@@ -1,0 +1,44 @@
+"""Clipping of row gradients, each row by itself; the global norm is clipped by ``torch.nn.utils.clip_grad_norm_``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.embedding import Anchor
+
+
+@torch.no_grad()
+def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """Scales the summed gradient of each row down to a norm of at most ``max_norm``.
+
+    Call it between backward and the optimizer's step, after unscaling if gradients are scaled.
+
+    Args:
+        parameters: ``engine.parameters()``, or a whole model's: others than tables are left alone.
+        max_norm: Greatest L2 norm of a row's gradient.
+
+    Raises:
+        ValueError: If max_norm is not above 0.
+
+    Example:
+        >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2)})
+        >>> engine({"item": torch.tensor([1, 1, 2])})["item"].sum().backward()
+        >>> clip_row_norm_(engine.parameters(), max_norm=1.0)
+        >>> round(float(engine.tables[0].anchor.grad), 4)  # two rows of norm 1
+        1.4142
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_row_norm_: max_norm must be above 0, got {max_norm}")
+    for anchor in parameters:
+        if not isinstance(anchor, Anchor):
+            continue
+        pending = anchor.table.pending
+        reduced = pending.reduced(anchor.table.layout.dim)
+        if reduced is not None:
+            sums = reduced.sums * reduced.factor
+            norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+            # As torch: multiplied by max / (norm + 1e-6), and by 1 at most.
+            pending.replace_sums(reduced.groups, sums * (max_norm / (norms + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,133 @@
+"""An engine against a Python dict, over random sequences of everything that changes tables."""
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingBlocks, EmbeddingConfig, EmbeddingEngine, Uniform, Unused
+from recis_hybrid.embedding.initializers import table_key
+from tests.support import philox
+from tests.support.devices import EDGE_IDS
+
+DIM, LR, SEED = 5, 0.5, 11
+NAMES = ("a", "b")
+ids_of_a_batch = st.lists(
+    st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), max_size=20
+)
+Row = tuple[np.ndarray, int, int, int]  # embedding, updated step, seen step, frequency
+
+
+def first_value(name: str, i: int) -> np.ndarray:
+    return philox.uniform(table_key(SEED, name), np.array([i]), DIM, -1.0, 1.0)[0]
+
+
+class TableMachine(RuleBasedStateMachine):
+    """``model`` is what the tables should hold."""
+
+    @initialize(coalesce=st.booleans())
+    def build(self, coalesce: bool) -> None:
+        self.model: dict[tuple[str, int], Row] = {}
+        self.step = 0
+        self.engine, self.optimizer = self.fresh(coalesce)
+
+    def fresh(self, coalesce: bool) -> tuple[EmbeddingEngine, optim.SGD]:
+        config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0))
+        engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce)
+        for table in engine.tables:  # small blocks, so that growth is common
+            table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=8)
+        return engine, optim.SGD(engine.parameters(), lr=LR)
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        return {m.name: (t, k) for t, table in enumerate(self.engine.tables) for k, m in enumerate(table.members)}
+
+    @rule(a=ids_of_a_batch, b=ids_of_a_batch, seed=st.integers(0, 99), update=st.booleans())
+    def train(self, a: list[int], b: list[int], seed: int, update: bool) -> None:
+        batch = {"a": torch.tensor(a, dtype=torch.int64), "b": torch.tensor(b, dtype=torch.int64)}
+        outputs = self.engine.train()(batch)
+        generator = torch.Generator().manual_seed(seed)
+        sums: dict[tuple[str, int], np.ndarray] = {}
+        gradients = []
+        for name, ids in (("a", a), ("b", b)):
+            gradients.append(torch.randn(len(ids), DIM, generator=generator))
+            for i, out, g in zip(ids, outputs[name].detach().numpy(), gradients[-1].numpy(), strict=True):
+                w, updated, _, frequency = self.model.get((name, i), (first_value(name, i), 0, 0, 0))
+                assert np.array_equal(out, w)
+                self.model[name, i] = (w, updated, self.step + 1, frequency + 1)
+                sums[name, i] = sums.get((name, i), np.zeros(DIM, np.float32)) + g
+        if update:
+            torch.autograd.backward(list(outputs.values()), gradients)
+            self.optimizer.step()
+            self.step += 1
+            for key, g in sums.items():
+                w, _, seen, frequency = self.model[key]
+                self.model[key] = (w - np.float32(LR) * g, self.step, seen, frequency)
+
+    @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
+    def evaluate(self, name: str, ids: list[int]) -> None:
+        other = torch.empty(0, dtype=torch.int64)
+        batch = {n: torch.tensor(ids, dtype=torch.int64) if n == name else other for n in NAMES}
+        got = self.engine.eval()(batch)[name].numpy()
+        for i, out in zip(ids, got, strict=True):
+            assert np.array_equal(out, self.model[name, i][0] if (name, i) in self.model else first_value(name, i))
+
+    @rule(name=st.sampled_from(NAMES), ids=st.sets(st.integers(-4, 12), max_size=8), value=st.floats(-1, 1, width=32))
+    def insert(self, name: str, ids: set[int], value: float) -> None:
+        table, member = self.places()[name]
+        tensor = torch.tensor(sorted(ids), dtype=torch.int64)
+        embedding = torch.full((len(ids), DIM), value)
+        self.engine.tables[table].insert(member, tensor, {"embedding": embedding})
+        for i in ids:
+            _, *rest = self.model.get((name, i), (None, 0, 0, 0))
+            self.model[name, i] = (embedding[0].numpy(), *rest)
+
+    @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
+    def erase(self, name: str, ids: list[int]) -> None:
+        table, member = self.places()[name]
+        had = {i for i in ids if (name, i) in self.model}
+        assert self.engine.tables[table].erase(member, torch.tensor(ids, dtype=torch.int64)) == len(had)
+        for i in had:
+            del self.model[name, i]
+
+    @rule(name=st.sampled_from(NAMES))
+    def clear(self, name: str) -> None:
+        table, member = self.places()[name]
+        self.engine.tables[table].clear(member)
+        self.model = {key: row for key, row in self.model.items() if key[0] != name}
+
+    @rule(steps=st.integers(1, 4))
+    def evict(self, steps: int) -> None:
+        kept = {key: row for key, row in self.model.items() if row[2] > self.step - steps}
+        assert self.engine.evict(Unused(steps)) == len(self.model) - len(kept)
+        self.model = kept
+
+    @rule()
+    def compact(self) -> None:
+        self.engine.compact()
+        for table in self.engine.tables:
+            assert table.id_map.row_bound == len(table)
+
+    @rule(coalesce=st.booleans())
+    def save_and_load(self, coalesce: bool) -> None:
+        state = self.engine.checkpoint_state()
+        self.engine, self.optimizer = self.fresh(coalesce)
+        self.engine({name: torch.tensor([12345]) for name in NAMES})  # goes when the state comes
+        self.engine.load_checkpoint_state(state)
+
+    @invariant()
+    def holds_what_the_dict_holds(self) -> None:
+        for name, (table, member) in self.places().items():
+            columns = self.engine.tables[table].export(member)
+            wanted = sorted(i for n, i in self.model if n == name)
+            assert columns["ids"].tolist() == wanted
+            for at, i in enumerate(wanted):
+                w, *meta = self.model[name, i]
+                assert np.array_equal(columns["embedding"][at].numpy(), w)
+                assert [int(columns[c][at]) for c in ("updated_step", "seen_step", "frequency")] == meta
+        assert sum(len(table) for table in self.engine.tables) == len(self.model)
+
+
+TestTables = TableMachine.TestCase
+TestTables.settings = settings(max_examples=60, stateful_step_count=25, deadline=None,
+                               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip

@@ -1,0 +1,297 @@
+"""Gradients on their way into tables: accumulation, clipping, scaling, several losses, overrides, coalescing."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
+from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.devices import on_devices
+
+
+class Twin:
+    """A table of an engine, and an nn.Embedding with the same rows."""
+
+    def __init__(self, device: str, dim: int = 6, ids: int = 20) -> None:
+        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, device=device)
+        self.table, self.ids, self.device = self.engine.tables[0], torch.arange(ids), device
+        self.table.insert(0, self.ids)
+        self.dense = torch.nn.Embedding(ids, dim)
+        self.dense.weight.data.copy_(self.values())
+
+    def values(self) -> torch.Tensor:
+        return self.table.export(0, self.ids)["embedding"].cpu()
+
+    def backward(self, ids: list[int], seed: int, scale: float = 1.0) -> None:
+        gradient = scale * torch.randn(len(ids), self.table.layout.dim, generator=torch.Generator().manual_seed(seed))
+        self.engine({"id": torch.tensor(ids, device=self.device)})["id"].backward(gradient.to(self.device))
+        self.dense(torch.tensor(ids)).backward(gradient)
+
+    def optimizers(self, lr: float = 0.5) -> list[torch.optim.Optimizer]:
+        return [optim.SGD(self.engine.parameters(), lr=lr), torch.optim.SGD(self.dense.parameters(), lr=lr)]
+
+    def check(self) -> None:
+        torch.testing.assert_close(self.values(), self.dense.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@on_devices
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
+def test_clip_grad_norm_counts_tables_with_dense_parameters(device: str, max_norm: float) -> None:
+    twin = Twin(device)
+    tower, other = (torch.nn.Parameter(torch.ones(3, device=where)) for where in (device, "cpu"))
+    for parameter in (tower, other):
+        (parameter * 2).sum().backward()
+    for seed, ids in enumerate(([1, 2, 1], [2, 2, 5])):
+        twin.backward(ids, seed)
+    norms = [
+        torch.nn.utils.clip_grad_norm_([*twin.engine.parameters(), tower], max_norm),
+        torch.nn.utils.clip_grad_norm_([*twin.dense.parameters(), other], max_norm),
+    ]
+    torch.testing.assert_close(norms[0].cpu(), norms[1], rtol=1e-6, atol=0)
+    assert tower.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(tower.grad.cpu(), other.grad, rtol=1e-6, atol=0)
+    for optimizer in twin.optimizers():
+        optimizer.step()
+    twin.check()
+
+
+@on_devices
+def test_clipping_between_micro_batches_clips_what_is_there(device: str) -> None:
+    twin = Twin(device)
+    for seed, ids in enumerate(([1, 2, 1], [2, 2, 5], [7])):
+        twin.backward(ids, seed)
+        for parameters in (twin.engine.parameters(), twin.dense.parameters()):
+            torch.nn.utils.clip_grad_norm_(parameters, 0.7)
+    for optimizer in twin.optimizers():
+        optimizer.step()
+    twin.check()
+
+
+@on_devices
+def test_rows_are_clipped_each_by_itself(device: str) -> None:
+    twin = Twin(device)
+    twin.backward([1, 2, 1, 3, 2, 1], 0, scale=3.0)
+    twin.backward([4], 1, scale=1e-3)
+    optim.clip_row_norm_(twin.engine.parameters(), 0.5)
+    gradient = twin.dense.weight.grad
+    assert gradient is not None
+    gradient *= (0.5 / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+    assert float(gradient.norm(dim=1).max()) > 0.49
+    for optimizer in twin.optimizers():
+        optimizer.step()
+    twin.check()
+    with pytest.raises(ValueError, match="max_norm must be above 0, got 0"):
+        optim.clip_row_norm_(twin.engine.parameters(), 0)
+
+
+@on_devices
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradient_scaling_as_of_dense_parameters(device: str, unscale: bool) -> None:
+    twin = Twin(device)
+    optimizers = twin.optimizers()
+    scalers = [torch.amp.GradScaler(where, init_scale=1024.0, growth_interval=2) for where in (device, "cpu")]
+    for seed in range(6):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        before = twin.values()
+        for scaler, where in zip(scalers, (device, "cpu"), strict=True):
+            scaler.scale(torch.ones(1, device=where))  # as a loss would be; here the gradients are given
+        # An overflow in the third step: it is left out, and the scale is halved.
+        twin.backward([1, 2, 1, seed], seed, scale=torch.inf if seed == 2 else scalers[0].get_scale())
+        for scaler, optimizer in zip(scalers, optimizers, strict=True):
+            if unscale:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 2.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert torch.equal(before, twin.values()) == (seed == 2)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        twin.check()
+
+
+@on_devices
+def test_losses_that_meet_in_one_table_add_up(device: str) -> None:
+    twin = Twin(device)
+    ids = torch.tensor([1, 2, 1])
+    for module, column in ((twin.engine, ids.to(device)), (twin.dense, ids)):
+        values = module({"id": column})["id"] if module is twin.engine else module(column)
+        (values**2).sum().backward(retain_graph=True)
+        values.exp().mean().backward()
+    for optimizer in twin.optimizers():
+        optimizer.step()
+    twin.check()
+
+
+def test_zero_grad_of_model_optimizer_and_parameter_forget() -> None:
+    twin = Twin("cpu")
+    before = twin.values()
+    optimizer = twin.optimizers()[0]
+    for forget in (twin.engine.zero_grad, optimizer.zero_grad, lambda: setattr(twin.table.anchor, "grad", None)):
+        twin.backward([1, 2], 0)
+        assert twin.table.anchor.grad is not None
+        forget()
+        assert twin.table.anchor.grad is None
+        optimizer.step()
+    assert torch.equal(before, twin.values())
+    with pytest.raises(ValueError, match="the gradient of an embedding table cannot be set"):
+        twin.table.anchor.grad = torch.ones(1)
+
+
+def test_no_grad_in_training_mode_inserts_and_takes_no_gradient() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    with torch.no_grad():
+        output = engine({"id": torch.tensor([1, 2])})["id"]
+    assert not output.requires_grad
+    assert len(engine.tables[0]) == 2
+
+
+def test_a_frozen_table_beside_a_trained_one() -> None:
+    engine = EmbeddingEngine(
+        {"a": EmbeddingConfig(dim=2, initializer=Constant(1.0)),
+         "b": EmbeddingConfig(dim=2, initializer=Constant(1.0), trainable=False)}
+    )  # fmt: skip
+    assert len(engine.tables) == 2
+    optimizer = optim.SGD(engine.parameters(), lr=0.5)
+    batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
+    for _ in range(2):
+        outputs = engine(batch)
+        (outputs["a"] * outputs["b"]).sum().backward()
+        optimizer.step()
+    assert (outputs["a"] - 0.5).tolist() == [[0.0, 0.0]]
+    assert engine(batch)["b"].tolist() == [[1.0, 1.0]]
+    _, ctx = engine.lookup(batch)
+    engine.apply_gradients(ctx, {"a": torch.ones(1, 2)}, optimizer)
+    assert engine(batch)["a"].tolist() == [[-0.5, -0.5]]
+
+
+def test_hyperparameters_of_a_table_have_a_group_that_schedules_reach() -> None:
+    engine = EmbeddingEngine(
+        {"a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
+         "b": EmbeddingConfig(dim=2, initializer=Constant(0.0), optimizer={"lr": 10.0}),
+         "c": EmbeddingConfig(dim=2, initializer=Constant(0.0))}
+    )  # fmt: skip
+    assert len(engine.tables) == 2
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(2):
+        outputs = engine({name: torch.tensor([1]) for name in "abc"})
+        torch.cat(list(outputs.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    engine.eval()
+    outputs = engine({name: torch.tensor([1]) for name in "abc"})
+    assert [outputs[name][0, 0].item() for name in "abc"] == [-1.5, -15.0, -1.5]
+    config = EmbeddingConfig(dim=2, optimizer={"betas": (0.5, 0.9)})
+    other = EmbeddingEngine({"x": config}, optimizer_state=optim.Adagrad.row_state())
+    with pytest.raises(ValueError, match=r"Adagrad has no hyperparameter \['betas'\].*table x sets; it has"):
+        optim.Adagrad(other.parameters())
+
+
+def test_gradients_of_a_lookup_in_evaluation_mode_are_refused() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).eval()
+    _, ctx = engine.lookup({"id": torch.tensor([1])})
+    with pytest.raises(RuntimeError, match="the lookup was made in evaluation mode"):
+        engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
+
+
+def test_outputs_without_gradient_leave_the_others_theirs() -> None:
+    twin = EmbeddingEngine({"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=2, combiner="mean")})
+    batch: Batch = {"a": torch.tensor([1, 2]), "b": torch.tensor([[1, 2], [3, 3]])}
+    before = twin(batch)
+    before["b"].sum().backward()
+    optim.SGD(twin.parameters(), lr=1.0).step()
+    after = twin(batch)
+    assert torch.equal(after["a"], before["a"])
+    torch.testing.assert_close(after["b"], before["b"] - torch.tensor([[0.5], [1.0]]))
+
+
+MIXED = {
+    "one": EmbeddingConfig(dim=8, initializer=Normal(0, 0.1)),
+    "mean": EmbeddingConfig(dim=8, combiner="mean", initializer=Uniform(-1, 1)),
+    "greatest": EmbeddingConfig(dim=8, combiner="max"),
+    "tile": EmbeddingConfig(dim=8, combiner="tile", max_length=2),
+    "each": EmbeddingConfig(dim=8, combiner=None),
+    "shared": EmbeddingConfig(dim=8, combiner="sqrtn", table="one", initializer=Normal(0, 0.1)),
+    "narrow": EmbeddingConfig(dim=8, dtype=torch.bfloat16, combiner="sum"),
+    "narrower": EmbeddingConfig(dim=8, dtype=torch.bfloat16, combiner="mean"),
+    "rare": EmbeddingConfig(dim=8, admission=MinFrequency(2), unknown="zeros"),
+    "rare_too": EmbeddingConfig(dim=8, admission=MinFrequency(2)),
+}
+
+
+def mixed_batch(seed: int, device: str) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    batch: Batch = {}
+    for name in MIXED:
+        lengths = torch.randint(0, 4, (6,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        ids = torch.randint(0, 9, (int(offsets[-1]),), generator=generator)
+        batch[name] = RaggedTensor(ids.to(device), offsets.to(device))
+    return batch
+
+
+@on_devices
+@pytest.mark.parametrize("rule", ["SGD", "Adagrad", "RowwiseAdagrad", "Adam", "AdamW"])
+def test_coalescing_changes_no_bit_of_any_combiner(device: str, rule: str) -> None:
+    make, results = getattr(optim, rule), []
+    for coalesce in (True, False):
+        engine = EmbeddingEngine(MIXED, optimizer_state=make.row_state(), device=device, coalesce=coalesce)
+        assert len(engine.tables) == (3 if coalesce else 9)
+        optimizer = make(engine.parameters(), lr=0.1)
+        for step in range(4):
+            outputs = engine(mixed_batch(step, device))
+            # In one step only one feature has a gradient: tables count steps alike all the same.
+            used = list(outputs.values())[: 1 if step == 1 else None]
+            sum(((value - 0.5) ** 2).sum() for value in used).backward()  # type: ignore[union-attr]
+            torch.nn.utils.clip_grad_norm_(engine.parameters(), 100.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((engine(mixed_batch(9, device)), engine.checkpoint_state()))
+    for name in MIXED:
+        assert torch.equal(results[0][0][name], results[1][0][name])
+    for name, table in results[0][1].tables.items():
+        assert all(torch.equal(v, results[1][1].tables[name].columns[c]) for c, v in table.columns.items())
+
+
+@on_devices
+def test_all_state_goes_into_another_engine_and_on_from_there(device: str) -> None:
+    engines = [EmbeddingEngine(MIXED, optimizer_state=optim.Adam.row_state(), device=device) for _ in range(2)]
+    optimizers = [optim.Adam(engine.parameters(), lr=0.1) for engine in engines]
+
+    def train(number: int, steps: range) -> None:
+        for step in steps:
+            torch.cat([v.flatten() for v in engines[number](mixed_batch(step, device)).values()]).sum().backward()
+            optimizers[number].step()
+            optimizers[number].zero_grad()
+
+    train(0, range(4))
+    engines[1].load_checkpoint_state(engines[0].checkpoint_state())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for number in range(2):
+        train(number, range(4, 8))
+    states = [engine.checkpoint_state() for engine in engines]
+    assert states[0].meta == states[1].meta
+    for name, table in states[0].tables.items():
+        assert all(torch.equal(v, states[1].tables[name].columns[c]) for c, v in table.columns.items()), name
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 70), st.integers(1, 6), st.sampled_from(["Adagrad", "RowwiseAdagrad", "Adam"]))
+def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) -> None:
+    make, before, results = getattr(optim, rule), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        config = EmbeddingConfig(dim=dim, dtype=torch.bfloat16 if dim % 2 else torch.float32)
+        engine = EmbeddingEngine({"id": config}, optimizer_state=make.row_state())
+        optimizer, generator = make(engine.parameters(), lr=0.1), torch.Generator().manual_seed(dim)
+        for _ in range(3):
+            ids = torch.randint(0, 10**spread, (4_000,), generator=generator)
+            engine({"id": ids})["id"].backward(torch.randn(4_000, dim, generator=generator))
+            optimizer.step()
+        results.append(engine.tables[0].export(0))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
