@@ -90,10 +90,11 @@ def cuda_wanted(torch_has_cuda: bool) -> str | None:
     choice = os.environ.get("RECIS_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         fail(f"RECIS_CUDA must be 0, 1 or auto, got {choice!r}")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    named = os.environ.get("NVCC")
+    nvcc = shutil.which(named) if named else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if choice == "1" and nvcc is None:
-        fail("RECIS_CUDA=1 asks for the CUDA library, but nvcc was not found; put it on PATH, set NVCC, "
-             "or build with RECIS_CUDA=0")  # fmt: skip
+        fail(f"RECIS_CUDA=1 asks for the CUDA library, but {named or 'nvcc'} was not found; put nvcc on PATH, "
+             "set NVCC, or build with RECIS_CUDA=0")  # fmt: skip
     return nvcc if choice == "1" or (choice == "auto" and torch_has_cuda) else None
 
 

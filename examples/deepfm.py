@@ -114,7 +114,8 @@ class DeepFM(nn.Module):
         fields: The fields, in order.
         towers: Each takes a sequence of [B, …] parts and gives [B].
         dense: Columns of the batch, float32 [B], that the towers take beside the embeddings.
-        l2: Weight of the squared embeddings of a sample, which ``loss`` adds.
+        l2: Weight of half the squared embeddings of a batch's ids, each id taken once, which ``loss`` adds. Where it is
+            not 0, the fields are int64 [B].
     """
 
     def __init__(
@@ -141,11 +142,18 @@ class DeepFM(nn.Module):
         both = torch.stack(parts, dim=1)
         first_order, factors = both[:, :, 0].sum(1), both[:, :, 1:]
         pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
-        self.penalty = self.l2 * both.square().sum() / len(both)
+        self.penalty = self._half_squares(batch, both) if self.l2 and self.training else both.new_zeros(())
         if self.dense:
             parts.append(torch.stack([batch[column] for column in self.dense], dim=1))  # type: ignore[arg-type]
         deep = torch.stack([tower(parts) for tower in self.towers]).mean(0)
         return self.bias + first_order + pairs + deep
+
+    def _half_squares(self, batch: Batch, embeddings: Tensor) -> Tensor:
+        shares = []
+        for field in self.fields:
+            _, inverse, counts = batch[field].unique(return_inverse=True, return_counts=True)  # type: ignore[union-attr]
+            shares.append(1 / counts[inverse])
+        return self.l2 / 2 * (torch.stack(shares, dim=1) * embeddings.square().sum(2)).sum()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, and the penalty of the embeddings just looked up."""

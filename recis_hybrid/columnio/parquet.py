@@ -130,4 +130,7 @@ def _type_of(name: str, schema: Any, path: Path) -> Any:
         return schema.field(found[0]).type
     if found:
         raise ValueError(f"columnio: {path} has {len(found)} columns named {name!r}; give each a name of its own")
-    raise ValueError(f"columnio: {path} has no column {name!r}; it has {a_few(schema.names)}")
+    raise ValueError(
+        f"columnio: {path} has no column {name!r}, it has {a_few(schema.names)}; name one of these, or write "
+        f"the file anew with it"
+    )

@@ -47,7 +47,7 @@ class OptimizerPart:
         differences: list[str] = []
         if saved.meta.get("class") != live["class"]:
             differences.append(f"optimizer: checkpoint {saved.meta.get('class')}, live object {live['class']}")
-        found, own = _parameters(saved.meta), _parameters(live)
+        found, own = _parameters(where, saved.meta), _parameters(where, live)
         if len(found) != len(own):
             differences.append(f"parameter groups: checkpoint {len(found)}, live object {len(own)}")
         for number, (a, b) in enumerate(zip(found, own, strict=False)):
@@ -103,14 +103,15 @@ def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, T
 
 def _unpack(where: str, saved: PartState) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """State by index of the parameter, and groups, as torch has them, but for `params` and tuples."""
-    count = sum(map(len, _parameters(saved.meta)))
+    parameters = _parameters(where, saved.meta)
+    count = sum(map(len, parameters))
     try:
         state = {int(index): dict(values) for index, values in cast(dict[str, Any], saved.meta["state"]).items()}
         groups = [dict(group) for group in cast(list[Any], saved.meta["groups"])]
         for name, tensor in saved.tensors.items():
             kind, index, key = name.split(".", 2)
             {"state": state, "groups": dict(enumerate(groups))}[kind][int(index)][key] = tensor
-        sound = all(0 <= index < count for index in state) and len(groups) == len(_parameters(saved.meta))
+        sound = all(0 <= index < count for index in state) and len(groups) == len(parameters)
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -118,5 +119,8 @@ def _unpack(where: str, saved: PartState) -> tuple[dict[int, dict[str, Any]], li
     return state, groups
 
 
-def _parameters(meta: dict[str, JSON]) -> list[list[str]]:
-    return cast(list[list[str]], meta.get("parameters", []))
+def _parameters(where: str, meta: dict[str, JSON]) -> list[list[JSON]]:
+    groups = meta.get("parameters")
+    if isinstance(groups, list) and all(isinstance(group, list) for group in groups):
+        return cast(list[list[JSON]], groups)
+    raise CorruptCheckpoint(f"{where}: meta.parameters must be a list of lists, got {groups!r}. {OTHER_STEP}")

@@ -1,0 +1,34 @@
+"""What holds of every native operator, so that none is added without it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import recis_hybrid.ops  # registers the operators
+
+OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("recis::"))
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
+
+
+def test_the_operators_are_found() -> None:
+    assert recis_hybrid.ops.hash is not None
+    assert {"recis::adam_update", "recis::gather_bags", "recis::hash_bytes"} <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: Path) -> None:
+    assert has_kernel(operator, "CPU")
+    assert has_kernel(operator, "Meta"), "register a fake in recis_hybrid/ops"
+    use = f"torch.ops.recis.{operator.removeprefix('recis::')}.default, ("
+    tests = [path.read_text() for path in (root / "tests" / "ops").glob("test_*.py")]
+    assert any(use in " ".join(text.split()) for text in tests), "check it by torch.library.opcheck in tests/ops"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_has_a_cuda_kernel(operator: str) -> None:
+    assert has_kernel(operator, "CUDA")

@@ -1,0 +1,279 @@
+"""What the saver does around the parts: which checkpoint, what is kept, what is written when, what is refused."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, part_files
+from tests.saver.fakes import Shelf, edit_manifest, empty_shelf, example_shelf
+
+
+def test_json_values_are_read_back(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    values: dict[str, Any] = {
+        "reader": {"file": 3, "row": 2**40, "shuffle": [0.1, -0.0]}, "nothing": None, "yes": True, "text": "城\n",
+    }  # fmt: skip
+    saver.save(1, **values)
+    saver.save(2, text="later")
+    assert {name: saver.read_json(name, step=1) for name in values} == values
+    assert saver.read_json("text") == "later"
+    with pytest.raises(CheckpointMismatch, match=r"part 'reader' must be in the checkpoint, which has \['text'\]"):
+        saver.read_json("reader")
+
+
+def test_some_parts_are_loaded_and_others_left(tmp_path: Path) -> None:
+    directory = Saver(tmp_path).save(1, engine=example_shelf(), model=nn.Linear(2, 2), note=1)
+    # A part that is not asked for is not read: only its list of files and their sizes is held against the folder.
+    path = directory / "dense" / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    engine = empty_shelf()
+    assert Saver(tmp_path).load(engine=engine) == 1
+    assert engine.loaded is not None
+    with pytest.raises(CorruptCheckpoint, match="model.safetensors"):
+        Saver(tmp_path).load(model=nn.Linear(2, 2))
+
+
+def test_any_name_will_do(tmp_path: Path) -> None:
+    names = ["a/b", "..", "城", "%2F", "~", "x" * 300, "self.x", " "]
+    saved = {name: Shelf(PartState(tensors={"t": torch.tensor(float(i))})) for i, name in enumerate(names)}
+    Saver(tmp_path).save(1, **saved)
+    live = {name: Shelf(PartState(tensors={"t": torch.tensor(0.0)})) for name in names}
+    Saver(tmp_path).load(**live)
+    assert [shelf.loaded.tensors["t"].item() for shelf in live.values() if shelf.loaded] == list(range(len(names)))
+    assert sorted(os.listdir(tmp_path)) == ["step_000001"]
+
+
+def test_the_highest_complete_step_is_the_latest(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "not" / "there")
+    assert saver.steps() == []
+    assert saver.latest() is None
+    with pytest.raises(CheckpointError, match=r"must hold a complete checkpoint of step 'latest', it holds \[\]"):
+        saver.load(x=nn.Linear(1, 1))
+    for step in (0, 9, 1_000_000):
+        saver.save(step, note=step)
+    root = tmp_path / "not" / "there"
+    for name in ("step_2000000", "step_7", "step_0000012", "step_x", ".step_000300.partial", "other"):
+        (root / name).mkdir()
+    (root / "step_000010").write_text("a file")
+    for name in ("step_7", "step_0000012"):
+        shutil.copy(root / "step_000009" / "manifest.json", root / name)
+    assert saver.steps() == [0, 9, 1_000_000]
+    assert saver.latest() == 1_000_000
+    assert saver.read_json("note") == 1_000_000
+    assert saver.read_json("note", step=9) == 9
+    with pytest.raises(CheckpointError, match=r"of step 10, it holds \[0, 9, 1000000\]"):
+        saver.read_json("note", step=10)
+
+
+def test_all_are_kept_if_asked(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=None)
+    for step in range(8):
+        saver.save(step, note=step)
+    assert saver.steps() == list(range(8))
+    Saver(tmp_path, keep=1).save(8, note=8)
+    assert saver.steps() == [8]
+
+
+def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, note=1)
+    seen: list[list[int]] = []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **k: (seen.append(saver.steps()), rmtree(path, **k)))
+    saver.save(2, note=2)
+    assert seen == [[2]]
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, "1", 10**18])
+def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
+    with pytest.raises(CheckpointError, match="step must be an integer from 0 to"):
+        Saver(tmp_path).save(step, note=1)
+
+
+def test_steps_only_rise(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(5, note=5)
+    for step in (5, 4):
+        with pytest.raises(CheckpointError, match=rf"must be above the latest one in {tmp_path}, 5, got {step}"):
+            saver.save(step, note=0)
+    assert saver.read_json("note") == 5
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, "5"])
+def test_keep_must_keep_something(tmp_path: Path, keep: Any) -> None:
+    with pytest.raises(CheckpointError, match="keep must be an integer of at least 1"):
+        Saver(tmp_path, keep=keep)
+
+
+def test_urls_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="must be a local directory, got 's3://bucket/run'"):
+        Saver("s3://bucket/run")
+
+
+def test_nothing_is_refused_as_an_argument(tmp_path: Path) -> None:
+    Saver(tmp_path).save(1, note=1)
+    with pytest.raises(CheckpointError, match="must be a part to save"):
+        Saver(tmp_path).save(2)
+    with pytest.raises(CheckpointError, match="must be a part to load"):
+        Saver(tmp_path).load()
+
+
+def test_more_than_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(CheckpointError, match="one process must train, torch.distributed has 2"):
+        Saver(tmp_path).save(1, note=1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    Saver(tmp_path).save(1, note=1)
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saver = Saver("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saver.save(1, note=1)
+    assert (tmp_path / "run" / "step_000001").is_dir()
+
+
+class Failing(Shelf):
+    """Fails while its state is handed out."""
+
+    def checkpoint_state(self) -> PartState:
+        raise RuntimeError("out of luck")
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path)
+    saver.save(1, note=1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        saver.save(2, model=nn.Linear(2, 2), engine=Failing(PartState()))
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(part_files, "seal_file", full)
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device.*Make room"):
+        saver.save(2, model=nn.Linear(2, 2))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["step_000001"]
+    saver.save(2, model=nn.Linear(2, 2))
+
+
+def test_the_library_failing_to_write_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Path.mkdir
+
+    def no_folder(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name != "dense":
+            make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", no_folder)
+    with pytest.raises(CheckpointError, match=r"dense/model.safetensors: could not be written"):
+        Saver(tmp_path).save(1, model=nn.Linear(2, 2))
+    assert os.listdir(tmp_path) == []
+
+
+def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    root = tmp_path / "run"
+    directory = Saver(root).save(1, engine=example_shelf(), model=nn.Linear(2, 2), note=1)
+    partial = root / ".step_000001.partial"
+    written = {str(partial / path.relative_to(directory)) for path in [directory, *directory.rglob("*")]}
+    at = events.index("rename")
+    assert set(events[:at]) == written | {str(tmp_path)}
+    assert events[at + 1 :] == [str(root)]
+    # A folder after what is in it, the manifest after all other files.
+    for path in written:
+        inside = [events.index(other) for other in written if other.startswith(f"{path}/")]
+        assert all(index < events.index(path) for index in inside)
+    files = [events.index(path) for path in written if path.endswith(".safetensors")]
+    assert max(files) < events.index(str(partial / "manifest.json"))
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+def test_a_changed_byte_anywhere_is_refused(tmp_path: Path, number: int, place: float) -> None:
+    Saver(tmp_path).save(1, note=1)
+    directory = Saver(tmp_path).save(2, engine=example_shelf(), model=nn.Linear(2, 2))
+    path = files_of(directory)[number]
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    engine, model = empty_shelf(), nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Saver(tmp_path).load(engine=engine, model=model)
+    message = str(caught.value)
+    assert str(path) in message
+    assert ("table 'user/country'" in message) == ("sparse" in str(path))
+    assert "load another step" in message
+    assert f"Other steps in {tmp_path}: [1]." in message
+    assert engine.loaded is None
+    assert torch.equal(model.weight, before)
+
+
+def test_swapped_files_are_refused(tmp_path: Path) -> None:
+    directory = Saver(tmp_path).save(1, a=example_shelf(), b=example_shelf())
+    a, b = directory / "dense" / "a.safetensors", directory / "dense" / "b.safetensors"
+    a.rename(tmp_path / "x")
+    b.rename(a)
+    (tmp_path / "x").rename(b)
+    with pytest.raises(CorruptCheckpoint, match=r"a.safetensors \(part 'a'\): bytes 0 to \d+ must have the CRC-32"):
+        Saver(tmp_path).load(a=empty_shelf())
+
+    # Named in each other's place by the manifest too, their own metadata tells.
+    def swap(document: dict[str, Any]) -> None:
+        parts = document["parts"]
+        parts["a"]["file"], parts["b"]["file"] = (
+            {**parts["a"]["file"], "crc32": parts["b"]["file"]["crc32"]},
+            {**parts["b"]["file"], "crc32": parts["a"]["file"]["crc32"]},
+        )
+
+    edit_manifest(directory, swap)
+    with pytest.raises(CorruptCheckpoint, match=r"a.safetensors .* its metadata must be .*'a'.* is .*'b'"):
+        Saver(tmp_path).load(a=empty_shelf())
+
+
+def test_a_renamed_folder_is_refused(tmp_path: Path) -> None:
+    Saver(tmp_path).save(1, note=1).rename(tmp_path / "step_000002")
+    with pytest.raises(CorruptCheckpoint, match="step_000002 has step 1. Rename it to step_000001"):
+        Saver(tmp_path).read_json("note")
+
+
+def test_a_link_that_leads_outside_is_not_followed(tmp_path: Path) -> None:
+    directory = Saver(tmp_path / "run").save(1, model=nn.Linear(2, 2))
+    path = directory / "dense" / "model.safetensors"
+    path.rename(tmp_path / "outside.safetensors")
+    path.symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"dense/model.safetensors: .* plain files"):
+        Saver(tmp_path / "run").load(model=nn.Linear(2, 2))
+
+
+def test_foreign_files_are_named(tmp_path: Path) -> None:
+    directory = Saver(tmp_path).save(1, model=nn.Linear(2, 2))
+    (directory / "notes.txt").write_text("mine")
+    (directory / ".hidden").write_text("mine")
+    with pytest.raises(CorruptCheckpoint, match=r"but also holds \['.hidden', 'notes.txt'\]. Remove these files"):
+        Saver(tmp_path).load(model=nn.Linear(2, 2))
