@@ -4,13 +4,39 @@
 #include <cassert>
 #include <cstdint>
 
+#include "core/byte_hash.h"
 #include "core/bytes.h"
 #include "core/farm.h"
 #include "core/murmur.h"
+#include "core/short_strings.h"
+#include "core/xxh64.h"
 
 namespace recis {
 
-enum class HashKind : int64_t { kFarm = 0, kMurmur = 1 };
+enum class HashKind : int64_t { kFarm = 0, kMurmur = 1, kXxh64 = 2, kDjb2 = 3, kSdbm = 4 };
+
+// Calls f with the hash function that `kind` names; f is not called, and the result false, where there is none.
+template <class F>
+RECIS_HD bool with_hasher(int64_t kind, F&& f) {
+  switch (static_cast<HashKind>(kind)) {
+    case HashKind::kFarm:
+      f(Farm{});
+      return true;
+    case HashKind::kMurmur:
+      f(Murmur{});
+      return true;
+    case HashKind::kXxh64:
+      f(Xxh64{});
+      return true;
+    case HashKind::kDjb2:
+      f(Djb2{});
+      return true;
+    case HashKind::kSdbm:
+      f(Sdbm{});
+      return true;
+  }
+  return false;
+}
 
 // out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
 //
