@@ -79,7 +79,7 @@ struct RunProgram {
   const int64_t* params;
   void* const* tensors;
   const int64_t* sizes;  // elements of each tensor
-  int64_t* faults;       // for each instruction 1 + an element that it refused; null where nobody looks
+  int64_t* faults;       // for each instruction 1 + an element that it refused, or 0
 
   // What one instruction works on: its tile begins at `start` of the part's elements.
   struct Tile {
@@ -107,7 +107,7 @@ struct RunProgram {
     }
 
     RECIS_HD void fault(int64_t element) const {
-      if (program.faults != nullptr) refuse(program.faults + (&instruction - program.code), start + element);
+      refuse(program.faults + (&instruction - program.code), start + element);
     }
 
     template <class In, class Out, class F>

@@ -46,11 +46,11 @@ inline void raise_faults(const Ints& faults, const Instruction* code, const std:
 // and a dtype. They are bound after the inputs.
 //
 // On CPU an element that an instruction refuses raises, naming the instruction by its line of `labels`; on CUDA, where
-// nobody waits, `faults` [K] remembers it, if given. The code and its parameters lie where the inputs do.
+// nobody waits, one more result [K] says it: 1 + an element that instruction k has refused. The code and its parameters
+// lie where the inputs do.
 template <class Device, bool kCpu>
 Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor& params, const Ints& parts,
-                        const Ints& like, const Ints& dtypes, const std::string& labels,
-                        const std::optional<Tensor>& faults, bool parallel) {
+                        const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
   constexpr int kWidth = kTile<kCpu>;
   Device device(code);
   RECIS_CHECK(parts.size() % 4 == 0 && like.size() == dtypes.size(), "feature_program: arguments do not fit together");
@@ -87,6 +87,12 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
     tiles += (elements + kWidth - 1) / kWidth;
   }
   Ints found(kCpu ? static_cast<size_t>(code.size(0)) : 0, 0);
+  int64_t* faults = found.data();
+  if (!kCpu) {
+    const int64_t instructions_in_all[] = {code.size(0)};
+    outputs.push_back(torch::stable::new_zeros(code, {instructions_in_all, 1}));
+    faults = data<int64_t>(outputs.back(), "faults");
+  }
   RunProgram<kWidth> program{};
   device.place(program.segments, list);
   program.segments.total = tiles;
@@ -94,7 +100,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   program.params = data<int64_t>(params, "params");
   program.tensors = device.upload(tensors);
   program.sizes = device.upload(sizes);
-  program.faults = kCpu ? found.data() : data_or_null<int64_t>(faults, "faults");
+  program.faults = faults;
   device.for_each_task(tiles, parallel, program);
   if (kCpu) raise_faults(found, instructions, labels);
   return outputs;

@@ -71,7 +71,7 @@ class FeatureEngine:
         self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
         self._names = list(self._plan.columns)
-        self._segments: dict[tuple[tuple[int, Form], ...], Segment] = {}
+        self._segments: dict[tuple[tuple[int, Form], ...], str] = {}
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -125,15 +125,15 @@ class FeatureEngine:
         return FeatureEngine(remaining, fuse=self._fuse, parallel=self._parallel, keep=self._keep)
 
     def check(self) -> None:
-        """Raises for what operations have refused on a GPU (NaN, strings with wrong offsets); waits for it.
+        """Raises for what operations have refused of the last batch on a GPU (NaN, wrong offsets); waits for it.
 
         On the CPU the call itself raises, and there is nothing to check.
 
         Raises:
-            ValueError: If something was refused since the last check; the message names the feature.
+            ValueError: If something was refused; the message names the feature.
         """
-        for segment in self._segments.values():
-            for call in segment.calls:
+        for name in self._segments.values():
+            for call in getattr(self, name).calls:
                 if isinstance(call, ProgramCall):
                     call.check()
 
@@ -191,12 +191,18 @@ class FeatureEngine:
         """Returns the native calls for what can be made next, None where all is."""
         if all(register in registers for register in self._plan.outputs.values()):
             return None
-        return self._link(tuple((register, Form.of(column)) for register, column in registers.items()))
+        attribute = self._link(tuple((register, Form.of(column)) for register, column in registers.items()))
+        segment: Segment = getattr(self, attribute)
+        return segment
 
+    # A trace must not follow how a segment is made. It takes what is returned here for a constant, and reads the
+    # attribute of that name afterwards, so that the segment itself is an object that it knows where to find.
     @torch._dynamo.assume_constant_result
-    def _link(self, known: tuple[tuple[int, Form], ...]) -> Segment:
+    def _link(self, known: tuple[tuple[int, Form], ...]) -> str:
         if known not in self._segments:
-            self._segments[known] = link(self._plan, dict(known), parallel=self._parallel)
+            name = f"_segment_{len(self._segments)}"
+            setattr(self, name, link(self._plan, dict(known), parallel=self._parallel))
+            self._segments[known] = name
         return self._segments[known]
 
     def _run_one_by_one(self, registers: dict[int, Column]) -> None:

@@ -30,7 +30,8 @@ class ProgramCall:
         self._same_length = program.same_length
         code, params, self._labels = program.encode()
         self._code, self._params = code.to(device), params.to(device)
-        self._faults = None if device.type == "cpu" else torch.zeros(len(code), dtype=torch.int64, device=device)
+        self._device = device
+        self._faults: Tensor | None = None
         self._parts = [number for part in program.parts for number in part]
         self._like = [one.like for one in program.outputs]
         self._dtypes = numbers_of([one.dtype for one in program.outputs])
@@ -51,10 +52,12 @@ class ProgramCall:
             assert tensor is not None
             inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
         made = ops.program.run(
-            inputs, self._code, self._params, self._parts, self._like, self._dtypes, self._labels, self._faults,
+            inputs, self._code, self._params, self._parts, self._like, self._dtypes, self._labels,
             self._parallel,
         )  # fmt: skip
-        for values, (register, root, strings) in zip(made, self._outputs, strict=True):
+        if self._device.type != "cpu":
+            self._faults = made[-1]
+        for values, (register, root, strings) in zip(made, self._outputs, strict=False):
             if register < 0:
                 continue
             base = registers[root]
@@ -64,13 +67,13 @@ class ProgramCall:
                 registers[register] = without_strings(base, values) if strings else base._replace(values=values)
 
     def check(self) -> None:
-        """Raises for what a GPU has refused; waits for it."""
+        """Raises for what a GPU has refused in the last run; waits for it."""
         if self._faults is None:
             return
         labels = self._labels.split("\n")
         for label, element in zip(labels, self._faults.tolist(), strict=True):
             if element:
-                self._faults.zero_()
+                self._faults = None
                 raise ValueError(
                     f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in a "
                     f"vocabulary; mend the column where it is read, or put FillNull before it"

@@ -59,7 +59,7 @@ class Bucketize:
         if not self.boundaries:
             return "boundaries must be at least one number, got none; without boundaries there is but one bucket"
         for i, boundary in enumerate(self.boundaries):
-            if not isinstance(boundary, numbers.Real) or isinstance(boundary, bool):
+            if not isinstance(boundary, kinds_of_numbers.Real) or isinstance(boundary, bool):
                 return f"boundaries must be numbers, got {boundary!r} at {i}"
             if math.isnan(boundary):
                 return f"boundaries must be numbers, got NaN at {i}; drop it, for nothing compares with NaN"

@@ -38,13 +38,14 @@ def _fake_feature_program(
     like: Sequence[int],
     dtypes: Sequence[int],
     labels: str,
-    faults: Tensor | None,
     parallel: bool,
 ) -> list[Tensor]:
     results = []
     for source, number in zip(like, dtypes, strict=True):
         shape = inputs[source].shape if source >= 0 else (inputs[-1 - source].shape[0] - 1,)
         results.append(inputs[0].new_empty(shape, dtype=_DTYPES_BY_NUMBER[number]))
+    if code.device.type != "cpu":
+        results.append(code.new_empty((code.shape[0],)))
     return results
 
 
@@ -87,7 +88,6 @@ def run(
     like: list[int],
     dtypes: list[int],
     labels: str,
-    faults: Tensor | None = None,
     parallel: bool = True,
 ) -> list[Tensor]:
     """Runs a program.
@@ -101,13 +101,12 @@ def run(
         like: For each result the input whose shape it has, or -1 - i for one less than the offsets ``inputs[i]``.
         dtypes: For each result the number of its dtype, see ``DTYPES``.
         labels: A line for each instruction, by which errors name it.
-        faults: int64 ``[K]`` on CUDA: becomes 1 + an element that instruction k has refused.
         parallel: Whether torch's threads take part, on the CPU.
 
     Returns:
-        The results.
+        The results. On CUDA one more follows, int64 ``[K]``: 1 + an element that instruction k has refused, or 0.
 
     Raises:
         RuntimeError: On the CPU, if an instruction refuses an element (a string whose offsets are wrong, NaN).
     """
-    return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, faults, parallel)  # type: ignore[no-any-return]
+    return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, parallel)  # type: ignore[no-any-return]
