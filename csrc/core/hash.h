@@ -75,7 +75,9 @@ struct HashIds {
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    out[i] = static_cast<int64_t>(Hasher{}(WordBytes{static_cast<uint64_t>(ids[i])}));
+    uint64_t id = static_cast<uint64_t>(ids[i]);
+    RECIS_ONE_BY_ONE(id);
+    out[i] = static_cast<int64_t>(Hasher{}(WordBytes{id}));
   }
 };
 

@@ -54,7 +54,10 @@ struct MultiHash {
 };
 
 // The id of a pair of ids: MurmurHash64A (seed 0) of x's eight bytes and then y's.
-RECIS_HD uint64_t cross_ids(uint64_t x, uint64_t y) { return Murmur{}(PairBytes{x, y}); }
+RECIS_HD uint64_t cross_ids(uint64_t x, uint64_t y) {
+  RECIS_ONE_BY_ONE(x);
+  return Murmur{}(PairBytes{x, y});
+}
 
 template <class T>
 RECIS_HD bool is_nan(T value) {

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/hash.h"
 #include "core/macros.h"
@@ -151,12 +152,16 @@ struct RunProgram {
       for (int e = 0; e < count; ++e) bad |= is_nan(x[e]) ? 1 : 0;
       if (bad != 0) report<T>([](T value) { return is_nan(value); });
       if (W > 1 && buckets <= kFewBoundaries) {
-        // Every boundary against a whole tile: no step waits for the one before.
-        for (int e = 0; e < count; ++e) out[e] = 0;
+        // Every boundary against a whole tile: no step waits for the one before. Counters are as wide as values, so that
+        // what compares is what counts.
+        using Counter = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+        Counter below[W];
+        for (int e = 0; e < W; ++e) below[e] = 0;
         for (int64_t k = 0; k < buckets; ++k) {
           const T boundary = boundaries[k];
-          for (int e = 0; e < count; ++e) out[e] += above<kRight>(x[e], boundary) ? 1 : 0;
+          for (int e = 0; e < count; ++e) below[e] += above<kRight>(x[e], boundary) ? 1 : 0;
         }
+        for (int e = 0; e < count; ++e) out[e] = below[e];
         return;
       }
       for (int e = 0; e < count; ++e) out[e] = bucket_of<kRight>(x[e], boundaries, buckets);
@@ -235,7 +240,10 @@ struct RunProgram {
           return hash_string();
         case Step::kHashId:
           with_hasher(p[0], [&](auto hasher) {
-            each<uint64_t, uint64_t>([&](uint64_t x) { return hasher(WordBytes{x}); });
+            each<uint64_t, uint64_t>([&](uint64_t x) {
+              RECIS_ONE_BY_ONE(x);
+              return hasher(WordBytes{x});
+            });
           });
           return;
         case Step::kMod: {

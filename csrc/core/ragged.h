@@ -42,8 +42,9 @@ struct ResizeRule {
   RECIS_HD int64_t size(int64_t row) const {
     if (!rows.good(row)) return -1;
     const int64_t size = rows.size(row);
-    if (size > most) return strict != 0 ? -1 : most;
-    return size < least ? least : size;
+    if (strict != 0 && size > most) return -1;
+    const int64_t kept = size > most ? most : size;
+    return kept < least ? least : kept;
   }
 };
 
@@ -100,9 +101,27 @@ struct SumRows {
   }
 };
 
-// `n` words from `from` to `to`.
+// `n` words from `from` to `to`. Rows are short and their lengths vary, so that on the CPU few branches depend on them:
+// 32 bytes are copied at a time, the last of which may overlap the ones before, and up to three words as three.
 template <class T, class Lanes>
 RECIS_HD void copy_words(const T* RECIS_RESTRICT from, T* RECIS_RESTRICT to, int64_t n, Lanes lanes) {
+#if !defined(__CUDA_ARCH__)
+  constexpr int64_t kChunk = 32 / sizeof(T);
+  if (n >= kChunk) {
+    for (int64_t k = 0; k + kChunk < n; k += kChunk) memcpy(to + k, from + k, 32);
+    memcpy(to + n - kChunk, from + n - kChunk, 32);
+    return;
+  }
+  if constexpr (kChunk == 4) {
+    if (n == 0) return;
+    const T middle = from[n >> 1];
+    const T last = from[n - 1];
+    to[0] = from[0];
+    to[n >> 1] = middle;
+    to[n - 1] = last;
+    return;
+  }
+#endif
   for (int64_t k = lanes.rank; k < n; k += lanes.size) to[k] = from[k];
 }
 
@@ -138,7 +157,7 @@ struct CopyRows {
     const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
     const int64_t padded = made - kept;
     T* to = static_cast<T*>(part.to) + part.made.begin(row) * part.words;
-    if (kept > 0) {
+    if (source >= 0) {
       const T* from = static_cast<const T*>(part.from) + (part.rows.begin(source) + skipped) * part.words;
       copy_words(from, to + (part.pad_first != 0 ? padded : 0) * part.words, kept * part.words, lanes);
     }

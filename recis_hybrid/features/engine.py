@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class FeatureEngine:
 
     Args:
         features: The features to make, with names that differ.
-        fuse: False runs each operation on its own, which gives the same bits more slowly: to compare with.
+        fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation in
+            place of one of all of them. Both give the same bits more slowly: to compare with.
         parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader.
         keep: Columns that the batch keeps although features read them.
 
@@ -63,7 +64,7 @@ class FeatureEngine:
         self,
         features: Sequence[Feature],
         *,
-        fuse: bool = True,
+        fuse: bool | Literal["kind"] = True,
         parallel: bool = True,
         keep: Sequence[str] = (),
     ) -> None:
@@ -71,6 +72,7 @@ class FeatureEngine:
         self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
         self._names = list(self._plan.columns)
+        self._own = not all(isinstance(line.op, Elementwise | Shaping) for line in self._plan.instructions)
         self._segments: dict[tuple[tuple[int, Form], ...], str] = {}
 
     @property
@@ -165,7 +167,7 @@ class FeatureEngine:
         features: Batch = {}
         for name, register in self._plan.outputs.items():
             as_it_was = register < len(self._names)
-            features[name] = batch[self._names[register]] if as_it_was else registers[register].pack()
+            features[name] = batch[self._names[register]] if as_it_was else self._packed(registers[register])
         for name, column in batch.items():
             if name not in self._plan.columns or name in self._keep:
                 if name in features:
@@ -179,6 +181,12 @@ class FeatureEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.
         return _remake, (self._features, self._fuse, self._parallel, self._keep)
+
+    def _packed(self, column: Column) -> Tensor | RaggedTensor:
+        # An operation of one's own may have made anything.
+        if self._own and column.offsets is not None:
+            return RaggedTensor(column.values, column.offsets, column.weights, column.outer)
+        return column.pack()
 
     def _run(self, registers: dict[int, Column]) -> None:
         if not self._fuse:
@@ -201,9 +209,12 @@ class FeatureEngine:
     def _link(self, known: tuple[tuple[int, Form], ...]) -> str:
         if known not in self._segments:
             name = f"_segment_{len(self._segments)}"
-            setattr(self, name, link(self._plan, dict(known), parallel=self._parallel))
+            setattr(self, name, self._made(known))
             self._segments[known] = name
         return self._segments[known]
+
+    def _made(self, known: tuple[tuple[int, Form], ...]) -> Segment:
+        return link(self._plan, dict(known), parallel=self._parallel, grouped=self._fuse == "kind")
 
     def _run_one_by_one(self, registers: dict[int, Column]) -> None:
         for register, instruction in enumerate(self._plan.instructions, len(self._names)):
@@ -240,7 +251,7 @@ class FeatureEngine:
         )
 
 
-def _remake(features: Sequence[Feature], fuse: bool, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
+def _remake(features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
     return FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
 
 

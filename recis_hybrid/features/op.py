@@ -40,7 +40,7 @@ class Column(NamedTuple):
         """Puts it together again, as a batch has it."""
         if self.offsets is None:
             return self.values
-        return RaggedTensor(self.values, self.offsets, self.weights, outer=self.outer)
+        return RaggedTensor.unchecked(self.values, self.offsets, self.weights, self.outer)
 
 
 class Form(NamedTuple):

@@ -70,6 +70,26 @@ class RaggedTensor:
             checks.check_content(self.values.shape[0], self.offsets, self.outer)
 
     @classmethod
+    def unchecked(
+        cls,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        outer: tuple[torch.Tensor, ...] = (),
+    ) -> RaggedTensor:
+        """Returns a RaggedTensor of tensors that are known to fit together, without checking them.
+
+        Checking costs more than a small transformation, and what is made of a valid RaggedTensor by its rules is valid.
+        A GPU may not have made the tensors yet.
+        """
+        if torch.compiler.is_compiling():
+            return cls(values, offsets, weights, outer)
+        made = object.__new__(cls)
+        # Past the frozen dataclass's own __setattr__.
+        made.__dict__.update(values=values, offsets=offsets, weights=weights, outer=outer)
+        return made
+
+    @classmethod
     def from_lists(
         cls,
         rows: Iterable[Sequence[Any]],
@@ -336,8 +356,5 @@ class RaggedTensor:
         before, after = (self.values, self.offsets, self.weights, *self.outer), (values, offsets, weights, *outer)
         if all(one is other for one, other in zip(before, after, strict=True)):
             return self
-        # Past the checks: a copy is as valid as its original, and a non-blocking one may still be on its way.
-        moved = object.__new__(RaggedTensor)
-        for name, tensor in (("values", values), ("offsets", offsets), ("weights", weights), ("outer", outer)):
-            object.__setattr__(moved, name, tensor)
-        return moved
+        # A copy is as valid as its original, and a non-blocking one may still be on its way.
+        return RaggedTensor.unchecked(values, offsets, weights, outer)
