@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -160,9 +161,9 @@ class FeatureEngine:
             try:
                 self._run(registers)
             except RuntimeError as error:
-                text = str(error).split("\n")[0]
-                if text.startswith("feature "):
-                    raise ValueError(text) from error
+                said = _said_by_native(error)
+                if said.startswith("feature "):
+                    raise ValueError(said) from error
                 raise
         features: Batch = {}
         for name, register in self._plan.outputs.items():
@@ -227,7 +228,7 @@ class FeatureEngine:
                 raise kind(f"{instruction.label}: {error}") from error
             except RuntimeError as error:
                 if native:
-                    raise ValueError(f"{instruction.label}: {str(error).splitlines()[0]}") from error
+                    raise ValueError(f"{instruction.label}: {_said_by_native(error).lstrip(': ')}") from error
                 error.add_note(f"in {instruction.label}")
                 raise
 
@@ -253,6 +254,11 @@ class FeatureEngine:
 
 def _remake(features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
     return FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
+
+
+def _said_by_native(error: RuntimeError) -> str:
+    """Returns what a native operator says, without the place in its source that torch puts before it."""
+    return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
 
 
 def _call_line(call: ProgramCall | ShapesCall | OwnCall) -> str:

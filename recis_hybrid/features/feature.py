@@ -43,6 +43,8 @@ class Feature:
 
     def __post_init__(self) -> None:
         source = self.name if self.source is None else self.source
+        if not isinstance(self.name, str):
+            raise TypeError(f"Feature {self.name!r}: name must be a string, got {type(self.name).__name__}")
         if not isinstance(source, str | Feature):
             if not isinstance(source, Sequence):
                 raise TypeError(f"Feature {self.name!r}: source must be a string, got {type(source).__name__}")
