@@ -18,7 +18,11 @@ from recis_hybrid.features.numbers import (
 )
 from recis_hybrid.features.op import Column as Column, Kernel as Kernel, Op as Op
 from recis_hybrid.features.plan import Plan as Plan
-from recis_hybrid.features.registry import make_op as make_op, register_op as register_op, registered_ops as registered_ops
+from recis_hybrid.features.registry import (
+    make_op as make_op,
+    register_op as register_op,
+    registered_ops as registered_ops,
+)
 from recis_hybrid.features.resize import FillNull as FillNull, Pad as Pad, ToDense as ToDense, Truncate as Truncate
 from recis_hybrid.features.rows import MultiHot as MultiHot, OneHot as OneHot, Tile as Tile, TopK as TopK
 from recis_hybrid.features.vocabulary import Vocabulary as Vocabulary

@@ -85,7 +85,9 @@ def shaping_kernel(op: Any) -> Callable[..., Column]:
         if forms not in calls:
             form = op.shape(forms)
             # A column that it leaves as it is needs no call.
-            calls[forms] = None if len(forms) == 1 and form is forms[0] else op.kind([Job(op, forms, "")], parallel=True)
+            calls[forms] = (
+                None if len(forms) == 1 and form is forms[0] else op.kind([Job(op, forms, "")], parallel=True)
+            )
         call = calls[forms]
         return columns[0] if call is None else call([columns])[0]
 

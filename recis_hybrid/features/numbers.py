@@ -96,9 +96,7 @@ class Bucketize:
             if key not in tables:
                 tables[key] = self.table(values.dtype).to(values.device)
             right = self.right or values.dtype == torch.int64
-            return column._replace(
-                values=ops.transform.bucketize(values, tables[key], right=right, refuse_nan=True)
-            )
+            return column._replace(values=ops.transform.bucketize(values, tables[key], right=right, refuse_nan=True))
 
         return kernel
 

@@ -88,9 +88,7 @@ class ResizeCall:
                 results.append(Column(values, made[k], weights, column.outer))
         return self._take(columns, results, exact) if self._taken_owner else results
 
-    def _take(
-        self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool
-    ) -> list[Column]:
+    def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
         """Takes the lists whose numbers are the values of what was made."""
         which = [k for k, inner in enumerate(self._inner) if inner]
         offsets, planes = [], []
@@ -132,7 +130,9 @@ def _ragged(where: str, form: Form, level: int = -1) -> Form:
     if form.levels == 0:
         raise TypeError(f"{where} takes ragged columns, got a dense one; its rows have one length already")
     if form.levels > 2:
-        raise TypeError(f"{where} takes rows of values or of lists, got {form.levels} levels of lists; hash strings first")
+        raise TypeError(
+            f"{where} takes rows of values or of lists, got {form.levels} levels of lists; hash strings first"
+        )
     if level > form.levels:
         raise TypeError(f"{where}: level must be 1 to {form.levels} for this column, got {level}")
     return form
@@ -383,5 +383,3 @@ class ToDense:
 
     def __str__(self) -> str:
         return f"to_dense[{self.length}, {self.value:g}, {self.side}]"
-
-

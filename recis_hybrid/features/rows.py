@@ -37,9 +37,7 @@ class TopKCall:
             offsets.append(column.offsets.contiguous())
             weights.append(column.weights.contiguous())
         exact = values[0].device.type == "cpu"
-        made = torch.ops.recis.ragged_topk(
-            values, offsets, weights, self._most, self._labels, exact, self._parallel
-        )
+        made = torch.ops.recis.ragged_topk(values, offsets, weights, self._most, self._labels, exact, self._parallel)
         return [Column(made[3 * k + 1], made[3 * k], made[3 * k + 2]) for k in range(len(columns))]
 
 
@@ -95,9 +93,7 @@ class MultiHotCall:
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(ids_of(column), column.offsets, column.weights)
-        made = torch.ops.recis.multi_hot(
-            tensors.list, tensors.index, self._classes, self._labels, self._parallel
-        )
+        made = torch.ops.recis.multi_hot(tensors.list, tensors.index, self._classes, self._labels, self._parallel)
         return [Column(values) for values in made]
 
 

@@ -23,8 +23,6 @@ DROP_FIRST, PAD_FIRST, STRICT, FIXED = 1, 2, 4, 8
 a dense ``[B, most, ...]``."""
 
 
-
-
 def _fake_resize(
     offsets: Sequence[Tensor],
     planes: Sequence[Tensor],

@@ -57,9 +57,7 @@ def _bytes(array: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
     _, offset_buffer, byte_buffer = array.buffers()
     if offset_buffer is None:
         return torch.empty(0, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
-    offsets = from_dlpack(
-        pa.Array.from_buffers(pa.int64(), len(array) + 1, [None, offset_buffer], offset=array.offset)
-    )
+    offsets = from_dlpack(pa.Array.from_buffers(pa.int64(), len(array) + 1, [None, offset_buffer], offset=array.offset))
     first, last = int(offsets[0]), int(offsets[-1])
     if first == last:
         return torch.empty(0, dtype=torch.uint8), offsets - first

@@ -59,7 +59,9 @@ def from_strings(strings: Iterable[Any]) -> Parts:
     while any(_is_list(item) for item in items):
         if not all(_is_list(item) for item in items):
             wrong = next(item for item in items if not _is_list(item))
-            raise ValueError(f"RaggedTensor.from_strings: lists must be as deep everywhere, got {wrong!r} beside a list")
+            raise ValueError(
+                f"RaggedTensor.from_strings: lists must be as deep everywhere, got {wrong!r} beside a list"
+            )
         outer.append(offsets_of([len(item) for item in items]))
         items = [string for item in items for string in item]
     encoded = [item.encode() if isinstance(item, str) else bytes(item) for item in items]

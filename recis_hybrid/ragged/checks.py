@@ -40,9 +40,7 @@ def check_form(
                 f"a batch of no rows has the offsets [0]"
             )
         if level.device != values.device:
-            raise ValueError(
-                f"RaggedTensor: {name} must lie beside the values, got {level.device} and {values.device}"
-            )
+            raise ValueError(f"RaggedTensor: {name} must lie beside the values, got {level.device} and {values.device}")
     if weights is not None:
         _check_weights(values, offsets, weights, bool(outer))
 
@@ -56,9 +54,7 @@ def _check_weights(values: torch.Tensor, offsets: torch.Tensor, weights: torch.T
         what = "[M] with M strings, M" if of_strings else "[N] with N"
         raise ValueError(f"RaggedTensor: weights must be {what} = {count}, got {describe(weights)}")
     if weights.device != values.device:
-        raise ValueError(
-            f"RaggedTensor: weights must lie beside the values, got {weights.device} and {values.device}"
-        )
+        raise ValueError(f"RaggedTensor: weights must lie beside the values, got {weights.device} and {values.device}")
 
 
 def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...]) -> None:

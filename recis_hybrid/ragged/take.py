@@ -84,7 +84,9 @@ def concat(parts: Sequence[Parts]) -> Parts:
             f"RaggedTensor.concat: takes RaggedTensors of one dtype, shape of values, device and number of levels, all "
             f"weighted or none, got {sorted(map(str, kinds))}"
         )
-    levels = [_joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)]
+    levels = [
+        _joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)
+    ]
     given = [weights for _, _, weights, _ in parts if weights is not None]
     return torch.cat([one[0] for one in parts]), levels[-1], torch.cat(given) if given else None, tuple(levels[:-1])
 

@@ -22,12 +22,17 @@ def same(one: Batch, other: Batch) -> None:
     assert list(one) == list(other)
     for name in one:
         a, b = Column.of(one[name]), Column.of(other[name])
-        for left, right in zip((a.values, a.offsets, a.weights, *a.outer), (b.values, b.offsets, b.weights, *b.outer), strict=True):
+        for left, right in zip(
+            (a.values, a.offsets, a.weights, *a.outer), (b.values, b.offsets, b.weights, *b.outer), strict=True
+        ):
             assert (left is None) == (right is None), name
             if left is not None and right is not None:
                 assert left.dtype == right.dtype, name
                 assert left.shape == right.shape, name
-                assert torch.equal(left.nan_to_num(-7.0) if left.is_floating_point() else left, right.nan_to_num(-7.0) if right.is_floating_point() else right), name  # noqa: E501
+                assert torch.equal(
+                    left.nan_to_num(-7.0) if left.is_floating_point() else left,
+                    right.nan_to_num(-7.0) if right.is_floating_point() else right,
+                ), name  # noqa: E501
 
 
 ids_to_ids = st.one_of(
@@ -63,7 +68,12 @@ def feature(draw: st.DrawFn, name: str) -> Feature:
         return Feature(name, ops=draw(ints), source=draw(st.sampled_from(["a", "b", "narrow"])))
     if kind == "floats":
         chain: list[Any] = [FillNull(1.5), *draw(st.lists(floats_to_floats, max_size=4))]
-        ends: list[list[Any]] = [[], [Bucketize([-1.5, 0, 2.25])], [Clip(0, 9), Cast(torch.int64), Mod(5)], [Clip(0, 9), Log(1)]]
+        ends: list[list[Any]] = [
+            [],
+            [Bucketize([-1.5, 0, 2.25])],
+            [Clip(0, 9), Cast(torch.int64), Mod(5)],
+            [Clip(0, 9), Log(1)],
+        ]
         return Feature(name, ops=[*chain, *draw(st.sampled_from(ends))], source=draw(st.sampled_from(["f", "g", "fr"])))
     if kind == "rows":
         mixed = st.lists(st.one_of(ids_to_ids, rows_to_rows), max_size=5)
@@ -76,7 +86,9 @@ def feature(draw: st.DrawFn, name: str) -> Feature:
             chain = chain[:1]
         return Feature(name, ops=chain, source="w" if weighted else "r")
     if kind in ("strings", "words"):
-        first = draw(st.sampled_from([Hash("farm"), Hash("xxh64"), StringMultiHash(), Vocabulary(["a", "bb", ""], unknown=3)]))
+        first = draw(
+            st.sampled_from([Hash("farm"), Hash("xxh64"), StringMultiHash(), Vocabulary(["a", "bb", ""], unknown=3)])
+        )
         more = draw(ints)
         return Feature(name, ops=[first, *more], source=kind)
     if kind == "nested":
@@ -86,7 +98,9 @@ def feature(draw: st.DrawFn, name: str) -> Feature:
         )
     pairs = draw(st.lists(st.sampled_from(["a", "b", "r", "w", "narrow"]), min_size=2, max_size=3))
     if kind == "pair":
-        return Feature(name, ops=[Cross(), *draw(ints)], source=[*pairs[:2], *pairs[2:]][: draw(st.integers(2, len(pairs)))])
+        return Feature(
+            name, ops=[Cross(), *draw(ints)], source=[*pairs[:2], *pairs[2:]][: draw(st.integers(2, len(pairs)))]
+        )
     return Feature(name, ops=[Hash(), Concat(), Mod(1000)], source=pairs)
 
 
@@ -120,8 +134,6 @@ def batches(draw: st.DrawFn) -> Batch:
         "nested": RaggedTensor.from_lists(column(st.lists(st.lists(numbers, max_size=3), min_size=1, max_size=3)), dtype=torch.int64)
         if rows else RaggedTensor(torch.empty(0, dtype=torch.int64), torch.tensor([0]), None, (torch.tensor([0]),)),
     }  # fmt: skip
-
-
 
 
 @settings(max_examples=150)
@@ -190,7 +202,15 @@ def test_how_many_native_calls_there_are() -> None:
     calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
     kinds = [type(call).__name__ if isinstance(call, link.ProgramCall) else call.kind.__name__ for call in calls]
     # What is made of rows that have changed waits for them; all else is in the first program.
-    assert sorted(kinds) == ["CrossCall", "MultiHotCall", "ProgramCall", "ProgramCall", "ResizeCall", "ResizeCall", "TopKCall"]
+    assert sorted(kinds) == [
+        "CrossCall",
+        "MultiHotCall",
+        "ProgramCall",
+        "ProgramCall",
+        "ResizeCall",
+        "ResizeCall",
+        "TopKCall",
+    ]
 
 
 def test_more_intermediate_results_than_scratch_tiles() -> None:
@@ -262,5 +282,10 @@ def test_an_own_operation_between_native_ones() -> None:
 
 def test_an_engine_forgets_nothing_between_forms() -> None:
     engine = FeatureEngine([Feature("x", ops=[Mod(10)])])
-    for column in (torch.arange(5), RaggedTensor.from_lists([[1, 22]]), torch.tensor([33], dtype=torch.int8), torch.arange(4).view(2, 2)):
+    for column in (
+        torch.arange(5),
+        RaggedTensor.from_lists([[1, 22]]),
+        torch.tensor([33], dtype=torch.int8),
+        torch.arange(4).view(2, 2),
+    ):
         same(engine({"x": column}), FeatureEngine([Feature("x", ops=[Mod(10)])], fuse=False)({"x": column}))

@@ -23,7 +23,9 @@ def made(feature: Feature, fuse: bool, **columns: torch.Tensor | RaggedTensor) -
 def test_hashes_of_bytes(device: str, fuse: bool) -> None:
     strings = STRINGS.to(device)
     assert made(Feature("s", ops=[Hash("farm")]), fuse, s=strings) == {"s": [-7736835464683084646, -909183002746659612]}
-    assert made(Feature("s", ops=[Hash("murmur")]), fuse, s=strings) == {"s": [-4003751876240412087, 4434088491466393040]}
+    assert made(Feature("s", ops=[Hash("murmur")]), fuse, s=strings) == {
+        "s": [-4003751876240412087, 4434088491466393040]
+    }
 
 
 @both
