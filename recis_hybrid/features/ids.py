@@ -226,6 +226,7 @@ class StringMultiHash:
         kinds: The hashes.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("word", ops=[StringMultiHash([100, 100], ["djb2", "sdbm"])])])
         >>> engine({"word": RaggedTensor.from_strings(["a", "b"])})
         {'word_0': tensor([70, 71]), 'word_1': tensor([97, 98])}

@@ -147,6 +147,7 @@ class Concat:
     int64; floats must have one dtype. Values of columns without weights get the weight 1 where another has weights.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("seen", source=["clicks", "buys"], ops=[Concat()])])
         >>> engine({"clicks": RaggedTensor.from_lists([[1, 2], []]), "buys": torch.tensor([8, 9])})["seen"].to_lists()
         [[1, 2, 8], [9]]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from recis_hybrid.features.common import fits, one, shaping_kernel, word
 from recis_hybrid.features.numbers import FillNan
@@ -154,6 +153,7 @@ class Truncate:
             them.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("clicks", ops=[Truncate(2, side="left")])])
         >>> engine({"clicks": RaggedTensor.from_lists([[1, 2, 3], [4]])})["clicks"].to_lists()
         [[2, 3], [4]]
@@ -206,6 +206,7 @@ class Pad:
         level: Which lists are made longer: 1 the rows themselves, 2 the lists in them.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("clicks", ops=[Pad(2, value=-1)])])
         >>> engine({"clicks": RaggedTensor.from_lists([[1, 2, 3], [4]])})["clicks"].to_lists()
         [[1, 2, 3], [4, -1]]
@@ -334,6 +335,7 @@ class ToDense:
         side: Where it does: ``"right"`` after the values, ``"left"`` before them.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("clicks", ops=[ToDense(2)])])
         >>> engine({"clicks": RaggedTensor.from_lists([[1, 2], [4], []])})
         {'clicks': tensor([[1, 2],

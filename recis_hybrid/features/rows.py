@@ -52,6 +52,7 @@ class TopK:
         k: The most that a row keeps.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("tags", ops=[TopK(2)])])
         >>> tags = RaggedTensor.from_lists([[1, 2, 3]], weights=[[0.5, 0.1, 0.9]])
         >>> engine({"tags": tags})["tags"].to_lists()
@@ -107,6 +108,7 @@ class MultiHot:
         classes: The number of different ids.
 
     Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
         >>> engine = FeatureEngine([Feature("tags", ops=[MultiHot(3)])])
         >>> engine({"tags": RaggedTensor.from_lists([[0, 2], [1, 1]])})
         {'tags': tensor([[1., 0., 1.],

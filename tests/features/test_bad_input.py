@@ -8,8 +8,31 @@ import pytest
 import torch
 
 from recis_hybrid.features import (
-    Bucketize, Cast, Clip, Column, Concat, Cross, Feature, FeatureEngine, FillNull, Hash, Log, Mod, MultiHash, MultiHot,
-    Normalize, OneHot, Pad, StringMultiHash, Tile, ToDense, TopK, Truncate, Vocabulary, make_op, register_op,
+    Bucketize,
+    Cast,
+    Clip,
+    Column,
+    Concat,
+    Cross,
+    Feature,
+    FeatureEngine,
+    FillNull,
+    Hash,
+    Log,
+    Mod,
+    MultiHash,
+    MultiHot,
+    Normalize,
+    OneHot,
+    Pad,
+    StringMultiHash,
+    Tile,
+    ToDense,
+    TopK,
+    Truncate,
+    Vocabulary,
+    make_op,
+    register_op,
     registered_ops,
 )  # fmt: skip
 from recis_hybrid.ragged import RaggedTensor

@@ -9,8 +9,30 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid.features import (
-    Bucketize, Cast, Clip, Column, Concat, Cross, Feature, FeatureEngine, FillNull, Hash, Log, Mod, MultiHash, MultiHot,
-    Normalize, OneHot, Pad, StringMultiHash, Tile, ToDense, TopK, Truncate, Vocabulary, link,
+    Bucketize,
+    Cast,
+    Clip,
+    Column,
+    Concat,
+    Cross,
+    Feature,
+    FeatureEngine,
+    FillNull,
+    Hash,
+    Log,
+    Mod,
+    MultiHash,
+    MultiHot,
+    Normalize,
+    OneHot,
+    Pad,
+    StringMultiHash,
+    Tile,
+    ToDense,
+    TopK,
+    Truncate,
+    Vocabulary,
+    link,
 )  # fmt: skip
 from recis_hybrid.ragged import Batch, RaggedTensor
 

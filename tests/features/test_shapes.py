@@ -9,8 +9,25 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.features import (
-    Cast, Clip, Column, Concat, Cross, Feature, FeatureEngine, FillNull, Hash, Log, MultiHot, Normalize, OneHot, Pad, Tile,
-    ToDense, TopK, Truncate, Vocabulary,
+    Cast,
+    Clip,
+    Column,
+    Concat,
+    Cross,
+    Feature,
+    FeatureEngine,
+    FillNull,
+    Hash,
+    Log,
+    MultiHot,
+    Normalize,
+    OneHot,
+    Pad,
+    Tile,
+    ToDense,
+    TopK,
+    Truncate,
+    Vocabulary,
 )  # fmt: skip
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes

@@ -126,7 +126,7 @@ def _farm_long(data: bytes) -> int:
 
 
 def djb2(data: bytes) -> int:
-    """hash * 33 + byte from 5381, as an int64."""
+    """From 5381, hash * 33 + byte, as an int64."""
     h = 5381
     for byte in data:
         h = h * 33 + byte & MASK
@@ -134,7 +134,7 @@ def djb2(data: bytes) -> int:
 
 
 def sdbm(data: bytes) -> int:
-    """byte + (hash << 6) + (hash << 16) - hash from 0, as an int64."""
+    """From 0, byte + (hash << 6) + (hash << 16) - hash, as an int64."""
     h = 0
     for byte in data:
         h = byte + (h << 6) + (h << 16) - h & MASK
