@@ -5,8 +5,8 @@
 ``hash``: FarmHash of a million strings of 4 to 16 bytes, beside ``pandas.util.hash_array`` and beside what one core can
 copy. ``eager``: 40 features of a batch of 8,192 rows (ten each of hash → mod, bucketize, cross → mod of dense columns,
 and truncate → hash → mod of rows of 0 to 10 ids) beside the same values made in eager torch, feature by feature.
-``unfused``: the same beside our own operators, one call an operation. ``kind``: the same beside one call for each kind of
-element-wise operation, which is the other way to fuse.
+``unfused``: the same beside our own operators, one call an operation. ``kind``: the same beside one call for each kind
+of element-wise operation, which is the other way to fuse.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ RECIS_HD bool is_nan(T value) {
   return value != value;
 }
 
-// Whether a sorted boundary counts for a value: it lies at or below it (kRight), or below it. Negated, so that NaN counts
-// every boundary.
+// Whether a sorted boundary counts for a value: it lies at or below it (kRight), or below it. Negated, so that NaN
+// counts every boundary.
 template <bool kRight, class T>
 RECIS_HD bool above(T value, T boundary) {
   return kRight ? !(value < boundary) : !(value <= boundary);

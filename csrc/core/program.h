@@ -152,8 +152,8 @@ struct RunProgram {
       for (int e = 0; e < count; ++e) bad |= is_nan(x[e]) ? 1 : 0;
       if (bad != 0) report<T>([](T value) { return is_nan(value); });
       if (W > 1 && buckets <= kFewBoundaries) {
-        // Every boundary against a whole tile: no step waits for the one before. Counters are as wide as values, so that
-        // what compares is what counts.
+        // Every boundary against a whole tile: no step waits for the one before. Counters are as wide as values, so
+        // that what compares is what counts.
         using Counter = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
         Counter below[W];
         for (int e = 0; e < W; ++e) below[e] = 0;

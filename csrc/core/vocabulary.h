@@ -46,7 +46,8 @@ struct Vocabulary {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words + words[4]);
     const uint64_t hash = Farm{}(string);
     return find(hash, [&](int64_t entry) {
-      if (static_cast<uint64_t>(keys[entry]) != hash || offsets[entry + 1] - offsets[entry] != string.size) return false;
+      if (static_cast<uint64_t>(keys[entry]) != hash || offsets[entry + 1] - offsets[entry] != string.size)
+        return false;
       for (int64_t at = 0; at < string.size; ++at) {
         if (bytes[offsets[entry] + at] != string.data[at]) return false;
       }

@@ -4,13 +4,14 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
-      "ragged_resize(Tensor[] offsets, Tensor[] planes, int[] owner, int[] least, int[] most, int[] flags, int[] fills, "
+      "ragged_resize(Tensor[] offsets, Tensor[] planes, int[] owner, int[] least, int[] most, int[] flags, int[] "
+      "fills, "
       "str labels, bool exact, bool parallel) -> Tensor[]");
   m.def(
-      "ragged_take(Tensor[] offsets, Tensor[] rows, Tensor[] planes, int[] owner, int[] bounds, str labels, bool exact, "
+      "ragged_take(Tensor[] offsets, Tensor[] rows, Tensor[] planes, int[] owner, int[] bounds, str labels, bool "
+      "exact, "
       "bool parallel) -> Tensor[]");
-  m.def(
-      "ragged_cross(Tensor[] tensors, int[] index, int[] most, str labels, bool exact, bool parallel) -> Tensor[]");
+  m.def("ragged_cross(Tensor[] tensors, int[] index, int[] most, str labels, bool exact, bool parallel) -> Tensor[]");
   m.def(
       "ragged_topk(Tensor[] values, Tensor[] offsets, Tensor[] weights, int[] most, str labels, bool exact, "
       "bool parallel) -> Tensor[]");

@@ -1,8 +1,8 @@
 // Operators that change how many values the rows of ragged columns have (kernels: core/ragged.h).
 //
-// Each takes many columns and handles them in one launch for offsets and one for values. Where the number of values of a
-// result depends on data, the CPU looks at the new offsets and makes it `exact`; CUDA would have to wait, so that there
-// the values come with an upper bound, and zeros after those that the offsets reach.
+// Each takes many columns and handles them in one launch for offsets and one for values. Where the number of values of
+// a result depends on data, the CPU looks at the new offsets and makes it `exact`; CUDA would have to wait, so that
+// there the values come with an upper bound, and zeros after those that the offsets reach.
 #pragma once
 
 #include <limits>
@@ -211,9 +211,9 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
                     const Ints& bounds, const std::string& labels, bool exact, bool parallel) {
   if (offsets.empty()) return {};
   Device device(offsets[0]);
-  RECIS_CHECK(rows.size() == offsets.size() && owner.size() == planes.size() &&
-                  (exact || bounds.size() == offsets.size()),
-              "ragged_take: arguments do not fit together");
+  RECIS_CHECK(
+      rows.size() == offsets.size() && owner.size() == planes.size() && (exact || bounds.size() == offsets.size()),
+      "ragged_take: arguments do not fit together");
   std::vector<TakeRule> rules(offsets.size(), TakeRule{{nullptr, 0, -1}, 0, nullptr});
   Ints counts;
   for (const Tensor& taken : rows) counts.push_back(taken.numel());
@@ -241,8 +241,8 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
 // Crosses of columns, six numbers of tensors each: ids, offsets (-1: one id a row) and weights (-1: none) of x, then of
 // y. At most `most` pairs a row. Returns for each the offsets, the ids, and the weights where x or y has them.
 template <class Device>
-Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const std::string& labels,
-                     bool exact, bool parallel) {
+Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const std::string& labels, bool exact,
+                     bool parallel) {
   if (index.empty()) return {};
   Device device(tensors.at(static_cast<size_t>(index[0])));
   RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments do not fit together");
@@ -258,10 +258,9 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
                 ": the columns have different numbers of rows, ", counts.back(), " and ",
                 row_count(y, tensor_at(tensors, at[4])));
   }
-  const Tensors offsets =
-      sum_rows(device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels,
-               "makes more pairs than the limit given, or has offsets that decrease or lie outside the values",
-               parallel);
+  const Tensors offsets = sum_rows(
+      device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels,
+      "makes more pairs than the limit given, or has offsets that decrease or lie outside the values", parallel);
   Tensors results;
   std::vector<CrossPart> parts;
   int64_t total = 0;
@@ -361,8 +360,8 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
     for (size_t k = 0; k < count; ++k) {
       const Tensor& mine = *tensor_at(tensors, first[3 * k]);
       const Tensor* offsets = tensor_at(tensors, first[3 * k + 1]);
-      RECIS_CHECK(mine.dim() == 1 || (offsets == nullptr && mine.dim() == 2), line_of(labels, static_cast<size_t>(number)),
-                  ": columns must be [N] with offsets, [B] or [B, L]");
+      RECIS_CHECK(mine.dim() == 1 || (offsets == nullptr && mine.dim() == 2),
+                  line_of(labels, static_cast<size_t>(number)), ": columns must be [N] with offsets, [B] or [B, L]");
       RECIS_CHECK(mine.scalar_type() == source.scalar_type(), "ragged_concat: columns of unequal dtypes");
       const int64_t mine_rows = row_count(mine, offsets);
       RECIS_CHECK(rows < 0 || rows == mine_rows, line_of(labels, static_cast<size_t>(number)),
@@ -430,7 +429,8 @@ Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes
     if (offsets == nullptr) mine = {nullptr, words_of(ids), ids.numel()};
     const int64_t sizes[] = {rows, classes[k]};
     results.push_back(torch::stable::new_zeros(ids, {sizes, 2}, ScalarType::Float));
-    parts.push_back({total, mine, data<int64_t>(ids, "ids"), weights == nullptr ? nullptr : data<float>(*weights, "weights"),
+    parts.push_back({total, mine, data<int64_t>(ids, "ids"),
+                     weights == nullptr ? nullptr : data<float>(*weights, "weights"),
                      data<float>(results.back(), "out"), classes[k]});
     column.push_back(static_cast<int64_t>(k));
     total += rows;

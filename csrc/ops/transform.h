@@ -37,8 +37,7 @@ Tensor cross_pairs(const Tensor& x, const Tensor& y) {
   Device device(x);
   RECIS_CHECK(x.numel() == y.numel(), "cross_ids: x and y must be equally many, got ", x.numel(), " and ", y.numel());
   Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Long);
-  device.for_each(x.numel(), 1,
-                  CrossIds{data<int64_t>(x, "x"), data<int64_t>(y, "y"), data<int64_t>(out, "out")});
+  device.for_each(x.numel(), 1, CrossIds{data<int64_t>(x, "x"), data<int64_t>(y, "y"), data<int64_t>(out, "out")});
   return out;
 }
 
@@ -56,10 +55,10 @@ Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, boo
   Tensor out = torch::stable::new_empty(values, values.sizes(), ScalarType::Long);
   int64_t refused = 0;
   const auto launch = [&]<class T, bool kRight>() {
-    device.for_each(values.numel(), 1,
-                    Bucketize<T, kRight>{data<T>(values, "values"), data<T>(boundaries, "boundaries"),
-                                         boundaries.numel(), data<int64_t>(out, "out"),
-                                         refuse_nan && values.is_cpu() ? &refused : nullptr});
+    device.for_each(
+        values.numel(), 1,
+        Bucketize<T, kRight>{data<T>(values, "values"), data<T>(boundaries, "boundaries"), boundaries.numel(),
+                             data<int64_t>(out, "out"), refuse_nan && values.is_cpu() ? &refused : nullptr});
   };
   const auto launch_side = [&]<class T>() {
     right ? launch.template operator()<T, true>() : launch.template operator()<T, false>();
@@ -122,8 +121,8 @@ Tensor clip_ids(const Tensor& ids, int64_t least, int64_t most) {
   Device device(ids);
   Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
   device.for_each(ids.numel(), 1,
-                  MapValues<ClipOf<int64_t>, int64_t, int64_t>{data<int64_t>(ids, "ids"), {least, most},
-                                                               data<int64_t>(out, "out"), nullptr});
+                  MapValues<ClipOf<int64_t>, int64_t, int64_t>{
+                      data<int64_t>(ids, "ids"), {least, most}, data<int64_t>(out, "out"), nullptr});
   return out;
 }
 
@@ -134,9 +133,10 @@ Tensor cast_to_ids(const Tensor& values) {
   Tensor out = torch::stable::new_empty(values, values.sizes(), ScalarType::Long);
   int64_t refused = 0;
   const auto launch = [&]<class T>() {
-    device.for_each(values.numel(), 1,
-                    MapValues<CastOf<T, int64_t>, T, int64_t>{data<T>(values, "values"), {}, data<int64_t>(out, "out"),
-                                                              values.is_cpu() ? &refused : nullptr});
+    device.for_each(
+        values.numel(), 1,
+        MapValues<CastOf<T, int64_t>, T, int64_t>{
+            data<T>(values, "values"), {}, data<int64_t>(out, "out"), values.is_cpu() ? &refused : nullptr});
   };
   if (values.scalar_type() == ScalarType::Float) {
     launch.template operator()<float>();

@@ -30,8 +30,7 @@ struct Exact {
   std::unique_ptr<T[]> memory;
   int64_t size;
 
-  explicit Exact(const std::vector<T>& from)
-      : memory(new T[from.size()]), size(static_cast<int64_t>(from.size())) {
+  explicit Exact(const std::vector<T>& from) : memory(new T[from.size()]), size(static_cast<int64_t>(from.size())) {
     if (!from.empty()) std::memcpy(memory.get(), from.data(), from.size() * sizeof(T));
   }
   T* data() const { return memory.get(); }
@@ -148,8 +147,17 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     expect(any_bad == (refused != 0), "resize did not report bad offsets", refused);
     if (any_bad) continue;
     Exact<T> out(std::vector<T>(static_cast<size_t>(sums.data()[rows]), 0));
-    const std::vector<recis::CopyPart> parts{{0, source, nullptr, {sums.data(), 0, 0}, values.data(), out.data(),
-                                              sizeof(T), 1, 77, drop_first ? 1 : 0, pad_first ? 1 : 0}};
+    const std::vector<recis::CopyPart> parts{{0,
+                                              source,
+                                              nullptr,
+                                              {sums.data(), 0, 0},
+                                              values.data(),
+                                              out.data(),
+                                              sizeof(T),
+                                              1,
+                                              77,
+                                              drop_first ? 1 : 0,
+                                              pad_first ? 1 : 0}};
     recis::CopyRows kernel{};
     kernel.segments.count = 1;
     kernel.segments.total = rows;

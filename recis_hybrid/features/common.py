@@ -73,7 +73,7 @@ def fits(value: Any, dtype: torch.dtype) -> bool:
     if value != int(value):
         return False
     limits = torch.iinfo(torch.int8 if dtype == torch.bool else dtype)
-    return limits.min <= value <= limits.max
+    return bool(limits.min <= value <= limits.max)
 
 
 def shaping_kernel(op: Any) -> Callable[..., Column]:

@@ -27,14 +27,14 @@ class FeatureEngine:
     alike, the latter keeping offsets and weights. Nothing is changed in place; a result lies on the device of the
     column that it comes from.
 
-    Equal operations on equal inputs are computed once, whoever needs them, and few native calls compute all of them: the
-    element-wise operations of all features are one, and those that change rows are one for each kind;
+    Equal operations on equal inputs are computed once, whoever needs them, and few native calls compute all of them:
+    the element-wise operations of all features are one, and those that change rows are one for each kind;
     :meth:`explain` shows it. On CUDA a call of element-wise operations is one launch, and nothing waits for the GPU.
 
     Args:
         features: The features to make, with names that differ.
-        fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation in
-            place of one of all of them. Both give the same bits more slowly: to compare with.
+        fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation
+            in place of one of all of them. Both give the same bits more slowly: to compare with.
         parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader.
         keep: Columns that the batch keeps although features read them.
 
@@ -114,10 +114,10 @@ class FeatureEngine:
     def reading_part(self) -> FeatureEngine:
         """Returns the engine of the features that a reader may make in its threads.
 
-        These are the features whose operations all say so: those that come with the package, and those of one's own that
-        have ``in_reader = True``. Hand it to the reader (``ColumnDataset(..., transforms=engine.reading_part())``) and
-        give what the reader delivers to :meth:`remaining_part`; both together make what the whole engine makes. It keeps
-        the columns that the remaining part reads, and runs in the thread that calls it alone.
+        These are the features whose operations all say so: those that come with the package, and those of one's own
+        that have ``in_reader = True``. Hand it to the reader (``ColumnDataset(..., transforms=engine.reading_part())``)
+        and give what the reader delivers to :meth:`remaining_part`; both together make what the whole engine makes. It
+        keeps the columns that the remaining part reads, and runs in the thread that calls it alone.
         """
         reading, _, keep = split_features(self._features)
         return FeatureEngine(reading, fuse=self._fuse, parallel=False, keep=keep)
@@ -206,7 +206,7 @@ class FeatureEngine:
 
     # A trace must not follow how a segment is made. It takes what is returned here for a constant, and reads the
     # attribute of that name afterwards, so that the segment itself is an object that it knows where to find.
-    @torch._dynamo.assume_constant_result
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _link(self, known: tuple[tuple[int, Form], ...]) -> str:
         if known not in self._segments:
             name = f"_segment_{len(self._segments)}"

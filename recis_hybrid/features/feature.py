@@ -78,7 +78,7 @@ class Feature:
     def sources(self) -> tuple[Source, ...]:
         """What it is made of, one by one."""
         assert self.source is not None  # __post_init__ has put the name there
-        return self.source if isinstance(self.source, tuple) else (self.source,)  # type: ignore[return-value]
+        return self.source if isinstance(self.source, tuple) else (self.source,)
 
     @property
     def columns(self) -> tuple[str, ...]:

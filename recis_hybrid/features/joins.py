@@ -101,8 +101,9 @@ class Cross:
             if self.shape((Form.of(x), Form.of(y))).levels > 0:
                 return ragged(x, y)
             if x.values.shape != y.values.shape:
-                raise ValueError(f"Cross: the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; a batch has one "
-                                 "number of them")  # fmt: skip
+                raise ValueError(
+                    f"the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; a batch has one number of them"
+                )
             return Column(ops.transform.cross_ids(ids_of(x), ids_of(y)))
 
         return kernel

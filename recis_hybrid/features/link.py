@@ -43,8 +43,8 @@ class ProgramCall:
             rows, more = registers[one], registers[other]
             if _strings_or_values(rows) != _strings_or_values(more):
                 raise ValueError(
-                    f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; a batch "
-                    f"has one number of them"
+                    f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; a "
+                    f"batch has one number of them"
                 )
         inputs: list[Tensor] = []
         for register, plane in self._inputs:
@@ -75,8 +75,8 @@ class ProgramCall:
             if element:
                 self._faults = None
                 raise ValueError(
-                    f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in a "
-                    f"vocabulary; mend the column where it is read, or put FillNull before it"
+                    f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in "
+                    f"a vocabulary; mend the column where it is read, or put FillNull before it"
                 )
 
 

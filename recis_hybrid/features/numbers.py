@@ -316,8 +316,8 @@ class FillNan:
 class Cast:
     """Numbers → numbers of another dtype.
 
-    Floats lose their fraction on the way to integers; NaN and what an int64 cannot hold are refused. Integers keep their
-    low 32 bits on the way to int32. bool is taken too, and becomes 0 and 1, and so is a dense column of uint8.
+    Floats lose their fraction on the way to integers; NaN and what an int64 cannot hold are refused. Integers keep
+    their low 32 bits on the way to int32. bool is taken too, and becomes 0 and 1, and so is a dense column of uint8.
 
     Args:
         dtype: torch.int32, int64, float32 or float64.

@@ -81,7 +81,7 @@ class Step(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """An element-wise operation as instructions, each on the result of the one before; none leaves values as they are."""
+    """An element-wise operation as instructions, each on the result of the one before; none changes nothing."""
 
     form: Form
     steps: tuple[Step, ...]

@@ -67,7 +67,8 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
         for method in ("fault", "kernel"):
             if not callable(getattr(cls, method, None)):
                 raise TypeError(f"register_op({name!r}): {cls.__name__} needs a method {method}(), see features.Op")
-        if cls.__hash__ is None or cls.__eq__ is object.__eq__:
+        by_identity: Any = object.__eq__
+        if cls.__hash__ is None or cls.__eq__ is by_identity:
             raise TypeError(
                 f"register_op({name!r}): {cls.__name__} must compare by what it does and be hashable; make it a "
                 f"@dataclass(frozen=True)"

@@ -126,8 +126,10 @@ class MultiHot:
         """Returns the dense form."""
         form = integers(type(self).__name__, one(forms))
         if form.levels > 1 or form.dims > (2 if form.levels == 0 else 1):
-            raise TypeError(f"{type(self).__name__} takes [B], [B, L] and rows of ids, got {form.levels} levels of lists of "
-                            f"values of {form.dims} dimensions")  # fmt: skip
+            raise TypeError(
+                f"{type(self).__name__} takes [B], [B, L] and rows of ids, got {form.levels} levels of lists of "
+                f"values of {form.dims} dimensions"
+            )
         return Form(torch.float32, 0, False, 2, form.device)
 
     def kernel(self) -> Callable[..., Column]:

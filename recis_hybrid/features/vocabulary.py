@@ -79,8 +79,8 @@ class Vocabulary:
         """
         if form.strings != isinstance(self.entries[0], bytes):
             raise TypeError(
-                f"Vocabulary has {'strings' if isinstance(self.entries[0], bytes) else 'integers'} for entries, and the "
-                f"column {'strings' if form.strings else f'{form.dtype}'}; list the entries as the column has them"
+                f"Vocabulary has {'strings' if isinstance(self.entries[0], bytes) else 'integers'} for entries, and "
+                f"the column {'strings' if form.strings else f'{form.dtype}'}; list the entries as the column has them"
             )
         return hashed("Vocabulary", form) if form.strings else integers("Vocabulary", form)
 

@@ -19,8 +19,8 @@ NO_BOUND = 2**63 - 1
 """As many values as there are."""
 
 DROP_FIRST, PAD_FIRST, STRICT, FIXED = 1, 2, 4, 8
-"""Flags of ``resize``: drop the first values of a long row, fill before those of a short one, refuse long rows, and give
-a dense ``[B, most, ...]``."""
+"""Flags of ``resize``: drop the first values of a long row, fill before those of a short one, refuse long rows, and
+give a dense ``[B, most, ...]``."""
 
 
 def _fake_resize(
@@ -36,7 +36,7 @@ def _fake_resize(
     parallel: bool,
 ) -> list[Tensor]:
     results = [column.new_empty(column.shape) for column in offsets]
-    sizes: dict[int, int] = {}
+    sizes: dict[int, int | torch.SymInt] = {}
     for plane, k in zip(planes, owner, strict=True):
         rows = offsets[k].shape[0] - 1
         if flags[k] & FIXED:
@@ -64,7 +64,7 @@ def _fake_take(
     parallel: bool,
 ) -> list[Tensor]:
     results = [taken.new_empty((taken.shape[0] + 1,)) for taken in rows]
-    sizes: dict[int, int] = {}
+    sizes: dict[int, int | torch.SymInt] = {}
     for plane, k in zip(planes, owner, strict=True):
         if k not in sizes:
             sizes[k] = torch.library.get_ctx().new_dynamic_size() if exact else bounds[k]
@@ -79,6 +79,7 @@ def _fake_cross(
     for k, limit in enumerate(most):
         x, xo, xw, y, yo, yw = index[6 * k : 6 * k + 6]
         rows = tensors[xo].shape[0] - 1 if xo >= 0 else tensors[x].shape[0]
+        size: int | torch.SymInt
         if exact:
             size = torch.library.get_ctx().new_dynamic_size()
         else:

@@ -34,8 +34,8 @@ def from_arrow(array: pa.Array | pa.ChunkedArray) -> Parts:
 def _no_nulls(array: pa.Array) -> None:
     if array.null_count:
         raise ValueError(
-            f"RaggedTensor.from_arrow: has {array.null_count} nulls among {len(array)} of {array.type}; fill them first "
-            f"(pyarrow.compute.fill_null)"
+            f"RaggedTensor.from_arrow: has {array.null_count} nulls among {len(array)} of {array.type}; fill them "
+            f"first (pyarrow.compute.fill_null)"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from recis_hybrid.ragged.checks import Parts, describe, one_level
@@ -52,7 +54,10 @@ def from_padded(padded: torch.Tensor, lengths: torch.Tensor | None, padding: flo
     rows, width = padded.shape[:2]
     places = torch.arange(width, device=padded.device)
     if lengths is None:
-        counts = (padded != padding).flatten(2).any(2) if padded.dim() > 2 else padded != padding
+        assert padding is not None
+        counts = torch.ne(padded, padding)
+        if padded.dim() > 2:
+            counts = counts.flatten(2).any(2)
         lengths = ((places + 1) * counts).amax(1) if width else torch.zeros(rows, dtype=torch.int64)
     lengths = lengths.to(device=padded.device, dtype=torch.int64)
     if lengths.shape != (rows,) or (rows and not (0 <= int(lengths.min()) and int(lengths.max()) <= width)):
@@ -72,7 +77,7 @@ def to_nested(
     one_level("to_nested", outer)
     if weights is not None:
         raise ValueError("RaggedTensor.to_nested: a nested tensor cannot hold weights; make one of them, too")
-    return torch.nested.nested_tensor_from_jagged(values, offsets)  # type: ignore[no-any-return]
+    return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
 def from_nested(nested: torch.Tensor) -> Parts:
@@ -82,7 +87,8 @@ def from_nested(nested: torch.Tensor) -> Parts:
             "RaggedTensor.from_nested: takes a nested tensor of the jagged layout; make one by "
             "torch.nested.as_nested_tensor(..., layout=torch.jagged)"
         )
-    offsets, lengths = nested.offsets().to(torch.int64), nested.lengths()  # type: ignore[operator]
+    jagged: Any = nested  # its own methods are not in torch's types
+    offsets, lengths = jagged.offsets().to(torch.int64), jagged.lengths()
     values = nested.values()
     if lengths is None:
         return values, offsets, None, ()

@@ -23,9 +23,9 @@ class RaggedTensor:
 
     A column of strings is one too: `values` holds the bytes of all strings as uint8, and a row is a string.
 
-    Rows may hold lists, and these lists again: `offsets` then are those of the innermost lists, and `outer` those of the
-    levels above. List j of the innermost level is `values[offsets[j]:offsets[j + 1]]`, and row i of two levels is the
-    lists `outer[0][i]` to `outer[0][i + 1]`. Rows of strings have two levels.
+    Rows may hold lists, and these lists again: `offsets` then are those of the innermost lists, and `outer` those of
+    the levels above. List j of the innermost level is `values[offsets[j]:offsets[j + 1]]`, and row i of two levels is
+    the lists `outer[0][i]` to `outer[0][i + 1]`. Rows of strings have two levels.
 
     The constructor checks shapes, dtypes and devices always, and the content of offsets where they lie on the CPU:
     looking at offsets on a GPU would make the host wait for it. `validate()` looks there too. Two RaggedTensors compare
@@ -245,7 +245,7 @@ class RaggedTensor:
         return all(tensor.is_pinned() for tensor in self._tensors())
 
     def to_lists(self) -> list[list[Any]]:
-        """Returns the values of each row as a list (of lists, where rows hold lists); waits for a GPU to deliver them."""
+        """Returns the values of each row as a list (of lists, where rows hold lists); waits for a GPU."""
         return build.listed(self.values.tolist(), [*self.outer, self.offsets])
 
     def to_strings(self) -> list[Any]:

@@ -61,7 +61,8 @@ def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
     for what in (rows, weighted, dtypes):
         if len(set(what.values())) > 1:
             raise ValueError(
-                f"to_keyed_jagged: columns must have one number of rows and one dtype, and all weights or none, got {what}"
+                f"to_keyed_jagged: columns must have one number of rows and one dtype, and all weights or none, "
+                f"got {what}"
             )
     given = [column.weights for column in columns.values() if column.weights is not None]
     return _sparse().KeyedJaggedTensor(

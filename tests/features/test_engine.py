@@ -230,8 +230,8 @@ def test_compiled_without_a_graph_break(batch: Batch) -> None:
 
 
 MODULES = [
-    engine, feature, features.ids, features.numbers, features.resize, features.joins, features.rows, features.vocabulary,
-    features.registry, features.primes, ops.hash, ops.transform,
+    engine, feature, features.ids, features.numbers, features.resize, features.joins, features.rows,
+    features.vocabulary, features.registry, features.primes, ops.hash, ops.transform,
 ]  # fmt: skip
 
 

@@ -138,24 +138,32 @@ def batches(draw: st.DrawFn) -> Batch:
 
     lists = column(st.lists(numbers, max_size=5))
     weighted = column(st.lists(st.tuples(numbers, st.sampled_from([0.0, 0.5, 1.0, -2.0])), max_size=5))
+    weights = [[weight for _, weight in row] for row in weighted]
     floats = st.one_of(st.floats(-1e6, 1e6, width=32), st.just(math.nan))
+    narrow = draw(st.sampled_from([torch.int8, torch.int16, torch.int32]))
+    words = column(st.lists(st.binary(max_size=20), min_size=1, max_size=3))
+    nested = column(st.lists(st.lists(numbers, max_size=3), min_size=1, max_size=3))
+    nothing = torch.tensor([0])
     return {
         "a": torch.tensor(column(numbers), dtype=torch.int64),
         "b": torch.tensor(column(numbers), dtype=torch.int64),
-        "narrow": torch.tensor(column(st.integers(-128, 127)), dtype=draw(st.sampled_from([torch.int8, torch.int16, torch.int32]))),
+        "narrow": torch.tensor(column(st.integers(-128, 127)), dtype=narrow),
         "f": torch.tensor(column(floats), dtype=torch.float32),
         "g": torch.tensor(column(floats), dtype=torch.float64),
         "fr": RaggedTensor.from_lists(column(st.lists(floats, max_size=4)), dtype=torch.float32),
         "r": RaggedTensor.from_lists(lists, dtype=torch.int64),
         "w": RaggedTensor.from_lists(
-            [[v for v, _ in row] for row in weighted], dtype=torch.int64, weights=[[w for _, w in row] for row in weighted]
+            [[value for value, _ in row] for row in weighted], dtype=torch.int64, weights=weights
         ),
         "strings": RaggedTensor.from_strings(column(st.binary(max_size=20))),
-        "words": RaggedTensor.from_strings(column(st.lists(st.binary(max_size=20), min_size=1, max_size=3))) if rows else
-        RaggedTensor(torch.empty(0, dtype=torch.uint8), torch.tensor([0]), None, (torch.tensor([0]),)),
-        "nested": RaggedTensor.from_lists(column(st.lists(st.lists(numbers, max_size=3), min_size=1, max_size=3)), dtype=torch.int64)
-        if rows else RaggedTensor(torch.empty(0, dtype=torch.int64), torch.tensor([0]), None, (torch.tensor([0]),)),
-    }  # fmt: skip
+        # Lists of no rows look a level shallower.
+        "words": RaggedTensor.from_strings(words)
+        if rows
+        else RaggedTensor(torch.empty(0, dtype=torch.uint8), nothing, None, (nothing,)),
+        "nested": RaggedTensor.from_lists(nested, dtype=torch.int64)
+        if rows
+        else RaggedTensor(torch.empty(0, dtype=torch.int64), nothing, None, (nothing,)),
+    }
 
 
 @settings(max_examples=150)
