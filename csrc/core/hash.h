@@ -8,7 +8,7 @@
 #include "core/bytes.h"
 #include "core/farm.h"
 #include "core/murmur.h"
-#include "core/short_strings.h"
+#include "core/strings.h"
 #include "core/xxh64.h"
 
 namespace recis {

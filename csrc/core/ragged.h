@@ -23,10 +23,12 @@ struct Rows {
   RECIS_HD int64_t begin(int64_t row) const { return offsets == nullptr ? row * stride : offsets[row]; }
   RECIS_HD int64_t size(int64_t row) const { return offsets == nullptr ? stride : offsets[row + 1] - offsets[row]; }
 
-  // Whether a row lies within the values; one that does not is never followed.
+  // Whether a row lies within the values; one that does not is never followed. Compared, not subtracted: offsets may be
+  // any numbers.
   RECIS_HD bool good(int64_t row) const {
     const int64_t from = begin(row);
-    return from >= 0 && from <= total && size(row) >= 0 && size(row) <= total - from;
+    const int64_t to = offsets == nullptr ? from + stride : offsets[row + 1];
+    return from >= 0 && from <= to && to <= total;
   }
 };
 
