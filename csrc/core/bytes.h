@@ -69,4 +69,15 @@ struct WordBytes {
   RECIS_HD uint64_t word64(int64_t) const { return word; }
 };
 
+// Sixteen bytes that are two words already: a crossed pair of ids.
+struct PairBytes {
+  uint64_t low;
+  uint64_t high;
+  int64_t size = 16;
+
+  RECIS_HD uint64_t byte(int64_t at) const { return word64(at & 8) >> (8 * (at & 7)) & 0xff; }
+  RECIS_HD uint64_t word32(int64_t at) const { return word64(at & 8) >> (8 * (at & 7)) & 0xffffffff; }
+  RECIS_HD uint64_t word64(int64_t at) const { return at == 0 ? low : high; }
+};
+
 }  // namespace recis

@@ -4,13 +4,39 @@
 #include <cassert>
 #include <cstdint>
 
+#include "core/byte_hash.h"
 #include "core/bytes.h"
 #include "core/farm.h"
 #include "core/murmur.h"
+#include "core/strings.h"
+#include "core/xxh64.h"
 
 namespace recis {
 
-enum class HashKind : int64_t { kFarm = 0, kMurmur = 1 };
+enum class HashKind : int64_t { kFarm = 0, kMurmur = 1, kXxh64 = 2, kDjb2 = 3, kSdbm = 4 };
+
+// Calls f with the hash function that `kind` names; f is not called, and the result false, where there is none.
+template <class F>
+RECIS_HD bool with_hasher(int64_t kind, F&& f) {
+  switch (static_cast<HashKind>(kind)) {
+    case HashKind::kFarm:
+      f(Farm{});
+      return true;
+    case HashKind::kMurmur:
+      f(Murmur{});
+      return true;
+    case HashKind::kXxh64:
+      f(Xxh64{});
+      return true;
+    case HashKind::kDjb2:
+      f(Djb2{});
+      return true;
+    case HashKind::kSdbm:
+      f(Sdbm{});
+      return true;
+  }
+  return false;
+}
 
 // out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
 //
@@ -49,7 +75,9 @@ struct HashIds {
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    out[i] = static_cast<int64_t>(Hasher{}(WordBytes{static_cast<uint64_t>(ids[i])}));
+    uint64_t id = static_cast<uint64_t>(ids[i]);
+    RECIS_ONE_BY_ONE(id);
+    out[i] = static_cast<int64_t>(Hasher{}(WordBytes{id}));
   }
 };
 

@@ -11,6 +11,14 @@
 
 #define RECIS_RESTRICT __restrict__
 
+// Keeps a loop over 64-bit products from being vectorised where the machine has no such product in its vectors (below
+// AVX-512): made of 32-bit ones it takes half as long again as the scalar loop.
+#if defined(__CUDACC__) || defined(__AVX512DQ__) || !defined(__GNUC__)
+#define RECIS_ONE_BY_ONE(word)
+#else
+#define RECIS_ONE_BY_ONE(word) asm("" : "+r"(word))
+#endif
+
 namespace recis {
 
 // A compile-time count: loops over it unroll and vectorise; a plain int in its place serves tails.

@@ -9,10 +9,11 @@ namespace recis {
 
 // Items [part.first, next part's first) belong to a part; `total` ends the last one. T is plain data with a member
 // `int64_t first`. Up to kInline parts travel inside the kernel's arguments (no copy to the device, so a CUDA graph can
-// hold them); longer lists are read through `far`, which the launching code has put where the kernel runs.
+// hold them; the arguments of a kernel have 4 KiB, so that large parts are fewer); longer lists are read through `far`,
+// which the launching code has put where the kernel runs.
 template <class T>
 struct Segments {
-  static constexpr int kInline = 64;
+  static constexpr int kInline = sizeof(T) * 64 <= 3072 ? 64 : static_cast<int>(3072 / sizeof(T));
 
   int32_t count = 0;
   int64_t total = 0;

@@ -1,37 +1,22 @@
-// Element-wise kernels of features: remainder and bucket.
+// Kernels of single element-wise operators: one operation over one tensor.
 #pragma once
 
 #include <cstdint>
 
 #include "core/macros.h"
+#include "core/maps.h"
 
 namespace recis {
 
-// Remainders by a divisor that stays the same: a multiplication and shifts in place of a division, exact for every
-// 64-bit value (Granlund and Montgomery: Division by invariant integers using multiplication, 1994, figure 4.1).
-struct Divisor {
-  uint64_t divisor;
-  uint64_t magic;
-  int32_t shift1;
-  int32_t shift2;
-
-  // `by` is at least 1. Called on the host.
-  static Divisor of(uint64_t by) {
-    int32_t bits = 0;  // the least number with 2^bits >= by
-    while (bits < 64 && (static_cast<unsigned __int128>(1) << bits) < by) ++bits;
-    const unsigned __int128 excess = (static_cast<unsigned __int128>(1) << bits) - by;
-    return {by, static_cast<uint64_t>((excess << 64) / by + 1), bits < 1 ? bits : 1, bits < 1 ? 0 : bits - 1};
-  }
-
-  RECIS_HD uint64_t remainder(uint64_t x) const {
+// Says that element i has no answer: *refused becomes 1 + i (one of those there are) for the operator to raise. A GPU
+// has nobody to tell without a synchronisation: there `refused` is null.
+RECIS_HD void refuse(int64_t* refused, int64_t i) {
 #if defined(__CUDA_ARCH__)
-    const uint64_t high = __umul64hi(magic, x);
+  if (refused != nullptr) *refused = i + 1;
 #else
-    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(magic) * x >> 64);
+  if (refused != nullptr) __atomic_store_n(refused, i + 1, __ATOMIC_RELAXED);
 #endif
-    return x - ((high + ((x - high) >> shift1)) >> shift2) * divisor;
-  }
-};
+}
 
 // out[i] = ids[i] mod the divisor, the id's 64 bits read as an unsigned number: 0 <= out[i] < divisor.
 struct ModIds {
@@ -45,33 +30,60 @@ struct ModIds {
   }
 };
 
+// out[i] = the hash that `hash` is of ids[i].
+struct MultiHashIds {
+  const int64_t* ids;
+  MultiHash hash;
+  int64_t* out;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    out[i] = static_cast<int64_t>(hash(static_cast<uint64_t>(ids[i])));
+  }
+};
+
+// out[i] = the id of the pair (x[i], y[i]).
+struct CrossIds {
+  const int64_t* x;
+  const int64_t* y;
+  int64_t* out;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    out[i] = static_cast<int64_t>(cross_ids(static_cast<uint64_t>(x[i]), static_cast<uint64_t>(y[i])));
+  }
+};
+
 // out[i] = how many of the sorted boundaries lie at or below values[i] (kRight), or below it. NaN is above all of them.
-//
-// The search takes the same steps for every value, so that no branch depends on data.
 template <class T, bool kRight>
 struct Bucketize {
   const T* values;
   const T* boundaries;
   int64_t count;
   int64_t* out;
-
-  RECIS_HD static bool above(T value, T boundary) {
-    // Negated, so that NaN counts every boundary.
-    return kRight ? !(value < boundary) : !(value <= boundary);
-  }
+  int64_t* refused;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     const T value = values[i];
-    int64_t below = 0;
-    int64_t left = count;
-    while (left > 1) {
-      const int64_t half = left / 2;
-      below += above(value, boundaries[below + half - 1]) ? half : 0;
-      left -= half;
-    }
-    if (left == 1) below += above(value, boundaries[below]) ? 1 : 0;
-    out[i] = below;
+    if (is_nan(value)) refuse(refused, i);
+    out[i] = bucket_of<kRight>(value, boundaries, count);
+  }
+};
+
+// out[i] = map(values[i])
+template <class Map, class In, class Out>
+struct MapValues {
+  const In* values;
+  Map map;
+  Out* out;
+  int64_t* refused;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    const In value = values[i];
+    if (map.bad(value)) refuse(refused, i);
+    out[i] = map(value);
   }
 };
 

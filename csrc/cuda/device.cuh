@@ -57,6 +57,28 @@ class CudaDevice {
     RECIS_CUDA_CHECK(cudaGetLastError());
   }
 
+  template <class Kernel>
+  void for_each(int64_t n, int64_t width, bool, const Kernel& kernel) const {
+    for_each(n, width, kernel);
+  }
+
+  // Thread for thread: what is a task by the eight on the CPU is one element here.
+  template <class Kernel>
+  void for_each_task(int64_t n, bool, const Kernel& kernel) const {
+    for_each(n, 1, kernel);
+  }
+
+  // As place, of a list that is no Segments.
+  template <class T>
+  const T* upload(const std::vector<T>& list) {
+    const size_t bytes = list.size() * sizeof(T);
+    const Tensor buffer = scratch(static_cast<int64_t>(bytes));
+    if (bytes > 0) {
+      RECIS_CUDA_CHECK(cudaMemcpyAsync(buffer.data_ptr(), list.data(), bytes, cudaMemcpyHostToDevice, stream_));
+    }
+    return static_cast<const T*>(buffer.data_ptr());
+  }
+
   // Up to kInline parts go along with the kernel's arguments; more are copied. The copy reads pageable memory, which
   // CUDA stages before it returns, so `parts` may die at once. Buffers are the caching allocator's: in stream order.
   template <class T>

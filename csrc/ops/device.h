@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/for_each.h"
+#include "core/ragged.h"
 #include "ops/common.h"
 
 namespace recis {
@@ -26,6 +27,44 @@ class CpuDevice {
   template <class Kernel>
   void for_each(int64_t n, int64_t width, const Kernel& kernel) const {
     for_each_cpu(TorchPool{}, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
+  }
+
+  // Runs over n items that are worth a task by the eight; in this thread alone where not `parallel`.
+  template <class Kernel>
+  void for_each_task(int64_t n, bool parallel, const Kernel& kernel) const {
+    if (parallel) {
+      for_each_cpu(TorchPool{}, n, 8, kernel);
+    } else {
+      for_each_cpu(Serial{}, n, n, kernel);
+    }
+  }
+
+  // As for_each, in this thread alone where not `parallel`.
+  template <class Kernel>
+  void for_each(int64_t n, int64_t width, bool parallel, const Kernel& kernel) const {
+    if (parallel) {
+      for_each(n, width, kernel);
+    } else {
+      for_each_cpu(Serial{}, n, n, kernel);
+    }
+  }
+
+  // New offsets of several columns (core/ragged.h): a column is one item here, for a sum runs in one thread.
+  template <class Rule>
+  void sum_rows(const std::vector<SumPart<Rule>>& parts, int64_t* refused, bool parallel) const {
+    const SumRows<Rule> kernel{parts.data(), refused};
+    const auto columns = static_cast<int64_t>(parts.size());
+    if (parallel) {
+      for_each_cpu(TorchPool{}, columns, 1, kernel);
+    } else {
+      for_each_cpu(Serial{}, columns, columns, kernel);
+    }
+  }
+
+  // A list of plain data where kernels can read it; `list` must live until the kernel is launched (CPU: has run).
+  template <class T>
+  const T* upload(const std::vector<T>& list) const {
+    return list.data();
   }
 
   // Puts a list of parts where kernels can read it; `parts` must live until the kernel is launched (CPU: has run).

@@ -6,16 +6,10 @@
 
 namespace recis {
 
-// Calls f with the hash function that `kind` names.
+// As with_hasher of core/hash.h; raises for a kind that is none.
 template <class F>
-void with_hasher(int64_t kind, F&& f) {
-  switch (static_cast<HashKind>(kind)) {
-    case HashKind::kFarm:
-      return f(Farm{});
-    case HashKind::kMurmur:
-      return f(Murmur{});
-  }
-  RECIS_CHECK(false, "unknown kind of hash: ", kind);
+void with_known_hasher(int64_t kind, F&& f) {
+  RECIS_CHECK(with_hasher(kind, f), "unknown kind of hash: ", kind);
 }
 
 template <class Device>
@@ -27,7 +21,7 @@ Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind) {
   const int64_t sizes[] = {rows};
   Tensor out = torch::stable::new_empty(values, {sizes, 1}, ScalarType::Long);
   int64_t refused = 0;
-  with_hasher(kind, [&](auto hasher) {
+  with_known_hasher(kind, [&](auto hasher) {
     device.for_each(
         rows, 1,
         HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(), data<int64_t>(offsets, "offsets"),
@@ -44,7 +38,7 @@ template <class Device>
 Tensor hash_ids(const Tensor& ids, int64_t kind) {
   Device device(ids);
   Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
-  with_hasher(kind, [&](auto hasher) {
+  with_known_hasher(kind, [&](auto hasher) {
     device.for_each(ids.numel(), 1, HashIds<decltype(hasher)>{data<int64_t>(ids, "ids"), data<int64_t>(out, "out")});
   });
   return out;

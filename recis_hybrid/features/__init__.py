@@ -1,7 +1,28 @@
-"""Feature Engine: raw columns of a batch to ids and buckets, Batch → Batch."""
+"""Feature Engine: raw columns of a batch to ids, buckets and rows that a model takes, Batch → Batch."""
 
 from recis_hybrid.features.engine import FeatureEngine as FeatureEngine
 from recis_hybrid.features.feature import Feature as Feature
+from recis_hybrid.features.ids import (
+    Hash as Hash,
+    Mod as Mod,
+    MultiHash as MultiHash,
+    StringMultiHash as StringMultiHash,
+)
+from recis_hybrid.features.joins import Concat as Concat, Cross as Cross
+from recis_hybrid.features.numbers import (
+    Bucketize as Bucketize,
+    Cast as Cast,
+    Clip as Clip,
+    Log as Log,
+    Normalize as Normalize,
+)
 from recis_hybrid.features.op import Column as Column, Kernel as Kernel, Op as Op
-from recis_hybrid.features.operations import Bucketize as Bucketize, Hash as Hash, Mod as Mod
 from recis_hybrid.features.plan import Plan as Plan
+from recis_hybrid.features.registry import (
+    make_op as make_op,
+    register_op as register_op,
+    registered_ops as registered_ops,
+)
+from recis_hybrid.features.resize import FillNull as FillNull, Pad as Pad, ToDense as ToDense, Truncate as Truncate
+from recis_hybrid.features.rows import MultiHot as MultiHot, OneHot as OneHot, Tile as Tile, TopK as TopK
+from recis_hybrid.features.vocabulary import Vocabulary as Vocabulary

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.op import Column
+from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall, link
+from recis_hybrid.features.op import Column, Elementwise, Form, Shaping
 from recis_hybrid.features.plan import Plan, compile_plan
+from recis_hybrid.features.reading import split_features
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 
@@ -22,34 +27,54 @@ class FeatureEngine:
     alike, the latter keeping offsets and weights. Nothing is changed in place; a result lies on the device of the
     column that it comes from.
 
-    Equal operations on equal inputs are computed once, whoever needs them; :meth:`explain` shows it.
+    Equal operations on equal inputs are computed once, whoever needs them, and few native calls compute all of them:
+    the element-wise operations of all features are one, and those that change rows are one for each kind;
+    :meth:`explain` shows it. On CUDA a call of element-wise operations is one launch, and nothing waits for the GPU.
 
     Args:
         features: The features to make, with names that differ.
+        fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation
+            in place of one of all of them. Both give the same bits more slowly: to compare with.
+        parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader.
+        keep: Columns that the batch keeps although features read them.
 
     Raises:
-        TypeError: If one of them is no Feature.
-        ValueError: If two have the same name.
+        TypeError: If one of the features is none.
+        ValueError: If two have the same name, or an operation that joins columns has only one.
 
     Example:
         >>> engine = FeatureEngine([
         ...     Feature("user", ops=[Hash("farm"), Mod(100)]),
         ...     Feature("user_group", ops=[Hash("farm"), Mod(10)], source="user"),
         ... ])
-        >>> engine({"user": RaggedTensor.from_strings(["ann", "bob"]), "label": torch.tensor([0.0, 1.0])})
+        >>> batch = {"user": RaggedTensor.from_strings(["ann", "bob"]), "label": torch.tensor([0.0, 1.0])}
+        >>> engine(batch)
         {'user': tensor([16, 13]), 'user_group': tensor([6, 3]), 'label': tensor([0., 1.])}
-        >>> engine.explain()
+        >>> engine.explain(batch)
         features: 2, columns read: 1, operations: 3 (and 1 equal to one of them)
           %0 = column 'user'
           %1 = hash[farm] %0
           %2 = mod[100] %1                          -> 'user'
           %3 = mod[10] %1                           -> 'user_group'
           all columns that are not read pass through
+        native calls: 1
+          element-wise, 3 operations: %1 %2 %3
     """
 
-    def __init__(self, features: Sequence[Feature]) -> None:
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        *,
+        fuse: bool | Literal["kind"] = True,
+        parallel: bool = True,
+        keep: Sequence[str] = (),
+    ) -> None:
         self._features = tuple(features)
+        self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
+        self._names = list(self._plan.columns)
+        self._own = not all(isinstance(line.op, Elementwise | Shaping) for line in self._plan.instructions)
+        self._segments: dict[tuple[tuple[int, Form], ...], str] = {}
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -59,16 +84,61 @@ class FeatureEngine:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that a batch must have."""
-        return tuple(self._plan.columns)
+        return tuple(self._names)
 
     @property
     def plan(self) -> Plan:
         """The program that the features were compiled to."""
         return self._plan
 
-    def explain(self) -> None:
-        """Prints the plan, a line for each column and operation; ``str(engine.plan)`` is the same text."""
+    def explain(self, batch: Mapping[str, Tensor | RaggedTensor] | None = None) -> None:
+        """Prints the plan, a line for each column and operation; ``str(engine.plan)`` is the same text.
+
+        Args:
+            batch: Columns of the forms that the engine is to take: then the native calls are printed, too.
+        """
         print(self._plan)
+        if batch is None:
+            return
+        registers = self._columns(batch)
+        lines: list[str] = []
+        if self._fuse:
+            while (segment := self._next(registers)) is not None:
+                segment.run(registers)
+                lines += [_call_line(call) for call in segment.calls]
+        else:
+            first = len(self._names)
+            lines = [f"{line.op}: %{register}" for register, line in enumerate(self._plan.instructions, first)]
+        print("\n".join([f"native calls: {len(lines)}", *[f"  {line}" for line in lines]]))
+
+    def reading_part(self) -> FeatureEngine:
+        """Returns the engine of the features that a reader may make in its threads.
+
+        These are the features whose operations all say so: those that come with the package, and those of one's own
+        that have ``in_reader = True``. Hand it to the reader (``ColumnDataset(..., transforms=engine.reading_part())``)
+        and give what the reader delivers to :meth:`remaining_part`; both together make what the whole engine makes. It
+        keeps the columns that the remaining part reads, and runs in the thread that calls it alone.
+        """
+        reading, _, keep = split_features(self._features)
+        return FeatureEngine(reading, fuse=self._fuse, parallel=False, keep=keep)
+
+    def remaining_part(self) -> FeatureEngine:
+        """Returns the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
+        _, remaining, _ = split_features(self._features)
+        return FeatureEngine(remaining, fuse=self._fuse, parallel=self._parallel, keep=self._keep)
+
+    def check(self) -> None:
+        """Raises for what operations have refused of the last batch on a GPU (NaN, wrong offsets); waits for it.
+
+        On the CPU the call itself raises, and there is nothing to check.
+
+        Raises:
+            ValueError: If something was refused; the message names the feature.
+        """
+        for name in self._segments.values():
+            for call in getattr(self, name).calls:
+                if isinstance(call, ProgramCall):
+                    call.check()
 
     def __call__(self, batch: Mapping[str, Tensor | RaggedTensor]) -> Batch:
         """Makes the features of a batch.
@@ -81,26 +151,26 @@ class FeatureEngine:
 
         Raises:
             TypeError: If a column is of a type that its operations do not take.
-            ValueError: If a column is missing, or a feature has the name of a column that no feature reads.
+            ValueError: If a column is missing, a feature has the name of a column that no feature reads, or an
+                operation refuses a value.
         """
-        plan = self._plan
-        registers = [Column.of(self._column(batch, name)) for name in plan.columns]
-        for instruction in plan.instructions:
+        registers = self._columns(batch)
+        if torch.compiler.is_compiling():
+            self._run(registers)
+        else:
             try:
-                registers.append(instruction.kernel(registers[instruction.source]))
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"feature {instruction.features[0]!r}, {instruction.op}: {error}") from error
+                self._run(registers)
             except RuntimeError as error:
-                error.add_note(f"in feature {instruction.features[0]!r}, {instruction.op}")
+                said = _said_by_native(error)
+                if said.startswith("feature "):
+                    raise ValueError(said) from error
                 raise
         features: Batch = {}
-        names = list(plan.columns)
-        for name, register in plan.outputs.items():
-            as_it_was = register < len(names)
-            features[name] = batch[names[register]] if as_it_was else registers[register].pack()
+        for name, register in self._plan.outputs.items():
+            as_it_was = register < len(self._names)
+            features[name] = batch[self._names[register]] if as_it_was else self._packed(registers[register])
         for name, column in batch.items():
-            if name not in plan.columns:
+            if name not in self._plan.columns or name in self._keep:
                 if name in features:
                     raise ValueError(
                         f"feature {name!r}: the batch has a column of that name too, which no feature reads; "
@@ -109,11 +179,65 @@ class FeatureEngine:
                 features[name] = column
         return features
 
-    def __reduce__(self) -> tuple[type[FeatureEngine], tuple[tuple[Feature, ...]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.
-        return FeatureEngine, (self._features,)
+        return _remake, (self._features, self._fuse, self._parallel, self._keep)
+
+    def _packed(self, column: Column) -> Tensor | RaggedTensor:
+        # An operation of one's own may have made anything.
+        if self._own and column.offsets is not None:
+            return RaggedTensor(column.values, column.offsets, column.weights, column.outer)
+        return column.pack()
+
+    def _run(self, registers: dict[int, Column]) -> None:
+        if not self._fuse:
+            self._run_one_by_one(registers)
+            return
+        while (segment := self._next(registers)) is not None:
+            segment.run(registers)
+
+    def _next(self, registers: dict[int, Column]) -> Segment | None:
+        """Returns the native calls for what can be made next, None where all is."""
+        if all(register in registers for register in self._plan.outputs.values()):
+            return None
+        attribute = self._link(tuple((register, Form.of(column)) for register, column in registers.items()))
+        segment: Segment = getattr(self, attribute)
+        return segment
+
+    # A trace must not follow how a segment is made. It takes what is returned here for a constant, and reads the
+    # attribute of that name afterwards, so that the segment itself is an object that it knows where to find.
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def _link(self, known: tuple[tuple[int, Form], ...]) -> str:
+        if known not in self._segments:
+            name = f"_segment_{len(self._segments)}"
+            setattr(self, name, self._made(known))
+            self._segments[known] = name
+        return self._segments[known]
+
+    def _made(self, known: tuple[tuple[int, Form], ...]) -> Segment:
+        return link(self._plan, dict(known), parallel=self._parallel, grouped=self._fuse == "kind")
+
+    def _run_one_by_one(self, registers: dict[int, Column]) -> None:
+        for register, instruction in enumerate(self._plan.instructions, len(self._names)):
+            columns = [registers[source] for source in instruction.sources]
+            native = isinstance(instruction.op, Elementwise | Shaping)
+            try:
+                registers[register] = instruction.kernel(*columns)
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{instruction.label}: {error}") from error
+            except RuntimeError as error:
+                if native:
+                    raise ValueError(f"{instruction.label}: {_said_by_native(error).lstrip(': ')}") from error
+                error.add_note(f"in {instruction.label}")
+                raise
+
+    def _columns(self, batch: Mapping[str, Tensor | RaggedTensor]) -> dict[int, Column]:
+        return {register: Column.of(self._column(batch, name)) for register, name in enumerate(self._names)}
 
     def _column(self, batch: Mapping[str, Tensor | RaggedTensor], name: str) -> Tensor | RaggedTensor:
+        if name in batch and isinstance(batch[name], Tensor | RaggedTensor):
+            return batch[name]
         where = f"feature {self._plan.columns[name][0]!r}"
         if name not in batch:
             near = difflib.get_close_matches(name, batch, n=1)
@@ -122,10 +246,27 @@ class FeatureEngine:
                 f"{where}: the batch has no column {name!r}{meant}; it has {sorted(batch)}. "
                 f"Have the reader give that column, or set source= to the one to read"
             )
-        column = batch[name]
-        if not isinstance(column, Tensor | RaggedTensor):
-            raise TypeError(
-                f"{where}: column {name!r} must be a Tensor or a RaggedTensor, got {type(column).__name__}; "
-                f"lists of numbers become one by RaggedTensor.from_lists, strings by RaggedTensor.from_strings"
-            )
-        return column
+        raise TypeError(
+            f"{where}: column {name!r} must be a Tensor or a RaggedTensor, got {type(batch[name]).__name__}; "
+            f"lists of numbers become one by RaggedTensor.from_lists, strings by RaggedTensor.from_strings"
+        )
+
+
+def _remake(features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
+    return FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
+
+
+def _said_by_native(error: RuntimeError) -> str:
+    """Returns what a native operator says, without the place in its source that torch puts before it."""
+    return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
+
+
+def _call_line(call: ProgramCall | ShapesCall | OwnCall) -> str:
+    if isinstance(call, OwnCall):
+        return f"one's own, {call.instruction.op}: %{call.register}"
+    if isinstance(call, ProgramCall):
+        made = [node.register for node in call.nodes]
+        what = "element-wise"
+    else:
+        made, what = call.registers, call.kind.__name__.removesuffix("Call").lower()
+    return f"{what}, {len(made)} operations: {' '.join(f'%{register}' for register in made)}"

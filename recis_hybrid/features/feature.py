@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from recis_hybrid.features.op import Op
+
+Source: TypeAlias = "str | Feature"
+"""The name of a column of the batch, or a feature that is made on the way and not given out."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One column that the engine gives: a column of the batch, through operations.
+    """One column that the engine gives: columns of the batch, through operations.
+
+    With several sources each operation works on all of the columns that the chain has at its place, one by one, until
+    one joins them (:class:`Cross`, :class:`Concat`); :class:`MultiHash` makes several of one. Where several are left at
+    the end they are called ``name_0``, ``name_1``, ….
 
     Args:
         name: The column's name in the batch that the engine returns.
         ops: Operations, the first one first; none gives the column as it is.
-        source: The column that it is made of; None stands for the column called ``name``.
+        source: What it is made of: the name of a column, or a list of names and of features; None stands for the column
+            called ``name``.
 
     Raises:
         TypeError: If a name is not a string, or what is in ``ops`` is no operation.
@@ -24,15 +33,28 @@ class Feature:
     Example:
         >>> Feature("user_small", ops=[Hash("farm"), Mod(1000)], source="user")
         Feature(name='user_small', ops=(Hash(kind='farm'), Mod(n=1000)), source='user')
+        >>> Feature("pair", ops=[Hash(), Cross()], source=["user", "item"]).columns
+        ('user', 'item')
     """
 
     name: str
     ops: Sequence[Op] = ()
-    source: str | None = None
+    source: Source | Sequence[Source] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", self.name if self.source is None else self.source)
-        for field, value in (("name", self.name), ("source", self.source)):
+        source = self.name if self.source is None else self.source
+        if not isinstance(self.name, str):
+            raise TypeError(f"Feature {self.name!r}: name must be a string, got {type(self.name).__name__}")
+        if not isinstance(source, str | Feature):
+            if not isinstance(source, Sequence):
+                raise TypeError(f"Feature {self.name!r}: source must be a string, got {type(source).__name__}")
+            source = tuple(source)
+            if not source:
+                raise ValueError(f"Feature {self.name!r}: source must name at least one column, got none")
+        object.__setattr__(self, "source", source)
+        for field, value in (("name", self.name), *(("source", one) for one in self.sources)):
+            if field == "source" and isinstance(value, Feature):
+                continue
             if not isinstance(value, str):
                 raise TypeError(f"Feature {self.name!r}: {field} must be a string, got {type(value).__name__}")
             if not value:
@@ -53,7 +75,19 @@ class Feature:
                 raise ValueError(f"Feature {self.name!r}: {type(op).__name__}: {fault}")
 
     @property
-    def column(self) -> str:
-        """The name of the column that it is made of."""
+    def sources(self) -> tuple[Source, ...]:
+        """What it is made of, one by one."""
         assert self.source is not None  # __post_init__ has put the name there
-        return self.source
+        return self.source if isinstance(self.source, tuple) else (self.source,)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns that it is made of, each once."""
+        return tuple(dict.fromkeys(self._columns()))
+
+    def _columns(self) -> Iterator[str]:
+        for source in self.sources:
+            if isinstance(source, Feature):
+                yield from source._columns()
+            else:
+                yield source

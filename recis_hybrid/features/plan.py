@@ -1,29 +1,37 @@
-"""From features to a program: columns, then operations in order, each on the result of an earlier line.
+"""From features to a program: columns, then operations in order, each on the results of earlier lines.
 
-The plan says what is computed, not how: the engine runs line after line, and one that runs several lines in one native
-call would read the same plan.
+The plan says what is computed; how it is, in few native calls, is decided once the forms of the columns are known
+(:mod:`recis_hybrid.features.link`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.op import Kernel, Op
+from recis_hybrid.features.joins import Cross
+from recis_hybrid.features.op import Column, Compound, Joining
 
 
 @dataclass(frozen=True)
 class Instruction:
     """One operation; its result is the register after those of all lines before it."""
 
-    op: Op
-    kernel: Kernel
-    source: int
-    """The register that it reads."""
+    op: Any
+    kernel: Callable[..., Column]
+    sources: tuple[int, ...]
+    """The registers that it reads."""
     features: tuple[str, ...]
     """The features that need it, as they were declared."""
+
+    @property
+    def label(self) -> str:
+        """How errors name it."""
+        return f"feature {self.features[0]!r}, {self.op}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Plan:
     """The columns that are read, and the features made of each."""
     instructions: tuple[Instruction, ...]
     outputs: dict[str, int]
-    """For each feature, as declared, the register that holds it."""
+    """For each column that is given, in the order of the features, the register that holds it."""
     asked: int
     """Operations over all features before equal ones were made one."""
 
@@ -50,7 +58,8 @@ class Plan:
         for register, column in enumerate(self.columns):
             lines.append(_line(register, f"column {column!r}", names))
         for register, instruction in enumerate(self.instructions, len(self.columns)):
-            lines.append(_line(register, f"{instruction.op} %{instruction.source}", names))
+            sources = " ".join(f"%{source}" for source in instruction.sources)
+            lines.append(_line(register, f"{instruction.op} {sources}", names))
         lines.append("  all columns that are not read pass through")
         return "\n".join(lines)
 
@@ -58,6 +67,51 @@ class Plan:
 def _line(register: int, what: str, names: dict[int, list[str]]) -> str:
     given = ", ".join(repr(name) for name in names.get(register, []))
     return f"  %{register} = {what:<36} -> {given}" if given else f"  %{register} = {what}"
+
+
+class _Compiler:
+    """Gives registers to operations, equal ones on equal inputs the same."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.first = {column: register for register, column in enumerate(columns)}
+        self.known: dict[tuple[tuple[int, ...], Any], int] = {}
+        self.needed_by: list[list[str]] = []
+        self.asked = 0
+
+    def emit(self, sources: tuple[int, ...], op: Any, feature: str) -> int:
+        self.asked += 1
+        register = self.known.setdefault((sources, op), len(self.first) + len(self.known))
+        number = register - len(self.first)
+        if number == len(self.needed_by):
+            self.needed_by.append([])
+        if feature not in self.needed_by[number]:
+            self.needed_by[number].append(feature)
+        return register
+
+    def chain(self, registers: list[int], ops: Sequence[Any], feature: str) -> list[int]:
+        for op in ops:
+            if isinstance(op, Compound):
+                parts = op.expand()
+                registers = [last for one in registers for part in parts for last in self.chain([one], part, feature)]
+            elif isinstance(op, Joining):
+                if len(registers) < 2:
+                    raise ValueError(
+                        f"feature {feature!r}: {op} joins two or more columns, and there is one; name them by "
+                        f"source=[...]"
+                    )
+                if isinstance(op, Cross):
+                    registers = [reduce(lambda x, y, op=op: self.emit((x, y), op, feature), registers)]  # type: ignore[misc]
+                else:
+                    registers = [self.emit(tuple(registers), op, feature)]
+            else:
+                registers = [self.emit((one,), op, feature) for one in registers]
+        return registers
+
+    def feature(self, feature: Feature, name: str) -> list[int]:
+        registers: list[int] = []
+        for source in feature.sources:
+            registers += self.feature(source, name) if isinstance(source, Feature) else [self.first[source]]
+        return self.chain(registers, feature.ops, name)
 
 
 def compile_plan(features: Sequence[Feature]) -> Plan:
@@ -71,35 +125,35 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
 
     Raises:
         TypeError: If one of them is no Feature.
-        ValueError: If two have the same name.
+        ValueError: If two have the same name, or an operation that joins columns has only one.
     """
     for feature in features:
         if not isinstance(feature, Feature):
             raise TypeError(f"FeatureEngine: it takes a list of Features, got {feature!r} in it")
-    names = Counter(feature.name for feature in features)
-    twice = [name for name, count in names.items() if count > 1]
+    _differ(feature.name for feature in features)
+    columns: dict[str, list[str]] = {}
+    for feature in features:
+        for column in feature.columns:
+            columns.setdefault(column, []).append(feature.name)
+    compiler = _Compiler(list(columns))
+    outputs: list[tuple[str, int]] = []
+    for feature in features:
+        registers = compiler.feature(feature, feature.name)
+        if len(registers) == 1:
+            outputs.append((feature.name, registers[0]))
+        else:
+            outputs += [(f"{feature.name}_{number}", register) for number, register in enumerate(registers)]
+    _differ(name for name, _ in outputs)
+    instructions = tuple(
+        Instruction(op, op.kernel(), sources, tuple(users))
+        for (sources, op), users in zip(compiler.known, compiler.needed_by, strict=True)
+    )
+    read = {name: tuple(users) for name, users in columns.items()}
+    return Plan(read, instructions, dict(outputs), compiler.asked)
+
+
+def _differ(names: Any) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"FeatureEngine: features need different names, {twice} occur twice; use source= to read one "
                          f"column for several features")  # fmt: skip
-
-    columns: dict[str, list[str]] = {}
-    for feature in features:
-        columns.setdefault(feature.column, []).append(feature.name)
-    first = {column: register for register, column in enumerate(columns)}
-    known: dict[tuple[int, Op], int] = {}
-    needed_by: list[list[str]] = []
-    outputs: dict[str, int] = {}
-    for feature in features:
-        register = first[feature.column]
-        for op in feature.ops:
-            following = known.setdefault((register, op), len(columns) + len(known))
-            if following == len(columns) + len(needed_by):
-                needed_by.append([])
-            needed_by[following - len(columns)].append(feature.name)
-            register = following
-        outputs[feature.name] = register
-    instructions = tuple(
-        Instruction(op, op.kernel(), source, tuple(users)) for (source, op), users in zip(known, needed_by, strict=True)
-    )
-    asked = sum(len(feature.ops) for feature in features)
-    return Plan({name: tuple(users) for name, users in columns.items()}, instructions, outputs, asked)

@@ -9,6 +9,8 @@ from recis_hybrid.ops import (
     hash as hash,
     id_map as id_map,
     memory as memory,
+    program as program,
+    ragged as ragged,
     transform as transform,
     update as update,
 )

@@ -4,6 +4,8 @@ Shapes: T bytes in all, B strings. A hash is an unsigned number of 64 bits; it c
 
 References:
     FarmHash, Geoff Pike, 2014 (Fingerprint64). MurmurHash2, Austin Appleby, 2008 (MurmurHash64A, here with seed 0).
+    xxHash, Yann Collet, 2012 (XXH64, here with seed 0). djb2 by Dan Bernstein and sdbm by Ozan Yigit, both with a state
+    of 64 bits.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-HashKind: TypeAlias = Literal["farm", "murmur"]
-"""``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0."""
+HashKind: TypeAlias = Literal["farm", "murmur", "xxh64", "djb2", "sdbm"]
+"""``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0; ``"xxh64"``: XXH64 with seed 0;
+``"djb2"`` and ``"sdbm"``: byte by byte, weak, for several hashes of one string."""
 
-HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1}
+HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1, "xxh64": 2, "djb2": 3, "sdbm": 4}
 """The kinds of hash and the numbers by which native code knows them."""
 
 
@@ -38,7 +41,7 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
     Args:
         values: uint8 ``[T]``: the bytes of all strings.
         offsets: int64 ``[B + 1]`` on the device of ``values``: string i is ``values[offsets[i]:offsets[i + 1]]``.
-        kind: ``"farm"`` or ``"murmur"``.
+        kind: One of ``HASH_KINDS``.
 
     Returns:
         int64 ``[B]``, the same on every device and machine.
@@ -72,7 +75,7 @@ def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
 
     Args:
         ids: int64, any shape.
-        kind: ``"farm"`` or ``"murmur"``.
+        kind: One of ``HASH_KINDS``.
 
     Returns:
         int64 of the shape of ``ids``, contiguous.

@@ -1,4 +1,5 @@
 import doctest
+import inspect
 import pickle
 from dataclasses import dataclass
 from types import ModuleType
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import features, ops
-from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, engine, feature
+from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, engine, feature, link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
@@ -23,6 +24,11 @@ def batch() -> Batch:
         "age": torch.tensor([17.0, 18.0, 70.0]),
         "label": torch.tensor([0.0, 1.0, 1.0]),
     }
+
+
+def native_calls(built: FeatureEngine) -> list[object]:
+    """Returns the native calls of an engine that has run, by what it keeps of them."""
+    return [call for name in built._segments.values() for call in getattr(built, name).calls]
 
 
 @on_devices
@@ -88,7 +94,7 @@ def test_what_it_says_of_itself() -> None:
 
 
 def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[str] = []
     hash_ids = ops.hash.hash_ids
 
     def counted(ids: torch.Tensor, kind: ops.hash.HashKind) -> torch.Tensor:
@@ -96,8 +102,14 @@ def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch
         return hash_ids(ids, kind)
 
     monkeypatch.setattr(ops.hash, "hash_ids", counted)
-    FeatureEngine([Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)])(batch)
+    declared = [Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)]
+    FeatureEngine(declared, fuse=False)(batch)
     assert calls == ["farm"]
+    fused = FeatureEngine(declared)
+    fused(batch)
+    (program,) = native_calls(fused)
+    assert isinstance(program, link.ProgramCall)
+    assert [node.label for node in program.nodes].count("feature 'user1', hash[farm]") == 1
 
 
 operation = st.one_of(
@@ -127,7 +139,7 @@ def test_any_features_are_what_their_operations_give_one_by_one(
     columns = {"x": values, "y": [v // 2**58 for v in values]}
     made = FeatureEngine(declared)({name: torch.tensor(column) for name, column in columns.items()})
     for one in declared:
-        want = columns[one.column]
+        want = columns[one.columns[0]]
         for op in one.ops:
             want = [one_by_one(op, value) for value in want]
         assert made[one.name].tolist() == want  # type: ignore[union-attr]
@@ -182,12 +194,12 @@ def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
         FeatureEngine([Feature("a", ops=[Hash()])])({"a": weighted})
 
 
-def test_the_feature_of_bad_offsets_is_named() -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
     strings = RaggedTensor.from_strings(["ab", "cd"])
     strings.offsets[1] = 9  # behind the back of the RaggedTensor, which has checked them
-    with pytest.raises(RuntimeError, match="row [01] decrease or lie outside the 4 bytes") as error:
-        FeatureEngine([Feature("a", ops=[Hash()])])({"a": strings})
-    assert error.value.__notes__ == ["in feature 'a', hash[farm]"]
+    with pytest.raises(ValueError, match=r"^feature 'a', hash\[farm\]: .*decrease or lie outside"):
+        FeatureEngine([Feature("a", ops=[Hash()])], fuse=fuse)({"a": strings})
 
 
 def test_a_feature_does_not_hide_a_column(batch: Batch) -> None:
@@ -217,9 +229,15 @@ def test_compiled_without_a_graph_break(batch: Batch) -> None:
         assert (a.offsets is None) == (b.offsets is None)
 
 
-@pytest.mark.parametrize("module", [engine, feature, features.operations, ops.hash, ops.transform])
+MODULES = [
+    engine, feature, features.ids, features.numbers, features.resize, features.joins, features.rows,
+    features.vocabulary, features.registry, features.primes, ops.hash, ops.transform,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_the_examples_in_the_documentation(module: ModuleType) -> None:
-    names = {name: getattr(features, name) for name in ("Feature", "FeatureEngine", "Hash", "Mod", "Bucketize")}
+    names = {name: value for name, value in vars(features).items() if inspect.isclass(value)}
     done = doctest.testmod(module, extraglobs={"torch": torch, "RaggedTensor": RaggedTensor, **names})
     assert done.attempted > 0
     assert done.failed == 0

@@ -7,8 +7,8 @@ from recis_hybrid.features import Bucketize, Feature, Hash, Mod
 
 
 def test_the_source_is_the_column_of_that_name() -> None:
-    assert Feature("user").column == "user"
-    assert Feature("user_small", source="user").column == "user"
+    assert Feature("user").columns == ("user",)
+    assert Feature("user_small", source="user").columns == ("user",)
 
 
 def test_a_feature_is_a_value() -> None:
@@ -46,7 +46,7 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
 @pytest.mark.parametrize(
     ("op", "says"),
     [
-        (Hash("md5"), r"Hash: kind must be one of \['farm', 'murmur'\], got 'md5'"),  # type: ignore[arg-type]
+        (Hash("md5"), r"Hash: kind must be one of \['farm', 'murmur', 'xxh64', 'djb2', 'sdbm'\], got 'md5'"),  # type: ignore[arg-type]
         (Hash(["farm"]), r"Hash: kind must be one of .*, got \['farm'\]"),  # type: ignore[arg-type]
         (Mod(0), f"Mod: n must be an int from 1 to {2**63 - 1}, got 0; n is the number of different ids"),
         (Mod(-5), "Mod: n must be an int .*, got -5"),

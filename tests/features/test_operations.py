@@ -125,8 +125,9 @@ def test_buckets_of_floats_are_torchs(right: bool) -> None:
     assert torch.equal(got, torch.bucketize(values, boundaries, right=right))
 
 
-def test_nan_goes_to_the_last_bucket() -> None:
-    assert on_dense(Bucketize([1, 2]), torch.tensor([math.nan, 1.5])).tolist() == [2, 1]
+def test_nan_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="element 1 is NaN"):
+        on_dense(Bucketize([1, 2]), torch.tensor([1.5, math.nan]))
 
 
 def test_boundaries_may_come_in_many_forms() -> None:

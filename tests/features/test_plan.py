@@ -12,7 +12,7 @@ def test_equal_operations_on_equal_inputs_occur_once() -> None:
         Feature("e", ops=[Mod(10)], source="user"),
         Feature("f", ops=[Hash("murmur"), Mod(10)], source="user"),
     ]).plan  # fmt: skip
-    lines = [(str(line.op), line.source) for line in plan.instructions]
+    lines = [(str(line.op), line.sources[0]) for line in plan.instructions]
     assert lines == [
         ("hash[farm]", 0), ("mod[10]", 2), ("mod[20]", 2), ("hash[farm]", 1), ("mod[10]", 5), ("mod[10]", 0),
         ("hash[murmur]", 0), ("mod[10]", 8),
@@ -24,14 +24,14 @@ def test_equal_operations_on_equal_inputs_occur_once() -> None:
 
 def test_an_operation_may_be_repeated_in_a_chain() -> None:
     plan = FeatureEngine([Feature("a", ops=[Hash(), Hash(), Hash()])]).plan
-    assert [line.source for line in plan.instructions] == [0, 1, 2]
+    assert [line.sources for line in plan.instructions] == [(0,), (1,), (2,)]
     assert plan.outputs == {"a": 3}
 
 
 def test_the_order_of_operations_is_that_of_their_inputs() -> None:
     plan = FeatureEngine([Feature(str(n), ops=[Hash(), Mod(n), Bucketize([n])], source="x") for n in range(1, 9)]).plan
     for register, line in enumerate(plan.instructions, len(plan.columns)):
-        assert line.source < register
+        assert max(line.sources) < register
 
 
 def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

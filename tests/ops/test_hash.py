@@ -8,8 +8,10 @@ from recis_hybrid import ops
 from tests.support import hashes
 from tests.support.devices import EDGE_IDS, on_devices
 
-REFERENCE: dict[str, Callable[[bytes], int]] = {"farm": hashes.farm, "murmur": hashes.murmur}
-kinds = pytest.mark.parametrize("kind", ["farm", "murmur"])
+REFERENCE: dict[str, Callable[[bytes], int]] = {
+    name: getattr(hashes, name) for name in ("farm", "murmur", "xxh64", "djb2", "sdbm")
+}
+kinds = pytest.mark.parametrize("kind", list(REFERENCE))
 
 # Strings of n bytes 11, 48, 85, ... (in steps of 37): n, the fingerprint64 of PyPI's pyfarmhash 0.5.1, and the
 # _Hash_bytes(data, n, 0) of GNU libstdc++, which is MurmurHash64A. A length of each class and at each border.
@@ -159,21 +161,21 @@ def test_bad_arguments_are_refused() -> None:
         ops.hash.hash_bytes(values, offsets[:0])
     with pytest.raises(ValueError, match="got cpu and meta"):
         ops.hash.hash_bytes(values, offsets.to("meta"))
-    with pytest.raises(ValueError, match=r"one of \['farm', 'murmur'\], got 'md5'"):
+    with pytest.raises(ValueError, match=r"one of \['farm', 'murmur', .*\], got 'md5'"):
         ops.hash.hash_bytes(values, offsets, "md5")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be int64, got torch.int32"):
         ops.hash.hash_ids(offsets.int())
     with pytest.raises(ValueError, match="got 'sha'"):
         ops.hash.hash_ids(offsets, "sha")  # type: ignore[arg-type]
     # The second line, for those who call the operators themselves.
-    with pytest.raises(RuntimeError, match="unknown kind of hash: 2"):
-        torch.ops.recis.hash_ids(offsets, 2)
+    with pytest.raises(RuntimeError, match="unknown kind of hash: 5"):
+        torch.ops.recis.hash_ids(offsets, 5)
     with pytest.raises(RuntimeError, match="must be contiguous"):
         torch.ops.recis.hash_ids(torch.zeros(4, 2, dtype=torch.int64).t(), 0)
 
 
 @on_devices
-@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("kind", range(5))
 def test_operators_have_right_schemas_and_fakes(device: str, kind: int) -> None:
     values, offsets = column([b"a", b"", b"bcd"], device)
     torch.library.opcheck(torch.ops.recis.hash_bytes.default, (values, offsets, kind))

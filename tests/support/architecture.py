@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # What a room may import from elsewhere, beside the standard library and torch.
 OUTSIDE: dict[str, set[str]] = {
+    "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"numpy", "pyarrow"},
     "saver": {"numpy", "safetensors"},
     "pipelines": {"numpy", "tqdm"},

@@ -1,4 +1,4 @@
-"""MurmurHash64A and FarmHash Fingerprint64 in plain Python: slow, and independent of the native code."""
+"""The hashes in plain Python: slow, and independent of the native code."""
 
 MASK = 2**64 - 1
 K0, K1, K2 = 0xC3A5C85C97CB3127, 0xB492B66FBE98F273, 0x9AE16A3B2F90404F
@@ -123,3 +123,26 @@ def _farm_long(data: bytes) -> int:
     w = weak32(data, s + 32, z + w[1], y + word(data, s + 16))
     x, z = z, x
     return len16(len16(v[0], w[0], mul) + shift_mix(y) * K0 + z, len16(v[1], w[1], mul) + x, mul)
+
+
+def djb2(data: bytes) -> int:
+    """From 5381, hash * 33 + byte, as an int64."""
+    h = 5381
+    for byte in data:
+        h = h * 33 + byte & MASK
+    return signed(h)
+
+
+def sdbm(data: bytes) -> int:
+    """From 0, byte + (hash << 6) + (hash << 16) - hash, as an int64."""
+    h = 0
+    for byte in data:
+        h = byte + (h << 6) + (h << 16) - h & MASK
+    return signed(h)
+
+
+def xxh64(data: bytes) -> int:
+    """XXH64 with seed 0 by the xxhash package, as an int64."""
+    import xxhash
+
+    return signed(xxhash.xxh64_intdigest(data))

@@ -1,0 +1,165 @@
+"""The Feature Engine beside pandas, eager torch, and its own operators one by one.
+
+    python -m benchmarks.features [--quick] [--threads 2] [--cases eager]
+
+``hash``: FarmHash of a million strings of 4 to 16 bytes, beside ``pandas.util.hash_array`` and beside what one core can
+copy. ``eager``: 40 features of a batch of 8,192 rows (ten each of hash → mod, bucketize, cross → mod of dense columns,
+and truncate → hash → mod of rows of 0 to 10 ids) beside the same values made in eager torch, feature by feature.
+``unfused``: the same beside our own operators, one call an operation. ``kind``: the same beside one call for each kind
+of element-wise operation, which is the other way to fuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import eager_features as eager, harness
+from recis_hybrid import ops
+from recis_hybrid.features import Bucketize, Cross, Feature, FeatureEngine, Hash, Mod, Truncate
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+ROWS, EACH, LONGEST, KEPT = 8192, 10, 10, 5
+MODULUS = 1_000_003
+BOUNDARIES = [-2 + 0.2 * k for k in range(20)]
+
+
+def strings(count: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 10**12, (count,), generator=generator).tolist()
+    sizes = torch.randint(4, 17, (count,), generator=generator).tolist()
+    return [f"{number:016d}"[-size:] for number, size in zip(ids, sizes, strict=True)]
+
+
+def copy_rate(rounds: int) -> float:
+    """Returns the bytes a second that one thread reads and writes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source = torch.ones(2**25, dtype=torch.int64)
+    target = torch.empty_like(source)
+    steps: dict[str, Callable[[], None]] = {"copy": lambda: _drop(target.copy_(source))}
+    rate = harness.rates(steps, 2 * source.numel() * 8, rounds, torch.device("cpu"))["copy"]
+    torch.set_num_threads(threads)
+    return rate
+
+
+def hash_case(rounds: int) -> None:
+    listed = strings(1_000_000)
+    column = RaggedTensor.from_strings(listed)
+    moved = column.values.numel() + 8 * (column.offsets.numel() + len(column))
+    steps: dict[str, Callable[[], None]] = {
+        "ours": lambda: _drop(ops.hash.hash_bytes(column.values, column.offsets, "farm"))
+    }
+    try:
+        import numpy as np
+        import pandas as pd
+
+        array = np.array(listed, dtype=object)
+        steps["pandas"] = lambda: _drop(pd.util.hash_array(array, categorize=False))
+    except ImportError:
+        pass
+    rate = {name: r / 1e6 for name, r in harness.rates(steps, len(listed), rounds, torch.device("cpu")).items()}
+    pandas = rate.get("pandas")
+    harness.Result(
+        "features", "hash", "strings", "M strings/s", round(rate["ours"], 2), pandas and round(pandas, 2),
+        "pandas.util.hash_array", pandas and round(rate["ours"] / pandas, 2),
+    ).print()  # fmt: skip
+    copied = copy_rate(rounds) / 1e9
+    gigabytes = rate["ours"] * 1e6 * moved / len(listed) / 1e9
+    harness.Result(
+        "features", "hash", "bandwidth", "GB/s", round(gigabytes, 2), round(copied, 2), "memory bandwidth of one core",
+        round(gigabytes / copied, 2),
+    ).print()  # fmt: skip
+
+
+def _drop(_: object) -> None:
+    return None
+
+
+def workload() -> tuple[list[Feature], Batch]:
+    generator = torch.Generator().manual_seed(1)
+    features, batch = [], Batch()
+    for k in range(EACH):
+        for name in ("user", "x", "y"):
+            batch[f"{name}{k}"] = torch.randint(-(2**62), 2**62, (ROWS,), generator=generator)
+        batch[f"price{k}"] = torch.randn(ROWS, generator=generator)
+        lengths = torch.randint(0, LONGEST + 1, (ROWS,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        clicks = torch.randint(0, 2**62, (int(offsets[-1]),), generator=generator)
+        batch[f"clicks{k}"] = RaggedTensor(clicks, offsets)
+        features += [
+            Feature(f"user{k}", ops=[Hash("murmur"), Mod(MODULUS)]),
+            Feature(f"price{k}", ops=[Bucketize(BOUNDARIES)]),
+            Feature(f"pair{k}", ops=[Cross(), Mod(MODULUS)], source=[f"x{k}", f"y{k}"]),
+            Feature(f"clicks{k}", ops=[Truncate(KEPT), Hash("murmur"), Mod(MODULUS)]),
+        ]
+    return features, batch
+
+
+def in_eager_torch(batch: Batch) -> Batch:
+    made: Batch = {}
+    boundaries = torch.tensor(BOUNDARIES)
+    for k in range(EACH):
+        clicks = eager.truncate(batch[f"clicks{k}"], KEPT)  # type: ignore[arg-type]
+        made[f"user{k}"] = eager.mod(eager.murmur(batch[f"user{k}"]), MODULUS)  # type: ignore[arg-type]
+        made[f"price{k}"] = torch.bucketize(batch[f"price{k}"], boundaries, right=True)  # type: ignore[arg-type]
+        made[f"pair{k}"] = eager.mod(eager.cross(batch[f"x{k}"], batch[f"y{k}"]), MODULUS)  # type: ignore[arg-type]
+        made[f"clicks{k}"] = RaggedTensor(eager.mod(eager.murmur(clicks.values), MODULUS), clicks.offsets)
+    return made
+
+
+def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
+    """Raises unless a peer makes the same values: a race counts only between equals."""
+    for name in theirs:
+        a, b = ours[name], theirs[name]
+        if isinstance(a, RaggedTensor) and isinstance(b, RaggedTensor):
+            same = torch.equal(a.values, b.values) and torch.equal(a.offsets, b.offsets)
+        else:
+            same = torch.equal(a, b)  # type: ignore[arg-type]
+        if not same:
+            raise AssertionError(f"features: {peer} makes other values of {name}")
+
+
+def engine_cases(wanted: list[str], rounds: int) -> None:
+    features, batch = workload()
+    fused = FeatureEngine(features)
+    unfused = FeatureEngine(features, fuse=False)
+    by_kind = FeatureEngine(features, fuse="kind")
+    peers: dict[str, tuple[str, Callable[[], Batch]]] = {
+        "eager": ("eager torch", lambda: in_eager_torch(batch)),
+        "unfused": ("our operators one by one", lambda: unfused(batch)),
+        "kind": ("one call for each kind of operation", lambda: by_kind(batch)),
+    }
+    steps: dict[str, Callable[[], None]] = {"ours": lambda: _drop(fused(batch))}
+    for case in wanted:
+        name, peer = peers[case]
+        check_equal(fused(batch), peer(), name)
+        steps[case] = lambda peer=peer: _drop(peer())  # type: ignore[misc]
+    rate = {name: r / 1e6 for name, r in harness.rates(steps, ROWS, rounds, torch.device("cpu")).items()}
+    for case in wanted:
+        harness.Result(
+            "features", case, "rows of 40 features", "M rows/s", round(rate["ours"], 3), round(rate[case], 3),
+            peers[case][0], round(rate["ours"] / rate[case], 2),
+        ).print()  # fmt: skip
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.set_defaults(threads=2)
+    args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error("the peers here run on the CPU; --device cuda has nothing to measure")
+    torch.set_num_threads(args.threads)
+    rounds = 9 if args.quick else 25
+    if args.cases in "hash":
+        harness.progress(f"hash, {args.threads} thread(s)")
+        hash_case(rounds)
+    wanted = [case for case in ("eager", "unfused", "kind") if args.cases in case]
+    if wanted:
+        harness.progress(f"{', '.join(wanted)}, {args.threads} thread(s)")
+        engine_cases(wanted, rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+// The arithmetic of element-wise feature operations, one value at a time.
+//
+// The kernels of single operators (transform.h) and those of fused programs (program.h) both call these, and are
+// compiled without contraction, so that fused and unfused results are equal bit for bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/bytes.h"
+#include "core/murmur.h"
+
+namespace recis {
+
+// Remainders by a divisor that stays the same: a multiplication and shifts in place of a division, exact for every
+// 64-bit value (Granlund and Montgomery: Division by invariant integers using multiplication, 1994, figure 4.1).
+struct Divisor {
+  uint64_t divisor;
+  uint64_t magic;
+  int32_t shift1;
+  int32_t shift2;
+
+  // `by` is at least 1. Called on the host.
+  static Divisor of(uint64_t by) {
+    int32_t bits = 0;  // the least number with 2^bits >= by
+    while (bits < 64 && (static_cast<unsigned __int128>(1) << bits) < by) ++bits;
+    const unsigned __int128 excess = (static_cast<unsigned __int128>(1) << bits) - by;
+    return {by, static_cast<uint64_t>((excess << 64) / by + 1), bits < 1 ? bits : 1, bits < 1 ? 0 : bits - 1};
+  }
+
+  RECIS_HD uint64_t remainder(uint64_t x) const {
+#if defined(__CUDA_ARCH__)
+    const uint64_t high = __umul64hi(magic, x);
+#else
+    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(magic) * x >> 64);
+#endif
+    return x - ((high + ((x - high) >> shift1)) >> shift2) * divisor;
+  }
+};
+
+// (((x * multiplier) % prime + prime) % prime) % buckets in signed arithmetic that wraps: 0 <= result < buckets.
+struct MultiHash {
+  uint64_t multiplier;
+  Divisor prime;
+  Divisor buckets;
+
+  RECIS_HD uint64_t operator()(uint64_t x) const {
+    const uint64_t product = x * multiplier;
+    // Below 0, floor(v mod p) = p - 1 - (-1 - v) mod p, and -1 - v is v with its bits turned.
+    const uint64_t negative = 0 - (product >> 63);
+    const uint64_t rest = prime.remainder(product ^ negative);
+    return buckets.remainder(negative != 0 ? prime.divisor - 1 - rest : rest);
+  }
+};
+
+// The id of a pair of ids: MurmurHash64A (seed 0) of x's eight bytes and then y's.
+RECIS_HD uint64_t cross_ids(uint64_t x, uint64_t y) {
+  RECIS_ONE_BY_ONE(x);
+  return Murmur{}(PairBytes{x, y});
+}
+
+template <class T>
+RECIS_HD bool is_nan(T value) {
+  return value != value;
+}
+
+// Whether a sorted boundary counts for a value: it lies at or below it (kRight), or below it. Negated, so that NaN
+// counts every boundary.
+template <bool kRight, class T>
+RECIS_HD bool above(T value, T boundary) {
+  return kRight ? !(value < boundary) : !(value <= boundary);
+}
+
+// How many of the sorted boundaries count. The search takes the same steps for every value: no branch depends on data.
+template <bool kRight, class T>
+RECIS_HD int64_t bucket_of(T value, const T* boundaries, int64_t count) {
+  int64_t below = 0;
+  int64_t left = count;
+  while (left > 1) {
+    const int64_t half = left / 2;
+    below += above<kRight>(value, boundaries[below + half - 1]) ? half : 0;
+    left -= half;
+  }
+  if (left == 1) below += above<kRight>(value, boundaries[below]) ? 1 : 0;
+  return below;
+}
+
+// Maps of one number to one of the same type. `bad(x)` says that there is no answer.
+
+// log(x + plus), for x + plus > 0.
+template <class T>
+struct LogOf {
+  T plus;
+  RECIS_HD bool bad(T x) const { return !(x + plus > T{0}); }
+  RECIS_HD T operator()(T x) const { return std::log(x + plus); }
+};
+
+// The nearest number within [least, most].
+template <class T>
+struct ClipOf {
+  T least;
+  T most;
+  RECIS_HD bool bad(T x) const { return is_nan(x); }
+  RECIS_HD T operator()(T x) const { return x < least ? least : x > most ? most : x; }
+};
+
+// (x - mean) / std
+template <class T>
+struct NormalizeOf {
+  T mean;
+  T std;
+  RECIS_HD bool bad(T x) const { return is_nan(x); }
+  RECIS_HD T operator()(T x) const { return (x - mean) / std; }
+};
+
+// `value` where x is NaN.
+template <class T>
+struct FillOf {
+  T value;
+  RECIS_HD bool bad(T) const { return false; }
+  RECIS_HD T operator()(T x) const { return is_nan(x) ? value : x; }
+};
+
+// A number as one of another type. Floats lose their fraction on the way to integers; one that is NaN or outside the
+// range of an int64 is bad. Integers wrap on the way to narrower ones.
+template <class From, class To>
+struct CastOf {
+  RECIS_HD bool bad(From x) const {
+    if constexpr (static_cast<From>(0.5) != From{0} && static_cast<To>(0.5) == To{0}) {
+      return !(x >= static_cast<From>(-9223372036854775808.0) && x < static_cast<From>(9223372036854775808.0));
+    }
+    return false;
+  }
+  RECIS_HD To operator()(From x) const { return bad(x) ? To{0} : static_cast<To>(x); }
+};
+
+}  // namespace recis

@@ -1,0 +1,39 @@
+// Hashes of the strings of a column, one after another.
+//
+// For strings of 1 to 16 bytes, computing every case and selecting one takes half as long again as branching on the
+// length, mispredictions included (measured with lengths of 4 to 16 on AVX2).
+#pragma once
+
+#include <cstdint>
+
+#include "core/bytes.h"
+#include "core/macros.h"
+
+namespace recis {
+
+// out[i] = hash of string i, for i < count; string i lies at [offsets[i], offsets[i + 1]) of the `total` bytes.
+//
+// Returns 1 + the number of a string whose offsets decrease or point outside, which is not followed (its out is 0), or
+// 0 where all are good.
+template <class Hasher>
+RECIS_HD int64_t hash_strings(const uint8_t* values, int64_t total, const int64_t* offsets, int64_t count,
+                              int64_t* out) {
+  int64_t bad = 0;
+  int64_t begin = offsets[0];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t end = offsets[i + 1];
+    // As unsigned numbers, so that two comparisons find every end that is wrong.
+    if (static_cast<uint64_t>(begin) > static_cast<uint64_t>(end) ||
+        static_cast<uint64_t>(end) > static_cast<uint64_t>(total)) {
+      bad = i + 1;
+      out[i] = 0;
+      begin = end;
+      continue;
+    }
+    out[i] = static_cast<int64_t>(Hasher{}(Bytes{values + begin, end - begin}));
+    begin = end;
+  }
+  return bad;
+}
+
+}  // namespace recis

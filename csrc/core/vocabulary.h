@@ -1,0 +1,59 @@
+// A vocabulary: from a string or an id to its place in a list, exact (a hash finds candidates, the entry decides).
+#pragma once
+
+#include <cstdint>
+
+#include "core/bytes.h"
+#include "core/farm.h"
+#include "core/macros.h"
+#include "core/murmur.h"
+
+namespace recis {
+
+// A view of six header words and the arrays that follow them, all in one list of 64-bit words, so that a whole
+// vocabulary travels as one tensor. Places are counted from the header:
+//
+//   words[0] mask             slots - 1, slots being a power of two greater than the number of entries
+//   words[1] slots            where the slots are: 1 + entry, or 0 for none; open addressing, linear probing
+//   words[2] keys             the entries' hashes (of strings), or the entries (ids)
+//   words[3] offsets          where entry e begins in `bytes`, and entries + 1 of these (strings)
+//   words[4] bytes            the entries' bytes (strings)
+//   words[5] unknown          what is given for what is no entry; -1: that is refused
+struct Vocabulary {
+  const int64_t* words;
+
+  RECIS_HD int64_t unknown() const { return words[5]; }
+
+  template <class Same>
+  RECIS_HD int64_t find(uint64_t hash, Same&& same) const {
+    const int64_t* slots = words + words[1];
+    const uint64_t mask = static_cast<uint64_t>(words[0]);
+    for (uint64_t slot = hash & mask;; slot = (slot + 1) & mask) {
+      const int64_t entry = slots[slot] - 1;
+      if (entry < 0) return unknown();
+      if (same(entry)) return entry;
+    }
+  }
+
+  RECIS_HD int64_t find_id(int64_t id) const {
+    const int64_t* keys = words + words[2];
+    return find(Murmur{}(WordBytes{static_cast<uint64_t>(id)}), [&](int64_t entry) { return keys[entry] == id; });
+  }
+
+  RECIS_HD int64_t find_string(const Bytes& string) const {
+    const int64_t* keys = words + words[2];
+    const int64_t* offsets = words + words[3];
+    const auto* bytes = reinterpret_cast<const uint8_t*>(words + words[4]);
+    const uint64_t hash = Farm{}(string);
+    return find(hash, [&](int64_t entry) {
+      if (static_cast<uint64_t>(keys[entry]) != hash || offsets[entry + 1] - offsets[entry] != string.size)
+        return false;
+      for (int64_t at = 0; at < string.size; ++at) {
+        if (bytes[offsets[entry] + at] != string.data[at]) return false;
+      }
+      return true;
+    });
+  }
+};
+
+}  // namespace recis

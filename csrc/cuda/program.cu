@@ -1,0 +1,5 @@
+#include "ops/program.h"
+
+#include "cuda/device.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) { recis::register_program<recis::CudaDevice, false>(m); }

@@ -1,0 +1,114 @@
+// The operator that runs a program of element-wise operations (kernel: core/program.h).
+#pragma once
+
+#include "core/program.h"
+#include "ops/common.h"
+
+namespace recis {
+
+// Elements of a tile: a few tiles of 8 bytes an element fit the first-level cache beside what streams through it.
+template <bool kCpu>
+inline constexpr int kTile = kCpu ? 256 : 1;
+
+inline const char* why_refused(int64_t step) {
+  switch (static_cast<Step>(step)) {
+    case Step::kHashString:
+      return "has offsets that decrease or lie outside the bytes of its column";
+    case Step::kVocabularyId:
+      return "is not in the vocabulary, and none was given for unknown";
+    case Step::kVocabularyString:
+      return "is not in the vocabulary, and none was given for unknown (or its offsets are wrong)";
+    case Step::kLogF32:
+    case Step::kLogF64:
+      return "has no logarithm; put Clip before it, or set plus=";
+    case Step::kF32ToI64:
+    case Step::kF64ToI64:
+      return "is NaN or outside the range of int64; put FillNull or Clip before it";
+    default:
+      return "is NaN; put FillNull before it";
+  }
+}
+
+// Raises for the first instruction that has refused an element; labels are lines, one for each instruction.
+inline void raise_faults(const Ints& faults, const Instruction* code, const std::string& labels) {
+  size_t line = 0;
+  for (size_t k = 0; k < faults.size(); ++k) {
+    const size_t end = labels.find('\n', line);
+    RECIS_CHECK(faults[k] == 0, labels.substr(line, end - line), ": element ", faults[k] - 1, " ",
+                why_refused(code[k].step));
+    line = end == std::string::npos ? labels.size() : end + 1;
+  }
+}
+
+// Runs `code` [K, 8] (core/program.h) over `inputs`. Parts are four numbers each: the first and one past the last
+// instruction, the input that has the part's length, and whether that is one of offsets (one more than elements).
+// Outputs are as many as `like` names: each has the shape of that input, or of offsets less one where it is -1 - input,
+// and a dtype. They are bound after the inputs.
+//
+// On CPU an element that an instruction refuses raises, naming the instruction by its line of `labels`; on CUDA, where
+// nobody waits, one more result [K] says it: 1 + an element that instruction k has refused. The code and its parameters
+// lie where the inputs do.
+template <class Device, bool kCpu>
+Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor& params, const Ints& parts,
+                        const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
+  constexpr int kWidth = kTile<kCpu>;
+  Device device(code);
+  RECIS_CHECK(parts.size() % 4 == 0 && like.size() == dtypes.size(), "feature_program: arguments do not fit together");
+  std::vector<void*> tensors;
+  Ints sizes;
+  const auto bind = [&](const Tensor& tensor) {
+    RECIS_CHECK(tensor.is_contiguous(), "feature_program: tensors must be contiguous");
+    tensors.push_back(tensor.data_ptr());
+    sizes.push_back(tensor.numel());
+  };
+  for (const Tensor& input : inputs) bind(input);
+  Tensors outputs;
+  outputs.reserve(like.size());
+  for (size_t k = 0; k < like.size(); ++k) {
+    const Tensor& source = inputs.at(static_cast<size_t>(like[k] < 0 ? -1 - like[k] : like[k]));
+    const auto dtype = static_cast<ScalarType>(dtypes[k]);
+    if (like[k] < 0) {
+      const int64_t rows[] = {source.numel() - 1};
+      outputs.push_back(torch::stable::new_empty(source, {rows, 1}, dtype));
+    } else {
+      outputs.push_back(torch::stable::new_empty(source, source.sizes(), dtype));
+    }
+    bind(outputs.back());
+  }
+
+  const auto* instructions = reinterpret_cast<const Instruction*>(data<int64_t>(code, "code"));
+  std::vector<ProgramPart> list;
+  int64_t tiles = 0;
+  for (size_t k = 0; k < parts.size(); k += 4) {
+    const int64_t elements = sizes.at(static_cast<size_t>(parts[k + 2])) - parts[k + 3];
+    RECIS_CHECK(parts[k] >= 0 && parts[k + 1] <= code.size(0) && elements >= 0,
+                "feature_program: a part has no instructions or no offsets");
+    list.push_back({tiles, elements, parts[k], parts[k + 1]});
+    tiles += (elements + kWidth - 1) / kWidth;
+  }
+  Ints found(kCpu ? static_cast<size_t>(code.size(0)) : 0, 0);
+  int64_t* faults = found.data();
+  if (!kCpu) {
+    const int64_t instructions_in_all[] = {code.size(0)};
+    outputs.push_back(torch::stable::new_zeros(code, {instructions_in_all, 1}));
+    faults = data<int64_t>(outputs.back(), "faults");
+  }
+  RunProgram<kWidth> program{};
+  device.place(program.segments, list);
+  program.segments.total = tiles;
+  program.code = instructions;
+  program.params = data<int64_t>(params, "params");
+  program.tensors = device.upload(tensors);
+  program.sizes = device.upload(sizes);
+  program.faults = faults;
+  device.for_each_task(tiles, parallel, program);
+  if (kCpu) raise_faults(found, instructions, labels);
+  return outputs;
+}
+
+template <class Device, bool kCpu, class Library>
+void register_program(Library& m) {
+  m.impl("feature_program", TORCH_BOX((&feature_program<Device, kCpu>)));
+}
+
+}  // namespace recis

@@ -1,0 +1,100 @@
+"""What the operations that come with the package share: checks of forms, and kernels made of them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.features.op import Column, Form, Job
+
+LEAST, MOST = -(2**63), 2**63 - 1
+NARROW = (torch.int8, torch.int16, torch.int32)
+INTEGERS = (*NARROW, torch.int64)
+FLOATS = (torch.float32, torch.float64)
+
+
+def integers(where: str, form: Form) -> Form:
+    """Returns the form as int64 ids.
+
+    Raises:
+        TypeError: If it holds something else.
+    """
+    if form.dtype in INTEGERS:
+        return form._replace(dtype=torch.int64)
+    if form.dtype == torch.uint8:
+        raise TypeError(f"{where} takes integers, not the bytes of strings; put a Hash before it")
+    remedy = "put a Bucketize before it" if form.dtype.is_floating_point else "convert it with .to(torch.int64)"
+    raise TypeError(f"{where} takes integers, got {form.dtype}; {remedy}")
+
+
+def numbers(where: str, form: Form) -> Form:
+    """Returns the form, if it holds int8 to int64, float32 or float64.
+
+    Raises:
+        TypeError: If it holds something else.
+    """
+    if form.dtype not in (*INTEGERS, *FLOATS):
+        raise TypeError(
+            f"{where} takes int8 to int64, float32 or float64, got {form.dtype}; have the reader give numbers where "
+            f"these are strings, else convert the column with .float()"
+        )
+    return form
+
+
+def ids_of(column: Column) -> Tensor:
+    """Returns a column's integers as int64."""
+    return column.values.to(torch.int64)
+
+
+def bits(number: float) -> int:
+    """Returns the int64 of a float64's bits, as which it travels in a program."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+@lru_cache(maxsize=1024)
+def word(value: float, dtype: torch.dtype) -> int:
+    """Returns the bits of a value of a dtype, as an integer."""
+    size = dtype.itemsize
+    as_bits = torch.tensor([value], dtype=dtype).view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    )
+    return int(as_bits[0])
+
+
+def fits(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a dtype can hold a value: integers take whole numbers of their range."""
+    if dtype.is_floating_point:
+        return True
+    if value != int(value):
+        return False
+    limits = torch.iinfo(torch.int8 if dtype == torch.bool else dtype)
+    return bool(limits.min <= value <= limits.max)
+
+
+def shaping_kernel(op: Any) -> Callable[..., Column]:
+    """Returns the kernel of a shaping operation on its own: its native call, with this one job."""
+    calls: dict[tuple[Form, ...], Any] = {}
+
+    def kernel(*columns: Column) -> Column:
+        forms = tuple(Form.of(column) for column in columns)
+        if forms not in calls:
+            form = op.shape(forms)
+            # A column that it leaves as it is needs no call.
+            calls[forms] = (
+                None if len(forms) == 1 and form is forms[0] else op.kind([Job(op, forms, "")], parallel=True)
+            )
+        call = calls[forms]
+        return columns[0] if call is None else call([columns])[0]
+
+    return kernel
+
+
+def one(forms: Sequence[Form]) -> Form:
+    """Returns the form of an operation's only input."""
+    (form,) = forms
+    return form

@@ -1,0 +1,261 @@
+"""Operations that make ids: hashes of strings and ids, remainders, vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recis_hybrid import ops
+from recis_hybrid.features.common import MOST, ids_of, integers, one
+from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
+from recis_hybrid.features.primes import largest_prime_up_to
+from recis_hybrid.ops.hash import HASH_KINDS, HashKind
+from recis_hybrid.ops.program import divisor_words
+
+_MULTIPLIERS = (1, 3, 5, 7)
+_WIDENINGS = (29, 47, 67, 83)
+
+
+def hashed(where: str, form: Form) -> Form:
+    """Returns the form of the ids that strings or integers become.
+
+    Raises:
+        TypeError: If it holds neither.
+        ValueError: If each byte of strings has a weight.
+    """
+    if form.dtype != torch.uint8:
+        return integers(where, form)
+    if not form.strings:
+        raise TypeError(
+            "a dense uint8 column has no strings in it; a string column is a RaggedTensor of uint8 "
+            "(RaggedTensor.from_strings makes one), numbers are converted with .to(torch.int64)"
+        )
+    if form.weighted and form.levels == 1:
+        raise ValueError("weights on a string column would be one a byte; drop them")
+    return form._replace(dtype=torch.int64, levels=form.levels - 1, dims=1)
+
+
+def without_strings(column: Column, ids: torch.Tensor) -> Column:
+    """Returns the column of the ids that a column's strings have become."""
+    if not column.outer:
+        return Column(ids)
+    return Column(ids, column.outer[-1], column.weights, column.outer[:-1])
+
+
+@dataclass(frozen=True)
+class Hash:
+    """Strings or ids → ids spread over all 64 bits.
+
+    A string column (a RaggedTensor of uint8, a row a string) becomes int64 ``[B]``, one id a row: the hash of its
+    bytes. Lists of strings become lists of ids, and keep their weights. A column of integers keeps its form, and each
+    becomes the hash of its eight bytes, the lowest first; int8 to int32 are widened to int64 before. So the string "7"
+    and the number 7 become different ids.
+
+    Args:
+        kind: ``"farm"`` (FarmHash Fingerprint64), ``"murmur"`` (MurmurHash64A, seed 0), ``"xxh64"`` (seed 0), or
+            ``"djb2"`` or ``"sdbm"``, which are weak and meant for :class:`StringMultiHash`.
+
+    Example:
+        >>> Feature("user", ops=[Hash("murmur")])
+        Feature(name='user', ops=(Hash(kind='murmur'),), source='user')
+    """
+
+    kind: HashKind = "farm"
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the kind, or None."""
+        if not isinstance(self.kind, str) or self.kind not in HASH_KINDS:
+            return f"kind must be one of {list(HASH_KINDS)}, got {self.kind!r}"
+        return None
+
+    def lower(self, forms: Sequence[Form]) -> Lowered:
+        """Returns the instruction that hashes strings, or ids."""
+        form = one(forms)
+        name = "hash_string" if form.strings else "hash_id"
+        return Lowered(hashed("Hash", form), (Step(name, (HASH_KINDS[self.kind],)),))
+
+    def kernel(self) -> Kernel:
+        """Returns what hashes a column."""
+        return self._hash
+
+    def _hash(self, column: Column) -> Column:
+        form = Form.of(column)
+        hashed("Hash", form)
+        if not form.strings:
+            return column._replace(values=ops.hash.hash_ids(ids_of(column), self.kind))
+        assert column.offsets is not None
+        return without_strings(column, ops.hash.hash_bytes(column.values, column.offsets, self.kind))
+
+    def __str__(self) -> str:
+        return f"hash[{self.kind}]"
+
+
+@dataclass(frozen=True)
+class Mod:
+    """Ids → ids in ``[0, n)``: the remainder of the id read as an unsigned number of 64 bits.
+
+    The column keeps its form. For ids below 0 the result is not Python's ``%``: -1 counts as 2^64 - 1. int8 to int32
+    are widened to int64 before.
+
+    Args:
+        n: The modulus, 1 to 2^63 - 1.
+    """
+
+    n: int
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the modulus, or None."""
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n <= MOST:
+            return f"n must be an int from 1 to {MOST}, got {self.n!r}; n is the number of different ids to keep"
+        return None
+
+    def lower(self, forms: Sequence[Form]) -> Lowered:
+        """Returns the instruction that takes remainders."""
+        return Lowered(integers("Mod", one(forms)), (Step("mod", divisor_words(self.n)),))
+
+    def kernel(self) -> Kernel:
+        """Returns what reduces a column."""
+        return self._reduce
+
+    def _reduce(self, column: Column) -> Column:
+        integers("Mod", Form.of(column))
+        return column._replace(values=ops.transform.mod_ids(ids_of(column), self.n))
+
+    def __str__(self) -> str:
+        return f"mod[{self.n}]"
+
+
+@dataclass(frozen=True)
+class MultiHashPart:
+    """One of the hashes of :class:`MultiHash`, as an operation of its own: ids → ids in ``[0, buckets)``.
+
+    The result is ``(((id * m) % p + p) % p) % buckets`` in signed arithmetic of 64 bits that wraps, with m the
+    multiplier 1, 3, 5 or 7 and p the largest prime up to 29, 47, 67 or 83 times ``buckets``.
+
+    Args:
+        buckets: How many ids there are to be.
+        which: 0 to 3: which of the four.
+    """
+
+    buckets: int
+    which: int
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        most = MOST // max(_WIDENINGS)
+        if not isinstance(self.buckets, int) or isinstance(self.buckets, bool) or not 1 <= self.buckets <= most:
+            return f"buckets must be ints from 1 to {most}, got {self.buckets!r}; each is a number of ids to keep"
+        if not isinstance(self.which, int) or not 0 <= self.which < len(_WIDENINGS):
+            return f"which must be 0 to {len(_WIDENINGS) - 1}, got {self.which!r}"
+        return None
+
+    def parameters(self) -> tuple[int, int]:
+        """Returns the multiplier and the prime."""
+        return _MULTIPLIERS[self.which], largest_prime_up_to(_WIDENINGS[self.which] * self.buckets)
+
+    def lower(self, forms: Sequence[Form]) -> Lowered:
+        """Returns the instruction that hashes."""
+        multiplier, prime = self.parameters()
+        table = torch.tensor([multiplier, *divisor_words(prime), *divisor_words(self.buckets)])
+        return Lowered(integers("MultiHash", one(forms)), (Step("multi_hash", (), table),))
+
+    def kernel(self) -> Kernel:
+        """Returns what hashes a column."""
+        multiplier, prime = self.parameters()
+
+        def kernel(column: Column) -> Column:
+            integers("MultiHash", Form.of(column))
+            return column._replace(values=ops.transform.multi_hash_ids(ids_of(column), multiplier, prime, self.buckets))
+
+        return kernel
+
+    def __str__(self) -> str:
+        return f"multi_hash[{self.buckets}, {self.which}]"
+
+
+@dataclass(frozen=True)
+class MultiHash:
+    """Ids → up to four columns of ids, by hashes with distinct primes: two ids seldom collide in all of them.
+
+    A feature ``f`` that ends in it becomes the columns ``f_0``, ``f_1``, …; operations after it work on each.
+
+    Args:
+        buckets: For each hash, one to four, how many ids there are to be.
+
+    Example:
+        >>> engine = FeatureEngine([Feature("user", ops=[MultiHash([1000, 1000])])])
+        >>> engine({"user": torch.tensor([1001, 1002, 1003])})
+        {'user_0': tensor([1, 2, 3]), 'user_1': tensor([3, 6, 9])}
+
+    References:
+        Svenstrup, Hansen, Winther: Hash Embeddings for Efficient Word Representations, NeurIPS 2017.
+    """
+
+    buckets: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.buckets, Sequence) and not isinstance(self.buckets, str):
+            object.__setattr__(self, "buckets", tuple(self.buckets))
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the buckets, or None."""
+        if not isinstance(self.buckets, tuple) or not 1 <= len(self.buckets) <= len(_WIDENINGS):
+            return f"buckets must be a list of one to {len(_WIDENINGS)} ints, got {self.buckets!r}"
+        return next((fault for chain in self.expand() if (fault := chain[0].fault()) is not None), None)
+
+    def expand(self) -> Sequence[Sequence[Any]]:
+        """Returns a chain for each hash."""
+        return [[MultiHashPart(buckets, which)] for which, buckets in enumerate(self.buckets)]
+
+    def kernel(self) -> Kernel:
+        """Raises: it stands for several operations, each with a kernel."""
+        raise NotImplementedError("MultiHash stands for the operations that expand() gives")
+
+
+@dataclass(frozen=True)
+class StringMultiHash:
+    """Strings → a column of ids by each of several hashes: two strings seldom collide in all of them.
+
+    A feature ``f`` that ends in it becomes the columns ``f_0``, ``f_1``, …; operations after it work on each.
+
+    Args:
+        buckets: For each hash, how many ids there are to be; None keeps its 64 bits.
+        kinds: The hashes.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("word", ops=[StringMultiHash([100, 100], ["djb2", "sdbm"])])])
+        >>> engine({"word": RaggedTensor.from_strings(["a", "b"])})
+        {'word_0': tensor([70, 71]), 'word_1': tensor([97, 98])}
+    """
+
+    buckets: Sequence[int | None] = (None, None, None, None)
+    kinds: Sequence[HashKind] = ("farm", "murmur", "djb2", "sdbm")
+
+    def __post_init__(self) -> None:
+        for name in ("buckets", "kinds"):
+            given = getattr(self, name)
+            if isinstance(given, Sequence) and not isinstance(given, str):
+                object.__setattr__(self, name, tuple(given))
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        if not isinstance(self.kinds, tuple) or not self.kinds:
+            return f"kinds must be a list of at least one of {list(HASH_KINDS)}, got {self.kinds!r}"
+        if not isinstance(self.buckets, tuple) or len(self.buckets) != len(self.kinds):
+            return f"buckets must be as many as kinds, got {self.buckets!r} for {list(self.kinds)}"
+        return next((fault for chain in self.expand() for op in chain if (fault := op.fault()) is not None), None)
+
+    def expand(self) -> Sequence[Sequence[Any]]:
+        """Returns a chain for each hash."""
+        chains: list[list[Any]] = []
+        for kind, buckets in zip(self.kinds, self.buckets, strict=True):
+            chains.append([Hash(kind)] if buckets is None else [Hash(kind), Mod(buckets)])
+        return chains
+
+    def kernel(self) -> Kernel:
+        """Raises: it stands for several operations, each with a kernel."""
+        raise NotImplementedError("StringMultiHash stands for the operations that expand() gives")

@@ -1,0 +1,184 @@
+"""Operations on several columns: Cross and Concat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from recis_hybrid import ops
+from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
+from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
+from recis_hybrid.features.tensors import TensorList
+from recis_hybrid.ops.ragged import NO_BOUND
+
+
+class CrossCall:
+    """All crosses of ragged columns of a stage in one native call."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._labels = "\n".join(job.label for job in jobs)
+        self._most = [NO_BOUND if job.op.limit is None else job.op.limit for job in jobs]
+        self._weighted = [any(form.weighted for form in job.forms) for job in jobs]
+        self._parallel = parallel
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        tensors = TensorList()
+        for pair in columns:
+            for column in pair:
+                tensors.add(ids_of(column), column.offsets, column.weights)
+        exact = tensors.list[0].device.type == "cpu"
+        made = torch.ops.recis.ragged_cross(
+            tensors.list, tensors.index, self._most, self._labels, exact, self._parallel
+        )
+        results, at = [], 0
+        for weighted in self._weighted:
+            results.append(Column(made[at + 1], made[at], made[at + 2] if weighted else None))
+            at += 3 if weighted else 2
+        return results
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Ids of two or more columns → an id for each pair of ids that a row has: MurmurHash64A of both, x before y.
+
+    Where both are dense ``[B]`` the result is, too. Else a row has every pair of a value of one and one of the other,
+    all pairs of the first value of the first column first; a dense column counts as one value a row. Weights are
+    multiplied, and count as 1 where a column has none. More than two columns are crossed from the left: the cross of
+    the first two with the third, and so on.
+
+    Args:
+        limit: The most pairs that a row may make; more are refused on the CPU. A GPU needs it where both columns are
+            ragged, as the bound of what they come to, which it would have to wait for otherwise.
+
+    Example:
+        >>> engine = FeatureEngine([Feature("pair", source=["user", "item"], ops=[Cross()])])
+        >>> engine({"user": torch.tensor([1001]), "item": torch.tensor([1])})
+        {'pair': tensor([-7808879811642834040])}
+    """
+
+    limit: int | None = None
+    joins: ClassVar[bool] = True
+    kind: ClassVar[type[CrossCall]] = CrossCall
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the limit, or None."""
+        if self.limit is not None and (not isinstance(self.limit, int) or not 1 <= self.limit < 2**31):
+            return f"limit must be an int from 1 to {2**31 - 1}, or None, got {self.limit!r}"
+        return None
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form of the pairs."""
+        for form in forms:
+            integers("Cross", form)
+            if form.levels > 1 or form.dims != 1:
+                raise TypeError(
+                    f"Cross takes one id a row ([B]) or rows of ids, got {form.levels} levels of lists of values of "
+                    f"{form.dims} dimensions; reshape them to [B]"
+                )
+        x, y = forms
+        if x.device != y.device:
+            raise TypeError(f"Cross takes columns on one device, got {x.device} and {y.device}")
+        levels = max(x.levels, y.levels)
+        if x.levels == y.levels == 1 and x.device.type != "cpu" and self.limit is None:
+            raise TypeError("Cross of two ragged columns on a GPU needs limit=, the most pairs of a row; or cross them "
+                            "in the reader")  # fmt: skip
+        return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
+
+    def lower(self, forms: Sequence[Form]) -> Lowered | None:
+        """Returns the instruction that crosses dense columns; None where one is ragged."""
+        form = self.shape(forms)
+        return Lowered(form, (Step("cross"),)) if form.levels == 0 else None
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what crosses two columns."""
+        ragged = shaping_kernel(self)
+
+        def kernel(x: Column, y: Column) -> Column:
+            if self.shape((Form.of(x), Form.of(y))).levels > 0:
+                return ragged(x, y)
+            if x.values.shape != y.values.shape:
+                raise ValueError(
+                    f"the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; a batch has one number of them"
+                )
+            return Column(ops.transform.cross_ids(ids_of(x), ids_of(y)))
+
+        return kernel
+
+    def __str__(self) -> str:
+        return "cross" if self.limit is None else f"cross[{self.limit}]"
+
+
+class ConcatCall:
+    """All concatenations of a stage in one native call."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._labels = "\n".join(job.label for job in jobs)
+        self._counts = [len(job.forms) for job in jobs]
+        self._ragged = [any(form.levels for form in job.forms) for job in jobs]
+        self._weighted = [any(form.weighted for form in job.forms) for job in jobs]
+        self._dtypes = [torch.int64 if job.forms[0].dtype in INTEGERS else job.forms[0].dtype for job in jobs]
+        self._parallel = parallel
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        tensors = TensorList()
+        for inputs, count, dtype in zip(columns, self._counts, self._dtypes, strict=True):
+            tensors.index.append(count)
+            for column in inputs:
+                tensors.add(column.values.to(dtype), column.offsets, column.weights)
+        made = torch.ops.recis.ragged_concat(tensors.list, tensors.index, self._labels, self._parallel)
+        results, at = [], 0
+        for ragged, weighted in zip(self._ragged, self._weighted, strict=True):
+            offsets = made[at] if ragged else None
+            at += ragged
+            results.append(Column(made[at], offsets, made[at + 1] if weighted else None))
+            at += 1 + weighted
+        return results
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Two or more columns → one, row by row: the values of the first, then of the second, and so on.
+
+    Dense columns ``[B]`` and ``[B, L]`` become ``[B, sum of L]``; where one is ragged the result is. Integers become
+    int64; floats must have one dtype. Values of columns without weights get the weight 1 where another has weights.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("seen", source=["clicks", "buys"], ops=[Concat()])])
+        >>> engine({"clicks": RaggedTensor.from_lists([[1, 2], []]), "buys": torch.tensor([8, 9])})["seen"].to_lists()
+        [[1, 2, 8], [9]]
+    """
+
+    joins: ClassVar[bool] = True
+    kind: ClassVar[type[ConcatCall]] = ConcatCall
+
+    def fault(self) -> str | None:
+        """Returns None: it has no parameters."""
+        return None
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form of the whole."""
+        dtypes = {torch.int64 if form.dtype in INTEGERS else form.dtype for form in forms}
+        if len(dtypes) > 1 or not dtypes <= {torch.int64, *FLOATS}:
+            raise TypeError(f"Concat takes columns of integers, or of one float dtype, got {[f.dtype for f in forms]}; "
+                            "put a Cast or a Hash before it")  # fmt: skip
+        if len({form.device for form in forms}) > 1:
+            raise TypeError(f"Concat takes columns on one device, got {[str(form.device) for form in forms]}")
+        for form in forms:
+            if form.levels > 1 or form.dims > (2 if form.levels == 0 else 1):
+                raise TypeError("Concat takes [B], [B, L] and rows of values; put ToDense or Truncate before it")
+        levels = max(form.levels for form in forms)
+        weighted = any(form.weighted for form in forms)
+        return Form(dtypes.pop(), levels, weighted, 2 if levels == 0 else 1, forms[0].device)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what puts columns together."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return "concat"

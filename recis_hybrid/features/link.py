@@ -1,0 +1,233 @@
+"""From a plan and the forms of columns to native calls.
+
+Stages follow one another: in each, all element-wise operations that can run are one program, and then all operations
+that change rows are one call for each kind. What they make is there for the next stage. An operation of the user's own
+may make any form, so that what needs it is linked once it has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.features.ids import without_strings
+from recis_hybrid.features.op import Column, Elementwise, Form, Job, Shaping
+from recis_hybrid.features.plan import Instruction, Plan
+from recis_hybrid.features.program import Node, Program, build_program, numbers_of
+
+
+class ProgramCall:
+    """A program on its device, with its tables; runs in one native call."""
+
+    def __init__(self, nodes: Sequence[Node], program: Program, device: torch.device, parallel: bool) -> None:
+        self.nodes = tuple(nodes)
+        self._inputs = list(program.inputs)
+        self._outputs = [(one.register, one.root, one.strings) for one in program.outputs]
+        self._same_length = program.same_length
+        code, params, self._labels = program.encode()
+        self._code, self._params = code.to(device), params.to(device)
+        self._device = device
+        self._faults: Tensor | None = None
+        self._parts = [number for part in program.parts for number in part]
+        self._like = [one.like for one in program.outputs]
+        self._dtypes = numbers_of([one.dtype for one in program.outputs])
+        self._parallel = parallel
+
+    def run(self, registers: dict[int, Column]) -> None:
+        """Makes the registers of the nodes that others need."""
+        for one, other, label in self._same_length:
+            rows, more = registers[one], registers[other]
+            if _strings_or_values(rows) != _strings_or_values(more):
+                raise ValueError(
+                    f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; a "
+                    f"batch has one number of them"
+                )
+        inputs: list[Tensor] = []
+        for register, plane in self._inputs:
+            tensor = registers[register].values if plane == "values" else registers[register].offsets
+            assert tensor is not None
+            inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+        made = ops.program.run(
+            inputs, self._code, self._params, self._parts, self._like, self._dtypes, self._labels,
+            self._parallel,
+        )  # fmt: skip
+        if self._device.type != "cpu":
+            self._faults = made[-1]
+        for values, (register, root, strings) in zip(made, self._outputs, strict=False):
+            if register < 0:
+                continue
+            base = registers[root]
+            if base.offsets is None:
+                registers[register] = Column(values)
+            else:
+                registers[register] = without_strings(base, values) if strings else base._replace(values=values)
+
+    def check(self) -> None:
+        """Raises for what a GPU has refused in the last run; waits for it."""
+        if self._faults is None:
+            return
+        labels = self._labels.split("\n")
+        for label, element in zip(labels, self._faults.tolist(), strict=True):
+            if element:
+                self._faults = None
+                raise ValueError(
+                    f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in "
+                    f"a vocabulary; mend the column where it is read, or put FillNull before it"
+                )
+
+
+def _strings_or_values(column: Column) -> int:
+    strings = column.values.dtype == torch.uint8 and column.offsets is not None
+    return column.offsets.shape[0] - 1 if strings and column.offsets is not None else column.values.shape[0]
+
+
+class ShapesCall:
+    """Operations of one kind that change rows; runs in one native call."""
+
+    def __init__(self, jobs: Sequence[tuple[int, tuple[int, ...], Job]], parallel: bool) -> None:
+        self.registers = [register for register, _, _ in jobs]
+        self.kind = type(jobs[0][2].op).kind
+        self._sources = [sources for _, sources, _ in jobs]
+        self._call = self.kind([job for _, _, job in jobs], parallel=parallel)
+
+    def run(self, registers: dict[int, Column]) -> None:
+        """Makes their registers."""
+        made = self._call([tuple([registers[source] for source in sources]) for sources in self._sources])
+        for register, column in zip(self.registers, made, strict=True):
+            registers[register] = column
+
+
+class OwnCall:
+    """An operation of the user's own."""
+
+    def __init__(self, register: int, instruction: Instruction, sources: tuple[int, ...]) -> None:
+        self.register, self.instruction, self._sources = register, instruction, sources
+
+    def run(self, registers: dict[int, Column]) -> None:
+        """Makes its register."""
+        made = self.instruction.kernel(*[registers[source] for source in self._sources])
+        if not isinstance(made, Column):
+            raise TypeError(f"{self.instruction.label}: its kernel must return a Column, got {type(made).__name__}")
+        registers[self.register] = made
+
+
+class Segment:
+    """Native calls, one after another, up to what cannot be known before they have run."""
+
+    def __init__(self, calls: Sequence[ProgramCall | ShapesCall | OwnCall], aliases: Sequence[tuple[int, int]]) -> None:
+        self.calls, self._aliases = list(calls), list(aliases)
+
+    def run(self, registers: dict[int, Column]) -> None:
+        """Makes the registers of its operations that others need."""
+        for call in self.calls:
+            call.run(registers)
+            for register, source in self._aliases:
+                if register not in registers and source in registers:
+                    registers[register] = registers[source]
+
+
+class _Linker:
+    def __init__(self, plan: Plan, known: dict[int, Form], grouped: bool) -> None:
+        self.plan, self.forms, self.grouped = plan, dict(known), grouped
+        self.stage = dict.fromkeys(known, 0)
+        self.alias: dict[int, int] = {}
+        self.nodes: dict[tuple[int, str], list[Node]] = {}
+        self.shapes: dict[tuple[int, Any], list[tuple[int, tuple[int, ...], Job]]] = {}
+        self.own: list[tuple[int, OwnCall]] = []
+        self.read_from: dict[int, list[int]] = {}
+
+    def link(self) -> None:
+        for register, instruction in enumerate(self.plan.instructions, len(self.plan.columns)):
+            sources = tuple(self.alias.get(source, source) for source in instruction.sources)
+            if register in self.forms or not all(source in self.forms for source in sources):
+                continue
+            stage = max(self.stage[source] for source in sources)
+            for source in sources:
+                self.read_from.setdefault(source, []).append(register)
+            try:
+                self.place(register, instruction, sources, stage)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{instruction.label}: {error}") from error
+
+    def place(self, register: int, instruction: Instruction, sources: tuple[int, ...], stage: int) -> None:
+        op, forms = instruction.op, tuple(self.forms[source] for source in sources)
+        lowered = op.lower(forms) if isinstance(op, Elementwise) else None
+        if lowered is not None:
+            if not lowered.steps and lowered.form.dtype == forms[0].dtype:
+                self.alias[register] = sources[0]
+                return
+            self.forms[register] = lowered.form
+            self.stage[register] = stage + (1 if self.grouped else 0)
+            key = stage, type(op).__name__ if self.grouped else ""
+            self.nodes.setdefault(key, []).append(Node(register, sources, lowered, instruction.label))
+        elif isinstance(op, Shaping):
+            form = op.shape(forms)
+            if len(forms) == 1 and form is forms[0]:
+                self.alias[register] = sources[0]
+                return
+            self.forms[register], self.stage[register] = form, stage + 1
+            job = register, sources, Job(op, forms, instruction.label)
+            self.shapes.setdefault((stage, op.kind), []).append(job)
+        else:
+            self.own.append((stage, OwnCall(register, instruction, sources)))
+
+    def kept(self, nodes: Sequence[Node]) -> set[int]:
+        """Returns the registers of nodes that something outside of them reads."""
+        inside = {node.register for node in nodes}
+        given = {self.alias.get(register, register) for register in self.plan.outputs.values()}
+        waiting = {
+            self.alias.get(source, source)
+            for register, instruction in enumerate(self.plan.instructions, len(self.plan.columns))
+            if register not in self.forms
+            for source in instruction.sources
+        }
+        return {
+            register
+            for register in inside
+            if register in given
+            or register in waiting
+            or any(reader not in inside for reader in self.read_from.get(register, []))
+        }
+
+
+def link(plan: Plan, known: dict[int, Form], *, parallel: bool, grouped: bool = False) -> Segment:
+    """Makes native calls of all operations of a plan that can be linked.
+
+    Args:
+        plan: The plan.
+        known: The forms of the registers that are there.
+        parallel: Whether native calls use torch's threads.
+        grouped: Whether operations of one name share a call each, instead of all that are element-wise sharing one: the
+            other way to fuse, which the benchmark measures.
+
+    Raises:
+        TypeError: If an operation does not take a column; the message names the feature.
+        ValueError: Likewise.
+    """
+    linker = _Linker(plan, known, grouped)
+    linker.link()
+    calls: list[ProgramCall | ShapesCall | OwnCall] = []
+    stages = {stage for stage, _ in [*linker.nodes, *linker.shapes]}
+    for stage in sorted(stages):
+        for (at, _), nodes in linker.nodes.items():
+            if at == stage:
+                calls += _program_calls(linker, nodes, parallel)
+        calls += [ShapesCall(jobs, parallel) for (at, _), jobs in linker.shapes.items() if at == stage]
+    calls += [call for _, call in linker.own]
+    return Segment(calls, list(linker.alias.items()))
+
+
+def _program_calls(linker: _Linker, nodes: Sequence[Node], parallel: bool) -> list[ProgramCall]:
+    """Returns a call for each device that the nodes' columns lie on."""
+    by_device: dict[torch.device, list[Node]] = {}
+    for node in nodes:
+        by_device.setdefault(node.lowered.form.device, []).append(node)
+    kept = linker.kept(nodes)
+    return [
+        ProgramCall(group, build_program(group, linker.forms, kept), device, parallel)
+        for device, group in by_device.items()
+    ]

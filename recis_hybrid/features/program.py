@@ -1,0 +1,262 @@
+"""Element-wise operations of many columns as one program: instructions, operands and tables.
+
+A part is a set of operations over columns of one length, chained or joined by what they read. Its intermediate results
+live in scratch tiles (``csrc/core/program.h``); what others need is written to tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.features.op import Form, Lowered, Step
+from recis_hybrid.ops.program import DTYPES, SCRATCH_TILES, STEPS
+
+_WIDENINGS = {
+    torch.int8: Step("widen_8"),
+    torch.int16: Step("widen_16"),
+    torch.int32: Step("widen_32"),
+    torch.uint8: Step("widen_u8"),
+    torch.bool: Step("widen_u8"),
+}
+_COPY = Step("clip_i64", (-(2**63), 2**63 - 1))
+
+
+class Node(NamedTuple):
+    """An element-wise operation of a program."""
+
+    register: int
+    sources: tuple[int, ...]
+    lowered: Lowered
+    label: str
+
+
+class Place(NamedTuple):
+    """Where an operand is: ``"in"`` and ``"out"`` are bound tensors by number, ``"tile"`` an intermediate result."""
+
+    kind: str
+    number: int
+
+
+class _Emitted(NamedTuple):
+    step: Step
+    out: Place
+    a: Place
+    b: Place | None
+    label: str
+
+    def tiles(self) -> set[int]:
+        return {place.number for place in (self.out, self.a, self.b) if place is not None and place.kind == "tile"}
+
+
+class _Value(NamedTuple):
+    """What a register is inside of a program."""
+
+    place: Place
+    like: int
+    """The input whose shape it has; -1 - input for one less than these offsets."""
+    root: int
+    """The register whose rows it has."""
+    strings: bool
+    """Whether each of its values was a string of the root's."""
+
+
+class Output(NamedTuple):
+    """A tensor that a program makes."""
+
+    register: int
+    """-1 for one that is only scratch space."""
+    like: int
+    dtype: torch.dtype
+    root: int
+    strings: bool
+
+
+@dataclass
+class Program:
+    """A program before it is encoded."""
+
+    inputs: dict[tuple[int, str], int] = field(default_factory=dict)
+    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register."""
+    outputs: list[Output] = field(default_factory=list)
+    emitted: list[_Emitted] = field(default_factory=list)
+    parts: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """For each part its instructions, the input of its length, and whether that is one of offsets."""
+    same_length: list[tuple[int, int, str]] = field(default_factory=list)
+    """Pairs of registers that must have equally many rows, and the operation that says so."""
+
+    def input(self, register: int, plane: str) -> int:
+        """Returns the number of a bound tensor."""
+        return self.inputs.setdefault((register, plane), len(self.inputs))
+
+    def encode(self) -> tuple[Tensor, Tensor, str]:
+        """Returns the instructions, the tables, and a line for each instruction."""
+        tables: dict[int, int] = {}
+        words: list[Tensor] = []
+        size = 0
+        rows: list[list[int]] = []
+        for one in self.emitted:
+            numbers = one.step.numbers
+            if one.step.table is not None:
+                if id(one.step.table) not in tables:
+                    tables[id(one.step.table)] = size
+                    words.append(one.step.table)
+                    size += one.step.table.numel()
+                numbers = (tables[id(one.step.table)], *numbers)
+            operands = [self._operand(place) for place in (one.out, one.a, one.b or one.a)]
+            rows.append([STEPS.index(one.step.name), *operands, *numbers, *[0] * (4 - len(numbers))])
+        code = torch.tensor(rows, dtype=torch.int64).view(-1, 8)
+        params = torch.cat(words) if words else torch.zeros(1, dtype=torch.int64)
+        return code, params, "\n".join(one.label for one in self.emitted)
+
+    def _operand(self, place: Place) -> int:
+        if place.kind == "tile":
+            return place.number
+        return -1 - place.number - (len(self.inputs) if place.kind == "out" else 0)
+
+
+def build_program(nodes: Sequence[Node], forms: dict[int, Form], kept: set[int]) -> Program:
+    """Makes a program of nodes.
+
+    Args:
+        nodes: In an order in which each comes after its sources.
+        forms: The forms of the registers that they read.
+        kept: The registers that are needed outside.
+    """
+    program = Program()
+    for part in _parts(nodes):
+        _Part(program, forms, kept).build(part)
+    return program
+
+
+def _parts(nodes: Sequence[Node]) -> list[list[Node]]:
+    """Puts together the nodes that are connected by registers."""
+    parent: dict[int, int] = {}
+
+    def find(register: int) -> int:
+        parent.setdefault(register, register)
+        while parent[register] != register:
+            register = parent[register]
+        return register
+
+    for node in nodes:
+        for source in node.sources:
+            parent[find(source)] = find(node.register)
+    parts: dict[int, list[Node]] = {}
+    for node in nodes:
+        parts.setdefault(find(node.register), []).append(node)
+    return list(parts.values())
+
+
+class _Part:
+    """Emits the instructions of one part."""
+
+    def __init__(self, program: Program, forms: dict[int, Form], kept: set[int]) -> None:
+        self.program, self.forms, self.kept = program, forms, kept
+        self.values: dict[int, _Value] = {}
+        self.emitted: list[_Emitted] = []
+        self.tiles: list[torch.dtype] = []
+        self.length: tuple[int, int] | None = None
+        self.first_root = -1
+
+    def build(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            self.node(node)
+        placed = self.scratch()
+        begin = len(self.program.emitted)
+        for one in self.emitted:
+            places = [placed[p.number] if p is not None and p.kind == "tile" else p for p in (one.out, one.a, one.b)]
+            assert places[0] is not None
+            assert places[1] is not None
+            self.program.emitted.append(one._replace(out=places[0], a=places[1], b=places[2]))
+        assert self.length is not None
+        self.program.parts.append((begin, len(self.program.emitted), *self.length))
+
+    def node(self, node: Node) -> None:
+        first, *others = [self.operand(source, node.label) for source in node.sources]
+        place, second, value = first.place, others[0].place if others else None, first
+        strings = node.sources[0] not in self.values
+        if strings:
+            second = Place("in", -1 - first.like)
+        narrow, kept = node.lowered.form.dtype == torch.int32, node.register in self.kept
+        for number, step in enumerate(node.lowered.steps, 1):
+            direct = kept and not narrow and number == len(node.lowered.steps)
+            out = self.output(node.register, value, step) if direct else self.tile(step)
+            self.emitted.append(_Emitted(step, out, place, second, node.label))
+            place, second = out, None
+        if kept and (narrow or not node.lowered.steps):
+            step = Step("i64_to_i32") if narrow else _COPY
+            out = self.output(node.register, value, step)
+            self.emitted.append(_Emitted(step, out, place, None, node.label))
+        self.values[node.register] = value._replace(place=place)
+
+    def operand(self, register: int, label: str) -> _Value:
+        """Returns what a register is: 64-bit integers where it holds narrower ones; strings are not kept as a value."""
+        if register in self.values:
+            return self.values[register]
+        form = self.forms[register]
+        number = self.program.input(register, "values")
+        value = _Value(Place("in", number), number, register, False)
+        if form.strings:
+            offsets = self.program.input(register, "offsets")
+            value = value._replace(like=-1 - offsets, strings=True)
+        if self.length is None:
+            self.length = (-1 - value.like, 1) if form.strings else (number, 0)
+            self.first_root = register
+        elif register != self.first_root:
+            self.program.same_length.append((self.first_root, register, label))
+        if form.strings:
+            return value
+        if form.dtype in _WIDENINGS:
+            step = _WIDENINGS[form.dtype]
+            tile = self.tile(step)
+            self.emitted.append(_Emitted(step, tile, value.place, None, label))
+            value = value._replace(place=tile)
+        self.values[register] = value
+        return value
+
+    def tile(self, step: Step) -> Place:
+        self.tiles.append(_result_dtype(step.name))
+        return Place("tile", len(self.tiles) - 1)
+
+    def output(self, register: int, value: _Value, step: Step) -> Place:
+        outputs = self.program.outputs
+        outputs.append(Output(register, value.like, _result_dtype(step.name), value.root, value.strings))
+        return Place("out", len(outputs) - 1)
+
+    def scratch(self) -> dict[int, Place]:
+        """Gives each tile scratch space for as long as it is read; where there is none left, a tensor."""
+        last = {tile: at for at, one in enumerate(self.emitted) for tile in one.tiles()}
+        free = list(range(SCRATCH_TILES))
+        placed: dict[int, Place] = {}
+        assert self.length is not None
+        like = -1 - self.length[0] if self.length[1] else self.length[0]
+        for at, one in enumerate(self.emitted):
+            if one.out.kind == "tile":
+                if free:
+                    placed[one.out.number] = Place("tile", free.pop(0))
+                else:
+                    spilled = Output(-1, like, self.tiles[one.out.number], -1, False)
+                    self.program.outputs.append(spilled)
+                    placed[one.out.number] = Place("out", len(self.program.outputs) - 1)
+            for tile in one.tiles():
+                if last[tile] == at and placed[tile].kind == "tile":
+                    free.insert(0, placed[tile].number)
+        return placed
+
+
+def _result_dtype(name: str) -> torch.dtype:
+    if name == "i64_to_i32":
+        return torch.int32
+    if name.startswith("bucket"):
+        return torch.int64
+    return {"f32": torch.float32, "f64": torch.float64}.get(name[-3:], torch.int64)
+
+
+def numbers_of(dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Returns the numbers of dtypes in native code."""
+    return [DTYPES[dtype] for dtype in dtypes]

@@ -1,0 +1,39 @@
+"""Which features a reader may make in its threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recis_hybrid.features.feature import Feature
+from recis_hybrid.features.op import Compound, Elementwise, Shaping
+from recis_hybrid.features.plan import compile_plan
+
+
+def _in_reader(feature: Feature) -> bool:
+    """Whether all operations of a feature say that they may run in the threads of a reader."""
+    ops = [isinstance(op, Elementwise | Shaping | Compound) or getattr(op, "in_reader", False) for op in feature.ops]
+    return all(ops) and all(_in_reader(source) for source in feature.sources if isinstance(source, Feature))
+
+
+def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature], list[str]]:
+    """Splits features into those that a reader makes and those that are left.
+
+    A feature is left, too, where it would take the name of a column that a feature which is left reads.
+
+    Returns:
+        The features that a reader makes; all features for what is left, in their order, those that the reader has made
+        as they are; and the columns that the reader must keep.
+    """
+    names = {feature.name: list(compile_plan([feature]).outputs) for feature in features}
+    left = {feature.name for feature in features if not _in_reader(feature)}
+    while True:
+        keep = {column for feature in features if feature.name in left for column in feature.columns}
+        more = {name for name, made in names.items() if name not in left and keep.intersection(made)}
+        if not more:
+            break
+        left |= more
+    reading = [feature for feature in features if feature.name not in left]
+    remaining: list[Feature] = []
+    for feature in features:
+        remaining += [feature] if feature.name in left else [Feature(name) for name in names[feature.name]]
+    return reading, remaining, sorted(keep)

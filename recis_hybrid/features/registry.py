@@ -1,0 +1,105 @@
+"""Operations by name: those that come with the package, and those that a user registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from recis_hybrid.features import ids, joins, numbers, resize, rows, vocabulary
+
+OpClass = TypeVar("OpClass", bound=type)
+
+_REGISTERED: dict[str, type] = {
+    "bucketize": numbers.Bucketize,
+    "cast": numbers.Cast,
+    "clip": numbers.Clip,
+    "concat": joins.Concat,
+    "cross": joins.Cross,
+    "fill_null": resize.FillNull,
+    "hash": ids.Hash,
+    "log": numbers.Log,
+    "mod": ids.Mod,
+    "multi_hash": ids.MultiHash,
+    "multi_hot": rows.MultiHot,
+    "normalize": numbers.Normalize,
+    "one_hot": rows.OneHot,
+    "pad": resize.Pad,
+    "string_multi_hash": ids.StringMultiHash,
+    "tile": rows.Tile,
+    "to_dense": resize.ToDense,
+    "top_k": rows.TopK,
+    "truncate": resize.Truncate,
+    "vocabulary": vocabulary.Vocabulary,
+}
+
+
+def register_op(name: str) -> Callable[[OpClass], OpClass]:
+    """Registers a class of operations by a name, by which configurations can ask for it (:func:`make_op`).
+
+    Unregistered classes can be used in features, too; registering checks the class where it is written.
+
+    Args:
+        name: One that no operation has.
+
+    Returns:
+        A decorator for the class, which must have ``fault`` and ``kernel`` (see :class:`Op`) and be hashable: a frozen
+        dataclass is.
+
+    Raises:
+        TypeError: If the class lacks one of these.
+        ValueError: If the name is taken.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @register_op("add")
+        ... @dataclass(frozen=True)
+        ... class Add:
+        ...     n: int
+        ...     def fault(self):
+        ...         return None if self.n else "n must not be 0"
+        ...     def kernel(self):
+        ...         return lambda column: column._replace(values=column.values + self.n)
+        >>> FeatureEngine([Feature("user", ops=[Add(5), Mod(4)])])({"user": torch.tensor([3])})
+        {'user': tensor([0])}
+    """
+
+    def register(cls: OpClass) -> OpClass:
+        for method in ("fault", "kernel"):
+            if not callable(getattr(cls, method, None)):
+                raise TypeError(f"register_op({name!r}): {cls.__name__} needs a method {method}(), see features.Op")
+        by_identity: Any = object.__eq__
+        if cls.__hash__ is None or cls.__eq__ is by_identity:
+            raise TypeError(
+                f"register_op({name!r}): {cls.__name__} must compare by what it does and be hashable; make it a "
+                f"@dataclass(frozen=True)"
+            )
+        if name in _REGISTERED and _REGISTERED[name] is not cls:
+            raise ValueError(f"register_op({name!r}): {_REGISTERED[name].__name__} has that name; choose another")
+        _REGISTERED[name] = cls
+        return cls
+
+    return register
+
+
+def registered_ops() -> dict[str, type]:
+    """Returns the classes of operations by name."""
+    return dict(_REGISTERED)
+
+
+def make_op(name: str, **parameters: Any) -> Any:
+    """Makes an operation by name, as a configuration in JSON might ask for it.
+
+    Args:
+        name: Of a registered class.
+        parameters: Its parameters.
+
+    Raises:
+        ValueError: If there is no such name.
+
+    Example:
+        >>> make_op("mod", n=100)
+        Mod(n=100)
+    """
+    if name not in _REGISTERED:
+        raise ValueError(f"make_op: there is no operation {name!r}; there are {sorted(_REGISTERED)}")
+    return _REGISTERED[name](**parameters)

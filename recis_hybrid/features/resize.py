@@ -1,0 +1,387 @@
+"""Operations that give rows another length: Truncate, Pad, FillNull (of empty rows) and ToDense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from recis_hybrid.features.common import fits, one, shaping_kernel, word
+from recis_hybrid.features.numbers import FillNan
+from recis_hybrid.features.op import Column, Form, Job
+from recis_hybrid.ops.ragged import DROP_FIRST, FIXED, NO_BOUND, PAD_FIRST, STRICT
+
+SIDES = ("left", "right")
+
+
+class ResizeCall:
+    """All such operations of a stage in one native call, and one more where lists of lists are among them.
+
+    Where a row holds lists, the numbers of these are resized as if they were its values, and then the lists taken.
+    """
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._parallel = parallel
+        self._labels = "\n".join(job.label for job in jobs)
+        self._inner = [job.forms[0].levels == 2 and job.op.level == 1 for job in jobs]
+        self._taken_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
+        self._dense = [bool(job.op.flags & FIXED) for job in jobs]
+        self._weighted = [job.forms[0].weighted for job in jobs]
+        # The weights of lists of strings belong to the strings, not to their bytes.
+        self._of_lists = [
+            inner and job.forms[0].weighted and job.forms[0].strings
+            for job, inner in zip(jobs, self._inner, strict=True)
+        ]
+        self._least = [job.op.least for job in jobs]
+        self._most = [job.op.most for job in jobs]
+        self._flags = [job.op.flags for job in jobs]
+        self._owner: list[int] = []
+        self._fills: list[int] = []
+        self._taken_owner: list[int] = []
+        taken = 0
+        for k, (job, inner) in enumerate(zip(jobs, self._inner, strict=True)):
+            self._owner.append(k)
+            self._fills.append(-1 if inner else word(job.op.value, job.forms[0].dtype))
+            if self._weighted[k] and (self._of_lists[k] or not inner):
+                self._owner.append(k)
+                self._fills.append(word(job.op.weight, torch.float32))
+            if inner:
+                self._taken_owner += [taken] * (2 if self._weighted[k] and not self._of_lists[k] else 1)
+                taken += 1
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        offsets, planes = [], []
+        for (column,), inner, weighted, of_lists in zip(
+            columns, self._inner, self._weighted, self._of_lists, strict=True
+        ):
+            assert column.offsets is not None
+            if inner:
+                offsets.append(column.outer[0].contiguous())
+                planes.append(torch.arange(column.offsets.shape[0] - 1, device=column.values.device))
+            else:
+                offsets.append(column.offsets.contiguous())
+                planes.append(column.values.contiguous())
+            if weighted and (of_lists or not inner):
+                assert column.weights is not None
+                planes.append(column.weights.contiguous())
+        exact = offsets[0].device.type == "cpu"
+        made = torch.ops.recis.ragged_resize(
+            offsets, planes, self._owner, self._least, self._most, self._flags, self._fills, self._labels, exact,
+            self._parallel,
+        )  # fmt: skip
+        results, at = [], len(columns)
+        for k, (column,) in enumerate(columns):
+            values, at = made[at], at + 1
+            if self._inner[k]:
+                weights = made[at] if self._of_lists[k] else column.weights
+                at += self._of_lists[k]
+                results.append(Column(values, None, weights, (made[k],)))
+            elif self._dense[k]:
+                results.append(Column(values))
+            else:
+                weights = made[at] if self._weighted[k] else None
+                at += self._weighted[k]
+                results.append(Column(values, made[k], weights, column.outer))
+        return self._take(columns, results, exact) if self._taken_owner else results
+
+    def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
+        """Takes the lists whose numbers are the values of what was made."""
+        which = [k for k, inner in enumerate(self._inner) if inner]
+        offsets, planes = [], []
+        for k in which:
+            column = columns[k][0]
+            assert column.offsets is not None
+            offsets.append(column.offsets.contiguous())
+            planes.append(column.values.contiguous())
+            if self._weighted[k] and not self._of_lists[k]:
+                assert column.weights is not None
+                planes.append(column.weights.contiguous())
+        # A list is taken once at most, so that there are no more values than before.
+        bounds = [] if exact else [columns[k][0].values.shape[0] for k in which]
+        made = torch.ops.recis.ragged_take(
+            offsets, [results[k].values for k in which], planes, self._taken_owner, bounds, self._taken_labels, exact,
+            self._parallel,
+        )  # fmt: skip
+        at = len(which)
+        for number, k in enumerate(which):
+            values, at = made[at], at + 1
+            weights = results[k].weights
+            if self._weighted[k] and not self._of_lists[k]:
+                weights, at = made[at], at + 1
+            results[k] = Column(values, made[number], weights, results[k].outer)
+        return results
+
+
+def _length_fault(length: Any, least: int) -> str | None:
+    if not isinstance(length, int) or isinstance(length, bool) or not least <= length < 2**31:
+        return f"length must be an int from {least} to {2**31 - 1}, got {length!r}"
+    return None
+
+
+def _side_fault(side: Any) -> str | None:
+    return None if side in SIDES else f"side must be one of {list(SIDES)}, got {side!r}"
+
+
+def _ragged(where: str, form: Form, level: int = -1) -> Form:
+    if form.levels == 0:
+        raise TypeError(f"{where} takes ragged columns, got a dense one; its rows have one length already")
+    if form.levels > 2:
+        raise TypeError(
+            f"{where} takes rows of values or of lists, got {form.levels} levels of lists; hash strings first"
+        )
+    if level > form.levels:
+        raise TypeError(f"{where}: level must be 1 to {form.levels} for this column, got {level}")
+    return form
+
+
+def _value_fault(where: str, value: float, form: Form) -> None:
+    if not fits(value, form.dtype):
+        raise TypeError(f"{where}: a column of {form.dtype} cannot hold the value {value!r}")
+
+
+@dataclass(frozen=True)
+class Truncate:
+    """Rows → rows of at most ``length`` values; weights go with them.
+
+    Args:
+        length: The most that a row keeps.
+        side: Where a longer row loses values: ``"right"`` keeps its first, ``"left"`` its last.
+        level: Which lists are shortened: 1 the rows themselves, be it values or lists that they hold, 2 the lists in
+            them.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("clicks", ops=[Truncate(2, side="left")])])
+        >>> engine({"clicks": RaggedTensor.from_lists([[1, 2, 3], [4]])})["clicks"].to_lists()
+        [[2, 3], [4]]
+    """
+
+    length: int
+    side: str = "right"
+    level: int = 1
+    kind: ClassVar[type[ResizeCall]] = ResizeCall
+    least: ClassVar[int] = 0
+    value: ClassVar[float] = 0
+    weight: ClassVar[float] = 0
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        level = None if self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        return _length_fault(self.length, 0) or _side_fault(self.side) or level
+
+    @property
+    def most(self) -> int:
+        """The most values of a row."""
+        return self.length
+
+    @property
+    def flags(self) -> int:
+        """What native code is told."""
+        return DROP_FIRST if self.side == "left" else 0
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form, unchanged but not the same: rows are."""
+        return Form(*_ragged("Truncate", one(forms), self.level))
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what shortens a column."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        level = "" if self.level == 1 else f", level {self.level}"
+        return f"truncate[{self.length}, {self.side}{level}]"
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Rows → rows of at least ``length`` values.
+
+    Args:
+        length: The least that a row has.
+        value: What is put in; it weighs nothing where values have weights. Rows of lists get empty lists instead.
+        side: Where it is put in: ``"right"`` after the values, ``"left"`` before them.
+        level: Which lists are made longer: 1 the rows themselves, 2 the lists in them.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("clicks", ops=[Pad(2, value=-1)])])
+        >>> engine({"clicks": RaggedTensor.from_lists([[1, 2, 3], [4]])})["clicks"].to_lists()
+        [[1, 2, 3], [4, -1]]
+    """
+
+    length: int
+    value: float = 0
+    side: str = "right"
+    level: int = 1
+    kind: ClassVar[type[ResizeCall]] = ResizeCall
+    most: ClassVar[int] = NO_BOUND
+    weight: ClassVar[float] = 0
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        level = None if self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        return _length_fault(self.length, 0) or _side_fault(self.side) or FillNan(self.value).fault() or level
+
+    @property
+    def least(self) -> int:
+        """The least values of a row."""
+        return self.length
+
+    @property
+    def flags(self) -> int:
+        """What native code is told."""
+        return PAD_FIRST if self.side == "left" else 0
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form, unchanged but not the same: rows are."""
+        form = _ragged("Pad", one(forms), self.level)
+        if form.levels == self.level:
+            _value_fault("Pad", self.value, form)
+        return Form(*form)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what makes the rows of a column longer."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        level = "" if self.level == 1 else f", level {self.level}"
+        return f"pad[{self.length}, {self.value:g}, {self.side}{level}]"
+
+
+@dataclass(frozen=True)
+class FillEmpty:
+    """Rows → rows of at least one value. It is the part of :class:`FillNull` that works on rows.
+
+    Dense columns are left alone.
+
+    Args:
+        value: What is put into an empty row, with the weight 1.
+    """
+
+    value: float
+    kind: ClassVar[type[ResizeCall]] = ResizeCall
+    least: ClassVar[int] = 1
+    most: ClassVar[int] = NO_BOUND
+    weight: ClassVar[float] = 1
+    level: ClassVar[int] = 1
+    flags: ClassVar[int] = 0
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the value, or None."""
+        return FillNan(self.value).fault()
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form, the same one where it is dense."""
+        form = one(forms)
+        if form.levels == 0:
+            return form
+        if form.levels > 1:
+            raise TypeError("FillNull takes rows of values, got rows of lists; use Pad(1, level=1) or Pad(1, level=2)")
+        _value_fault("FillNull", self.value, form)
+        return Form(*form)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what fills the empty rows of a column."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return f"fill_empty[{self.value:g}]"
+
+
+@dataclass(frozen=True)
+class FillNull:
+    """Columns with nulls → columns without: NaN becomes ``value``, and so does an empty row of a ragged column.
+
+    Args:
+        value: What comes in the place of nothing; in an empty row it has the weight 1.
+
+    Example:
+        >>> engine = FeatureEngine([Feature("price", ops=[FillNull(0.5)])])
+        >>> engine({"price": torch.tensor([1.0, float("nan")])})
+        {'price': tensor([1.0000, 0.5000])}
+    """
+
+    value: float
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the value, or None."""
+        return FillNan(self.value).fault()
+
+    def expand(self) -> Sequence[Sequence[Any]]:
+        """Returns the two operations that it stands for."""
+        return [[FillNan(self.value), FillEmpty(self.value)]]
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what fills a column."""
+        values, rows = FillNan(self.value).kernel(), FillEmpty(self.value).kernel()
+        return lambda column: rows(values(column))
+
+    def __str__(self) -> str:
+        return f"fill_null[{self.value:g}]"
+
+
+@dataclass(frozen=True)
+class ToDense:
+    """Rows → a dense tensor ``[B, length, ...]``, filled up with a value.
+
+    A longer row is refused on the CPU: put a :class:`Truncate` before it.
+
+    Args:
+        length: Values of each row.
+        value: What fills up.
+        side: Where it does: ``"right"`` after the values, ``"left"`` before them.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("clicks", ops=[ToDense(2)])])
+        >>> engine({"clicks": RaggedTensor.from_lists([[1, 2], [4], []])})
+        {'clicks': tensor([[1, 2],
+                [4, 0],
+                [0, 0]])}
+    """
+
+    length: int
+    value: float = 0
+    side: str = "right"
+    kind: ClassVar[type[ResizeCall]] = ResizeCall
+    weight: ClassVar[float] = 0
+    level: ClassVar[int] = 1
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        return _length_fault(self.length, 1) or _side_fault(self.side) or FillNan(self.value).fault()
+
+    @property
+    def least(self) -> int:
+        """The values of a row."""
+        return self.length
+
+    @property
+    def most(self) -> int:
+        """The values of a row."""
+        return self.length
+
+    @property
+    def flags(self) -> int:
+        """What native code is told."""
+        return FIXED | STRICT | (PAD_FIRST if self.side == "left" else 0)
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the dense form."""
+        form = _ragged("ToDense", one(forms))
+        if form.levels > 1:
+            raise TypeError("ToDense takes rows of values, got rows of lists; make one level of them first")
+        if form.weighted:
+            raise TypeError("ToDense would drop the weights of the column; read it without weights")
+        _value_fault("ToDense", self.value, form)
+        return form._replace(levels=0, dims=form.dims + 1)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what makes a column dense."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return f"to_dense[{self.length}, {self.value:g}, {self.side}]"

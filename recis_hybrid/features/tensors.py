@@ -1,0 +1,22 @@
+"""How tensors go into the native operators on ragged columns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class TensorList:
+    """Tensors in one list, and for each that might be there its number in it, -1 where it is not."""
+
+    def __init__(self) -> None:
+        self.list: list[Tensor] = []
+        self.index: list[int] = []
+
+    def add(self, *tensors: Tensor | None) -> None:
+        """Adds tensors to the end."""
+        for tensor in tensors:
+            if tensor is None:
+                self.index.append(-1)
+            else:
+                self.index.append(len(self.list))
+                self.list.append(tensor.contiguous())

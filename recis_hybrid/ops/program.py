@@ -1,0 +1,112 @@
+"""The operator that runs a program of element-wise operations over many columns in one call.
+
+It is the machine under :class:`recis_hybrid.features.FeatureEngine`, which makes the programs; nobody writes them by
+hand, and what a program says is not checked: one that is wrong reads and writes where it should not.
+
+References:
+    Vectorised interpretation: Boncz, Zukowski, Nes: MonetDB/X100: Hyper-Pipelining Query Execution, CIDR 2005.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STEPS = (
+    "widen_8", "widen_16", "widen_32", "widen_u8", "hash_string", "hash_id", "mod", "multi_hash", "bucket_i64",
+    "bucket_f32", "bucket_f64", "cross", "log_f32", "log_f64", "clip_i64", "clip_f32", "clip_f64", "normalize_f32",
+    "normalize_f64", "fill_f32", "fill_f64", "i64_to_f32", "i64_to_f64", "f32_to_f64", "f64_to_f32", "f32_to_i64",
+    "f64_to_i64", "i64_to_i32", "vocabulary_id", "vocabulary_string", "wrap_32",
+)  # fmt: skip
+"""The instructions, in the order of their numbers in ``csrc/core/program.h``."""
+
+SCRATCH_TILES = 8
+"""How many intermediate results a part of a program can hold at a time."""
+
+DTYPES = {torch.int32: 3, torch.int64: 4, torch.float32: 6, torch.float64: 7}
+"""The dtypes of results, and their numbers in native code."""
+_DTYPES_BY_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
+
+
+def _fake_feature_program(
+    inputs: Sequence[Tensor],
+    code: Tensor,
+    params: Tensor,
+    parts: Sequence[int],
+    like: Sequence[int],
+    dtypes: Sequence[int],
+    labels: str,
+    parallel: bool,
+) -> list[Tensor]:
+    results = []
+    for source, number in zip(like, dtypes, strict=True):
+        shape = inputs[source].shape if source >= 0 else (inputs[-1 - source].shape[0] - 1,)
+        results.append(inputs[0].new_empty(shape, dtype=_DTYPES_BY_NUMBER[number]))
+    if code.device.type != "cpu":
+        results.append(code.new_empty((code.shape[0],)))
+    return results
+
+
+torch.library.register_fake("recis::feature_program", _fake_feature_program)
+
+
+def divisor_words(divisor: int) -> tuple[int, int, int]:
+    """Returns the parameters by which native code takes remainders without dividing, as int64.
+
+    Args:
+        divisor: 1 to 2^63 - 1.
+
+    References:
+        Granlund and Montgomery: Division by Invariant Integers using Multiplication, PLDI 1994, figure 4.1.
+    """
+    bits = (divisor - 1).bit_length()
+    magic = ((((1 << bits) - divisor) << 64) // divisor + 1) % 2**64
+    shift1, shift2 = min(bits, 1), max(bits - 1, 0)
+    return divisor, magic - 2**64 if magic >= 2**63 else magic, shift1 | shift2 << 8
+
+
+def vocabulary_slots(hashes: Tensor) -> Tensor:
+    """Returns the hash table of a vocabulary's entries.
+
+    Args:
+        hashes: int64 ``[N]`` on the CPU, the hash of each entry.
+
+    Returns:
+        int64 ``[S]``, S a power of two and at least 2 N: 1 + the entry's number, or 0 in a slot of none.
+    """
+    slots = 1 << max(1, (2 * hashes.numel()).bit_length())
+    return torch.ops.recis.vocabulary_slots(hashes.contiguous(), slots)  # type: ignore[no-any-return]
+
+
+def run(
+    inputs: list[Tensor],
+    code: Tensor,
+    params: Tensor,
+    parts: list[int],
+    like: list[int],
+    dtypes: list[int],
+    labels: str,
+    parallel: bool = True,
+) -> list[Tensor]:
+    """Runs a program.
+
+    Args:
+        inputs: Contiguous tensors on one device.
+        code: int64 ``[K, 8]`` on that device: the instructions.
+        params: int64 ``[P]`` on that device: tables that instructions point to.
+        parts: Four numbers for each part: its first instruction, one past its last, the input of the part's length, and
+            1 where that is one of offsets, else 0.
+        like: For each result the input whose shape it has, or -1 - i for one less than the offsets ``inputs[i]``.
+        dtypes: For each result the number of its dtype, see ``DTYPES``.
+        labels: A line for each instruction, by which errors name it.
+        parallel: Whether torch's threads take part, on the CPU.
+
+    Returns:
+        The results. On CUDA one more follows, int64 ``[K]``: 1 + an element that instruction k has refused, or 0.
+
+    Raises:
+        RuntimeError: On the CPU, if an instruction refuses an element (a string whose offsets are wrong, NaN).
+    """
+    return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, parallel)  # type: ignore[no-any-return]

@@ -1,0 +1,165 @@
+"""Operators that change how many values the rows of ragged columns have, many columns in one call.
+
+A column is ``values`` (the rows one after another) and ``offsets`` ``[B + 1]``; a plane is its values or its weights.
+Where the size of a result depends on data it is exact on the CPU. On CUDA, where the host would have to wait for it, a
+result comes with an upper bound instead (``exact=False``): zeros follow the values that the offsets reach.
+
+Tensors are handed over in one list, and picked by numbers (``index``), -1 for one that is not there. ``labels`` holds a
+line for each column, by which errors name it; they are RuntimeErrors, and come on the CPU only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NO_BOUND = 2**63 - 1
+"""As many values as there are."""
+
+DROP_FIRST, PAD_FIRST, STRICT, FIXED = 1, 2, 4, 8
+"""Flags of ``resize``: drop the first values of a long row, fill before those of a short one, refuse long rows, and
+give a dense ``[B, most, ...]``."""
+
+
+def _fake_resize(
+    offsets: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    owner: Sequence[int],
+    least: Sequence[int],
+    most: Sequence[int],
+    flags: Sequence[int],
+    fills: Sequence[int],
+    labels: str,
+    exact: bool,
+    parallel: bool,
+) -> list[Tensor]:
+    results = [column.new_empty(column.shape) for column in offsets]
+    sizes: dict[int, int | torch.SymInt] = {}
+    for plane, k in zip(planes, owner, strict=True):
+        rows = offsets[k].shape[0] - 1
+        if flags[k] & FIXED:
+            results.append(plane.new_empty((rows, most[k], *plane.shape[1:])))
+            continue
+        if k not in sizes:
+            if exact:
+                sizes[k] = torch.library.get_ctx().new_dynamic_size()
+            elif least[k]:
+                sizes[k] = plane.shape[0] + rows * least[k]
+            else:
+                sizes[k] = min(plane.shape[0], rows * most[k])
+        results.append(plane.new_empty((sizes[k], *plane.shape[1:])))
+    return results
+
+
+def _fake_take(
+    offsets: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    owner: Sequence[int],
+    bounds: Sequence[int],
+    labels: str,
+    exact: bool,
+    parallel: bool,
+) -> list[Tensor]:
+    results = [taken.new_empty((taken.shape[0] + 1,)) for taken in rows]
+    sizes: dict[int, int | torch.SymInt] = {}
+    for plane, k in zip(planes, owner, strict=True):
+        if k not in sizes:
+            sizes[k] = torch.library.get_ctx().new_dynamic_size() if exact else bounds[k]
+        results.append(plane.new_empty((sizes[k], *plane.shape[1:])))
+    return results
+
+
+def _fake_cross(
+    tensors: Sequence[Tensor], index: Sequence[int], most: Sequence[int], labels: str, exact: bool, parallel: bool
+) -> list[Tensor]:
+    results = []
+    for k, limit in enumerate(most):
+        x, xo, xw, y, yo, yw = index[6 * k : 6 * k + 6]
+        rows = tensors[xo].shape[0] - 1 if xo >= 0 else tensors[x].shape[0]
+        size: int | torch.SymInt
+        if exact:
+            size = torch.library.get_ctx().new_dynamic_size()
+        else:
+            size = tensors[y].shape[0] if xo < 0 else tensors[x].shape[0] if yo < 0 else rows * limit
+        results += [tensors[x].new_empty((rows + 1,)), tensors[x].new_empty((size,))]
+        if xw >= 0 or yw >= 0:
+            results.append(tensors[xw if xw >= 0 else yw].new_empty((size,)))
+    return results
+
+
+def _fake_topk(
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    most: Sequence[int],
+    labels: str,
+    exact: bool,
+    parallel: bool,
+) -> list[Tensor]:
+    results = []
+    for mine, column, weight, k in zip(values, offsets, weights, most, strict=True):
+        rows = column.shape[0] - 1
+        size = torch.library.get_ctx().new_dynamic_size() if exact else min(mine.shape[0], rows * k)
+        results += [column.new_empty(column.shape), mine.new_empty((size,)), weight.new_empty((size,))]
+    return results
+
+
+def _fake_concat(tensors: Sequence[Tensor], index: Sequence[int], labels: str, parallel: bool) -> list[Tensor]:
+    results, at = [], 0
+    while at < len(index):
+        inputs = [index[at + 1 + 3 * k : at + 4 + 3 * k] for k in range(index[at])]
+        at += 1 + 3 * len(inputs)
+        ragged = [offsets for _, offsets, _ in inputs if offsets >= 0]
+        like = tensors[inputs[0][0]]
+        shape: tuple[int, ...]
+        if ragged:
+            results.append(tensors[ragged[0]].new_empty(tensors[ragged[0]].shape))
+            shape = (sum(tensors[values].numel() for values, _, _ in inputs),)
+        else:
+            wide = sum(tensors[values].shape[1] if tensors[values].dim() == 2 else 1 for values, _, _ in inputs)
+            shape = (like.shape[0], wide)
+        results.append(like.new_empty(shape))
+        if any(weights >= 0 for _, _, weights in inputs):
+            results.append(like.new_empty(shape, dtype=torch.float32))
+    return results
+
+
+def _fake_multi_hot(
+    tensors: Sequence[Tensor], index: Sequence[int], classes: Sequence[int], labels: str, parallel: bool
+) -> list[Tensor]:
+    results = []
+    for k, count in enumerate(classes):
+        ids, offsets, _ = index[3 * k : 3 * k + 3]
+        rows = tensors[ids].shape[0] if offsets < 0 else tensors[offsets].shape[0] - 1
+        results.append(tensors[ids].new_empty((rows, count), dtype=torch.float32))
+    return results
+
+
+def _fake_tile(
+    tensors: Sequence[Tensor], index: Sequence[int], times: Sequence[int], labels: str, parallel: bool
+) -> list[Tensor]:
+    results = []
+    for k, count in enumerate(times):
+        values, offsets, weights = index[3 * k : 3 * k + 3]
+        if offsets >= 0:
+            results.append(tensors[offsets].new_empty(((tensors[offsets].shape[0] - 1) * count + 1,)))
+        for plane in (values, weights):
+            if plane >= 0:
+                shape = tensors[plane].shape
+                results.append(tensors[plane].new_empty((shape[0] * count, *shape[1:])))
+    return results
+
+
+for _name, _fake in (
+    ("ragged_resize", _fake_resize),
+    ("ragged_take", _fake_take),
+    ("ragged_cross", _fake_cross),
+    ("ragged_topk", _fake_topk),
+    ("ragged_concat", _fake_concat),
+    ("multi_hot", _fake_multi_hot),
+    ("ragged_tile", _fake_tile),
+):
+    torch.library.register_fake(f"recis::{_name}", _fake)

@@ -1,0 +1,78 @@
+"""RaggedTensors of Python's lists, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from recis_hybrid.ragged.checks import Parts
+
+
+def offsets_of(lengths: Sequence[int]) -> torch.Tensor:
+    """Returns [B + 1] int64 offsets of rows of these lengths."""
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
+    return offsets
+
+
+def _is_list(item: object) -> bool:
+    return isinstance(item, Sequence) and not isinstance(item, str | bytes)
+
+
+def _flatten(rows: Iterable[Any]) -> tuple[list[Any], list[list[int]]]:
+    """Returns the values, and for each level the lengths of its lists."""
+    flat = [list(row) for row in rows]
+    lengths = [[len(row) for row in flat]]
+    items: list[Any] = [item for row in flat for item in row]
+    while any(_is_list(item) for item in items):
+        if not all(_is_list(item) for item in items):
+            wrong = next(item for item in items if not _is_list(item))
+            raise ValueError(f"RaggedTensor.from_lists: lists must be as deep everywhere, got {wrong!r} beside a list")
+        lengths.append([len(item) for item in items])
+        items = [value for item in items for value in item]
+    return items, lengths
+
+
+def from_lists(rows: Iterable[Any], dtype: torch.dtype | None, weights: Iterable[Any] | None) -> Parts:
+    """See `RaggedTensor.from_lists`."""
+    flat, lengths = _flatten(rows)
+    values = torch.tensor(flat, dtype=torch.int64 if dtype is None and not flat else dtype)
+    flat_weights = None
+    if weights is not None:
+        listed, weight_lengths = _flatten(weights)
+        if weight_lengths != lengths:
+            raise ValueError(
+                f"RaggedTensor.from_lists: each row needs as many weights as values, got rows of {lengths[-1]} values "
+                f"and {weight_lengths[-1]} weights"
+            )
+        flat_weights = torch.tensor(listed, dtype=torch.float32)
+    *outer, offsets = [offsets_of(level) for level in lengths]
+    return values, offsets, flat_weights, tuple(outer)
+
+
+def from_strings(strings: Iterable[Any]) -> Parts:
+    """See `RaggedTensor.from_strings`."""
+    items, outer = list(strings), []
+    while any(_is_list(item) for item in items):
+        if not all(_is_list(item) for item in items):
+            wrong = next(item for item in items if not _is_list(item))
+            raise ValueError(
+                f"RaggedTensor.from_strings: lists must be as deep everywhere, got {wrong!r} beside a list"
+            )
+        outer.append(offsets_of([len(item) for item in items]))
+        items = [string for item in items for string in item]
+    encoded = [item.encode() if isinstance(item, str) else bytes(item) for item in items]
+    # A bytearray is writable, which torch wants of memory that it shares.
+    joined = bytearray(b"".join(encoded))
+    values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    return values, offsets_of([len(string) for string in encoded]), None, tuple(outer)
+
+
+def listed(values: Any, levels: Sequence[torch.Tensor]) -> list[Any]:
+    """Cuts a sequence of values into lists, the innermost level (the last) first."""
+    for offsets in reversed(levels):
+        values = [values[start:stop] for start, stop in pairwise(offsets.tolist())]
+    return values  # type: ignore[no-any-return]

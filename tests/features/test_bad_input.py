@@ -1,0 +1,186 @@
+"""Every refusal names the feature and says what to do."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from recis_hybrid.features import (
+    Bucketize,
+    Cast,
+    Clip,
+    Column,
+    Concat,
+    Cross,
+    Feature,
+    FeatureEngine,
+    FillNull,
+    Hash,
+    Log,
+    Mod,
+    MultiHash,
+    MultiHot,
+    Normalize,
+    OneHot,
+    Pad,
+    StringMultiHash,
+    Tile,
+    ToDense,
+    TopK,
+    Truncate,
+    Vocabulary,
+    make_op,
+    register_op,
+    registered_ops,
+)  # fmt: skip
+from recis_hybrid.ragged import RaggedTensor
+
+ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])
+WEIGHTED = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, math.nan], [2]])
+NESTED = RaggedTensor.from_lists([[[1]], [[2]]])
+NAN = torch.tensor([1.0, math.nan])
+WORDS = RaggedTensor.from_strings(["a", "b"])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    ("ops", "columns", "error", "says"),
+    [
+        ([Bucketize([0])], [NAN], ValueError, "element 1 is NaN"),
+        ([Clip(0, 1)], [NAN], ValueError, "element 1 is NaN"),
+        ([Normalize(0, 1)], [NAN], ValueError, "element 1 is NaN"),
+        ([Log()], [torch.tensor([1.0, 0.0])], ValueError, "element 1 has no logarithm"),
+        ([Log()], [NAN], ValueError, "element 1 has no logarithm"),
+        ([Cast(torch.int64)], [NAN], ValueError, "element 1 is NaN or outside the range of int64"),
+        ([Cast(torch.int64)], [torch.tensor([1e19])], ValueError, "element 0 is NaN or outside the range of int64"),
+        ([Vocabulary(["a"])], [WORDS], ValueError, "is not in the vocabulary, and none was given for unknown"),
+        ([Vocabulary([1])], [torch.tensor([1, 2])], ValueError, "is not in the vocabulary"),
+        ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings for entries, and the column torch.int64"),
+        ([Vocabulary([1])], [WORDS], TypeError, "has integers for entries, and the column strings"),
+        ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than the length given (put Truncate before it)"),
+        ([ToDense(2)], [torch.ones(2)], TypeError, "takes ragged columns, got a dense one"),
+        ([ToDense(2)], [WEIGHTED], TypeError, "would drop the weights"),
+        ([ToDense(2)], [NESTED], TypeError, "got rows of lists"),
+        ([Truncate(2)], [torch.ones(2)], TypeError, "Truncate takes ragged columns, got a dense one"),
+        ([Truncate(2, level=2)], [ROWS], TypeError, "level must be 1 to 1 for this column, got 2"),
+        ([Pad(2, 0.5)], [ROWS], TypeError, "a column of torch.int64 cannot hold the value 0.5"),
+        ([FillNull(0)], [torch.tensor([1])], TypeError, "a dense column of integers"),
+        ([FillNull(0)], [NESTED], TypeError, "got rows of lists; use Pad"),
+        ([TopK(1)], [ROWS], TypeError, "rows of weighted values"),
+        ([TopK(1)], [WEIGHTED], ValueError, "row 0 has a weight that is NaN"),
+        (
+            [OneHot(3)],
+            [torch.tensor([0, 3])],
+            ValueError,
+            "row 1 has an id that is no class (put Mod or Clip before it)",
+        ),
+        ([MultiHot(3)], [ROWS], ValueError, "row "),
+        ([OneHot(3)], [ROWS], TypeError, "MultiHot takes several"),
+        ([Tile(2)], [NESTED], TypeError, "got rows of lists"),
+        ([Cross()], [ROWS, torch.ones(2)], TypeError, "Cross takes integers, got torch.float32"),
+        ([Cross()], [ROWS, torch.ones(2, 2, dtype=torch.int64)], TypeError, "values of 2 dimensions; reshape them"),
+        ([Cross()], [torch.tensor([1, 2]), torch.tensor([1])], ValueError, "rows; a batch has one"),
+        ([Cross()], [ROWS, torch.tensor([1])], ValueError, "different numbers of rows, 2 and 1"),
+        ([Cross(limit=2)], [ROWS, ROWS], ValueError, "makes more pairs than the limit given"),
+        ([Concat()], [ROWS, torch.ones(2)], TypeError, "columns of integers, or of one float dtype"),
+        ([Concat()], [ROWS, torch.tensor([1])], ValueError, "different numbers of rows, 2 and 1"),
+        ([Concat()], [ROWS, NESTED], TypeError, "put ToDense or Truncate before it"),
+        ([Mod(2)], [WORDS], TypeError, "put a Hash before it"),
+        ([MultiHash([5])], [torch.ones(2)], TypeError, "MultiHash takes integers"),
+        ([Clip(0.5, 1)], [torch.tensor([1])], TypeError, "takes whole bounds, got 0.5"),
+        ([Normalize(0, 1)], [WORDS], TypeError, "Normalize takes int8 to int64, float32 or float64"),
+    ],
+)
+def test_what_is_refused_names_the_feature(
+    fuse: bool, ops: list[Any], columns: list[Any], error: type[Exception], says: str
+) -> None:
+    names = [f"c{k}" for k in range(len(columns))]
+    engine = FeatureEngine([Feature("price", ops=ops, source=names)], fuse=fuse)
+    with pytest.raises(error, match=f"^feature 'price', .*{re.escape(says)}"):
+        engine(dict(zip(names, columns, strict=True)))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    "ops", [[Truncate(1)], [Pad(4)], [TopK(1)], [MultiHot(9)], [Tile(2)], [Hash(), Truncate(2)], [FillNull(2)]]
+)
+@pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 1, 4], [-1, 1, 3], [0, 2**62, 3]])
+def test_offsets_that_were_changed_behind_its_back(fuse: bool, ops: list[Any], offsets: list[int]) -> None:
+    column = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]])
+    column.offsets.copy_(torch.tensor(offsets))
+    with pytest.raises(ValueError, match=r"^feature 'a', .*offsets"):
+        FeatureEngine([Feature("a", ops=ops)], fuse=fuse)({"a": column})
+
+
+@pytest.mark.parametrize(
+    ("op", "says"),
+    [
+        (MultiHash([]), "buckets must be a list of one to 4 ints"),
+        (MultiHash([0]), "buckets must be ints from 1"),
+        (StringMultiHash([1], ["farm", "djb2"]), "buckets must be as many as kinds"),
+        (StringMultiHash([None], ["md5"]), "kind must be one of"),  # type: ignore[list-item]
+        (Log(math.nan), "plus must be a number, got NaN"),
+        (Clip(2, 1), "least must not be above most, got 2 and 1; swap them"),
+        (Clip("0", 1), "least must be a number, got '0'"),  # type: ignore[arg-type]
+        (Normalize(0, 0), "std above 0, got 0 and 0; drop a constant column"),
+        (FillNull(math.nan), "value must be a number, got NaN"),
+        (Cast(torch.float16), "dtype must be torch.int32, int64, float32 or float64"),
+        (Truncate(-1), "length must be an int from 0"),
+        (Truncate(1, "top"), r"side must be one of \['left', 'right'\], got 'top'"),
+        (Truncate(1, level=3), "level must be 1 or 2, got 3"),
+        (Pad(1, math.nan), "value must be a number, got NaN"),
+        (ToDense(0), "length must be an int from 1"),
+        (TopK(0), "k must be an int from 1"),
+        (OneHot(True), "classes must be an int from 1"),
+        (Tile(0), "times must be an int from 1"),
+        (Cross(limit=0), "limit must be an int from 1"),
+        (Vocabulary([]), "at least one entry"),
+        (Vocabulary(["a", 1]), "entries must be all strings or all ints, got 1 at 1"),
+        (Vocabulary(["a", "b", "a"]), "entries must differ, got b'a' twice; drop one"),
+        (Vocabulary(["a"], unknown=-1), "unknown must be an int from 0"),
+    ],
+)
+def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"Feature 'price': {type(op).__name__}: .*{says}"):
+        Feature("price", ops=[op])
+
+
+def test_what_joins_needs_several_columns() -> None:
+    with pytest.raises(ValueError, match=r"feature 'a': cross joins two or more columns, and there is one; name them"):
+        FeatureEngine([Feature("a", ops=[Cross()])])
+    with pytest.raises(ValueError, match=r"\['a_0'\] occur twice"):
+        FeatureEngine([Feature("a", ops=[MultiHash([5, 5])]), Feature("a_0")])
+    with pytest.raises(ValueError, match="source must name at least one column, got none"):
+        Feature("a", source=[])
+
+
+def test_an_own_kernel_must_return_a_column() -> None:
+    class Wrong:
+        def fault(self) -> None:
+            return None
+
+        def kernel(self) -> Any:
+            return lambda column: column.values
+
+    with pytest.raises(TypeError, match=r"feature 'a', .* its kernel must return a Column, got Tensor"):
+        FeatureEngine([Feature("a", ops=[Wrong()])])({"a": torch.ones(1)})
+
+
+def test_operations_by_name() -> None:
+    assert make_op("truncate", length=3) == Truncate(3)
+    assert registered_ops()["cross"] is Cross
+    with pytest.raises(ValueError, match="make_op: there is no operation 'hsah'; there are"):
+        make_op("hsah")
+    with pytest.raises(ValueError, match="Cross has that name; choose another"):
+        register_op("cross")(Truncate)
+    with pytest.raises(TypeError, match=r"Lacks needs a method fault\(\)"):
+        register_op("lacks")(type("Lacks", (), {}))
+    methods = {"fault": lambda self: None, "kernel": lambda self: None}
+    with pytest.raises(TypeError, match="must compare by what it does and be hashable"):
+        register_op("same")(type("Same", (), methods))
+
+
+def test_columns_keep_their_form() -> None:
+    assert Column.of(NESTED).pack().outer == NESTED.outer  # type: ignore[union-attr]

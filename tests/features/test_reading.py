@@ -1,0 +1,72 @@
+"""What a reader may make in its threads, and what is left."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.features import Column, Feature, FeatureEngine, Hash, Mod, MultiHash, Truncate
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+
+class Double:
+    def __init__(self, in_reader: bool) -> None:
+        self.in_reader = in_reader
+
+    def fault(self) -> str | None:
+        return None
+
+    def kernel(self) -> Any:
+        return lambda column: column._replace(values=column.values * 2)
+
+
+def batch() -> Batch:
+    return {
+        "user": RaggedTensor.from_strings(["ann", "bob"]),
+        "item": torch.tensor([5, 6]),
+        "clicks": RaggedTensor.from_lists([[1, 2, 3], [4]]),
+        "label": torch.tensor([0.0, 1.0]),
+    }
+
+
+def features(in_reader: bool) -> list[Feature]:
+    own = Double(in_reader)
+    return [
+        Feature("item_double", ops=[own, Mod(7)], source="item"),
+        Feature("user", ops=[Hash(), MultiHash([100, 200])]),
+        Feature("clicks", ops=[Truncate(2)]),
+        Feature("item", ops=[Hash(), Mod(9)]),
+    ]
+
+
+def same(one: Batch, other: Batch) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        a, b = Column.of(one[name]), Column.of(other[name])
+        assert torch.equal(a.values, b.values)
+
+
+@pytest.mark.parametrize("in_reader", [True, False])
+def test_both_parts_make_what_the_whole_makes(in_reader: bool) -> None:
+    engine = FeatureEngine(features(in_reader))
+    reading, remaining = engine.reading_part(), engine.remaining_part()
+    same(remaining(reading(batch())), engine(batch()))
+    names = [feature.name for feature in reading.features]
+    # `item` would take the name of a column that the operation of one's own still has to read.
+    assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
+
+
+def test_a_reader_runs_its_part_in_its_threads(tmp_path: Path) -> None:
+    table = pa.table(
+        {"user": ["ann", "bob", "cy"], "item": [5, 6, 7], "clicks": [[1, 2, 3], [], [4]], "label": [0.0, 1.0, 1.0]}
+    )
+    pq.write_table(table, tmp_path / "log.parquet")
+    engine = FeatureEngine(features(False))
+    read = list(ColumnDataset(tmp_path, ["user", "item", "clicks", "label"], 3, transforms=engine.reading_part()))
+    whole = list(ColumnDataset(tmp_path, ["user", "item", "clicks", "label"], 3))
+    for part, raw in zip(read, whole, strict=True):
+        same(engine.remaining_part()(part), engine(raw))

@@ -1,0 +1,64 @@
+"""The operators on ragged columns have right schemas and fakes; what they do is tested where features use them."""
+
+import pytest
+import torch
+
+from recis_hybrid.ops.ragged import FIXED, NO_BOUND, STRICT
+from tests.support.devices import on_devices
+
+# What a custom operator may not be checked for: sizes that depend on data need a context that opcheck's AOT test lacks.
+STATIC = ("test_schema", "test_faketensor")
+RECIS = torch.ops.recis
+
+
+def column(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values = torch.tensor([1, 0, 2, 2], device=device)
+    return values, torch.tensor([0, 3, 3, 4], device=device), torch.tensor([0.5, 1, 2, 3], device=device)
+
+
+@on_devices
+@pytest.mark.parametrize("exact", [True, False])
+def test_resize(device: str, exact: bool) -> None:
+    if exact and device == "cuda":
+        return
+    values, offsets, weights = column(device)
+    for least, most, flags in ((0, 2, 0), (2, NO_BOUND, 0), (3, 3, FIXED | STRICT)):
+        arguments = ([offsets], [values, weights], [0, 0], [least], [most], [flags], [7, 0], "a", exact, True)
+        torch.library.opcheck(RECIS.ragged_resize.default, arguments, test_utils=STATIC)
+
+
+@on_devices
+def test_bounded_results_end_in_zeros(device: str) -> None:
+    values, offsets, _ = column(device)
+    made_offsets, made = RECIS.ragged_resize([offsets], [values], [0], [0], [2], [0], [0], "a", False, True)
+    assert made_offsets.tolist() == [0, 2, 2, 3]
+    assert made.tolist() == [1, 0, 2, 0]
+
+
+@on_devices
+def test_others(device: str) -> None:
+    values, offsets, weights = column(device)
+    rows = torch.tensor([2, -1, 0], device=device)
+    exact = device == "cpu"
+    bounds = [] if exact else [8]
+    for op, arguments in (
+        (RECIS.ragged_take, ([offsets], [rows], [values, weights], [0, 0], bounds, "a", exact, True)),
+        (RECIS.ragged_cross, ([values, offsets, weights], [0, 1, 2, 0, 1, -1], [9], "a", exact, True)),
+        (RECIS.ragged_topk, ([values], [offsets], [weights], [2], "a", exact, True)),
+        (RECIS.ragged_concat, ([values, offsets, weights], [2, 0, 1, 2, 0, 1, -1], "a", True)),
+        (RECIS.multi_hot, ([values, offsets, weights], [0, 1, 2], [3], "a", True)),
+        (RECIS.ragged_tile, ([values, offsets, weights], [0, 1, 2, 0, -1, -1], [2, 3], "a", True)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=STATIC)
+
+
+def test_the_second_line_of_checks() -> None:
+    values, offsets, weights = column("cpu")
+    with pytest.raises(RuntimeError, match="planes of unequal length"):
+        RECIS.ragged_resize([offsets], [values, weights[:2]], [0, 0], [0], [1], [0], [0, 0], "a", True, True)
+    with pytest.raises(RuntimeError, match="a: row 0 is no row of the column"):
+        RECIS.ragged_take([offsets], [torch.tensor([3])], [values], [0], [], "a", True, True)
+    with pytest.raises(RuntimeError, match="has no bound"):
+        RECIS.ragged_cross([values, offsets], [0, 1, -1, 0, 1, -1], [NO_BOUND], "a", False, True)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        RECIS.multi_hot([values[::2]], [0, -1, -1], [3], "a", True)
