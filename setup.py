@@ -32,7 +32,9 @@ MIN_TORCH = (2, 11)
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 # No -ffast-math (it changes the whole process) and no contraction: a*b+c rounds alike on every CPU level and on CUDA.
 CXX_FLAGS = [
-    "-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+    # GCC's unroll-and-jam mixes the loop over gradients into the loop over elements, and then vectorises neither.
+    "-std=c++20", "-O3", "-fno-loop-unroll-and-jam", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off",
     "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-pthread",
 ]  # fmt: skip
 LEVELS = {

@@ -71,18 +71,18 @@ struct GroupedGradients {
 
   template <int W, class Count>
   RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
-    for (int j = 0; j < n; ++j) total[j] = 0.0f;
-    if (scales == nullptr) {
-      for (int64_t k = begin; k < end; ++k) {
-        const float* gradient = source(k) + d;
-        for (int j = 0; j < n; ++j) total[j] += gradient[j];
-      }
-    } else {
-      for (int64_t k = begin; k < end; ++k) {
-        const float* gradient = source(k) + d;
-        for (int j = 0; j < n; ++j) total[j] += scales[k] * gradient[j];
+    float sum[W];  // of its own, so that the compiler sees that nothing else points there
+    for (int j = 0; j < n; ++j) sum[j] = 0.0f;
+    for (int64_t k = begin; k < end; ++k) {
+      const float* RECIS_RESTRICT gradient = source(k) + d;
+      if (scales == nullptr) {
+        for (int j = 0; j < n; ++j) sum[j] += gradient[j];
+      } else {
+        const float scale = scales[k];
+        for (int j = 0; j < n; ++j) sum[j] += scale * gradient[j];
       }
     }
+    for (int j = 0; j < n; ++j) total[j] = sum[j];
   }
 };
 

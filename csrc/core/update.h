@@ -70,20 +70,7 @@ struct UpdateRows {
       *meta = RowMeta::of(step, sees ? step : meta->seen_step(), meta->frequency() + times);
     }
     if constexpr (Rule::kRowwise) {
-      float squares[W] = {};
-      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-        float gradient[W];
-        gradients.template sum<W>(u, d, n, gradient);
-        for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
-      });
-      const float mean = lanes_sum(halved<W>(squares), lanes) / static_cast<float>(dim);
-      // One lane changes the row's number; the sum hands what it says to all of them.
-      const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
-      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-        float gradient[W];
-        gradients.template sum<W>(u, d, n, gradient);
-        rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
-      });
+      rowwise(u, record, lanes);
     } else {
       for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
         float gradient[W];
@@ -91,6 +78,33 @@ struct UpdateRows {
         rule.template apply<E, S>(record, d, n, gradient, rounding);
       });
     }
+  }
+
+  // The row's number needs the whole gradient before any of it is used. One of a tile or two is kept meanwhile, a
+  // longer one is summed again.
+  template <class Lanes>
+  RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
+    float kept[2][W];
+    const bool keeps = dim <= 2 * W && lanes.size == 1;
+    float squares[W];
+    for (int j = 0; j < W; ++j) squares[j] = 0.0f;
+    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+      float gradient[W];
+      gradients.template sum<W>(u, d, n, gradient);
+      for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
+      if (keeps) {
+        for (int j = 0; j < n; ++j) kept[d / W][j] = gradient[j];
+      }
+    });
+    // One lane changes the row's number; the sum hands what it says to all of them.
+    const float mean = lanes_sum(halved<W>(squares), lanes) / static_cast<float>(dim);
+    const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
+    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+      if (keeps) return rule.template apply<E, S>(record, d, n, kept[d / W], rounding, scale);
+      float gradient[W];
+      gradients.template sum<W>(u, d, n, gradient);
+      rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
+    });
   }
 
   // Sums by halves: one order, whatever the width of the processor's vectors.

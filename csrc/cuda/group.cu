@@ -65,9 +65,9 @@ int bits_for(int64_t bound) {
   return bits;
 }
 
-void group_rows(const Tensor& rows, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
-                Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts, const Tensor& sources,
-                const std::optional<Tensor>& scales, const Tensor& count) {
+void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
+                Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
+                const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
   CudaDevice device(rows);
   const int64_t n = rows.numel();
   RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,

@@ -17,8 +17,8 @@ from recis_hybrid.embedding.devices import device_of
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.hash_table import HashTable, RowUpdate
-from recis_hybrid.embedding.inputs import FeatureReader
-from recis_hybrid.embedding.lookup import Lookup, Request
+from recis_hybrid.embedding.inputs import FeatureReader, TableReader
+from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.state import load_tables_state, tables_state
 from recis_hybrid.ragged import Batch
@@ -81,7 +81,7 @@ class EmbeddingEngine(nn.Module):
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce)
         self.tables = [self._table(plan, seed) for plan in self.plans]
         self._readers = [
-            [FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()]
+            TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
         ]
         for number, table in enumerate(self.tables):
@@ -156,10 +156,9 @@ class EmbeddingEngine(nn.Module):
 
     def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
         table = self.tables[number]
-        read = [reader(batch, table.device) for reader in self._readers[number]]
-        request = Request.of([ids for ids, _ in read])
+        request, shapes = self._readers[number](batch, table.device)
         lookup = table.find(request, train=self.training)
-        return lookup, Outputs.of(request.bags.vectors, [shape for _, shape in read], table, self.device)
+        return lookup, Outputs.of(request.bags.vectors, shapes, table, self.device)
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names, in every table that is trained. Returns how many."""

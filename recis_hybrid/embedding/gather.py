@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,10 +37,9 @@ class Outputs:
     def of(vectors: list[int], shapes: list[tuple[int, ...]], table: HashTable, device: torch.device) -> Outputs:
         """Lays the parts out."""
         dim = table.layout.dim
-        starts, total = [], 0
-        for count in vectors:
-            starts.append(total)
-            total += -(-count * dim // _PART_FLOATS) * _PART_FLOATS
+        sizes = [-(-count * dim // _PART_FLOATS) * _PART_FLOATS for count in vectors]
+        total = sum(sizes)
+        starts = [0, *accumulate(sizes[:-1])]
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
@@ -73,6 +73,8 @@ def spread(
 ) -> list[Tensor | None]:
     """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
     dim, request = table.layout.dim, lookup.request
+    if MAX not in request.bags.combiners and all(g is None or (g.dim() == 2 and g.size(1) == dim) for g in gradients):
+        return list(gradients)
     results: list[Tensor | None] = []
     for number, gradient in enumerate(gradients):
         if gradient is None:

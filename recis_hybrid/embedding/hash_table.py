@@ -170,6 +170,8 @@ class HashTable:
         self.id_map.reserve(total)
         rows, fresh = self.id_map.find_or_insert(near, members, admitted)
         rows, fresh = self._on_blocks(rows), self._on_blocks(fresh)
+        if not self.id_map.may_have_fresh:
+            return rows
         ops.blocks.init_fresh(
             self.blocks.handle, self.layout.element, self._on_blocks(self.id_map.counters), rows, fresh, ids, members,
             self._initializers, self.layout.dim, self.layout.state_args,
@@ -212,7 +214,8 @@ class HashTable:
             groups = lookup.groups
         if used:
             values = self._usable(lookup, gradients)
-            self.pending.add(Part(rows, lookup.row_bound, bags, values, groups))
+            members = [lookup.request.members[number] for number in used]
+            self.pending.add(Part(rows, members, lookup.row_bound, bags, values, groups))
 
     def apply_pending(self, update: RowUpdate) -> None:
         """Does a step: reduces what backward has left here, once, and updates the rows."""
@@ -223,20 +226,20 @@ class HashTable:
 
     def _usable(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         # Kernels take any stride between rows (0 for an expanded gradient) but none within one.
-        dim = self.layout.dim
+        dim, device = self.layout.dim, self.device
         usable = []
         for number, (vectors, gradient) in enumerate(zip(lookup.sources.vectors, gradients, strict=True)):
             if gradient is None:
                 continue
-            if gradient.shape != (vectors, dim) or gradient.dtype != torch.float32:
+            if gradient.shape != (vectors, dim) or gradient.dtype is not torch.float32:
                 name = self.members[lookup.request.members[number]].name
                 raise ValueError(
                     f"table {name}: a gradient must be float32 {[vectors, dim]}, "
                     f"got {gradient.dtype} {list(gradient.shape)}"
                 )
-            if gradient.device != self.device:
-                gradient = gradient.to(self.device)
-            usable.append(gradient if gradient.stride(1) == 1 or dim == 1 else gradient.contiguous())
+            if gradient.device != device:
+                gradient = gradient.to(device)
+            usable.append(gradient if dim == 1 or gradient.stride(1) == 1 else gradient.contiguous())
         return usable
 
     # Rows in bulk; all of it waits for the device

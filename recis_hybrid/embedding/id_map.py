@@ -63,6 +63,11 @@ class IdMap:
         return self._late.bound(ops.id_map.ROWS)
 
     @property
+    def may_have_fresh(self) -> bool:
+        """Whether :meth:`find_or_insert` may have given new rows; on the CPU, whether it has."""
+        return self._late.bound(ops.id_map.FRESH) > 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of slots and counters."""
         return self.slots.nbytes + self.counters.nbytes

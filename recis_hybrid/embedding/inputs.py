@@ -12,7 +12,8 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.config import EmbeddingConfig
-from recis_hybrid.embedding.lookup import FeatureIds
+from recis_hybrid.embedding.lookup import FeatureIds, Request
+from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 _KINDS = {"sum": 0, "mean": 1, "sqrtn": 2, "max": 3, "tile": 0, None: 0}
@@ -26,6 +27,11 @@ class FeatureReader:
     member: int
     config: EmbeddingConfig
 
+    @property
+    def plain(self) -> bool:
+        """Whether a column ``[B]`` of int64 is taken as it is, one id a bag."""
+        return self.config.weights is None and self.config.combiner != "tile"
+
     def __call__(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
         """Returns the ids, and the shape of what they give.
 
@@ -38,24 +44,6 @@ class FeatureReader:
             TypeError: If the column holds no integers, or the weights are no floating-point numbers.
             ValueError: If they have other shapes.
         """
-        column = batch.get(self.name)
-        config = self.config
-        # The most common case, without detours.
-        if (
-            type(column) is Tensor
-            and column.dtype == torch.int64
-            and column.dim() == 1
-            and column.device == device
-            and config.weights is None
-            and config.combiner != "tile"
-            and column.is_contiguous()
-        ):
-            bags = column.numel()
-            zeros = config.unknown == "zeros"
-            return FeatureIds(column, bags, self.member, unknown_zeros=zeros), (bags, config.dim)
-        return self._read(batch, device)
-
-    def _read(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
         config = self.config
         column = self._column(batch, self.name)
         weights = self._weights(batch, column, device)
@@ -142,3 +130,44 @@ def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> t
     kept = place < most
     starts = torch.cat([offsets[:1], lengths.clamp(max=most).cumsum(0)])
     return ids[kept], None if weights is None else weights[kept], starts
+
+
+class TableReader:
+    """Reads the columns of all features of a table.
+
+    Args:
+        readers: One for each feature.
+    """
+
+    def __init__(self, readers: list[FeatureReader]) -> None:
+        self._readers = readers
+        self._names = [reader.name for reader in readers]
+        self._members = [reader.member for reader in readers]
+        self._unknown = [-1 if r.config.unknown == "zeros" else r.member for r in readers]
+        self._dim = readers[0].config.dim
+        self._plain = all(reader.plain for reader in readers)
+        self._zeros = [0] * len(readers)
+
+    def __call__(self, batch: Batch, device: torch.device) -> tuple[Request, list[tuple[int, ...]]]:
+        """Returns the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
+        if self._plain:
+            # The most common case by far, and a step of few ids is short: without detours.
+            columns = [batch.get(name) for name in self._names]
+            if all(
+                type(column) is Tensor
+                and column.dtype is torch.int64
+                and column.dim() == 1
+                and column.device == device
+                and column.is_contiguous()
+                for column in columns
+            ):
+                bags = [len(column) for column in columns]  # type: ignore[arg-type]
+                request = Request(
+                    columns,  # type: ignore[arg-type]
+                    self._members,
+                    Bags(bags, bags, [], [], self._zeros, self._zeros),
+                    self._unknown,
+                )
+                return request, [(count, self._dim) for count in bags]
+        read = [reader(batch, device) for reader in self._readers]
+        return Request.of([ids for ids, _ in read]), [shape for _, shape in read]

@@ -93,7 +93,7 @@ class Lookup:
     def groups(self) -> RowGroups:
         """The positions grouped by row, as gradients are summed."""
         if self.grouped is None:
-            self.grouped = ops.gather.group_rows(self.rows, self.row_bound, self.sources)
+            self.grouped = ops.gather.group_rows(self.rows, self.request.members, self.row_bound, self.sources)
         return self.grouped
 
     @property

@@ -21,6 +21,8 @@ class Part:
 
     rows: Tensor
     """int64 ``[N]``; -1 where there is none."""
+    members: list[int]
+    """For each feature its member table, or one number for all: where numbers differ, no row is common."""
     row_bound: int
     bags: Bags
     """How gradients belong to positions."""
@@ -77,7 +79,7 @@ class Pending:
         part = self._parts[0]
         if len(self._parts) > 1:
             part = _merged(self._parts)
-        groups = part.groups or ops.gather.group_rows(part.rows, part.row_bound, part.bags)
+        groups = part.groups or ops.gather.group_rows(part.rows, part.members, part.row_bound, part.bags)
         return Gradients(part.values, groups)
 
     def reduced(self, dim: int) -> Reduced | None:
@@ -104,7 +106,7 @@ class Pending:
         in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
         rows = torch.where(in_use, reduced.groups.unique, -1)
         bound = int(rows.max()) + 1 if n else 1
-        return Part(rows, bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None)
+        return Part(rows, [0], bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None)
 
 
 def _merged(parts: list[Part]) -> Part:
@@ -112,6 +114,7 @@ def _merged(parts: list[Part]) -> Part:
     bags = [part.bags for part in parts]
     return Part(
         torch.cat([part.rows for part in parts]),
+        [0] * sum(len(part.members) for part in parts),
         max(part.row_bound for part in parts),
         Bags(
             [n for each in bags for n in each.lengths],

@@ -11,6 +11,8 @@ from recis_hybrid import ops
 
 _ALIGN = 16
 _META_BYTES = 16
+_LINE = 64
+_LONG = 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StateField:
 @dataclass(frozen=True)
 class RecordLayout:
     """Embedding first, then the row's metadata, then optimizer state; each part and the whole padded to 16 bytes.
+
+    A record of 256 bytes or more is padded to 64, so that embeddings start at cache lines.
 
     The metadata, 16 bytes, are the steps of the last update and of the last training lookup, and the frequency.
 
@@ -130,7 +134,8 @@ class RecordLayout:
         for field in self.state:
             offsets[field.name] = at
             at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
-        offsets["end"] = at
+        # No vector of a longer record straddles a cache line more than it must.
+        offsets["end"] = at if at < _LONG else -(-at // _LINE) * _LINE
         return offsets
 
 

@@ -45,7 +45,7 @@ class RowGroups:
     count: Tensor
     """int64 ``[1]``: U."""
     unique: Tensor
-    """int64 ``[N]``: distinct rows, ascending; U of them."""
+    """int64 ``[N]``: distinct rows, U of them, in an order that depends on the input alone."""
     offsets: Tensor
     """int64 ``[N + 1]``."""
     sources: Tensor
@@ -78,11 +78,12 @@ def gather_bags(
     )  # fmt: skip
 
 
-def group_rows(rows: Tensor, row_bound: int, bags: Bags) -> RowGroups:
+def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags) -> RowGroups:
     """Groups the positions of a lookup by row, keeping their order within a row.
 
     Args:
         rows: int64 ``[N]``, each below row_bound; where it is below 0, the position belongs to no group.
+        members: For each feature, the number of its member table: two of them have no row in common.
         row_bound: Greater than every row.
         bags: How ids became vectors. Every position lies in a bag. Where a combiner is MAX, and for vectors of single
             ids, offsets must be empty: the gradient is one a position.
@@ -96,7 +97,7 @@ def group_rows(rows: Tensor, row_bound: int, bags: Bags) -> RowGroups:
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
     scaled = bool(bags.weights) or MEAN in bags.combiners or SQRTN in bags.combiners
     scales = torch.empty(n, dtype=torch.float32, device=rows.device) if scaled else None
-    torch.ops.recis.group_rows(rows, row_bound, *bags, unique, offsets, sources, scales, count)
+    torch.ops.recis.group_rows(rows, members, row_bound, *bags, unique, offsets, sources, scales, count)
     return RowGroups(count, unique, offsets, sources, scales)
 
 

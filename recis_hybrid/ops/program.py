@@ -49,7 +49,12 @@ def _fake_feature_program(
     return results
 
 
+def _fake_vocabulary_slots(hashes: Tensor, slots: int) -> Tensor:
+    return hashes.new_empty(slots)
+
+
 torch.library.register_fake("recis::feature_program", _fake_feature_program)
+torch.library.register_fake("recis::vocabulary_slots", _fake_vocabulary_slots)
 
 
 def divisor_words(divisor: int) -> tuple[int, int, int]:

@@ -24,6 +24,7 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         ValueError: If max_norm is not above 0.
 
     Example:
+        >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2)})
         >>> engine({"item": torch.tensor([1, 1, 2])})["item"].sum().backward()
         >>> clip_row_norm_(engine.parameters(), max_norm=1.0)

@@ -26,7 +26,7 @@ class TorchStep:
         loss: (logits, labels) → scalar.
         optimizers: Dense and sparse ones; each steps once a batch.
         label: The column of labels, float32 ``[B]``.
-        clip_grad_norm: Largest global norm of the dense gradients; None leaves them.
+        clip_grad_norm: Largest global norm of all gradients, those of tables included; None leaves them.
     """
 
     def __init__(

@@ -42,12 +42,12 @@ def test_metadata_count_training_lookups_and_steps(device: str) -> None:
 
 def test_metadata_hold_large_numbers() -> None:
     table = make_table()
-    rows = table.lookup([feature([5, 6])], train=True).rows
+    rows = table.insert(0, torch.tensor([5, 6]))
     columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]])
     ops.blocks.write_meta(table.blocks.handle, rows, columns)
     assert torch.equal(ops.blocks.read_meta(table.blocks.handle, rows), columns)
     table.lookup([feature([5, 6, 6])], train=True)
-    assert ops.blocks.read_meta(table.blocks.handle, rows)[2].tolist() == [2**48 - 1, 2**24 + 5]
+    assert meta(table, [5, 6])[2] == [2**48 - 1, 2**24 + 5]
 
 
 @on_devices
@@ -263,7 +263,9 @@ def test_rows_far_beyond_32_bits_are_reached_by_offsets(row: int) -> None:
     ops.blocks.write(far, rows, 0, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     within = torch.tensor([row & ((1 << 20) - 1)])
     assert blocks.read(within, "embedding").tolist() == [[1.0, 2.0, 3.0, 4.0]]
-    groups = ops.gather.group_rows(torch.tensor([row, row, -1]), row + 1, ops.gather.Bags([3], [3], [], [], [0], [0]))
+    groups = ops.gather.group_rows(
+        torch.tensor([row, row, -1]), [0], row + 1, ops.gather.Bags([3], [3], [], [], [0], [0])
+    )
     assert (int(groups.count), int(groups.unique[0])) == (1, row)
     table = ops.update.Table(far, 0, 0, 4, 1, False, 0)
     ops.update.sgd_update(table, ops.update.Gradients([torch.ones(3, 4)], groups), lr=0.5)

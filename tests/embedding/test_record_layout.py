@@ -8,7 +8,7 @@ MOMENTS = (StateField("exp_avg"), StateField("exp_avg_sq"))
 
 @pytest.mark.parametrize(
     ("dim", "meta", "first", "second", "size"),
-    [(1, 16, 32, 48, 64), (4, 16, 32, 48, 64), (5, 32, 48, 80, 112), (64, 256, 272, 528, 784)],
+    [(1, 16, 32, 48, 64), (4, 16, 32, 48, 64), (5, 32, 48, 80, 112), (64, 256, 272, 528, 832)],
 )
 def test_every_part_is_padded_to_16_bytes(dim: int, meta: int, first: int, second: int, size: int) -> None:
     layout = RecordLayout(dim, MOMENTS)

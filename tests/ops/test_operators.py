@@ -1,5 +1,6 @@
 """What holds of every native operator, so that none is added without it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,13 @@ def test_the_operators_are_found() -> None:
 def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: Path) -> None:
     assert has_kernel(operator, "CPU")
     assert has_kernel(operator, "Meta"), "register a fake in recis_hybrid/ops"
-    use = f"torch.ops.recis.{operator.removeprefix('recis::')}.default, ("
+    use = re.compile(rf"\b(torch\.ops\.recis|RECIS)\.{operator.removeprefix('recis::')}(\.default)?,")
     tests = [path.read_text() for path in (root / "tests" / "ops").glob("test_*.py")]
-    assert any(use in " ".join(text.split()) for text in tests), "check it by torch.library.opcheck in tests/ops"
+    checks = [text for text in tests if "opcheck" in text]
+    assert any(use.search(text) for text in checks), "check it by torch.library.opcheck in tests/ops"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - {"recis::vocabulary_slots"}))  # made on the host, once
 def test_every_operator_has_a_cuda_kernel(operator: str) -> None:
     assert has_kernel(operator, "CUDA")

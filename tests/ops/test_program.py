@@ -68,5 +68,6 @@ def test_vocabulary_slots_hold_every_entry_once(count: int) -> None:
     slots = program.vocabulary_slots(hashes)
     assert slots.numel() >= 2 * count
     assert sorted(slots[slots > 0].tolist()) == list(range(1, count + 1))
+    torch.library.opcheck(torch.ops.recis.vocabulary_slots.default, (hashes, slots.numel()))
     with pytest.raises(RuntimeError, match="a power of two greater than the entries"):
         torch.ops.recis.vocabulary_slots(hashes, count)

@@ -130,6 +130,11 @@ def test_bucketize_refuses_bad_arguments() -> None:
 def test_operators_have_right_schemas_and_fakes(device: str) -> None:
     ids = torch.arange(6, device=device).view(2, 3)
     torch.library.opcheck(torch.ops.recis.mod_ids.default, (ids, 4))
+    torch.library.opcheck(torch.ops.recis.multi_hash_ids.default, (ids, 3, 29, 10))
+    torch.library.opcheck(torch.ops.recis.cross_ids.default, (ids, ids))
+    torch.library.opcheck(torch.ops.recis.clip_ids.default, (ids, 1, 4))
+    torch.library.opcheck(torch.ops.recis.map_values.default, (ids.float(), 0, 1.0, 2.0))
+    torch.library.opcheck(torch.ops.recis.cast_to_ids.default, (ids.float(),))
     for values in (ids, ids.float(), ids.double()):
         torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], True))
         torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], False))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
+from recis_hybrid.embedding import Anchor, EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.metrics import AUC, LogLoss
 from recis_hybrid.pipelines import TorchStep, evaluate, fit
 from recis_hybrid.ragged import Batch
@@ -70,14 +70,16 @@ def test_a_step_is_zero_grad_forward_backward_step() -> None:
         assert torch.equal(got, loss.detach())
 
 
-def test_clipping_bounds_the_dense_gradient() -> None:
+def test_clipping_bounds_the_gradients_of_towers_and_tables_together() -> None:
     model, _, batches = make()
     dense = torch.optim.SGD(dense_parameters(model), lr=1.0)
     before = [parameter.detach().clone() for parameter in dense_parameters(model)]
     step = TorchStep(model, lambda logits, labels: 1e3 * logits.sum(), [dense], clip_grad_norm=0.5)
     step(batches[0])
     moved = [(b - p.detach()).square().sum() for b, p in zip(before, dense_parameters(model), strict=True)]
-    assert float(sum(moved)) ** 0.5 == pytest.approx(0.5, rel=1e-3)
+    rows = [p.grad.square().sum() for p in model.parameters() if isinstance(p, Anchor) and p.grad is not None]
+    assert rows
+    assert float(sum(moved) + sum(rows)) ** 0.5 == pytest.approx(0.5, rel=1e-3)
 
 
 def test_evaluate_restores_the_mode_and_inserts_nothing() -> None:
