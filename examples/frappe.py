@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
     parser.add_argument("--tower", choices=deepfm.TOWERS, default="torch", help="where the deep part runs (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
-    parser.add_argument("--epochs", type=int, default=14, help="at most this many (14)")
+    parser.add_argument("--epochs", type=int, default=10, help="at most this many (10)")
     parser.add_argument("--batch-size", type=int, default=4096, help="samples a step (4096)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--save", default="", help="folder for a checkpoint of the trained model")

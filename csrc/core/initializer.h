@@ -15,7 +15,7 @@ enum class InitKind : int32_t { kConstant = 0, kUniform = 1, kNormal = 2, kTrunc
 struct Initializer {
   InitKind kind;
   float a;    // constant: the value; uniform: the low end; normal: the mean
-  float b;    // uniform: the high end (not reached); normal: the standard deviation
+  float b;    // uniform: the high end; normal: the standard deviation
   float low;  // truncated normal: its ends
   float high;
   float erf_low;  // truncated normal: erf of the ends as multiples of sqrt(2) standard deviations from the mean

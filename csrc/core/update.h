@@ -24,7 +24,7 @@
 namespace recis {
 
 // Where new values are rounded to the type that a record has: at random, by bits that depend on the value, the element
-// and the step.
+// and the step. So rows that are equal, and get equal gradients, stay equal.
 struct Rounding {
   uint32_t seed;
 

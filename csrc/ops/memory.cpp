@@ -40,8 +40,21 @@ class Pool {
       }
     }
     void* memory = std::aligned_alloc(kHugePage, size);
+    if (memory == nullptr) {  // what is kept of other sizes may be all that is missing
+      release();
+      memory = std::aligned_alloc(kHugePage, size);
+    }
     if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // advice: failing is no error
     return memory;
+  }
+
+  void release() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [size, buffers] : kept_) {
+      for (void* buffer : buffers) std::free(buffer);
+    }
+    kept_.clear();
+    kept_bytes_ = 0;
   }
 
   void give(void* memory, size_t size) {

@@ -1,4 +1,5 @@
-// Tables under the sanitizers: many threads insert the same ids at once, then gather and update their rows.
+// Tables under the sanitizers: many threads insert the same ids at once, gather and update their rows, erase them and
+// count them.
 //
 // Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and
 // UndefinedBehaviorSanitizer).
@@ -32,7 +33,9 @@ int failures = 0;
 
 constexpr int kThreads = 4;
 constexpr int64_t kDim = 20;
-constexpr int64_t kRecordBytes = 2 * kDim * 4;
+constexpr int kMetaOffset = kDim * 4;
+constexpr int64_t kSumOffset = kMetaOffset + 16;
+constexpr int64_t kRecordBytes = kSumOffset + kDim * 4;
 constexpr int kBlockShift = 7;
 
 // The host-side owner that Python's HashTable is in production, small.
@@ -47,12 +50,13 @@ struct Table {
       memory.emplace_back(block, &std::free);
       addresses.push_back(reinterpret_cast<int64_t>(block));
     }
-    return {addresses.data(), kBlockShift, kRecordBytes};
+    return {addresses.data(), kBlockShift, kMetaOffset, kRecordBytes};
   }
 
   std::vector<uint64_t> slots;
   int64_t capacity;
-  int64_t counters[2] = {0, 0};
+  int64_t counters[kCounters] = {};
+  std::vector<int64_t> free_rows;
   std::vector<std::unique_ptr<void, void (*)(void*)>> memory;
   std::vector<int64_t> addresses;
 };
@@ -82,7 +86,8 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   std::vector<int64_t> ids;
   for (int r = 0; r < repeats * kThreads; ++r) ids.insert(ids.end(), pool.begin(), pool.end());
   const int64_t n = static_cast<int64_t>(ids.size());
-  const Initializer init{InitKind::kNormal, 0.0f, 1.0f, 42};
+  const std::vector<Initializer> inits(8, Initializer{InitKind::kNormal, 0.0f, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 42});
+  const Initializer& init = inits[0];
 
   // Two member tables over the same ids: twice the rows.
   const int64_t half = n / 2;
@@ -95,19 +100,22 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   std::vector<int64_t> rows(n), fresh(n), found(n);
   const Threads threads{kThreads};
   for_each_cpu(threads, n, 1,
-               FindOrInsertIds{segments(spans, n), table.map(), table.counters, rows.data(), fresh.data()});
-  const int64_t count = table.counters[0];
+               FindOrInsertIds{segments(spans, n), table.map(), table.counters, table.free_rows.data(), nullptr,
+                               rows.data(), fresh.data()});
+  const int64_t count = table.counters[kFresh];
   CHECK(count == static_cast<int64_t>(keys.size()));
 
   const BlocksRef blocks = table.blocks(count);
   RecordStart start{};
   start.dim = kDim;
   start.fields = 1;
-  start.field[0] = {kDim * 4, kDim, 0.5f};
-  const std::vector<InitSpan> inits{{0, ids.data(), init}, {half, ids.data() + half, init}};
-  for_each_cpu(threads, count, 1, InitFreshRows{segments(inits, n), blocks, table.counters, fresh.data(), start});
-  for_each_cpu(Serial{}, 1, 1, CommitFreshRows{table.counters});
-  CHECK(table.counters[1] == count);
+  start.field[0] = {kSumOffset, kDim, 4, 0x3f000000};  // 0.5
+  const std::vector<InitSpan> init_spans{{0, ids.data(), 0}, {half, ids.data() + half, 7}};
+  for_each_cpu(threads, count, 1,
+               InitFreshRows<float>{segments(init_spans, n), blocks, inits.data(), table.counters, rows.data(),
+                                    fresh.data(), start});
+  for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
+  CHECK(table.counters[kRows] == count && table.counters[kLive] == count && table.counters[kFresh] == 0);
 
   if (grow) {
     std::vector<uint64_t> larger(4 * table.capacity, 0);
@@ -116,21 +124,24 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     table.slots = std::move(larger);
     table.capacity *= 2;
   }
-  for_each_cpu(threads, n, 1, FindIds{segments(spans, n), table.map(), found.data()});
+  for_each_cpu(threads, n, 1, FindIds<false>{segments(spans, n), table.map(), found.data()});
   CHECK(found == rows);
-  std::vector<int64_t> listed(count), listed_rows(count);
+  std::vector<int64_t> listed(count), listed_members(count), listed_rows(count), listed_slots(count);
   int64_t listed_count = 0;
   for_each_cpu(threads, table.capacity, 1,
-               ListIds{table.slots.data(), 7, listed.data(), listed_rows.data(), &listed_count});
-  CHECK(std::set<int64_t>(listed.begin(), listed.begin() + listed_count).size() == static_cast<size_t>(listed_count));
+               ListIds{table.slots.data(), listed.data(), listed_members.data(), listed_rows.data(),
+                       listed_slots.data(), &listed_count});
+  CHECK(listed_count == count);
+  CHECK(std::set<int64_t>(listed_rows.begin(), listed_rows.end()).size() == static_cast<size_t>(count));
 
   // Bags of three ids, gathered; then their gradients reduced and applied.
   const int64_t bags = n / 3;
   std::vector<int64_t> offsets;
   for (int64_t b = 0; b <= bags; ++b) offsets.push_back(b == bags ? n : 3 * b);
   std::vector<float> out(bags * kDim);
-  const std::vector<BagSpan> bag_spans{{0, 0, offsets.data(), ids.data(), out.data(), Combiner::kMean, init}};
-  GatherBags<16> gather{};
+  const Bags mean{offsets.data(), nullptr, Combiner::kMean, 0};
+  const std::vector<BagSpan> bag_spans{{0, 0, mean, ids.data(), out.data(), nullptr, &init}};
+  GatherBags<float, 16> gather{};
   gather.segments = segments(bag_spans, bags);
   gather.blocks = blocks;
   gather.rows = rows.data();
@@ -147,15 +158,16 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 
   std::vector<int64_t> sources(n);
   std::vector<float> scales(n);
-  const std::vector<SourceSpan> source_spans{{0, 0, offsets.data(), Combiner::kMean}};
+  const std::vector<SourceSpan> source_spans{{0, 0, mean}};
   for_each_cpu(threads, bags, 1, FillSources{segments(source_spans, bags), sources.data(), scales.data()});
 
+  // Ranks are dealt to rows by whoever comes first, so results are compared by id.
   std::vector<std::vector<float>> updated;
   for (const int tasks : {1, kThreads}) {
     std::vector<int64_t> unique(n), starts(n + 1), grouped(n);
     std::vector<float> grouped_scales(n);
     int64_t groups = 0;
-    group_rows_cpu(threads, tasks, rows.data(), sources.data(), scales.data(), n, count,
+    group_rows_cpu(Threads{tasks}, GroupInputs{rows.data(), n, {half, n - half}, {0, 7}, sources.data(), scales.data()},
                    GroupOutputs{unique.data(), starts.data(), grouped.data(), grouped_scales.data(), &groups});
     CHECK(groups == count);
     const std::vector<GradientSpan> gradients{{0, out.data(), kDim}};
@@ -169,10 +181,48 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     std::vector<float> reduced(groups * kDim);
     for_each_cpu(threads, groups, 1, ReduceRows<16>{all, kDim, reduced.data()});
     updated.push_back(reduced);
+    for_each_cpu(threads, groups, 1, SeeRows{blocks, &groups, unique.data(), starts.data(), 1});
     for_each_cpu(threads, groups, 1,
-                 UpdateRows<AdagradRule, 16>{all, blocks, kDim, AdagradRule{kDim * 4, 0.1f, 1e-10f}});
+                 UpdateRows<AdagradRule, float, float, 16>{all, blocks, kDim, 1, true, Rounding{7},
+                                                           AdagradRule{kSumOffset, 0.1f, 1e-10f}});
+    for_each_cpu(threads, groups, 1,
+                 UpdateRows<RowwiseAdagradRule, float, float, 16>{all, blocks, kDim, 1, false, Rounding{7},
+                                                                  RowwiseAdagradRule{kSumOffset, 0.1f, 1e-10f}});
+    int64_t frequency = 0;
+    for (int64_t row = 0; row < count; ++row) frequency += blocks.meta(row)->frequency();
+    CHECK(frequency == 2 * n * static_cast<int64_t>(updated.size()));
   }
   CHECK(updated[0] == updated[1]);
+
+  // Erased by all threads at once, each slot several times; then inserted again, into the same rows.
+  std::vector<int64_t> numbers;
+  for (int t = 0; t < kThreads; ++t) numbers.insert(numbers.end(), listed_slots.begin(), listed_slots.end());
+  table.free_rows.resize(count);
+  for_each_cpu(threads, static_cast<int64_t>(numbers.size()), 1,
+               EraseSlots{table.slots.data(), numbers.data(), table.counters, table.free_rows.data()});
+  CHECK(table.counters[kLive] == 0 && table.counters[kFree] == count);
+  std::vector<uint64_t> fresh_slots(2 * table.capacity, 0);
+  for_each_cpu(threads, table.capacity, 1,
+               RehashSlots{table.slots.data(), {fresh_slots.data(), static_cast<uint64_t>(table.capacity - 1)}});
+  table.slots = std::move(fresh_slots);
+  const std::vector<uint8_t> admitted(n, 1);
+  for_each_cpu(threads, n, 1,
+               FindOrInsertIds{segments(spans, n), table.map(), table.counters, table.free_rows.data(), admitted.data(),
+                               rows.data(), fresh.data()});
+  for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
+  CHECK(table.counters[kRows] == count && table.counters[kFree] == 0 && table.counters[kLive] == count);
+
+  // Counted by all threads at once, exactly.
+  Table counts(table.capacity);
+  const std::vector<int64_t> none(n, -1);
+  for_each_cpu(threads, n, 1, CountIds{segments(spans, n), counts.map(), counts.counters, none.data()});
+  CHECK(counts.counters[kLive] == count);
+  int64_t total = 0;
+  for (int64_t slot = 0; slot < counts.capacity; ++slot) {
+    const uint64_t entry = counts.slots[2 * slot + 1];
+    if (entry_state(entry) == SlotState::kFull) total += entry_row(entry);
+  }
+  CHECK(total == n);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from recis_hybrid.embedding.engine import (
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
-from recis_hybrid.embedding.hash_table import HashTable as HashTable, MemberTable as MemberTable
+from recis_hybrid.embedding.hash_table import HashTable as HashTable, MemberTable as MemberTable, RowUpdate as RowUpdate
 from recis_hybrid.embedding.id_map import IdMap as IdMap
 from recis_hybrid.embedding.initializers import (
     Constant as Constant,

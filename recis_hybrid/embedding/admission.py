@@ -35,6 +35,9 @@ class Gate(Protocol):
             uint8 ``[N]``: 1 where an id has a row or is to get one.
         """
 
+    def forget(self, member: int, ids: Tensor) -> None:
+        """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
+
     def clear(self, member: int | None) -> None:
         """Forgets what it knows of the ids of a member table, or of all."""
 
@@ -97,6 +100,11 @@ class FrequencyGate:
         # Whoever gets a row needs no count.
         counts.erase_slots(torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1))
         return admitted
+
+    def forget(self, member: int, ids: Tensor) -> None:
+        """Forgets the counts of ids."""
+        if ids.numel() > 0:
+            self._counts.erase_slots(self._counts.slots_of([ids], [member]))
 
     def clear(self, member: int | None) -> None:
         """Forgets counts."""

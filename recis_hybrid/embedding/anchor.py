@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 class Anchor(nn.Parameter):
     """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
 
-    ``grad`` is their L2 norm, float32 ``[1]``, computed when it is read; None if there are none. Whatever scales it in
-    place scales the row gradients, and non-finite gradients make it non-finite: so ``torch.nn.utils.clip_grad_norm_``
-    (with its norm of 2) and ``torch.amp.GradScaler`` work on tables as on dense parameters. Setting it to None, as
-    ``zero_grad`` does, forgets the gradients.
+    ``grad`` has their L2 norm (and in a second element, too small to count, a mark), float32 ``[2]``, computed when it
+    is read; None if there are none. Whatever multiplies it in place multiplies the row gradients, and non-finite
+    gradients make it non-finite: so ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work on tables as
+    on dense parameters. Norms other than that of 2 it cannot tell, and ``clip_grad_value_`` leaves tables alone.
+    Setting it to None, as ``zero_grad`` does, forgets the gradients.
     """
 
     table: HashTable

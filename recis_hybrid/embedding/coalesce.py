@@ -68,6 +68,8 @@ def _state_dtype(config: EmbeddingConfig) -> torch.dtype:
 
 def _refuse_disagreement(table: str, a: str, first: EmbeddingConfig, b: str, second: EmbeddingConfig) -> None:
     differ = [name for name in TABLE_SETTINGS if getattr(first, name) != getattr(second, name)]
+    if _state_dtype(first) == _state_dtype(second):
+        differ = [name for name in differ if name != "state_dtype"]
     if differ:
         ours, theirs = (", ".join(f"{n}={getattr(c, n)}" for n in differ) for c in (first, second))
         raise ValueError(

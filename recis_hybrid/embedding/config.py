@@ -79,6 +79,9 @@ class EmbeddingConfig:
             )
         if self.weights is not None and self.combiner in ("max", "tile", None):
             raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; leave them out")
+        if self.optimizer is not None:
+            fixed = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer.items()}
+            object.__setattr__(self, "optimizer", fixed)
         if self.unknown not in ("first_value", "zeros"):
             raise ValueError(f"EmbeddingConfig: unknown must be 'first_value' or 'zeros', got {self.unknown!r}")
 

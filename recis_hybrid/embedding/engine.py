@@ -146,13 +146,16 @@ class EmbeddingEngine(nn.Module):
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
+        if not all(ctx.lookups[number].train for number in trained):
+            raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
+        # All of it is checked before the first row changes.
+        ready = []
         for number in trained:
             table, lookup = self.tables[number], ctx.lookups[number]
-            if not lookup.train:
-                raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
-            given = [gradients[name] for name in self.plans[number].features]
-            rows = [gradient for gradient in spread(table, lookup, ctx.outputs[number], given) if gradient is not None]
-            table.apply_gradients(lookup, rows, optimizer.update_of(table.anchor))
+            rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
+            ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
+        for table, summed, update in ready:
+            table.apply_gradients(summed, update)
 
     def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
         table = self.tables[number]
@@ -185,6 +188,16 @@ class EmbeddingEngine(nn.Module):
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""
         load_tables_state(self.tables, state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
+        """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""
+        wanted = fn(torch.empty(0, device=self.device)).device
+        if wanted != self.device:
+            raise RuntimeError(
+                f"EmbeddingEngine: tables cannot be moved from {self.device} to {wanted}; "
+                f"build the engine with device={str(wanted)!r}, and load a checkpoint into it"
+            )
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Leaves the anchors out of state_dict: rows are saved by Saver."""

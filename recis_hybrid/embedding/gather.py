@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.hash_table import HashTable
@@ -81,6 +82,7 @@ def spread(
             results.append(None)
             continue
         vectors = request.bags.vectors[number]
+        gradient = gradient.to(table.device)
         if gradient.dim() != 2 or gradient.size(1) != dim:
             gradient = gradient.reshape(vectors, dim)
         if request.bags.combiners[number] == MAX:
@@ -100,9 +102,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
         ctx.table, ctx.lookup, ctx.outputs = table, lookup, outputs
         ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
-        return gather(table, lookup, outputs, keep_winners=True)
+        # Tensors of their own over the one buffer, not views of it: they may be changed in place, each for itself.
+        return tuple(
+            view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+            for view in gather(table, lookup, outputs, keep_winners=True)
+        )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None, None]:
         ctx.table.add_gradients(ctx.lookup, spread(ctx.table, ctx.lookup, ctx.outputs, gradients))
         return None, None, None, None

@@ -23,6 +23,7 @@ from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, select
 from recis_hybrid.embedding.pending import Part, Pending
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.record_layout import RecordLayout
+from recis_hybrid.ops.gather import RowGroups
 from recis_hybrid.ops.update import Gradients
 
 META = ("updated_step", "seen_step", "frequency")
@@ -40,8 +41,19 @@ class MemberTable:
 class RowUpdate(Protocol):
     """An optimizer's step on one table: updates the records that ``gradients`` belong to."""
 
-    def __call__(self, table: HashTable, gradients: Gradients) -> None:
-        """Updates the table."""
+    def __call__(self, table: HashTable, gradients: Gradients | None) -> None:
+        """Updates the table, and counts the step; without gradients it only counts."""
+
+
+class BeforeRead(Protocol):
+    """What an optimizer does to rows that are about to be read in training: for what is due in steps without gradient.
+
+    So exact weight decay or moments need no pass over the whole table: a row catches up when it is next met. Its
+    metadata still hold the steps before this lookup. An evaluation reads rows as they are and calls nothing.
+    """
+
+    def __call__(self, table: HashTable, groups: RowGroups) -> None:
+        """Changes the records of the rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid."""
 
 
 class HashTable:
@@ -75,6 +87,8 @@ class HashTable:
         """Raised by whatever makes row numbers of earlier lookups meaningless."""
         self.step = 0
         """Steps done: how often an optimizer over this table has stepped."""
+        self.before_read: BeforeRead | None = None
+        """Called in each training lookup, before values are read."""
         self.pending = Pending()
         self._unseen: Lookup | None = None
         self.reseed(seed)
@@ -119,10 +133,13 @@ class HashTable:
             return Lookup(request, rows, self.id_map.row_bound, self.generation, False, False, self.step)
         rows = self._insert(request.ids, request.members, self.gate)
         self._see()
-        self._unseen = Lookup(
-            request, rows, self.id_map.row_bound, self.generation, True, self.gate is None, self.step + 1
-        )
-        return self._unseen
+        lookup = Lookup(request, rows, self.id_map.row_bound, self.generation, True, self.gate is None, self.step + 1)
+        if self.before_read is not None:
+            self.before_read(self, lookup.groups)
+        elif request.bags.offsets or request.bags.weights:
+            _ = lookup.groups  # now, since they are the caller's and may be others when the gradients come
+        self._unseen = lookup
+        return lookup
 
     def _see(self) -> None:
         """Notes in the rows' metadata what the last training lookup met.
@@ -165,17 +182,23 @@ class HashTable:
     def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None) -> Tensor:
         total = sum(part.numel() for part in ids)
         near = self._on_map(ids)
-        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members))
+        # Whatever may run out of memory comes before anything is changed.
         self.blocks.reserve(self.id_map.row_bound + total)
         self.id_map.reserve(total)
-        rows, fresh = self.id_map.find_or_insert(near, members, admitted)
-        rows, fresh = self._on_blocks(rows), self._on_blocks(fresh)
-        if not self.id_map.may_have_fresh:
-            return rows
-        ops.blocks.init_fresh(
-            self.blocks.handle, self.layout.element, self._on_blocks(self.id_map.counters), rows, fresh, ids, members,
-            self._initializers, self.layout.dim, self.layout.state_args,
-        )  # fmt: skip
+        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members))
+        new_rows, new = self.id_map.find_or_insert(near, members, admitted)
+        try:
+            rows, fresh = self._on_blocks(new_rows), self._on_blocks(new)
+            if not self.id_map.may_have_fresh:
+                return rows
+            ops.blocks.init_fresh(
+                self.blocks.handle, self.layout.element, self._on_blocks(self.id_map.counters), rows, fresh, ids,
+                members, self._initializers, self.layout.dim, self.layout.state_args,
+            )  # fmt: skip
+        except BaseException:
+            # An interrupt, or no memory for a copy: the new ids go again, for their records hold nothing.
+            self.id_map.withdraw(near, members, new)
+            raise
         self.id_map.commit()
         return rows
 
@@ -187,18 +210,25 @@ class HashTable:
 
     # Gradients
 
-    def apply_gradients(self, lookup: Lookup, gradients: Sequence[Tensor], update: RowUpdate) -> None:
-        """Updates the rows of a training lookup: one step.
+    def gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> Gradients:
+        """Returns the gradients of a training lookup as :meth:`apply_gradients` takes them, after checking them.
 
         Args:
             lookup: From :meth:`lookup`.
             gradients: For each feature, float32 ``[V, D]``: of its vectors, or of its positions where the combiner
                 takes the greatest.
-            update: An optimizer's.
         """
         self._check(lookup)
         self._refuse_read_only("apply_gradients")
-        update(self, Gradients(self._usable(lookup, gradients), lookup.groups))
+        if any(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"table {self._name}: apply_gradients takes a gradient for each feature; give zeros for None"
+            )
+        return Gradients(self._usable(lookup, gradients), lookup.groups)
+
+    def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
+        """Updates rows: one step of an optimizer."""
+        update(self, gradients)
         self.step += 1
 
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
@@ -219,9 +249,8 @@ class HashTable:
 
     def apply_pending(self, update: RowUpdate) -> None:
         """Does a step: reduces what backward has left here, once, and updates the rows."""
-        if self.pending:
-            update(self, self.pending.gradients())
-            self.pending.clear()
+        update(self, self.pending.gradients() if self.pending else None)
+        self.pending.clear()
         self.step += 1
 
     def _usable(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -256,29 +285,65 @@ class HashTable:
             int64 ``[n]``: the rows.
         """
         self._refuse_read_only("insert")
-        return self.load(member, ids, columns or {})
+        rows = self.load(member, ids, columns or {})
+        if columns is None or META[1] not in columns:
+            # As recent as if a lookup had just met them: the next eviction leaves them.
+            meta = ops.blocks.read_meta(self.blocks.handle, rows)
+            meta[1].clamp_(min=self.step)
+            ops.blocks.write_meta(self.blocks.handle, rows, meta)
+        return rows
 
     def load(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """As :meth:`insert`, also for a read-only table: how a checkpoint comes in."""
+        ids = self._ids("insert", member, ids)
+        self._refuse_columns(member, ids, columns)
         self._see()
-        ids = ids.to(self.device).contiguous()
         rows = self._insert([ids], [member], None) if ids.numel() else ids
+        if self.gate is not None:
+            self.gate.forget(member, ids.to(self.map_device))
         for part in self.layout.parts:
             if part in columns:
                 self.blocks.write(rows, part, columns[part])
-        if all(name in columns for name in META):
+        if META[0] in columns:
             meta = torch.stack([columns[name].to(self.device, torch.int64) for name in META])
             ops.blocks.write_meta(self.blocks.handle, rows, meta)
         return rows
 
+    def _refuse_columns(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> None:
+        where, n = f"table {self.members[member].name!r}: insert", ids.numel()
+        expected = {part: [n, self.layout.width(part)] for part in self.layout.parts} | dict.fromkeys(META, [n])
+        unknown = sorted(set(columns) - set(expected))
+        if unknown:
+            raise ValueError(f"{where}: no such columns: {unknown}; a row has {list(expected)}")
+        if 0 < sum(name in columns for name in META) < len(META):
+            raise ValueError(f"{where}: {list(META)} come together or not at all, got {sorted(columns)}")
+        for name, values in columns.items():
+            if list(values.shape) != expected[name]:
+                raise ValueError(f"{where}: {name} must have shape {expected[name]}, got {list(values.shape)}")
+        if columns and ids.unique().numel() < n:
+            raise ValueError(f"{where}: ids must be distinct where columns say what they hold; drop repeated ones")
+
+    def _ids(self, what: str, member: int, ids: Tensor) -> Tensor:
+        if not 0 <= member < len(self.members):
+            raise ValueError(
+                f"{what}: member must be 0 to {len(self.members) - 1}, the number of a table, got {member}"
+            )
+        if ids.dtype != torch.int64 or ids.dim() != 1:
+            raise ValueError(
+                f"table {self.members[member].name!r}: {what}: ids must be int64 [n], got {ids.dtype} "
+                f"{list(ids.shape)}; convert them with .to(torch.int64).flatten()"
+            )
+        return ids.to(self.device).contiguous()
+
     def ids(self, member: int) -> Tensor:
         """Returns the ids of a member table that have a row, int64 ``[n]``, ascending."""
+        self._ids("ids", member, self.id_map.counters[:0])
         entries = self.id_map.entries()
         return entries.ids[entries.members == member].sort().values.to(self.device)
 
     def rows(self, member: int, ids: Tensor) -> Tensor:
         """Returns the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
-        return self._on_blocks(self.id_map.find([ids.to(self.map_device).contiguous()], [member]))
+        return self._on_blocks(self.id_map.find([self._ids("rows", member, ids).to(self.map_device)], [member]))
 
     def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the records of ids.
@@ -299,12 +364,27 @@ class HashTable:
         if bool((rows < 0).any()):
             missing = ids[rows < 0][:5].tolist()
             raise KeyError(f"table {self.members[member].name!r}: no row for the ids {missing}; look them up first")
-        columns = {"ids": ids, **{part: self.blocks.read(rows, part) for part in self.layout.parts}}
-        return {**columns, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
+        return {"ids": ids, **self._columns(rows)}
+
+    def export_all(self) -> list[dict[str, Tensor]]:
+        """Returns what :meth:`export` gives for each member table, looking through the map once."""
+        self._see()
+        entries = self.id_map.entries()
+        order = entries.ids.argsort()
+        order = order[entries.members[order].argsort(stable=True)]
+        ids, rows = self._on_blocks(entries.ids[order]), self._on_blocks(entries.rows[order])
+        counts = entries.members.bincount(minlength=len(self.members)).tolist()
+        columns = {"ids": ids, **self._columns(rows)}
+        parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
+        return [dict(zip(columns, part, strict=True)) for part in parts]
+
+    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
+        parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
+        return {**parts, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
 
     def erase(self, member: int, ids: Tensor) -> int:
         """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
-        slots = self.id_map.slots_of([ids.to(self.map_device).contiguous()], [member])
+        slots = self.id_map.slots_of([self._ids("erase", member, ids).to(self.map_device)], [member])
         return self._erase("erase", slots)
 
     def evict(self, rule: Eviction) -> int:
@@ -335,6 +415,7 @@ class HashTable:
         """Moves rows together, so that blocks at the end can be given back; the only thing that moves rows."""
         self._refuse_pending("compact")
         self._see()
+        self.generation += 1
         entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
         rows = self._on_blocks(entries.rows)
         free = torch.ones(live, dtype=torch.bool, device=self.device)
@@ -343,10 +424,10 @@ class HashTable:
         ops.blocks.copy_records(self.blocks.handle, source, target)
         moved = torch.arange(bound, dtype=torch.int64, device=self.device)
         moved[source] = target
-        self.id_map.move(moved.to(self.map_device), live)
+        # The new slots first: if memory runs out here, every row is still where the map says.
         self.id_map.rehash(live)
+        self.id_map.move(moved.to(self.map_device), live)
         self.blocks.truncate(live)
-        self.generation += 1
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes that each part holds."""
@@ -371,8 +452,8 @@ class HashTable:
         self._refuse_pending(what)
         self._see()
         before = len(self)
-        self.id_map.erase_slots(slots.contiguous())
         self.generation += 1
+        self.id_map.erase_slots(slots.contiguous())
         return before - len(self)
 
     @property

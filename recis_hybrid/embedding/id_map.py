@@ -87,14 +87,15 @@ class IdMap:
         if self._late.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
         exact = self._late.exact()
+        if exact[ops.id_map.LIVE] + more > MAX_ROWS:
+            raise ValueError(f"a hash table has at most 2**40 rows, and {exact[ops.id_map.LIVE] + more} were asked for")
         if exact[ops.id_map.USED_SLOTS] + more > MAX_LOAD * self.capacity:
             # Erased ids do not come along, so that the slots may be as many as before.
-            self.rehash(exact[ops.id_map.LIVE] + more)
+            # With room to spare, or steady inserts and erases would have to come back here at every step.
+            self.rehash(min((exact[ops.id_map.LIVE] + more) * 5 // 4, MAX_ROWS))
 
     def rehash(self, ids: int) -> None:
         """Makes the slots anew, as many as ``ids`` need."""
-        if ids > MAX_ROWS:
-            raise ValueError(f"a hash table has at most 2**40 rows, and {ids} were asked for")
         slots = _empty_slots(_power_of_two(max(int(ids / MAX_LOAD) + 1, 16)), self.device)
         ops.id_map.rehash(self.slots, slots)
         self.slots = slots
@@ -123,6 +124,13 @@ class IdMap:
     def commit(self) -> None:
         """Counts the rows of :meth:`find_or_insert` as old, once they have their first values."""
         ops.id_map.commit(self.counters)
+
+    def withdraw(self, ids: Sequence[Tensor], members: Sequence[int], fresh: Tensor) -> None:
+        """Takes back the rows of a :meth:`find_or_insert` that was not committed; waits for the device."""
+        count = self._late.exact()[ops.id_map.FRESH]
+        slots = self.slots_of(ids, members)[fresh[:count]]
+        self.commit()
+        self.erase_slots(slots)
 
     def entries(self) -> Entries:
         """Returns all ids; waits for the device."""
@@ -221,7 +229,7 @@ class LateCounters:
             host = torch.empty(ops.id_map.COUNTERS, dtype=torch.int64, pin_memory=True)
             host.copy_(self._counters, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._counters.device))
             self._copy = (host, event)
             self._since_copy = 0
 

@@ -51,7 +51,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Elements are uniform in [low, high)."""
+    """Elements are uniform between low and high, which rounding may reach."""
 
     low: float = -0.05
     high: float = 0.05
@@ -99,9 +99,9 @@ class TruncatedNormal:
     def __post_init__(self) -> None:
         _finite(self, self.mean, self.std, self.low, self.high)
         _not_negative(self, "std", self.std)
-        if not -6 <= self.low < self.high <= 6:
+        if not -4 <= self.low < self.high <= 4:
             raise ValueError(
-                f"TruncatedNormal: the ends must be -6 <= low < high <= 6 standard deviations from the mean, "
+                f"TruncatedNormal: the ends must be -4 <= low < high <= 4 standard deviations from the mean, "
                 f"got low={self.low}, high={self.high}"
             )
 

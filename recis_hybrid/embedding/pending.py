@@ -14,6 +14,8 @@ from recis_hybrid import ops
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 
+_MARK = 2.0**-60
+
 
 @dataclass
 class Part:
@@ -39,15 +41,15 @@ class Reduced:
     groups: RowGroups
     sums: Tensor
     """float32 ``[N, D]``: of the rows ``groups.unique``; zeros beyond them."""
-    norm: Tensor
-    """float32 ``[1]``."""
+    row_bound: int
     shown: Tensor
-    """A copy that is handed out as the anchor's ``grad``; what is done to it is done to the gradients."""
+    """float32 ``[2]``: their norm, and a mark too small to count in a norm. It is handed out as the anchor's ``grad``;
+    what is multiplied into it is read off the mark, exactly and also where the norm is not finite."""
 
     @property
     def factor(self) -> Tensor:
         """float32 ``[1]``: what the sums are to be multiplied by."""
-        return torch.where(self.norm == 0, 1.0, self.shown / self.norm)
+        return self.shown[1:] / _MARK
 
 
 class Pending:
@@ -91,22 +93,24 @@ class Pending:
             ops.update.reduce_rows(gradients, sums)
             each = torch.arange(n + 1, dtype=torch.int64, device=device)
             groups = RowGroups(gradients.groups.count, gradients.groups.unique, each, each[:n], None)
+            bound = max(part.row_bound for part in self._parts)
             self._parts = []
-            self.replace_sums(groups, sums)
+            self.replace_sums(groups, sums, bound)
         return self._reduced
 
-    def replace_sums(self, groups: RowGroups, sums: Tensor) -> None:
+    def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
         """Takes other summed gradients for those of the rows of ``groups``."""
         # In float64: a sum of squares of scaled gradients may leave float32's range.
-        norm = torch.linalg.vector_norm(sums, dtype=torch.float64).reshape(1).to(torch.float32)
-        self._reduced = Reduced(groups, sums, norm, norm.clone())
+        norm = torch.linalg.vector_norm(sums, dtype=torch.float64).to(torch.float32)
+        self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
 
     def _as_part(self, reduced: Reduced) -> Part:
         n = reduced.sums.size(0)
         in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
         rows = torch.where(in_use, reduced.groups.unique, -1)
-        bound = int(rows.max()) + 1 if n else 1
-        return Part(rows, [0], bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None)
+        return Part(
+            rows, [0], reduced.row_bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None
+        )
 
 
 def _merged(parts: list[Part]) -> Part:

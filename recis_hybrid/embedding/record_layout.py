@@ -9,6 +9,7 @@ import torch
 
 from recis_hybrid import ops
 
+MAX_STATE_FIELDS = 8
 _ALIGN = 16
 _META_BYTES = 16
 _LINE = 64
@@ -61,6 +62,16 @@ class RecordLayout:
             raise ValueError(
                 f"RecordLayout: state_dtype must be torch.float32 or the embedding's {self.dtype}, "
                 f"got {self.state_dtype}"
+            )
+        for field in self.state:
+            if field.dtype not in (None, torch.float32, self.dtype):
+                raise ValueError(
+                    f"RecordLayout: {field.name}: dtype must be torch.float32 or the embedding's {self.dtype}, "
+                    f"got {field.dtype}"
+                )
+        if len(self.state) > MAX_STATE_FIELDS:
+            raise ValueError(
+                f"RecordLayout: a row has at most {MAX_STATE_FIELDS} parts of state, got {len(self.state)}"
             )
         names = [field.name for field in self.state]
         if len(set(names)) != len(names) or "embedding" in names:

@@ -16,8 +16,7 @@ def tables_state(tables: Sequence[HashTable]) -> PartState:
     states: dict[str, TableState] = {}
     steps: dict[str, JSON] = {}
     for table in tables:
-        for number, member in enumerate(table.members):
-            columns = table.export(number)
+        for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
             states[member.name] = TableState(columns, ops.id_map.bucket_of(columns["ids"]), _meta(table.layout))
             steps[member.name] = table.step
             if table.gate is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding import Anchor, HashTable, StateField
+from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
 from recis_hybrid.ops.update import Gradients
 
 
@@ -22,19 +22,43 @@ class SparseOptimizer(torch.optim.Optimizer):
     whose config has hyperparameters of its own gets a parameter group of its own.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], needed: tuple[StateField, ...]) -> None:
-        super().__init__(_split_groups(type(self).__name__, params, defaults), defaults)
-        name = type(self).__name__
-        for group in self.param_groups:
-            for anchor in group["params"]:
-                layout = anchor.table.layout
-                have = {field.name: layout.width(field.name) for field in layout.state}
-                want = {field.name: field.width or layout.dim for field in needed}
-                if not anchor.table.read_only and any(have.get(field) != width for field, width in want.items()):
-                    raise ValueError(
-                        f"{name} keeps {sorted(want)} for every row, but the engine was built with {sorted(have)}: "
-                        f"build it with EmbeddingEngine(..., optimizer_state={name}.row_state())"
-                    )
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(_groups(params), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds tables, each with hyperparameters of its own as a group of its own.
+
+        Raises:
+            TypeError: If a parameter is not a table's anchor.
+            ValueError: If a hyperparameter is out of range, or the engine keeps other state than this optimizer needs.
+        """
+        for group in _split(type(self).__name__, param_group, self.defaults):
+            merged = {**self.defaults, **group}
+            self._check(merged)
+            for anchor in merged["params"]:
+                self._check_layout(anchor, merged)
+            super().add_param_group(group)
+
+    def _check_layout(self, anchor: Anchor, group: dict[str, Any]) -> None:
+        name, layout = type(self).__name__, anchor.table.layout
+        have = {field.name: (layout.width(field.name), layout.part_dtype(field.name)) for field in layout.state}
+        needed = self._needed(group)
+        want = {field.name: (field.width or layout.dim, field.dtype or layout.state_dtype) for field in needed}
+        if not anchor.table.read_only and any(have.get(field) != form for field, form in want.items()):
+            raise ValueError(
+                f"{name} keeps {want} for every row, but the engine was built with {have}: "
+                f"build it with EmbeddingEngine(..., optimizer_state={name}.row_state())"
+            )
+
+    @staticmethod
+    @abstractmethod
+    def _check(group: dict[str, Any]) -> None:
+        """Raises ValueError for a hyperparameter that is out of range."""
+
+    @staticmethod
+    @abstractmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+        """Returns what a row must keep under these hyperparameters."""
 
     @abstractmethod
     def _update(
@@ -74,48 +98,50 @@ class SparseOptimizer(torch.optim.Optimizer):
             for anchor in group["params"]:
                 anchor.grad = None
 
-    def update_of(self, anchor: Tensor) -> Callable[[HashTable, Gradients], None]:
+    def update_of(self, anchor: Tensor) -> RowUpdate:
         """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
             raise ValueError(f"{type(self).__name__}: this table is not among the optimizer's parameters")
         return self._update_in(group, anchor)
 
-    def _update_in(self, group: dict[str, Any], anchor: Tensor) -> Callable[[HashTable, Gradients], None]:
-        state = self.state[anchor]
-        step = state["step"] = state.get("step", 0) + 1
-
-        def update(table: HashTable, gradients: Gradients) -> None:
-            self._update(table, table.records(gradients), gradients, group, step)
+    def _update_in(self, group: dict[str, Any], anchor: Tensor) -> RowUpdate:
+        def update(table: HashTable, gradients: Gradients | None) -> None:
+            state = self.state[anchor]
+            step = state.get("step", 0) + 1
+            if gradients is not None:
+                self._update(table, table.records(gradients), gradients, group, step)
+            state["step"] = step
 
         return update
 
 
-def _split_groups(owner: str, params: Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns parameter groups, one more for each table with hyperparameters of its own."""
+def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     given = list(params)
-    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-    result = []
-    for group in groups:
-        anchors: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        for number, anchor in enumerate(anchors):
-            if not isinstance(anchor, Anchor):
-                raise TypeError(
-                    f"{owner}: parameter {number} (shape {list(anchor.shape)}) is not an embedding table's anchor; "
-                    f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
-                )
-            unknown = sorted(set(anchor.overrides) - set(defaults))
-            if unknown:
-                names = ", ".join(member.name for member in anchor.table.members)
-                raise ValueError(
-                    f"{owner} has no hyperparameter {unknown}, which the config of the table {names} sets; "
-                    f"it has {sorted(defaults)}"
-                )
-        common = [anchor for anchor in anchors if not anchor.overrides]
-        if common:
-            result.append({**group, "params": common})
-        result += [{**group, **anchor.overrides, "params": [anchor]} for anchor in anchors if anchor.overrides]
-    return result
+    return given if given and isinstance(given[0], dict) else [{"params": given}]
+
+
+def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a parameter group as several: one more for each table with hyperparameters of its own."""
+    params = group["params"]
+    anchors: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    for number, anchor in enumerate(anchors):
+        if not isinstance(anchor, Anchor):
+            got = f"shape {list(anchor.shape)}" if isinstance(anchor, Tensor) else f"a {type(anchor).__name__}"
+            raise TypeError(
+                f"{owner}: parameter {number} ({got}) is not an embedding table's anchor; "
+                f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
+            )
+        unknown = sorted(set(anchor.overrides) - set(defaults))
+        if unknown:
+            names = ", ".join(member.name for member in anchor.table.members)
+            raise ValueError(
+                f"{owner} has no hyperparameter {unknown}, which the config of the table {names} sets; "
+                f"it has {sorted(defaults)}"
+            )
+    common = [anchor for anchor in anchors if not anchor.overrides]
+    result = [{**group, "params": common}] if common else []
+    return result + [{**group, **anchor.overrides, "params": [anchor]} for anchor in anchors if anchor.overrides]
 
 
 def check_positive(owner: str, **values: float) -> None:

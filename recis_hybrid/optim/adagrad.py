@@ -32,14 +32,21 @@ class Adagrad(SparseOptimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10) -> None:
-        check_positive("Adagrad", lr=lr, eps=eps)
-        super().__init__(params, {"lr": lr, "eps": eps}, self.row_state())
+        super().__init__(params, {"lr": lr, "eps": eps})
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
         """Returns what a row keeps: ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("Adagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", first_value=initial_accumulator_value),)
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        check_positive("Adagrad", lr=group["lr"], eps=group["eps"])
+
+    @staticmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+        return Adagrad.row_state()
 
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
@@ -70,14 +77,21 @@ class RowwiseAdagrad(SparseOptimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-8) -> None:
-        check_positive("RowwiseAdagrad", lr=lr, eps=eps)
-        super().__init__(params, {"lr": lr, "eps": eps}, self.row_state())
+        super().__init__(params, {"lr": lr, "eps": eps})
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
         """Returns what a row keeps: one ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("RowwiseAdagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", width=1, first_value=initial_accumulator_value, dtype=torch.float32),)
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        check_positive("RowwiseAdagrad", lr=group["lr"], eps=group["eps"])
+
+    @staticmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+        return RowwiseAdagrad.row_state()
 
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int

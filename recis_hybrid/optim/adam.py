@@ -37,13 +37,20 @@ class Adam(SparseOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
-        _check_betas("Adam", betas)
-        check_positive("Adam", lr=lr, eps=eps)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, self.row_state())
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
         """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        return _MOMENTS
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        _check_betas("Adam", group["betas"])
+        check_positive("Adam", lr=group["lr"], eps=group["eps"])
+
+    @staticmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
     def _update(
@@ -81,13 +88,20 @@ class AdamW(SparseOptimizer):
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:  # fmt: skip
-        _check_betas("AdamW", betas)
-        check_positive("AdamW", lr=lr, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, self.row_state())
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
         """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        return _MOMENTS
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        _check_betas("AdamW", group["betas"])
+        check_positive("AdamW", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+
+    @staticmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
     def _update(

@@ -28,7 +28,7 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2)})
         >>> engine({"item": torch.tensor([1, 1, 2])})["item"].sum().backward()
         >>> clip_row_norm_(engine.parameters(), max_norm=1.0)
-        >>> round(float(engine.tables[0].anchor.grad), 4)  # two rows of norm 1
+        >>> round(float(engine.tables[0].anchor.grad.norm()), 4)  # two rows of norm 1
         1.4142
     """
     if not max_norm > 0:
@@ -42,4 +42,5 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
             sums = reduced.sums * reduced.factor
             norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
             # As torch: multiplied by max / (norm + 1e-6), and by 1 at most.
-            pending.replace_sums(reduced.groups, sums * (max_norm / (norms + 1e-6)).clamp(max=1.0))
+            clipped = sums * (max_norm / (norms + 1e-6)).clamp(max=1.0)
+            pending.replace_sums(reduced.groups, clipped, reduced.row_bound)

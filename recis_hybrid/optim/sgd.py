@@ -33,15 +33,22 @@ class SGD(SparseOptimizer):
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0) -> None:
-        check_positive("SGD", lr=lr, momentum=momentum)
-        if momentum >= 1:
-            raise ValueError(f"SGD: momentum must lie in [0, 1), got {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum}, self.row_state(momentum))
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
         """Returns what a row keeps: ``momentum_buffer`` where there is momentum."""
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        check_positive("SGD", lr=group["lr"], momentum=group["momentum"])
+        if group["momentum"] >= 1:
+            raise ValueError(f"SGD: momentum must lie in [0, 1), got {group['momentum']}")
+
+    @staticmethod
+    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+        return SGD.row_state(group["momentum"])
 
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int

@@ -1,17 +1,22 @@
 """A table's rows: metadata, erasing, eviction, compaction, admission, placement, memory, dtypes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from recis_hybrid import ops, optim
 from recis_hybrid.embedding import (
+    Constant,
     EmbeddingBlocks,
     EmbeddingConfig,
     EmbeddingEngine,
     HashTable,
+    MemberTable,
     MinFrequency,
     Normal,
     Placement,
+    RecordLayout,
     StateField,
     Unused,
 )
@@ -77,6 +82,115 @@ def test_an_erased_id_that_comes_back_starts_as_it_first_did(device: str) -> Non
     assert torch.equal(values_of(table, [2]), first[1:2])
     assert table.export(0, torch.tensor([2]))["sum"].tolist() == [[0.25] * 5]
     assert table.id_map.row_bound == 3
+
+
+def test_rows_just_inserted_are_no_prey_of_the_next_eviction() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    optimizer, table = optim.SGD(engine.parameters()), engine.tables[0]
+    for _ in range(20):
+        optimizer.step()
+    table.insert(0, torch.tensor([1]))
+    assert engine.evict(Unused(steps=10)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.insert(3, torch.tensor([1])), "insert: member must be 0 to 0, the number of a table, got 3"),
+        (lambda t: t.ids(-1), "ids: member must be 0 to 0"),
+        (lambda t: t.rows(1, torch.tensor([1])), "rows: member must be 0 to 0"),
+        (
+            lambda t: t.erase(0, torch.tensor([1], dtype=torch.int32)),
+            r"table 't0': erase: ids must be int64 \[n\], got",
+        ),
+        (lambda t: t.insert(0, torch.tensor([[1]])), r"insert: ids must be int64 \[n\], got torch.int64 \[1, 1\]"),
+        (lambda t: t.insert(0, torch.tensor([5]), {"embeding": torch.ones(1, 4)}), r"no such columns: \['embeding'\]"),
+        (lambda t: t.insert(0, torch.tensor([5]), {"frequency": torch.ones(1)}), "come together or not at all"),
+        (
+            lambda t: t.insert(0, torch.tensor([5]), {"embedding": torch.ones(1, 3)}),
+            r"embedding must have shape \[1, 4\]",
+        ),
+        (lambda t: t.insert(0, torch.tensor([5, 5]), {"embedding": torch.ones(2, 4)}), "ids must be distinct where"),
+    ],
+)
+def test_bad_bulk_changes_are_refused_and_change_nothing(change: Callable[[HashTable], object], message: str) -> None:
+    table = make_table(dim=4)
+    with pytest.raises(ValueError, match=message):
+        change(table)
+    assert len(table) == 0
+
+
+def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4)
+    first = values_of(table, [1, 2])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops.blocks, "init_fresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table.lookup([feature(list(range(100)))], train=True)
+    monkeypatch.undo()
+    assert table.ids(0).tolist() == [1, 2]
+    assert table.id_map.counters.tolist()[0] == 0
+    assert torch.equal(values_of(table, [1, 2, 50])[:2], first)
+    assert torch.equal(values_of(table, [50]), values_of(make_table(dim=4), [50]))
+
+
+def test_a_compaction_that_memory_has_no_room_for_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4)
+    table.insert(0, torch.arange(2000))
+    table.erase(0, torch.arange(0, 2000, 2))
+    before = table.export(0)
+    lookup = table.lookup([feature([1, 3])], train=True)
+
+    def no_memory(size: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ops.memory, "empty_bytes", no_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.compact()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="look the batch up again"):
+        gathered(table, lookup)
+    assert torch.equal(table.export(0)["embedding"], before["embedding"])
+
+
+def test_admission_counts_survive_growth_that_memory_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4, admission=MinFrequency(2))
+    table.lookup([feature([7])], train=True)
+
+    def no_blocks(rows: int) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(table.blocks, "reserve", no_blocks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.lookup([feature([7])], train=True)
+    monkeypatch.undo()
+    table.lookup([feature([7])], train=True)
+    assert table.ids(0).tolist() == [7]
+
+
+def test_an_inserted_id_leaves_no_count_behind() -> None:
+    table = make_table(dim=4, admission=MinFrequency(3))
+    table.lookup([feature([7, 7])], train=True)
+    table.insert(0, torch.tensor([7]))
+    table.erase(0, torch.tensor([7]))
+    table.lookup([feature([7])], train=True)
+    assert len(table) == 0
+
+
+def test_as_many_member_tables_as_an_entry_can_tell_apart() -> None:
+    members = [MemberTable(f"t{k}", Constant(float(k))) for k in range(1 << 16)]
+    table = HashTable(members, RecordLayout(2), torch.device("cpu"))
+    numbers = [0, 1, 32_767, 32_768, 65_535]
+    lookup = table.lookup([feature([5, -1], member=number) for number in numbers], train=True)
+    for number, out in zip(numbers, gathered(table, lookup), strict=True):
+        assert out.tolist() == [[float(number)] * 2] * 2
+    assert len(table) == 10
+    assert table.ids(65_535).tolist() == [-1, 5]
+    with pytest.raises(ValueError, match="a hash table holds 1 to 65536 member tables, got 65537"):
+        HashTable([*members, MemberTable("more", Constant(0.0))], RecordLayout(2), torch.device("cpu"))
 
 
 @on_devices
@@ -199,9 +313,7 @@ def test_a_read_only_table_changes_only_by_loading() -> None:
         "erase": lambda: table.erase(0, torch.tensor([1])),
         "clear": lambda: table.clear(),
         "evict": lambda: table.evict(Unused(1)),
-        "apply_gradients": lambda: table.apply_gradients(
-            table.lookup([feature([1])], train=False), [torch.ones(1, 2)], lambda *_: None
-        ),
+        "apply_gradients": lambda: table.gradients(table.lookup([feature([1])], train=False), [torch.ones(1, 2)]),
     }
     for name, change in changes.items():
         with pytest.raises(RuntimeError, match=f"table id: {name} would change it, and it is read-only"):

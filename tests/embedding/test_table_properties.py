@@ -79,8 +79,8 @@ class TableMachine(RuleBasedStateMachine):
         embedding = torch.full((len(ids), DIM), value)
         self.engine.tables[table].insert(member, tensor, {"embedding": embedding})
         for i in ids:
-            _, *rest = self.model.get((name, i), (None, 0, 0, 0))
-            self.model[name, i] = (embedding[0].numpy(), *rest)
+            _, updated, seen, frequency = self.model.get((name, i), (None, 0, 0, 0))
+            self.model[name, i] = (embedding[0].numpy(), updated, max(seen, self.step), frequency)
 
     @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
     def erase(self, name: str, ids: list[int]) -> None:

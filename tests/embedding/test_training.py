@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
+from recis_hybrid.embedding import (
+    Constant,
+    EmbeddingConfig,
+    EmbeddingEngine,
+    HashTable,
+    MinFrequency,
+    Normal,
+    Uniform,
+)
+from recis_hybrid.ops.gather import RowGroups
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
 
@@ -123,6 +132,96 @@ def test_losses_that_meet_in_one_table_add_up(device: str) -> None:
     for optimizer in twin.optimizers():
         optimizer.step()
     twin.check()
+
+
+@on_devices
+def test_a_look_at_the_gradient_changes_nothing(device: str) -> None:
+    results = []
+    for look in (False, True):
+        twin = Twin(device)
+        gradient = torch.tensor([[1.0] * 6, [torch.inf] + [1.0] * 5])
+        twin.engine({"id": torch.tensor([1, 2], device=device)})["id"].backward(gradient.to(device))
+        if look:
+            assert not torch.isfinite(twin.table.anchor.grad).all()  # type: ignore[arg-type]
+        twin.optimizers()[0].step()
+        results.append(twin.values())
+    assert torch.equal(results[0], results[1])
+    assert torch.isfinite(results[0][1]).all()
+
+
+def test_clipping_by_an_infinite_norm_is_that_of_dense_parameters() -> None:
+    twin = Twin("cpu")
+    gradient = torch.tensor([[1.0] * 6, [torch.inf] + [1.0] * 5])
+    twin.engine({"id": torch.tensor([1, 2])})["id"].backward(gradient)
+    twin.dense(torch.tensor([1, 2])).backward(gradient)
+    for parameters in (twin.engine.parameters(), twin.dense.parameters()):
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in twin.optimizers():
+        optimizer.step()
+    torch.testing.assert_close(twin.values(), twin.dense.weight.detach(), equal_nan=True)
+
+
+def test_outputs_may_be_changed_in_place_each_for_itself() -> None:
+    engine = EmbeddingEngine({name: EmbeddingConfig(dim=16, initializer=Constant(1.0)) for name in "ab"})
+    outputs = engine({name: torch.tensor([1, 2]) for name in "ab"})
+    square = outputs["b"].square()
+    torch.nn.functional.relu_(outputs["a"].mul_(3.0)).sum().backward()
+    square.sum().backward()
+    optim.SGD(engine.parameters(), lr=0.1).step()
+    after = engine.eval()({name: torch.tensor([1]) for name in "ab"})
+    torch.testing.assert_close(after["a"], torch.full((1, 16), 1.0 - 0.3))
+    torch.testing.assert_close(after["b"], torch.full((1, 16), 1.0 - 0.2))
+
+
+def test_offsets_that_the_caller_uses_again_do_no_harm() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))})
+    column = RaggedTensor(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
+    output = engine({"id": column})["id"]
+    column.offsets.mul_(10**6)
+    output.sum().backward()
+    optim.SGD(engine.parameters(), lr=1.0).step()
+    assert engine.tables[0].export(0)["embedding"].tolist() == [[-1.0, -1.0]] * 3
+
+
+def test_gradients_that_do_not_fit_change_no_table_and_count_no_step() -> None:
+    engine = EmbeddingEngine(
+        {"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=3)}, optimizer_state=optim.Adam.row_state()
+    )
+    optimizer = optim.Adam(engine.parameters())
+    batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
+    values, ctx = engine.lookup(batch)
+    with pytest.raises(ValueError, match=r"table b: a gradient must be float32 \[1, 3\], got torch.float32 \[2, 3\]"):
+        engine.apply_gradients(ctx, {"a": torch.ones(1, 2), "b": torch.ones(2, 3)}, optimizer)
+    assert torch.equal(engine(batch)["a"], values["a"])
+    assert all(not optimizer.state[table.anchor].get("step") for table in engine.tables)
+
+
+def test_an_engine_is_not_moved_by_to() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    model = torch.nn.ModuleDict({"engine": engine, "tower": torch.nn.Linear(2, 1)}).to(torch.float64).to("cpu")
+    assert model["tower"].weight.dtype == torch.float64
+    assert engine.tables[0].anchor is next(iter(engine.parameters()))
+    with pytest.raises(
+        RuntimeError, match="tables cannot be moved from cpu to meta; build the engine with device='meta'"
+    ):
+        model.to("meta")
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    before, results = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(2):
+        engine = EmbeddingEngine(MIXED, optimizer_state=optim.Adam.row_state())
+        optimizer = optim.Adam(engine.parameters(), lr=0.1)
+        for step in range(6):
+            torch.cat([v.flatten() for v in engine(mixed_batch(step, "cpu")).values()]).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(engine.checkpoint_state())
+    torch.set_num_threads(before)
+    for name, table in results[0].tables.items():
+        assert all(torch.equal(v, results[1].tables[name].columns[c]) for c, v in table.columns.items()), name
 
 
 def test_zero_grad_of_model_optimizer_and_parameter_forget() -> None:
@@ -295,3 +394,31 @@ def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) 
         results.append(engine.tables[0].export(0))
     torch.set_num_threads(before)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_rows_catch_up_before_they_are_read() -> None:
+    """Exact decoupled weight decay: as if every row decayed in every step, done when a row is next met."""
+    decay, lr, dim = 0.9, 0.5, 3
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))})
+    table, optimizer = engine.tables[0], optim.SGD(engine.parameters(), lr=lr)
+    table.insert(0, torch.arange(10))
+    dense = table.export(0)["embedding"]
+    decayed_until: dict[int, int] = {}
+
+    def catch_up(table: HashTable, groups: RowGroups) -> None:
+        rows = groups.unique[: int(groups.count)]
+        due = torch.tensor([table.step - decayed_until.get(row, 0) for row in rows.tolist()])
+        table.blocks.write(rows, "embedding", table.blocks.read(rows, "embedding") * (decay**due)[:, None])
+        decayed_until.update(dict.fromkeys(rows.tolist(), table.step))
+
+    table.before_read = catch_up
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        ids = torch.randint(0, 10, (3,), generator=generator)
+        output = engine({"id": ids})["id"]
+        torch.testing.assert_close(output.detach(), dense[ids])
+        gradient = torch.randn(3, dim, generator=generator)
+        output.backward(gradient)
+        optimizer.step()
+        dense.index_add_(0, ids, gradient, alpha=-lr)
+        dense *= decay

@@ -12,6 +12,23 @@ from tests.support.devices import on_devices
 
 IDS = 40
 
+
+class PlainRowwiseAdagrad(torch.optim.Optimizer):
+    """The rule in plain torch: torch has none."""
+
+    def __init__(self, params: Any, lr: float, eps: float) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                gradient = weight.grad.to_dense()
+                total = self.state[weight].setdefault("sum", torch.zeros(weight.size(0), 1))
+                total += gradient.square().mean(dim=1, keepdim=True)
+                weight -= group["lr"] * gradient / (total.sqrt() + group["eps"])
+
+
 CASES: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
     "sgd": (optim.SGD, optim.SGD.row_state(), {"lr": 0.1}, lambda p: torch.optim.SGD(p, lr=0.1)),
     "adagrad": (optim.Adagrad, optim.Adagrad.row_state(), {"lr": 0.1}, lambda p: torch.optim.Adagrad(p, lr=0.1)),
@@ -22,6 +39,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
         lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-8, initial_accumulator_value=0.1),
     ),
     "adam": (optim.Adam, optim.Adam.row_state(), {"lr": 0.01}, lambda p: torch.optim.SparseAdam(p, lr=0.01)),
+    "adagrad_rowwise": (
+        optim.RowwiseAdagrad,
+        optim.RowwiseAdagrad.row_state(),
+        {"lr": 0.1},
+        lambda p: PlainRowwiseAdagrad(p, lr=0.1, eps=1e-8),
+    ),
     "adam_betas": (
         optim.Adam,
         optim.Adam.row_state(),
@@ -58,6 +81,71 @@ def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> No
     torch.testing.assert_close(engine({"id": every})["id"].cpu(), twin.weight.detach(), rtol=1e-6, atol=2e-6)
 
 
+DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
+    "momentum": (
+        optim.SGD,
+        optim.SGD.row_state(momentum=0.9),
+        {"lr": 0.05, "momentum": 0.9},
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    ),
+    "adamw": (
+        optim.AdamW,
+        optim.AdamW.row_state(),
+        {"lr": 0.01, "weight_decay": 0.1},
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    ),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("dim", [1, 6, 16, 64, 80])
+@pytest.mark.parametrize("case", DENSE)
+def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: int, device: str) -> None:
+    ours, state, settings, theirs = DENSE[case]
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer_state=state,
+                             device=device)  # fmt: skip
+    every = torch.arange(IDS, device=device)
+    twin = torch.nn.Embedding(IDS, dim)
+    twin.weight.data.copy_(engine({"id": every})["id"].detach())
+    optimizer, reference = ours(engine.parameters(), **settings), theirs(list(twin.parameters()))
+    generator = torch.Generator().manual_seed(dim)
+    for _ in range(50):
+        # Every id once, and some of them again.
+        ids = torch.cat([torch.arange(IDS), torch.randint(0, IDS, (20,), generator=generator)])
+        gradient = torch.randn(ids.numel(), dim, generator=generator)
+        engine({"id": ids.to(device)})["id"].backward(gradient.to(device))
+        twin(ids).backward(gradient)
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+    torch.testing.assert_close(engine({"id": every})["id"].cpu(), twin.weight.detach(), rtol=1e-6, atol=2e-6)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow_state", [False, True])
+@pytest.mark.parametrize("rule", ["SGD", "Adagrad", "RowwiseAdagrad", "Adam", "AdamW"])
+def test_narrow_rows_follow_wide_ones(rule: str, narrow_state: bool, dtype: torch.dtype, device: str) -> None:
+    make, values = getattr(optim, rule), []
+    for narrow in (False, True):
+        config = EmbeddingConfig(
+            dim=32, initializer=Normal(0, 1), dtype=dtype if narrow else torch.float32,
+            state_dtype=dtype if narrow and narrow_state else None,
+        )  # fmt: skip
+        engine = EmbeddingEngine({"id": config}, optimizer_state=make.row_state(), device=device)
+        optimizer, generator = make(engine.parameters(), lr=0.01), torch.Generator().manual_seed(1)
+        for _ in range(30):
+            ids = torch.randint(0, IDS, (60,), generator=generator).to(device)
+            engine({"id": ids})["id"].backward(torch.randn(60, 32, generator=generator).to(device))
+            optimizer.step()
+        values.append(engine.tables[0].export(0)["embedding"].float().cpu())
+    spacing = torch.finfo(dtype).eps * values[0].abs().clamp(min=1e-2)
+    # 30 steps round up or down at random, each by less than one spacing; six standard deviations of that walk.
+    assert float(((values[0] - values[1]).abs() / spacing).max()) < 6 * 30**0.5
+    # The mean over 1,280 elements of such walks, within some five standard deviations.
+    assert float((values[0] - values[1]).mean().abs()) < 0.35 * float(spacing.mean())
+
+
 def test_a_parameter_that_is_no_anchor_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Adam: parameter 0 \(shape \[3\]\) is not an embedding table's anchor"):
         optim.Adam([torch.nn.Parameter(torch.zeros(3))])
@@ -65,7 +153,7 @@ def test_a_parameter_that_is_no_anchor_is_refused() -> None:
 
 def test_an_engine_without_the_state_is_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
-    with pytest.raises(ValueError, match=r"built with \[\]: build it with .*optimizer_state=Adagrad.row_state\(\)"):
+    with pytest.raises(ValueError, match=r"built with \{\}: build it with .*optimizer_state=Adagrad.row_state\(\)"):
         optim.Adagrad(engine.parameters())
 
 
@@ -74,6 +162,30 @@ def test_a_table_of_another_engine_is_refused() -> None:
     _, ctx = engine.lookup({"id": torch.tensor([1])})
     with pytest.raises(ValueError, match="this table is not among the optimizer's parameters"):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(other.parameters()))
+
+
+def test_state_of_another_form_is_refused() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer_state=optim.Adagrad.row_state())
+    optim.RowwiseAdagrad(engine.parameters())  # one element, float32: the same form
+    config = EmbeddingConfig(dim=1, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    narrow = EmbeddingEngine({"id": config}, optimizer_state=optim.Adagrad.row_state())
+    with pytest.raises(ValueError, match="RowwiseAdagrad keeps .*torch.float32.* built with .*torch.bfloat16"):
+        optim.RowwiseAdagrad(narrow.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"lr": -1.0}, "SGD: lr must not be negative, got -1.0"), ({"momentum": 0.9}, "SGD keeps .*momentum_buffer")],
+)
+def test_bad_hyperparameters_of_a_table_are_refused(overrides: dict[str, float], message: str) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer=overrides)})
+    with pytest.raises(ValueError, match=message):
+        optim.SGD(engine.parameters())
+
+
+def test_parameters_with_names_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"SGD: parameter 0 \(a tuple\) is not an embedding table's anchor"):
+        optim.SGD(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).named_parameters())
 
 
 @pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}, {"lr": float("nan")}])
