@@ -125,7 +125,7 @@ void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kern
 RECIS_HD float lanes_sum(float x, OneLane) { return x; }
 
 // The sum over a group of threads, known to each of them; all of them call it together.
-RECIS_HD float lanes_sum(float x, ManyLanes lanes) {
+RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
 #if defined(__CUDA_ARCH__)
   const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
   const unsigned mask = group << (threadIdx.x % 32 - lanes.rank);
