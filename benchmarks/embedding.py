@@ -42,7 +42,7 @@ PEERS = {
     "sgd": ["fbgemm", "nn.EmbeddingBag"],
     "lookup": ["fbgemm", "tfra", "dict"],
 }
-QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d16/adam", "65k/d16/adam/threads"]
+QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad", "65k/d16/adam/threads"]
 
 
 class FixedGradient(torch.autograd.Function):
