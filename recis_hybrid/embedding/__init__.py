@@ -10,7 +10,7 @@ from recis_hybrid.embedding.engine import (
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
-from recis_hybrid.embedding.hash_table import HashTable as HashTable, MemberTable as MemberTable, RowUpdate as RowUpdate
+from recis_hybrid.embedding.hash_table import HashTable as HashTable
 from recis_hybrid.embedding.id_map import IdMap as IdMap
 from recis_hybrid.embedding.initializers import (
     Constant as Constant,
@@ -25,4 +25,9 @@ from recis_hybrid.embedding.initializers import (
 )
 from recis_hybrid.embedding.lookup import FeatureIds as FeatureIds, Lookup as Lookup
 from recis_hybrid.embedding.placement import Placement as Placement
+from recis_hybrid.embedding.protocols import (
+    BeforeRead as BeforeRead,
+    MemberTable as MemberTable,
+    RowUpdate as RowUpdate,
+)
 from recis_hybrid.embedding.record_layout import RecordLayout as RecordLayout, StateField as StateField

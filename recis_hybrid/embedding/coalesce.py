@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
-from recis_hybrid.embedding.hash_table import MemberTable
+from recis_hybrid.embedding.protocols import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
 
 COUNTS = ".admission"

@@ -16,9 +16,10 @@ from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
-from recis_hybrid.embedding.hash_table import HashTable, RowUpdate
+from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader
 from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.state import load_tables_state, tables_state
 from recis_hybrid.ragged import Batch

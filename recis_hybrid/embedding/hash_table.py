@@ -6,8 +6,6 @@ Letters: n ids, N positions (ids of a call over all features), D dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,44 +14,16 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission, Gate
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.checks import checked_ids, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
-from recis_hybrid.embedding.initializers import Initializer, initializer_words
+from recis_hybrid.embedding.initializers import initializer_words
 from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, select
 from recis_hybrid.embedding.pending import Part, Pending
 from recis_hybrid.embedding.placement import Placement
+from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
 from recis_hybrid.embedding.record_layout import RecordLayout
-from recis_hybrid.ops.gather import RowGroups
 from recis_hybrid.ops.update import Gradients
-
-META = ("updated_step", "seen_step", "frequency")
-"""What a row keeps of its past, as columns of :meth:`HashTable.export`; int64 ``[n]`` each."""
-
-
-@dataclass(frozen=True)
-class MemberTable:
-    """A table as the user named it."""
-
-    name: str
-    initializer: Initializer
-
-
-class RowUpdate(Protocol):
-    """An optimizer's step on one table: updates the records that ``gradients`` belong to."""
-
-    def __call__(self, table: HashTable, gradients: Gradients | None) -> None:
-        """Updates the table, and counts the step; without gradients it only counts."""
-
-
-class BeforeRead(Protocol):
-    """What an optimizer does to rows that are about to be read in training: for what is due in steps without gradient.
-
-    So exact weight decay or moments need no pass over the whole table: a row catches up when it is next met. Its
-    metadata still hold the steps before this lookup. An evaluation reads rows as they are and calls nothing.
-    """
-
-    def __call__(self, table: HashTable, groups: RowGroups) -> None:
-        """Changes the records of the rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid."""
 
 
 class HashTable:
@@ -296,7 +266,8 @@ class HashTable:
     def load(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> Tensor:
         """As :meth:`insert`, also for a read-only table: how a checkpoint comes in."""
         ids = self._ids("insert", member, ids)
-        self._refuse_columns(member, ids, columns)
+        widths = {part: self.layout.width(part) for part in self.layout.parts}
+        refuse_columns(self.members[member].name, ids, columns, widths)
         self._see()
         rows = self._insert([ids], [member], None) if ids.numel() else ids
         if self.gate is not None:
@@ -309,35 +280,9 @@ class HashTable:
             ops.blocks.write_meta(self.blocks.handle, rows, meta)
         return rows
 
-    def _refuse_columns(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> None:
-        where, n = f"table {self.members[member].name!r}: insert", ids.numel()
-        expected = {part: [n, self.layout.width(part)] for part in self.layout.parts} | dict.fromkeys(META, [n])
-        unknown = sorted(set(columns) - set(expected))
-        if unknown:
-            raise ValueError(f"{where}: no such columns: {unknown}; a row has {list(expected)}")
-        if 0 < sum(name in columns for name in META) < len(META):
-            raise ValueError(f"{where}: {list(META)} come together or not at all, got {sorted(columns)}")
-        for name, values in columns.items():
-            if list(values.shape) != expected[name]:
-                raise ValueError(f"{where}: {name} must have shape {expected[name]}, got {list(values.shape)}")
-        if columns and ids.unique().numel() < n:
-            raise ValueError(f"{where}: ids must be distinct where columns say what they hold; drop repeated ones")
-
-    def _ids(self, what: str, member: int, ids: Tensor) -> Tensor:
-        if not 0 <= member < len(self.members):
-            raise ValueError(
-                f"{what}: member must be 0 to {len(self.members) - 1}, the number of a table, got {member}"
-            )
-        if ids.dtype != torch.int64 or ids.dim() != 1:
-            raise ValueError(
-                f"table {self.members[member].name!r}: {what}: ids must be int64 [n], got {ids.dtype} "
-                f"{list(ids.shape)}; convert them with .to(torch.int64).flatten()"
-            )
-        return ids.to(self.device).contiguous()
-
     def ids(self, member: int) -> Tensor:
         """Returns the ids of a member table that have a row, int64 ``[n]``, ascending."""
-        self._ids("ids", member, self.id_map.counters[:0])
+        self._ids("ids", member)
         entries = self.id_map.entries()
         return entries.ids[entries.members == member].sort().values.to(self.device)
 
@@ -438,6 +383,9 @@ class HashTable:
             "admission": 0 if self.gate is None else self.gate.nbytes,
         }
         return {**parts, "total": sum(parts.values())}
+
+    def _ids(self, what: str, member: int, ids: Tensor | None = None) -> Tensor:
+        return checked_ids(what, self.members, member, self.id_map.counters[:0] if ids is None else ids).to(self.device)
 
     def _empty(self) -> None:
         self.id_map = IdMap(self.map_device)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.coalesce import COUNTS
-from recis_hybrid.embedding.hash_table import META, HashTable
+from recis_hybrid.embedding.hash_table import HashTable
+from recis_hybrid.embedding.protocols import META
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.state import JSON, PartState, TableState
 
