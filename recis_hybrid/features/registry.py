@@ -51,7 +51,7 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
 
     Example:
         >>> from dataclasses import dataclass
-        >>> @register_op("add")
+        >>> @register_op("add_n")
         ... @dataclass(frozen=True)
         ... class Add:
         ...     n: int
