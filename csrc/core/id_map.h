@@ -68,12 +68,43 @@ struct FindIds {
   }
 };
 
-// Finds each id or gives it a row. Any number of threads may insert the same id at once; one of them wins.
+// What find_or_claim met: the id's slot and entry, and whether it was put there just now; no slot: it is not there and
+// was not to be.
+struct Probe {
+  uint64_t* slot;
+  uint64_t entry;
+  bool claimed;
+};
+
+// Finds an id or claims a slot for it. Any number of threads may ask for the same id at once; one of them wins.
 //
 // A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so that others go on
-// past it at once unless it is probably their own id; only then do they wait for the id to be published. New rows come
-// from the free list first, then from the end; each leaves the position that asked first in `fresh`, so that its record
-// can be given first values afterwards. CommitInserts has to follow.
+// past it at once unless it is probably their own id; only then do they wait for the id to be published. `row` is
+// called by the winner alone and gives what the entry's row bits are to hold.
+template <class Row>
+RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row) {
+  const uint64_t hash = slot_hash(id, member);
+  const uint64_t key = key_of(hash, member);
+  for (uint64_t at = hash;; ++at) {
+    uint64_t* slot = map.slots + 2 * (at & map.mask);
+    uint64_t entry = load_acquire(slot + 1);
+    if (entry_state(entry) == SlotState::kEmpty) {
+      if (!may_claim) return {nullptr, 0, false};
+      if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
+        entry = make_entry(SlotState::kFull, key, row());
+        slot[0] = static_cast<uint64_t>(id);
+        store_release(slot + 1, entry);
+        return {slot, entry, true};
+      }
+    }
+    if ((entry & kKeyMask) != key) continue;
+    while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
+    if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
+  }
+}
+
+// Finds each id or gives it a row. New rows come from the free list first, then from the end; each leaves the position
+// that asked first in `fresh`, so that its record can be given first values afterwards. CommitInserts has to follow.
 struct FindOrInsertIds {
   Segments<IdSpan> segments;
   IdMapRef map;
@@ -93,35 +124,14 @@ struct FindOrInsertIds {
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     const IdSpan& span = segments[part];
-    const int64_t id = span.ids[i - span.first];
-    const uint64_t hash = slot_hash(id, span.member);
-    const uint64_t key = key_of(hash, span.member);
-    for (uint64_t at = hash;; ++at) {
-      uint64_t* slot = map.slots + 2 * (at & map.mask);
-      uint64_t entry = load_acquire(slot + 1);
-      if (entry_state(entry) == SlotState::kEmpty) {
-        if (admitted != nullptr && admitted[i] == 0) {
-          rows[i] = -1;
-          return;
-        }
-        if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
+    const Probe met =
+        find_or_claim(map, span.ids[i - span.first], span.member, admitted == nullptr || admitted[i] != 0, [&] {
           const int64_t number = fetch_add(counters + kFresh, 1);
           const int64_t reused = counters[kFree];
-          const int64_t row = number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
-          slot[0] = static_cast<uint64_t>(id);
-          store_release(slot + 1, make_entry(SlotState::kFull, key, row));
           fresh[number] = i;
-          rows[i] = row;
-          return;
-        }
-      }
-      if ((entry & kKeyMask) != key) continue;
-      while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
-      if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) {
-        rows[i] = entry_row(entry);
-        return;
-      }
-    }
+          return number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
+        });
+    rows[i] = met.slot == nullptr ? -1 : entry_row(met.entry);
   }
 };
 
@@ -249,28 +259,13 @@ struct CountIds {
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     if (rows[i] >= 0) return;
     const IdSpan& span = segments[part];
-    const int64_t id = span.ids[i - span.first];
-    const uint64_t hash = slot_hash(id, span.member);
-    const uint64_t key = key_of(hash, span.member);
-    for (uint64_t at = hash;; ++at) {
-      uint64_t* slot = map.slots + 2 * (at & map.mask);
-      uint64_t entry = load_acquire(slot + 1);
-      if (entry_state(entry) == SlotState::kEmpty) {
-        if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
-          slot[0] = static_cast<uint64_t>(id);
-          store_release(slot + 1, make_entry(SlotState::kFull, key, 1));
-          fetch_add(counters + kUsedSlots, 1);
-          fetch_add(counters + kLive, 1);
-          return;
-        }
-      }
-      if ((entry & kKeyMask) != key) continue;
-      while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
-      if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) {
-        // 2^40 sightings of an id that has no row are out of reach: the sum stays within the row's bits.
-        fetch_add(reinterpret_cast<int64_t*>(slot + 1), int64_t{1} << kTagBits);
-        return;
-      }
+    const Probe met = find_or_claim(map, span.ids[i - span.first], span.member, true, [] { return int64_t{1}; });
+    if (met.claimed) {
+      fetch_add(counters + kUsedSlots, 1);
+      fetch_add(counters + kLive, 1);
+    } else {
+      // 2^40 sightings of an id that has no row are out of reach: the sum stays within the row's bits.
+      fetch_add(reinterpret_cast<int64_t*>(met.slot + 1), int64_t{1} << kTagBits);
     }
   }
 };
