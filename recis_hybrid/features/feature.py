@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from recis_hybrid.features.op import Op
+from recis_hybrid.features.op import Op, missing_method
 
 Source: TypeAlias = "str | Feature"
 """The name of a column of the batch, or a feature that is made on the way and not given out."""
@@ -65,7 +65,7 @@ class Feature:
             )
         object.__setattr__(self, "ops", tuple(self.ops))
         for position, op in enumerate(self.ops):
-            if isinstance(op, type) or not (hasattr(op, "fault") and hasattr(op, "kernel")):
+            if isinstance(op, type) or missing_method(op) is not None:
                 raise TypeError(
                     f"Feature {self.name!r}: ops[{position}] must be an operation such as Hash('farm') or Mod(1000), "
                     f"got {op!r}"

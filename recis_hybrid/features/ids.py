@@ -210,10 +210,6 @@ class MultiHash:
         """Returns a chain for each hash."""
         return [[MultiHashPart(buckets, which)] for which, buckets in enumerate(self.buckets)]
 
-    def kernel(self) -> Kernel:
-        """Raises: it stands for several operations, each with a kernel."""
-        raise NotImplementedError("MultiHash stands for the operations that expand() gives")
-
 
 @dataclass(frozen=True)
 class StringMultiHash:
@@ -255,7 +251,3 @@ class StringMultiHash:
         for kind, buckets in zip(self.kinds, self.buckets, strict=True):
             chains.append([Hash(kind)] if buckets is None else [Hash(kind), Mod(buckets)])
         return chains
-
-    def kernel(self) -> Kernel:
-        """Raises: it stands for several operations, each with a kernel."""
-        raise NotImplementedError("StringMultiHash stands for the operations that expand() gives")

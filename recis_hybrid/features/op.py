@@ -148,6 +148,16 @@ class Compound(Protocol):
         """Returns chains of operations; each chain makes one column of the one that comes in."""
 
 
+def missing_method(op: Any) -> str | None:
+    """Returns the name of a method that an operation, or a class of them, needs and lacks; None if it has all.
+
+    It needs ``fault``, and ``kernel``; or ``expand`` in place of that, where it stands for others.
+    """
+    if not callable(getattr(op, "fault", None)):
+        return "fault"
+    return None if any(callable(getattr(op, method, None)) for method in ("kernel", "expand")) else "kernel"
+
+
 class Job(NamedTuple):
     """One shaping operation of a call."""
 

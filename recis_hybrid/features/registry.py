@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from recis_hybrid.features import ids, joins, numbers, resize, rows, vocabulary
+from recis_hybrid.features.op import missing_method
 
 OpClass = TypeVar("OpClass", bound=type)
 
@@ -64,9 +65,9 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
     """
 
     def register(cls: OpClass) -> OpClass:
-        for method in ("fault", "kernel"):
-            if not callable(getattr(cls, method, None)):
-                raise TypeError(f"register_op({name!r}): {cls.__name__} needs a method {method}(), see features.Op")
+        method = missing_method(cls)
+        if method is not None:
+            raise TypeError(f"register_op({name!r}): {cls.__name__} needs a method {method}(), see features.Op")
         by_identity: Any = object.__eq__
         if cls.__hash__ is None or cls.__eq__ is by_identity:
             raise TypeError(

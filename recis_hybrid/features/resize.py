@@ -314,11 +314,6 @@ class FillNull:
         """Returns the two operations that it stands for."""
         return [[FillNan(self.value), FillEmpty(self.value)]]
 
-    def kernel(self) -> Callable[..., Column]:
-        """Returns what fills a column."""
-        values, rows = FillNan(self.value).kernel(), FillEmpty(self.value).kernel()
-        return lambda column: rows(values(column))
-
     def __str__(self) -> str:
         return f"fill_null[{self.value:g}]"
 

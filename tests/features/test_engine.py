@@ -1,15 +1,12 @@
-import doctest
-import inspect
 import pickle
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import features, ops
-from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, engine, feature, link
+from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
@@ -227,17 +224,3 @@ def test_compiled_without_a_graph_break(batch: Batch) -> None:
         a, b = Column.of(want[name]), Column.of(got[name])
         assert torch.equal(a.values, b.values)
         assert (a.offsets is None) == (b.offsets is None)
-
-
-MODULES = [
-    engine, feature, features.ids, features.numbers, features.resize, features.joins, features.rows,
-    features.vocabulary, features.registry, features.primes, ops.hash, ops.transform,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_the_examples_in_the_documentation(module: ModuleType) -> None:
-    names = {name: value for name, value in vars(features).items() if inspect.isclass(value)}
-    done = doctest.testmod(module, extraglobs={"torch": torch, "RaggedTensor": RaggedTensor, **names})
-    assert done.attempted > 0
-    assert done.failed == 0
