@@ -103,6 +103,21 @@ struct SumRows {
   }
 };
 
+// Calls f with a word of `unit` bytes: values are moved as bits, whatever they are.
+template <class F>
+RECIS_HD void with_word(int64_t unit, F&& f) {
+  switch (unit) {
+    case 8:
+      return f(uint64_t{});
+    case 4:
+      return f(uint32_t{});
+    case 2:
+      return f(uint16_t{});
+    default:
+      return f(uint8_t{});
+  }
+}
+
 // `n` words from `from` to `to`. Rows are short and their lengths vary, so that on the CPU few branches depend on them:
 // 32 bytes are copied at a time, the last of which may overlap the ones before, and up to three words as three.
 template <class T, class Lanes>
@@ -174,16 +189,7 @@ struct CopyRows {
     const CopyPart& part = segments[number];
     const int64_t row = i - part.first;
     const int64_t source = part.taken == nullptr ? row : part.taken[row];
-    switch (part.unit) {
-      case 8:
-        return copy<uint64_t>(part, row, source, lanes);
-      case 4:
-        return copy<uint32_t>(part, row, source, lanes);
-      case 2:
-        return copy<uint16_t>(part, row, source, lanes);
-      default:
-        return copy<uint8_t>(part, row, source, lanes);
-    }
+    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, source, lanes); });
   }
 };
 
@@ -266,19 +272,7 @@ struct TopKRows {
       }
       if (before >= kept) continue;
       part.weights_out[to + before] = mine;
-      switch (part.unit) {
-        case 8:
-          put<uint64_t>(part, begin + k, to + before);
-          break;
-        case 4:
-          put<uint32_t>(part, begin + k, to + before);
-          break;
-        case 2:
-          put<uint16_t>(part, begin + k, to + before);
-          break;
-        default:
-          put<uint8_t>(part, begin + k, to + before);
-      }
+      with_word(part.unit, [&](auto word) { put<decltype(word)>(part, begin + k, to + before); });
     }
   }
 };
@@ -332,16 +326,7 @@ struct ConcatRows {
     }
     for (int64_t k = 0; k < part.which; ++k) to += part.inputs[k].size(row);
     if (part.to == nullptr) return;
-    switch (part.unit) {
-      case 8:
-        return copy<uint64_t>(part, row, to, lanes);
-      case 4:
-        return copy<uint32_t>(part, row, to, lanes);
-      case 2:
-        return copy<uint16_t>(part, row, to, lanes);
-      default:
-        return copy<uint8_t>(part, row, to, lanes);
-    }
+    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, to, lanes); });
   }
 };
 
@@ -411,16 +396,7 @@ struct TileRows {
       if (made == 0) part.made[0] = 0;
       part.made[made + 1] = to + part.rows.size(row);
     }
-    switch (part.unit) {
-      case 8:
-        return copy<uint64_t>(part, row, to, lanes);
-      case 4:
-        return copy<uint32_t>(part, row, to, lanes);
-      case 2:
-        return copy<uint16_t>(part, row, to, lanes);
-      default:
-        return copy<uint8_t>(part, row, to, lanes);
-    }
+    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, to, lanes); });
   }
 };
 
