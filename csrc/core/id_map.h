@@ -103,8 +103,14 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
   }
 }
 
-// Finds each id or gives it a row. New rows come from the free list first, then from the end; each leaves the position
-// that asked first in `fresh`, so that its record can be given first values afterwards. CommitInserts has to follow.
+// The row that is handed out as number `number` since the last commit: from the free list first, then from the end.
+RECIS_HD int64_t fresh_row(const int64_t* counters, const int64_t* free_rows, int64_t number) {
+  const int64_t reused = counters[kFree];
+  return number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
+}
+
+// Finds each id or gives it a row. Each new row leaves the position that asked first in `fresh`, so that its record can
+// be given first values afterwards. CommitInserts has to follow.
 struct FindOrInsertIds {
   Segments<IdSpan> segments;
   IdMapRef map;
@@ -127,9 +133,8 @@ struct FindOrInsertIds {
     const Probe met =
         find_or_claim(map, span.ids[i - span.first], span.member, admitted == nullptr || admitted[i] != 0, [&] {
           const int64_t number = fetch_add(counters + kFresh, 1);
-          const int64_t reused = counters[kFree];
           fresh[number] = i;
-          return number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
+          return fresh_row(counters, free_rows, number);
         });
     rows[i] = met.slot == nullptr ? -1 : entry_row(met.entry);
   }

@@ -4,6 +4,7 @@
 
 #include "cuda/device.cuh"
 #include "ops/gather.h"
+#include "ops/id_map.h"
 
 namespace recis {
 namespace {
@@ -115,7 +116,26 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   device.for_each(1, 1, DropLastGroup{distinct, row_bound, counted});
 }
 
+void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
+                    int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
+                    const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
+                    Ints field_values, Tensors ids, Ints members, int64_t row_bound, Ints lengths, Ints vectors,
+                    Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
+                    const Tensor& unique, const Tensor& starts, const Tensor& sources,
+                    const std::optional<Tensor>& scales, const Tensor& count) {
+  const Tensor fresh = torch::stable::empty_like(rows);
+  id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, rows, fresh);
+  blocks_init_fresh<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, counters, rows, fresh, ids,
+                                members, initializers, dim, field_offsets, field_widths, field_sizes, field_values);
+  id_map_commit<CudaDevice>(counters);
+  group_rows(rows, members, row_bound, lengths, vectors, offsets, weights, combiners, tiles, unique, starts, sources,
+             scales, count);
+}
+
 }  // namespace
 }  // namespace recis
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) { m.impl("group_rows", TORCH_BOX(&recis::group_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) {
+  m.impl("group_rows", TORCH_BOX(&recis::group_rows));
+  m.impl("insert_grouped", TORCH_BOX(&recis::insert_grouped));
+}

@@ -12,6 +12,18 @@ inline const Initializer* initializer_data(const Tensor& initializers) {
   return reinterpret_cast<const Initializer*>(data<int64_t>(initializers, "initializers"));
 }
 
+inline RecordStart record_start(int64_t dim, const Ints& offsets, const Ints& widths, const Ints& sizes,
+                                const Ints& values) {
+  RecordStart start{};
+  start.dim = dim;
+  start.fields = static_cast<int32_t>(offsets.size());
+  RECIS_CHECK(start.fields <= kMaxStateFields, "a record has at most ", kMaxStateFields, " state fields");
+  for (int32_t k = 0; k < start.fields; ++k) {
+    start.field[k] = {offsets[k], widths[k], static_cast<int32_t>(sizes[k]), static_cast<uint32_t>(values[k])};
+  }
+  return start;
+}
+
 template <class Device>
 void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
                        int64_t type, const Tensor& counters, const Tensor& rows, const Tensor& fresh, Tensors ids,
@@ -24,14 +36,7 @@ void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_o
     spans.push_back({total, data<int64_t>(ids[f], "ids"), members[f]});
     total += ids[f].numel();
   }
-  RecordStart start{};
-  start.dim = dim;
-  start.fields = static_cast<int32_t>(field_offsets.size());
-  RECIS_CHECK(start.fields <= kMaxStateFields, "a record has at most ", kMaxStateFields, " state fields");
-  for (int32_t k = 0; k < start.fields; ++k) {
-    start.field[k] = {field_offsets[k], field_widths[k], static_cast<int32_t>(field_sizes[k]),
-                      static_cast<uint32_t>(field_values[k])};
-  }
+  const RecordStart start = record_start(dim, field_offsets, field_widths, field_sizes, field_values);
   const int64_t* count = data<int64_t>(counters, "counters");
   with_element(type, [&](auto element) {
     InitFreshRows<decltype(element)> kernel{};

@@ -1,39 +1,65 @@
 #include "ops/gather.h"
 
-#include "core/group.h"
-#include "ops/device.h"
+#include "core/insert.h"
+#include "ops/group.h"
+#include "ops/id_map.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("gather_bags(" RECIS_BLOCKS ", int type, int dim, Tensor rows, " RECIS_FEATURES
         ", Tensor[] ids, int[] members, Tensor initializers, Tensor(a!) out, int[] starts, Tensor(b!)? winners) -> ()");
   m.def("spread_max(Tensor offsets, Tensor winners, Tensor gradient, Tensor(a!) out) -> ()");
-  m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES
-        ", Tensor(a!) unique, Tensor(b!) starts, Tensor(c!) sources, Tensor(d!)? scales, Tensor(e!) count) -> ()");
+  m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES ", " RECIS_GROUPS ") -> ()");
+  m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
+        ", int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
+        "field_values, Tensor[] ids, int[] members, int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
+        ") -> ()");
 }
 
 namespace recis {
 
-void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
-                Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
-                const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
+void group_rows(const Tensor& rows, Ints members, int64_t, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
+                Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts, const Tensor& sources,
+                const std::optional<Tensor>& scales, const Tensor& count) {
   CpuDevice device(rows);
-  const int64_t n = rows.numel();
-  RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
-              "group_rows: a buffer is smaller than its upper bound");
-  RECIS_CHECK(n < (int64_t{1} << 31), "group_rows: at most 2^31 - 1 positions, got ", n);
-  float* shares = data_or_null<float>(scales, "scales");
-  const bool plain = offsets.empty() && shares == nullptr;  // one id a vector: nothing to look up
-  const auto ungrouped = detail::room<int64_t>(plain ? 0 : n);
-  const auto ungrouped_scales = detail::room<float>(shares == nullptr ? 0 : n);
-  if (!plain) {
-    fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped.get(),
-                 shares == nullptr ? nullptr : ungrouped_scales.get());
+  const int64_t* at = data<int64_t>(rows, "rows");
+  std::vector<KeySpan> features;
+  for (size_t f = 0; f < lengths.size(); ++f) {
+    features.push_back({at, lengths[f], members[f]});
+    at += lengths[f];
   }
-  group_rows_cpu(TorchPool{},
-                 GroupInputs{data<int64_t>(rows, "rows"), n, lengths, members, plain ? nullptr : ungrouped.get(),
-                             shares == nullptr ? nullptr : ungrouped_scales.get()},
-                 GroupOutputs{data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
-                              data<int64_t>(sources, "sources"), shares, data<int64_t>(count, "count")});
+  group_positions(device, RowsAsKeys{}, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
+                  nullptr, unique, starts, sources, scales, count);
+}
+
+void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
+                    int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
+                    const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
+                    Ints field_values, Tensors ids, Ints members, int64_t, Ints lengths, Ints vectors, Tensors offsets,
+                    Tensors weights, Ints combiners, Ints tiles, const Tensor& rows, const Tensor& unique,
+                    const Tensor& starts, const Tensor& sources, const std::optional<Tensor>& scales,
+                    const Tensor& count) {
+  CpuDevice device(slots);
+  std::vector<KeySpan> features;
+  for (size_t f = 0; f < ids.size(); ++f) {
+    features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});
+  }
+  // Every row that was handed out has its first values, whatever may end this early.
+  struct Commit {
+    int64_t* counters;
+    ~Commit() { CommitInserts{counters}(0, OneLane{}); }
+  } commit{counter_data(counters)};
+  with_element(type, [&](auto element) {
+    const InsertKeys<decltype(element)> keys{
+        id_map_ref(slots),
+        commit.counters,
+        data<int64_t>(free_rows, "free_rows"),
+        blocks_ref(blocks, block_shift, meta_offset, record_bytes),
+        initializer_data(initializers),
+        record_start(dim, field_offsets, field_widths, field_sizes, field_values),
+    };
+    group_positions(device, keys, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
+                    data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);
+  });
 }
 
 }  // namespace recis
@@ -41,4 +67,5 @@ void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints length
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) {
   recis::register_gather<recis::CpuDevice>(m);
   m.impl("group_rows", TORCH_BOX(&recis::group_rows));
+  m.impl("insert_grouped", TORCH_BOX(&recis::insert_grouped));
 }

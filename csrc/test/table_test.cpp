@@ -15,6 +15,7 @@
 #include "core/gather.h"
 #include "core/group.h"
 #include "core/id_map.h"
+#include "core/insert.h"
 #include "core/update.h"
 
 namespace {
@@ -70,6 +71,64 @@ Segments<T> segments(const std::vector<T>& parts, int64_t total) {
   return result;
 }
 
+RecordStart record_start() {
+  RecordStart start{};
+  start.dim = kDim;
+  start.fields = 1;
+  start.field[0] = {kSumOffset, kDim, 4, 0x3f000000};  // 0.5
+  return start;
+}
+
+// Lookups of training: ids of many features, each asked for several times, some of them there before.
+void grouped_inserts() {
+  constexpr int64_t kFeatures = 9;
+  constexpr int64_t kEach = 6000;  // more than one part
+  Table table(1 << 16);
+  const BlocksRef blocks = table.blocks(kFeatures * kEach);
+  const std::vector<Initializer> inits(8, Initializer{InitKind::kNormal, 0.0f, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0, 42});
+  std::mt19937_64 random(3);
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < kFeatures * kEach; ++i) ids.push_back(static_cast<int64_t>(random() % 3000) - 1500);
+  std::vector<KeySpan> features;
+  std::vector<IdSpan> spans;
+  std::set<std::pair<int64_t, int64_t>> distinct;
+  for (int64_t f = 0; f < kFeatures; ++f) {
+    const int64_t member = f % 8;  // two features share one
+    features.push_back({ids.data() + f * kEach, kEach, member});
+    spans.push_back({f * kEach, ids.data() + f * kEach, member});
+    for (int64_t i = 0; i < kEach; ++i) distinct.insert({member, ids[f * kEach + i]});
+  }
+  const int64_t n = kFeatures * kEach;
+  std::vector<int64_t> rows(n), found(n), unique(n), starts(n + 1), sources(n), before;
+  int64_t groups = 0;
+  for (const int tasks : {kThreads, 1}) {
+    const InsertKeys<float> keys{table.map(), table.counters, table.free_rows.data(),
+                                 blocks,      inits.data(),   record_start()};
+    group_cpu(Threads{tasks}, GroupInputs{features, nullptr, nullptr}, keys,
+              GroupOutputs{rows.data(), unique.data(), starts.data(), sources.data(), nullptr, &groups});
+    CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));
+    for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
+    CHECK(groups == static_cast<int64_t>(distinct.size()) && starts[groups] == n);
+    for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{segments(spans, n), table.map(), found.data()});
+    CHECK(found == rows);
+    for (int64_t u = 0; u < groups; ++u) {
+      for (int64_t k = starts[u]; k < starts[u + 1]; ++k) {
+        const int64_t position = (sources[k] >> kSourceShift) * kEach + (sources[k] & kSourceVector);
+        CHECK(rows[position] == unique[u] && (k == starts[u] || sources[k - 1] < sources[k]));
+      }
+    }
+    CHECK(before.empty() || before == sources);  // whatever the number of threads
+    before = sources;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    float values[4];
+    first_values(inits[0], ids[i], 0, values);
+    const char* record = blocks.record(rows[i]);
+    CHECK(reinterpret_cast<const float*>(record)[0] == values[0]);
+    CHECK(reinterpret_cast<const float*>(record + kSumOffset)[kDim - 1] == 0.5f);
+  }
+}
+
 // Every thread gets every id: the slots are fought for as hard as can be.
 void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   Table table(1024);
@@ -106,10 +165,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(count == static_cast<int64_t>(keys.size()));
 
   const BlocksRef blocks = table.blocks(count);
-  RecordStart start{};
-  start.dim = kDim;
-  start.fields = 1;
-  start.field[0] = {kSumOffset, kDim, 4, 0x3f000000};  // 0.5
+  const RecordStart start = record_start();
   const std::vector<InitSpan> init_spans{{0, ids.data(), 0}, {half, ids.data() + half, 7}};
   for_each_cpu(threads, count, 1,
                InitFreshRows<float>{segments(init_spans, n), blocks, inits.data(), table.counters, rows.data(),
@@ -167,8 +223,9 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     std::vector<int64_t> unique(n), starts(n + 1), grouped(n);
     std::vector<float> grouped_scales(n);
     int64_t groups = 0;
-    group_rows_cpu(Threads{tasks}, GroupInputs{rows.data(), n, {half, n - half}, {0, 7}, sources.data(), scales.data()},
-                   GroupOutputs{unique.data(), starts.data(), grouped.data(), grouped_scales.data(), &groups});
+    const std::vector<KeySpan> features{{rows.data(), half, 0}, {rows.data() + half, n - half, 7}};
+    group_cpu(Threads{tasks}, GroupInputs{features, sources.data(), scales.data()}, RowsAsKeys{},
+              GroupOutputs{nullptr, unique.data(), starts.data(), grouped.data(), grouped_scales.data(), &groups});
     CHECK(groups == count);
     const std::vector<GradientSpan> gradients{{0, out.data(), kDim}};
     GroupedGradients all{};
@@ -228,6 +285,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 }  // namespace
 
 int main() {
+  grouped_inserts();
   for (int round = 0; round < 5; ++round) {
     same_ids_at_once(50, 40, false);
     same_ids_at_once(5000, 1, round % 2 == 0);

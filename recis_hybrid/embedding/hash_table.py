@@ -18,7 +18,7 @@ from recis_hybrid.embedding.checks import checked_ids, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
 from recis_hybrid.embedding.initializers import initializer_words
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, select
+from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, gradient_bags, select
 from recis_hybrid.embedding.pending import Part, Pending
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
@@ -100,14 +100,11 @@ class HashTable:
         """As :meth:`lookup`, of features side by side."""
         if not train or self.read_only:
             rows = self._on_blocks(self.id_map.find(self._on_map(request.ids), request.members))
-            return Lookup(request, rows, self.id_map.row_bound, self.generation, False, False, self.step)
-        rows = self._insert(request.ids, request.members, self.gate)
+            return Lookup(request, rows, self.id_map.row_bound, self.generation, False, self.step)
         self._see()
-        lookup = Lookup(request, rows, self.id_map.row_bound, self.generation, True, self.gate is None, self.step + 1)
+        lookup = self._insert_grouped(request)
         if self.before_read is not None:
             self.before_read(self, lookup.groups)
-        elif request.bags.offsets or request.bags.weights:
-            _ = lookup.groups  # now, since they are the caller's and may be others when the gradients come
         self._unseen = lookup
         return lookup
 
@@ -149,12 +146,30 @@ class HashTable:
             [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
         )  # fmt: skip
 
+    def _insert_grouped(self, request: Request) -> Lookup:
+        ids, members, layout = request.ids, request.members, self.layout
+        if self.gate is not None or self.map_device != self.device:
+            rows = self._insert(ids, members, self.gate)
+            groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
+        else:
+            bound = self._reserve(sum(request.bags.lengths))
+            rows, groups = ops.gather.insert_grouped(
+                self.id_map.slots, self.id_map.counters, self.id_map.free_rows, self.blocks.handle, layout.element,
+                layout.dim, self._initializers, layout.state_args, ids, members, bound, gradient_bags(request.bags),
+            )  # fmt: skip
+            self.id_map.inserted(rows.numel())
+        return Lookup(request, rows, self.id_map.row_bound, self.generation, self.gate is None, self.step + 1, groups)
+
+    def _reserve(self, more: int) -> int:
+        """Makes room for more ids; whatever may run out of memory, before anything is changed."""
+        bound = self.id_map.row_bound + more
+        self.blocks.reserve(bound)
+        self.id_map.reserve(more)
+        return bound
+
     def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None) -> Tensor:
-        total = sum(part.numel() for part in ids)
         near = self._on_map(ids)
-        # Whatever may run out of memory comes before anything is changed.
-        self.blocks.reserve(self.id_map.row_bound + total)
-        self.id_map.reserve(total)
+        self._reserve(sum(part.numel() for part in ids))
         admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members))
         new_rows, new = self.id_map.find_or_insert(near, members, admitted)
         try:

@@ -118,8 +118,12 @@ class IdMap:
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
         ops.id_map.find_or_insert(self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh)
-        self._late.inserted(total)
+        self.inserted(total)
         return rows, fresh
+
+    def inserted(self, at_most: int) -> None:
+        """Notes that an operator may have inserted as many ids."""
+        self._late.inserted(at_most)
 
     def commit(self) -> None:
         """Counts the rows of :meth:`find_or_insert` as old, once they have their first values."""

@@ -80,20 +80,29 @@ class Lookup:
     """Greater than every row in ``rows``."""
     generation: int
     """The table's generation at the time; rows mean nothing in a later one."""
-    train: bool
-    """Whether it was a training lookup: one whose rows may take gradients."""
     complete: bool
     """Whether every id is known to have a row."""
     step: int
     """The step that it belongs to."""
     grouped: RowGroups | None = None
-    """``groups``, once it was asked for."""
+    """The positions grouped by row, as gradients are summed; None if this was no training lookup."""
+
+    @property
+    def train(self) -> bool:
+        """Whether it was a training lookup: one whose rows may take gradients."""
+        return self.grouped is not None
 
     @property
     def groups(self) -> RowGroups:
-        """The positions grouped by row, as gradients are summed."""
+        """The positions grouped by row.
+
+        Raises:
+            RuntimeError: If this was no training lookup.
+        """
         if self.grouped is None:
-            self.grouped = ops.gather.group_rows(self.rows, self.request.members, self.row_bound, self.sources)
+            raise RuntimeError(
+                "the lookup was made in evaluation mode; call train() before it, for it to take gradients"
+            )
         return self.grouped
 
     @property

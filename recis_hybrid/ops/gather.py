@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.ops._fake import nothing_returned
-from recis_hybrid.ops.blocks import Blocks
+from recis_hybrid.ops.blocks import Blocks, StateArgs
 
-nothing_returned("gather_bags", "group_rows", "spread_max")
+nothing_returned("gather_bags", "group_rows", "insert_grouped", "spread_max")
 
 SUM, MEAN, SQRTN, MAX = range(4)
 
@@ -91,14 +91,58 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
     Returns:
         The groups, on the device of ``rows``, without waiting for it.
     """
-    n = rows.numel()
+    groups = _room(rows.numel(), bags, rows.device)
+    torch.ops.recis.group_rows(rows, members, row_bound, *bags, *_parts(groups))
+    return groups
+
+
+def insert_grouped(
+    slots: Tensor, counters: Tensor, free_rows: Tensor, blocks: Blocks, element: int, dim: int, initializers: Tensor,
+    state: StateArgs, ids: Sequence[Tensor], members: Sequence[int], row_bound: int, bags: Bags,
+) -> tuple[Tensor, RowGroups]:  # fmt: skip
+    """Finds each id or gives it a row with its first values, and groups the positions by row: a training lookup.
+
+    As ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows` one after another,
+    for a map and blocks on one device. On the CPU ids are grouped first, and only distinct ones are looked for.
+
+    Args:
+        slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
+        counters: int64 ``[5]``, written.
+        free_rows: int64, rows to use again.
+        blocks: Written. Must have room for every row that may be made.
+        element: Of the embedding, a value of ``blocks.ELEMENTS``.
+        dim: D.
+        initializers: int64 ``[M, 5]``: first values, by member table.
+        state: First values of the optimizer state.
+        ids: For each feature, int64 ``[n_f]``, contiguous.
+        members: For each feature, the number of its member table.
+        row_bound: Greater than every row that may be made.
+        bags: How gradients belong to positions, as in :func:`group_rows`.
+
+    Returns:
+        int64 ``[N]``, the row of each id; and the groups.
+    """
+    n = sum(bags.lengths)
+    rows = torch.empty(n, dtype=torch.int64, device=slots.device)
+    groups = _room(n, bags, slots.device)
+    torch.ops.recis.insert_grouped(
+        slots, counters, free_rows, *blocks, element, dim, initializers, state.offsets, state.widths, state.sizes,
+        state.first_values, ids, members, row_bound, *bags, rows, *_parts(groups),
+    )  # fmt: skip
+    return rows, groups
+
+
+def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
     # One allocation: sources, unique, offsets (n + 1), count.
-    words = torch.empty(3 * n + 2, dtype=torch.int64, device=rows.device)
+    words = torch.empty(3 * n + 2, dtype=torch.int64, device=device)
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
     scaled = bool(bags.weights) or MEAN in bags.combiners or SQRTN in bags.combiners
-    scales = torch.empty(n, dtype=torch.float32, device=rows.device) if scaled else None
-    torch.ops.recis.group_rows(rows, members, row_bound, *bags, unique, offsets, sources, scales, count)
+    scales = torch.empty(n, dtype=torch.float32, device=device) if scaled else None
     return RowGroups(count, unique, offsets, sources, scales)
+
+
+def _parts(groups: RowGroups) -> tuple[Tensor | None, ...]:
+    return groups.unique, groups.offsets, groups.sources, groups.scales, groups.count
 
 
 def spread_max(offsets: Tensor, winners: Tensor, gradient: Tensor, out: Tensor) -> None:

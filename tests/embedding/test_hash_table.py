@@ -129,7 +129,7 @@ def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest
 
     monkeypatch.setattr(ops.blocks, "init_fresh", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        table.lookup([feature(list(range(100)))], train=True)
+        table.insert(0, torch.arange(100))
     monkeypatch.undo()
     assert table.ids(0).tolist() == [1, 2]
     assert table.id_map.counters.tolist()[0] == 0

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,47 @@ def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
     torch.testing.assert_close(out[:3], torch.stack([want[row] for row in merged.groups.unique[:3].tolist()]))
 
 
+IDS = st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=40)
+
+
+@on_devices
+@settings(max_examples=40)
+@given(data=st.data(), features=st.lists(st.tuples(st.integers(0, 2), IDS), min_size=1, max_size=5))
+def test_a_training_lookup_is_an_insert_and_a_grouping(
+    device: str, data: st.DataObject, features: list[tuple[int, list[int]]]
+) -> None:
+    table = make_table(members=3, dim=4, device=device)
+    table.insert(1, torch.tensor([0, 1, 2, 2**40], device=device))
+    table.erase(1, torch.tensor([1, 2], device=device))
+    request = []
+    for member, ids in features:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
+        weights = torch.rand(len(ids), device=device) if data.draw(st.booleans()) else None
+        request.append(feature(ids, [0, *cuts, len(ids)], member, ops.gather.MEAN, device, weights))
+    lookup = table.lookup(request, train=True)
+    flat = [(member, i) for member, ids in features for i in ids]
+    found = [int(table.rows(member, torch.tensor([i], device=device))) for member, i in flat]
+    assert lookup.rows.tolist() == found
+    assert len(set(zip(found, flat, strict=True))) == len(set(found)) == len(set(flat))
+    by_rows = ops.gather.group_rows(lookup.rows, lookup.request.members, lookup.row_bound, lookup.sources)
+    by_row, by_id = dict(_groups(by_rows)), dict(_groups(lookup.groups))
+    assert by_id == by_row
+    assert len(table) == len(set(flat) | {(1, 0), (1, 2**40)})
+    first = make_table(members=3, dim=4, device=device)
+    for member, i in set(flat):
+        ids = torch.tensor([i], device=device)
+        first.insert(member, ids)
+        assert torch.equal(table.export(member, ids)["embedding"], first.export(member, ids)["embedding"])
+
+
+def _groups(groups: RowGroups) -> list[tuple[int, list[tuple[int, float]]]]:
+    count = int(groups.count)
+    starts, sources = groups.offsets.tolist(), groups.sources.tolist()
+    scales = [1.0] * len(sources) if groups.scales is None else groups.scales.tolist()
+    parts = [list(zip(sources[a:b], scales[a:b], strict=True)) for a, b in itertools.pairwise(starts[: count + 1])]
+    return list(zip(groups.unique[:count].tolist(), parts, strict=True))
+
+
 @settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 6))
 def test_thread_counts_give_the_same_bits(dim: int, spread: int) -> None:
@@ -192,6 +235,15 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     words = [torch.empty(4, dtype=torch.int64) for _ in range(4)]
     records, check = (*table.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
     check(torch.ops.recis.group_rows.default, (lookup.rows, [0], 2, *singles(3), *words[:3], None, words[3][:1]))
+    table.blocks.reserve(10)
+    check(
+        torch.ops.recis.insert_grouped.default,
+        (
+            table.id_map.slots, table.id_map.counters, table.id_map.free_rows, *table.blocks.handle, 0, 4,
+            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.tensor([1, 7, 1])], [0], 10, *singles(3),
+            torch.empty(3, dtype=torch.int64), *words[:3], None, words[3][:1],
+        ),
+    )  # fmt: skip
     check(torch.ops.recis.reduce_rows.default, (*grouped, torch.zeros(3, 4)))
     check(torch.ops.recis.sgd_update.default, (*records, *grouped, 0.1))
     check(torch.ops.recis.momentum_update.default, (*records, *grouped, 0, 0.1, 0.9))

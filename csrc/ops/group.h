@@ -1,0 +1,43 @@
+// Grouping on the CPU as its operators need it (kernels: core/group.h).
+#pragma once
+
+#include "core/group.h"
+#include "ops/device.h"
+#include "ops/gather.h"
+
+namespace recis {
+
+// Where an operator writes groups; RECIS_GROUPS declares the tensors in a schema, from the letter `b` on.
+#define RECIS_GROUPS "Tensor(b!) unique, Tensor(c!) starts, Tensor(d!) sources, Tensor(e!)? scales, Tensor(f!) count"
+
+inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, const Tensor& sources) {
+  RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
+              "groups: a buffer is smaller than its upper bound");
+  RECIS_CHECK(n < (int64_t{1} << 31), "groups: at most 2^31 - 1 positions, got ", n);
+}
+
+// Groups the keys of a lookup's features; `rows` may be null.
+template <class Keys>
+void group_positions(CpuDevice& device, const Keys& keys, std::vector<KeySpan> features, const Ints& lengths,
+                     const Ints& vectors, const Tensors& offsets, const Tensors& weights, const Ints& combiners,
+                     const Ints& tiles, int64_t* rows, const Tensor& unique, const Tensor& starts,
+                     const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
+  GroupInputs in{std::move(features), nullptr, nullptr};
+  const int64_t n = in.positions();
+  check_groups(n, unique, starts, sources);
+  float* shares = data_or_null<float>(scales, "scales");
+  const bool plain = offsets.empty() && shares == nullptr;  // one id a vector: nothing to look up
+  const auto ungrouped = detail::room<int64_t>(plain ? 0 : n);
+  const auto ungrouped_scales = detail::room<float>(shares == nullptr ? 0 : n);
+  if (!plain) {
+    in.sources = ungrouped.get();
+    in.scales = shares == nullptr ? nullptr : ungrouped_scales.get();
+    fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped.get(),
+                 shares == nullptr ? nullptr : ungrouped_scales.get());
+  }
+  group_cpu(TorchPool{}, in, keys,
+            GroupOutputs{rows, data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
+                         data<int64_t>(sources, "sources"), shares, data<int64_t>(count, "count")});
+}
+
+}  // namespace recis
