@@ -50,12 +50,20 @@ RECIS_HD int64_t fetch_add(int64_t* word, int64_t value) {
 #endif
 }
 
-RECIS_HD int64_t load_relaxed(const int64_t* word) {
+template <class Word>
+RECIS_HD Word load_relaxed(const Word* word) {
 #if defined(__CUDA_ARCH__)
-  return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*const_cast<int64_t*>(word))
-      .load(cuda::memory_order_relaxed);
+  return cuda::atomic_ref<Word, cuda::thread_scope_device>(*const_cast<Word*>(word)).load(cuda::memory_order_relaxed);
 #else
   return __atomic_load_n(word, __ATOMIC_RELAXED);
+#endif
+}
+
+RECIS_HD void store_relaxed(uint64_t* word, uint64_t value) {
+#if defined(__CUDA_ARCH__)
+  cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).store(value, cuda::memory_order_relaxed);
+#else
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
 #endif
 }
 

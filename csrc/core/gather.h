@@ -82,7 +82,11 @@ struct GatherBags {
         if constexpr (kCanStream<E, decltype(n)>) {
           if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
         }
-        for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
+        if constexpr (std::is_same_v<E, float>) {
+          memcpy(out + d, row + d, n * sizeof(float));
+        } else {
+          for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
+        }
       });
       return;
     }

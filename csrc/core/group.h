@@ -164,6 +164,7 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
 
   executor(parts.count(), 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> table;
+    std::vector<uint64_t> hashes;
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = parts.begins[part];
       const int64_t length = parts.begins[part + 1] - begin;
@@ -177,17 +178,18 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
       table.assign(size_t{1} << bits, -1);
       const uint64_t mask = (uint64_t{1} << bits) - 1;
       int32_t count = 0;
+      hashes.resize(length);
+      for (int64_t i = 0; i < length; ++i) hashes[i] = Keys::hash(part_keys[i], member);
       for (int64_t i = 0; i < length; ++i) {
         const int64_t key = part_keys[i];
-        const uint64_t hash = Keys::hash(key, member);
         // Bits below those that dealt the parts.
-        for (uint64_t at = hash >> 20 & mask;; at = (at + 1) & mask) {
+        for (uint64_t at = hashes[i] >> 20 & mask;; at = (at + 1) & mask) {
           const int32_t group = table[at];
           if (group < 0) {
             table[at] = part_local[i] = count;
             part_rows[count] = key;
             part_sizes[count++] = 1;
-            keys.prefetch(hash);
+            keys.prefetch(hashes[i]);
             break;
           }
           if (part_rows[group] == key) {

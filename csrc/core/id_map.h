@@ -1,10 +1,14 @@
 // Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
-// Open addressing with linear probing; the caller keeps the load, erased slots included, at or below 0.75, so a probe
-// always meets an empty slot.
+// Open addressing with linear probing from the first slot of a cache line of four; the caller keeps the load, erased
+// slots included, at or below 0.75, so a probe always meets an empty slot.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__AVX__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
 
 #include "core/atomics.h"
 #include "core/mix.h"
@@ -24,6 +28,41 @@ RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
   return (static_cast<uint64_t>(member) << kMemberShift) | (hash >> (64 - kTagBits));
 }
 
+inline constexpr uint64_t kLineSlots = 4;
+
+// The number, before it is masked, of the slot that a probe starts from.
+RECIS_HD uint64_t probe_start(uint64_t hash) { return hash & ~(kLineSlots - 1); }
+
+// The slot of a line that holds an id, or null.
+//
+// All four are compared without a branch: how far a probe goes is a toss-up, and a branch that is guessed wrong while
+// its slot is still on the way from memory keeps the processor from starting on the ids after it.
+RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
+  const uint64_t full = make_entry(SlotState::kFull, key, 0);
+  const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);  // both bits of the state, and the key
+#if defined(__AVX__) && !defined(__CUDACC__)
+  // Processors that have AVX read 16 aligned bytes at once, so that an entry comes with the id that it was published
+  // with.
+  const __m128i wanted = _mm_set_epi64x(static_cast<int64_t>(full), static_cast<int64_t>(id));
+  const __m128i mask = _mm_set_epi64x(static_cast<int64_t>(compared), -1);
+  const auto same = [&](int j) {
+    const __m128i slot = _mm_load_si128(reinterpret_cast<const __m128i*>(line) + j);
+    return _mm_cmpeq_epi64(_mm_and_si128(slot, mask), wanted);
+  };
+  const __m128i both = _mm_packs_epi16(_mm_packs_epi32(same(0), same(1)), _mm_packs_epi32(same(2), same(3)));
+  const int found = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
+  return found == 0 ? nullptr : line + 2 * __builtin_ctz(found);
+#else
+  uint64_t found = kLineSlots;
+  for (uint64_t j = 0; j < kLineSlots; ++j) {
+    const uint64_t entry = load_acquire(line + 2 * j + 1);
+    const uint64_t difference = ((entry & compared) ^ full) | (load_relaxed(line + 2 * j) ^ id);
+    found = difference == 0 ? j : found;
+  }
+  return found == kLineSlots ? nullptr : line + 2 * found;
+#endif
+}
+
 RECIS_HD void prefetch_slot(const IdMapRef& map, int64_t id, int64_t member) {
 #if !defined(__CUDA_ARCH__)
   __builtin_prefetch(map.slots + 2 * (slot_hash(id, member) & map.mask), 0, 3);
@@ -35,14 +74,12 @@ RECIS_HD void prefetch_slot(const IdMapRef& map, int64_t id, int64_t member) {
 RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  for (uint64_t at = hash;; ++at) {
-    uint64_t* slot = map.slots + 2 * (at & map.mask);
-    const uint64_t entry = load_acquire(slot + 1);
-    if (entry_state(entry) == SlotState::kEmpty) return nullptr;
+  for (uint64_t at = probe_start(hash);; at += kLineSlots) {
+    uint64_t* line = map.slots + 2 * (at & map.mask);
     // A claimed slot is an insert still under way: its id is not there for us yet.
-    if (entry_state(entry) == SlotState::kFull && (entry & kKeyMask) == key && slot[0] == static_cast<uint64_t>(id)) {
-      return slot;
-    }
+    if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key)) return slot;
+    // Slots of a line are filled in order, and never become empty again.
+    if (entry_state(load_acquire(line + 2 * kLineSlots - 1)) == SlotState::kEmpty) return nullptr;
   }
 }
 
@@ -85,14 +122,18 @@ template <class Row>
 RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  for (uint64_t at = hash;; ++at) {
+  const uint64_t start = probe_start(hash);
+  if (uint64_t* slot = match_in_line(map.slots + 2 * (start & map.mask), static_cast<uint64_t>(id), key)) {
+    return {slot, load_acquire(slot + 1), false};
+  }
+  for (uint64_t at = start;; ++at) {
     uint64_t* slot = map.slots + 2 * (at & map.mask);
     uint64_t entry = load_acquire(slot + 1);
     if (entry_state(entry) == SlotState::kEmpty) {
       if (!may_claim) return {nullptr, 0, false};
       if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
         entry = make_entry(SlotState::kFull, key, row());
-        slot[0] = static_cast<uint64_t>(id);
+        store_relaxed(slot, static_cast<uint64_t>(id));
         store_release(slot + 1, entry);
         return {slot, entry, true};
       }
@@ -150,7 +191,7 @@ struct RehashSlots {
     const uint64_t entry = from[2 * i + 1];
     if (entry_state(entry) != SlotState::kFull) return;
     const uint64_t id = from[2 * i];
-    for (uint64_t at = slot_hash(static_cast<int64_t>(id), entry_member(entry));; ++at) {
+    for (uint64_t at = probe_start(slot_hash(static_cast<int64_t>(id), entry_member(entry)));; ++at) {
       uint64_t* slot = to.slots + 2 * (at & to.mask);
       uint64_t expected = 0;
       if (load_acquire(slot + 1) == 0 && compare_exchange(slot + 1, expected, entry)) {

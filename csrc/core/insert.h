@@ -27,6 +27,11 @@ struct InsertKeys {
   void prefetch(uint64_t hash) const { __builtin_prefetch(map.slots + 2 * (hash & map.mask), 0, 2); }
 
   int64_t row(int64_t id, int64_t member) const {
+    const uint64_t* slot = find_slot(map, id, member);
+    return __builtin_expect(slot != nullptr, 1) ? entry_row(load_acquire(slot + 1)) : insert(id, member);
+  }
+
+  __attribute__((noinline)) int64_t insert(int64_t id, int64_t member) const {
     const Probe met = find_or_claim(map, id, member, true,
                                     [&] { return fresh_row(counters, free_rows, fetch_add(counters + kFresh, 1)); });
     const int64_t row = entry_row(met.entry);
