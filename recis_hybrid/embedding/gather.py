@@ -44,15 +44,18 @@ class Outputs:
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """Returns each feature's part of a buffer, in its shape."""
-        first = self.shapes[0]
-        count = len(self.shapes)
-        if len(first) == 2 and all(shape == first for shape in self.shapes):
-            rows, width = first
-            if count == 1 or (rows * width) % _PART_FLOATS == 0:  # no gaps: one call in place of many
-                return buffer[: count * rows * width].view(count, rows, width).unbind()
-        parts = zip(self.shapes, self.starts, strict=True)
-        return tuple(buffer.as_strided(shape, _strides(shape), start) for shape, start in parts)
+        """Returns each feature's part of a buffer, in its shape.
+
+        They are tensors of their own over its memory, not views of it: each may be changed in place under autograd.
+        """
+        width = self.shapes[0][-1]
+        if width % _PART_FLOATS == 0 and all(len(shape) == 2 and shape[1] == width for shape in self.shapes):
+            rows = [shape[0] for shape in self.shapes]  # no gaps: one call in place of many
+            parts = buffer[: sum(rows) * width].view(-1, width)
+            return torch.unsafe_split_with_sizes(parts, rows)
+        storage = buffer.untyped_storage()
+        places = zip(self.shapes, self.starts, strict=True)
+        return tuple(buffer.new_empty(0).set_(storage, start, shape, _strides(shape)) for shape, start in places)
 
 
 def gather(table: HashTable, lookup: Lookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
@@ -74,7 +77,7 @@ def spread(
 ) -> list[Tensor | None]:
     """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
     dim, request = table.layout.dim, lookup.request
-    if MAX not in request.bags.combiners and all(g is None or (g.dim() == 2 and g.size(1) == dim) for g in gradients):
+    if MAX not in request.bags.combiners and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
         return list(gradients)
     results: list[Tensor | None] = []
     for number, gradient in enumerate(gradients):
@@ -102,11 +105,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
         ctx.table, ctx.lookup, ctx.outputs = table, lookup, outputs
         ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
-        # Tensors of their own over the one buffer, not views of it: they may be changed in place, each for itself.
-        return tuple(
-            view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
-            for view in gather(table, lookup, outputs, keep_winners=True)
-        )
+        return gather(table, lookup, outputs, keep_winners=True)
 
     @staticmethod
     @once_differentiable

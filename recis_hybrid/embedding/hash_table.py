@@ -245,7 +245,8 @@ class HashTable:
         for number, (vectors, gradient) in enumerate(zip(lookup.sources.vectors, gradients, strict=True)):
             if gradient is None:
                 continue
-            if gradient.shape != (vectors, dim) or gradient.dtype is not torch.float32:
+            fits = gradient.ndim == 2 and gradient.size(0) == vectors and gradient.size(1) == dim  # as .shape, sooner
+            if not fits or gradient.dtype is not torch.float32:
                 name = self.members[lookup.request.members[number]].name
                 raise ValueError(
                     f"table {name}: a gradient must be float32 {[vectors, dim]}, "

@@ -6,6 +6,7 @@ Letters: B bags, L ids of a bag, n ids.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -132,6 +133,16 @@ def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> t
     return ids[kept], None if weights is None else weights[kept], starts
 
 
+def _is_plain(column: Tensor | RaggedTensor, device: torch.device) -> TypeGuard[Tensor]:
+    return (
+        type(column) is Tensor
+        and column.dtype is torch.int64
+        and column.ndim == 1
+        and column.device == device
+        and column.is_contiguous()
+    )
+
+
 class TableReader:
     """Reads the columns of all features of a table.
 
@@ -152,22 +163,13 @@ class TableReader:
         """Returns the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
         if self._plain:
             # The most common case by far, and a step of few ids is short: without detours.
-            columns = [batch.get(name) for name in self._names]
-            if all(
-                type(column) is Tensor
-                and column.dtype is torch.int64
-                and column.dim() == 1
-                and column.device == device
-                and column.is_contiguous()
-                for column in columns
-            ):
-                bags = [len(column) for column in columns]  # type: ignore[arg-type]
+            columns = [batch[name] for name in self._names if name in batch]
+            bags = [column.numel() for column in columns if _is_plain(column, device)]
+            if len(bags) == len(self._names):
+                ids: list[Tensor] = columns  # type: ignore[assignment]
                 request = Request(
-                    columns,  # type: ignore[arg-type]
-                    self._members,
-                    Bags(bags, bags, [], [], self._zeros, self._zeros),
-                    self._unknown,
-                )
+                    ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self._unknown
+                )  # fmt: skip
                 return request, [(count, self._dim) for count in bags]
         read = [reader(batch, device) for reader in self._readers]
         return Request.of([ids for ids, _ in read]), [shape for _, shape in read]
