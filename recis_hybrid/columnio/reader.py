@@ -1,4 +1,4 @@
-"""From row groups to batches: decoding, shuffling, cutting. Imports pyarrow."""
+"""From pieces of files to batches: decoding, shuffling, cutting. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from recis_hybrid.ragged import Batch
 
+from .files import Files, Piece
 from .numbers import Array
 from .order import Batches, permutation
-from .parquet import ParquetFiles, Piece
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1
@@ -25,7 +25,7 @@ Chunks: TypeAlias = Iterator[tuple[int, Array]]
 class Reader:
     """The rows of files in the order of an epoch."""
 
-    files: ParquetFiles
+    files: Files
     """What to read."""
     decoded_rows: int
     """How many rows to decode at a time."""
@@ -39,12 +39,29 @@ class Reader:
         """The number of rows in all files."""
         return sum(piece.rows for piece in self.files.pieces)
 
-    def batches(self, epoch: int, ranges: Batches) -> Generator[Batch, None, None]:
-        """Yields a batch for each of the ranges, without reading the row groups that none of them needs."""
+    def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Array, int], None, None]:
+        """Yields the rows of each batch, without reading the pieces that none of them needs.
+
+        Yields:
+            The RecordBatch, and how many of its rows are the batch's own; those after them fill it up.
+        """
+        own = self._cut(epoch, ranges)
+        for low, high in ranges:
+            rows = next(own)[1] if high > low else self.files.empty()
+            count = rows.num_rows
+            parts = [rows]
+            for fill in ranges.filling(low, high):
+                parts += [part for _, part in self._cut(epoch, Batches(fill[1], fill[1] - fill[0], fill[0]))]
+            yield _joined(parts), count
+
+    def tensors(self, rows: Array) -> Batch:
+        """Returns the columns of rows as tensors over the same memory."""
+        columns = zip(self.files.converters.items(), rows.columns, strict=True)
+        return {name: converter.tensor(array) for (name, converter), array in columns}
+
+    def _cut(self, epoch: int, ranges: Batches) -> Chunks:
         chunks = self._decoded(epoch, ranges.wants) if self.block is None else self._shuffled(epoch, ranges, self.block)
-        for _, rows in cut(chunks, ranges):
-            columns = zip(self.files.converters.items(), rows.columns, strict=True)
-            yield {name: converter.tensor(array) for (name, converter), array in columns}
+        return cut(chunks, (each for each in ranges if each[0] < each[1]), self.files.empty)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
         first = 0
@@ -64,7 +81,7 @@ class Reader:
             return ranges.wants(first // block * block, min(-(-stop // block) * block, self.rows))
 
         wanted = (each for each in blocks if ranges.wants(*each))
-        for first, rows in cut(self._decoded(epoch, wants), wanted):
+        for first, rows in cut(self._decoded(epoch, wants), wanted, self.files.empty):
             yield first, rows.take(pa.array(permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)))
 
     def _pieces(self, epoch: int) -> list[Piece]:
@@ -74,27 +91,41 @@ class Reader:
         return [pieces[index] for index in permutation(len(pieces), self.seed, epoch, _PIECES)]
 
 
-def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]]) -> Chunks:
+def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], empty: Callable[[], Array]) -> Chunks:
     """Cuts ranges of rows out of a stream of RecordBatches.
 
     A range inside one RecordBatch is a slice of it, which copies nothing; the rows of one that spans several are copied
-    once.
+    once. Rows that the stream leaves out are missing in the range.
 
     Args:
-        chunks: Hold all rows of all ranges.
+        chunks: Hold all rows of all ranges, but those that could not be read.
         ranges: First row and the row after the last; ascending, none empty, none overlapping another.
+        empty: Makes a RecordBatch without rows, for a range of which no row could be read.
 
     Yields:
         For each range its first row and its RecordBatch.
     """
     chunk: Array = None
-    first, stop = 0, 0
+    first, stop, ended = 0, 0, False
     for low, high in ranges:
         parts, row = [], low
         while row < high:
-            while stop <= row:
-                first, chunk = next(chunks)
-                stop = first + chunk.num_rows
+            while stop <= row and not ended:
+                ended = (item := next(chunks, None)) is None
+                if item is not None:
+                    first, chunk = item
+                    stop = first + chunk.num_rows
+            row = max(row, first)
+            if ended or row >= high:
+                break
             parts.append(chunk.slice(row - first, min(high, stop) - row))
             row += parts[-1].num_rows
-        yield low, parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+        yield low, _joined(parts or [empty()])
+
+
+def _joined(parts: list[Array]) -> Array:
+    parts = [part for part in parts if part.num_rows] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    joined = pa.Table.from_batches(parts).combine_chunks()
+    return joined.to_batches()[0]

@@ -197,12 +197,13 @@ def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remed
         (pa.array([1]), Dense(length=2), r"is int64, which Dense.* does not read"),
         (pa.array([[1]]), Dense(), r"does not read; lists of numbers are read by Ragged\(\), or by Dense\(length"),
         (pa.array([[1]]), Text(), "lists of numbers are read by"),
-        (pa.array([{"a": 1}]), None, "which no tensor is made of; write it as numbers, strings or lists"),
-        (pa.array([["a"]]), Ragged(), "write it as numbers, strings or lists of numbers"),
+        (pa.array([{"a": 1}]), None, "which no tensor is made of; structs are read by Weighted"),
+        (pa.array([None]), None, "is null, which no tensor is made of; write it as numbers, strings or lists"),
+        (pa.array([["a"]]), Ragged(), r"strings and lists of strings are read by Text\(\)"),
         (pa.array([1.5]), Dense(torch.int64), r"is double, which would be cut as torch\.int64; read it as"),
         (pa.array([1]), Dense(torch.bool), r"is int64, which would be cut as torch\.bool"),
         (pa.array([1]), Dense(torch.complex64), r"cannot be read as torch\.complex64; choose one of"),
-        (pa.array([1]), "Dense", "needs a Dense, Ragged or Text for its spec, got 'Dense'"),
+        (pa.array([1]), "Dense", "needs a Dense, Ragged, Text or Weighted for its spec, got 'Dense'"),
     ],
 )
 def test_a_spec_that_does_not_suit_is_refused(array: Any, spec: Any, message: str) -> None:

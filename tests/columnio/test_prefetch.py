@@ -8,6 +8,10 @@ import pytest
 from recis_hybrid.columnio.prefetch import prefetched
 
 
+def same(item: int) -> int:
+    return item
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("recis-columnio")]
 
@@ -42,7 +46,7 @@ class Source:
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 100])
 def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
     source = Source(20)
-    assert list(prefetched(source.items, depth)) == list(range(20))
+    assert list(prefetched(source.items, same, depth)) == list(range(20))
     assert source.closed
     assert gone()
     assert (source.threads == {threading.get_ident()}) == (depth == 0)
@@ -51,7 +55,7 @@ def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_thread_is_never_further_ahead_than_depth(depth: int) -> None:
     source = Source(50)
-    for taken, _ in enumerate(prefetched(source.items, depth), start=1):
+    for taken, _ in enumerate(prefetched(source.items, same, depth), start=1):
         time.sleep(0.002)
         assert source.made <= taken + depth
     assert source.made == 50
@@ -64,7 +68,7 @@ def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> Non
     seen: list[int] = []
 
     def consume() -> None:
-        for item in prefetched(source.items, depth):
+        for item in prefetched(source.items, same, depth):
             seen.append(item)
 
     with pytest.raises(LookupError) as caught:
@@ -77,7 +81,7 @@ def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> Non
 @pytest.mark.parametrize("depth", [1, 4])
 def test_leaving_early_ends_the_thread_and_closes_the_source(depth: int) -> None:
     source = Source(1000)
-    ahead = prefetched(source.items, depth)
+    ahead = prefetched(source.items, same, depth)
     assert [next(ahead), next(ahead)] == [0, 1]
     ahead.close()
     assert source.closed
@@ -87,7 +91,7 @@ def test_leaving_early_ends_the_thread_and_closes_the_source(depth: int) -> None
 
 def test_dropping_the_iterator_ends_the_thread() -> None:
     source = Source(1000)
-    ahead = prefetched(source.items, 2)
+    ahead = prefetched(source.items, same, 2)
     next(ahead)
     del ahead
     gc.collect()
@@ -99,7 +103,7 @@ def test_an_error_in_the_consumer_ends_the_thread() -> None:
     source = Source(1000)
 
     def consume() -> None:
-        for _ in prefetched(source.items, 2):
+        for _ in prefetched(source.items, same, 2):
             raise KeyError("the consumer's")
 
     with pytest.raises(KeyError, match="the consumer's"):
