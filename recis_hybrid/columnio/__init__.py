@@ -9,3 +9,5 @@ from .columns import (
 )
 from .dataset import ColumnDataset as ColumnDataset
 from .errors import BadFileError as BadFileError, Skipped as Skipped
+from .negatives import NegativeSampler as NegativeSampler
+from .windows import Window as Window, Windows as Windows

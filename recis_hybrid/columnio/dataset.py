@@ -75,8 +75,8 @@ class ColumnDataset(IterableDataset[Batch]):
             ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
             fills the batches up with rows from the beginning of the epoch's order; `"pad"` does so too and adds a bool
             column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
-        num_threads: Threads that make tensors and call `transforms`. With more than one Arrow decodes in its own
-            threads, too, of which `pyarrow.set_cpu_count` says how many there are.
+        num_threads: Threads that make tensors and call `transforms`, and as many that decode a piece each. With more
+            than one Arrow decodes columns in its own threads, too, as many as `pyarrow.set_cpu_count` says.
         prefetch: How many batches threads prepare ahead, and so how many there are in memory beside the decoded rows
             that they are cut from; 0 reads in the consumer's thread.
         pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
@@ -155,6 +155,7 @@ class ColumnDataset(IterableDataset[Batch]):
             decoded_rows=-(-_DECODED_ROWS // batch_size) * batch_size,
             seed=integer("seed", seed, 0),
             block=block,
+            threads=num_threads if prefetch else 1,
         )
         self._delivery = Delivery(self._reader, mask, transforms, pin_memory)
         self._num_rows = self._reader.rows

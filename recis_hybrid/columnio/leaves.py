@@ -93,7 +93,7 @@ class PairLeaf:
     def clean(self, array: Array, place: Place) -> Array:
         """See `Leaf`."""
         if array.null_count:
-            raise nulls_refused(array.null_count, len(array), place, "ids and weights in every struct")
+            raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every struct")
         return paired(self.ids.clean(array.field(0), place), self.weights.clean(array.field(1), place))
 
     def parts(self, array: Array) -> Parts:
@@ -126,9 +126,9 @@ class PairTextLeaf:
                     f"{a_few([repr(text) for text in wrong[:3].to_pylist()])} among them; give it "
                     f"Weighted(default_weight=1), or the right separator"
                 )
-            array = pc.if_else(
-                whole, array, pc.binary_join_element_wise(array, str(self.weights.default), self.separator)
-            )
+            weight = pa.scalar(str(self.weights.default), array.type)
+            joined = pc.binary_join_element_wise(array, weight, pa.scalar(self.separator, array.type))
+            array = pc.if_else(whole, array, joined)
         parts = pc.split_pattern(array, self.separator, max_splits=1, reverse=True)
         ids, weights = pc.list_element(parts, 0), pc.list_element(parts, 1)
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 S = TypeVar("S")
 T = TypeVar("T")
 _THREAD = "recis-columnio"
+_DECODER = "recis-columnio-decode"
 
 
 def prefetched(
@@ -95,3 +97,42 @@ def _task(
             future.set_exception(error)
 
     return task
+
+
+def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Generator[T, None, None]:
+    """Yields the items of each source, one source after the other, while threads work at the following ones.
+
+    As many sources as there are threads are open at a time, and of each at most one item waits.
+
+    Args:
+        sources: Makers of items; each is touched by one thread at a time.
+        threads: How many threads; 1 makes all items in the consumer's.
+    """
+    if threads == 1:
+        for source in sources:
+            yield from source
+        return
+    end = object()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=_DECODER)
+    active: deque[tuple[Generator[T, None, None], Future[T | object]]] = deque()
+
+    def begin(count: int) -> None:
+        active.extend((source, pool.submit(next, source, end)) for source in islice(sources, count))
+
+    try:
+        begin(threads)
+        while active:
+            source, future = active[0]
+            while (made := future.result()) is not end:
+                future = pool.submit(next, source, end)
+                active[0] = source, future
+                yield made  # type: ignore[misc]
+                del made
+            active.popleft()
+            begin(1)
+    finally:
+        elsewhere = threading.current_thread().name.rpartition("_")[0] != _DECODER
+        pool.shutdown(wait=elsewhere, cancel_futures=True)
+        if elsewhere:
+            for source, _ in active:
+                source.close()

@@ -13,11 +13,12 @@ from recis_hybrid.ragged import Batch
 from .files import Files, Piece
 from .numbers import Array
 from .order import Batches, permutation
+from .prefetch import chained
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1
 
-Chunks: TypeAlias = Iterator[tuple[int, Array]]
+Chunks: TypeAlias = Generator[tuple[int, Array], None, None]
 """RecordBatches in the order of the epoch, each with the number of its first row; some rows may be left out."""
 
 
@@ -33,6 +34,8 @@ class Reader:
     """Of the order, where shuffled."""
     block: int | None
     """How many rows are permuted together; None keeps the order of the files."""
+    threads: int = 1
+    """How many pieces to decode at once."""
 
     @property
     def rows(self) -> int:
@@ -64,14 +67,19 @@ class Reader:
         return cut(chunks, (each for each in ranges if each[0] < each[1]), self.files.empty)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
+        yield from chained(self._sources(epoch, wants), self.threads)
+
+    def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
         first = 0
         for piece in self._pieces(epoch):
             if wants(first, first + piece.rows):
-                done = first
-                for rows in self.files.read(piece, self.decoded_rows):
-                    yield done, rows
-                    done += rows.num_rows
+                yield self._numbered(piece, first)
             first += piece.rows
+
+    def _numbered(self, piece: Piece, first: int) -> Chunks:
+        for rows in self.files.read(piece, self.decoded_rows):
+            yield first, rows
+            first += rows.num_rows
 
     def _shuffled(self, epoch: int, ranges: Batches, block: int) -> Chunks:
         blocks = Batches(self.rows, block)
