@@ -4,15 +4,16 @@
 
 ``scan``: Parquet files of 26 int64 columns, 13 of float32 and a label, to tensors, beside pyarrow's own scan to
 RecordBatches, which is the limit. ``dataloader``: the same beside ``torch.utils.data.DataLoader`` with 2 workers, each
-of which reads its files by pandas and cuts batches out of the frame. ``ragged_strings``: two columns of lists (20 ids on
-average) and four of strings, all hashed while they are read, beside a pyarrow scan with pandas' hash of their values.
-``memory``: the bytes that Arrow holds at most while a slow consumer reads, in batches, beside prefetch + threads. A
-ratio of the last is of bound to use.
+of which reads its files by pandas and cuts batches out of the frame. ``ragged_strings``: two columns of lists (20 ids
+on average) and four of strings, all hashed while they are read, beside a pyarrow scan with pandas' hash of their
+values. ``memory``: the bytes that Arrow holds at most while a slow consumer reads, in batches, beside prefetch +
+threads. A ratio of the last is of bound to use.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,6 @@ def memory_case(data: ColumnDataset, threads: int) -> None:
     for number, batch in enumerate(data):
         if number % 5 == 0:
             # Time for the threads to come as far ahead as they may.
-            torch.utils.data.get_worker_info()
-            import time
-
             time.sleep(0.02)
         most = max(most, pa.total_allocated_bytes() - before)
         size = max(size, sum(c.nbytes for c in batch.values() if isinstance(c, torch.Tensor)))

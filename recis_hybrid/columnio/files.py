@@ -12,7 +12,7 @@ from .columns import Column, Weighted
 from .convert import Converter
 from .errors import BadFileError, Skipped, cannot_be_read
 from .filters import RowFilter
-from .formats import Contents, Format
+from .formats import Contents, Format, format_of
 from .numbers import Array, ArrowType, Place, a_few
 from .paths import File
 
@@ -27,10 +27,14 @@ class OpenedFile:
     """A file whose columns are known."""
 
     file: File
-    format: Format
     contents: Contents
     partition: Mapping[str, ArrowType]
     """The columns that its folders' names hold, and their types."""
+
+    @property
+    def format(self) -> Format:
+        """How it is read; looked up, since a module cannot go to another process."""
+        return format_of(self.file.name)
 
     @property
     def schema(self) -> ArrowType:

@@ -190,7 +190,8 @@ def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) 
         return Candidates(ids, np.ones(len(ids)))
     if frequencies.shape != items.shape:
         raise ValueError(
-            f"NegativeSampler: frequencies must be one for each item, got {list(frequencies.shape)} for {len(ids)} items"
+            f"NegativeSampler: frequencies must be one for each item, got {list(frequencies.shape)} for "
+            f"{len(ids)} items"
         )
     found = frequencies.cpu().to(torch.float64).numpy()[order]
     if not (np.isfinite(found) & (found > 0)).all():

@@ -85,12 +85,12 @@ def _inspect(
             raise
         except DAMAGE as error:
             raise not_whole(file, used.NAME, error) from error
-        return OpenedFile(file, used, contents, {name: partition[name] for name in file.partition})
+        return OpenedFile(file, contents, {name: partition[name] for name in file.partition})
 
     def bad(file: File, error: Exception) -> None:
         leave_out(skipped, Skipped(str(file), "all", 0, str(error)))
 
-    # A text file without a byte has no columns, and no rows to miss them.
+    # A text file without a line of values has no columns, and no rows to miss them.
     return [each for each in _each(opened, files, bad if skip else None) if each.contents.schema is not None]
 
 

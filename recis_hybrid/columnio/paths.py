@@ -167,7 +167,7 @@ def _matching(filesystem: Any, base: str, pattern: str) -> list[str]:
     whole = f"{base}/{pattern}" if base else pattern
     files: list[str] = []
     for match in sorted(ArrowFSWrapper(filesystem).glob(whole)):
-        if not _is_hidden(match.rpartition("/")[2]):
+        if not _hides(match[len(base) :], pattern):
             is_file = filesystem.get_file_info(match).type == pafs.FileType.File
             files += [match] if is_file else _below(filesystem, match)
     return list(dict.fromkeys(files))
@@ -191,7 +191,7 @@ def _local(entry: str) -> list[str]:
         raise FileNotFoundError(_no_such_file(entry))
     if not glob.has_magic(entry):
         raise FileNotFoundError(f"columnio: {entry} does not exist (seen from {Path.cwd()}); check the path")
-    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _is_hidden(Path(match).name)]
+    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _hides(match, entry)]
     files = [file for match in matches for file in ([str(match)] if match.is_file() else _files_below(match))]
     if not files:
         raise FileNotFoundError(f"columnio: no file matches {entry} (seen from {Path.cwd()}); check the pattern")
@@ -216,6 +216,11 @@ def _no_such_file(folder: str) -> str:
 
 def _is_local(filesystem: Any) -> bool:
     return isinstance(filesystem, pafs.LocalFileSystem)
+
+
+def _hides(match: str, pattern: str) -> bool:
+    """Returns whether a match has a hidden part that the pattern does not itself name."""
+    return any(_is_hidden(part) for part in set(match.split("/")) - set(pattern.split("/")))
 
 
 def _is_hidden(name: str) -> bool:

@@ -217,14 +217,21 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
         },
         "epoch": draw(st.integers(0, 3)),
         "turns": draw(st.integers(0, 12)),
-        "before": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": before},
-        "now": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": now},
+        "filters": draw(st.sampled_from([None, [("label", "=", 1)], [("row", ">=", 18), ("row", "<", 31)]])),
+        "before": {**draw(_reading()), "world_size": before},
+        "now": {**draw(_reading()), "world_size": now},
     }
+
+
+def _reading() -> st.SearchStrategy[dict[str, int]]:
+    sizes, depths, threads = st.integers(1, 13), st.integers(0, 3), st.integers(1, 3)
+    return st.fixed_dictionaries({"batch_size": sizes, "prefetch": depths, "num_threads": threads})
 
 
 @settings(max_examples=80)
 @given(plan=plans())
 def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str, Any]) -> None:
+    plan["order"]["filters"] = plan["filters"]
     whole = open_rows(folder, **plan["order"])
     whole.set_epoch(plan["epoch"])
     expected = list(chain.from_iterable(rows_of(whole)))

@@ -43,6 +43,8 @@ def test_patterns(tree: Path) -> None:
     assert names(find_files(str(tree / "[ab].parquet")), tree) == ["a.parquet", "b.parquet"]
     assert names(find_files(str(tree / "day=*")), tree) == ["day=1/c.pq"]
     assert names(find_files(str(tree / "**" / "*.pq")), tree) == ["day=1/c.pq"]
+    assert names(find_files(str(tree / "**" / "*.parquet")), tree) == ["a.parquet", "b.parquet"]
+    assert names(find_files(str(tree / "_temporary" / "*.parquet")), tree) == ["_temporary/d.parquet"]
 
 
 def test_what_is_not_there_is_refused(tree: Path) -> None:

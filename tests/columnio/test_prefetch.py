@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 import pytest
 
-from recis_hybrid.columnio.prefetch import prefetched
+from recis_hybrid.columnio.prefetch import chained, prefetched
 
 
 def same(item: int) -> int:
@@ -109,4 +109,77 @@ def test_an_error_in_the_consumer_ends_the_thread() -> None:
     with pytest.raises(KeyError, match="the consumer's"):
         consume()
     gc.collect()
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_several_threads_keep_the_order(threads: int) -> None:
+    working: set[int] = set()
+
+    def slowly(item: int) -> int:
+        working.add(threading.get_ident())
+        time.sleep(0.005 * (item % 3))
+        return -item
+
+    source = Source(30)
+    assert list(prefetched(source.items, slowly, 8, threads)) == [-item for item in range(30)]
+    assert 1 < len(working) <= threads
+    assert source.closed
+    assert gone()
+
+
+def test_an_error_of_the_work_arrives_in_its_place() -> None:
+    error = LookupError("mine")
+
+    def work(item: int) -> int:
+        if item == 4:
+            raise error
+        return item
+
+    source, seen = Source(1000), []
+
+    def consume() -> None:
+        for item in prefetched(source.items, work, 6, 3):
+            seen.append(item)
+
+    with pytest.raises(LookupError) as caught:
+        consume()
+    assert caught.value is error
+    assert seen == [0, 1, 2, 3]
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_chained_sources_come_one_after_the_other(threads: int) -> None:
+    sources = [Source(size) for size in (3, 0, 1, 7, 2)]
+    assert list(chained((source.items for source in sources), threads)) == [0, 1, 2, 0, *range(7), 0, 1]
+    assert all(source.closed for source in sources)
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_chained_sources_as_many_are_open_as_there_are_threads(threads: int) -> None:
+    sources = [Source(5) for _ in range(6)]
+    items = chained((source.items for source in sources), threads)
+    assert [next(items) for _ in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    time.sleep(0.05)
+    assert [source.made > 0 for source in sources] == [number < 1 + threads for number in range(6)]
+    # Of each at most one item waits.
+    assert [source.made for source in sources[2:3]] == [1] * (threads - 1) + [0] * (2 - threads)
+    items.close()
+    assert all(source.closed == (source.made > 0) for source in sources)
+    assert gone()
+
+
+def test_an_error_of_a_chained_source_comes_after_those_before_it() -> None:
+    sources = [Source(2), Source(1, LookupError("mine")), Source(3)]
+    seen = []
+
+    def consume() -> None:
+        for item in chained((source.items for source in sources), 3):
+            seen.append(item)
+
+    with pytest.raises(LookupError, match="mine"):
+        consume()
+    assert seen == [0, 1, 0]
     assert gone()

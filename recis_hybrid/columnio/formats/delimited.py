@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +18,12 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
     try:
         with _open(file) as source, pc.open_csv(source, **_options(file, types)) as reader:
-            return Contents(reader.schema, [None])
+            rows = sum(batch.num_rows for batch in islice(reader, 1))
+            # Without a line after the header nothing says of what types the columns are.
+            return Contents(reader.schema, [None]) if rows else Contents(None, [])
     except pa.ArrowInvalid as error:
         if "Empty CSV file" not in str(error):
             raise
-        # Without even a header it has no columns that could be missing.
         return Contents(None, [])
 
 

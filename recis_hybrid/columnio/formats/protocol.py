@@ -24,7 +24,7 @@ class Contents:
     """What a file says of itself before its rows are read."""
 
     schema: Any
-    """A `pyarrow.Schema` of all columns."""
+    """A `pyarrow.Schema` of all columns; None of a text file without a line of values."""
     sizes: Sequence[int | None]
     """Of each piece the number of its rows; None where only reading it tells."""
     footer: Any = None
