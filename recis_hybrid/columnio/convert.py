@@ -10,7 +10,7 @@ Letters: B rows of a batch, N values over all rows, L values of each row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +31,10 @@ class Converter(Protocol):
     def spec(self) -> Column:
         """The spec, its dtype filled in."""
 
+    @property
+    def dense(self) -> bool:
+        """Whether it makes one tensor, with a row for each."""
+
     def clean(self, array: Array, place: Place) -> Array:
         """Returns the array in the layout that `tensor` takes, without nulls.
 
@@ -48,6 +52,7 @@ class DenseConverter:
 
     spec: Dense
     numbers: Numbers
+    dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
@@ -65,6 +70,7 @@ class FixedConverter:
     spec: Dense
     numbers: Numbers
     length: int
+    dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
@@ -99,6 +105,7 @@ class ListConverter:
     spec: Ragged | Text | Weighted
     leaf: Leaf
     depth: int
+    dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
@@ -141,6 +148,7 @@ class ParallelConverter:
     spec: Weighted
     ids: ListConverter
     weights: ListConverter
+    dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""

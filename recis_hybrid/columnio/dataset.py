@@ -157,7 +157,7 @@ class ColumnDataset(IterableDataset[Batch]):
             block=block,
             threads=num_threads if prefetch else 1,
         )
-        self._delivery = Delivery(self._reader, mask, transforms, pin_memory)
+        self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
         self._num_rows = self._reader.rows
         self._position, self._first_row = Position(0, 0), 0
         if self._num_rows == 0:

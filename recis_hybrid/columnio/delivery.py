@@ -11,16 +11,16 @@ import torch
 from recis_hybrid.ragged import Batch
 
 if TYPE_CHECKING:
-    from .numbers import Array
-    from .reader import Reader
+    from .convert import Converter
+    from .rows import Rows
 
 
 @dataclass(frozen=True)
 class Delivery:
     """From the rows of a batch to what the consumer gets."""
 
-    reader: Reader
-    """Knows the columns."""
+    converters: Mapping[str, Converter]
+    """How columns become tensors."""
     mask: str | None
     """The column that tells a batch's own rows from those that fill it up; None for no such column."""
     transforms: Callable[[Batch], Batch] | None
@@ -28,14 +28,14 @@ class Delivery:
     pin_memory: bool
     """Whether tensors are to lie in pinned memory."""
 
-    def __call__(self, cut: tuple[Array, int]) -> Batch:
+    def __call__(self, cut: tuple[Rows, int]) -> Batch:
         """Makes a batch of its rows and the number of those that are its own.
 
         Raises:
             TypeError: The transforms return no batch.
         """
         rows, own = cut
-        batch = self.reader.tensors(rows)
+        batch = rows.tensors(self.converters)
         if self.mask is not None:
             batch[self.mask] = torch.arange(rows.num_rows) < own
         if self.transforms is not None:

@@ -15,6 +15,7 @@ from .filters import RowFilter
 from .formats import Contents, Format, format_of
 from .numbers import Array, ArrowType, Place, a_few
 from .paths import File
+from .rows import Rows
 
 DAMAGE = (OSError, pa.ArrowException)
 """What pyarrow raises for files that it cannot read."""
@@ -113,8 +114,8 @@ class Files:
     skipped: list[Skipped] = field(default_factory=list)
     """What was damaged and left out."""
 
-    def read(self, piece: Piece, rows: int) -> Iterator[Array]:
-        """Yields the wanted rows of a piece in order as clean RecordBatches of at most about `rows` rows.
+    def read(self, piece: Piece, rows: int) -> Iterator[Rows]:
+        """Yields the wanted rows of a piece in order, about `rows` of them at a time.
 
         Args:
             piece: Which.
@@ -136,7 +137,7 @@ class Files:
                 done += batch.num_rows
                 if done > piece.rows:
                     break
-                yield pa.RecordBatch.from_arrays(arrays, names=list(self.converters))
+                yield self._rows(arrays)
             if done != piece.rows:
                 raise BadFileError(
                     f"columnio: {piece} of {piece.opened.file} has {done} rows where it had {piece.rows} when it was "
@@ -147,14 +148,17 @@ class Files:
                 raise
             leave_out(self.skipped, Skipped(str(piece.opened.file), str(piece), max(piece.rows - done, 0), str(error)))
 
-    def empty(self) -> Array:
-        """Returns a clean RecordBatch without rows."""
+    def empty(self) -> Rows:
+        """Returns no rows."""
         schema = self.pieces[0].opened.schema
         none = pa.RecordBatch.from_arrays(
             [pa.array([], schema.field(name).type) for name in self.needed], names=list(self.needed)
         )
         arrays = [each.clean(_source(none, name, each.spec), Place(name, "")) for name, each in self.converters.items()]
-        return pa.RecordBatch.from_arrays(arrays, names=list(self.converters))
+        return self._rows(arrays)
+
+    def _rows(self, arrays: list[Array]) -> Rows:
+        return Rows.of(pa.RecordBatch.from_arrays(arrays, names=list(self.converters)), self.converters)
 
     def _wanted(self, piece: Piece, columns: Sequence[str], rows: int) -> Iterator[Array]:
         decoded = piece.opened.read(piece.number, columns, rows, self.threads)

@@ -8,18 +8,16 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from recis_hybrid.ragged import Batch
-
 from .files import Files, Piece
-from .numbers import Array
 from .order import Batches, permutation
 from .prefetch import chained
+from .rows import Rows, joined
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1
 
-Chunks: TypeAlias = Generator[tuple[int, Array], None, None]
-"""RecordBatches in the order of the epoch, each with the number of its first row; some rows may be left out."""
+Chunks: TypeAlias = Generator[tuple[int, Rows], None, None]
+"""Rows decoded together, in the order of the epoch, each with the number of its first row; some may be left out."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,11 @@ class Reader:
         """The number of rows in all files."""
         return sum(piece.rows for piece in self.files.pieces)
 
-    def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Array, int], None, None]:
+    def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
         """Yields the rows of each batch, without reading the pieces that none of them needs.
 
         Yields:
-            The RecordBatch, and how many of its rows are the batch's own; those after them fill it up.
+            The rows, and how many of them are the batch's own; those after them fill it up.
         """
         own = self._cut(epoch, ranges)
         for low, high in ranges:
@@ -55,16 +53,14 @@ class Reader:
             parts = [rows]
             for fill in ranges.filling(low, high):
                 parts += [part for _, part in self._cut(epoch, Batches(fill[1], fill[1] - fill[0], fill[0]))]
-            yield _joined(parts), count
-
-    def tensors(self, rows: Array) -> Batch:
-        """Returns the columns of rows as tensors over the same memory."""
-        columns = zip(self.files.converters.items(), rows.columns, strict=True)
-        return {name: converter.tensor(array) for (name, converter), array in columns}
+            yield joined(parts, self.files.converters), count
 
     def _cut(self, epoch: int, ranges: Batches) -> Chunks:
         chunks = self._decoded(epoch, ranges.wants) if self.block is None else self._shuffled(epoch, ranges, self.block)
-        return cut(chunks, (each for each in ranges if each[0] < each[1]), self.files.empty)
+        return cut(chunks, (each for each in ranges if each[0] < each[1]), self._join)
+
+    def _join(self, parts: list[Rows]) -> Rows:
+        return joined(parts or [self.files.empty()], self.files.converters)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
         yield from chained(self._sources(epoch, wants), self.threads)
@@ -89,8 +85,9 @@ class Reader:
             return ranges.wants(first // block * block, min(-(-stop // block) * block, self.rows))
 
         wanted = (each for each in blocks if ranges.wants(*each))
-        for first, rows in cut(self._decoded(epoch, wants), wanted, self.files.empty):
-            yield first, rows.take(pa.array(permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)))
+        for first, rows in cut(self._decoded(epoch, wants), wanted, self._join):
+            order = permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)
+            yield first, Rows.of(rows.arrow().take(pa.array(order)), self.files.converters)
 
     def _pieces(self, epoch: int) -> list[Piece]:
         pieces = list(self.files.pieces)
@@ -99,21 +96,21 @@ class Reader:
         return [pieces[index] for index in permutation(len(pieces), self.seed, epoch, _PIECES)]
 
 
-def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], empty: Callable[[], Array]) -> Chunks:
-    """Cuts ranges of rows out of a stream of RecordBatches.
+def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[Rows]], Rows]) -> Chunks:
+    """Cuts ranges of rows out of a stream of them.
 
-    A range inside one RecordBatch is a slice of it, which copies nothing; the rows of one that spans several are copied
+    A range inside one chunk is a slice of it, which copies nothing; the rows of one that spans several are copied
     once. Rows that the stream leaves out are missing in the range.
 
     Args:
         chunks: Hold all rows of all ranges, but those that could not be read.
         ranges: First row and the row after the last; ascending, none empty, none overlapping another.
-        empty: Makes a RecordBatch without rows, for a range of which no row could be read.
+        join: Makes one of the parts of a range, of which there are none where no row could be read.
 
     Yields:
-        For each range its first row and its RecordBatch.
+        For each range its first row and its rows.
     """
-    chunk: Array = None
+    chunk: Rows | None = None
     first, stop, ended = 0, 0, False
     for low, high in ranges:
         parts, row = [], low
@@ -124,16 +121,8 @@ def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], empty: Callable[[], A
                     first, chunk = item
                     stop = first + chunk.num_rows
             row = max(row, first)
-            if ended or row >= high:
+            if ended or chunk is None or row >= high:
                 break
             parts.append(chunk.slice(row - first, min(high, stop) - row))
             row += parts[-1].num_rows
-        yield low, _joined(parts or [empty()])
-
-
-def _joined(parts: list[Array]) -> Array:
-    parts = [part for part in parts if part.num_rows] or parts[:1]
-    if len(parts) == 1:
-        return parts[0]
-    joined = pa.Table.from_batches(parts).combine_chunks()
-    return joined.to_batches()[0]
+        yield low, join(parts)

@@ -123,7 +123,7 @@ def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyP
 
     def watched(self: Files, piece: Piece, rows: int) -> Iterator[Any]:
         for batch in read(self, piece, rows):
-            decoded.append((batch.column("row").buffers()[1].address, batch.num_rows * 8))
+            decoded.append((batch.batch.column("row").buffers()[1].address, batch.num_rows * 8))
             yield batch
 
     monkeypatch.setattr(Files, "read", watched)
