@@ -77,8 +77,9 @@ class ColumnDataset(IterableDataset[Batch]):
             column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
         num_threads: Threads that make tensors and call `transforms`, and as many that decode a piece each. With more
             than one Arrow decodes columns in its own threads, too, as many as `pyarrow.set_cpu_count` says.
-        prefetch: How many batches threads prepare ahead, and so how many there are in memory beside the decoded rows
-            that they are cut from; 0 reads in the consumer's thread.
+        prefetch: How many batches threads prepare ahead; 0 reads in the consumer's thread. In memory there are at most
+            as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times about
+            65,536 rows (or a batch, if that is more), and the blocks of `shuffle_buffer`.
         pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
         device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
         filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
