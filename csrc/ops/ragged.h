@@ -34,10 +34,12 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   }
   std::vector<ResizeRule> rules;
   for (size_t k = 0; k < columns; ++k) rules.push_back({rows[k], least[k], most[k], flags[k] & kStrict});
-  Tensors results = sum_rows(device, offsets[0], rules, counts, labels,
-                             "is longer than the length given (put Truncate before it), or its offsets decrease or "
-                             "lie outside the values",
-                             parallel);
+  const auto why = [&](size_t k) {
+    return (flags[k] & kStrict) == 0 ? kBadOffsets
+                                     : "is longer than the length given (put Truncate before it), or its offsets "
+                                       "decrease or lie outside the values";
+  };
+  Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
   std::vector<CopyPart> parts;
   int64_t total = 0;
   int64_t width = 1;
@@ -84,8 +86,8 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
                 "ragged_take: planes of unequal length");
     rules[k] = {rows_of(planes[p], &offsets[k]), row_count(planes[p], &offsets[k]), data<int64_t>(rows[k], "rows")};
   }
-  Tensors results = sum_rows(device, offsets[0], rules, counts, labels,
-                             "is no row of the column, or its offsets decrease or lie outside the values", parallel);
+  const auto why = [](size_t) { return "is no row of the column, or its offsets decrease or lie outside the values"; };
+  Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
   std::vector<CopyPart> parts;
   int64_t total = 0;
   for (size_t p = 0; p < planes.size(); ++p) {
@@ -119,9 +121,11 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
                 ": the columns have different numbers of rows, ", counts.back(), " and ",
                 row_count(y, tensor_at(tensors, at[4])));
   }
-  const Tensors offsets = sum_rows(
-      device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels,
-      "makes more pairs than the limit given, or has offsets that decrease or lie outside the values", parallel);
+  const auto why = [](size_t) {
+    return "makes more pairs than the limit given, or has offsets that decrease or lie outside the values";
+  };
+  const Tensors offsets =
+      sum_rows(device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels, why, parallel);
   Tensors results;
   std::vector<CrossPart> parts;
   int64_t total = 0;
@@ -171,7 +175,7 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
     rules.push_back({rows_of(values[k], &offsets[k]), 0, most[k], 0});
     counts.push_back(row_count(values[k], &offsets[k]));
   }
-  const Tensors made = sum_rows(device, values[0], rules, counts, labels, kBadOffsets, parallel);
+  const Tensors made = sum_rows(device, values[0], rules, counts, labels, bad_offsets, parallel);
   Tensors results;
   std::vector<TopKPart> parts;
   Ints column;

@@ -94,10 +94,11 @@ struct Refusals {
   Refusals(size_t count, bool on_cpu) : rows(count, 0), cpu(on_cpu) {}
   int64_t* data() { return cpu ? rows.data() : nullptr; }
 
-  // For one word for each column.
-  void raise_by_column(const std::string& labels, const char* why) const {
+  // For one word for each column; `why(k)` says what is wrong with a row of column k.
+  template <class Why>
+  void raise_by_column(const std::string& labels, Why&& why) const {
     for (size_t k = 0; k < rows.size(); ++k) {
-      RECIS_CHECK(rows[k] == 0, line_of(labels, k), ": row ", rows[k] - 1, " ", why);
+      RECIS_CHECK(rows[k] == 0, line_of(labels, k), ": row ", rows[k] - 1, " ", why(k));
     }
   }
 
@@ -114,11 +115,12 @@ struct Refusals {
 };
 
 inline constexpr const char* kBadOffsets = "has offsets that decrease or lie outside the values";
+inline const char* bad_offsets(size_t) { return kBadOffsets; }
 
 // New offsets by a rule for each column; raises (on CPU) for a refused row.
-template <class Device, class Rule>
+template <class Device, class Rule, class Why>
 Tensors sum_rows(Device& device, const Tensor& like, const std::vector<Rule>& rules, const Ints& rows,
-                 const std::string& labels, const char* why, bool parallel) {
+                 const std::string& labels, Why&& why, bool parallel) {
   Tensors offsets;
   std::vector<SumPart<Rule>> parts;
   for (size_t k = 0; k < rules.size(); ++k) {
