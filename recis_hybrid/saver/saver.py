@@ -27,7 +27,8 @@ _LARGEST_STEP = 10**18 - 1
 class Saver:
     """Saves and loads the state of a training run in one directory.
 
-    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, or a JSON value.
+    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, a `torch.Generator`,
+    an object with `state_dict` and `load_state_dict` (a scheduler, a scaler, a `ColumnDataset`), or a JSON value.
     Files are safetensors and JSON, as docs/format.md specifies; nothing that is read is ever executed.
 
     One process writes to a directory at a time.
