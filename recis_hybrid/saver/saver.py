@@ -12,14 +12,13 @@ from typing import Literal
 import torch
 
 from recis_hybrid.saver.adapters import part_of
-from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.files import list_files, sync_directory
+from recis_hybrid.saver.directory import STEP, read_manifest, step_name
+from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.parse import parse_manifest, part_files
 from recis_hybrid.saver.part_files import read_part, verify_part, write_part
 from recis_hybrid.saver.protocol import JSON
 
-_STEP = re.compile(r"step_(\d{6,18})")
 _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
 _LARGEST_STEP = 10**18 - 1
 
@@ -72,7 +71,7 @@ class Saver:
         if not self._root.is_dir():
             return []
         names = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
-        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
         return sorted(step for step in found if (self._directory(step) / MANIFEST).is_file())
 
     def latest(self) -> int | None:
@@ -117,7 +116,7 @@ class Saver:
         sync_directory(self._root.parent)
         self._remove_leftovers()
 
-        partial = self._root / f".{_step_name(step)}.partial"
+        partial = self._root / f".{step_name(step)}.partial"
         partial.mkdir()
         try:
             entries = {name: write_part(partial, name, part.kind, part.state()) for name, part in adapters.items()}
@@ -160,7 +159,7 @@ class Saver:
         found = self._resolve(step)
         directory = self._directory(found)
         try:
-            manifest = _read_manifest(directory, found)
+            manifest = read_manifest(directory, found)
             entries = {name: _entry(directory, manifest, name, part.kind) for name, part in adapters.items()}
             for name, entry in entries.items():
                 verify_part(directory, name, entry)
@@ -191,13 +190,13 @@ class Saver:
         found = self._resolve(step)
         directory = self._directory(found)
         try:
-            manifest = _read_manifest(directory, found)
+            manifest = read_manifest(directory, found)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
         return _entry(directory, manifest, name, "json").meta.get("value")
 
     def _directory(self, step: int) -> Path:
-        return self._root / _step_name(step)
+        return self._root / step_name(step)
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
         steps = self.steps()
@@ -223,13 +222,9 @@ class Saver:
             return
         for step in self.steps()[: -self._keep]:
             # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
-            doomed = self._root / f".{_step_name(step)}.deleted"
+            doomed = self._root / f".{step_name(step)}.deleted"
             self._directory(step).rename(doomed)
             shutil.rmtree(doomed)
-
-
-def _step_name(step: int) -> str:
-    return f"step_{step:06d}"
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
@@ -241,35 +236,6 @@ def _write_manifest(partial: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_directory(partial)
-
-
-def _read_manifest(directory: Path, step: int) -> Manifest:
-    """Read the manifest and hold it against the files that are there."""
-    path = directory / MANIFEST
-    manifest = parse_manifest(path.read_bytes(), path)
-    if manifest.step != step:
-        raise CorruptCheckpoint(
-            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
-            f"{_step_name(manifest.step)}, or load another step."
-        )
-    found = list_files(directory)
-    del found[MANIFEST]
-    for name, part in manifest.parts.items():
-        for file in part_files(part):
-            size = found.pop(file.path, None)
-            if size is None:
-                raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
-            if size != file.size:
-                raise CorruptCheckpoint(
-                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
-                    f"{size}. {OTHER_STEP}"
-                )
-    if found:
-        raise CorruptCheckpoint(
-            f"{directory}: must hold only what its manifest names, but also holds {sorted(found)}. Remove these files "
-            "if they are not the checkpoint's, or load another step."
-        )
-    return manifest
 
 
 def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEntry:
