@@ -23,7 +23,7 @@ def tables_state(tables: Sequence[HashTable]) -> PartState:
             if table.gate is not None:
                 known = table.gate.state(number)
                 states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
-    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps})
+    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps}, owned=True)
 
 
 def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:

@@ -105,7 +105,7 @@ class ModulePart:
             else:
                 other[key] = value
         extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra})
+        return PartState(tensors=tensors, meta={"extra": extra}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""

@@ -38,7 +38,7 @@ class StatefulPart:
         """Copies of the tensors in the state_dict; everything else as JSON."""
         tensors: dict[str, torch.Tensor] = {}
         packed = pack(f"Saver.save: part {self._name!r}", self._value.state_dict(), tensors)
-        return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed})
+        return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare the class; what the state may be is the object's to know."""
@@ -70,7 +70,7 @@ class GeneratorPart:
 
     def state(self) -> PartState:
         """Its state, as torch hands it out."""
-        return PartState(tensors={"state": self._generator.get_state()})
+        return PartState(tensors={"state": self._generator.get_state()}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare the size of the state, which tells generators of a CPU from those of a GPU."""
