@@ -331,16 +331,22 @@ class HashTable:
         return {"ids": ids, **self._columns(rows)}
 
     def export_all(self) -> list[dict[str, Tensor]]:
-        """Returns what :meth:`export` gives for each member table, looking through the map once."""
+        """Returns what :meth:`export` gives for each member table, rows by (bucket, id), as checkpoints have them."""
         self._see()
         entries = self.id_map.entries()
         order = entries.ids.argsort()
-        order = order[entries.members[order].argsort(stable=True)]
+        place = entries.members[order] << 16 | ops.id_map.bucket_of(entries.ids[order])
+        order = order[place.argsort(stable=True)]
         ids, rows = self._on_blocks(entries.ids[order]), self._on_blocks(entries.rows[order])
         counts = entries.members.bincount(minlength=len(self.members)).tolist()
         columns = {"ids": ids, **self._columns(rows)}
         parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
         return [dict(zip(columns, part, strict=True)) for part in parts]
+
+    def export_none(self) -> dict[str, Tensor]:
+        """Returns what :meth:`export` would give of no ids: its columns."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return {"ids": none, **self._columns(none)}
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}

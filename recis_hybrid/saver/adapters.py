@@ -10,7 +10,7 @@ from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckp
 from recis_hybrid.saver.json_values import checked_json
 from recis_hybrid.saver.manifest import TensorSpec
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
-from recis_hybrid.saver.protocol import PartState, Saveable
+from recis_hybrid.saver.protocol import HasLayout, PartState, Saveable
 from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
 
 
@@ -79,7 +79,9 @@ class SaveablePart:
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        refuse_differences(where, state_differences(saved, self._value.checkpoint_state()))
+        value = self._value
+        live = value.checkpoint_layout() if isinstance(value, HasLayout) else value.checkpoint_state()
+        refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
         """Hand the state to the object."""
