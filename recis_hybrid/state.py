@@ -52,3 +52,6 @@ class PartState:
 
     meta: dict[str, JSON] = field(default_factory=dict)
     """State that is no tensor (step counts, seeds). Handed back as it was saved; not compared with the live object."""
+
+    owned: bool = False
+    """Whether the tensors are copies that nobody will change: a save in the background need not copy them again."""

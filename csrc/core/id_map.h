@@ -22,6 +22,10 @@ struct IdSpan {
   int64_t first;
   const int64_t* ids;
   int64_t member;
+  const int64_t*
+      used;  // [1]: how many of them there are, where the host knows but a bound; null: all. Others have no row
+
+  RECIS_HD bool has(int64_t i) const { return used == nullptr || i - first < *used; }
 };
 
 RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
@@ -100,7 +104,7 @@ struct FindIds {
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     const IdSpan& span = segments[part];
-    const uint64_t* slot = find_slot(map, span.ids[i - span.first], span.member);
+    const uint64_t* slot = span.has(i) ? find_slot(map, span.ids[i - span.first], span.member) : nullptr;
     rows[i] = slot == nullptr ? -1 : kSlots ? (slot - map.slots) / 2 : entry_row(load_acquire(slot + 1));
   }
 };
@@ -171,6 +175,10 @@ struct FindOrInsertIds {
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     const IdSpan& span = segments[part];
+    if (!span.has(i)) {
+      rows[i] = -1;
+      return;
+    }
     const Probe met =
         find_or_claim(map, span.ids[i - span.first], span.member, admitted == nullptr || admitted[i] != 0, [&] {
           const int64_t number = fetch_add(counters + kFresh, 1);
@@ -303,8 +311,8 @@ struct CountIds {
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
-    if (rows[i] >= 0) return;
     const IdSpan& span = segments[part];
+    if (rows[i] >= 0 || !span.has(i)) return;
     const Probe met = find_or_claim(map, span.ids[i - span.first], span.member, true, [] { return int64_t{1}; });
     if (met.claimed) {
       fetch_add(counters + kUsedSlots, 1);
@@ -338,7 +346,7 @@ struct AdmitCounted {
       admitted[i] = 1;
       return;
     }
-    const uint64_t* slot = find_slot(map, span.ids[i - span.first], span.member);
+    const uint64_t* slot = span.has(i) ? find_slot(map, span.ids[i - span.first], span.member) : nullptr;
     admitted[i] = slot != nullptr && entry_row(load_acquire(slot + 1)) >= least;
   }
 };

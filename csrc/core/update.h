@@ -97,7 +97,7 @@ struct UpdateRows {
       }
     });
     // One lane changes the row's number; the sum hands what it says to all of them.
-    const float mean = lanes_sum(halved<W>(squares), lanes) / static_cast<float>(dim);
+    const float mean = lanes_sum(halved(squares), lanes) / static_cast<float>(dim);
     const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       if (keeps) return rule.template apply<E, S>(record, d, n, kept[d / W], rounding, scale);
@@ -109,12 +109,13 @@ struct UpdateRows {
 
   // Sums by halves: one order, whatever the width of the processor's vectors.
   template <int N>
-  RECIS_HD static float halved(float (&x)[W]) {
+  RECIS_HD static float halved(const float (&x)[N]) {
     if constexpr (N == 1) {
       return x[0];
     } else {
-      for (int j = 0; j < N / 2; ++j) x[j] += x[j + N / 2];
-      return halved<N / 2>(x);
+      float half[N / 2];
+      for (int j = 0; j < N / 2; ++j) half[j] = x[j] + x[j + N / 2];
+      return halved(half);
     }
   }
 };

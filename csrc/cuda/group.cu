@@ -119,12 +119,12 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
 void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
                     int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
                     const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
-                    Ints field_values, Tensors ids, Ints members, int64_t row_bound, Ints lengths, Ints vectors,
-                    Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
+                    Ints field_values, Tensors ids, Ints members, Tensors used, int64_t row_bound, Ints lengths,
+                    Ints vectors, Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
                     const std::optional<Tensor>& scales, const Tensor& count) {
   const Tensor fresh = torch::stable::empty_like(rows);
-  id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, rows, fresh);
+  id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
   blocks_init_fresh<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, counters, rows, fresh, ids,
                                 members, initializers, dim, field_offsets, field_widths, field_sizes, field_values);
   id_map_commit<CudaDevice>(counters);

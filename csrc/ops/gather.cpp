@@ -11,8 +11,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES ", " RECIS_GROUPS ") -> ()");
   m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
         ", int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
-        "field_values, Tensor[] ids, int[] members, int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
-        ") -> ()");
+        "field_values, " RECIS_IDS ", int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS ") -> ()");
 }
 
 namespace recis {
@@ -34,11 +33,12 @@ void group_rows(const Tensor& rows, Ints members, int64_t, Ints lengths, Ints ve
 void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
                     int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
                     const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
-                    Ints field_values, Tensors ids, Ints members, int64_t, Ints lengths, Ints vectors, Tensors offsets,
-                    Tensors weights, Ints combiners, Ints tiles, const Tensor& rows, const Tensor& unique,
-                    const Tensor& starts, const Tensor& sources, const std::optional<Tensor>& scales,
-                    const Tensor& count) {
+                    Ints field_values, Tensors ids, Ints members, Tensors used, int64_t, Ints lengths, Ints vectors,
+                    Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
+                    const Tensor& unique, const Tensor& starts, const Tensor& sources,
+                    const std::optional<Tensor>& scales, const Tensor& count) {
   CpuDevice device(slots);
+  RECIS_CHECK(used.empty(), "on the CPU there are as many ids as a tensor holds");
   std::vector<KeySpan> features;
   for (size_t f = 0; f < ids.size(); ++f) {
     features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});

@@ -6,13 +6,19 @@
 
 namespace recis {
 
-// The ids of all features, end to end. `spans` is the caller's, since a launch may read it in place.
+// The ids of all features, end to end; `used` as RECIS_IDS says. `spans` is the caller's, since a launch may read it in
+// place.
+#define RECIS_IDS "Tensor[] ids, int[] members, Tensor[] used"
+
 template <class Device>
-Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& members, std::vector<IdSpan>& spans) {
+Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& members, const Tensors& used,
+                             std::vector<IdSpan>& spans) {
   RECIS_CHECK(ids.size() == members.size() && !ids.empty(), "one member table for each list of ids");
   int64_t total = 0;
   for (size_t f = 0; f < ids.size(); ++f) {
-    spans.push_back({total, data<int64_t>(ids[f], "ids"), members[f]});
+    const int64_t* ends = optional_data<int64_t>(used, f, "used");
+    spans.push_back(
+        {total, data<int64_t>(ids[f], "ids"), members[f], ends == nullptr ? nullptr : ends + used[f].numel() - 1});
     total += ids[f].numel();
   }
   Segments<IdSpan> segments;
@@ -27,10 +33,10 @@ inline int64_t* counter_data(const Tensor& counters) {
 }
 
 template <class Device>
-void id_map_find(const Tensor& slots, Tensors ids, Ints members, bool numbers, const Tensor& rows) {
+void id_map_find(const Tensor& slots, Tensors ids, Ints members, Tensors used, bool numbers, const Tensor& rows) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, spans);
+  const auto segments = id_segments(device, ids, members, used, spans);
   RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
   const IdMapRef map = id_map_ref(slots);
   int64_t* out = data<int64_t>(rows, "rows");
@@ -43,11 +49,11 @@ void id_map_find(const Tensor& slots, Tensors ids, Ints members, bool numbers, c
 
 template <class Device>
 void id_map_find_or_insert(const Tensor& slots, const Tensor& counters, const Tensor& free_rows,
-                           const std::optional<Tensor>& admitted, Tensors ids, Ints members, const Tensor& rows,
-                           const Tensor& fresh) {
+                           const std::optional<Tensor>& admitted, Tensors ids, Ints members, Tensors used,
+                           const Tensor& rows, const Tensor& fresh) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, spans);
+  const auto segments = id_segments(device, ids, members, used, spans);
   RECIS_CHECK(rows.numel() == segments.total && fresh.numel() == segments.total,
               "rows and fresh must hold one element for each id");
   RECIS_CHECK(!admitted.has_value() || admitted->numel() == segments.total, "admitted must hold one element an id");
@@ -103,21 +109,22 @@ void id_map_move(const Tensor& slots, const Tensor& moved) {
 }
 
 template <class Device>
-void id_map_count(const Tensor& slots, const Tensor& counters, Tensors ids, Ints members, const Tensor& rows) {
+void id_map_count(const Tensor& slots, const Tensor& counters, Tensors ids, Ints members, Tensors used,
+                  const Tensor& rows) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, spans);
+  const auto segments = id_segments(device, ids, members, used, spans);
   RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
   device.for_each(segments.total, 1,
                   CountIds{segments, id_map_ref(slots), counter_data(counters), data<int64_t>(rows, "rows")});
 }
 
 template <class Device>
-void id_map_admit(const Tensor& slots, Tensors ids, Ints members, const Tensor& rows, int64_t least,
+void id_map_admit(const Tensor& slots, Tensors ids, Ints members, Tensors used, const Tensor& rows, int64_t least,
                   const Tensor& admitted) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, spans);
+  const auto segments = id_segments(device, ids, members, used, spans);
   RECIS_CHECK(rows.numel() == segments.total && admitted.numel() == segments.total,
               "rows and admitted must hold one element for each id");
   device.for_each(segments.total, 1,

@@ -5,148 +5,9 @@
 // there the values come with an upper bound, and zeros after those that the offsets reach.
 #pragma once
 
-#include <limits>
-#include <type_traits>
-
-#include "core/ragged.h"
-#include "ops/common.h"
+#include "ops/ragged_rows.h"
 
 namespace recis {
-
-inline constexpr int64_t kNoBound = std::numeric_limits<int64_t>::max();
-
-inline int64_t unit_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Bool:
-      return 1;
-    case ScalarType::Short:
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Int:
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Long:
-    case ScalarType::Double:
-      return 8;
-    default:
-      RECIS_CHECK(false, "ragged columns hold bool, integers or real numbers, got dtype ",
-                  static_cast<int>(tensor.scalar_type()));
-  }
-}
-
-// Numbers in one value of a tensor [N, ...].
-inline int64_t words_of(const Tensor& tensor) {
-  int64_t words = 1;
-  for (int64_t d = 1; d < tensor.dim(); ++d) words *= tensor.size(d);
-  return words;
-}
-
-inline const void* raw(const Tensor& tensor) {
-  RECIS_CHECK(tensor.is_contiguous(), "ragged columns must be contiguous");
-  return tensor.data_ptr();
-}
-
-// Tensors by number, -1 for none.
-inline const Tensor* tensor_at(const Tensors& tensors, int64_t number) {
-  return number < 0 ? nullptr : &tensors.at(static_cast<size_t>(number));
-}
-
-// The rows of `values`: by offsets, or where there are none as many as its first dimension has.
-inline Rows rows_of(const Tensor& values, const Tensor* offsets) {
-  if (offsets != nullptr) return {data<int64_t>(*offsets, "offsets"), 0, values.size(0)};
-  return {nullptr, 1, values.size(0)};
-}
-
-inline int64_t row_count(const Tensor& values, const Tensor* offsets) {
-  if (offsets == nullptr) return values.size(0);
-  RECIS_CHECK(offsets->numel() > 0, "offsets must be [rows + 1]");
-  return offsets->numel() - 1;
-}
-
-inline int64_t times(int64_t a, int64_t b) {
-  int64_t product = 0;
-  return __builtin_mul_overflow(a, b, &product) ? kNoBound : product;
-}
-
-inline std::string line_of(const std::string& labels, size_t number) {
-  size_t begin = 0;
-  for (size_t k = 0; k < number && begin != std::string::npos; ++k) {
-    begin = labels.find('\n', begin);
-    if (begin != std::string::npos) ++begin;
-  }
-  if (begin == std::string::npos) return "";
-  return labels.substr(begin, labels.find('\n', begin) - begin);
-}
-
-// The launch of a segmented kernel over the rows of several columns.
-template <class Device, class Kernel, class Part>
-void launch_rows(Device& device, Kernel kernel, const std::vector<Part>& parts, int64_t total, int64_t width,
-                 bool parallel) {
-  device.place(kernel.segments, parts);
-  kernel.segments.total = total;
-  device.for_each(total, width, parallel, kernel);
-}
-
-// Where kernels note rows that they refuse, for the operator to raise. On CUDA nobody looks, and there it is null.
-struct Refusals {
-  Ints rows;
-  bool cpu;
-
-  Refusals(size_t count, bool on_cpu) : rows(count, 0), cpu(on_cpu) {}
-  int64_t* data() { return cpu ? rows.data() : nullptr; }
-
-  // For one word for each column.
-  void raise_by_column(const std::string& labels, const char* why) const {
-    for (size_t k = 0; k < rows.size(); ++k) {
-      RECIS_CHECK(rows[k] == 0, line_of(labels, k), ": row ", rows[k] - 1, " ", why);
-    }
-  }
-
-  // For one word over the rows of all columns.
-  template <class Part>
-  void raise_by_row(const std::vector<Part>& parts, const Ints& column, const std::string& labels,
-                    const char* why) const {
-    if (rows[0] == 0) return;
-    size_t number = 0;
-    while (number + 1 < parts.size() && parts[number + 1].first < rows[0]) ++number;
-    RECIS_CHECK(false, line_of(labels, static_cast<size_t>(column[number])), ": row ",
-                rows[0] - 1 - parts[number].first, " ", why);
-  }
-};
-
-inline constexpr const char* kBadOffsets = "has offsets that decrease or lie outside the values";
-
-// New offsets by a rule for each column; raises (on CPU) for a refused row.
-template <class Device, class Rule>
-Tensors sum_rows(Device& device, const Tensor& like, const std::vector<Rule>& rules, const Ints& rows,
-                 const std::string& labels, const char* why, bool parallel) {
-  Tensors offsets;
-  std::vector<SumPart<Rule>> parts;
-  for (size_t k = 0; k < rules.size(); ++k) {
-    const int64_t sizes[] = {rows[k] + 1};
-    offsets.push_back(torch::stable::new_empty(like, {sizes, 1}, ScalarType::Long));
-    parts.push_back({rules[k], rows[k], data<int64_t>(offsets.back(), "offsets")});
-  }
-  Refusals refusals(rules.size(), like.is_cpu());
-  device.sum_rows(parts, refusals.data(), parallel);
-  refusals.raise_by_column(labels, why);
-  return offsets;
-}
-
-// A tensor for the values of a result: exactly as many as the offsets say, or `bound` of which the last may be none.
-inline Tensor new_values(const Tensor& like, const Tensor& offsets, int64_t bound, bool exact) {
-  Ints sizes(like.sizes().begin(), like.sizes().end());
-  sizes[0] = bound;
-  if (exact) {
-    sizes[0] = data<int64_t>(offsets, "offsets")[offsets.numel() - 1];
-    return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
-  }
-  RECIS_CHECK(bound != kNoBound, "the size of this result has no bound; a GPU needs one");
-  return torch::stable::new_zeros(like, {sizes.data(), sizes.size()});
-}
 
 enum ResizeFlag : int64_t { kDropFirst = 1, kPadFirst = 2, kStrict = 4, kFixed = 8 };
 
@@ -173,10 +34,12 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   }
   std::vector<ResizeRule> rules;
   for (size_t k = 0; k < columns; ++k) rules.push_back({rows[k], least[k], most[k], flags[k] & kStrict});
-  Tensors results = sum_rows(device, offsets[0], rules, counts, labels,
-                             "is longer than the length given (put Truncate before it), or its offsets decrease or "
-                             "lie outside the values",
-                             parallel);
+  const auto why = [&](size_t k) {
+    return (flags[k] & kStrict) == 0 ? kBadOffsets
+                                     : "is longer than the length given (put Truncate before it), or its offsets "
+                                       "decrease or lie outside the values";
+  };
+  Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
   std::vector<CopyPart> parts;
   int64_t total = 0;
   int64_t width = 1;
@@ -223,8 +86,8 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
                 "ragged_take: planes of unequal length");
     rules[k] = {rows_of(planes[p], &offsets[k]), row_count(planes[p], &offsets[k]), data<int64_t>(rows[k], "rows")};
   }
-  Tensors results = sum_rows(device, offsets[0], rules, counts, labels,
-                             "is no row of the column, or its offsets decrease or lie outside the values", parallel);
+  const auto why = [](size_t) { return "is no row of the column, or its offsets decrease or lie outside the values"; };
+  Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
   std::vector<CopyPart> parts;
   int64_t total = 0;
   for (size_t p = 0; p < planes.size(); ++p) {
@@ -258,9 +121,11 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
                 ": the columns have different numbers of rows, ", counts.back(), " and ",
                 row_count(y, tensor_at(tensors, at[4])));
   }
-  const Tensors offsets = sum_rows(
-      device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels,
-      "makes more pairs than the limit given, or has offsets that decrease or lie outside the values", parallel);
+  const auto why = [](size_t) {
+    return "makes more pairs than the limit given, or has offsets that decrease or lie outside the values";
+  };
+  const Tensors offsets =
+      sum_rows(device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels, why, parallel);
   Tensors results;
   std::vector<CrossPart> parts;
   int64_t total = 0;
@@ -310,7 +175,7 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
     rules.push_back({rows_of(values[k], &offsets[k]), 0, most[k], 0});
     counts.push_back(row_count(values[k], &offsets[k]));
   }
-  const Tensors made = sum_rows(device, values[0], rules, counts, labels, kBadOffsets, parallel);
+  const Tensors made = sum_rows(device, values[0], rules, counts, labels, bad_offsets, parallel);
   Tensors results;
   std::vector<TopKPart> parts;
   Ints column;

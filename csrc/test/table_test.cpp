@@ -95,7 +95,7 @@ void grouped_inserts() {
   for (int64_t f = 0; f < kFeatures; ++f) {
     const int64_t member = f % 8;  // two features share one
     features.push_back({ids.data() + f * kEach, kEach, member});
-    spans.push_back({f * kEach, ids.data() + f * kEach, member});
+    spans.push_back({f * kEach, ids.data() + f * kEach, member, nullptr});
     for (int64_t i = 0; i < kEach; ++i) distinct.insert({member, ids[f * kEach + i]});
   }
   const int64_t n = kFeatures * kEach;
@@ -150,7 +150,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 
   // Two member tables over the same ids: twice the rows.
   const int64_t half = n / 2;
-  const std::vector<IdSpan> spans{{0, ids.data(), 0}, {half, ids.data() + half, 7}};
+  const std::vector<IdSpan> spans{{0, ids.data(), 0, nullptr}, {half, ids.data() + half, 7, nullptr}};
   std::set<std::pair<int64_t, int64_t>> keys;
   for (int64_t i = 0; i < n; ++i) keys.insert({i < half ? 0 : 7, ids[i]});
   while (table.capacity * 3 < static_cast<int64_t>(keys.size()) * 4) table.capacity *= 2;

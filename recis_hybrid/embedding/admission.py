@@ -23,13 +23,16 @@ class Gate(Protocol):
     def nbytes(self) -> int:
         """Bytes that it holds."""
 
-    def admitted(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> Tensor:
+    def admitted(
+        self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Notes a training lookup and decides about it.
 
         Args:
             ids: For each feature, int64 ``[n_f]``.
             members: For each feature, its member table's number.
             rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
+            used: As in ``ops.id_map.find``.
 
         Returns:
             uint8 ``[N]``: 1 where an id has a row or is to get one.
@@ -91,12 +94,14 @@ class FrequencyGate:
         """Bytes of the counts."""
         return self._counts.nbytes
 
-    def admitted(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> Tensor:
+    def admitted(
+        self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Counts the ids that have no row, and admits those that have been counted often enough."""
         counts = self._counts
-        counts.count(ids, members, rows)
+        counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
-        ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted)
+        ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
         # Whoever gets a row needs no count.
         counts.erase_slots(torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1))
         return admitted

@@ -21,7 +21,7 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.state import load_tables_state, tables_state
+from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
 
@@ -185,6 +185,10 @@ class EmbeddingEngine(nn.Module):
     def checkpoint_state(self) -> PartState:
         """Returns every member table's rows: what Saver writes."""
         return tables_state(self.tables)
+
+    def checkpoint_layout(self) -> PartState:
+        """Returns :meth:`checkpoint_state` without its rows."""
+        return tables_layout(self.tables)
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""

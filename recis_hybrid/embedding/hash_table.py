@@ -99,7 +99,9 @@ class HashTable:
     def find(self, request: Request, *, train: bool) -> Lookup:
         """As :meth:`lookup`, of features side by side."""
         if not train or self.read_only:
-            rows = self._on_blocks(self.id_map.find(self._on_map(request.ids), request.members))
+            rows = self._on_blocks(
+                self.id_map.find(self._on_map(request.ids), request.members, self._on_map(request.used))
+            )
             return Lookup(request, rows, self.id_map.row_bound, self.generation, False, self.step)
         self._see()
         lookup = self._insert_grouped(request)
@@ -140,7 +142,7 @@ class HashTable:
             winners: int32, as ``out``; needed for gradients where a combiner takes the greatest.
         """
         self._check(lookup)
-        ids, members, bags, unknown = lookup.request
+        ids, members, bags, unknown, _ = lookup.request
         ops.gather.gather_bags(
             self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
             [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
@@ -149,13 +151,14 @@ class HashTable:
     def _insert_grouped(self, request: Request) -> Lookup:
         ids, members, layout = request.ids, request.members, self.layout
         if self.gate is not None or self.map_device != self.device:
-            rows = self._insert(ids, members, self.gate)
+            rows = self._insert(ids, members, self.gate, request.used)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
         else:
             bound = self._reserve(sum(request.bags.lengths))
             rows, groups = ops.gather.insert_grouped(
                 self.id_map.slots, self.id_map.counters, self.id_map.free_rows, self.blocks.handle, layout.element,
                 layout.dim, self._initializers, layout.state_args, ids, members, bound, gradient_bags(request.bags),
+                used=request.used,
             )  # fmt: skip
             self.id_map.inserted(rows.numel())
         return Lookup(request, rows, self.id_map.row_bound, self.generation, self.gate is None, self.step + 1, groups)
@@ -167,11 +170,11 @@ class HashTable:
         self.id_map.reserve(more)
         return bound
 
-    def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None) -> Tensor:
-        near = self._on_map(ids)
+    def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None, used: Sequence[Tensor] = ()) -> Tensor:
+        near, used = self._on_map(ids), self._on_map(used)
         self._reserve(sum(part.numel() for part in ids))
-        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members))
-        new_rows, new = self.id_map.find_or_insert(near, members, admitted)
+        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members, used), used)
+        new_rows, new = self.id_map.find_or_insert(near, members, admitted, used)
         try:
             rows, fresh = self._on_blocks(new_rows), self._on_blocks(new)
             if not self.id_map.may_have_fresh:
@@ -187,7 +190,7 @@ class HashTable:
         self.id_map.commit()
         return rows
 
-    def _on_map(self, ids: list[Tensor]) -> list[Tensor]:
+    def _on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
         return ids if self.map_device == self.device else [part.to(self.map_device) for part in ids]
 
     def _on_blocks(self, tensor: Tensor) -> Tensor:
@@ -328,16 +331,22 @@ class HashTable:
         return {"ids": ids, **self._columns(rows)}
 
     def export_all(self) -> list[dict[str, Tensor]]:
-        """Returns what :meth:`export` gives for each member table, looking through the map once."""
+        """Returns what :meth:`export` gives for each member table, rows by (bucket, id), as checkpoints have them."""
         self._see()
         entries = self.id_map.entries()
         order = entries.ids.argsort()
-        order = order[entries.members[order].argsort(stable=True)]
+        place = entries.members[order] << 16 | ops.id_map.bucket_of(entries.ids[order])
+        order = order[place.argsort(stable=True)]
         ids, rows = self._on_blocks(entries.ids[order]), self._on_blocks(entries.rows[order])
         counts = entries.members.bincount(minlength=len(self.members)).tolist()
         columns = {"ids": ids, **self._columns(rows)}
         parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
         return [dict(zip(columns, part, strict=True)) for part in parts]
+
+    def export_none(self) -> dict[str, Tensor]:
+        """Returns what :meth:`export` would give of no ids: its columns."""
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        return {"ids": none, **self._columns(none)}
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}

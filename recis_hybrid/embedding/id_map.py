@@ -76,10 +76,10 @@ class IdMap:
         """Ids that have a row; waits for the device."""
         return int(self.counters[ops.id_map.LIVE])
 
-    def find(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-        """Returns the row of each id, int64 ``[N]``, -1 for an id that has none."""
+    def find(self, ids: Sequence[Tensor], members: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
+        """Returns the row of each id, int64 ``[N]``, -1 for an id that has none; ``used`` as in ``ops.id_map.find``."""
         rows = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
-        ops.id_map.find(self.slots, ids, members, rows)
+        ops.id_map.find(self.slots, ids, members, rows, used=used)
         return rows
 
     def reserve(self, more: int) -> None:
@@ -103,21 +103,25 @@ class IdMap:
         self._late.exact()
 
     def find_or_insert(
-        self, ids: Sequence[Tensor], members: Sequence[int], admitted: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, ids: Sequence[Tensor], members: Sequence[int], admitted: Tensor | None = None,
+        used: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Finds each id or gives it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
 
         Args:
             ids: For each feature, int64 ``[n_f]``, contiguous.
             members: For each feature, its member table's number.
             admitted: uint8 ``[N]``: 0 where an id without a row must not get one, and row -1 is given; None: all may.
+            used: As in ``ops.id_map.find``.
 
         Returns:
             ``rows`` int64 ``[N]``, and ``fresh`` int64 ``[N]``: for each new row, a position that holds it.
         """
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
-        ops.id_map.find_or_insert(self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh)
+        ops.id_map.find_or_insert(
+            self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
+        )  # fmt: skip
         self.inserted(total)
         return rows, fresh
 
@@ -171,10 +175,10 @@ class IdMap:
 class IdCounts(IdMap):
     """A map whose entries hold counts in place of rows: exact counters of ids."""
 
-    def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> None:
+    def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
         """Counts each id whose row (int64 ``[N]``) is below 0."""
         self.reserve(rows.numel())
-        ops.id_map.count(self.slots, self.counters, ids, members, rows)
+        ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
         self._late.inserted(rows.numel())
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:

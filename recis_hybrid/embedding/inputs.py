@@ -53,12 +53,23 @@ class FeatureReader:
             hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
             raise TypeError(f"{self._where}: ids must be int64 or int32, got {values.dtype}; {hint}")
         ids = values.to(device=device, dtype=torch.int64).contiguous()
-        length = None
+        length = used = None
         if isinstance(column, RaggedTensor):
+            if column.outer:
+                raise ValueError(
+                    f"{self._where}: a row must be one list of ids, got {column.levels} levels of lists; join those of "
+                    f"a row, as RaggedTensor(c.values, c.offsets[c.outer[0]]) does for two levels"
+                )
             if ids.dim() != 1:
                 raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
             offsets = column.offsets.to(device=device).contiguous()
             bags = offsets.numel() - 1
+            # What shortens lists on a GPU leaves more values than there are: the host does not know how many.
+            if offsets.is_cpu or config.max_length is not None:
+                there = int(offsets[-1])
+                ids, weights = ids[:there], None if weights is None else weights[:there]
+            else:
+                used = offsets
         elif ids.dim() in (1, 2):
             bags, length = ids.size(0), ids.size(1) if ids.dim() == 2 else 1
             offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
@@ -73,19 +84,20 @@ class FeatureReader:
             if not isinstance(column, RaggedTensor) and column.dim() == 2:
                 assert length is not None
                 shape = (bags, length, config.dim)  # type: ignore[assignment]
-            return self._ids(ids, ids.numel()), shape
+            return self._ids(ids, ids.numel(), used=used), shape
         if config.combiner == "tile":
             assert config.max_length is not None
             return self._ids(ids, bags * config.max_length, offsets, tile=config.max_length), (bags, config.width)
-        return self._ids(ids, bags, None if length == 1 else offsets, weights), (bags, config.dim)
+        return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (bags, config.dim)
 
     def _ids(
-        self, ids: Tensor, vectors: int, offsets: Tensor | None = None, weights: Tensor | None = None, tile: int = 0
-    ) -> FeatureIds:
+        self, ids: Tensor, vectors: int, offsets: Tensor | None = None, weights: Tensor | None = None, tile: int = 0,
+        used: Tensor | None = None,
+    ) -> FeatureIds:  # fmt: skip
         kind, zeros = _KINDS[self.config.combiner], self.config.unknown == "zeros"
         if offsets is None and weights is None:
             kind = ops.gather.SUM  # of one id each: all combiners agree
-        return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros)
+        return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros, used)
 
     def _weights(self, batch: Batch, column: Tensor | RaggedTensor, device: torch.device) -> Tensor | None:
         name = self.config.weights

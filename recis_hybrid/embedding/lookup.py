@@ -32,6 +32,8 @@ class FeatureIds(NamedTuple):
     """0, or how many vectors a bag gives: of its first ids each."""
     unknown_zeros: bool = False
     """Whether an id that has no row counts as zeros and not with its first value."""
+    used: Tensor | None = None
+    """int64, whose last element says how many ids there are, where the host knows but a bound; None: all."""
 
 
 class Request(NamedTuple):
@@ -42,16 +44,19 @@ class Request(NamedTuple):
     bags: Bags
     unknown: list[int]
     """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
+    used: list[Tensor] = []
+    """As ``ops.id_map.find`` takes it."""
 
     @staticmethod
     def of(features: Sequence[FeatureIds]) -> Request:
         """Puts features side by side."""
-        ids, vectors, members, offsets, weights, combiners, tiles, zeros = map(list, zip(*features, strict=True))
+        ids, vectors, members, offsets, weights, combiners, tiles, zeros, used = map(list, zip(*features, strict=True))
         return Request(
             ids,
             members,
             Bags([part.numel() for part in ids], vectors, _some(offsets), _some(weights), combiners, tiles),
             [-1 if zero else member for zero, member in zip(zeros, members, strict=True)],
+            _some(used),
         )
 
 

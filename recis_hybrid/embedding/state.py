@@ -23,7 +23,20 @@ def tables_state(tables: Sequence[HashTable]) -> PartState:
             if table.gate is not None:
                 known = table.gate.state(number)
                 states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
-    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps})
+    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps}, owned=True)
+
+
+def tables_layout(tables: Sequence[HashTable]) -> PartState:
+    """Returns :func:`tables_state` without its rows: which tables and columns there are."""
+    states: dict[str, TableState] = {}
+    for table in tables:
+        columns = table.export_none()
+        none = columns["ids"]
+        for member in table.members:
+            states[member.name] = TableState(columns, none, _meta(table.layout))
+            if table.gate is not None:
+                states[member.name + COUNTS] = TableState({"ids": none, "count": none}, none, {})
+    return PartState(tables=states)
 
 
 def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:

@@ -45,7 +45,9 @@ class Vocabulary:
     def __post_init__(self) -> None:
         given: Iterable[str | bytes | int]
         if isinstance(self.source, str | PathLike):
-            given = Path(self.source).read_bytes().decode().splitlines()
+            # Of lines that end with a line feed: other characters that end lines for Python may be part of an entry.
+            lines = Path(self.source).read_bytes().split(b"\n")
+            given = [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
         else:
             given = list(self.source)
             # What it was made of is what it is compared by, and must be hashable.

@@ -98,7 +98,8 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
 
 def insert_grouped(
     slots: Tensor, counters: Tensor, free_rows: Tensor, blocks: Blocks, element: int, dim: int, initializers: Tensor,
-    state: StateArgs, ids: Sequence[Tensor], members: Sequence[int], row_bound: int, bags: Bags,
+    state: StateArgs, ids: Sequence[Tensor], members: Sequence[int], row_bound: int, bags: Bags, *,
+    used: Sequence[Tensor] = (),
 ) -> tuple[Tensor, RowGroups]:  # fmt: skip
     """Finds each id or gives it a row with its first values, and groups the positions by row: a training lookup.
 
@@ -118,6 +119,7 @@ def insert_grouped(
         members: For each feature, the number of its member table.
         row_bound: Greater than every row that may be made.
         bags: How gradients belong to positions, as in :func:`group_rows`.
+        used: As in ``id_map.find``; empty on the CPU.
 
     Returns:
         int64 ``[N]``, the row of each id; and the groups.
@@ -127,7 +129,7 @@ def insert_grouped(
     groups = _room(n, bags, slots.device)
     torch.ops.recis.insert_grouped(
         slots, counters, free_rows, *blocks, element, dim, initializers, state.offsets, state.widths, state.sizes,
-        state.first_values, ids, members, row_bound, *bags, rows, *_parts(groups),
+        state.first_values, ids, members, used, row_bound, *bags, rows, *_parts(groups),
     )  # fmt: skip
     return rows, groups
 

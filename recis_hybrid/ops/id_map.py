@@ -24,7 +24,10 @@ FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
 full or erased, ids that have a row; and how many counters there are."""
 
 
-def find(slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, *, numbers: bool = False) -> None:
+def find(
+    slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, *, used: Sequence[Tensor] = (),
+    numbers: bool = False,
+) -> None:  # fmt: skip
     """Writes the row of each id into ``rows``, -1 for an id that has none.
 
     Args:
@@ -32,14 +35,16 @@ def find(slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Ten
         ids: For each feature, int64 ``[n_f]``, contiguous.
         members: For each feature, the number of its member table, 0 to 65,535.
         rows: int64 ``[N]``, written.
+        used: For each feature, int64, whose last element says how many of its ids there are, on their device, where the
+            host knows but a bound: the others have no row. An empty tensor: all; an empty list: all of all.
         numbers: Writes the numbers of the slots instead of the rows.
     """
-    torch.ops.recis.id_map_find(slots, ids, members, numbers, rows)
+    torch.ops.recis.id_map_find(slots, ids, members, used, numbers, rows)
 
 
 def find_or_insert(
     slots: Tensor, counters: Tensor, free_rows: Tensor, admitted: Tensor | None, ids: Sequence[Tensor],
-    members: Sequence[int], rows: Tensor, fresh: Tensor,
+    members: Sequence[int], rows: Tensor, fresh: Tensor, *, used: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """Like :func:`find`, and gives every id that has no row one: a free one, else the next. :func:`commit` must follow.
 
@@ -52,8 +57,9 @@ def find_or_insert(
         members: For each feature, the number of its member table.
         rows: int64 ``[N]``, written.
         fresh: int64 ``[N]``; for each new row a position in ``rows`` that holds it.
+        used: As in :func:`find`.
     """
-    torch.ops.recis.id_map_find_or_insert(slots, counters, free_rows, admitted, ids, members, rows, fresh)
+    torch.ops.recis.id_map_find_or_insert(slots, counters, free_rows, admitted, ids, members, used, rows, fresh)
 
 
 def commit(counters: Tensor) -> None:
@@ -99,16 +105,20 @@ def move(slots: Tensor, moved: Tensor) -> None:
     torch.ops.recis.id_map_move(slots, moved)
 
 
-def count(slots: Tensor, counters: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor) -> None:
+def count(
+    slots: Tensor, counters: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, *,
+    used: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
     """Counts ids whose row (int64 ``[N]``) is below 0, in a map whose entries hold counts in place of rows."""
-    torch.ops.recis.id_map_count(slots, counters, ids, members, rows)
+    torch.ops.recis.id_map_count(slots, counters, ids, members, used, rows)
 
 
 def admit(
-    slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, least: int, admitted: Tensor
-) -> None:
+    slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, least: int, admitted: Tensor, *,
+    used: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
     """Writes (uint8 ``[N]``) whether each id has a row or was counted ``least`` times by :func:`count`."""
-    torch.ops.recis.id_map_admit(slots, ids, members, rows, least, admitted)
+    torch.ops.recis.id_map_admit(slots, ids, members, used, rows, least, admitted)
 
 
 def bucket_of(ids: Tensor) -> Tensor:

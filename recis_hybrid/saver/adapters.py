@@ -1,4 +1,4 @@
-"""Turns what a user passes to the saver into states and back: Saveable objects, torch modules and optimizers, JSON."""
+"""Turns what a user passes to the saver into states and back."""
 
 from typing import Protocol
 
@@ -10,7 +10,8 @@ from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckp
 from recis_hybrid.saver.json_values import checked_json
 from recis_hybrid.saver.manifest import TensorSpec
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
-from recis_hybrid.saver.protocol import PartState, Saveable
+from recis_hybrid.saver.protocol import HasLayout, PartState, Saveable
+from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
 
 
 class Part(Protocol):
@@ -53,9 +54,14 @@ def part_of(name: str, value: object) -> Part:
         return OptimizerPart(name, value)
     if value is None or isinstance(value, bool | int | float | str | list | dict):
         return JsonPart(name, value)
+    if isinstance(value, torch.Generator):
+        return GeneratorPart(value)
+    if isinstance(value, Stateful) and not isinstance(value, type):
+        return StatefulPart(name, value)
     raise CheckpointError(
         f"Saver: part {name!r} must be a Saveable (checkpoint_state, load_checkpoint_state), a torch.nn.Module, a "
-        f"torch.optim.Optimizer or JSON, got {type(value).__name__}. Wrap it in one of these."
+        f"torch.optim.Optimizer, a torch.Generator, an object with state_dict and load_state_dict, or JSON, got "
+        f"{type(value).__name__}. Wrap it in one of these."
     )
 
 
@@ -73,7 +79,9 @@ class SaveablePart:
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        refuse_differences(where, state_differences(saved, self._value.checkpoint_state()))
+        value = self._value
+        live = value.checkpoint_layout() if isinstance(value, HasLayout) else value.checkpoint_state()
+        refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
         """Hand the state to the object."""
@@ -99,7 +107,7 @@ class ModulePart:
             else:
                 other[key] = value
         extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra})
+        return PartState(tensors=tensors, meta={"extra": extra}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""

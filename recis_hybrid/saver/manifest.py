@@ -16,7 +16,7 @@ from recis_hybrid.saver.protocol import BUCKETS, JSON
 FORMAT = "recis_hybrid.checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-KINDS = ("saveable", "module", "optimizer", "json")
+KINDS = ("saveable", "module", "optimizer", "stateful", "generator", "json")
 
 _TAIL = ',\n "crc32": "{:08x}"\n}}\n'
 TAIL_BYTES = len(_TAIL.format(0))

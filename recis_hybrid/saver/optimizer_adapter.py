@@ -39,7 +39,7 @@ class OptimizerPart:
         for number, group in enumerate(packed["param_groups"]):
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"}
             groups.append(_split(f"{where}, parameter group {number}", f"groups.{number}.", values, tensors))
-        return PartState(tensors=tensors, meta={**self._identity(), "groups": groups, "state": state})
+        return PartState(tensors=tensors, meta={**self._identity(), "groups": groups, "state": state}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare the class, the groups, and the dtypes and shapes of the parameters, in order."""

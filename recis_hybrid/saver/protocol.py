@@ -34,3 +34,16 @@ class Saveable(Protocol):
             state: the saved state, on the CPU in memory of its own; rows sorted by (bucket, id).
         """
         ...
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A `Saveable` that can say what its state looks like without handing it out, which large tables had better."""
+
+    def checkpoint_layout(self) -> PartState:
+        """Hand out the state without rows.
+
+        Returns:
+            Tables, columns and tensors as in `checkpoint_state`, the tables empty; `meta` does not count.
+        """
+        ...

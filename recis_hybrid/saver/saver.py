@@ -6,20 +6,24 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from recis_hybrid.saver.adapters import part_of
-from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.files import list_files, sync_directory
+from recis_hybrid.saver.background import Background
+from recis_hybrid.saver.directory import STEP, read_manifest, step_name
+from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from recis_hybrid.saver.files import sync_directory
+from recis_hybrid.saver.lease import Lease
 from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.parse import parse_manifest, part_files
 from recis_hybrid.saver.part_files import read_part, verify_part, write_part
-from recis_hybrid.saver.protocol import JSON
+from recis_hybrid.saver.protocol import JSON, PartState
+from recis_hybrid.saver.snapshot import snapshot
 
-_STEP = re.compile(r"step_(\d{6,18})")
 _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
 _LARGEST_STEP = 10**18 - 1
 
@@ -27,14 +31,17 @@ _LARGEST_STEP = 10**18 - 1
 class Saver:
     """Saves and loads the state of a training run in one directory.
 
-    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, or a JSON value.
+    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, a `torch.Generator`,
+    an object with `state_dict` and `load_state_dict` (a scheduler, a scaler, a `ColumnDataset`), or a JSON value.
     Files are safetensors and JSON, as docs/format.md specifies; nothing that is read is ever executed.
 
-    One process writes to a directory at a time.
+    One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
 
     Args:
         path: directory of the checkpoints, on a local file system; made at the first save.
         keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place.
+        async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
+            this saver waits for it and raises what went wrong; so does the end of the process, on stderr.
 
     Raises:
         CheckpointError: the path is a URL, or `keep` is no positive integer.
@@ -52,7 +59,7 @@ class Saver:
         {'epoch': 1}
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int | None = 5) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False) -> None:
         if "://" in os.fspath(path):
             raise CheckpointError(
                 f"Saver: path must be a local directory, got {os.fspath(path)!r}. Save to a local one."
@@ -61,6 +68,9 @@ class Saver:
             raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
         self._root = Path(path).absolute()
         self._keep = keep
+        self._async_save = async_save
+        self._lease = Lease(self._root)
+        self._background = Background()
 
     def steps(self) -> list[int]:
         """Find the complete checkpoints.
@@ -71,7 +81,7 @@ class Saver:
         if not self._root.is_dir():
             return []
         names = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
-        found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
         return sorted(step for step in found if (self._directory(step) / MANIFEST).is_file())
 
     def latest(self) -> int | None:
@@ -94,13 +104,15 @@ class Saver:
             **parts: what to save, by name.
 
         Returns:
-            Directory of the checkpoint.
+            Directory of the checkpoint; with `async_save` it may not be there yet.
 
         Raises:
             CheckpointError: a part cannot be saved, the step is not above the latest, more than one process trains,
-                or the files cannot be written.
+                another job saves in the directory, the files cannot be written, or the save before this one failed in
+                the background.
         """
         _refuse_many_processes()
+        self.wait()
         latest = self.latest()
         if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
             raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
@@ -114,25 +126,41 @@ class Saver:
         adapters = {name: part_of(name, value) for name, value in parts.items()}
         self._root.mkdir(parents=True, exist_ok=True)
         sync_directory(self._root.parent)
+        self._lease.take()
         self._remove_leftovers()
+        if self._async_save:
+            kinds = {name: part.kind for name, part in adapters.items()}
+            states = {name: snapshot(part.state()) for name, part in adapters.items()}
+            write = partial(self._write, step, ((name, kinds[name], states.pop(name)) for name in kinds))
+            self._background.start(f"the save of step {step} in {self._root}", write)
+        else:
+            self._write(step, ((name, part.kind, part.state()) for name, part in adapters.items()))
+        return self._directory(step)
 
-        partial = self._root / f".{_step_name(step)}.partial"
-        partial.mkdir()
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            CheckpointError: it failed; the checkpoints before it are whole.
+        """
+        self._background.wait()
+
+    def _write(self, step: int, parts: Iterable[tuple[str, str, PartState]]) -> None:
+        folder = self._root / f".{step_name(step)}.partial"
+        folder.mkdir()
         try:
-            entries = {name: write_part(partial, name, part.kind, part.state()) for name, part in adapters.items()}
-            _write_manifest(partial, Manifest(step, 1, entries, _about()))
-            directory = self._directory(step)
-            partial.rename(directory)
+            entries = {name: write_part(folder, name, kind, state) for name, kind, state in parts}
+            _write_manifest(folder, Manifest(step, 1, entries, _about()))
+            folder.rename(self._directory(step))
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 raise CheckpointError(
-                    f"{partial}: could not be written ({error}). Make room, or save elsewhere."
+                    f"{folder}: could not be written ({error}). Make room, or save elsewhere."
                 ) from error
             raise
         sync_directory(self._root)
         self._delete_oldest(step)
-        return directory
 
     def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
         """Load parts of a checkpoint into live objects.
@@ -153,13 +181,14 @@ class Saver:
             CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
             CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
+        self.wait()
         if not parts:
             raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
         adapters = {name: part_of(name, value) for name, value in parts.items()}
         found = self._resolve(step)
         directory = self._directory(found)
         try:
-            manifest = _read_manifest(directory, found)
+            manifest = read_manifest(directory, found)
             entries = {name: _entry(directory, manifest, name, part.kind) for name, part in adapters.items()}
             for name, entry in entries.items():
                 verify_part(directory, name, entry)
@@ -187,16 +216,17 @@ class Saver:
             CheckpointMismatch: the checkpoint has no such part, or it is no JSON value.
             CheckpointError: there is no such checkpoint, or it has another format version.
         """
+        self.wait()
         found = self._resolve(step)
         directory = self._directory(found)
         try:
-            manifest = _read_manifest(directory, found)
+            manifest = read_manifest(directory, found)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
         return _entry(directory, manifest, name, "json").meta.get("value")
 
     def _directory(self, step: int) -> Path:
-        return self._root / _step_name(step)
+        return self._root / step_name(step)
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
         steps = self.steps()
@@ -222,13 +252,9 @@ class Saver:
             return
         for step in self.steps()[: -self._keep]:
             # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
-            doomed = self._root / f".{_step_name(step)}.deleted"
+            doomed = self._root / f".{step_name(step)}.deleted"
             self._directory(step).rename(doomed)
             shutil.rmtree(doomed)
-
-
-def _step_name(step: int) -> str:
-    return f"step_{step:06d}"
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
@@ -240,35 +266,6 @@ def _write_manifest(partial: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_directory(partial)
-
-
-def _read_manifest(directory: Path, step: int) -> Manifest:
-    """Read the manifest and hold it against the files that are there."""
-    path = directory / MANIFEST
-    manifest = parse_manifest(path.read_bytes(), path)
-    if manifest.step != step:
-        raise CorruptCheckpoint(
-            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
-            f"{_step_name(manifest.step)}, or load another step."
-        )
-    found = list_files(directory)
-    del found[MANIFEST]
-    for name, part in manifest.parts.items():
-        for file in part_files(part):
-            size = found.pop(file.path, None)
-            if size is None:
-                raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
-            if size != file.size:
-                raise CorruptCheckpoint(
-                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
-                    f"{size}. {OTHER_STEP}"
-                )
-    if found:
-        raise CorruptCheckpoint(
-            f"{directory}: must hold only what its manifest names, but also holds {sorted(found)}. Remove these files "
-            "if they are not the checkpoint's, or load another step."
-        )
-    return manifest
 
 
 def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEntry:

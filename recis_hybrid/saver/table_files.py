@@ -6,6 +6,7 @@ Legend: n rows of the table, R ranges, m rows of one range, K buckets of a range
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ def range_count(rows: int, row_bytes: int) -> int:
 def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
     """Write a table below `sparse/` and force it to the disk.
 
-    At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each.
+    At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
+    handed out in order, by (bucket, id), are held once.
 
     Args:
         root: directory of the checkpoint.
@@ -75,7 +77,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
     ranges: list[RangeEntry] = []
     for i in range(count):
         first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
-        chosen = order[cuts[i] : cuts[i + 1]]
+        chosen = slice(cuts[i], cuts[i + 1]) if order is None else order[cuts[i] : cuts[i + 1]]
         tensors = {column: _rows(tensor, chosen) for column, tensor in state.columns.items()}
         present, sizes = torch.unique_consecutive(buckets[cuts[i] : cuts[i + 1]], return_counts=True)
         tensors["buckets"] = present.to(torch.int32)
@@ -83,7 +85,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
         relative = f"{folder}/{first:05d}-{last:05d}.safetensors"
         write_tensors(root / relative, tensors, _tag(part, name, first, last))
         del tensors
-        ranges.append(RangeEntry(first, last, chosen.numel(), FileEntry(relative, *seal_file(root / relative))))
+        ranges.append(RangeEntry(first, last, cuts[i + 1] - cuts[i], FileEntry(relative, *seal_file(root / relative))))
     sync_directory(root / folder)
     return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges))
 
@@ -153,19 +155,32 @@ def _check_state(where: str, state: TableState) -> None:
         )
 
 
-def _sorted_order(where: str, state: TableState) -> tuple[Tensor, Tensor]:
-    """Rows [n] by (bucket, id), and the bucket [n] of each."""
-    ids, by_id = state.columns["ids"].cpu().sort()
-    twice = ids[1:] == ids[:-1]
+def _sorted_order(where: str, state: TableState) -> tuple[Tensor | None, Tensor]:
+    """Rows [n] by (bucket, id), None where they lie so, and the bucket [n] of each."""
+    ids, buckets = state.columns["ids"].cpu(), state.buckets.cpu()
+    # numpy sorts plain numbers in vectors; where rows lie goes with them only if they are not in order.
+    ascending = torch.from_numpy(np.sort(ids.numpy()))
+    twice = ascending[1:] == ascending[:-1]
     if bool(twice.any()):
-        example = int(ids[1:][twice][0])
+        example = int(ascending[1:][twice][0])
         raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
-    buckets, by_bucket = state.buckets.cpu()[by_id].sort(stable=True)
+    if _in_order(ids, buckets):
+        return None, buckets
+    by_id = ids.argsort()
+    buckets, by_bucket = buckets[by_id].sort(stable=True)
     return by_id[by_bucket], buckets
 
 
-def _rows(column: Tensor, chosen: Tensor) -> Tensor:
-    """Copy the chosen [m] rows; unsigned words as signed ones, for which alone torch can."""
+def _in_order(ids: Tensor, buckets: Tensor) -> bool:
+    """Whether rows ascend strictly by (bucket, id)."""
+    above = buckets[1:] > buckets[:-1]
+    return bool((above | ((buckets[1:] == buckets[:-1]) & (ids[1:] > ids[:-1]))).all())
+
+
+def _rows(column: Tensor, chosen: Tensor | slice) -> Tensor:
+    """Return the chosen [m] rows, copied where they are picked; unsigned words as signed ones, which torch can pick."""
+    if isinstance(chosen, slice):
+        return column.detach()[chosen].contiguous()
     signed = _SIGNED.get(column.dtype, column.dtype)
     return column.detach().view(signed).index_select(0, chosen.to(column.device)).view(column.dtype)
 
@@ -196,5 +211,5 @@ def _read_buckets(file: TensorFile, path: Path, where: str, item: RangeEntry, ou
 
 
 def _check_order(path: Path, where: str, ids: Tensor, buckets: Tensor) -> None:
-    if not bool(((ids[1:] > ids[:-1]) | (buckets[1:] > buckets[:-1])).all()):
+    if not _in_order(ids, buckets):
         raise CorruptCheckpoint(f"{path} ({where}): rows must be sorted by (bucket, id), they are not. {OTHER_STEP}")

@@ -1,9 +1,19 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, Normal, Uniform, dense_parameters
+from recis_hybrid.embedding import (
+    Constant,
+    EmbeddingConfig,
+    EmbeddingEngine,
+    MinFrequency,
+    Normal,
+    Uniform,
+    dense_parameters,
+)
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import EDGE_IDS, on_devices
 
@@ -36,6 +46,46 @@ def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, batch: Batc
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@on_devices
+@pytest.mark.parametrize(
+    "more",
+    [{"combiner": "mean"}, {"combiner": "max"}, {"combiner": None}, {"combiner": "tile", "max_length": 2},
+     {"combiner": "sum", "max_length": 1}, {"admission": MinFrequency(2)}],
+    ids=str,
+)  # fmt: skip
+def test_values_beyond_the_last_list_are_none(device: str, more: dict[str, Any]) -> None:
+    # What shortens lists on a GPU leaves as many values as there were, of which the first count.
+    offsets = torch.tensor([0, 2, 2, 3], device=device)
+    exact = RaggedTensor(torch.tensor([5, 6, 5], device=device), offsets)
+    bound = RaggedTensor.unchecked(torch.tensor([5, 6, 5, 0, 0, 8], device=device), offsets)
+    engines = []
+    for column in (exact, bound):
+        engine = EmbeddingEngine(
+            {"item": EmbeddingConfig(dim=4, initializer=Normal(0, 0.1), **more)},
+            optimizer_state=optim.Adagrad.row_state(),
+            device=device,
+        )
+        optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
+        for _ in range(3):
+            (engine({"item": column})["item"][:3] ** 2).sum().backward()
+            optimizer.step()
+        engines.append(engine)
+    expected, got = (engine.tables[0].export(0) for engine in engines)
+    assert expected["ids"].tolist() == ([5] if more.get("max_length") == 1 else [5, 6])
+    assert expected.keys() == got.keys()
+    for name, values in expected.items():
+        assert torch.equal(got[name], values), name
+
+
+def test_lists_of_lists_are_refused() -> None:
+    engine = EmbeddingEngine({"item": EmbeddingConfig(dim=4, combiner="sum")})
+    sessions = RaggedTensor.from_lists([[[1, 2], []], [[3]]])
+    with pytest.raises(ValueError, match=r"feature 'item': a row must be one list of ids, got 2 levels of lists"):
+        engine({"item": sessions})
+    joined = RaggedTensor(sessions.values, sessions.offsets[sessions.outer[0]])
+    assert engine({"item": joined})["item"].shape == (2, 4)
 
 
 @on_devices
@@ -176,7 +226,7 @@ def test_state_goes_into_another_engine_and_is_bitwise_the_same(device: str) -> 
     train(first, optim.Adam(first.parameters(), lr=0.1), batch)
     state = first.checkpoint_state()
     assert set(state.tables) == set(CONFIGS)
-    assert state.tables["item"].columns["ids"].tolist() == [5, 6, 7, 2**63 - 1]
+    assert sorted(state.tables["item"].columns["ids"].tolist()) == [5, 6, 7, 2**63 - 1]
     second = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state(), seed=6, device=device, coalesce=False)
     second(batch)
     second.load_checkpoint_state(state)

@@ -422,3 +422,25 @@ def test_rows_catch_up_before_they_are_read() -> None:
         optimizer.step()
         dense.index_add_(0, ids, gradient, alpha=-lr)
         dense *= decay
+
+
+def test_the_layout_of_a_checkpoint_is_its_state_without_rows() -> None:
+    engine = EmbeddingEngine(
+        {
+            "a": EmbeddingConfig(dim=4, dtype=torch.bfloat16),
+            "b": EmbeddingConfig(dim=4, dtype=torch.bfloat16),
+            "c": EmbeddingConfig(dim=2, admission=MinFrequency(2)),
+        },
+        optimizer_state=optim.Adam.row_state(),
+    )
+    engine({name: torch.tensor([1, 2, 2]) for name in "abc"})
+    state, layout = engine.checkpoint_state(), engine.checkpoint_layout()
+    assert list(layout.tables) == list(state.tables)
+    for name, table in state.tables.items():
+        empty = layout.tables[name]
+        assert table.columns["ids"].numel() > 0
+        assert empty.meta == table.meta
+        assert {k: (v.dtype, v.shape[1:]) for k, v in empty.columns.items()} == {
+            k: (v.dtype, v.shape[1:]) for k, v in table.columns.items()
+        }
+        assert all(column.size(0) == 0 for column in (*empty.columns.values(), empty.buckets))

@@ -40,6 +40,7 @@ from recis_hybrid.ragged import RaggedTensor
 ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])
 WEIGHTED = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, math.nan], [2]])
 NESTED = RaggedTensor.from_lists([[[1]], [[2]]])
+DECREASING = RaggedTensor.unchecked(torch.arange(4), torch.tensor([0, 3, 2, 4]))
 NAN = torch.tensor([1.0, math.nan])
 WORDS = RaggedTensor.from_strings(["a", "b"])
 
@@ -60,6 +61,13 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings for entries, and the column torch.int64"),
         ([Vocabulary([1])], [WORDS], TypeError, "has integers for entries, and the column strings"),
         ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than the length given (put Truncate before it)"),
+        (
+            [ToDense(3)],
+            [DECREASING],
+            ValueError,
+            "row 1 is longer than the length given (put Truncate before it), or its offsets",
+        ),
+        ([Truncate(2)], [DECREASING], ValueError, "row 1 has offsets that decrease or lie outside the values"),
         ([ToDense(2)], [torch.ones(2)], TypeError, "takes ragged columns, got a dense one"),
         ([ToDense(2)], [WEIGHTED], TypeError, "would drop the weights"),
         ([ToDense(2)], [NESTED], TypeError, "got rows of lists"),

@@ -235,6 +235,17 @@ def test_vocabulary(fuse: bool, tmp_path: Any) -> None:
     assert found.tolist() == list(range(4999, -1, -1))
 
 
+def test_lines_of_a_vocabulary_end_with_line_feeds_alone(tmp_path: Any) -> None:
+    path = tmp_path / "names.txt"
+    for content, entries in (
+        ("a\u2028b\x0cc\r\nd", ["a\u2028b\x0cc", "d"]),
+        ("\n", [""]),
+        ("x\n\n", ["x", ""]),
+    ):
+        path.write_bytes(content.encode())
+        assert Vocabulary(path).entries == tuple(entry.encode() for entry in entries)
+
+
 @both
 def test_no_rows(fuse: bool) -> None:
     empty = RaggedTensor.from_lists([])

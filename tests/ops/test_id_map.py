@@ -4,6 +4,7 @@ from hypothesis import given, strategies as st
 
 from recis_hybrid import ops
 from recis_hybrid.embedding import IdMap
+from recis_hybrid.embedding.id_map import IdCounts
 from tests.support.devices import EDGE_IDS, on_devices
 
 any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
@@ -102,6 +103,24 @@ def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_ids_beyond_the_used_ones_have_no_row() -> None:
+    ids, used = [torch.tensor([7, 8, 0]), torch.tensor([0, 9])], [torch.tensor([0, 1, 2]), torch.empty(0).long()]
+    id_map = IdMap(torch.device("cpu"))
+    id_map.reserve(5)
+    rows, _ = id_map.find_or_insert(ids, [0, 1], used=used)
+    id_map.commit()
+    assert rows.tolist()[2] == -1
+    assert len(id_map) == 4
+    assert torch.equal(id_map.find(ids, [0, 1], used), rows)
+    insert(id_map, torch.tensor([0]))
+    assert torch.equal(id_map.find(ids, [0, 1], used), rows)
+    counts, admitted = IdCounts(torch.device("cpu")), torch.empty(5, dtype=torch.uint8)
+    counts.count(ids, [0, 1], torch.full((5,), -1), used)
+    ops.id_map.admit(counts.slots, ids, [0, 1], torch.full((5,), -1), 1, admitted, used=used)
+    assert admitted.tolist() == [1, 1, 0, 1, 1]
+    assert len(counts) == 4
+
+
 def test_buckets_are_those_of_the_format() -> None:
     # Owners in every checkpoint ever written: the top 16 bits of SplitMix64's finaliser over id ^ salt.
     def bucket(i: int) -> int:
@@ -160,16 +179,16 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     check = torch.library.opcheck
     check(
         torch.ops.recis.id_map_find_or_insert.default,
-        (slots, counters, id_map.free_rows, torch.ones(5, dtype=torch.uint8), [ids], [0], *words[:2]),
+        (slots, counters, id_map.free_rows, torch.ones(5, dtype=torch.uint8), [ids], [0], [ids], *words[:2]),
     )
     check(torch.ops.recis.id_map_commit.default, (counters,))
-    check(torch.ops.recis.id_map_find.default, (slots, [ids], [0], False, words[0]))
+    check(torch.ops.recis.id_map_find.default, (slots, [ids], [0], [], False, words[0]))
     check(torch.ops.recis.id_map_rehash.default, (slots, torch.zeros(128, 2, dtype=torch.int64)))
     check(torch.ops.recis.id_map_list.default, (slots, *words[:4], torch.zeros(1, dtype=torch.int64)))
     check(torch.ops.recis.id_map_erase.default, (slots, ids[:1], counters, words[0]))
     check(torch.ops.recis.id_map_set.default, (slots, ids[:1], ids[:1]))
     check(torch.ops.recis.id_map_move.default, (slots, torch.arange(64)))
-    check(torch.ops.recis.id_map_count.default, (slots, counters, [ids], [0], words[0] - 1))
+    check(torch.ops.recis.id_map_count.default, (slots, counters, [ids], [0], [], words[0] - 1))
     admitted = torch.empty(5, dtype=torch.uint8)
-    check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], words[0], 2, admitted))
+    check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], [], words[0], 2, admitted))
     check(torch.ops.recis.bucket_ids.default, (ids, words[0]))

@@ -240,7 +240,7 @@ def test_operators_have_right_schemas_and_fakes() -> None:
         torch.ops.recis.insert_grouped.default,
         (
             table.id_map.slots, table.id_map.counters, table.id_map.free_rows, *table.blocks.handle, 0, 4,
-            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.tensor([1, 7, 1])], [0], 10, *singles(3),
+            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.tensor([1, 7, 1])], [0], [], 10, *singles(3),
             torch.empty(3, dtype=torch.int64), *words[:3], None, words[3][:1],
         ),
     )  # fmt: skip

@@ -181,7 +181,8 @@ def test_torchrec_itself() -> None:
 
 
 def test_torchrec_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchrec", None)
+    for module in ("torchrec", "torchrec.sparse"):  # the second may have been imported by now
+        monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match="TorchRec cannot be imported .*pip install --no-deps torchrec"):
         RaggedTensor.from_lists(ROWS).to_jagged()
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from recis_hybrid.saver import PartState, TableState
+from recis_hybrid.saver.lease import LEASE
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
@@ -63,3 +64,8 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -
     document = json.loads(path.read_bytes())
     change(document)
     path.write_bytes(sealed(document))
+
+
+def entries(directory: Path) -> list[str]:
+    """What lies in a run's directory, but for the lock of whoever saves there."""
+    return sorted(entry.name for entry in directory.iterdir() if entry.name != LEASE)

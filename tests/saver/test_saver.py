@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, TableState
-from tests.saver.fakes import Shelf
+from tests.saver.fakes import Shelf, entries
 from tests.support.devices import EDGE_IDS
 from tests.support.toy import Toy
 
@@ -83,7 +82,7 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     (tmp_path / ".step_000000.partial").mkdir()
     for step in (1, 2, 3):
         saver.save(step, module=module)
-    assert sorted(os.listdir(tmp_path)) == ["step_000002", "step_000003"]
+    assert entries(tmp_path) == ["step_000002", "step_000003"]
     assert saver.latest() == 3
     assert saver.load(2, module=module) == 2
 
@@ -153,4 +152,4 @@ def test_nothing_is_written_of_a_table_that_has_an_id_twice(tmp_path: Path) -> N
     state = PartState(tables={"t": TableState(columns, torch.tensor([1, 1]), {"dim": 3})})
     with pytest.raises(CheckpointError, match="part 'part', table 't'.* an id must have one row, 4 has more"):
         Saver(tmp_path).save(1, part=Shelf(state))
-    assert os.listdir(tmp_path) == []
+    assert entries(tmp_path) == []

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recis_hybrid.saver import Saver
-from tests.saver.fakes import empty_shelf, example_shelf
+from tests.saver.fakes import empty_shelf, entries, example_shelf
 
 # The parent forks a child for each moment, so that torch is imported once. The child counts its way through all calls
 # that change the disk and kills itself at the given one, before it or, of a call that writes data, half way through.
@@ -24,7 +24,7 @@ PROGRAM = textwrap.dedent(
     import torch
     from torch import nn
     from recis_hybrid.saver import Saver, tensors
-    from tests.saver.fakes import example_shelf
+    from tests.saver.fakes import entries, example_shelf
 
     torch.set_num_threads(1)
     root, base = sys.argv[1:]
@@ -121,7 +121,7 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
         assert 20 in steps
         assert all(sound(tmp_path / f"base.{moment}", step) for step in steps), moment
         found.save(31, engine=example_shelf(), model=nn.Linear(2, 2), note=31)
-        after = sorted(os.listdir(tmp_path / f"base.{moment}"))
+        after = entries(tmp_path / f"base.{moment}")
         assert after == [f"step_{step:06d}" for step in found.steps()]
         assert found.steps() == [max(steps), 31]
     assert ways == {(10, 20), (10, 20, 30), (20, 30)}

@@ -241,3 +241,17 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> 
     (tmp_path / entry.ranges[0].file.path).write_bytes(data)
     with pytest.raises(CorruptCheckpoint, match=r"00000-65535.safetensors \(part 'engine', table 'user'\)"):
         read_table(tmp_path, "engine", "user", entry)
+
+
+def test_rows_that_come_in_order_are_written_as_those_that_do_not(tmp_path: Path) -> None:
+    table = example_table()
+    order = torch.tensor([2, 3, 1, 4, 0])  # by (bucket, id)
+    columns = {name: column[order] for name, column in table.columns.items()}
+    entries = []
+    for folder, state in (("a", table), ("b", TableState(columns, table.buckets[order], table.meta))):
+        (tmp_path / folder).mkdir()
+        entries.append(write_table(tmp_path / folder, "part", "t", state))
+    assert entries[0] == entries[1]
+    twice = TableState({"ids": torch.tensor([8, 8])}, torch.tensor([1, 1]), {})
+    with pytest.raises(CheckpointError, match="an id must have one row, 8 has more"):
+        write_table(tmp_path, "part", "t", twice)

@@ -1,0 +1,58 @@
+"""The directory of one checkpoint: its name, and what must lie in it."""
+
+import re
+from pathlib import Path
+
+from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
+from recis_hybrid.saver.files import list_files
+from recis_hybrid.saver.manifest import MANIFEST, Manifest
+from recis_hybrid.saver.parse import parse_manifest, part_files
+
+STEP = re.compile(r"step_(\d{6,18})")
+"""The name of a checkpoint's directory."""
+
+
+def step_name(step: int) -> str:
+    """Return the name of the directory of a step."""
+    return f"step_{step:06d}"
+
+
+def read_manifest(directory: Path, step: int) -> Manifest:
+    """Read the manifest and hold it against the files that are there.
+
+    Args:
+        directory: of the checkpoint.
+        step: its step.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CorruptCheckpoint: it is damaged, of another step, or a file is missing, of another size or not named in it.
+        CheckpointError: it has another format version.
+    """
+    path = directory / MANIFEST
+    manifest = parse_manifest(path.read_bytes(), path)
+    if manifest.step != step:
+        raise CorruptCheckpoint(
+            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
+            f"{step_name(manifest.step)}, or load another step."
+        )
+    found = list_files(directory)
+    del found[MANIFEST]
+    for name, part in manifest.parts.items():
+        for file in part_files(part):
+            size = found.pop(file.path, None)
+            if size is None:
+                raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
+            if size != file.size:
+                raise CorruptCheckpoint(
+                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
+                    f"{size}. {OTHER_STEP}"
+                )
+    if found:
+        raise CorruptCheckpoint(
+            f"{directory}: must hold only what its manifest names, but also holds {sorted(found)}. Remove these files "
+            "if they are not the checkpoint's, or load another step."
+        )
+    return manifest

@@ -1,0 +1,49 @@
+"""Who may save in a directory: one saver at a time."""
+
+import fcntl
+import os
+import socket
+import weakref
+from pathlib import Path
+
+from recis_hybrid.saver.errors import CheckpointError
+
+LEASE = ".lease"
+
+
+class Lease:
+    """The right to save in a directory, until this object is gone.
+
+    It is a lock of the operating system on a file, which dies with its holder, however that ends: nothing is left
+    behind that would have to be cleared by hand.
+
+    Args:
+        root: the directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._held = False
+
+    def take(self) -> None:
+        """Take the lease, unless it is held already.
+
+        Raises:
+            CheckpointError: another saver holds it.
+            OSError: the file cannot be made.
+        """
+        if self._held:
+            return
+        file = os.open(self._root / LEASE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 256).decode(errors="replace") or "one that is not known"
+            os.close(file)
+            raise CheckpointError(
+                f"{self._root}: another saver saves here ({holder}). Save to another directory, or end the other job."
+            ) from error
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        weakref.finalize(self, os.close, file)
+        self._held = True

@@ -1,0 +1,130 @@
+"""What a checkpoint holds, and how two differ, as plain data and as text."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recis_hybrid.saver.compare import state_differences
+from recis_hybrid.saver.manifest import Manifest, PartEntry
+from recis_hybrid.saver.part_files import read_part
+from recis_hybrid.saver.protocol import PartState, TableState
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says, as JSON can hold it: parts, tables with their rows, columns and bytes."""
+    return {
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "bytes": sum(_part_bytes(part) for part in manifest.parts.values()),
+        "parts": {name: _part(part) for name, part in sorted(manifest.parts.items())},
+        "meta": manifest.meta,
+    }
+
+
+def summary_text(found: dict[str, Any]) -> str:
+    """Return a summary for people: a line for each part, and one for each of its tables."""
+    lines = [
+        f"step {found['step']}, written by {found['world_size']} process(es) at {found['meta'].get('wall_time', '?')}, "
+        f"{size_text(found['bytes'])}"
+    ]
+    for name, part in found["parts"].items():
+        lines.append(f"{part['kind']:<10} {name}  {part['tensors']} tensors, {size_text(part['bytes'])}")
+        for table, rows in part["tables"].items():
+            columns = ", ".join(f"{column} {spec}" for column, spec in rows["columns"].items())
+            lines.append(f"  table {table}: {rows['rows']:,} rows, {size_text(rows['bytes'])}: {columns}")
+    return "\n".join(lines)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def differences(
+    first: tuple[Path, Manifest], second: tuple[Path, Manifest], reading: Callable[[str], None]
+) -> list[str]:
+    """Compare two checkpoints by content; step, time and how tables were cut into files do not count.
+
+    A table of each is in memory at a time, whole.
+
+    Args:
+        first: Directory and manifest.
+        second: Directory and manifest.
+        reading: Told the part that is read next.
+
+    Returns:
+        One text for each difference.
+    """
+    (here, a), (there, b) = first, second
+    found = []
+    for name in sorted(a.parts.keys() | b.parts.keys()):
+        if name not in a.parts or name not in b.parts:
+            found.append(f"part {name!r} is in {'the first' if name in a.parts else 'the second'} only")
+            continue
+        reading(name)
+        mine, theirs = read_part(here, name, a.parts[name]), read_part(there, name, b.parts[name])
+        found += [f"part {name!r}: {text}" for text in _differences(mine, theirs)]
+    return found
+
+
+def _differences(a: PartState, b: PartState) -> Iterator[str]:
+    structural = state_differences(a, b)
+    if structural:
+        yield from (text.replace("checkpoint", "first").replace("live object", "second") for text in structural)
+        return
+    if a.meta != b.meta:
+        yield f"meta: {a.meta} and {b.meta}"
+    for name, tensor in sorted(a.tensors.items()):
+        if not _equal(tensor, b.tensors[name]):
+            yield f"tensor {name!r} differs"
+    for name, table in sorted(a.tables.items()):
+        yield from (f"table {name!r}: {text}" for text in _row_differences(table, b.tables[name]))
+
+
+def _row_differences(a: TableState, b: TableState) -> Iterator[str]:
+    order_a, order_b = a.columns["ids"].argsort(), b.columns["ids"].argsort()
+    ids_a, ids_b = a.columns["ids"][order_a], b.columns["ids"][order_b]
+    in_b, in_a = torch.isin(ids_a, ids_b, assume_unique=True), torch.isin(ids_b, ids_a, assume_unique=True)
+    for where, ids, common in (("first", ids_a, in_b), ("second", ids_b, in_a)):
+        if not bool(common.all()):
+            yield f"{int((~common).sum()):,} ids are in the {where} only, such as {ids[~common][:3].tolist()}"
+    order_a, order_b = order_a[in_b], order_b[in_a]
+    for name in a.columns:
+        left, right = a.columns[name][order_a], b.columns[name][order_b]
+        if not _equal(left, right):
+            rows = (left != right).view(left.size(0), -1).any(1)
+            yield f"{name} differs in {int(rows.sum()):,} of {left.size(0):,} common rows"
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Bit for bit: NaN is equal to itself, and 0.0 is not -0.0.
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _part(part: PartEntry) -> dict[str, Any]:
+    return {
+        "kind": part.kind,
+        "tensors": len(part.tensors),
+        "bytes": _part_bytes(part),
+        "tables": {
+            name: {
+                "rows": table.rows,
+                "bytes": sum(each.file.size for each in table.ranges),
+                "files": len(table.ranges),
+                "columns": {column: str(spec) for column, spec in table.columns.items()},
+                "meta": table.meta,
+            }
+            for name, table in sorted(part.tables.items())
+        },
+    }
+
+
+def _part_bytes(part: PartEntry) -> int:
+    tables = sum(each.file.size for table in part.tables.values() for each in table.ranges)
+    return tables + (0 if part.file is None else part.file.size)

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from recis_hybrid.saver import Saver
+from recis_hybrid.saver.cli import main
+from tests.support.toy import Toy
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    toy = Toy()
+    for step in (2, 4):
+        toy.train_steps(2)
+        Saver(tmp_path / "run").save(step, **toy.parts(), note={"epoch": step})
+    return tmp_path / "run"
+
+
+def test_inspect_tells_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "step 4, written by 1 process(es)" in text
+    assert "table item: 64 rows" in text
+    assert "exp_avg float32 [6]" in text
+    assert main(["inspect", "--json", str(run / "step_000002")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 2
+    assert found["parts"]["engine"]["tables"]["item"]["rows"] == 64
+    files = sum(file.stat().st_size for file in (run / "step_000002").rglob("*.safetensors"))
+    assert found["bytes"] == files == sum(part["bytes"] for part in found["parts"].values())
+
+
+def test_verify_finds_a_changed_byte(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run)]) == 0
+    assert "sound, 5 parts" in capsys.readouterr().out
+    file = next((run / "step_000004" / "sparse" / "engine" / "item").iterdir())
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert main(["verify", str(run)]) == 1
+    assert f"{file}" in capsys.readouterr().err
+    assert main(["verify", "--json", str(run)]) == 1
+    assert str(file) in json.loads(capsys.readouterr().out)["error"]
+    assert main(["verify", str(run / "step_000002")]) == 0
+
+
+def test_diff_compares_content(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", str(run), str(run / "step_000004")]) == 0
+    assert "hold the same" in capsys.readouterr().out
+    toy = Toy(seed=5)
+    Saver(run).load(2, **toy.parts())
+    Saver(tmp_path / "same").save(7, **toy.parts(), note={"epoch": 2})
+    assert main(["diff", str(run / "step_000002"), str(tmp_path / "same")]) == 0
+    table = toy.engine.tables[0]
+    table.insert(table.members.index(next(m for m in table.members if m.name == "item")), torch.tensor([12345]))
+    with torch.no_grad():
+        toy.tower[0].weight[0, 0] += 1
+    parts = toy.parts()
+    del parts["dense"]
+    Saver(tmp_path / "other").save(7, **parts, note={"epoch": 3})
+    capsys.readouterr()
+    assert main(["diff", "--json", str(run / "step_000002"), str(tmp_path / "other")]) == 1
+    assert json.loads(capsys.readouterr().out)["differences"] == [
+        "part 'dense' is in the first only",
+        "part 'engine': table 'item': 1 ids are in the second only, such as [12345]",
+        "part 'model': tensor 'tower.0.weight' differs",
+        "part 'note': meta: {'value': {'epoch': 2}} and {'value': {'epoch': 3}}",
+    ]
+    assert main(["diff", str(run / "step_000002"), str(run)]) == 1
+    assert "embedding differs in" in capsys.readouterr().out
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"{tmp_path} holds no complete checkpoint" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "step_000003")]) == 1
+    assert "is no directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["mend", str(tmp_path)])
