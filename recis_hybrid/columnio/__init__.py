@@ -1,4 +1,13 @@
-"""From files to batches: Parquet read by pyarrow, columns handed on as tensors without a copy where they can be."""
+"""From files to batches: read by pyarrow, columns handed on as tensors without a copy where they can be."""
 
-from .columns import Column as Column, Dense as Dense, Ragged as Ragged, Text as Text
+from .columns import (
+    Column as Column,
+    Dense as Dense,
+    Ragged as Ragged,
+    Text as Text,
+    Weighted as Weighted,
+)
 from .dataset import ColumnDataset as ColumnDataset
+from .errors import BadFileError as BadFileError, Skipped as Skipped
+from .negatives import NegativeSampler as NegativeSampler
+from .windows import Window as Window, Windows as Windows

@@ -47,10 +47,12 @@ class Dense:
 class Ragged:
     """A list of numbers for each row, of any length: a RaggedTensor of [N] values and B rows.
 
+    Lists of lists become a RaggedTensor of as many levels.
+
     Args:
         dtype: Of the values, by the rules of `Dense`; None takes the file's.
         default: What stands for a null inside a list; None refuses them.
-        null_as_empty: Whether a row without a list is read as an empty list, or refused.
+        null_as_empty: Whether a row (or a list in it) without a list is read as an empty list, or refused.
 
     Raises:
         TypeError: The default is not of a number's type.
@@ -67,23 +69,64 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Text:
-    """A string for each row: a RaggedTensor of B rows whose uint8 values are the bytes of all strings.
+    """A string (or binary) for each row: a RaggedTensor of B rows whose uint8 values are the bytes of all strings.
+
+    Lists of strings become a RaggedTensor of two levels, lists of these of three.
 
     Args:
         default: What stands for a null, `""` for instance; `str` is encoded as UTF-8. None refuses nulls.
+        null_as_empty: Whether a null where a list should be is read as an empty list, or refused.
 
     Raises:
         TypeError: The default is neither str nor bytes.
     """
 
     default: str | bytes | None = None
+    _: KW_ONLY
+    null_as_empty: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, str | bytes | None):
             raise TypeError(f"Text: default must be str or bytes, got {self.default!r}")
 
 
-Column: TypeAlias = Dense | Ragged | Text
+@dataclass(frozen=True)
+class Weighted:
+    """A list of ids with a weight each for each row: a RaggedTensor of [N] values, [N] float32 weights and B rows.
+
+    It is read from a list of structs of two fields, id and weight; from two columns of lists as long as each other; or
+    from a list of strings `"id:weight"`. Structs and columns may have strings for ids, which then make two levels.
+
+    Args:
+        dtype: Of integer ids, by the rules of `Dense`; None takes the file's, and int64 of `"id:weight"`.
+        weights: The column of lists that holds the weights; None where the column itself does.
+        default: What stands for a null among ids that are numbers; None refuses them.
+        default_weight: What stands for a null among the weights, and for the weight of a string without a separator;
+            None refuses both.
+        null_as_empty: Whether a row without a list is read as an empty list, or refused.
+        separator: Between id and weight of a string; the last one counts.
+
+    Raises:
+        TypeError: A default is not of a number's type.
+        ValueError: The separator is empty.
+    """
+
+    dtype: torch.dtype | None = None
+    _: KW_ONLY
+    weights: str | None = None
+    default: float | None = None
+    default_weight: float | None = None
+    null_as_empty: bool = False
+    separator: str = ":"
+
+    def __post_init__(self) -> None:
+        _check_default("Weighted", self.default)
+        _check_default("Weighted", self.default_weight)
+        if not self.separator:
+            raise ValueError('Weighted: separator must not be empty; the usual one is ":"')
+
+
+Column: TypeAlias = Dense | Ragged | Text | Weighted
 """Any of the specs that a column may have."""
 
 

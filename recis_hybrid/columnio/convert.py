@@ -10,7 +10,7 @@ Letters: B rows of a batch, N values over all rows, L values of each row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,8 @@ from torch.utils.dlpack import from_dlpack
 
 from recis_hybrid.ragged import RaggedTensor
 
-from .columns import Column, Dense, Ragged, Text
+from .columns import Column, Dense, Ragged, Text, Weighted
+from .leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
 from .numbers import Array, ArrowType, Numbers, Place, a_few, is_number, nulls_refused, numbers
 
 
@@ -29,6 +30,10 @@ class Converter(Protocol):
     @property
     def spec(self) -> Column:
         """The spec, its dtype filled in."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it makes one tensor, with a row for each."""
 
     def clean(self, array: Array, place: Place) -> Array:
         """Returns the array in the layout that `tensor` takes, without nulls.
@@ -47,6 +52,7 @@ class DenseConverter:
 
     spec: Dense
     numbers: Numbers
+    dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
@@ -64,6 +70,7 @@ class FixedConverter:
     spec: Dense
     numbers: Numbers
     length: int
+    dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
@@ -92,58 +99,74 @@ class FixedConverter:
 
 
 @dataclass(frozen=True)
-class RaggedConverter:
-    """Lists of numbers → RaggedTensor."""
+class ListConverter:
+    """Values in lists of lists, as deep as `depth` says → RaggedTensor."""
 
-    spec: Ragged
-    numbers: Numbers
+    spec: Ragged | Text | Weighted
+    leaf: Leaf
+    depth: int
+    dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
-        if array.null_count and not self.spec.null_as_empty:
-            raise nulls_refused(array.null_count, len(array), place, "Ragged(null_as_empty=True)")
-        lengths = pc.list_value_length(array).fill_null(0)
-        offsets = torch.zeros(len(array) + 1, dtype=torch.int64)
-        torch.cumsum(from_dlpack(lengths), 0, dtype=torch.int64, out=offsets[1:])
-        values = self.numbers.clean(array.flatten(), place)
-        return pa.LargeListArray.from_arrays(pa.array(offsets.numpy()), values)
+        return self._clean(array, self.depth, place)
 
     def tensor(self, array: Array) -> RaggedTensor:
         """See `Converter`."""
-        offsets = from_dlpack(array.offsets)
-        first, last = int(offsets[0]), int(offsets[-1])
-        return RaggedTensor(self.numbers.tensor(array.values[first:last]), offsets - first if first else offsets)
+        levels = []
+        for _ in range(self.depth):
+            offsets = from_dlpack(array.offsets)
+            first, last = int(offsets[0]), int(offsets[-1])
+            array = array.values[first:last]
+            levels.append(offsets - first if first else offsets)
+        values, more, weights = self.leaf.parts(array)
+        levels += more
+        # What was cleaned is valid, and checking would cost more than the rest.
+        return RaggedTensor.unchecked(values, levels[-1], weights, tuple(levels[:-1]))
+
+    def _clean(self, array: Array, depth: int, place: Place) -> Array:
+        if depth == 0:
+            return self.leaf.clean(array, place)
+        if array.null_count and not self.spec.null_as_empty:
+            remedy = f"{type(self.spec).__name__}(null_as_empty=True)"
+            raise nulls_refused(array.null_count, len(array), place, remedy)
+        offsets = torch.zeros(len(array) + 1, dtype=torch.int64)
+        if array.null_count or pa.types.is_fixed_size_list(array.type):
+            lengths = pc.list_value_length(array).fill_null(0)
+            torch.cumsum(from_dlpack(lengths), 0, dtype=torch.int64, out=offsets[1:])
+        else:
+            own = from_dlpack(array.offsets)
+            torch.sub(own, own[0], out=offsets)
+        values = self._clean(array.flatten(), depth - 1, place)
+        return pa.LargeListArray.from_arrays(pa.array(offsets.numpy()), values)
 
 
 @dataclass(frozen=True)
-class TextConverter:
-    """Strings → RaggedTensor of their bytes."""
+class ParallelConverter:
+    """A struct of a list of ids and a list of weights → RaggedTensor."""
 
-    spec: Text
+    spec: Weighted
+    ids: ListConverter
+    weights: ListConverter
+    dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
-        # Offsets of 64 bits over the same bytes.
-        array = array.cast(pa.large_binary())
-        if array.null_count == 0:
-            return array
-        if self.spec.default is None:
-            raise nulls_refused(array.null_count, len(array), place, 'Text(default="")')
-        return array.fill_null(pa.scalar(self.spec.default, array.type))
+        there = replace(place, column=str(self.spec.weights))
+        ids, weights = self.ids.clean(array.field(0), place), self.weights.clean(array.field(1), there)
+        if not ids.offsets.equals(weights.offsets):
+            found, wanted = pc.list_value_length(weights), pc.list_value_length(ids)
+            row = pc.index(pc.not_equal(found, wanted), True).as_py()
+            raise ValueError(
+                f"{place} has {wanted[row]} ids in a row where its weights {self.spec.weights!r} are {found[row]} "
+                f"(the {row + 1}th of these rows); write a weight for each id"
+            )
+        return pa.LargeListArray.from_arrays(ids.offsets, paired(ids.values, weights.values))
 
     def tensor(self, array: Array) -> RaggedTensor:
         """See `Converter`."""
-        _, offset_buffer, byte_buffer = array.buffers()
-        offsets = from_dlpack(
-            pa.Array.from_buffers(pa.int64(), len(array) + 1, [None, offset_buffer], offset=array.offset)
-        )
-        first, last = int(offsets[0]), int(offsets[-1])
-        # Where all strings are empty there may be no buffer of bytes.
-        buffer = byte_buffer if last > first else pa.py_buffer(b"")
-        values = pa.Array.from_buffers(pa.uint8(), last - first, [None, buffer], offset=first if last > first else 0)
-        return RaggedTensor(from_dlpack(values), offsets - first if first else offsets)
+        assert isinstance(self.weights.leaf, NumberLeaf)
+        return ListConverter(self.spec, PairLeaf(self.ids.leaf, self.weights.leaf.numbers), 1).tensor(array)
 
 
 def converter(spec: Column | None, arrow_type: ArrowType, place: Place) -> Converter:
@@ -151,7 +174,7 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place) -> Conve
 
     Args:
         spec: How the user wants it; None takes what suits the type.
-        arrow_type: The column's type in the files.
+        arrow_type: The column's type in the files; for a `Weighted` of two columns a struct of both.
         place: The column and a file, for messages.
 
     Returns:
@@ -161,53 +184,87 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place) -> Conve
         TypeError: A column of that type cannot be read by that spec.
         ValueError: The default is no number of the column's dtype.
     """
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    kind = _kind(arrow_type)
-    if spec is None:
-        spec = _spec_for(kind, arrow_type)
-    if isinstance(spec, Text) and kind == "strings":
-        return TextConverter(spec)
-    if isinstance(spec, Ragged) and kind == "lists of numbers":
-        found = numbers(spec.dtype, spec.default, arrow_type.value_type, place, "Ragged(default=0)")
-        return RaggedConverter(replace(spec, dtype=found.dtype), found)
-    if isinstance(spec, Dense) and spec.length is not None and kind == "lists of numbers":
-        remedy = f"Dense(length={spec.length}, default=0)"
-        found = numbers(spec.dtype, spec.default, arrow_type.value_type, place, remedy)
-        return FixedConverter(replace(spec, dtype=found.dtype), found, spec.length)
-    if isinstance(spec, Dense) and spec.length is None and kind == "numbers":
-        found = numbers(spec.dtype, spec.default, arrow_type, place, "Dense(default=0)")
-        return DenseConverter(replace(spec, dtype=found.dtype), found)
     if spec is not None and not isinstance(spec, Column):
-        raise TypeError(f"{place} needs a Dense, Ragged or Text for its spec, got {spec!r}")
-    wanted = f"{spec} does not read" if spec is not None else "no tensor is made of"
-    raise TypeError(f"{place} is {arrow_type}, which {wanted}; {_REMEDIES[kind]}")
+        raise TypeError(f"{place} needs a Dense, Ragged, Text or Weighted for its spec, got {spec!r}")
+    depth, inner = _opened(arrow_type)
+    if spec is None:
+        spec = _spec_for(arrow_type, depth, inner)
+    made: Converter | None = None
+    if isinstance(spec, Text) and _is_text(inner):
+        remedy = 'Text(default="")'
+        made = ListConverter(spec, TextLeaf(spec.default, remedy), depth)
+    elif isinstance(spec, Ragged) and depth and is_number(inner):
+        found = numbers(spec.dtype, spec.default, inner, place, "Ragged(default=0)")
+        made = ListConverter(replace(spec, dtype=found.dtype), NumberLeaf(found), depth)
+    elif isinstance(spec, Dense) and is_number(inner) and depth == (spec.length is not None):
+        length = "" if spec.length is None else f"length={spec.length}, "
+        found = numbers(spec.dtype, spec.default, inner, place, f"Dense({length}default=0)")
+        spec = replace(spec, dtype=found.dtype)
+        made = DenseConverter(spec, found) if spec.length is None else FixedConverter(spec, found, spec.length)
+    elif isinstance(spec, Weighted):
+        made = _weighted(spec, depth, inner, place)
+    if made is None:
+        wanted = f"{spec} does not read" if spec is not None else "no tensor is made of"
+        raise TypeError(f"{place} is {arrow_type}, which {wanted}; {_remedy(depth, inner)}")
+    return made
 
 
-_REMEDIES = {
-    "numbers": "numbers are read by Dense()",
-    "strings": "strings are read by Text()",
-    "lists of numbers": "lists of numbers are read by Ragged(), or by Dense(length=...) if all have one length",
-    "": "write it as numbers, strings or lists of numbers",
-}
+def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Converter | None:
+    weights = numbers(torch.float32, spec.default_weight, pa.float32(), place, "Weighted(default_weight=1)")
+    if spec.weights is None and depth == 1 and _is_text(inner):
+        ids = numbers(spec.dtype, spec.default, pa.int64(), place, "Weighted(default=0)")
+        return ListConverter(replace(spec, dtype=ids.dtype), PairTextLeaf(ids, weights, spec.separator), 1)
+    if not (pa.types.is_struct(inner) and inner.num_fields == 2 and depth == (spec.weights is None)):
+        return None
+    first, second = inner.field(0).type, inner.field(1).type
+    if spec.weights is not None:
+        (one, first), (other, second) = _opened(first), _opened(second)
+        if (one, other) != (1, 1):
+            return None
+    if not (is_number(second) and (is_number(first) or _is_text(first))):
+        return None
+    leaf: Leaf = TextLeaf(None, "ids without nulls")
+    if is_number(first):
+        found = numbers(spec.dtype, spec.default, first, place, "Weighted(default=0)")
+        spec, leaf = replace(spec, dtype=found.dtype), NumberLeaf(found)
+    if spec.weights is None:
+        return ListConverter(spec, PairLeaf(leaf, weights), 1)
+    return ParallelConverter(spec, ListConverter(spec, leaf, 1), ListConverter(spec, NumberLeaf(weights), 1))
 
 
-def _kind(arrow_type: ArrowType) -> str:
+def _remedy(depth: int, inner: ArrowType) -> str:
+    if is_number(inner) and depth == 0:
+        return "numbers are read by Dense()"
+    if is_number(inner):
+        return "lists of numbers are read by Ragged(), or by Dense(length=...) if all have one length"
+    if _is_text(inner):
+        return 'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted()'
+    if pa.types.is_struct(inner):
+        return "structs are read by Weighted() where they are an id and a weight, in lists"
+    return "write it as numbers, strings or lists of these"
+
+
+def _opened(arrow_type: ArrowType) -> tuple[int, ArrowType]:
+    """Returns how deep lists lie in lists, and the type of what is in them."""
+    types, depth = pa.types, 0
+    while types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type):
+        arrow_type, depth = arrow_type.value_type, depth + 1
+    return depth, arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
+
+
+def _is_text(arrow_type: ArrowType) -> bool:
     types = pa.types
-    if is_number(arrow_type):
-        return "numbers"
-    if any(test(arrow_type) for test in (types.is_string, types.is_large_string, types.is_string_view)):
-        return "strings"
-    if any(test(arrow_type) for test in (types.is_binary, types.is_large_binary, types.is_binary_view)):
-        return "strings"
-    if any(test(arrow_type) for test in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
-        return "lists of numbers" if is_number(arrow_type.value_type) else ""
-    return ""
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(test(arrow_type) for test in (*strings, *binaries))
 
 
-def _spec_for(kind: str, arrow_type: ArrowType) -> Column | None:
-    if kind == "lists of numbers":
-        return Dense(length=arrow_type.list_size) if pa.types.is_fixed_size_list(arrow_type) else Ragged()
-    if kind == "strings":
+def _spec_for(arrow_type: ArrowType, depth: int, inner: ArrowType) -> Column | None:
+    if _is_text(inner):
         return Text()
-    return Dense() if kind == "numbers" else None
+    if depth and is_number(inner):
+        fixed = depth == 1 and pa.types.is_fixed_size_list(arrow_type)
+        return Dense(length=arrow_type.list_size) if fixed else Ragged()
+    if depth == 1 and pa.types.is_struct(inner):
+        return Weighted()
+    return Dense() if is_number(inner) else None

@@ -1,69 +1,99 @@
-"""ColumnDataset: Parquet files as batches, in an order that can be repeated and resumed."""
+"""ColumnDataset: files as batches, in an order that can be repeated and resumed."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from recis_hybrid.ragged import Batch
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
+from recis_hybrid.ragged import Batch, batch_to
+
+from .arguments import integer, one_of, specs
 from .columns import Column
-from .order import Batches
-from .paths import Paths, find_files
+from .delivery import Delivery, check_delivery
+from .order import Batches, Uneven
+from .position import Position, loaded, order_settings, saved
 from .prefetch import prefetched
+from .ranks import rank_and_world_size
+
+if TYPE_CHECKING:
+    from .errors import Skipped
+    from .filters import Filters
+    from .paths import Paths
+
+MASK = "mask"
+"""The column that `uneven="pad"` adds."""
 
 _DECODED_ROWS = 65_536
-_STATE_VERSION = 1
 
 
-@dataclass
-class _Position:
-    """How far a pass through the data has come; the pass moves it, the dataset reads it."""
-
-    epoch: int
-    row: int
-    """The first row of the epoch's order that no rank has consumed."""
-
-
-class ColumnDataset:
-    """Batches of columns from Parquet files.
+class ColumnDataset(IterableDataset[Batch]):
+    """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files.
 
     An epoch has one order of its rows, a function of the files and (seed, epoch). Batches are consecutive rows of that
-    order and ranks take them in turn, so that it is the same for every number of ranks. With `shuffle`, the row groups
-    of all files are put in a random order, and then the rows of each block of `shuffle_buffer` consecutive rows: the
-    smaller the row groups and the larger the buffer, the better the mixing, up to a uniform permutation where the
-    buffer holds all rows.
+    order and ranks take them in turn, so that it is the same for every number of ranks. With `shuffle`, the pieces of
+    all files (row groups, stripes, record batches; CSV and JSON are whole) are put in a random order, and then the rows
+    of each block of `shuffle_buffer` consecutive rows: the smaller the pieces and the larger the buffer, the better the
+    mixing, up to a uniform permutation where the buffer holds all rows.
 
     Each `iter()` is one pass: from the beginning of the epoch, or from where a loaded state stands. A pass that comes
     to its end moves the dataset on to the next epoch; one that is left early does not.
 
+    Rows are counted after `filters`: a row that they leave out has no place in the order. To know the numbers, opening
+    reads the columns that the filters look at, of the pieces that footers and folders' names do not rule out.
+
     Numbers without nulls, in the dtype of the file, are not copied on their way from Arrow's decoded buffers into
-    tensors, unless shuffled or in one of the few batches which are cut from two buffers (about 65,536 rows are decoded
-    at a time). Being slices of a buffer, such tensors keep all of it in memory.
+    tensors, unless filtered, shuffled or in one of the few batches which are cut from two buffers (about 65,536 rows
+    are decoded at a time). Being slices of a buffer, such tensors keep all of it in memory.
+
+    Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)` the workers share the rank's batches,
+    which arrive in the same order. Each worker has a copy of the dataset: call `set_epoch` before each pass, and
+    `state_dict(batches)` with the number of batches that the loop was handed in it.
 
     Args:
-        paths: A file, a folder (all .parquet and .pq files below it, by name), a pattern, or a sequence of these.
+        paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
+            (`s3://bucket/clicks`, and whatever else pyarrow or fsspec knows), or a sequence of them. Folders named
+            `key=value` give their files a column `key`.
         columns: The columns to read: names, whose specs then follow from the types in the files, or specs by name (None
             for one that follows from the type). A batch has them in this order.
         batch_size: Rows of a batch on one rank.
         shuffle: Whether each epoch has a random order of its own.
         seed: Of that order, not negative.
         drop_remainder: Whether to leave out the short last batch, and with several ranks the last turn if not all ranks
-            would get a full batch in it. Without it, some ranks may get one batch more than others.
-        transforms: Called with each batch in the reader's thread; what it returns takes the batch's place.
-        prefetch: How many batches a thread prepares ahead; 0 reads in the consumer's thread.
-        rank: This process's number among those that share the data.
-        world_size: How many processes share the data.
+            would get a full batch in it.
+        filters: Which rows to read: a `pyarrow.compute` expression, a list of (column, operator, value) of which all
+            must hold, or a list of such lists of which one must.
+        transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
+            takes the batch's place.
+        rank: This process's number among those that share the data; None takes torch.distributed's where that is
+            initialised, else torchrun's from the environment, else 0.
+        world_size: How many processes share the data; None as for `rank`.
+        uneven: What happens in a last turn that has no full batch for every rank. None: every row comes once, and some
+            ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
+            fills the batches up with rows from the beginning of the epoch's order; `"pad"` does so too and adds a bool
+            column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
+        num_threads: Threads that make tensors and call `transforms`, and as many that decode a piece each. With more
+            than one Arrow decodes columns in its own threads, too, as many as `pyarrow.set_cpu_count` says.
+        prefetch: How many batches threads prepare ahead; 0 reads in the consumer's thread. In memory there are at most
+            as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times about
+            65,536 rows (or a batch, if that is more), and the blocks of `shuffle_buffer`.
+        pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
+        device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
+        filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
+        on_bad_file: `"raise"`, or `"skip"` to go on past damaged or vanished files: each is reported by a
+            RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches shorter, even empty, so that the other
+            rows keep their places and the ranks their numbers of batches.
         shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
 
     Raises:
+        BadFileError: A file is damaged (a ValueError).
         FileNotFoundError: There is no such file.
         TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
-        ValueError: A file is damaged, a column is missing, files disagree about a column, there is not one row (or with
-            `drop_remainder` not one batch), or an argument is out of its range.
+        ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
+            or `uneven="drop"` not one batch), or an argument is out of its range.
 
     Example:
         >>> data = ColumnDataset("clicks/", ["user", "item", "label"], 4096, shuffle=True)  # doctest: +SKIP
@@ -80,54 +110,85 @@ class ColumnDataset:
         shuffle: bool = False,
         seed: int = 0,
         drop_remainder: bool = False,
+        filters: Filters = None,
         transforms: Callable[[Batch], Batch] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        uneven: Uneven = None,
+        num_threads: int = 1,
         prefetch: int = 2,
-        rank: int = 0,
-        world_size: int = 1,
+        pin_memory: bool = False,
+        device: torch.device | str | int | None = None,
+        filesystem: Any = None,
+        on_bad_file: Literal["raise", "skip"] = "raise",
         shuffle_buffer: int = 262_144,
     ) -> None:
         # pyarrow comes with the first dataset, not with the package.
-        from .parquet import ParquetFiles
+        from .filters import RowFilter
+        from .opening import open_files
+        from .paths import find_files
         from .reader import Reader
 
-        self._batch_size = _integer("batch_size", batch_size, 1)
-        self._prefetch = _integer("prefetch", prefetch, 0)
-        self._world_size = _integer("world_size", world_size, 1)
-        self._rank = _integer("rank", rank, 0)
+        rank, world_size = rank_and_world_size(rank, world_size)
+        self._batch_size = integer("batch_size", batch_size, 1)
+        self._prefetch = integer("prefetch", prefetch, 0)
+        self._num_threads = integer("num_threads", num_threads, 1)
+        self._world_size = integer("world_size", world_size, 1)
+        self._rank = integer("rank", rank, 0)
         if rank >= world_size:
             raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
-        self._drop_remainder, self._transforms = drop_remainder, transforms
-        block = _integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
+        one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
+        one_of("on_bad_file", on_bad_file, ("raise", "skip"))
+        self._drop_remainder, self._uneven = drop_remainder, uneven
+        self._device = None if device is None else torch.device(device)
+        block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
+        wanted, mask = specs(columns), MASK if uneven == "pad" else None
+        check_delivery(pin_memory, wanted, mask)
         self._reader = Reader(
-            ParquetFiles.open(find_files(paths), _specs(columns)),
+            open_files(
+                find_files(paths, filesystem),
+                wanted,
+                row_filter=RowFilter.of(filters),
+                skip=on_bad_file == "skip",
+                threads=num_threads > 1,
+            ),
             # A multiple of the batch size: so few batches lie in two of them.
             decoded_rows=-(-_DECODED_ROWS // batch_size) * batch_size,
-            seed=_integer("seed", seed, 0),
+            seed=integer("seed", seed, 0),
             block=block,
+            threads=num_threads if prefetch else 1,
         )
+        self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
         self._num_rows = self._reader.rows
-        self._position, self._first_row = _Position(0, 0), 0
+        self._position, self._first_row = Position(0, 0), 0
         if self._num_rows == 0:
-            raise ValueError(f"ColumnDataset: there is not one row in {paths}; check what wrote the files")
-        if drop_remainder and len(self) == 0:
+            among = "" if filters is None else f" that suits the filters {filters}"
+            raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
+        if (drop_remainder or uneven == "drop") and len(self) == 0:
             raise ValueError(
-                f"ColumnDataset: drop_remainder leaves no batch of {self._num_rows} rows, of which {world_size} ranks "
-                f"take {batch_size} each in a turn; choose a smaller batch_size"
+                f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
+                f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
+                f"smaller batch_size"
             )
 
     def __len__(self) -> int:
         """Returns the number of batches that this rank gets in a whole epoch."""
-        return len(self._batches(0))
+        return self._batches(0).turns
 
     @property
     def num_rows(self) -> int:
-        """The number of rows in all files."""
+        """The number of rows in all files, after the filters."""
         return self._num_rows
 
     @property
     def columns(self) -> dict[str, Column]:
         """The spec of each column, with the dtype that its tensors have."""
         return {name: converter.spec for name, converter in self._reader.files.converters.items()}
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What was damaged and left out so far, by this process."""
+        return list(self._reader.files.skipped)
 
     @property
     def epoch(self) -> int:
@@ -144,108 +205,71 @@ class ColumnDataset:
             TypeError: The epoch is no integer.
             ValueError: The epoch is negative.
         """
-        _integer("epoch", epoch, 0)
+        integer("epoch", epoch, 0)
         if epoch != self._position.epoch:
-            self._position, self._first_row = _Position(epoch, 0), 0
+            self._position, self._first_row = Position(epoch, 0), 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Returns the reading position, between any two batches, as JSON could hold it.
 
         A batch counts as consumed once the loop over the dataset was handed it, however far the reader is ahead. The
         state is the same on all ranks that were handed as many batches.
+
+        Args:
+            batches: How many batches of the pass the loop was handed by a DataLoader, whose workers read with copies
+                of this dataset; None where it was handed them by the dataset itself.
         """
-        return {
-            "version": _STATE_VERSION,
-            "epoch": self._position.epoch,
-            "row": self._position.row,
-            "order": self._order_settings(),
-        }
+        position = self._position
+        if batches is not None:
+            position = Position(position.epoch, self._batches(self._first_row).after(integer("batches", batches, 0)))
+        return saved(position, order_settings(self._reader))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Makes the next pass give exactly what was left when `state` was taken.
 
-        Batch size, number of ranks, columns and prefetch may be others than they were then.
+        Batch size, number of ranks, columns, threads and prefetch may be others than they were then.
 
         Args:
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: It is no such state, or one of other files or of another order of rows.
+            ValueError: It is no such state, or one of other files, filters or another order of rows.
         """
-        if state.get("version") != _STATE_VERSION or not {"epoch", "row", "order"} <= state.keys():
-            raise ValueError(f"ColumnDataset.load_state_dict: this is no reading position: {dict(state)}")
-        mine, order = self._order_settings(), state["order"]
-        if changed := [name for name in mine if order.get(name) != mine[name]]:
-            differences = ", ".join(f"{name} was {order.get(name)!r} and is {mine[name]!r}" for name in changed)
-            raise ValueError(
-                f"ColumnDataset.load_state_dict: the rows have another order than when the state was taken "
-                f"({differences}); open the dataset as it was then, or begin anew"
-            )
-        epoch, row = int(state["epoch"]), int(state["row"])
-        if epoch < 0 or not 0 <= row <= self._num_rows:
-            raise ValueError(
-                f"ColumnDataset.load_state_dict: there is no row {row} of epoch {epoch} in {self._num_rows} rows; the "
-                f"state was changed after it was taken: load another, or begin anew"
-            )
-        self._position = _Position(epoch, row)
+        self._position = loaded(state, order_settings(self._reader))
         self._first_row = self._position.row
 
     def __iter__(self) -> Iterator[Batch]:
         """Begins a pass; see the class."""
         # A new object for each pass, so that one which was left early no longer moves the dataset.
-        position = self._position = _Position(self._position.epoch, self._first_row)
+        position = self._position = Position(self._position.epoch, self._first_row)
         self._first_row = 0
         return self._pass(position)
 
-    def _pass(self, position: _Position) -> Iterator[Batch]:
-        batches = self._batches(position.row)
-        with closing(prefetched(self._prepared(position.epoch, batches), self._prefetch)) as ahead:
+    def _pass(self, position: Position) -> Iterator[Batch]:
+        worker = get_worker_info()
+        batches = self._batches(position.row, *((worker.id, worker.num_workers) if worker else (0, 1)))
+        cut = self._reader.batches(position.epoch, batches)
+        with closing(prefetched(cut, self._delivery, self._prefetch, self._num_threads)) as ahead:
             turns = 0
             for batch in ahead:
                 turns += 1
                 position.row = batches.after(turns)
-                yield batch
+                # On the consumer's current stream, which then finds it in order.
+                yield batch if self._device is None else batch_to(batch, self._device, non_blocking=True)
                 # The consumer is done with it; held here (or by enumerate) it would be one batch more in memory.
                 del batch
         if position is self._position:
-            self._position = _Position(position.epoch + 1, 0)
+            self._position = Position(position.epoch + 1, 0)
 
-    def _prepared(self, epoch: int, batches: Batches) -> Generator[Batch, None, None]:
-        """Yields this rank's batches: what the reader's thread runs."""
-        for batch in self._reader.batches(epoch, batches):
-            prepared = batch if self._transforms is None else self._transforms(batch)
-            if not isinstance(prepared, dict):
-                raise TypeError(f"ColumnDataset: transforms must return a batch, got {type(prepared).__name__}")
-            yield prepared
-
-    def _batches(self, row: int) -> Batches:
-        return Batches(self._num_rows, self._batch_size, row, self._rank, self._world_size, self._drop_remainder)
-
-    def _order_settings(self) -> dict[str, Any]:
-        """Returns what, with the epoch, decides the order of the rows."""
-        pieces = [(piece.path.name, piece.row_group, piece.rows) for piece in self._reader.files.pieces]
-        order: dict[str, Any] = {
-            "rows": self._num_rows,
-            "row_groups": hashlib.blake2b(repr(pieces).encode(), digest_size=8).hexdigest(),
-            "shuffle_buffer": self._reader.block,
-        }
-        return order if self._reader.block is None else order | {"seed": self._reader.seed}
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"ColumnDataset: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"ColumnDataset: {name} must be at least {least}, got {value}")
-    return value
-
-
-def _specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Column | None]:
-    if isinstance(columns, str):
-        raise TypeError(f"ColumnDataset: columns must be names or specs by name, got a str; write [{columns!r}]")
-    specs = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
-    if not specs:
-        raise ValueError("ColumnDataset: columns must name at least one column, got none")
-    if len(specs) != len(columns):
-        raise ValueError(f"ColumnDataset: columns must be named once each, got {list(columns)}")
-    return specs
+    def _batches(self, row: int, worker: int = 0, workers: int = 1) -> Batches:
+        return Batches(
+            self._num_rows,
+            self._batch_size,
+            row,
+            self._rank,
+            self._world_size,
+            self._drop_remainder,
+            self._uneven,
+            worker,
+            workers,
+        )

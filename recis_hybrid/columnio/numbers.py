@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 Array: TypeAlias = Any
 ArrowType: TypeAlias = Any
 
-_ARROW_OF: dict[torch.dtype, ArrowType] = {
+ARROW_OF: dict[torch.dtype, ArrowType] = {
     # Arrow packs eight booleans into a byte and torch does not: they go through bytes.
     torch.bool: pa.uint8(),
     torch.uint8: pa.uint8(),
@@ -27,7 +27,7 @@ _ARROW_OF: dict[torch.dtype, ArrowType] = {
     torch.float64: pa.float64(),
 }
 _DTYPE_OF: dict[ArrowType, torch.dtype] = {
-    **{arrow: dtype for dtype, arrow in _ARROW_OF.items() if dtype != torch.bool},
+    **{arrow: dtype for dtype, arrow in ARROW_OF.items() if dtype != torch.bool},
     pa.bool_(): torch.bool,
     # torch has few operations for unsigned integers of more than a byte.
     pa.uint16(): torch.int32,
@@ -106,7 +106,7 @@ class Numbers:
         return pa.array((tensor.view(torch.uint8) if self.dtype == torch.bool else tensor).numpy())
 
     def _cast(self, array: Array, place: Place) -> Array:
-        target = _ARROW_OF[self.dtype]
+        target = ARROW_OF[self.dtype]
         if array.type == target:
             return array
         if pa.types.is_uint64(array.type) and self.dtype == torch.int64:
@@ -139,8 +139,8 @@ def numbers(
     """
     own = _DTYPE_OF[arrow_type]
     dtype = own if dtype is None else dtype
-    if dtype not in _ARROW_OF:
-        raise TypeError(f"{place} cannot be read as {dtype}; choose one of {', '.join(map(str, _ARROW_OF))}")
+    if dtype not in ARROW_OF:
+        raise TypeError(f"{place} cannot be read as {dtype}; choose one of {', '.join(map(str, ARROW_OF))}")
     if own != dtype and (dtype == torch.bool or (own.is_floating_point and not dtype.is_floating_point)):
         raise TypeError(f"{place} is {arrow_type}, which would be cut as {dtype}; read it as {own} and convert that")
     return Numbers(dtype, None if default is None else _default(default, dtype, place), remedy)

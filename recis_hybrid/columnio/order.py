@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Uneven: TypeAlias = Literal["wrap", "drop", "pad"] | None
+"""How ranks come to equal numbers of batches; see `ColumnDataset`."""
 
 
 def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:
@@ -47,28 +51,70 @@ class Batches:
     """How many ranks take turns."""
     drop_remainder: bool = False
     """Whether to leave out the short last batch and the turn in which not every rank gets one."""
+    uneven: Uneven = None
+    """What happens in a last turn that has no full batch for every rank."""
+    worker: int = 0
+    """Which of the processes that share the turns of this rank."""
+    workers: int = 1
+    """How many processes share them."""
 
-    def __len__(self) -> int:
-        left = self.rows - self.start
+    @property
+    def turns(self) -> int:
+        """How many batches the rank gets."""
+        left = max(self.rows - self.start, 0)
+        turn = self.batch_size * self.world_size
         if self.drop_remainder:
-            return left // (self.batch_size * self.world_size)
+            return left // turn
+        if self.uneven in ("wrap", "pad"):
+            return -(-left // turn)
         batches = -(-left // self.batch_size)
+        if self.uneven == "drop":
+            return batches // self.world_size
         return -(-max(batches - self.rank, 0) // self.world_size)
 
+    def __len__(self) -> int:
+        return -(-max(self.turns - self.worker, 0) // self.workers)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for turn in range(len(self)):
-            first = self.start + (turn * self.world_size + self.rank) * self.batch_size
+        for turn in range(self.worker, self.turns, self.workers):
+            first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
             yield first, min(first + self.batch_size, self.rows)
 
     def after(self, turns: int) -> int:
         """Returns the first row that no rank has taken once each has had that many turns."""
         return min(self.start + turns * self.world_size * self.batch_size, self.rows)
 
+    def filling(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """Yields the ranges of rows that fill a batch up where batches are to be full: others of the same order.
+
+        In a last turn all missing rows are counted through, so that ranks are filled with rows that differ, from the
+        first of the epoch on, and again from there where the epoch has too few.
+
+        Args:
+            low: The batch's first row.
+            high: The row after its last.
+        """
+        missing = self.batch_size - (high - low)
+        if self.uneven not in ("wrap", "pad") or missing <= 0:
+            return
+        turn = self.batch_size * self.world_size
+        of_turn = (self.rows - self.start - 1) // turn * turn + self.start + self.rank * self.batch_size
+        row = of_turn + (high - low) - self.rows
+        while missing:
+            first = row % self.rows
+            stop = min(first + missing, self.rows)
+            yield first, stop
+            missing -= stop - first
+            row = stop
+
     def wants(self, first: int, stop: int) -> bool:
         """Returns whether a batch of this rank holds one of the rows `first` to `stop` - 1."""
-        if stop <= self.start:
+        stop = min(stop, self.rows)
+        if stop <= max(self.start, first):
             return False
         low = max(first - self.start, 0) // self.batch_size
         high = (stop - 1 - self.start) // self.batch_size
-        turn = -(-(low - self.rank) // self.world_size) if low > self.rank else 0
-        return turn < len(self) and turn * self.world_size + self.rank <= high
+        # A batch's number is (turn * world_size + rank), of every `workers`th turn from `worker` on.
+        mine, step = self.worker * self.world_size + self.rank, self.workers * self.world_size
+        number = mine + (-(-(low - mine) // step) * step if low > mine else 0)
+        return number <= high and number // self.world_size < self.turns

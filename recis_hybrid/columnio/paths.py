@@ -1,76 +1,226 @@
-"""From what a user writes, a file, a folder, a pattern or a list of them, to the files in a fixed order."""
+"""From what a user writes, a file, a folder, a pattern, a URL or a list of them, to the files in a fixed order."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from .formats import SUFFIXES
+from .partitions import with_partitions
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a folder, a pattern, or a sequence of these."""
-
-SUFFIXES = (".parquet", ".pq")
+"""A file, a folder, a pattern or a URL of one, or a sequence of these."""
 
 
-def find_files(paths: Paths) -> list[Path]:
+@dataclass(frozen=True)
+class File:
+    """A file, and where it lies."""
+
+    path: str
+    """Its path in the file system."""
+    filesystem: Any = field(repr=False)
+    """A `pyarrow.fs.FileSystem`."""
+    partition: dict[str, int | str | None] = field(default_factory=dict)
+    """The columns that the names of its folders hold, as `day=7` does."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+    def open(self) -> Any:
+        """Opens the file for reading at any place.
+
+        Raises:
+            OSError: It is not there, or cannot be read.
+        """
+        return self.filesystem.open_input_file(self.path)
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def find_files(paths: Paths, filesystem: Any = None) -> list[File]:
     """Returns the files that `paths` names.
 
-    A folder gives all files below it that end in .parquet or .pq, by name. A pattern as of `glob` (with `**` for any
-    depth) gives the files and folders that match, by name. Both leave out names that begin with a dot or an underscore,
-    which other programs keep for themselves (`_SUCCESS`, `_temporary`, `.part.crc`). A sequence keeps its order.
+    A folder gives all files below it whose ends are in `formats.SUFFIXES`, by name. A pattern as of `glob` (with `**`
+    for any depth; in a URL `*` and `[...]`) gives the files and folders that match, by name. Both leave out names that
+    begin with a dot or an underscore, which other programs keep for themselves (`_SUCCESS`, `_temporary`,
+    `.part.crc`). A sequence keeps its order. Folders named `key=value` give their files a column `key`.
 
     Args:
-        paths: What to read.
+        paths: What to read. A URL (`s3://bucket/folder`) goes to pyarrow's file system for it, or to fsspec's.
+        filesystem: Where all paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
 
     Raises:
         FileNotFoundError: A path does not exist, a pattern matches nothing or a folder has no such file.
-        ValueError: There are no paths, a file is named twice, or a path is a URL.
+        ValueError: There are no paths, a file is named twice, or nothing is known to read such a URL.
     """
     entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not entries:
         raise ValueError("columnio: paths must name at least one file, folder or pattern, got an empty sequence")
-    files = [file for entry in entries for file in _expand(os.fspath(entry))]
-    seen: set[Path] = set()
+    given = None if filesystem is None else as_filesystem(filesystem)
+    files = [file for entry in entries for file in _expand(os.fspath(entry), given)]
+    seen: set[tuple[str, str]] = set()
     for file in files:
-        if (real := file.resolve()) in seen:
+        # A link to a file is the same file.
+        real = os.path.realpath(file.path) if _is_local(file.filesystem) else file.path
+        if (file.filesystem.type_name, real) in seen:
             raise ValueError(
-                f"columnio: {file} is named twice, and its rows would be read twice; remove one from {entries}"
+                f"columnio: {file} is named twice, and its rows would be read twice; remove one from "
+                f"{[str(entry) for entry in entries]}"
             )
-        seen.add(real)
-    return files
+        seen.add((file.filesystem.type_name, real))
+    partitions = with_partitions([file.path for file in files])
+    return [replace(file, partition=partition) for file, partition in zip(files, partitions, strict=True)]
 
 
-def _expand(entry: str) -> list[Path]:
-    if "://" in entry:
-        raise ValueError(f"columnio: {entry} is a URL, and only local files can be read; copy or mount the files")
+def as_filesystem(filesystem: Any) -> Any:
+    """Returns a file system of pyarrow or fsspec as pyarrow's.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(filesystem, pafs.FileSystem):
+        return filesystem
+    from fsspec import AbstractFileSystem
+
+    if isinstance(filesystem, AbstractFileSystem):
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
+    raise TypeError(
+        f"columnio: filesystem must be of pyarrow.fs or fsspec, got {type(filesystem).__name__}; give one of these, "
+        f"or a URL as path"
+    )
+
+
+def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
+    """Returns the file system that a path or URL without a pattern lies in, and its path there.
+
+    Raises:
+        ValueError: Nothing is known to read such a URL.
+    """
+    if filesystem is not None:
+        return filesystem, entry
+    if "://" not in entry:
+        return pafs.LocalFileSystem(), entry
+    try:
+        found, path = pafs.FileSystem.from_uri(entry)
+        return found, path
+    except pa.ArrowInvalid:
+        pass
+    from fsspec.core import url_to_fs
+
+    try:
+        made, path = url_to_fs(entry)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"columnio: {entry} is of no file system that pyarrow or fsspec knows ({error}); install what is "
+            f"named, or give filesystem="
+        ) from error
+    return as_filesystem(made), path
+
+
+def _expand(entry: str, filesystem: Any) -> list[File]:
+    if filesystem is None and "://" not in entry:
+        return [File(path, pafs.LocalFileSystem()) for path in _local(entry)]
+    base, pattern = _split_pattern(entry)
+    found, path = locate(base, filesystem)
+    path = path.rstrip("/")
+    if pattern:
+        files = _matching(found, path, pattern)
+        if not files:
+            raise FileNotFoundError(f"columnio: no file matches {entry}; check the pattern")
+        return [File(each, found) for each in files]
+    kind = found.get_file_info(path).type
+    if kind == pafs.FileType.File:
+        return [File(path, found)]
+    # An empty path is a file system's root, of which some say that it is not there.
+    if kind == pafs.FileType.Directory or path == "":
+        if files := list(_below(found, path)):
+            return [File(each, found) for each in files]
+        raise FileNotFoundError(_no_such_file(entry))
+    raise FileNotFoundError(f"columnio: {entry} does not exist; check the path")
+
+
+def _split_pattern(entry: str) -> tuple[str, str]:
+    """Splits before the first part that is a pattern; a URL's query stays with what comes before it."""
+    query = ""
+    if "://" in entry and "?" in entry:
+        entry, query = entry.split("?", 1)
+    magic = "*[" if "://" in entry else "*?["
+    parts = entry.split("/")
+    first = next((number for number, part in enumerate(parts) if set(part) & set(magic)), len(parts))
+    base = "/".join(parts[:first])
+    return base + (f"?{query}" if query else ""), "/".join(parts[first:])
+
+
+def _matching(filesystem: Any, base: str, pattern: str) -> list[str]:
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    whole = f"{base}/{pattern}" if base else pattern
+    files: list[str] = []
+    for match in sorted(ArrowFSWrapper(filesystem).glob(whole)):
+        if not _hides(match[len(base) :], pattern):
+            is_file = filesystem.get_file_info(match).type == pafs.FileType.File
+            files += [match] if is_file else _below(filesystem, match)
+    return list(dict.fromkeys(files))
+
+
+def _below(filesystem: Any, folder: str) -> Iterator[str]:
+    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True))
+    for path in sorted(info.path for info in infos if info.type == pafs.FileType.File):
+        inner = path[len(folder) :] if path.startswith(folder) else path
+        if path.endswith(SUFFIXES) and not any(map(_is_hidden, inner.split("/"))):
+            yield path
+
+
+def _local(entry: str) -> list[str]:
     path = Path(entry)
     if path.is_file():
-        return [path]
+        return [str(path)]
     if path.is_dir():
         if files := _files_below(path):
             return files
-        raise FileNotFoundError(
-            f"columnio: the folder {entry} holds no file that ends in {' or '.join(SUFFIXES)}; "
-            f"name files that end otherwise by a pattern, {os.path.join(entry, '*')} for instance"
-        )
+        raise FileNotFoundError(_no_such_file(entry))
     if not glob.has_magic(entry):
         raise FileNotFoundError(f"columnio: {entry} does not exist (seen from {Path.cwd()}); check the path")
-    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _is_hidden(Path(match).name)]
-    files = [file for match in matches for file in ([match] if match.is_file() else _files_below(match))]
+    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _hides(match, entry)]
+    files = [file for match in matches for file in ([str(match)] if match.is_file() else _files_below(match))]
     if not files:
         raise FileNotFoundError(f"columnio: no file matches {entry} (seen from {Path.cwd()}); check the pattern")
     # With ** a folder matches and so does what is in it; each file counts once.
     return list(dict.fromkeys(files))
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix in SUFFIXES and not any(map(_is_hidden, file.relative_to(folder).parts)) and file.is_file()
+def _files_below(folder: Path) -> list[str]:
+    return [
+        str(file)
+        for file in sorted(folder.rglob("*"))
+        if file.name.endswith(SUFFIXES) and not any(map(_is_hidden, file.relative_to(folder).parts)) and file.is_file()
+    ]
+
+
+def _no_such_file(folder: str) -> str:
+    return (
+        f"columnio: the folder {folder} holds no file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; "
+        f"name files that end otherwise by a pattern, {os.path.join(folder, '*')} for instance"
     )
+
+
+def _is_local(filesystem: Any) -> bool:
+    return isinstance(filesystem, pafs.LocalFileSystem)
+
+
+def _hides(match: str, pattern: str) -> bool:
+    """Returns whether a match has a hidden part that the pattern does not itself name."""
+    return any(_is_hidden(part) for part in set(match.split("/")) - set(pattern.split("/")))
 
 
 def _is_hidden(name: str) -> bool:

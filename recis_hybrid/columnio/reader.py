@@ -1,4 +1,4 @@
-"""From row groups to batches: decoding, shuffling, cutting. Imports pyarrow."""
+"""From pieces of files to batches: decoding, shuffling, cutting. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from recis_hybrid.ragged import Batch
-
-from .numbers import Array
+from .files import Files, Piece
 from .order import Batches, permutation
-from .parquet import ParquetFiles, Piece
+from .prefetch import chained
+from .rows import Rows, joined
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1
 
-Chunks: TypeAlias = Iterator[tuple[int, Array]]
-"""RecordBatches in the order of the epoch, each with the number of its first row; some rows may be left out."""
+Chunks: TypeAlias = Generator[tuple[int, Rows], None, None]
+"""Rows decoded together, in the order of the epoch, each with the number of its first row; some may be left out."""
 
 
 @dataclass(frozen=True)
 class Reader:
     """The rows of files in the order of an epoch."""
 
-    files: ParquetFiles
+    files: Files
     """What to read."""
     decoded_rows: int
     """How many rows to decode at a time."""
@@ -33,28 +32,50 @@ class Reader:
     """Of the order, where shuffled."""
     block: int | None
     """How many rows are permuted together; None keeps the order of the files."""
+    threads: int = 1
+    """How many pieces to decode at once."""
 
     @property
     def rows(self) -> int:
         """The number of rows in all files."""
         return sum(piece.rows for piece in self.files.pieces)
 
-    def batches(self, epoch: int, ranges: Batches) -> Generator[Batch, None, None]:
-        """Yields a batch for each of the ranges, without reading the row groups that none of them needs."""
+    def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
+        """Yields the rows of each batch, without reading the pieces that none of them needs.
+
+        Yields:
+            The rows, and how many of them are the batch's own; those after them fill it up.
+        """
+        own = self._cut(epoch, ranges)
+        for low, high in ranges:
+            rows = next(own)[1] if high > low else self.files.empty()
+            count = rows.num_rows
+            parts = [rows]
+            for fill in ranges.filling(low, high):
+                parts += [part for _, part in self._cut(epoch, Batches(fill[1], fill[1] - fill[0], fill[0]))]
+            yield joined(parts, self.files.converters), count
+
+    def _cut(self, epoch: int, ranges: Batches) -> Chunks:
         chunks = self._decoded(epoch, ranges.wants) if self.block is None else self._shuffled(epoch, ranges, self.block)
-        for _, rows in cut(chunks, ranges):
-            columns = zip(self.files.converters.items(), rows.columns, strict=True)
-            yield {name: converter.tensor(array) for (name, converter), array in columns}
+        return cut(chunks, (each for each in ranges if each[0] < each[1]), self._join)
+
+    def _join(self, parts: list[Rows]) -> Rows:
+        return joined(parts or [self.files.empty()], self.files.converters)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
+        yield from chained(self._sources(epoch, wants), self.threads)
+
+    def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
         first = 0
         for piece in self._pieces(epoch):
             if wants(first, first + piece.rows):
-                done = first
-                for rows in self.files.read(piece, self.decoded_rows):
-                    yield done, rows
-                    done += rows.num_rows
+                yield self._numbered(piece, first)
             first += piece.rows
+
+    def _numbered(self, piece: Piece, first: int) -> Chunks:
+        for rows in self.files.read(piece, self.decoded_rows):
+            yield first, rows
+            first += rows.num_rows
 
     def _shuffled(self, epoch: int, ranges: Batches, block: int) -> Chunks:
         blocks = Batches(self.rows, block)
@@ -64,8 +85,9 @@ class Reader:
             return ranges.wants(first // block * block, min(-(-stop // block) * block, self.rows))
 
         wanted = (each for each in blocks if ranges.wants(*each))
-        for first, rows in cut(self._decoded(epoch, wants), wanted):
-            yield first, rows.take(pa.array(permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)))
+        for first, rows in cut(self._decoded(epoch, wants), wanted, self._join):
+            order = permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)
+            yield first, Rows.of(rows.arrow().take(pa.array(order)), self.files.converters)
 
     def _pieces(self, epoch: int) -> list[Piece]:
         pieces = list(self.files.pieces)
@@ -74,27 +96,33 @@ class Reader:
         return [pieces[index] for index in permutation(len(pieces), self.seed, epoch, _PIECES)]
 
 
-def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]]) -> Chunks:
-    """Cuts ranges of rows out of a stream of RecordBatches.
+def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[Rows]], Rows]) -> Chunks:
+    """Cuts ranges of rows out of a stream of them.
 
-    A range inside one RecordBatch is a slice of it, which copies nothing; the rows of one that spans several are copied
-    once.
+    A range inside one chunk is a slice of it, which copies nothing; the rows of one that spans several are copied
+    once. Rows that the stream leaves out are missing in the range.
 
     Args:
-        chunks: Hold all rows of all ranges.
+        chunks: Hold all rows of all ranges, but those that could not be read.
         ranges: First row and the row after the last; ascending, none empty, none overlapping another.
+        join: Makes one of the parts of a range, of which there are none where no row could be read.
 
     Yields:
-        For each range its first row and its RecordBatch.
+        For each range its first row and its rows.
     """
-    chunk: Array = None
-    first, stop = 0, 0
+    chunk: Rows | None = None
+    first, stop, ended = 0, 0, False
     for low, high in ranges:
         parts, row = [], low
         while row < high:
-            while stop <= row:
-                first, chunk = next(chunks)
-                stop = first + chunk.num_rows
+            while stop <= row and not ended:
+                ended = (item := next(chunks, None)) is None
+                if item is not None:
+                    first, chunk = item
+                    stop = first + chunk.num_rows
+            row = max(row, first)
+            if ended or chunk is None or row >= high:
+                break
             parts.append(chunk.slice(row - first, min(high, stop) - row))
             row += parts[-1].num_rows
-        yield low, parts[0] if len(parts) == 1 else pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+        yield low, join(parts)

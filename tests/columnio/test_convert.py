@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.columnio import Column, Dense, Ragged, Text
+from recis_hybrid.columnio import Column, Dense, Ragged, Text, Weighted
 from recis_hybrid.columnio.convert import Converter, converter
 from recis_hybrid.columnio.numbers import Place
 from recis_hybrid.ragged import RaggedTensor
@@ -197,12 +197,13 @@ def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remed
         (pa.array([1]), Dense(length=2), r"is int64, which Dense.* does not read"),
         (pa.array([[1]]), Dense(), r"does not read; lists of numbers are read by Ragged\(\), or by Dense\(length"),
         (pa.array([[1]]), Text(), "lists of numbers are read by"),
-        (pa.array([{"a": 1}]), None, "which no tensor is made of; write it as numbers, strings or lists"),
-        (pa.array([["a"]]), Ragged(), "write it as numbers, strings or lists of numbers"),
+        (pa.array([{"a": 1}]), None, "which no tensor is made of; structs are read by Weighted"),
+        (pa.array([None]), None, "is null, which no tensor is made of; write it as numbers, strings or lists"),
+        (pa.array([["a"]]), Ragged(), r"strings and lists of strings are read by Text\(\)"),
         (pa.array([1.5]), Dense(torch.int64), r"is double, which would be cut as torch\.int64; read it as"),
         (pa.array([1]), Dense(torch.bool), r"is int64, which would be cut as torch\.bool"),
         (pa.array([1]), Dense(torch.complex64), r"cannot be read as torch\.complex64; choose one of"),
-        (pa.array([1]), "Dense", "needs a Dense, Ragged or Text for its spec, got 'Dense'"),
+        (pa.array([1]), "Dense", "needs a Dense, Ragged, Text or Weighted for its spec, got 'Dense'"),
     ],
 )
 def test_a_spec_that_does_not_suit_is_refused(array: Any, spec: Any, message: str) -> None:
@@ -221,3 +222,96 @@ def test_what_does_not_fit_is_refused() -> None:
         read(pa.array([1, 300]), Dense(torch.int8))
     with pytest.raises(ValueError, match=r"has 2 lists whose length is not 2 but 1, 3; read it with Ragged\(\)"):
         read(pa.array([[1, 2], [1], [1, 2, 3]]), Dense(length=2))
+
+
+def weighted(array: Any, spec: Column | None = None) -> tuple[list[Any], list[float]]:
+    got = ragged(array, spec)
+    assert got.weights is not None
+    assert got.weights.dtype == torch.float32
+    return got.to_strings() if got.dtype == torch.uint8 else got.to_lists(), got.weights.tolist()
+
+
+PAIRS = pa.list_(pa.struct([("item", pa.int64()), ("score", pa.float64())]))
+
+
+@given(st.lists(st.none() | st.lists(st.tuples(int64s, st.integers(0, 9)), max_size=4), max_size=9), st.data())
+def test_any_structs_of_ids_and_weights(rows: list[list[tuple[int, int]] | None], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(rows)))
+    stop = data.draw(st.integers(first, len(rows)))
+    structs = [row and [{"item": one, "score": other} for one, other in row] for row in rows]
+    each = made(pa.array(structs, PAIRS), Weighted(null_as_empty=True))
+    # Cut before it is cleaned, and after.
+    for got in (
+        each.tensor(each.clean(pa.array(structs, PAIRS)[first:stop], PLACE)),
+        each.tensor(each.clean(pa.array(structs, PAIRS), PLACE)[first:stop]),
+    ):
+        assert isinstance(got, RaggedTensor)
+        got.validate()
+        assert got.weights is not None
+        assert got.to_lists() == [[one for one, _ in row or []] for row in rows[first:stop]]
+        assert got.weights.tolist() == [other for row in rows[first:stop] for _, other in row or []]
+
+
+@given(st.lists(st.lists(st.tuples(int64s, st.integers(-8, 8)), max_size=4), max_size=9))
+def test_any_text_of_ids_and_weights(rows: list[list[tuple[int, int]]]) -> None:
+    array = pa.array([[f"{one}:{other / 4}" for one, other in row] for row in rows], pa.list_(pa.string()))
+    ids, weights = weighted(array, Weighted())
+    assert ids == [[one for one, _ in row] for row in rows]
+    assert weights == [other / 4 for row in rows for _, other in row]
+
+
+def test_ids_that_are_strings_have_weights_too() -> None:
+    array = pa.array([[{"id": "a", "weight": 1.0}, {"id": "", "weight": 2.0}], [], [{"id": "é", "weight": 3.0}]])
+    assert weighted(array) == ([[b"a", b""], [], ["é".encode()]], [1.0, 2.0, 3.0])
+    assert weighted(array[1:]) == ([[], ["é".encode()]], [3.0])
+
+
+def test_defaults_of_weighted_columns() -> None:
+    assert weighted(pa.array([["1:0.5", "2"], ["3:4"]]), Weighted(default_weight=1)) == ([[1, 2], [3]], [0.5, 1, 4])
+    assert weighted(pa.array([["1|2"]]), Weighted(separator="|")) == ([[1]], [2])
+    nulls = pa.array([[{"item": None, "score": None}]], PAIRS)
+    assert weighted(nulls, Weighted(default=7, default_weight=0.5)) == ([[7]], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("array", "spec", "said"),
+    [
+        (
+            pa.array([["1"]]),
+            Weighted(),
+            r"1 strings without ':' between id and weight, '1' among them; .*default_weight",
+        ),
+        (pa.array([["a:1"]]), Weighted(), r'a string that is not "id:weight" .*structs for ids that are strings'),
+        (pa.array([["1:x"]]), Weighted(), r'a string that is not "id:weight"'),
+        (pa.array([["1:1", None]]), Weighted(), "has 1 null in 2 values.*an id and a weight in every string"),
+        (pa.array([[None]], PAIRS), None, "an id and a weight in every struct"),
+        (pa.array([[{"item": None, "score": 1.0}]], PAIRS), None, r"has 1 null in 1 values.*Weighted\(default=0\)"),
+        (pa.array([[{"item": 1, "score": None}]], PAIRS), None, r"Weighted\(default_weight=1\)"),
+        (pa.array([None], PAIRS), None, r"Weighted\(null_as_empty=True\)"),
+    ],
+)
+def test_what_weighted_columns_do_not_allow_is_refused(array: Any, spec: Column | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read(array, spec)
+
+
+@given(st.lists(st.lists(st.lists(int64s, max_size=3), max_size=3), max_size=6), st.data())
+def test_any_lists_of_lists(rows: list[list[list[int]]], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(rows)))
+    stop = data.draw(st.integers(first, len(rows)))
+    array = pa.array(rows, pa.list_(pa.large_list(pa.int64())))
+    each = made(array)
+    assert ragged(array[first:stop]).to_lists() == rows[first:stop]
+    got = each.tensor(each.clean(array, PLACE)[first:stop])
+    assert isinstance(got, RaggedTensor)
+    assert got.validate().to_lists() == rows[first:stop]
+
+
+@given(st.lists(st.lists(st.binary(max_size=3), max_size=3), max_size=6), st.data())
+def test_any_lists_of_strings(rows: list[list[bytes]], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(rows)))
+    array = pa.array(rows, pa.list_(pa.binary()))
+    each = made(array)
+    got = each.tensor(each.clean(array, PLACE)[first:])
+    assert isinstance(got, RaggedTensor)
+    assert got.validate().to_strings() == rows[first:]

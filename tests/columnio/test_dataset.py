@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, Text
-from recis_hybrid.columnio.parquet import ParquetFiles, Piece
+from recis_hybrid.columnio.files import Files, Piece
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 ROWS = 47
@@ -119,14 +119,14 @@ def test_transforms_run_in_the_readers_thread(folder: Path) -> None:
 
 def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, int]] = []
-    read = ParquetFiles.read
+    read = Files.read
 
-    def watched(self: ParquetFiles, piece: Piece, rows: int) -> Iterator[Any]:
+    def watched(self: Files, piece: Piece, rows: int) -> Iterator[Any]:
         for batch in read(self, piece, rows):
-            decoded.append((batch.column("row").buffers()[1].address, batch.num_rows * 8))
+            decoded.append((batch.batch.column("row").buffers()[1].address, batch.num_rows * 8))
             yield batch
 
-    monkeypatch.setattr(ParquetFiles, "read", watched)
+    monkeypatch.setattr(Files, "read", watched)
     # Row groups of 5 (and of 3 and 2 at ends of files): batches of 1 never lie in two of them.
     kept = list(open_rows(folder, 1))
     pointers = [dense(batch).data_ptr() for batch in kept]
@@ -191,13 +191,13 @@ def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool
 
 def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[Piece] = []
-    read = ParquetFiles.read
+    read = Files.read
 
-    def watched(self: ParquetFiles, piece: Piece, rows: int) -> Iterator[Any]:
+    def watched(self: Files, piece: Piece, rows: int) -> Iterator[Any]:
         pieces.append(piece)
         return read(self, piece, rows)
 
-    monkeypatch.setattr(ParquetFiles, "read", watched)
+    monkeypatch.setattr(Files, "read", watched)
     # 24 rows to each of two ranks: the first needs only the row groups that begin before row 24.
     assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
     assert sum(piece.rows for piece in pieces) == 25
@@ -217,14 +217,21 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
         },
         "epoch": draw(st.integers(0, 3)),
         "turns": draw(st.integers(0, 12)),
-        "before": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": before},
-        "now": {"batch_size": draw(st.integers(1, 13)), "prefetch": draw(st.integers(0, 3)), "world_size": now},
+        "filters": draw(st.sampled_from([None, [("label", "=", 1)], [("row", ">=", 18), ("row", "<", 31)]])),
+        "before": {**draw(_reading()), "world_size": before},
+        "now": {**draw(_reading()), "world_size": now},
     }
+
+
+def _reading() -> st.SearchStrategy[dict[str, int]]:
+    sizes, depths, threads = st.integers(1, 13), st.integers(0, 3), st.integers(1, 3)
+    return st.fixed_dictionaries({"batch_size": sizes, "prefetch": depths, "num_threads": threads})
 
 
 @settings(max_examples=80)
 @given(plan=plans())
 def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str, Any]) -> None:
+    plan["order"]["filters"] = plan["filters"]
     whole = open_rows(folder, **plan["order"])
     whole.set_epoch(plan["epoch"])
     expected = list(chain.from_iterable(rows_of(whole)))
@@ -362,7 +369,7 @@ def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
         ({"batch_size": -5}, "batch_size must be at least 1, got -5"),
         ({"prefetch": -1}, "prefetch must be at least 0, got -1"),
         ({"seed": -1, "shuffle": True}, "seed must be at least 0, got -1"),
-        ({"world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"rank": 0, "world_size": 0}, "world_size must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, "rank must be less than world_size, got 2 of 2"),
         ({"shuffle": True, "shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
         ({"batch_size": 48, "drop_remainder": True}, "drop_remainder leaves no batch of 47 rows.*smaller batch_size"),

@@ -5,7 +5,11 @@ from collections.abc import Generator
 
 import pytest
 
-from recis_hybrid.columnio.prefetch import prefetched
+from recis_hybrid.columnio.prefetch import chained, prefetched
+
+
+def same(item: int) -> int:
+    return item
 
 
 def readers() -> list[threading.Thread]:
@@ -42,7 +46,7 @@ class Source:
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 100])
 def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
     source = Source(20)
-    assert list(prefetched(source.items, depth)) == list(range(20))
+    assert list(prefetched(source.items, same, depth)) == list(range(20))
     assert source.closed
     assert gone()
     assert (source.threads == {threading.get_ident()}) == (depth == 0)
@@ -51,7 +55,7 @@ def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_thread_is_never_further_ahead_than_depth(depth: int) -> None:
     source = Source(50)
-    for taken, _ in enumerate(prefetched(source.items, depth), start=1):
+    for taken, _ in enumerate(prefetched(source.items, same, depth), start=1):
         time.sleep(0.002)
         assert source.made <= taken + depth
     assert source.made == 50
@@ -64,7 +68,7 @@ def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> Non
     seen: list[int] = []
 
     def consume() -> None:
-        for item in prefetched(source.items, depth):
+        for item in prefetched(source.items, same, depth):
             seen.append(item)
 
     with pytest.raises(LookupError) as caught:
@@ -77,7 +81,7 @@ def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> Non
 @pytest.mark.parametrize("depth", [1, 4])
 def test_leaving_early_ends_the_thread_and_closes_the_source(depth: int) -> None:
     source = Source(1000)
-    ahead = prefetched(source.items, depth)
+    ahead = prefetched(source.items, same, depth)
     assert [next(ahead), next(ahead)] == [0, 1]
     ahead.close()
     assert source.closed
@@ -87,7 +91,7 @@ def test_leaving_early_ends_the_thread_and_closes_the_source(depth: int) -> None
 
 def test_dropping_the_iterator_ends_the_thread() -> None:
     source = Source(1000)
-    ahead = prefetched(source.items, 2)
+    ahead = prefetched(source.items, same, 2)
     next(ahead)
     del ahead
     gc.collect()
@@ -99,10 +103,83 @@ def test_an_error_in_the_consumer_ends_the_thread() -> None:
     source = Source(1000)
 
     def consume() -> None:
-        for _ in prefetched(source.items, 2):
+        for _ in prefetched(source.items, same, 2):
             raise KeyError("the consumer's")
 
     with pytest.raises(KeyError, match="the consumer's"):
         consume()
     gc.collect()
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_several_threads_keep_the_order(threads: int) -> None:
+    working: set[int] = set()
+
+    def slowly(item: int) -> int:
+        working.add(threading.get_ident())
+        time.sleep(0.005 * (item % 3))
+        return -item
+
+    source = Source(30)
+    assert list(prefetched(source.items, slowly, 8, threads)) == [-item for item in range(30)]
+    assert 1 < len(working) <= threads
+    assert source.closed
+    assert gone()
+
+
+def test_an_error_of_the_work_arrives_in_its_place() -> None:
+    error = LookupError("mine")
+
+    def work(item: int) -> int:
+        if item == 4:
+            raise error
+        return item
+
+    source, seen = Source(1000), []
+
+    def consume() -> None:
+        for item in prefetched(source.items, work, 6, 3):
+            seen.append(item)
+
+    with pytest.raises(LookupError) as caught:
+        consume()
+    assert caught.value is error
+    assert seen == [0, 1, 2, 3]
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_chained_sources_come_one_after_the_other(threads: int) -> None:
+    sources = [Source(size) for size in (3, 0, 1, 7, 2)]
+    assert list(chained((source.items for source in sources), threads)) == [0, 1, 2, 0, *range(7), 0, 1]
+    assert all(source.closed for source in sources)
+    assert gone()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_chained_sources_as_many_are_open_as_there_are_threads(threads: int) -> None:
+    sources = [Source(5) for _ in range(6)]
+    items = chained((source.items for source in sources), threads)
+    assert [next(items) for _ in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    time.sleep(0.05)
+    assert [source.made > 0 for source in sources] == [number < 1 + threads for number in range(6)]
+    # Of each at most one item waits.
+    assert [source.made for source in sources[2:3]] == [1] * (threads - 1) + [0] * (2 - threads)
+    items.close()
+    assert all(source.closed == (source.made > 0) for source in sources)
+    assert gone()
+
+
+def test_an_error_of_a_chained_source_comes_after_those_before_it() -> None:
+    sources = [Source(2), Source(1, LookupError("mine")), Source(3)]
+    seen = []
+
+    def consume() -> None:
+        for item in chained((source.items for source in sources), 3):
+            seen.append(item)
+
+    with pytest.raises(LookupError, match="mine"):
+        consume()
+    assert seen == [0, 1, 0]
     assert gone()

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
 # What a room may import from elsewhere, beside the standard library and torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
-    "columnio": {"numpy", "pyarrow"},
+    "columnio": {"fsspec", "numpy", "pyarrow"},
     "saver": {"numpy", "safetensors"},
     "pipelines": {"numpy", "tqdm"},
     "bridge": {"numpy", "jax", "jaxlib"},

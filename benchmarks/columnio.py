@@ -1,0 +1,207 @@
+"""ColumnDataset beside a bare pyarrow scan, a DataLoader over pandas frames, and pandas' hashing.
+
+    python -m benchmarks.columnio [--quick] [--threads 2] [--cases scan]
+
+``scan``: Parquet files of 26 int64 columns, 13 of float32 and a label, to tensors, beside pyarrow's own scan to
+RecordBatches, which is the limit. ``dataloader``: the same beside ``torch.utils.data.DataLoader`` with 2 workers, each
+of which reads its files by pandas and cuts batches out of the frame. ``ragged_strings``: lists of ids, lists of strings
+(20 a row on average) and two columns of strings, all hashed while they are read, beside a pyarrow scan with pandas'
+hash of their values. ``memory``: the bytes that Arrow holds at most while a slow consumer reads, in batches, beside
+prefetch + threads. A ratio of the last is of bound to use.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from benchmarks import harness
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.features import Feature, FeatureEngine, Hash
+from recis_hybrid.ragged import RaggedTensor
+
+IDS = [f"id{k}" for k in range(26)]
+FLOATS = [f"x{k}" for k in range(13)]
+NUMBERS = [*IDS, *FLOATS, "label"]
+CLICKS, TAGS, STRINGS = "clicks", "tags", ["site", "app"]
+ROWS, FILES, BATCH, PREFETCH = 2_000_000, 8, 8192, 4
+GROUP = 65_536
+LENGTH = 20
+
+
+def write(folder: Path, rows: int, make: Callable[[int, np.random.Generator], dict[str, Any]]) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(FILES):
+        made = pa.table(make(rows // FILES, generator))
+        pq.write_table(made, folder / f"part-{number}.parquet", row_group_size=GROUP)
+
+
+def numbers(rows: int, generator: np.random.Generator) -> dict[str, Any]:
+    """Ids as skewed as those of a click log, over all 64 bits."""
+    columns: dict[str, Any] = {
+        name: (generator.zipf(1.2, rows) % 1_000_003) * np.int64(0x1F83D9ABFB41BD6B) for name in IDS
+    }
+    columns |= {name: generator.standard_normal(rows, np.float32) for name in FLOATS}
+    return columns | {"label": generator.integers(0, 2, rows).astype(np.float32)}
+
+
+def ragged(rows: int, generator: np.random.Generator) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name in (CLICKS, TAGS):
+        lengths = generator.integers(0, 2 * LENGTH + 1, rows)
+        offsets = pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+        ids = pa.array(generator.zipf(1.2, offsets[-1].as_py()) % 1_000_003)
+        columns[name] = pa.ListArray.from_arrays(offsets, ids if name == CLICKS else texts(ids, name))
+    for name in STRINGS:
+        columns[name] = texts(pa.array(generator.zipf(1.2, rows) % 100_003), name)
+    return columns
+
+
+def texts(ids: Any, name: str) -> Any:
+    return pc.binary_join_element_wise(name, ids.cast(pa.string()), "-")
+
+
+def consume(data: ColumnDataset) -> int:
+    rows = 0
+    for batch in data:
+        rows += len(next(iter(batch.values())))
+    return rows
+
+
+class Frames(IterableDataset[dict[str, torch.Tensor]]):
+    """Batches cut out of frames: the peer of ``dataloader``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = sorted(folder.glob("*.parquet"))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for file in self._files[first::step]:
+            frame = pd.read_parquet(file, columns=NUMBERS)
+            for start in range(0, len(frame), BATCH):
+                part = frame.iloc[start : start + BATCH]
+                yield {name: torch.from_numpy(part[name].to_numpy().copy()) for name in NUMBERS}
+
+
+def of_frames(folder: Path) -> int:
+    return sum(len(batch["label"]) for batch in DataLoader(Frames(folder), batch_size=None, num_workers=2))
+
+
+def bare_scan(folder: Path, columns: list[str]) -> int:
+    return sum(batch.num_rows for batch in ds.dataset(folder).to_batches(columns=columns))
+
+
+def pandas_hashes(folder: Path) -> int:
+    rows = 0
+    for batch in ds.dataset(folder).to_batches(columns=[CLICKS, TAGS, *STRINGS]):
+        rows += batch.num_rows
+        pd.util.hash_array(batch.column(CLICKS).flatten().to_numpy())
+        for column in (batch.column(TAGS).flatten(), *map(batch.column, STRINGS)):
+            pd.util.hash_array(column.to_numpy(zero_copy_only=False), categorize=False)
+    return rows
+
+
+def checked(step: Callable[[], int], rows: int) -> Callable[[], None]:
+    """Returns the step; it raises unless all rows arrive: a race counts only between equals."""
+
+    def run() -> None:
+        if (got := step()) != rows:
+            raise AssertionError(f"columnio: {got} rows of {rows} arrived")
+
+    return run
+
+
+def report(case: str, rate: dict[str, float], peer: str) -> None:
+    rate = {name: value / 1e6 for name, value in rate.items()}
+    harness.Result(
+        "columnio", case, "rows", "M rows/s", round(rate["ours"], 3), round(rate["peer"], 3), peer,
+        round(rate["ours"] / rate["peer"], 2),
+    ).print()  # fmt: skip
+
+
+def number_cases(folder: Path, args: Any, rounds: int) -> None:
+    rows = (ROWS // 10 if args.quick else ROWS) // FILES * FILES
+    write(folder, rows, numbers)
+    peers: dict[str, tuple[str, Callable[[], int]]] = {
+        "scan": ("bare pyarrow scan to RecordBatches", lambda: bare_scan(folder, NUMBERS)),
+        "dataloader": ("torch DataLoader over pandas frames, 2 workers", lambda: of_frames(folder)),
+    }
+    ours = ColumnDataset(folder, NUMBERS, BATCH, num_threads=args.threads, prefetch=PREFETCH)
+    for case, (name, peer) in peers.items():
+        if args.cases in case:
+            harness.progress(f"{case}, {args.threads} thread(s)")
+            steps = {"ours": checked(lambda: consume(ours), rows), "peer": checked(peer, rows)}
+            report(case, harness.rates(dict(steps), rows, rounds, torch.device("cpu")), name)
+    if args.cases in "memory":
+        harness.progress("memory")
+        memory_case(ours, args.threads)
+
+
+def memory_case(data: ColumnDataset, threads: int) -> None:
+    before, most, size = pa.total_allocated_bytes(), 0, 0
+    for number, batch in enumerate(data):
+        if number % 5 == 0:
+            # Time for the threads to come as far ahead as they may.
+            time.sleep(0.02)
+        most = max(most, pa.total_allocated_bytes() - before)
+        size = max(size, sum(c.nbytes for c in batch.values() if isinstance(c, torch.Tensor)))
+    bound = PREFETCH + threads
+    used = most / size
+    harness.Result(
+        "columnio", "memory", "held at most", "batches", round(used, 1), bound, "prefetch + threads",
+        round(bound / used, 2),
+    ).print()  # fmt: skip
+
+
+def ragged_case(folder: Path, args: Any, rounds: int) -> None:
+    rows = (ROWS // 80 if args.quick else ROWS // 8) // FILES * FILES
+    write(folder, rows, ragged)
+    columns = [CLICKS, TAGS, *STRINGS]
+    features = FeatureEngine([Feature(name, ops=[Hash("farm")]) for name in columns])
+    data = ColumnDataset(
+        folder, columns, BATCH, transforms=features.reading_part(), num_threads=args.threads, prefetch=PREFETCH
+    )
+    first = next(iter(data))
+    assert isinstance(first[CLICKS], RaggedTensor)
+    steps = {
+        "ours": checked(lambda: sum(len(batch["site"]) for batch in data), rows),
+        "peer": checked(lambda: pandas_hashes(folder), rows),
+    }
+    harness.progress(f"ragged_strings, {args.threads} thread(s)")
+    report(
+        "ragged_strings", harness.rates(dict(steps), rows, rounds, torch.device("cpu")),
+        "pyarrow scan + pandas.util.hash_array",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.set_defaults(threads=2)
+    args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error("reading is done on the CPU; --device cuda has nothing to measure")
+    torch.set_num_threads(args.threads)
+    rounds = 3 if args.quick else 7
+    with tempfile.TemporaryDirectory() as folder:
+        for name, run in (("scan dataloader memory", number_cases), ("ragged_strings", ragged_case)):
+            if args.cases in name or any(args.cases in case for case in name.split()):
+                inner = Path(folder) / name.split()[0]
+                inner.mkdir()
+                run(inner, args, rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a format of files has to offer, and which format a file's name says."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+_MODULES = {
+    "parquet": (".parquet", ".pq"),
+    "orc": (".orc",),
+    "ipc": (".arrow", ".feather", ".ipc"),
+    "delimited": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    "json_lines": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+}
+
+SUFFIXES = tuple(suffix for suffixes in _MODULES.values() for suffix in suffixes)
+"""The ends of names that are known."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says of itself before its rows are read."""
+
+    schema: Any
+    """A `pyarrow.Schema` of all columns; None of a text file without a line of values."""
+    sizes: Sequence[int | None]
+    """Of each piece the number of its rows; None where only reading it tells."""
+    footer: Any = None
+    """What the format wants to be handed again with each read, so that it is not read from the file once more."""
+
+
+class Format(Protocol):
+    """How files of a format are read, piece by piece; a module that has these names is one."""
+
+    NAME: str
+    """The format, for messages."""
+    PIECE: str
+    """What a piece is, for messages."""
+
+    def inspect(self, file: Any, types: Mapping[str, Any]) -> Contents:
+        """Reads what a file says of itself.
+
+        Args:
+            file: With `open()` and `path`.
+            types: Of some columns the Arrow types in which to read them, for formats that do not hold types.
+
+        Raises:
+            OSError: The file is damaged.
+            pyarrow.ArrowException: The file is damaged.
+        """
+
+    def read(
+        self, file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool
+    ) -> Iterator[Any]:
+        """Yields the rows of a piece in order.
+
+        Args:
+            file: With `open()` and `path`.
+            contents: What `inspect` returned.
+            piece: Which.
+            columns: Top-level columns to read, at least one; a batch may have them in another order.
+            rows: About how many rows to decode at a time.
+            threads: Whether Arrow may decode in its threads.
+
+        Raises:
+            OSError: The file is damaged.
+            pyarrow.ArrowException: The file is damaged.
+        """
+
+
+def format_of(name: str) -> Format:
+    """Returns the format of a file by the end of its name; Parquet where that says nothing.
+
+    Args:
+        name: A file's name or path.
+    """
+    found = next((module for module, suffixes in _MODULES.items() if name.endswith(suffixes)), "parquet")
+    # A module for itself, since not every build of pyarrow has all formats.
+    return cast("Format", importlib.import_module(f"{__package__}.{found}"))

@@ -1,0 +1,28 @@
+"""The Arrow types in which a spec wants a column of a format that holds no types. Imports pyarrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+import torch
+
+from .columns import Column, Dense, Ragged, Text
+from .numbers import ARROW_OF, ArrowType
+
+
+def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
+    """Returns the types by column, of those columns whose specs say them.
+
+    Args:
+        columns: Specs by column.
+    """
+    hints: dict[str, ArrowType] = {}
+    for name, spec in columns.items():
+        if isinstance(spec, Dense | Ragged) and spec.dtype in ARROW_OF:
+            number = pa.bool_() if spec.dtype == torch.bool else ARROW_OF[spec.dtype]
+            lists = isinstance(spec, Ragged) or spec.length is not None
+            hints[name] = pa.list_(number) if lists else number
+        elif isinstance(spec, Text):
+            hints[name] = pa.string()
+    return hints

@@ -1,0 +1,68 @@
+"""Where in the order of rows a dataset stands, as JSON can hold it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .reader import Reader
+
+_VERSION = 2
+
+
+@dataclass
+class Position:
+    """How far a pass through the data has come; the pass moves it, the dataset reads it."""
+
+    epoch: int
+    row: int
+    """The first row of the epoch's order that no rank has consumed."""
+
+
+def order_settings(reader: Reader) -> dict[str, Any]:
+    """Returns what, with the epoch, decides the order of the rows."""
+    pieces = [(piece.opened.file.name, piece.number, piece.rows) for piece in reader.files.pieces]
+    wanted = reader.files.row_filter
+    order: dict[str, Any] = {
+        "rows": reader.rows,
+        "pieces": hashlib.blake2b(repr(pieces).encode(), digest_size=8).hexdigest(),
+        "filters": None if wanted is None else str(wanted.expression),
+        "shuffle_buffer": reader.block,
+    }
+    return order if reader.block is None else order | {"seed": reader.seed}
+
+
+def saved(position: Position, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a position with what its order depends on."""
+    return {"version": _VERSION, "epoch": position.epoch, "row": position.row, "order": dict(order)}
+
+
+def loaded(state: Mapping[str, Any], order: Mapping[str, Any]) -> Position:
+    """Returns the position of a state.
+
+    Args:
+        state: What `saved` returned.
+        order: What the order depends on now.
+
+    Raises:
+        ValueError: It is no such state, or one of another order.
+    """
+    if state.get("version") != _VERSION or not {"epoch", "row", "order"} <= state.keys():
+        raise ValueError(f"ColumnDataset.load_state_dict: this is no reading position: {dict(state)}")
+    before = state["order"]
+    if changed := [name for name in order if before.get(name) != order[name]]:
+        differences = ", ".join(f"{name} was {before.get(name)!r} and is {order[name]!r}" for name in changed)
+        raise ValueError(
+            f"ColumnDataset.load_state_dict: the rows have another order than when the state was taken "
+            f"({differences}); open the dataset as it was then, or begin anew"
+        )
+    epoch, row = int(state["epoch"]), int(state["row"])
+    if epoch < 0 or not 0 <= row <= order["rows"]:
+        raise ValueError(
+            f"ColumnDataset.load_state_dict: there is no row {row} of epoch {epoch} in {order['rows']} rows; the "
+            f"state was changed after it was taken: load another, or begin anew"
+        )
+    return Position(epoch, row)

@@ -1,0 +1,141 @@
+"""Windows: folders of files that appear one after another, to test a model on each and then train on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .paths import Paths
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """Files that belong together, of an hour or a day for instance."""
+
+    name: str
+    """What tells it from others: its folder's name, or its number in a list."""
+    paths: Sequence[str]
+    """What to give to a ColumnDataset."""
+
+
+class Windows:
+    """An endless stream of windows, in the order of their names among those that are complete.
+
+    A window is a folder in `source`, complete once it holds a file `marker`, which the writer makes last. One that is
+    completed late comes late, and none comes twice. Names that begin with a dot or an underscore are not windows. A
+    window counts as done once the next one is asked for; a job that was ended within one begins it anew, or goes on in
+    it with the state of its ColumnDataset.
+
+    Args:
+        source: A folder or a URL of one, which may not be there yet; or an explicit list of windows, each a path or a
+            sequence of paths, after which the stream ends.
+        marker: The file that says that a folder is complete.
+        poll_s: Seconds between two looks at the folder.
+        idle_s: After how many seconds without a new window the stream ends; None never ends it.
+        filesystem: Where `source` lies, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
+        sleep: Called with the seconds to wait.
+
+    Raises:
+        ValueError: A time is not positive.
+
+    Example:
+        >>> windows = Windows([["day-1.parquet"], ["day-2.parquet", "day-2b.parquet"]])
+        >>> for window in windows:
+        ...     print(window.name, *window.paths)  # test on it, then train on it
+        0 day-1.parquet
+        1 day-2.parquet day-2b.parquet
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Sequence[Paths],
+        *,
+        marker: str = "_SUCCESS",
+        poll_s: float = 10.0,
+        idle_s: float | None = None,
+        filesystem: Any = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if poll_s <= 0 or (idle_s is not None and idle_s < 0):
+            raise ValueError(f"Windows: poll_s must be positive and idle_s not negative, got {poll_s} and {idle_s}")
+        self._source, self._marker, self._filesystem = source, marker, filesystem
+        self._poll_s, self._idle_s, self._sleep = poll_s, idle_s, sleep
+        self._done: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the names of the windows that are done, as JSON could hold them."""
+        return {"version": _VERSION, "done": sorted(self._done)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Makes the stream go on after the windows that were done when `state` was taken.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: It is no such state.
+        """
+        if state.get("version") != _VERSION or not isinstance(state.get("done"), list):
+            raise ValueError(f"Windows.load_state_dict: this is no state of windows: {dict(state)}")
+        self._done = set(state["done"])
+
+    def __iter__(self) -> Iterator[Window]:
+        """Yields the windows that are not done, waiting for them to appear."""
+        idle = 0.0
+        while True:
+            # Looked at anew after each window: an earlier one may have become complete meanwhile.
+            found = self._complete()
+            # Of windows that were removed nothing needs to be remembered.
+            self._done &= found.keys()
+            window = next((found[name] for name in sorted(found, key=_order) if name not in self._done), None)
+            if window is not None:
+                idle = 0.0
+                yield window
+                self._done.add(window.name)
+                continue
+            if self._is_list() or (self._idle_s is not None and idle >= self._idle_s):
+                return
+            self._sleep(self._poll_s)
+            idle += self._poll_s
+
+    def _is_list(self) -> bool:
+        return not isinstance(self._source, str | os.PathLike)
+
+    def _complete(self) -> dict[str, Window]:
+        if isinstance(self._source, str | os.PathLike):
+            return _complete_folders(os.fspath(self._source), self._marker, self._filesystem)
+        listed = [[one] if isinstance(one, str | os.PathLike) else one for one in self._source]
+        return {str(number): Window(str(number), [os.fspath(p) for p in paths]) for number, paths in enumerate(listed)}
+
+
+def _order(name: str) -> tuple[int, str]:
+    # Numbers of a list as numbers; of folders that are numbered without zeros in front, too.
+    return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def _complete_folders(source: str, marker: str, filesystem: Any) -> dict[str, Window]:
+    import pyarrow.fs as pafs
+
+    from .paths import as_filesystem, locate
+
+    found, path = locate(source, None if filesystem is None else as_filesystem(filesystem))
+    infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    folders = [info for info in infos if info.type == pafs.FileType.Directory and info.base_name[:1] not in "._"]
+    if not folders:
+        return {}
+    marks = found.get_file_info([f"{info.path}/{marker}" for info in folders])
+    # A window is named as the source is, so that a URL stays one with all that it says.
+    head, _, query = source.partition("?") if "://" in source else (source, "", "")
+    return {
+        info.base_name: Window(
+            info.base_name, [f"{head.rstrip('/')}/{info.base_name}" + (f"?{query}" if query else "")]
+        )
+        for info, mark in zip(folders, marks, strict=True)
+        if mark.type == pafs.FileType.File
+    }

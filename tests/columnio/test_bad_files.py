@@ -1,0 +1,207 @@
+"""Damage in every format: refused with its place, or skipped, counted and reported."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.orc as po
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recis_hybrid.columnio import BadFileError, ColumnDataset
+from recis_hybrid.ragged import Batch
+
+ROWS = 5000
+SUFFIXES = [".parquet", ".orc", ".arrow", ".csv", ".jsonl"]
+
+
+def write(path: Path, first: int = 0, rows: int = ROWS) -> None:
+    """Numbers that no codec makes small, so that a cut or a change falls into data."""
+    generator = torch.Generator().manual_seed(first)
+    noise = torch.randint(-(2**62), 2**62, (rows,), generator=generator).tolist()
+    made = pa.table({"row": pa.array(range(first, first + rows), pa.int64()), "noise": pa.array(noise, pa.int64())})
+    if path.suffix == ".parquet":
+        pq.write_table(made, path, row_group_size=1000, use_dictionary=False, write_page_checksum=True)
+    elif path.suffix == ".orc":
+        po.write_table(made, path)
+    elif path.suffix == ".arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
+            writer.write_table(made, 1000)
+    elif path.suffix == ".csv":
+        path.write_text("row,noise\n" + "".join(f"{first + k},{value}\n" for k, value in enumerate(noise)))
+    else:
+        path.write_text("".join(f'{{"row": {first + k}, "noise": {value}}}\n' for k, value in enumerate(noise)))
+
+
+def rows_of(data: Any) -> list[int]:
+    def row(batch: Batch) -> list[int]:
+        column = batch["row"]
+        assert isinstance(column, torch.Tensor)
+        return column.tolist()
+
+    return list(chain.from_iterable(row(batch) for batch in data))
+
+
+def cut_off(path: Path) -> None:
+    content = path.read_bytes()
+    # Text is cut within a line, which is no whole one then.
+    path.write_bytes(content[: len(content) // 2] + (b',"' if path.suffix == ".jsonl" else b",,,\n"))
+
+
+def flip(path: Path) -> None:
+    """Changes a byte of the fourth row group."""
+    content = bytearray(path.read_bytes())
+    content[pq.ParquetFile(path).metadata.row_group(3).column(1).data_page_offset + 2000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
+def test_a_file_cut_off_is_refused_or_skipped(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+    write(tmp_path / f"a{suffix}")
+    write(tmp_path / f"b{suffix}", ROWS)
+    cut_off(tmp_path / f"a{suffix}")
+    with pytest.raises(BadFileError, match=rf"a{suffix}.*write it anew, or leave it out"):
+        list(ColumnDataset(tmp_path, ["row", "noise"], 100, **options))
+    with pytest.warns(RuntimeWarning, match=rf"left out .*a{suffix}"):
+        data = ColumnDataset(tmp_path, ["row", "noise"], 100, on_bad_file="skip", **options)
+    assert rows_of(data) == list(range(ROWS, 2 * ROWS))
+    (skipped,) = data.skipped
+    assert (skipped.file, skipped.rows) == (str(tmp_path / f"a{suffix}"), 0)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_garbage_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(bytes(range(256)) * 10)
+    with pytest.raises(ValueError, match=rf"a{suffix}"):
+        ColumnDataset(path, ["row"], 10)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_without_a_byte(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"b{suffix}")
+    (tmp_path / f"a{suffix}").touch()
+    if suffix in (".csv", ".jsonl"):
+        # No line is no row.
+        assert ColumnDataset(tmp_path, ["row"], 10).num_rows == ROWS
+        with pytest.raises(ValueError, match="there is not one row in"):
+            ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
+    else:
+        with pytest.raises(BadFileError, match=rf"a{suffix} \(0 bytes\) is no whole"):
+            ColumnDataset(tmp_path, ["row"], 10)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_without_a_row(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"b{suffix}")
+    write(tmp_path / f"a{suffix}", rows=0)
+    assert rows_of(ColumnDataset(tmp_path, ["row"], 100)) == list(range(ROWS))
+    with pytest.raises(ValueError, match="there is not one row in"):
+        ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_unknown_column_and_one_that_changes_its_type(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"a{suffix}")
+    with pytest.raises(ValueError, match=rf"a{suffix} has no column 'user', it has row, noise; name one of these"):
+        ColumnDataset(tmp_path, ["user"], 10)
+    other = tmp_path / f"b{suffix}"
+    write(other)
+    renamed = pa.table({"row": ["x"], "noise": [1]})
+    writers: dict[str, Callable[[], Any]] = {
+        ".parquet": lambda: pq.write_table(renamed, other),
+        ".orc": lambda: po.write_table(renamed, other),
+        ".csv": lambda: other.write_text("row,noise\nx,1\n"),
+        ".jsonl": lambda: other.write_text('{"row": "x", "noise": 1}\n'),
+    }
+    if suffix == ".arrow":
+        with pa.OSFile(str(other), "wb") as sink, pa.ipc.new_file(sink, renamed.schema) as writer:
+            writer.write_table(renamed)
+    else:
+        writers[suffix]()
+    with pytest.raises(
+        ValueError, match=rf"files must agree about their columns, and 'row' is int64 in .*a{suffix} but"
+    ):
+        ColumnDataset(tmp_path, ["row"], 10)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
+def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(
+    tmp_path: Path, shuffle: bool, options: dict[str, Any]
+) -> None:
+    write(tmp_path / "a.parquet")
+    flip(tmp_path / "a.parquet")
+    left = [*range(3000), *range(4000, ROWS)]
+
+    def opened(**more: Any) -> ColumnDataset:
+        return ColumnDataset(
+            tmp_path, ["row", "noise"], 300, shuffle=shuffle, shuffle_buffer=700, on_bad_file="skip", **options, **more
+        )
+
+    data = opened()
+    with pytest.warns(RuntimeWarning, match=r"left out row group 3 of .*a\.parquet: .*cannot be read"):
+        got = list(data)
+    assert sorted(rows_of(got)) == left
+    # Batches keep their places, so that ranks keep their numbers of batches.
+    assert len(got) == len(data) == -(-ROWS // 300)
+    (skipped,) = data.skipped
+    assert (skipped.piece, skipped.rows) == ("row group 3", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        ranks = [opened(rank=rank, world_size=2) for rank in range(2)]
+        passes = [iter(rank) for rank in ranks]
+        seen = [next(each) for _ in range(4) for each in passes]
+        rest = opened()
+        rest.load_state_dict(ranks[0].state_dict())
+        assert sorted(rows_of(seen) + rows_of(rest)) == left
+
+
+def test_damage_in_mid_scan_is_named_and_raised(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    flip(tmp_path / "a.parquet")
+    seen: list[int] = []
+    data = ColumnDataset(tmp_path, ["row", "noise"], 1000, num_threads=2)
+
+    def consume() -> None:
+        for batch in data:
+            seen.extend(rows_of([batch]))
+
+    with pytest.raises(BadFileError, match=r"row group 3 of .*a\.parquet cannot be read .*the file is damaged"):
+        consume()
+    assert seen == list(range(3000))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "day"
+    folder.mkdir()
+    write(folder / f"a{suffix}")
+    write(tmp_path / f"b{suffix}", ROWS)
+    paths = [folder, tmp_path / f"b{suffix}"]
+    strict = ColumnDataset(paths, ["row"], 100)
+    lenient = ColumnDataset(paths, ["row"], 100, on_bad_file="skip")
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=rf"a{suffix}"):
+        list(strict)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
+    assert sum(each.rows for each in lenient.skipped) == ROWS
+    with pytest.raises(FileNotFoundError, match="day does not exist"):
+        ColumnDataset(folder, ["row"], 100)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_lost_rows_while_open_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    write(path)
+    data = ColumnDataset(path, ["row"], 100)
+    write(path, rows=ROWS - 1)
+    with pytest.raises(BadFileError, match=rf"a{suffix}"):
+        list(data)

@@ -1,0 +1,129 @@
+"""Files that lie elsewhere: a real S3 server on this machine, fsspec, and file systems handed in."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recis_hybrid.columnio import ColumnDataset, Windows
+from recis_hybrid.columnio.paths import find_files
+
+moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
+
+
+def table(first: int, stop: int) -> Any:
+    return pa.table(
+        {"row": pa.array(range(first, stop), pa.int64()), "text": [f"é{row}" for row in range(first, stop)]}
+    )
+
+
+def rows_of(data: ColumnDataset) -> list[int]:
+    columns = [batch["row"] for batch in data]
+    assert all(isinstance(column, torch.Tensor) for column in columns)
+    return list(chain.from_iterable(column.tolist() for column in columns))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    started = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    started.start()
+    host, port = started.get_host_and_port()
+    yield f"{host}:{port}"
+    started.stop()
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
+    """A bucket of three files in folders of days, and one file that another program keeps for itself."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
+    # No question to the machine for who it is.
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    filesystem = pafs.S3FileSystem(
+        endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    filesystem.create_dir("bucket")
+    for day, first in ((1, 0), (2, 10), (3, 20)):
+        pq.write_table(
+            table(first, first + 10), f"bucket/clicks/day={day}/a.parquet", filesystem=filesystem, row_group_size=4
+        )
+    with filesystem.open_output_stream("bucket/clicks/_temporary/a.parquet") as sink:
+        sink.write(b"not yet")
+    return filesystem
+
+
+def test_a_folder_and_a_pattern_of_s3(s3: pafs.S3FileSystem, server: str) -> None:
+    where = f"?endpoint_override={server}&scheme=http&region=us-east-1"
+    for path in ("s3://bucket/clicks", "s3://bucket/clicks/day=*/*.parquet", "s3://bucket/clicks/**/a.parquet"):
+        data = ColumnDataset(path + where, ["row", "day", "text"], 7, num_threads=2)
+        batches = list(data)
+        assert rows_of(data) == list(range(30))
+        days = [day for batch in batches for day in batch["day"].tolist()]  # type: ignore[union-attr]
+        assert days == [1] * 10 + [2] * 10 + [3] * 10
+    some = ColumnDataset(f"s3://bucket/clicks/day=[12]{where}", ["row"], 7, shuffle=True)
+    assert sorted(rows_of(some)) == list(range(20))
+    with pytest.raises(FileNotFoundError, match="clicks/nowhere.* does not exist; check the path"):
+        ColumnDataset(f"s3://bucket/clicks/nowhere{where}", ["row"], 7)
+    with pytest.raises(FileNotFoundError, match="no file matches .*check the pattern"):
+        ColumnDataset(f"s3://bucket/clicks/*.orc{where}", ["row"], 7)
+
+
+def test_a_pass_over_s3_is_resumed_and_filtered(s3: pafs.S3FileSystem) -> None:
+    def opened(**options: Any) -> ColumnDataset:
+        wanted = [("day", ">", 1), ("row", "<", 28)]
+        return ColumnDataset(
+            "bucket/clicks", ["row"], 3, filesystem=s3, shuffle=True, filters=wanted, num_threads=2, **options
+        )
+
+    whole = rows_of(opened())
+    assert sorted(whole) == list(range(10, 28))
+    data = opened()
+    passing = iter(data)
+    seen = [row for _ in range(2) for row in next(passing)["row"].tolist()]  # type: ignore[union-attr]
+    left = opened(prefetch=0)
+    left.load_state_dict(data.state_dict())
+    assert seen + rows_of(left) == whole
+
+
+def test_an_object_that_vanishes_names_itself(s3: pafs.S3FileSystem) -> None:
+    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, filesystem=s3)
+    s3.delete_file("bucket/clicks/day=3/a.parquet")
+    with pytest.raises(FileNotFoundError, match=r"clicks/day=3/a\.parquet"):
+        list(data)
+
+
+def test_windows_of_s3(s3: pafs.S3FileSystem, server: str) -> None:
+    for day in (1, 3):
+        with s3.open_output_stream(f"bucket/clicks/day={day}/_SUCCESS") as sink:
+            sink.write(b"")
+    windows = Windows(f"s3://bucket/clicks?endpoint_override={server}&scheme=http&region=us-east-1", idle_s=0)
+    got = [(window.name, rows_of(ColumnDataset(window.paths, ["row"], 5))) for window in windows]
+    assert got == [("day=1", list(range(10))), ("day=3", list(range(20, 30)))]
+
+
+def test_fsspec_urls_and_file_systems(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for first in (0, 10):
+        with memory.open(f"/clicks/part-{first:02}.parquet", "wb") as sink:
+            pq.write_table(table(first, first + 10), sink)
+    try:
+        assert rows_of(ColumnDataset("memory://clicks", ["row"], 7)) == list(range(20))
+        assert rows_of(ColumnDataset("memory://clicks/part-1*", ["row"], 7)) == list(range(10, 20))
+        assert rows_of(ColumnDataset("/clicks", ["row"], 7, filesystem=memory)) == list(range(20))
+    finally:
+        memory.rm("/clicks", recursive=True)
+    pq.write_table(table(0, 5), tmp_path / "a.parquet")
+    assert rows_of(ColumnDataset(f"file://{tmp_path}", ["row"], 7)) == list(range(5))
+    below = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    assert rows_of(ColumnDataset("a.parquet", ["row"], 7, filesystem=below)) == list(range(5))
+    assert [file.path for file in find_files("", below)] == ["a.parquet"]
+    wrong: Any = "s3"
+    with pytest.raises(TypeError, match="filesystem must be of pyarrow.fs or fsspec, got str"):
+        ColumnDataset("clicks", ["row"], 7, filesystem=wrong)
