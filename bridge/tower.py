@@ -1,5 +1,7 @@
 """JaxTower: a JAX function as an ordinary `torch.nn.Module`."""
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -7,12 +9,15 @@ import jax
 import torch
 
 from ._autograd import Apply, Caller
+from ._operator import eager, nonstrict, number_of, structs, tower_forward
 from ._padding import Dims, Padding
 from ._parameters import Slot, dotted, gather, plant
 from ._programs import Forward, Programs, Remat
 from ._supplied import draw_key, keywords, static_signature
 from .dlpack import share
 
+_next_number = itertools.count()
+_towers: "weakref.WeakValueDictionary[int, JaxTower]" = weakref.WeakValueDictionary()
 _functorch_is_active = cast(Any, torch._C)._are_functorch_transforms_active
 
 
@@ -92,7 +97,15 @@ class JaxTower(torch.nn.Module):
         if "masks" in self._supplies and self._padding is None:
             raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
         self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
+        self._number = next(_next_number)
+        _towers[self._number] = self
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self._number = next(_next_number)  # a copy has parameters, mode and life of its own
+        _towers[self._number] = self
 
     @property
     def compilations(self) -> int:
@@ -123,26 +136,37 @@ class JaxTower(torch.nn.Module):
             RuntimeError: under a transformation of `torch.func`.
             Exception: whatever the function raises, with a note of the tower's name.
         """
+        if torch.compiler.is_compiling():
+            return self._whole(self._number, gather(self._slots), inputs, static, self.training)
         caller = self._caller
         if _functorch_is_active():
             raise RuntimeError(
                 f"{caller.where}: torch.func cannot look into a JAX function; transform it by jax.vmap or jax.grad "
                 "inside the tower"
             )
+        return self._compute(gather(self._slots), inputs, static, self.training)
+
+    def _compute(
+        self, parameters: list[torch.Tensor], inputs: tuple[Any, ...], static: dict[str, Any], training: bool
+    ) -> Any:
+        caller = self._caller
         found: dict[str, int] = {}
         padded: dict[str, int] = {}
         if self._padding is not None:
             inputs, found, padded = self._padding.pad(inputs)
-        parameters = gather(self._slots)
-        supplied = self._supply(static, found, padded, parameters[0].device if parameters else None)
+        supplied = self._supply(static, training, found, padded, parameters[0].device if parameters else None)
         leaves, inputs_tree = jax.tree.flatten((inputs, supplied))
         tensors = parameters + leaves
-        arrays = self._share(tensors, inputs, supplied)
+        compiling = torch.compiler.is_compiling()
+        arrays: list[Any] = structs(tensors) if compiling else self._share(tensors, inputs, supplied)
         if torch.is_grad_enabled():
             wanted = tuple([tensor.requires_grad for tensor in tensors])
         else:
             wanted = (False,) * len(tensors)
-        kinds = tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
+        pairs = zip(
+            arrays if compiling else tensors, tensors, strict=True
+        )  # under torch.compile, sizes are in `arrays`
+        kinds = tuple([(tuple(sized.shape), tensor.dtype) for sized, tensor in pairs])
         device = tensors[0].device if tensors else None
         signature = (inputs_tree, wanted, kinds, device, static_signature(static, caller.where) if static else ())
         try:
@@ -151,7 +175,9 @@ class JaxTower(torch.nn.Module):
             caller.note(error, "forward")
             raise
         self._check_outputs(program)
-        if any(wanted):
+        if compiling:
+            outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
+        elif any(wanted):
             outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)
         else:
             outputs = caller.run("forward", program.run, arrays)
@@ -162,7 +188,7 @@ class JaxTower(torch.nn.Module):
             outputs = self._padding.cut(outputs, axes, found)
         if self._state_tree is None:
             return jax.tree.unflatten(program.out_tree, outputs)
-        if self.training:
+        if training:
             self._keep(outputs[len(outputs) - len(self._state_slots) :])
         return jax.tree.unflatten(program.out_tree, outputs)[0]
 
@@ -171,19 +197,24 @@ class JaxTower(torch.nn.Module):
         return repr(self._tower_name)
 
     def _supply(
-        self, static: dict[str, Any], found: dict[str, int], padded: dict[str, int], device: torch.device | None
+        self,
+        static: dict[str, Any],
+        training: bool,
+        found: dict[str, int],
+        padded: dict[str, int],
+        device: torch.device | None,
     ) -> dict[str, Any]:
         """What the function wants by keyword: tensors are returned, static values added to `static`."""
         supplied: dict[str, Any] = {}
         if "train" in self._supplies:
-            static.setdefault("train", self.training)
+            static.setdefault("train", training)
         if "key" in self._supplies:
-            supplied["key"] = draw_key().to(device) if self.training else None
+            supplied["key"] = draw_key().to(device) if training else None
         if "masks" in self._supplies and self._padding is not None:
             supplied["masks"] = self._padding.masks(found, padded, device)
         if self._state_tree is not None:
             state = gather(self._state_slots)
-            if self.training:
+            if training:
                 # Backward may read what went in, after the buffers have been written to.
                 state = [tensor.clone() for tensor in state]
             supplied["state"] = jax.tree.unflatten(self._state_tree, state)
@@ -236,3 +267,10 @@ class JaxTower(torch.nn.Module):
                 f"{self._caller.where}: gradients need a floating output, got {dtypes}; call the tower under "
                 "torch.no_grad(), or let the function return what the loss needs"
             )
+
+
+def _compute(
+    number: int, parameters: list[torch.Tensor], inputs: tuple[Any, ...], static: dict[str, Any], training: bool
+) -> Any:
+    """A tower's forward for torch.compile, which takes numbers and tensors but no modules across this border."""
+    return _towers[number]._compute(parameters, inputs, static, training)
