@@ -27,8 +27,9 @@ from .adapters import (
     from_nnx as from_nnx,
 )
 from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
+from .launch import init as init
 from .tower import JaxTower as JaxTower
 
 del _jax
 
-__all__ = ["JaxTower", "copies", "from_equinox", "from_haiku", "from_linen", "from_nnx", "to_jax", "to_torch"]
+__all__ = ["JaxTower", "copies", "from_equinox", "from_haiku", "from_linen", "from_nnx", "init", "to_jax", "to_torch"]
