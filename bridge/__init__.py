@@ -20,9 +20,16 @@ except ModuleNotFoundError as _error:
         f"recis_hybrid.bridge: needs JAX, and there is no module {_error.name!r}; run `pip install recis_hybrid[jax]`"
     ) from _error
 
+from .adapters import (
+    from_equinox as from_equinox,
+    from_haiku as from_haiku,
+    from_linen as from_linen,
+    from_nnx as from_nnx,
+)
 from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
+from .launch import init as init
 from .tower import JaxTower as JaxTower
 
 del _jax
 
-__all__ = ["JaxTower", "copies", "to_jax", "to_torch"]
+__all__ = ["JaxTower", "copies", "from_equinox", "from_haiku", "from_linen", "from_nnx", "init", "to_jax", "to_torch"]

@@ -78,7 +78,7 @@ class Apply(torch.autograd.Function):
         results: list[torch.Tensor] = []
         if any(given):
             # torch may run this in a thread of its own, where a `with jax.enable_x64()` around forward does not reach.
-            with _x64(program.x64):
+            with under_x64(program.x64):
                 arrays = [share(tensor, f"{caller.where}: saved tensor") for tensor in ctx.saved_tensors]
                 arrays += [caller.share_gradient(gradient) for gradient in gradients if gradient is not None]
                 results = caller.run("backward", caller.programs.backward(program, given), arrays)
@@ -107,5 +107,6 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+def under_x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `jax_enable_x64` is as it was when a program was made."""
     return contextlib.nullcontext() if x64_is_on() == wanted else jax.enable_x64(wanted)

@@ -20,13 +20,16 @@ Slot = tuple[torch.nn.Module, str]
 """The module that owns a leaf, and the leaf's name in it."""
 
 
-def plant(module: torch.nn.Module, params: Any, where: str) -> tuple[tuple[Slot, ...], jax.tree_util.PyTreeDef]:
+def plant(
+    module: torch.nn.Module, params: Any, where: str, kind: str = "params"
+) -> tuple[tuple[Slot, ...], jax.tree_util.PyTreeDef]:
     """Puts a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
 
     Args:
         module: the module to own them.
         params: a pytree of arrays of JAX, numpy or torch.
         where: what errors begin with.
+        kind: "params", or "state" for a pytree whose leaves all become buffers.
 
     Returns:
         The slots, in the order of the pytree's leaves, and the pytree's structure.
@@ -38,8 +41,8 @@ def plant(module: torch.nn.Module, params: Any, where: str) -> tuple[tuple[Slot,
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     slots = []
     for path, leaf in leaves:
-        tensor = _own(leaf, f"{where}: params{jax.tree_util.keystr(path)}")
-        slots.append(_place(module, _names(path), tensor, where))
+        tensor = _own(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}")
+        slots.append(_place(module, _names(path), tensor, where, kind))
     return tuple(slots), tree
 
 
@@ -72,7 +75,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return names or [ROOT_NAME]
 
 
-def _place(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, where: str) -> Slot:
+def _place(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, where: str, kind: str) -> Slot:
     full = ".".join(names)
     if "" in names:
         raise ValueError(f"{where}: a parameter's name needs a word between dots, got {full!r}; rename the key")
@@ -86,8 +89,8 @@ def _place(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, wher
         module = child
     name = names[-1]
     if name in module._parameters or name in module._buffers or name in module._modules:
-        raise ValueError(f"{where}: two entries of params are called {full!r}; rename a key")
-    if tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{where}: two entries of {kind} are called {full!r}; rename a key")
+    if kind == "params" and (tensor.is_floating_point() or tensor.is_complex()):
         module._parameters[name] = torch.nn.Parameter(tensor)
     else:
         module._buffers[name] = tensor

@@ -10,7 +10,8 @@ outputs, then its other residuals.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+from ._supplied import as_key
 from .dlpack import x64_is_on
 
 Jitted = Callable[..., list[jax.Array]]
+Remat = bool | Callable[..., bool] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +77,29 @@ class Programs:
     """The programs of one JAX function, made when first needed and kept.
 
     Args:
-        f: the function, `f(params, *inputs)`.
+        f: the function, `f(params, *inputs, **supplied, **static)`.
         params_tree: the structure of its first argument.
         name: what the programs are called in profiles.
+        state_tree: the structure of its mutable state, if it has one; it then returns `(outputs, state)`.
+        remat: whether backward computes the residuals again: True for all, a policy of `jax.checkpoint_policies` for
+            those that it names.
 
     Attributes:
         compilations: how many programs have been traced, and so compiled.
     """
 
-    def __init__(self, f: Callable[..., Any], params_tree: jax.tree_util.PyTreeDef, name: str) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        params_tree: jax.tree_util.PyTreeDef,
+        name: str,
+        state_tree: jax.tree_util.PyTreeDef | None = None,
+        remat: Remat = None,
+    ) -> None:
         self.f = f
         self.params_tree = params_tree
+        self.state_tree = state_tree
+        self.remat = remat
         self.name = "".join(letter if letter.isalnum() else "_" for letter in name)
         self.compilations = 0
         self._forwards: dict[Hashable, Forward] = {}
@@ -100,6 +115,7 @@ class Programs:
         arrays: Sequence[jax.Array],
         inputs_tree: jax.tree_util.PyTreeDef,
         wanted: tuple[bool, ...],
+        static: Mapping[str, Any],
     ) -> Forward:
         """The forward program of a signature.
 
@@ -107,8 +123,9 @@ class Programs:
             signature: all that the program depends on besides the function: structure, shapes, dtypes, device, which
                 leaves want gradients.
             arrays: the leaves, of which only shapes and dtypes are looked at.
-            inputs_tree: the structure of the tuple of inputs.
+            inputs_tree: the structure of the tuple of inputs and of what is supplied by keyword: `(inputs, supplied)`.
             wanted: for each leaf, whether it gets a gradient; if none does, backward is impossible.
+            static: keyword arguments that are no arrays.
 
         Returns:
             The program, made by tracing the function if this is the signature's first call.
@@ -116,7 +133,7 @@ class Programs:
         x64 = x64_is_on()
         known = self._forwards.get((x64, signature))
         if known is None:
-            known = self._trace(arrays, inputs_tree, wanted, x64)
+            known = self._trace(arrays, inputs_tree, wanted, static, x64)
             self._forwards[x64, signature] = known
         return known
 
@@ -136,17 +153,30 @@ class Programs:
             known = self._backwards[key] = self._jit("backward", self._pullback(forward, given))
         return known
 
+    def function(self, inputs_tree: jax.tree_util.PyTreeDef, static: Mapping[str, Any]) -> Callable[..., Any]:
+        """The function of leaves: (parameters, inputs, supplied) → outputs, or (outputs, state)."""
+
+        def apply(*leaves: Any) -> Any:
+            params = jax.tree.unflatten(self.params_tree, leaves[: self.params_tree.num_leaves])
+            inputs, supplied = jax.tree.unflatten(inputs_tree, leaves[self.params_tree.num_leaves :])
+            if supplied.get("key") is not None:
+                supplied["key"] = as_key(supplied["key"])
+            outputs = self.f(params, *inputs, **supplied, **static)
+            return outputs if self.state_tree is None else _with_state(outputs, supplied["state"])
+
+        if not self.remat:
+            return apply
+        return jax.checkpoint(apply, policy=None if self.remat is True else self.remat)
+
     def _trace(
         self,
         arrays: Sequence[jax.Array],
         inputs_tree: jax.tree_util.PyTreeDef,
         wanted: tuple[bool, ...],
+        static: Mapping[str, Any],
         x64: bool,
     ) -> Forward:
-        def apply(*leaves: Any) -> Any:
-            params = jax.tree.unflatten(self.params_tree, leaves[: self.params_tree.num_leaves])
-            inputs = jax.tree.unflatten(inputs_tree, leaves[self.params_tree.num_leaves :])
-            return self.f(params, *inputs)
+        apply = self.function(inputs_tree, static)
 
         def with_residuals(*leaves: Any) -> tuple[Any, Any]:
             if not any(wanted):
@@ -222,6 +252,22 @@ class Programs:
 
         counted.__name__ = counted.__qualname__ = f"{self.name}_{kind}"
         return jax.jit(counted)
+
+
+def _with_state(returned: Any, before: Any) -> tuple[Any, Any]:
+    """What a function with state returned, checked; no gradient goes from one step's state to the next."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            f"a function with state must return (outputs, state), got {type(returned).__qualname__}; return the state "
+            "as it came where it does not change"
+        )
+    describe = functools.partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))))
+    if describe(returned[1]) != describe(before):
+        raise TypeError(
+            f"the state that came back, {describe(returned[1])}, is not like the one that went in, {describe(before)}; "
+            "return a state of the same structure, shapes and dtypes"
+        )
+    return returned[0], jax.tree.map(jax.lax.stop_gradient, returned[1])
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,24 @@
 """JaxTower: a JAX function as an ordinary `torch.nn.Module`."""
 
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import torch
 
 from ._autograd import Apply, Caller
-from ._parameters import dotted, gather, plant
-from ._programs import Forward, Programs
+from ._operator import eager, nonstrict, number_of, structs, tower_forward
+from ._padding import Dims, Padding
+from ._parameters import Slot, dotted, gather, plant
+from ._programs import Forward, Programs, Remat
+from ._supplied import draw_key, keywords, static_signature
 from .dlpack import share
+
+_next_number = itertools.count()
+_towers: "weakref.WeakValueDictionary[int, JaxTower]" = weakref.WeakValueDictionary()
+_functorch_is_active = cast(Any, torch._C)._are_functorch_transforms_active
 
 
 class JaxTower(torch.nn.Module):
@@ -22,18 +31,34 @@ class JaxTower(torch.nn.Module):
     Forward hands parameters and inputs to one jitted program, backward the residuals and gradients to another, all in
     the same memory. While gradients are off, forward is the plain function.
 
-    Programs are compiled for each signature: structure, shapes and dtypes of the inputs, and which tensors want
-    gradients. So a new batch size compiles twice.
+    What `f` names as keyword-only parameters, the tower supplies:
+
+    - `key`: a PRNG key for dropout, drawn from torch's generator (`torch.manual_seed`) at each call; None in eval mode.
+    - `train`: bool, the module's mode.
+    - `masks`: by the names of `classes`, (size,) bool arrays, True where the input is not padding.
+    - `state`: the mutable state, if the tower has one; `f` then returns `(outputs, state)`. In train mode it is kept,
+      in buffers. No gradient goes through it from one call to the next.
+
+    Programs are compiled for each signature: structure, shapes and dtypes of the inputs, static keywords, mode, and
+    which tensors want gradients. So a new batch size compiles twice, unless `classes` bounds the sizes.
 
     Args:
-        f: `f(params, *inputs)`, a pure function of JAX that jit can trace; inputs and outputs are pytrees of arrays.
+        f: `f(params, *inputs, **keywords)`, a pure function of JAX that jit can trace; inputs and outputs are pytrees
+            of arrays. Keywords given to a call are static.
         params: a pytree of arrays of JAX, numpy or torch, which are copied. Floating ones become parameters, others
             buffers. 64-bit ones need `jax_enable_x64`.
+        state: a pytree of arrays that `f` changes (batch statistics), copied into buffers.
+        dims: for each positional input, the names of its leading dimensions, None for what is never padded:
+            `[("batch",), ("batch", "length")]`. A name stands for one size in all inputs.
+        classes: by name, the sizes that inputs are padded to, with zeros; None for powers of two from 8 on. Outputs are
+            cut back.
+        remat: True if backward shall compute again what it needs of forward, or a policy of
+            `jax.checkpoint_policies` that says what is saved.
         name: what errors and profiles call the tower; the function's name if it is not given.
 
     Raises:
         TypeError: if `f` is not callable, or a leaf of `params` is not an array.
-        ValueError: if a leaf is of 64 bits while x64 is off, or names collide.
+        ValueError: if a leaf is of 64 bits while x64 is off, names collide, or dims and classes disagree.
 
     Example:
         >>> import numpy as np
@@ -46,14 +71,41 @@ class JaxTower(torch.nn.Module):
         torch.Size([4, 2])
     """
 
-    def __init__(self, f: Callable[..., Any], params: Any, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        params: Any,
+        *,
+        state: Any = None,
+        dims: Dims | None = None,
+        classes: Mapping[str, Sequence[int] | None] | None = None,
+        remat: Remat = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__()
         if not callable(f):
             raise TypeError(f"JaxTower: f must be a function f(params, *inputs), got {type(f).__qualname__}")
         self._tower_name = name or str(getattr(f, "__name__", type(f).__name__))
         where = f"JaxTower {self._tower_name!r}"
         self._slots, tree = plant(self, params, where)
-        self._caller = Caller(Programs(f, tree, self._tower_name), where)
+        self._state_slots: tuple[Slot, ...] = ()
+        self._state_tree: jax.tree_util.PyTreeDef | None = None
+        if state is not None:
+            self._state_slots, self._state_tree = plant(self, state, where, "state")
+        self._padding = None if dims is None and classes is None else Padding(dims or (), classes or {}, where)
+        self._supplies = keywords(f)
+        if "masks" in self._supplies and self._padding is None:
+            raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
+        self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
+        self._number = next(_next_number)
+        _towers[self._number] = self
+        self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self._number = next(_next_number)  # a copy has parameters, mode and life of its own
+        _towers[self._number] = self
 
     @property
     def compilations(self) -> int:
@@ -65,67 +117,160 @@ class JaxTower(torch.nn.Module):
         """How many gradients came in memory that JAX cannot use (expanded, strided, misaligned) and were copied."""
         return self._caller.copies
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **static: Any) -> Any:
         """Computes the function.
 
         Args:
             *inputs: pytrees of tensors, contiguous and starting at multiples of 64 bytes, on the parameters' device.
                 Integers and booleans have no gradient; 64-bit tensors need `jax_enable_x64`.
+            **static: hashable values for keywords of the function; each new one compiles anew.
 
         Returns:
             The function's outputs, a pytree of tensors in memory of their own. Integer and boolean ones have no
             gradient.
 
         Raises:
-            TypeError: if a leaf of the inputs is not a tensor, if the function returns no arrays, or if a gradient is
-                wanted and no output is floating.
-            ValueError: if a parameter or an input cannot be shared with JAX.
+            TypeError: if a leaf of the inputs is not a tensor, a keyword is a tensor or cannot be hashed, if the
+                function returns no arrays, or if a gradient is wanted and no output is floating.
+            ValueError: if a parameter or an input cannot be shared with JAX, or a size is beyond its classes.
+            RuntimeError: under a transformation of `torch.func`.
             Exception: whatever the function raises, with a note of the tower's name.
         """
-        leaves, inputs_tree = jax.tree.flatten(inputs)
-        tensors = gather(self._slots) + leaves
-        arrays = self._share(tensors, inputs)
+        if torch.compiler.is_compiling():
+            return self._whole(self._number, gather(self._slots), inputs, static, self.training)
+        caller = self._caller
+        if _functorch_is_active():
+            raise RuntimeError(
+                f"{caller.where}: torch.func cannot look into a JAX function; transform it by jax.vmap or jax.grad "
+                "inside the tower"
+            )
+        return self._compute(gather(self._slots), inputs, static, self.training)
+
+    def _compute(
+        self, parameters: list[torch.Tensor], inputs: tuple[Any, ...], static: dict[str, Any], training: bool
+    ) -> Any:
+        caller = self._caller
+        found: dict[str, int] = {}
+        padded: dict[str, int] = {}
+        if self._padding is not None:
+            inputs, found, padded = self._padding.pad(inputs)
+        supplied = self._supply(static, training, found, padded, parameters[0].device if parameters else None)
+        leaves, inputs_tree = jax.tree.flatten((inputs, supplied))
+        tensors = parameters + leaves
+        compiling = torch.compiler.is_compiling()
+        arrays: list[Any] = structs(tensors) if compiling else self._share(tensors, inputs, supplied)
         if torch.is_grad_enabled():
             wanted = tuple([tensor.requires_grad for tensor in tensors])
         else:
             wanted = (False,) * len(tensors)
-        kinds = tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
+        pairs = zip(
+            arrays if compiling else tensors, tensors, strict=True
+        )  # under torch.compile, sizes are in `arrays`
+        kinds = tuple([(tuple(sized.shape), tensor.dtype) for sized, tensor in pairs])
         device = tensors[0].device if tensors else None
-        caller = self._caller
+        signature = (inputs_tree, wanted, kinds, device, static_signature(static, caller.where) if static else ())
         try:
-            program = caller.programs.forward((inputs_tree, wanted, kinds, device), arrays, inputs_tree, wanted)
+            program = caller.programs.forward(signature, arrays, inputs_tree, wanted, static)
         except Exception as error:
             caller.note(error, "forward")
             raise
         self._check_outputs(program)
-        if any(wanted):
+        if compiling:
+            outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
+        elif any(wanted):
             outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)
         else:
             outputs = caller.run("forward", program.run, arrays)
-        return jax.tree.unflatten(program.out_tree, outputs)
+        if self._padding is not None:
+            axes = self._axes.get(id(program))
+            if axes is None:
+                axes = self._axes[id(program)] = self._name_axes(arrays, inputs_tree, static, padded)
+            outputs = self._padding.cut(outputs, axes, found)
+        if self._state_tree is None:
+            return jax.tree.unflatten(program.out_tree, outputs)
+        if training:
+            self._keep(outputs[len(outputs) - len(self._state_slots) :])
+        return jax.tree.unflatten(program.out_tree, outputs)[0]
 
     def extra_repr(self) -> str:
         """The tower's name, for `repr`."""
         return repr(self._tower_name)
 
-    def _share(self, tensors: list[torch.Tensor], inputs: tuple[Any, ...]) -> list[jax.Array]:
+    def _supply(
+        self,
+        static: dict[str, Any],
+        training: bool,
+        found: dict[str, int],
+        padded: dict[str, int],
+        device: torch.device | None,
+    ) -> dict[str, Any]:
+        """What the function wants by keyword: tensors are returned, static values added to `static`."""
+        supplied: dict[str, Any] = {}
+        if "train" in self._supplies:
+            static.setdefault("train", training)
+        if "key" in self._supplies:
+            supplied["key"] = draw_key().to(device) if training else None
+        if "masks" in self._supplies and self._padding is not None:
+            supplied["masks"] = self._padding.masks(found, padded, device)
+        if self._state_tree is not None:
+            state = gather(self._state_slots)
+            if training:
+                # Backward may read what went in, after the buffers have been written to.
+                state = [tensor.clone() for tensor in state]
+            supplied["state"] = jax.tree.unflatten(self._state_tree, state)
+        return supplied
+
+    def _keep(self, state: Sequence[torch.Tensor]) -> None:
+        # In place, as torch's own batch norm does: DDP holds on to the buffers that it broadcasts.
+        with torch.no_grad():
+            for buffer, tensor in zip(gather(self._state_slots), state, strict=True):
+                buffer.copy_(tensor)
+
+    def _name_axes(
+        self,
+        arrays: list[jax.Array],
+        inputs_tree: jax.tree_util.PyTreeDef,
+        static: dict[str, Any],
+        padded: dict[str, int],
+    ) -> tuple[tuple[str | None, ...], ...]:
+        padding = cast(Padding, self._padding)
+        parameters, leaves = arrays[: len(self._slots)], arrays[len(self._slots) :]
+        inputs, supplied = jax.tree.unflatten(inputs_tree, leaves)
+        function = self._caller.programs.function(inputs_tree, static)
+
+        def shapes(sizes: dict[str, int]) -> list[tuple[int, ...]]:
+            structs = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
+            return [tuple(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(function, *parameters, *structs))]
+
+        return padding.name_axes(shapes, padded)
+
+    def _share(self, tensors: list[torch.Tensor], inputs: Any, supplied: Any) -> list[jax.Array]:
         try:
             return [share(tensor) for tensor in tensors]
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
             labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]
-            paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
-            labels += [f"input{jax.tree_util.keystr(path)}" for path, _ in paths]
+            for kind, tree in (("input", inputs), ("supplied", supplied)):
+                paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+                labels += [f"{kind}{jax.tree_util.keystr(path)}" for path, _ in paths]
             for label, tensor in zip(labels, tensors, strict=True):
                 share(tensor, f"{self._caller.where}: {label}")
             raise
 
     def _check_outputs(self, program: Forward) -> None:
-        if not program.outputs:
+        outputs = program.outputs[: len(program.outputs) - len(self._state_slots)]
+        if not outputs:
             raise TypeError(f"{self._caller.where}: the function must return arrays, got {program.out_tree}")
-        if any(program.wanted) and not any(output.differentiable for output in program.outputs):
-            dtypes = ", ".join(output.dtype.name for output in program.outputs)
+        if any(program.wanted) and not any(output.differentiable for output in outputs):
+            dtypes = ", ".join(output.dtype.name for output in outputs)
             raise TypeError(
                 f"{self._caller.where}: gradients need a floating output, got {dtypes}; call the tower under "
                 "torch.no_grad(), or let the function return what the loss needs"
             )
+
+
+def _compute(
+    number: int, parameters: list[torch.Tensor], inputs: tuple[Any, ...], static: dict[str, Any], training: bool
+) -> Any:
+    """A tower's forward for torch.compile, which takes numbers and tensors but no modules across this border."""
+    return _towers[number]._compute(parameters, inputs, static, training)

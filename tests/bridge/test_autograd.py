@@ -70,7 +70,9 @@ def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned() -> N
     y = tower(torch.rand(8, 4, requires_grad=True))
     (program,) = tower._caller.programs._forwards.values()
     assert len(y.grad_fn.saved_tensors) == 3  # w, x, y
-    assert len(program.run(*(tower._share([*tower.parameters(), torch.rand(8, 4)], ())))) == 1  # y, and nothing else
+    assert (
+        len(program.run(*(tower._share([*tower.parameters(), torch.rand(8, 4)], (), {})))) == 1
+    )  # y, and nothing else
 
 
 def test_several_outputs_with_and_without_gradients_pass_gradcheck() -> None:

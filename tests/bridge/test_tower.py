@@ -57,8 +57,8 @@ def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
     tower = JaxTower(f, {"w": np.ones(16, np.float32)})
     share = tower._share
 
-    def spy(tensors: Any, inputs: Any) -> Any:
-        arrays = share(tensors, inputs)
+    def spy(tensors: Any, *rest: Any) -> Any:
+        arrays = share(tensors, *rest)
         for number, (tensor, array) in enumerate(zip(tensors, arrays, strict=True)):
             seen[f"{number}"] = array.unsafe_buffer_pointer() - tensor.data_ptr()
         return arrays

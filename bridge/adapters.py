@@ -1,0 +1,182 @@
+"""Models of Flax (nnx and linen), Equinox and Haiku's kind as towers.
+
+Each takes a model that exists, with its parameters, and returns a `JaxTower`; options of `JaxTower` go on to it. The
+libraries are loaded when they are first used.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .tower import JaxTower
+
+
+def from_nnx(model: Any, **options: Any) -> JaxTower:
+    """Makes a tower of a Flax nnx module.
+
+    Its `Param`s become parameters; all other variables (batch statistics, random counters) mutable state. The module's
+    mode follows the tower's, by `train()` and `eval()`. Dropout draws from the tower's key.
+
+    Args:
+        model: an `nnx.Module`; its arrays are copied.
+        **options: options of `JaxTower`.
+
+    Returns:
+        The tower, called as the model is.
+
+    Raises:
+        TypeError: if it is no `nnx.Module`.
+
+    References:
+        https://flax.readthedocs.io/en/latest/guides/filters_guide.html
+    """
+    from flax import nnx as flax_nnx
+
+    nnx: Any = flax_nnx  # its types refuse filters by position, and streams by keyword
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"from_nnx: takes a flax.nnx.Module, got {type(model).__qualname__}")
+    definition, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    tags = sorted({variable.tag for _, variable in nnx.to_flat_state(streams)})
+    has_state = bool(jax.tree.leaves(rest))
+
+    def rebuild(values: Any, state: Any, key: Any, train: bool) -> Any:
+        nnx.replace_by_pure_dict(here := jax.tree.map(lambda leaf: leaf, params), values)
+        nnx.replace_by_pure_dict(there := jax.tree.map(lambda leaf: leaf, rest), state)
+        # Variables may only be changed under the trace in which they were made: hence the copies.
+        rebuilt = nnx.merge(definition, here, jax.tree.map(lambda leaf: leaf, streams), there)
+        (rebuilt.train if train else rebuilt.eval)()
+        if key is not None and jax.tree.leaves(streams):
+            nnx.reseed(rebuilt, **{tag: jax.random.fold_in(key, number) for number, tag in enumerate(tags)})
+        return rebuilt
+
+    def plain(values: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
+        return rebuild(values, {}, key, train)(*inputs, **keywords)
+
+    def with_state(values: Any, *inputs: Any, state: Any, key: Any, train: bool, **keywords: Any) -> Any:
+        rebuilt = rebuild(values, state, key, train)
+        outputs = rebuilt(*inputs, **keywords)
+        return outputs, nnx.to_pure_dict(nnx.split(rebuilt, nnx.Param, nnx.RngState, ...)[3])
+
+    options.setdefault("name", type(model).__name__)
+    if has_state:
+        options["state"] = nnx.to_pure_dict(rest)
+    return JaxTower(with_state if has_state else plain, nnx.to_pure_dict(params), **options)
+
+
+def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
+    """Makes a tower of a Flax linen module.
+
+    `variables["params"]` become parameters, other collections mutable state. If the module's `__call__` has a parameter
+    `train` or `deterministic`, it follows the tower's mode. Dropout draws from the tower's key.
+
+    Args:
+        module: a `linen.Module`.
+        variables: what `module.init` returned; copied.
+        **options: options of `JaxTower`.
+
+    Returns:
+        The tower, called as the module is.
+
+    Raises:
+        TypeError: if it is no `linen.Module`.
+        ValueError: if there are no `params` among the variables.
+
+    References:
+        https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
+    """
+    from flax import linen
+
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"from_linen: takes a flax.linen.Module, got {type(module).__qualname__}")
+    if "params" not in variables:
+        raise ValueError(f"from_linen: variables need a collection 'params', got {sorted(variables)}; pass module.init")
+    taken = inspect.signature(type(module).__call__).parameters
+    state = {name: value for name, value in variables.items() if name != "params"}
+
+    def apply(params: Any, inputs: Any, state: Any, key: Any, train: bool, keywords: Any) -> Any:
+        if "train" in taken:
+            keywords.setdefault("train", train)
+        if "deterministic" in taken:
+            keywords.setdefault("deterministic", not train)
+        rngs = None if key is None else {"dropout": key}
+        mutable = list(state) if train and state else False
+        return module.apply({"params": params, **state}, *inputs, rngs=rngs, mutable=mutable, **keywords)
+
+    def plain(params: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
+        return apply(params, inputs, {}, key, train, keywords)
+
+    def with_state(params: Any, *inputs: Any, state: Any, key: Any, train: bool, **keywords: Any) -> Any:
+        result = apply(params, inputs, state, key, train, keywords)
+        return (result[0], dict(result[1])) if train else (result, state)
+
+    options.setdefault("name", type(module).__name__)
+    if state:
+        options["state"] = state
+    return JaxTower(with_state if state else plain, variables["params"], **options)
+
+
+def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTower:
+    """Makes a tower of an Equinox module.
+
+    Floating arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and draws
+    from its key if the model's `__call__` has a parameter `key`.
+
+    Args:
+        model: an `equinox.Module` that can be called.
+        batched: whether the model takes one sample, as Equinox's layers do, and is mapped over the leading dimension.
+        **options: options of `JaxTower`.
+
+    Returns:
+        The tower, called as the model is, with a leading dimension if `batched`.
+
+    Raises:
+        TypeError: if it is no `equinox.Module`.
+
+    References:
+        https://docs.kidger.site/equinox/all-of-equinox/
+    """
+    import equinox
+
+    if not isinstance(model, equinox.Module) or not callable(model):
+        raise TypeError(f"from_equinox: takes an equinox.Module with __call__, got {type(model).__qualname__}")
+    takes_key = "key" in inspect.signature(type(model).__call__).parameters
+    params, constant = equinox.partition(model, equinox.is_inexact_array)
+
+    def apply(values: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
+        combined = equinox.nn.inference_mode(equinox.combine(values, constant), not train)
+
+        def call(key: Any, *sample: Any) -> Any:
+            return combined(*sample, **({"key": key} if takes_key else {}), **keywords)
+
+        if not batched:
+            return call(key, *inputs)
+        size = jax.tree.leaves(inputs)[0].shape[0]
+        keys = None if key is None else jax.random.split(key, size)
+        return jax.vmap(call, in_axes=(None if key is None else 0, *(0 for _ in inputs)))(keys, *inputs)
+
+    options.setdefault("name", type(model).__name__)
+    return JaxTower(apply, params, **options)
+
+
+def from_haiku(apply: Callable[..., Any], params: Any, **options: Any) -> JaxTower:
+    """Makes a tower of `apply(params, key, *inputs)`, the second of the pair that `haiku.transform` makes.
+
+    Args:
+        apply: the function; it gets a key in train mode and None in eval mode.
+        params: what `init` returned; copied.
+        **options: options of `JaxTower`.
+
+    Returns:
+        The tower, called with `apply`'s inputs.
+
+    References:
+        https://dm-haiku.readthedocs.io/en/latest/api.html#transform
+    """
+
+    def call(values: Any, *inputs: Any, key: Any, **keywords: Any) -> Any:
+        return apply(values, key, *inputs, **keywords)
+
+    options.setdefault("name", str(getattr(apply, "__name__", type(apply).__name__)))
+    return JaxTower(call, params, **options)

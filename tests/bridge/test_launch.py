@@ -1,0 +1,43 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.jax
+pytest.importorskip("jax")
+from recis_hybrid.bridge import init  # noqa: E402
+
+
+def test_init_sets_up_once_and_warns_of_a_fallback(root: Path, tmp_path: Path) -> None:
+    code = """
+import os, sys, warnings
+import jax, torch
+from recis_hybrid.bridge import init
+os.environ["LOCAL_RANK"] = "3"
+chosen = []
+torch.cuda.is_available, torch.cuda.set_device = lambda: True, chosen.append
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    line = init(threads=1, memory_fraction=0.3, compilation_cache=sys.argv[1])
+assert "on cpu" in line and "local rank 3" in line and "\\n" not in line, line
+assert any("fell back to the CPU" in str(each.message) for each in caught)
+assert chosen == [3] and jax.config._read("jax_cuda_visible_devices") == "3"
+assert os.environ["NPROC"] == "1" and os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.3"
+assert jax.config.jax_compilation_cache_dir == sys.argv[1]
+try:
+    init()
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert "has started already" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("options", [{"memory_fraction": 1.0}, {"memory_fraction": 0}, {"threads": 0}])
+def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"init: {next(iter(options))} must be .* got"):
+        init(**options)

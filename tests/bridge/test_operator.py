@@ -1,0 +1,65 @@
+"""Towers inside torch.compile."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+from recis_hybrid.bridge import JaxTower, _operator  # noqa: E402
+
+
+def scaled(params: Any, x: Any) -> Any:
+    return {"y": jnp.tanh(x["x"] @ params["w"]), "count": (x["x"] > 0).sum(dtype=jnp.int32)}
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = torch.nn.Linear(5, 8)
+        self.tower = JaxTower(scaled, {"w": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)})
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.tower({"x": torch.relu(self.below(x))})
+        return out["y"].square().sum() * 2, out["count"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_with_a_tower_compiles_whole_and_gives_the_same(backend: str) -> None:
+    model = Model()
+    twin = copy.deepcopy(model)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+    for size in (4, 4, 7):
+        x = torch.randn(size, 5)
+        (loss, count), (expected, expected_count) = compiled(x), twin(x)
+        torch.testing.assert_close(loss, expected)
+        assert int(count) == int(expected_count)
+        loss.backward()
+        expected.backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_opcheck() -> None:
+    tower = JaxTower(lambda params, x: jnp.exp(x @ params["w"]), {"w": np.ones((3, 2), np.float32)})
+    x = torch.rand(4, 3, requires_grad=True)
+    tensors = [*tower.parameters(), x]
+    tower(x)
+    (program,) = tower._caller.programs._forwards.values()
+    number = _operator.number_of(tower._caller, program, _operator.structs(tensors))
+    torch.library.opcheck(_operator.tower_forward, (number, tensors))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> None:
+    tower = JaxTower(lambda params, x, *, state: (x, state + 1), {}, state=np.ones(2, np.float32))
+    with pytest.raises(Exception, match="a JaxTower with mutable state runs between graphs"):
+        torch.compile(tower, fullgraph=True, backend="aot_eager")(torch.ones(2))
+    assert torch.compile(tower, backend="aot_eager")(torch.ones(2)).tolist() == [1, 1]
+    assert tower.state_dict()["param"].tolist() == [2, 2]

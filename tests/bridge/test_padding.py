@@ -1,0 +1,89 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+from recis_hybrid.bridge import JaxTower  # noqa: E402
+
+DIMS = [("batch",), ("batch", "length")]
+
+
+def pooled(params: Any, x: Any, sequence: Any, *, masks: Any) -> Any:
+    """The mean of a sequence beside x, the mean over the batch, and attention weights of (batch, length)."""
+    weights = jnp.where(masks["length"], sequence @ params["w"], -jnp.inf)
+    attention = jax.nn.softmax(weights, axis=1)
+    rows = x + (attention[:, :, None] * sequence).sum(1)
+    real = masks["batch"][:, None]
+    return rows, (rows * real).sum(0) / real.sum(), attention
+
+
+def tower(**options: Any) -> JaxTower:
+    classes = {"batch": (4, 16), "length": None}
+    return JaxTower(pooled, {"w": np.arange(3, dtype=np.float32)}, dims=DIMS, classes=classes, **options)
+
+
+def test_ragged_batches_compile_a_bounded_number_of_times_and_padding_is_not_seen() -> None:
+    module = tower()
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        batch, length = int(random.integers(1, 17)), int(random.integers(1, 17))
+        x = torch.randn(batch, 3, requires_grad=True)
+        sequence = torch.randn(batch, length, 3, requires_grad=True)
+        w = torch.arange(3.0, requires_grad=True)
+        rows, mean, attention = module(x, sequence)
+        expected_attention = (sequence @ w).softmax(1)
+        expected = x + (expected_attention[:, :, None] * sequence).sum(1)
+        torch.testing.assert_close(attention, expected_attention)
+        torch.testing.assert_close(rows, expected)
+        torch.testing.assert_close(mean, expected.mean(0))
+        loss, expected_loss = rows.square().sum() + mean.sum(), expected.square().sum() + expected.mean(0).sum()
+        ours = torch.autograd.grad(loss, [x, sequence, *module.parameters()])
+        theirs = torch.autograd.grad(expected_loss, [x, sequence, w])
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    # 2 classes of batches × 2 of lengths (8, 16), forward and backward
+    assert module.compilations == 8
+
+
+def test_sizes_that_are_classes_are_not_copied() -> None:
+    module = tower()
+    x, sequence = torch.randn(4, 3), torch.randn(4, 8, 3)
+    (grown_x, grown_sequence), found, padded = module._padding.pad((x, sequence))
+    assert grown_x is x
+    assert grown_sequence is sequence
+    assert found == padded == {"batch": 4, "length": 8}
+
+
+def test_bad_sizes_are_refused() -> None:
+    module = tower(name="ranker")
+    with pytest.raises(ValueError, match=r"ranker.*'batch' is 17, beyond its largest class 16"):
+        module(torch.ones(17, 3), torch.ones(17, 2, 3))
+    with pytest.raises(ValueError, match=r"input\[1\]: 'batch' is 3 here and 2"):
+        module(torch.ones(2, 3), torch.ones(3, 2, 3))
+    with pytest.raises(ValueError, match=r"input\[1\]: dims names its dimensions .* got \(2,\)"):
+        module(torch.ones(2, 3), torch.ones(2))
+    with pytest.raises(ValueError, match="dims names 2 inputs, got 1"):
+        module(torch.ones(2, 3))
+
+
+def test_an_output_that_cannot_be_cut_back_is_refused() -> None:
+    module = JaxTower(lambda params, x: jnp.concatenate([x, x]), {}, dims=[("batch",)], classes={"batch": None})
+    with pytest.raises(ValueError, match=r"axis 0 of output 0 has size 16 where 'batch' is 8, and 18 where it is 9"):
+        module(torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": DIMS, "classes": {"batch": None}}, "give each name its sizes"),
+        ({"dims": [("batch",)], "classes": {"batch": (0,)}}, "must be positive integers"),
+        ({}, "the function takes masks"),
+    ],
+)
+def test_bad_classes_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JaxTower(pooled, {}, **options)
