@@ -20,7 +20,11 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
             raise IndexError(f"RaggedTensor: there is no row {which} among {count}")
         row = which % count
         first = _between(parts, row, row + 1)
-        return first[0] if not outer else (first[0], first[1], first[2], first[3][1:])
+        if not outer:
+            return first[0]
+        # A row of one level of strings would have a weight for each byte.
+        weights = None if len(outer) == 1 and values.dtype == torch.uint8 else first[2]
+        return first[0], first[1], weights, first[3][1:]
     if isinstance(which, slice):
         start, stop, step = which.indices(count)
         if step == 1:

@@ -323,7 +323,8 @@ class RaggedTensor:
         """Returns rows.
 
         Args:
-            which: A number gives a row: its values, a view, or a RaggedTensor of its lists. A slice, a tensor or a list
+            which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that
+                strings in it have (where the strings are rows themselves, none can). A slice, a tensor or a list
                 of numbers, or a bool tensor [B] give a RaggedTensor of those rows; a slice of step 1 views the values.
 
         Raises:

@@ -176,3 +176,13 @@ def test_nothing_waits_for_a_gpu() -> None:
     broken = RaggedTensor(ragged.values, ragged.offsets + 1)
     with pytest.raises(ValueError, match="must start with 0, got 1"):
         broken.validate()
+
+
+def test_rows_of_weighted_strings() -> None:
+    strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
+    column = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)
+    assert [row.to_strings() for row in column] == [[b"abc", b"de"], [b"f"]]
+    assert column[0].weights is None
+    weights = column[1:].weights
+    assert weights is not None
+    assert weights.tolist() == [3.0]
