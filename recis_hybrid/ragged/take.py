@@ -88,6 +88,9 @@ def concat(parts: Sequence[Parts]) -> Parts:
             f"RaggedTensor.concat: takes RaggedTensors of one dtype, shape of values, device and number of levels, all "
             f"weighted or none, got {sorted(map(str, kinds))}"
         )
+    # What a GPU has made may have more values than its offsets reach. A trace has no offsets to look at.
+    if not torch.compiler.is_compiling():
+        parts = [_between(one, 0, (*one[3], one[1])[0].shape[0] - 1) for one in parts]
     levels = [
         _joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)
     ]

@@ -188,7 +188,7 @@ class RaggedTensor:
 
     @classmethod
     def concat(cls, parts: Sequence[RaggedTensor]) -> RaggedTensor:
-        """Returns the rows of several RaggedTensors one after another.
+        """Returns the rows of several RaggedTensors one after another; waits for a GPU.
 
         Args:
             parts: At least one; of the same levels, dtype and device, all weighted or none.

@@ -186,3 +186,15 @@ def test_rows_of_weighted_strings() -> None:
     weights = column[1:].weights
     assert weights is not None
     assert weights.tolist() == [3.0]
+
+
+def test_values_that_no_row_reaches_are_left_behind() -> None:
+    # As results of a GPU have them, whose size is a bound.
+    column = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]), torch.ones(4))
+    both = RaggedTensor.concat([column, column]).validate()
+    assert both.to_lists() == [[1], [2], [1], [2]]
+    assert both.weights is not None
+    assert both.weights.shape == (4,)
+    assert column.to_padded(2, padding=-1).tolist() == [[1, -1], [2, -1]]
+    lists = RaggedTensor.unchecked(column.values, torch.tensor([0, 1, 2, 2, 2]), None, (torch.tensor([0, 1, 2]),))
+    assert RaggedTensor.concat([lists, lists]).validate().to_lists() == [[[1]], [[2]], [[1]], [[2]]]
