@@ -122,6 +122,17 @@ def test_offsets_that_were_changed_behind_its_back(fuse: bool, ops: list[Any], o
         FeatureEngine([Feature("a", ops=ops)], fuse=fuse)({"a": column})
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("op", [Tile(2), Concat()])
+@pytest.mark.parametrize(("offsets", "row"), [([1, 2, 3], 0), ([0, 1, 2], 1)])
+def test_offsets_that_leave_values_out(fuse: bool, op: Any, offsets: list[int], row: int) -> None:
+    column = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]])
+    column.offsets.copy_(torch.tensor(offsets))
+    sources = ["a", "a"] if isinstance(op, Concat) else "a"
+    with pytest.raises(ValueError, match=f"^feature 'a', .*: row {row} has offsets that decrease or lie outside"):
+        FeatureEngine([Feature("a", ops=[op], source=sources)], fuse=fuse)({"a": column})
+
+
 @pytest.mark.parametrize(
     ("op", "says"),
     [
