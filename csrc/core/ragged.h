@@ -30,6 +30,9 @@ struct Rows {
     const int64_t to = offsets == nullptr ? from + stride : offsets[row + 1];
     return from >= 0 && from <= to && to <= total;
   }
+
+  // Whether a row is good, and the first one starts with the first value: where places in a result are found from it.
+  RECIS_HD bool from_start(int64_t row) const { return good(row) && (row > 0 || begin(0) == 0); }
 };
 
 // Rules of lengths: size(row) is the number of values that a row of the result has, or -1 where that is refused.
@@ -147,11 +150,16 @@ RECIS_HD void fill_words(T* to, T value, int64_t n, Lanes lanes) {
   for (int64_t k = lanes.rank; k < n; k += lanes.size) to[k] = value;
 }
 
+// In the kernels of values below, a row that is refused reads nothing, and a row of a result that has no room writes
+// nothing. On the CPU an operator has raised before; on CUDA nobody has looked, and rows that are good one by one may
+// come to more values than there are.
+
 // One plane (the values, or the weights) of one column, on its way into rows of other lengths: what does not fit is
 // dropped at one end, what is missing is filled at one end.
 struct CopyPart {
   int64_t first;
   Rows rows;
+  int64_t count;         // of them
   const int64_t* taken;  // the source of each row, below 0 for an empty one; null: the row itself
   Rows made;
   const void* from;
@@ -168,13 +176,15 @@ struct CopyRows {
 
   template <class T, class Lanes>
   RECIS_HD static void copy(const CopyPart& part, int64_t row, int64_t source, Lanes lanes) {
-    const int64_t size = source < 0 ? 0 : part.rows.size(source);
+    if (!part.made.good(row)) return;
+    const bool there = source >= 0 && source < part.count && part.rows.good(source);
+    const int64_t size = there ? part.rows.size(source) : 0;
     const int64_t made = part.made.size(row);
     const int64_t kept = size < made ? size : made;
     const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
     const int64_t padded = made - kept;
     T* to = static_cast<T*>(part.to) + part.made.begin(row) * part.words;
-    if (source >= 0) {
+    if (there) {
       const T* from = static_cast<const T*>(part.from) + (part.rows.begin(source) + skipped) * part.words;
       copy_words(from, to + (part.pad_first != 0 ? padded : 0) * part.words, kept * part.words, lanes);
     }
@@ -205,6 +215,7 @@ struct CrossPart {
   const float* y_weights;
   uint64_t* ids;
   float* weights;
+  int64_t room;  // values that the result has
 };
 
 struct CrossRows {
@@ -214,11 +225,12 @@ struct CrossRows {
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const CrossPart& part = segments[number];
     const int64_t row = i - part.first;
+    const int64_t to = part.made[row];
+    const int64_t pairs = part.made[row + 1] - to;
+    if (pairs == 0 || to + pairs > part.room) return;
     const int64_t x = part.x.begin(row);
     const int64_t y = part.y.begin(row);
     const int64_t wide = part.y.size(row);
-    const int64_t pairs = part.x.size(row) * wide;
-    const int64_t to = part.made[row];
     for (int64_t k = lanes.rank; k < pairs; k += lanes.size) {
       const int64_t a = x + (wide == 1 ? k : k / wide);
       const int64_t b = y + (wide == 1 ? 0 : k % wide);
@@ -240,6 +252,7 @@ struct TopKPart {
   int64_t unit;
   const float* weights;
   float* weights_out;
+  int64_t room;  // values that the result has
 };
 
 struct TopKRows {
@@ -255,10 +268,11 @@ struct TopKRows {
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const TopKPart& part = segments[number];
     const int64_t row = i - part.first;
-    const int64_t begin = part.rows.begin(row);
-    const int64_t size = part.rows.size(row);
     const int64_t to = part.made[row];
     const int64_t kept = part.made[row + 1] - to;
+    if (kept == 0 || to + kept > part.room) return;
+    const int64_t begin = part.rows.begin(row);
+    const int64_t size = part.rows.size(row);
     for (int64_t k = lanes.rank; k < size; k += lanes.size) {
       const float mine = part.weights[begin + k];
       if (is_nan(mine)) refuse(refused, i);
@@ -317,7 +331,7 @@ struct ConcatRows {
     const ConcatPart& part = segments[number];
     const int64_t row = i - part.first;
     for (int64_t k = 0; k < part.count; ++k) {
-      if (!part.inputs[k].good(row)) return refuse(refused, i);
+      if (!part.inputs[k].from_start(row)) return refuse(refused, i);
     }
     int64_t to = part.begin(row);
     if (part.made != nullptr && lanes.rank == 0) {
@@ -390,7 +404,7 @@ struct TileRows {
     const TilePart& part = segments[number];
     const int64_t made = i - part.first;
     const int64_t row = made / part.times;
-    if (!part.rows.good(row)) return refuse(refused, i);
+    if (!part.rows.from_start(row)) return refuse(refused, i);
     const int64_t to = part.rows.begin(row) * part.times + made % part.times * part.rows.size(row);
     if (part.made != nullptr && lanes.rank == 0) {
       if (made == 0) part.made[0] = 0;

@@ -68,6 +68,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
     const Tensor& source = inputs.at(static_cast<size_t>(like[k] < 0 ? -1 - like[k] : like[k]));
     const auto dtype = static_cast<ScalarType>(dtypes[k]);
     if (like[k] < 0) {
+      data<int64_t>(source, "offsets");
       const int64_t rows[] = {source.numel() - 1};
       outputs.push_back(torch::stable::new_empty(source, {rows, 1}, dtype));
     } else {
@@ -81,6 +82,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   int64_t tiles = 0;
   for (size_t k = 0; k < parts.size(); k += 4) {
     const int64_t elements = sizes.at(static_cast<size_t>(parts[k + 2])) - parts[k + 3];
+    if (parts[k + 3] != 0) data<int64_t>(inputs.at(static_cast<size_t>(parts[k + 2])), "offsets");
     RECIS_CHECK(parts[k] >= 0 && parts[k + 1] <= code.size(0) && elements >= 0,
                 "feature_program: a part has no instructions or no offsets");
     list.push_back({tiles, elements, parts[k], parts[k + 1]});

@@ -57,9 +57,11 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
       made = new_values(planes[p], results[k], bound, exact);
     }
     results.push_back(made);
-    const int64_t* offsets_made = data<int64_t>(results[k], "offsets");
-    parts.push_back({total, rows[k], nullptr, Rows{offsets_made, 0, 0}, raw(planes[p]), made.data_ptr(),
-                     unit_of(planes[p]), words_of(planes[p]), fills[p], flags[k] & kDropFirst, flags[k] & kPadFirst});
+    // Rows of one length are where they are whatever the offsets say: a refused row counts as empty there.
+    const Rows placed = (flags[k] & kFixed) != 0 ? Rows{nullptr, most[k], times(counts[k], most[k])}
+                                                 : Rows{data<int64_t>(results[k], "offsets"), 0, made.size(0)};
+    parts.push_back({total, rows[k], counts[k], nullptr, placed, raw(planes[p]), made.data_ptr(), unit_of(planes[p]),
+                     words_of(planes[p]), fills[p], flags[k] & kDropFirst, flags[k] & kPadFirst});
     width = std::max(width, std::min<int64_t>(64, rows[k].total / std::max<int64_t>(counts[k], 1)));
     total += counts[k];
   }
@@ -93,8 +95,9 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
   for (size_t p = 0; p < planes.size(); ++p) {
     const auto k = static_cast<size_t>(owner[p]);
     results.push_back(new_values(planes[p], results[k], exact ? 0 : bounds[k], exact));
-    parts.push_back({total, rules[k].rows, rules[k].taken, Rows{data<int64_t>(results[k], "offsets"), 0, 0},
-                     raw(planes[p]), results.back().data_ptr(), unit_of(planes[p]), words_of(planes[p]), 0, 0, 0});
+    const Rows placed{data<int64_t>(results[k], "offsets"), 0, results.back().size(0)};
+    parts.push_back({total, rules[k].rows, rules[k].count, rules[k].taken, placed, raw(planes[p]),
+                     results.back().data_ptr(), unit_of(planes[p]), words_of(planes[p]), 0, 0, 0});
     total += counts[k];
   }
   launch_rows(device, CopyRows{}, parts, total, 8, parallel);
@@ -133,10 +136,6 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
     const int64_t* at = index.data() + 6 * k;
     const auto& [x, y, limit] = rules[k];
     const int64_t bound = x.offsets == nullptr ? y.total : y.offsets == nullptr ? x.total : times(counts[k], limit);
-    const auto floats = [&](int64_t number) {
-      const Tensor* tensor = tensor_at(tensors, number);
-      return tensor == nullptr ? nullptr : data<float>(*tensor, "weights");
-    };
     results.push_back(offsets[k]);
     results.push_back(new_values(*tensor_at(tensors, at[0]), offsets[k], bound, exact));
     CrossPart part{total,
@@ -145,10 +144,11 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
                    data<int64_t>(offsets[k], "offsets"),
                    reinterpret_cast<const uint64_t*>(data<int64_t>(*tensor_at(tensors, at[0]), "ids")),
                    reinterpret_cast<const uint64_t*>(data<int64_t>(*tensor_at(tensors, at[3]), "ids")),
-                   floats(at[2]),
-                   floats(at[5]),
+                   weights_of(tensors, at[2], *tensor_at(tensors, at[0]), line_of(labels, k)),
+                   weights_of(tensors, at[5], *tensor_at(tensors, at[3]), line_of(labels, k)),
                    reinterpret_cast<uint64_t*>(data<int64_t>(results.back(), "ids")),
-                   nullptr};
+                   nullptr,
+                   results.back().size(0)};
     if (at[2] >= 0 || at[5] >= 0) {
       results.push_back(new_values(*tensor_at(tensors, at[2] >= 0 ? at[2] : at[5]), offsets[k], bound, exact));
       part.weights = data<float>(results.back(), "weights");
@@ -187,7 +187,7 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
     results.push_back(new_values(weights[k], made[k], bound, exact));
     parts.push_back({total, rules[k].rows, data<int64_t>(made[k], "offsets"), raw(values[k]),
                      results[results.size() - 2].data_ptr(), unit_of(values[k]), data<float>(weights[k], "weights"),
-                     data<float>(results.back(), "weights")});
+                     data<float>(results.back(), "weights"), results.back().size(0)});
     column.push_back(static_cast<int64_t>(k));
     total += counts[k];
   }
@@ -227,6 +227,8 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
       const Tensor* offsets = tensor_at(tensors, first[3 * k + 1]);
       RECIS_CHECK(mine.dim() == 1 || (offsets == nullptr && mine.dim() == 2),
                   line_of(labels, static_cast<size_t>(number)), ": columns must be [N] with offsets, [B] or [B, L]");
+      weights_of(tensors, first[3 * k + 2], mine, line_of(labels, static_cast<size_t>(number)));
+      check_all_reached(mine, offsets, line_of(labels, static_cast<size_t>(number)));
       RECIS_CHECK(mine.scalar_type() == source.scalar_type(), "ragged_concat: columns of unequal dtypes");
       const int64_t mine_rows = row_count(mine, offsets);
       RECIS_CHECK(rows < 0 || rows == mine_rows, line_of(labels, static_cast<size_t>(number)),
@@ -241,8 +243,7 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
     }
     int64_t* made = nullptr;
     if (!dense) {
-      const int64_t sizes[] = {rows + 1};
-      results.push_back(torch::stable::new_empty(like, {sizes, 1}, ScalarType::Long));
+      results.push_back(new_to_fill(like, {rows + 1}, ScalarType::Long));
       made = data<int64_t>(results.back(), "offsets");
       if (rows == 0) torch::stable::zero_(results.back());
     }
@@ -252,7 +253,7 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
     const size_t planes = weighted ? 2 : 1;
     for (size_t plane = 0; plane < planes; ++plane) {
       const ScalarType dtype = plane == 0 ? source.scalar_type() : ScalarType::Float;
-      results.push_back(torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype));
+      results.push_back(new_to_fill(like, sizes, dtype));
       for (size_t k = 0; k < count; ++k) {
         const Tensor* from = tensor_at(tensors, first[3 * k + 2 * plane]);
         parts.push_back({total, reinterpret_cast<const Rows*>(rows_at), static_cast<int64_t>(count),
@@ -288,14 +289,13 @@ Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes
   for (size_t k = 0; k < classes.size(); ++k) {
     const Tensor& ids = *tensor_at(tensors, index.at(3 * k));
     const Tensor* offsets = tensor_at(tensors, index.at(3 * k + 1));
-    const Tensor* weights = tensor_at(tensors, index.at(3 * k + 2));
     const int64_t rows = row_count(ids, offsets);
     Rows mine = rows_of(ids, offsets);
     if (offsets == nullptr) mine = {nullptr, words_of(ids), ids.numel()};
     const int64_t sizes[] = {rows, classes[k]};
     results.push_back(torch::stable::new_zeros(ids, {sizes, 2}, ScalarType::Float));
     parts.push_back({total, mine, data<int64_t>(ids, "ids"),
-                     weights == nullptr ? nullptr : data<float>(*weights, "weights"),
+                     weights_of(tensors, index.at(3 * k + 2), ids, line_of(labels, k)),
                      data<float>(results.back(), "out"), classes[k]});
     column.push_back(static_cast<int64_t>(k));
     total += rows;
@@ -325,17 +325,21 @@ Tensors ragged_tile(const Tensors& tensors, const Ints& index, const Ints& times
     const Tensor& values = *tensor_at(tensors, index.at(3 * k));
     const Tensor* offsets = tensor_at(tensors, index.at(3 * k + 1));
     const int64_t rows = row_count(values, offsets) * times[k];
+    const Tensor* weights = tensor_at(tensors, index.at(3 * k + 2));
+    RECIS_CHECK(weights == nullptr || weights->size(0) == values.size(0), line_of(labels, k),
+                ": weights must be as many as the values");
+    check_all_reached(values, offsets, line_of(labels, k));
     int64_t* made = nullptr;
     if (offsets != nullptr) {
       const int64_t sizes[] = {rows + 1};
       results.push_back(torch::stable::new_zeros(like, {sizes, 1}, ScalarType::Long));
       made = data<int64_t>(results.back(), "offsets");
     }
-    for (const Tensor* plane : {&values, tensor_at(tensors, index.at(3 * k + 2))}) {
+    for (const Tensor* plane : {&values, weights}) {
       if (plane == nullptr) continue;
       Ints sizes(plane->sizes().begin(), plane->sizes().end());
       sizes[0] *= times[k];
-      results.push_back(torch::stable::new_empty(*plane, {sizes.data(), sizes.size()}));
+      results.push_back(new_to_fill(*plane, sizes, plane->scalar_type()));
       parts.push_back({total, rows_of(*plane, offsets), times[k], raw(*plane), results.back().data_ptr(),
                        unit_of(*plane), words_of(*plane), plane == &values ? made : nullptr});
       column.push_back(static_cast<int64_t>(k));

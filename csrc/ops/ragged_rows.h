@@ -62,6 +62,15 @@ inline int64_t row_count(const Tensor& values, const Tensor* offsets) {
   return offsets->numel() - 1;
 }
 
+// The weights of a column's values by number, null for none.
+inline const float* weights_of(const Tensors& tensors, int64_t number, const Tensor& values, const std::string& label) {
+  const Tensor* weights = tensor_at(tensors, number);
+  if (weights == nullptr) return nullptr;
+  RECIS_CHECK(weights->numel() == values.numel(), label, ": weights must be as many as the values, ", values.numel(),
+              ", got ", weights->numel());
+  return data<float>(*weights, "weights");
+}
+
 inline int64_t times(int64_t a, int64_t b) {
   int64_t product = 0;
   return __builtin_mul_overflow(a, b, &product) ? kNoBound : product;
@@ -116,6 +125,22 @@ struct Refusals {
 
 inline constexpr const char* kBadOffsets = "has offsets that decrease or lie outside the values";
 inline const char* bad_offsets(size_t) { return kBadOffsets; }
+
+// Raises (on CPU) for offsets that do not reach from the first value to the last, where a result has a place for each
+// value: those of values that no row has would never be written.
+inline void check_all_reached(const Tensor& values, const Tensor* offsets, const std::string& label) {
+  if (offsets == nullptr || !values.is_cpu()) return;
+  const int64_t* at = data<int64_t>(*offsets, "offsets");
+  const int64_t rows = row_count(values, offsets);
+  RECIS_CHECK(at[0] == 0 && at[rows] == values.size(0), label, ": row ", at[0] != 0 || rows == 0 ? 0 : rows - 1, " ",
+              kBadOffsets);
+}
+
+// A tensor for a kernel to fill: zeros on CUDA, where it leaves out what it refuses and what no row has.
+inline Tensor new_to_fill(const Tensor& like, const Ints& sizes, ScalarType dtype) {
+  if (like.is_cpu()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
+}
 
 // New offsets by a rule for each column; raises (on CPU) for a refused row.
 template <class Device, class Rule, class Why>

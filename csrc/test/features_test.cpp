@@ -1,5 +1,6 @@
 // Fused programs and ragged kernels under the sanitizers: hashes of strings in bulk are the hashes themselves, no
 // offsets make a kernel read or write outside of what it was given, and tiles, threads and scratch space do not matter.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -146,12 +147,12 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     bool any_bad = false;
     for (int64_t i = 0; i < rows; ++i) any_bad = any_bad || !source.good(i);
     expect(any_bad == (refused != 0), "resize did not report bad offsets", refused);
-    if (any_bad) continue;
     Exact<T> out(std::vector<T>(static_cast<size_t>(sums.data()[rows]), 0));
     const std::vector<recis::CopyPart> parts{{0,
                                               source,
+                                              rows,
                                               nullptr,
-                                              {sums.data(), 0, 0},
+                                              {sums.data(), 0, sums.data()[rows]},
                                               values.data(),
                                               out.data(),
                                               sizeof(T),
@@ -165,6 +166,11 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     kernel.segments.far = parts.data();
     recis::for_each_cpu(recis::Threads{3}, rows, 8, kernel);
     for (int64_t row = 0; row < rows; ++row) {
+      // As on a GPU, which does not raise: what is refused is neither read nor written.
+      if (!source.good(row)) {
+        expect(sums.data()[row] == sums.data()[row + 1], "a refused row of values", row);
+        continue;
+      }
       const int64_t size = source.size(row);
       const int64_t made = std::max(least, std::min(most, size));
       const int64_t kept = std::min(size, made);
@@ -177,6 +183,73 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
       }
     }
   }
+}
+
+template <class Kernel, class Part>
+void run_rows(const Part& part, int64_t rows, Kernel kernel = {}) {
+  const std::vector<Part> parts{part};
+  kernel.segments.count = 1;
+  kernel.segments.total = rows;
+  kernel.segments.far = parts.data();
+  recis::for_each_cpu(recis::Threads{3}, rows, 8, kernel);
+}
+
+template <class Rule>
+Exact<int64_t> sums_of(const Rule& rule, int64_t rows) {
+  Exact<int64_t> sums(std::vector<int64_t>(static_cast<size_t>(rows) + 1, -1));
+  const std::vector<recis::SumPart<Rule>> columns{{rule, rows, sums.data()}};
+  int64_t refused = 0;
+  recis::for_each_cpu(recis::Serial{}, 1, 1, recis::SumRows<Rule>{columns.data(), &refused});
+  return sums;
+}
+
+// Kernels of values after rows were refused, as on a GPU, in results of the bound that it gives them: nothing is read
+// or written outside, and rows of one length stay where they are.
+void check_refused(int64_t rows, uint64_t seed) {
+  const int64_t total = rows * 2;
+  std::vector<int64_t> from(static_cast<size_t>(total));
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<int64_t>(i + 1);
+  const Exact<int64_t> values(from);
+  const Exact<float> weights(std::vector<float>(static_cast<size_t>(total), 1.0f));
+  const Exact<int64_t> offsets(offsets_of(rows, total, seed, false));
+  const recis::Rows source{offsets.data(), 0, total};
+
+  const Exact<int64_t> dense(std::vector<int64_t>(static_cast<size_t>(rows * 3), -1));
+  run_rows<recis::CopyRows>(
+      recis::CopyPart{0, source, rows, nullptr, {nullptr, 3, rows * 3}, values.data(), dense.data(), 8, 1, 77, 0, 0},
+      rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t k = 0; k < 3; ++k) {
+      const bool inside = source.good(row) && k < source.size(row);
+      const int64_t want = inside ? from[static_cast<size_t>(source.begin(row) + k)] : 77;
+      expect(dense.data()[row * 3 + k] == want, "dense rows after refusals", row);
+    }
+  }
+
+  const int64_t most = 3;
+  const int64_t bound = std::min(total, rows * most);
+  const Exact<int64_t> short_sums = sums_of(recis::ResizeRule{source, 0, most, 0}, rows);
+  const Exact<int64_t> kept(std::vector<int64_t>(static_cast<size_t>(bound), 0));
+  run_rows<recis::CopyRows>(
+      recis::CopyPart{
+          0, source, rows, nullptr, {short_sums.data(), 0, bound}, values.data(), kept.data(), 8, 1, 0, 0, 0},
+      rows);
+
+  const Exact<float> best_weights(std::vector<float>(static_cast<size_t>(bound), 0));
+  int64_t nan = 0;
+  recis::TopKRows top{};
+  top.refused = &nan;
+  run_rows(recis::TopKPart{0, source, short_sums.data(), values.data(), kept.data(), 8, weights.data(),
+                           best_weights.data(), bound},
+           rows, top);
+
+  const Exact<int64_t> pair_sums = sums_of(recis::CrossRule{source, source, 4}, rows);
+  const Exact<uint64_t> pairs(std::vector<uint64_t>(static_cast<size_t>(rows * 4), 0));
+  const Exact<float> pair_weights(std::vector<float>(static_cast<size_t>(rows * 4), 0));
+  const auto* ids = reinterpret_cast<const uint64_t*>(values.data());
+  run_rows<recis::CrossRows>(recis::CrossPart{0, source, source, pair_sums.data(), ids, ids, weights.data(), nullptr,
+                                              pairs.data(), pair_weights.data(), rows * 4},
+                             rows);
 }
 
 }  // namespace
@@ -203,6 +276,7 @@ int main() {
       }
     }
   }
+  for (uint64_t seed = 0; seed < 200; ++seed) check_refused(1 + static_cast<int64_t>(seed % 40), seed);
   if (failures != 0) {
     std::printf("features_test: %d failures\n", failures);
     return 1;

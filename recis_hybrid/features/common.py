@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ LEAST, MOST = -(2**63), 2**63 - 1
 NARROW = (torch.int8, torch.int16, torch.int32)
 INTEGERS = (*NARROW, torch.int64)
 FLOATS = (torch.float32, torch.float64)
+MOVABLE = (torch.bool, torch.uint8, *INTEGERS, torch.float16, torch.bfloat16, *FLOATS)
 
 
 def integers(where: str, form: Form) -> Form:
@@ -46,6 +47,20 @@ def numbers(where: str, form: Form) -> Form:
     return form
 
 
+def movable(where: str, form: Form) -> Form:
+    """Returns the form, if native code can move values of its dtype.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if form.dtype not in MOVABLE:
+        raise TypeError(
+            f"{where} takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got {form.dtype}; convert the "
+            f"column with .to(torch.int64) or .float()"
+        )
+    return form
+
+
 def ids_of(column: Column) -> Tensor:
     """Returns a column's integers as int64."""
     return column.values.to(torch.int64)
@@ -56,7 +71,6 @@ def bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
-@lru_cache(maxsize=1024)
 def word(value: float, dtype: torch.dtype) -> int:
     """Returns the bits of a value of a dtype, as an integer."""
     size = dtype.itemsize
@@ -70,7 +84,7 @@ def fits(value: Any, dtype: torch.dtype) -> bool:
     """Whether a dtype can hold a value: integers take whole numbers of their range."""
     if dtype.is_floating_point:
         return True
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         return False
     limits = torch.iinfo(torch.int8 if dtype == torch.bool else dtype)
     return bool(limits.min <= value <= limits.max)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import re
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall, link
-from recis_hybrid.features.op import Column, Elementwise, Form, Shaping
+from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall, link, run_alone, said_by_native
+from recis_hybrid.features.op import Column, Form
 from recis_hybrid.features.plan import Plan, compile_plan
 from recis_hybrid.features.reading import split_features
 from recis_hybrid.ragged import Batch, RaggedTensor
+
+_Known: TypeAlias = "tuple[tuple[int, Form], ...]"
+
+# Numbers of the forms that any engine of the process has met, and the lock under which they are given out and segments
+# made. They are the names of segments: a compiled function that reads an engine's segment by its name then finds none
+# in another engine that has not seen the form, and is traced anew, where a count of each engine's own would find that
+# of another form.
+_NUMBERS: dict[_Known, int] = {}
+_LINKING = threading.RLock()
 
 
 class FeatureEngine:
@@ -35,7 +44,8 @@ class FeatureEngine:
         features: The features to make, with names that differ.
         fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation
             in place of one of all of them. Both give the same bits more slowly: to compare with.
-        parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader.
+        parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader. The
+            calls of ``fuse=False`` use them in any case.
         keep: Columns that the batch keeps although features read them.
 
     Raises:
@@ -73,8 +83,7 @@ class FeatureEngine:
         self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
         self._names = list(self._plan.columns)
-        self._own = not all(isinstance(line.op, Elementwise | Shaping) for line in self._plan.instructions)
-        self._segments: dict[tuple[tuple[int, Form], ...], str] = {}
+        self._segments: dict[_Known, str] = {}
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -120,7 +129,7 @@ class FeatureEngine:
         keeps the columns that the remaining part reads, and runs in the thread that calls it alone.
         """
         reading, _, keep = split_features(self._features)
-        return FeatureEngine(reading, fuse=self._fuse, parallel=False, keep=keep)
+        return FeatureEngine(reading, fuse=self._fuse, parallel=False, keep=[*dict.fromkeys([*keep, *self._keep])])
 
     def remaining_part(self) -> FeatureEngine:
         """Returns the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
@@ -128,14 +137,16 @@ class FeatureEngine:
         return FeatureEngine(remaining, fuse=self._fuse, parallel=self._parallel, keep=self._keep)
 
     def check(self) -> None:
-        """Raises for what operations have refused of the last batch on a GPU (NaN, wrong offsets); waits for it.
+        """Raises for what element-wise operations have refused of the last batch on a GPU; waits for it.
 
-        On the CPU the call itself raises, and there is nothing to check.
+        That is NaN, wrong offsets of strings, and what is not in a vocabulary. Operations that change rows note nothing
+        on a GPU: a row that they refuse becomes an empty one, and :class:`ToDense` cuts it. On the CPU the call itself
+        raises for both, and there is nothing to check.
 
         Raises:
             ValueError: If something was refused; the message names the feature.
         """
-        for name in self._segments.values():
+        for name in list(self._segments.values()):
             for call in getattr(self, name).calls:
                 if isinstance(call, ProgramCall):
                     call.check()
@@ -161,20 +172,23 @@ class FeatureEngine:
             try:
                 self._run(registers)
             except RuntimeError as error:
-                said = _said_by_native(error)
+                said = said_by_native(error)
                 if said.startswith("feature "):
                     raise ValueError(said) from error
                 raise
         features: Batch = {}
         for name, register in self._plan.outputs.items():
             as_it_was = register < len(self._names)
-            features[name] = batch[self._names[register]] if as_it_was else self._packed(registers[register])
+            features[name] = batch[self._names[register]] if as_it_was else registers[register].pack()
         for name, column in batch.items():
             if name not in self._plan.columns or name in self._keep:
                 if name in features:
+                    why, remedy = "no feature reads", "take the column out of the batch"
+                    if name in self._keep:
+                        why, remedy = "keep= keeps", "take it out of keep="
                     raise ValueError(
-                        f"feature {name!r}: the batch has a column of that name too, which no feature reads; "
-                        f"rename one of the two, or take the column out of the batch"
+                        f"feature {name!r}: the batch has a column of that name too, which {why}; rename one of the "
+                        f"two, or {remedy}"
                     )
                 features[name] = column
         return features
@@ -182,12 +196,6 @@ class FeatureEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.
         return _remake, (self._features, self._fuse, self._parallel, self._keep)
-
-    def _packed(self, column: Column) -> Tensor | RaggedTensor:
-        # An operation of one's own may have made anything.
-        if self._own and column.offsets is not None:
-            return RaggedTensor(column.values, column.offsets, column.weights, column.outer)
-        return column.pack()
 
     def _run(self, registers: dict[int, Column]) -> None:
         if not self._fuse:
@@ -207,30 +215,21 @@ class FeatureEngine:
     # A trace must not follow how a segment is made. It takes what is returned here for a constant, and reads the
     # attribute of that name afterwards, so that the segment itself is an object that it knows where to find.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-    def _link(self, known: tuple[tuple[int, Form], ...]) -> str:
+    def _link(self, known: _Known) -> str:
         if known not in self._segments:
-            name = f"_segment_{len(self._segments)}"
-            setattr(self, name, self._made(known))
-            self._segments[known] = name
+            with _LINKING:
+                if known not in self._segments:
+                    name = f"_segment_{_NUMBERS.setdefault(known, len(_NUMBERS))}"
+                    setattr(self, name, self._made(known))
+                    self._segments[known] = name
         return self._segments[known]
 
-    def _made(self, known: tuple[tuple[int, Form], ...]) -> Segment:
+    def _made(self, known: _Known) -> Segment:
         return link(self._plan, dict(known), parallel=self._parallel, grouped=self._fuse == "kind")
 
     def _run_one_by_one(self, registers: dict[int, Column]) -> None:
         for register, instruction in enumerate(self._plan.instructions, len(self._names)):
-            columns = [registers[source] for source in instruction.sources]
-            native = isinstance(instruction.op, Elementwise | Shaping)
-            try:
-                registers[register] = instruction.kernel(*columns)
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{instruction.label}: {error}") from error
-            except RuntimeError as error:
-                if native:
-                    raise ValueError(f"{instruction.label}: {_said_by_native(error).lstrip(': ')}") from error
-                error.add_note(f"in {instruction.label}")
-                raise
+            registers[register] = run_alone(instruction, [registers[source] for source in instruction.sources])
 
     def _columns(self, batch: Mapping[str, Tensor | RaggedTensor]) -> dict[int, Column]:
         return {register: Column.of(self._column(batch, name)) for register, name in enumerate(self._names)}
@@ -254,11 +253,6 @@ class FeatureEngine:
 
 def _remake(features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
     return FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
-
-
-def _said_by_native(error: RuntimeError) -> str:
-    """Returns what a native operator says, without the place in its source that torch puts before it."""
-    return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
 
 
 def _call_line(call: ProgramCall | ShapesCall | OwnCall) -> str:

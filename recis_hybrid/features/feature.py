@@ -73,6 +73,13 @@ class Feature:
             fault = op.fault()
             if fault is not None:
                 raise ValueError(f"Feature {self.name!r}: {type(op).__name__}: {fault}")
+            try:
+                hash(op)
+            except TypeError:
+                raise TypeError(
+                    f"Feature {self.name!r}: ops[{position}] must be hashable, as equal operations are computed once, "
+                    f"got {type(op).__name__}; make it a @dataclass(frozen=True) of parameters that are hashable"
+                ) from None
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -33,6 +33,11 @@ def hashed(where: str, form: Form) -> Form:
             "a dense uint8 column has no strings in it; a string column is a RaggedTensor of uint8 "
             "(RaggedTensor.from_strings makes one), numbers are converted with .to(torch.int64)"
         )
+    if form.dims != 1:
+        raise TypeError(
+            f"{where} takes strings whose bytes are [N], got values of {form.dims} dimensions; a row is a string, and "
+            f"RaggedTensor.from_strings makes one of bytes"
+        )
     if form.weighted and form.levels == 1:
         raise ValueError("weights on a string column would be one a byte; drop them")
     return form._replace(dtype=torch.int64, levels=form.levels - 1, dims=1)

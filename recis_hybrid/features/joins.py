@@ -11,7 +11,7 @@ import torch
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
-from recis_hybrid.features.tensors import TensorList
+from recis_hybrid.features.tensors import TensorList, exact_on
 from recis_hybrid.ops.ragged import NO_BOUND
 
 
@@ -30,7 +30,7 @@ class CrossCall:
         for pair in columns:
             for column in pair:
                 tensors.add(ids_of(column), column.offsets, column.weights)
-        exact = tensors.list[0].device.type == "cpu"
+        exact = exact_on(tensors.list[0].device)
         made = torch.ops.recis.ragged_cross(
             tensors.list, tensors.index, self._most, self._labels, exact, self._parallel
         )

@@ -7,6 +7,7 @@ may make any form, so that what needs it is linked once it has run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,70 @@ from recis_hybrid.features.ids import without_strings
 from recis_hybrid.features.op import Column, Elementwise, Form, Job, Shaping
 from recis_hybrid.features.plan import Instruction, Plan
 from recis_hybrid.features.program import Node, Program, build_program, numbers_of
+from recis_hybrid.ragged import checks
+
+
+def said_by_native(error: RuntimeError) -> str:
+    """Returns what a native operator says, without the place in its source that torch puts before it."""
+    return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
+
+
+def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
+    """Returns what an operation's own kernel makes of columns.
+
+    Raises:
+        TypeError: If it raises one, or returns what is no column; the message names the feature.
+        ValueError: Likewise.
+    """
+    native = isinstance(instruction.op, Elementwise | Shaping)
+    try:
+        made = instruction.kernel(*columns)
+        if not native:
+            _check_own(made)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{instruction.label}: {error}") from error
+    except RuntimeError as error:
+        if native:
+            raise ValueError(f"{instruction.label}: {said_by_native(error).lstrip(': ')}") from error
+        error.add_note(f"in {instruction.label}")
+        raise
+    return made
+
+
+def _check_own(made: Any) -> None:
+    """Raises for what native code cannot follow: it reads columns without looking at their form again."""
+    if not isinstance(made, Column):
+        raise TypeError(f"its kernel must return a Column, got {type(made).__name__}")
+    values, offsets, weights, outer = made
+    if offsets is None:
+        if not isinstance(values, Tensor) or values.dim() == 0:
+            what = checks.describe(values) if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"its kernel must return a Column of values [B, ...], got {what}")
+        if weights is not None or outer:
+            raise ValueError("its kernel returned a Column of weights or outer offsets without offsets; drop them too")
+        return
+    try:
+        checks.check_form(values, offsets, weights, outer)
+        if offsets.is_cpu and type(offsets) is Tensor and not torch.compiler.is_compiling():
+            checks.check_content(values.shape[0], offsets, outer)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"its kernel returned a Column that is none: {error}") from error
 
 
 class ProgramCall:
     """A program on its device, with its tables; runs in one native call."""
 
-    def __init__(self, nodes: Sequence[Node], program: Program, device: torch.device, parallel: bool) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        program: Program,
+        dtypes: Sequence[torch.dtype],
+        device: torch.device,
+        parallel: bool,
+    ) -> None:
         self.nodes = tuple(nodes)
-        self._inputs = list(program.inputs)
+        self._inputs = [(*source, dtype) for source, dtype in zip(program.inputs, dtypes, strict=True)]
         self._outputs = [(one.register, one.root, one.strings) for one in program.outputs]
         self._same_length = program.same_length
         code, params, self._labels = program.encode()
@@ -47,9 +104,12 @@ class ProgramCall:
                     f"batch has one number of them"
                 )
         inputs: list[Tensor] = []
-        for register, plane in self._inputs:
+        for register, plane, dtype in self._inputs:
             tensor = registers[register].values if plane == "values" else registers[register].offsets
             assert tensor is not None
+            # Native code takes the memory for what the program was made for.
+            if tensor.dtype != dtype:
+                raise TypeError(f"{self.nodes[0].label}: its program reads {plane} of {dtype}, got {tensor.dtype}")
             inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
         made = ops.program.run(
             inputs, self._code, self._params, self._parts, self._like, self._dtypes, self._labels,
@@ -109,10 +169,7 @@ class OwnCall:
 
     def run(self, registers: dict[int, Column]) -> None:
         """Makes its register."""
-        made = self.instruction.kernel(*[registers[source] for source in self._sources])
-        if not isinstance(made, Column):
-            raise TypeError(f"{self.instruction.label}: its kernel must return a Column, got {type(made).__name__}")
-        registers[self.register] = made
+        registers[self.register] = run_alone(self.instruction, [registers[source] for source in self._sources])
 
 
 class Segment:
@@ -139,11 +196,24 @@ class _Linker:
         self.shapes: dict[tuple[int, Any], list[tuple[int, tuple[int, ...], Job]]] = {}
         self.own: list[tuple[int, OwnCall]] = []
         self.read_from: dict[int, list[int]] = {}
+        self.needed = self._needed()
+
+    def _needed(self) -> set[int]:
+        """Returns the registers that are still to be made; what was needed on the way to those known is not."""
+        first = len(self.plan.columns)
+        needed: set[int] = set()
+        ahead = list(self.plan.outputs.values())
+        while ahead:
+            register = ahead.pop()
+            if register not in self.forms and register not in needed:
+                needed.add(register)
+                ahead += self.plan.instructions[register - first].sources
+        return needed
 
     def link(self) -> None:
         for register, instruction in enumerate(self.plan.instructions, len(self.plan.columns)):
             sources = tuple(self.alias.get(source, source) for source in instruction.sources)
-            if register in self.forms or not all(source in self.forms for source in sources):
+            if register not in self.needed or not all(source in self.forms for source in sources):
                 continue
             stage = max(self.stage[source] for source in sources)
             for source in sources:
@@ -182,7 +252,7 @@ class _Linker:
         waiting = {
             self.alias.get(source, source)
             for register, instruction in enumerate(self.plan.instructions, len(self.plan.columns))
-            if register not in self.forms
+            if register in self.needed and register not in self.forms
             for source in instruction.sources
         }
         return {
@@ -227,7 +297,9 @@ def _program_calls(linker: _Linker, nodes: Sequence[Node], parallel: bool) -> li
     for node in nodes:
         by_device.setdefault(node.lowered.form.device, []).append(node)
     kept = linker.kept(nodes)
-    return [
-        ProgramCall(group, build_program(group, linker.forms, kept), device, parallel)
-        for device, group in by_device.items()
-    ]
+    calls = []
+    for device, group in by_device.items():
+        program = build_program(group, linker.forms, kept)
+        dtypes = [linker.forms[one].dtype if plane == "values" else torch.int64 for one, plane in program.inputs]
+        calls.append(ProgramCall(group, program, dtypes, device, parallel))
+    return calls

@@ -6,9 +6,10 @@ The plan says what is computed; how it is, in few native calls, is decided once 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
 from typing import Any
 
@@ -69,18 +70,26 @@ def _line(register: int, what: str, names: dict[int, list[str]]) -> str:
     return f"  %{register} = {what:<36} -> {given}" if given else f"  %{register} = {what}"
 
 
+def _negative_zeros(op: Any) -> tuple[str, ...]:
+    """Returns the parameters that are -0.0: operations that have 0.0 there are equal, and give other bits."""
+    if not is_dataclass(op):
+        return ()
+    given = ((field.name, getattr(op, field.name)) for field in fields(op))
+    return tuple(name for name, value in given if isinstance(value, float) and value == 0 > math.copysign(1, value))
+
+
 class _Compiler:
     """Gives registers to operations, equal ones on equal inputs the same."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.first = {column: register for register, column in enumerate(columns)}
-        self.known: dict[tuple[tuple[int, ...], Any], int] = {}
+        self.known: dict[tuple[tuple[int, ...], Any, tuple[str, ...]], int] = {}
         self.needed_by: list[list[str]] = []
         self.asked = 0
 
     def emit(self, sources: tuple[int, ...], op: Any, feature: str) -> int:
         self.asked += 1
-        register = self.known.setdefault((sources, op), len(self.first) + len(self.known))
+        register = self.known.setdefault((sources, op, _negative_zeros(op)), len(self.first) + len(self.known))
         number = register - len(self.first)
         if number == len(self.needed_by):
             self.needed_by.append([])
@@ -146,7 +155,7 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
     _differ(name for name, _ in outputs)
     instructions = tuple(
         Instruction(op, op.kernel(), sources, tuple(users))
-        for (sources, op), users in zip(compiler.known, compiler.needed_by, strict=True)
+        for (sources, op, _), users in zip(compiler.known, compiler.needed_by, strict=True)
     )
     read = {name: tuple(users) for name, users in columns.items()}
     return Plan(read, instructions, dict(outputs), compiler.asked)

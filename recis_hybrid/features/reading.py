@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from recis_hybrid.features.feature import Feature
 from recis_hybrid.features.op import Compound, Elementwise, Shaping
 from recis_hybrid.features.plan import compile_plan
 
 
+def _may_run_there(op: Any) -> bool:
+    if isinstance(op, Compound):
+        return all(_may_run_there(part) for chain in op.expand() for part in chain)
+    return isinstance(op, Elementwise | Shaping) or bool(getattr(op, "in_reader", False))
+
+
 def _in_reader(feature: Feature) -> bool:
     """Whether all operations of a feature say that they may run in the threads of a reader."""
-    ops = [isinstance(op, Elementwise | Shaping | Compound) or getattr(op, "in_reader", False) for op in feature.ops]
-    return all(ops) and all(_in_reader(source) for source in feature.sources if isinstance(source, Feature))
+    sources = (source for source in feature.sources if isinstance(source, Feature))
+    return all(map(_may_run_there, feature.ops)) and all(map(_in_reader, sources))
 
 
 def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature], list[str]]:

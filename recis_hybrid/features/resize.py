@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from recis_hybrid.features.common import fits, one, shaping_kernel, word
+from recis_hybrid.features.common import fits, movable, one, shaping_kernel, word
 from recis_hybrid.features.numbers import FillNan
 from recis_hybrid.features.op import Column, Form, Job
+from recis_hybrid.features.tensors import exact_on
 from recis_hybrid.ops.ragged import DROP_FIRST, FIXED, NO_BOUND, PAD_FIRST, STRICT
 
 SIDES = ("left", "right")
@@ -29,10 +30,16 @@ class ResizeCall:
         self._taken_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
         self._dense = [bool(job.op.flags & FIXED) for job in jobs]
         self._weighted = [job.forms[0].weighted for job in jobs]
-        # The weights of lists of strings belong to the strings, not to their bytes.
-        self._of_lists = [
-            inner and job.forms[0].weighted and job.forms[0].strings
-            for job, inner in zip(jobs, self._inner, strict=True)
+        # The weights of lists of strings belong to the strings, not to their bytes: they are resized where the rows'
+        # lists are, and handed on where the strings are.
+        of_lists = [job.forms[0].weighted and job.forms[0].strings and job.forms[0].levels == 2 for job in jobs]
+        self._weights_resized = [
+            weighted and lists == inner
+            for weighted, lists, inner in zip(self._weighted, of_lists, self._inner, strict=True)
+        ]
+        self._weights_taken = [
+            weighted and inner and not lists
+            for weighted, lists, inner in zip(self._weighted, of_lists, self._inner, strict=True)
         ]
         self._least = [job.op.least for job in jobs]
         self._most = [job.op.most for job in jobs]
@@ -44,19 +51,17 @@ class ResizeCall:
         for k, (job, inner) in enumerate(zip(jobs, self._inner, strict=True)):
             self._owner.append(k)
             self._fills.append(-1 if inner else word(job.op.value, job.forms[0].dtype))
-            if self._weighted[k] and (self._of_lists[k] or not inner):
+            if self._weights_resized[k]:
                 self._owner.append(k)
                 self._fills.append(word(job.op.weight, torch.float32))
             if inner:
-                self._taken_owner += [taken] * (2 if self._weighted[k] and not self._of_lists[k] else 1)
+                self._taken_owner += [taken] * (2 if self._weights_taken[k] else 1)
                 taken += 1
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Makes a column for each job."""
         offsets, planes = [], []
-        for (column,), inner, weighted, of_lists in zip(
-            columns, self._inner, self._weighted, self._of_lists, strict=True
-        ):
+        for (column,), inner, resized in zip(columns, self._inner, self._weights_resized, strict=True):
             assert column.offsets is not None
             if inner:
                 offsets.append(column.outer[0].contiguous())
@@ -64,10 +69,10 @@ class ResizeCall:
             else:
                 offsets.append(column.offsets.contiguous())
                 planes.append(column.values.contiguous())
-            if weighted and (of_lists or not inner):
+            if resized:
                 assert column.weights is not None
                 planes.append(column.weights.contiguous())
-        exact = offsets[0].device.type == "cpu"
+        exact = exact_on(offsets[0].device)
         made = torch.ops.recis.ragged_resize(
             offsets, planes, self._owner, self._least, self._most, self._flags, self._fills, self._labels, exact,
             self._parallel,
@@ -75,15 +80,15 @@ class ResizeCall:
         results, at = [], len(columns)
         for k, (column,) in enumerate(columns):
             values, at = made[at], at + 1
+            weights = column.weights
+            if self._weights_resized[k]:
+                weights, at = made[at], at + 1
             if self._inner[k]:
-                weights = made[at] if self._of_lists[k] else column.weights
-                at += self._of_lists[k]
-                results.append(Column(values, None, weights, (made[k],)))
+                numbers = values if exact else _no_list_in_tail(values, made[k])
+                results.append(Column(numbers, None, weights, (made[k],)))
             elif self._dense[k]:
                 results.append(Column(values))
             else:
-                weights = made[at] if self._weighted[k] else None
-                at += self._weighted[k]
                 results.append(Column(values, made[k], weights, column.outer))
         return self._take(columns, results, exact) if self._taken_owner else results
 
@@ -96,7 +101,7 @@ class ResizeCall:
             assert column.offsets is not None
             offsets.append(column.offsets.contiguous())
             planes.append(column.values.contiguous())
-            if self._weighted[k] and not self._of_lists[k]:
+            if self._weights_taken[k]:
                 assert column.weights is not None
                 planes.append(column.weights.contiguous())
         # A list is taken once at most, so that there are no more values than before.
@@ -109,10 +114,16 @@ class ResizeCall:
         for number, k in enumerate(which):
             values, at = made[at], at + 1
             weights = results[k].weights
-            if self._weighted[k] and not self._of_lists[k]:
+            if self._weights_taken[k]:
                 weights, at = made[at], at + 1
             results[k] = Column(values, made[number], weights, results[k].outer)
         return results
+
+
+def _no_list_in_tail(numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Returns numbers of lists with -1, no list, after those that the offsets reach: 0 would be the first list."""
+    places = torch.arange(numbers.shape[0], device=numbers.device)
+    return torch.where(places < offsets[-1], numbers, -1)
 
 
 def _length_fault(length: Any, least: int) -> str | None:
@@ -126,12 +137,12 @@ def _side_fault(side: Any) -> str | None:
 
 
 def _ragged(where: str, form: Form, level: int = -1) -> Form:
+    movable(where, form)
     if form.levels == 0:
         raise TypeError(f"{where} takes ragged columns, got a dense one; its rows have one length already")
     if form.levels > 2:
-        raise TypeError(
-            f"{where} takes rows of values or of lists, got {form.levels} levels of lists; hash strings first"
-        )
+        remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
+        raise TypeError(f"{where} takes rows of values or of lists, got {form.levels} levels of lists; {remedy}")
     if level > form.levels:
         raise TypeError(f"{where}: level must be 1 to {form.levels} for this column, got {level}")
     return form
@@ -280,6 +291,7 @@ class FillEmpty:
             return form
         if form.levels > 1:
             raise TypeError("FillNull takes rows of values, got rows of lists; use Pad(1, level=1) or Pad(1, level=2)")
+        movable("FillNull", form)
         _value_fault("FillNull", self.value, form)
         return Form(*form)
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from recis_hybrid.features.common import ids_of, integers, one, shaping_kernel
+from recis_hybrid.features.common import ids_of, integers, movable, one, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job
-from recis_hybrid.features.tensors import TensorList
+from recis_hybrid.features.tensors import TensorList, exact_on
 
 
 def _count_fault(name: str, count: object) -> str | None:
@@ -36,7 +36,7 @@ class TopKCall:
             values.append(column.values.contiguous())
             offsets.append(column.offsets.contiguous())
             weights.append(column.weights.contiguous())
-        exact = values[0].device.type == "cpu"
+        exact = exact_on(values[0].device)
         made = torch.ops.recis.ragged_topk(values, offsets, weights, self._most, self._labels, exact, self._parallel)
         return [Column(made[3 * k + 1], made[3 * k], made[3 * k + 2]) for k in range(len(columns))]
 
@@ -71,7 +71,7 @@ class TopK:
         form = one(forms)
         if form.levels != 1 or not form.weighted or form.dims != 1:
             raise TypeError("TopK takes rows of weighted values: a RaggedTensor of one level with weights")
-        return Form(*form)
+        return Form(*movable("TopK", form))
 
     def kernel(self) -> Callable[..., Column]:
         """Returns what chooses values."""
@@ -210,8 +210,9 @@ class Tile:
         """Returns the form, unchanged but not the same: rows are."""
         form = one(forms)
         if form.levels > 1:
-            raise TypeError("Tile takes dense columns and rows of values, got rows of lists; hash strings first")
-        return Form(*form)
+            remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
+            raise TypeError(f"Tile takes dense columns and rows of values, got rows of lists; {remedy}")
+        return Form(*movable("Tile", form))
 
     def kernel(self) -> Callable[..., Column]:
         """Returns what repeats rows."""

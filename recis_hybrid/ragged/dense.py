@@ -38,6 +38,7 @@ def to_padded(
             f"shorten the rows first (features.Truncate)"
         )
     padded = values.new_full((len(lengths), length, *values.shape[1:]), padding)
+    values = values[: int(offsets[-1])]  # a GPU may have left more behind them
     rows, places = positions(offsets, values.shape[0])
     if side == "left":
         places = places + (length - lengths)[rows]

@@ -20,7 +20,11 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
             raise IndexError(f"RaggedTensor: there is no row {which} among {count}")
         row = which % count
         first = _between(parts, row, row + 1)
-        return first[0] if not outer else (first[0], first[1], first[2], first[3][1:])
+        if not outer:
+            return first[0]
+        # A row of one level of strings would have a weight for each byte.
+        weights = None if len(outer) == 1 and values.dtype == torch.uint8 else first[2]
+        return first[0], first[1], weights, first[3][1:]
     if isinstance(which, slice):
         start, stop, step = which.indices(count)
         if step == 1:
@@ -84,6 +88,9 @@ def concat(parts: Sequence[Parts]) -> Parts:
             f"RaggedTensor.concat: takes RaggedTensors of one dtype, shape of values, device and number of levels, all "
             f"weighted or none, got {sorted(map(str, kinds))}"
         )
+    # What a GPU has made may have more values than its offsets reach. A trace has no offsets to look at.
+    if not torch.compiler.is_compiling():
+        parts = [_between(one, 0, (*one[3], one[1])[0].shape[0] - 1) for one in parts]
     levels = [
         _joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)
     ]

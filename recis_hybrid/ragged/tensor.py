@@ -188,7 +188,7 @@ class RaggedTensor:
 
     @classmethod
     def concat(cls, parts: Sequence[RaggedTensor]) -> RaggedTensor:
-        """Returns the rows of several RaggedTensors one after another.
+        """Returns the rows of several RaggedTensors one after another; waits for a GPU.
 
         Args:
             parts: At least one; of the same levels, dtype and device, all weighted or none.
@@ -323,7 +323,8 @@ class RaggedTensor:
         """Returns rows.
 
         Args:
-            which: A number gives a row: its values, a view, or a RaggedTensor of its lists. A slice, a tensor or a list
+            which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that
+                strings in it have (where the strings are rows themselves, none can). A slice, a tensor or a list
                 of numbers, or a bool tensor [B] give a RaggedTensor of those rows; a slice of step 1 views the values.
 
         Raises:

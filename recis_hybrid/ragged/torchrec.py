@@ -42,7 +42,7 @@ def from_jagged(jagged: Any) -> Parts:
 
 
 def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
-    """Returns columns of ids as a TorchRec KeyedJaggedTensor.
+    """Returns columns of ids as a TorchRec KeyedJaggedTensor; waits for a GPU.
 
     Args:
         columns: RaggedTensors of one level, of one dtype and one number of rows, all weighted or none.
@@ -64,10 +64,12 @@ def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
                 f"to_keyed_jagged: columns must have one number of rows and one dtype, and all weights or none, "
                 f"got {what}"
             )
-    given = [column.weights for column in columns.values() if column.weights is not None]
+    # What a GPU has made may have more values than its offsets reach; a slice has just those.
+    reached = [column[:] for column in columns.values()]
+    given = [column.weights for column in reached if column.weights is not None]
     return _sparse().KeyedJaggedTensor(
         keys=list(columns),
-        values=torch.cat([column.values for column in columns.values()]),
+        values=torch.cat([column.values for column in reached]),
         lengths=torch.cat([column.lengths() for column in columns.values()]),
         weights=torch.cat(given) if given else None,
     )

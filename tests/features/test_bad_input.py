@@ -122,6 +122,17 @@ def test_offsets_that_were_changed_behind_its_back(fuse: bool, ops: list[Any], o
         FeatureEngine([Feature("a", ops=ops)], fuse=fuse)({"a": column})
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("op", [Tile(2), Concat()])
+@pytest.mark.parametrize(("offsets", "row"), [([1, 2, 3], 0), ([0, 1, 2], 1)])
+def test_offsets_that_leave_values_out(fuse: bool, op: Any, offsets: list[int], row: int) -> None:
+    column = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]])
+    column.offsets.copy_(torch.tensor(offsets))
+    sources = ["a", "a"] if isinstance(op, Concat) else "a"
+    with pytest.raises(ValueError, match=f"^feature 'a', .*: row {row} has offsets that decrease or lie outside"):
+        FeatureEngine([Feature("a", ops=[op], source=sources)], fuse=fuse)({"a": column})
+
+
 @pytest.mark.parametrize(
     ("op", "says"),
     [
@@ -174,6 +185,82 @@ def test_an_own_kernel_must_return_a_column() -> None:
 
     with pytest.raises(TypeError, match=r"feature 'a', .* its kernel must return a Column, got Tensor"):
         FeatureEngine([Feature("a", ops=[Wrong()])])({"a": torch.ones(1)})
+
+
+class Own:
+    """An operation of one's own of any kernel."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __str__(self) -> str:
+        return "own"
+
+    def fault(self) -> None:
+        return None
+
+    def kernel(self) -> Any:
+        return self._kernel
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "error", "says"),
+    [
+        (lambda c: _raise(ValueError("cannot")), ValueError, "cannot"),
+        (lambda c: _raise(TypeError("cannot")), TypeError, "cannot"),
+        (lambda c: c.values, TypeError, "its kernel must return a Column, got Tensor"),
+        (lambda c: Column(3), TypeError, "values [B, ...], got int"),  # type: ignore[arg-type]
+        (lambda c: c._replace(values=c.values.repeat(3), offsets=c.offsets * 3), ValueError, "weights must be [N]"),
+        (lambda c: c._replace(offsets=c.offsets.to(torch.int32)), TypeError, "offsets must be int64"),
+        (lambda c: c._replace(offsets=c.offsets + 1), ValueError, "offsets must start with 0"),
+        (lambda c: c._replace(offsets=None), ValueError, "without offsets; drop them too"),
+    ],
+)
+def test_what_an_own_kernel_does_wrong_names_the_feature(
+    fuse: bool, kernel: Any, error: type[Exception], says: str
+) -> None:
+    column = RaggedTensor.from_lists([[1], [2, 3]], weights=[[1], [1, 1]])
+    engine = FeatureEngine([Feature("a", ops=[Own(kernel), MultiHot(4)])], fuse=fuse)
+    with pytest.raises(error, match=f"^feature 'a', own: .*{re.escape(says)}"):
+        engine({"a": column})
+
+
+def test_an_operation_must_be_hashable() -> None:
+    class Compared(Own):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    with pytest.raises(
+        TypeError, match=r"Feature 'a': ops\[0\] must be hashable, .*got Compared; make it a @dataclass"
+    ):
+        Feature("a", ops=[Compared(None)])
+
+
+FLAT_STRINGS = RaggedTensor(torch.zeros(4, 2, dtype=torch.uint8), torch.tensor([0, 2, 4]))
+UNSIGNED = RaggedTensor(torch.ones(2, dtype=torch.uint16), torch.tensor([0, 2]))
+DEEP = RaggedTensor.from_lists([[[[1]]]])
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    ("op", "column", "says"),
+    [
+        (Hash(), FLAT_STRINGS, "Hash takes strings whose bytes are [N], got values of 2 dimensions"),
+        (FillNull(math.inf), ROWS, "a column of torch.int64 cannot hold the value inf"),
+        (Pad(2, -math.inf), ROWS, "a column of torch.int64 cannot hold the value -inf"),
+        (Truncate(1), UNSIGNED, "Truncate takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.u"),
+        (Tile(2), UNSIGNED, "Tile takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.uint16"),
+        (Truncate(1), DEEP, "got 3 levels of lists; join levels where the column is read"),
+    ],
+)
+def test_columns_that_native_code_cannot_take(fuse: bool, op: Any, column: RaggedTensor, says: str) -> None:
+    with pytest.raises(TypeError, match=f"^feature 'a', .*{re.escape(says)}"):
+        FeatureEngine([Feature("a", ops=[op])], fuse=fuse)({"a": column})
 
 
 def test_operations_by_name() -> None:

@@ -1,4 +1,5 @@
 import pickle
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -209,6 +210,64 @@ def test_an_engine_can_go_to_another_process(batch: Batch) -> None:
     copy = pickle.loads(pickle.dumps(built))
     want, got = built(batch), copy(batch)
     assert all(torch.equal(want[name], got[name]) for name in ("age", "user"))  # type: ignore[arg-type]
+
+
+def test_threads_may_meet_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = FeatureEngine([Feature("x", ops=[Mod(1000)])])
+    both = threading.Barrier(2)
+    made = FeatureEngine._made
+
+    def slowly(self: FeatureEngine, known: tuple[tuple[int, features.op.Form], ...]) -> link.Segment:
+        segment = made(self, known)
+        try:
+            both.wait(timeout=0.2)
+        except threading.BrokenBarrierError:
+            pass  # the other thread waits its turn, as it must
+        return segment
+
+    monkeypatch.setattr(FeatureEngine, "_made", slowly)
+    columns = [torch.arange(5), torch.arange(5, dtype=torch.int16)]
+    threads = [threading.Thread(target=built, args=({"x": column},)) for column in columns]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(built._segments.values())) == 2
+    assert [built({"x": column})["x"].tolist() for column in columns] == [[0, 1, 2, 3, 4]] * 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("op", [Bucketize([2.0]), Mod(1000)])
+def test_compiled_with_engines_that_have_met_other_forms(op: Op) -> None:
+    wide, narrow = torch.float64, torch.float32
+    if isinstance(op, Mod):
+        wide, narrow = torch.int16, torch.int32
+    engines = [FeatureEngine([Feature("x", ops=[op])]) for _ in range(2)]
+    engines[1]({"x": torch.arange(6).to(wide)})
+
+    def step(engine: FeatureEngine, x: torch.Tensor) -> torch.Tensor:
+        made = engine({"x": x})["x"]
+        assert isinstance(made, torch.Tensor)
+        return made
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    x = torch.arange(6).to(narrow)
+    for engine in engines:
+        assert torch.equal(compiled(engine, x), step(FeatureEngine(engine.features), x))
+
+
+def test_a_program_refuses_what_it_was_not_made_for() -> None:
+    built = FeatureEngine([Feature("x", ops=[Bucketize([2.0])])])
+    built({"x": torch.arange(6.0)})
+    (program,) = native_calls(built)
+    assert isinstance(program, link.ProgramCall)
+    with pytest.raises(TypeError, match=r"^feature 'x', .*reads values of torch.float32, got torch.float64"):
+        program.run({0: Column(torch.arange(6.0).double())})
+
+
+def test_a_kept_column_of_a_features_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="feature 'a': .*of that name too, which keep= keeps; .*take it out of keep="):
+        FeatureEngine([Feature("a", ops=[Mod(3)])], keep=["a"])({"a": torch.tensor([1])})
 
 
 def test_compiled_without_a_graph_break(batch: Batch) -> None:

@@ -60,6 +60,29 @@ def test_both_parts_make_what_the_whole_makes(in_reader: bool) -> None:
     assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
 
 
+def test_both_parts_keep_what_the_whole_keeps() -> None:
+    own = Double(False)
+    for declared in ([], [Feature("y", ops=[own], source="item")]):
+        engine = FeatureEngine([Feature("x", ops=[Mod(3)], source="item"), *declared], keep=["item"])
+        both = engine.remaining_part()(engine.reading_part()(batch()))
+        same(both, engine(batch()))
+        assert "item" in both
+
+
+@pytest.mark.parametrize("in_reader", [True, False])
+def test_an_operation_that_stands_for_others_is_read_where_they_are(in_reader: bool) -> None:
+    class Twice:
+        def fault(self) -> str | None:
+            return None
+
+        def expand(self) -> Any:
+            return [[Mod(100), Double(in_reader)]]
+
+    twice: Any = Twice()
+    names = [f.name for f in FeatureEngine([Feature("z", ops=[twice], source="item")]).reading_part().features]
+    assert names == (["z"] if in_reader else [])
+
+
 def test_a_reader_runs_its_part_in_its_threads(tmp_path: Path) -> None:
     table = pa.table(
         {"user": ["ann", "bob", "cy"], "item": [5, 6, 7], "clicks": [[1, 2, 3], [], [4]], "label": [0.0, 1.0, 1.0]}

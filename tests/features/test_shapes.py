@@ -28,6 +28,9 @@ from recis_hybrid.features import (
     TopK,
     Truncate,
     Vocabulary,
+    joins,
+    resize,
+    rows,
 )  # fmt: skip
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
@@ -260,3 +263,29 @@ def test_no_rows(fuse: bool) -> None:
 def test_a_column_of_a_kernel_is_a_column() -> None:
     made = Truncate(1).kernel()(Column.of(RaggedTensor.from_lists([[1, 2]])))
     assert made.values.tolist() == [1]
+
+
+@both
+def test_weights_of_strings_in_lists_go_with_the_strings(fuse: bool) -> None:
+    strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
+    weighted = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)
+    for op, want in (
+        (Truncate(2, level=2), [[b"ab", b"de"], [b"f"]]),
+        (Pad(2, 65, level=2), [[b"abc", b"de"], [b"fA"]]),
+    ):
+        made = run([op], fuse, weighted).validate()
+        assert made.to_strings() == want
+        assert made.weights is weighted.weights
+    first = run([Truncate(1)], fuse, weighted).validate()
+    assert (first.to_strings(), first.weights.tolist()) == ([[b"abc"], [b"f"]], [1.0, 3.0])
+
+
+@pytest.mark.parametrize("ops", [[Truncate(2)], [Pad(2)], [Truncate(2), Hash(), Truncate(1, level=2)]])
+def test_lists_are_taken_once_where_results_have_a_bound(ops: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    column = RaggedTensor.from_lists([[[*range(100)], [1], []], []])
+    want = run(ops, True, column).to_lists()
+    for module in (resize, rows, joins):
+        monkeypatch.setattr(module, "exact_on", lambda device: False)  # as on a GPU
+    made = run(ops, True, column)
+    assert made.offsets[-1] <= made.values.shape[0]
+    assert made.to_lists() == want

@@ -60,5 +60,13 @@ def test_the_second_line_of_checks() -> None:
         RECIS.ragged_take([offsets], [torch.tensor([3])], [values], [0], [], "a", True, True)
     with pytest.raises(RuntimeError, match="has no bound"):
         RECIS.ragged_cross([values, offsets], [0, 1, -1, 0, 1, -1], [NO_BOUND], "a", False, True)
+    for op, arguments in (
+        (RECIS.ragged_cross, ([values, offsets, weights[:2]], [0, 1, 2, 0, 1, -1], [9], "a", True, True)),
+        (RECIS.ragged_concat, ([values, offsets, weights[:2]], [2, 0, 1, 2, 0, 1, -1], "a", True)),
+        (RECIS.multi_hot, ([values, offsets, weights[:2]], [0, 1, 2], [3], "a", True)),
+        (RECIS.ragged_tile, ([values, offsets, weights[:2]], [0, 1, 2], [2], "a", True)),
+    ):
+        with pytest.raises(RuntimeError, match="a: weights must be as many as the values"):
+            op(*arguments)
     with pytest.raises(RuntimeError, match="must be contiguous"):
         RECIS.multi_hot([values[::2]], [0, -1, -1], [3], "a", True)

@@ -166,6 +166,9 @@ def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"a": RaggedTensor.from_lists(ROWS), "b": RaggedTensor.from_lists([[9], [8, 7], []])}
     found = from_keyed_jagged(to_keyed_jagged(columns))
     assert {name: column.to_lists() for name, column in found.items()} == {"a": ROWS, "b": [[9], [8, 7], []]}
+    longer = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]))  # as a GPU may make it
+    found = from_keyed_jagged(to_keyed_jagged({"a": longer, "b": longer}))
+    assert [column.to_lists() for column in found.values()] == [[[1], [2]]] * 2
     with pytest.raises(ValueError, match="all weights or none"):
         to_keyed_jagged({"a": rows, "b": RaggedTensor.from_lists(ROWS)})
     with pytest.raises(ValueError, match="at least one column"):

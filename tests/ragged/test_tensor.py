@@ -176,3 +176,25 @@ def test_nothing_waits_for_a_gpu() -> None:
     broken = RaggedTensor(ragged.values, ragged.offsets + 1)
     with pytest.raises(ValueError, match="must start with 0, got 1"):
         broken.validate()
+
+
+def test_rows_of_weighted_strings() -> None:
+    strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
+    column = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)
+    assert [row.to_strings() for row in column] == [[b"abc", b"de"], [b"f"]]
+    assert column[0].weights is None
+    weights = column[1:].weights
+    assert weights is not None
+    assert weights.tolist() == [3.0]
+
+
+def test_values_that_no_row_reaches_are_left_behind() -> None:
+    # As results of a GPU have them, whose size is a bound.
+    column = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]), torch.ones(4))
+    both = RaggedTensor.concat([column, column]).validate()
+    assert both.to_lists() == [[1], [2], [1], [2]]
+    assert both.weights is not None
+    assert both.weights.shape == (4,)
+    assert column.to_padded(2, padding=-1).tolist() == [[1, -1], [2, -1]]
+    lists = RaggedTensor.unchecked(column.values, torch.tensor([0, 1, 2, 2, 2]), None, (torch.tensor([0, 1, 2]),))
+    assert RaggedTensor.concat([lists, lists]).validate().to_lists() == [[[1]], [[2]], [[1]], [[2]]]
