@@ -19,6 +19,10 @@ from recis_hybrid.columnio.ranks import rank_and_world_size
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
 
+# JAX, where a test before has started it, warns of any fork; workers that read files never come near it.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
+
 ROWS = 47
 
 
