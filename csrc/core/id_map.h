@@ -22,8 +22,7 @@ struct IdSpan {
   int64_t first;
   const int64_t* ids;
   int64_t member;
-  const int64_t*
-      used;  // [1]: how many of them there are, where the host knows but a bound; null: all. Others have no row
+  const int64_t* used;  // [1]: how many there are, where the host knows but a bound: others have no row; null: all
 
   RECIS_HD bool has(int64_t i) const { return used == nullptr || i - first < *used; }
 };
@@ -31,8 +30,6 @@ struct IdSpan {
 RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
   return (static_cast<uint64_t>(member) << kMemberShift) | (hash >> (64 - kTagBits));
 }
-
-inline constexpr uint64_t kLineSlots = 4;
 
 // The number, before it is masked, of the slot that a probe starts from.
 RECIS_HD uint64_t probe_start(uint64_t hash) { return hash & ~(kLineSlots - 1); }

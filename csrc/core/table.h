@@ -43,8 +43,11 @@ enum Counter : int { kFresh = 0, kRows = 1, kFree = 2, kUsedSlots = 3, kLive = 4
 // kUsedSlots  slots that are not empty: full or erased
 // kLive       ids that have a row
 
+// Slots of a cache line, which a probe compares at once.
+inline constexpr uint64_t kLineSlots = 4;
+
 struct IdMapRef {
-  uint64_t* slots;  // [mask + 1][2]
+  uint64_t* slots;  // [mask + 1][2], from a multiple of 16 bytes on; at least a line
   uint64_t mask;    // capacity - 1, the capacity a power of two
 };
 

@@ -53,9 +53,11 @@ T* data_or_null(const std::optional<Tensor>& tensor, const char* name) {
 
 inline IdMapRef id_map_ref(const Tensor& slots) {
   const int64_t capacity = slots.size(0);
-  RECIS_CHECK(capacity > 0 && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,
-              "slots must be [a power of two, 2], got [", capacity, ", ", slots.size(1), "]");
-  return {reinterpret_cast<uint64_t*>(data<int64_t>(slots, "slots")), static_cast<uint64_t>(capacity - 1)};
+  RECIS_CHECK(capacity >= static_cast<int64_t>(kLineSlots) && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,
+              "slots must be [a power of two from 4, 2], got [", capacity, ", ", slots.size(1), "]");
+  uint64_t* words = reinterpret_cast<uint64_t*>(data<int64_t>(slots, "slots"));
+  RECIS_CHECK(reinterpret_cast<uintptr_t>(words) % 16 == 0, "slots must start at a multiple of 16 bytes");
+  return {words, static_cast<uint64_t>(capacity - 1)};
 }
 
 // EmbeddingBlocks travel as four arguments, which RECIS_BLOCKS declares in a schema. The tensor is the table of block

@@ -20,6 +20,7 @@ void group_rows(const Tensor& rows, Ints members, int64_t, Ints lengths, Ints ve
                 Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts, const Tensor& sources,
                 const std::optional<Tensor>& scales, const Tensor& count) {
   CpuDevice device(rows);
+  check_features(rows.numel(), members, lengths);
   const int64_t* at = data<int64_t>(rows, "rows");
   std::vector<KeySpan> features;
   for (size_t f = 0; f < lengths.size(); ++f) {
@@ -39,8 +40,11 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const std::optional<Tensor>& scales, const Tensor& count) {
   CpuDevice device(slots);
   RECIS_CHECK(used.empty(), "on the CPU there are as many ids as a tensor holds");
+  check_features(rows.numel(), members, lengths);
+  RECIS_CHECK(ids.size() == lengths.size(), "a length for each list of ids");
   std::vector<KeySpan> features;
   for (size_t f = 0; f < ids.size(); ++f) {
+    RECIS_CHECK(ids[f].numel() == lengths[f], "ids and their length differ");
     features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});
   }
   // Every row that was handed out has its first values, whatever may end this early.

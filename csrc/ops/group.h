@@ -16,6 +16,15 @@ inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, 
   RECIS_CHECK(n < (int64_t{1} << 31), "groups: at most 2^31 - 1 positions, got ", n);
 }
 
+// What an operator is told of its features must agree with what it is given, or kernels would read beyond it.
+inline void check_features(int64_t positions, const Ints& members, const Ints& lengths) {
+  int64_t total = 0;
+  for (const int64_t length : lengths) total += length;
+  RECIS_CHECK(members.size() == lengths.size() && total == positions,
+              "groups: a member table and a length for each feature, and lengths of ", positions, " together, got ",
+              total);
+}
+
 // Groups the keys of a lookup's features; `rows` may be null.
 template <class Keys>
 void group_positions(CpuDevice& device, const Keys& keys, std::vector<KeySpan> features, const Ints& lengths,

@@ -103,6 +103,13 @@ def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_slots_that_a_line_does_not_fit_are_refused() -> None:
+    ids, rows = torch.arange(1), torch.empty(1, dtype=torch.int64)
+    for slots in (torch.zeros(2, 2).long(), torch.zeros(6, 2).long(), torch.zeros(9).long()[1:].view(4, 2)):
+        with pytest.raises(RuntimeError, match="slots must"):
+            ops.id_map.find(slots, [ids], [0], rows)
+
+
 def test_ids_beyond_the_used_ones_have_no_row() -> None:
     ids, used = [torch.tensor([7, 8, 0]), torch.tensor([0, 9])], [torch.tensor([0, 1, 2]), torch.empty(0).long()]
     id_map = IdMap(torch.device("cpu"))

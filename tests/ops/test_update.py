@@ -169,6 +169,23 @@ def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
     torch.testing.assert_close(out[:3], torch.stack([want[row] for row in merged.groups.unique[:3].tolist()]))
 
 
+@pytest.mark.parametrize("lengths", [[2], [4], [3, 1], []])
+def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
+    zeros = [0] * len(lengths)
+    with pytest.raises(RuntimeError, match="lengths of 3 together"):
+        ops.gather.group_rows(torch.arange(3), zeros, 3, Bags(lengths, lengths, [], [], zeros, zeros))
+    table = make_table(dim=4)
+    table.blocks.reserve(8)
+    words = [torch.empty(9, dtype=torch.int64) for _ in range(4)]
+    with pytest.raises(RuntimeError, match="lengths of 3 together"):
+        torch.ops.recis.insert_grouped(
+            table.id_map.slots, table.id_map.counters, table.id_map.free_rows, *table.blocks.handle, 0, 4,
+            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.arange(3)], [0] * len(lengths), [], 8,
+            lengths, lengths, [], [], zeros, zeros, torch.empty(3, dtype=torch.int64), *words[:3], None, words[3][:1],
+        )  # fmt: skip
+    assert len(table) == 0
+
+
 IDS = st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=40)
 
 
