@@ -19,7 +19,8 @@ class Caller:
         where: what errors begin with.
 
     Attributes:
-        copies: how many gradients had to be copied, because they came in memory that JAX cannot use.
+        copies: how many gradients, and tensors inside compiled graphs, had to be copied, because they came in memory
+            that JAX cannot use.
     """
 
     def __init__(self, programs: Programs, where: str) -> None:
@@ -43,13 +44,16 @@ class Caller:
             self.note(error, kind)
             raise
 
-    def share_gradient(self, gradient: torch.Tensor) -> jax.Array:
-        """Shares a gradient, which its receiver could not choose: `y.sum().backward()` sends an expanded one."""
-        if not gradient.is_contiguous() or gradient.data_ptr() % ALIGNMENT or gradient.is_neg() or gradient.is_conj():
-            gradient = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    def share_or_copy(self, tensor: torch.Tensor, what: str) -> jax.Array:
+        """Shares a tensor whose layout nobody could choose, and where JAX cannot use it a copy, which is counted.
+
+        Such are gradients (`y.sum().backward()` sends an expanded one), and what lies between a compiler's operators.
+        """
+        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT or tensor.is_neg() or tensor.is_conj():
+            tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             self.copies += 1
             count_copy()
-        return share(gradient, f"{self.where}: gradient of an output")
+        return share(tensor, f"{self.where}: {what}")
 
 
 class Apply(torch.autograd.Function):
@@ -80,7 +84,11 @@ class Apply(torch.autograd.Function):
             # torch may run this in a thread of its own, where a `with jax.enable_x64()` around forward does not reach.
             with under_x64(program.x64):
                 arrays = [share(tensor, f"{caller.where}: saved tensor") for tensor in ctx.saved_tensors]
-                arrays += [caller.share_gradient(gradient) for gradient in gradients if gradient is not None]
+                arrays += [
+                    caller.share_or_copy(gradient, "gradient of an output")
+                    for gradient in gradients
+                    if gradient is not None
+                ]
                 results = caller.run("backward", caller.programs.backward(program, given), arrays)
             if torch.is_grad_enabled():
                 results = list(cast(Any, _Once).apply(caller.where, torch.zeros((), requires_grad=True), *results))

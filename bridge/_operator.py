@@ -14,7 +14,6 @@ import torch
 
 from ._autograd import Caller, under_x64
 from ._programs import Forward
-from .dlpack import ALIGNMENT, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ def tower_forward(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor
     """Runs a forward program: leaves → outputs and the residuals that are neither leaves nor outputs."""
     call = _calls[number]
     with under_x64(call.program.x64):
-        return call.caller.run("forward", call.program.run, _arrays(tensors, f"{call.caller.where}: input"))
+        return call.caller.run("forward", call.program.run, _arrays(call.caller, tensors, "input"))
 
 
 @torch.library.custom_op("recis_bridge::tower_backward", mutates_args=())
@@ -65,8 +64,8 @@ def tower_backward(
     """Runs a backward program: what was saved, and the gradients that there are → gradients of wanted leaves."""
     call = _calls[number]
     with under_x64(call.program.x64):
-        arrays = _arrays(saved, f"{call.caller.where}: saved tensor")
-        arrays += [call.caller.share_gradient(gradient) for gradient in gradients]
+        arrays = _arrays(call.caller, saved, "saved tensor")
+        arrays += _arrays(call.caller, gradients, "gradient of an output")
         return call.caller.run("backward", call.caller.programs.backward(call.program, tuple(given)), arrays)
 
 
@@ -120,9 +119,8 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], torch.compiler.disable(function, reason=reason))
 
 
-def _arrays(tensors: list[torch.Tensor], where: str) -> list[jax.Array]:
-    # The compiler decides where what lies between operators is put, so that its user could not do better.
-    return [share(tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(), where) for tensor in tensors]
+def _arrays(caller: Caller, tensors: list[torch.Tensor], what: str) -> list[jax.Array]:
+    return [caller.share_or_copy(tensor, what) for tensor in tensors]
 
 
 def _empty(struct: jax.ShapeDtypeStruct, beside: list[torch.Tensor]) -> torch.Tensor:

@@ -39,8 +39,8 @@ def copies() -> int:
     """How many tensors and arrays this process has copied on their way across.
 
     Returns:
-        The number of copies since the start: those asked for by `copy=True`, and gradients that could not be shared
-        (`JaxTower.copies` has those of one tower).
+        The number of copies since the start: those asked for by `copy=True`, and gradients and tensors in
+        compiled graphs that could not be shared (`JaxTower.copies` has those of one tower).
 
     Example:
         >>> before = copies()

@@ -35,7 +35,7 @@ def check_dropout_and_training(tower: JaxTower) -> None:
 
 
 def test_nnx() -> None:
-    nnx = pytest.importorskip("flax.nnx")
+    nnx = pytest.importorskip("flax.nnx", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
 
     class Model(nnx.Module):  # type: ignore[name-defined, misc]
         def __init__(self, rngs: Any) -> None:
@@ -61,7 +61,7 @@ def test_nnx() -> None:
 
 
 def test_linen() -> None:
-    linen = pytest.importorskip("flax.linen")
+    linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
 
     class Model(linen.Module):  # type: ignore[name-defined, misc]
         @linen.compact
@@ -84,7 +84,7 @@ def test_linen() -> None:
 
 
 def test_equinox() -> None:
-    eqx = pytest.importorskip("equinox")
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed (pip install 'recis_hybrid[examples]')")
 
     class Model(eqx.Module):  # type: ignore[name-defined, misc]
         first: Any

@@ -10,7 +10,7 @@ import torch
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-from recis_hybrid.bridge import JaxTower, _operator  # noqa: E402
+from recis_hybrid.bridge import JaxTower, _operator, copies  # noqa: E402
 
 
 def scaled(params: Any, x: Any) -> Any:
@@ -63,3 +63,14 @@ def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> No
         torch.compile(tower, fullgraph=True, backend="aot_eager")(torch.ones(2))
     assert torch.compile(tower, backend="aot_eager")(torch.ones(2)).tolist() == [1, 1]
     assert tower.state_dict()["param"].tolist() == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_compiled_graph_has_to_copy_is_counted() -> None:
+    tower = JaxTower(lambda params, x: x + 1, {})
+    compiled: Any = torch.compile(tower, fullgraph=True, backend="aot_eager")
+    aligned = torch.zeros(32)
+    for x, copied in ((aligned[:16], 0), (aligned[1:17], 1)):
+        before, of_tower = copies(), tower.copies
+        assert torch.equal(compiled(x), x + 1)
+        assert (copies() - before, tower.copies - of_tower) == (copied, copied)
