@@ -43,6 +43,14 @@ class File:
         """
         return self.filesystem.open_input_file(self.path)
 
+    def stream(self) -> Any:
+        """Opens the file for reading from its beginning to its end, decompressed if its name says so.
+
+        Raises:
+            OSError: It is not there, or cannot be read.
+        """
+        return self.filesystem.open_input_stream(self.path)
+
     def __str__(self) -> str:
         return self.path
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings, strategies as st
 from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, Text
 from recis_hybrid.columnio.files import Files, Piece
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.columns import dense
 
 ROWS = 47
 
@@ -37,12 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         pq.write_table(pa.table(columns), path / f"part-{number}.parquet", row_group_size=5)
     return path
-
-
-def dense(batch: Batch, name: str = "row") -> torch.Tensor:
-    column = batch[name]
-    assert isinstance(column, torch.Tensor)
-    return column
 
 
 def ragged(batch: Batch, name: str) -> RaggedTensor:

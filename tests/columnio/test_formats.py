@@ -19,6 +19,7 @@ from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ra
 from recis_hybrid.columnio.files import OpenedFile
 from recis_hybrid.columnio.formats import SUFFIXES, format_of
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.columns import dense
 
 ROWS = 53
 
@@ -88,12 +89,6 @@ NESTED: dict[str, Writer] = {
 }
 FLAT: dict[str, Writer] = {".csv": write_csv, ".csv.gz": write_csv_gz, ".tsv": write_tsv}
 ALL = NESTED | FLAT
-
-
-def dense(batch: Batch, name: str = "row") -> torch.Tensor:
-    column = batch[name]
-    assert isinstance(column, torch.Tensor)
-    return column
 
 
 def ragged(batch: Batch, name: str) -> RaggedTensor:

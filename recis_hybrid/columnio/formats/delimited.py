@@ -17,7 +17,7 @@ NAME, PIECE = "CSV", "block"
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
     try:
-        with _open(file) as source, pc.open_csv(source, **_options(file, types)) as reader:
+        with file.stream() as source, pc.open_csv(source, **_options(file, types)) as reader:
             rows = sum(batch.num_rows for batch in islice(reader, 1))
             # Without a line after the header nothing says of what types the columns are.
             return Contents(reader.schema, [None]) if rows else Contents(None, [])
@@ -31,13 +31,8 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     """See `Format`."""
     # The types of the first block hold for all; otherwise a later one could come out as another type.
     types = {name: contents.schema.field(name).type for name in columns}
-    with _open(file) as source, pc.open_csv(source, **_options(file, types, columns, threads)) as reader:
+    with file.stream() as source, pc.open_csv(source, **_options(file, types, columns, threads)) as reader:
         yield from reader
-
-
-def _open(file: Any) -> Any:
-    # Decompressed by the end of the name.
-    return file.filesystem.open_input_stream(file.path)
 
 
 def _options(

@@ -16,7 +16,7 @@ NAME, PIECE = "JSON lines", "block"
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
     try:
-        with _open(file) as source:
+        with file.stream() as source:
             reader = pj.open_json(source, parse_options=_parse(types, "infer"))
             return Contents(reader.schema, [None])
     except pa.ArrowInvalid as error:
@@ -29,15 +29,10 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     """See `Format`."""
     # The types of the first block hold for all, and what is not asked for is skipped.
     types = {name: contents.schema.field(name).type for name in columns}
-    with _open(file) as source:
+    with file.stream() as source:
         yield from pj.open_json(
             source, read_options=pj.ReadOptions(use_threads=threads), parse_options=_parse(types, "ignore")
         )
-
-
-def _open(file: Any) -> Any:
-    # Decompressed by the end of the name.
-    return file.filesystem.open_input_stream(file.path)
 
 
 def _parse(types: Mapping[str, Any], others: str) -> Any:

@@ -43,7 +43,7 @@ class Format(Protocol):
         """Reads what a file says of itself.
 
         Args:
-            file: With `open()` and `path`.
+            file: With `open()`, `stream()` and `path`.
             types: Of some columns the Arrow types in which to read them, for formats that do not hold types.
 
         Raises:
@@ -57,7 +57,7 @@ class Format(Protocol):
         """Yields the rows of a piece in order.
 
         Args:
-            file: With `open()` and `path`.
+            file: With `open()`, `stream()` and `path`.
             contents: What `inspect` returned.
             piece: Which.
             columns: Top-level columns to read, at least one; a batch may have them in another order.

@@ -1,0 +1,11 @@
+"""Columns of batches, known to be of their kind."""
+
+import torch
+
+from recis_hybrid.ragged import Batch
+
+
+def dense(batch: Batch, name: str = "row") -> torch.Tensor:
+    column = batch[name]
+    assert isinstance(column, torch.Tensor)
+    return column
