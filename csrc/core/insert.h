@@ -12,6 +12,11 @@
 
 namespace recis {
 
+// The bytes of an embedding that are fetched as soon as its row is known, for the gather that follows: all of one that
+// fits a line, and none of a longer one. (A step of 65,520 ids of 16 elements, of which half are distinct, took a tenth
+// less with it; of 64 elements a tenth more, since they push each other out of the caches before they are read.)
+inline int64_t fetched_early(int64_t bytes) { return bytes <= 64 ? bytes : 0; }
+
 // Ids as keys of group_cpu: they find their row or are given one, with its first values. CommitInserts has to follow.
 template <class E>
 struct InsertKeys {
@@ -21,6 +26,7 @@ struct InsertKeys {
   BlocksRef blocks;
   const Initializer* initializers;  // by member table
   RecordStart start;
+  int64_t fetched;  // bytes to start fetching of a record that was found, at most a line's: see fetched_early
 
   static uint64_t hash(int64_t id, int64_t member) { return slot_hash(id, member); }
 
@@ -28,7 +34,14 @@ struct InsertKeys {
 
   int64_t row(int64_t id, int64_t member) const {
     const uint64_t* slot = find_slot(map, id, member);
-    return __builtin_expect(slot != nullptr, 1) ? entry_row(load_acquire(slot + 1)) : insert(id, member);
+    if (__builtin_expect(slot == nullptr, 0)) return insert(id, member);
+    const int64_t row = entry_row(load_acquire(slot + 1));
+    if (fetched > 0) {
+      const char* record = blocks.record(row);
+      __builtin_prefetch(record, 0, 2);
+      __builtin_prefetch(record + fetched - 1, 0, 2);  // records of small ones do not start with a line
+    }
+    return row;
   }
 
   __attribute__((noinline)) int64_t insert(int64_t id, int64_t member) const {

@@ -60,6 +60,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
         blocks_ref(blocks, block_shift, meta_offset, record_bytes),
         initializer_data(initializers),
         record_start(dim, field_offsets, field_widths, field_sizes, field_values),
+        fetched_early(dim * static_cast<int64_t>(sizeof(element))),
     };
     group_positions(device, keys, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
                     data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);

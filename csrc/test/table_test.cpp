@@ -102,8 +102,8 @@ void grouped_inserts() {
   std::vector<int64_t> rows(n), found(n), unique(n), starts(n + 1), sources(n), before;
   int64_t groups = 0;
   for (const int tasks : {kThreads, 1}) {
-    const InsertKeys<float> keys{table.map(), table.counters, table.free_rows.data(),
-                                 blocks,      inits.data(),   record_start()};
+    const InsertKeys<float> keys{table.map(),  table.counters, table.free_rows.data(), blocks,
+                                 inits.data(), record_start(), fetched_early(64)};
     group_cpu(Threads{tasks}, GroupInputs{features, nullptr, nullptr}, keys,
               GroupOutputs{rows.data(), unique.data(), starts.data(), sources.data(), nullptr, &groups});
     CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));
