@@ -12,6 +12,7 @@ row with vectorised torch operations on the rows. A peer is held beside ours alo
 from __future__ import annotations
 
 import argparse
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,8 +178,8 @@ def run(case: str, args: argparse.Namespace) -> Iterator[harness.Result]:
     dim, device = int(width.removeprefix("d")), torch.device(args.device)
     work = workload.make(size, dim, device)
     step = ours(work, dim, rule, device)
-    # Steps of 4k are over in a millisecond: many of them, and bursts that outlast what the other left in the caches.
-    rounds, burst = (7 if args.quick else 15, 2) if size == "65k" else (20 if args.quick else 50, 5)
+    # Bursts that outlast what the other left in the caches: what is measured is warm.
+    rounds, burst = (7 if args.quick else 12, 6) if size == "65k" else (20 if args.quick else 50, 5)
 
     def result(peer: str, steps: dict[str, Callable[[], float | None]], clock: str) -> harness.Result:
         rate = {name: r / 1e6 for name, r in harness.rates(steps, work.step_ids, rounds, device, burst, clock).items()}
@@ -229,6 +230,7 @@ def main() -> None:
             for result in run(case, args):
                 result.print()
                 results.append(result)
+            gc.collect()  # optimizers are in cycles: their tables, gigabytes, would wait
     harness.progress(harness.table(results))
 
 
