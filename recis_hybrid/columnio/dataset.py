@@ -87,7 +87,8 @@ class ColumnDataset(IterableDataset[Batch]):
             rows keep their places and the ranks their numbers of batches.
         shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
         decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
-            groups as small take less still), and more time for each row; the order of the rows is the same, and so is what a state means.
+            groups as small take less still) and more time for each row; the order of the rows is the same, and so is
+            what a state means.
 
     Raises:
         BadFileError: A file is damaged (a ValueError).
