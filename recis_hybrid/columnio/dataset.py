@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 MASK = "mask"
 """The column that `uneven="pad"` adds."""
 
-_DECODED_ROWS = 65_536
-
 
 class ColumnDataset(IterableDataset[Batch]):
     """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files.
@@ -46,8 +44,8 @@ class ColumnDataset(IterableDataset[Batch]):
     reads the columns that the filters look at, of the pieces that footers and folders' names do not rule out.
 
     Numbers without nulls, in the dtype of the file, are not copied on their way from Arrow's decoded buffers into
-    tensors, unless filtered, shuffled or in one of the few batches which are cut from two buffers (about 65,536 rows
-    are decoded at a time). Being slices of a buffer, such tensors keep all of it in memory.
+    tensors, unless filtered, shuffled or in one of the few batches which are cut from two buffers (see
+    `decoded_rows`). Being slices of a buffer, such tensors keep all of it in memory.
 
     Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)` the workers share the rank's batches,
     which arrive in the same order. Each worker has a copy of the dataset: call `set_epoch` before each pass, and
@@ -78,8 +76,9 @@ class ColumnDataset(IterableDataset[Batch]):
         num_threads: Threads that make tensors and call `transforms`, and as many that decode a piece each. With more
             than one Arrow decodes columns in its own threads, too, as many as `pyarrow.set_cpu_count` says.
         prefetch: How many batches threads prepare ahead; 0 reads in the consumer's thread. In memory there are at most
-            as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times about
-            65,536 rows (or a batch, if that is more), and the blocks of `shuffle_buffer`.
+            as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times
+            `decoded_rows`, and the blocks of `shuffle_buffer`. Beside these each of the `num_threads` decoders holds
+            what pyarrow keeps of its row group, or all of a stripe, a record batch, or a file of text.
         pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
         device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
         filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
@@ -87,6 +86,9 @@ class ColumnDataset(IterableDataset[Batch]):
             RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches shorter, even empty, so that the other
             rows keep their places and the ranks their numbers of batches.
         shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
+        decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
+            groups as small take less still) and more time for each row; the order of the rows is the same, and so is
+            what a state means.
 
     Raises:
         BadFileError: A file is damaged (a ValueError).
@@ -122,6 +124,7 @@ class ColumnDataset(IterableDataset[Batch]):
         filesystem: Any = None,
         on_bad_file: Literal["raise", "skip"] = "raise",
         shuffle_buffer: int = 262_144,
+        decoded_rows: int = 65_536,
     ) -> None:
         # pyarrow comes with the first dataset, not with the package.
         from .filters import RowFilter
@@ -153,7 +156,7 @@ class ColumnDataset(IterableDataset[Batch]):
                 threads=num_threads > 1,
             ),
             # A multiple of the batch size: so few batches lie in two of them.
-            decoded_rows=-(-_DECODED_ROWS // batch_size) * batch_size,
+            decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
             seed=integer("seed", seed, 0),
             block=block,
             threads=num_threads if prefetch else 1,

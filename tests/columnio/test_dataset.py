@@ -198,6 +198,16 @@ def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytes
     assert sum(piece.rows for piece in pieces) == 25
 
 
+@pytest.mark.parametrize(("decoded_rows", "held"), [(1, 6), (12, 12), (13, 18), (1000, 30)])
+def test_decoded_rows_bound_what_a_batch_keeps_in_memory(tmp_path: Path, decoded_rows: int, held: int) -> None:
+    pq.write_table(pa.table({"row": pa.array(range(30), pa.int64())}), tmp_path / "part.parquet")
+    data = open_rows(tmp_path, 6, decoded_rows=decoded_rows, prefetch=0)
+    files = data._reader.files
+    chunks = [rows.num_rows for rows in files.read(files.pieces[0], data._reader.decoded_rows)]
+    assert max(chunks) == held
+    assert rows_of(data) == [list(range(first, first + 6)) for first in range(0, 30, 6)]
+
+
 # Resuming
 
 
@@ -220,7 +230,9 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
 
 def _reading() -> st.SearchStrategy[dict[str, int]]:
     sizes, depths, threads = st.integers(1, 13), st.integers(0, 3), st.integers(1, 3)
-    return st.fixed_dictionaries({"batch_size": sizes, "prefetch": depths, "num_threads": threads})
+    return st.fixed_dictionaries(
+        {"batch_size": sizes, "prefetch": depths, "num_threads": threads, "decoded_rows": st.sampled_from([1, 4, 1000])}
+    )
 
 
 @settings(max_examples=80)
@@ -367,6 +379,7 @@ def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
         ({"rank": 0, "world_size": 0}, "world_size must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, "rank must be less than world_size, got 2 of 2"),
         ({"shuffle": True, "shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
+        ({"decoded_rows": 0}, "decoded_rows must be at least 1, got 0"),
         ({"batch_size": 48, "drop_remainder": True}, "drop_remainder leaves no batch of 47 rows.*smaller batch_size"),
     ],
 )
