@@ -9,6 +9,7 @@ import jax
 import torch
 
 from ._autograd import Apply, Caller
+from ._imports import Imports
 from ._operator import eager, nonstrict, number_of, structs, tower_forward
 from ._padding import Dims, Padding
 from ._parameters import Slot, dotted, gather, plant
@@ -97,6 +98,7 @@ class JaxTower(torch.nn.Module):
         if "masks" in self._supplies and self._padding is None:
             raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
         self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        self._imports = Imports()
         self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
         self._number = next(_next_number)
         _towers[self._number] = self
@@ -106,6 +108,10 @@ class JaxTower(torch.nn.Module):
         cast(Any, super()).__setstate__(state)
         self._number = next(_next_number)  # a copy has parameters, mode and life of its own
         _towers[self._number] = self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._imports.clear()  # or what `.to` leaves behind would live on until the next call
+        return cast(Any, super())._apply(*args, **kwargs)
 
     @property
     def compilations(self) -> int:
@@ -163,10 +169,8 @@ class JaxTower(torch.nn.Module):
             wanted = tuple([tensor.requires_grad for tensor in tensors])
         else:
             wanted = (False,) * len(tensors)
-        pairs = zip(
-            arrays if compiling else tensors, tensors, strict=True
-        )  # under torch.compile, sizes are in `arrays`
-        kinds = tuple([(tuple(sized.shape), tensor.dtype) for sized, tensor in pairs])
+        sized: list[Any] = arrays if compiling else tensors  # under torch.compile, sizes are symbols in `tensors`
+        kinds = tuple([(each.shape, tensor.dtype) for each, tensor in zip(sized, tensors, strict=True)])
         device = tensors[0].device if tensors else None
         signature = (inputs_tree, wanted, kinds, device, static_signature(static, caller.where) if static else ())
         try:
@@ -178,7 +182,7 @@ class JaxTower(torch.nn.Module):
         if compiling:
             outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
         elif any(wanted):
-            outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)
+            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)
         else:
             outputs = caller.run("forward", program.run, arrays)
         if self._padding is not None:
@@ -246,7 +250,8 @@ class JaxTower(torch.nn.Module):
 
     def _share(self, tensors: list[torch.Tensor], inputs: Any, supplied: Any) -> list[jax.Array]:
         try:
-            return [share(tensor) for tensor in tensors]
+            arrays = self._imports.share(tensors[: len(self._slots)])
+            return arrays + [share(tensor) for tensor in tensors[len(self._slots) :]]
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
             labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]
