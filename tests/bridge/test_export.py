@@ -86,7 +86,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path) -
         tower.export(tmp_path / "tower", torch.zeros(2), dims=[("batch", "length")])
 
     def halves(params: Any, x: Any) -> Any:
-        return x[: len(x) // 2] if len(x) > 4 else x
+        return x * 2 if x.shape[0] > 4 else x
 
     with pytest.raises(jax.errors.InconclusiveDimensionOperation, match="batch") as caught:
         JaxTower(halves, {"w": np.ones(2, np.float32)}, name="halves").export(tmp_path / "tower", torch.zeros(5))
