@@ -66,14 +66,16 @@ def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]
 def mlp_case(batch: int, rounds: int) -> None:
     params, x = mlp_parameters(), torch.randn(batch, 1024)
     tower = JaxTower(mlp, params)
+    parameters = list(tower.parameters())
     own = {name: torch.from_numpy(value).clone().requires_grad_() for name, value in params.items()}
     step, arrays, x_array = fused(mlp), jax.tree.map(jnp.asarray, params), jnp.asarray(x.numpy())
     steps: dict[str, Callable[[], None]] = {
-        "ours": lambda: train(tower, list(tower.parameters()), x),
+        "ours": lambda: train(tower, parameters, x),
         "jax": lambda: _drop(jax.block_until_ready(step(arrays, x_array))),
         "torch": lambda: train(lambda x: mlp_in_torch(own, x), list(own.values()), x),
     }
-    rate = harness.rates(steps, 1, rounds, CPU)
+    # Bursts, because the step after torch's finds the cores taken by torch's threads, which spin for a while.
+    rate = harness.rates(steps, 1, rounds, CPU, burst=3)
     report(f"mlp/B{batch}", "forward + backward", rate, {"jax": "fused jax.value_and_grad", "torch": "torch"})
 
 
@@ -83,9 +85,10 @@ def leaves_case(rounds: int) -> None:
 
     params, x = [np.full(16, 0.1, np.float32)] * 100, torch.randn(16)
     tower, step = JaxTower(total, params), fused(total)
+    parameters = list(tower.parameters())
     arrays, x_array = jax.tree.map(jnp.asarray, params), jnp.asarray(x.numpy())
     steps: dict[str, Callable[[], None]] = {
-        "ours": lambda: train(tower, list(tower.parameters()), x),
+        "ours": lambda: train(tower, parameters, x),
         "jax": lambda: _drop(jax.block_until_ready(step(arrays, x_array))),
     }
     rate = harness.rates(steps, 1, 4 * rounds, CPU, burst=10)
