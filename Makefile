@@ -25,7 +25,7 @@ EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # The wheels of TFRA are for Pythons up to 3.11; without one the benchmarks report it as absent.
-PEERS := build/peers/fbgemm/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
+PEERS := build/peers/fbgemm/ready build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
@@ -90,6 +90,11 @@ build/peers/fbgemm/ready: requirements/peers-fbgemm.txt | $(DEPENDENCIES)
 build/peers/tfra/ready: requirements/peers-tfra.txt
 	$(TFRA_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
+	@touch $@
+
+# In a folder and no environment: it runs in our interpreter, beside our torch and jax.
+build/peers/interop/ready: requirements/peers-interop.txt | $(DEPENDENCIES)
+	$(PIP_INSTALL) --quiet --no-deps --upgrade --target $(@D)/site -r $<
 	@touch $@
 
 wheel: setup  ## Makes an sdist, and from it a wheel, in dist/

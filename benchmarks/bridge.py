@@ -3,12 +3,14 @@
     python -m benchmarks.bridge [--quick] [--threads 2] [--cases mlp]
 
 ``mlp/B1024``, ``mlp/B4096``: forward and backward of an MLP 1024 → 1024 → 512 → 1 through `JaxTower`, beside one jitted
-`jax.value_and_grad` and beside torch. ``leaves100``: the same of 100 small parameters, beside the jitted
-`value_and_grad`. ``import``, ``export``: one tensor to JAX and one array to torch, beside the public functions.
+`jax.value_and_grad`, beside torch, and beside torch-jax-interop where `make bench-peers` has installed it.
+``leaves100``: the same of 100 small parameters, without torch. ``import``, ``export``: one tensor to JAX and one
+array to torch, beside the public functions.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import harness
+from benchmarks.peers.worker import ENVIRONMENTS, installed
 from recis_hybrid.bridge import JaxTower, to_jax, to_torch
 
 CPU = torch.device("cpu")
@@ -57,24 +60,42 @@ def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]
     """Prints a line for each peer, in milliseconds or microseconds a step."""
     unit, factor = ("us", 1e6) if metric == "tensor" else ("ms", 1e3)
     for name, peer in peers.items():
+        there = rate.get(name)
         harness.Result(
-            "bridge", case, metric, unit, round(factor / rate["ours"], 3), round(factor / rate[name], 3), peer,
-            round(rate["ours"] / rate[name], 3),
+            "bridge", case, metric, unit, round(factor / rate["ours"], 3), there and round(factor / there, 3), peer,
+            there and round(rate["ours"] / there, 3),
         ).print()  # fmt: skip
+
+
+def interop(f: Callable[..., Any], params: Any, x: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """The step of torch-jax-interop, or nothing if it is not installed."""
+    if not installed("interop"):
+        return {}
+    if (site := str(ENVIRONMENTS / "interop" / "site")) not in sys.path:
+        sys.path.append(site)
+    from torch_jax_interop import WrappedJaxFunction
+
+    module = WrappedJaxFunction(jax.jit(f), jax.tree.map(jnp.asarray, params))
+    parameters = list(module.parameters())
+    return {"interop": lambda: train(module, parameters, x)}
 
 
 def mlp_case(batch: int, rounds: int) -> None:
     params, x = mlp_parameters(), torch.randn(batch, 1024)
     tower = JaxTower(mlp, params)
+    parameters = list(tower.parameters())
     own = {name: torch.from_numpy(value).clone().requires_grad_() for name, value in params.items()}
     step, arrays, x_array = fused(mlp), jax.tree.map(jnp.asarray, params), jnp.asarray(x.numpy())
     steps: dict[str, Callable[[], None]] = {
-        "ours": lambda: train(tower, list(tower.parameters()), x),
+        "ours": lambda: train(tower, parameters, x),
         "jax": lambda: _drop(jax.block_until_ready(step(arrays, x_array))),
         "torch": lambda: train(lambda x: mlp_in_torch(own, x), list(own.values()), x),
+        **interop(mlp, params, x),
     }
-    rate = harness.rates(steps, 1, rounds, CPU)
-    report(f"mlp/B{batch}", "forward + backward", rate, {"jax": "fused jax.value_and_grad", "torch": "torch"})
+    # Bursts, because the step after torch's finds the cores taken by torch's threads, which spin for a while.
+    rate = harness.rates(steps, 1, rounds, CPU, burst=3)
+    peers = {"jax": "fused jax.value_and_grad", "torch": "torch", "interop": "torch-jax-interop"}
+    report(f"mlp/B{batch}", "forward + backward", rate, peers)
 
 
 def leaves_case(rounds: int) -> None:
@@ -83,13 +104,16 @@ def leaves_case(rounds: int) -> None:
 
     params, x = [np.full(16, 0.1, np.float32)] * 100, torch.randn(16)
     tower, step = JaxTower(total, params), fused(total)
+    parameters = list(tower.parameters())
     arrays, x_array = jax.tree.map(jnp.asarray, params), jnp.asarray(x.numpy())
     steps: dict[str, Callable[[], None]] = {
-        "ours": lambda: train(tower, list(tower.parameters()), x),
+        "ours": lambda: train(tower, parameters, x),
         "jax": lambda: _drop(jax.block_until_ready(step(arrays, x_array))),
+        **interop(total, params, x),
     }
     rate = harness.rates(steps, 1, 4 * rounds, CPU, burst=10)
-    report("leaves100", "forward + backward", rate, {"jax": "fused jax.value_and_grad"})
+    peers = {"jax": "fused jax.value_and_grad", "interop": "torch-jax-interop"}
+    report("leaves100", "forward + backward", rate, peers)
 
 
 def border_case(case: str, rounds: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 import torch
 
+from ._imports import Imports
 from ._programs import Forward, Jitted, Programs
 from .dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
 
@@ -61,12 +62,12 @@ class Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, caller: Caller, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
+        ctx: Any, caller: Caller, imports: Imports, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """(P + I leaves) → O outputs; saves what backward needs, and no more, where torch can watch and free it."""
         pool = [*tensors, *caller.run("forward", program.run, arrays)]
         outputs = pool[len(tensors) : len(tensors) + len(program.outputs)]
-        ctx.caller, ctx.program = caller, program
+        ctx.caller, ctx.imports, ctx.program = caller, imports, program
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[pool[place] for place in program.saved])
         ctx.mark_non_differentiable(
@@ -83,7 +84,13 @@ class Apply(torch.autograd.Function):
         if any(given):
             # torch may run this in a thread of its own, where a `with jax.enable_x64()` around forward does not reach.
             with under_x64(program.x64):
-                arrays = [share(tensor, f"{caller.where}: saved tensor") for tensor in ctx.saved_tensors]
+                parameters = caller.programs.params_tree.num_leaves
+                arrays = [
+                    ctx.imports.share_one(place, tensor)
+                    if place < parameters
+                    else share(tensor, f"{caller.where}: saved tensor")
+                    for place, tensor in zip(program.saved, ctx.saved_tensors, strict=True)
+                ]
                 arrays += [
                     caller.share_or_copy(gradient, "gradient of an output")
                     for gradient in gradients
@@ -93,7 +100,7 @@ class Apply(torch.autograd.Function):
             if torch.is_grad_enabled():
                 results = list(cast(Any, _Once).apply(caller.where, torch.zeros((), requires_grad=True), *results))
         taken = iter(results)
-        return (None, None, None, *[next(taken, None) if want else None for want in program.wanted])
+        return (None, None, None, None, *[next(taken, None) if want else None for want in program.wanted])
 
 
 class _Once(torch.autograd.Function):

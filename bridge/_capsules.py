@@ -7,6 +7,7 @@ take the public road, which is the one that hands over streams.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,26 @@ def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
 def _public_to_torch(array: jax.Array) -> torch.Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
+
+def backend_has_started() -> bool:
+    """Whether JAX has a backend in this process, or had one in the process that this one was forked from."""
+    # Private, but there is no public way to ask without starting it.
+    bridge: Any = __import__("jax._src.xla_bridge", fromlist=["xla_bridge"])
+    return bool(bridge.backends_are_initialized())
+
+
+_is_forked = False
+
+
+def _after_fork() -> None:
+    # JAX's threads are not in the child, where a program would wait for them for ever. The next crossing raises.
+    global _is_forked
+    if backend_has_started():
+        _is_forked = True
+        cpu_roads.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 PUBLIC = Roads(_public_to_jax, _public_to_torch, private=False)
 
@@ -70,7 +91,17 @@ def _works(roads: Roads) -> bool:
 
 @functools.cache
 def cpu_roads() -> Roads:
-    """The roads for CPU buffers, chosen at the first call, which starts JAX's backend."""
+    """The roads for CPU buffers, chosen at the first call, which starts JAX's backend.
+
+    Raises:
+        RuntimeError: in a process that was forked after JAX's backend had started.
+    """
+    if _is_forked:
+        raise RuntimeError(
+            f"recis_hybrid.bridge: process {os.getpid()} was forked after JAX had started, and JAX would hang in it; "
+            "leave JAX to the parent process, or start workers by "
+            "DataLoader(multiprocessing_context='forkserver') or 'spawn'"
+        )
     try:
         roads = _private()
         return roads if _works(roads) else PUBLIC

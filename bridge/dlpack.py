@@ -185,8 +185,8 @@ def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
     if not arrays:
         return []
     (device,) = arrays[0].sharding.device_set
-    roads = cpu_roads() if cast(Any, device).platform == "cpu" else PUBLIC
-    return [roads.to_torch(array) for array in arrays]
+    to_torch = (cpu_roads() if cast(Any, device).platform == "cpu" else PUBLIC).to_torch
+    return [to_torch(array) for array in arrays]
 
 
 def x64_is_on() -> bool:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import jax
 import torch
 
+from ._capsules import backend_has_started
+
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 
 
@@ -41,9 +43,7 @@ def init(
         raise ValueError(f"init: memory_fraction must be above 0 and below 1, got {memory_fraction}")
     if threads is not None and threads < 1:
         raise ValueError(f"init: threads must be at least 1, got {threads}")
-    # Private, but there is no public way to ask without starting it.
-    bridge: Any = __import__("jax._src.xla_bridge", fromlist=["xla_bridge"])
-    if bridge.backends_are_initialized():
+    if backend_has_started():
         raise RuntimeError("init: JAX's backend has started already; call init before anything that computes with JAX")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if threads is not None:

@@ -3,12 +3,15 @@
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import jax
 import torch
 
+from . import _export
 from ._autograd import Apply, Caller
+from ._imports import Imports
 from ._operator import eager, nonstrict, number_of, structs, tower_forward
 from ._padding import Dims, Padding
 from ._parameters import Slot, dotted, gather, plant
@@ -97,6 +100,7 @@ class JaxTower(torch.nn.Module):
         if "masks" in self._supplies and self._padding is None:
             raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
         self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        self._imports = Imports()
         self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
         self._number = next(_next_number)
         _towers[self._number] = self
@@ -106,6 +110,10 @@ class JaxTower(torch.nn.Module):
         cast(Any, super()).__setstate__(state)
         self._number = next(_next_number)  # a copy has parameters, mode and life of its own
         _towers[self._number] = self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._imports.clear()  # or what `.to` leaves behind would live on until the next call
+        return cast(Any, super())._apply(*args, **kwargs)
 
     @property
     def compilations(self) -> int:
@@ -163,10 +171,8 @@ class JaxTower(torch.nn.Module):
             wanted = tuple([tensor.requires_grad for tensor in tensors])
         else:
             wanted = (False,) * len(tensors)
-        pairs = zip(
-            arrays if compiling else tensors, tensors, strict=True
-        )  # under torch.compile, sizes are in `arrays`
-        kinds = tuple([(tuple(sized.shape), tensor.dtype) for sized, tensor in pairs])
+        sized: list[Any] = arrays if compiling else tensors  # under torch.compile, sizes are symbols in `tensors`
+        kinds = tuple([(each.shape, tensor.dtype) for each, tensor in zip(sized, tensors, strict=True)])
         device = tensors[0].device if tensors else None
         signature = (inputs_tree, wanted, kinds, device, static_signature(static, caller.where) if static else ())
         try:
@@ -178,7 +184,7 @@ class JaxTower(torch.nn.Module):
         if compiling:
             outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
         elif any(wanted):
-            outputs = cast(Any, Apply).apply(caller, program, arrays, *tensors)
+            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)
         else:
             outputs = caller.run("forward", program.run, arrays)
         if self._padding is not None:
@@ -191,6 +197,78 @@ class JaxTower(torch.nn.Module):
         if training:
             self._keep(outputs[len(outputs) - len(self._state_slots) :])
         return jax.tree.unflatten(program.out_tree, outputs)[0]
+
+    def export(
+        self,
+        path: str | Path,
+        *inputs: Any,
+        dims: Dims | None = None,
+        platforms: Sequence[str] | None = None,
+        **static: Any,
+    ) -> None:
+        """Writes the tower, in eval mode, for a server that has JAX and neither torch nor this package.
+
+        The folder holds `program.jax_export`, the function `(params, *inputs)` as `jax.export` writes it, and
+        `params.safetensors`, the parameters and the state by their dotted names, so that new weights need no new
+        program.
+
+        Args:
+            path: a folder that is not there yet.
+            *inputs: examples of the inputs, of which shapes and dtypes count.
+            dims: for each input, the names of its leading dimensions that may have any size when it is served, None
+                for a fixed one; without it those that the tower was made with, or else the first of each, "batch".
+            platforms: what to compile for, of "cpu", "cuda", "rocm" and "tpu"; without it JAX's default backend.
+            **static: keywords of the function, fixed from here on.
+
+        Raises:
+            FileExistsError: if the folder is there.
+            ImportError: if `flatbuffers`, which `jax.export` writes with, is not installed.
+            TypeError: if a leaf of the inputs is not a tensor, or a keyword is one.
+            ValueError: if an input's dtype cannot be held, or `dims` does not fit the inputs.
+            Exception: whatever the function raises, with a note of the tower's name; JAX's
+                `InconclusiveDimensionOperation` where it depends on the value of a size that may vary.
+
+        Example:
+            Served by JAX alone::
+
+                exported = jax.export.deserialize(Path("tower/program.jax_export").read_bytes())
+                params = safetensors.flax.load_file("tower/params.safetensors")
+                scores = jax.jit(exported.call)(params, x)
+
+        References:
+            https://docs.jax.dev/en/latest/export/export.html
+        """
+        caller = self._caller
+        where = f"{caller.where}: export"
+        static_signature(static, where)
+        if "train" in self._supplies:
+            static.setdefault("train", False)
+        if dims is None and self._padding is not None:
+            dims = self._padding.dims
+        structs, symbols = _export.describe(inputs, dims, where)
+        slots = (*self._slots, *self._state_slots)
+        names = dotted(slots, self)
+
+        def served(named: dict[str, Any], *inputs: Any) -> Any:
+            leaves = [named[name] for name in names]
+            supplied: dict[str, Any] = {}
+            if "key" in self._supplies:
+                supplied["key"] = None
+            if "masks" in self._supplies:
+                supplied["masks"] = _export.masks(symbols)
+            if self._state_tree is not None:
+                supplied["state"] = jax.tree.unflatten(self._state_tree, leaves[len(self._slots) :])
+            params = jax.tree.unflatten(caller.programs.params_tree, leaves[: len(self._slots)])
+            outputs = caller.programs.f(params, *inputs, **supplied, **static)
+            return outputs if self._state_tree is None else outputs[0]
+
+        served.__name__ = self._tower_name
+        named = dict(zip(names, gather(slots), strict=True))
+        try:
+            _export.write(Path(path), served, named, structs, platforms, where)
+        except Exception as error:
+            caller.note(error, "export")
+            raise
 
     def extra_repr(self) -> str:
         """The tower's name, for `repr`."""
@@ -246,7 +324,8 @@ class JaxTower(torch.nn.Module):
 
     def _share(self, tensors: list[torch.Tensor], inputs: Any, supplied: Any) -> list[jax.Array]:
         try:
-            return [share(tensor) for tensor in tensors]
+            arrays = self._imports.share(tensors[: len(self._slots)])
+            return arrays + [share(tensor) for tensor in tensors[len(self._slots) :]]
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
             labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]

@@ -1,5 +1,6 @@
-"""Two Gloo processes train a torch tower beside a JAX tower under DDP, and agree with one process."""
+"""Two Gloo ranks under torchrun train a torch tower beside a JAX tower, by DDP and FSDP, and agree with one process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,57 +10,79 @@ import pytest
 pytestmark = pytest.mark.jax
 
 PROGRAM = """
-import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from recis_hybrid import bridge
+
+line = bridge.init(threads=1)
 import jax.numpy as jnp
-from recis_hybrid.bridge import JaxTower
 
-rank, world, folder = int(sys.argv[1]), 2, sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+assert f"local rank {rank}" in line, line
 
-def build():
-    torch.manual_seed(0)
-    weights = {"w": np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)}
-    tower = JaxTower(lambda params, x: jnp.tanh(x) @ params["w"], weights)
-    return torch.nn.Sequential(torch.nn.Linear(5, 6), tower)
+class Hybrid(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        random = np.random.default_rng(0)
+        weights = {"w": random.normal(size=(6, 4)), "v": random.normal(size=(4, 1))}
+        self.below = torch.nn.Linear(5, 6)
+        self.jax = bridge.JaxTower(
+            lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"],
+            {name: value.astype(np.float32) for name, value in weights.items()},
+        )
+        self.torch = torch.nn.Linear(6, 1)
+
+    def forward(self, x):
+        x = self.below(x)
+        return self.jax(x) + self.torch(x)
 
 def train(model, x, y):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(8):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
 
 x, y = torch.randn(16, 5, generator=torch.Generator().manual_seed(1)), torch.ones(16, 1)
-alone = build()
-start = alone[1].w.detach().clone()
+half = slice(8 * rank, 8 * rank + 8)
+alone = Hybrid()
+start = [parameter.detach().clone() for parameter in alone.parameters()]
 train(alone, x, y)
-assert not torch.allclose(alone[1].w, start)
+assert not any(torch.allclose(ours, theirs) for ours, theirs in zip(alone.parameters(), start, strict=True))
+
+def compare(parameters):
+    for ours, theirs in zip(parameters, alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
 for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
-    together = build()
-    half = slice(8 * rank, 8 * rank + 8)
-    train(torch.nn.parallel.DistributedDataParallel(together, **options), x[half].clone(), y[half].clone())
-    for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    together = Hybrid()
+    train(DistributedDataParallel(together, **options), x[half].clone(), y[half].clone())
+    compare(together.parameters())
+
+mesh = init_device_mesh("cpu", (2,))
+for reshard in (True, False):
+    sharded = Hybrid()
+    fully_shard(sharded.jax, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=reshard)
+    train(sharded, x[half].clone(), y[half].clone())
+    compare([parameter.full_tensor() for parameter in sharded.parameters()])
 dist.destroy_process_group()
 print("agrees")
 """
 
 
-def test_ddp_agrees_with_one_process_in_all_bucket_modes(root: Path, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path)],
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for rank in ranks:
-            out, errors = rank.communicate(timeout=300)
-            assert "agrees" in out, errors[-3000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_ddp_in_all_bucket_modes_and_fsdp_agree_with_one_process(root: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
+        cwd=root, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.stdout.count("agrees") == 2, done.stderr[-3000:]

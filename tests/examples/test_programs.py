@@ -39,7 +39,7 @@ def test_frappe_learns_in_one_epoch(root: Path, data_dir: Path, folder: str, tow
     assert (tmp_path / "step_000001" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("program", ["demo.py", "frappe.py", "ctr_log.py"])
+@pytest.mark.parametrize("program", ["demo.py", "frappe.py", "ctr_log.py", "jax_tower.py"])
 def test_help(root: Path, program: str) -> None:
     done = subprocess.run(
         [sys.executable, f"examples/{program}", "--help"], cwd=root, capture_output=True, text=True, check=True

@@ -29,7 +29,7 @@ OUTSIDE: dict[str, set[str]] = {
     "columnio": {"fsspec", "numpy", "pyarrow"},
     "saver": {"numpy", "safetensors"},
     "pipelines": {"numpy", "tqdm"},
-    "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox"},
+    "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
 

@@ -1,0 +1,126 @@
+"""Arrays over parameters are kept from call to call, and never show anything but what the parameter holds now."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+from recis_hybrid.bridge import JaxTower  # noqa: E402
+
+
+def make(shape: tuple[int, ...] = (4, 4)) -> JaxTower:
+    return JaxTower(lambda params, x: x @ params["w"], {"w": np.full(shape, 0.5, np.float32)})
+
+
+def check(tower: JaxTower) -> None:
+    """Output and gradient are those of the parameter as it is now."""
+    (w,) = tower.parameters()
+    x = torch.rand(8, w.shape[0], dtype=w.dtype).requires_grad_()
+    y = tower(x)
+    torch.testing.assert_close(y, x @ w)
+    gradient = torch.rand_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, gradient)[0], gradient @ w.detach().T)
+
+
+def in_place(w: torch.nn.Parameter) -> None:
+    w.add_(torch.rand(w.shape))
+
+
+def other_memory(w: torch.nn.Parameter) -> None:
+    w.data = torch.rand(w.shape)
+
+
+def other_shape(w: torch.nn.Parameter) -> None:
+    w.data = torch.rand(16, dtype=w.dtype).view(8, 2)
+
+
+def same_memory_other_shape(w: torch.nn.Parameter) -> None:
+    w.data = w.data.view(2, 8)
+
+
+def same_memory_other_dtype(w: torch.nn.Parameter) -> None:
+    w.data = w.data.view(torch.bfloat16).zero_()
+
+
+def shared_between_processes(w: torch.nn.Parameter) -> None:
+    w.share_memory_()
+    w.uniform_()
+
+
+def freed_and_allocated_again(w: torch.nn.Parameter) -> None:
+    size = w.untyped_storage().size()
+    w.untyped_storage().resize_(0)
+    w.untyped_storage().resize_(size)
+    w.uniform_()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(in_place, other_memory, other_shape, same_memory_other_shape, same_memory_other_dtype),
+        *(shared_between_processes, freed_and_allocated_again),
+    ],
+)
+def test_what_is_done_to_a_parameter_between_calls_is_seen(change: Callable[[torch.nn.Parameter], None]) -> None:
+    tower = make()
+    check(tower)
+    with torch.no_grad():
+        change(next(iter(tower.parameters())))
+    check(tower)
+
+
+def test_a_parameter_that_became_strided_is_refused_though_its_address_did_not_change() -> None:
+    tower = make()
+    check(tower)
+    (w,) = tower.parameters()
+    w.data = w.data.t()
+    with pytest.raises(ValueError, match=r"parameter 'w'.*strided"):
+        tower(torch.rand(8, 4))
+
+
+def test_an_import_is_made_once_and_temporary_tensors_are_not_kept() -> None:
+    tower = make()
+    (w,) = tower.parameters()
+    (first,) = tower._imports.share([w])
+    check(tower)
+    assert tower._imports.share([w])[0] is first
+    tensor = torch.ones(4, 4)
+    gone = weakref.ref(tensor)
+    x = torch.rand(2, 4)
+    y = torch.func.functional_call(tower, {"w": tensor}, (x,))
+    torch.testing.assert_close(y, x @ tensor)
+    del tensor, y
+    gc.collect()
+    assert gone() is None
+    check(tower)
+
+
+def test_memory_that_a_cast_leaves_behind_is_freed() -> None:
+    tower = make()
+    check(tower)
+    freed: list[int] = []
+    (w,) = tower.parameters()
+    (array,) = tower._imports.share([w])
+    weakref.finalize(array, freed.append, 1)
+    del array
+    tower.to(torch.bfloat16)
+    gc.collect()
+    assert freed == [1]
+
+
+def test_a_copy_has_arrays_of_its_own() -> None:
+    tower = make()
+    check(tower)
+    twin: Any = copy.deepcopy(tower)
+    with torch.no_grad():
+        twin.w.zero_()
+    check(twin)
+    check(tower)
+    assert tower.w.sum() == 8  # type: ignore[operator]
