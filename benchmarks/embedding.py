@@ -230,7 +230,7 @@ def main() -> None:
             for result in run(case, args):
                 result.print()
                 results.append(result)
-            gc.collect()  # optimizers are in cycles: their tables, gigabytes, would wait
+            gc.collect()  # tables in cycles, gigabytes of them, would wait for Python to collect
     harness.progress(harness.table(results))
 
 
