@@ -180,11 +180,15 @@ class Segment:
 
     def run(self, registers: dict[int, Column]) -> None:
         """Makes the registers of its operations that others need."""
+        self._alias(registers)  # where nothing is to be computed, no call follows
         for call in self.calls:
             call.run(registers)
-            for register, source in self._aliases:
-                if register not in registers and source in registers:
-                    registers[register] = registers[source]
+            self._alias(registers)
+
+    def _alias(self, registers: dict[int, Column]) -> None:
+        for register, source in self._aliases:
+            if register not in registers and source in registers:
+                registers[register] = registers[source]
 
 
 class _Linker:

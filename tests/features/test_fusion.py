@@ -350,3 +350,10 @@ def test_an_engine_forgets_nothing_between_forms() -> None:
         torch.arange(4).view(2, 2),
     ):
         same(engine({"x": column}), FeatureEngine([Feature("x", ops=[Mod(10)])], fuse=False)({"x": column}))
+
+
+@pytest.mark.parametrize("fuse", [True, False, "kind"])
+def test_operations_that_all_change_nothing(fuse: Any) -> None:
+    engine = FeatureEngine([Feature("x", source="ids", ops=[Cast(torch.int64)])], fuse=fuse)
+    ids = torch.tensor([1, 2, 3])
+    assert torch.equal(engine({"ids": ids})["x"], ids)
