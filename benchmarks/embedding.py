@@ -12,7 +12,6 @@ row with vectorised torch operations on the rows. A peer is held beside ours alo
 from __future__ import annotations
 
 import argparse
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,7 +229,6 @@ def main() -> None:
             for result in run(case, args):
                 result.print()
                 results.append(result)
-            gc.collect()  # tables in cycles, gigabytes of them, would wait for Python to collect
     harness.progress(harness.table(results))
 
 

@@ -22,14 +22,11 @@ class Anchor(nn.Parameter):
     """
 
     table: HashTable
-    overrides: dict[str, Any]
-    """Hyperparameters of the optimizer that are others for this table."""
 
     def __new__(cls, table: HashTable) -> Anchor:
         """Makes the anchor of a table."""
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
         anchor.table = table
-        anchor.overrides = {}
         return anchor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:

@@ -94,7 +94,7 @@ class EmbeddingEngine(nn.Module):
             plan.members, plan.layout, self.device, seed, placement=config.placement, admission=config.admission,
             read_only=not config.trainable,
         )  # fmt: skip
-        table.anchor.overrides = dict(config.optimizer or {})
+        table.overrides = dict(config.optimizer or {})
         return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

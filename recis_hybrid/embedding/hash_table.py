@@ -5,7 +5,9 @@ Letters: n ids, N positions (ids of a call over all features), D dim.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +65,9 @@ class HashTable:
         self._unseen: Lookup | None = None
         self.reseed(seed)
         self._empty()
-        self.anchor = Anchor(self)
+        self.overrides: dict[str, Any] = {}
+        """Hyperparameters of the optimizer that are others for this table."""
+        self._anchor: weakref.ref[Anchor] | None = None
 
     def __len__(self) -> int:
         """Rows in use; waits for the device."""
@@ -71,6 +75,17 @@ class HashTable:
 
     def __repr__(self) -> str:
         return f"HashTable({self._name}, dim={self.layout.dim}, {len(self)} rows)"
+
+    @property
+    def anchor(self) -> Anchor:
+        """The table's place in autograd and in optimizers: the same as long as anyone holds it."""
+        # The anchor holds the table. Were that so the other way round, too, the memory of a table that is dropped would
+        # wait for the garbage collector.
+        anchor = None if self._anchor is None else self._anchor()
+        if anchor is None:
+            anchor = Anchor(self)
+            self._anchor = weakref.ref(anchor)
+        return anchor
 
     def reseed(self, seed: int) -> None:
         """Sets the seed of first values, for rows that are not there yet."""

@@ -132,16 +132,18 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
                 f"{owner}: parameter {number} ({got}) is not an embedding table's anchor; "
                 f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
             )
-        unknown = sorted(set(anchor.overrides) - set(defaults))
+        unknown = sorted(set(anchor.table.overrides) - set(defaults))
         if unknown:
             names = ", ".join(member.name for member in anchor.table.members)
             raise ValueError(
                 f"{owner} has no hyperparameter {unknown}, which the config of the table {names} sets; "
                 f"it has {sorted(defaults)}"
             )
-    common = [anchor for anchor in anchors if not anchor.overrides]
+    common = [anchor for anchor in anchors if not anchor.table.overrides]
     result = [{**group, "params": common}] if common else []
-    return result + [{**group, **anchor.overrides, "params": [anchor]} for anchor in anchors if anchor.overrides]
+    return result + [
+        {**group, **anchor.table.overrides, "params": [anchor]} for anchor in anchors if anchor.table.overrides
+    ]
 
 
 def check_positive(owner: str, **values: float) -> None:

@@ -1,0 +1,48 @@
+"""A table's memory goes with the last that holds it: it does not wait for the garbage collector."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, HashTable
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    # The first optimizer of a process makes torch import modules that hold on to it.
+    optim.Adam(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state()).parameters())
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_dropped_table_is_freed_at_once(trains: bool) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state())
+    optimizer = optim.Adam(engine.parameters(), lr=0.1)
+    table = weakref.ref(engine.tables[0])
+    values = engine({"id": torch.arange(5)})["id"]
+    if trains:
+        values.sum().backward()
+        optimizer.step()
+    del values, engine
+    assert table() is not None  # the optimizer updates it still
+    del optimizer
+    assert table() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_an_optimizer_keeps_a_table_by_its_anchor() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(1.0), optimizer={"lr": 0.5})})
+    optimizer = optim.SGD([engine.tables[0].anchor], lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    table: HashTable = engine.tables[0]
+    assert table.anchor is optimizer.param_groups[0]["params"][0]
+    del engine
+    assert table.anchor is optimizer.param_groups[0]["params"][0]
