@@ -20,8 +20,11 @@ from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 # JAX, where a test before has started it, warns of any fork; workers that read files never come near it.
-pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
-
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),
+    # torch advises against two workers where there is one core; what is tried here is not their speed.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning"),
+]
 
 ROWS = 47
 
