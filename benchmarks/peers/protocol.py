@@ -29,11 +29,13 @@ class Task:
         parser.add_argument("--data", type=Path, required=True)
         parser.add_argument("--rule", required=True)
         parser.add_argument("--lr", type=float, required=True)
+        parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
         parser.add_argument("--threads", type=int, required=True)
         parser.add_argument("--clock", choices=list(CLOCKS), required=True)
         args = parser.parse_args()
         self.rule: str = args.rule
         self.lr: float = args.lr
+        self.device: str = args.device
         self.threads: int = args.threads
         self.ids: np.ndarray = np.load(args.data / "ids.npy")
         self.rows: np.ndarray = np.load(args.data / "rows.npy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -15,25 +16,44 @@ from benchmarks.workload import Workload
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
+OWN = {"nn.EmbeddingBag": "embedding_bag", "dict": "dict"}
+"""Peers that need nothing but torch, and so run in this environment."""
 
 
 def installed(peer: str) -> bool:
-    """Whether `make bench-peers` has made the peer's environment."""
-    return (ENVIRONMENTS / peer / "ready").exists()
+    """Whether a peer can run; those that need more than torch do once `make bench-peers` has made their environment."""
+    return peer in OWN or (ENVIRONMENTS / peer / "ready").exists()
 
 
 class Worker:
-    """Starts at once and gets its tables ready while the parent does other things; waits on stdin between its steps."""
+    """Starts at once and gets its tables ready while the parent does other things; waits on stdin between its steps.
 
-    def __init__(self, peer: str, work: Workload, rule: str, *, lr: float, threads: int, clock: str) -> None:
+    Args:
+        cores: Where it may run: what a library's threads do after a step shall not be taken from the other's time.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        work: Workload,
+        rule: str,
+        *,
+        lr: float,
+        device: torch.device,
+        threads: int,
+        clock: str,
+        cores: set[int],
+    ) -> None:
         self.peer = peer
         self._folder = tempfile.TemporaryDirectory(prefix="recis-bench-")
         data = Path(self._folder.name)
-        np.save(data / "ids.npy", torch.stack(work.ids).numpy())
-        np.save(data / "rows.npy", torch.stack([torch.stack(rows) for rows in work.rows]).numpy())
-        np.save(data / "gradients.npy", torch.stack(work.gradients).numpy())
-        command = [ENVIRONMENTS / peer / "bin" / "python", "-W", "ignore", HERE / f"{peer}_worker.py"]
+        np.save(data / "ids.npy", torch.stack(work.ids).cpu().numpy())
+        np.save(data / "rows.npy", torch.stack([torch.stack(rows) for rows in work.rows]).cpu().numpy())
+        np.save(data / "gradients.npy", torch.stack(work.gradients).cpu().numpy())
+        python = sys.executable if peer in OWN else ENVIRONMENTS / peer / "bin" / "python"
+        command = [python, "-W", "ignore", HERE / f"{OWN.get(peer, peer)}_worker.py"]
         command += ["--data", data, "--rule", rule, "--lr", lr, "--threads", threads, "--clock", clock]
+        command += ["--device", device]
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
@@ -44,6 +64,7 @@ class Worker:
             bufsize=1,
             env=environment | limits,
         )
+        os.sched_setaffinity(self._process.pid, cores)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -52,10 +73,6 @@ class Worker:
             raise RuntimeError(f"the worker of {self.peer} ended with status {self._process.wait()}; see above")
         return line
 
-    def wait(self) -> None:
-        """Waits until the tables are warm."""
-        self._answer()
-
     def step(self) -> float:
         """Has the worker run one step; returns the seconds that the worker took for it."""
         assert self._process.stdin is not None
@@ -63,6 +80,7 @@ class Worker:
         return float(self._answer())
 
     def __enter__(self) -> Worker:
+        self._answer()  # the tables are warm
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
