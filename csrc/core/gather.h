@@ -35,6 +35,22 @@ template <int N>
 RECIS_HD void stream_copy(float*, const float*) {}
 #endif
 
+// Writes a row's embedding as a vector; `streams` as for stream_copy.
+template <class E, int W, class Lanes>
+RECIS_HD void copy_vector(float* RECIS_RESTRICT out, const E* RECIS_RESTRICT row, int64_t dim, bool streams,
+                          Lanes lanes) {
+  for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+    if constexpr (kCanStream<E, decltype(n)>) {
+      if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
+    }
+    if constexpr (std::is_same_v<E, float>) {
+      memcpy(out + d, row + d, n * sizeof(float));
+    } else {
+      for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
+    }
+  });
+}
+
 // The vectors of one feature: vectors first, first + 1, ... and the positions of their ids in `rows`.
 struct BagSpan {
   int64_t first;
@@ -77,18 +93,8 @@ struct GatherBags {
     float* RECIS_RESTRICT out = span.out + (v - span.first) * dim;
     if (bag.end - bag.begin == 1 && span.bags.weights == nullptr && bag_rows[bag.begin] >= 0 &&
         span.winners == nullptr) {
-      const E* RECIS_RESTRICT row = reinterpret_cast<const E*>(blocks.record(bag_rows[bag.begin]));
-      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-        if constexpr (kCanStream<E, decltype(n)>) {
-          if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
-        }
-        if constexpr (std::is_same_v<E, float>) {
-          memcpy(out + d, row + d, n * sizeof(float));
-        } else {
-          for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
-        }
-      });
-      return;
+      return copy_vector<E, W>(out, reinterpret_cast<const E*>(blocks.record(bag_rows[bag.begin])), dim, streams,
+                               lanes);
     }
     if (span.bags.combiner == Combiner::kMax) return greatest(span, bag, bag_rows, v, lanes);
     const float norm = span.bags.norm(bag);

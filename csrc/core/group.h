@@ -48,10 +48,13 @@ struct GroupOutputs {
 };
 
 // Keys that are rows themselves. Keys say how they are hashed and what row a distinct one has; positions of row -1
-// belong to no group.
+// belong to no group. They may gather what belongs to a part's rows, once all of these are known.
 struct RowsAsKeys {
   static uint64_t hash(int64_t row, int64_t) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ull; }
   void prefetch(uint64_t) const {}
+  static constexpr int64_t gathered_at_once() { return 0; }
+  void fetch(int64_t) const {}
+  void gather(int64_t, int64_t, int64_t) const {}
   int64_t row(int64_t key, int64_t) const { return key; }
 };
 
@@ -147,6 +150,31 @@ inline std::unique_ptr<int64_t[]> plain_sources(const GroupInputs& in) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Gathers what belongs to a part's positions. `local` is the group of each, groups numbered by their first position.
+template <class Keys>
+void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, int64_t part, const int32_t* local,
+                 const int64_t* rows, int64_t groups) {
+  const int64_t at_once = keys.gathered_at_once();
+  const int64_t begin = parts.begins[part];
+  const int64_t length = parts.begins[part + 1] - begin;
+  size_t feature = 0;
+  int64_t first = 0;  // position of the feature
+  int64_t i = 0;
+  for (int64_t group = 0; group < groups;) {
+    const int64_t end = std::min(groups, group + at_once);
+    for (; group < end; ++group) keys.fetch(rows[group]);
+    for (; i < length && local[i] < end; ++i) {
+      const int64_t position = parts.position(begin + i);  // they ascend within a part
+      while (position >= first + in.features[feature].length) first += in.features[feature++].length;
+      keys.gather(rows[local[i]], static_cast<int64_t>(feature), position - first);
+    }
+  }
+}
+
+}  // namespace detail
+
 template <class Executor, class Keys>
 void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
   const int64_t n = in.positions();
@@ -206,6 +234,7 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         ++groups[part + 1];
         places[part + 1] += part_sizes[g];
       }
+      if (keys.gathered_at_once() > 0) detail::gather_part(keys, in, parts, part, part_local, part_rows, count);
     }
   });
   for (int64_t part = 0; part < parts.count(); ++part) {

@@ -122,7 +122,8 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     Ints field_values, Tensors ids, Ints members, Tensors used, int64_t row_bound, Ints lengths,
                     Ints vectors, Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
-                    const std::optional<Tensor>& scales, const Tensor& count) {
+                    const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
+                    Ints out_starts) {
   const Tensor fresh = torch::stable::empty_like(rows);
   id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
   blocks_init_fresh<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, counters, rows, fresh, ids,
@@ -130,6 +131,11 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   id_map_commit<CudaDevice>(counters);
   group_rows(rows, members, row_bound, lengths, vectors, offsets, weights, combiners, tiles, unique, starts, sources,
              scales, count);
+  if (out.has_value()) {
+    check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
+    gather_bags<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, dim, rows, lengths, vectors, offsets,
+                            weights, combiners, tiles, {}, members, initializers, *out, out_starts, std::nullopt);
+  }
 }
 
 }  // namespace

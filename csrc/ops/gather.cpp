@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES ", " RECIS_GROUPS ") -> ()");
   m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
         ", int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
-        "field_values, " RECIS_IDS ", int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS ") -> ()");
+        "field_values, " RECIS_IDS ", int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
+        ", Tensor(j!)? out=None, int[] out_starts=[]) -> ()");
 }
 
 namespace recis {
@@ -37,7 +38,8 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     Ints field_values, Tensors ids, Ints members, Tensors used, int64_t, Ints lengths, Ints vectors,
                     Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& rows,
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
-                    const std::optional<Tensor>& scales, const Tensor& count) {
+                    const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
+                    Ints out_starts) {
   CpuDevice device(slots);
   RECIS_CHECK(used.empty(), "on the CPU there are as many ids as a tensor holds");
   check_features(rows.numel(), members, lengths);
@@ -46,6 +48,13 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   for (size_t f = 0; f < ids.size(); ++f) {
     RECIS_CHECK(ids[f].numel() == lengths[f], "ids and their length differ");
     features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});
+  }
+  std::vector<float*> parts;
+  bool streams = false;
+  if (out.has_value()) {
+    check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
+    for (const int64_t start : out_starts) parts.push_back(data<float>(*out, "out") + start);
+    streams = can_stream(*out, out_starts, rows.numel(), dim);
   }
   // Every row that was handed out has its first values, whatever may end this early.
   struct Commit {
@@ -60,7 +69,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
         blocks_ref(blocks, block_shift, meta_offset, record_bytes),
         initializer_data(initializers),
         record_start(dim, field_offsets, field_widths, field_sizes, field_values),
-        fetched_early(dim * static_cast<int64_t>(sizeof(element))),
+        PlainOutputs{parts.empty() ? nullptr : parts.data(), dim, streams},
     };
     group_positions(device, keys, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
                     data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);

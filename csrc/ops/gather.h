@@ -27,6 +27,24 @@ inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& 
 // Outputs above this many bytes are written past the caches.
 inline constexpr int64_t kStreamFrom = 4 << 20;
 
+// Whether vectors are to be written past the caches; each must start at a multiple of 32 bytes then.
+inline bool can_stream(const Tensor& out, const Ints& starts, int64_t vectors, int64_t dim) {
+  bool aligned = dim % 16 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
+  for (const int64_t start : starts) aligned = aligned && start % 8 == 0;
+  return aligned && vectors * dim * 4 > kStreamFrom;
+}
+
+// What is to be gathered while ids are grouped must be one vector for each id.
+inline void check_plain(const Tensor& out, const Ints& starts, const Ints& lengths, const Ints& vectors,
+                        const Tensors& offsets, const Tensors& weights, int64_t dim) {
+  RECIS_CHECK(offsets.empty() && weights.empty(), "out: only for features of one id a vector, without weights");
+  RECIS_CHECK(starts.size() == lengths.size() && vectors.size() == lengths.size(), "out: a start for each feature");
+  for (size_t f = 0; f < lengths.size(); ++f) {
+    RECIS_CHECK(vectors[f] == lengths[f], "out: a vector for each id");
+    RECIS_CHECK(starts[f] >= 0 && starts[f] + lengths[f] * dim <= out.numel(), "out is too small");
+  }
+}
+
 template <class Device>
 void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,
                  int64_t dim, const Tensor& rows, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
@@ -40,7 +58,6 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
   spans.reserve(lengths.size());
   int64_t total = 0;
   int64_t positions = 0;
-  bool streams = dim % 16 == 0 && reinterpret_cast<uintptr_t>(buffer) % 64 == 0;
   bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
   for (size_t f = 0; f < lengths.size(); ++f) {
     const Bags bags = bags_of(offsets, weights, lengths, vectors, combiners, tiles, f);
@@ -50,7 +67,6 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
                      bags.combiner == Combiner::kMax && won != nullptr ? won + starts[f] : nullptr,
                      ids.empty() || members[f] < 0 ? nullptr : inits + members[f]});
     aligned = aligned && starts[f] % 4 == 0;
-    streams = streams && starts[f] % 8 == 0;
     total += vectors[f];
     positions += lengths[f];
   }
@@ -63,7 +79,7 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
       kernel.blocks = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
       kernel.rows = data<int64_t>(rows, "rows");
       kernel.dim = dim;
-      kernel.streams = streams && total * dim * 4 > kStreamFrom;
+      kernel.streams = can_stream(out, starts, total, dim);
       device.for_each(total, dim, kernel);
     };
     if constexpr (std::is_same_v<decltype(element), float>) {

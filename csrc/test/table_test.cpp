@@ -3,6 +3,7 @@
 //
 // Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and
 // UndefinedBehaviorSanitizer).
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -102,8 +103,11 @@ void grouped_inserts() {
   std::vector<int64_t> rows(n), found(n), unique(n), starts(n + 1), sources(n), before;
   int64_t groups = 0;
   for (const int tasks : {kThreads, 1}) {
-    const InsertKeys<float> keys{table.map(),  table.counters, table.free_rows.data(), blocks,
-                                 inits.data(), record_start(), fetched_early(64)};
+    std::vector<float> vectors(n * kDim);
+    std::vector<float*> parts;
+    for (int64_t f = 0; f < kFeatures; ++f) parts.push_back(vectors.data() + f * kEach * kDim);
+    const InsertKeys<float> keys{table.map(),  table.counters, table.free_rows.data(),     blocks,
+                                 inits.data(), record_start(), {parts.data(), kDim, false}};
     group_cpu(Threads{tasks}, GroupInputs{features, nullptr, nullptr}, keys,
               GroupOutputs{rows.data(), unique.data(), starts.data(), sources.data(), nullptr, &groups});
     CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));
@@ -111,6 +115,10 @@ void grouped_inserts() {
     CHECK(groups == static_cast<int64_t>(distinct.size()) && starts[groups] == n);
     for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{segments(spans, n), table.map(), found.data()});
     CHECK(found == rows);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* embedding = reinterpret_cast<const float*>(blocks.record(rows[i]));
+      CHECK(std::equal(embedding, embedding + kDim, vectors.data() + i * kDim));
+    }
     for (int64_t u = 0; u < groups; ++u) {
       for (int64_t k = starts[u]; k < starts[u + 1]; ++k) {
         const int64_t position = (sources[k] >> kSourceShift) * kEach + (sources[k] & kSourceVector);

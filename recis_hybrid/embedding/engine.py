@@ -161,8 +161,9 @@ class EmbeddingEngine(nn.Module):
     def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
         table = self.tables[number]
         request, shapes = self._readers[number](batch, table.device)
-        lookup = table.find(request, train=self.training)
-        return lookup, Outputs.of(request.bags.vectors, shapes, table, self.device)
+        outputs = Outputs.of(request.bags.vectors, shapes, table, self.device)
+        room = outputs.room(table) if self.training and request.bags.plain else None
+        return table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names, in every table that is trained. Returns how many."""

@@ -43,6 +43,10 @@ class Outputs:
         starts = [0, *accumulate(sizes[:-1])]
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
+    def room(self, table: HashTable) -> Tensor:
+        """Returns a buffer of its size, float32, on the table's device."""
+        return ops.memory.empty_bytes(4 * self.total, table.device).view(torch.float32)
+
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """Returns each feature's part of a buffer, in its shape.
 
@@ -60,10 +64,12 @@ class Outputs:
 
 def gather(table: HashTable, lookup: Lookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
     """Returns each feature's vectors, in one new buffer."""
-    buffer = ops.memory.empty_bytes(4 * outputs.total, table.device).view(torch.float32)
-    if keep_winners and MAX in lookup.request.bags.combiners:
-        outputs.winners = torch.empty(outputs.total, dtype=torch.int32, device=table.device)
-    table.gather(lookup, buffer, outputs.starts, outputs.winners)
+    buffer, lookup.gathered = lookup.gathered, None
+    if buffer is None:
+        buffer = outputs.room(table)
+        if keep_winners and MAX in lookup.request.bags.combiners:
+            outputs.winners = torch.empty(outputs.total, dtype=torch.int32, device=table.device)
+        table.gather(lookup, buffer, outputs.starts, outputs.winners)
     return outputs.views(buffer if outputs.device == table.device else buffer.to(outputs.device))
 
 

@@ -111,15 +111,19 @@ class HashTable:
         """
         return self.find(Request.of(features), train=train)
 
-    def find(self, request: Request, *, train: bool) -> Lookup:
-        """As :meth:`lookup`, of features side by side."""
+    def find(self, request: Request, *, train: bool, out: Tensor | None = None, starts: Sequence[int] = ()) -> Lookup:
+        """As :meth:`lookup`, of features side by side.
+
+        A training lookup does along with it what :meth:`gather` does, where a buffer for that is given and it can, and
+        hands the buffer on as ``Lookup.gathered``.
+        """
         if not train or self.read_only:
             rows = self._on_blocks(
                 self.id_map.find(self._on_map(request.ids), request.members, self._on_map(request.used))
             )
             return Lookup(request, rows, self.id_map.row_bound, self.generation, False, self.step)
         self._see()
-        lookup = self._insert_grouped(request)
+        lookup = self._insert_grouped(request, out, starts)
         if self.before_read is not None:
             self.before_read(self, lookup.groups)
         self._unseen = lookup
@@ -163,20 +167,25 @@ class HashTable:
             [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
         )  # fmt: skip
 
-    def _insert_grouped(self, request: Request) -> Lookup:
+    def _insert_grouped(self, request: Request, out: Tensor | None, starts: Sequence[int]) -> Lookup:
         ids, members, layout = request.ids, request.members, self.layout
+        gathered = None
         if self.gate is not None or self.map_device != self.device:
             rows = self._insert(ids, members, self.gate, request.used)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
         else:
             bound = self._reserve(sum(request.bags.lengths))
+            # Rows that something advances before they are read, and bags of several ids, are gathered later.
+            gathered = out if self.before_read is None and request.bags.plain else None
             rows, groups = ops.gather.insert_grouped(
                 self.id_map.slots, self.id_map.counters, self.id_map.free_rows, self.blocks.handle, layout.element,
                 layout.dim, self._initializers, layout.state_args, ids, members, bound, gradient_bags(request.bags),
-                used=request.used,
+                used=request.used, out=gathered, starts=() if gathered is None else starts,
             )  # fmt: skip
             self.id_map.inserted(rows.numel())
-        return Lookup(request, rows, self.id_map.row_bound, self.generation, self.gate is None, self.step + 1, groups)
+        return Lookup(
+            request, rows, self.id_map.row_bound, self.generation, self.gate is None, self.step + 1, groups, gathered
+        )
 
     def _reserve(self, more: int) -> int:
         """Makes room for more ids; whatever may run out of memory, before anything is changed."""

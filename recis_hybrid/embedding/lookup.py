@@ -91,6 +91,8 @@ class Lookup:
     """The step that it belongs to."""
     grouped: RowGroups | None = None
     """The positions grouped by row, as gradients are summed; None if this was no training lookup."""
+    gathered: Tensor | None = None
+    """The buffer into which its vectors were gathered along with it, until :func:`gather.gather` takes it."""
 
     @property
     def train(self) -> bool:

@@ -37,6 +37,11 @@ class Bags(NamedTuple):
     tiles: list[int]
     """0, or k: a bag gives k vectors, the v-th of its v-th id, and has at most k ids."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether each id gives one vector, which is its row's embedding."""
+        return not self.offsets and not self.weights
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -99,7 +104,7 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
 def insert_grouped(
     slots: Tensor, counters: Tensor, free_rows: Tensor, blocks: Blocks, element: int, dim: int, initializers: Tensor,
     state: StateArgs, ids: Sequence[Tensor], members: Sequence[int], row_bound: int, bags: Bags, *,
-    used: Sequence[Tensor] = (),
+    used: Sequence[Tensor] = (), out: Tensor | None = None, starts: Sequence[int] = (),
 ) -> tuple[Tensor, RowGroups]:  # fmt: skip
     """Finds each id or gives it a row with its first values, and groups the positions by row: a training lookup.
 
@@ -120,6 +125,9 @@ def insert_grouped(
         row_bound: Greater than every row that may be made.
         bags: How gradients belong to positions, as in :func:`group_rows`.
         used: As in ``id_map.find``; empty on the CPU.
+        out: As in :func:`gather_bags`, which this does too then, while records are near; only for bags of one id each
+            without weights.
+        starts: As in :func:`gather_bags`.
 
     Returns:
         int64 ``[N]``, the row of each id; and the groups.
@@ -129,7 +137,7 @@ def insert_grouped(
     groups = _room(n, bags, slots.device)
     torch.ops.recis.insert_grouped(
         slots, counters, free_rows, *blocks, element, dim, initializers, state.offsets, state.widths, state.sizes,
-        state.first_values, ids, members, used, row_bound, *bags, rows, *_parts(groups),
+        state.first_values, ids, members, used, row_bound, *bags, rows, *_parts(groups), out, starts,
     )  # fmt: skip
     return rows, groups
 

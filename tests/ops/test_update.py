@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.lookup import Request
 from recis_hybrid.embedding.pending import Part, Pending
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
@@ -217,6 +218,25 @@ def test_a_training_lookup_is_an_insert_and_a_grouping(
         ids = torch.tensor([i], device=device)
         first.insert(member, ids)
         assert torch.equal(table.export(member, ids)["embedding"], first.export(member, ids)["embedding"])
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "length"), [(4, 7), (16, 9000), (16, 40_000), (20, 5000), (64, 300), (128, 5000)])
+def test_a_training_lookup_gathers_along_with_it(device: str, dtype: torch.dtype, dim: int, length: int) -> None:
+    table = make_table(members=2, dim=dim, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(dim)
+    # Two features of one member table, one of another, and one without ids.
+    ids = [torch.randint(0, length, (n,), generator=generator).tolist() for n in (length, 3, length, 0)]
+    request = Request.of([feature(part, None, m, device=device) for part, m in zip(ids, (0, 0, 1, 1), strict=True)])
+    starts = [0, *itertools.accumulate(-(-len(part) * dim // 16) * 16 for part in ids)]
+    along, after = torch.full((starts[-1],), 7.0, device=device), torch.full((starts[-1],), 7.0, device=device)
+    lookup = table.find(request, train=True, out=along, starts=starts[:-1])
+    assert lookup.gathered is along
+    table.gather(lookup, after, starts[:-1])
+    assert torch.equal(along, after)
+    for start, part in zip(starts, ids, strict=False):
+        assert not bool((along[start : start + len(part) * dim] == 7.0).any())
 
 
 def _groups(groups: RowGroups) -> list[tuple[int, list[tuple[int, float]]]]:
