@@ -81,9 +81,9 @@ def word(value: float, dtype: torch.dtype) -> int:
 
 
 def fits(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a dtype can hold a value: integers take whole numbers of their range."""
+    """Whether a dtype can hold a value: integers take whole numbers of their range, floats finite ones of theirs."""
     if dtype.is_floating_point:
-        return True
+        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
     if not math.isfinite(value) or value != int(value):
         return False
     limits = torch.iinfo(torch.int8 if dtype == torch.bool else dtype)

@@ -35,6 +35,8 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
         if numbers.shape != (count,):
             raise IndexError(f"RaggedTensor: a mask of rows must be [{count}], got {list(numbers.shape)}")
         numbers = numbers.nonzero().view(-1)
+    if numbers.is_floating_point() and numbers.numel():
+        raise TypeError(f"RaggedTensor: rows are numbered by integers, got {numbers.dtype}; convert them")
     numbers = numbers.to(torch.int64)
     if numbers.dim() != 1 or (numbers.numel() and not (-count <= int(numbers.min()) and int(numbers.max()) < count)):
         raise IndexError(f"RaggedTensor: rows must be a list of numbers from {-count} to {count - 1}, got {which}")

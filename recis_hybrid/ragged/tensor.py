@@ -329,6 +329,7 @@ class RaggedTensor:
 
         Raises:
             IndexError: There is no such row.
+            TypeError: The numbers are no integers.
         """
         made = take.rows((self.values, self.offsets, self.weights, self.outer), which)
         return made if isinstance(made, torch.Tensor) else RaggedTensor(*made)

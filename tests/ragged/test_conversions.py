@@ -216,6 +216,9 @@ def test_rows_by_number_and_slice() -> None:
     for which in (3, -4, [3], torch.tensor([True])):
         with pytest.raises(IndexError, match="RaggedTensor: "):
             rows[which]
+    assert rows[[]].to_lists() == []
+    with pytest.raises(TypeError, match=r"rows are numbered by integers, got torch\.float32; convert them"):
+        rows[[0.9]]
 
 
 def test_concat() -> None:
