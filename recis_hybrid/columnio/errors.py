@@ -33,6 +33,14 @@ def not_whole(file: Any, name: str, error: Exception) -> BadFileError:
     )
 
 
+def vanished(file: str, error: Exception) -> FileNotFoundError:
+    """Returns the error for a file that was there when the data set was made."""
+    return FileNotFoundError(
+        f"columnio: {file} was there when the data set was made and is not now ({error}); put it back, or leave it out "
+        f'(on_bad_file="skip")'
+    )
+
+
 def cannot_be_read(piece: str, file: str, error: Exception) -> BadFileError:
     """Returns the error for a part of a file."""
     return BadFileError(

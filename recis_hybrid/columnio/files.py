@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from .columns import Column, Weighted
 from .convert import Converter
-from .errors import BadFileError, Skipped, cannot_be_read
+from .errors import BadFileError, Skipped, cannot_be_read, vanished
 from .filters import RowFilter
 from .formats import Contents, Format, format_of
 from .numbers import Array, ArrowType, Place, a_few
@@ -167,8 +167,10 @@ class Files:
                 wanted = batch if self.row_filter is None else self.row_filter(batch)
                 if wanted.num_rows:
                     yield wanted
-        except (FileNotFoundError, PermissionError):
+        except PermissionError:
             raise
+        except FileNotFoundError as error:
+            raise vanished(str(piece.opened.file), error) from error
         except DAMAGE as error:
             raise cannot_be_read(str(piece), str(piece.opened.file), error) from error
 
