@@ -28,8 +28,22 @@ from .adapters import (
 )
 from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
 from .launch import init as init
+from .optimizer import OptaxOptimizer as OptaxOptimizer
+from .state import JaxState as JaxState
 from .tower import JaxTower as JaxTower
 
 del _jax
 
-__all__ = ["JaxTower", "copies", "from_equinox", "from_haiku", "from_linen", "from_nnx", "init", "to_jax", "to_torch"]
+__all__ = [
+    "JaxState",
+    "JaxTower",
+    "OptaxOptimizer",
+    "copies",
+    "from_equinox",
+    "from_haiku",
+    "from_linen",
+    "from_nnx",
+    "init",
+    "to_jax",
+    "to_torch",
+]

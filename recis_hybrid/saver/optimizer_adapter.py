@@ -78,9 +78,10 @@ class OptimizerPart:
         """Put back what torch cast to the parameter's dtype, as it does with float32 moments of a bfloat16 one."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for index, values in state.items():
-            live = self._optimizer.state[parameters[index]]
+            # One that keeps its state elsewhere (OptaxOptimizer) casts nothing.
+            live = self._optimizer.state.get(parameters[index], {})
             for key, tensor in values.items():
-                if isinstance(tensor, Tensor) and live[key].dtype != tensor.dtype:
+                if isinstance(tensor, Tensor) and key in live and live[key].dtype != tensor.dtype:
                     live[key] = tensor.to(live[key].device)
 
     def _identity(self) -> dict[str, JSON]:

@@ -1,0 +1,187 @@
+"""OptaxOptimizer beside the same transformation in plain JAX, and beside torch's optimizers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+jnp = jax.numpy
+from recis_hybrid.bridge import JaxTower, OptaxOptimizer, copies  # noqa: E402
+from recis_hybrid.saver import CheckpointMismatch, Saver  # noqa: E402
+
+RANDOM = np.random.default_rng(0)
+PARAMS = {
+    "layers": [
+        {"w": RANDOM.normal(size=(5, 8)).astype(np.float32), "b": np.zeros(8, np.float32)},
+        {"w": RANDOM.normal(size=(8, 1)).astype(np.float32), "b": np.zeros(1, np.float32)},
+    ]
+}
+X = RANDOM.normal(size=(20, 16, 5)).astype(np.float32)
+
+
+def mlp(params: Any, x: Any) -> Any:
+    hidden = jnp.tanh(x @ params["layers"][0]["w"] + params["layers"][0]["b"])
+    return hidden @ params["layers"][1]["w"] + params["layers"][1]["b"]
+
+
+def train(tower: JaxTower, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for number in steps:
+        optimizer.zero_grad()
+        tower(torch.from_numpy(X[number]).clone()).square().mean().backward()
+        optimizer.step()
+
+
+def weights(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in tower.named_parameters()}
+
+
+TRANSFORMATIONS = {
+    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-2, 20), weight_decay=0.1),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+    "sgd": optax.sgd(0.1),
+    "by name": optax.multi_transform(
+        {"w": optax.adam(1e-2), "b": optax.set_to_zero()},
+        lambda params: {name: name.rpartition(".")[2] for name in params},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMATIONS)
+def test_it_is_the_transformation_in_jax(kind: str) -> None:
+    transformation = TRANSFORMATIONS[kind]
+    tower = JaxTower(mlp, PARAMS)
+    before = copies()
+    optimizer = OptaxOptimizer(tower.named_parameters(), transformation)
+    train(tower, optimizer, range(20))
+    assert copies() == before  # not one of parameters, gradients or state
+
+    names = [name for name, _ in tower.named_parameters()]
+    _, tree = jax.tree.flatten(PARAMS)
+    params = {name: jnp.array(leaf) for name, leaf in zip(names, jax.tree.leaves(PARAMS), strict=True)}
+    state = transformation.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any, x: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return jnp.mean(jnp.square(mlp(jax.tree.unflatten(tree, [params[name] for name in names]), x)))
+
+        changes, state = transformation.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, changes), state
+
+    for x in X:
+        params, state = step(params, state, x)
+    for name, weight in weights(tower).items():
+        np.testing.assert_allclose(weight, params[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_torch_module_trains_as_by_torch() -> None:
+    ours, theirs = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+    theirs.load_state_dict(ours.state_dict())
+    steps = [
+        OptaxOptimizer(ours.named_parameters(), optax.adam(1e-2)),
+        torch.optim.Adam(theirs.parameters(), lr=1e-2),
+    ]
+    for _ in range(10):
+        x = torch.randn(4, 16)
+        for module, optimizer in zip((ours, theirs), steps, strict=True):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_move_into_memory_of_jax_and_stay_the_same_objects() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    parameters, pointers = list(tower.parameters()), [p.data_ptr() for p in tower.parameters()]
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
+    train(tower, optimizer, range(2))
+    assert all(a is b for a, b in zip(parameters, tower.parameters(), strict=True))
+    assert all(p.data_ptr() != pointer for p, pointer in zip(parameters, pointers, strict=True))
+    assert all(p.requires_grad and p.is_leaf for p in parameters)
+
+
+def test_a_parameter_without_a_gradient_has_zeros_and_none_at_all_is_no_step() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.adam(0.1))
+    before = weights(tower)
+    optimizer.step()
+    torch.testing.assert_close(weights(tower), before, rtol=0, atol=0)
+    assert int(optimizer.state_dict()["state"][0]["leaf0"]) == 0
+    first = next(tower.parameters())
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    assert int(optimizer.state_dict()["state"][0]["leaf0"]) == 1
+    changed = [name for name, weight in weights(tower).items() if not torch.equal(weight, before[name])]
+    assert len(changed) == 1
+
+
+def test_gradients_that_jax_cannot_take_are_copied_and_counted() -> None:
+    tower = JaxTower(lambda params, x: x * params["w"], {"w": np.ones((4, 6), np.float32)})
+    (w,) = tower.parameters()
+    w.grad = torch.arange(24.0).view(6, 4).t()
+    before = copies()
+    OptaxOptimizer(tower.named_parameters(), optax.sgd(1.0)).step()
+    assert copies() == before + 1
+    assert torch.equal(w.detach(), 1 - torch.arange(24.0).view(6, 4).t())
+
+
+def test_a_step_between_forward_and_backward_is_noticed() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
+    x = torch.from_numpy(X[0]).clone()
+    late = tower(x).sum()
+    tower(x).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_state_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = JaxTower(mlp, PARAMS)
+    train(whole, OptaxOptimizer(whole.named_parameters(), TRANSFORMATIONS["adamw"]), range(20))
+
+    first = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(first.named_parameters(), TRANSFORMATIONS["adamw"])
+    train(first, optimizer, range(12))
+    saver = Saver(tmp_path)
+    saver.save(12, tower=first, optimizer=optimizer)
+    train(first, optimizer, range(12, 14))  # what was saved is a copy
+
+    second = JaxTower(mlp, PARAMS)
+    again = OptaxOptimizer(second.named_parameters(), TRANSFORMATIONS["adamw"])
+    saver.load(tower=second, optimizer=again)
+    train(second, again, range(12, 20))
+    torch.testing.assert_close(weights(second), weights(whole), rtol=0, atol=0)
+
+    other = JaxTower(lambda params, x: x * params["w"], {"w": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointMismatch):
+        saver.load(optimizer=OptaxOptimizer(other.named_parameters(), optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="another transformation or other parameters"):
+        again.load_state_dict(OptaxOptimizer(second.named_parameters(), optax.adagrad(0.1)).state_dict())
+
+
+def test_a_transformation_without_state() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(tower, optimizer, range(1))
+
+
+def test_bad_input() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    with pytest.raises(TypeError, match=r"takes named parameters, got a Parameter; pass module.named_parameters\(\)"):
+        OptaxOptimizer(tower.parameters(), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="distinct names, got \\[\\]"):
+        OptaxOptimizer([], optax.sgd(0.1))
+    named = list(tower.named_parameters())
+    with pytest.raises(ValueError, match="distinct names"):
+        OptaxOptimizer([*named, named[0]], optax.sgd(0.1))
+    odd = torch.nn.Parameter(torch.zeros(33)[1:])
+    with pytest.raises(ValueError, match="OptaxOptimizer: parameter 'odd'"):
+        OptaxOptimizer([("odd", odd)], optax.sgd(0.1))
