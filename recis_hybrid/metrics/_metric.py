@@ -165,7 +165,7 @@ class RowMetric(Metric):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._rows.clear()
+        self._rows = []
 
     def state(self) -> dict[str, Tensor]:
         """Returns the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""

@@ -1,0 +1,200 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from recis_hybrid.metrics import AUC
+from recis_hybrid.pipelines import (
+    Callback,
+    Checkpoint,
+    Evaluate,
+    JsonLog,
+    Profile,
+    ProgressBar,
+    Save,
+    TensorBoard,
+    Train,
+    Trainer,
+)
+from recis_hybrid.saver import Saver
+from tests.support.small import make_batches, make_step
+
+
+def run(callbacks: list[Callback], **options: Any) -> Trainer:
+    batches = make_batches(5)
+    trainer = Trainer(make_step(), batches, batches, metrics={"auc": AUC()}, callbacks=callbacks, log_every=2)
+    trainer.fit([Train(), Evaluate()], **options)
+    return trainer
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_order_of_calls(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def noting(hook: str) -> Any:
+        return lambda self, trainer, *args: calls.append(hook)
+
+    hooks = [name for name in vars(Callback) if name.startswith(("before_", "after_"))]
+    noter = type("Noter", (Callback,), {hook: noting(hook) for hook in hooks})()
+    trainer = Trainer(make_step(), make_batches(1), saver=Saver(tmp_path), callbacks=[noter])
+    trainer.fit([Train(), Save()])
+    assert calls == [
+        "before_fit", "before_stage", "before_step", "before_backward", "after_backward", "after_step", "after_stage",
+        "before_stage", "before_save", "after_save", "after_stage", "after_fit",
+    ]  # fmt: skip
+    assert set(calls) == set(hooks)
+
+
+def test_the_log_is_json(tmp_path: Path) -> None:
+    trainer = run([JsonLog(tmp_path / "run" / "log.jsonl")])
+    records = lines(tmp_path / "run" / "log.jsonl")
+    assert [(record["event"], record["step"]) for record in records] == [
+        ("train", 2), ("train", 4), ("train", 5), ("eval", 5), ("tables", 5)
+    ]  # fmt: skip
+    assert records[3]["eval/auc"] == trainer.figures["eval"]["auc"]
+    assert math.isfinite(records[0]["loss"])
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    batches = make_batches(1)
+    batches[0]["label"] = batches[0]["label"] * 0  # type: ignore[operator]
+    log = JsonLog(tmp_path / "log.jsonl")
+    trainer = Trainer(make_step(), eval_data=batches, metrics={"auc": AUC()}, callbacks=[log])
+    with pytest.warns(RuntimeWarning, match="AUC: undefined and given as NaN: it needs both classes"):
+        trainer.fit([Evaluate()])
+    assert lines(tmp_path / "log.jsonl")[0]["eval/auc"] is None
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
+    class Crash(Callback):
+        def after_step(self, trainer: Trainer) -> None:
+            if trainer.steps_done == 7:
+                raise KeyboardInterrupt
+
+    def trainer(*more: Callback) -> Trainer:
+        callbacks = [JsonLog(tmp_path / "log.jsonl"), Checkpoint(steps=4), *more]
+        return Trainer(make_step(), make_batches(10), saver=Saver(tmp_path), callbacks=callbacks, log_every=1)
+
+    crashed = trainer(Crash())
+    with pytest.raises(KeyboardInterrupt):
+        crashed.fit([Train()])
+    crashed.saver = None
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"event": "train", "st')  # cut by a crash
+    trainer().fit([Train()], resume="latest")
+    assert [record["step"] for record in lines(tmp_path / "log.jsonl") if record["event"] == "train"] == [*range(1, 11)]
+
+
+def test_the_bar_shows_loss_samples_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    run([ProgressBar()])
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "5/5" in shown.err
+    assert "samples/s" in shown.err
+    assert "step 5, eval: auc 1.00000" in shown.err
+
+
+def test_only_rank_0_shows_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    callbacks = [ProgressBar(), JsonLog(tmp_path / "log"), TensorBoard(tmp_path / "tb"), Profile(tmp_path / "trace")]
+    run(callbacks)
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within tensorboard
+def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
+    run([TensorBoard(tmp_path), log := JsonLog(tmp_path / "log.jsonl")])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert log is not None
+    tags = set(found.Tags()["scalars"])
+    assert {
+        "train/loss", "train/samples_per_s", "time/data", "time/lookup", "time/towers", "time/update", "rows/id",
+        "train/admitted", "train/evicted", "memory/tables", "memory/process", "eval/auc", "lr/sparse",
+    } <= tags  # fmt: skip
+    logged = [r["loss"] for r in lines(tmp_path / "log.jsonl") if r["event"] == "train"]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged)
+    assert [event.step for event in found.Scalars("train/loss")] == [2, 4, 5]
+
+
+def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
+    run([Profile(tmp_path / "trace.json", first=2, steps=2)])
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"] if event.get("ph") == "X"]
+    assert sum(name.startswith("Optimizer.step#Adam") for name in names) == 2 * 2
+    assert all({"ts", "dur", "pid", "tid"} <= event.keys() for event in trace["traceEvents"] if event.get("ph") == "X")
+
+
+def test_checkpoints_by_time(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=None)
+    Trainer(make_step(), make_batches(4), saver=saver, callbacks=[Checkpoint(seconds=1e-9)]).fit([Train()])
+    assert saver.steps() == [1, 2, 3, 4]
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.metrics import AUC
+from recis_hybrid.pipelines import *
+from recis_hybrid.saver import Saver
+from tests.support.small import make_step, state_of
+folder, resume, delay = Path(sys.argv[1]), sys.argv[2] == "resume", float(sys.argv[3])
+torch.set_num_threads(1)
+data = ColumnDataset(folder / "rows.csv", ["id", "label"], 32, shuffle=True, prefetch=2)
+class Slow(Callback):
+    def after_step(self, trainer):
+        import time; time.sleep(delay); print(trainer.steps_done, flush=True)
+trainer = Trainer(make_step(clip_grad_norm=1.0), data, data, metrics={"auc": AUC()}, seed=1, log_every=3,
+                  saver=Saver(folder / "run", keep=2, async_save=True), callbacks=[Checkpoint(steps=3), Slow()])
+trainer.fit([stage for _ in range(5) for stage in (Train(epochs=1), Evaluate(), Save())],
+            resume="latest" if resume else None)
+import hashlib
+state = state_of(trainer.steps[""])
+print(hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest(), trainer.figures)
+"""
+
+
+def program(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(folder), *arguments]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path) -> None:
+    rows = "".join(f"{n * 7 % 50},{n % 2}.0\n" for n in range(330))
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.csv").write_text("id,label\n" + rows)
+    with program(tmp_path / "killed", "anew", "0.01") as killed, program(tmp_path / "whole", "anew", "0") as whole:
+        assert killed.stdout is not None
+        for line in killed.stdout:
+            if line.strip() == "28":  # in the third of five passes
+                killed.send_signal(signal.SIGKILL)
+                break
+        expected, _ = whole.communicate(timeout=60)
+    with program(tmp_path / "killed", "resume", "0") as again:
+        resumed, _ = again.communicate(timeout=60)
+    assert (killed.returncode, whole.returncode, again.returncode) == (-signal.SIGKILL, 0, 0)
+    steps = [int(line) for line in resumed.splitlines()[:-1]]
+    assert steps[0] <= 28
+    assert steps[-1] == 55
+    assert resumed.splitlines()[-1] == expected.splitlines()[-1]
+    assert expected.splitlines()[-1].endswith("}}")
