@@ -39,7 +39,7 @@ def test_frappe_learns_in_one_epoch(root: Path, data_dir: Path, folder: str, tow
     assert list(tmp_path.glob("step_*/manifest.json"))
 
 
-@pytest.mark.parametrize("program", ["demo.py", "frappe.py", "ctr_log.py", "jax_tower.py"])
+@pytest.mark.parametrize("program", ["demo.py", "frappe.py", "ctr_log.py", "jax_led.py", "jax_tower.py"])
 def test_help(root: Path, program: str) -> None:
     done = subprocess.run(
         [sys.executable, f"examples/{program}", "--help"], cwd=root, capture_output=True, text=True, check=True

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from recis_hybrid.columnio import Window
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
@@ -85,8 +86,6 @@ def test_sources_without_batches_are_named() -> None:
     with pytest.raises(ValueError, match=r"Train: there is no source 'clicks', there are \['train'\]"):
         Trainer(make_step(), make_batches(1)).fit([Train(data="clicks")])
     with pytest.raises(ValueError, match=r"Train\(window=\) needs Trainer\(open_window=\)"):
-        from recis_hybrid.columnio import Window
-
         Trainer(make_step()).fit([Train(window=Window("a", ["a"]))])
 
 
@@ -131,8 +130,8 @@ def test_a_callback_that_raises_is_named_and_the_state_saved(tmp_path: Path, hoo
             trainer.saver = None
         return trainer
 
-    with pytest.raises(CallbackError, match=rf"the callback Broken raised in {hook} at step \d+: OSError: disk is gone; "
-                       r"the state of step \d+ is saved") as caught:  # fmt: skip
+    said = rf"the callback Broken raised in {hook} at step \d+: OSError: disk is gone; the state of step \d+ is saved"
+    with pytest.raises(CallbackError, match=said) as caught:
         run(raises_in(hook, 0 if hook == "before_fit" else 3))
     assert isinstance(caught.value.__cause__, OSError)
     resumed = run(None, resume="latest")

@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
@@ -24,7 +27,7 @@ from recis_hybrid.pipelines import (
     Trainer,
 )
 from recis_hybrid.saver import Saver
-from tests.support.small import make_batches, make_step
+from tests.support.small import assert_same, make_batches, make_step, state_of
 
 
 def run(callbacks: list[Callback], **options: Any) -> Trainer:
@@ -148,53 +151,51 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
     assert saver.steps() == [1, 2, 3, 4]
 
 
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.metrics import AUC
-from recis_hybrid.pipelines import *
-from recis_hybrid.saver import Saver
-from tests.support.small import make_step, state_of
-folder, resume, delay = Path(sys.argv[1]), sys.argv[2] == "resume", float(sys.argv[3])
-torch.set_num_threads(1)
-data = ColumnDataset(folder / "rows.csv", ["id", "label"], 32, shuffle=True, prefetch=2)
-class Slow(Callback):
-    def after_step(self, trainer):
-        import time; time.sleep(delay); print(trainer.steps_done, flush=True)
-trainer = Trainer(make_step(clip_grad_norm=1.0), data, data, metrics={"auc": AUC()}, seed=1, log_every=3,
-                  saver=Saver(folder / "run", keep=2, async_save=True), callbacks=[Checkpoint(steps=3), Slow()])
-trainer.fit([stage for _ in range(5) for stage in (Train(epochs=1), Evaluate(), Save())],
-            resume="latest" if resume else None)
-import hashlib
-state = state_of(trainer.steps[""])
-print(hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest(), trainer.figures)
-"""
+def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
+    """Five passes over a file, saved every third step."""
+    data = ColumnDataset(folder / "rows.csv", ["id", "label"], 32, shuffle=True, prefetch=2)
+
+    class Tell(Callback):
+        def after_step(self, trainer: Trainer) -> None:
+            time.sleep(delay)
+            print(trainer.steps_done, flush=True)
+
+    trainer = Trainer(
+        make_step(clip_grad_norm=1.0), data, data, metrics={"auc": AUC()}, seed=1,
+        saver=Saver(folder / "run", keep=2, async_save=True), callbacks=[Checkpoint(steps=3), Tell()],
+    )  # fmt: skip
+    stages = [stage for _ in range(5) for stage in (Train(epochs=1), Evaluate(), Save())]
+    trainer.fit(stages, resume="latest" if resume else None)
+    return trainer
 
 
-def program(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(folder), *arguments]
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
-
-
-def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path) -> None:
-    rows = "".join(f"{n * 7 % 50},{n % 2}.0\n" for n in range(330))
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rows.csv").write_text("id,label\n" + rows)
-    with program(tmp_path / "killed", "anew", "0.01") as killed, program(tmp_path / "whole", "anew", "0") as whole:
-        assert killed.stdout is not None
-        for line in killed.stdout:
+        (tmp_path / name / "rows.csv").write_text(
+            "id,label\n" + "".join(f"{n * 7 % 50},{n % 2}.0\n" for n in range(330))
+        )
+    program = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        "from pathlib import Path\n"
+        "from tests.pipelines.test_callbacks import small_run\n"
+        f"small_run(Path({str(tmp_path / 'killed')!r}), resume=False, delay=0.01)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
             if line.strip() == "28":  # in the third of five passes
-                killed.send_signal(signal.SIGKILL)
+                run.send_signal(signal.SIGKILL)
                 break
-        expected, _ = whole.communicate(timeout=60)
-    with program(tmp_path / "killed", "resume", "0") as again:
-        resumed, _ = again.communicate(timeout=60)
-    assert (killed.returncode, whole.returncode, again.returncode) == (-signal.SIGKILL, 0, 0)
-    steps = [int(line) for line in resumed.splitlines()[:-1]]
+    assert run.returncode == -signal.SIGKILL
+    whole = small_run(tmp_path / "whole", resume=False)
+    capsys.readouterr()
+    resumed = small_run(tmp_path / "killed", resume=True)
+    steps = [int(line) for line in capsys.readouterr().out.splitlines()]
     assert steps[0] <= 28
-    assert steps[-1] == 55
-    assert resumed.splitlines()[-1] == expected.splitlines()[-1]
-    assert expected.splitlines()[-1].endswith("}}")
+    assert steps == list(range(steps[0], 56))
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures == whole.figures

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from recis_hybrid.columnio import ColumnDataset, Window, Windows
 from recis_hybrid import optim
+from recis_hybrid.columnio import ColumnDataset, Window, Windows
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused, dense_parameters
 from recis_hybrid.metrics import AUC, GAUC, LogLoss
 from recis_hybrid.pipelines import (
@@ -322,7 +322,7 @@ def dataset(tmp_path: Path, **options: Any) -> ColumnDataset:
 
 
 def workers(tmp_path: Path) -> DataLoader[Batch]:
-    return DataLoader(dataset(tmp_path), batch_size=None, num_workers=1, multiprocessing_context="forkserver")
+    return DataLoader(dataset(tmp_path), batch_size=None, num_workers=1, multiprocessing_context="fork")
 
 
 def mixture(tmp_path: Path) -> Mixture:
