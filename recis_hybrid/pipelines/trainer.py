@@ -351,7 +351,8 @@ class Trainer:
                 raise
             error.add_note(f"the save in the background failed, too: {another}")
         if error is not None:
-            error.add_note(f"the latest checkpoint is of step {self.saver.latest()}")
+            latest = self.saver.latest()
+            error.add_note("there is no checkpoint" if latest is None else f"the latest checkpoint is of step {latest}")
 
     def _rescue(self) -> str:
         """Saves after a callback has raised, and says what came of it."""
