@@ -74,3 +74,8 @@ class CallbackError(RuntimeError):
 def rank() -> int:
     """Returns this process's number among those of torch.distributed; 0 where that is not initialised."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """Returns how many processes train together; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

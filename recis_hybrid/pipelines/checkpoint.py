@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from recis_hybrid.pipelines.callback import Callback
+from recis_hybrid.pipelines.callback import Callback, ranks
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -30,7 +30,9 @@ class Checkpoint(Callback):
         self._last = time.monotonic()
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Counts from here."""
+        """Counts from here; ranks, which save together, cannot go by their clocks."""
+        if self._seconds is not None and ranks() > 1:
+            raise ValueError("Checkpoint: ranks save at the same step; give steps in the place of seconds")
         self._last = time.monotonic()
 
     def after_step(self, trainer: Trainer) -> None:

@@ -24,7 +24,7 @@ class DataConfig:
 
     train: str
     """File, folder or pattern."""
-    eval: str | None = None
+    evaluate: str | None = None
     """As ``train``; None: nothing is evaluated."""
     label: str = "label"
     """Column of labels, 0 or 1."""

@@ -67,7 +67,7 @@ def trainer_of(config: Config, *, quiet: bool = False) -> Trainer:
         label=config.data.label, groups=config.data.groups, precision=config.train.precision,
         clip_grad_norm=config.optimizer.clip_grad_norm, compile=[model.tower] if config.model.compile else [],
     )  # fmt: skip
-    evaluated = config.data.eval
+    evaluated = config.data.evaluate
     return Trainer(
         step, _dataset(config, features, config.data.train, shuffle=config.data.shuffle),
         None if evaluated is None else _dataset(config, features, evaluated, shuffle=False),
@@ -81,7 +81,7 @@ def stages_of(config: Config) -> Iterator[Stage]:
     """Yields the stages of a configuration: after each pass an evaluation, an eviction if asked for, a checkpoint."""
     for number in range(config.train.epochs):
         yield Train(epochs=1, name=f"epoch {number + 1}")
-        if config.data.eval is not None:
+        if config.data.evaluate is not None:
             yield Evaluate()
         if config.train.evict_unused is not None:
             yield Evict(Unused(config.train.evict_unused))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from recis_hybrid.pipelines.callback import Callback, CallbackError
+from recis_hybrid.pipelines.clock import Clock
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -83,3 +85,19 @@ class Hooks:
             f"the callback {type(callback).__name__} raised in {hook} at step {self._trainer.steps_done}: "
             f"{type(error).__name__}: {error}; {self._rescue()}"
         )
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What looks on while a step of the trainer runs."""
+
+    clock: Clock
+    hooks: Hooks
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what is done within, in a step that is logged."""
+        return self.clock.phase(name)
+
+    def backward(self, when: Literal["before", "after"]) -> None:
+        """Calls the callbacks."""
+        self.hooks.call(f"{when}_backward")

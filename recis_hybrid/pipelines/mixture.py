@@ -30,7 +30,7 @@ class Mixture:
         >>> ads, organic = [{"id": torch.tensor([1])}], [{"id": torch.tensor([2])}]
         >>> stream = iter(Mixture({"ads": ads, "organic": organic}, {"ads": 3, "organic": 1}))
         >>> sum(int(next(stream)["id"]) == 1 for _ in range(400))
-        297
+        312
     """
 
     endless = True

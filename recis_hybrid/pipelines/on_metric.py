@@ -72,6 +72,10 @@ class EarlyStop(_OnMetric):
             self.best, self.bad = value, 0
             return
         self.bad += 1
+        self.before_fit(trainer)
+
+    def before_fit(self, trainer: Trainer) -> None:
+        """Stops a run that is resumed after it was stopped."""
         if self.bad >= self._patience:
             trainer.stop(f"{self.metric} has not been better than {self.best:.6g} for {self.bad} evaluations")
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from recis_hybrid.pipelines.stages import Stage
+from recis_hybrid.pipelines.stages import Stage, Train
 
 
 @dataclass
@@ -63,3 +63,25 @@ class Place:
                 self.begin(window)
             yield stage
             self.finished = True
+
+    def reached(self, stage: Train) -> bool:
+        """Whether the stage under way has come to its bound."""
+        if stage.steps is not None and self.stage_steps >= stage.steps:
+            return True
+        # One pass where nothing is said.
+        epochs = stage.epochs or (None if stage.steps is not None or stage.endless else 1)
+        return epochs is not None and self.stage_passes >= epochs
+
+    def left(self, stage: Train, batches: int | None, accumulate: int) -> int:
+        """Returns how many steps the stage still has; 0 if that cannot be known.
+
+        Args:
+            stage: The stage under way.
+            batches: How many a pass has; None if that is not known.
+            accumulate: Batches of a step.
+        """
+        bounds = [] if stage.steps is None else [stage.steps - self.stage_steps]
+        if batches is not None and not stage.endless and (stage.steps is None or stage.epochs is not None):
+            left = batches * ((stage.epochs or 1) - self.stage_passes) - self.pass_batches
+            bounds.append(-(-left // accumulate))
+        return max(min(bounds, default=0), 0)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid.embedding import EmbeddingEngine, HashTable, Rows
+from recis_hybrid.pipelines.callback import ranks
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -136,14 +137,13 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
 
 def _over_ranks(means: dict[str, float], sums: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Averages some figures over all ranks and adds others up."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if ranks() == 1:
         return means, sums
     device = "cpu" if "gloo" in dist.get_backend() else "cuda"
     values = torch.tensor([*means.values(), *sums.values()], dtype=torch.float64, device=device)
     dist.all_reduce(values)
     found = values.tolist()
-    ranks = dist.get_world_size()
     return (
-        {name: value / ranks for name, value in zip(means, found, strict=False)},
+        {name: value / ranks() for name, value in zip(means, found, strict=False)},
         dict(zip(sums, found[len(means) :], strict=True)),
     )

@@ -16,7 +16,7 @@ seed: 0                      # of everything random
 
 data:
   train: {folder}/clicks/train.csv   # a file, a folder, a pattern or a URL: Parquet, ORC, Arrow, CSV or JSON lines
-  eval: {folder}/clicks/eval.csv
+  evaluate: {folder}/clicks/eval.csv
   label: clicked             # 0 or 1
   groups: user               # for the metric gauc; int64
   batch_size: 256

@@ -160,6 +160,10 @@ class TorchStep:
         for optimizer in self.optimizers.values():
             self._scaler.step(optimizer)
         self._scaler.update()
+        if self._scaler.is_enabled():
+            # Row gradients of an update that was left out would keep their rows from being evicted.
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
         for schedule in self.schedules:
             schedule.step()
         self.updates += 1

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
 from recis_hybrid.pipelines.evaluate import Metrics, evaluate
 from recis_hybrid.pipelines.guard import LossGuard
-from recis_hybrid.pipelines.hooks import Hooks
+from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.randomness import generator_states, seed_everything, set_generator_states
 from recis_hybrid.pipelines.reader import Reader
@@ -113,7 +112,7 @@ class Trainer:
         self._hooks = Hooks(self, callbacks, self._rescue)
         for each in self.steps.values():
             if hasattr(each, "observer"):
-                each.observer = _Observer(self._clock, self._hooks)
+                each.observer = Watcher(self._clock, self._hooks)
 
     @property
     def steps_done(self) -> int:
@@ -156,13 +155,17 @@ class Trainer:
         try:
             self._hooks.call("before_fit")
             for stage in self._place.remaining(stages, self.figures):
+                if self.stopped is not None:
+                    break
                 self._stage = stage
                 self._hooks.call("before_stage", stage)
                 stage.run(self)
-                self._place.finished, self._stage = True, None
+                # A run that is resumed after a stop goes on with the rest of the stage.
+                self._place.finished = self.stopped is None or not isinstance(stage, Train)
+                self._stage = None
                 self._hooks.call("after_stage", stage)
-                if self.stopped is not None:
-                    break
+                if self.stopped is not None and self.saver is not None:
+                    self.save()
             self._log_tables()
         except BaseException as error:
             self._end(error)
@@ -183,13 +186,14 @@ class Trainer:
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
         watched: Mapping[str, Tensor] = {}
-        while self.stopped is None and not _reached(stage, place):
+        while self.stopped is None and not place.reached(stage):
             batches = self._read(reader)
             if not batches:
                 continue
             logs = (place.steps + 1) % self.log_every == 0
             with self._clock.measuring(step.engines) if logs else nullcontext():
-                watched = self._train_step(step, batches, stage.transform)
+                batches = self._transformed(batches, stage.transform)
+                watched = self._train_step(step, batches)
             self._guard.watch(place.steps, watched["loss"], batches)
             if logs:
                 self._log_train(stage, watched, self._clock.seconds)
@@ -198,15 +202,10 @@ class Trainer:
         self._guard.look(wait=True)
         if watched and place.steps % self.log_every != 0:
             self._log_train(stage, watched, {})
-        self._sources.leave(reader)
+        if self.stopped is None:
+            self._sources.leave(reader)
 
-    def _train_step(
-        self, step: Step, batches: Sequence[Batch], transform: Callable[[Batch], Batch] | None
-    ) -> Mapping[str, Tensor]:
-        for function in (self.transform, transform):
-            if function is not None:
-                with self._clock.phase("features"):
-                    batches = [function(batch) for batch in batches]
+    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
         with self._hooks.within_step():
             self._hooks.call("before_step", batches)
             watched = step(*batches)
@@ -214,6 +213,13 @@ class Trainer:
         place.steps, place.stage_steps = place.steps + 1, place.stage_steps + 1
         place.samples += sum(batch_size(batch) for batch in batches)
         return watched
+
+    def _transformed(self, batches: list[Batch], transform: Callable[[Batch], Batch] | None) -> list[Batch]:
+        for function in (self.transform, transform):
+            if function is not None:
+                with self._clock.phase("features"):
+                    batches = [function(batch) for batch in batches]
+        return batches
 
     def evaluate(self, stage: Evaluate) -> None:
         """Computes a stage's metrics: what ``Evaluate`` runs. They are kept in ``figures``."""
@@ -247,7 +253,7 @@ class Trainer:
         """
         if self.saver is None:
             raise ValueError("Trainer: there is no saver to save with; give Trainer(saver=Saver(path))")
-        if self._saved == self.steps_done:
+        if self.steps_done in (self._saved, self.saver.latest()):
             return None
         self._guard.look(wait=True)
         self._hooks.call("before_save")
@@ -266,7 +272,7 @@ class Trainer:
         return path
 
     def stop(self, reason: str) -> None:
-        """Ends the training after the step, and the stage, under way; for callbacks.
+        """Ends the training after the step under way, with a checkpoint if there is a saver; for callbacks.
 
         Args:
             reason: Kept in ``stopped``, and logged.
@@ -278,14 +284,8 @@ class Trainer:
         """Returns how many steps a training stage still has, 0 if that cannot be known; None for other stages."""
         if not isinstance(stage, Train):
             return None
-        place, bounds = self._place, []
-        if stage.steps is not None:
-            bounds.append(stage.steps - place.stage_steps)
-        data: Any = None if stage.window is not None else self._sources.data(stage)
-        if (stage.steps is None or stage.epochs is not None) and hasattr(data, "__len__"):
-            batches = len(data) * (stage.epochs or 1) - place.stage_passes * len(data) - place.pass_batches
-            bounds.append(-(-batches // self.accumulate))
-        return max(min(bounds, default=0), 0)
+        data = None if stage.window is not None else self._sources.data(stage)
+        return self._place.left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
 
     def parts(self) -> dict[str, object]:
         """Returns what a checkpoint holds, by name: the steps' parts, further ones, and the trainer itself."""
@@ -393,31 +393,10 @@ class Trainer:
         self._log("train", {"name": stage.name, **self._recorder.of_step(self, watched, seconds)})
 
     def _log_tables(self) -> None:
-        if self._hooks.callbacks:
+        # Ranks may have other callbacks, but look at their tables together.
+        if self._hooks.callbacks or ranks() > 1:
             self._log("tables", {"tables": self._recorder.frequencies(self.engines)})
 
     def _log(self, event: str, figures: Mapping[str, Any]) -> None:
         record: Record = {"event": event, "step": self.steps_done, **figures}
         self._hooks.call("on_log", record)
-
-
-@dataclass(frozen=True)
-class _Observer:
-    """What a step tells the trainer."""
-
-    clock: Clock
-    hooks: Hooks
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.clock.phase(name)
-
-    def backward(self, when: Literal["before", "after"]) -> None:
-        self.hooks.call(f"{when}_backward")
-
-
-def _reached(stage: Train, place: Place) -> bool:
-    if stage.steps is not None and place.stage_steps >= stage.steps:
-        return True
-    # One pass where nothing is said.
-    epochs = stage.epochs or (None if stage.steps is not None or stage.endless else 1)
-    return epochs is not None and place.stage_passes >= epochs

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import Anchor, dense_parameters
+from recis_hybrid.embedding import Anchor, Unused, dense_parameters
 from recis_hybrid.pipelines import LrSchedule, Objective, TorchStep, UncertaintyWeights
 from recis_hybrid.ragged import Batch
 from tests.support.small import Model, assert_same, bce, make_batches, make_step, state_of
@@ -103,6 +103,7 @@ def test_an_overflow_in_row_gradients_alone_leaves_their_update_out_and_lowers_t
     assert torch.equal(after["table.embedding"], before["table.embedding"])
     assert not torch.equal(after["tower.2.weight"], before["tower.2.weight"])
     assert step._scaler.get_scale() == scale / 2
+    assert step.engines[0].evict(Unused(steps=100)) == 0  # no gradients wait there
     step.model.engine.forward = forward  # type: ignore[method-assign]
     train(step, make_batches(1))
     assert not torch.equal(state_of(step)["table.embedding"], before["table.embedding"])
