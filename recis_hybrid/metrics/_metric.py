@@ -216,5 +216,10 @@ class GroupedLabels(RowMetric):
             labels: ``[B]``, any dtype.
             groups: int64 ``[B]``, to which user, session or query each row belongs.
             weights: ``[B]``, how much each row counts; None counts each once.
+
+        Raises:
+            ValueError: If shapes differ, or groups are no integers.
         """
+        if groups.is_floating_point() or groups.is_complex():
+            raise ValueError(f"{type(self).__name__}: groups must be integers, got {groups.dtype}; hash or round them")
         self._add(scores, labels, groups=groups, weights=weights)

@@ -54,8 +54,8 @@ class BinnedAUC(SumMetric):
         return float(positive @ negative / positive.sum() / negative.sum() / 2)
 
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        # NaN has no bin; whatever it is counted in, it is refused later.
-        at = (scores.nan_to_num(0.0) * self._bins).long().clamp_(0, self._bins - 1)
+        # What has no bin is counted in one all the same, and refused later.
+        at = (scores.nan_to_num(0.0).clamp(0.0, 1.0) * self._bins).long().clamp_(max=self._bins - 1)
         counts = torch.zeros(2, self._bins, dtype=torch.float64, device=scores.device)
         for row, of_class in enumerate((labels == 1, labels == 0)):
             counts[row].index_add_(0, at, torch.where(of_class, weights, 0.0))

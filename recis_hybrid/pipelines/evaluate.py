@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from recis_hybrid.metrics import Metric
@@ -15,7 +15,7 @@ Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
 
 
 def evaluate(
-    step: Step, data: Iterable[Batch], metrics: Metrics, *, transform: Callable[[Batch], Batch] | None = None
+    step: Step, data: Iterable[Batch], metrics: Metrics, *, transforms: Sequence[Callable[[Batch], Batch]] = ()
 ) -> dict[str, float]:
     """Feeds a step's predictions to metrics; tables insert nothing.
 
@@ -23,7 +23,7 @@ def evaluate(
         step: Predicts. A model that it trains is left in evaluation mode, until the next training step.
         data: Batches.
         metrics: By name, for each objective; or by objective and name. They are left as they are.
-        transform: Made of each batch before the step.
+        transforms: Made of each batch before the step, one after another.
 
     Returns:
         By name the value of each metric; by ``OBJECTIVE.NAME`` where there are several objectives.
@@ -34,7 +34,9 @@ def evaluate(
     """
     used: dict[str, dict[str, Metric]] | None = None
     for batch in data:
-        scored = step.predict(batch if transform is None else transform(batch))
+        for transform in transforms:
+            batch = transform(batch)
+        scored = step.predict(batch)
         if used is None:
             used = _by_objective(metrics, list(scored))
         for objective, by_name in used.items():

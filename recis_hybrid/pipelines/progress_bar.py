@@ -39,7 +39,8 @@ class ProgressBar(Callback):
             self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_s']:,.0f} samples/s")
         elif record["event"] == "eval":
             name = record["name"]
-            shown = ", ".join(f"{k.removeprefix(name + '/')} {v:.5f}" for k, v in record.items() if k.startswith(name))
+            begin = f"{name}/"
+            shown = ", ".join(f"{k.removeprefix(begin)} {v:.5f}" for k, v in record.items() if k.startswith(begin))
             tqdm.write(f"step {record['step']}, {name}: {shown}", file=_stderr())
 
     def after_stage(self, trainer: Trainer, stage: Stage) -> None:

@@ -97,6 +97,8 @@ class Evaluate:
     """By name, for each objective; or by objective and name. None: the trainer's."""
     step: str | None = None
     """Which of the trainer's steps; None: the first."""
+    transform: Callable[[Batch], Batch] | None = None
+    """Made of each batch before the step."""
     name: str = "eval"
     """Under which figures are kept and logged."""
 

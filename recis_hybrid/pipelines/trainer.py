@@ -225,7 +225,8 @@ class Trainer:
         """Computes a stage's metrics: what ``Evaluate`` runs. They are kept in ``figures``."""
         begin = time.perf_counter()
         metrics = self.metrics if stage.metrics is None else stage.metrics
-        figures = evaluate(self._step(stage.step), self._sources.data(stage), metrics, transform=self.transform)
+        transforms = [function for function in (self.transform, stage.transform) if function is not None]
+        figures = evaluate(self._step(stage.step), self._sources.data(stage), metrics, transforms=transforms)
         self.figures[stage.name] = figures
         if not hasattr(self._stages, "load_state_dict"):
             self._place.figures[str(self._place.stages)] = {stage.name: figures}
@@ -291,7 +292,10 @@ class Trainer:
         """Returns what a checkpoint holds, by name: the steps' parts, further ones, and the trainer itself."""
         parts = dict(self._parts)
         for name, step in self.steps.items():
-            parts |= {f"{name}.{part}" if name else part: value for part, value in step.parts().items()}
+            # What several steps share, as tables, is saved once.
+            known = {id(value) for value in parts.values()}
+            own = {part: value for part, value in step.parts().items() if id(value) not in known}
+            parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
         if "trainer" in parts:
             raise ValueError("Trainer: the part 'trainer' is the trainer's own; save yours by another name")
         return {**parts, "trainer": self}
@@ -335,7 +339,7 @@ class Trainer:
             )
         if self.saver is not None and resume is not None and (existing or resume != "latest"):
             self._saved = self.saver.load(resume, **self.parts())
-        elif self.seed is not None:
+        elif self.seed is not None and self.steps_done == 0:
             seed_everything(self.seed, rank=rank())
 
     def _end(self, error: BaseException | None) -> None:

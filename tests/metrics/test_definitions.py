@@ -181,11 +181,17 @@ def test_bad_rows_are_refused_with_their_number() -> None:
         with pytest.raises(ValueError, match=r"probabilities must lie in \[0, 1\], 1 of 2 do not"):
             metric.compute()
         metric.reset()
+        metric.update(torch.tensor([math.inf, -math.inf, 0.5]), labels)
+        with pytest.raises(ValueError, match=r"probabilities must lie in \[0, 1\], 2 of 3 do not"):
+            metric.compute()
+        metric.reset()
         metric.update(bad[2:], labels[2:] + 1)
         with pytest.raises(ValueError, match="labels must be 0 or 1, 1 of 1 are not"):
             metric.compute()
     with pytest.raises(ValueError, match=r"groups must be \[N\] with N = 2 as labels are, got \[1\]"):
         GAUC().update(torch.rand(2), torch.ones(2), torch.tensor([1]))
+    with pytest.raises(ValueError, match="GAUC: groups must be integers, got torch.float32"):
+        GAUC().update(torch.rand(2), torch.ones(2), torch.rand(2))
     for call, message in ((lambda: RecallAtK(0), "k must be at least 1, got 0"), (lambda: BinnedAUC(1), "got 1")):
         with pytest.raises(ValueError, match=message):
             call()
