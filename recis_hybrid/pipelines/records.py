@@ -74,15 +74,19 @@ class Recorder:
     def frequencies(self, engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:
         """Returns by member table how many rows it has, and how many of these were met 2**k to 2**(k+1) - 1 times.
 
-        Of this rank. The last entry of ``frequency`` is of the greatest k that occurs.
+        Over all ranks. The last entry of ``frequency`` is of the greatest k that occurs.
         """
-        return {
-            member: found
-            for engine in engines
-            for table in engine.tables
-            if not table.read_only
-            for member, found in _counts(table).items()
-        }
+        found = [
+            each for engine in engines for table in engine.tables if not table.read_only for each in _counts(table)
+        ]
+        if not found:
+            return {}
+        counts = _summed(torch.stack([counts for _, counts in found]))
+        result = {}
+        for (name, _), row in zip(found, counts.tolist(), strict=True):
+            levels = max((level for level, count in enumerate(row) if count), default=-1) + 1
+            result[name] = {"rows": sum(row), "frequency": row[:levels]}
+        return result
 
 
 @dataclass(eq=False)
@@ -96,16 +100,16 @@ class _Look:
         return torch.zeros_like(rows.ids, dtype=torch.bool)
 
 
-def _counts(table: HashTable) -> dict[str, Any]:
+def _counts(table: HashTable) -> list[tuple[str, Tensor]]:
+    """Returns each member table's name, and how many of its rows were met 2**k to 2**(k+1) - 1 times, int64 [64]."""
     look = _Look()
     table.evict(look)
     assert look.seen is not None
     levels = look.seen.frequency.clamp(min=1).double().log2().floor().long()
-    result = {}
-    for number, member in enumerate(table.members):
-        own = levels[look.seen.members == number]
-        result[member.name] = {"rows": len(own), "frequency": torch.bincount(own).tolist()}
-    return result
+    return [
+        (member.name, torch.bincount(levels[look.seen.members == number], minlength=64).cpu())
+        for number, member in enumerate(table.members)
+    ]
 
 
 def _name(table: HashTable) -> str:
@@ -137,13 +141,17 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
 
 def _over_ranks(means: dict[str, float], sums: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Averages some figures over all ranks and adds others up."""
-    if ranks() == 1:
-        return means, sums
-    device = "cpu" if "gloo" in dist.get_backend() else "cuda"
-    values = torch.tensor([*means.values(), *sums.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    found = values.tolist()
+    found = _summed(torch.tensor([*means.values(), *sums.values()], dtype=torch.float64)).tolist()
     return (
         {name: value / ranks() for name, value in zip(means, found, strict=False)},
         dict(zip(sums, found[len(means) :], strict=True)),
     )
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Returns the sum of a tensor over all ranks."""
+    if ranks() == 1:
+        return values
+    total = values.to("cpu" if "gloo" in dist.get_backend() else "cuda", copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
