@@ -177,13 +177,15 @@ class RowMetric(Metric):
         self._rows = [dict(state)] if state["labels"].numel() else []
 
     def _column(self, name: str) -> Tensor:
+        if not self._rows:
+            return torch.empty(0, dtype=_DTYPES[name])
         parts = []
         for rows in self._rows:
-            scores, values = rows["scores"], rows.get(name)
-            assert scores is not None
+            labels, values = rows["labels"], rows.get(name)
+            assert labels is not None
             # A batch whose rows all weigh 1 keeps no weights.
-            parts.append(torch.ones(scores.numel()) if values is None else values.cpu())
-        return torch.cat(parts) if parts else torch.empty(0, dtype=_DTYPES[name])
+            parts.append(torch.ones(labels.numel(), device=labels.device) if values is None else values)
+        return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
 
 
 RowSelf = TypeVar("RowSelf", bound=RowMetric)

@@ -1,6 +1,6 @@
 """The commands of `recis-hybrid` that train: init, train and report.
 
-Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration.
+Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"recis-hybrid: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("recis-hybrid: interrupted; `train --resume` goes on from the latest checkpoint", file=sys.stderr)
+        return 130
     except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, KeyError) as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         text = error.args[0] if isinstance(error, KeyError) else error

@@ -54,6 +54,7 @@ def trainer_of(config: Config, *, quiet: bool = False) -> Trainer:
     Raises:
         ConfigError: An operation or the model cannot be made as the configuration says.
     """
+    _refuse_device(config.train.device)
     features = [_feature(name, feature) for name, feature in config.features.items()]
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
@@ -86,6 +87,15 @@ def stages_of(config: Config) -> Iterator[Stage]:
         if config.train.evict_unused is not None:
             yield Evict(Unused(config.train.evict_unused))
         yield Save()
+
+
+def _refuse_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device must be a device of torch's, got {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device is {name!r}, and torch {torch.__version__} finds no GPU here; take cpu")
 
 
 def _engine(config: Config) -> EmbeddingEngine:

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from recis_hybrid import cli
+from recis_hybrid.pipelines import Trainer
 from recis_hybrid.pipelines.config import Config, ConfigError, load_config, parse
 from recis_hybrid.pipelines.config_run import METRICS, SPARSE, trainer_of
 
@@ -79,6 +81,7 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("train.metrics=[auc, ndcg]", r"train.metrics\[1\] must be one of .*, got 'ndcg'"),
         ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: there is no operation 'hesh'"),
         ("features.site.ops=[{hash: {speed: 3}}]", r"features.site.ops\[0\]: .*unexpected keyword argument 'speed'"),
+        ("train.device=tpux", "train.device must be a device of torch's, got 'tpux'"),
         ("features.user.dim=4", "model.kind deepfm needs one dim of at least 2 for all features"),
     ],
 )
@@ -117,6 +120,23 @@ def test_every_choice_of_the_schema_can_be_made() -> None:
 
     assert set(get_args(get_type_hints(OptimizerConfig)["sparse"])) == set(SPARSE)
     assert set(get_args(get_args(get_type_hints(TrainConfig)["metrics"])[0])) == set(METRICS)
+
+
+def test_a_gpu_that_is_not_there_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="train.device is 'cuda', and torch .* finds no GPU here; take cpu"):
+        trainer_of(load_config(config, ["train.device=cuda"]))
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert cli.main(["train", str(config), "--quiet"]) == 130
+    assert "`train --resume` goes on" in capsys.readouterr().err
 
 
 def test_check_opens_the_data_and_trains_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
