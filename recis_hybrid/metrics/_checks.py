@@ -6,6 +6,7 @@ import math
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -50,8 +51,9 @@ def check_rows(
 
 
 def undefined(where: str, why: str) -> float:
-    """Returns NaN, after a RuntimeWarning that says of what and why: a training need not end for it."""
-    warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
+    """Returns NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
     return math.nan
 
 
