@@ -114,8 +114,9 @@ class DeepFM(nn.Module):
         fields: The fields, in order.
         towers: Each takes a sequence of [B, …] parts and gives [B].
         dense: Columns of the batch, float32 [B], that the towers take beside the embeddings.
-        l2: Weight of half the squared embeddings of a batch's ids, each id taken once, which ``loss`` adds. Where it is
-            not 0, the fields are int64 [B].
+        l2: Weight of half the squared embeddings that ``loss`` adds: of a batch's ids, each id taken once (the fields
+            are int64 [B] then), or of ``regularized``.
+        regularized: Further outputs of ``lookup`` in training mode, whose squares count in the place of the batch's.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class DeepFM(nn.Module):
         towers: nn.ModuleList,
         dense: Sequence[str] = (),
         l2: float = 0.0,
+        regularized: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.lookup = lookup
@@ -133,6 +135,7 @@ class DeepFM(nn.Module):
         self.dense = list(dense)
         self.bias = nn.Parameter(torch.zeros(1))
         self.l2 = l2
+        self.regularized = list(regularized)
         self.penalty = torch.zeros(())
 
     def forward(self, batch: Batch) -> Tensor:
@@ -142,7 +145,11 @@ class DeepFM(nn.Module):
         both = torch.stack(parts, dim=1)
         first_order, factors = both[:, :, 0].sum(1), both[:, :, 1:]
         pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
-        self.penalty = self._half_squares(batch, both) if self.l2 and self.training else both.new_zeros(())
+        self.penalty = both.new_zeros(())
+        if self.training and self.regularized:
+            self.penalty = self.l2 / 2 * torch.stack([embeddings[n].square().sum() for n in self.regularized]).sum()
+        elif self.training and self.l2:
+            self.penalty = self._half_squares(batch, both)
         if self.dense:
             parts.append(torch.stack([batch[column] for column in self.dense], dim=1))  # type: ignore[arg-type]
         deep = torch.stack([tower(parts) for tower in self.towers]).mean(0)

@@ -23,7 +23,7 @@ from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal, dense_parameters
 from recis_hybrid.features import Bucketize, Feature, FeatureEngine, Hash
 from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import TorchStep, evaluate, fit
+from recis_hybrid.pipelines import Evaluate, ProgressBar, Save, TorchStep, Train, Trainer, evaluate
 from recis_hybrid.saver import Saver
 
 IDS = ["user_id", "item_id", "advertiser_id", "app_id", "city_id", "hour_id", "slot_id", "device_id"]
@@ -82,19 +82,20 @@ def main() -> None:
         assert isinstance(engine, EmbeddingEngine)
         sparse = optim.Adam(engine.parameters(), lr=2e-3)
         dense = torch.optim.Adam(dense_parameters(model), lr=1e-3)
-        step = TorchStep(model, model.loss, [dense, sparse])
-        trained = fit(step, train, epochs=args.epochs)
+        step = TorchStep(model, model.loss, {"dense": dense, "sparse": sparse})
+        saver, metrics = Saver(Path(folder) / "checkpoints"), {"auc": AUC(), "logloss": LogLoss()}
+        trainer = Trainer(step, train, test, metrics=metrics, saver=saver, callbacks=[ProgressBar()])
+        start = time.perf_counter()
+        trainer.fit([Train(epochs=args.epochs)])
+        rate = trainer.samples / (time.perf_counter() - start)
         print(engine.describe())
+        figures = dict(trainer.fit([Evaluate(), Save()])["eval"])
 
-        figures = evaluate(model, test, {"auc": AUC(), "logloss": LogLoss()})
-        saver = Saver(Path(folder) / "checkpoints")
-        saver.save(trained.steps, engine=engine, model=model, dense=dense, sparse=sparse)
         again = make_model(args.tower, args.seed + 1)
         saver.load(engine=again.lookup, model=again)
-        reloaded = evaluate(again, test, {"auc": AUC(), "logloss": LogLoss()})
+        reloaded = evaluate(TorchStep(again, again.loss, []), test, metrics)
 
     seconds = time.perf_counter() - begin
-    rate = trained.samples_per_s
     print(f"\n{'':<28}{'AUC':>9}{'logloss':>9}")
     print(f"{'this model, test rows':<28}{figures['auc']:>9.4f}{figures['logloss']:>9.4f}")
     print(f"{'saved and loaded again':<28}{reloaded['auc']:>9.4f}{reloaded['logloss']:>9.4f}")

@@ -27,7 +27,7 @@ from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import dense_parameters
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import TorchStep, evaluate, fit
+from recis_hybrid.pipelines import Evaluate, ProgressBar, TorchStep, Train, Trainer
 from recis_hybrid.ragged import Batch
 
 HIDDEN = (128, 64)
@@ -149,16 +149,20 @@ def main() -> None:
         sparse = optim.Adam(model.lookup.parameters(), lr=2e-3)
         dense = torch.optim.Adam(dense_parameters(model), lr=1e-3)
         step = TorchStep(model, nn.functional.binary_cross_entropy_with_logits, [dense, sparse])
-        trained = fit(step, train, epochs=args.epochs, progress=not args.quiet)
-        figures = evaluate(model, test, {"auc": AUC(), "logloss": LogLoss()})
+        metrics, callbacks = {"auc": AUC(), "logloss": LogLoss()}, [] if args.quiet else [ProgressBar()]
+        trainer = Trainer(step, train, test, metrics=metrics, callbacks=callbacks)
+        start = time.perf_counter()
+        trainer.fit([Train(epochs=args.epochs)])
+        rate = trainer.samples / (time.perf_counter() - start)
+        figures = trainer.fit([Evaluate()])["eval"]
 
     compiled = getattr(model.tower, "compilations", 0)
     print(f"\ntower in {args.tower}: AUC {figures['auc']:.4f} of {best['bayes_auc']:.4f} that is possible")
-    print(f"{trained.samples_per_s:,.0f} samples/s, {compiled} programs compiled\n")
+    print(f"{rate:,.0f} samples/s, {compiled} programs compiled\n")
     print(
         json.dumps({
             "auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best["bayes_auc"],
-            "samples_per_s": trained.samples_per_s, "seconds": time.perf_counter() - begin, "tower": args.tower,
+            "samples_per_s": rate, "seconds": time.perf_counter() - begin, "tower": args.tower,
             "compilations": compiled,
         })
     )  # fmt: skip

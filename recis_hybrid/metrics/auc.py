@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recis_hybrid.metrics._scored import ScoredLabels, check
+from recis_hybrid.metrics._checks import check_rows, one_class
+from recis_hybrid.metrics._metric import ScoredLabels
 
 
 def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
@@ -19,9 +20,11 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
         scores: ``[N]``, floating; higher means more likely positive.
         weights: ``[N]``, how much each row counts, none negative; None counts each once.
 
+    Returns:
+        The AUC; NaN, with a RuntimeWarning, where there is only one class (of weight above 0).
+
     Raises:
-        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, a weight is negative or not finite, or
-            there is only one class (of weight above 0).
+        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, or a weight is negative or not finite.
 
     Example:
         >>> auc(torch.tensor([0, 1, 1]), torch.tensor([0.3, 0.3, 0.9]))
@@ -30,26 +33,17 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
     References:
         Fawcett: An introduction to ROC analysis. Pattern Recognition Letters 2006.
     """
-    labels, scores, weights = check("auc", labels, scores, weights)
-    # A row of no weight is as good as absent, and does not make a class either.
-    positives, negatives = (int((of_class & (weights > 0)).sum()) for of_class in (labels, ~labels))
-    if positives == 0 or negatives == 0:
-        raise ValueError(
-            f"auc: needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
-        )
-    distinct, group = scores.unique(return_inverse=True)
-    positive, negative = (
-        torch.zeros_like(distinct).index_add_(0, group, torch.where(of_class, weights, 0.0))
-        for of_class in (labels, ~labels)
-    )
-    # What a positive of each score is above: all negatives of lower scores, and half of those of its own.
-    above = negative.cumsum(0) - negative / 2
-    # Divided last: whole numbers of pairs add up without an error.
-    return float((positive @ above) / positive.sum() / negative.sum())
+    return _auc("auc", labels, scores, weights)
 
 
 class AUC(ScoredLabels):
-    """Accumulates labels and scores and computes their exact AUC.
+    """Accumulates labels and scores and computes their exact AUC; see :func:`auc`.
+
+    It keeps every row; :class:`BinnedAUC` keeps counts of a fixed number.
+
+    Args:
+        process_group: The ranks that evaluate together; None: torch.distributed's default group.
+        sync: False computes the value of what this rank alone has seen.
 
     Example:
         >>> metric = AUC()
@@ -60,5 +54,28 @@ class AUC(ScoredLabels):
     """
 
     def compute(self) -> float:
-        """Returns the AUC of everything seen since the last reset; raises ValueError for one class only."""
-        return auc(*self.seen())
+        """Returns the AUC of everything seen since the last reset, by all ranks; NaN for one class only."""
+        rows = self.seen()
+        return _auc("AUC", rows["labels"], rows["scores"], rows["weights"])
+
+
+def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> float:
+    labels, scores, weights = check_rows(where, labels, scores, weights)
+    # A row of no weight is as good as absent, and does not make a class either.
+    positives, negatives = (int((of_class & (weights > 0)).sum()) for of_class in (labels, ~labels))
+    if positives == 0 or negatives == 0:
+        return one_class(where, positives, negatives)
+    distinct, group = scores.unique(return_inverse=True)
+    positive, negative = (
+        torch.zeros_like(distinct).index_add_(0, group, torch.where(of_class, weights, 0.0))
+        for of_class in (labels, ~labels)
+    )
+    return ordered_share(positive, negative)
+
+
+def ordered_share(positive: Tensor, negative: Tensor) -> float:
+    """Returns the AUC of the weights of positives and negatives, float64 [n] each, by ascending score."""
+    # What a positive of each score is above: all negatives of lower scores, and half of those of its own.
+    above = negative.cumsum(0) - negative / 2
+    # Divided last: whole numbers of pairs add up without an error.
+    return float((positive @ above) / positive.sum() / negative.sum())

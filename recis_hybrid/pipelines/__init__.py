@@ -1,5 +1,26 @@
-"""Pipelines: training and evaluation over batches."""
+"""Pipelines: training in stages, evaluation, and what is called as they go on."""
 
-from recis_hybrid.pipelines.evaluate import Metric as Metric, evaluate as evaluate
-from recis_hybrid.pipelines.fit import FitFigures as FitFigures, fit as fit
-from recis_hybrid.pipelines.step import Step as Step, TorchStep as TorchStep
+from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError as CallbackError, Record as Record
+from recis_hybrid.pipelines.checkpoint import Checkpoint as Checkpoint
+from recis_hybrid.pipelines.evaluate import evaluate as evaluate
+from recis_hybrid.pipelines.guard import NonFiniteLossError as NonFiniteLossError
+from recis_hybrid.pipelines.json_log import JsonLog as JsonLog
+from recis_hybrid.pipelines.lr_schedule import LrSchedule as LrSchedule
+from recis_hybrid.pipelines.mixture import Mixture as Mixture
+from recis_hybrid.pipelines.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
+from recis_hybrid.pipelines.on_metric import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
+from recis_hybrid.pipelines.profile import Profile as Profile
+from recis_hybrid.pipelines.progress_bar import ProgressBar as ProgressBar
+from recis_hybrid.pipelines.randomness import seed_everything as seed_everything
+from recis_hybrid.pipelines.stages import (
+    Evaluate as Evaluate,
+    Evict as Evict,
+    Save as Save,
+    Stage as Stage,
+    Train as Train,
+)
+from recis_hybrid.pipelines.step import Observer as Observer, Scored as Scored, Step as Step
+from recis_hybrid.pipelines.tensorboard import TensorBoard as TensorBoard
+from recis_hybrid.pipelines.torch_step import TorchStep as TorchStep
+from recis_hybrid.pipelines.trainer import Trainer as Trainer
+from recis_hybrid.pipelines.window_stages import WindowStages as WindowStages

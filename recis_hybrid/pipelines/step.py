@@ -1,71 +1,75 @@
-"""Step: what a pipeline does with a batch."""
+"""Step: what a pipeline does with batches, whatever leads the program. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.ragged import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Predictions and what they are to be compared with, as metrics take them."""
+
+    scores: Tensor
+    """Floating ``[B]``."""
+    labels: Tensor
+    """``[B]``."""
+    groups: Tensor | None = None
+    """int64 ``[B]``: the user, session or query of each row, for metrics by group."""
 
 
 class Step(Protocol):
     """One training step. Whatever leads the program, torch or JAX, a pipeline sees only this."""
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Trains on a batch and returns what to watch, ``"loss"`` among it, without waiting for a device."""
+    @property
+    def engines(self) -> Sequence[EmbeddingEngine]:
+        """The engines whose tables it trains."""
 
+    def __call__(self, *batches: Batch) -> Mapping[str, Tensor]:
+        """Does one update from the batches: one of them, unless gradients are accumulated.
 
-class TorchStep:
-    """Forward, backward and update of a torch module.
-
-    Args:
-        model: Batch → logits ``[B]``.
-        loss: (logits, labels) → scalar.
-        optimizers: Dense and sparse ones; each steps once a batch.
-        label: The column of labels, float32 ``[B]``.
-        clip_grad_norm: Largest global norm of all gradients, those of tables included; None leaves them.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        optimizers: Sequence[torch.optim.Optimizer],
-        *,
-        label: str = "label",
-        clip_grad_norm: float | None = None,
-    ) -> None:
-        self.model = model
-        self.loss = loss
-        self.optimizers = list(optimizers)
-        self.label = label
-        self.clip_grad_norm = clip_grad_norm
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Trains on one batch.
-
-        Raises:
-            KeyError: If the batch lacks the label column.
+        Returns:
+            What to watch, one number each, ``"loss"`` among it, without waiting for a device.
         """
-        labels = labels_of(batch, self.label)
-        self.model.train()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss = self.loss(self.model(batch), labels)
-        loss.backward()
-        if self.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return {"loss": loss.detach()}
+
+    def predict(self, batch: Batch) -> Mapping[str, Scored]:
+        """Returns predictions by objective (``""`` where there is only one); changes nothing."""
+
+    def parts(self) -> Mapping[str, object]:
+        """Returns what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
 
 
-def labels_of(batch: Batch, label: str) -> Tensor:
-    """Returns the label column, [B]."""
-    labels = batch.get(label)
-    if not isinstance(labels, Tensor):
-        raise KeyError(f"the label column {label!r} must be a dense column of the batch, which has {sorted(batch)}")
-    return labels
+class Observer(Protocol):
+    """Who looks on while a step runs; a step that has an attribute ``observer`` is given one."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what is done within as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
+
+    def backward(self, when: Literal["before", "after"]) -> None:
+        """Is told of each backward pass."""
+
+
+class NoObserver:
+    """Looks away."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times nothing."""
+        return nullcontext()
+
+    def backward(self, when: Literal["before", "after"]) -> None:
+        """Tells nobody."""
+
+
+def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
+    """Returns a dense column, [B]; raises KeyError naming it and what the batch has."""
+    column = batch.get(name)
+    if not isinstance(column, Tensor):
+        raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
+    return column

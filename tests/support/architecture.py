@@ -22,13 +22,15 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"ops", "ragged", "state"},
     "pipelines": {"ops", "ragged", "state", "columnio", "features", "embedding", "optim", "saver", "metrics"},
     "bridge": {"ops"},
+    # The command: hands each subcommand to its room.
+    "cli": {"pipelines", "saver"},
 }
 # What a room may import from elsewhere, beside the standard library and torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"fsspec", "numpy", "pyarrow"},
     "saver": {"numpy", "safetensors"},
-    "pipelines": {"numpy", "tqdm"},
+    "pipelines": {"numpy", "tqdm", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}

@@ -1,0 +1,64 @@
+"""What metrics ask of their input. Letters: N rows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:
+    """Raises ValueError unless labels, scores and whatever else is given are [N] each; waits for no device."""
+    if labels.dim() != 1 or labels.shape != scores.shape:
+        raise ValueError(
+            f"{where}: labels and scores must be [N] each, got {list(labels.shape)} and {list(scores.shape)}"
+        )
+    for name, values in others.items():
+        if values is not None and values.shape != labels.shape:
+            raise ValueError(
+                f"{where}: {name} must be [N] with N = {labels.numel()} as labels are, got {list(values.shape)}"
+            )
+
+
+def check_rows(
+    where: str, labels: Tensor, scores: Tensor, weights: Tensor | None, *, binary: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns labels (bool, or float64 where not binary), scores and weights as float64, all [N] on the CPU.
+
+    Raises:
+        ValueError: If shapes differ, a label is not 0 or 1 (not a finite number of at least 0 where not binary), a
+            score is NaN, or a weight is negative or not finite.
+    """
+    check_shapes(where, labels, scores, weights=weights)
+    labels, scores = labels.detach().cpu(), scores.detach().cpu().double()
+    weights = torch.ones_like(scores) if weights is None else weights.detach().cpu().double()
+    if binary and not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(f"{where}: labels must be 0 or 1, got values from {labels.min()} to {labels.max()}")
+    if not binary and not bool(((labels >= 0) & (labels != math.inf)).all()):
+        raise ValueError(
+            f"{where}: labels must be finite and not negative, got values from {labels.min()} to {labels.max()}"
+        )
+    if bool(scores.isnan().any()):
+        raise ValueError(f"{where}: {int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
+    if wrong := int((~(weights >= 0) | weights.isinf()).sum()):
+        raise ValueError(
+            f"{where}: weights must be finite and not negative, {wrong} of {weights.numel()} are not; leave them out"
+        )
+    return labels == 1 if binary else labels.double(), scores, weights
+
+
+def undefined(where: str, why: str) -> float:
+    """Returns NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
+    return math.nan
+
+
+def one_class(where: str, positives: int, negatives: int) -> float:
+    """Returns NaN with a warning that only one class was there."""
+    return undefined(
+        where, f"it needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
+    )

@@ -1,0 +1,227 @@
+"""Accumulators: torchmetrics' interface (update, compute, reset), mergeable, and over all ranks.
+
+Letters: B rows of one update, N rows in all, K sums.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recis_hybrid.metrics._checks import check_shapes
+from recis_hybrid.metrics._ranks import added, gathered, ranks_of
+
+Self = TypeVar("Self", bound="Metric")
+
+
+class Metric(ABC):
+    """What all accumulators share.
+
+    ``update`` waits for no device. Where torch.distributed is initialised, ``compute`` is a collective: every rank of
+    the group calls it, and all get the value of what all have seen.
+
+    Args:
+        process_group: The ranks that evaluate together; None: torch.distributed's default group.
+        sync: False computes the value of what this rank alone has seen.
+    """
+
+    takes_groups: ClassVar[bool] = False
+    """Whether ``update`` takes, after the labels, the group that each row belongs to."""
+
+    def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
+        self._process_group = process_group
+        self._sync = sync
+
+    @abstractmethod
+    def compute(self) -> float:
+        """Returns the value of everything seen since the last reset, by all ranks."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything."""
+
+    @abstractmethod
+    def merge(self: Self, other: Self) -> None:
+        """Adds everything that another accumulator of the same kind has seen."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Returns what this rank has seen, as tensors on the CPU."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state` of an accumulator of the same kind gave."""
+
+    def _alone(self) -> bool:
+        return not self._sync or ranks_of(self._process_group) == 1
+
+    def _nothing(self) -> ValueError:
+        return ValueError(f"{type(self).__name__}: nothing to compute; call update first")
+
+
+class SumMetric(Metric):
+    """A metric that is a function of sums over rows: memory does not grow, and ranks add theirs up."""
+
+    def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
+        super().__init__(process_group=process_group, sync=sync)
+        self._sums: Tensor | None = None
+
+    def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch without waiting for a device.
+
+        Args:
+            scores: ``[B]``, floating.
+            labels: ``[B]``, any dtype.
+            weights: ``[B]``, how much each row counts; None counts each once.
+        """
+        check_shapes(type(self).__name__, labels, scores, weights=weights)
+        scores, labels = scores.detach().double(), labels.detach().double()
+        weights = torch.ones_like(scores) if weights is None else weights.detach().double()
+        terms = self._terms(scores, labels, weights)
+        self._sums = terms if self._sums is None else self._sums.add_(terms.to(self._sums.device))
+
+    def compute(self) -> float:
+        """Returns the value of everything seen since the last reset, by all ranks."""
+        return self._value(self._total())
+
+    def _total(self) -> Tensor:
+        sums = self._sums
+        if not self._alone():
+            # A rank that has seen nothing takes part all the same.
+            sums = added(self._zeros() if sums is None else sums, self._process_group)
+        if sums is None:
+            raise self._nothing()
+        return sums.cpu()
+
+    def merge(self: SumSelf, other: SumSelf) -> None:
+        """Adds everything that another accumulator of the same kind has seen."""
+        if other._sums is not None:
+            self._sums = other._sums.clone() if self._sums is None else self._sums.add_(other._sums.to(self._sums))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._sums = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns what this rank has seen: ``sums``, float64 ``[K]``."""
+        return {"sums": (self._zeros() if self._sums is None else self._sums).cpu().clone()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self._sums = state["sums"].clone()
+
+    def _zeros(self) -> Tensor:
+        none = torch.zeros(0, dtype=torch.float64)
+        return torch.zeros_like(self._terms(none, none, none))
+
+    @abstractmethod
+    def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Returns the sums over rows, float64 [K]; all arguments are float64 [B]."""
+
+    @abstractmethod
+    def _value(self, sums: Tensor) -> float:
+        """Returns the metric of sums over all rows, float64 [K] on the CPU."""
+
+
+SumSelf = TypeVar("SumSelf", bound=SumMetric)
+
+_DTYPES = {"groups": torch.int64, "labels": torch.float64, "scores": torch.float64, "weights": torch.float64}
+
+
+class RowMetric(Metric):
+    """A metric that needs all rows together, and keeps them: 24 bytes a row, 32 with groups, at the most."""
+
+    def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
+        super().__init__(process_group=process_group, sync=sync)
+        self._rows: list[dict[str, Tensor | None]] = []
+
+    def _add(self, scores: Tensor, labels: Tensor, **others: Tensor | None) -> None:
+        check_shapes(type(self).__name__, labels, scores, **others)
+        # Copies: the caller may use its buffers again, and a slice of a reader's buffer would hold all of it in memory.
+        rows = {"labels": labels, "scores": scores, **others}
+        self._rows.append({name: None if rows[name] is None else rows[name].detach().clone() for name in rows})  # type: ignore[union-attr]
+
+    def seen(self) -> dict[str, Tensor]:
+        """Returns all rows that all ranks have seen, ``[N]`` each.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        rows = self.state()
+        if not self._alone():
+            rows = gathered(rows, self._process_group)
+        if rows["labels"].numel() == 0:
+            raise self._nothing()
+        return rows
+
+    def merge(self: RowSelf, other: RowSelf) -> None:
+        """Adds everything that another accumulator of the same kind has seen."""
+        self._rows.extend(other._rows)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._rows = []
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""
+        names = [*(["groups"] if self.takes_groups else []), "labels", "scores", "weights"]
+        return {name: self._column(name).to(_DTYPES[name]) for name in names}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self._rows = [dict(state)] if state["labels"].numel() else []
+
+    def _column(self, name: str) -> Tensor:
+        if not self._rows:
+            return torch.empty(0, dtype=_DTYPES[name])
+        parts = []
+        for rows in self._rows:
+            labels, values = rows["labels"], rows.get(name)
+            assert labels is not None
+            # A batch whose rows all weigh 1 keeps no weights.
+            parts.append(torch.ones(labels.numel(), device=labels.device) if values is None else values)
+        return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
+
+
+RowSelf = TypeVar("RowSelf", bound=RowMetric)
+
+
+class ScoredLabels(RowMetric):
+    """Keeps every (score, label, weight)."""
+
+    def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch without waiting for a device.
+
+        Args:
+            scores: ``[B]``, floating.
+            labels: ``[B]``, 0 or 1, any dtype.
+            weights: ``[B]``, how much each row counts; None counts each once.
+        """
+        self._add(scores, labels, weights=weights)
+
+
+class GroupedLabels(RowMetric):
+    """Keeps every (score, label, group, weight)."""
+
+    takes_groups = True
+
+    def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
+
+        Args:
+            scores: ``[B]``, floating.
+            labels: ``[B]``, any dtype.
+            groups: int64 ``[B]``, to which user, session or query each row belongs.
+            weights: ``[B]``, how much each row counts; None counts each once.
+
+        Raises:
+            ValueError: If shapes differ, or groups are no integers.
+        """
+        if groups.is_floating_point() or groups.is_complex():
+            raise ValueError(f"{type(self).__name__}: groups must be integers, got {groups.dtype}; hash or round them")
+        self._add(scores, labels, groups=groups, weights=weights)

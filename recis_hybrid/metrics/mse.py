@@ -1,0 +1,34 @@
+"""Mean squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.metrics import _faults
+from recis_hybrid.metrics._metric import SumMetric
+
+
+class MSE(SumMetric):
+    r"""Accumulates :math:`\sum_i w_i (p_i - y_i)^2 / \sum_i w_i`.
+
+    ``compute`` raises ValueError where a score or a label is not finite, or a weight is negative or not finite.
+
+    Args:
+        process_group: The ranks that evaluate together; None: torch.distributed's default group.
+        sync: False computes the value of what this rank alone has seen.
+
+    Example:
+        >>> metric = MSE()
+        >>> metric.update(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+        >>> metric.compute()
+        2.0
+    """
+
+    def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        sums = torch.stack([(weights * (scores - labels).square()).sum(), weights.sum()])
+        return torch.cat([sums, _faults.counts(scores, labels, weights, binary=False, probabilities=False)])
+
+    def _value(self, sums: Tensor) -> float:
+        _faults.refuse("MSE", sums[2:], binary=False, probabilities=False)
+        return float(sums[0] / sums[1])

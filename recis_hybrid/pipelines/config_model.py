@@ -1,0 +1,62 @@
+"""Models that a configuration can ask for. Letters: B rows, F features with embeddings, D dim."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.pipelines.config import Config, ConfigError, ModelConfig
+from recis_hybrid.pipelines.step import column_of
+from recis_hybrid.ragged import Batch
+
+
+class ConfigModel(nn.Module):
+    """A tower over embeddings and numbers and, for ``deepfm``, a factorization machine over the embeddings beside it.
+
+    The machine takes the first element of an embedding for the id's first-order weight, the others for its factors.
+
+    Args:
+        config: The whole configuration.
+        engine: The tables.
+
+    References:
+        Guo, Tang, Ye, Li, He: DeepFM: a factorization-machine based neural network for CTR prediction. IJCAI 2017.
+    """
+
+    def __init__(self, config: Config, engine: EmbeddingEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.numbers = [name for name, feature in config.features.items() if feature.dim is None]
+        self.has_machine = config.model.kind == "deepfm"
+        dims = [feature.dim for feature in config.features.values() if feature.dim is not None]
+        if self.has_machine and (len(set(dims)) != 1 or dims[0] < 2):
+            raise ConfigError(f"model.kind deepfm needs one dim of at least 2 for all features, got {dims}")
+        self.tower = _tower(sum(dims) + len(self.numbers), config.model)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Batch → logits [B]."""
+        embeddings = list(self.engine(batch).values())
+        numbers = [column_of(batch, name, "number").float().unsqueeze(1) for name in self.numbers]
+        logits: Tensor = self.bias + self.tower(torch.cat([*embeddings, *numbers], dim=1)).squeeze(1)
+        if self.has_machine:
+            stacked = torch.stack(embeddings, dim=1)  # [B, F, D]
+            factors = stacked[:, :, 1:]
+            pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
+            logits = logits + stacked[:, :, 0].sum(1) + pairs
+        return logits
+
+
+def _tower(width: int, config: ModelConfig) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise((width, *config.hidden)):
+        linear = nn.Linear(inner, outer)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, *([nn.BatchNorm1d(outer)] if config.batch_norm else []), nn.ReLU()]
+        if config.dropout > 0:
+            layers.append(nn.Dropout(config.dropout))
+    return nn.Sequential(*layers, nn.Linear(config.hidden[-1] if config.hidden else width, 1))

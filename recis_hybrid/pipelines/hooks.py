@@ -1,0 +1,103 @@
+"""Hooks: calls callbacks, and says which one has raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from recis_hybrid.pipelines.callback import Callback, CallbackError
+from recis_hybrid.pipelines.clock import Clock
+
+if TYPE_CHECKING:
+    from recis_hybrid.pipelines.trainer import Trainer
+
+
+class Hooks:
+    """The callbacks of a trainer.
+
+    Args:
+        trainer: Whose they are.
+        callbacks: Called in this order.
+        rescue: Saves the state after one has raised, and says what came of it.
+    """
+
+    def __init__(self, trainer: Trainer, callbacks: Sequence[Callback], rescue: Callable[[], str]) -> None:
+        self.callbacks = list(callbacks)
+        self._trainer, self._rescue = trainer, rescue
+        self._within_step = False
+        self._deferred: tuple[Callback, str, Exception] | None = None
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Calls a method of all callbacks; raises CallbackError if one raises."""
+        for each in self.callbacks:
+            try:
+                getattr(each, hook)(self._trainer, *args)
+            except CallbackError:
+                raise
+            except Exception as error:
+                if not self._within_step:
+                    raise self._error(each, hook, error) from error
+                self._deferred = self._deferred or (each, hook, error)
+
+    @contextmanager
+    def within_step(self) -> Iterator[None]:
+        """In the middle of a step there is no state to save: what is raised in it is told by :meth:`settle`."""
+        self._within_step = True
+        try:
+            yield
+        finally:
+            self._within_step = False
+
+    def settle(self) -> None:
+        """Raises CallbackError for what a callback has raised within the step before."""
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            raise self._error(*deferred) from deferred[2]
+
+    def finish(self, error: BaseException | None) -> None:
+        """Calls ``after_fit`` of every callback; what these raise does not hide an error before."""
+        self._deferred = None
+        for each in self.callbacks:
+            try:
+                each.after_fit(self._trainer)
+            except Exception as another:
+                if error is None:
+                    raise self._error(each, "after_fit", another) from another
+                error.add_note(f"{type(each).__name__}.after_fit raised, too: {another!r}")
+
+    def state(self) -> list[list[Any]]:
+        """Returns the class and state of each callback."""
+        return [[type(each).__name__, each.state_dict()] for each in self.callbacks]
+
+    def load_state(self, state: list[list[Any]]) -> None:
+        """Takes back what :meth:`state` gave, by class and order; callbacks may have come or gone."""
+        left = list(state)
+        for each in self.callbacks:
+            mine = next((entry for entry in left if entry[0] == type(each).__name__), None)
+            if mine is not None:
+                left.remove(mine)
+                each.load_state_dict(mine[1])
+
+    def _error(self, callback: Callback, hook: str, error: Exception) -> CallbackError:
+        return CallbackError(
+            f"the callback {type(callback).__name__} raised in {hook} at step {self._trainer.steps_done}: "
+            f"{type(error).__name__}: {error}; {self._rescue()}"
+        )
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What looks on while a step of the trainer runs."""
+
+    clock: Clock
+    hooks: Hooks
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what is done within, in a step that is logged."""
+        return self.clock.phase(name)
+
+    def backward(self, when: Literal["before", "after"]) -> None:
+        """Calls the callbacks."""
+        self.hooks.call(f"{when}_backward")

@@ -1,0 +1,63 @@
+"""ProgressBar: how far the stage is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from recis_hybrid.pipelines.callback import Callback, Record, rank
+
+if TYPE_CHECKING:
+    from recis_hybrid.pipelines.stages import Stage
+    from recis_hybrid.pipelines.trainer import Trainer
+
+
+class ProgressBar(Callback):
+    """Shows steps, loss and samples/s on stderr, and a line for each evaluation; on rank 0 alone."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def before_stage(self, trainer: Trainer, stage: Stage) -> None:
+        """Opens the bar of a training stage."""
+        steps = trainer.steps_left(stage)
+        if steps is not None and rank() == 0:
+            name = getattr(stage, "name", "train")
+            self._bar = tqdm(desc=name, total=steps or None, unit="step", dynamic_ncols=True)
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Moves on."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, trainer: Trainer, record: Record) -> None:
+        """Shows what is logged."""
+        if rank() != 0:
+            return
+        if self._bar is not None and record["event"] == "train":
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_s']:,.0f} samples/s")
+        elif record["event"] == "eval":
+            name = record["name"]
+            begin = f"{name}/"
+            shown = ", ".join(f"{k.removeprefix(begin)} {v:.5f}" for k, v in record.items() if k.startswith(begin))
+            tqdm.write(f"step {record['step']}, {name}: {shown}", file=_stderr())
+
+    def after_stage(self, trainer: Trainer, stage: Stage) -> None:
+        """Closes the bar."""
+        self._close()
+
+    def after_fit(self, trainer: Trainer) -> None:
+        """Closes the bar where the stage did not end."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _stderr() -> Any:
+    import sys
+
+    return sys.stderr

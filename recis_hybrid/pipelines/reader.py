@@ -1,0 +1,99 @@
+"""Reader: a source of batches whose place can be saved, whatever kind of iterable it is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from recis_hybrid.ragged import Batch
+
+
+class Reader:
+    """Reads a source pass after pass, and knows where it is.
+
+    A source with ``state_dict`` and ``load_state_dict`` (a ColumnDataset, or a DataLoader over one) is set to its
+    place; of any other the batches before that place are read and dropped.
+
+    Args:
+        data: Gives the batches of one pass each time it is iterated.
+    """
+
+    def __init__(self, data: Iterable[Batch]) -> None:
+        self.data = data
+        self.passes = 0
+        """Passes that have come to their end."""
+        self.batches = 0
+        """Batches of the pass under way."""
+        self._iterator: Iterator[Batch] | None = None
+        self._begun_at = 0
+        loader = isinstance(data, DataLoader)
+        self._source: Any = data.dataset if isinstance(data, DataLoader) else data
+        # Workers read with copies: the place in the process's own source is what is said here, not what they do.
+        self._in_workers = loader and data.num_workers > 0  # type: ignore[attr-defined]
+        self._stateful = hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
+
+    def next(self) -> Batch | None:
+        """Returns the next batch; None once at the end of each pass.
+
+        Raises:
+            ValueError: The pass had no batch.
+        """
+        if self._iterator is None:
+            self._iterator = self._begin()
+        batch = next(self._iterator, None)
+        if batch is None:
+            if self.batches == 0:
+                raise ValueError(
+                    f"the source {type(self.data).__name__} gave no batch in pass {self.passes + 1}; give one that has "
+                    f"batches each time that it is iterated"
+                )
+            self._end()
+            return None
+        self.batches += 1
+        return batch
+
+    def _begin(self) -> Iterator[Batch]:
+        # A DataLoader draws a seed as it begins: from a fork of the generator, or a pass that is begun in its middle by
+        # a resumed run would leave the generator elsewhere.
+        with torch.random.fork_rng(devices=[]):
+            iterator = iter(self.data)
+        self._begun_at = self.batches
+        return iterator if self._stateful else itertools.islice(iterator, self.batches, None)
+
+    def _end(self) -> None:
+        self._iterator = None
+        self.passes, self.batches = self.passes + 1, 0
+        if self._in_workers and hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(self._source.epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place."""
+        place = None
+        if self._stateful and self._in_workers and self._iterator is not None:
+            place = self._source.state_dict(self.batches - self._begun_at)
+        elif self._stateful:
+            place = self._source.state_dict()
+        return {"passes": self.passes, "batches": self.batches, "place": place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes :meth:`next` give what was next when the state was taken."""
+        self.close()
+        self.passes, self.batches = state["passes"], state["batches"]
+        if state["place"] is not None:
+            self._source.load_state_dict(state["place"])
+
+    def close(self) -> None:
+        """Leaves the pass under way."""
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+        self._iterator = None
+
+
+def is_endless(data: Iterable[Batch]) -> bool:
+    """Whether a pass over a source is known never to end."""
+    return bool(getattr(data, "endless", False)) or isinstance(data, itertools.cycle | itertools.repeat)

@@ -1,0 +1,102 @@
+"""Sources: where the batches of stages come from, and how far each source is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from recis_hybrid.columnio import Window
+from recis_hybrid.pipelines.reader import Reader, is_endless
+from recis_hybrid.pipelines.stages import Evaluate, Train
+from recis_hybrid.ragged import Batch
+
+
+class Sources:
+    """The named sources of a trainer, which training stages read on one after another, and what a stage brings along.
+
+    Args:
+        named: By name.
+        open_window: Opens the files of a stage's window.
+    """
+
+    def __init__(
+        self, named: Mapping[str, Iterable[Batch]], open_window: Callable[[Window], Iterable[Batch]] | None
+    ) -> None:
+        self._named = dict(named)
+        self._open_window = open_window
+        self._readers: dict[str, Reader] = {}
+        # Of the stage under way, if it brought its source along; and what is to become of it after a resumption.
+        self._own: Reader | None = None
+        self._own_state: dict[str, Any] | None = None
+
+    def data(self, stage: Train | Evaluate) -> Iterable[Batch]:
+        """Returns the source of a stage; raises ValueError if there is none."""
+        if stage.window is not None:
+            if self._open_window is None:
+                raise ValueError(
+                    f"{type(stage).__name__}(window=) needs Trainer(open_window=), which opens the window's files"
+                )
+            return self._open_window(stage.window)
+        if not isinstance(stage.data, str):
+            return stage.data
+        if stage.data not in self._named:
+            raise ValueError(
+                f"{type(stage).__name__}: there is no source {stage.data!r}, there are {sorted(self._named)}; give it "
+                f"to Trainer"
+            )
+        return self._named[stage.data]
+
+    def reader(self, stage: Train) -> Reader:
+        """Returns the reader of a stage, where its source was left if it is a named one.
+
+        Raises:
+            ValueError: There is no such source, or the stage would never end.
+        """
+        if isinstance(stage.data, str) and stage.window is None:
+            reader = self._readers.get(stage.data) or Reader(self.data(stage))
+            self._readers[stage.data] = reader
+        else:
+            reader = self._own = Reader(self.data(stage))
+            if self._own_state is not None:
+                reader.load_state_dict(self._own_state)
+                self._own_state = None
+        _refuse_unbounded(stage, reader.data)
+        return reader
+
+    def leave(self, reader: Reader) -> None:
+        """Closes the reader of a stage that has ended, if the stage brought its source along."""
+        if reader is self._own:
+            reader.close()
+            self._own = None
+
+    def close(self) -> None:
+        """Leaves all passes under way."""
+        for reader in (*self._readers.values(), *([] if self._own is None else [self._own])):
+            reader.close()
+        self._readers.clear()
+        self._own = self._own_state = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the places of all readers."""
+        readers = {name: reader.state_dict() for name, reader in self._readers.items()}
+        return {"named": readers, "own": None if self._own is None else self._own.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes readers go on where they were."""
+        for name, place in state["named"].items():
+            if name in self._named:
+                self._readers[name] = Reader(self._named[name])
+                self._readers[name].load_state_dict(place)
+        self._own_state = state["own"]
+
+
+def _refuse_unbounded(stage: Train, data: Iterable[Batch]) -> None:
+    if stage.steps is not None or stage.endless:
+        return
+    unknown = stage.epochs is None and stage.window is None and not hasattr(data, "__len__")
+    if is_endless(data) or unknown:
+        what = "never ends" if is_endless(data) else "has no length and may never end"
+        raise ValueError(
+            f"Train: the source {type(data).__name__} {what}; give Train(steps=), or Train(endless=True) for a stage "
+            f"that a callback stops"
+        )

@@ -1,0 +1,55 @@
+"""TensorBoard: the log as curves."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from recis_hybrid.pipelines.callback import Callback, Record, rank
+
+if TYPE_CHECKING:
+    from recis_hybrid.pipelines.trainer import Trainer
+
+
+class TensorBoard(Callback):
+    """Writes every number of the log as a scalar of TensorBoard's; on rank 0 alone.
+
+    Needs ``pip install recis_hybrid[tensorboard]``.
+
+    Args:
+        path: The folder of event files.
+
+    Raises:
+        ImportError: If tensorboard is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"TensorBoard: there is no module {error.name!r}; run `pip install recis_hybrid[tensorboard]`"
+            ) from error
+        make: Any = SummaryWriter
+        self._make: Any = lambda step: make(os.fspath(path), purge_step=step)
+        self._writer: Any = None
+
+    def before_fit(self, trainer: Trainer) -> None:
+        """Opens the event file; what an interrupted run has written of later steps is dropped."""
+        if rank() == 0:
+            self._writer = self._make(trainer.steps_done + 1)
+
+    def on_log(self, trainer: Trainer, record: Record) -> None:
+        """Writes the numbers of a record."""
+        if self._writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "seconds"):
+                tag = name if "/" in name else f"{record['event']}/{name}"
+                self._writer.add_scalar(tag, value, record["step"])
+
+    def after_fit(self, trainer: Trainer) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

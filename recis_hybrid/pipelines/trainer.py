@@ -1,0 +1,406 @@
+"""Trainer: runs the stages of a training, and goes on where an interrupted one was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from recis_hybrid.columnio import Window
+from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
+from recis_hybrid.pipelines.clock import Clock
+from recis_hybrid.pipelines.evaluate import Metrics, evaluate
+from recis_hybrid.pipelines.guard import LossGuard
+from recis_hybrid.pipelines.hooks import Hooks, Watcher
+from recis_hybrid.pipelines.place import Place
+from recis_hybrid.pipelines.randomness import generator_states, seed_everything, set_generator_states
+from recis_hybrid.pipelines.reader import Reader
+from recis_hybrid.pipelines.records import Recorder
+from recis_hybrid.pipelines.sources import Sources
+from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
+from recis_hybrid.pipelines.step import Step
+from recis_hybrid.ragged import Batch, batch_size
+from recis_hybrid.saver import Saver
+
+
+class Trainer:
+    """Runs stages (train, evaluate, evict, save) one after another.
+
+    A step that is not logged waits for no device. Where torch.distributed is initialised, every rank runs the same
+    stages; logs are of all ranks, and rank 0 writes them.
+
+    Args:
+        step: What is done with batches; or several by name, of which stages choose, a teacher and a student for
+            instance.
+        train_data: The source ``"train"``: gives the batches of one pass each time it is iterated.
+        eval_data: The source ``"eval"``.
+        sources: Further sources by name.
+        open_window: Opens the files of a stage's window.
+        transform: Made of each batch before the step, in the training thread; timed as ``features``.
+        metrics: Of evaluations: by name, for each objective; or by objective and name.
+        saver: Where checkpoints go.
+        parts: What checkpoints hold beside what the steps name, as ``Saver.save`` takes it.
+        callbacks: Called as the training goes on, in their order.
+        accumulate: How many batches an update takes.
+        log_every: Steps from one line of the log to the next; each training stage ends with one, too.
+        seed: Of all generators of the process, set when a training begins anew; None leaves them.
+
+    Raises:
+        ValueError: If accumulate or log_every is less than 1.
+
+    Example:
+        >>> from recis_hybrid import optim
+        >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+        >>> from recis_hybrid.metrics import AUC
+        >>> engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer_state=optim.SGD.row_state())
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.engine = engine
+        ...     def forward(self, batch):
+        ...         return self.engine(batch)["id"][:, 0]
+        >>> batches = [{"id": torch.tensor([1, 2]), "label": torch.tensor([0.0, 1.0])}]
+        >>> bce = torch.nn.functional.binary_cross_entropy_with_logits
+        >>> step = TorchStep(Model(), bce, [optim.SGD(engine.parameters(), lr=1.0)])
+        >>> trainer = Trainer(step, batches, batches, metrics={"auc": AUC()})
+        >>> trainer.fit([Train(epochs=5), Evaluate()])
+        {'eval': {'auc': 1.0}}
+    """
+
+    def __init__(
+        self,
+        step: Step | Mapping[str, Step],
+        train_data: Iterable[Batch] | None = None,
+        eval_data: Iterable[Batch] | None = None,
+        *,
+        sources: Mapping[str, Iterable[Batch]] | None = None,
+        open_window: Callable[[Window], Iterable[Batch]] | None = None,
+        transform: Callable[[Batch], Batch] | None = None,
+        metrics: Metrics | None = None,
+        saver: Saver | None = None,
+        parts: Mapping[str, object] | None = None,
+        callbacks: Sequence[Callback] = (),
+        accumulate: int = 1,
+        log_every: int = 50,
+        seed: int | None = None,
+    ) -> None:
+        for name, value in (("accumulate", accumulate), ("log_every", log_every)):
+            if value < 1:
+                raise ValueError(f"Trainer: {name} must be at least 1, got {value}")
+        self.steps: dict[str, Step] = dict(step) if isinstance(step, Mapping) else {"": step}
+        given = {"train": train_data, "eval": eval_data, **(sources or {})}
+        self._sources = Sources({name: data for name, data in given.items() if data is not None}, open_window)
+        self.transform = transform
+        self.metrics: Metrics = metrics or {}
+        self.saver = saver
+        self.accumulate, self.log_every, self.seed = accumulate, log_every, seed
+        self.figures: dict[str, dict[str, float]] = {}
+        """By name of the evaluation, what it gave last."""
+        self.stopped: str | None = None
+        """Why a callback has stopped the training."""
+        self._parts = dict(parts or {})
+        self._place = Place()
+        self._stages: Iterable[Stage] = ()
+        self._stage: Stage | None = None
+        self._saved: int | None = None
+        self._clock, self._guard, self._recorder = Clock(), LossGuard(), Recorder()
+        self._hooks = Hooks(self, callbacks, self._rescue)
+        for each in self.steps.values():
+            if hasattr(each, "observer"):
+                each.observer = Watcher(self._clock, self._hooks)
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps done, those before a resumption included."""
+        return self._place.steps
+
+    @property
+    def samples(self) -> int:
+        """Rows that this rank has trained on."""
+        return self._place.samples
+
+    @property
+    def engines(self) -> list[EmbeddingEngine]:
+        """The engines of all steps."""
+        return list(dict.fromkeys(engine for step in self.steps.values() for engine in step.engines))
+
+    def fit(
+        self, stages: Iterable[Stage], *, resume: Literal["latest"] | int | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Runs stages.
+
+        A run that is resumed is given the same stages: what was done before the checkpoint is left out, and the stage
+        that was under way goes on where it was, so that it ends bitwise as if it had not been interrupted. A generator
+        is gone through from its beginning for that, and finds in ``figures`` what it found then; it should do nothing
+        but yield stages. WindowStages goes on by itself.
+
+        Args:
+            stages: A list, a generator, or WindowStages.
+            resume: The step of a checkpoint to go on from, or ``"latest"``, which begins anew where there is none.
+
+        Returns:
+            By name of the evaluation, what it gave last.
+
+        Raises:
+            CallbackError: A callback has raised; the state was saved.
+            NonFiniteLossError: The loss is no finite number; checkpoints stay as they are.
+            ValueError: There are checkpoints and ``resume`` is None, or a stage would never end.
+        """
+        self._begin(stages, resume)
+        try:
+            self._hooks.call("before_fit")
+            for stage in self._place.remaining(stages, self.figures):
+                if self.stopped is not None:
+                    break
+                self._stage = stage
+                self._hooks.call("before_stage", stage)
+                stage.run(self)
+                # A run that is resumed after a stop goes on with the rest of the stage.
+                self._place.finished = self.stopped is None or not isinstance(stage, Train)
+                self._stage = None
+                self._hooks.call("after_stage", stage)
+                if self.stopped is not None and self.saver is not None:
+                    self.save()
+            self._log_tables()
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
+        return self.figures
+
+    def train(self, stage: Train) -> None:
+        """Trains until the bound of a stage is reached: what ``Train`` runs.
+
+        Args:
+            stage: The bound, and where batches come from.
+
+        Raises:
+            NonFiniteLossError: The loss is no finite number.
+            ValueError: The stage would never end, or there is no batch.
+        """
+        step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
+        self._recorder.restart(place.samples)
+        watched: Mapping[str, Tensor] = {}
+        while self.stopped is None and not place.reached(stage):
+            batches = self._read(reader)
+            if not batches:
+                continue
+            logs = (place.steps + 1) % self.log_every == 0
+            with self._clock.measuring(step.engines) if logs else nullcontext():
+                batches = self._transformed(batches, stage.transform)
+                watched = self._train_step(step, batches)
+            self._guard.watch(place.steps, watched["loss"], batches)
+            if logs:
+                self._log_train(stage, watched, self._clock.seconds)
+            self._hooks.settle()
+            self._hooks.call("after_step")
+        self._guard.look(wait=True)
+        if watched and place.steps % self.log_every != 0:
+            self._log_train(stage, watched, {})
+        if self.stopped is None:
+            self._sources.leave(reader)
+
+    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+        with self._hooks.within_step():
+            self._hooks.call("before_step", batches)
+            watched = step(*batches)
+        place = self._place
+        place.steps, place.stage_steps = place.steps + 1, place.stage_steps + 1
+        place.samples += sum(batch_size(batch) for batch in batches)
+        return watched
+
+    def _transformed(self, batches: list[Batch], transform: Callable[[Batch], Batch] | None) -> list[Batch]:
+        for function in (self.transform, transform):
+            if function is not None:
+                with self._clock.phase("features"):
+                    batches = [function(batch) for batch in batches]
+        return batches
+
+    def evaluate(self, stage: Evaluate) -> None:
+        """Computes a stage's metrics: what ``Evaluate`` runs. They are kept in ``figures``."""
+        begin = time.perf_counter()
+        metrics = self.metrics if stage.metrics is None else stage.metrics
+        transforms = [function for function in (self.transform, stage.transform) if function is not None]
+        figures = evaluate(self._step(stage.step), self._sources.data(stage), metrics, transforms=transforms)
+        self.figures[stage.name] = figures
+        if not hasattr(self._stages, "load_state_dict"):
+            self._place.figures[str(self._place.stages)] = {stage.name: figures}
+        named = {f"{stage.name}/{name}": value for name, value in figures.items()}
+        self._log("eval", {"name": stage.name, "seconds": time.perf_counter() - begin, **named})
+
+    def evict(self, stage: Evict) -> None:
+        """Gives rows up: what ``Evict`` runs."""
+        evicted = 0
+        for engine in self.engines:
+            evicted += engine.evict(stage.rule)
+            if stage.compact:
+                engine.compact()
+        self._recorder.evicted += evicted
+        self._log("evict", {"evicted": evicted})
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
+
+        Returns:
+            Its directory; None if there was one.
+
+        Raises:
+            ValueError: There is no saver.
+        """
+        if self.saver is None:
+            raise ValueError("Trainer: there is no saver to save with; give Trainer(saver=Saver(path))")
+        if self.steps_done in (self._saved, self.saver.latest()):
+            return None
+        self._guard.look(wait=True)
+        self._hooks.call("before_save")
+        path = self._save()
+        self._hooks.call("after_save", path)
+        return path
+
+    def _save(self) -> Path:
+        assert self.saver is not None
+        begin = time.perf_counter()
+        if isinstance(self._stage, Save):
+            self._place.finished = True
+        path = self.saver.save(self.steps_done, **self.parts())
+        self._saved = self.steps_done
+        self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
+        return path
+
+    def stop(self, reason: str) -> None:
+        """Ends the training after the step under way, with a checkpoint if there is a saver; for callbacks.
+
+        Args:
+            reason: Kept in ``stopped``, and logged.
+        """
+        self.stopped = reason
+        self._log("stop", {"reason": reason})
+
+    def steps_left(self, stage: Stage) -> int | None:
+        """Returns how many steps a training stage still has, 0 if that cannot be known; None for other stages."""
+        if not isinstance(stage, Train):
+            return None
+        data = None if stage.window is not None else self._sources.data(stage)
+        return self._place.left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
+
+    def parts(self) -> dict[str, object]:
+        """Returns what a checkpoint holds, by name: the steps' parts, further ones, and the trainer itself."""
+        parts = dict(self._parts)
+        for name, step in self.steps.items():
+            # What several steps share, as tables, is saved once.
+            known = {id(value) for value in parts.values()}
+            own = {part: value for part, value in step.parts().items() if id(value) not in known}
+            parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
+        if "trainer" in parts:
+            raise ValueError("Trainer: the part 'trainer' is the trainer's own; save yours by another name")
+        return {**parts, "trainer": self}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place: steps, stage, reading positions, generators, and the state of callbacks."""
+        stream: Any = self._stages
+        return {
+            "place": self._place.state_dict(),
+            "figures": {name: dict(figures) for name, figures in self.figures.items()},
+            "sources": self._sources.state_dict(),
+            "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
+            "generators": generator_states(),
+            "callbacks": self._hooks.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; callbacks by their class and order."""
+        self._place = Place(**state["place"])
+        self.figures.clear()
+        self.figures.update(state["figures"])
+        self._sources.load_state_dict(state["sources"])
+        stream: Any = self._stages
+        if state["stages"] is not None and hasattr(stream, "load_state_dict"):
+            stream.load_state_dict(state["stages"])
+        self._hooks.load_state(state["callbacks"])
+        set_generator_states(state["generators"])
+
+    def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
+        self._stages, self._stage = stages, None
+        self._place = Place(self._place.steps, self._place.samples)
+        self.stopped = self._saved = None
+        self.figures.clear()
+        if resume is not None and self.saver is None:
+            raise ValueError("Trainer.fit: resume needs a saver; give Trainer(saver=Saver(path))")
+        existing = [] if self.saver is None else self.saver.steps()
+        if resume is None and max(existing, default=0) > self.steps_done:
+            raise ValueError(
+                f"Trainer.fit: there are checkpoints of the steps {existing} already; go on from them by "
+                f'resume="latest", or save in another directory'
+            )
+        if self.saver is not None and resume is not None and (existing or resume != "latest"):
+            self._saved = self.saver.load(resume, **self.parts())
+        elif self.seed is not None and self.steps_done == 0:
+            seed_everything(self.seed, rank=rank())
+
+    def _end(self, error: BaseException | None) -> None:
+        """Ends callbacks and a save in the background."""
+        self._sources.close()
+        self._hooks.finish(error)
+        if self.saver is None:
+            return
+        try:
+            self.saver.wait()
+        except Exception as another:
+            if error is None:
+                raise
+            error.add_note(f"the save in the background failed, too: {another}")
+        if error is not None:
+            latest = self.saver.latest()
+            error.add_note("there is no checkpoint" if latest is None else f"the latest checkpoint is of step {latest}")
+
+    def _rescue(self) -> str:
+        """Saves after a callback has raised, and says what came of it."""
+        if self.saver is None:
+            return "there is no saver, so nothing was saved"
+        try:
+            if self._saved != self.steps_done:
+                self._saved = self.steps_done
+                self.saver.save(self.steps_done, **self.parts())
+        except Exception as error:
+            return f"the state could not be saved: {error}"
+        return f"the state of step {self.steps_done} is saved"
+
+    def _read(self, reader: Reader) -> list[Batch]:
+        """Returns the batches of a step; fewer where a pass ends, none where it had already."""
+        place, begin = self._place, time.perf_counter()
+        batches: list[Batch] = []
+        while len(batches) < self.accumulate:
+            batch = reader.next()
+            if batch is None:
+                # A pass of which this stage has had nothing was an earlier one's.
+                place.stage_passes += place.pass_batches > 0
+                place.pass_batches = 0
+                break
+            batches.append(batch)
+            place.pass_batches += 1
+        self._recorder.waited += time.perf_counter() - begin
+        return batches
+
+    def _step(self, name: str | None) -> Step:
+        if name is None:
+            return next(iter(self.steps.values()))
+        if name not in self.steps:
+            raise ValueError(f"Trainer: there is no step {name!r}, there are {sorted(self.steps)}")
+        return self.steps[name]
+
+    def _log_train(self, stage: Train, watched: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
+        self._log("train", {"name": stage.name, **self._recorder.of_step(self, watched, seconds)})
+
+    def _log_tables(self) -> None:
+        # Ranks may have other callbacks, but look at their tables together.
+        if self._hooks.callbacks or ranks() > 1:
+            self._log("tables", {"tables": self._recorder.frequencies(self.engines)})
+
+    def _log(self, event: str, figures: Mapping[str, Any]) -> None:
+        record: Record = {"event": event, "step": self.steps_done, **figures}
+        self._hooks.call("on_log", record)

@@ -1,0 +1,79 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from recis_hybrid.metrics import AUC
+from recis_hybrid.pipelines import Callback, Checkpoint, Evaluate, JsonLog, Train, Trainer
+from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.saver import Saver
+
+pytestmark = pytest.mark.jax
+
+
+@pytest.fixture
+def program(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    return importlib.import_module("jax_led")
+
+
+def make_batches(fields: list[str]) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    batches: list[Batch] = []
+    for _ in range(8):
+        ids = {field: torch.randint(0, 30, (64,), generator=generator) for field in fields}
+        history = RaggedTensor(ids["history"], torch.arange(65))
+        batches.append({**ids, "history": history, "label": (ids["user_id"] % 2).float()})
+    return batches
+
+
+class Interrupt(Callback):
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == 13:
+            raise KeyboardInterrupt
+
+
+def test_a_step_led_by_jax_runs_in_the_same_stages_and_is_resumed_bitwise(program: ModuleType, tmp_path: Path) -> None:
+    batches = make_batches(program.demo.FIELDS)
+
+    def training(*more: Callback) -> tuple[Any, Trainer]:
+        step = program.make_step(0, 32)
+        callbacks = [JsonLog(tmp_path / f"{len(more)}.jsonl"), *more]
+        saver = Saver(tmp_path / "run") if more else None
+        return step, Trainer(
+            step, batches, batches, metrics={"auc": AUC()}, saver=saver, callbacks=callbacks, log_every=4
+        )
+
+    stages = [Train(epochs=4), Evaluate()]
+    whole, trainer = training()
+    assert trainer.fit(stages)["eval"]["auc"] > 0.95
+    lines = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert lines[-3]["loss"] < 0.6 < lines[0]["loss"]
+    assert {"time/lookup", "time/towers", "time/update"} <= lines[0].keys()
+    _, cut = training(Checkpoint(steps=5), Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(stages)
+    cut.saver = None
+    resumed, again = training(Checkpoint(steps=5))
+    again.fit(stages, resume="latest")
+    assert again.steps_done == 32
+    for one, other in zip(whole.state_dict()["leaves"], resumed.state_dict()["leaves"], strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(whole.engines[0].tables, resumed.engines[0].tables, strict=True):
+        for member in range(len(one.members)):
+            first, second = one.export(member), other.export(member)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_learns(program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rows", "20000", "--batch-size", "256", "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["jax_led.py", *arguments])
+    program.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.65 < figures["auc"] < figures["bayes_auc"]
+    assert {"logloss", "samples_per_s", "seconds"} <= set(figures)

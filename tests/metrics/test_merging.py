@@ -1,0 +1,88 @@
+"""Accumulators that are merged, saved, and computed over ranks, see what one accumulator of all rows would."""
+
+import socket
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from recis_hybrid.metrics import (
+    AUC,
+    GAUC,
+    MSE,
+    BinnedAUC,
+    Calibration,
+    HitRateAtK,
+    LogLoss,
+    Metric,
+    NDCGAtK,
+    NormalizedEntropy,
+    PrecisionAtK,
+    RecallAtK,
+)
+
+KINDS: list[Callable[..., Metric]] = [
+    AUC, BinnedAUC, Calibration, GAUC, partial(HitRateAtK, 2), LogLoss, MSE, partial(NDCGAtK, 3), NormalizedEntropy,
+    partial(PrecisionAtK, 2), partial(RecallAtK, 2),
+]  # fmt: skip
+
+
+def update(metric: Metric, begin: int, end: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, generator=generator)
+    labels = (torch.rand(60, generator=generator) < scores).long()
+    groups = torch.randint(0, 8, (60,), generator=generator)
+    columns = [scores, labels, *([groups] if metric.takes_groups else [])]
+    metric.update(*(column[begin:end] for column in columns))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_state_and_reset(kind: Callable[..., Metric]) -> None:
+    whole, first, second, again = kind(), kind(), kind(), kind()
+    update(whole, 0, 60)
+    update(first, 0, 20)
+    update(second, 20, 60)
+    first.merge(second)
+    assert first.compute() == pytest.approx(whole.compute(), rel=1e-14)
+    again.load_state(first.state())
+    assert again.compute() == first.compute()
+    again.merge(kind())
+    assert again.compute() == first.compute()
+    again.reset()
+    again.merge(first)
+    update(again, 0, 1)
+    assert first.compute() == pytest.approx(whole.compute(), rel=1e-14)
+    first.reset()
+    with pytest.raises(ValueError, match="nothing to compute; call update first"):
+        first.compute()
+
+
+def on_rank(rank: int, port: int, wanted: list[float]) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for kind, value in zip(KINDS, wanted, strict=True):
+        # Uneven halves; then all of it on one rank, and nothing on the other.
+        for parts in ((0, 50), (50, 60)), ((0, 60), None):
+            metric = kind()
+            if parts[rank] is not None:
+                update(metric, *parts[rank])
+            assert abs(metric.compute() - value) < 1e-12, (kind, metric.compute(), value)
+        alone = kind(sync=False)
+        update(alone, 0, 60)
+        if rank == 0:  # no collective: the other rank takes no part
+            assert alone.compute() == value
+    dist.destroy_process_group()
+
+
+def test_two_ranks_compute_what_one_would() -> None:
+    wanted = []
+    for kind in KINDS:
+        metric = kind()
+        update(metric, 0, 60)
+        wanted.append(metric.compute())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(on_rank, (port, wanted), nprocs=2)  # type: ignore[no-untyped-call]

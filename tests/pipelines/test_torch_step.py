@@ -1,0 +1,232 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import Anchor, Unused, dense_parameters
+from recis_hybrid.pipelines import LrSchedule, Objective, TorchStep, UncertaintyWeights
+from recis_hybrid.ragged import Batch
+from tests.support.small import Model, assert_same, bce, make_batches, make_step, state_of
+
+
+def train(step: TorchStep, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+    return [step(batch) for batch in batches]
+
+
+def test_a_step_is_zero_grad_forward_backward_clip_step() -> None:
+    step = make_step(clip_grad_norm=0.1)
+    twin = make_step()
+    for batch in make_batches():
+        torch.manual_seed(1)
+        watched = step(batch)
+        torch.manual_seed(1)
+        for optimizer in twin.optimizers.values():
+            optimizer.zero_grad()
+        loss = bce(twin.model(batch), batch["label"])  # type: ignore[arg-type]
+        loss.backward()
+        norm = clip_grad_norm_(twin.model.parameters(), 0.1)
+        for optimizer in twin.optimizers.values():
+            optimizer.step()
+        assert torch.equal(watched["loss"], loss.detach())
+        assert torch.equal(watched["grad_norm"], norm)
+    assert_same(state_of(step), state_of(twin))
+    assert step.updates == 8
+
+
+def test_clipping_bounds_the_gradients_of_towers_and_tables_together() -> None:
+    model = Model()
+    dense = torch.optim.SGD(dense_parameters(model), lr=1.0)
+    before = [parameter.detach().clone() for parameter in dense_parameters(model)]
+    step = TorchStep(model, lambda logits, labels: 1e3 * logits.sum(), [dense], clip_grad_norm=0.5)
+    step(make_batches(1)[0])
+    moved = [(b - p.detach()).square().sum() for b, p in zip(before, dense_parameters(model), strict=True)]
+    rows = [p.grad.square().sum() for p in model.parameters() if isinstance(p, Anchor) and p.grad is not None]
+    assert rows
+    assert float(sum(moved) + sum(rows)) ** 0.5 == pytest.approx(0.5, rel=1e-3)
+
+
+def test_accumulated_batches_give_the_gradient_of_their_rows_together() -> None:
+    (whole,) = make_batches(1, rows=50)
+    parts: list[Batch] = [{name: column[a:b] for name, column in whole.items()} for a, b in ((0, 30), (30, 50))]
+    results = []
+    for batches in ([whole], parts):
+        torch.manual_seed(0)
+        model = Model()
+        model.tower = nn.Sequential(nn.Linear(4, 1))  # what batch norm gives depends on the batch
+        torch.nn.init.ones_(model.tower[0].weight)
+        torch.nn.init.zeros_(model.tower[0].bias)
+        optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.Adam(model.engine.parameters())]
+        step = TorchStep(model, bce, optimizers)
+        loss = step(*batches)["loss"]
+        results.append({"loss": loss, **state_of(step)})
+        assert step.updates == 1
+    for name, value in results[0].items():
+        if name not in ("table.seen_step", "table.frequency"):
+            torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_learns(precision: Any) -> None:
+    step = make_step(precision=precision, loss_scale=1024.0, clip_grad_norm=10.0)
+    first = float(step(make_batches(1)[0])["loss"])
+    losses = [float(watched["loss"]) for watched in train(step, make_batches() * 8)]
+    assert losses[-1] < 0.3 < first
+    parts = step.parts()
+    assert ("scaler" in parts) == (precision == "float16")
+    with torch.autocast("cpu", torch.bfloat16 if precision == "bfloat16" else torch.float16):
+        assert step.model(make_batches(1)[0]).dtype is not torch.float32
+
+
+def test_an_overflow_in_row_gradients_alone_leaves_their_update_out_and_lowers_the_scale() -> None:
+    step = make_step(precision="float16", loss_scale=2.0**10)
+    train(step, make_batches(2))
+    before, scale = state_of(step), step._scaler.get_scale()
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.full_like(gradients[0], math.inf)
+
+    assert isinstance(step.model, Model)
+    forward = step.model.engine.forward
+    step.model.engine.forward = lambda batch: {"id": Overflow.apply(forward(batch)["id"])}  # type: ignore[method-assign,no-untyped-call]
+    train(step, make_batches(1))
+    after = state_of(step)
+    assert torch.equal(after["table.embedding"], before["table.embedding"])
+    assert not torch.equal(after["tower.2.weight"], before["tower.2.weight"])
+    assert step._scaler.get_scale() == scale / 2
+    assert step.engines[0].evict(Unused(steps=100)) == 0  # no gradients wait there
+    step.model.engine.forward = forward  # type: ignore[method-assign]
+    train(step, make_batches(1))
+    assert not torch.equal(state_of(step)["table.embedding"], before["table.embedding"])
+
+
+def test_unscaled_row_gradients_are_those_of_full_precision() -> None:
+    norms = []
+    for precision in ("float32", "float16"):
+        step = make_step(precision=precision, clip_grad_norm=1e9)
+        step.model.tower[1].p = 0.0  # type: ignore[union-attr,index]
+        norms.append(float(step(make_batches(1)[0])["grad_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+@pytest.mark.jax
+def test_schedules_of_torch_and_of_optax_step_after_each_update() -> None:
+    import optax
+
+    step = make_step()
+    halving = torch.optim.lr_scheduler.ExponentialLR(step.optimizers["dense"], 0.5)
+    warmup = LrSchedule(step.optimizers["sparse"], optax.linear_schedule(0.0, 0.05, 5))
+    step.schedules = [halving, warmup]
+    rates = []
+    for batch in make_batches(6):
+        rates.append([step.optimizers[name].param_groups[0]["lr"] for name in ("dense", "sparse")])
+        step(batch)
+    expected = [[0.05 * 0.5**n, 0.01 * min(n, 5)] for n in range(6)]
+    assert rates == [pytest.approx(pair, rel=1e-6) for pair in expected]
+
+
+def test_a_schedule_keeps_ratios_between_groups() -> None:
+    first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 0.5}], lr=0.1)
+    schedule = LrSchedule(optimizer, lambda step: 0.1 / (1 + step))
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.05), pytest.approx(0.25)]
+    again = LrSchedule(torch.optim.SGD([first], lr=0.1), lambda step: 0.1 / (1 + step))
+    again.load_state_dict(schedule.state_dict())
+    assert again.state_dict() == {"steps": 1}
+
+
+HEADS = ("click", "buy")
+
+
+def objectives(**weights: Any) -> dict[str, Objective]:
+    return {
+        "click": Objective(loss=bce, weight=weights.get("click", 1.0)),
+        "buy": Objective(loss=bce, label="other", weight=weights.get("buy", 1.0)),
+    }
+
+
+def test_losses_are_summed_by_their_weights() -> None:
+    step = make_step(objectives(click=2.0, buy=lambda n: 0.5 / (n + 1)), HEADS)
+    for number, watched in enumerate(train(step, make_batches(3))):
+        weight = 0.5 / (number + 1)
+        assert float(watched["weight/buy"]) == pytest.approx(weight)
+        assert "weight/click" not in watched
+        total = 2.0 * watched["loss/click"] + weight * watched["loss/buy"]
+        torch.testing.assert_close(watched["loss"], total)
+
+
+def test_a_weight_of_zero_trains_the_other_objective_alone() -> None:
+    one, both = (make_step(objectives(click=1.0, buy=weight), HEADS) for weight in (0.0, 1.0))
+    before = one.model.tower[2].weight.detach().clone()  # type: ignore[union-attr,index]
+    for step in (one, both):
+        step.model.tower[1].p = 0.0  # type: ignore[union-attr,index]
+        train(step, make_batches(1))
+    assert torch.equal(one.model.tower[2].weight[1], before[1])  # type: ignore[union-attr,index]
+    assert not torch.equal(both.model.tower[2].weight[1], before[1])  # type: ignore[union-attr,index]
+
+
+def test_uncertainty_weights_are_learnt_and_saved() -> None:
+    torch.manual_seed(0)
+    model, weighting = Model(HEADS), UncertaintyWeights(HEADS)
+    dense = torch.optim.SGD([*dense_parameters(model), *weighting.parameters()], lr=0.1)
+    step = TorchStep(model, objectives(), [dense], weighting=weighting)
+    watched = step(make_batches(1)[0])
+    # At s = 0 the gradient of exp(-s) L + s / 2 is 1/2 - L.
+    losses = torch.stack([watched["loss/click"], watched["loss/buy"]])
+    torch.testing.assert_close(weighting.log_variances.detach(), -0.1 * (0.5 - losses))
+    assert float(watched["weight/click"]) == 1.0
+    assert step.parts()["weighting"] is weighting
+    with pytest.raises(ValueError, match=r"in no optimizer; add weighting.parameters\(\)"):
+        TorchStep(model, objectives(), [torch.optim.SGD(dense_parameters(model))], weighting=weighting)
+
+
+def test_padding_counts_in_no_loss_and_no_prediction() -> None:
+    (batch,) = make_batches(1, rows=10)
+    mask = torch.arange(10) < 7
+    padded, cut = {**batch, "mask": mask}, {name: column[:7] for name, column in batch.items()}
+    first, second = make_step(groups="user"), make_step(groups="user")
+    for step in (first, second):
+        torch.manual_seed(0)
+        step.model.tower = nn.Linear(4, 1)
+    torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])  # type: ignore[arg-type]
+    scored = first.predict(padded)[""]
+    assert len(scored.scores) == len(scored.labels) == 7
+    assert torch.equal(scored.groups, batch["user"][:7])  # type: ignore[arg-type]
+    assert float(first({**batch, "mask": mask & False})["loss"]) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch, as inductor is imported
+def test_a_compiled_tower_trains_as_an_eager_one() -> None:
+    losses = []
+    for compiled in (False, True):
+        step = make_step()
+        step.model.tower = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        if compiled:
+            step = TorchStep(step.model, bce, step.optimizers, compile=[step.model.tower])
+            assert step.model.tower._compiled_call_impl is not None
+        losses.append(torch.stack([watched["loss"] for watched in train(step, make_batches(4))]))
+        assert list(step.model.state_dict()) == [f"tower.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match="precision must be one of .*, got 'half'"):
+        make_step(precision="half")
+    with pytest.raises(KeyError, match="label column 'label' must be a dense column of the batch, which has"):
+        make_step()({"id": torch.tensor([1, 2])})
+    with pytest.raises(KeyError, match=r"there are objectives \['buy'\] beside"):
+        make_step(objectives(), ("click",))(make_batches(1)[0])
+    step = make_step({"click": Objective(loss=bce, weight=lambda n: math.nan)}, ("click",))
+    with pytest.raises(ValueError, match="the weight of label 'label' is nan at update 0"):
+        step(make_batches(1)[0])

@@ -1,0 +1,57 @@
+"""A small hybrid model and batches for it, which pipelines are tested with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
+from recis_hybrid.pipelines import TorchStep
+from recis_hybrid.ragged import Batch
+
+bce = nn.functional.binary_cross_entropy_with_logits
+
+
+class Model(nn.Module):
+    """An embedding, dropout (which needs generators) and a linear tower (which has batch norm's statistics)."""
+
+    def __init__(self, heads: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state())
+        self.tower = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, max(len(heads), 1)))
+        self.heads = heads
+
+    def forward(self, batch: Batch) -> Any:
+        outputs = self.tower(self.engine(batch)["id"])
+        return dict(zip(self.heads, outputs.unbind(1), strict=True)) if self.heads else outputs[:, 0]
+
+
+def make_batches(number: int = 8, rows: int = 64, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Batch] = []
+    for _ in range(number):
+        ids = torch.randint(0, 20, (rows,), generator=generator)
+        batches.append({"id": ids, "label": (ids % 2).float(), "other": (ids % 3 == 0).float(), "user": ids // 4})
+    return batches
+
+
+def make_step(loss: Any = bce, heads: tuple[str, ...] = (), *, lr: float = 0.05, **options: Any) -> TorchStep:
+    torch.manual_seed(0)
+    model = Model(heads)
+    dense = torch.optim.Adam(dense_parameters(model), lr=lr)
+    sparse = optim.Adam(model.engine.parameters(), lr=lr)
+    return TorchStep(model, loss, {"dense": dense, "sparse": sparse}, **options)
+
+
+def state_of(step: TorchStep) -> dict[str, Tensor]:
+    """Everything that was trained, tables by id."""
+    assert isinstance(step.model, Model)
+    rows = {f"table.{name}": values for name, values in step.model.engine.tables[0].export(0).items()}
+    return {**{name: value.clone() for name, value in step.model.state_dict().items()}, **rows}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
