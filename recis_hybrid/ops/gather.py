@@ -19,6 +19,8 @@ from recis_hybrid.ops.blocks import Blocks, StateArgs
 nothing_returned("gather_bags", "group_rows", "insert_grouped", "spread_max")
 
 SUM, MEAN, SQRTN, MAX = range(4)
+SOURCE_SHIFT = 40
+"""A source's feature stands in the bits from here up, its vector below."""
 
 
 class Bags(NamedTuple):
