@@ -10,6 +10,7 @@ from recis_hybrid.embedding.engine import (
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
+from recis_hybrid.embedding.exchange import ExchangeError as ExchangeError, Traffic as Traffic
 from recis_hybrid.embedding.hash_table import HashTable as HashTable
 from recis_hybrid.embedding.id_map import IdMap as IdMap
 from recis_hybrid.embedding.initializers import (
@@ -31,3 +32,4 @@ from recis_hybrid.embedding.protocols import (
     RowUpdate as RowUpdate,
 )
 from recis_hybrid.embedding.record_layout import RecordLayout as RecordLayout, StateField as StateField
+from recis_hybrid.embedding.sharding import sharding_of as sharding_of

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid.embedding.anchor import Anchor
@@ -15,12 +16,14 @@ from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
 from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
+from recis_hybrid.embedding.exchange import Exchange, Traffic, group_of
+from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.hash_table import HashTable
-from recis_hybrid.embedding.inputs import FeatureReader, TableReader
-from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
+from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
+from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, shard
 from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
@@ -37,7 +40,7 @@ class RowOptimizer(Protocol):
 class EngineLookup:
     """Which rows a batch met, and what the gradients need: one of each for each logical table."""
 
-    lookups: tuple[Lookup, ...]
+    lookups: tuple[Lookup | ShardedLookup, ...]
     outputs: tuple[Outputs, ...]
 
 
@@ -73,18 +76,30 @@ class EmbeddingEngine(nn.Module):
         seed: int = 0,
         device: torch.device | str = "cpu",
         coalesce: bool = True,
+        group: dist.ProcessGroup | Literal[False] | None = None,
+        reduce: Literal["mean", "sum", "id"] = "mean",
+        wire_dtype: torch.dtype = torch.float32,
+        deduplicate: bool = True,
     ) -> None:
         super().__init__()
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
         self.configs = dict(configs)
         self.device = device_of(device)
-        self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce)
+        shared = group_of(group)
+        ranks = 1 if shared is None else dist.get_world_size(shared)
+        self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
         self.tables = [self._table(plan, seed) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
         ]
+        self._sharded: ShardedTables | None = None
+        if shared is not None:
+            self._sharded = shard(
+                self.tables, self.plans, [reader.unknown for reader in self._readers],
+                Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
+            )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
 
@@ -109,11 +124,10 @@ class EmbeddingEngine(nn.Module):
             ids ``[B, L]``.
         """
         results: dict[str, Tensor] = {}
-        for number, table in enumerate(self.tables):
-            lookup, outputs = self._find(batch, number)
-            takes_gradient = self.training and not table.read_only and torch.is_grad_enabled()
+        for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
+            takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
-            results.update(zip(self.plans[number].features, values, strict=True))
+            results.update(zip(plan.features, values, strict=True))
         return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
 
     @torch.no_grad()
@@ -123,11 +137,11 @@ class EmbeddingEngine(nn.Module):
         Returns:
             The values as :meth:`forward` gives them, and what :meth:`apply_gradients` needs.
         """
-        found = [self._find(batch, number) for number in range(len(self.tables))]
+        found = list(self._found(batch))
         results: dict[str, Tensor] = {}
-        for plan, table, (lookup, outputs) in zip(self.plans, self.tables, found, strict=True):
+        for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
             results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
-        lookups, outputs_of = zip(*found, strict=True)
+        _, lookups, outputs_of = zip(*found, strict=True)
         return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
@@ -152,17 +166,43 @@ class EmbeddingEngine(nn.Module):
         # All of it is checked before the first row changes.
         ready = []
         for number in trained:
-            table, lookup = self.tables[number], ctx.lookups[number]
+            table, lookup = self._faces[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
             ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
 
-    def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
-        table = self.tables[number]
-        request, shapes = self._readers[number](batch, table.device)
-        lookup = table.find(request, train=self.training)
-        return lookup, Outputs.of(request.bags.vectors, shapes, table, self.device)
+    @property
+    def _faces(self) -> Sequence[Any]:
+        """The tables as lookups and gradients of this rank see them."""
+        return self.tables if self._sharded is None else self._sharded.tables
+
+    def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
+        """Looks a batch up in one table after another."""
+        if self._sharded is None:
+            for table, reader in zip(self.tables, self._readers, strict=True):
+                request, shapes = reader(batch, table.device)
+                lookup = table.find(request, train=self.training)
+                yield table, lookup, Outputs.of(request.bags.vectors, shapes, table, self.device)
+            return
+        self._sharded.agree()
+        grad = torch.is_grad_enabled()
+        routed = self._sharded.route(lambda: self._read(batch), train=self.training, grad=grad)
+        lookups = self._sharded.lookups(routed)
+        for face, lookup, route in zip(self._sharded.tables, lookups, routed.routes, strict=True):
+            if grad and lookup.train:
+                face.watch(lookup)
+            yield face, lookup, Outputs.of(route.request.bags.vectors, route.shapes, face, self.device)
+
+    def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
+        """Returns the ids of all features by table, and how many samples there are."""
+        requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
+        return requests, samples_of(batch, self.configs)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that this rank has sent to others, by what they were; all 0 on one process."""
+        return Traffic() if self._sharded is None else self._sharded.exchange.traffic
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names, in every table that is trained. Returns how many."""

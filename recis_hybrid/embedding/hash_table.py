@@ -161,7 +161,7 @@ class HashTable:
             starts: For each feature, where in ``out`` its ``[V, D]`` begin.
             winners: int32, as ``out``; needed for gradients where a combiner takes the greatest.
         """
-        self._check(lookup)
+        self.check(lookup)
         ids, members, bags, unknown, *_ = lookup.request
         ops.gather.gather_bags(
             self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
@@ -235,7 +235,7 @@ class HashTable:
             gradients: For each feature, float32 ``[V, D]``: of its vectors, or of its positions where the combiner
                 takes the greatest.
         """
-        self._check(lookup)
+        self.check(lookup)
         self._refuse_read_only("apply_gradients")
         if any(gradient is None for gradient in gradients):
             raise ValueError(
@@ -252,7 +252,7 @@ class HashTable:
 
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
         """Keeps the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
-        self._check(lookup)
+        self.check(lookup)
         part = part_of(
             self._name, lookup.rows, lookup.request.members, lookup.row_bound, lookup.sources, lookup.groups,
             gradients, self.layout.dim,
@@ -454,7 +454,8 @@ class HashTable:
                 f"call the optimizer's step or zero_grad first"
             )
 
-    def _check(self, lookup: Lookup) -> None:
+    def check(self, lookup: Lookup) -> None:
+        """Raises RuntimeError for a lookup of another generation."""
         if lookup.generation != self.generation:
             raise RuntimeError(
                 f"table {self._name}: this lookup was made in generation {lookup.generation} and the table is in "

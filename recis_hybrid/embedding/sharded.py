@@ -1,0 +1,462 @@
+"""Tables whose rows lie on several ranks.
+
+The id space is cut into 65,536 buckets, of which each rank owns a contiguous range (``distinct.rank_of``); a rank's
+HashTable holds the rows of its own. One batch goes like this, all features of a logical table at once:
+
+1. Each rank finds the distinct (member table, id) of its batch and sorts them by owner (``distinct``).
+2. ``Exchange.sizes``: how many ids go where, of every table; with them samples, and whether a rank has failed.
+3. ids → owners. Each owner looks up what came in, in rank order: it inserts in training, never in evaluation.
+4. rows → back. Each rank pools its bags from them, with the kernel that pools from blocks.
+5. Backward leaves gradients at the rank. When an optimizer steps, or a norm is asked for, each rank sums those of each
+   distinct id, and the sums → owners (``collecting``): they enter the owner's table as gradients of one lookup whose
+   features are the ranks, so that the update adds them in rank order. It is the update of one process.
+
+1 to 3 touch no table: they may run ahead of the batch (``prefetch``). A replicated table is the same with every rank
+as owner of every id, without 4; of a table that lies on one rank, all ids have that owner.
+
+Every rank takes part in every exchange, with nothing to send where its batch has nothing.
+
+Letters: N positions, U distinct ids of this rank's batch, R ids asked of this rank, W ranks, K kinds, D dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.coalesce import TablePlan
+from recis_hybrid.embedding.collecting import Asked, Collector, Reduce
+from recis_hybrid.embedding.distinct import Distinct, Kind, distinct_ids
+from recis_hybrid.embedding.exchange import WIRE_DTYPES, Exchange, ExchangeError, Sending
+from recis_hybrid.embedding.hash_table import HashTable
+from recis_hybrid.embedding.lookup import Lookup, Request, gradient_bags
+from recis_hybrid.embedding.pending import part_of
+from recis_hybrid.embedding.protocols import RowUpdate
+from recis_hybrid.embedding.sharding import deal
+from recis_hybrid.ops.blocks import ELEMENTS, Blocks
+from recis_hybrid.ops.gather import Bags
+from recis_hybrid.ops.update import Gradients
+
+Shapes = list[tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Route:
+    """Where the ids of a batch went, and which came in: of one table, before anything was looked up."""
+
+    request: Request
+    """This rank's positions."""
+    shapes: Shapes
+    """Of its features' outputs."""
+    places: Tensor
+    """int64 ``[N]``: which of its distinct ids each position is."""
+    send: list[int]
+    """For each rank, how many ids it was sent."""
+    receive: list[int]
+    """For each rank, how many came from it."""
+    lengths: list[int]
+    """How many came from each rank and of each kind, ``[W * K]``."""
+    ids: Tensor
+    """int64 ``[R]``: what came in."""
+    counts: Tensor | None
+    """int64 ``[R]``: how often each was met there; None in evaluation."""
+
+
+@dataclass(eq=False)
+class RoutedBatch:
+    """A batch whose ids are where they are to be looked up."""
+
+    routes: list[Route]
+    samples: list[int]
+    """Of each rank."""
+    train: bool
+
+
+@dataclass(eq=False)
+class ShardedLookup:
+    """What a rank's batch met in a table that others share: as a Lookup to what gathers and takes gradients."""
+
+    request: Request
+    places: Tensor
+    """int64 ``[N]``."""
+    asked: Asked
+    """What this rank was asked for."""
+    received: Tensor
+    """``[U, D]`` of the wire's dtype: the rows of its distinct ids, padded as ``_padded`` says."""
+    own: Lookup | None
+    """In place of ``received``: this rank's positions, where the table is replicated."""
+
+    @property
+    def train(self) -> bool:
+        """Whether it was a training lookup: one whose rows may take gradients."""
+        return self.asked.owned.train
+
+
+class ShardedTable:
+    """A logical table as this rank's features see it: this rank's HashTable and those of the other ranks.
+
+    Args:
+        table: This rank's part.
+        kinds: Of ids that are looked up in it.
+        kind_of: For each feature, the number of its kind.
+        replicated: Whether every rank has every row.
+        exchange: With the other ranks.
+        wire_dtype: In which rows and gradients travel.
+        reduce: How ranks' gradients of a row become one.
+    """
+
+    def __init__(
+        self, table: HashTable, kinds: list[Kind], kind_of: list[int], *, replicated: bool, exchange: Exchange,
+        wire_dtype: torch.dtype, reduce: Reduce,
+    ) -> None:  # fmt: skip
+        self.table = table
+        self.kinds = kinds
+        self.kind_of = kind_of
+        self.replicated = replicated
+        self.exchange = exchange
+        self.wire_dtype = wire_dtype
+        self.layout = table.layout
+        self.device = table.device
+        self.read_only = table.read_only
+        self.anchor = table.anchor
+        self.collector = Collector(
+            table, exchange, wire_dtype=wire_dtype, reduce=reduce, replicated=replicated, kinds=len(kinds)
+        )
+        table.pending.remote = self.collector
+
+    def distinct(self, request: Request, ranks: int, *, deduplicate: bool) -> Distinct:
+        """Returns the distinct ids of a request by owner."""
+        return distinct_ids(request, self.kind_of, self.kinds, ranks, deduplicate=deduplicate)
+
+    def look_up(self, route: Route, share: float, *, train: bool) -> tuple[Asked, Sending | None]:
+        """Looks up what came in, and begins to send the rows back, unless the table is replicated."""
+        ranks, lengths = self.exchange.size, route.lengths
+        members, unknown = [kind.member for kind in self.kinds], [kind.unknown for kind in self.kinds]
+        zeros = [0] * len(lengths)
+        request = Request(
+            list(route.ids.split(lengths)), members * ranks, Bags(lengths, lengths, [], [], zeros, zeros),
+            unknown * ranks, counts=route.counts,
+        )  # fmt: skip
+        owned = self.table.find(request, train=train)
+        asked = Asked(owned, route.send, route.receive, share)
+        if self.replicated:
+            return asked, None
+        dim = self.layout.dim
+        rows = torch.empty(route.ids.numel(), dim, dtype=torch.float32, device=self.device)
+        self.table.gather(owned, rows.view(-1), [dim * start for start in accumulate(lengths[:-1], initial=0)])
+        return asked, self.exchange.start("rows", rows.to(self.wire_dtype), route.receive, route.send)
+
+    def lookup(self, route: Route, asked: Asked, rows: Sending | None) -> ShardedLookup:
+        """Returns the lookup of this rank's positions, once its rows are here."""
+        if rows is not None:
+            received = _padded(rows.wait().to(self.device))
+            return ShardedLookup(route.request, route.places, asked, received, None)
+        rank, owned = self.exchange.rank, asked.owned
+        first = sum(route.receive[:rank])
+        # One row more, which stands for no id: places are -1 there.
+        mine = torch.cat([owned.rows[first : first + route.receive[rank]], owned.rows.new_tensor([-1])])
+        own = Lookup(
+            route.request, mine[route.places], owned.row_bound, owned.generation, owned.complete, owned.step
+        )  # fmt: skip
+        return ShardedLookup(route.request, route.places, asked, mine, own)
+
+    def gather(
+        self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None
+    ) -> None:
+        """Writes each feature's vectors, as :meth:`HashTable.gather`."""
+        if lookup.own is not None:
+            self.table.gather(lookup.own, out, starts, winners)
+            return
+        _, _, bags, unknown, *_ = lookup.request
+        received, dim = lookup.received, self.layout.dim
+        address = torch.tensor([received.data_ptr()], dtype=torch.int64, device=self.device)
+        blocks = Blocks(address, 40, 16, received.stride(0) * received.element_size())
+        ops.gather.gather_bags(
+            blocks, ELEMENTS[self.wire_dtype], dim, lookup.places, bags, [], unknown, _none(self.device), out, starts,
+            winners,
+        )  # fmt: skip
+        lookup.received = received.new_empty(0)  # the outputs hold what it was needed for
+
+    def watch(self, lookup: ShardedLookup) -> None:
+        """Expects gradients of a lookup, from this rank or others, as long as it lives somewhere."""
+        self.collector.watch(lookup.asked, lookup)
+
+    def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
+        """Keeps the gradients of a training lookup until they are exchanged; None for a feature without one."""
+        part = part_of(
+            self._name, lookup.places, self.kind_of, lookup.asked.distinct(self.replicated),
+            gradient_bags(lookup.request.bags), None, gradients, self.layout.dim,
+        )  # fmt: skip
+        if part is not None:
+            lookup.asked.add(part, full=all(gradient is not None for gradient in gradients))
+
+    def gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> Gradients:
+        """Exchanges the gradients of a training lookup, and returns those of this rank's rows, after checking them."""
+        if any(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"table {self._name}: apply_gradients takes a gradient for each feature; give zeros for None"
+            )
+        self.add_gradients(lookup, gradients)
+        came = self.collector.exchanged(lookup.asked)
+        return self.table.gradients(lookup.asked.owned, came)
+
+    def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
+        """Updates rows: one step of an optimizer."""
+        self.table.apply_gradients(gradients, update)
+
+    @property
+    def _name(self) -> str:
+        return ", ".join(member.name for member in self.table.members)
+
+
+@dataclass
+class ShardedTables:
+    """The tables of an engine, and the way of a batch through all of them."""
+
+    tables: list[ShardedTable]
+    exchange: Exchange
+    reduce: Reduce
+    deduplicate: bool
+    settings: list[int]
+    """What all ranks must agree on, as numbers."""
+    agreed: bool = False
+    last_samples: list[int] = field(default_factory=list)
+    """Of each rank, in the last batch."""
+
+    def agree(self) -> None:
+        """Finds out, once, whether all ranks were told the same.
+
+        Raises:
+            ExchangeError: If not.
+        """
+        if self.agreed:
+            return
+        others = [rank for rank, told in enumerate(self.exchange.all(self.settings)) if told != self.settings]
+        if others:
+            raise ExchangeError(
+                f"rank {self.exchange.rank}: the engines of the ranks {others} have other features, tables, seeds or "
+                f"settings than this one's; build it alike on all ranks"
+            )
+        self.agreed = True
+
+    def route(
+        self, read: Callable[[], tuple[list[tuple[Request, Shapes]], int]], *, train: bool, grad: bool,
+        exchange: Exchange | None = None,
+    ) -> RoutedBatch:  # fmt: skip
+        """Sends the ids of a batch to where they are to be looked up; touches no table.
+
+        Args:
+            read: Returns the requests to all tables, and how many samples the batch has.
+            train: Whether they are looked up in training.
+            grad: Whether gradients may follow.
+            exchange: Through which; None, that of the tables.
+
+        Raises:
+            ExchangeError: If another rank has failed, or looks up in another mode. What ``read`` raises goes on, after
+                the other ranks were told.
+        """
+        exchange = exchange or self.exchange
+        kinds = [len(table.kinds) for table in self.tables]
+        failure: BaseException | None = None
+        found: list[Distinct] = []
+        requests: list[tuple[Request, Shapes]] = []
+        samples = 0
+        try:
+            requests, samples = read()
+            for table, (request, _) in zip(self.tables, requests, strict=True):
+                found.append(table.distinct(request, exchange.size, deduplicate=self.deduplicate))
+        except Exception as error:
+            failure = error
+        told = torch.tensor([int(failure is not None), int(train) + int(train and grad), samples])
+        if failure is not None:
+            ours = [told, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
+            header = torch.cat(ours).expand(exchange.size, -1)
+        else:
+            header = self._header(told, found)
+        sent, came = exchange.sizes(header)
+        self._check(came, failure)
+        return RoutedBatch(
+            self._send_ids(exchange, requests, found, sent, came, train=train), [line[2] for line in came], train
+        )
+
+    def _header(self, told: Tensor, found: Sequence[Distinct]) -> Tensor:
+        """int64 [W, 3 + tables + kinds]: see _check; the most that an id was met; sizes of each table's kinds."""
+        ranks, device = self.exchange.size, self.exchange.device
+        most = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
+        same = torch.cat([told.to(device), torch.stack(most)])
+        sizes = [
+            (each.sizes.sum(0).expand(ranks, -1) if table.replicated else each.sizes).to(device)
+            for table, each in zip(self.tables, found, strict=True)
+        ]
+        return torch.cat([same.expand(ranks, -1), *sizes], dim=1)
+
+    def _check(self, came: list[list[int]], failure: BaseException | None) -> None:
+        if failure is not None:
+            raise failure
+        rank = self.exchange.rank
+        failed = [other for other, line in enumerate(came) if line[0]]
+        if failed:
+            raise ExchangeError(
+                f"rank {rank}: the ranks {failed} could not look up their batch, and no rank has looked up this one; "
+                f"see what they say"
+            )
+        differ = [other for other, line in enumerate(came) if line[1] != came[rank][1]]
+        if differ:
+            modes = {other: _MODES[line[1]] for other, line in enumerate(came)}
+            raise ExchangeError(
+                f"rank {rank}: all ranks must look up in one mode, got {modes}; call train() or eval(), and no_grad, "
+                f"on all of them alike"
+            )
+
+    def _send_ids(
+        self, exchange: Exchange, requests: Sequence[tuple[Request, Shapes]], found: Sequence[Distinct],
+        sent: list[list[int]], came: list[list[int]], *, train: bool,
+    ) -> list[Route]:  # fmt: skip
+        at = 3 + len(self.tables)
+        waiting: list[tuple[list[int], list[int], list[int], Sending, Sending | None]] = []
+        for number, (table, each) in enumerate(zip(self.tables, found, strict=True)):
+            end = at + len(table.kinds)
+            send, receive = ([sum(line[at:end]) for line in lines] for lines in (sent, came))
+            lengths = [size for line in came for size in line[at:end]]
+            at = end
+            distinct = send[0] if table.replicated else sum(send)
+            copies = exchange.size if table.replicated else 1
+            ids = exchange.start("ids", each.ids[:distinct].repeat(copies), send, receive)
+            counts = None
+            if train and not table.read_only:
+                mine, theirs = sent[0][3 + number], [line[3 + number] for line in came]
+                narrow = each.counts[:distinct].to(_count_dtype(mine)).repeat(copies).view(torch.uint8)
+                width = _count_dtype(mine).itemsize
+                counts = exchange.start(
+                    "counts", narrow, [width * n for n in send],
+                    [_count_dtype(most).itemsize * n for most, n in zip(theirs, receive, strict=True)],
+                )  # fmt: skip
+            waiting.append((send, receive, lengths, ids, counts))
+        routes = []
+        for number, (send, receive, lengths, ids, counts) in enumerate(waiting):
+            request, shapes = requests[number]
+            device = self.tables[number].device
+            often = None
+            if counts is not None:
+                often = _wide(counts.wait(), receive, [line[3 + number] for line in came]).to(device)
+            routes.append(
+                Route(
+                    request, shapes, found[number].places, send, receive, lengths, ids.wait().to(device), often
+                )
+            )  # fmt: skip
+        return routes
+
+    def lookups(self, routed: RoutedBatch) -> list[ShardedLookup]:
+        """Looks up what came in, in every table, and brings the rows of this rank's ids."""
+        self.last_samples = routed.samples
+        share = self.share
+        begun = [
+            table.look_up(route, share if self.reduce == "mean" else 1.0, train=routed.train)
+            for table, route in zip(self.tables, routed.routes, strict=True)
+        ]
+        return [
+            table.lookup(route, asked, rows)
+            for table, route, (asked, rows) in zip(self.tables, routed.routes, begun, strict=True)
+        ]
+
+    @property
+    def share(self) -> float:
+        """This rank's share of all ranks' samples in the last batch; 0 where there were none."""
+        return self.last_samples[self.exchange.rank] / max(sum(self.last_samples), 1)
+
+
+_MODES = ["evaluation", "training without gradients", "training"]
+
+
+def _count_dtype(most: int) -> torch.dtype:
+    return torch.uint8 if most < 256 else torch.int16 if most < 1 << 15 else torch.int64
+
+
+def _wide(counts: Tensor, receive: Sequence[int], most: Sequence[int]) -> Tensor:
+    """Returns the counts that came in, int64, from bytes as wide as each rank's need."""
+    widths = [_count_dtype(number).itemsize * n for number, n in zip(most, receive, strict=True)]
+    parts = zip(counts.split(widths), most, strict=True)
+    # A copy of each, since it may not start at a multiple of its width.
+    return torch.cat([part.clone().view(_count_dtype(number)).to(torch.int64) for part, number in parts])
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Returns rows so that each starts at a multiple of 16 bytes and takes at least 32: what kernels ask of records."""
+    width, size = rows.size(1), rows.element_size()
+    record = max(-(-width * size // 16) * 16, 32)
+    if record == width * size:
+        return rows
+    padded = rows.new_empty(rows.size(0), record // size)
+    padded[:, :width] = rows
+    return padded
+
+
+_NONE: dict[torch.device, Tensor] = {}
+
+
+def _none(device: torch.device) -> Tensor:
+    """First values that nothing asks for."""
+    if device not in _NONE:
+        _NONE[device] = torch.zeros(1, 5, dtype=torch.int64, device=device)
+    return _NONE[device]
+
+
+def shard(
+    tables: Sequence[HashTable], plans: Sequence[TablePlan], unknown: Sequence[Sequence[int]], exchange: Exchange, *,
+    wire_dtype: torch.dtype, reduce: Reduce, deduplicate: bool, seed: int,
+) -> ShardedTables:  # fmt: skip
+    """Puts tables on the ranks of a group.
+
+    Args:
+        tables: This rank's.
+        plans: Of the tables.
+        unknown: For each table and feature, the member table whose first values stand for unknown ids; -1: zeros.
+        exchange: With the other ranks.
+        wire_dtype: In which rows and gradients travel.
+        reduce: How ranks' gradients of a row become one.
+        deduplicate: False sends the id of every position.
+        seed: Of the tables.
+    """
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"EmbeddingEngine: wire_dtype must be one of {list(WIRE_DTYPES)}, got {wire_dtype}")
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"EmbeddingEngine: reduce must be one of {list(get_args(Reduce))}, got {reduce!r}")
+    whole = [(number, k) for number, plan in enumerate(plans) if plan.sharding == "table"
+             for k in range(len(plan.members))]  # fmt: skip
+    loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in whole]
+    owners: dict[tuple[int, int], int | None] = dict(zip(whole, deal(loads, exchange.size), strict=True))
+    sharded = []
+    for number, (table, plan) in enumerate(zip(tables, plans, strict=True)):
+        replicated = plan.sharding == "replicated"
+        each = [
+            Kind(member, zeros, exchange.rank if replicated else owners.get((number, member)))
+            for member, zeros in zip(plan.features.values(), unknown[number], strict=True)
+        ]
+        kinds = list(dict.fromkeys(each))
+        sharded.append(
+            ShardedTable(
+                table, kinds, [kinds.index(kind) for kind in each], replicated=replicated, exchange=exchange,
+                wire_dtype=wire_dtype, reduce=reduce,
+            )  # fmt: skip
+        )
+    told = [
+        ([(member.name, _told(member.initializer)) for member in plan.members], plan.layout, plan.features,
+         plan.sharding, _told(plan.config.admission), plan.config.trainable)
+        for plan in plans
+    ]  # fmt: skip
+    digest = hashlib.sha256(repr((told, seed, wire_dtype, reduce, deduplicate)).encode()).digest()
+    settings = [int.from_bytes(digest[:8], "little", signed=True)]
+    return ShardedTables(sharded, exchange, reduce, deduplicate, settings)
+
+
+def _told(rule: object) -> str:
+    """Returns a rule as text that is the same on all ranks."""
+    return repr(rule) if rule is None or dataclasses.is_dataclass(rule) else type(rule).__qualname__
