@@ -4,6 +4,7 @@ from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gat
 from recis_hybrid.embedding.anchor import Anchor as Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.config import EmbeddingConfig as EmbeddingConfig
+from recis_hybrid.embedding.ddp import leave_out_of_ddp as leave_out_of_ddp, mean_over_samples as mean_over_samples
 from recis_hybrid.embedding.engine import (
     EmbeddingEngine as EmbeddingEngine,
     EngineLookup as EngineLookup,

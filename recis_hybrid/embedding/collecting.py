@@ -1,8 +1,8 @@
 """Row gradients on their way from the ranks that have them to the ranks that own the rows.
 
-Backward runs on each rank as it likes: a rank may have no gradient for a lookup, or only for some of its ids. So what is
-exchanged, and when, is decided where all ranks come together, in an optimizer's step or where a norm is asked for: each
-rank says for each lookup that is still known what it has.
+Backward runs on each rank as it likes: a rank may have no gradient for a lookup, or only for some of its ids. So what
+is exchanged, and when, is decided where all ranks come together, in an optimizer's step or where a norm is asked for:
+each rank says for each lookup that is still known what it has.
 
 Letters: U distinct ids of this rank's batch, R ids asked of this rank, W ranks, D dim.
 """
@@ -214,7 +214,10 @@ class Collector:
 
     def _by_id(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:
         """Divides the gradient of each row by the number of ranks that have one for it."""
-        ranks = torch.arange(len(counts), device=rows.device).repeat_interleave(torch.tensor(counts, device=rows.device))
+        ranks = torch.arange(len(counts), device=rows.device).repeat_interleave(
+            torch.tensor(counts, device=rows.device)
+        )
         pairs = torch.unique(rows * self.exchange.size + ranks)
         each, met = torch.unique(pairs.div(self.exchange.size, rounding_mode="floor"), return_counts=True)
-        return values / met[torch.searchsorted(each, rows)].unsqueeze(1)
+        times: Tensor = met[torch.searchsorted(each, rows)]
+        return values / times.unsqueeze(1)

@@ -23,7 +23,7 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, shard
+from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
@@ -86,6 +86,7 @@ class EmbeddingEngine(nn.Module):
             raise ValueError("EmbeddingEngine: give at least one feature")
         self.configs = dict(configs)
         self.device = device_of(device)
+        refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
         ranks = 1 if shared is None else dist.get_world_size(shared)
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
@@ -188,16 +189,26 @@ class EmbeddingEngine(nn.Module):
         self._sharded.agree()
         grad = torch.is_grad_enabled()
         routed = self._sharded.route(lambda: self._read(batch), train=self.training, grad=grad)
-        lookups = self._sharded.lookups(routed)
-        for face, lookup, route in zip(self._sharded.tables, lookups, routed.routes, strict=True):
-            if grad and lookup.train:
-                face.watch(lookup)
-            yield face, lookup, Outputs.of(route.request.bags.vectors, route.shapes, face, self.device)
+        met = self._sharded.lookups(routed)
+        for face, own, route in zip(self._sharded.tables, met, routed.routes, strict=True):
+            if grad and own.train:
+                face.watch(own)
+            yield face, own, Outputs.of(route.request.bags.vectors, route.shapes, face, self.device)
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
         """Returns the ids of all features by table, and how many samples there are."""
         requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
         return requests, samples_of(batch, self.configs)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that have the tables together; None where this process has them all."""
+        return None if self._sharded is None else self._sharded.exchange.group
+
+    @property
+    def share(self) -> float:
+        """This rank's share of the samples that all ranks had in the last batch."""
+        return 1.0 if self._sharded is None else self._sharded.share
 
     @property
     def traffic(self) -> Traffic:

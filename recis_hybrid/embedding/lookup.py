@@ -118,7 +118,6 @@ class Lookup:
         """How gradients belong to positions: as ``request.bags``, but one a position where the greatest was taken."""
         return gradient_bags(self.request.bags)
 
-
     def occurrences(self) -> Tensor:
         """Returns int64 ``[N + 1]``: row ``unique[u]`` was met ``[u + 1] - [u]`` times."""
         counts, groups = self.request.counts, self.groups

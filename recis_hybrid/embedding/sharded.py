@@ -168,9 +168,7 @@ class ShardedTable:
         )  # fmt: skip
         return ShardedLookup(route.request, route.places, asked, mine, own)
 
-    def gather(
-        self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None
-    ) -> None:
+    def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
         """Writes each feature's vectors, as :meth:`HashTable.gather`."""
         if lookup.own is not None:
             self.table.gather(lookup.own, out, starts, winners)
@@ -409,6 +407,14 @@ def _none(device: torch.device) -> Tensor:
     return _NONE[device]
 
 
+def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:
+    """Raises ValueError for what is none of the choices."""
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"EmbeddingEngine: wire_dtype must be one of {list(WIRE_DTYPES)}, got {wire_dtype}")
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"EmbeddingEngine: reduce must be one of {list(get_args(Reduce))}, got {reduce!r}")
+
+
 def shard(
     tables: Sequence[HashTable], plans: Sequence[TablePlan], unknown: Sequence[Sequence[int]], exchange: Exchange, *,
     wire_dtype: torch.dtype, reduce: Reduce, deduplicate: bool, seed: int,
@@ -425,10 +431,6 @@ def shard(
         deduplicate: False sends the id of every position.
         seed: Of the tables.
     """
-    if wire_dtype not in WIRE_DTYPES:
-        raise ValueError(f"EmbeddingEngine: wire_dtype must be one of {list(WIRE_DTYPES)}, got {wire_dtype}")
-    if reduce not in get_args(Reduce):
-        raise ValueError(f"EmbeddingEngine: reduce must be one of {list(get_args(Reduce))}, got {reduce!r}")
     whole = [(number, k) for number, plan in enumerate(plans) if plan.sharding == "table"
              for k in range(len(plan.members))]  # fmt: skip
     loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in whole]
@@ -443,8 +445,13 @@ def shard(
         kinds = list(dict.fromkeys(each))
         sharded.append(
             ShardedTable(
-                table, kinds, [kinds.index(kind) for kind in each], replicated=replicated, exchange=exchange,
-                wire_dtype=wire_dtype, reduce=reduce,
+                table,
+                kinds,
+                [kinds.index(kind) for kind in each],
+                replicated=replicated,
+                exchange=exchange,
+                wire_dtype=wire_dtype,
+                reduce=reduce,
             )  # fmt: skip
         )
     told = [

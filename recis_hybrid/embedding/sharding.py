@@ -23,8 +23,8 @@ def sharding_of(config: EmbeddingConfig, ranks: int) -> Sharding:
     The estimate is of a batch that has every id of the table on every rank, the dearest one. Of W ranks each sends
     ``(W - 1) / W`` of R rows' ids, embeddings and gradients, in three collectives, where rows are spread; and ids and
     gradients to ``W - 1`` others, in two, where they are replicated. So tables of few rows are replicated, if
-    ``REPLICA_BYTES`` hold their embeddings; all others, and those without ``expected_rows``, are spread by row. ``table``
-    it never chooses: it sends as much as ``row``, and not evenly.
+    ``REPLICA_BYTES`` hold their embeddings; all others, and those without ``expected_rows``, are spread by row. It
+    never chooses ``table``, which sends as much as ``row``, and not evenly.
 
     Args:
         config: Of the table.

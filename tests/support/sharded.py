@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import EDGE_IDS
 
@@ -84,7 +84,7 @@ class Model(nn.Module):
             self.tower.bias.fill_(0.1)
 
     def forward(self, batch: Batch) -> Tensor:
-        parts = [part.reshape(batch["label"].shape[0], -1) for part in self.engine(batch).values()]
+        parts = [part.flatten(1) for part in self.engine(batch).values()]
         return self.tower(torch.cat(parts, 1))[:, 0]  # type: ignore[no-any-return]
 
 
@@ -150,11 +150,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
 
 def rows_of(engine: EmbeddingEngine) -> dict[str, dict[str, Tensor]]:
     """This rank's rows, by member table."""
-    return {
-        member.name: table.export(number)
-        for table in engine.tables
-        for number, member in enumerate(table.members)
-    }
+    return {member.name: table.export(number) for table in engine.tables for number, member in enumerate(table.members)}
 
 
 @torch.no_grad()
@@ -203,3 +199,43 @@ def assert_same(
         torch.cat([each["predictions"] for each in got]), torch.cat([each["predictions"] for each in expected]),
         rtol=1e-5, atol=max(atol, 1e-6),
     )  # fmt: skip
+
+
+USES = [
+    # By step: for each of two parts the features whose outputs its loss takes; none: no backward.
+    [["user", "item", "best"], ["item", "best", "tiled", "narrow"]],
+    [["user", "each"], []],
+    [[], []],
+    [["item_too", "user"], ["item"]],
+    [[], ["user", "item", "item_too", "best", "tiled", "each", "narrow"]],
+]
+
+
+def train_parts(group: dist.ProcessGroup, sharding: str, rule: str) -> dict[str, Any]:
+    """Two parts of each batch with losses of their own: two ranks, or one process after another."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    named = {name: config for name, config in configs(sharding).items() if name != "rare"}
+    engine = EmbeddingEngine(named, optimizer_state=STATES[rule], seed=3, group=group, reduce="sum")
+    sparse = getattr(optim, rule)(engine.parameters(), lr=0.1)
+    cuts = shares(24, 2, False)
+    for step, uses in enumerate(USES):
+        outputs = []
+        for part in [rank] if ranks == 2 else [0, 1]:
+            outputs.append((uses[part], engine(part_of(global_batch(step), cuts[part], cuts[part + 1]))))
+        sparse.zero_grad()  # between forward and backward, as some do
+        for used, values in outputs:
+            for times in range(2 if used and step == 0 else 1):
+                if used:
+                    loss = sum((values[name] - 0.3).square().sum() for name in used)
+                    assert isinstance(loss, Tensor)
+                    loss.backward(retain_graph=times == 0)
+        if step == 3:
+            nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+        sparse.step()
+    return {"losses": [], "tables": rows_of(engine), "predictions": torch.zeros(0), "watched": watched(engine)}
+
+
+def watched(engine: EmbeddingEngine) -> int:
+    """Lookups of which gradients are still expected."""
+    sharded = engine._sharded
+    return 0 if sharded is None else sum(len(table.collector._asked) for table in sharded.tables)

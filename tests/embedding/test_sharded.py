@@ -1,0 +1,200 @@
+"""Tables on two and four ranks against the same on one process."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import (
+    Constant,
+    EmbeddingConfig,
+    EmbeddingEngine,
+    MinFrequency,
+    leave_out_of_ddp,
+    mean_over_samples,
+)
+from recis_hybrid.ops.id_map import bucket_of
+from tests.support import sharded
+from tests.support.ranks import Ranks
+from tests.support.sharded import Job, assert_same, merged, train
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize("rule", ["SGD", "Adagrad", "Adam"])
+def test_one_step_agrees_with_one_process(ranks: Ranks, rule: str, deduplicate: bool) -> None:
+    job = Job(rule=rule, engine={"deduplicate": deduplicate})
+    one = ranks.run(1, train, Job(rule=rule))
+    for world in (2, 4):
+        # Adam's first step divides a gradient by its own size: where both are next to nothing, rounding shows.
+        assert_same(ranks.run(world, train, job), one, atol=1e-6 if rule == "Adam" else 0.0)
+
+
+@pytest.mark.parametrize(("rule", "lr", "atol"), [("SGD", 0.05, 0.0), ("Adagrad", 0.05, 0.0), ("Adam", 0.002, 1e-6)])
+def test_a_hundred_steps_agree_with_one_process(ranks: Ranks, rule: str, lr: float, atol: float) -> None:
+    job = Job(rule=rule, steps=100, lr=lr)
+    assert_same(ranks.run(2, train, job), ranks.run(1, train, job), atol=atol)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"uneven": True}, {"clip": 0.05}, {"accumulate": 3, "clip": 0.05}, {"uneven": True, "accumulate": 2},
+     {"sharding": "table"}, {"sharding": "replicated", "clip": 0.05}, {"sharding": "replicated", "uneven": True}],
+    ids=str,
+)  # fmt: skip
+def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[str, Any]) -> None:
+    job = Job(rule="Adagrad", steps=3, **more)
+    one = ranks.run(1, train, job)
+    for world in (2, 4):
+        assert_same(ranks.run(world, train, job), one, replicated=job.sharding == "replicated")
+
+
+@pytest.mark.parametrize("sharding", ["row", "table", "replicated"])
+def test_the_same_ranks_twice_are_bitwise_equal(ranks: Ranks, sharding: str) -> None:
+    job = Job(rule="Adam", steps=5, uneven=True, clip=0.5, sharding=sharding)
+    first, second = (ranks.run(2, train, job) for _ in range(2))
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours["losses"] == theirs["losses"]
+        for name, columns in ours["tables"].items():
+            for column, values in columns.items():
+                assert torch.equal(values, theirs["tables"][name][column]), (name, column)
+
+
+@pytest.mark.parametrize("sharding", ["row", "replicated"])
+@pytest.mark.parametrize("rule", ["SGD", "Adagrad"])
+def test_ranks_may_lack_gradients(ranks: Ranks, rule: str, sharding: str) -> None:
+    two = ranks.run(2, sharded.train_parts, sharding, rule)
+    assert_same(two, ranks.run(1, sharded.train_parts, sharding, rule), replicated=sharding == "replicated")
+    tables = 3  # that are trained: of 4 elements, of 3, and none with an admission
+    assert all(result["watched"] <= 2 * tables for result in two)
+
+
+def test_rows_lie_where_their_bucket_says(ranks: Ranks) -> None:
+    results = ranks.run(4, train, Job())
+    for rank, result in enumerate(results):
+        for columns in result["tables"].values():
+            assert (bucket_of(columns["ids"]) * 4 // 65536 == rank).all()
+
+
+def owned_tables(group: dist.ProcessGroup) -> dict[str, int]:
+    names = {f"t{k}": EmbeddingConfig(dim=2, sharding="table") for k in range(5)}
+    engine = EmbeddingEngine(names, group=group)
+    engine({name: torch.arange(10 * dist.get_rank(group), 10 * dist.get_rank(group) + 12) for name in names})
+    assert len(engine.tables) == 1
+    return {name: len(columns["ids"]) for name, columns in sharded.rows_of(engine).items()}
+
+
+def test_a_table_wise_table_lies_on_one_rank(ranks: Ranks) -> None:
+    found = ranks.run(2, owned_tables)
+    for name in found[0]:
+        assert sorted(rows[name] for rows in found) == [0, 22]
+    assert {sum(rows.values()) // 22 for rows in found} == {2, 3}
+
+
+def reduced(group: dist.ProcessGroup, reduce: str, sharding: str) -> dict[int, float]:
+    """SGD with lr 1 from 0: what is subtracted from a row. Two ranks: [1, 1, 2] of three samples, [2] of one."""
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=1, initializer=Constant(0.0), sharding=sharding)}, group=group, reduce=reduce
+    )
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    ids = [[1, 1, 2], [2]][dist.get_rank(group)]
+    engine({"id": torch.tensor(ids)})["id"].mean().backward()
+    optimizer.step()
+    columns = sharded.rows_of(engine)["id"]
+    return dict(zip(columns["ids"].tolist(), (-columns["embedding"][:, 0]).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("sharding", ["row", "replicated"])
+@pytest.mark.parametrize(
+    ("reduce", "expected"),
+    [
+        ("mean", {1: 2 / 4, 2: 2 / 4}),  # each of four samples counts the same
+        ("sum", {1: 2 / 3, 2: 1 / 3 + 1}),
+        ("id", {1: 2 / 3, 2: (1 / 3 + 1) / 2}),  # two ranks have the id 2
+    ],
+)
+def test_how_ranks_gradients_become_one(ranks: Ranks, reduce: str, expected: dict[int, float], sharding: str) -> None:
+    results = ranks.run(2, reduced, reduce, sharding)
+    rows = {key: value for result in results for key, value in result.items()}
+    assert rows == pytest.approx(expected, rel=1e-6)
+
+
+def admitted(group: dist.ProcessGroup, steps: list[list[list[int]]]) -> list[list[int]]:
+    """The ids that have a row on any rank after each step, given each rank's ids."""
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, admission=MinFrequency(4))}, group=group)
+    found = []
+    for step in steps:
+        engine({"id": torch.tensor(step[dist.get_rank(group)], dtype=torch.int64)})
+        rows: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(rows, sharded.rows_of(engine)["id"]["ids"].tolist(), group=group)
+        found.append(sorted(key for each in rows for key in each))
+    return found
+
+
+def test_admission_counts_what_all_ranks_met(ranks: Ranks) -> None:
+    steps = [[[1, 1, 2], [1, 3]], [[2, 2], [3, 3, 1]], [[], [2, 3]]]
+    expected = [[], [1], [1, 2, 3]]
+    assert ranks.run(2, admitted, steps) == [expected, expected]
+    assert ranks.run(1, admitted, [[first + second] for first, second in steps]) == [expected]
+
+
+def functional(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
+    cuts = sharded.shares(24, ranks, uneven)
+    for step in range(3):
+        batch = sharded.part_of(sharded.global_batch(step), cuts[rank], cuts[rank + 1])
+        values, ctx = engine.lookup(batch)
+        mine = max(cuts[rank + 1] - cuts[rank], 1)
+        engine.apply_gradients(ctx, {name: (value - 0.3) / mine for name, value in values.items()}, optimizer)
+    return {"losses": [], "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_functional_core_agrees_with_one_process(ranks: Ranks, uneven: bool) -> None:
+    one = ranks.run(1, functional, False)
+    for world in (2, 4):
+        assert_same(ranks.run(world, functional, uneven), one)
+
+
+def test_first_values_do_not_depend_on_the_ranks(ranks: Ranks) -> None:
+    one, two, four = (merged(ranks.run(world, train, Job(lr=0.0))) for world in (1, 2, 4))
+    for name, columns in one.items():
+        assert torch.equal(two[name]["embedding"], columns["embedding"])
+        assert torch.equal(four[name]["embedding"], columns["embedding"])
+
+
+def with_ddp(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(sharded.configs(), seed=3, group=group)
+    model = sharded.Model(engine, sum(config.width for config in engine.configs.values()) + 4)
+    tower, step_model = model.tower, model
+    if ranks > 1:
+        leave_out_of_ddp(model)
+        step_model = DistributedDataParallel(model, process_group=group)  # type: ignore[assignment]
+        if uneven:
+            step_model.register_comm_hook(engine, mean_over_samples)
+    optimizers = [optim.SGD(engine.parameters(), lr=0.1), torch.optim.SGD(tower.parameters(), lr=0.1)]
+    cuts = [0, 5, 24] if uneven and ranks == 2 else sharded.shares(24, ranks, False)
+    for step in range(4):
+        batch = sharded.part_of(sharded.global_batch(step), cuts[rank], cuts[rank + 1])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (step_model(batch) - batch["label"]).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+    tables = {**sharded.rows_of(engine)}
+    if rank == 0:
+        tables["tower"] = {"ids": torch.arange(tower.weight.numel()), "embedding": tower.weight.detach().view(-1)}
+    else:
+        tables["tower"] = {"ids": torch.arange(0), "embedding": torch.zeros(0)}
+    return {"losses": [], "tables": tables, "predictions": torch.zeros(0)}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool) -> None:
+    assert_same(ranks.run(2, with_ddp, uneven), ranks.run(1, with_ddp, uneven), rtol=2e-5, atol=1e-7)
