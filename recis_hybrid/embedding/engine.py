@@ -21,6 +21,7 @@ from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gat
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
+from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
@@ -80,6 +81,9 @@ class EmbeddingEngine(nn.Module):
         reduce: Literal["mean", "sum", "id"] = "mean",
         wire_dtype: torch.dtype = torch.float32,
         deduplicate: bool = True,
+        prefetch_depth: int = 0,
+        staleness: Literal[0, 1] = 0,
+        prefetch_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if not configs:
@@ -100,6 +104,12 @@ class EmbeddingEngine(nn.Module):
             self._sharded = shard(
                 self.tables, self.plans, [reader.unknown for reader in self._readers],
                 Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
+            )  # fmt: skip
+        self._samples: list[int] = []
+        self._prefetcher: Prefetcher | None = None
+        if self._sharded is not None and prefetch_depth > 0:
+            self._prefetcher = Prefetcher(
+                self._sharded, list(configs), depth=prefetch_depth, staleness=staleness, group=prefetch_group
             )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
@@ -186,14 +196,21 @@ class EmbeddingEngine(nn.Module):
                 lookup = table.find(request, train=self.training)
                 yield table, lookup, Outputs.of(request.bags.vectors, shapes, table, self.device)
             return
-        self._sharded.agree()
         grad = torch.is_grad_enabled()
-        routed = self._sharded.route(lambda: self._read(batch), train=self.training, grad=grad)
-        met = self._sharded.lookups(routed)
-        for face, own, route in zip(self._sharded.tables, met, routed.routes, strict=True):
+        for face, own in zip(self._sharded.tables, self._met(self._sharded, batch, grad), strict=True):
             if grad and own.train:
                 face.watch(own)
-            yield face, own, Outputs.of(route.request.bags.vectors, route.shapes, face, self.device)
+            yield face, own, Outputs.of(own.request.bags.vectors, own.shapes, face, self.device)
+
+    def _met(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
+        """Looks a batch up on all ranks, or takes what was prefetched of it."""
+        ahead = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
+        if ahead is None:
+            sharded.agree()
+            ahead = sharded.route(lambda: self._read(batch), train=self.training, grad=grad), None
+        routed, lookups = ahead
+        self._samples = routed.samples
+        return sharded.lookups(routed) if lookups is None else lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
         """Returns the ids of all features by table, and how many samples there are."""
@@ -208,12 +225,46 @@ class EmbeddingEngine(nn.Module):
     @property
     def share(self) -> float:
         """This rank's share of the samples that all ranks had in the last batch."""
-        return 1.0 if self._sharded is None else self._sharded.share
+        if self._sharded is None:
+            return 1.0
+        return self._samples[self._sharded.exchange.rank] / max(sum(self._samples), 1)
 
     @property
     def traffic(self) -> Traffic:
         """Bytes that this rank has sent to others, by what they were; all 0 on one process."""
-        return Traffic() if self._sharded is None else self._sharded.exchange.traffic
+        ahead = Traffic() if self._prefetcher is None else self._prefetcher.exchange.traffic
+        return ahead if self._sharded is None else ahead + self._sharded.exchange.traffic
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to send the ids of a batch that comes later to where they are looked up, and returns at once.
+
+        The numbers are the same as without it. Batches have to come to the engine in the order of their prefetches, in
+        the same mode, all ranks alike. Where ``prefetch_depth`` is 0, and on one process, it does nothing.
+
+        Args:
+            batch: As for :meth:`forward`, which is later given the same columns.
+
+        Raises:
+            RuntimeError: If ``prefetch_depth`` batches are on their way.
+        """
+        if self._sharded is not None and self._prefetcher is not None:
+            self._sharded.agree()
+            self._prefetcher.send(
+                batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled()
+            )  # fmt: skip
+
+    def prefetch_rows(self) -> None:
+        """Looks up the first batch that is on its way, and begins to send its rows.
+
+        Called before ``optimizer.step()`` it hides that, too, and the batch is computed with rows that miss one update:
+        the numbers are others. It is allowed where the engine was built with ``staleness=1``; where nothing is
+        prefetched it does nothing.
+
+        Raises:
+            RuntimeError: If rows may not be stale, or no batch is on its way.
+        """
+        if self._prefetcher is not None:
+            self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names, in every table that is trained. Returns how many."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -35,6 +36,9 @@ class Traffic:
     """Embeddings, from their rows' owner."""
     gradients: int = 0
     """Row gradients, to their rows' owner."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def total(self) -> int:
@@ -135,6 +139,13 @@ class Exchange:
                 f"rank has died or raised an error, or does not take part; see what the others say first, and start "
                 f"all ranks anew from a checkpoint. The backend says: {error}"
             ) from error
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """Returns after which time a group's collectives give up, for a group like it; None, torch's default."""
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGroup | None:

@@ -24,9 +24,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -45,7 +45,9 @@ from recis_hybrid.ops.blocks import ELEMENTS, Blocks
 from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ops.update import Gradients
 
-Shapes = list[tuple[int, ...]]
+Shapes: TypeAlias = list[tuple[int, ...]]
+Read: TypeAlias = tuple[list[tuple[Request, Shapes]], int]
+"""What a batch asks of each table, the shapes of what its features give, and how many samples it has."""
 
 
 @dataclass(eq=False)
@@ -71,6 +73,16 @@ class Route:
 
 
 @dataclass(eq=False)
+class Begun:
+    """What a rank was asked for, looked up."""
+
+    route: Route
+    asked: Asked
+    rows: Tensor | None
+    """``[R, D]`` of the wire's dtype; None where every rank has them."""
+
+
+@dataclass(eq=False)
 class RoutedBatch:
     """A batch whose ids are where they are to be looked up."""
 
@@ -85,8 +97,10 @@ class ShardedLookup:
     """What a rank's batch met in a table that others share: as a Lookup to what gathers and takes gradients."""
 
     request: Request
+    shapes: Shapes
+    """Of its features' outputs."""
     places: Tensor
-    """int64 ``[N]``."""
+    """int64 ``[N]``: which of this rank's distinct ids each position is."""
     asked: Asked
     """What this rank was asked for."""
     received: Tensor
@@ -136,8 +150,8 @@ class ShardedTable:
         """Returns the distinct ids of a request by owner."""
         return distinct_ids(request, self.kind_of, self.kinds, ranks, deduplicate=deduplicate)
 
-    def look_up(self, route: Route, share: float, *, train: bool) -> tuple[Asked, Sending | None]:
-        """Looks up what came in, and begins to send the rows back, unless the table is replicated."""
+    def look_up(self, route: Route, weight: float, *, train: bool) -> Begun:
+        """Looks up what came in, and reads its rows, unless the table is replicated."""
         ranks, lengths = self.exchange.size, route.lengths
         members, unknown = [kind.member for kind in self.kinds], [kind.unknown for kind in self.kinds]
         zeros = [0] * len(lengths)
@@ -146,19 +160,26 @@ class ShardedTable:
             unknown * ranks, counts=route.counts,
         )  # fmt: skip
         owned = self.table.find(request, train=train)
-        asked = Asked(owned, route.send, route.receive, share)
+        asked = Asked(owned, route.send, route.receive, weight)
         if self.replicated:
-            return asked, None
+            return Begun(route, asked, None)
         dim = self.layout.dim
         rows = torch.empty(route.ids.numel(), dim, dtype=torch.float32, device=self.device)
         self.table.gather(owned, rows.view(-1), [dim * start for start in accumulate(lengths[:-1], initial=0)])
-        return asked, self.exchange.start("rows", rows.to(self.wire_dtype), route.receive, route.send)
+        return Begun(route, asked, rows.to(self.wire_dtype))
 
-    def lookup(self, route: Route, asked: Asked, rows: Sending | None) -> ShardedLookup:
+    def send_rows(self, begun: Begun, exchange: Exchange) -> Sending | None:
+        """Begins to send the rows that other ranks asked for, and those of this rank's ids back."""
+        if begun.rows is None:
+            return None
+        return exchange.start("rows", begun.rows, begun.route.receive, begun.route.send)
+
+    def lookup(self, begun: Begun, rows: Sending | None) -> ShardedLookup:
         """Returns the lookup of this rank's positions, once its rows are here."""
+        route, asked = begun.route, begun.asked
         if rows is not None:
             received = _padded(rows.wait().to(self.device))
-            return ShardedLookup(route.request, route.places, asked, received, None)
+            return ShardedLookup(route.request, route.shapes, route.places, asked, received, None)
         rank, owned = self.exchange.rank, asked.owned
         first = sum(route.receive[:rank])
         # One row more, which stands for no id: places are -1 there.
@@ -166,7 +187,7 @@ class ShardedTable:
         own = Lookup(
             route.request, mine[route.places], owned.row_bound, owned.generation, owned.complete, owned.step
         )  # fmt: skip
-        return ShardedLookup(route.request, route.places, asked, mine, own)
+        return ShardedLookup(route.request, route.shapes, route.places, asked, mine, own)
 
     def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
         """Writes each feature's vectors, as :meth:`HashTable.gather`."""
@@ -226,8 +247,6 @@ class ShardedTables:
     settings: list[int]
     """What all ranks must agree on, as numbers."""
     agreed: bool = False
-    last_samples: list[int] = field(default_factory=list)
-    """Of each rank, in the last batch."""
 
     def agree(self) -> None:
         """Finds out, once, whether all ranks were told the same.
@@ -246,9 +265,8 @@ class ShardedTables:
         self.agreed = True
 
     def route(
-        self, read: Callable[[], tuple[list[tuple[Request, Shapes]], int]], *, train: bool, grad: bool,
-        exchange: Exchange | None = None,
-    ) -> RoutedBatch:  # fmt: skip
+        self, read: Callable[[], Read], *, train: bool, grad: bool, exchange: Exchange | None = None
+    ) -> RoutedBatch:
         """Sends the ids of a batch to where they are to be looked up; touches no table.
 
         Args:
@@ -354,21 +372,33 @@ class ShardedTables:
 
     def lookups(self, routed: RoutedBatch) -> list[ShardedLookup]:
         """Looks up what came in, in every table, and brings the rows of this rank's ids."""
-        self.last_samples = routed.samples
-        share = self.share
-        begun = [
-            table.look_up(route, share if self.reduce == "mean" else 1.0, train=routed.train)
-            for table, route in zip(self.tables, routed.routes, strict=True)
-        ]
-        return [
-            table.lookup(route, asked, rows)
-            for table, route, (asked, rows) in zip(self.tables, routed.routes, begun, strict=True)
-        ]
+        begun, sending = [], []
+        for number, table in enumerate(self.tables):
+            begun.append(self._begin(routed, number))
+            sending.append(table.send_rows(begun[-1], self.exchange))  # while the next table is looked up in
+        return self._finish(begun, sending)
+
+    def begin(self, routed: RoutedBatch) -> list[Begun]:
+        """Looks up what came in, in every table."""
+        return [self._begin(routed, number) for number in range(len(self.tables))]
+
+    def finish(self, begun: Sequence[Begun], exchange: Exchange) -> list[ShardedLookup]:
+        """Brings the rows of this rank's ids; touches no table."""
+        sending = [table.send_rows(each, exchange) for table, each in zip(self.tables, begun, strict=True)]
+        return self._finish(begun, sending)
+
+    def _begin(self, routed: RoutedBatch, number: int) -> Begun:
+        samples = routed.samples
+        weight = samples[self.exchange.rank] / max(sum(samples), 1) if self.reduce == "mean" else 1.0
+        return self.tables[number].look_up(routed.routes[number], weight, train=routed.train)
+
+    def _finish(self, begun: Sequence[Begun], sending: Sequence[Sending | None]) -> list[ShardedLookup]:
+        return [table.lookup(each, rows) for table, each, rows in zip(self.tables, begun, sending, strict=True)]
 
     @property
-    def share(self) -> float:
-        """This rank's share of all ranks' samples in the last batch; 0 where there were none."""
-        return self.last_samples[self.exchange.rank] / max(sum(self.last_samples), 1)
+    def step(self) -> int:
+        """Steps done."""
+        return self.tables[0].table.step
 
 
 _MODES = ["evaluation", "training without gradients", "training"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.ranks import Ranks
+from tests.support.rank_processes import Ranks
 
 
 @pytest.fixture(scope="session")

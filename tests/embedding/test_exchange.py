@@ -13,7 +13,7 @@ import torch.distributed as dist
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, ExchangeError, Normal
 from tests.support import sharded
-from tests.support.ranks import Ranks
+from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, assert_same, train
 
 TIMEOUT_S = 4.0

@@ -1,5 +1,6 @@
 """Tables on two and four ranks against the same on one process."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from recis_hybrid.embedding import (
     mean_over_samples,
 )
 from recis_hybrid.ops.id_map import bucket_of
-from tests.support import sharded
-from tests.support.ranks import Ranks
+from tests.support import rank_processes, sharded
+from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, assert_same, merged, train
 
 
@@ -198,3 +199,64 @@ def with_ddp(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("uneven", [False, True])
 def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool) -> None:
     assert_same(ranks.run(2, with_ddp, uneven), ranks.run(1, with_ddp, uneven), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int) -> None:
+    job = Job(rule="Adam", steps=6, uneven=True, accumulate=2)
+    ahead = Job(**{**vars(job), "prefetch": depth, "engine": {"prefetch_depth": depth}})
+    for ours, theirs in zip(ranks.run(2, train, ahead), ranks.run(2, train, job), strict=True):
+        assert ours["losses"] == theirs["losses"]
+        for name, columns in ours["tables"].items():
+            assert all(torch.equal(values, theirs["tables"][name][column]) for column, values in columns.items())
+    off = Job(**{**vars(job), "prefetch": depth})  # nothing is sent ahead where the engine was not told to
+    assert ranks.run(2, train, off)[0]["losses"] == ranks.run(2, train, job)[0]["losses"]
+
+
+def test_prefetched_rows_miss_one_update(ranks: Ranks) -> None:
+    job = Job(steps=4)
+    stale = Job(steps=4, prefetch=2, engine={"prefetch_depth": 2, "staleness": 1})
+    fresh, old = (ranks.run(2, train, each)[0]["losses"] for each in (job, stale))
+    again = ranks.run(2, train, stale)[0]["losses"]
+    assert old[0] == fresh[0]
+    assert old[1:] != fresh[1:]
+    assert again == old
+    for ours, theirs in zip(old, fresh, strict=True):
+        assert abs(ours - theirs) < 0.5 * theirs
+
+
+def misused(group: dist.ProcessGroup) -> list[str]:
+    """What prefetch refuses, on every rank alike."""
+    config = {"id": EmbeddingConfig(dim=2)}
+    engine = EmbeddingEngine(
+        config, group=group, prefetch_depth=2, prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group))
+    )
+    first, second = ({"id": torch.arange(k, k + 3)} for k in range(2))
+    said = []
+
+    def refused(action: Callable[[], object]) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            action()
+        said.append(str(caught.value))
+
+    with pytest.raises(ValueError, match="give it as prefetch_group"):
+        EmbeddingEngine(config, group=group, prefetch_depth=2)
+    engine.prefetch(first)
+    engine.prefetch(second)
+    refused(lambda: engine.prefetch({"id": torch.arange(3)}))
+    refused(lambda: engine(second))
+    refused(lambda: engine.eval()(first))
+    engine.train()
+    refused(engine.prefetch_rows)
+    expected = engine(dict(first))["id"]
+    assert torch.equal(engine(second)["id"][:2], expected[1:])
+    assert torch.equal(engine(first)["id"], expected)
+    return said
+
+
+def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:
+    for said in ranks.run(2, misused):
+        assert "2 batches are on their way, and prefetch_depth=2" in said[0]
+        assert "in the order in which they were prefetched" in said[1]
+        assert "prefetched with (training, gradients) = (True, True) and comes with (False, True)" in said[2]
+        assert "build the engine with staleness=1" in said[3]

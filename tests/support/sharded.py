@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support import rank_processes
 from tests.support.devices import EDGE_IDS
 
 STATES: dict[str, Any] = {
@@ -109,7 +110,8 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Trains, and returns losses and this rank's rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        configs(job.sharding), optimizer_state=STATES[job.rule], seed=3, group=group, **job.engine
+        configs(job.sharding), optimizer_state=STATES[job.rule], seed=3, group=group,
+        prefetch_group=rank_processes.AHEAD.get(ranks), **job.engine,
     )  # fmt: skip
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
     model = Model(engine, width)
@@ -117,16 +119,26 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     dense = torch.optim.SGD(model.tower.parameters(), lr=job.lr)
     losses = []
     cuts = shares(job.samples, ranks, job.uneven)
+    batches = [
+        part_of(global_batch(number, job.samples), cuts[rank], cuts[rank + 1])
+        for number in range(job.steps * job.accumulate)
+    ]
+    ahead = 0
     for step in range(job.steps):
         sparse.zero_grad()
         dense.zero_grad()
         total = torch.zeros(())
         for micro in range(job.accumulate):
-            whole = global_batch(step * job.accumulate + micro, job.samples)
-            batch = part_of(whole, cuts[rank], cuts[rank + 1])
+            number = step * job.accumulate + micro
+            while ahead < len(batches) and ahead < number + job.prefetch:
+                engine.prefetch(batches[ahead])
+                ahead += 1
+            batch = batches[number]
             mine = batch["label"].shape[0]
             loss = (model(batch) - batch["label"]).square().mean() if mine else model(batch).sum() * 0
             loss.backward()
+            if job.engine.get("staleness") and step + 1 < job.steps:
+                engine.prefetch_rows()
             total += loss.detach() * mine / job.samples
         for parameter in model.tower.parameters():
             # What DistributedDataParallel would do, and for ranks of unequal batches what one process would.
