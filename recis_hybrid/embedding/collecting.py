@@ -22,7 +22,7 @@ from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.pending import Part, Pending
-from recis_hybrid.ops.gather import Bags
+from recis_hybrid.ops.gather import Bags, RowGroups
 
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
 _NONE, _FULL, _SOME = range(3)
@@ -40,6 +40,8 @@ class Asked:
     """For each rank, how many ids came from it."""
     weight: float
     """What this rank's gradients are multiplied by."""
+    groups: RowGroups | None
+    """This rank's positions grouped by distinct id, in the order in which these were sent, if they were."""
     local: Pending = field(default_factory=Pending)
     """Gradients of this rank, their rows numbers of its distinct ids."""
     full: bool = False
@@ -195,6 +197,8 @@ class Collector:
             gradients = gradients._replace(factor=torch.full((1,), asked.weight, device=sums.device))
         ops.update.reduce_rows(gradients, sums)
         groups = gradients.groups
+        if groups is asked.groups:
+            return Sums(sums, None, asked.send)
         if state == _FULL:
             return Sums(torch.empty_like(sums).index_copy_(0, groups.unique[:n], sums), None, asked.send)
         places, order = groups.unique[: int(groups.count)].sort()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.lookup import Request
+from recis_hybrid.embedding.lookup import Request, gradient_bags
+from recis_hybrid.ops.gather import Distinct
 
 BUCKETS = 1 << 16
 
@@ -27,20 +28,6 @@ class Kind:
     """The member table whose first values stand for those without a row; -1: zeros."""
     owner: int | None
     """The rank that owns them all; None: the owner of each one's bucket."""
-
-
-@dataclass(frozen=True)
-class Distinct:
-    """Distinct ids, by (owner, kind): the first U of the buffers count, and the sizes say how many that are."""
-
-    ids: Tensor
-    """int64 ``[N]``."""
-    counts: Tensor
-    """int64 ``[N]``: how many positions each has."""
-    places: Tensor
-    """int64 ``[N]``: of each position, which of ``ids`` it is; -1 where there is no id."""
-    sizes: Tensor
-    """int64 ``[W, K]``: how many are of each owner and kind."""
 
 
 def rank_of(ids: Tensor, ranks: int) -> Tensor:
@@ -60,6 +47,16 @@ def distinct_ids(
         ranks: W.
         deduplicate: False takes every position for an id of its own.
     """
+    if request.ids[0].is_cpu and deduplicate:
+        owners = [-1 if kind.owner is None else kind.owner for kind in kinds]
+        return ops.gather.distinct_ids(request.ids, kind_of, owners, ranks, gradient_bags(request.bags))
+    return distinct_by_sorting(request, kind_of, kinds, ranks, deduplicate=deduplicate)
+
+
+def distinct_by_sorting(
+    request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
+) -> Distinct:
+    """As :func:`distinct_ids`, in torch's operations: on a GPU, and for every position by itself."""
     ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
     n, device = ids.numel(), ids.device
     lengths = torch.tensor(request.bags.lengths, device=device)
@@ -89,4 +86,4 @@ def distinct_ids(
     counts = torch.zeros_like(ids).scatter_add_(0, place, torch.ones_like(ids))
     sizes = torch.zeros(shares + 1, dtype=torch.int64, device=device).scatter_add_(0, share, first.to(torch.int64))
     places = torch.empty_like(place).scatter_(0, order, torch.where(share < shares, place, -1))
-    return Distinct(found, counts, places, sizes[:-1].view(ranks, len(kinds)))
+    return Distinct(found, counts, places, sizes[:-1].view(ranks, len(kinds)), None)

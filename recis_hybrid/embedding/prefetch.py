@@ -144,7 +144,7 @@ def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if dist.get_world_size(group) < dist.get_world_size():
         raise ValueError(
             "EmbeddingEngine: prefetch needs a process group of its own, and torch makes one of some ranks only where "
-            "all ranks ask for it; call dist.new_group(ranks) on all of them, and give what it returns as prefetch_group"
+            "all ranks ask for it; call dist.new_group(ranks) on all of them, and give it as prefetch_group"
         )
     twin: dist.ProcessGroup = dist.new_group(
         timeout=timeout_of(group), backend=dist.get_backend(group), group_desc="recis_hybrid prefetch"

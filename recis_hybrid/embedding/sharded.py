@@ -34,7 +34,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.coalesce import TablePlan
 from recis_hybrid.embedding.collecting import Asked, Collector, Reduce
-from recis_hybrid.embedding.distinct import Distinct, Kind, distinct_ids
+from recis_hybrid.embedding.distinct import Kind, distinct_ids
 from recis_hybrid.embedding.exchange import WIRE_DTYPES, Exchange, ExchangeError, Sending
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.lookup import Lookup, Request, gradient_bags
@@ -42,7 +42,7 @@ from recis_hybrid.embedding.pending import part_of
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.sharding import deal
 from recis_hybrid.ops.blocks import ELEMENTS, Blocks
-from recis_hybrid.ops.gather import Bags
+from recis_hybrid.ops.gather import Bags, Distinct, RowGroups
 from recis_hybrid.ops.update import Gradients
 
 Shapes: TypeAlias = list[tuple[int, ...]]
@@ -60,6 +60,8 @@ class Route:
     """Of its features' outputs."""
     places: Tensor
     """int64 ``[N]``: which of its distinct ids each position is."""
+    groups: RowGroups | None
+    """The positions grouped by distinct id, in the order in which these were sent, if they were."""
     send: list[int]
     """For each rank, how many ids it was sent."""
     receive: list[int]
@@ -160,7 +162,7 @@ class ShardedTable:
             unknown * ranks, counts=route.counts,
         )  # fmt: skip
         owned = self.table.find(request, train=train)
-        asked = Asked(owned, route.send, route.receive, weight)
+        asked = Asked(owned, route.send, route.receive, weight, route.groups)
         if self.replicated:
             return Begun(route, asked, None)
         dim = self.layout.dim
@@ -212,7 +214,7 @@ class ShardedTable:
         """Keeps the gradients of a training lookup until they are exchanged; None for a feature without one."""
         part = part_of(
             self._name, lookup.places, self.kind_of, lookup.asked.distinct(self.replicated),
-            gradient_bags(lookup.request.bags), None, gradients, self.layout.dim,
+            gradient_bags(lookup.request.bags), lookup.asked.groups, gradients, self.layout.dim,
         )  # fmt: skip
         if part is not None:
             lookup.asked.add(part, full=all(gradient is not None for gradient in gradients))
@@ -363,11 +365,8 @@ class ShardedTables:
             often = None
             if counts is not None:
                 often = _wide(counts.wait(), receive, [line[3 + number] for line in came]).to(device)
-            routes.append(
-                Route(
-                    request, shapes, found[number].places, send, receive, lengths, ids.wait().to(device), often
-                )
-            )  # fmt: skip
+            each, here = found[number], ids.wait().to(device)
+            routes.append(Route(request, shapes, each.places, each.groups, send, receive, lengths, here, often))
         return routes
 
     def lookups(self, routed: RoutedBatch) -> list[ShardedLookup]:
