@@ -189,7 +189,7 @@ class Collector:
         """Sums this rank's gradients, in the order in which ids were sent."""
         dim, ranks = self.table.layout.dim, self.exchange.size
         n, state = asked.distinct(self.replicated), asked.state
-        sums = torch.empty(n if state != _NONE else 0, dim, dtype=torch.float32, device=self.table.device)
+        sums = ops.memory.empty((n if state != _NONE else 0, dim), torch.float32, self.table.device)
         if state == _NONE or n == 0:
             return Sums(sums, None, asked.send if state == _FULL else [0] * ranks)
         gradients = asked.local.gradients()

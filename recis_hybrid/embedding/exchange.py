@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recis_hybrid import ops
+
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -105,7 +107,7 @@ class Exchange:
             receive: For each rank, how much comes from it.
         """
         values = values.to(self.device).contiguous()
-        received = values.new_empty(sum(receive), *values.shape[1:])
+        received = ops.memory.empty((sum(receive), *values.shape[1:]), values.dtype, self.device)
         each = values[0].numel() if len(values) else int(values.shape[1:].numel())
         remote = sum(send) - send[self.rank]
         setattr(self.traffic, what, getattr(self.traffic, what) + remote * each * values.element_size())

@@ -166,7 +166,7 @@ class ShardedTable:
         if self.replicated:
             return Begun(route, asked, None)
         dim = self.layout.dim
-        rows = torch.empty(route.ids.numel(), dim, dtype=torch.float32, device=self.device)
+        rows = ops.memory.empty((route.ids.numel(), dim), torch.float32, self.device)
         self.table.gather(owned, rows.view(-1), [dim * start for start in accumulate(lengths[:-1], initial=0)])
         return Begun(route, asked, rows.to(self.wire_dtype))
 
