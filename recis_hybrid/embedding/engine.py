@@ -53,15 +53,35 @@ class EmbeddingEngine(nn.Module):
     for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
     id counts with the first value it would have.
 
+    Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
+    rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
+    batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
+    are then for all ranks together, in the same order.
+
     Args:
         configs: By feature name, the name of its column in the batch.
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own; the numbers are the same.
+        group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
+            tables of its own.
+        reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
+            ranks' samples, which fits losses that are means over a rank's samples, and where all have equally many is
+            what DistributedDataParallel does with towers (else see :func:`mean_over_samples`). ``sum``: they are added.
+            ``id``: their sum over the number of ranks that have one for the row.
+        wire_dtype: In which rows and gradients travel between ranks; ids are 64 bits always. Each number is rounded to
+            it once: by at most 2^-8 of itself in bfloat16; in float16 by 2^-11, but by 2^-25 below 2^-14, and beyond
+            65,504 it becomes infinite.
+        deduplicate: False sends the id of every position, and not only distinct ones; the numbers are the same.
+        prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing.
+        staleness: 1 allows :meth:`prefetch_rows`.
+        prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one, where
+            the group is all ranks.
 
     Raises:
-        ValueError: If there is no feature, or features that share a table disagree about it.
+        ValueError: If there is no feature, features that share a table disagree about it, this rank is not in the
+            group, or a setting is none of the choices.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8), "user": EmbeddingConfig(dim=8)})
@@ -128,6 +148,9 @@ class EmbeddingEngine(nn.Module):
 
         Args:
             batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
+
+        Raises:
+            ExchangeError: If another rank could not look its batch up, died, or is in another mode.
 
         Returns:
             By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
@@ -267,7 +290,7 @@ class EmbeddingEngine(nn.Module):
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names, in every table that is trained. Returns how many."""
+        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had."""
         return sum(table.evict(rule) for table in self.tables if not table.read_only)
 
     def compact(self) -> None:
