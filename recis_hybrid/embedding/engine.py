@@ -76,8 +76,8 @@ class EmbeddingEngine(nn.Module):
         deduplicate: False sends the id of every position, and not only distinct ones; the numbers are the same.
         prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing.
         staleness: 1 allows :meth:`prefetch_rows`.
-        prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one, where
-            the group is all ranks.
+        prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
+            where the group is all ranks.
 
     Raises:
         ValueError: If there is no feature, features that share a table disagree about it, this rank is not in the
@@ -229,8 +229,8 @@ class EmbeddingEngine(nn.Module):
         """Looks a batch up on all ranks, or takes what was prefetched of it."""
         ahead = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
         if ahead is None:
-            sharded.agree()
-            ahead = sharded.route(lambda: self._read(batch), train=self.training, grad=grad), None
+            sharded.router.agree()
+            ahead = sharded.router.route(lambda: self._read(batch), train=self.training, grad=grad), None
         routed, lookups = ahead
         self._samples = routed.samples
         return sharded.lookups(routed) if lookups is None else lookups
@@ -271,7 +271,7 @@ class EmbeddingEngine(nn.Module):
             RuntimeError: If ``prefetch_depth`` batches are on their way.
         """
         if self._sharded is not None and self._prefetcher is not None:
-            self._sharded.agree()
+            self._sharded.router.agree()
             self._prefetcher.send(
                 batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled()
             )  # fmt: skip

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from recis_hybrid.embedding.exchange import Exchange, timeout_of
-from recis_hybrid.embedding.sharded import Read, RoutedBatch, ShardedLookup, ShardedTables
+from recis_hybrid.embedding.routing import Read, RoutedBatch
+from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables
 from recis_hybrid.ragged import Batch
 
 
@@ -75,7 +76,7 @@ class Prefetcher:
             )
 
         def route() -> RoutedBatch:
-            return self._tables.route(read, train=train, grad=grad, exchange=self.exchange)
+            return self._tables.router.route(read, train=train, grad=grad, exchange=self.exchange)
 
         self._ahead.append(Ahead(batch, (train, grad), self._thread.submit(route)))
 

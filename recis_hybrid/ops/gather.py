@@ -137,12 +137,12 @@ def insert_grouped(
 
 
 class Distinct(NamedTuple):
-    """The distinct ids of a lookup, by (owner, kind); the first U of the buffers count."""
+    """The distinct ids of a lookup, by (owner, kind); where the host does not know U, buffers are longer."""
 
     ids: Tensor
-    """int64 ``[N]``."""
+    """int64 ``[U]``."""
     counts: Tensor
-    """int64 ``[N]``: how many positions each has."""
+    """int64 ``[U]``: how many positions each has; zeros beyond."""
     places: Tensor
     """int64 ``[N]``: of each position, which of ``ids`` it is; -1 where there is no id."""
     sizes: Tensor
@@ -171,7 +171,8 @@ def distinct_ids(
     )
     torch.ops.recis.distinct_ids(ids, kinds, owners, ranks, *bags, *_parts(groups), counts, places, sizes)
     numbered = RowGroups(groups.count, torch.arange(n), groups.offsets, groups.sources, groups.scales)
-    return Distinct(groups.unique, counts, places, sizes.view(ranks, len(owners)), numbered)
+    found = int(groups.count)
+    return Distinct(groups.unique[:found], counts[:found], places, sizes.view(ranks, len(owners)), numbered)
 
 
 def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:

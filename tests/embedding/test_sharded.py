@@ -1,5 +1,7 @@
 """Tables on two and four ranks against the same on one process."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from recis_hybrid.embedding import (
     EmbeddingConfig,
     EmbeddingEngine,
     MinFrequency,
+    Unused,
     leave_out_of_ddp,
     mean_over_samples,
 )
@@ -260,3 +263,80 @@ def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:
         assert "in the order in which they were prefetched" in said[1]
         assert "prefetched with (training, gradients) = (True, True) and comes with (False, True)" in said[2]
         assert "build the engine with staleness=1" in said[3]
+
+
+def scaled(group: dist.ProcessGroup, broken: int) -> dict[str, Any]:
+    """A loss scale, and a gradient that is infinite on one rank in one step."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(1.0))}, group=group, reduce="sum")
+    optimizer = optim.SGD(engine.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scales = []
+    for step in range(4):
+        optimizer.zero_grad()
+        mine = [rank] if ranks == 2 else [0, 1]
+        for part in mine:
+            values = engine({"id": torch.arange(5 * part, 5 * part + 8)})["id"]
+            factor = torch.inf if step == broken and part == 1 else 0.1
+            scaler.scale((values * values * factor).sum()).backward()
+        if step % 2:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return {"losses": scales, "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
+
+
+@pytest.mark.parametrize("broken", [1, 2, -1])
+def test_gradient_scaling_agrees_on_all_ranks(ranks: Ranks, broken: int) -> None:
+    two, one = ranks.run(2, scaled, broken), ranks.run(1, scaled, broken)
+    assert two[0]["losses"] == two[1]["losses"]
+    assert_same(two, one)
+
+
+def evicted(group: dist.ProcessGroup) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], group=group)
+    optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
+    cuts = sharded.shares(24, ranks, False)
+    for step in range(6):
+        batch = sharded.part_of(sharded.global_batch(step, ids=200), cuts[rank], cuts[rank + 1])
+        loss = sum(value.square().sum() for value in engine(batch).values())
+        assert isinstance(loss, torch.Tensor)
+        (loss / (cuts[rank + 1] - cuts[rank])).backward()
+        if step == 2:
+            with pytest.raises(RuntimeError, match="gradients that wait"):
+                engine.evict(Unused(1))
+        optimizer.step()
+        engine.evict(Unused(2))
+        if step == 3:
+            engine.compact()
+    return {"losses": [], "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
+
+
+def test_ranks_evict_what_one_process_would(ranks: Ranks) -> None:
+    assert_same(ranks.run(2, evicted), ranks.run(1, evicted))
+
+
+def freed(group: dist.ProcessGroup) -> list[bool]:
+    """Whether tables go with the engine, without the garbage collector."""
+    gc.disable()
+    try:
+        engine = EmbeddingEngine(sharded.configs(), group=group)
+        optimizer = optim.SGD(engine.parameters(), lr=0.1)
+        loss = sum(value.sum() for value in engine(sharded.global_batch(0)).values())
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        optimizer.step()
+        engine(sharded.global_batch(1))
+        tables = [weakref.ref(table) for table in engine.tables]
+        del engine, optimizer, loss
+        return [table() is None for table in tables]
+    finally:
+        gc.enable()
+
+
+def test_tables_are_freed_with_their_engine(ranks: Ranks) -> None:
+    for gone in ranks.run(2, freed):
+        assert all(gone)
