@@ -26,6 +26,8 @@ from recis_hybrid.ops.gather import Bags, RowGroups
 
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
 _NONE, _FULL, _SOME = range(3)
+_MANY = 64
+"""Lookups without a step between them after which those that nobody can come back to are dropped."""
 
 
 @dataclass(eq=False)
@@ -119,6 +121,8 @@ class Collector:
 
     def watch(self, asked: Asked, user: object) -> None:
         """Expects gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
+        if len(self._asked) >= _MANY:
+            self.fetch()  # finds out which of them are gone everywhere
         asked.user = weakref.ref(user)
         self._asked.append(asked)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, ExchangeError, Normal
-from tests.support import sharded
+from tests.support import rank_processes, sharded
 from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, assert_same, train
 
@@ -143,6 +143,12 @@ def failing(group: dist.ProcessGroup) -> list[str]:
     attempt(lambda: engine(batch))
     engine.train()
     attempt(lambda: engine(batch))
+    ahead = some_engine(group, prefetch_depth=1, prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)))
+    lacking = batch if rank == 0 else {"user": torch.arange(5)}
+    ahead.prefetch(lacking)
+    attempt(lambda: ahead(lacking))
+    ahead.prefetch(batch)
+    attempt(lambda: ahead(batch))
     other = some_engine(group, seed=rank)
     attempt(lambda: other(batch))
     attempt(lambda: engine(batch))
@@ -155,9 +161,11 @@ def test_what_one_rank_does_wrong_all_are_told(ranks: Ranks) -> None:
     assert second[0].startswith("KeyError: \"feature 'item': the batch has no column 'item'")
     assert "must look up in one mode, got {0: 'training', 1: 'evaluation'}" in first[1]
     assert "must look up in one mode" in second[1]
-    assert "the engines of the ranks [1] have other features, tables, seeds or settings" in first[3]
-    assert "the engines of the ranks [0]" in second[3]
-    assert [first[2], first[4], second[2], second[4]] == ["fine"] * 4
+    assert "could not look up their batch" in first[3]
+    assert second[3].startswith("KeyError")
+    assert "the engines of the ranks [1] have other features, tables, seeds or settings" in first[5]
+    assert "the engines of the ranks [0]" in second[5]
+    assert [said[k] for said in (first, second) for k in (2, 4, 6)] == ["fine"] * 6
 
 
 @pytest.fixture

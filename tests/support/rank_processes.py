@@ -82,8 +82,8 @@ def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Conne
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in (1, 2, 4) if size <= ranks}
-    AHEAD.update({size: dist.new_group(list(range(size)), timeout=timeout) for size in (2, 4) if size < ranks})
+    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in (1, 2, 3, 4) if size <= ranks}
+    AHEAD.update({size: dist.new_group(list(range(size)), timeout=timeout) for size in (2, 3) if size < ranks})
     while True:
         try:
             size, function, args = connection.recv()
