@@ -21,6 +21,7 @@ from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gat
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
+from recis_hybrid.embedding.moving import Mover
 from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
@@ -308,8 +309,8 @@ class EmbeddingEngine(nn.Module):
         return describe(self.plans, self.tables)
 
     def checkpoint_state(self) -> PartState:
-        """Returns every member table's rows: what Saver writes."""
-        return tables_state(self.tables)
+        """Returns every member table's rows: what Saver writes; of several ranks each has those of its buckets."""
+        return tables_state(self.tables, self._mover)
 
     def checkpoint_layout(self) -> PartState:
         """Returns :meth:`checkpoint_state` without its rows."""
@@ -317,7 +318,14 @@ class EmbeddingEngine(nn.Module):
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""
-        load_tables_state(self.tables, state)
+        load_tables_state(self.tables, state, self._mover)
+
+    @property
+    def _mover(self) -> Mover | None:
+        """What brings rows of tables that are not sharded by row to the owners of their buckets, and back."""
+        if self._sharded is None:
+            return None
+        return Mover(self._sharded.exchange, [table.asks for table in self._sharded.tables])
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

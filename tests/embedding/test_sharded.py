@@ -20,7 +20,9 @@ from recis_hybrid.embedding import (
     leave_out_of_ddp,
     mean_over_samples,
 )
+from recis_hybrid.embedding.distinct import rank_of
 from recis_hybrid.ops.id_map import bucket_of
+from recis_hybrid.state import PartState, TableState
 from tests.support import rank_processes, sharded
 from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, assert_same, merged, train
@@ -373,3 +375,52 @@ def test_lookups_that_no_step_follows_are_forgotten(ranks: Ranks) -> None:
     for before, after in ranks.run(2, forgotten):
         assert before <= 65
         assert after <= 2
+
+
+def saved(group: dist.ProcessGroup, sharding: str, state: list[PartState] | None) -> tuple[PartState, dict[str, Any]]:
+    """Trains a step, from a state if there is one: each rank's rows are those of its buckets."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(sharded.configs(sharding), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
+    if state is not None:
+        engine.load_checkpoint_state(share_of_state(state, rank, ranks))
+    cuts = sharded.shares(24, ranks, False)
+    for step in range(2):
+        batch = sharded.part_of(sharded.global_batch(step + 2 * (state is not None)), cuts[rank], cuts[rank + 1])
+        loss = sum(value.square().sum() for value in engine(batch).values())
+        assert isinstance(loss, torch.Tensor)
+        (loss / (cuts[rank + 1] - cuts[rank])).backward()
+        optimizer.step()
+    found = engine.checkpoint_state()
+    for table in found.tables.values():
+        assert (rank_of(table.columns["ids"], ranks) == rank).all()
+        assert torch.equal(table.buckets, bucket_of(table.columns["ids"]))
+    return found, {
+        "losses": [], "tables": {name: table.columns for name, table in found.tables.items()},
+        "predictions": torch.zeros(0),
+    }  # fmt: skip
+
+
+def share_of_state(states: list[PartState], rank: int, ranks: int) -> PartState:
+    """What a rank reads of a checkpoint: the rows of its buckets."""
+    tables = {}
+    for name, first in states[0].tables.items():
+        whole = {
+            column: torch.cat([state.tables[name].columns[column] for state in states]) for column in first.columns
+        }
+        mine = rank_of(whole["ids"], ranks) == rank
+        columns = {column: values[mine] for column, values in whole.items()}
+        tables[name] = TableState(columns, bucket_of(columns["ids"]), first.meta)
+    return PartState(tables=tables, meta=states[0].meta)
+
+
+@pytest.mark.parametrize("sharding", ["row", "table", "replicated"])
+def test_state_goes_from_any_ranks_to_any_others(ranks: Ranks, sharding: str) -> None:
+    first = ranks.run(1, saved, "row", None)
+    expected = ranks.run(1, saved, "row", [state for state, _ in first])
+    two = ranks.run(2, saved, sharding, None)
+    assert_same([result for _, result in two], [result for _, result in first])
+    states = [state for state, _ in two]
+    for world, other in ((1, "row"), (2, sharding), (3, "row"), (4, sharding)):
+        results = ranks.run(world, saved, other, states)
+        assert_same([result for _, result in results], [result for _, result in expected])
