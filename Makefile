@@ -25,7 +25,7 @@ EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # The wheels of TFRA are for Pythons up to 3.11; without one the benchmarks report it as absent.
-PEERS := build/peers/fbgemm/ready build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
+PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
@@ -85,6 +85,10 @@ build/peers/fbgemm/ready: requirements/peers-fbgemm.txt | $(DEPENDENCIES)
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+	@touch $@
+
+build/peers/fbgemm/torchrec: requirements/peers-torchrec.txt build/peers/fbgemm/ready
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
 	@touch $@
 
 build/peers/tfra/ready: requirements/peers-tfra.txt

@@ -120,6 +120,7 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
         with Worker(
             peer, work, rule, lr=LR, device=device, threads=args.threads, clock=args.clock, cores=where
         ) as other:
+            other.wait()
             rate = rates({"ours": step, peer: other.step}, args.clock)
     else:
         rate = rates({"ours": step}, args.clock)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +31,8 @@ class Worker:
 
     Args:
         cores: Where it may run: what a library's threads do after a step shall not be taken from the other's time.
+        home: The environment that it runs in, if that is not called as the peer.
+        variables: Of its environment, beside this process's.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Worker:
         device: torch.device,
         threads: int,
         clock: str,
-        cores: set[int],
+        cores: set[int] | None = None,
+        home: str | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.peer = peer
         self._folder = tempfile.TemporaryDirectory(prefix="recis-bench-")
@@ -50,7 +55,7 @@ class Worker:
         np.save(data / "ids.npy", torch.stack(work.ids).cpu().numpy())
         np.save(data / "rows.npy", torch.stack([torch.stack(rows) for rows in work.rows]).cpu().numpy())
         np.save(data / "gradients.npy", torch.stack(work.gradients).cpu().numpy())
-        python = sys.executable if peer in OWN else ENVIRONMENTS / peer / "bin" / "python"
+        python = sys.executable if peer in OWN else ENVIRONMENTS / (home or peer) / "bin" / "python"
         command = [python, "-W", "ignore", HERE / f"{OWN.get(peer, peer)}_worker.py"]
         command += ["--data", data, "--rule", rule, "--lr", lr, "--threads", threads, "--clock", clock]
         command += ["--device", device]
@@ -62,9 +67,10 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env=environment | limits,
+            env=environment | limits | dict(variables or {}),
         )
-        os.sched_setaffinity(self._process.pid, cores)
+        if cores is not None:
+            os.sched_setaffinity(self._process.pid, cores)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -73,14 +79,25 @@ class Worker:
             raise RuntimeError(f"the worker of {self.peer} ended with status {self._process.wait()}; see above")
         return line
 
-    def step(self) -> float:
-        """Has the worker run one step; returns the seconds that the worker took for it."""
+    def wait(self) -> None:
+        """Waits until the tables are warm."""
+        self._answer()
+
+    def ask(self) -> None:
+        """Has the worker run one step, without waiting for it."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
+
+    def answer(self) -> float:
+        """Waits for the step; returns the seconds that the worker took for it."""
         return float(self._answer())
 
+    def step(self) -> float:
+        """Has the worker run one step; returns the seconds that the worker took for it."""
+        self.ask()
+        return self.answer()
+
     def __enter__(self) -> Worker:
-        self._answer()  # the tables are warm
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:

@@ -148,9 +148,15 @@ inline std::unique_ptr<int64_t[]> plain_sources(const GroupInputs& in) {
   return sources;
 }
 
-}  // namespace detail
+// What is found of each part's groups before they have a place among those of all parts: arrays of all parts, each
+// part's from its begin on.
+struct PartGroups {
+  std::unique_ptr<int32_t[]> local;  // the group of each place in the order, within its part
+  std::unique_ptr<int64_t[]> keys;   // of each group
+  std::unique_ptr<int32_t[]> sizes;  // how many positions each has
 
-namespace detail {
+  explicit PartGroups(int64_t n) : local(room<int32_t>(n)), keys(room<int64_t>(n)), sizes(room<int32_t>(n)) {}
+};
 
 // Gathers what belongs to a part's positions. `local` is the group of each, groups numbered by their first position.
 template <class Keys>
@@ -173,23 +179,11 @@ void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, in
   }
 }
 
-}  // namespace detail
-
-template <class Executor, class Keys>
-void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
-  const int64_t n = in.positions();
-  const detail::Parts parts(in.features, n, keys);
-  // Parts that lie in order are features, of which the source is known without looking.
-  const bool plain = in.sources == nullptr && parts.order == nullptr;
-  const auto written = in.sources == nullptr && !plain ? detail::plain_sources(in) : nullptr;
-  const int64_t* sources = in.sources == nullptr ? written.get() : in.sources;
-  const auto local = detail::room<int32_t>(n);        // the group of each place in the order, within its part
-  const auto rows = detail::room<int64_t>(n);         // of each group, from its part's begin on: its key, then its row
-  const auto sizes = detail::room<int32_t>(n);        // how many positions each has, likewise
-  std::vector<int64_t> groups(parts.count() + 1, 0);  // with a row, of each part; then of the parts before it
-  std::vector<int64_t> places(parts.count() + 1, 0);  // positions in them, likewise
-  std::vector<int64_t> met(parts.count(), 0);         // groups with and without a row, of each part
-
+// Groups the keys of each part; `met(part, count)` is called when a part's groups are known, by the thread that has
+// them in its caches.
+template <class Executor, class Keys, class Met>
+void group_parts(const Executor& executor, const Parts& parts, const Keys& keys, const PartGroups& out,
+                 const Met& met) {
   executor(parts.count(), 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> table;
     std::vector<uint64_t> hashes;
@@ -197,9 +191,9 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
       const int64_t begin = parts.begins[part];
       const int64_t length = parts.begins[part + 1] - begin;
       const int64_t* RECIS_RESTRICT part_keys = parts.keys[part];
-      int32_t* RECIS_RESTRICT part_local = local.get() + begin;
-      int64_t* RECIS_RESTRICT part_rows = rows.get() + begin;
-      int32_t* RECIS_RESTRICT part_sizes = sizes.get() + begin;
+      int32_t* RECIS_RESTRICT part_local = out.local.get() + begin;
+      int64_t* RECIS_RESTRICT group_keys = out.keys.get() + begin;
+      int32_t* RECIS_RESTRICT group_sizes = out.sizes.get() + begin;
       const int64_t member = parts.members[part];
       int bits = 4;
       while ((int64_t{1} << bits) < 2 * length) ++bits;
@@ -215,26 +209,51 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
           const int32_t group = table[at];
           if (group < 0) {
             table[at] = part_local[i] = count;
-            part_rows[count] = key;
-            part_sizes[count++] = 1;
+            group_keys[count] = key;
+            group_sizes[count++] = 1;
             keys.prefetch(hashes[i]);
             break;
           }
-          if (part_rows[group] == key) {
+          if (group_keys[group] == key) {
             part_local[i] = group;
-            ++part_sizes[group];
+            ++group_sizes[group];
             break;
           }
         }
       }
-      met[part] = count;
-      for (int32_t g = 0; g < count; ++g) {
-        part_rows[g] = keys.row(part_rows[g], member);
-        if (part_rows[g] < 0) continue;
-        ++groups[part + 1];
-        places[part + 1] += part_sizes[g];
-      }
-      if (keys.gathered_at_once() > 0) detail::gather_part(keys, in, parts, part, part_local, part_rows, count);
+      met(part, count);
+    }
+  });
+}
+
+}  // namespace detail
+
+template <class Executor, class Keys>
+void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
+  const int64_t n = in.positions();
+  const detail::Parts parts(in.features, n, keys);
+  // Parts that lie in order are features, of which the source is known without looking.
+  const bool plain = in.sources == nullptr && parts.order == nullptr;
+  const auto written = in.sources == nullptr && !plain ? detail::plain_sources(in) : nullptr;
+  const int64_t* sources = in.sources == nullptr ? written.get() : in.sources;
+  const detail::PartGroups found(n);
+  const auto& rows = found.keys;                      // of each group: its key, then its row
+  std::vector<int64_t> groups(parts.count() + 1, 0);  // with a row, of each part; then of the parts before it
+  std::vector<int64_t> places(parts.count() + 1, 0);  // positions in them, likewise
+  std::vector<int64_t> met(parts.count(), 0);         // groups with and without a row, of each part
+
+  detail::group_parts(executor, parts, keys, found, [&](int64_t part, int32_t count) {
+    int64_t* part_rows = rows.get() + parts.begins[part];
+    const int32_t* part_sizes = found.sizes.get() + parts.begins[part];
+    met[part] = count;
+    for (int32_t g = 0; g < count; ++g) {
+      part_rows[g] = keys.row(part_rows[g], parts.members[part]);
+      if (part_rows[g] < 0) continue;
+      ++groups[part + 1];
+      places[part + 1] += part_sizes[g];
+    }
+    if (keys.gathered_at_once() > 0) {
+      detail::gather_part(keys, in, parts, part, found.local.get() + parts.begins[part], part_rows, count);
     }
   });
   for (int64_t part = 0; part < parts.count(); ++part) {
@@ -254,10 +273,10 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         if (rows[begin + g] < 0) continue;
         out.unique[group] = rows[begin + g];
         out.offsets[group++] = place;
-        place += sizes[begin + g];
+        place += found.sizes[begin + g];
       }
       for (int64_t i = 0; i < length; ++i) {
-        const int32_t g = local[begin + i];
+        const int32_t g = found.local[begin + i];
         const int64_t row = rows[begin + g];
         const int64_t position = parts.position(begin + i);
         if (out.rows != nullptr) out.rows[position] = row;

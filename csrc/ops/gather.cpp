@@ -1,5 +1,6 @@
 #include "ops/gather.h"
 
+#include "core/distinct.h"
 #include "core/insert.h"
 #include "ops/group.h"
 #include "ops/id_map.h"
@@ -9,6 +10,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
         ", Tensor[] ids, int[] members, Tensor initializers, Tensor(a!) out, int[] starts, Tensor(b!)? winners) -> ()");
   m.def("spread_max(Tensor offsets, Tensor winners, Tensor gradient, Tensor(a!) out) -> ()");
   m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES ", " RECIS_GROUPS ") -> ()");
+  m.def("distinct_ids(Tensor[] ids, int[] kinds, int[] owners, int ranks, " RECIS_FEATURES
+        ", Tensor(a!) distinct, Tensor(b!) starts, Tensor(c!) sources, Tensor(d!)? scales, Tensor(e!) count, "
+        "Tensor(f!) counts, Tensor(g!) places, Tensor(h!) sizes) -> ()");
   m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
         ", int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
         "field_values, " RECIS_IDS ", int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
@@ -76,9 +80,38 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   });
 }
 
+void distinct_ids(Tensors ids, Ints kinds, Ints owners, int64_t ranks, Ints lengths, Ints vectors, Tensors offsets,
+                  Tensors weights, Ints combiners, Ints tiles, const Tensor& distinct, const Tensor& starts,
+                  const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count, const Tensor& counts,
+                  const Tensor& places, const Tensor& sizes) {
+  CpuDevice device(distinct);
+  check_features(places.numel(), kinds, lengths);
+  check_groups(places.numel(), distinct, starts, sources);
+  const auto all = static_cast<int64_t>(owners.size());
+  RECIS_CHECK(ids.size() == lengths.size(), "a length for each list of ids");
+  RECIS_CHECK(ranks > 0 && sizes.numel() == ranks * all, "sizes must be [ranks, kinds]");
+  RECIS_CHECK(counts.numel() >= places.numel(), "counts: a buffer is smaller than its upper bound");
+  for (const int64_t owner : owners) RECIS_CHECK(owner < ranks, "an owner must be a rank, or -1, got ", owner);
+  std::vector<KeySpan> features;
+  for (size_t f = 0; f < ids.size(); ++f) {
+    RECIS_CHECK(ids[f].numel() == lengths[f], "ids and their length differ");
+    RECIS_CHECK(kinds[f] >= 0 && kinds[f] < all, "a kind must have an owner, got ", kinds[f]);
+    features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), kinds[f]});
+  }
+  float* shares = data_or_null<float>(scales, "scales");
+  Positions positions(device, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
+                      shares != nullptr);
+  distinct_cpu(
+      TorchPool{}, DistinctInputs{std::move(positions.in), std::move(owners), ranks},
+      DistinctOutputs{data<int64_t>(distinct, "distinct"), data<int64_t>(counts, "counts"),
+                      data<int64_t>(places, "places"), data<int64_t>(sizes, "sizes"), data<int64_t>(starts, "starts"),
+                      data<int64_t>(sources, "sources"), shares, data<int64_t>(count, "count")});
+}
+
 }  // namespace recis
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) {
+  m.impl("distinct_ids", TORCH_BOX(&recis::distinct_ids));
   recis::register_gather<recis::CpuDevice>(m);
   m.impl("group_rows", TORCH_BOX(&recis::group_rows));
   m.impl("insert_grouped", TORCH_BOX(&recis::insert_grouped));

@@ -25,26 +25,38 @@ inline void check_features(int64_t positions, const Ints& members, const Ints& l
               total);
 }
 
+// What grouping is told of a lookup's positions; it must outlive the grouping.
+struct Positions {
+  GroupInputs in;
+  std::unique_ptr<int64_t[]> sources;
+  std::unique_ptr<float[]> scales;
+
+  Positions(CpuDevice& device, std::vector<KeySpan> features, const Ints& lengths, const Ints& vectors,
+            const Tensors& offsets, const Tensors& weights, const Ints& combiners, const Ints& tiles, bool scaled)
+      : in{std::move(features), nullptr, nullptr} {
+    if (offsets.empty() && !scaled) return;  // one id a vector: nothing to look up
+    const int64_t n = in.positions();
+    sources = detail::room<int64_t>(n);
+    in.sources = sources.get();
+    if (scaled) {
+      scales = detail::room<float>(n);
+      in.scales = scales.get();
+    }
+    fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, sources.get(), scales.get());
+  }
+};
+
 // Groups the keys of a lookup's features; `rows` may be null.
 template <class Keys>
 void group_positions(CpuDevice& device, const Keys& keys, std::vector<KeySpan> features, const Ints& lengths,
                      const Ints& vectors, const Tensors& offsets, const Tensors& weights, const Ints& combiners,
                      const Ints& tiles, int64_t* rows, const Tensor& unique, const Tensor& starts,
                      const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
-  GroupInputs in{std::move(features), nullptr, nullptr};
-  const int64_t n = in.positions();
-  check_groups(n, unique, starts, sources);
   float* shares = data_or_null<float>(scales, "scales");
-  const bool plain = offsets.empty() && shares == nullptr;  // one id a vector: nothing to look up
-  const auto ungrouped = detail::room<int64_t>(plain ? 0 : n);
-  const auto ungrouped_scales = detail::room<float>(shares == nullptr ? 0 : n);
-  if (!plain) {
-    in.sources = ungrouped.get();
-    in.scales = shares == nullptr ? nullptr : ungrouped_scales.get();
-    fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped.get(),
-                 shares == nullptr ? nullptr : ungrouped_scales.get());
-  }
-  group_cpu(TorchPool{}, in, keys,
+  const Positions positions(device, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
+                            shares != nullptr);
+  check_groups(positions.in.positions(), unique, starts, sources);
+  group_cpu(TorchPool{}, positions.in, keys,
             GroupOutputs{rows, data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
                          data<int64_t>(sources, "sources"), shares, data<int64_t>(count, "count")});
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/blocks.h"
+#include "core/distinct.h"
 #include "core/for_each.h"
 #include "core/gather.h"
 #include "core/group.h"
@@ -290,10 +291,42 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(total == n);
 }
 
+// Distinct ids by owner: the same for any number of threads, each position where its id is.
+void distinct_by_owner() {
+  constexpr int64_t n = 30000;
+  constexpr int64_t kRanks = 3;
+  std::vector<int64_t> ids(n);
+  for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(i) % 7000 + 1));
+  std::vector<std::vector<int64_t>> results;
+  for (const int tasks : {1, kThreads}) {
+    std::vector<int64_t> found(n), counts(n), places(n), sizes(2 * kRanks), offsets(n + 1), sources(n);
+    int64_t count = 0;
+    const std::vector<KeySpan> features{
+        {ids.data(), 20000, 0}, {ids.data() + 20000, 0, 1}, {ids.data() + 20000, 10000, 1}};
+    distinct_cpu(Threads{tasks}, DistinctInputs{{features, nullptr, nullptr}, {-1, 1}, kRanks},
+                 DistinctOutputs{found.data(), counts.data(), places.data(), sizes.data(), offsets.data(),
+                                 sources.data(), nullptr, &count});
+    CHECK(count == 14000 && offsets[count] == n);
+    int64_t place = 0;
+    for (int64_t share = 0; share < 2 * kRanks; ++share) {
+      for (int64_t k = 0; k < sizes[share]; ++k, ++place) {
+        CHECK(share % 2 == 1 ? share / 2 == 1 : bucket_of(found[place]) * kRanks >> 16 == share / 2);
+        CHECK(counts[place] == offsets[place + 1] - offsets[place]);
+      }
+    }
+    CHECK(place == count);
+    for (int64_t i = 0; i < n; ++i) CHECK(found[places[i]] == ids[i]);
+    results.push_back(std::move(sources));
+    results.push_back(std::move(places));
+  }
+  CHECK(results[0] == results[2] && results[1] == results[3]);
+}
+
 }  // namespace
 
 int main() {
   grouped_inserts();
+  distinct_by_owner();
   for (int round = 0; round < 5; ++round) {
     same_ids_at_once(50, 40, false);
     same_ids_at_once(5000, 1, round % 2 == 0);

@@ -4,12 +4,14 @@ from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gat
 from recis_hybrid.embedding.anchor import Anchor as Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.config import EmbeddingConfig as EmbeddingConfig
+from recis_hybrid.embedding.ddp import leave_out_of_ddp as leave_out_of_ddp, mean_over_samples as mean_over_samples
 from recis_hybrid.embedding.engine import (
     EmbeddingEngine as EmbeddingEngine,
     EngineLookup as EngineLookup,
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
+from recis_hybrid.embedding.exchange import ExchangeError as ExchangeError, Traffic as Traffic
 from recis_hybrid.embedding.hash_table import HashTable as HashTable
 from recis_hybrid.embedding.id_map import IdMap as IdMap
 from recis_hybrid.embedding.initializers import (
@@ -31,3 +33,4 @@ from recis_hybrid.embedding.protocols import (
     RowUpdate as RowUpdate,
 )
 from recis_hybrid.embedding.record_layout import RecordLayout as RecordLayout, StateField as StateField
+from recis_hybrid.embedding.sharding import sharding_of as sharding_of

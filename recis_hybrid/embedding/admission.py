@@ -130,3 +130,24 @@ class FrequencyGate:
         """Takes over counts of ids that it knows nothing of."""
         device = self._counts.device
         self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())
+
+
+def admitted_often(gate: Gate, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, counts: Tensor) -> Tensor:
+    """Asks a gate about ids that each stand for several: as if each were there as often as it counts.
+
+    Args:
+        gate: Asked once.
+        ids: For each feature, int64 ``[n_f]``.
+        members: For each feature, its member table's number.
+        rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
+        counts: int64 ``[N]``, at least 1 each.
+
+    Returns:
+        uint8 ``[N]``: 1 where an id has a row or is to get one.
+    """
+    # One that has a row needs no counting, and most have.
+    counts = torch.where(rows < 0, counts, 1)
+    each = counts.split([part.numel() for part in ids])
+    often = [part.repeat_interleave(count) for part, count in zip(ids, each, strict=True)]
+    admitted = gate.admitted(often, members, rows.repeat_interleave(counts))
+    return admitted[counts.cumsum(0) - 1]

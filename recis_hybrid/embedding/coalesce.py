@@ -10,6 +10,7 @@ import torch
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.protocols import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
+from recis_hybrid.embedding.sharding import Sharding, sharding_of
 
 COUNTS = ".admission"
 """Ends the name under which checkpoints keep what admission knows of a member table's ids."""
@@ -25,12 +26,20 @@ class TablePlan:
     """Feature name → number of its member table."""
     config: EmbeddingConfig
     """Of one of its features: what belongs to the table is the same in all."""
+    sharding: Sharding
+    """Where its rows lie, if there are several ranks."""
 
 
 def plan_tables(
-    configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool
+    configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool, ranks: int = 1
 ) -> list[TablePlan]:
     """Groups features by member table, and member tables that agree in all but the initializer into logical tables.
+
+    Args:
+        configs: By feature.
+        optimizer_state: What the optimizer keeps for every row.
+        coalesce: False makes every member table a logical table.
+        ranks: How many have the tables together.
 
     Raises:
         ValueError: If features that share a member table disagree about it.
@@ -45,7 +54,7 @@ def plan_tables(
         _refuse_disagreement(table, other, configs[other], name, config)
         overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
         key = (config.dim, config.dtype, _state_dtype(config), config.trainable, config.admission, overrides,
-               config.placement)  # fmt: skip
+               config.placement, sharding_of(config, ranks) if ranks > 1 else "row")  # fmt: skip
         groups.setdefault(key if coalesce else (*key, table), []).append(name)
 
     plans = []
@@ -58,7 +67,7 @@ def plan_tables(
             features[name] = list(members).index(table)
         config = configs[names[0]]
         layout = RecordLayout(config.dim, optimizer_state, config.dtype, _state_dtype(config))
-        plans.append(TablePlan(layout, tuple(members.values()), features, config))
+        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding_of(config, ranks)))
     return plans
 
 

@@ -14,8 +14,10 @@ from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
+SHARDINGS = ("row", "table", "replicated", "auto")
 TABLE_SETTINGS = (
-    "dim", "dtype", "state_dtype", "initializer", "admission", "trainable", "optimizer", "placement"
+    "dim", "dtype", "state_dtype", "initializer", "admission", "trainable", "optimizer", "placement",
+    "sharding", "expected_rows",
 )  # fmt: skip
 """What features that share a table must agree on."""
 
@@ -57,6 +59,12 @@ class EmbeddingConfig:
     """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
     """Where the table lives; None: on the engine's device."""
+    sharding: Literal["row", "table", "replicated", "auto"] = "row"
+    """On which ranks the table's rows lie, where there are several: ``row``, spread over all by the hash of their ids;
+    ``table``, all on one rank; ``replicated``, all on every rank, so that reading them asks no other; ``auto``, as
+    :func:`recis_hybrid.embedding.sharding_of` estimates from ``expected_rows``. The numbers are the same."""
+    expected_rows: int | None = None
+    """About how many ids the table will have; for ``sharding="auto"`` alone."""
 
     def __post_init__(self) -> None:
         if self.dim <= 0:
@@ -82,6 +90,10 @@ class EmbeddingConfig:
         if self.optimizer is not None:
             fixed = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer.items()}
             object.__setattr__(self, "optimizer", fixed)
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"EmbeddingConfig: sharding must be one of {list(SHARDINGS)}, got {self.sharding!r}")
+        if self.expected_rows is not None and self.expected_rows < 1:
+            raise ValueError(f"EmbeddingConfig: expected_rows must be at least 1, got {self.expected_rows}")
         if self.unknown not in ("first_value", "zeros"):
             raise ValueError(f"EmbeddingConfig: unknown must be 'first_value' or 'zeros', got {self.unknown!r}")
 

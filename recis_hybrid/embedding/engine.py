@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid.embedding.anchor import Anchor
@@ -15,12 +17,16 @@ from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
 from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
+from recis_hybrid.embedding.exchange import Exchange, Traffic, group_of
+from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.hash_table import HashTable
-from recis_hybrid.embedding.inputs import FeatureReader, TableReader
-from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
+from recis_hybrid.embedding.lookup import Lookup, Request
+from recis_hybrid.embedding.moving import Mover
+from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
+from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
@@ -37,7 +43,7 @@ class RowOptimizer(Protocol):
 class EngineLookup:
     """Which rows a batch met, and what the gradients need: one of each for each logical table."""
 
-    lookups: tuple[Lookup, ...]
+    lookups: tuple[Lookup | ShardedLookup, ...]
     outputs: tuple[Outputs, ...]
 
 
@@ -49,15 +55,35 @@ class EmbeddingEngine(nn.Module):
     for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
     id counts with the first value it would have.
 
+    Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
+    rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
+    batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
+    are then for all ranks together, in the same order.
+
     Args:
         configs: By feature name, the name of its column in the batch.
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own; the numbers are the same.
+        group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
+            tables of its own.
+        reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
+            ranks' samples, which fits losses that are means over a rank's samples, and where all have equally many is
+            what DistributedDataParallel does with towers (else see :func:`mean_over_samples`). ``sum``: they are added.
+            ``id``: their sum over the number of ranks that have one for the row.
+        wire_dtype: In which rows and gradients travel between ranks; ids are 64 bits always. Each number is rounded to
+            it once: by at most 2^-8 of itself in bfloat16; in float16 by 2^-11, but by 2^-25 below 2^-14, and beyond
+            65,504 it becomes infinite.
+        deduplicate: False sends the id of every position, and not only distinct ones; the numbers are the same.
+        prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing.
+        staleness: 1 allows :meth:`prefetch_rows`.
+        prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
+            where the group is all ranks.
 
     Raises:
-        ValueError: If there is no feature, or features that share a table disagree about it.
+        ValueError: If there is no feature, features that share a table disagree about it, this rank is not in the
+            group, or a setting is none of the choices.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8), "user": EmbeddingConfig(dim=8)})
@@ -73,18 +99,40 @@ class EmbeddingEngine(nn.Module):
         seed: int = 0,
         device: torch.device | str = "cpu",
         coalesce: bool = True,
+        group: dist.ProcessGroup | Literal[False] | None = None,
+        reduce: Literal["mean", "sum", "id"] = "mean",
+        wire_dtype: torch.dtype = torch.float32,
+        deduplicate: bool = True,
+        prefetch_depth: int = 0,
+        staleness: Literal[0, 1] = 0,
+        prefetch_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
         self.configs = dict(configs)
         self.device = device_of(device)
-        self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce)
+        refuse_settings(wire_dtype, reduce)
+        shared = group_of(group)
+        ranks = 1 if shared is None else dist.get_world_size(shared)
+        self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
         self.tables = [self._table(plan, seed) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
         ]
+        self._sharded: ShardedTables | None = None
+        if shared is not None:
+            self._sharded = shard(
+                self.tables, self.plans, [reader.unknown for reader in self._readers],
+                Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
+            )  # fmt: skip
+        self._samples: list[int] = []
+        self._prefetcher: Prefetcher | None = None
+        if self._sharded is not None and prefetch_depth > 0:
+            self._prefetcher = Prefetcher(
+                self._sharded, list(configs), depth=prefetch_depth, staleness=staleness, group=prefetch_group
+            )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
 
@@ -103,17 +151,19 @@ class EmbeddingEngine(nn.Module):
         Args:
             batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
 
+        Raises:
+            ExchangeError: If another rank could not look its batch up, died, or is in another mode.
+
         Returns:
             By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
             ``[B, max_length * dim]``; where it is None ``[n, dim]`` in the order of the ids, or ``[B, L, dim]`` for
             ids ``[B, L]``.
         """
         results: dict[str, Tensor] = {}
-        for number, table in enumerate(self.tables):
-            lookup, outputs = self._find(batch, number)
-            takes_gradient = self.training and not table.read_only and torch.is_grad_enabled()
+        for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
+            takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
-            results.update(zip(self.plans[number].features, values, strict=True))
+            results.update(zip(plan.features, values, strict=True))
         return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
 
     @torch.no_grad()
@@ -123,11 +173,11 @@ class EmbeddingEngine(nn.Module):
         Returns:
             The values as :meth:`forward` gives them, and what :meth:`apply_gradients` needs.
         """
-        found = [self._find(batch, number) for number in range(len(self.tables))]
+        found = list(self._found(batch))
         results: dict[str, Tensor] = {}
-        for plan, table, (lookup, outputs) in zip(self.plans, self.tables, found, strict=True):
+        for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
             results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
-        lookups, outputs_of = zip(*found, strict=True)
+        _, lookups, outputs_of = zip(*found, strict=True)
         return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
@@ -152,21 +202,112 @@ class EmbeddingEngine(nn.Module):
         # All of it is checked before the first row changes.
         ready = []
         for number in trained:
-            table, lookup = self.tables[number], ctx.lookups[number]
+            table, lookup = self._faces[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
             ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
 
-    def _find(self, batch: Batch, number: int) -> tuple[Lookup, Outputs]:
-        table = self.tables[number]
-        request, shapes = self._readers[number](batch, table.device)
-        outputs = Outputs.of(request.bags.vectors, shapes, table, self.device)
-        room = outputs.room(table) if self.training and request.bags.plain else None
-        return table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
+    @property
+    def _faces(self) -> Sequence[Any]:
+        """The tables as lookups and gradients of this rank see them."""
+        return self.tables if self._sharded is None else self._sharded.tables
+
+    def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
+        """Looks a batch up in one table after another."""
+        if self._sharded is None:
+            for table, reader in zip(self.tables, self._readers, strict=True):
+                request, shapes = reader(batch, table.device)
+                outputs = Outputs.of(request.bags.vectors, shapes, table, self.device)
+                room = outputs.room(table) if self.training and request.bags.plain else None
+                yield table, table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
+            return
+        grad = torch.is_grad_enabled()
+        for face, own in zip(self._sharded.tables, self._met(self._sharded, batch, grad), strict=True):
+            if grad and own.train:
+                face.watch(own)
+            yield face, own, Outputs.of(own.request.bags.vectors, own.shapes, face, self.device)
+
+    def _met(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
+        """Looks a batch up on all ranks, or takes what was prefetched of it."""
+        ahead = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
+        if ahead is None:
+            sharded.router.agree()
+            ahead = sharded.router.route(lambda: self._read(batch), train=self.training, grad=grad), None
+        routed, lookups = ahead
+        self._samples = routed.samples
+        return sharded.lookups(routed) if lookups is None else lookups
+
+    def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
+        """Returns the ids of all features by table, and how many samples there are."""
+        requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
+        return requests, samples_of(batch, self.configs)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that have the tables together; None where this process has them all."""
+        return None if self._sharded is None else self._sharded.exchange.group
+
+    @property
+    def share(self) -> float:
+        """This rank's share of the samples that all ranks had in the last batch."""
+        if self._sharded is None:
+            return 1.0
+        return self._samples[self._sharded.exchange.rank] / max(sum(self._samples), 1)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that this rank has sent to others, by what they were; all 0 on one process."""
+        ahead = Traffic() if self._prefetcher is None else self._prefetcher.exchange.traffic
+        return ahead if self._sharded is None else ahead + self._sharded.exchange.traffic
+
+    def watch_exchange(self, watched: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Has every wait for other ranks, but for those of prefetching, happen within a context, which may time it.
+
+        Args:
+            watched: Makes the context; nothing ends it.
+        """
+        if self._sharded is not None:
+            self._sharded.exchange.watched = watched
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to send the ids of a batch that comes later to where they are looked up, and returns at once.
+
+        The numbers are the same as without it. Batches have to come to the engine in the order of their prefetches, in
+        the same mode, all ranks alike. Where ``prefetch_depth`` is 0, and on one process, it does nothing.
+
+        Args:
+            batch: As for :meth:`forward`, which is later given the same columns.
+
+        Raises:
+            RuntimeError: If ``prefetch_depth`` batches are on their way.
+        """
+        if self._sharded is not None and self._prefetcher is not None:
+            self._sharded.router.agree()
+            self._prefetcher.send(
+                batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled()
+            )  # fmt: skip
+
+    def drop_prefetched(self) -> None:
+        """Waits for the batches that are on their way, and forgets them; all ranks call it together."""
+        if self._prefetcher is not None:
+            self._prefetcher.drop()
+
+    def prefetch_rows(self) -> None:
+        """Looks up the first batch that is on its way, and begins to send its rows.
+
+        Called before ``optimizer.step()`` it hides that, too, and the batch is computed with rows that miss one update:
+        the numbers are others. It is allowed where the engine was built with ``staleness=1``; where nothing is
+        prefetched it does nothing.
+
+        Raises:
+            RuntimeError: If rows may not be stale, or no batch is on its way.
+        """
+        if self._prefetcher is not None:
+            self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names, in every table that is trained. Returns how many."""
+        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had."""
         return sum(table.evict(rule) for table in self.tables if not table.read_only)
 
     def compact(self) -> None:
@@ -184,8 +325,8 @@ class EmbeddingEngine(nn.Module):
         return describe(self.plans, self.tables)
 
     def checkpoint_state(self) -> PartState:
-        """Returns every member table's rows: what Saver writes."""
-        return tables_state(self.tables)
+        """Returns every member table's rows: what Saver writes; of several ranks each has those of its buckets."""
+        return tables_state(self.tables, self._mover)
 
     def checkpoint_layout(self) -> PartState:
         """Returns :meth:`checkpoint_state` without its rows."""
@@ -193,7 +334,14 @@ class EmbeddingEngine(nn.Module):
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""
-        load_tables_state(self.tables, state)
+        load_tables_state(self.tables, state, self._mover)
+
+    @property
+    def _mover(self) -> Mover | None:
+        """What brings rows of tables that are not sharded by row to the owners of their buckets, and back."""
+        if self._sharded is None:
+            return None
+        return Mover(self._sharded.exchange, [table.asks for table in self._sharded.tables])
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

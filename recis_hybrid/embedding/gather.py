@@ -5,18 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.hash_table import HashTable
-from recis_hybrid.embedding.lookup import Lookup
+from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.lookup import Request
+from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.gather import MAX
 
 _PART_FLOATS = 16  # 64 bytes: what JAX wants of a buffer that it is to share
+
+
+class AnyLookup(Protocol):
+    """A Lookup, or a ShardedLookup."""
+
+    request: Request
+    gathered: Tensor | None
+
+
+class AnyTable(Protocol):
+    """A HashTable, or a ShardedTable, which has part of its rows on other ranks. The lookups are of its own."""
+
+    layout: RecordLayout
+    device: torch.device
+
+    @property
+    def anchor(self) -> Anchor:
+        """The table's place in autograd."""
+
+    def gather(self, lookup: Any, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
+        """Writes each feature's vectors."""
+
+    def add_gradients(self, lookup: Any, gradients: Sequence[Tensor | None]) -> None:
+        """Keeps gradients for the optimizer's step."""
 
 
 @dataclass
@@ -35,7 +60,7 @@ class Outputs:
     """int32, as the buffer: which id of a bag was the greatest; kept for the backward pass."""
 
     @staticmethod
-    def of(vectors: list[int], shapes: list[tuple[int, ...]], table: HashTable, device: torch.device) -> Outputs:
+    def of(vectors: list[int], shapes: list[tuple[int, ...]], table: AnyTable, device: torch.device) -> Outputs:
         """Lays the parts out."""
         dim = table.layout.dim
         sizes = [-(-count * dim // _PART_FLOATS) * _PART_FLOATS for count in vectors]
@@ -43,7 +68,7 @@ class Outputs:
         starts = [0, *accumulate(sizes[:-1])]
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
-    def room(self, table: HashTable) -> Tensor:
+    def room(self, table: AnyTable) -> Tensor:
         """Returns a buffer of its size, float32, on the table's device."""
         return ops.memory.empty_bytes(4 * self.total, table.device).view(torch.float32)
 
@@ -62,7 +87,7 @@ class Outputs:
         return tuple(buffer.new_empty(0).set_(storage, start, shape, _strides(shape)) for shape, start in places)
 
 
-def gather(table: HashTable, lookup: Lookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
+def gather(table: AnyTable, lookup: AnyLookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
     """Returns each feature's vectors, in one new buffer."""
     buffer, lookup.gathered = lookup.gathered, None
     if buffer is None:
@@ -73,13 +98,13 @@ def gather(table: HashTable, lookup: Lookup, outputs: Outputs, *, keep_winners: 
     return outputs.views(buffer if outputs.device == table.device else buffer.to(outputs.device))
 
 
-def differentiable(table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
+def differentiable(table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:
     """As :func:`gather`; backward leaves the gradients at the table, for the optimizer's step to reduce once."""
     return _Gather.apply(table.anchor, table, lookup, outputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def spread(
-    table: HashTable, lookup: Lookup, outputs: Outputs, gradients: Sequence[Tensor | None]
+    table: AnyTable, lookup: AnyLookup, outputs: Outputs, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
     dim, request = table.layout.dim, lookup.request
@@ -108,7 +133,7 @@ def spread(
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, table: HashTable, lookup: Lookup, outputs: Outputs) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, anchor: Tensor, table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:
         ctx.table, ctx.lookup, ctx.outputs = table, lookup, outputs
         ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
         return gather(table, lookup, outputs, keep_winners=True)

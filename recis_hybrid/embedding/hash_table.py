@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission, Gate
+from recis_hybrid.embedding.admission import Admission, Gate, admitted_often
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.checks import checked_ids, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
 from recis_hybrid.embedding.initializers import initializer_words
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, gradient_bags, select
-from recis_hybrid.embedding.pending import Part, Pending
+from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, gradient_bags
+from recis_hybrid.embedding.pending import Pending, part_of, usable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
 from recis_hybrid.embedding.record_layout import RecordLayout
@@ -138,12 +138,17 @@ class HashTable:
         lookup, self._unseen = self._unseen, None
         if lookup is not None:
             groups = lookup.groups
-            ops.blocks.see_rows(self.blocks.handle, groups.count, groups.unique, groups.offsets, lookup.step)
+            ops.blocks.see_rows(self.blocks.handle, groups.count, groups.unique, lookup.occurrences(), lookup.step)
 
     def records(self, gradients: Gradients) -> ops.update.Table:
         """Returns the records as an update by these gradients sees them; the update must follow."""
         unseen, layout = self._unseen, self.layout
-        sees = unseen is not None and unseen.step == self.step + 1 and unseen.grouped is gradients.groups
+        sees = (
+            unseen is not None
+            and unseen.step == self.step + 1
+            and unseen.grouped is gradients.groups
+            and unseen.request.counts is None
+        )
         if sees:
             self._unseen = None
         return ops.update.Table(
@@ -160,8 +165,8 @@ class HashTable:
             starts: For each feature, where in ``out`` its ``[V, D]`` begin.
             winners: int32, as ``out``; needed for gradients where a combiner takes the greatest.
         """
-        self._check(lookup)
-        ids, members, bags, unknown, _ = lookup.request
+        self.check(lookup)
+        ids, members, bags, unknown, *_ = lookup.request
         ops.gather.gather_bags(
             self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
             [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
@@ -171,7 +176,7 @@ class HashTable:
         ids, members, layout = request.ids, request.members, self.layout
         gathered = None
         if self.gate is not None or self.map_device != self.device:
-            rows = self._insert(ids, members, self.gate, request.used)
+            rows = self._insert(ids, members, self.gate, request.used, request.counts)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
         else:
             bound = self._reserve(sum(request.bags.lengths))
@@ -194,10 +199,19 @@ class HashTable:
         self.id_map.reserve(more)
         return bound
 
-    def _insert(self, ids: list[Tensor], members: list[int], gate: Gate | None, used: Sequence[Tensor] = ()) -> Tensor:
+    def _insert(
+        self, ids: list[Tensor], members: list[int], gate: Gate | None, used: Sequence[Tensor] = (),
+        counts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         near, used = self._on_map(ids), self._on_map(used)
         self._reserve(sum(part.numel() for part in ids))
-        admitted = None if gate is None else gate.admitted(near, members, self.id_map.find(near, members, used), used)
+        admitted = None
+        if gate is not None:
+            found = self.id_map.find(near, members, used)
+            if counts is None:
+                admitted = gate.admitted(near, members, found, used)
+            else:
+                admitted = admitted_often(gate, near, members, found, counts.to(self.map_device))
         new_rows, new = self.id_map.find_or_insert(near, members, admitted, used)
         try:
             rows, fresh = self._on_blocks(new_rows), self._on_blocks(new)
@@ -230,13 +244,15 @@ class HashTable:
             gradients: For each feature, float32 ``[V, D]``: of its vectors, or of its positions where the combiner
                 takes the greatest.
         """
-        self._check(lookup)
+        self.check(lookup)
         self._refuse_read_only("apply_gradients")
         if any(gradient is None for gradient in gradients):
             raise ValueError(
                 f"table {self._name}: apply_gradients takes a gradient for each feature; give zeros for None"
             )
-        return Gradients(self._usable(lookup, gradients), lookup.groups)
+        return Gradients(
+            usable(self._name, lookup.sources.vectors, gradients, self.layout.dim, self.device), lookup.groups
+        )
 
     def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
         """Updates rows: one step of an optimizer."""
@@ -245,44 +261,20 @@ class HashTable:
 
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
         """Keeps the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
-        self._check(lookup)
-        bags, rows, groups = lookup.sources, lookup.rows, None
-        used = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        if len(used) < len(gradients):
-            parts = rows.split(bags.lengths)
-            rows = torch.cat([parts[number] for number in used]) if used else rows[:0]
-            bags = select(bags, used)
-        else:
-            groups = lookup.groups
-        if used:
-            values = self._usable(lookup, gradients)
-            members = [lookup.request.members[number] for number in used]
-            self.pending.add(Part(rows, members, lookup.row_bound, bags, values, groups))
+        self.check(lookup)
+        part = part_of(
+            self._name, lookup.rows, lookup.request.members, lookup.row_bound, lookup.sources, lookup.groups,
+            gradients, self.layout.dim,
+        )  # fmt: skip
+        if part is not None:
+            self.pending.add(part)
 
     def apply_pending(self, update: RowUpdate) -> None:
         """Does a step: reduces what backward has left here, once, and updates the rows."""
+        self.pending.fetch()
         update(self, self.pending.gradients() if self.pending else None)
         self.pending.clear()
         self.step += 1
-
-    def _usable(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        # Kernels take any stride between rows (0 for an expanded gradient) but none within one.
-        dim, device = self.layout.dim, self.device
-        usable = []
-        for number, (vectors, gradient) in enumerate(zip(lookup.sources.vectors, gradients, strict=True)):
-            if gradient is None:
-                continue
-            fits = gradient.ndim == 2 and gradient.size(0) == vectors and gradient.size(1) == dim  # as .shape, sooner
-            if not fits or gradient.dtype is not torch.float32:
-                name = self.members[lookup.request.members[number]].name
-                raise ValueError(
-                    f"table {name}: a gradient must be float32 {[vectors, dim]}, "
-                    f"got {gradient.dtype} {list(gradient.shape)}"
-                )
-            if gradient.device != device:
-                gradient = gradient.to(device)
-            usable.append(gradient if dim == 1 or gradient.stride(1) == 1 else gradient.contiguous())
-        return usable
 
     # Rows in bulk; all of it waits for the device
 
@@ -471,7 +463,8 @@ class HashTable:
                 f"call the optimizer's step or zero_grad first"
             )
 
-    def _check(self, lookup: Lookup) -> None:
+    def check(self, lookup: Lookup) -> None:
+        """Raises RuntimeError for a lookup of another generation."""
         if lookup.generation != self.generation:
             raise RuntimeError(
                 f"table {self._name}: this lookup was made in generation {lookup.generation} and the table is in "

@@ -5,6 +5,7 @@ Letters: B bags, L ids of a bag, n ids.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -166,7 +167,8 @@ class TableReader:
         self._readers = readers
         self._names = [reader.name for reader in readers]
         self._members = [reader.member for reader in readers]
-        self._unknown = [-1 if r.config.unknown == "zeros" else r.member for r in readers]
+        self.unknown = [-1 if r.config.unknown == "zeros" else r.member for r in readers]
+        """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
         self._dim = readers[0].config.dim
         self._plain = all(reader.plain for reader in readers)
         self._zeros = [0] * len(readers)
@@ -180,8 +182,14 @@ class TableReader:
             if len(bags) == len(self._names):
                 ids: list[Tensor] = columns  # type: ignore[assignment]
                 request = Request(
-                    ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self._unknown
+                    ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self.unknown
                 )  # fmt: skip
                 return request, [(count, self._dim) for count in bags]
         read = [reader(batch, device) for reader in self._readers]
         return Request.of([ids for ids, _ in read]), [shape for _, shape in read]
+
+
+def samples_of(batch: Batch, features: Iterable[str]) -> int:
+    """Returns how many samples a batch has: the most rows that the column of a feature has."""
+    columns = [batch[name] for name in features]
+    return max(column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns)

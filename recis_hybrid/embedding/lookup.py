@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.ops.gather import MAX, Bags, RowGroups
+from recis_hybrid.ops.gather import MAX, SOURCE_SHIFT, Bags, RowGroups
 
 
 class FeatureIds(NamedTuple):
@@ -46,6 +46,9 @@ class Request(NamedTuple):
     """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
     used: list[Tensor] = []
     """As ``ops.id_map.find`` takes it."""
+    counts: Tensor | None = None
+    """int64 ``[N]``: how often each id was met where it comes from, one id a bag; None: once for each time it is here.
+    """
 
     @staticmethod
     def of(features: Sequence[FeatureIds]) -> Request:
@@ -116,6 +119,20 @@ class Lookup:
     def sources(self) -> Bags:
         """How gradients belong to positions: as ``request.bags``, but one a position where the greatest was taken."""
         return gradient_bags(self.request.bags)
+
+    def occurrences(self) -> Tensor:
+        """Returns int64 ``[N + 1]``: row ``unique[u]`` was met ``[u + 1] - [u]`` times."""
+        counts, groups = self.request.counts, self.groups
+        if counts is None:
+            return groups.offsets
+        lengths = torch.tensor([0, *self.request.bags.lengths[:-1]], device=counts.device)
+        features, vectors = groups.sources >> SOURCE_SHIFT, groups.sources & (1 << SOURCE_SHIFT) - 1
+        # Beyond the valid groups buffers hold anything.
+        n = counts.numel()
+        positions = (lengths.cumsum(0)[features.clamp(0, lengths.numel() - 1)] + vectors).clamp(0, max(n - 1, 0))
+        total = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts[positions], 0, out=total[1:])
+        return total[groups.offsets.clamp(0, n)]
 
 
 def select(bags: Bags, numbers: list[int]) -> Bags:

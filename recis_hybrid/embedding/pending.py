@@ -5,12 +5,16 @@ Letters: N positions, U distinct rows, D dim.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.lookup import select
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 
@@ -52,20 +56,54 @@ class Reduced:
         return self.shown[1:] / _MARK
 
 
+class Remote(Protocol):
+    """What a table with rows on several ranks has beside its own: gradients that are still to be exchanged."""
+
+    def __bool__(self) -> bool:
+        """Whether this rank has some."""
+
+    def fetch(self) -> None:
+        """Exchanges them, and adds those of this rank's rows to the table's; all ranks call it together."""
+
+    def clear(self) -> None:
+        """Forgets those of this rank."""
+
+    def norm(self, own: Tensor) -> Tensor:
+        """Returns the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
+
+
 class Pending:
     """Gradients of any number of lookups, reduced once: when they are used, or when their norm is asked for."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._reduced: Reduced | None = None
+        # The remote holds the table: were that so the other way round, too, its memory would wait for the collector.
+        self._remote: weakref.ref[Remote] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._parts) or self._reduced is not None
+        return bool(self._parts) or self._reduced is not None or bool(self.remote)
+
+    @property
+    def remote(self) -> Remote | None:
+        """What is still to be exchanged with other ranks; None where the table is on one."""
+        return None if self._remote is None else self._remote()
+
+    @remote.setter
+    def remote(self, remote: Remote) -> None:
+        self._remote = weakref.ref(remote)
 
     def clear(self) -> None:
         """Forgets everything."""
         self._parts = []
         self._reduced = None
+        if (remote := self.remote) is not None:
+            remote.clear()
+
+    def fetch(self) -> None:
+        """Takes over what other ranks have; all ranks call it together."""
+        if (remote := self.remote) is not None:
+            remote.fetch()
 
     def add(self, part: Part) -> None:
         """Appends the gradients of one lookup."""
@@ -86,6 +124,7 @@ class Pending:
 
     def reduced(self, dim: int) -> Reduced | None:
         """Sums the gradients of each row, unless that was done; None if there are none."""
+        self.fetch()
         if self._reduced is None and self._parts:
             gradients = self.gradients()
             n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
@@ -101,7 +140,8 @@ class Pending:
     def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
         """Takes other summed gradients for those of the rows of ``groups``."""
         # In float64: a sum of squares of scaled gradients may leave float32's range.
-        norm = torch.linalg.vector_norm(sums, dtype=torch.float64).to(torch.float32)
+        norm = torch.linalg.vector_norm(sums, dtype=torch.float64)
+        norm = (norm if (remote := self.remote) is None else remote.norm(norm)).to(torch.float32)
         self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
 
     def _as_part(self, reduced: Reduced) -> Part:
@@ -139,3 +179,54 @@ def _joined(lists: list[list[Tensor]], bags: list[Bags]) -> list[Tensor]:
         return []
     none = present.new_empty(0)
     return [p for parts, each in zip(lists, bags, strict=True) for p in (parts or [none] * len(each.lengths))]
+
+
+def part_of(
+    where: str, rows: Tensor, members: list[int], row_bound: int, bags: Bags, groups: RowGroups | None,
+    gradients: Sequence[Tensor | None], dim: int,
+) -> Part | None:  # fmt: skip
+    """Returns the gradients of a lookup as a part; None where no feature has one.
+
+    Args:
+        where: The table, for messages.
+        rows: int64 ``[N]``.
+        members: For each feature its member table.
+        row_bound: Greater than every row.
+        bags: How gradients belong to positions.
+        groups: The positions grouped by row, if they were.
+        gradients: For each feature, float32 ``[V, D]``; None where it has none.
+        dim: D.
+
+    Raises:
+        ValueError: If a gradient is not float32 ``[V, D]``.
+    """
+    values = usable(where, bags.vectors, gradients, dim, rows.device)
+    used = [number for number, gradient in enumerate(gradients) if gradient is not None]
+    if len(used) < len(gradients):
+        parts = rows.split(bags.lengths)
+        rows = torch.cat([parts[number] for number in used]) if used else rows[:0]
+        bags, groups = select(bags, used), None
+    return Part(rows, [members[number] for number in used], row_bound, bags, values, groups) if used else None
+
+
+def usable(
+    where: str, vectors: Sequence[int], gradients: Sequence[Tensor | None], dim: int, device: torch.device
+) -> list[Tensor]:
+    """Returns the gradients that there are as kernels take them: on the device, any stride between rows, none within.
+
+    Raises:
+        ValueError: If one is not float32 ``[V, D]``.
+    """
+    found = []
+    for count, gradient in zip(vectors, gradients, strict=True):
+        if gradient is None:
+            continue
+        fits = gradient.ndim == 2 and gradient.size(0) == count and gradient.size(1) == dim  # as .shape, sooner
+        if not fits or gradient.dtype is not torch.float32:
+            raise ValueError(
+                f"table {where}: a gradient must be float32 {[count, dim]}, got {gradient.dtype} {list(gradient.shape)}"
+            )
+        if gradient.device != device:
+            gradient = gradient.to(device)
+        found.append(gradient if dim == 1 or gradient.stride(1) == 1 else gradient.contiguous())
+    return found

@@ -16,9 +16,11 @@ from torch import Tensor
 from recis_hybrid.ops._fake import nothing_returned
 from recis_hybrid.ops.blocks import Blocks, StateArgs
 
-nothing_returned("gather_bags", "group_rows", "insert_grouped", "spread_max")
+nothing_returned("gather_bags", "group_rows", "insert_grouped", "distinct_ids", "spread_max")
 
 SUM, MEAN, SQRTN, MAX = range(4)
+SOURCE_SHIFT = 40
+"""A source's feature stands in the bits from here up, its vector below."""
 
 
 class Bags(NamedTuple):
@@ -140,6 +142,45 @@ def insert_grouped(
         state.first_values, ids, members, used, row_bound, *bags, rows, *_parts(groups), out, starts,
     )  # fmt: skip
     return rows, groups
+
+
+class Distinct(NamedTuple):
+    """The distinct ids of a lookup, by (owner, kind); where the host does not know U, buffers are longer."""
+
+    ids: Tensor
+    """int64 ``[U]``."""
+    counts: Tensor
+    """int64 ``[U]``: how many positions each has; zeros beyond."""
+    places: Tensor
+    """int64 ``[N]``: of each position, which of ``ids`` it is; -1 where there is no id."""
+    sizes: Tensor
+    """int64 ``[W, K]``: how many there are of each owner and kind; U together."""
+    groups: RowGroups | None
+    """The positions grouped by id, ``unique`` the ids' numbers; None where they were not."""
+
+
+def distinct_ids(
+    ids: Sequence[Tensor], kinds: Sequence[int], owners: Sequence[int], ranks: int, bags: Bags
+) -> Distinct:
+    """Finds the distinct ids of a lookup, and which rank owns each; on the CPU.
+
+    Args:
+        ids: For each feature, int64 ``[n_f]``, contiguous.
+        kinds: For each feature, a number below K: equal ids of two kinds are two.
+        owners: For each of K kinds the rank that owns its ids, or -1: each id's bucket says (``id_map.bucket_of``),
+            of which every rank owns a contiguous range.
+        ranks: W.
+        bags: How gradients belong to positions, as in :func:`group_rows`.
+    """
+    n = sum(bags.lengths)
+    groups = _room(n, bags, torch.device("cpu"))
+    counts, places, sizes = torch.empty(2 * n + ranks * len(owners), dtype=torch.int64).split_with_sizes(
+        (n, n, ranks * len(owners))
+    )
+    torch.ops.recis.distinct_ids(ids, kinds, owners, ranks, *bags, *_parts(groups), counts, places, sizes)
+    numbered = RowGroups(groups.count, torch.arange(n), groups.offsets, groups.sources, groups.scales)
+    found = int(groups.count)
+    return Distinct(groups.unique[:found], counts[:found], places, sizes.view(ranks, len(owners)), numbered)
 
 
 def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:

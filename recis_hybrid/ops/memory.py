@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +25,8 @@ def empty_bytes(size: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and size >= _HUGE_FROM:
         return torch.ops.recis.huge_empty(size)  # type: ignore[no-any-return]
     return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns an uninitialised tensor in memory of :func:`empty_bytes`."""
+    return empty_bytes(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from recis_hybrid.embedding import EmbeddingEngine
+
 _NOTHING = nullcontext()
 
 
@@ -52,8 +54,8 @@ class Clock:
         self._since = now
 
     @contextmanager
-    def measuring(self, engines: Sequence[nn.Module]) -> Iterator[None]:
-        """Measures the step within, the forward passes of engines as ``lookup``."""
+    def measuring(self, engines: Sequence[EmbeddingEngine]) -> Iterator[None]:
+        """Measures the step within: forward passes of engines as ``lookup``, their waits for ranks as ``exchange``."""
         self.measures, self.seconds, self._open = True, {}, []
 
         def enter(module: nn.Module, args: Any) -> None:
@@ -64,9 +66,13 @@ class Clock:
 
         hooks = [engine.register_forward_pre_hook(enter) for engine in engines]
         hooks += [engine.register_forward_hook(leave) for engine in engines]
+        for engine in engines:
+            engine.watch_exchange(lambda: self._phase("exchange"))
         try:
             yield
         finally:
             self.measures = False
+            for engine in engines:
+                engine.watch_exchange()
             for hook in hooks:
                 hook.remove()

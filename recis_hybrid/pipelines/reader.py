@@ -30,6 +30,7 @@ class Reader:
         """Batches of the pass under way."""
         self._iterator: Iterator[Batch] | None = None
         self._begun_at = 0
+        self._held: dict[str, Any] | None = None
         loader = isinstance(data, DataLoader)
         self._source: Any = data.dataset if isinstance(data, DataLoader) else data
         # Workers read with copies: the place in the process's own source is what is said here, not what they do.
@@ -70,8 +71,14 @@ class Reader:
         if self._in_workers and hasattr(self._source, "set_epoch"):
             self._source.set_epoch(self._source.epoch + 1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the place."""
+    def hold(self, state: dict[str, Any]) -> None:
+        """Has :meth:`state_dict` give a place that was read past, since what comes after it was not used yet."""
+        self._held = state
+
+    def state_dict(self, *, read: bool = False) -> dict[str, Any]:
+        """Returns the place: the one that is held, unless asked for what was read."""
+        if self._held is not None and not read:
+            return self._held
         place = None
         if self._stateful and self._in_workers and self._iterator is not None:
             place = self._source.state_dict(self.batches - self._begun_at)
@@ -82,6 +89,7 @@ class Reader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes :meth:`next` give what was next when the state was taken."""
         self.close()
+        self._held = None
         self.passes, self.batches = state["passes"], state["batches"]
         if state["place"] is not None:
             self._source.load_state_dict(state["place"])

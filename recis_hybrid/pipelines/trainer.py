@@ -19,7 +19,7 @@ from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.randomness import generator_states, seed_everything, set_generator_states
-from recis_hybrid.pipelines.reader import Reader
+from recis_hybrid.pipelines.read_ahead import ReadAhead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
@@ -47,6 +47,8 @@ class Trainer:
         parts: What checkpoints hold beside what the steps name, as ``Saver.save`` takes it.
         callbacks: Called as the training goes on, in their order.
         accumulate: How many batches an update takes.
+        prefetch: How many steps ahead batches are read, and their ids sent to the ranks that own them: for torch steps
+            over engines built with a ``prefetch_depth`` of at least ``(prefetch + 1) * accumulate``.
         log_every: Steps from one line of the log to the next; each training stage ends with one, too.
         seed: Of all generators of the process, set when a training begins anew; None leaves them.
 
@@ -86,19 +88,24 @@ class Trainer:
         parts: Mapping[str, object] | None = None,
         callbacks: Sequence[Callback] = (),
         accumulate: int = 1,
+        prefetch: int = 0,
         log_every: int = 50,
         seed: int | None = None,
     ) -> None:
-        for name, value in (("accumulate", accumulate), ("log_every", log_every)):
-            if value < 1:
-                raise ValueError(f"Trainer: {name} must be at least 1, got {value}")
+        for name, value, least in (
+            ("accumulate", accumulate, 1),
+            ("log_every", log_every, 1),
+            ("prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise ValueError(f"Trainer: {name} must be at least {least}, got {value}")
         self.steps: dict[str, Step] = dict(step) if isinstance(step, Mapping) else {"": step}
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
         self._sources = Sources({name: data for name, data in given.items() if data is not None}, open_window)
         self.transform = transform
         self.metrics: Metrics = metrics or {}
         self.saver = saver
-        self.accumulate, self.log_every, self.seed = accumulate, log_every, seed
+        self.accumulate, self.prefetch, self.log_every, self.seed = accumulate, prefetch, log_every, seed
         self.figures: dict[str, dict[str, float]] = {}
         """By name of the evaluation, what it gave last."""
         self.stopped: str | None = None
@@ -186,19 +193,22 @@ class Trainer:
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
         watched: Mapping[str, Tensor] = {}
+        ahead = ReadAhead(stage, reader, place, self.accumulate, self.prefetch)
         while self.stopped is None and not place.reached(stage):
-            batches = self._read(reader)
-            if not batches:
-                continue
             logs = (place.steps + 1) % self.log_every == 0
             with self._clock.measuring(step.engines) if logs else nullcontext():
-                batches = self._transformed(batches, stage.transform)
+                batches = self._next(ahead, step, stage)
+                if not batches:
+                    continue
                 watched = self._train_step(step, batches)
             self._guard.watch(place.steps, watched["loss"], batches)
             if logs:
                 self._log_train(stage, watched, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
+        if len(ahead) > 0 and self.prefetch > 0:  # a callback has stopped the training
+            for engine in step.engines:
+                engine.drop_prefetched()
         self._guard.look(wait=True)
         if watched and place.steps % self.log_every != 0:
             self._log_train(stage, watched, {})
@@ -213,6 +223,21 @@ class Trainer:
         place.steps, place.stage_steps = place.steps + 1, place.stage_steps + 1
         place.samples += sum(batch_size(batch) for batch in batches)
         return watched
+
+    def _next(self, ahead: ReadAhead, step: Step, stage: Train) -> Sequence[Batch]:
+        """Returns the batches of the next step; none where a pass has ended."""
+        while ahead.wants_more():
+            begin = time.perf_counter()
+            batches = ahead.read()
+            self._recorder.waited += time.perf_counter() - begin
+            batches = self._transformed(batches, stage.transform)
+            if self.prefetch > 0:
+                for engine in step.engines:
+                    engine.train()  # as it will be when their turn comes
+                    for batch in batches:
+                        engine.prefetch(batch)
+            ahead.put(batches)
+        return ahead.take()
 
     def _transformed(self, batches: list[Batch], transform: Callable[[Batch], Batch] | None) -> list[Batch]:
         for function in (self.transform, transform):
@@ -369,22 +394,6 @@ class Trainer:
         except Exception as error:
             return f"the state could not be saved: {error}"
         return f"the state of step {self.steps_done} is saved"
-
-    def _read(self, reader: Reader) -> list[Batch]:
-        """Returns the batches of a step; fewer where a pass ends, none where it had already."""
-        place, begin = self._place, time.perf_counter()
-        batches: list[Batch] = []
-        while len(batches) < self.accumulate:
-            batch = reader.next()
-            if batch is None:
-                # A pass of which this stage has had nothing was an earlier one's.
-                place.stage_passes += place.pass_batches > 0
-                place.pass_batches = 0
-                break
-            batches.append(batch)
-            place.pass_batches += 1
-        self._recorder.waited += time.perf_counter() - begin
-        return batches
 
     def _step(self, name: str | None) -> Step:
         if name is None:

@@ -272,6 +272,13 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     words = [torch.empty(4, dtype=torch.int64) for _ in range(4)]
     records, check = (*table.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
     check(torch.ops.recis.group_rows.default, (lookup.rows, [0], 2, *singles(3), *words[:3], None, words[3][:1]))
+    check(
+        torch.ops.recis.distinct_ids.default,
+        (
+            [torch.tensor([1, 7, 1])], [0], [-1], 2, *singles(3), *words[:3], None, words[3][:1], torch.ones(3).long(),
+            torch.ones(3).long(), torch.zeros(2, 1).long(),
+        ),
+    )  # fmt: skip
     table.blocks.reserve(10)
     check(
         torch.ops.recis.insert_grouped.default,

@@ -81,9 +81,10 @@ def test_evaluation_inserts_nothing() -> None:
         ([Train(steps=3), Train(steps=3)], [0, 1, 2, 3, 0, 1]),
     ],
 )
-def test_the_bounds_of_a_stage(stages: list[Stage], read: list[int]) -> None:
+@pytest.mark.parametrize("prefetch", [0, 1, 3, 9])
+def test_the_bounds_of_a_stage(stages: list[Stage], read: list[int], prefetch: int) -> None:
     batches, seen = make_batches(4), Records()
-    Trainer(make_step(), batches, callbacks=[seen]).fit(stages)
+    Trainer(make_step(), batches, callbacks=[seen], prefetch=prefetch).fit(stages)
     assert [next(n for n, b in enumerate(batches) if b is batch) for batch in seen.batches] == read
 
 
@@ -373,16 +374,17 @@ def mixture(tmp_path: Path) -> Mixture:
     ("kind", "at"),
     [*((kind, at) for kind in ("list", "dataset") for at in (3, 7, 9, 20)), ("loader", 7)],
 )
-def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: str, at: int) -> None:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: str, at: int, prefetch: int) -> None:
     def data() -> Any:
         return make_batches(9) if kind == "list" else {"dataset": dataset, "loader": workers}[kind](tmp_path)
 
     whole = training(None, data())
     stages = [stage for stage in epochs_of(whole)]
     whole.fit([stage for stage in stages if not isinstance(stage, Save)])
-    cut = training(tmp_path / "run", data(), [Interrupt(at)])
+    cut = training(tmp_path / "run", data(), [Interrupt(at)], prefetch=prefetch)
     interrupted(cut, epochs(cut))
-    resumed = training(tmp_path / "run", data())
+    resumed = training(tmp_path / "run", data(), prefetch=prefetch)
     resumed.fit(epochs(resumed), resume="latest")
     assert resumed.steps_done == 36
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]

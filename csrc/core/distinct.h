@@ -1,0 +1,117 @@
+// The distinct ids of a lookup, by the rank that owns them: what a rank asks the others for, on the CPU.
+//
+// Ids are grouped in parts as core/group.h does, and groups are then dealt to (owner, kind) in the order of their
+// parts. So the result depends on the input alone.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "core/group.h"
+#include "core/hash.h"
+#include "core/mix.h"
+
+namespace recis {
+
+// Ids as keys that only have to be told apart; a feature's `member` is its kind.
+struct IdsAsKeys {
+  static uint64_t hash(int64_t id, int64_t) { return mix64(static_cast<uint64_t>(id)); }
+  void prefetch(uint64_t) const {}
+};
+
+struct DistinctInputs {
+  GroupInputs positions;
+  std::vector<int64_t> owners;  // of each kind: a rank, or -1: the owner of each id's bucket
+  int64_t ranks;
+
+  int64_t owner(int64_t id, int64_t kind) const {
+    return owners[kind] >= 0 ? owners[kind] : bucket_of(id) * ranks >> 16;
+  }
+};
+
+struct DistinctOutputs {
+  int64_t* ids;      // [n] upper bound: by (owner, kind)
+  int64_t* counts;   // [n] upper bound: how many positions each has
+  int64_t* places;   // [n]: of each position, which of `ids` it is
+  int64_t* sizes;    // [ranks, kinds]
+  int64_t* offsets;  // [n + 1] upper bound: where each one's positions begin in what follows
+  int64_t* sources;  // [n]: by id, in input order
+  float* scales;     // [n], likewise; or null
+  int64_t* count;    // [1]
+};
+
+template <class Executor>
+void distinct_cpu(const Executor& executor, const DistinctInputs& in, const DistinctOutputs& out) {
+  const GroupInputs& positions = in.positions;
+  const int64_t n = positions.positions();
+  const auto kinds = static_cast<int64_t>(in.owners.size());
+  const detail::Parts parts(positions.features, n, IdsAsKeys{});
+  const bool plain = positions.sources == nullptr && parts.order == nullptr;
+  const auto written = positions.sources == nullptr && !plain ? detail::plain_sources(positions) : nullptr;
+  const int64_t* sources = positions.sources == nullptr ? written.get() : positions.sources;
+  const detail::PartGroups found(n);
+  const auto owners = detail::room<int32_t>(n);            // of each group
+  std::vector<int64_t> groups(parts.count() * in.ranks);   // of each part and owner; then where they begin
+  std::vector<int64_t> members(parts.count() * in.ranks);  // positions in them, likewise
+  std::vector<int64_t> met(parts.count());
+
+  detail::group_parts(executor, parts, IdsAsKeys{}, found, [&](int64_t part, int32_t count) {
+    const int64_t begin = parts.begins[part];
+    met[part] = count;
+    for (int64_t g = begin; g < begin + count; ++g) {
+      const int64_t owner = in.owner(found.keys[g], parts.members[part]);
+      owners[g] = static_cast<int32_t>(owner);
+      ++groups[part * in.ranks + owner];
+      members[part * in.ranks + owner] += found.sizes[g];
+    }
+  });
+
+  int64_t place = 0;
+  int64_t first = 0;
+  std::vector<std::vector<int64_t>> parts_of(kinds);
+  for (int64_t part = 0; part < parts.count(); ++part) parts_of[parts.members[part]].push_back(part);
+  for (int64_t owner = 0; owner < in.ranks; ++owner) {
+    for (int64_t kind = 0; kind < kinds; ++kind) {
+      const int64_t before = place;
+      for (const int64_t part : parts_of[kind]) {
+        const int64_t at = part * in.ranks + owner;
+        place += std::exchange(groups[at], place);
+        first += std::exchange(members[at], first);
+      }
+      out.sizes[owner * kinds + kind] = place - before;
+    }
+  }
+
+  executor(parts.count(), 1, [&](int64_t begin_part, int64_t end_part) {
+    std::vector<int64_t> next;    // of each group: where its next position goes
+    std::vector<int64_t> placed;  // of each group
+    for (int64_t part = begin_part; part < end_part; ++part) {
+      const int64_t begin = parts.begins[part];
+      const int64_t length = parts.begins[part + 1] - begin;
+      next.resize(met[part]);
+      placed.resize(met[part]);
+      for (int64_t g = 0; g < met[part]; ++g) {
+        const int64_t at = part * in.ranks + owners[begin + g];
+        const int64_t to = placed[g] = groups[at]++;
+        next[g] = members[at];
+        members[at] += found.sizes[begin + g];
+        out.ids[to] = found.keys[begin + g];
+        out.counts[to] = found.sizes[begin + g];
+        out.offsets[to] = next[g];
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        const int32_t g = found.local[begin + i];
+        const int64_t position = parts.position(begin + i);
+        const int64_t to = next[g]++;
+        out.places[position] = placed[g];
+        out.sources[to] = plain ? part << kSourceShift | i : sources[position];
+        if (positions.scales != nullptr) out.scales[to] = positions.scales[position];
+      }
+    }
+  });
+  out.count[0] = place;
+  out.offsets[place] = n;
+}
+
+}  // namespace recis

@@ -1,0 +1,49 @@
+"""Tables beside DistributedDataParallel, which averages the gradients of towers."""
+
+# DDP looks at a hook's annotations as objects: none may be a string here.
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.engine import EmbeddingEngine
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Has DistributedDataParallel leave the tables within a model alone: they exchange gradients themselves.
+
+    Call it before the model is wrapped. A model of which only the towers are wrapped does not need it.
+
+    Args:
+        model: What is to be wrapped.
+    """
+    anchors = [name for name, parameter in model.named_parameters() if isinstance(parameter, Anchor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, anchors)
+
+
+def mean_over_samples(
+    engine: EmbeddingEngine,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """Averages the towers' gradients over samples, where DistributedDataParallel averages them over ranks.
+
+    The two agree where all ranks have equally many samples. Where they do not, the mean loss of all samples has this
+    gradient, and it is what tables built with ``reduce="mean"`` apply. A communication hook::
+
+        ddp.register_comm_hook(engine, mean_over_samples)
+
+    Args:
+        engine: Knows this rank's share of the samples of the last batch.
+        bucket: What DistributedDataParallel hands over.
+
+    Raises:
+        ValueError: If the engine has no other ranks.
+    """
+    group = engine.group
+    if group is None:
+        raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")
+    shares = bucket.buffer().mul_(engine.share)
+    work = dist.all_reduce(shares, group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]

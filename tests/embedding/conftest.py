@@ -1,0 +1,15 @@
+"""The ranks of the tests of sharded tables."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.rank_processes import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four Gloo ranks, kept for the whole run."""
+    started = Ranks()
+    yield started
+    started.close()

@@ -1,0 +1,99 @@
+"""Which distinct ids a rank asks whom for: the native operator, and the same in torch, against plain Python."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from recis_hybrid.embedding.distinct import Distinct, Kind, distinct_by_sorting, distinct_ids, rank_of
+from recis_hybrid.embedding.lookup import FeatureIds, Request
+from recis_hybrid.ops.id_map import bucket_of
+from recis_hybrid.ops.update import Gradients, reduce_rows
+from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.tables import feature
+
+KINDS = [Kind(0, 0, None), Kind(1, 1, None), Kind(0, -1, None), Kind(2, 2, 1)]
+
+
+def plain(request: Request, kind_of: list[int], ranks: int) -> dict[tuple[int, int, int], list[int]]:
+    """By (owner, kind, id), the positions."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    position = 0
+    for ids, kind in zip(request.ids, kind_of, strict=True):
+        for key in ids.tolist():
+            owner = KINDS[kind].owner
+            if owner is None:
+                owner = int(bucket_of(torch.tensor([key]))) * ranks // 65536
+            found.setdefault((owner, kind, key), []).append(position)
+            position += 1
+    return found
+
+
+def check(found: Distinct, expected: dict[tuple[int, int, int], list[int]], ranks: int) -> None:
+    count = int(found.sizes.sum())
+    assert count == len(expected)
+    share = torch.arange(ranks * len(KINDS)).repeat_interleave(found.sizes.cpu().view(-1))
+    places = found.places.tolist()
+    for number, (key, at) in enumerate(zip(found.ids[:count].tolist(), share.tolist(), strict=True)):
+        positions = expected[divmod(at, len(KINDS))[0], at % len(KINDS), key]
+        assert int(found.counts[number]) == len(positions)
+        assert [place for place, where in enumerate(places) if where == number] == positions
+
+
+ids = st.lists(st.sampled_from(EDGE_IDS) | st.integers(0, 20), max_size=40)
+
+
+@given(st.lists(st.tuples(ids, st.integers(0, 3)), min_size=1, max_size=5), st.integers(2, 5))
+def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], ranks: int) -> None:
+    request = Request.of([feature(keys, member=KINDS[kind].member) for keys, kind in features])
+    kind_of = [kind for _, kind in features]
+    expected = plain(request, kind_of, ranks)
+    native = distinct_ids(request, kind_of, KINDS, ranks)
+    check(native, expected, ranks)
+    check(distinct_by_sorting(request, kind_of, KINDS, ranks), expected, ranks)
+    everyone = distinct_ids(request, kind_of, KINDS, ranks, deduplicate=False)
+    assert int(everyone.sizes.sum()) == sum(request.bags.lengths)
+    assert sorted(everyone.places.tolist()) == list(range(sum(request.bags.lengths)))
+    # Sums of position numbers by the groups are those of the positions, in the order of the ids.
+    assert native.groups is not None
+    count = len(expected)
+    sums = torch.zeros(max(count, 1), 1)
+    starts = [sum(request.bags.lengths[:f]) for f in range(len(features))]
+    values = [
+        torch.arange(start, start + n, dtype=torch.float32).view(-1, 1)
+        for start, n in zip(starts, request.bags.lengths, strict=True)
+    ]
+    reduce_rows(Gradients(values, native.groups), sums)
+    by_place = {native.places[positions[0]].item(): float(sum(positions)) for positions in expected.values()}
+    assert sums[:count, 0].tolist() == [by_place[number] for number in range(count)]
+
+
+@on_devices
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_ids_are_dealt_alike_whatever_the_threads(device: str, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = [torch.randint(-(2**63), 2**63 - 1, (9000,), generator=generator)[torch.randint(0, 9000, (20_000,))]
+            for _ in range(3)]  # fmt: skip
+    request = Request.of([feature(part, member=k % 2, device=device) for k, part in enumerate(keys)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = distinct_ids(request, [0, 1, 0], KINDS, 3)
+    finally:
+        torch.set_num_threads(before)
+    count = int(found.sizes.sum())
+    whole = torch.cat(keys).to(device)
+    assert torch.equal(found.ids[found.places], whole)
+    assert int(found.counts[:count].sum()) == 60_000
+    owners = torch.arange(3, device=device).repeat_interleave(found.sizes.sum(1))
+    assert torch.equal(rank_of(found.ids[:count].contiguous(), 3), owners)
+    again = distinct_ids(request, [0, 1, 0], KINDS, 3)
+    assert torch.equal(again.ids[:count], found.ids[:count])
+    assert torch.equal(again.places, found.places)
+
+
+def test_ids_beyond_those_used_are_none() -> None:
+    used = FeatureIds(torch.tensor([5, 6, 5, 7]), 2, 0, torch.tensor([0, 1, 3]), used=torch.tensor([0, 1, 3]))
+    found = distinct_by_sorting(Request.of([used, feature([7, 5])]), [0, 0], KINDS, 1)
+    assert found.ids[: int(found.sizes.sum())].tolist() == [5, 6, 7]
+    assert found.places.tolist() == [0, 1, 0, -1, 2, 0]

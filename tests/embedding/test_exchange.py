@@ -1,0 +1,221 @@
+"""What ranks send each other: how much, in which types, and what happens when one of them fails."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, ExchangeError, Normal
+from tests.support import rank_processes, sharded
+from tests.support.rank_processes import Ranks
+from tests.support.sharded import Job, assert_same, train
+
+TIMEOUT_S = 4.0
+
+
+def some_engine(group: dist.ProcessGroup | None, dim: int = 8, **more: Any) -> EmbeddingEngine:
+    names = ("user", "item")
+    config = EmbeddingConfig(dim=dim, initializer=Normal(0, 0.1))
+    return EmbeddingEngine(dict.fromkeys(names, config), group=group, **more)
+
+
+def sent(group: dist.ProcessGroup, dim: int, wire: torch.dtype) -> dict[str, int]:
+    """Bytes that this rank sent in one step, and how many distinct ids of other ranks it had."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = some_engine(group, dim, wire_dtype=wire)
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(rank)
+    batch = {name: torch.randint(0, 1500, (2000,), generator=generator) for name in ("user", "item")}
+    engine(batch)  # finds out that all ranks have the same settings
+    before = engine.traffic.total
+    sum(value.sum() for value in engine(batch).values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    unique = [column.unique() for column in batch.values()]
+    remote = sum(int((distinct_owner(ids, ranks) != rank).sum()) for ids in unique)
+    return {"bytes": engine.traffic.total - before, "unique": remote, "ids": engine.traffic.ids}
+
+
+def distinct_owner(ids: torch.Tensor, ranks: int) -> torch.Tensor:
+    from recis_hybrid.ops.id_map import bucket_of
+
+    return bucket_of(ids) * ranks // 65536
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bytes_on_the_wire_are_those_of_distinct_ids(ranks: Ranks, dim: int, wire: torch.dtype) -> None:
+    for world in (2, 4):
+        results = ranks.run(world, sent, dim, wire)
+        total, unique = (sum(result[key] for result in results) for key in ("bytes", "unique"))
+        assert total <= 1.1 * unique * (8 + 2 * wire.itemsize * dim)
+        assert total >= unique * (8 + 2 * wire.itemsize * dim)
+        assert sum(result["ids"] for result in results) == 2 * 8 * unique  # 64 bits, whatever the wire's dtype
+
+
+def wired(group: dist.ProcessGroup, wire: torch.dtype) -> dict[str, torch.Tensor]:
+    engine = some_engine(group, 16, wire_dtype=wire)
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    ids = torch.arange(300)
+    generator = torch.Generator().manual_seed(5)
+    values = engine({"user": ids, "item": ids})["user"]
+    gradient = torch.randn(values.shape, generator=generator) * 10.0 ** torch.randint(-3, 3, (300, 1))
+    values.backward(gradient)
+    before = {name: columns["embedding"].clone() for name, columns in sharded.rows_of(engine).items()}
+    optimizer.step()
+    after = sharded.rows_of(engine)["user"]
+    return {
+        "values": values.detach(), "gradient": gradient, "ids": after["ids"],
+        "stored": before["user"], "applied": before["user"] - after["embedding"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("wire", "error"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
+def test_narrow_wires_round_rows_and_gradients_once(ranks: Ranks, wire: torch.dtype, error: float) -> None:
+    torch.manual_seed(0)
+    results = ranks.run(2, wired, wire)
+    ids = torch.cat([result["ids"] for result in results])
+    stored = torch.cat([result["stored"] for result in results])[ids.argsort()]
+    assert torch.equal(results[0]["values"], stored.to(wire).float())
+    applied = torch.cat([result["applied"] for result in results])[ids.argsort()]
+    # Half of each rank's: the mean. An embedding takes the sum of what was rounded, to float32's precision.
+    expected = sum(result["gradient"] / 2 for result in results)
+    each = sum((result["gradient"] / 2).abs() for result in results)
+    assert ((applied - expected).abs() <= error * each + 1e-5).all()
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_wires_train(ranks: Ranks, wire: torch.dtype) -> None:
+    job = Job(rule="Adagrad", steps=5, engine={"wire_dtype": wire}, sharding="row")
+    one = ranks.run(1, train, Job(rule="Adagrad", steps=5))
+    two = ranks.run(2, train, job)
+    with pytest.raises(AssertionError):
+        assert_same(two, one)
+    torch.testing.assert_close(two[0]["losses"], one[0]["losses"], rtol=2e-2, atol=1e-2)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="reduce must be one of"):
+        EmbeddingEngine({"a": EmbeddingConfig(dim=1)}, reduce="max")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"wire_dtype must be one of .*got torch.int8"):
+        EmbeddingEngine({"a": EmbeddingConfig(dim=1)}, wire_dtype=torch.int8)
+    with pytest.raises(ValueError, match="sharding must be one of"):
+        EmbeddingConfig(dim=1, sharding="column")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected_rows must be at least 1, got 0"):
+        EmbeddingConfig(dim=1, expected_rows=0)
+
+
+def others(group: dist.ProcessGroup) -> str:
+    """Ranks that are not in a group."""
+    if dist.get_rank(group) > 1:
+        return ""
+    try:
+        EmbeddingEngine({"a": EmbeddingConfig(dim=1)}, group=dist.GroupMember.NON_GROUP_MEMBER)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_outside_the_group_is_told(ranks: Ranks) -> None:
+    assert all("is not in the process group" in text for text in ranks.run(2, others))
+
+
+def failing(group: dist.ProcessGroup) -> list[str]:
+    """What rank 1 does wrong, and what both say; the group goes on each time."""
+    rank, said = dist.get_rank(group), []
+
+    def attempt(action: Callable[[], object]) -> None:
+        try:
+            action()
+            said.append("fine")
+        except (ExchangeError, KeyError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    engine = some_engine(group)
+    batch = {"user": torch.arange(5), "item": torch.arange(5)}
+    attempt(lambda: engine(batch if rank == 0 else {"user": torch.arange(5)}))
+    engine.train(rank == 0)
+    attempt(lambda: engine(batch))
+    engine.train()
+    attempt(lambda: engine(batch))
+    ahead = some_engine(group, prefetch_depth=1, prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)))
+    lacking = batch if rank == 0 else {"user": torch.arange(5)}
+    ahead.prefetch(lacking)
+    attempt(lambda: ahead(lacking))
+    ahead.prefetch(batch)
+    attempt(lambda: ahead(batch))
+    other = some_engine(group, seed=rank)
+    attempt(lambda: other(batch))
+    attempt(lambda: engine(batch))
+    return said
+
+
+def test_what_one_rank_does_wrong_all_are_told(ranks: Ranks) -> None:
+    first, second = ranks.run(2, failing)
+    assert "rank 0: the ranks [1] could not look up their batch" in first[0]
+    assert second[0].startswith("KeyError: \"feature 'item': the batch has no column 'item'")
+    assert "must look up in one mode, got {0: 'training', 1: 'evaluation'}" in first[1]
+    assert "must look up in one mode" in second[1]
+    assert "could not look up their batch" in first[3]
+    assert second[3].startswith("KeyError")
+    assert "the engines of the ranks [1] have other features, tables, seeds or settings" in first[5]
+    assert "the engines of the ranks [0]" in second[5]
+    assert [said[k] for said in (first, second) for k in (2, 4, 6)] == ["fine"] * 6
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[Ranks]:
+    """Two ranks that a test may break."""
+    started = Ranks(TIMEOUT_S, ranks=2)
+    yield started
+    started.close()
+
+
+def breaking(group: dist.ProcessGroup, where: str, how: str) -> tuple[str, float]:
+    """Rank 1 dies, or raises, in the middle of an exchange; returns what rank 0 says, and when."""
+    rank = dist.get_rank(group)
+    engine = some_engine(group)
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+    batch = {"user": torch.arange(5), "item": torch.arange(5)}
+
+    def step() -> None:
+        sum(value.sum() for value in engine(batch).values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    step()
+    dist.barrier(group)
+    if rank == 1:
+        exchange = engine._sharded.exchange  # type: ignore[union-attr]
+        start = exchange.start
+
+        def broken(what: Any, *args: Any) -> Any:
+            if what == where and how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == where:
+                raise MemoryError(where)
+            return start(what, *args)
+
+        exchange.start = broken  # type: ignore[method-assign]
+    begin = time.monotonic()
+    try:
+        step()
+    except (ExchangeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - begin
+    return "fine", 0.0
+
+
+@pytest.mark.parametrize(("where", "how"), [("rows", "die"), ("gradients", "die"), ("gradients", "raise")])
+def test_a_rank_that_is_lost_ends_the_others_with_an_error(two_ranks: Ranks, where: str, how: str) -> None:
+    two_ranks.start(2, breaking, where, how)
+    (said, seconds), lost = two_ranks.results(2)
+    assert f"the exchange of {where} between embedding tables failed: another rank has died" in said
+    assert seconds < TIMEOUT_S + 3
+    if how == "die":
+        assert "has died" in str(lost)
+    else:
+        assert lost[0] == "MemoryError: gradients"

@@ -1,0 +1,253 @@
+"""What ranks do in tests of sharded tables: train on their share of the same global batches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
+from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support import rank_processes
+from tests.support.devices import EDGE_IDS
+
+STATES: dict[str, Any] = {
+    "SGD": optim.SGD.row_state(),
+    "Adagrad": optim.Adagrad.row_state(0.1),
+    "Adam": optim.Adam.row_state(),
+}
+
+
+def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
+    """All combiners, shared tables, several logical tables, an admission, a read-only table."""
+    normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
+    return {
+        "user": EmbeddingConfig(dim=dim, **normal),
+        "item": EmbeddingConfig(dim=dim, **normal, combiner="mean", weights="item_weight"),
+        "item_too": EmbeddingConfig(dim=dim, **normal, table="item", combiner="sqrtn", unknown="zeros"),
+        "best": EmbeddingConfig(dim=dim, combiner="max", initializer=Uniform(-1, 1), sharding=sharding),
+        "tiled": EmbeddingConfig(dim=dim, **normal, combiner="tile", max_length=2),
+        "each": EmbeddingConfig(dim=dim, **normal, combiner=None, table="each"),
+        "narrow": EmbeddingConfig(dim=3, **normal),
+        "rare": EmbeddingConfig(dim=dim, **normal, admission=MinFrequency(4), unknown="zeros"),
+        "frozen": EmbeddingConfig(dim=dim, **normal, trainable=False),
+    }
+
+
+def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
+    """A batch of all ranks together."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        few = torch.cat([torch.tensor(EDGE_IDS), torch.arange(100, 100 + ids)])
+        return few[torch.randint(0, len(few), shape, generator=generator)]
+
+    def lists(longest: int) -> RaggedTensor:
+        lengths = torch.randint(0, longest + 1, (samples,), generator=generator)
+        return RaggedTensor(draw(int(lengths.sum())), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]))
+
+    item = lists(5)
+    weight = torch.rand(item.values.numel(), generator=generator) + 0.5
+    return {
+        "user": draw(samples), "item": item, "item_weight": RaggedTensor(weight, item.offsets), "item_too": lists(3),
+        "best": lists(4), "tiled": lists(4), "each": draw(samples, 2), "narrow": draw(samples), "rare": draw(samples),
+        "frozen": draw(samples), "label": torch.rand(samples, generator=generator),
+    }  # fmt: skip
+
+
+def part_of(batch: Batch, begin: int, end: int) -> Batch:
+    """Some of a batch's samples."""
+    return {name: column[begin:end] for name, column in batch.items()}
+
+
+def shares(samples: int, ranks: int, uneven: bool) -> list[int]:
+    """Where each rank's samples begin, and where they end."""
+    if uneven:  # the last rank but one has none
+        cuts = sorted(samples * k * k // (ranks * ranks) for k in range(ranks + 1))
+        if ranks > 1:
+            cuts[-2] = cuts[-1]
+        return cuts
+    return [samples * k // ranks for k in range(ranks + 1)]
+
+
+class Model(nn.Module):
+    """An engine and a linear tower over all that it gives."""
+
+    def __init__(self, engine: EmbeddingEngine, width: int) -> None:
+        super().__init__()
+        self.engine = engine
+        self.tower = nn.Linear(width, 1)
+        with torch.no_grad():
+            self.tower.weight.copy_(torch.linspace(-1, 1, width).view(1, -1))
+            self.tower.bias.fill_(0.1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        parts = [part.flatten(1) for part in self.engine(batch).values()]
+        return self.tower(torch.cat(parts, 1))[:, 0]  # type: ignore[no-any-return]
+
+
+@dataclass
+class Job:
+    """What to train."""
+
+    rule: str = "SGD"
+    steps: int = 1
+    sharding: str = "row"
+    uneven: bool = False
+    clip: float | None = None
+    accumulate: int = 1
+    lr: float = 0.1
+    engine: dict[str, Any] = field(default_factory=dict)
+    functional: bool = False
+    samples: int = 24
+    prefetch: int = 0
+
+
+def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
+    """Trains, and returns losses and this rank's rows."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(
+        configs(job.sharding), optimizer_state=STATES[job.rule], seed=3, group=group,
+        prefetch_group=rank_processes.AHEAD.get(ranks), **job.engine,
+    )  # fmt: skip
+    width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
+    model = Model(engine, width)
+    sparse = getattr(optim, job.rule)(engine.parameters(), lr=job.lr)
+    dense = torch.optim.SGD(model.tower.parameters(), lr=job.lr)
+    losses = []
+    cuts = shares(job.samples, ranks, job.uneven)
+    batches = [
+        part_of(global_batch(number, job.samples), cuts[rank], cuts[rank + 1])
+        for number in range(job.steps * job.accumulate)
+    ]
+    ahead = 0
+    for step in range(job.steps):
+        sparse.zero_grad()
+        dense.zero_grad()
+        total = torch.zeros(())
+        for micro in range(job.accumulate):
+            number = step * job.accumulate + micro
+            while ahead < len(batches) and ahead < number + job.prefetch:
+                engine.prefetch(batches[ahead])
+                ahead += 1
+            batch = batches[number]
+            mine = batch["label"].shape[0]
+            loss = (model(batch) - batch["label"]).square().mean() if mine else model(batch).sum() * 0
+            loss.backward()
+            if job.engine.get("staleness") and step + 1 < job.steps:
+                engine.prefetch_rows()
+            total += loss.detach() * mine / job.samples
+        for parameter in model.tower.parameters():
+            # What DistributedDataParallel would do, and for ranks of unequal batches what one process would.
+            assert parameter.grad is not None
+            gradient = parameter.grad * (cuts[rank + 1] - cuts[rank]) / job.samples
+            dist.all_reduce(gradient, group=group)
+            parameter.grad = gradient
+        if job.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), job.clip)
+        sparse.step()
+        dense.step()
+        dist.all_reduce(total, group=group)
+        losses.append(total.item())
+    return {
+        "losses": losses,
+        "tables": rows_of(engine),
+        "tower": model.tower.weight.detach(),
+        "predictions": predictions(model, rank, ranks),
+    }
+
+
+def rows_of(engine: EmbeddingEngine) -> dict[str, dict[str, Tensor]]:
+    """This rank's rows, by member table."""
+    return {member.name: table.export(number) for table in engine.tables for number, member in enumerate(table.members)}
+
+
+@torch.no_grad()
+def predictions(model: Model, rank: int, ranks: int) -> Tensor:
+    """Of a batch with unknown ids, in evaluation: this rank's samples."""
+    model.eval()
+    before = sum(len(table) for table in model.engine.tables)
+    cuts = shares(24, ranks, False)
+    found = model(part_of(global_batch(10_000, ids=300), cuts[rank], cuts[rank + 1]))
+    assert sum(len(table) for table in model.engine.tables) == before
+    return found
+
+
+def merged(results: list[dict[str, Any]], *, replicated: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The rows of all ranks, by id; of a replicated table those of the first, after comparing."""
+    tables: dict[str, dict[str, Tensor]] = {}
+    for name in results[0]["tables"]:
+        each = [result["tables"][name] for result in results]
+        if replicated:
+            for other in each[1:]:
+                assert all(torch.equal(other[column], values) for column, values in each[0].items()), name
+            each = each[:1]
+        whole = {column: torch.cat([part[column] for part in each]) for column in each[0]}
+        order = whole["ids"].argsort()
+        tables[name] = {column: values[order] for column, values in whole.items()}
+    return tables
+
+
+def assert_same(
+    got: list[dict[str, Any]], expected: list[dict[str, Any]], *, rtol: float = 1e-5, atol: float = 0.0,
+    columns: Mapping[str, float] | None = None, replicated: bool = False,
+) -> None:  # fmt: skip
+    """Compares losses, rows and predictions."""
+    torch.testing.assert_close(got[0]["losses"], expected[0]["losses"], rtol=1e-5, atol=1e-7)
+    ours, theirs = merged(got, replicated=replicated), merged(expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].keys() == theirs[name].keys()
+        for column, values in theirs[name].items():
+            exact = values.dtype == torch.int64
+            torch.testing.assert_close(
+                ours[name][column], values, rtol=0 if exact else rtol, atol=0 if exact else max(atol, 1e-8),
+                msg=lambda text, name=name, column=column: f"{name}: {column}: {text}",
+            )  # fmt: skip
+    torch.testing.assert_close(
+        torch.cat([each["predictions"] for each in got]), torch.cat([each["predictions"] for each in expected]),
+        rtol=1e-5, atol=max(atol, 1e-6),
+    )  # fmt: skip
+
+
+USES = [
+    # By step: for each of two parts the features whose outputs its loss takes; none: no backward.
+    [["user", "item", "best"], ["item", "best", "tiled", "narrow"]],
+    [["user", "each"], []],
+    [[], []],
+    [["item_too", "user"], ["item"]],
+    [[], ["user", "item", "item_too", "best", "tiled", "each", "narrow"]],
+]
+
+
+def train_parts(group: dist.ProcessGroup, sharding: str, rule: str) -> dict[str, Any]:
+    """Two parts of each batch with losses of their own: two ranks, or one process after another."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    named = {name: config for name, config in configs(sharding).items() if name != "rare"}
+    engine = EmbeddingEngine(named, optimizer_state=STATES[rule], seed=3, group=group, reduce="sum")
+    sparse = getattr(optim, rule)(engine.parameters(), lr=0.1)
+    cuts = shares(24, 2, False)
+    for step, uses in enumerate(USES):
+        outputs = []
+        for part in [rank] if ranks == 2 else [0, 1]:
+            outputs.append((uses[part], engine(part_of(global_batch(step), cuts[part], cuts[part + 1]))))
+        sparse.zero_grad()  # between forward and backward, as some do
+        for used, values in outputs:
+            for times in range(2 if used and step == 0 else 1):
+                if used:
+                    loss = sum((values[name] - 0.3).square().sum() for name in used)
+                    assert isinstance(loss, Tensor)
+                    loss.backward(retain_graph=times == 0)
+        if step == 3:
+            nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+        sparse.step()
+    return {"losses": [], "tables": rows_of(engine), "predictions": torch.zeros(0), "watched": watched(engine)}
+
+
+def watched(engine: EmbeddingEngine) -> int:
+    """Lookups of which gradients are still expected."""
+    sharded = engine._sharded
+    return 0 if sharded is None else sum(len(table.collector._asked) for table in sharded.tables)
