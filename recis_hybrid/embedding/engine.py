@@ -21,7 +21,7 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
+from recis_hybrid.embedding.state import load_tables_state, tables_changes, tables_layout, tables_state, watch_tables
 from recis_hybrid.ragged import Batch
 from recis_hybrid.state import PartState
 
@@ -189,6 +189,14 @@ class EmbeddingEngine(nn.Module):
     def checkpoint_layout(self) -> PartState:
         """Returns :meth:`checkpoint_state` without its rows."""
         return tables_layout(self.tables)
+
+    def watch_checkpoint_changes(self) -> object:
+        """Begins to note what changes in the tables, for as long as the result lives; see :meth:`HashTable.watch`."""
+        return watch_tables(self.tables)
+
+    def checkpoint_changes(self, since: object) -> PartState | None:
+        """Returns :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
+        return tables_changes(self.tables, since)
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from recis_hybrid import ops
+from recis_hybrid.embedding.changes import Changes, changed_known, changed_rows
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.protocols import META
@@ -18,12 +21,51 @@ def tables_state(tables: Sequence[HashTable]) -> PartState:
     steps: dict[str, JSON] = {}
     for table in tables:
         for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
-            states[member.name] = TableState(columns, ops.id_map.bucket_of(columns["ids"]), _meta(table.layout))
+            states[member.name] = _state(columns, _meta(table.layout))
+            steps[member.name] = table.step
+            if table.gate is not None:
+                states[member.name + COUNTS] = _state(table.gate.state(number), {})
+    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps}, owned=True)
+
+
+def watch_tables(tables: Sequence[HashTable]) -> list[Changes]:
+    """Begins to note what changes in tables, for as long as the result lives."""
+    return [table.watch() for table in tables]
+
+
+def tables_changes(tables: Sequence[HashTable], since: object) -> PartState | None:
+    """Returns :func:`tables_state` of the rows that changed since :func:`watch_tables`, and the ids that went.
+
+    Args:
+        tables: The tables.
+        since: What :func:`watch_tables` returned.
+
+    Returns:
+        None if it was returned for other tables.
+    """
+    watched = since if isinstance(since, list) else []
+    if len(watched) != len(tables) or not all(t.watches(c) for t, c in zip(tables, watched, strict=True)):
+        return None
+    states: dict[str, TableState] = {}
+    steps: dict[str, JSON] = {}
+    for table, changes in zip(tables, watched, strict=True):
+        for number, (member, (columns, gone)) in enumerate(
+            zip(table.members, changed_rows(table, changes), strict=True)
+        ):
+            states[member.name] = _state(columns, _meta(table.layout), gone)
             steps[member.name] = table.step
             if table.gate is not None:
                 known = table.gate.state(number)
-                states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
+                forgotten = None
+                if number not in changes.whole:
+                    known, forgotten = changed_known(changes.known[number], known)
+                states[member.name + COUNTS] = _state(known, {}, forgotten)
     return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps}, owned=True)
+
+
+def _state(columns: dict[str, Tensor], meta: dict[str, JSON], gone: Tensor | None = None) -> TableState:
+    removed = None if gone is None else _state({"ids": gone}, {})
+    return TableState(columns, ops.id_map.bucket_of(columns["ids"].contiguous()), meta, removed)
 
 
 def tables_layout(tables: Sequence[HashTable]) -> PartState:

@@ -71,21 +71,21 @@ class SaveablePart:
     kind = "saveable"
 
     def __init__(self, value: Saveable) -> None:
-        self._value = value
+        self.value = value
 
     def state(self) -> PartState:
         """The state as the object hands it out."""
-        return self._value.checkpoint_state()
+        return self.value.checkpoint_state()
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        value = self._value
+        value = self.value
         live = value.checkpoint_layout() if isinstance(value, HasLayout) else value.checkpoint_state()
         refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
         """Hand the state to the object."""
-        self._value.load_checkpoint_state(saved)
+        self.value.load_checkpoint_state(saved)
 
 
 class ModulePart:

@@ -13,7 +13,7 @@ from torch import Tensor
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.files import encode_name, seal_file, sync_directory
 from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.manifest import FileEntry, RangeEntry, RemovedEntry, TableEntry, TensorSpec
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
 from recis_hybrid.saver.tensors import TensorFile, check_tensor, open_tensors, write_tensors
 
@@ -45,8 +45,8 @@ def range_count(rows: int, row_bytes: int) -> int:
     return count
 
 
-def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
-    """Write a table below `sparse/` and force it to the disk.
+def write_table(root: Path, part: str, name: str, state: TableState, above: str = "sparse") -> TableEntry:
+    """Write a table below `sparse/`, and what it says of ids that went below `removed/`, and force them to the disk.
 
     At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
     handed out in order, by (bucket, id), are held once.
@@ -56,6 +56,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
         part: name of the part.
         name: name of the table.
         state: the rows.
+        above: the folder below which it goes.
 
     Returns:
         What the manifest says of the table.
@@ -72,7 +73,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
     order, buckets = _sorted_order(where, state)
     cuts = torch.searchsorted(buckets, torch.arange(0, BUCKETS + 1, BUCKETS // count)).tolist()
 
-    folder = f"sparse/{encode_name(part)}/{encode_name(name)}"
+    folder = f"{above}/{encode_name(part)}/{encode_name(name)}"
     (root / folder).mkdir(parents=True)
     ranges: list[RangeEntry] = []
     for i in range(count):
@@ -87,7 +88,9 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
         del tensors
         ranges.append(RangeEntry(first, last, cuts[i + 1] - cuts[i], FileEntry(relative, *seal_file(root / relative))))
     sync_directory(root / folder)
-    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges))
+    gone = None if state.removed is None else write_table(root, part, name, state.removed, "removed")
+    removed = None if gone is None else RemovedEntry(gone.rows, gone.ranges)
+    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges), removed)
 
 
 def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableState:
@@ -124,7 +127,8 @@ def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableStat
                 file.read_into(column, tensor[start:stop])
         _check_order(root / item.file.path, where, columns["ids"][start:stop], buckets[start:stop])
         start = stop
-    return TableState(columns, buckets, entry.meta)
+    removed = None if entry.removed is None else read_table(root, part, name, entry.removed.as_table())
+    return TableState(columns, buckets, entry.meta, removed)
 
 
 def _check_state(where: str, state: TableState) -> None:
