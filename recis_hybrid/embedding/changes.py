@@ -62,7 +62,8 @@ class Changes:
 
     def ids(self, member: int) -> Tensor:
         """Returns the ids of a member table that were noted, int64 ``[m]``, ascending."""
-        return torch.cat([torch.empty(0, dtype=torch.int64), *self._ids.get(member, [])]).unique()
+        noted: Tensor = torch.cat([torch.empty(0, dtype=torch.int64), *self._ids.get(member, [])]).unique()
+        return noted
 
 
 def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tensor], Tensor | None]]:

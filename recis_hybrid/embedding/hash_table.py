@@ -297,10 +297,11 @@ class HashTable:
     def touched(self, step: int) -> tuple[Tensor, Tensor]:
         """Returns ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after ``step``."""
         self._see()
-        entries = self.id_map.entries()
-        meta = ops.blocks.read_meta(self.blocks.handle, self._on_blocks(entries.rows))
-        met = (torch.maximum(meta[0], meta[1]) > step).nonzero().view(-1)
-        return self._on_blocks(entries.ids)[met], self._on_blocks(entries.members)[met]
+        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slots = self._on_blocks(self.id_map.slots)
+        ops.blocks.list_touched(self.blocks.handle, slots, step, ids, members, count)
+        return ids[: int(count)], members[: int(count)]
 
     def _note(self, member: int, ids: Tensor) -> None:
         for changes in self._watched:
