@@ -23,7 +23,7 @@ _FORMAT, _VERSION, _BUCKETS = "recis_hybrid.checkpoint", 1, 65536
 _SEAL = re.compile(rb'(.*),\n "crc32": "([0-9a-f]{8})"\n}\n', re.DOTALL)
 _STEP = re.compile(r"step_(\d{6,18})")
 _PATH = re.compile(r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*(?:/[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*)*")
-_MOST_HEADER = 100_000_000
+_MOST_HEADER, _MOST_MANIFEST = 100_000_000, 2**30
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "|b1"},
     **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1"},
@@ -208,7 +208,7 @@ def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
     Example:
         >>> bucket_of(np.array([0, -1])).tolist()
-        [31060, 47388]
+        [62190, 55781]
     """
     x = ids.view(np.uint64) ^ np.uint64(0x5851F42D4C957F2D)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -252,6 +252,8 @@ def _step_folder(path: Path) -> Path:
 
 def _manifest(path: Path) -> dict[str, Any]:
     """Reads a manifest. Its CRC-32 holds, so what is in it is what was written; paths are looked at all the same."""
+    if path.stat().st_size > _MOST_MANIFEST:
+        raise ServingError(f"{path}: must have at most {_MOST_MANIFEST} bytes, has {path.stat().st_size}.")
     raw = path.read_bytes()
     match = _SEAL.fullmatch(raw)
     if match is None or int(match[2], 16) != zlib.crc32(match[1]):

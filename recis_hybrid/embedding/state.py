@@ -85,7 +85,8 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
     """Replaces the rows of every member table.
 
     Raises:
-        ValueError: If tables are missing or too many, or their width or optimizer state differ; nothing is changed.
+        ValueError: If tables are missing or too many, their width or optimizer state differ, or steps and counts are
+            none; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
     wanted = set(members) | {name + COUNTS for name, (table, _) in members.items() if table.gate is not None}
@@ -97,20 +98,35 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
     for name, (table, _) in members.items():
         if _meta(table.layout) != state.tables[name].meta:
             raise ValueError(f"table {name!r}: the state has {state.tables[name].meta}, this one {_meta(table.layout)}")
-    seed, steps = state.meta["seed"], state.meta["steps"]
-    assert isinstance(seed, int)
-    assert isinstance(steps, dict)
+        _refuse_counts(name, state.tables[name], META)
+        if table.gate is not None:
+            _refuse_counts(name + COUNTS, state.tables[name + COUNTS], ("count",))
+    seed, steps = state.meta.get("seed"), state.meta.get("steps")
+    if type(seed) is not int:
+        raise ValueError(f"the state must have a seed that is an integer, it has {seed!r}")
+    if not isinstance(steps, dict) or not all(_is_step(steps.get(name)) for name in members):
+        raise ValueError(f"the state must have the steps of {sorted(members)}, each from 0 to 2**40 - 1")
     for table in tables:
         table.discard()
         table.reseed(seed)
     for name, (table, number) in members.items():
         columns = state.tables[name].columns
         table.load(number, columns["ids"], {part: columns[part] for part in (*table.layout.parts, *META)})
-        step = steps[name]
-        assert isinstance(step, int)
+        step = int(steps[name])  # type: ignore[arg-type]
         table.step = max(table.step, step) if number else step
         if table.gate is not None:
             table.gate.load(number, state.tables[name + COUNTS].columns)
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 40
+
+
+def _refuse_counts(name: str, table: TableState, columns: Sequence[str]) -> None:
+    for column in columns:
+        values = table.columns[column]
+        if values.numel() and int(values.min()) < 0:
+            raise ValueError(f"table {name!r}: {column} must not be negative, got {int(values.min())}")
 
 
 def _meta(layout: RecordLayout) -> dict[str, JSON]:

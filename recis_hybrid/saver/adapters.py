@@ -84,8 +84,17 @@ class SaveablePart:
         refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
-        """Hand the state to the object."""
-        self.value.load_checkpoint_state(saved)
+        """Hand the state to the object.
+
+        Raises:
+            CorruptCheckpoint: the object refuses it.
+        """
+        try:
+            self.value.load_checkpoint_state(saved)
+        except ValueError as error:
+            raise CorruptCheckpoint(
+                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
+            ) from error
 
 
 class ModulePart:
