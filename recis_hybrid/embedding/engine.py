@@ -21,9 +21,16 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.state import load_tables_state, tables_changes, tables_layout, tables_state, watch_tables
+from recis_hybrid.embedding.state import (
+    load_some_tables,
+    load_tables_state,
+    tables_changes,
+    tables_layout,
+    tables_state,
+    watch_tables,
+)
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import PartState
+from recis_hybrid.state import PartState, TableState
 
 
 class RowOptimizer(Protocol):
@@ -201,6 +208,10 @@ class EmbeddingEngine(nn.Module):
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""
         load_tables_state(self.tables, state)
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replaces the rows of some member tables; see :func:`load_some_tables`."""
+        load_some_tables(self.tables, tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -116,6 +116,42 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
         table.step = max(table.step, step) if number else step
         if table.gate is not None:
             table.gate.load(number, state.tables[name + COUNTS].columns)
+
+
+def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
+    """Replaces the rows of some member tables by those of another run's; the others stay, and so do seed and steps.
+
+    Steps that the rows have seen count from where that run was: they become the steps that the table has done, at most,
+    as if the rows had just been met. Optimizer state that is missing starts as in a new row.
+
+    Args:
+        tables: Where the member tables are.
+        states: By name of the member table, or that name and ``.admission``.
+
+    Raises:
+        ValueError: If there is no such member table, or counts are negative; nothing is changed.
+    """
+    members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
+    counted = {name + COUNTS: place for name, place in members.items() if place[0].gate is not None}
+    unknown = sorted(set(states) - set(members) - set(counted))
+    if unknown:
+        raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
+    for name, state in states.items():
+        _refuse_counts(name, state, [column for column in (*META, "count") if column in state.columns])
+    for name, state in states.items():
+        if name in members:
+            table, number = members[name]
+            columns = {column: values for column, values in state.columns.items() if column != "ids"}
+            for column in META[:2]:
+                if column in columns:
+                    columns[column] = columns[column].clamp(max=table.step)
+            table.discard(number)
+            table.load(number, state.columns["ids"], columns)
+    for name, (table, number) in counted.items():
+        if name in states:
+            assert table.gate is not None
+            table.gate.clear(number)
+            table.gate.load(number, states[name].columns)
 
 
 def _is_step(value: object) -> bool:

@@ -104,7 +104,7 @@ class ModulePart:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name = name
-        self._module = module
+        self.module = module
 
     def state(self) -> PartState:
         """Detached copies of parameters and buffers."""
@@ -127,17 +127,17 @@ class ModulePart:
 
     def load(self, saved: PartState) -> None:
         """Copy into the parameters and buffers; they stay the same tensors."""
-        self._module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
+        self.module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
 
     def _entries(self) -> dict[str, object]:
-        lazy = [k for k, p in self._module.named_parameters() if torch.nn.parameter.is_lazy(p)]
-        lazy += [k for k, b in self._module.named_buffers() if torch.nn.parameter.is_lazy(b)]
+        lazy = [k for k, p in self.module.named_parameters() if torch.nn.parameter.is_lazy(p)]
+        lazy += [k for k, b in self.module.named_buffers() if torch.nn.parameter.is_lazy(b)]
         if lazy:
             raise CheckpointError(
                 f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
                 "module once on a batch."
             )
-        return dict(self._module.state_dict())
+        return dict(self.module.state_dict())
 
 
 class JsonPart:

@@ -1,13 +1,13 @@
 """A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from recis_hybrid.saver.directory import read_manifest, step_name
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, TableEntry
+from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
 from recis_hybrid.saver.merge import merged
 from recis_hybrid.saver.part_files import read_part, verify_part, verify_table
 from recis_hybrid.saver.protocol import PartState, TableState
@@ -56,26 +56,28 @@ class Checkpoint:
             self._previous = Checkpoint(self.root, link.step)
         return self._previous
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, tables: Collection[str] | None = None) -> None:
         """Compare all files that a part needs with their checksums, those of earlier checkpoints among them.
 
         Args:
             name: name of the part.
+            tables: the tables to look at; None for all.
 
         Raises:
             CorruptCheckpoint: a file has changed, or an earlier checkpoint is missing or another one.
         """
-        entry = self.manifest.parts[name]
+        entry = self._entry(name, tables)
         verify_part(self.directory, name, entry)
         for table in entry.tables:
             for checkpoint, rows in self._below(name, table):
                 verify_table(checkpoint.directory, name, table, rows)
 
-    def read(self, name: str) -> PartState:
+    def read(self, name: str, tables: Collection[str] | None = None) -> PartState:
         """Read a part whose files have been verified.
 
         Args:
             name: name of the part.
+            tables: the tables to read; None for all.
 
         Returns:
             The state, tables whole, in memory of its own.
@@ -83,14 +85,20 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
         """
-        state = read_part(self.directory, name, self.manifest.parts[name])
-        tables: dict[str, TableState] = {}
+        state = read_part(self.directory, name, self._entry(name, tables))
+        whole: dict[str, TableState] = {}
         for table, rows in state.tables.items():
             layers = [rows]
             for checkpoint, entry in self._below(name, table):
                 layers.insert(0, read_table(checkpoint.directory, name, table, entry))
-            tables[table] = merged(layers)
-        return replace(state, tables=tables)
+            whole[table] = merged(layers)
+        return replace(state, tables=whole)
+
+    def _entry(self, name: str, tables: Collection[str] | None) -> PartEntry:
+        entry = self.manifest.parts[name]
+        if tables is None:
+            return entry
+        return replace(entry, tables={table: rows for table, rows in entry.tables.items() if table in tables})
 
     def _below(self, name: str, table: str) -> Iterator[tuple["Checkpoint", TableEntry]]:
         """The earlier states of a table that are needed, newest first."""

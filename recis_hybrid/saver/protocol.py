@@ -62,6 +62,24 @@ class HasChanges(Protocol):
 
 
 @runtime_checkable
+class HasTables(Protocol):
+    """A `Saveable` that can take over some tables and keep the others."""
+
+    def checkpoint_layout(self) -> PartState:
+        """Hand out the state without rows, as `HasLayout` does."""
+        ...
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replace the rows of some tables.
+
+        Args:
+            tables: by name, with columns of the widths that they have here; dtypes may be others, and columns may be
+                missing but the first two.
+        """
+        ...
+
+
+@runtime_checkable
 class HasLayout(Protocol):
     """A `Saveable` that can say what its state looks like without handing it out, which large tables had better."""
 

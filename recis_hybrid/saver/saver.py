@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,9 @@ from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.lease import Lease
 from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, PartEntry, dump_manifest
 from recis_hybrid.saver.part_files import write_part
+from recis_hybrid.saver.partial import load_some
 from recis_hybrid.saver.protocol import JSON, PartState
+from recis_hybrid.saver.selection import Loaded, Selection
 from recis_hybrid.saver.snapshot import snapshot
 from recis_hybrid.saver.tracking import Tracking
 
@@ -219,6 +221,48 @@ class Saver:
         self._tracking.on |= checkpoint.manifest.previous is not None
         self._tracking.loaded(found, adapters)
         return found
+
+    def load_some(
+        self, step: int | Literal["latest"] = "latest", *, only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
+        **parts: object,
+    ) -> Loaded:  # fmt: skip
+        """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
+
+        Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is
+        selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
+        their optimizer state; their steps become the table's own, as if they had just been met.
+
+        Args:
+            step: which checkpoint; the highest complete step by default.
+            only: patterns of the names to load; None for all.
+            exclude: patterns of names to leave out.
+            rename: names in the checkpoint and in the live object, with `*`: `{"encoder.*": "tower.*"}`.
+            strict: whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
+                of the same width whatever their dtype, with the optimizer state that both have.
+            **parts: the engines and modules to load into, by the names under which they were saved.
+
+        Returns:
+            What was loaded and what not.
+
+        Raises:
+            CorruptCheckpoint: a file is missing, unknown or changed.
+            CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
+            CheckpointError: there is no such checkpoint, or a part is neither an engine nor a module.
+        """
+        self.wait()
+        if not parts:
+            raise CheckpointError("Saver.load_some: there must be a part to load, got none. Pass parts by name.")
+        selection = Selection(only, exclude, rename)
+        adapters = {name: part_of(name, value) for name, value in parts.items()}
+        found = self._resolve(step)
+        try:
+            checkpoint = Checkpoint(self._root, found)
+            for name, part in adapters.items():
+                _entry(checkpoint, name, part.kind)
+            return load_some(checkpoint, adapters, selection, strict)
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
 
     def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
         """Read a JSON value that was saved as a part.

@@ -408,6 +408,7 @@ def main() -> int:
         for name, fault in FAULTS.items():
             if args.only not in (None, name):
                 continue
+            print(name, file=sys.stderr, flush=True)
             result = results[name] = {"tried": 0, "survived": 0, "failures": []}
             for number in range(args.times):
                 folder = base / f"{name}{number}"
