@@ -14,6 +14,7 @@ from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
 from recis_hybrid.saver.directory import STEP
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.recis_import import import_recis
 from recis_hybrid.saver.saver import Saver
 from recis_hybrid.saver.show import differences, size_text, summary, summary_text
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             ["path"],
             "put a checkpoint that holds just what changed together with those it builds on",
         ),
+        ("import-recis", _import_recis, [], "make a checkpoint of what RecIS has saved"),
         ("export", _export, ["path"], "write ids, embeddings and towers for serving, without optimizer state"),
     ):
         made[name] = command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
     made["compact"].add_argument("--to", type=Path, help="the directory that takes it (by default it replaces itself)")
+    made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
+    made["import-recis"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
+    made["import-recis"].add_argument("--step", type=int, default=0, help="of the checkpoint (0)")
     made["export"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
     made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
     return parser
@@ -130,6 +135,10 @@ def _export(args: argparse.Namespace) -> int:
     checkpoint = _open(args.path, args.step)
     dtype = None if args.dtype is None else EXPORT_DTYPES[args.dtype]
     return _made(args, export(checkpoint, args.out, dtype), "is written")
+
+
+def _import_recis(args: argparse.Namespace) -> int:
+    return _made(args, import_recis(args.source, args.out, args.step), "is written")
 
 
 def _made(args: argparse.Namespace, path: Path, what: str) -> int:

@@ -83,13 +83,29 @@ def export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None = None) 
         CorruptCheckpoint: the checkpoint, or one that it builds on, is damaged.
         CheckpointError: there is such an export already, or it cannot be written.
     """
-    step = checkpoint.manifest.step
-    place = out / step_name(step)
     served = {name: part for name, part in checkpoint.manifest.parts.items() if part.kind in _SERVED}
     states = ((name, part.kind, _served(_sound(checkpoint, name), dtype)) for name, part in served.items())
-    lease = _leased(out, place)
-    _write(out, step, states).rename(place)
-    sync_directory(out)
+    return publish(out, checkpoint.manifest.step, states)
+
+
+def publish(root: Path, step: int, states: Iterable[tuple[str, str, PartState]]) -> Path:
+    """Write a whole checkpoint of states that are not of live objects.
+
+    Args:
+        root: the directory that takes it; made if it is not there.
+        step: its step.
+        states: name, kind and state of each part.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        CheckpointError: it is there already, another job saves there, or it cannot be written.
+    """
+    place = root / step_name(step)
+    lease = _leased(root, place)
+    _write(root, step, states).rename(place)
+    sync_directory(root)
     del lease
     return place
 

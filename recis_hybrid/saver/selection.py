@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase, translate
 
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch
 
-_MOST = 8
+_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,16 @@ class Loaded:
             where: what is loaded, for the message.
 
         Raises:
-            CheckpointMismatch: there is; the first eight are listed.
+            CheckpointMismatch: there is; the first four of each kind are listed.
         """
-        found = self.unfit + [f"{name} is in the checkpoint only" for name in self.unused]
-        found += [f"{name} is in the live object only" for name in self.missing]
+        found = [
+            *_some(self.unfit),
+            *_some(self.unused, "in the checkpoint only"),
+            *_some(self.missing, "in the live object only"),
+        ]
         if found:
-            more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
             raise CheckpointMismatch(
-                f"{where} does not fit the live objects: {'; '.join(found[:_MOST])}{more}. Nothing was loaded. Leave "
+                f"{where} does not fit the live objects: {'; '.join(found)}. Nothing was loaded. Leave "
                 "out what is not meant by `only` or `exclude`, give names by `rename`, or take what fits with "
                 "strict=False."
             )
@@ -113,6 +115,11 @@ class Selection:
     def _chosen(self, name: str, live: str) -> bool:
         wanted = self._only is None or any(fnmatchcase(n, p) for n in (name, live) for p in self._only)
         return wanted and not any(fnmatchcase(n, p) for n in (name, live) for p in self._exclude)
+
+
+def _some(names: list[str], where: str = "") -> list[str]:
+    shown = [f"{name} is {where}" if where else name for name in names[:_MOST]]
+    return shown + ([f"and {len(names) - _MOST} more like these"] if len(names) > _MOST else [])
 
 
 def _listed(patterns: str | Sequence[str]) -> list[str]:

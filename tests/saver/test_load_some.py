@@ -115,7 +115,9 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, E
     for expected in (
         "engine: table user: column embedding: checkpoint float32 [3], live object float32 [2]",
         "engine: item is in the checkpoint only",
-        " more. Nothing was loaded. Leave out",
+        "engine: brand is in the live object only",
+        "and 5 more like these; engine: brand",
+        "and 4 more like these. Nothing was loaded. Leave out",
     ):
         assert expected in text
     assert equal(rows(other, "user"), before)
