@@ -1,6 +1,6 @@
 """The command `recis-hybrid`: looks at checkpoints, checks and compares them, makes them whole and exports them.
 
-Exit status: 0 if all is well, 1 if a checkpoint is damaged or differs, 2 for a wrong call.
+Exit status: 0 if all is well, 1 if a checkpoint is damaged, differs or cannot be written, 2 for a wrong call.
 """
 
 import argparse

@@ -323,7 +323,8 @@ class Saver:
         except CheckpointError:
             # What a damaged one builds on is not known: nothing goes until it has left the newest.
             return
-        for step in steps[: -self._keep]:
+        # What builds on another goes before it: at no moment is there one that lacks what it needs.
+        for step in reversed(steps[: -self._keep]):
             if step in needed:
                 continue
             # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.

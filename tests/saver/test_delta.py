@@ -264,6 +264,21 @@ def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["step_000006", "step_000007"]
 
 
+def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, saver = engine_of(), Saver(tmp_path, keep=1)
+    for step in range(1, 4):
+        saver.save(step, delta=True, engine=engine)
+    seen, rmtree = [], shutil.rmtree
+
+    def look(path: Any, **options: Any) -> None:
+        seen.append(saver.steps())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    saver.save(4, engine=engine)
+    assert seen == [[1, 2, 4], [1, 4], [4]]
+
+
 def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
     engine, other, saver = engine_of(), engine_of(seed=2), Saver(tmp_path)
     trained(engine), trained(other, 2)
