@@ -85,12 +85,13 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
         """
-        state = read_part(self.directory, name, self._entry(name, tables))
+        entry = self._entry(name, tables)
+        state = read_part(self.directory, name, entry)
         whole: dict[str, TableState] = {}
         for table, rows in state.tables.items():
-            layers = [rows]
-            for checkpoint, entry in self._below(name, table):
-                layers.insert(0, read_table(checkpoint.directory, name, table, entry))
+            layers = [_layer(self.directory, name, table, entry.tables[table], rows)]
+            for checkpoint, below in self._below(name, table):
+                layers.insert(0, _layer(checkpoint.directory, name, table, below))
             whole[table] = merged(layers)
         return replace(state, tables=whole)
 
@@ -114,6 +115,14 @@ class Checkpoint:
                 )
             entry = below
             yield at, entry
+
+
+def _layer(root: Path, name: str, table: str, entry: TableEntry, rows: TableState | None = None) -> TableState:
+    """The rows of one checkpoint, with what it says of ids that went."""
+    rows = read_table(root, name, table, entry) if rows is None else rows
+    if entry.removed is None:
+        return rows
+    return replace(rows, removed=read_table(root, name, table, entry.removed.as_table()))
 
 
 def link_to(root: Path, step: int) -> Link:

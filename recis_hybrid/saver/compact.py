@@ -3,7 +3,7 @@
 import ctypes
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def export(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None = None) 
         CheckpointError: there is such an export already, or it cannot be written.
     """
     served = {name: part for name, part in checkpoint.manifest.parts.items() if part.kind in _SERVED}
-    states = ((name, part.kind, _served(_sound(checkpoint, name), dtype)) for name, part in served.items())
+    states = ((name, part.kind, _served(checkpoint, name, dtype)) for name, part in served.items())
     return publish(out, checkpoint.manifest.step, states)
 
 
@@ -110,10 +110,13 @@ def publish(root: Path, step: int, states: Iterable[tuple[str, str, PartState]])
     return place
 
 
-def _served(state: PartState, dtype: torch.dtype | None) -> PartState:
+def _served(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> PartState:
+    """A part as it is served; its tables are read one by one, for what is left out of each to go again."""
+    state = _sound(checkpoint, part, ())
     tables: dict[str, TableState] = {}
-    for name, table in state.tables.items():
-        if "embedding" in table.columns:
+    for name, entry in checkpoint.manifest.parts[part].tables.items():
+        if "embedding" in entry.columns:
+            table = _sound(checkpoint, part, (name,)).tables[name]
             embedding = table.columns["embedding"]
             embedding = embedding if dtype is None else embedding.to(dtype)
             meta = table.meta | {"dtype": str(embedding.dtype).removeprefix("torch."), "optimizer_state": []}
@@ -122,9 +125,9 @@ def _served(state: PartState, dtype: torch.dtype | None) -> PartState:
     return replace(state, tables=tables)
 
 
-def _sound(checkpoint: Checkpoint, name: str) -> PartState:
-    checkpoint.verify(name)
-    return checkpoint.read(name)
+def _sound(checkpoint: Checkpoint, name: str, tables: Collection[str] | None = None) -> PartState:
+    checkpoint.verify(name, tables)
+    return checkpoint.read(name, tables)
 
 
 def _leased(root: Path, place: Path | None) -> Lease:

@@ -27,16 +27,39 @@ def merged(states: list[TableState]) -> TableState:
         All rows, sorted by (bucket, id). Tensors of the first state may have been overwritten.
     """
     first, *changes = states
-    if not changes:
-        return first
+    return put_over(first, combined(changes)) if changes else first
+
+
+def combined(changes: list[TableState]) -> TableState:
+    """Put successive changes together.
+
+    Args:
+        changes: at least one; what changed since the state before, `removed` not None; of equal columns.
+
+    Returns:
+        What changed in all. Tensors of the first may have been overwritten.
+    """
     total = changes[0]
     for later in changes[1:]:
         assert total.removed is not None
         assert later.removed is not None
         gone = _put_over(total.removed, later.removed, later)
         total = replace(_put_over(total, later, later.removed), removed=gone)
-    assert total.removed is not None
-    return _put_over(first, total, total.removed)
+    return total
+
+
+def put_over(table: TableState, change: TableState) -> TableState:
+    """Put what changed over a table, or over the rows of some of its buckets, where `change` is of the same buckets.
+
+    Args:
+        table: the rows [n] before; its tensors may be overwritten.
+        change: the rows [m] that changed, and the ids [r] that went.
+
+    Returns:
+        The rows [k] after.
+    """
+    assert change.removed is not None
+    return _put_over(table, change, change.removed)
 
 
 def _put_over(table: TableState, rows: TableState, gone: TableState) -> TableState:

@@ -1,5 +1,6 @@
 """Writes and reads the files of one part."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from recis_hybrid.saver.files import encode_name, seal_file, sync_directory, verify_file
 from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, PartEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.manifest import FileEntry, PartEntry, RemovedEntry, TableEntry, TensorSpec
 from recis_hybrid.saver.parse import table_files
 from recis_hybrid.saver.protocol import JSON, PartState
 from recis_hybrid.saver.table_files import read_table, write_table
@@ -40,6 +41,10 @@ def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
         write_tensors(root / relative, _unshared(state.tensors), _tag(name))
         file = FileEntry(relative, *seal_file(root / relative))
     tables = {table: write_table(root, name, table, rows) for table, rows in state.tables.items()}
+    for table, rows in state.tables.items():
+        if rows.removed is not None:
+            gone = write_table(root, name, table, rows.removed, "removed")
+            tables[table] = replace(tables[table], removed=RemovedEntry(gone.rows, gone.ranges))
     for folder in ("sparse", "removed"):
         if (root / folder / encode_name(name)).is_dir():
             sync_directory(root / folder / encode_name(name))

@@ -143,7 +143,8 @@ class Saver:
         self._tracking.on |= delta
         link = self._tracking.link() if delta else None
         watches: dict[str, object] = {}
-        states = self._tracking.states(adapters, link, watches)
+        taking = self._tracking.state
+        states = ((name, part.kind, taking(name, part, link, watches)) for name, part in adapters.items())
         if self._async_save:
             taken = [(name, kind, snapshot(state)) for name, kind, state in states]
             write = partial(self._write, step, (taken.pop(0) for _ in range(len(taken))), link, watches)

@@ -13,7 +13,7 @@ from torch import Tensor
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.files import encode_name, seal_file, sync_directory
 from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, RangeEntry, RemovedEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
 from recis_hybrid.saver.tensors import TensorFile, check_tensor, open_tensors, write_tensors
 
@@ -46,7 +46,7 @@ def range_count(rows: int, row_bytes: int) -> int:
 
 
 def write_table(root: Path, part: str, name: str, state: TableState, above: str = "sparse") -> TableEntry:
-    """Write a table below `sparse/`, and what it says of ids that went below `removed/`, and force them to the disk.
+    """Write a table below `sparse/` and force it to the disk; what it says of ids that went is not looked at.
 
     At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
     handed out in order, by (bucket, id), are held once.
@@ -88,9 +88,7 @@ def write_table(root: Path, part: str, name: str, state: TableState, above: str 
         del tensors
         ranges.append(RangeEntry(first, last, cuts[i + 1] - cuts[i], FileEntry(relative, *seal_file(root / relative))))
     sync_directory(root / folder)
-    gone = None if state.removed is None else write_table(root, part, name, state.removed, "removed")
-    removed = None if gone is None else RemovedEntry(gone.rows, gone.ranges)
-    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges), removed)
+    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges))
 
 
 def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableState:
@@ -127,8 +125,7 @@ def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableStat
                 file.read_into(column, tensor[start:stop])
         _check_order(root / item.file.path, where, columns["ids"][start:stop], buckets[start:stop])
         start = stop
-    removed = None if entry.removed is None else read_table(root, part, name, entry.removed.as_table())
-    return TableState(columns, buckets, entry.meta, removed)
+    return TableState(columns, buckets, entry.meta)
 
 
 def _check_state(where: str, state: TableState) -> None:

@@ -1,6 +1,6 @@
 """What a saver remembers between saves, for the next one to write just what has changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from recis_hybrid.saver.adapters import Part, SaveablePart
@@ -32,26 +32,26 @@ class Tracking:
         except OSError:
             return None
 
-    def states(
-        self, parts: Mapping[str, Part], link: Link | None, watches: dict[str, object]
-    ) -> Iterator[tuple[str, str, PartState]]:
-        """Take the states of parts, one at a time.
+    def state(self, name: str, part: Part, link: Link | None, watches: dict[str, object]) -> PartState:
+        """Take the state of a part.
 
         Args:
-            parts: the parts by name.
-            link: None for whole states.
+            name: of the part.
+            part: the part.
+            link: the checkpoint that it is to build on; None for a whole state.
             watches: takes, by part, who notes from now on what changes.
 
-        Yields:
-            Name, kind and state; a state that could not be told apart from the earlier one is whole.
+        Returns:
+            What changed since, or the whole state where that cannot be told.
         """
-        for name, part in parts.items():
-            source = _source(part)
-            state = None
-            if source is not None and link is not None and name in self._watches:
-                state = source.checkpoint_changes(self._watches[name])
-            yield name, part.kind, part.state() if state is None else state
-            self._watch(name, part, watches)
+        source = _source(part)
+        state = None
+        if source is not None and link is not None and name in self._watches:
+            state = source.checkpoint_changes(self._watches[name])
+        if state is None:
+            state = part.state()
+        self._watch(name, part, watches)
+        return state
 
     def settle(self, step: int, watches: dict[str, object]) -> None:
         """Take a checkpoint as the one that the next can build on.
