@@ -5,7 +5,8 @@
 A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments. ``save``: written, checksummed and
 forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
 save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
-``delta``: what 1 % of the rows touched takes, beside the whole save. ``load``: read, verified and put into tables, beside reading the same bytes into fresh memory.
+``delta``: what 1 % of the rows touched takes, beside the whole save. ``load``: read, verified and put into tables,
+beside reading the same bytes into fresh memory.
 """
 
 from __future__ import annotations
