@@ -28,7 +28,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
+.PHONY: help demo test faults lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
 
 help:  ## Lists what can be made, and the settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -49,6 +49,9 @@ demo: setup  ## Trains a hybrid torch and JAX model on data it makes itself
 
 test: setup  ## Runs the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+faults: setup  ## Kills saves and loads, fills disks, damages checkpoints, 20 times each; prints what was survived
+	$(PY) -m tests.saver.faults
 
 lint: $(DEPENDENCIES)  ## Checks format, rules and types; changes nothing
 	$(PY) -m ruff format --check .

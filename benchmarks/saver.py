@@ -5,7 +5,8 @@
 A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments. ``save``: written, checksummed and
 forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
 save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
-``load``: read, verified and put into tables, beside reading the same bytes into fresh memory.
+``delta``: what 1 % of the rows touched takes, beside the whole save. ``load``: read, verified and put into tables,
+beside reading the same bytes into fresh memory.
 """
 
 from __future__ import annotations
@@ -89,6 +90,20 @@ def cases(rows: int, folder: Path, rounds: int, wanted: str) -> list[harness.Res
 
     result("save", "MB/s", "safetensors + fsync", save, lambda: plain_save(columns, folder / "plain.safetensors"))
     result("async_stall", "MB/s", "the whole save", stall, save)
+    changing, generator = Saver(folder / "delta", keep=1), torch.Generator().manual_seed(1)
+    optimizer, ids = optim.Adam(engine.parameters()), engine.tables[0].ids(0)
+
+    def delta() -> float:
+        touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
+        engine({"id": touched})["id"].sum().backward()
+        optimizer.step()
+        begin = time.perf_counter()
+        changing.save(next(steps), delta=True, engine=engine)
+        return time.perf_counter() - begin
+
+    if wanted in "delta":
+        delta()  # the first is whole
+    result("delta", "MB/s", "the whole save", delta, save)
     # A load replaces rows, so it comes last; the files are in the page cache for both.
     save()
     result("load", "MB/s", "read()", load, lambda: read_all(sorted(saver_files(folder / "sync"))))

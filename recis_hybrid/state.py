@@ -39,6 +39,10 @@ class TableState:
     meta: dict[str, JSON]
     """What the table is (dtype, dim, record layout). Must be equal when a checkpoint is loaded."""
 
+    removed: TableState | None = None
+    """None: the rows are all there are. Else they are those that changed since an earlier state, and this has one
+    column, "ids" int64 [m]: the ids that had a row then and may have, and have none now; none of them in `columns`."""
+
 
 @dataclass(frozen=True, eq=False)
 class PartState:

@@ -109,6 +109,17 @@ void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, in
                           data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
+template <class Device>
+void list_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
+                  const Tensor& slots, int64_t step, const Tensor& ids, const Tensor& members, const Tensor& count) {
+  Device device(slots);
+  RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have room for as many");
+  device.for_each(
+      slots.size(0), 1,
+      ListTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), id_map_ref(slots).slots, slots.size(0),
+                  step, data<int64_t>(ids, "ids"), data<int64_t>(members, "members"), data<int64_t>(count, "count")});
+}
+
 template <class Device, class Library>
 void register_blocks(Library& m) {
   m.impl("blocks_init_fresh", TORCH_BOX(&blocks_init_fresh<Device>));
@@ -118,6 +129,7 @@ void register_blocks(Library& m) {
   m.impl("blocks_write_meta", TORCH_BOX((&copy_meta<Device, false>)));
   m.impl("blocks_copy_records", TORCH_BOX(&copy_records<Device>));
   m.impl("blocks_see_rows", TORCH_BOX(&see_rows<Device>));
+  m.impl("blocks_list_touched", TORCH_BOX(&list_touched<Device>));
 }
 
 }  // namespace recis

@@ -27,9 +27,16 @@ from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
+from recis_hybrid.embedding.state import (
+    load_some_tables,
+    load_tables_state,
+    tables_changes,
+    tables_layout,
+    tables_state,
+    watch_tables,
+)
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import PartState
+from recis_hybrid.state import PartState, TableState
 
 
 class RowOptimizer(Protocol):
@@ -332,6 +339,14 @@ class EmbeddingEngine(nn.Module):
         """Returns :meth:`checkpoint_state` without its rows."""
         return tables_layout(self.tables)
 
+    def watch_checkpoint_changes(self) -> object:
+        """Begins to note what changes in the tables, for as long as the result lives; see :meth:`HashTable.watch`."""
+        return watch_tables(self.tables)
+
+    def checkpoint_changes(self, since: object) -> PartState | None:
+        """Returns :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
+        return tables_changes(self.tables, since)
+
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""
         load_tables_state(self.tables, state, self._mover)
@@ -342,6 +357,10 @@ class EmbeddingEngine(nn.Module):
         if self._sharded is None:
             return None
         return Mover(self._sharded.exchange, [table.asks for table in self._sharded.tables])
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replaces the rows of some member tables; see :func:`load_some_tables`."""
+        load_some_tables(self.tables, tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

@@ -16,6 +16,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission, Gate, admitted_often
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.changes import Changes
 from recis_hybrid.embedding.checks import checked_ids, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
@@ -68,6 +69,7 @@ class HashTable:
         self.overrides: dict[str, Any] = {}
         """Hyperparameters of the optimizer that are others for this table."""
         self._anchor: weakref.ref[Anchor] | None = None
+        self._watched: weakref.WeakSet[Changes] = weakref.WeakSet()
 
     def __len__(self) -> int:
         """Rows in use; waits for the device."""
@@ -276,6 +278,36 @@ class HashTable:
         self.pending.clear()
         self.step += 1
 
+    # What changes; all of it waits for the device
+
+    def watch(self) -> Changes:
+        """Begins to note what changes, for as long as the result lives: 8 bytes for each id that is erased or inserted.
+
+        A copy of what admission knows is in it, 16 bytes an id.
+        """
+        self._see()
+        known = {} if self.gate is None else {m: self.gate.state(m) for m in range(len(self.members))}
+        changes = Changes(self.step, known)
+        self._watched.add(changes)
+        return changes
+
+    def watches(self, changes: Changes) -> bool:
+        """Whether it was :meth:`watch` of this table that returned ``changes``."""
+        return changes in self._watched
+
+    def touched(self, step: int) -> tuple[Tensor, Tensor]:
+        """Returns ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after ``step``."""
+        self._see()
+        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slots = self._on_blocks(self.id_map.slots)
+        ops.blocks.list_touched(self.blocks.handle, slots, step, ids, members, count)
+        return ids[: int(count)], members[: int(count)]
+
+    def _note(self, member: int, ids: Tensor) -> None:
+        for changes in self._watched:
+            changes.note(member, ids, len(self))
+
     # Rows in bulk; all of it waits for the device
 
     def insert(self, member: int, ids: Tensor, columns: dict[str, Tensor] | None = None) -> Tensor:
@@ -304,6 +336,7 @@ class HashTable:
         widths = {part: self.layout.width(part) for part in self.layout.parts}
         refuse_columns(self.members[member].name, ids, columns, widths)
         self._see()
+        self._note(member, ids)
         rows = self._insert([ids], [member], None) if ids.numel() else ids
         if self.gate is not None:
             self.gate.forget(member, ids.to(self.map_device))
@@ -370,8 +403,10 @@ class HashTable:
 
     def erase(self, member: int, ids: Tensor) -> int:
         """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
-        slots = self.id_map.slots_of([self._ids("erase", member, ids).to(self.map_device)], [member])
-        return self._erase("erase", slots)
+        ids = self._ids("erase", member, ids).to(self.map_device)
+        erased = self._erase("erase", self.id_map.slots_of([ids], [member]))
+        self._note(member, ids)
+        return erased
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names. Returns how many."""
@@ -379,7 +414,12 @@ class HashTable:
         entries = self.id_map.entries()
         meta = ops.blocks.read_meta(self.blocks.handle, self._on_blocks(entries.rows)).to(self.map_device)
         unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], self.step))
-        return self._erase("evict", entries.slots[unwanted])
+        evicted = self._erase("evict", entries.slots[unwanted])
+        if self._watched:
+            ids, members = entries.ids[unwanted], entries.members[unwanted]
+            for member in members.unique().tolist():
+                self._note(member, ids[members == member])
+        return evicted
 
     def clear(self, member: int | None = None) -> None:
         """Removes every row of a member table, or of all, and what admission knows of their ids."""
@@ -388,6 +428,9 @@ class HashTable:
 
     def discard(self, member: int | None = None) -> None:
         """As :meth:`clear`, also for a read-only table."""
+        for changes in self._watched:
+            for cleared in range(len(self.members)) if member is None else [member]:
+                changes.note_whole(cleared)
         if member is not None:
             entries = self.id_map.entries()
             self._erase("clear", entries.slots[entries.members == member], loading=True)

@@ -16,7 +16,7 @@ from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
     "blocks_init_fresh", "blocks_read", "blocks_write", "blocks_read_meta", "blocks_write_meta", "blocks_copy_records",
-    "blocks_see_rows",
+    "blocks_see_rows", "blocks_list_touched",
 )  # fmt: skip
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -112,3 +112,17 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
         step: Below 2^40.
     """
     torch.ops.recis.blocks_see_rows(*blocks, count, unique, offsets, step)
+
+
+def list_touched(blocks: Blocks, slots: Tensor, step: int, ids: Tensor, members: Tensor, count: Tensor) -> None:
+    """Writes the ids, and their member tables, whose rows an update or a training lookup has met after a step.
+
+    Args:
+        blocks: Must hold every row of the map.
+        slots: int64 ``[S, 2]``: of the IDMap, on the device of the blocks.
+        step: Rows whose updated and seen step are both at most this are left out.
+        ids: int64, an upper bound of what is there; written, in no particular order.
+        members: As ``ids``; written.
+        count: int64 ``[1]``, zeroed; becomes the number written.
+    """
+    torch.ops.recis.blocks_list_touched(*blocks, slots, step, ids, members, count)

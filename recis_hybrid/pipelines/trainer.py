@@ -313,7 +313,7 @@ class Trainer:
         data = None if stage.window is not None else self._sources.data(stage)
         return self._place.left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
 
-    def parts(self) -> dict[str, object]:
+    def parts(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, by name: the steps' parts, further ones, and the trainer itself."""
         parts = dict(self._parts)
         for name, step in self.steps.items():

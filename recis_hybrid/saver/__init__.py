@@ -5,6 +5,7 @@ from recis_hybrid.saver.errors import (
     CheckpointMismatch as CheckpointMismatch,
     CorruptCheckpoint as CorruptCheckpoint,
 )
+from recis_hybrid.saver.pretrained import load_pretrained as load_pretrained
 from recis_hybrid.saver.protocol import (
     JSON as JSON,
     PartState as PartState,
@@ -12,3 +13,4 @@ from recis_hybrid.saver.protocol import (
     TableState as TableState,
 )
 from recis_hybrid.saver.saver import Saver as Saver
+from recis_hybrid.saver.selection import Loaded as Loaded

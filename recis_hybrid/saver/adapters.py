@@ -71,21 +71,30 @@ class SaveablePart:
     kind = "saveable"
 
     def __init__(self, value: Saveable) -> None:
-        self._value = value
+        self.value = value
 
     def state(self) -> PartState:
         """The state as the object hands it out."""
-        return self._value.checkpoint_state()
+        return self.value.checkpoint_state()
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        value = self._value
+        value = self.value
         live = value.checkpoint_layout() if isinstance(value, HasLayout) else value.checkpoint_state()
         refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
-        """Hand the state to the object."""
-        self._value.load_checkpoint_state(saved)
+        """Hand the state to the object.
+
+        Raises:
+            CorruptCheckpoint: the object refuses it.
+        """
+        try:
+            self.value.load_checkpoint_state(saved)
+        except ValueError as error:
+            raise CorruptCheckpoint(
+                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
+            ) from error
 
 
 class ModulePart:
@@ -95,7 +104,7 @@ class ModulePart:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name = name
-        self._module = module
+        self.module = module
 
     def state(self) -> PartState:
         """Detached copies of parameters and buffers."""
@@ -118,17 +127,17 @@ class ModulePart:
 
     def load(self, saved: PartState) -> None:
         """Copy into the parameters and buffers; they stay the same tensors."""
-        self._module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
+        self.module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
 
     def _entries(self) -> dict[str, object]:
-        lazy = [k for k, p in self._module.named_parameters() if torch.nn.parameter.is_lazy(p)]
-        lazy += [k for k, b in self._module.named_buffers() if torch.nn.parameter.is_lazy(b)]
+        lazy = [k for k, p in self.module.named_parameters() if torch.nn.parameter.is_lazy(p)]
+        lazy += [k for k, b in self.module.named_buffers() if torch.nn.parameter.is_lazy(b)]
         if lazy:
             raise CheckpointError(
                 f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
                 "module once on a batch."
             )
-        return dict(self._module.state_dict())
+        return dict(self.module.state_dict())
 
 
 class JsonPart:

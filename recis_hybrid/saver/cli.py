@@ -1,6 +1,6 @@
-"""The command `recis-hybrid`: looks at checkpoints, checks them and compares them.
+"""The command `recis-hybrid`: looks at checkpoints, checks and compares them, makes them whole and exports them.
 
-Exit status: 0 if all is well, 1 if a checkpoint is damaged or differs, 2 for a wrong call.
+Exit status: 0 if all is well, 1 if a checkpoint is damaged, differs or cannot be written, 2 for a wrong call.
 """
 
 import argparse
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recis_hybrid.saver.directory import STEP, read_manifest
+from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
+from recis_hybrid.saver.directory import STEP
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.manifest import Manifest
-from recis_hybrid.saver.part_files import read_part, verify_part
+from recis_hybrid.saver.recis_import import import_recis
 from recis_hybrid.saver.saver import Saver
 from recis_hybrid.saver.show import differences, size_text, summary, summary_text
 
@@ -40,64 +41,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("recis-hybrid", description="Looks at checkpoints, checks them and compares them.")
+    parser = argparse.ArgumentParser(
+        "recis-hybrid", description="Looks at checkpoints, checks and compares them, makes them whole and exports them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
     for name, run, paths, about in (
         ("inspect", _inspect, ["path"], "what a checkpoint holds: parts, tables, rows, columns, bytes"),
         ("verify", _verify, ["path"], "whether every file is as it was written: sizes, checksums, headers, row order"),
         ("diff", _diff, ["first", "second"], "in what two checkpoints differ, bit for bit, whatever their steps"),
+        (
+            "compact",
+            _compact,
+            ["path"],
+            "put a checkpoint that holds just what changed together with those it builds on",
+        ),
+        ("import-recis", _import_recis, [], "make a checkpoint of what RecIS has saved"),
+        ("export", _export, ["path"], "write ids, embeddings and towers for serving, without optimizer state"),
     ):
-        command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        made[name] = command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         for path in paths:
             command.add_argument(
                 path, type=Path, help="a run's directory, of which the latest checkpoint is taken, or a step_…"
             )
+        if len(paths) == 1:
+            command.add_argument("--step", type=int, help="of a run's directory, the checkpoint to take")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
+    made["compact"].add_argument("--to", type=Path, help="the directory that takes it (by default it replaces itself)")
+    made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
+    made["import-recis"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
+    made["import-recis"].add_argument("--step", type=int, default=0, help="of the checkpoint (0)")
+    made["export"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
+    made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
     return parser
 
 
-def _open(path: Path) -> tuple[Path, Manifest]:
+def _open(path: Path, step: int | None = None) -> Checkpoint:
     """Find a checkpoint and read its manifest."""
     match = STEP.fullmatch(path.absolute().name)
     if match is None:
-        saver = Saver(path)
-        latest = saver.latest()
-        if latest is None:
+        steps = Saver(path).steps()
+        if not steps:
             raise CheckpointError(f"{path} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
-        return _open(path / f"step_{latest:06d}")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{path} holds no complete checkpoint of step {step}, it holds {steps}.")
+        return Checkpoint(path, steps[-1] if step is None else step)
+    if step is not None and step != int(match[1]):
+        raise CheckpointError(f"{path} is not of step {step}. Name the run's directory, or leave --step out.")
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory. Name a run's directory, or a step_… in it.")
-    return path, read_manifest(path, int(match[1]))
+    return Checkpoint(path.absolute().parent, int(match[1]))
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    path, manifest = _open(args.path)
-    found = summary(manifest)
+    checkpoint = _open(args.path, args.step)
+    found = summary(checkpoint.manifest)
+    path = checkpoint.directory
     print(json.dumps({"path": str(path), **found}) if args.json else f"{path}\n{summary_text(found)}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    path, manifest = _open(args.path)
-    for name, part in manifest.parts.items():
+    checkpoint = _open(args.path, args.step)
+    path, parts = checkpoint.directory, checkpoint.manifest.parts
+    for name in parts:
         _progress(f"{path}: part {name}")
-        verify_part(path, name, part)
-        read_part(path, name, part)
-    size = summary(manifest)["bytes"]
-    sound: dict[str, Any] = {"path": str(path), "step": manifest.step, "bytes": size, "sound": True}
-    print(json.dumps(sound) if args.json else f"{path}: sound, {len(manifest.parts)} parts, {size_text(size)}")
+        checkpoint.verify(name)
+        checkpoint.read(name)
+    size, step = summary(checkpoint.manifest)["bytes"], checkpoint.manifest.step
+    sound: dict[str, Any] = {"path": str(path), "step": step, "bytes": size, "sound": True}
+    print(json.dumps(sound) if args.json else f"{path}: sound, {len(parts)} parts, {size_text(size)}")
     return 0
 
 
 def _diff(args: argparse.Namespace) -> int:
     first, second = _open(args.first), _open(args.second)
     found = differences(first, second, lambda name: _progress(f"part {name}"))
+    a, b = str(first.directory), str(second.directory)
     if args.json:
-        print(json.dumps({"first": str(first[0]), "second": str(second[0]), "differences": found}))
+        print(json.dumps({"first": a, "second": b, "differences": found}))
     else:
-        print("\n".join(found) if found else f"{first[0]} and {second[0]} hold the same")
+        print("\n".join(found) if found else f"{a} and {b} hold the same")
     return 1 if found else 0
+
+
+def _compact(args: argparse.Namespace) -> int:
+    checkpoint = _open(args.path, args.step)
+    return _made(args, compact(checkpoint, args.to), "is whole")
+
+
+def _export(args: argparse.Namespace) -> int:
+    checkpoint = _open(args.path, args.step)
+    dtype = None if args.dtype is None else EXPORT_DTYPES[args.dtype]
+    return _made(args, export(checkpoint, args.out, dtype), "is written")
+
+
+def _import_recis(args: argparse.Namespace) -> int:
+    return _made(args, import_recis(args.source, args.out, args.step), "is written")
+
+
+def _made(args: argparse.Namespace, path: Path, what: str) -> int:
+    found = summary(_open(path).manifest)
+    if args.json:
+        print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"]}))
+    else:
+        print(f"{path} {what}, {size_text(found['bytes'])}")
+    return 0
 
 
 def _progress(text: str) -> None:

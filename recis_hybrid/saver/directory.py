@@ -12,6 +12,10 @@ STEP = re.compile(r"step_(\d{6,18})")
 """The name of a checkpoint's directory."""
 
 
+_MOST_BYTES = 2**30
+"""Of a manifest; thousands of tables of a thousand files each have less."""
+
+
 def step_name(step: int) -> str:
     """Return the name of the directory of a step."""
     return f"step_{step:06d}"
@@ -32,6 +36,10 @@ def read_manifest(directory: Path, step: int) -> Manifest:
         CheckpointError: it has another format version.
     """
     path = directory / MANIFEST
+    if path.stat().st_size > _MOST_BYTES:
+        raise CorruptCheckpoint(
+            f"{path}: must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}. {OTHER_STEP}"
+        )
     manifest = parse_manifest(path.read_bytes(), path)
     if manifest.step != step:
         raise CorruptCheckpoint(

@@ -75,6 +75,19 @@ class RangeEntry:
 
 
 @dataclass(frozen=True)
+class RemovedEntry:
+    """The ids that went since the previous checkpoint."""
+
+    rows: int
+    ranges: tuple[RangeEntry, ...]
+    """In bucket order, together all buckets."""
+
+    def as_table(self) -> "TableEntry":
+        """Return them as a table of one column, which is how their files are written."""
+        return TableEntry(self.rows, {"ids": TensorSpec("int64", ())}, {}, self.ranges)
+
+
+@dataclass(frozen=True)
 class TableEntry:
     """One table."""
 
@@ -85,6 +98,9 @@ class TableEntry:
     meta: dict[str, JSON]
     ranges: tuple[RangeEntry, ...]
     """In bucket order, together all buckets."""
+
+    removed: RemovedEntry | None = None
+    """None: these are all rows. Else they are put over those of the previous checkpoint, without the removed ones."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,15 @@ class PartEntry:
 
 
 @dataclass(frozen=True)
+class Link:
+    """The checkpoint on which an incremental one builds."""
+
+    step: int
+    sha256: str
+    """Of its `manifest.json`, 64 hexadecimal digits."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All of `manifest.json`."""
 
@@ -111,6 +136,9 @@ class Manifest:
     parts: dict[str, PartEntry]
     meta: dict[str, JSON]
     """Wall time and library versions: for people, never compared."""
+
+    previous: Link | None = None
+    """None: nothing else is needed to load this one."""
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -129,9 +157,10 @@ def dump_manifest(manifest: Manifest) -> bytes:
         "format_version": FORMAT_VERSION,
         "step": manifest.step,
         "world_size": manifest.world_size,
+        **({} if manifest.previous is None else {"previous": vars(manifest.previous)}),
         "buckets": BUCKETS,
         "checksum": {"algorithm": "crc32", "chunk_bytes": CHUNK_BYTES},
-        "parts": {name: _part(part) for name, part in sorted(manifest.parts.items())},
+        "parts": {name: _part(part, manifest.previous) for name, part in sorted(manifest.parts.items())},
         "meta": manifest.meta,
     }
     body = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}").encode("ascii")
@@ -151,25 +180,30 @@ def seal_holds(raw: bytes) -> bool:
     return tail == _TAIL.format(zlib.crc32(body)).encode("ascii")
 
 
-def _part(part: PartEntry) -> dict[str, Any]:
+def _part(part: PartEntry, previous: Link | None) -> dict[str, Any]:
     return {
         "kind": part.kind,
         "meta": part.meta,
         "tensors": {name: {"dtype": t.dtype, "shape": t.shape} for name, t in sorted(part.tensors.items())},
         "file": None if part.file is None else _file(part.file),
-        "tables": {name: _table(table) for name, table in sorted(part.tables.items())},
+        "tables": {name: _table(table, previous) for name, table in sorted(part.tables.items())},
     }
 
 
-def _table(table: TableEntry) -> dict[str, Any]:
+def _table(table: TableEntry, previous: Link | None) -> dict[str, Any]:
+    gone = table.removed
+    removed = None if gone is None else {"rows": gone.rows, "ranges": _ranges(gone.ranges)}
     return {
         "rows": table.rows,
         "columns": [{"name": name, "dtype": c.dtype, "shape": c.shape} for name, c in table.columns.items()],
         "meta": table.meta,
-        "ranges": [
-            {"buckets": (r.first_bucket, r.last_bucket), "rows": r.rows, "file": _file(r.file)} for r in table.ranges
-        ],
+        "ranges": _ranges(table.ranges),
+        **({} if previous is None else {"removed": removed}),
     }
+
+
+def _ranges(ranges: tuple[RangeEntry, ...]) -> list[dict[str, Any]]:
+    return [{"buckets": (r.first_bucket, r.last_bucket), "rows": r.rows, "file": _file(r.file)} for r in ranges]
 
 
 def _file(file: FileEntry) -> dict[str, Any]:

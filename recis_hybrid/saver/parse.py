@@ -13,9 +13,11 @@ from recis_hybrid.saver.manifest import (
     FORMAT_VERSION,
     KINDS,
     FileEntry,
+    Link,
     Manifest,
     PartEntry,
     RangeEntry,
+    RemovedEntry,
     TableEntry,
     TensorSpec,
     seal_holds,
@@ -23,6 +25,7 @@ from recis_hybrid.saver.manifest import (
 from recis_hybrid.saver.protocol import BUCKETS
 from recis_hybrid.saver.tensors import DTYPES
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _LARGEST = 2**63 - 1
 
@@ -57,14 +60,19 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
         )
     if not seal_holds(raw):
         raise CorruptCheckpoint(f"{path}: the CRC-32 at its end is not that of its text. {OTHER_STEP}")
-    root.members("format", "format_version", "step", "world_size", "buckets", "checksum", "parts", "meta", "crc32")
+    previous = _previous(root)
+    root.members(
+        *("format", "format_version", "step", "world_size", "buckets", "checksum", "parts", "meta", "crc32"),
+        *([] if previous is None else ["previous"]),
+    )
     root.require("buckets", BUCKETS)
     root.require("checksum", {"algorithm": "crc32", "chunk_bytes": CHUNK_BYTES})
     manifest = Manifest(
         step=root.integer("step", 0),
         world_size=root.integer("world_size", 1),
-        parts={name: _part(part) for name, part in root.child("parts").children()},
+        parts={name: _part(part, previous) for name, part in root.child("parts").children()},
         meta=root.child("meta").document,
+        previous=previous,
     )
     _check_paths_differ(manifest, path)
     return manifest
@@ -137,7 +145,21 @@ class _Reader:
         return [_Reader(item, self.path, f"{self.at(key)}[{i}]") for i, item in enumerate(self.array(key))]
 
 
-def _part(part: _Reader) -> PartEntry:
+def _previous(root: _Reader) -> Link | None:
+    if "previous" not in root.document:
+        return None
+    link = root.child("previous")
+    link.members("step", "sha256")
+    sha256 = link.text("sha256")
+    if not _SHA256.fullmatch(sha256):
+        link.fail("must have a sha256 of 64 hexadecimal digits", sha256)
+    step = link.integer("step", 0)
+    if step >= root.integer("step", 0):
+        link.fail("must be of a step below the checkpoint's own", step)
+    return Link(step, sha256)
+
+
+def _part(part: _Reader, previous: Link | None) -> PartEntry:
     part.members("kind", "meta", "tensors", "file", "tables")
     kind = part.text("kind")
     if kind not in KINDS:
@@ -147,7 +169,7 @@ def _part(part: _Reader) -> PartEntry:
         meta=part.child("meta").document,
         tensors={name: _tensor(tensor, "dtype", "shape") for name, tensor in part.child("tensors").children()},
         file=None if part.value("file") is None else _file(part.child("file")),
-        tables={name: _table(table) for name, table in part.child("tables").children()},
+        tables={name: _table(table, previous) for name, table in part.child("tables").children()},
     )
     if bool(entry.tensors) != (entry.file is not None):
         part.fail("must have a file exactly if it has tensors", part.value("file"))
@@ -162,8 +184,8 @@ def _tensor(tensor: _Reader, *members: str) -> TensorSpec:
     return TensorSpec(dtype, tuple(tensor.integers("shape")))
 
 
-def _table(table: _Reader) -> TableEntry:
-    table.members("rows", "columns", "meta", "ranges")
+def _table(table: _Reader, previous: Link | None) -> TableEntry:
+    table.members("rows", "columns", "meta", "ranges", *([] if previous is None else ["removed"]))
     columns: dict[str, TensorSpec] = {}
     for column in table.items("columns"):
         name = column.text("name")
@@ -172,20 +194,26 @@ def _table(table: _Reader) -> TableEntry:
         columns[name] = _tensor(column, "name", "dtype", "shape")
     if next(iter(columns.items()), None) != ("ids", TensorSpec("int64", ())):
         table.fail("must have 'ids', int64 with shape [], as its first column", table.value("columns"))
-    entry = TableEntry(
-        rows=table.integer("rows", 0),
-        columns=columns,
-        meta=table.child("meta").document,
-        ranges=tuple(_range(item) for item in table.items("ranges")),
-    )
-    firsts = [r.first_bucket for r in entry.ranges] + [BUCKETS]
-    expected = [0] + [r.last_bucket + 1 for r in entry.ranges]
-    if firsts != expected or any(r.first_bucket > r.last_bucket for r in entry.ranges):
-        found = [[r.first_bucket, r.last_bucket] for r in entry.ranges]
+    rows, ranges = _ranges(table)
+    removed = None
+    if previous is not None and table.value("removed") is not None:
+        gone = table.child("removed")
+        gone.members("rows", "ranges")
+        removed = RemovedEntry(*_ranges(gone))
+    return TableEntry(rows, columns, table.child("meta").document, ranges, removed)
+
+
+def _ranges(table: _Reader) -> tuple[int, tuple[RangeEntry, ...]]:
+    rows = table.integer("rows", 0)
+    ranges = tuple(_range(item) for item in table.items("ranges"))
+    firsts = [r.first_bucket for r in ranges] + [BUCKETS]
+    expected = [0] + [r.last_bucket + 1 for r in ranges]
+    if firsts != expected or any(r.first_bucket > r.last_bucket for r in ranges):
+        found = [[r.first_bucket, r.last_bucket] for r in ranges]
         table.fail(f"must have ranges that follow each other from bucket 0 to {BUCKETS - 1}", found)
-    if sum(r.rows for r in entry.ranges) != entry.rows:
-        table.fail(f"must have ranges of {entry.rows} rows together", [r.rows for r in entry.ranges])
-    return entry
+    if sum(r.rows for r in ranges) != rows:
+        table.fail(f"must have ranges of {rows} rows together", [r.rows for r in ranges])
+    return rows, ranges
 
 
 def _range(item: _Reader) -> RangeEntry:
@@ -220,7 +248,19 @@ def part_files(part: PartEntry) -> list[FileEntry]:
         Its dense file, if any, and those of its tables.
     """
     dense = [] if part.file is None else [part.file]
-    return dense + [r.file for table in part.tables.values() for r in table.ranges]
+    return dense + [file for table in part.tables.values() for file in table_files(table)]
+
+
+def table_files(table: TableEntry) -> list[FileEntry]:
+    """The files of a table, those of the ids that went among them.
+
+    Args:
+        table: the table.
+
+    Returns:
+        In bucket order, those of rows first.
+    """
+    return [r.file for r in (*table.ranges, *(() if table.removed is None else table.removed.ranges))]
 
 
 def _check_paths_differ(manifest: Manifest, path: Path) -> None:

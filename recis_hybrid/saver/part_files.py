@@ -1,5 +1,6 @@
 """Writes and reads the files of one part."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from recis_hybrid.saver.files import encode_name, seal_file, sync_directory, verify_file
 from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, PartEntry, TensorSpec
+from recis_hybrid.saver.manifest import FileEntry, PartEntry, RemovedEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.parse import table_files
 from recis_hybrid.saver.protocol import JSON, PartState
 from recis_hybrid.saver.table_files import read_table, write_table
 from recis_hybrid.saver.tensors import check_tensor, open_tensors, write_tensors
@@ -39,8 +41,13 @@ def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
         write_tensors(root / relative, _unshared(state.tensors), _tag(name))
         file = FileEntry(relative, *seal_file(root / relative))
     tables = {table: write_table(root, name, table, rows) for table, rows in state.tables.items()}
-    if tables:
-        sync_directory(root / "sparse" / encode_name(name))
+    for table, rows in state.tables.items():
+        if rows.removed is not None:
+            gone = write_table(root, name, table, rows.removed, "removed")
+            tables[table] = replace(tables[table], removed=RemovedEntry(gone.rows, gone.ranges))
+    for folder in ("sparse", "removed"):
+        if (root / folder / encode_name(name)).is_dir():
+            sync_directory(root / folder / encode_name(name))
     specs = {tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()}
     return PartEntry(kind, meta, specs, file, tables)
 
@@ -59,8 +66,23 @@ def verify_part(root: Path, name: str, entry: PartEntry) -> None:
     if entry.file is not None:
         verify_file(root / entry.file.path, f"part {name!r}", entry.file.size, entry.file.crc32)
     for table, rows in entry.tables.items():
-        for item in rows.ranges:
-            verify_file(root / item.file.path, f"part {name!r}, table {table!r}", item.file.size, item.file.crc32)
+        verify_table(root, name, table, rows)
+
+
+def verify_table(root: Path, name: str, table: str, entry: TableEntry) -> None:
+    """Compare the files of a table with their checksums.
+
+    Args:
+        root: directory of the checkpoint.
+        name: name of the part.
+        table: name of the table.
+        entry: what the manifest says of it.
+
+    Raises:
+        CorruptCheckpoint: a file has changed.
+    """
+    for file in table_files(entry):
+        verify_file(root / file.path, f"part {name!r}, table {table!r}", file.size, file.crc32)
 
 
 def read_part(root: Path, name: str, entry: PartEntry) -> PartState:

@@ -37,6 +37,49 @@ class Saveable(Protocol):
 
 
 @runtime_checkable
+class HasChanges(Protocol):
+    """A `Saveable` that can hand out just what changed since an earlier moment."""
+
+    def watch_checkpoint_changes(self) -> object:
+        """Begin to note what changes.
+
+        Returns:
+            What stands for this moment. Noting ends when nothing refers to it any more.
+        """
+        ...
+
+    def checkpoint_changes(self, since: object) -> PartState | None:
+        """Hand out what changed.
+
+        Args:
+            since: What `watch_checkpoint_changes` returned.
+
+        Returns:
+            The state as `checkpoint_state` has it, but where a table has `removed` only the rows that may have changed
+            since. None if that cannot be told.
+        """
+        ...
+
+
+@runtime_checkable
+class HasTables(Protocol):
+    """A `Saveable` that can take over some tables and keep the others."""
+
+    def checkpoint_layout(self) -> PartState:
+        """Hand out the state without rows, as `HasLayout` does."""
+        ...
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replace the rows of some tables.
+
+        Args:
+            tables: by name, with columns of the widths that they have here; dtypes may be others, and columns may be
+                missing but the first two.
+        """
+        ...
+
+
+@runtime_checkable
 class HasLayout(Protocol):
     """A `Saveable` that can say what its state looks like without handing it out, which large tables had better."""
 

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,18 @@ import torch
 
 from recis_hybrid.saver.adapters import part_of
 from recis_hybrid.saver.background import Background
-from recis_hybrid.saver.directory import STEP, read_manifest, step_name
+from recis_hybrid.saver.chain import Checkpoint, last_complete, needed_steps
+from recis_hybrid.saver.directory import STEP, step_name
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.lease import Lease
-from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.part_files import read_part, verify_part, write_part
+from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, PartEntry, dump_manifest
+from recis_hybrid.saver.part_files import write_part
+from recis_hybrid.saver.partial import load_some
 from recis_hybrid.saver.protocol import JSON, PartState
+from recis_hybrid.saver.selection import Loaded, Selection
 from recis_hybrid.saver.snapshot import snapshot
+from recis_hybrid.saver.tracking import Tracking
 
 _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
 _LARGEST_STEP = 10**18 - 1
@@ -39,7 +43,8 @@ class Saver:
 
     Args:
         path: directory of the checkpoints, on a local file system; made at the first save.
-        keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place.
+        keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place, but for
+            those that a kept one builds on.
         async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
             this saver waits for it and raises what went wrong; so does the end of the process, on stderr.
 
@@ -71,6 +76,7 @@ class Saver:
         self._async_save = async_save
         self._lease = Lease(self._root)
         self._background = Background()
+        self._tracking = Tracking(self._root)
 
     def steps(self) -> list[int]:
         """Find the complete checkpoints.
@@ -92,15 +98,21 @@ class Saver:
         """
         return max(self.steps(), default=None)
 
-    def save(self, step: int, **parts: object) -> Path:
+    def save(self, step: int, *, delta: bool = False, **parts: object) -> Path:
         """Save the parts as one checkpoint.
 
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
         checkpoints before it whole, and its remains are removed by the next save.
 
+        With `delta`, tables write only rows that were looked up in training, updated, inserted or removed since this
+        saver's last save, and the checkpoint builds on that one; all else is written whole. The first save with `delta`
+        is whole, as is one whose earlier checkpoint is gone: from then on the tables note the ids that are erased,
+        evicted and inserted by hand, 8 bytes each until the next save, and a copy of admission's counts.
+
         Args:
             step: number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
                 is the one that was written last.
+            delta: whether to write just what changed, where that is possible.
             **parts: what to save, by name.
 
         Returns:
@@ -128,13 +140,17 @@ class Saver:
         sync_directory(self._root.parent)
         self._lease.take()
         self._remove_leftovers()
+        self._tracking.on |= delta
+        link = self._tracking.link() if delta else None
+        watches: dict[str, object] = {}
+        taking = self._tracking.state
+        states = ((name, part.kind, taking(name, part, link, watches)) for name, part in adapters.items())
         if self._async_save:
-            kinds = {name: part.kind for name, part in adapters.items()}
-            states = {name: snapshot(part.state()) for name, part in adapters.items()}
-            write = partial(self._write, step, ((name, kinds[name], states.pop(name)) for name in kinds))
+            taken = [(name, kind, snapshot(state)) for name, kind, state in states]
+            write = partial(self._write, step, (taken.pop(0) for _ in range(len(taken))), link, watches)
             self._background.start(f"the save of step {step} in {self._root}", write)
         else:
-            self._write(step, ((name, part.kind, part.state()) for name, part in adapters.items()))
+            self._write(step, states, link, watches)
         return self._directory(step)
 
     def wait(self) -> None:
@@ -145,12 +161,14 @@ class Saver:
         """
         self._background.wait()
 
-    def _write(self, step: int, parts: Iterable[tuple[str, str, PartState]]) -> None:
+    def _write(
+        self, step: int, parts: Iterable[tuple[str, str, PartState]], link: Link | None, watches: dict[str, object]
+    ) -> None:
         folder = self._root / f".{step_name(step)}.partial"
         folder.mkdir()
         try:
             entries = {name: write_part(folder, name, kind, state) for name, kind, state in parts}
-            _write_manifest(folder, Manifest(step, 1, entries, _about()))
+            _write_manifest(folder, Manifest(step, 1, entries, _about(), link))
             folder.rename(self._directory(step))
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -160,7 +178,8 @@ class Saver:
                 ) from error
             raise
         sync_directory(self._root)
-        self._delete_oldest(step)
+        self._tracking.settle(step, watches)
+        self._delete_oldest()
 
     def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
         """Load parts of a checkpoint into live objects.
@@ -186,20 +205,65 @@ class Saver:
             raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
         adapters = {name: part_of(name, value) for name, value in parts.items()}
         found = self._resolve(step)
-        directory = self._directory(found)
         try:
-            manifest = read_manifest(directory, found)
-            entries = {name: _entry(directory, manifest, name, part.kind) for name, part in adapters.items()}
-            for name, entry in entries.items():
-                verify_part(directory, name, entry)
-            states = {name: read_part(directory, name, entry) for name, entry in entries.items()}
+            checkpoint = Checkpoint(self._root, found)
             for name, part in adapters.items():
-                part.check(f"{directory / MANIFEST}: part {name!r}", states[name])
+                _entry(checkpoint, name, part.kind)
+            for name in adapters:
+                checkpoint.verify(name)
+            states = {name: checkpoint.read(name) for name in adapters}
+            for name, part in adapters.items():
+                part.check(f"{checkpoint.directory / MANIFEST}: part {name!r}", states[name])
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
+            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
         for name, part in adapters.items():
             part.load(states.pop(name))
+        # Whoever loads what is incremental will go on so.
+        self._tracking.on |= checkpoint.manifest.previous is not None
+        self._tracking.loaded(found, adapters)
         return found
+
+    def load_some(
+        self, step: int | Literal["latest"] = "latest", *, only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
+        **parts: object,
+    ) -> Loaded:  # fmt: skip
+        """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
+
+        Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is
+        selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
+        their optimizer state; their steps become the table's own, as if they had just been met.
+
+        Args:
+            step: which checkpoint; the highest complete step by default.
+            only: patterns of the names to load; None for all.
+            exclude: patterns of names to leave out.
+            rename: names in the checkpoint and in the live object, with `*`: `{"encoder.*": "tower.*"}`.
+            strict: whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
+                of the same width whatever their dtype, with the optimizer state that both have.
+            **parts: the engines and modules to load into, by the names under which they were saved.
+
+        Returns:
+            What was loaded and what not.
+
+        Raises:
+            CorruptCheckpoint: a file is missing, unknown or changed.
+            CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
+            CheckpointError: there is no such checkpoint, or a part is neither an engine nor a module.
+        """
+        self.wait()
+        if not parts:
+            raise CheckpointError("Saver.load_some: there must be a part to load, got none. Pass parts by name.")
+        selection = Selection(only, exclude, rename)
+        adapters = {name: part_of(name, value) for name, value in parts.items()}
+        found = self._resolve(step)
+        try:
+            checkpoint = Checkpoint(self._root, found)
+            for name, part in adapters.items():
+                _entry(checkpoint, name, part.kind)
+            return load_some(checkpoint, adapters, selection, strict)
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
 
     def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
         """Read a JSON value that was saved as a part.
@@ -218,12 +282,11 @@ class Saver:
         """
         self.wait()
         found = self._resolve(step)
-        directory = self._directory(found)
         try:
-            manifest = read_manifest(directory, found)
+            checkpoint = Checkpoint(self._root, found)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
-        return _entry(directory, manifest, name, "json").meta.get("value")
+            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
+        return _entry(checkpoint, name, "json").meta.get("value")
 
     def _directory(self, step: int) -> Path:
         return self._root / step_name(step)
@@ -238,19 +301,33 @@ class Saver:
             )
         return wanted
 
-    def _others(self, step: int) -> str:
+    def _others(self, step: int, error: str) -> str:
         others = [other for other in self.steps() if other != step]
-        return f"Other steps in {self._root}: {others}." if others else f"There is no other step in {self._root}."
+        if not others:
+            return f"There is no other step in {self._root}."
+        # A file that the message names may be of an earlier one, on which others build too.
+        last = last_complete(self._root, [other for other in others if f"{self._directory(other)}/" not in error])
+        offer = "none of them has all its files" if last is None else f"the last one with all its files is {last}"
+        return f"Other steps in {self._root}: {others}. Of these, {offer}."
 
     def _remove_leftovers(self) -> None:
         for entry in list(os.scandir(self._root)):
             if _LEFTOVER.fullmatch(entry.name):
                 shutil.rmtree(entry.path)
 
-    def _delete_oldest(self, newest: int) -> None:
+    def _delete_oldest(self) -> None:
         if self._keep is None:
             return
-        for step in self.steps()[: -self._keep]:
+        steps = self.steps()
+        try:
+            needed = needed_steps(self._root, steps[-self._keep :])
+        except CheckpointError:
+            # What a damaged one builds on is not known: nothing goes until it has left the newest.
+            return
+        # What builds on another goes before it: at no moment is there one that lacks what it needs.
+        for step in reversed(steps[: -self._keep]):
+            if step in needed:
+                continue
             # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
             doomed = self._root / f".{step_name(step)}.deleted"
             self._directory(step).rename(doomed)
@@ -258,7 +335,7 @@ class Saver:
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    for folder in ("dense", "sparse"):
+    for folder in ("dense", "sparse", "removed"):
         if (partial / folder).is_dir():
             sync_directory(partial / folder)
     with open(partial / MANIFEST, "xb") as file:
@@ -268,12 +345,13 @@ def _write_manifest(partial: Path, manifest: Manifest) -> None:
     sync_directory(partial)
 
 
-def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEntry:
-    entry = manifest.parts.get(name)
-    where = f"{directory / MANIFEST}: part {name!r}"
+def _entry(checkpoint: Checkpoint, name: str, kind: str) -> PartEntry:
+    parts = checkpoint.manifest.parts
+    entry = parts.get(name)
+    where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
     if entry is None:
         raise CheckpointMismatch(
-            f"{where} must be in the checkpoint, which has {sorted(manifest.parts)}. Leave it out, or save it first."
+            f"{where} must be in the checkpoint, which has {sorted(parts)}. Leave it out, or save it first."
         )
     if entry.kind != kind:
         remedy = "Use Saver.read_json." if entry.kind == "json" else "Pass the object that was saved under this name."

@@ -1,14 +1,14 @@
 """What a checkpoint holds, and how two differ, as plain data and as text."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.compare import state_differences
 from recis_hybrid.saver.manifest import Manifest, PartEntry
-from recis_hybrid.saver.part_files import read_part
+from recis_hybrid.saver.parse import part_files, table_files
 from recis_hybrid.saver.protocol import PartState, TableState
 
 
@@ -16,6 +16,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     """Return what a manifest says, as JSON can hold it: parts, tables with their rows, columns and bytes."""
     return {
         "step": manifest.step,
+        "previous": None if manifest.previous is None else manifest.previous.step,
         "world_size": manifest.world_size,
         "bytes": sum(_part_bytes(part) for part in manifest.parts.values()),
         "parts": {name: _part(part) for name, part in sorted(manifest.parts.items())},
@@ -29,11 +30,14 @@ def summary_text(found: dict[str, Any]) -> str:
         f"step {found['step']}, written by {found['world_size']} process(es) at {found['meta'].get('wall_time', '?')}, "
         f"{size_text(found['bytes'])}"
     ]
+    if found["previous"] is not None:
+        lines.append(f"builds on step {found['previous']}: tables say what changed since")
     for name, part in found["parts"].items():
         lines.append(f"{part['kind']:<10} {name}  {part['tensors']} tensors, {size_text(part['bytes'])}")
         for table, rows in part["tables"].items():
             columns = ", ".join(f"{column} {spec}" for column, spec in rows["columns"].items())
-            lines.append(f"  table {table}: {rows['rows']:,} rows, {size_text(rows['bytes'])}: {columns}")
+            removed = "" if rows["removed"] is None else f" changed, {rows['removed']:,} removed"
+            lines.append(f"  table {table}: {rows['rows']:,} rows{removed}, {size_text(rows['bytes'])}: {columns}")
     return "\n".join(lines)
 
 
@@ -46,29 +50,27 @@ def size_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def differences(
-    first: tuple[Path, Manifest], second: tuple[Path, Manifest], reading: Callable[[str], None]
-) -> list[str]:
+def differences(first: Checkpoint, second: Checkpoint, reading: Callable[[str], None]) -> list[str]:
     """Compare two checkpoints by content; step, time and how tables were cut into files do not count.
 
     A table of each is in memory at a time, whole.
 
     Args:
-        first: Directory and manifest.
-        second: Directory and manifest.
+        first: One.
+        second: The other.
         reading: Told the part that is read next.
 
     Returns:
         One text for each difference.
     """
-    (here, a), (there, b) = first, second
+    a, b = first.manifest, second.manifest
     found = []
     for name in sorted(a.parts.keys() | b.parts.keys()):
         if name not in a.parts or name not in b.parts:
             found.append(f"part {name!r} is in {'the first' if name in a.parts else 'the second'} only")
             continue
         reading(name)
-        mine, theirs = read_part(here, name, a.parts[name]), read_part(there, name, b.parts[name])
+        mine, theirs = first.read(name), second.read(name)
         found += [f"part {name!r}: {text}" for text in _differences(mine, theirs)]
     return found
 
@@ -115,7 +117,8 @@ def _part(part: PartEntry) -> dict[str, Any]:
         "tables": {
             name: {
                 "rows": table.rows,
-                "bytes": sum(each.file.size for each in table.ranges),
+                "removed": None if table.removed is None else table.removed.rows,
+                "bytes": sum(file.size for file in table_files(table)),
                 "files": len(table.ranges),
                 "columns": {column: str(spec) for column, spec in table.columns.items()},
                 "meta": table.meta,
@@ -126,5 +129,4 @@ def _part(part: PartEntry) -> dict[str, Any]:
 
 
 def _part_bytes(part: PartEntry) -> int:
-    tables = sum(each.file.size for table in part.tables.values() for each in table.ranges)
-    return tables + (0 if part.file is None else part.file.size)
+    return sum(file.size for file in part_files(part))

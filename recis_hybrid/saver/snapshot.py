@@ -21,10 +21,10 @@ def snapshot(state: PartState) -> PartState:
         tensor = tensor.detach()
         return tensor.cpu() if state.owned or not tensor.is_cpu else tensor.clone()
 
-    tables = {
-        name: TableState(
-            {column: copy(values) for column, values in table.columns.items()}, copy(table.buckets), table.meta
-        )
-        for name, table in state.tables.items()
-    }
+    def rows(table: TableState) -> TableState:
+        columns = {column: copy(values) for column, values in table.columns.items()}
+        removed = None if table.removed is None else rows(table.removed)
+        return TableState(columns, copy(table.buckets), table.meta, removed)
+
+    tables = {name: rows(table) for name, table in state.tables.items()}
     return replace(state, tables=tables, tensors={name: copy(tensor) for name, tensor in state.tensors.items()})

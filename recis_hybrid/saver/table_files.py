@@ -45,8 +45,8 @@ def range_count(rows: int, row_bytes: int) -> int:
     return count
 
 
-def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
-    """Write a table below `sparse/` and force it to the disk.
+def write_table(root: Path, part: str, name: str, state: TableState, above: str = "sparse") -> TableEntry:
+    """Write a table below `sparse/` and force it to the disk; what it says of ids that went is not looked at.
 
     At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
     handed out in order, by (bucket, id), are held once.
@@ -56,6 +56,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
         part: name of the part.
         name: name of the table.
         state: the rows.
+        above: the folder below which it goes.
 
     Returns:
         What the manifest says of the table.
@@ -72,7 +73,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
     order, buckets = _sorted_order(where, state)
     cuts = torch.searchsorted(buckets, torch.arange(0, BUCKETS + 1, BUCKETS // count)).tolist()
 
-    folder = f"sparse/{encode_name(part)}/{encode_name(name)}"
+    folder = f"{above}/{encode_name(part)}/{encode_name(name)}"
     (root / folder).mkdir(parents=True)
     ranges: list[RangeEntry] = []
     for i in range(count):

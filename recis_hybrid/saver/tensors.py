@@ -111,6 +111,10 @@ class TensorFile:
         if found != specs:
             self._fail(f"must hold {_listed(specs)}, holds {_listed(found)}")
 
+    def names(self) -> list[str]:
+        """The names of all tensors, in order."""
+        return sorted(self._handle.keys())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, by the header.
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,43 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is no directory" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["mend", str(tmp_path)])
+
+
+COMMANDS = ["inspect", "verify", "diff", "compact", "export", "import-recis"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_errors_are_told(command: str, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path)] * (1 if command in ("inspect", "verify", "compact") else 2)
+    assert main([command, *paths, *(["--json"] if as_json else [])]) == 1
+    found = capsys.readouterr()
+    text = json.loads(found.out)["error"] if as_json else found.err.removeprefix("recis-hybrid: ")
+    assert text.startswith(str(tmp_path))
+
+
+def test_an_error_ends_the_process_without_a_traceback(tmp_path: Path, root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recis_hybrid.saver.cli", "verify", str(tmp_path)],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"recis-hybrid: {tmp_path} holds no complete checkpoint")
+
+
+def test_a_step_is_taken_by_its_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run), "--step", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert main(["verify", str(run), "--step", "3"]) == 1
+    assert "holds no complete checkpoint of step 3, it holds [2, 4]" in capsys.readouterr().err
+    assert main(["verify", str(run / "step_000002"), "--step", "4"]) == 1
+    assert "is not of step 4" in capsys.readouterr().err

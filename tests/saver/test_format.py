@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from recis_hybrid.saver import CheckpointError, Saver, saver
+from recis_hybrid.saver.manifest import Link, dump_manifest
 from recis_hybrid.saver.parse import parse_manifest
 from tests.saver.fakes import HIGHEST, LOWEST, example_shelf, sealed
 from tests.saver.schema import faults
@@ -134,9 +135,52 @@ def edited(document: Any, place: tuple[Any, ...], new: Any) -> Any:
     return result
 
 
-def test_schema_and_reader_refuse_alike(schema: dict[str, Any], documented: str) -> None:
-    # Every member of the documented manifest is replaced by each of these; what the schema refuses, the reader does.
+def incremental(documented: str) -> str:
+    """The documented manifest as one that builds on another."""
     document = json.loads(documented)
+    table = document["parts"]["engine"]["tables"]["user/country"]
+    removed = copy.deepcopy(table["ranges"])
+    removed[0]["file"]["path"] = "removed/engine/user%2Fcountry/00000-65535.safetensors"
+    table["removed"] = {"rows": 5, "ranges": removed}
+    document["previous"] = {"step": 120, "sha256": "0123456789abcdef" * 4}
+    return json.dumps(document)
+
+
+def test_an_incremental_manifest_is_read_as_it_was_written(schema: dict[str, Any], documented: str) -> None:
+    document = json.loads(incremental(documented))
+    assert faults(schema, document) == []
+    manifest = parse_manifest(sealed(document), Path("manifest.json"))
+    assert manifest.previous == Link(120, "0123456789abcdef" * 4)
+    removed = manifest.parts["engine"].tables["user/country"].removed
+    assert removed is not None
+    assert [(r.first_bucket, r.last_bucket, r.rows) for r in removed.ranges] == [(0, 65535, 5)]
+    again = json.loads(dump_manifest(manifest))
+    assert {**again, "crc32": None} == {**document, "crc32": None}
+    assert list(again)[:5] == ["format", "format_version", "step", "world_size", "previous"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, t: d.pop("previous"), "must have the members"),
+        (lambda d, t: t.pop("removed"), "must have the members"),
+        (lambda d, t: d["previous"].update(step=123), "must be of a step below the checkpoint's own, got 123"),
+        (lambda d, t: d["previous"].update(sha256="0"), "must have a sha256 of 64 hexadecimal digits"),
+        (lambda d, t: t["removed"].update(rows=4), "must have ranges of 4 rows together"),
+        (lambda d, t: t["removed"]["ranges"][0]["file"].update(t["ranges"][0]["file"]), "a file must be named once"),
+    ],
+)
+def test_an_incremental_manifest_against_the_rules(documented: str, change: Any, message: str) -> None:
+    document = json.loads(incremental(documented))
+    change(document, document["parts"]["engine"]["tables"]["user/country"])
+    with pytest.raises(CheckpointError, match=message):
+        parse_manifest(sealed(document), Path("manifest.json"))
+
+
+@pytest.mark.parametrize("make", [str, incremental])
+def test_schema_and_reader_refuse_alike(schema: dict[str, Any], documented: str, make: Any) -> None:
+    # Every member of the documented manifest is replaced by each of these; what the schema refuses, the reader does.
+    document = json.loads(make(documented))
     strange = [None, True, -1, 0, 1.5, 2**63, "", "../x", "/x", "x", [], [0], {}, {"x": 1}]
     refused = 0
     for place in members(document):

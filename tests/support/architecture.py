@@ -13,6 +13,8 @@ ROOMS: dict[str, set[str]] = {
     "ops": set(),
     "ragged": {"ops"},
     "state": set(),
+    # Reads what the saver writes, where there is neither torch nor the native library.
+    "serving": set(),
     "columnio": {"ops", "ragged", "state"},
     "features": {"ops", "ragged"},
     # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the state they hand out.

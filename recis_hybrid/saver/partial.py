@@ -1,0 +1,147 @@
+"""Loads some of a checkpoint into live objects that need not be those that were saved."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.saver.adapters import ModulePart, Part, SaveablePart
+from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.manifest import PartEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.protocol import HasTables, TableState
+from recis_hybrid.saver.selection import Loaded, Selection
+
+
+def load_some(checkpoint: Checkpoint, parts: Mapping[str, Part], selection: Selection, strict: bool) -> Loaded:
+    """Load the selected tables and tensors.
+
+    Only files of selected tables are read. All is verified and compared before anything is changed.
+
+    Args:
+        checkpoint: what to load from; holds all the parts, of these kinds.
+        parts: what to load into: modules, and Saveables that can take some tables.
+        selection: which names, and what the live objects call them.
+        strict: whether each selected name must have a counterpart of the same form.
+
+    Returns:
+        What was loaded and what not.
+
+    Raises:
+        CorruptCheckpoint: a file has changed.
+        CheckpointMismatch: strict, and something selected does not fit.
+        CheckpointError: a part cannot take some of a state.
+    """
+    result = Loaded(checkpoint.manifest.step)
+    actions: list[Callable[[], None]] = []
+    for name, part in parts.items():
+        entry = checkpoint.manifest.parts[name]
+        if isinstance(part, SaveablePart):
+            actions.append(_tables(checkpoint, name, part, entry, selection, strict, result))
+        elif isinstance(part, ModulePart):
+            checkpoint.verify(name)
+            tensors = checkpoint.read(name).tensors
+            actions.append(tensors_into(f"{name}: ", part.module, tensors, selection, result))
+        else:
+            raise CheckpointError(
+                f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it "
+                "with Saver.load."
+            )
+    if strict:
+        result.refuse(str(checkpoint.directory))
+    for act in actions:
+        act()
+    return result
+
+
+def tensors_into(
+    prefix: str, module: torch.nn.Module, tensors: Mapping[str, Tensor], selection: Selection, result: Loaded
+) -> Callable[[], None]:
+    """Compare tensors with a module's parameters and buffers.
+
+    Args:
+        prefix: of the names in the result.
+        module: what to load into.
+        tensors: by their names in the checkpoint.
+        selection: which of them.
+        result: takes what is found.
+
+    Returns:
+        What copies them: shapes are the same, dtypes are converted.
+    """
+    live = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    names = selection.live_names(tensors)
+    fitting: list[tuple[Tensor, Tensor]] = []
+    for name, saved in names.items():
+        if name not in live:
+            result.unused.append(f"{prefix}{saved}")
+        elif live[name].shape != tensors[saved].shape:
+            a, b = TensorSpec.of(tensors[saved]), TensorSpec.of(live[name])
+            result.unfit.append(f"{prefix}{name}: checkpoint {a}, live object {b}")
+        else:
+            fitting.append((live[name], tensors[saved]))
+            result.loaded.append(f"{prefix}{name}")
+    result.missing.extend(f"{prefix}{name}" for name in live if name not in names and selection.takes(name))
+
+    def copy() -> None:
+        with torch.no_grad():
+            for own, value in fitting:
+                own.copy_(value)
+
+    return copy
+
+
+def _tables(
+    checkpoint: Checkpoint, name: str, part: SaveablePart, entry: PartEntry, selection: Selection, strict: bool,
+    result: Loaded,
+) -> Callable[[], None]:  # fmt: skip
+    owner = part.value
+    if not isinstance(owner, HasTables):
+        raise CheckpointError(
+            f"Saver.load_some: part {name!r} ({type(owner).__name__}) has no load_checkpoint_tables, so that it cannot "
+            "take some tables. Load it whole with Saver.load."
+        )
+    live = owner.checkpoint_layout().tables
+    names = selection.live_names(entry.tables)
+    fitting: dict[str, str] = {}
+    for live_name, saved in names.items():
+        if live_name not in live:
+            result.unused.append(f"{name}: {saved}")
+            continue
+        difference = _difference(entry.tables[saved], live[live_name], strict)
+        if difference:
+            result.unfit.append(f"{name}: table {live_name}: {difference}")
+        else:
+            fitting[live_name] = saved
+            result.loaded.append(f"{name}: {live_name}")
+    result.missing.extend(f"{name}: {table}" for table in live if table not in names and selection.takes(table))
+    if strict and (result.missing or result.unused or result.unfit):
+        return lambda: None
+    tables = set(fitting.values())
+    checkpoint.verify(name, tables)
+    states = checkpoint.read(name, tables).tables
+
+    def load() -> None:
+        taken = {}
+        for live_name, saved in fitting.items():
+            rows, kept = states.pop(saved), live[live_name].columns
+            columns = {column: values for column, values in rows.columns.items() if column in kept}
+            taken[live_name] = TableState(columns, rows.buckets, rows.meta)
+        owner.load_checkpoint_tables(taken)
+
+    return load
+
+
+def _difference(saved: TableEntry, live: TableState, strict: bool) -> str | None:
+    """In what columns differ. Not strict: dtypes may, and either side may have columns that the other lacks."""
+    own = {column: TensorSpec.of(values, skip=1) for column, values in live.columns.items()}
+    common = [column for column in saved.columns if column in own]
+    if strict and saved.columns.keys() != own.keys():
+        return f"checkpoint has the columns {list(saved.columns)}, live object {list(own)}"
+    if common[:2] != list(own)[:2]:
+        return f"checkpoint must have the columns {list(own)[:2]}, it has {list(saved.columns)}"
+    for column in common:
+        a, b = saved.columns[column], own[column]
+        if a.shape != b.shape or (strict and a.dtype != b.dtype):
+            return f"column {column}: checkpoint {a}, live object {b}"
+    return None

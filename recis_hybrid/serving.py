@@ -1,0 +1,326 @@
+"""Reads exported tables with numpy alone: neither torch nor the native library is imported.
+
+A checkpoint's files are mapped, not read: a lookup touches only the pages of the rows it returns.
+
+Letters: n ids of a call, m rows of a file, D dim.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_FORMAT, _VERSION, _BUCKETS = "recis_hybrid.checkpoint", 1, 65536
+_SEAL = re.compile(rb'(.*),\n "crc32": "([0-9a-f]{8})"\n}\n', re.DOTALL)
+_STEP = re.compile(r"step_(\d{6,18})")
+_PATH = re.compile(r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*(?:/[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*)*")
+_MOST_HEADER, _MOST_MANIFEST = 100_000_000, 2**30
+_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "|b1"},
+    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1"},
+}
+
+Array = npt.NDArray[Any]
+
+
+class ServingError(ValueError):
+    """An export cannot be found or read, or does not hold what was asked for."""
+
+
+class Reader:
+    """Embeddings and dense tensors of one checkpoint, such as `recis-hybrid export` writes.
+
+    Whole training checkpoints can be read too; one that holds just what changed is refused.
+
+    Args:
+        path: a `step_…` folder, or the folder of several, of which the highest is taken.
+        verify: whether to compare every file with its checksums now, which reads them all.
+
+    Raises:
+        ServingError: there is no checkpoint, it is damaged, of another format version, or holds just what changed.
+
+    Example:
+        >>> Reader("no/such/place")
+        Traceback (most recent call last):
+        ...
+        recis_hybrid.serving.ServingError: no/such/place is no directory. Name what `recis-hybrid export` wrote.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
+        self.path = _step_folder(Path(path))
+        document = _manifest(self.path / "manifest.json")
+        self.step: int = document["step"]
+        """The step that was exported."""
+        self.parts: dict[str, Any] = document["parts"]
+        """What the manifest says of each part; docs/format.md has its members."""
+        self._tables: dict[str, _Table] = {}
+        for part, entry in self.parts.items():
+            for name, table in entry["tables"].items():
+                key = name if name not in self._tables else f"{part}/{name}"
+                self._tables[key] = _Table(self.path, name, table)
+        if verify:
+            for file in self._files():
+                _verify(self.path, file)
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables; where two parts have one of the same name, the second is `part/name`."""
+        return list(self._tables)
+
+    def dim(self, table: str) -> int:
+        """Returns the width of a table's embeddings.
+
+        Args:
+            table: its name.
+
+        Returns:
+            D.
+
+        Raises:
+            ServingError: there is no such table.
+        """
+        return self._table(table).dim
+
+    def lookup(self, table: str, ids: npt.ArrayLike, default: npt.ArrayLike = 0.0) -> npt.NDArray[np.float32]:
+        """Returns the embeddings of ids.
+
+        Args:
+            table: name of the table.
+            ids: int64 `[n]`, any values, in any order.
+            default: what an id counts as that has no row: a number, or float32 `[D]`.
+
+        Returns:
+            float32 `[n, D]`; bfloat16 and float16 are widened.
+
+        Raises:
+            ServingError: there is no such table, or the ids are not int64 `[n]`.
+        """
+        wanted = np.asarray(ids)
+        if wanted.size == 0:
+            wanted = wanted.astype(np.int64)
+        if wanted.dtype != np.int64 or wanted.ndim != 1:
+            raise ServingError(
+                f"lookup: table {table!r}: ids must be int64 [n], got {wanted.dtype} {list(wanted.shape)}. Convert "
+                "them with .astype(numpy.int64)."
+            )
+        return self._table(table).lookup(wanted, default)
+
+    def dense(self, part: str) -> dict[str, Array]:
+        """Returns the dense tensors of a part, such as a tower's weights.
+
+        Args:
+            part: name of the part.
+
+        Returns:
+            By name, views of the mapped file, read-only; bfloat16 as copies in float32.
+
+        Raises:
+            ServingError: there is no such part.
+        """
+        if part not in self.parts:
+            raise ServingError(f"{self.path}: has no part {part!r}, it has {sorted(self.parts)}. Name one of these.")
+        file = self.parts[part]["file"]
+        if file is None:
+            return {}
+        return {name: _widened(*tensor) for name, tensor in _tensors(self.path, file).items()}
+
+    def _table(self, name: str) -> _Table:
+        if name not in self._tables:
+            raise ServingError(f"{self.path}: has no table {name!r}, it has {self.tables}. Name one of these.")
+        return self._tables[name]
+
+    def _files(self) -> Iterator[dict[str, Any]]:
+        for part in self.parts.values():
+            if part["file"] is not None:
+                yield part["file"]
+            for table in part["tables"].values():
+                yield from (item["file"] for item in table["ranges"])
+
+
+class _Tensor(NamedTuple):
+    values: Array
+    bfloat16: bool
+    """Whether the values are the upper halves of float32, as unsigned words."""
+
+
+class _Table:
+    """One table: its files, opened when they are first needed."""
+
+    def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
+        shapes = {column["name"]: column["shape"] for column in entry["columns"]}
+        self._name = name
+        self.dim = int(shapes["embedding"][0]) if "embedding" in shapes else 0
+        self._root = root
+        self._ranges = entry["ranges"]
+        self._firsts = np.array([item["buckets"][0] for item in self._ranges])
+        self._open: dict[int, dict[str, _Tensor]] = {}
+
+    def lookup(self, ids: npt.NDArray[np.int64], default: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        if not self.dim:
+            raise ServingError(f"{self._root}: table {self._name!r} has no embeddings.")
+        out = np.empty((ids.size, self.dim), np.float32)
+        out[:] = default
+        buckets = bucket_of(ids)
+        which = np.searchsorted(self._firsts, buckets, side="right") - 1
+        for number in np.unique(which).tolist():
+            mine = np.flatnonzero(which == number)
+            tensors = self._file(number)
+            rows = _rows(tensors, ids[mine], buckets[mine])
+            found = rows >= 0
+            out[mine[found]] = _widened(tensors["embedding"].values[rows[found]], tensors["embedding"].bfloat16)
+        return out
+
+    def _file(self, number: int) -> dict[str, _Tensor]:
+        if number not in self._open:
+            item = self._ranges[number]
+            tensors = _tensors(self._root, item["file"])
+            rows, m = tensors.get("ids"), item["rows"]
+            columns = {"ids": (m,), "embedding": (m, self.dim)}
+            present = tensors["buckets"].values.size if "buckets" in tensors else 0
+            columns |= {"buckets": (present,), "bucket_offsets": (present + 1,)}
+            for name, shape in columns.items():
+                if name not in tensors or tensors[name].values.shape != shape:
+                    raise ServingError(f"{self._root / item['file']['path']}: must hold {name} {list(shape)}.")
+            offsets = tensors["bucket_offsets"].values
+            if rows is None or offsets[0] != 0 or offsets[-1] != m or bool((np.diff(offsets) <= 0).any()):
+                raise ServingError(f"{self._root / item['file']['path']}: bucket_offsets must ascend from 0 to {m}.")
+            self._open[number] = tensors
+        return self._open[number]
+
+
+def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns which of the 65,536 buckets owns each id, as docs/format.md says.
+
+    Args:
+        ids: int64 `[n]`.
+
+    Returns:
+        int64 `[n]`.
+
+    Example:
+        >>> bucket_of(np.array([0, -1])).tolist()
+        [62190, 55781]
+    """
+    x = ids.view(np.uint64) ^ np.uint64(0x5851F42D4C957F2D)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(48)).astype(np.int64)
+
+
+def _rows(tensors: dict[str, _Tensor], ids: Array, buckets: Array) -> Array:
+    """The row of each id within a file, -1 for an id that has none: a binary search within its bucket."""
+    present, offsets, stored = (tensors[name].values for name in ("buckets", "bucket_offsets", "ids"))
+    if stored.size == 0:
+        return np.full(ids.size, -1)
+    at = np.searchsorted(present, buckets)
+    there = present[np.minimum(at, present.size - 1)] == buckets
+    at = np.where(there, at, 0)
+    low, high = offsets[at], np.where(there, offsets[at + 1], offsets[at])
+    end = high
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        below = stored[np.minimum(middle, stored.size - 1)] < ids
+        low, high = np.where((low < high) & below, middle + 1, low), np.where((low < high) & ~below, middle, high)
+    return np.where((low < end) & (stored[np.minimum(low, stored.size - 1)] == ids), low, -1)
+
+
+def _widened(values: Array, bfloat16: bool) -> Array:
+    return (values.astype(np.uint32) << 16).view(np.float32) if bfloat16 else values
+
+
+def _step_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ServingError(f"{path} is no directory. Name what `recis-hybrid export` wrote.")
+    if (path / "manifest.json").is_file():
+        return path
+    found = [(int(match[1]), entry) for entry in path.iterdir() if (match := _STEP.fullmatch(entry.name))]
+    complete = [(step, entry) for step, entry in found if (entry / "manifest.json").is_file()]
+    if not complete:
+        raise ServingError(f"{path} holds no complete checkpoint. Name what `recis-hybrid export` wrote.")
+    return max(complete)[1]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Reads a manifest. Its CRC-32 holds, so what is in it is what was written; paths are looked at all the same."""
+    if path.stat().st_size > _MOST_MANIFEST:
+        raise ServingError(f"{path}: must have at most {_MOST_MANIFEST} bytes, has {path.stat().st_size}.")
+    raw = path.read_bytes()
+    match = _SEAL.fullmatch(raw)
+    if match is None or int(match[2], 16) != zlib.crc32(match[1]):
+        raise ServingError(f"{path}: is damaged: the CRC-32 at its end is not that of its text. Export it again.")
+    try:
+        document: dict[str, Any] = json.loads(raw)
+        if document["format"] != _FORMAT or document["format_version"] != _VERSION:
+            found = (document["format"], document["format_version"])
+            raise ServingError(f"{path}: must be of {_FORMAT!r}, version {_VERSION}, is of {found}. Export it again.")
+        if document["buckets"] != _BUCKETS:
+            raise ServingError(f"{path}: must have {_BUCKETS} buckets, has {document['buckets']}.")
+        if "previous" in document:
+            raise ServingError(
+                f"{path}: holds just what changed since step {document['previous']['step']}. Export it with "
+                "`recis-hybrid export`, or make it whole with `recis-hybrid compact`."
+            )
+        for part in document["parts"].values():
+            files = [part["file"], *(r["file"] for table in part["tables"].values() for r in table["ranges"])]
+            for file in files:
+                if file is not None and not _PATH.fullmatch(file["path"]):
+                    raise ServingError(f"{path}: a path must lead to a file beside it, got {file['path']!r}.")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ServingError(f"{path}: is no manifest: {error!r}. Export it again.") from error
+    return document
+
+
+def _tensors(root: Path, file: dict[str, Any]) -> dict[str, _Tensor]:
+    """Maps a safetensors file and returns views of its tensors."""
+    path = root / file["path"]
+    try:
+        with open(path, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != file["size"]:
+                raise ServingError(f"{path}: must have {file['size']} bytes by the manifest, has {size}.")
+            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        length = int.from_bytes(data[:8], "little")
+        if not 0 < length <= min(_MOST_HEADER, size - 8):
+            raise ServingError(f"{path}: its header cannot have {length} bytes.")
+        header = json.loads(data[8 : 8 + length])
+        begin = 8 + length
+        tensors: dict[str, _Tensor] = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype = np.dtype(_DTYPES[entry["dtype"]])
+            count = 1
+            for extent in shape:
+                count *= extent
+            if (
+                not 0 <= first <= last <= size - begin
+                or count * dtype.itemsize != last - first
+                or min(shape, default=0) < 0
+            ):
+                raise ServingError(f"{path}: tensor {name!r} of shape {list(shape)} cannot lie at {first} to {last}.")
+            values = np.frombuffer(data, dtype, count, begin + first).reshape(shape)
+            tensors[name] = _Tensor(values, entry["dtype"] == "BF16")
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, ServingError):
+            raise
+        raise ServingError(f"{path}: cannot be read: {error!r}. Export it again.") from error
+    return tensors
+
+
+def _verify(root: Path, file: dict[str, Any]) -> None:
+    chunk = 4 * 2**20
+    with open(root / file["path"], "rb") as opened:
+        sums = [f"{zlib.crc32(part):08x}" for part in iter(lambda: opened.read(chunk), b"")]
+    if sums != file["crc32"]:
+        raise ServingError(f"{root / file['path']}: has changed since it was written: its checksums differ.")

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
+from recis_hybrid.embedding.changes import _FEW, Changes, changed_known, changed_rows
+from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.tables import feature, make_table
+
+
+@on_devices
+def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> None:
+    table = make_table(members=2, device=device)
+    table.lookup([feature(EDGE_IDS, device=device), feature([5, 6], member=1, device=device)], train=True)
+    table.step = 3
+    lookup = table.lookup([feature([0, -1], device=device), feature([6, 7], member=1, device=device)], train=True)
+    table.lookup([feature([1], device=device)], train=False)
+    assert lookup.step == 4
+    ids, members = table.touched(3)
+    assert sorted(zip(members.tolist(), ids.tolist(), strict=True)) == [(0, -1), (0, 0), (1, 6), (1, 7)]
+    assert table.touched(4)[0].numel() == 0
+    assert table.touched(0)[0].numel() == len(EDGE_IDS) + 3
+    # An update marks rows of an earlier lookup, too.
+    table.step = 9
+    table.insert(0, torch.tensor([1], device=device), {
+        "embedding": torch.zeros(1, 4, device=device),
+        **{name: torch.tensor([n], device=device) for n, name in enumerate(("seen_step", "frequency", "updated_step"))},
+    })  # fmt: skip
+    assert [part.tolist() for part in table.touched(4)] == [[], []]
+    rows = table.rows(0, torch.tensor([1], device=device))
+    assert rows.tolist()[0] >= 0
+
+
+@on_devices
+def test_changed_rows_by_member_table(device: str) -> None:
+    engine = EmbeddingEngine(
+        dict.fromkeys("ab", EmbeddingConfig(dim=2)), optimizer_state=optim.SGD.row_state(), device=device
+    )
+    ids = torch.arange(6, device=device)
+    engine({"a": ids, "b": ids})
+    optim.SGD(engine.parameters(), lr=1.0).step()
+    (table,) = engine.tables
+    since = table.watch()
+    assert table.watches(since)
+    table.erase(0, torch.tensor([2, 50], device=device))
+    table.insert(0, torch.tensor([3, 60], device=device))
+    engine({"a": ids[4:5], "b": ids[:0]})
+    (a, gone), (b, none) = changed_rows(table, since)
+    assert sorted(a["ids"].tolist()) == [3, 4, 60]
+    assert gone is not None
+    assert gone.tolist() == [2, 50]
+    assert b["ids"].numel() == 0
+    assert none is not None
+    assert none.numel() == 0
+    table.clear(1)
+    assert changed_rows(table, since)[1][1] is None
+    assert not make_table().watches(since)
+
+
+def test_what_is_noted_is_bounded() -> None:
+    changes = Changes(0, {})
+    for begin in range(0, 40 * _FEW, _FEW):
+        changes.note(0, torch.arange(begin, begin + _FEW) % (3 * _FEW), rows=10 * _FEW)
+        assert sum(part.numel() for part in changes._ids[0]) <= 6 * _FEW + _FEW
+    assert changes.ids(0).tolist() == list(range(3 * _FEW))
+    changes.note(0, torch.arange(100 * _FEW), rows=10 * _FEW)
+    assert changes.whole == {0}
+    changes.note(0, torch.tensor([1]), rows=10)
+    assert changes.ids(0).numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed", "gone"),
+    [
+        ({}, {}, {}, []),
+        ({}, {1: 1}, {1: 1}, []),
+        ({1: 1}, {}, {}, [1]),
+        ({1: 1, 5: 2, 9: 3}, {1: 1, 5: 3, 7: 1}, {5: 3, 7: 1}, [9]),
+        ({-1: 1, 2**63 - 1: 2}, {-(2**63): 1, 2**63 - 1: 2}, {-(2**63): 1}, [-1]),
+    ],
+)
+def test_what_admission_knows_otherwise(
+    before: dict[int, int], now: dict[int, int], changed: dict[int, int], gone: list[int]
+) -> None:
+    def columns(counts: dict[int, int]) -> dict[str, torch.Tensor]:
+        return {
+            "ids": torch.tensor(sorted(counts), dtype=torch.int64),
+            "count": torch.tensor([counts[i] for i in sorted(counts)], dtype=torch.int64),
+        }
+
+    found, left = changed_known(columns(before), columns(now))
+    assert dict(zip(found["ids"].tolist(), found["count"].tolist(), strict=True)) == changed
+    assert left.tolist() == gone
+
+
+def test_counts_are_copied_by_a_watch_and_not_shared() -> None:
+    engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2, admission=MinFrequency(3))})
+    (table,) = engine.tables
+    engine({"a": torch.tensor([4])})
+    since = table.watch()
+    engine({"a": torch.tensor([4])})
+    assert since.known[0]["count"].tolist() == [1]

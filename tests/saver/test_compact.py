@@ -1,0 +1,127 @@
+"""Whole checkpoints of incremental ones, and exports, by the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
+from recis_hybrid.saver import Saver, compact
+from recis_hybrid.saver.cli import main
+from tests.saver.fakes import entries
+from tests.support.toy import Toy
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*.safetensors")}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, Toy]:
+    """Steps 2 (whole), 4 and 6; step 7 is 6 once more, whole, of another saver."""
+    toy, saver = Toy(), Saver(tmp_path / "run")
+    for step in (2, 4, 6):
+        toy.train_steps(2)
+        toy.engine.tables[0].erase(step % 2, torch.tensor([-1, 2**52 + 1]))
+        toy.engine.tables[0].insert(0, torch.tensor([step]))
+        saver.save(step, delta=True, **toy.parts(), note={"epoch": step})
+    Saver(tmp_path / "whole").save(6, **toy.parts(), note={"epoch": 6})
+    return tmp_path / "run", toy
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_compact_gives_the_bytes_of_a_whole_save(
+    run: tuple[Path, Toy], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], swaps: bool
+) -> None:
+    root = run[0]
+    if not swaps:
+        monkeypatch.setattr(compact.ctypes, "CDLL", lambda *_, **__: object())
+    assert "removed" in {path.parts[-4] for path in (root / "step_000006").rglob("*.safetensors")}
+    assert main(["diff", str(root), str(root.parent / "whole")]) == 0
+    assert main(["compact", str(root)]) == 0
+    assert "step_000006 is whole" in capsys.readouterr().out
+    assert files(root / "step_000006") == files(root.parent / "whole" / "step_000006")
+    ours, theirs = (json.loads((p / "step_000006/manifest.json").read_bytes()) for p in (root, root.parent / "whole"))
+    assert ours["parts"] == theirs["parts"]
+    assert "previous" not in ours
+    assert entries(root) == ["step_000002", "step_000004", "step_000006"]
+    assert main(["verify", str(root)]) == 0
+    assert main(["compact", str(root)]) == 0  # nothing to do
+    again = Toy(seed=4)
+    saver = Saver(root, keep=1)
+    saver.load(**again.parts())
+    assert torch.equal(again.predictions(), run[1].predictions())
+    saver.save(7, **again.parts())
+    assert entries(root) == ["step_000007"]
+
+
+def test_compact_elsewhere_and_of_a_step(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+    root = run[0]
+    assert main(["compact", str(root), "--step", "4"]) == 1
+    assert "step 6 builds on it as it is" in capsys.readouterr().err
+    saver = Saver(root, keep=None)
+    saver.save(8, note=1)
+    assert main(["compact", str(root)]) == 0  # it is whole as it is
+    assert main(["compact", str(root), "--step", "6"]) == 1
+    assert "another saver saves here" in capsys.readouterr().err
+    assert main(["compact", "--json", str(root / "step_000004"), "--to", str(root.parent / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["path"] == str(root.parent / "out" / "step_000004")
+    assert main(["diff", str(root / "step_000004"), found["path"]]) == 0
+    assert main(["compact", str(root / "step_000004"), "--to", str(root.parent / "out")]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_damaged_link_is_named_and_nothing_written(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+    root = run[0]
+    path = next((root / "step_000002" / "sparse" / "engine" / "item").iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for command in (["compact", str(root)], ["verify", str(root)], ["export", str(root), str(root.parent / "out")]):
+        assert main(command) == 1
+        assert str(path) in capsys.readouterr().err
+    assert entries(root) == ["step_000002", "step_000004", "step_000006"]
+    assert entries(root.parent / "out") == []
+
+
+def test_inspect_tells_what_changed(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run[0])]) == 0
+    text = capsys.readouterr().out
+    assert "builds on step 4" in text
+    assert "table user: 7 rows changed, 2 removed" in text
+    assert main(["inspect", "--json", str(run[0]), "--step", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["previous"]) == (4, 2)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None) -> None:
+    config = EmbeddingConfig(dim=2, admission=MinFrequency(2))
+    engine = EmbeddingEngine({"id": config}, optimizer_state=optim.Adam.row_state())
+    tower = nn.Linear(2, 1)
+    for _ in range(2):
+        engine({"id": torch.tensor([3, 9, 9])})
+    Saver(tmp_path / "run").save(
+        5, engine=engine, tower=tower, dense=torch.optim.Adam(tower.parameters()), note={"v": 1},
+        generator=torch.Generator(),
+    )  # fmt: skip
+    arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out")] + (["--dtype", dtype] if dtype else [])
+    assert main(arguments) == 0
+    assert "step_000005 is written" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["inspect", "--json", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: part["kind"] for name, part in found["parts"].items()} == {
+        "engine": "saveable", "tower": "module", "note": "json",
+    }  # fmt: skip
+    tables = found["parts"]["engine"]["tables"]
+    assert {name: table["columns"] for name, table in tables.items()} == {
+        "id": {"ids": "int64 []", "embedding": f"{dtype or 'float32'} [2]"}
+    }
+    assert tables["id"]["meta"] == {"dim": 2, "dtype": dtype or "float32", "optimizer_state": []}
+    assert main(arguments) == 1
+    assert "is there already" in capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""Incremental checkpoints: base and deltas load exactly as the table was."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from safetensors.torch import load_file
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
+from recis_hybrid.embedding.changes import _FEW
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
+from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.merge import merged
+from tests.saver.fakes import entries
+from tests.support.devices import EDGE_IDS
+
+NAMES = ("a", "b", "counted")
+
+
+def engine_of(seed: int = 0, coalesce: bool = True) -> EmbeddingEngine:
+    plain, counted = EmbeddingConfig(dim=3), EmbeddingConfig(dim=3, admission=MinFrequency(2))
+    return EmbeddingEngine(
+        {"a": plain, "b": plain, "counted": counted}, optimizer_state=optim.Adam.row_state(), seed=seed,
+        coalesce=coalesce,
+    )  # fmt: skip
+
+
+def rows_of(state: PartState) -> dict[str, Any]:
+    """Every column of every table, by id, as plain numbers; and all else."""
+    tables = {}
+    for name, table in state.tables.items():
+        order = table.columns["ids"].argsort()
+        assert table.removed is None
+        tables[name] = {column: values[order].tolist() for column, values in table.columns.items()}
+    return {"tables": tables, "meta": state.meta}
+
+
+def same(saver: Saver, engine: EmbeddingEngine, step: int) -> None:
+    """Into another engine, whose own rows go."""
+    other = engine_of(seed=9)
+    other.train()({name: torch.tensor([5, 77]) for name in NAMES})
+    saver.load(step, engine=other)
+    assert rows_of(other.checkpoint_state()) == rows_of(engine.checkpoint_state())
+
+
+batches = st.lists(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), max_size=12)
+
+
+class DeltaMachine(RuleBasedStateMachine):
+    @initialize(coalesce=st.booleans(), asynchronous=st.booleans(), keep=st.sampled_from([1, 2, None]))
+    def build(self, coalesce: bool, asynchronous: bool, keep: int | None) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        self.engine = engine_of(coalesce=coalesce)
+        self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
+        self.saver, self.reader = Saver(self.root, keep=keep, async_save=asynchronous), Saver(self.root)
+        self.step = 0
+        self.incremental = 0
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root)
+
+    def place(self, name: str) -> tuple[Any, int]:
+        return next((t, k) for t in self.engine.tables for k, m in enumerate(t.members) if m.name == name)
+
+    @rule(a=batches, b=batches, counted=batches, update=st.booleans())
+    def train(self, a: list[int], b: list[int], counted: list[int], update: bool) -> None:
+        batch = {n: torch.tensor(i, dtype=torch.int64) for n, i in zip(NAMES, (a, b, counted), strict=True)}
+        outputs = self.engine.train()(batch)
+        if update:
+            sum(out.square().sum() + out.sum() for out in outputs.values()).backward()
+            self.optimizer.step()
+
+    @rule(ids=batches)
+    def evaluate(self, ids: list[int]) -> None:
+        with torch.no_grad():
+            self.engine.eval()(dict.fromkeys(NAMES, torch.tensor(ids, dtype=torch.int64)))
+
+    @rule(name=st.sampled_from(NAMES), ids=st.sets(st.integers(-4, 12), max_size=8), meta=st.booleans())
+    def insert(self, name: str, ids: set[int], meta: bool) -> None:
+        table, member = self.place(name)
+        n = len(ids)
+        columns: dict[str, torch.Tensor] = {"embedding": torch.rand(n, 3)}
+        if meta:
+            columns |= {c: torch.randint(3, (n,)) for c in ("updated_step", "seen_step", "frequency")}
+        table.insert(member, torch.tensor(sorted(ids), dtype=torch.int64), columns)
+
+    @rule(name=st.sampled_from(NAMES), ids=batches)
+    def erase(self, name: str, ids: list[int]) -> None:
+        table, member = self.place(name)
+        table.erase(member, torch.tensor(ids, dtype=torch.int64))
+
+    @rule(steps=st.integers(1, 3))
+    def evict(self, steps: int) -> None:
+        self.engine.evict(Unused(steps))
+
+    @rule(name=st.sampled_from([*NAMES, None]))
+    def clear(self, name: str | None) -> None:
+        table, member = self.place(name or "a")
+        table.clear(None if name is None else member)
+
+    @rule()
+    def compact(self) -> None:
+        self.engine.compact()
+
+    @rule(delta=st.sampled_from([True, True, True, False]))
+    def save(self, delta: bool) -> None:
+        self.step += 1
+        self.saver.save(self.step, delta=delta, engine=self.engine)
+        self.saver.wait()
+        assert not delta or (Checkpoint(self.root, self.step).manifest.previous is not None) == (self.incremental > 0)
+        self.incremental += delta or self.incremental > 0
+        same(self.reader, self.engine, self.step)
+
+    @precondition(lambda self: self.step > 0)
+    @rule(data=st.data())
+    def load(self, data: Any) -> None:
+        step = data.draw(st.sampled_from(self.saver.steps()))
+        had = Checkpoint(self.root, step).manifest.previous is not None
+        self.saver.load(step, engine=self.engine)
+        self.incremental += had
+        same(self.reader, self.engine, step)
+
+
+TestDeltas = DeltaMachine.TestCase
+TestDeltas.settings = settings(max_examples=40, stateful_step_count=20, deadline=None,
+                               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+
+
+def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:
+    """Each step meets ten ids of its own."""
+    optimizer = optim.Adam(engine.parameters(), lr=0.1)
+    for step in range(first, first + steps):
+        ids = torch.arange(10 * step, 10 * step + 10)
+        sum(out.sum() for out in engine.train()(dict.fromkeys(NAMES, ids)).values()).backward()
+        optimizer.step()
+
+
+def written(root: Path, step: int, table: str, above: str = "sparse") -> list[int]:
+    """The ids in the files of a table."""
+    files = (root / f"step_{step:06d}" / above / "engine" / table).iterdir()
+    return sorted(torch.cat([load_file(file)["ids"] for file in files]).tolist())
+
+
+def test_only_what_changed_is_written(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path)
+    trained(engine, 5)
+    saver.save(5, delta=True, engine=engine)  # the first is whole
+    assert written(tmp_path, 5, "a") == list(range(50))
+    trained(engine, 1, first=5)
+    engine.evict(Unused(4))  # what steps 1 and 2 met
+    engine.tables[0].erase(0, torch.tensor([31, 999]))
+    engine.tables[0].insert(0, torch.tensor([45]), {"embedding": torch.ones(1, 3)})
+    saver.save(6, delta=True, engine=engine)
+    assert written(tmp_path, 6, "a") == [45, *range(50, 60)]
+    assert written(tmp_path, 6, "a", "removed") == [*range(20), 31, 999]
+    assert written(tmp_path, 6, "b", "removed") == list(range(20))
+    same(Saver(tmp_path), engine, 6)
+    saver.save(7, delta=True, engine=engine)
+    assert written(tmp_path, 7, "b") == []
+    # Of the last step before a save, whose rows it has, none is written again.
+    same(Saver(tmp_path), engine, 7)
+
+
+def test_counts_of_admission_go_and_come(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path)
+    none = torch.empty(0, dtype=torch.int64)
+
+    def meet(*ids: int) -> None:
+        engine.train()({"a": none, "b": none, "counted": torch.tensor(ids)})
+
+    meet(1, 2, 3)
+    saver.save(1, delta=True, engine=engine)
+    assert written(tmp_path, 1, "counted.admission") == [1, 2, 3]
+    meet(2, 9)  # 2 gets its row
+    saver.save(2, delta=True, engine=engine)
+    assert written(tmp_path, 2, "counted.admission") == [9]
+    assert written(tmp_path, 2, "counted.admission", "removed") == [2]
+    same(Saver(tmp_path), engine, 2)
+    table = next(t for t in engine.tables if t.gate is not None)
+    table.clear(0)
+    saver.save(3, delta=True, engine=engine)
+    same(Saver(tmp_path), engine, 3)
+
+
+def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path)
+    table = engine.tables[0]
+    saver.save(1, engine=engine)
+    assert len(table._watched) == 0
+    saver.save(2, delta=True, engine=engine)
+    (noted,) = table._watched
+    for _ in range(20):  # the same ids come and go
+        table.insert(0, torch.arange(_FEW))
+        table.erase(0, torch.arange(_FEW))
+    assert sum(part.numel() for part in noted._ids[0]) <= 2 * _FEW
+    assert noted.ids(0).tolist() == list(range(_FEW))
+    # More ids than the table has rows: writing it whole is no more than they are.
+    table.erase(0, torch.arange(3 * _FEW))
+    assert noted.whole == {0}
+    assert noted.ids(0).numel() == 0
+    table.insert(0, torch.arange(5))
+    saver.save(3, delta=True, engine=engine)
+    assert Checkpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
+    same(Saver(tmp_path), engine, 3)
+    del noted, saver
+    assert len(table._watched) == 0
+
+
+def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
+    engine, one, two = engine_of(), Saver(tmp_path / "one"), Saver(tmp_path / "two")
+    for step in range(1, 5):
+        trained(engine, 1, first=step)
+        engine.tables[0].erase(0, torch.tensor([10 * step]))
+        one.save(step, delta=True, engine=engine)
+        if step % 2:
+            two.save(step, delta=True, engine=engine)
+    same(one, engine, 4)  # replaces rows, in another engine
+    same(Saver(tmp_path / "one"), engine, 4)
+    two.save(5, delta=True, engine=engine)
+    same(Saver(tmp_path / "two"), engine, 5)
+    assert Checkpoint(tmp_path / "two", 5).manifest.previous is not None
+
+
+def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asynchronous in (False, True):
+        root = tmp_path / str(asynchronous)
+        engine, saver = engine_of(), Saver(root, async_save=asynchronous)
+        trained(engine, 2)
+        saver.save(1, delta=True, engine=engine)
+        saver.wait()
+        engine.tables[0].erase(0, torch.tensor([3]))
+        trained(engine, 1, first=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(CheckpointError, match="No space left"):  # noqa: PT012 - the one or the other
+                saver.save(2, delta=True, engine=engine)
+                saver.wait()
+        trained(engine, 1, first=3)
+        saver.save(3, delta=True, engine=engine)
+        saver.wait()
+        link = Checkpoint(root, 3).manifest.previous
+        assert link is not None
+        assert link.step == 1
+        same(Saver(root), engine, 3)
+
+
+def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path, keep=2)
+    saver.save(1, note=1)
+    for step in range(2, 6):
+        trained(engine, 1, first=step)
+        saver.save(step, delta=True, engine=engine)
+    assert saver.steps() == [2, 3, 4, 5]
+    saver.save(6, engine=engine)
+    assert saver.steps() == [2, 3, 4, 5, 6]
+    saver.save(7, delta=True, engine=engine)
+    assert saver.steps() == [6, 7]
+    assert entries(tmp_path) == ["step_000006", "step_000007"]
+
+
+def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, saver = engine_of(), Saver(tmp_path, keep=1)
+    for step in range(1, 4):
+        saver.save(step, delta=True, engine=engine)
+    seen, rmtree = [], shutil.rmtree
+
+    def look(path: Any, **options: Any) -> None:
+        seen.append(saver.steps())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    saver.save(4, engine=engine)
+    assert seen == [[1, 2, 4], [1, 4], [4]]
+
+
+def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
+    engine, other, saver = engine_of(), engine_of(seed=2), Saver(tmp_path)
+    trained(engine), trained(other, 2)
+    saver.save(1, delta=True, engine=engine)
+    saver.save(2, delta=True, engine=other, more=engine)
+    assert all(t.removed is None for p in Checkpoint(tmp_path, 2).manifest.parts.values() for t in p.tables.values())
+    same(Saver(tmp_path), other, 2)
+
+
+@pytest.mark.parametrize("harm", ["missing", "changed", "file", "truncated"])
+def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
+    engine, saver = engine_of(), Saver(tmp_path)
+    saver.save(1, engine=engine)
+    for step in (2, 3, 4):
+        trained(engine, 1, first=step)
+        saver.save(step, delta=True, engine=engine, note=step)
+    middle = tmp_path / "step_000003"
+    if harm == "missing":
+        shutil.rmtree(middle)
+    elif harm == "changed":  # by one of another run
+        shutil.rmtree(middle)
+        again = Saver(tmp_path / "other")
+        again.save(2, delta=True, engine=engine)
+        again.save(3, delta=True, engine=engine)
+        (tmp_path / "other" / "step_000003").rename(middle)
+    else:
+        file = next((middle / "sparse" / "engine" / "a").iterdir())
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data if harm == "file" else data[:-3])
+    fresh = engine_of(seed=3)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        Saver(tmp_path).load(engine=fresh)
+    message = str(caught.value)
+    assert {
+        "missing": f"{tmp_path / 'step_000004'}: holds what changed since step 3, which is missing in",
+        "changed": f"{tmp_path / 'step_000004'}: holds what changed since step 3, which has changed: the SHA-256 of",
+        "file": f"{middle}/sparse/engine/a/00000-65535.safetensors (part 'engine', table 'a'): bytes 0 to",
+        "truncated": f"{middle}/sparse/engine/a/00000-65535.safetensors (part 'engine'): must have",
+    }[harm] in message
+    assert "Of these, the last one with all its files is 2." in message
+    assert len(fresh.tables[0]) == 0
+    assert Saver(tmp_path).read_json("note", step=4) == 4  # what is whole needs no other
+    assert Saver(tmp_path).load(2, engine=fresh) == 2
+
+
+def test_after_a_load_deltas_go_on(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path)
+    for step in (1, 2):
+        trained(engine, 1, first=step)
+        saver.save(step, delta=True, engine=engine)
+    del saver
+    engine, saver = engine_of(seed=4), Saver(tmp_path)
+    saver.load(engine=engine)
+    trained(engine, 1, first=3)
+    saver.save(3, delta=True, engine=engine)
+    assert written(tmp_path, 3, "a") == list(range(30, 40))
+    same(Saver(tmp_path), engine, 3)
+    shutil.rmtree(tmp_path / "step_000003")
+    saver.save(4, delta=True, engine=engine)  # what it would build on is gone
+    assert Checkpoint(tmp_path, 4).manifest.previous is None
+
+
+def table_state(rows: dict[int, float], removed: list[int] | None) -> TableState:
+    ids = torch.tensor(sorted(rows), dtype=torch.int64)
+    gone = None
+    if removed is not None:
+        r = torch.tensor(sorted(removed), dtype=torch.int64)
+        gone = TableState({"ids": r}, r % 7, {})
+    columns = {"ids": ids, "x": torch.tensor([rows[i] for i in ids.tolist()], dtype=torch.bfloat16)[:, None]}
+    columns["flag"] = columns["x"][:, 0] > 50
+    order = (ids % 7 * 1000 + ids).argsort()
+    return TableState({n: c[order] for n, c in columns.items()}, (ids % 7)[order], {}, gone)
+
+
+@given(st.data())
+def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
+    ids, values = st.integers(0, 60), st.integers(0, 100).map(float)
+    expected = data.draw(st.dictionaries(ids, values))
+    states = [table_state(expected, None)]
+    expected = dict(expected)
+    for _ in range(data.draw(st.integers(0, 4))):
+        rows = data.draw(st.dictionaries(ids, values))
+        gone = [i for i in data.draw(st.lists(ids, unique=True)) if i not in rows]
+        states.append(table_state(rows, gone))
+        expected = {i: v for i, v in (expected | rows).items() if i not in gone}
+    found, wanted = merged(states), table_state(expected, None)
+    assert torch.equal(found.buckets, wanted.buckets)
+    assert all(torch.equal(found.columns[name], column) for name, column in wanted.columns.items())
