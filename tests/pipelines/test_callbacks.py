@@ -113,6 +113,7 @@ def test_only_rank_0_shows_and_writes(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr("recis_hybrid.embedding.engine.group_of", lambda group: None)  # there is no group of ranks
     callbacks = [ProgressBar(), JsonLog(tmp_path / "log"), TensorBoard(tmp_path / "tb"), Profile(tmp_path / "trace")]
     run(callbacks)
     assert capsys.readouterr() == ("", "")
