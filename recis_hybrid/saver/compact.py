@@ -12,12 +12,10 @@ import torch
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.directory import read_manifest, step_name
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.lease import Lease
-from recis_hybrid.saver.manifest import Manifest, PartEntry
-from recis_hybrid.saver.part_files import write_part
 from recis_hybrid.saver.protocol import PartState, TableState
-from recis_hybrid.saver.saver import Saver, _about, _write_manifest
+from recis_hybrid.saver.saver import Saver
+from recis_hybrid.saver.writing import partial_of, write_checkpoint
 
 EXPORT_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """The dtypes that embeddings can be exported in."""
@@ -54,13 +52,9 @@ def compact(checkpoint: Checkpoint, to: Path | None = None) -> Path:
                 )
     states = ((name, part.kind, _sound(checkpoint, name)) for name, part in checkpoint.manifest.parts.items())
     lease = _leased(root, place if to is not None else None)
-    partial = _write(root, step, states)
-    if to is not None:
-        partial.rename(place)
-    else:
-        _exchange(partial, place)
-    sync_directory(root)
-    shutil.rmtree(partial, ignore_errors=True)
+    write_checkpoint(root, step, states, lambda new: new.rename(place) if to is not None else _exchange(new, place))
+    if to is None:
+        shutil.rmtree(partial_of(root, step), ignore_errors=True)  # the incremental one, which is there now
     del lease
     return place
 
@@ -104,8 +98,7 @@ def publish(root: Path, step: int, states: Iterable[tuple[str, str, PartState]])
     """
     place = root / step_name(step)
     lease = _leased(root, place)
-    _write(root, step, states).rename(place)
-    sync_directory(root)
+    write_checkpoint(root, step, states, lambda new: new.rename(place))
     del lease
     return place
 
@@ -139,24 +132,6 @@ def _leased(root: Path, place: Path | None) -> Lease:
     return lease
 
 
-def _write(root: Path, step: int, states: Iterable[tuple[str, str, PartState]]) -> Path:
-    """Write a whole checkpoint under its temporary name, forced to the disk."""
-    partial = root / f".{step_name(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        entries: dict[str, PartEntry] = {name: write_part(partial, name, kind, state) for name, kind, state in states}
-        _write_manifest(partial, Manifest(step, 1, entries, _about()))
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{partial}: could not be written ({error}). Make room, or write elsewhere."
-            ) from error
-        raise
-    return partial
-
-
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories in one step, so that at every moment one of them is in its place.
 
@@ -170,5 +145,9 @@ def _exchange(new: Path, old: Path) -> None:
         return
     aside = old.with_name(f".{old.name}.deleted")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     shutil.rmtree(aside)

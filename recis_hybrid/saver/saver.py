@@ -1,9 +1,6 @@
 """`Saver`: checkpoints that appear whole or not at all, and are verified before anything is changed."""
 
-import datetime
-import importlib.metadata
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +17,13 @@ from recis_hybrid.saver.directory import STEP, step_name
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.lease import Lease
-from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.part_files import write_part
+from recis_hybrid.saver.manifest import MANIFEST, Link, PartEntry
 from recis_hybrid.saver.partial import load_some
 from recis_hybrid.saver.protocol import JSON, PartState
 from recis_hybrid.saver.selection import Loaded, Selection
 from recis_hybrid.saver.snapshot import snapshot
 from recis_hybrid.saver.tracking import Tracking
+from recis_hybrid.saver.writing import write_checkpoint
 
 _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
 _LARGEST_STEP = 10**18 - 1
@@ -133,6 +130,11 @@ class Saver:
                 f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
                 "directory, or delete the later checkpoints first."
             )
+        if type(delta) is not bool:
+            raise CheckpointError(
+                f"Saver.save: delta must be True or False, got a {type(delta).__name__}. A part cannot have this name: "
+                "give it another."
+            )
         if not parts:
             raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
         adapters = {name: part_of(name, value) for name, value in parts.items()}
@@ -164,20 +166,7 @@ class Saver:
     def _write(
         self, step: int, parts: Iterable[tuple[str, str, PartState]], link: Link | None, watches: dict[str, object]
     ) -> None:
-        folder = self._root / f".{step_name(step)}.partial"
-        folder.mkdir()
-        try:
-            entries = {name: write_part(folder, name, kind, state) for name, kind, state in parts}
-            _write_manifest(folder, Manifest(step, 1, entries, _about(), link))
-            folder.rename(self._directory(step))
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise CheckpointError(
-                    f"{folder}: could not be written ({error}). Make room, or save elsewhere."
-                ) from error
-            raise
-        sync_directory(self._root)
+        write_checkpoint(self._root, step, parts, lambda folder: folder.rename(self._directory(step)), link)
         self._tracking.settle(step, watches)
         self._delete_oldest()
 
@@ -334,17 +323,6 @@ class Saver:
             shutil.rmtree(doomed)
 
 
-def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    for folder in ("dense", "sparse", "removed"):
-        if (partial / folder).is_dir():
-            sync_directory(partial / folder)
-    with open(partial / MANIFEST, "xb") as file:
-        file.write(dump_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(partial)
-
-
 def _entry(checkpoint: Checkpoint, name: str, kind: str) -> PartEntry:
     parts = checkpoint.manifest.parts
     entry = parts.get(name)
@@ -366,17 +344,3 @@ def _refuse_many_processes() -> None:
             raise CheckpointError(
                 f"Saver.save: one process must train, torch.distributed has {size}. Save from a run of one process."
             )
-
-
-def _about() -> dict[str, JSON]:
-    try:
-        own = importlib.metadata.version("recis_hybrid")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        own = "not installed"
-    versions: dict[str, JSON] = {
-        "python": platform.python_version(),
-        "recis_hybrid": own,
-        "safetensors": importlib.metadata.version("safetensors"),
-        "torch": torch.__version__,
-    }
-    return {"wall_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "versions": versions}

@@ -125,3 +125,25 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
     assert tables["id"]["meta"] == {"dim": 2, "dtype": dtype or "float32", "optimizer_state": []}
     assert main(arguments) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_an_exchange_that_fails_in_the_middle_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "step_000004", tmp_path / ".step_000004.partial"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    monkeypatch.setattr(compact.ctypes, "CDLL", lambda *_, **__: None)  # no exchange in one step
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self == new:
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="the disk is gone"):
+        compact._exchange(new, old)
+    assert (old / "name").read_text() == old.name
+    monkeypatch.setattr(Path, "rename", rename)
+    compact._exchange(new, old)
+    assert (old / "name").read_text() == new.name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recis_hybrid.saver import CheckpointError, Saver, saver
+from recis_hybrid.saver import CheckpointError, Saver, writing
 from recis_hybrid.saver.manifest import Link, dump_manifest
 from recis_hybrid.saver.parse import parse_manifest
 from tests.saver.fakes import HIGHEST, LOWEST, example_shelf, sealed
@@ -33,7 +33,7 @@ def schema(root: Path) -> dict[str, Any]:
 @pytest.fixture
 def checkpoint(tmp_path: Path, documented: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint that docs/format.md shows, written on the documented day."""
-    monkeypatch.setattr(saver, "_about", lambda: json.loads(documented)["meta"])
+    monkeypatch.setattr(writing, "_about", lambda: json.loads(documented)["meta"])
     return Saver(tmp_path).save(123, engine=example_shelf(), note={"epoch": 1})
 
 

@@ -279,3 +279,10 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
     (directory / ".hidden").write_text("mine")
     with pytest.raises(CorruptCheckpoint, match=r"but also holds \['.hidden', 'notes.txt'\]. Remove these files"):
         Saver(tmp_path).load(model=nn.Linear(2, 2))
+
+
+def test_a_part_cannot_be_called_delta(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="delta must be True or False, got a Linear. A part cannot have this name"
+    ):
+        Saver(tmp_path).save(1, **{"delta": nn.Linear(2, 2), "note": 1})  # type: ignore[arg-type]
