@@ -86,8 +86,8 @@ class Program:
     outputs: list[Output] = field(default_factory=list)
     emitted: list[_Emitted] = field(default_factory=list)
     parts: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """For each part its instructions, the input of its length, whether that is one of offsets, and the input of its lists
-    or -1."""
+    """For each part its instructions, the input of its length, whether that is one of offsets, and the input of its
+    lists or -1."""
     same_length: list[tuple[int, int, str]] = field(default_factory=list)
     """Pairs of registers that must have equally many rows, and the operation that says so."""
 

@@ -57,9 +57,7 @@ def _check_weights(values: torch.Tensor, offsets: torch.Tensor, weights: torch.T
         raise ValueError(f"RaggedTensor: weights must lie beside the values, got {weights.device} and {values.device}")
 
 
-def check_content(
-    count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...], *, tail: bool = False
-) -> None:
+def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...], *, tail: bool = False) -> None:
     """Checks offsets on the CPU of `count` values.
 
     With `tail` values (or lists) may lie after those that the offsets reach, as operations on a GPU leave them.

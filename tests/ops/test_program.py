@@ -58,7 +58,13 @@ def test_a_refused_element_names_its_instruction() -> None:
     steps[0, 1], steps[1, 1:4] = -4, torch.tensor([-5, -2, -3])
     with pytest.raises(RuntimeError, match="the strings: element [01] has offsets"):
         program.run(
-            inputs, steps, torch.zeros(1).long(), [0, 1, 0, 0, -1, 1, 2, 2, 1, -1], [0, -3], [4, 4], "the ids\nthe strings"
+            inputs,
+            steps,
+            torch.zeros(1).long(),
+            [0, 1, 0, 0, -1, 1, 2, 2, 1, -1],
+            [0, -3],
+            [4, 4],
+            "the ids\nthe strings",
         )
 
 
