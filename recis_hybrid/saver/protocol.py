@@ -5,10 +5,13 @@ What it hands out is `recis_hybrid.state`, which rooms below the saver can impor
 
 from typing import Protocol, runtime_checkable
 
-from recis_hybrid.state import JSON as JSON, PartState as PartState, TableState as TableState
-
-BUCKETS = 65536
-"""Number of shares of the id space; part of the format, so it never depends on the world size."""
+from recis_hybrid.state import (
+    BUCKETS as BUCKETS,
+    JSON as JSON,
+    PartState as PartState,
+    RowReader as RowReader,
+    TableState as TableState,
+)
 
 
 @runtime_checkable
