@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 BUCKETS = 65536
@@ -44,6 +43,13 @@ def rank_of_bucket(buckets: Tensor, world_size: int) -> Tensor:
         tensor([0, 0, 1, 2])
     """
     return (buckets * world_size) >> 16
+
+
+class HostMemory(Protocol):
+    """Host memory for copies of state, which is used again for the next."""
+
+    def take(self, size: int, *, pinned: bool = False) -> Tensor:
+        """Returns uint8 ``[size]`` on the CPU, of any contents; ``pinned`` for copies from a GPU."""
 
 
 class RowReader(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,12 +18,14 @@ from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.gather import Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader
+from recis_hybrid.embedding.loading import TablesLoader
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
+from recis_hybrid.embedding.saving import rows_state, snapshot
 from recis_hybrid.embedding.state import load_tables_state, tables_layout, tables_state
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import PartState
+from recis_hybrid.state import HostMemory, PartState
 
 
 class RowOptimizer(Protocol):
@@ -189,6 +191,18 @@ class EmbeddingEngine(nn.Module):
     def checkpoint_layout(self) -> PartState:
         """Returns :meth:`checkpoint_state` without its rows."""
         return tables_layout(self.tables)
+
+    def checkpoint_rows(self) -> PartState:
+        """Returns :meth:`checkpoint_state` with rows to be read as they are written; none may change before."""
+        return rows_state(self.tables)
+
+    def checkpoint_snapshot(self, memory: HostMemory) -> Callable[[], PartState]:
+        """Copies every row into host memory; what it returns hands the copies out, in any thread."""
+        return snapshot(self.tables, memory)
+
+    def checkpoint_loader(self, saved: PartState) -> TablesLoader:
+        """Returns what takes the rows of a checkpoint in pieces; ``saved`` says what it holds, without rows."""
+        return TablesLoader(self.tables, saved)
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Replaces every member table's rows; see :func:`load_tables_state`."""

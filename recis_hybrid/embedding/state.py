@@ -15,15 +15,19 @@ from recis_hybrid.state import JSON, PartState, TableState
 def tables_state(tables: Sequence[HashTable]) -> PartState:
     """Returns the rows of every member table, what admission knows, steps done, and the seed of first values."""
     states: dict[str, TableState] = {}
-    steps: dict[str, JSON] = {}
     for table in tables:
         for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
-            states[member.name] = TableState(columns, ops.id_map.bucket_of(columns["ids"]), _meta(table.layout))
-            steps[member.name] = table.step
+            states[member.name] = TableState(columns, ops.id_map.bucket_of(columns["ids"]), table_meta(table.layout))
             if table.gate is not None:
                 known = table.gate.state(number)
                 states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
-    return PartState(tables=states, meta={"seed": tables[0].seed, "steps": steps}, owned=True)
+    return PartState(tables=states, meta=tables_meta(tables), owned=True)
+
+
+def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
+    """Returns what :func:`tables_state` has beside rows: the seed of first values, and the steps of each member."""
+    steps: dict[str, JSON] = {member.name: table.step for table in tables for member in table.members}
+    return {"seed": tables[0].seed, "steps": steps}
 
 
 def tables_layout(tables: Sequence[HashTable]) -> PartState:
@@ -33,7 +37,7 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
         columns = table.export_none()
         none = columns["ids"]
         for member in table.members:
-            states[member.name] = TableState(columns, none, _meta(table.layout))
+            states[member.name] = TableState(columns, none, table_meta(table.layout))
             if table.gate is not None:
                 states[member.name + COUNTS] = TableState({"ids": none, "count": none}, none, {})
     return PartState(tables=states)
@@ -53,8 +57,10 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
             f"unknown {sorted(set(state.tables) - wanted)}"
         )
     for name, (table, _) in members.items():
-        if _meta(table.layout) != state.tables[name].meta:
-            raise ValueError(f"table {name!r}: the state has {state.tables[name].meta}, this one {_meta(table.layout)}")
+        if table_meta(table.layout) != state.tables[name].meta:
+            raise ValueError(
+                f"table {name!r}: the state has {state.tables[name].meta}, this one {table_meta(table.layout)}"
+            )
     seed, steps = state.meta["seed"], state.meta["steps"]
     assert isinstance(seed, int)
     assert isinstance(steps, dict)
@@ -71,7 +77,8 @@ def load_tables_state(tables: Sequence[HashTable], state: PartState) -> None:
             table.gate.load(number, state.tables[name + COUNTS].columns)
 
 
-def _meta(layout: RecordLayout) -> dict[str, JSON]:
+def table_meta(layout: RecordLayout) -> dict[str, JSON]:
+    """Returns what a member table is, beside its rows."""
     state: list[JSON] = [
         [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state
     ]

@@ -133,3 +133,19 @@ def bucket_of(ids: Tensor) -> Tensor:
     buckets = torch.empty_like(ids)
     torch.ops.recis.bucket_ids(ids, buckets)
     return buckets
+
+
+def file_order(ids: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the order in which rows lie in files: by (member table, bucket, id).
+
+    Args:
+        ids: int64 ``[N]``, contiguous, on the CPU; no two alike in one member table.
+        members: int64 ``[N]``, numbers of the member tables.
+
+    Returns:
+        ``order`` int64 ``[N]``, and the bucket of each id in that order, int64 ``[N]``.
+    """
+    order = ids.argsort()
+    place = members[order] << 16 | bucket_of(ids[order])
+    place, by_place = place.sort(stable=True)
+    return order[by_place], place & 0xFFFF

@@ -5,6 +5,7 @@ from recis_hybrid.saver.errors import (
     CheckpointMismatch as CheckpointMismatch,
     CorruptCheckpoint as CorruptCheckpoint,
 )
+from recis_hybrid.saver.per_rank import PerRank as PerRank
 from recis_hybrid.saver.protocol import (
     JSON as JSON,
     PartState as PartState,

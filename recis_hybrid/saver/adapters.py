@@ -1,5 +1,6 @@
 """Turns what a user passes to the saver into states and back."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +11,8 @@ from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckp
 from recis_hybrid.saver.json_values import checked_json
 from recis_hybrid.saver.manifest import TensorSpec
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
-from recis_hybrid.saver.protocol import HasLayout, PartState, Saveable
+from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader, Saveable, TakesRows
+from recis_hybrid.saver.snapshot import Memory, snapshot
 from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
 
 
@@ -31,6 +33,19 @@ class Part(Protocol):
     def load(self, saved: PartState) -> None:
         """Take over a saved state that fits."""
         ...
+
+
+def copied(part: Part, memory: Memory) -> Callable[[], PartState]:
+    """Copy the state of a part.
+
+    Args:
+        part: the part.
+        memory: where the copies go.
+
+    Returns:
+        Hands the copy out, in any thread.
+    """
+    return part.snapshot(memory) if isinstance(part, SaveablePart) else snapshot(part.state(), memory)
 
 
 def part_of(name: str, value: object) -> Part:
@@ -75,7 +90,17 @@ class SaveablePart:
 
     def state(self) -> PartState:
         """The state as the object hands it out."""
-        return self._value.checkpoint_state()
+        value = self._value
+        return value.checkpoint_rows() if isinstance(value, HasRows) else value.checkpoint_state()
+
+    def snapshot(self, memory: Memory) -> Callable[[], PartState]:
+        """A copy of the state, by the object itself where it can."""
+        value = self._value
+        return value.checkpoint_snapshot(memory) if isinstance(value, HasRows) else snapshot(self.state(), memory)
+
+    def loader(self, saved: PartState) -> RowLoader | None:
+        """The object's own, if it has one."""
+        return self._value.checkpoint_loader(saved) if isinstance(self._value, TakesRows) else None
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""

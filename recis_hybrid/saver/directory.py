@@ -17,12 +17,13 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def read_manifest(directory: Path, step: int) -> Manifest:
+def read_manifest(directory: Path, step: int, *, listed: bool = True) -> Manifest:
     """Read the manifest and hold it against the files that are there.
 
     Args:
         directory: of the checkpoint.
         step: its step.
+        listed: whether to list the files, which one rank does for all.
 
     Returns:
         The manifest.
@@ -38,6 +39,8 @@ def read_manifest(directory: Path, step: int) -> Manifest:
             f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
             f"{step_name(manifest.step)}, or load another step."
         )
+    if not listed:
+        return manifest
     found = list_files(directory)
     del found[MANIFEST]
     for name, part in manifest.parts.items():

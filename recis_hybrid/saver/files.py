@@ -1,17 +1,17 @@
 """File names, paths, checksums and durability."""
 
 import hashlib
+import io
 import os
 import re
 import stat
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-
-CHUNK_BYTES = 4 * 2**20
-"""Bytes under one checksum, so that a reader of a part of a file verifies just what it reads."""
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; the rest is for the suffix
 _SEGMENT = r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*"
@@ -89,19 +89,47 @@ def list_files(directory: Path) -> dict[str, int]:
     return found
 
 
-def seal_file(path: Path) -> tuple[int, tuple[str, ...]]:
-    """Force a file to the disk and checksum it.
+def write_file(path: Path, pieces: Iterable[memoryview]) -> None:
+    """Write a new file and force it to the disk.
 
     Args:
-        path: a file that is completely written.
-
-    Returns:
-        Its size in bytes and the CRC-32 of each chunk of 4 MiB, the last one shorter, as 8 hexadecimal digits.
+        path: the file.
+        pieces: its bytes.
     """
-    with open(path, "rb") as file:
-        size, sums = _checksums(file.fileno())
+    with open(path, "xb", buffering=0) as file:
+        for piece in pieces:
+            while piece:
+                piece = piece[file.write(piece) or 0 :]
         os.fsync(file.fileno())
-    return size, sums
+
+
+class ChunkSums:
+    """CRC-32 of each chunk of 4 MiB of bytes that come in pieces, the last one shorter, as 8 hexadecimal digits."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Bytes so far."""
+        self._whole: list[int] = []
+        self._open = 0
+
+    def add(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Hand on pieces, cut at the ends of chunks and checksummed."""
+        for piece in pieces:
+            while piece:
+                part = piece[: CHUNK_BYTES - self.size % CHUNK_BYTES]
+                self._open = zlib.crc32(part, self._open)
+                self.size += len(part)
+                if self.size % CHUNK_BYTES == 0:
+                    self._whole.append(self._open)
+                    self._open = 0
+                yield part
+                piece = piece[len(part) :]
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Of all chunks so far."""
+        rest = [self._open] if self.size % CHUNK_BYTES else []
+        return tuple(f"{each:08x}" for each in self._whole + rest)
 
 
 def verify_file(path: Path, where: str, size: int, sums: tuple[str, ...]) -> None:
@@ -116,19 +144,44 @@ def verify_file(path: Path, where: str, size: int, sums: tuple[str, ...]) -> Non
     Raises:
         CorruptCheckpoint: the size or a checksum differs.
     """
-    with open(path, "rb") as file:
-        found_size, found = _checksums(file.fileno())
-    if found_size != size:
+    with open(path, "rb", buffering=0) as file:
+        check_size(path, where, size, os.fstat(file.fileno()).st_size)
+        chunk = memoryview(bytearray(min(CHUNK_BYTES, size)))
+        for number, expected in enumerate(sums):
+            first = number * CHUNK_BYTES
+            part = chunk[: min(CHUNK_BYTES, size - first)]
+            fill(file, part)
+            check_sum(path, where, first, expected, part)
+
+
+def fill(file: io.RawIOBase, out: memoryview) -> None:
+    """Read as many bytes as `out` has; a read may come back short.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    filled = 0
+    while filled < len(out):
+        count = file.readinto(out[filled:])
+        if not count:
+            raise OSError(f"the file ended {len(out) - filled} bytes early")
+        filled += count
+
+
+def check_size(path: object, where: str, size: int, found: int) -> None:
+    """Raise CorruptCheckpoint if a file has not the size that the manifest says."""
+    if found != size:
+        raise CorruptCheckpoint(f"{path} ({where}): must have {size} bytes by the manifest, has {found}. {OTHER_STEP}")
+
+
+def check_sum(path: object, where: str, first: int, expected: str, data: memoryview | bytes) -> None:
+    """Raise CorruptCheckpoint if bytes of a file, from `first` on, have not the checksum that they must have."""
+    actual = f"{zlib.crc32(data):08x}"
+    if actual != expected:
         raise CorruptCheckpoint(
-            f"{path} ({where}): must have {size} bytes by the manifest, has {found_size}. {OTHER_STEP}"
+            f"{path} ({where}): bytes {first} to {first + len(data) - 1} must have the CRC-32 {expected} by the "
+            f"manifest, have {actual}. {OTHER_STEP}"
         )
-    for chunk, (expected, actual) in enumerate(zip(sums, found, strict=True)):
-        if expected != actual:
-            first = chunk * CHUNK_BYTES
-            raise CorruptCheckpoint(
-                f"{path} ({where}): bytes {first} to {min(first + CHUNK_BYTES, size) - 1} must have the CRC-32 "
-                f"{expected} by the manifest, have {actual}. {OTHER_STEP}"
-            )
 
 
 def sync_directory(directory: Path) -> None:
@@ -142,21 +195,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksums(descriptor: int) -> tuple[int, tuple[str, ...]]:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    size = 0
-    sums: list[str] = []
-    while True:
-        filled = 0
-        while filled < CHUNK_BYTES:  # a read may come back short; a chunk must not
-            count = os.readv(descriptor, [buffer[filled:]])
-            if count == 0:
-                break
-            filled += count
-        if filled:
-            sums.append(f"{zlib.crc32(buffer[:filled]):08x}")
-            size += filled
-        if filled < CHUNK_BYTES:
-            return size, tuple(sums)

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import CHUNK_BYTES, is_safe_path
+from recis_hybrid.saver.files import is_safe_path
 from recis_hybrid.saver.manifest import (
     FORMAT,
     FORMAT_VERSION,

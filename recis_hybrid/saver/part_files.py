@@ -1,26 +1,31 @@
 """Writes and reads the files of one part."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from recis_hybrid.saver.files import encode_name, seal_file, sync_directory, verify_file
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.files import encode_name, verify_file
 from recis_hybrid.saver.json_values import checked_object
+from recis_hybrid.saver.local_table import LocalTable, local_table
 from recis_hybrid.saver.manifest import FileEntry, PartEntry, TensorSpec
-from recis_hybrid.saver.protocol import JSON, PartState
-from recis_hybrid.saver.table_files import read_table, write_table
+from recis_hybrid.saver.protocol import BUCKETS, JSON, PartState
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.row_files import Reads
+from recis_hybrid.saver.table_files import read_table, write_tables
 from recis_hybrid.saver.tensors import check_tensor, open_tensors, write_tensors
 
 
-def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
-    """Write a part's files and force them to the disk.
+def write_part(root: Path, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]) -> PartEntry:
+    """Write a part's files, all ranks together, and force them to the disk.
 
     Args:
         root: directory of the checkpoint.
+        ranks: this rank and the others.
         name: name of the part.
         kind: one of `manifest.KINDS`.
-        state: the state.
+        hand_out: returns this rank's state; of all but its tables, that of rank 0 is written.
 
     Returns:
         What the manifest says of the part.
@@ -29,20 +34,86 @@ def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
         CheckpointError: the state cannot be saved as it is, or cannot be written.
     """
     where = f"Saver.save: part {name!r}"
-    meta = checked_object(f"{where}, meta", state.meta)
-    for tensor_name, tensor in state.tensors.items():
-        check_tensor(where, tensor_name, tensor)
-    file = None
-    if state.tensors:
-        relative = f"dense/{encode_name(name)}.safetensors"
-        (root / "dense").mkdir(exist_ok=True)
-        write_tensors(root / relative, _unshared(state.tensors), _tag(name))
-        file = FileEntry(relative, *seal_file(root / relative))
-    tables = {table: write_table(root, name, table, rows) for table, rows in state.tables.items()}
-    if tables:
-        sync_directory(root / "sparse" / encode_name(name))
-    specs = {tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()}
-    return PartEntry(kind, meta, specs, file, tables)
+    meta: dict[str, JSON] = {}
+    specs: dict[str, TensorSpec] = {}
+    tables: list[LocalTable] = []
+
+    def write_dense() -> JSON:
+        state = hand_out()
+        meta.update(checked_object(f"{where}, meta", state.meta))
+        for tensor_name, tensor in state.tensors.items():
+            check_tensor(where, tensor_name, tensor)
+        specs.update({tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()})
+        for table, rows in state.tables.items():
+            tables.append(local_table(f"{where}, table {table!r}", table, rows, ranks.buckets))
+        if ranks.rank != 0 or not state.tensors:
+            return None
+        return [*write_dense_file(root, name, state.tensors)]
+
+    path, size, sums = ranks.together(write_dense)[0] or (None, 0, ())
+    file = None if path is None else FileEntry(path, size, tuple(sums))
+    return PartEntry(kind, meta, specs, file, write_tables(root, ranks, name, tables))
+
+
+def write_part_of_each(
+    root: Path, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]
+) -> dict[str, PartEntry]:
+    """Write a part that is another one on each rank: a part for each of them, named `name[rank]`.
+
+    Args:
+        root: directory of the checkpoint.
+        ranks: this rank and the others.
+        name: name of the part.
+        kind: one of `manifest.KINDS`.
+        hand_out: returns this rank's state, which has no tables.
+
+    Returns:
+        What the manifest says of each, by name.
+
+    Raises:
+        CheckpointError: the state cannot be saved as it is, or cannot be written.
+    """
+    own = f"{name}[{ranks.rank}]"
+    where = f"Saver.save: part {own!r}"
+
+    def write() -> JSON:
+        state = hand_out()
+        if state.tables:
+            raise CheckpointError(f"{where}: tables are shared out among ranks. Pass it without PerRank.")
+        meta = checked_object(f"{where}, meta", state.meta)
+        for tensor_name, tensor in state.tensors.items():
+            check_tensor(where, tensor_name, tensor)
+        specs: list[JSON] = [[tensor, *_words(TensorSpec.of(values))] for tensor, values in state.tensors.items()]
+        return [own, meta, specs, [*write_dense_file(root, own, state.tensors)] if state.tensors else None]
+
+    return {
+        each: PartEntry(
+            kind, meta, {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
+            None if file is None else FileEntry(file[0], file[1], tuple(file[2])), {},
+        )
+        for each, meta, specs, file in ranks.together(write)
+    }  # fmt: skip
+
+
+def _words(spec: TensorSpec) -> tuple[str, list[JSON]]:
+    return spec.dtype, [*spec.shape]
+
+
+def write_dense_file(root: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, list[JSON]]:
+    """Write the dense tensors of a part, and force them to the disk.
+
+    Args:
+        root: directory of the checkpoint.
+        name: name of the part.
+        tensors: by name.
+
+    Returns:
+        Path relative to the directory, size in bytes, and checksums.
+    """
+    relative = f"dense/{encode_name(name)}.safetensors"
+    (root / "dense").mkdir(exist_ok=True)
+    size, sums = write_tensors(root / relative, tensors, _tag(name))
+    return relative, size, list(sums)
 
 
 def verify_part(root: Path, name: str, entry: PartEntry) -> None:
@@ -63,13 +134,17 @@ def verify_part(root: Path, name: str, entry: PartEntry) -> None:
             verify_file(root / item.file.path, f"part {name!r}, table {table!r}", item.file.size, item.file.crc32)
 
 
-def read_part(root: Path, name: str, entry: PartEntry) -> PartState:
-    """Read a part whose files have been verified.
+def read_part(
+    root: Path, name: str, entry: PartEntry, wanted: tuple[int, int] = (0, BUCKETS), reads: Reads | None = None
+) -> PartState:
+    """Read a part whose dense file has been verified; rows are compared with their checksums as they are read.
 
     Args:
         root: directory of the checkpoint.
         name: name of the part.
         entry: what the manifest says of it.
+        wanted: the first bucket to read of its tables, and the one after the last.
+        reads: counts the bytes of tables that are read.
 
     Returns:
         The state, in memory of its own.
@@ -77,25 +152,30 @@ def read_part(root: Path, name: str, entry: PartEntry) -> PartState:
     Raises:
         CorruptCheckpoint: a file does not hold what the manifest says.
     """
-    tensors: dict[str, Tensor] = {}
-    if entry.file is not None:
-        with open_tensors(root / entry.file.path, f"part {name!r}") as file:
-            file.check(entry.tensors, _tag(name))
-            tensors = {tensor: file.read(tensor) for tensor in entry.tensors}
-    tables = {table: read_table(root, name, table, rows) for table, rows in entry.tables.items()}
-    return PartState(tables, tensors, entry.meta)
+    tables = {table: read_table(root, name, table, rows, wanted, reads) for table, rows in entry.tables.items()}
+    return PartState(tables, read_dense(root, name, entry), entry.meta)
+
+
+def read_dense(root: Path, name: str, entry: PartEntry) -> dict[str, Tensor]:
+    """Read the dense tensors of a part whose file has been verified.
+
+    Args:
+        root: directory of the checkpoint.
+        name: name of the part.
+        entry: what the manifest says of it.
+
+    Returns:
+        By name, in memory of their own.
+
+    Raises:
+        CorruptCheckpoint: the file does not hold what the manifest says.
+    """
+    if entry.file is None:
+        return {}
+    with open_tensors(root / entry.file.path, f"part {name!r}") as file:
+        file.check(entry.tensors, _tag(name))
+        return {tensor: file.read(tensor) for tensor in entry.tensors}
 
 
 def _tag(name: str) -> dict[str, JSON]:
     return {"part": name}
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that lie in memory of another one (tied weights), which safetensors refuses to write."""
-    seen: set[tuple[torch.device, int]] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.device, tensor.untyped_storage().data_ptr())
-        result[name] = tensor.clone() if key in seen else tensor
-        seen.add(key)
-    return result

@@ -3,11 +3,15 @@
 What it hands out is `recis_hybrid.state`, which rooms below the saver can import.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from recis_hybrid.state import (
     BUCKETS as BUCKETS,
     JSON as JSON,
+    HostMemory as HostMemory,
     PartState as PartState,
     RowReader as RowReader,
     TableState as TableState,
@@ -48,5 +52,65 @@ class HasLayout(Protocol):
 
         Returns:
             Tables, columns and tensors as in `checkpoint_state`, the tables empty; `meta` does not count.
+        """
+        ...
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """A `Saveable` of large tables: its rows are read as they are written, and copied only for the background."""
+
+    def checkpoint_rows(self) -> PartState:
+        """Hand out the state, its tables with readers of their rows; nothing is changed before `Saver.save` returns."""
+        ...
+
+    def checkpoint_snapshot(self, memory: HostMemory) -> Callable[[], PartState]:
+        """Copy the state into memory.
+
+        Returns:
+            Hands out the copies as `checkpoint_rows` does; called in another thread, and may take its time.
+        """
+        ...
+
+
+class RowLoader(Protocol):
+    """Takes the rows of a checkpoint in pieces."""
+
+    differences: Sequence[str]
+    """What keeps the checkpoint from being loaded, a text each."""
+    changes: Sequence[str]
+    """What is loaded in another way than it was saved, a text each."""
+    holds_rows: bool
+    """Whether there are rows that the checkpoint's would replace."""
+
+    def begin(self, rows: Mapping[str, int]) -> None:
+        """Remove all rows; about as many of each table will come."""
+        ...
+
+    def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Take rows of a table, columns of one first dimension that are valid during the call."""
+        ...
+
+    def end(self) -> None:
+        """Take over what is no row, when all rows have come."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave no rows: the rest of them will not come."""
+        ...
+
+
+@runtime_checkable
+class TakesRows(Protocol):
+    """A `Saveable` of large tables: it takes rows as they are read, and of tables that are not quite its own."""
+
+    def checkpoint_loader(self, saved: PartState) -> RowLoader:
+        """Compare with a checkpoint.
+
+        Args:
+            saved: the saved state, tables without rows.
+
+        Returns:
+            Says what differs, and takes the rows. Nothing is changed before it is told to begin.
         """
         ...

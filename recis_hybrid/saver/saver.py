@@ -6,25 +6,31 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
-from recis_hybrid.saver.adapters import part_of
+from recis_hybrid.saver.adapters import Part, copied, part_of
 from recis_hybrid.saver.background import Background
 from recis_hybrid.saver.directory import STEP, read_manifest, step_name
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.files import sync_directory
 from recis_hybrid.saver.lease import Lease
+from recis_hybrid.saver.loading import load_parts
 from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.part_files import read_part, verify_part, write_part
+from recis_hybrid.saver.part_files import write_part, write_part_of_each
+from recis_hybrid.saver.per_rank import PerRank, name_of_rank
 from recis_hybrid.saver.protocol import JSON, PartState
-from recis_hybrid.saver.snapshot import snapshot
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.row_files import Reads
+from recis_hybrid.saver.shared import refuse_unshared
+from recis_hybrid.saver.snapshot import Memory
 
-_LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
+_LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)|\.shared\.[0-9a-f]{32}")
 _LARGEST_STEP = 10**18 - 1
 
 
@@ -37,11 +43,19 @@ class Saver:
 
     One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
 
+    In a job of several processes all of them call `save` and `load` alike, and read and write in parallel: each its own
+    buckets of tables (`recis_hybrid.state.owned_buckets`), whatever the world size was when they were saved. All other
+    parts are the same on all ranks, and rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
+    The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
+
     Args:
-        path: directory of the checkpoints, on a local file system; made at the first save.
+        path: directory of the checkpoints, which all ranks see; made at the first save.
         keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place.
         async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
-            this saver waits for it and raises what went wrong; so does the end of the process, on stderr.
+            this saver waits for it and raises what went wrong; so does the end of the process, on stderr. The memory
+            of the copy is kept for the next one.
+        group: a gloo process group of the processes that save together, used by nothing else; None makes one of all
+            processes where torch.distributed has several.
 
     Raises:
         CheckpointError: the path is a URL, or `keep` is no positive integer.
@@ -59,7 +73,10 @@ class Saver:
         {'epoch': 1}
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
         if "://" in os.fspath(path):
             raise CheckpointError(
                 f"Saver: path must be a local directory, got {os.fspath(path)!r}. Save to a local one."
@@ -69,8 +86,14 @@ class Saver:
         self._root = Path(path).absolute()
         self._keep = keep
         self._async_save = async_save
+        self._group = group
+        self._ranks: Ranks | None = None
+        self._shared = False
         self._lease = Lease(self._root)
         self._background = Background()
+        self._memory = Memory()
+        self.bytes_read = 0
+        """Bytes of files that this process read in the last load."""
 
     def steps(self) -> list[int]:
         """Find the complete checkpoints.
@@ -107,34 +130,45 @@ class Saver:
             Directory of the checkpoint; with `async_save` it may not be there yet.
 
         Raises:
-            CheckpointError: a part cannot be saved, the step is not above the latest, more than one process trains,
-                another job saves in the directory, the files cannot be written, or the save before this one failed in
-                the background.
+            CheckpointError: a part cannot be saved, the step is not above the latest, another job saves in the
+                directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
+                this one failed in the background.
         """
-        _refuse_many_processes()
         self.wait()
-        latest = self.latest()
-        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
-            raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
-        if latest is not None and step <= latest:
-            raise CheckpointError(
-                f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
-                "directory, or delete the later checkpoints first."
-            )
-        if not parts:
-            raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
-        adapters = {name: part_of(name, value) for name, value in parts.items()}
-        self._root.mkdir(parents=True, exist_ok=True)
-        sync_directory(self._root.parent)
-        self._lease.take()
-        self._remove_leftovers()
+        ranks = self._together()
+        adapters: dict[str, Part] = {}
+
+        def prepare() -> JSON:
+            self._check_step(step)
+            if not parts:
+                raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
+            adapters.update({name: part_of(name, _value(part)) for name, part in parts.items()})
+            if ranks.rank == 0:
+                self._root.mkdir(parents=True, exist_ok=True)
+                sync_directory(self._root.parent)
+                self._lease.take()
+                self._remove_leftovers()
+            return [step, [[name, part.kind, isinstance(parts[name], PerRank)] for name, part in adapters.items()]]
+
+        answers = ranks.together(prepare)
+        if any(answer != answers[0] for answer in answers):
+            raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, they save {answers}.")
+        if not self._shared:
+            refuse_unshared(self._root, ranks)
+            self._shared = True
+        shares = {name: isinstance(part, PerRank) for name, part in parts.items()}
         if self._async_save:
-            kinds = {name: part.kind for name, part in adapters.items()}
-            states = {name: snapshot(part.state()) for name, part in adapters.items()}
-            write = partial(self._write, step, ((name, kinds[name], states.pop(name)) for name in kinds))
-            self._background.start(f"the save of step {step} in {self._root}", write)
+            states: dict[str, Callable[[], PartState]] = {}
+
+            def copy() -> None:
+                self._memory.reuse()
+                states.update({name: copied(part, self._memory) for name, part in adapters.items()})
+
+            ranks.together(copy)
+            work = [(name, part.kind, states[name], shares[name]) for name, part in adapters.items()]
+            self._background.start(f"the save of step {step} in {self._root}", partial(self._write, step, work))
         else:
-            self._write(step, ((name, part.kind, part.state()) for name, part in adapters.items()))
+            self._write(step, [(name, part.kind, part.state, shares[name]) for name, part in adapters.items()])
         return self._directory(step)
 
     def wait(self) -> None:
@@ -145,22 +179,40 @@ class Saver:
         """
         self._background.wait()
 
-    def _write(self, step: int, parts: Iterable[tuple[str, str, PartState]]) -> None:
+    def _write(self, step: int, parts: Iterable[tuple[str, str, Callable[[], PartState], bool]]) -> None:
+        ranks = self._together()
         folder = self._root / f".{step_name(step)}.partial"
-        folder.mkdir()
+        first = ranks.rank == 0
+        entries: dict[str, PartEntry] = {}
+
+        def commit() -> None:
+            if first:
+                _write_manifest(folder, Manifest(step, ranks.size, entries, _about()))
+                folder.rename(self._directory(step))
+
         try:
-            entries = {name: write_part(folder, name, kind, state) for name, kind, state in parts}
-            _write_manifest(folder, Manifest(step, 1, entries, _about()))
-            folder.rename(self._directory(step))
+            ranks.together(lambda: folder.mkdir() if first else None)
+            for name, kind, hand_out, of_each in parts:
+                if of_each:
+                    entries.update(write_part_of_each(folder, ranks, name, kind, hand_out))
+                else:
+                    entries[name] = write_part(folder, ranks, name, kind, hand_out)
+            ranks.together(commit)
         except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 raise CheckpointError(
                     f"{folder}: could not be written ({error}). Make room, or save elsewhere."
                 ) from error
             raise
-        sync_directory(self._root)
-        self._delete_oldest(step)
+
+        def clean() -> None:
+            if first:
+                sync_directory(self._root)
+                self._delete_oldest(step)
+
+        ranks.together(clean)
 
     def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
         """Load parts of a checkpoint into live objects.
@@ -182,23 +234,28 @@ class Saver:
             CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
         self.wait()
+        ranks = self._together()
         if not parts:
             raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
-        adapters = {name: part_of(name, value) for name, value in parts.items()}
-        found = self._resolve(step)
-        directory = self._directory(found)
+        found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
+        directory, reads = self._directory(found), Reads()
+        chosen: dict[str, tuple[Part, str, PartEntry]] = {}
+
+        def choose() -> None:
+            manifest = read_manifest(directory, found, listed=ranks.rank == 0)
+            for name, value in parts.items():
+                saved = name_of_rank(name, value, manifest, ranks.rank)
+                if saved is not None:
+                    adapter = part_of(name, _value(value))
+                    chosen[name] = adapter, saved, _entry(directory, manifest, saved, adapter.kind)
+
         try:
-            manifest = read_manifest(directory, found)
-            entries = {name: _entry(directory, manifest, name, part.kind) for name, part in adapters.items()}
-            for name, entry in entries.items():
-                verify_part(directory, name, entry)
-            states = {name: read_part(directory, name, entry) for name, entry in entries.items()}
-            for name, part in adapters.items():
-                part.check(f"{directory / MANIFEST}: part {name!r}", states[name])
+            ranks.together(choose)
+            load_parts(directory, ranks, chosen, reads)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
-        for name, part in adapters.items():
-            part.load(states.pop(name))
+        finally:
+            self.bytes_read = reads.bytes
         return found
 
     def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
@@ -225,6 +282,22 @@ class Saver:
             raise CorruptCheckpoint(f"{error} {self._others(found)}") from error
         return _entry(directory, manifest, name, "json").meta.get("value")
 
+    def _together(self) -> Ranks:
+        """This process and the others; all of them call this alike, for the first call makes a group."""
+        if self._ranks is None:
+            self._ranks = Ranks.of(self._group)
+        return self._ranks
+
+    def _check_step(self, step: int) -> None:
+        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+            raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
+        latest = self.latest() if self._together().rank == 0 else None
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
+                "directory, or delete the later checkpoints first."
+            )
+
     def _directory(self, step: int) -> Path:
         return self._root / step_name(step)
 
@@ -245,7 +318,7 @@ class Saver:
     def _remove_leftovers(self) -> None:
         for entry in list(os.scandir(self._root)):
             if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry.path)
+                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
     def _delete_oldest(self, newest: int) -> None:
         if self._keep is None:
@@ -258,9 +331,9 @@ class Saver:
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    for folder in ("dense", "sparse"):
-        if (partial / folder).is_dir():
-            sync_directory(partial / folder)
+    for folder, _, _ in os.walk(partial, topdown=False):
+        if folder != str(partial):
+            sync_directory(Path(folder))
     with open(partial / MANIFEST, "xb") as file:
         file.write(dump_manifest(manifest))
         file.flush()
@@ -281,13 +354,8 @@ def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEnt
     return entry
 
 
-def _refuse_many_processes() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise CheckpointError(
-                f"Saver.save: one process must train, torch.distributed has {size}. Save from a run of one process."
-            )
+def _value(part: object) -> Any:
+    return part.value if isinstance(part, PerRank) else part
 
 
 def _about() -> dict[str, JSON]:

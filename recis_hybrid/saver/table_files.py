@@ -1,26 +1,38 @@
-"""Writes and reads the rows of a table, sorted by (bucket, id) and cut at fixed buckets.
+"""Cuts the rows of a table, which all ranks hold together, at fixed buckets; writes the files and reads them back.
 
-Legend: n rows of the table, R ranges, m rows of one range, K buckets of a range that have rows.
+Legend: R ranges, W ranks.
+
+Where a file begins and ends depends on the whole table alone, so that equal tables give equal bytes on any number of
+ranks. A file is written by one rank, to which the others send what they have of it: at most W - 1 files a table have
+rows of several ranks once there are more files than ranks, and neither several writers of one file, which file systems
+of several machines keep apart by whole pages only, nor object stores, which know no writing at a place, get in the way.
 """
 
+from __future__ import annotations
+
 import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import encode_name, seal_file, sync_directory
-from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.files import encode_name
+from recis_hybrid.saver.headers import Place, places, views
+from recis_hybrid.saver.local_table import LocalTable, local_table
+from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
-from recis_hybrid.saver.tensors import TensorFile, check_tensor, open_tensors, write_tensors
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.row_files import Reads, Rows, file_specs, read_rows, row_tag, write_rows
 
 RANGE_BYTES = 64 * 2**20
 MOST_RANGES = 1024
-_INDEX = ("buckets", "bucket_offsets")
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+WRITERS = 2
+"""Threads that write: while one waits for the disk, the other puts the next file together."""
 
 
 def range_count(rows: int, row_bytes: int) -> int:
@@ -45,11 +57,55 @@ def range_count(rows: int, row_bytes: int) -> int:
     return count
 
 
-def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
-    """Write a table below `sparse/` and force it to the disk.
+@dataclass(frozen=True)
+class _File:
+    """One file, as all ranks plan it alike."""
 
-    At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
-    handed out in order, by (bucket, id), are held once.
+    number: int
+    table: int
+    range: int
+    first_bucket: int
+    last_bucket: int
+    rows: tuple[int, ...]
+    """Of each rank."""
+    present: tuple[int, ...]
+    """Of each rank: buckets that have rows. No bucket has rows of two ranks."""
+    writer: int
+
+
+def write_tables(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> dict[str, TableEntry]:
+    """Write the tables of a part below `sparse/`, all ranks together, and force them to the disk.
+
+    Args:
+        root: directory of the checkpoint.
+        ranks: this rank and the others.
+        part: name of the part.
+        tables: this rank's rows of each table.
+
+    Returns:
+        What the manifest says of each table.
+
+    Raises:
+        CheckpointError: the ranks hold other tables, or a file cannot be written by one of them.
+    """
+    if not tables:
+        return {}
+    plan = _plan(ranks, part, tables)
+    written = ranks.together(lambda: _write(root, ranks, part, tables, plan))
+    entries = {
+        number: FileEntry(path, size, tuple(sums)) for of_rank in written for number, path, size, sums in of_rank
+    }
+    ranges: list[list[RangeEntry]] = [[] for _ in tables]
+    for file in plan:
+        ranges[file.table].append(RangeEntry(file.first_bucket, file.last_bucket, sum(file.rows), entries[file.number]))
+    return {
+        table.name: TableEntry(sum(item.rows for item in of_table), table.specs, table.meta, tuple(of_table))
+        for table, of_table in zip(tables, ranges, strict=True)
+    }
+
+
+def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
+    """Write a table whose rows are all here, and force it to the disk.
 
     Args:
         root: directory of the checkpoint.
@@ -63,153 +119,207 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
     Raises:
         CheckpointError: the state breaks the rules of `TableState`, holds an id twice, or cannot be written.
     """
-    where = f"Saver.save: part {part!r}, table {name!r}"
-    _check_state(where, state)
-    specs = {column: TensorSpec.of(tensor, skip=1) for column, tensor in state.columns.items()}
-    row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in state.columns.values())
-    rows = state.columns["ids"].numel()
-    count = range_count(rows, row_bytes)
-    order, buckets = _sorted_order(where, state)
-    cuts = torch.searchsorted(buckets, torch.arange(0, BUCKETS + 1, BUCKETS // count)).tolist()
-
-    folder = f"sparse/{encode_name(part)}/{encode_name(name)}"
-    (root / folder).mkdir(parents=True)
-    ranges: list[RangeEntry] = []
-    for i in range(count):
-        first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
-        chosen = slice(cuts[i], cuts[i + 1]) if order is None else order[cuts[i] : cuts[i + 1]]
-        tensors = {column: _rows(tensor, chosen) for column, tensor in state.columns.items()}
-        present, sizes = torch.unique_consecutive(buckets[cuts[i] : cuts[i + 1]], return_counts=True)
-        tensors["buckets"] = present.to(torch.int32)
-        tensors["bucket_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        relative = f"{folder}/{first:05d}-{last:05d}.safetensors"
-        write_tensors(root / relative, tensors, _tag(part, name, first, last))
-        del tensors
-        ranges.append(RangeEntry(first, last, cuts[i + 1] - cuts[i], FileEntry(relative, *seal_file(root / relative))))
-    sync_directory(root / folder)
-    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges))
+    table = local_table(f"Saver.save: part {part!r}, table {name!r}", name, state, (0, BUCKETS))
+    return write_tables(root, Ranks(None), part, [table])[name]
 
 
-def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableState:
-    """Read a table whose files have been verified.
+def read_table(
+    root: Path, part: str, name: str, entry: TableEntry, wanted: tuple[int, int] = (0, BUCKETS),
+    reads: Reads | None = None,
+) -> TableState:  # fmt: skip
+    """Read the rows of some buckets of a table, and compare what is read with its checksums.
 
     Args:
         root: directory of the checkpoint.
         part: name of the part.
         name: name of the table.
         entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
 
     Returns:
-        The rows, sorted by (bucket, id), in memory of their own.
+        The rows, sorted by (bucket, id), in memory of their own; each column starts at a multiple of 64 bytes.
 
     Raises:
         CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
     """
-    where = f"part {part!r}, table {name!r}"
-    # Headers first: nothing of a size that only the manifest claims is allocated.
-    for item in entry.ranges:
-        with open_tensors(root / item.file.path, where) as file:
-            _check_header(file, part, name, entry, item)
-    columns = {
-        column: torch.empty((entry.rows, *spec.shape), dtype=getattr(torch, spec.dtype))
-        for column, spec in entry.columns.items()
-    }
-    buckets = torch.empty(entry.rows, dtype=torch.int64)
-    start = 0
-    for item in entry.ranges:
-        stop = start + item.rows
-        with open_tensors(root / item.file.path, where) as file:
-            _read_buckets(file, root / item.file.path, where, item, buckets[start:stop])
-            for column, tensor in columns.items():
-                file.read_into(column, tensor[start:stop])
-        _check_order(root / item.file.path, where, columns["ids"][start:stop], buckets[start:stop])
-        start = stop
+    parts = list(read_pieces(root, part, name, entry, wanted, reads or Reads()))
+    columns: dict[str, Tensor] = {}
+    for column, spec in entry.columns.items():
+        # Whole numbers of bytes: torch cannot put every dtype together.
+        pieces = [piece.columns[column].reshape(-1).view(torch.uint8) for piece in parts]
+        size = sum(piece.numel() for piece in pieces)
+        data = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+        rows = size // max(math.prod(spec.shape) * spec.itemsize, 1) if size else sum(p.buckets.numel() for p in parts)
+        columns[column] = data.view(getattr(torch, spec.dtype)).view(rows, *spec.shape)
+    buckets = torch.cat([piece.buckets for piece in parts]) if parts else torch.empty(0, dtype=torch.int64)
     return TableState(columns, buckets, entry.meta)
 
 
-def _check_state(where: str, state: TableState) -> None:
-    names = list(state.columns)
-    if names[:1] != ["ids"]:
-        raise CheckpointError(f"{where}: the first column must be 'ids', got the columns {names}. Put 'ids' first.")
-    for column, tensor in state.columns.items():
-        check_tensor(where, column, tensor)
-    rows = state.columns["ids"].shape[0] if state.columns["ids"].dim() == 1 else -1
-    for tensor_name, tensor in (("ids", state.columns["ids"]), ("buckets", state.buckets)):
-        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (rows,):
+def read_pieces(
+    root: Path, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
+) -> Iterator[Rows]:
+    """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
+
+    Args:
+        root: directory of the checkpoint.
+        part: name of the part.
+        name: name of the table.
+        entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
+
+    Yields:
+        Rows, in order of (bucket, id).
+
+    Raises:
+        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+    """
+    items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
+
+    def read(item: RangeEntry) -> Rows:
+        return read_rows(root / item.file.path, part, name, entry, item, wanted, reads)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[Rows] | None = None
+        try:
+            for number, item in enumerate(items):
+                rows = (ahead or pool.submit(read, item)).result()
+                ahead = pool.submit(read, items[number + 1]) if number + 1 < len(items) else None
+                yield rows
+                del rows  # so that the memory is used again
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
+
+def _plan(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[_File]:
+    """Decide which files there are, who has how much of each, and who writes it: on every rank the same."""
+    about: list[JSON] = [
+        [table.name, table.ids.numel(), table.meta, [[name, str(spec)] for name, spec in table.specs.items()]]
+        for table in tables
+    ]
+    answers = ranks.exchange(about)
+    for rank, answer in enumerate(answers):
+        if [[name, *rest] for name, _, *rest in answer] != [[name, *rest] for name, _, *rest in answers[0]]:
             raise CheckpointError(
-                f"{where}: {tensor_name} must be int64 [n], one for each row, got {TensorSpec.of(tensor)} beside ids "
-                f"{TensorSpec.of(state.columns['ids'])}. Hand out one per row."
+                f"Saver.save: part {part!r}: all ranks must hold the same tables with the same columns and meta, rank "
+                f"{rank} differs from rank 0: {[name for name, *_ in answer]} and {[name for name, *_ in answers[0]]}. "
+                "Build the object alike on all ranks."
             )
-    for column, tensor in state.columns.items():
-        if column in _INDEX:
-            raise CheckpointError(f"{where}: a column must not be named {column!r}, files use it. Rename it.")
-        if tensor.dim() == 0 or tensor.shape[0] != rows:
-            raise CheckpointError(
-                f"{where}: column {column!r} must have {rows} rows as 'ids' has, got {TensorSpec.of(tensor)}. Hand out "
-                "one per row."
-            )
-    if rows and not 0 <= int(state.buckets.min()) <= int(state.buckets.max()) < BUCKETS:
-        raise CheckpointError(
-            f"{where}: buckets must be from 0 to {BUCKETS - 1}, got {int(state.buckets.min())} to "
-            f"{int(state.buckets.max())}. Hand out the bucket of each id."
+    totals = [sum(answer[number][1] for answer in answers) for number in range(len(tables))]
+    counts = [range_count(total, table.row_bytes) for total, table in zip(totals, tables, strict=True)]
+    mine: list[JSON] = []
+    for table, count in zip(tables, counts, strict=True):
+        rows, present = table.cuts(count)
+        mine.append(
+            [[i, rows[i + 1] - rows[i], present[i + 1] - present[i]] for i in range(count) if rows[i + 1] > rows[i]]
         )
+    shares = ranks.exchange(mine)
+    plan: list[_File] = []
+    for number, count in enumerate(counts):
+        of_ranks = [{i: (rows, present) for i, rows, present in share[number]} for share in shares]
+        for i in range(count):
+            first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
+            of_each, held = zip(*(of_rank.get(i, (0, 0)) for of_rank in of_ranks), strict=True)
+            # Those who own buckets of it take turns: the files of many small tables are not all rank 0's.
+            low, high = first * ranks.size // BUCKETS, last * ranks.size // BUCKETS
+            writer = low + len(plan) % (high - low + 1)
+            plan.append(_File(len(plan), number, i, first, last, of_each, held, writer))
+    return plan
 
 
-def _sorted_order(where: str, state: TableState) -> tuple[Tensor | None, Tensor]:
-    """Rows [n] by (bucket, id), None where they lie so, and the bucket [n] of each."""
-    ids, buckets = state.columns["ids"].cpu(), state.buckets.cpu()
-    # numpy sorts plain numbers in vectors; where rows lie goes with them only if they are not in order.
-    ascending = torch.from_numpy(np.sort(ids.numpy()))
-    twice = ascending[1:] == ascending[:-1]
-    if bool(twice.any()):
-        example = int(ascending[1:][twice][0])
-        raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
-    if _in_order(ids, buckets):
-        return None, buckets
-    by_id = ids.argsort()
-    buckets, by_bucket = buckets[by_id].sort(stable=True)
-    return by_id[by_bucket], buckets
+def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[_File]) -> list[JSON]:
+    """Write this rank's files of a plan. A failure is raised only after all that others wait for has been sent."""
+    failures: list[BaseException] = []
+    written: list[JSON] = []
+    cuts: dict[int, tuple[list[int], list[int]]] = {}
+
+    def own(file: _File, out: dict[str, Tensor]) -> None:
+        """Writes this rank's rows of a file, and their index."""
+        table = tables[file.table]
+        rows, present = cuts[file.table]
+        first, begin, end = rows[file.range], present[file.range], present[file.range + 1]
+        table.read(first, rows[file.range + 1], out)
+        out["buckets"].copy_(table.present[begin:end])
+        out["bucket_offsets"].copy_(table.offsets[begin : end + 1] - first)
+
+    def write(file: _File, received: dict[int, Tensor]) -> None:
+        name = tables[file.table].name
+        relative = _path(part, name, file)
+        path = root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def put(out: dict[str, Tensor]) -> None:
+            row = bucket = 0
+            for rank in range(ranks.size):
+                if not file.rows[rank]:
+                    continue
+                rows, present = file.rows[rank], file.present[rank]
+                mine = {column: out[column][row : row + rows] for column in tables[file.table].specs}
+                mine["buckets"] = out["buckets"][bucket : bucket + present]
+                mine["bucket_offsets"] = out["bucket_offsets"][bucket : bucket + present + 1]
+                if rank == ranks.rank:
+                    own(file, mine)
+                else:
+                    for column, values in views(received[rank], _packed(tables[file.table], file, rank)).items():
+                        mine[column].copy_(values)
+                mine["bucket_offsets"] += row
+                row, bucket = row + rows, bucket + present
+            if not bucket:
+                out["bucket_offsets"].zero_()
+
+        specs = file_specs(tables[file.table].specs, sum(file.rows), sum(file.present))
+        size, sums = write_rows(path, specs, row_tag(part, name, file.first_bucket, file.last_bucket), put)
+        written.append([file.number, relative, size, list(sums)])
+
+    try:
+        for number, count in Counter(file.table for file in plan).items():
+            cuts[number] = tables[number].cuts(count)
+    except BaseException as error:
+        failures.append(error)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        running: list[Future[None]] = []
+        # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
+        for file in sorted(plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
+            others = [rank for rank, rows in enumerate(file.rows) if rows and rank != ranks.rank]
+            if file.writer == ranks.rank:
+                received = {
+                    rank: ranks.receive(_size(_packed(tables[file.table], file, rank)), rank, file.number)
+                    for rank in others
+                }
+                if not failures:
+                    running.append(pool.submit(write, file, received))
+                if len(running) > WRITERS:
+                    failures += _failed([running.pop(0)])
+            elif file.rows[ranks.rank]:
+                found = _packed(tables[file.table], file, ranks.rank)
+                data = torch.zeros(_size(found), dtype=torch.uint8)
+                try:
+                    own(file, views(data, found))
+                except BaseException as error:  # what is sent then is thrown away
+                    failures.append(error)
+                ranks.send(data, file.writer, file.number)
+        failures += _failed(running)
+    if failures:
+        raise failures[0]
+    return written
 
 
-def _in_order(ids: Tensor, buckets: Tensor) -> bool:
-    """Whether rows ascend strictly by (bucket, id)."""
-    above = buckets[1:] > buckets[:-1]
-    return bool((above | ((buckets[1:] == buckets[:-1]) & (ids[1:] > ids[:-1]))).all())
+def _failed(futures: Sequence[Future[None]]) -> list[BaseException]:
+    errors = [future.exception() for future in futures]
+    return [error for error in errors if error is not None]
 
 
-def _rows(column: Tensor, chosen: Tensor | slice) -> Tensor:
-    """Return the chosen [m] rows, copied where they are picked; unsigned words as signed ones, which torch can pick."""
-    if isinstance(chosen, slice):
-        return column.detach()[chosen].contiguous()
-    signed = _SIGNED.get(column.dtype, column.dtype)
-    return column.detach().view(signed).index_select(0, chosen.to(column.device)).view(column.dtype)
+def _packed(table: LocalTable, file: _File, rank: int) -> dict[str, Place]:
+    """How a rank's rows of a file lie in what it sends."""
+    return places(file_specs(table.specs, file.rows[rank], file.present[rank]))
 
 
-def _tag(part: str, name: str, first: int, last: int) -> dict[str, JSON]:
-    return {"part": part, "table": name, "buckets": [first, last]}
+def _size(found: dict[str, Place]) -> int:
+    return max(place.stop for place in found.values())
 
 
-def _check_header(file: TensorFile, part: str, name: str, entry: TableEntry, item: RangeEntry) -> None:
-    present = file.shape("buckets")[:1] or (0,)
-    specs = {column: TensorSpec(spec.dtype, (item.rows, *spec.shape)) for column, spec in entry.columns.items()}
-    specs["buckets"] = TensorSpec("int32", present)
-    specs["bucket_offsets"] = TensorSpec("int64", (present[0] + 1,))
-    file.check(specs, _tag(part, name, item.first_bucket, item.last_bucket))
-
-
-def _read_buckets(file: TensorFile, path: Path, where: str, item: RangeEntry, out: Tensor) -> None:
-    """Expand the index of a range into the bucket of each of its rows, [m]."""
-    present, offsets = file.read("buckets").long(), file.read("bucket_offsets")
-    inside = not present.numel() or item.first_bucket <= int(present[0]) <= int(present[-1]) <= item.last_bucket
-    ascending = bool((present[1:] > present[:-1]).all()) and bool((offsets[1:] > offsets[:-1]).all())
-    if not inside or not ascending or int(offsets[0]) != 0 or int(offsets[-1]) != item.rows:
-        raise CorruptCheckpoint(
-            f"{path} ({where}): buckets must ascend from {item.first_bucket} to {item.last_bucket} at most, and "
-            f"bucket_offsets from 0 to {item.rows}; they do not. {OTHER_STEP}"
-        )
-    out.copy_(present.repeat_interleave(offsets.diff()))
-
-
-def _check_order(path: Path, where: str, ids: Tensor, buckets: Tensor) -> None:
-    if not _in_order(ids, buckets):
-        raise CorruptCheckpoint(f"{path} ({where}): rows must be sorted by (bucket, id), they are not. {OTHER_STEP}")
+def _path(part: str, table: str, file: _File) -> str:
+    folder = f"sparse/{encode_name(part)}/{encode_name(table)}"
+    return f"{folder}/{file.first_bucket:05d}-{file.last_bucket:05d}.safetensors"

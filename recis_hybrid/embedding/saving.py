@@ -1,0 +1,142 @@
+"""Rows of tables on their way to files: in the order of checkpoints, read from the records as they are written.
+
+Letters: n rows of a member table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.coalesce import COUNTS
+from recis_hybrid.embedding.hash_table import HashTable
+from recis_hybrid.embedding.id_map import list_entries
+from recis_hybrid.embedding.protocols import META
+from recis_hybrid.embedding.record_layout import RecordLayout
+from recis_hybrid.embedding.state import table_meta, tables_meta
+from recis_hybrid.state import JSON, HostMemory, PartState, TableState
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The records of one logical table, live or copied, and the slots that say whose they are."""
+
+    table: HashTable
+    slots: Tensor
+    live: int
+    handle: ops.blocks.Blocks
+    memory: tuple[Tensor, ...]
+    """What `handle` points into, which must live as long."""
+    device: torch.device
+    """Whose kernels read the records."""
+    counts: tuple[dict[str, Tensor], ...]
+    """What admission knows, by member table; empty without admission."""
+
+
+def rows_state(tables: Sequence[HashTable]) -> PartState:
+    """Returns the rows of every member table, to be read from the live records: nothing may change them meanwhile."""
+    for table in tables:
+        table._see()
+    sources = [
+        _Source(
+            table, table.id_map.slots, len(table), table.blocks.handle, tuple(table.blocks.blocks), table.device,
+            _counts(table),
+        )
+        for table in tables
+    ]  # fmt: skip
+    return _state(tables, sources, tables_meta(tables))
+
+
+def snapshot(tables: Sequence[HashTable], memory: HostMemory) -> Callable[[], PartState]:
+    """Copies records and slots into host memory, as they lie.
+
+    Returns:
+        Puts the copied rows in order, which may take its time, and hands them out as :func:`rows_state` does.
+    """
+    sources = [_copied(table, memory) for table in tables]
+    meta = tables_meta(tables)
+    for table in tables:
+        if table.device.type == "cuda":
+            torch.cuda.synchronize(table.device)  # the copies were begun without waiting
+    return lambda: _state(tables, sources, meta)
+
+
+def _copied(table: HashTable, memory: HostMemory) -> _Source:
+    table._see()
+    layout, blocks, used = table.layout, table.blocks, table.id_map.row_bound
+    pinned = table.device.type == "cuda"
+
+    def copy(tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(-1).view(torch.uint8)
+        target = memory.take(flat.numel(), pinned=pinned)
+        target.copy_(flat, non_blocking=pinned)
+        return target
+
+    size = blocks.block_rows * layout.record_bytes
+    copies = []
+    for number, block in enumerate(blocks.blocks):
+        rows = min(max(used - number * blocks.block_rows, 0), blocks.block_rows)
+        target = memory.take(size, pinned=pinned)  # whole, so that the memory fits the next time too
+        bytes_used = rows * layout.record_bytes
+        target[:bytes_used].copy_(block.view(-1)[:bytes_used], non_blocking=pinned)
+        copies.append(target)
+    addresses = torch.tensor([target.data_ptr() for target in copies], dtype=torch.int64)
+    handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
+    slots = copy(table.id_map.slots).view(torch.int64).view(-1, 2)
+    return _Source(table, slots, len(table), handle, tuple(copies), _CPU, _counts(table))
+
+
+def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
+    return () if table.gate is None else tuple(table.gate.state(number) for number in range(len(table.members)))
+
+
+def _state(tables: Sequence[HashTable], sources: Sequence[_Source], meta: dict[str, JSON]) -> PartState:
+    states: dict[str, TableState] = {}
+    for source in sources:
+        table, layout = source.table, source.table.layout
+        entries = list_entries(source.slots, source.live)
+        ids, members, rows = entries.ids.cpu(), entries.members.cpu(), entries.rows.cpu()
+        counts = members.bincount(minlength=len(table.members)).tolist()
+        order, buckets = ops.id_map.file_order(ids, members)
+        parts = zip(*(values.split(counts) for values in (ids[order], buckets, rows[order])), strict=True)
+        for number, (member, (own_ids, own_buckets, own_rows)) in enumerate(zip(table.members, parts, strict=True)):
+            columns = {"ids": own_ids, **_no_rows(layout)}
+            reader = _RecordReader(source, own_rows.to(source.device))
+            states[member.name] = TableState(columns, own_buckets, table_meta(layout), reader)
+            if source.counts:
+                known = {name: values.cpu() for name, values in source.counts[number].items()}
+                states[member.name + COUNTS] = TableState(known, ops.id_map.bucket_of(known["ids"]), {})
+    return PartState(tables=states, meta=meta, owned=True)
+
+
+def _no_rows(layout: RecordLayout) -> dict[str, Tensor]:
+    parts = {part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts}
+    return {**parts, **{name: torch.empty(0, dtype=torch.int64) for name in META}}
+
+
+class _RecordReader:
+    """Reads records of rows (int64 ``[n]``, in the order of the files)."""
+
+    def __init__(self, source: _Source, rows: Tensor) -> None:
+        self._source = source
+        self._rows = rows
+
+    def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
+        """Writes rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
+        source, layout = self._source, self._source.table.layout
+        rows = self._rows[first:stop]
+        for part in layout.parts:
+            if part in out:
+                values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)
+                ops.blocks.read(source.handle, rows, layout.offset(part), values)
+                if not rows.is_cpu:
+                    out[part].copy_(values)
+        if META[0] in out:
+            for name, values in zip(META, ops.blocks.read_meta(source.handle, rows), strict=True):
+                out[name].copy_(values)
