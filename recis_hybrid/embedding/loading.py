@@ -49,12 +49,8 @@ class TablesLoader:
         Args:
             rows: By table, about how many will come.
         """
-        seed = self._saved.meta.get("seed")
         for table in self._tables:
             table.discard()
-            if isinstance(seed, int):
-                table.reseed(seed)
-        for table in self._tables:
             coming = sum(rows.get(member.name, 0) for member in table.members)
             table.id_map.reserve(coming)
             table.blocks.reserve(coming)
@@ -76,9 +72,11 @@ class TablesLoader:
                 table.gate.load(number, dict(columns))
 
     def end(self) -> None:
-        """Takes over the steps done: the last thing, when all rows have come."""
-        steps = self._saved.meta.get("steps")
+        """Takes over seed and steps: the last thing, when all rows have come."""
+        seed, steps = self._saved.meta.get("seed"), self._saved.meta.get("steps")
         for table in self._tables:
+            if isinstance(seed, int):
+                table.reseed(seed)
             done = [steps.get(member.name, 0) for member in table.members] if isinstance(steps, dict) else []
             table.step = max((step for step in done if isinstance(step, int)), default=0)
 

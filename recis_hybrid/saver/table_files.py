@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.row_files import Reads, Rows, file_specs, read_rows, row_tag, write_rows
+from recis_hybrid.saver.workers import Workers
 
 RANGE_BYTES = 64 * 2**20
 MOST_RANGES = 1024
@@ -180,12 +182,12 @@ def read_pieces(
     def read(item: RangeEntry) -> Rows:
         return read_rows(root / item.file.path, part, name, entry, item, wanted, reads)
 
-    with ThreadPoolExecutor(1) as pool:
+    with Workers(1) as pool:
         ahead: Future[Rows] | None = None
         try:
             for number, item in enumerate(items):
-                rows = (ahead or pool.submit(read, item)).result()
-                ahead = pool.submit(read, items[number + 1]) if number + 1 < len(items) else None
+                rows = (ahead or pool.submit(partial(read, item))).result()
+                ahead = pool.submit(partial(read, items[number + 1])) if number + 1 < len(items) else None
                 yield rows
                 del rows  # so that the memory is used again
         finally:
@@ -278,7 +280,7 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
             cuts[number] = tables[number].cuts(count)
     except BaseException as error:
         failures.append(error)
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with Workers(WRITERS) as pool:
         running: list[Future[None]] = []
         # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
         for file in sorted(plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
@@ -289,7 +291,7 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
                     for rank in others
                 }
                 if not failures:
-                    running.append(pool.submit(write, file, received))
+                    running.append(pool.submit(partial(write, file, received)))
                 if len(running) > WRITERS:
                     failures += _failed([running.pop(0)])
             elif file.rows[ranks.rank]:

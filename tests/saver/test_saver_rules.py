@@ -126,15 +126,6 @@ def test_nothing_is_refused_as_an_argument(tmp_path: Path) -> None:
         Saver(tmp_path).load()
 
 
-def test_more_than_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(CheckpointError, match="one process must train, torch.distributed has 2"):
-        Saver(tmp_path).save(1, note=1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    Saver(tmp_path).save(1, note=1)
-
-
 def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saver = Saver("run")
@@ -157,10 +148,10 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="out of luck"):
         saver.save(2, model=nn.Linear(2, 2), engine=Failing(PartState()))
 
-    def full(path: Path) -> None:
+    def full(path: Path, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(part_files, "seal_file", full)
+    monkeypatch.setattr(part_files, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device.*Make room"):
         saver.save(2, model=nn.Linear(2, 2))
     monkeypatch.undo()
@@ -168,7 +159,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     saver.save(2, model=nn.Linear(2, 2))
 
 
-def test_the_library_failing_to_write_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Path.mkdir
 
     def no_folder(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -176,7 +167,7 @@ def test_the_library_failing_to_write_is_a_checkpoint_error(tmp_path: Path, monk
             make(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", no_folder)
-    with pytest.raises(CheckpointError, match=r"dense/model.safetensors: could not be written"):
+    with pytest.raises(CheckpointError, match=r"could not be written .*dense/model.safetensors"):
         Saver(tmp_path).save(1, model=nn.Linear(2, 2))
     assert entries(tmp_path) == []
 

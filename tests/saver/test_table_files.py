@@ -1,3 +1,4 @@
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -5,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState, table_files
-from recis_hybrid.saver.manifest import TableEntry
+from recis_hybrid.saver.manifest import FileEntry, TableEntry
 from recis_hybrid.saver.table_files import range_count, read_table, write_table
 from recis_hybrid.saver.tensors import DTYPES
 from tests.saver.fakes import HIGHEST, LOWEST, example_table
@@ -174,15 +176,22 @@ def test_a_state_against_the_rules_is_refused(tmp_path: Path, change: dict[str, 
         write_table(tmp_path, "engine", "t", replace(table_of(2), **change))
 
 
-def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> None:
-    """Puts other tensors into the file, the metadata as it was."""
-    from safetensors import safe_open
+def sealed(root: Path, entry: TableEntry) -> TableEntry:
+    """What a manifest would say of the file as it is now."""
+    (item,) = entry.ranges
+    data = (root / item.file.path).read_bytes()
+    file = FileEntry(item.file.path, len(data), (f"{zlib.crc32(data):08x}",))
+    return replace(entry, ranges=(replace(item, file=file),))
 
+
+def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> TableEntry:
+    """Puts other tensors into the file, the metadata as it was, and seals it."""
     path = root / entry.ranges[0].file.path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {**load_file(path), **change}
     save_file({name: t.clone() for name, t in tensors.items() if name != drop}, path, metadata=metadata)
+    return sealed(root, entry)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,7 @@ def test_files_that_contradict_the_manifest_are_refused(
     tmp_path: Path, change: dict[str, Tensor], message: str
 ) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
-    rewrite(tmp_path, entry, change)
+    entry = rewrite(tmp_path, entry, change)
     with pytest.raises(CorruptCheckpoint, match=rf"00000-65535.safetensors \(part 'engine', table 'user'\).*{message}"):
         read_table(tmp_path, "engine", "user", entry)
 
@@ -217,7 +226,7 @@ def test_files_that_contradict_the_manifest_are_refused(
 @pytest.mark.parametrize("missing", ["ids", "buckets", "bucket_offsets", "exp_avg"])
 def test_a_missing_tensor_is_refused(tmp_path: Path, missing: str) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
-    rewrite(tmp_path, entry, {}, drop=missing)
+    entry = rewrite(tmp_path, entry, {}, drop=missing)
     with pytest.raises(CorruptCheckpoint, match=rf"must hold .*{missing}"):
         read_table(tmp_path, "engine", "user", entry)
 
@@ -239,6 +248,7 @@ def test_rows_that_only_the_manifest_claims_are_never_allocated(tmp_path: Path) 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
     (tmp_path / entry.ranges[0].file.path).write_bytes(data)
+    entry = sealed(tmp_path, entry)
     with pytest.raises(CorruptCheckpoint, match=r"00000-65535.safetensors \(part 'engine', table 'user'\)"):
         read_table(tmp_path, "engine", "user", entry)
 
