@@ -95,8 +95,11 @@ class Ranks:
         except BaseException as error:  # the others must hear of it
             failure = error
         answers = self.exchange([value, None if failure is None else [type(failure).__name__, str(failure)]])
-        if failure is not None:
-            raise failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # or the error and this frame would keep each other
         for rank, (_, told) in enumerate(answers):
             if told is not None:
                 raise _ERRORS.get(told[0], CheckpointError)(f"rank {rank} of {self.size} failed: {told[1] or told[0]}")

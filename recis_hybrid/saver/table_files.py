@@ -303,8 +303,12 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
                     failures.append(error)
                 ranks.send(data, file.writer, file.number)
         failures += _failed(running)
-    if failures:
-        raise failures[0]
+    try:
+        if failures:
+            raise failures[0]
+    finally:  # or the error and this frame would keep each other, and the saver's lease with them
+        failures.clear()
+        running.clear()
     return written
 
 

@@ -98,6 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(path: Path, rank: int, size: int, group: dist.ProcessGroup) -> None:
     model = torch.nn.Linear(2, 1)
     torch.nn.init.constant_(model.weight, rank + 1)
+    torch.nn.init.zeros_(model.bias)
     generator = torch.Generator().manual_seed(100 + rank)
     engine = sharded(rank, size)
     Saver(path, group=group).save(1, engine=engine, model=model, note={"rank": "any"}, rng=PerRank(generator))
@@ -109,12 +110,12 @@ def test_equal_tables_give_equal_bytes_at_any_world_size(runs: Path) -> None:
     for size in SIZES:
         directory = runs / str(size) / "step_000001"
         found = files_of(directory)
-        assert sorted(name for name in found if "rng" in name) == [f"dense/rng%5B{r}%5D.safetensors" for r in range(size)]
-        sparse = {name: data for name, data in found.items() if "rng" not in name}
-        assert sparse == {name: data for name, data in alone.items() if "rng" not in name} | {
-            "dense/model.safetensors": sparse["dense/model.safetensors"]
+        each = [f"dense/rng%5B{rank}%5D.safetensors" for rank in range(size)]
+        assert sorted(name for name in found if "rng" in name) == each
+        assert {name: data for name, data in found.items() if "rng" not in name} == {
+            name: data for name, data in alone.items() if "rng" not in name
         }
-        documents = [json.loads((runs / each / "step_000001/manifest.json").read_text()) for each in ("1", str(size))]
+        documents = [json.loads((runs / run / "step_000001/manifest.json").read_text()) for run in ("1", str(size))]
         assert documents[1]["world_size"] == size
         assert documents[0]["parts"]["engine"] == documents[1]["parts"]["engine"]
         assert entries(runs / str(size)) == ["step_000001"]

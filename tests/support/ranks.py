@@ -23,7 +23,8 @@ def in_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: 
             group = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=seconds))
             results[rank] = work(rank, group)
         except BaseException as error:  # an assertion too is for the caller
-            results[rank] = error
+            results[rank] = error.with_traceback(None)  # or its frames would keep what they made alive
+            error.__context__ = error.__cause__ = None
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
