@@ -39,8 +39,8 @@ class TablesLoader:
         """What keeps the checkpoint from being loaded, a text each."""
         self.changes: list[str] = []
         """What is loaded in another way than it was saved, a text each."""
-        self.holds_rows = any(len(table) > 0 for table in tables)
-        """Whether there are rows that the checkpoint's would replace."""
+        self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
+        """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
         self._compare(tables_layout(tables).tables)
 
     def begin(self, rows: Mapping[str, int]) -> None:
@@ -110,6 +110,11 @@ class TablesLoader:
                 (self.differences if essential else self.changes).append(text)
             elif a.dtype != b.dtype:
                 self.changes.append(f"{where} {column!r}: checkpoint {_spec(a)}, live object {_spec(b)}")
+
+
+def _counts(table: HashTable) -> int:
+    gate = table.gate
+    return 0 if gate is None else sum(gate.state(number)["ids"].numel() for number in range(len(table.members)))
 
 
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:
