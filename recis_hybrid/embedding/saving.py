@@ -103,9 +103,9 @@ def _state(tables: Sequence[HashTable], sources: Sequence[_Source], meta: dict[s
         entries = list_entries(source.slots, source.live)
         ids, members, rows = entries.ids.cpu(), entries.members.cpu(), entries.rows.cpu()
         counts = members.bincount(minlength=len(table.members)).tolist()
-        order, buckets = ops.id_map.file_order(ids, members)
-        parts = zip(*(values.split(counts) for values in (ids[order], buckets, rows[order])), strict=True)
-        for number, (member, (own_ids, own_buckets, own_rows)) in enumerate(zip(table.members, parts, strict=True)):
+        ordered = ops.id_map.file_order(ids, members, rows, len(table.members))
+        parts = zip(*(values.split(counts) for values in ordered), strict=True)
+        for number, (member, (own_ids, own_rows, own_buckets)) in enumerate(zip(table.members, parts, strict=True)):
             columns = {"ids": own_ids, **_no_rows(layout)}
             reader = _RecordReader(source, own_rows.to(source.device))
             states[member.name] = TableState(columns, own_buckets, table_meta(layout), reader)

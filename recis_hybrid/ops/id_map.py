@@ -16,7 +16,7 @@ from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
     "id_map_find", "id_map_find_or_insert", "id_map_commit", "id_map_rehash", "id_map_list", "id_map_erase",
-    "id_map_set", "id_map_move", "id_map_count", "id_map_admit", "bucket_ids",
+    "id_map_set", "id_map_move", "id_map_count", "id_map_admit", "bucket_ids", "file_order",
 )  # fmt: skip
 
 FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
@@ -135,17 +135,18 @@ def bucket_of(ids: Tensor) -> Tensor:
     return buckets
 
 
-def file_order(ids: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the order in which rows lie in files: by (member table, bucket, id).
+def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts rows in the order in which they lie in files: by (member table, bucket, id).
 
     Args:
-        ids: int64 ``[N]``, contiguous, on the CPU; no two alike in one member table.
-        members: int64 ``[N]``, numbers of the member tables.
+        ids: int64 ``[N]``, contiguous, on the CPU.
+        members: int64 ``[N]``, numbers of the member tables, from 0 to ``member_count`` - 1.
+        rows: int64 ``[N]``.
+        member_count: How many member tables there are.
 
     Returns:
-        ``order`` int64 ``[N]``, and the bucket of each id in that order, int64 ``[N]``.
+        Ids, rows and buckets in that order, int64 ``[N]`` each.
     """
-    order = ids.argsort()
-    place = members[order] << 16 | bucket_of(ids[order])
-    place, by_place = place.sort(stable=True)
-    return order[by_place], place & 0xFFFF
+    ordered = torch.empty(3, ids.numel(), dtype=torch.int64)
+    torch.ops.recis.file_order(ids, members, rows, member_count, ordered)
+    return ordered[0], ordered[1], ordered[2]
