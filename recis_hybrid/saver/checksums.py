@@ -9,7 +9,11 @@ import zlib
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from recis_hybrid import ops
 
 CHUNK_BYTES = 4 * 2**20
 """Bytes under one checksum of the manifest."""
@@ -21,17 +25,16 @@ _POLYNOMIAL = 0xEDB88320
 Sums = NDArray[np.uint32]
 
 
-def page_sums(data: memoryview) -> Sums:
+def page_sums(data: Tensor) -> Sums:
     """Return the CRC-32 of each page of 16 KiB, the last one shorter.
 
     Args:
-        data: bytes.
+        data: uint8 ``[n]``, on the CPU.
 
     Returns:
         uint32, one a page.
     """
-    starts = range(0, len(data), PAGE_BYTES)
-    return np.fromiter((zlib.crc32(data[at : at + PAGE_BYTES]) for at in starts), np.uint32, len(starts))
+    return ops.checksum.crc32_pages(data, PAGE_BYTES).numpy().astype(np.uint32)
 
 
 def chunk_sums(head: bytes, pages: Sums, size: int) -> tuple[str, ...]:
@@ -49,7 +52,7 @@ def chunk_sums(head: bytes, pages: Sums, size: int) -> tuple[str, ...]:
         sums = [_folded(zlib.crc32(head), pages, size - len(head))]
     else:
         per_chunk = CHUNK_BYTES // PAGE_BYTES
-        units = np.concatenate([page_sums(memoryview(head)), pages])
+        units = np.concatenate([page_sums(torch.frombuffer(bytearray(head), dtype=torch.uint8)), pages])
         whole = size // CHUNK_BYTES
         level, length = units[: whole * per_chunk].reshape(whole, per_chunk), PAGE_BYTES
         while level.shape[1] > 1:  # neighbours, then pairs of neighbours, and so on

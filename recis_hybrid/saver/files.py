@@ -10,6 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
 from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 
@@ -146,12 +150,27 @@ def verify_file(path: Path, where: str, size: int, sums: tuple[str, ...]) -> Non
     """
     with open(path, "rb", buffering=0) as file:
         check_size(path, where, size, os.fstat(file.fileno()).st_size)
-        chunk = memoryview(bytearray(min(CHUNK_BYTES, size)))
+        chunk = ops.memory.empty_bytes(min(CHUNK_BYTES, size), torch.device("cpu"))
         for number, expected in enumerate(sums):
-            first = number * CHUNK_BYTES
-            part = chunk[: min(CHUNK_BYTES, size - first)]
-            fill(file, part)
-            check_sum(path, where, first, expected, part)
+            read_chunk(file, path, where, number, expected, chunk[: min(CHUNK_BYTES, size - number * CHUNK_BYTES)])
+
+
+def read_chunk(file: io.RawIOBase, path: object, where: str, number: int, expected: str, out: Tensor) -> None:
+    """Read the next chunk of a file and compare it with its checksum, while it is in the cache.
+
+    Args:
+        file: open at the beginning of the chunk.
+        path: the file.
+        where: what it holds, for the message.
+        number: of the chunk.
+        expected: its checksum.
+        out: uint8, as many as the chunk has.
+
+    Raises:
+        CorruptCheckpoint: the checksum differs.
+    """
+    fill(file, out.numpy().data)
+    check_sum(path, where, number * CHUNK_BYTES, expected, out)
 
 
 def fill(file: io.RawIOBase, out: memoryview) -> None:
@@ -174,12 +193,13 @@ def check_size(path: object, where: str, size: int, found: int) -> None:
         raise CorruptCheckpoint(f"{path} ({where}): must have {size} bytes by the manifest, has {found}. {OTHER_STEP}")
 
 
-def check_sum(path: object, where: str, first: int, expected: str, data: memoryview | bytes) -> None:
+def check_sum(path: object, where: str, first: int, expected: str, data: Tensor) -> None:
     """Raise CorruptCheckpoint if bytes of a file, from `first` on, have not the checksum that they must have."""
-    actual = f"{zlib.crc32(data):08x}"
+    sums = ops.checksum.crc32_pages(data, CHUNK_BYTES).tolist()
+    actual = f"{sums[0] if sums else 0:08x}"
     if actual != expected:
         raise CorruptCheckpoint(
-            f"{path} ({where}): bytes {first} to {first + len(data) - 1} must have the CRC-32 {expected} by the "
+            f"{path} ({where}): bytes {first} to {first + data.numel() - 1} must have the CRC-32 {expected} by the "
             f"manifest, have {actual}. {OTHER_STEP}"
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.saver.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
-from recis_hybrid.saver.files import check_size, check_sum, fill, write_file
+from recis_hybrid.saver.files import check_size, check_sum, fill, read_chunk, write_file
 from recis_hybrid.saver.headers import (
     LONGEST_HEADER,
     Place,
@@ -96,11 +96,10 @@ def write_rows(
     found = places(specs)
     data = ops.memory.empty_bytes(data_bytes(found), _CPU)
     write(views(data, found))
-    content = buffer(data)
-    pages = page_sums(content)
+    pages = page_sums(data)
     head = header(found, tag, pages)
-    size = len(head) + len(content)
-    write_file(path, [memoryview(head), content])
+    size = len(head) + data.numel()
+    write_file(path, [memoryview(head), buffer(data)])
     return size, chunk_sums(head, pages, size)
 
 
@@ -172,11 +171,10 @@ class _File:
         check_size(self._path, self._where, size, os.fstat(handle.fileno()).st_size)
         if whole:
             self._image = ops.memory.empty_bytes(size, _CPU)
-            content = buffer(self._image)
-            for number, expected in enumerate(self._entry.crc32):  # each checked while it is in the cache
-                first = number * CHUNK_BYTES
-                fill(handle, content[first : first + CHUNK_BYTES])
-                check_sum(self._path, self._where, first, expected, content[first : first + CHUNK_BYTES])
+            for number, (expected, chunk) in enumerate(
+                zip(self._entry.crc32, self._image.split(CHUNK_BYTES), strict=True)
+            ):
+                read_chunk(handle, self._path, self._where, number, expected, chunk)
             self._reads.add(size)
             head = self._image[: self._length(bytes(self._image[:8].tolist()))].numpy().tobytes()
         else:
@@ -227,13 +225,12 @@ class _File:
         if first == stop:
             return torch.empty(0, dtype=torch.uint8)
         data = self._pread(self._start + begin, end - begin)
-        for at, found in enumerate(page_sums(buffer(data))):
+        for at, found in enumerate(page_sums(data).tolist()):
             if found != self._pages[page + at]:
-                place = begin + at * PAGE_BYTES
-                expected = f"{self._pages[page + at]:08x}"
+                place = at * PAGE_BYTES
                 check_sum(
-                    self._path, self._where, self._start + place, expected,
-                    buffer(data)[place - begin : place - begin + PAGE_BYTES],
+                    self._path, self._where, self._start + begin + place, f"{self._pages[page + at]:08x}",
+                    data[place : place + PAGE_BYTES],
                 )  # fmt: skip
         return data[first - begin : stop - begin]
 

@@ -28,7 +28,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in self._threads:
+        for thread in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()

@@ -75,7 +75,9 @@ def rows_of(engine: EmbeddingEngine) -> dict[str, dict[int, list[list[float]]]]:
     """By table, by id, all columns."""
     found = {}
     for name, table in engine.checkpoint_state().tables.items():
-        ids, *columns = (column.view(len(column), *column.shape[1:] or (1,)).tolist() for column in table.columns.values())
+        ids, *columns = (
+            column.view(len(column), *column.shape[1:] or (1,)).tolist() for column in table.columns.values()
+        )
         found[name] = {id_: list(rest) for (id_,), *rest in zip(ids, *columns, strict=True)}
     return found
 
