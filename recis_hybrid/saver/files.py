@@ -4,9 +4,11 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.workers import Workers
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; the rest is for the suffix
 _SEGMENT = r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*"
@@ -93,18 +96,30 @@ def list_files(directory: Path) -> dict[str, int]:
     return found
 
 
-def write_file(path: Path, pieces: Iterable[memoryview]) -> None:
-    """Write a new file and force it to the disk.
+def write_file(path: Path, pieces: Iterable[memoryview]) -> Callable[[], None]:
+    """Write a new file.
 
     Args:
         path: the file.
         pieces: its bytes.
+
+    Returns:
+        Forces the file to the disk; to be called once, in any thread.
     """
-    with open(path, "xb", buffering=0) as file:
+    file = open(path, "xb", buffering=0)  # noqa: SIM115
+    try:
         for piece in pieces:
             while piece:
                 piece = piece[file.write(piece) or 0 :]
-        os.fsync(file.fileno())
+    except BaseException:
+        file.close()
+        raise
+
+    def sync() -> None:
+        with file:
+            os.fsync(file.fileno())
+
+    return sync
 
 
 class ChunkSums:
@@ -202,6 +217,19 @@ def check_sum(path: object, where: str, first: int, expected: str, data: Tensor)
             f"{path} ({where}): bytes {first} to {first + data.numel() - 1} must have the CRC-32 {expected} by the "
             f"manifest, have {actual}. {OTHER_STEP}"
         )
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a directory and all that is below it, following no link; what another removes meanwhile is no error."""
+    with Workers(2) as pool:  # a file system takes its time to give up large files
+        for path in folder.rglob("*.safetensors"):
+            if not path.is_dir():
+                pool.submit(partial(path.unlink, missing_ok=True))
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            continue
 
 
 def sync_directory(directory: Path) -> None:

@@ -78,8 +78,8 @@ def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> di
 
 def write_rows(
     path: Path, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
-) -> tuple[int, tuple[str, ...]]:
-    """Write a file of rows and force it to the disk.
+) -> tuple[int, tuple[str, ...], Callable[[], None]]:
+    """Write a file of rows.
 
     The file is put together in memory first, which is used again for the next: no more than one pass over its bytes
     checksums them.
@@ -91,7 +91,7 @@ def write_rows(
         write: called once, writes the tensors.
 
     Returns:
-        Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
+        Its size in bytes, the CRC-32 of each chunk of 4 MiB, and what forces it to the disk.
     """
     found = places(specs)
     data = ops.memory.empty_bytes(data_bytes(found), _CPU)
@@ -99,8 +99,8 @@ def write_rows(
     pages = page_sums(data)
     head = header(found, tag, pages)
     size = len(head) + data.numel()
-    write_file(path, [memoryview(head), buffer(data)])
-    return size, chunk_sums(head, pages, size)
+    sync = write_file(path, [memoryview(head), buffer(data)])
+    return size, chunk_sums(head, pages, size), sync
 
 
 def read_rows(

@@ -18,7 +18,7 @@ from recis_hybrid.saver.adapters import Part, copied, part_of
 from recis_hybrid.saver.background import Background
 from recis_hybrid.saver.directory import STEP, read_manifest, step_name
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.files import sync_directory
+from recis_hybrid.saver.files import remove_folder, sync_directory
 from recis_hybrid.saver.lease import Lease
 from recis_hybrid.saver.loading import load_parts
 from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
@@ -91,6 +91,7 @@ class Saver:
         self._shared = False
         self._lease = Lease(self._root)
         self._background = Background()
+        self._deletion = Background()
         self._memory = Memory()
         self.bytes_read = 0
         """Bytes of files that this process read in the last load."""
@@ -172,12 +173,13 @@ class Saver:
         return self._directory(step)
 
     def wait(self) -> None:
-        """Wait for a save in the background.
+        """Wait for a save in the background, and until the files of checkpoints that were given up are gone.
 
         Raises:
             CheckpointError: it failed; the checkpoints before it are whole.
         """
         self._background.wait()
+        self._deletion.wait()
 
     def _write(self, step: int, parts: Iterable[tuple[str, str, Callable[[], PartState], bool]]) -> None:
         ranks = self._together()
@@ -318,7 +320,7 @@ class Saver:
     def _remove_leftovers(self) -> None:
         for entry in list(os.scandir(self._root)):
             if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                remove_folder(Path(entry.path)) if entry.is_dir() else os.unlink(entry.path)
 
     def _delete_oldest(self, newest: int) -> None:
         if self._keep is None:
@@ -327,7 +329,7 @@ class Saver:
             # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
             doomed = self._root / f".{step_name(step)}.deleted"
             self._directory(step).rename(doomed)
-            shutil.rmtree(doomed)
+            self._deletion.start(f"the deletion of step {step} in {self._root}", partial(_remove, doomed))
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
@@ -352,6 +354,13 @@ def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEnt
         remedy = "Use Saver.read_json." if entry.kind == "json" else "Pass the object that was saved under this name."
         raise CheckpointMismatch(f"{where} was saved from a {entry.kind}, but a {kind} was asked for. {remedy}")
     return entry
+
+
+def _remove(folder: Path) -> None:
+    try:
+        remove_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be removed ({error}). Remove it by hand.") from error
 
 
 def _value(part: object) -> Any:

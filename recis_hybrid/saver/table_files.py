@@ -34,7 +34,7 @@ from recis_hybrid.saver.workers import Workers
 RANGE_BYTES = 64 * 2**20
 MOST_RANGES = 1024
 WRITERS = 2
-"""Threads that write: while one waits for the disk, the other puts the next file together."""
+"""Threads that put files together and write them, and as many that wait for the disk: it is never without work."""
 
 
 def range_count(rows: int, row_bytes: int) -> int:
@@ -272,7 +272,10 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
                 out["bucket_offsets"].zero_()
 
         specs = file_specs(tables[file.table].specs, sum(file.rows), sum(file.present))
-        size, sums = write_rows(path, specs, row_tag(part, name, file.first_bucket, file.last_bucket), put)
+        size, sums, sync = write_rows(path, specs, row_tag(part, name, file.first_bucket, file.last_bucket), put)
+        syncing.append(disk.submit(sync))
+        if len(syncing) > 4 * WRITERS:
+            syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
         written.append([file.number, relative, size, list(sums)])
 
     try:
@@ -280,8 +283,9 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
             cuts[number] = tables[number].cuts(count)
     except BaseException as error:
         failures.append(error)
-    with Workers(WRITERS) as pool:
-        running: list[Future[None]] = []
+    running: list[Future[None]] = []
+    syncing: list[Future[None]] = []
+    with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
         # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
         for file in sorted(plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
             others = [rank for rank, rows in enumerate(file.rows) if rows and rank != ranks.rank]
@@ -303,12 +307,14 @@ def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], pl
                     failures.append(error)
                 ranks.send(data, file.writer, file.number)
         failures += _failed(running)
+    failures += _failed(syncing)
     try:
         if failures:
             raise failures[0]
     finally:  # or the error and this frame would keep each other, and the saver's lease with them
         failures.clear()
         running.clear()
+        syncing.clear()
     return written
 
 

@@ -70,7 +70,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], tag: dict[str, JSON]) 
     found = places({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
     sums = ChunkSums()
     head = memoryview(header(found, tag))
-    write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))
+    write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
     return sums.size, sums.sums
 
 

@@ -61,7 +61,7 @@ def test_paths_that_are_not_safe(path: str) -> None:
 def sealed(path: Path, *pieces: bytes) -> tuple[int, tuple[str, ...]]:
     sums = ChunkSums()
     path.unlink(missing_ok=True)
-    write_file(path, sums.add(memoryview(piece) for piece in pieces))
+    write_file(path, sums.add(memoryview(piece) for piece in pieces))()
     return sums.size, sums.sums
 
 

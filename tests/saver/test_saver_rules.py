@@ -89,7 +89,28 @@ def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeyp
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **k: (seen.append(saver.steps()), rmtree(path, **k)))
     saver.save(2, note=2)
+    assert saver.steps() == [2]
+    saver.wait()
     assert seen == [[2]]
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_what_cannot_be_deleted_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, note=1)
+
+    def refuse(path: Path, **_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        saver.save(2, note=2)
+        with pytest.raises(CheckpointError, match=r"step_000001.deleted: could not be removed \(.*not permitted"):
+            saver.wait()
+    saver.save(3, note=3)
+    saver.wait()
+    assert entries(tmp_path) == ["step_000003"]
+    assert not list(tmp_path.glob(".step*"))
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, True, "1", 10**18])
