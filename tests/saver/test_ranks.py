@@ -76,10 +76,10 @@ def test_a_disk_that_is_full(tmp_path: Path, async_save: bool, failing: int, mon
         owners.update({f"{f.first_bucket:05d}-{f.last_bucket:05d}.safetensors": f.writer for f in files})
         return files
 
-    def full(path: Path, pieces: Any) -> None:
+    def full(path: Path, pieces: Any) -> Any:
         if owners[path.name] == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_file(path, pieces)
+        return write_file(path, pieces)
 
     monkeypatch.setattr(table_files, "_plan", planned)
     monkeypatch.setattr(row_files, "write_file", full)
