@@ -1,10 +1,9 @@
 """The directory of one checkpoint: its name, and what must lie in it."""
 
 import re
-from pathlib import Path
 
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
-from recis_hybrid.saver.files import list_files
+from recis_hybrid.saver.files import Location, list_files
 from recis_hybrid.saver.manifest import MANIFEST, Manifest
 from recis_hybrid.saver.parse import parse_manifest, part_files
 
@@ -17,7 +16,7 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def read_manifest(directory: Path, step: int, *, listed: bool = True) -> Manifest:
+def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Manifest:
     """Read the manifest and hold it against the files that are there.
 
     Args:

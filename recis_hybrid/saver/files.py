@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import quote
 
 import torch
@@ -18,7 +19,11 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.remote import RemotePath
 from recis_hybrid.saver.workers import Workers
+
+Location: TypeAlias = Path | RemotePath
+"""Where a file or a checkpoint lies."""
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; the rest is for the suffix
 _SEGMENT = r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*"
@@ -64,7 +69,7 @@ def is_safe_path(path: str) -> bool:
     return _RELATIVE_PATH.fullmatch(path) is not None
 
 
-def list_files(directory: Path) -> dict[str, int]:
+def list_files(directory: Location) -> dict[str, int]:
     """List all files below a directory, following no link.
 
     Args:
@@ -76,6 +81,8 @@ def list_files(directory: Path) -> dict[str, int]:
     Raises:
         CorruptCheckpoint: something there is neither a plain file nor a directory.
     """
+    if isinstance(directory, RemotePath):
+        return directory.files()
     found: dict[str, int] = {}
     pending = [""]
     while pending:
@@ -96,7 +103,12 @@ def list_files(directory: Path) -> dict[str, int]:
     return found
 
 
-def write_file(path: Path, pieces: Iterable[memoryview]) -> Callable[[], None]:
+def open_file(path: Location) -> io.RawIOBase:
+    """Open a file for reading at any place, of which no more is read than is asked for."""
+    return path.open("rb") if isinstance(path, RemotePath) else open(path, "rb", buffering=0)  # noqa: SIM115
+
+
+def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], None]:
     """Write a new file.
 
     Args:
@@ -106,6 +118,11 @@ def write_file(path: Path, pieces: Iterable[memoryview]) -> Callable[[], None]:
     Returns:
         Forces the file to the disk; to be called once, in any thread.
     """
+    if isinstance(path, RemotePath):
+        with path.open("wb") as remote:
+            for piece in pieces:
+                remote.write(piece)
+        return lambda: None
     file = open(path, "xb", buffering=0)  # noqa: SIM115
     try:
         for piece in pieces:
@@ -151,7 +168,7 @@ class ChunkSums:
         return tuple(f"{each:08x}" for each in self._whole + rest)
 
 
-def verify_file(path: Path, where: str, size: int, sums: tuple[str, ...]) -> None:
+def verify_file(path: Location, where: str, size: int, sums: tuple[str, ...]) -> None:
     """Compare a file with its size and checksums.
 
     Args:
@@ -163,8 +180,8 @@ def verify_file(path: Path, where: str, size: int, sums: tuple[str, ...]) -> Non
     Raises:
         CorruptCheckpoint: the size or a checksum differs.
     """
-    with open(path, "rb", buffering=0) as file:
-        check_size(path, where, size, os.fstat(file.fileno()).st_size)
+    with open_file(path) as file:
+        check_size(path, where, size, file)
         chunk = ops.memory.empty_bytes(min(CHUNK_BYTES, size), torch.device("cpu"))
         for number, expected in enumerate(sums):
             read_chunk(file, path, where, number, expected, chunk[: min(CHUNK_BYTES, size - number * CHUNK_BYTES)])
@@ -194,16 +211,23 @@ def fill(file: io.RawIOBase, out: memoryview) -> None:
     Raises:
         OSError: the file ends before.
     """
-    filled = 0
-    while filled < len(out):
-        count = file.readinto(out[filled:])
+    while out:
+        if isinstance(file, io.RawIOBase):
+            count = file.readinto(out) or 0
+        else:  # fsspec's
+            data = file.read(len(out))
+            count = len(data)
+            out[:count] = data
         if not count:
-            raise OSError(f"the file ended {len(out) - filled} bytes early")
-        filled += count
+            raise OSError(f"the file ended {len(out)} bytes early")
+        out = out[count:]
 
 
-def check_size(path: object, where: str, size: int, found: int) -> None:
-    """Raise CorruptCheckpoint if a file has not the size that the manifest says."""
+def check_size(path: object, where: str, size: int, file: io.RawIOBase) -> None:
+    """Raise CorruptCheckpoint if an open file, at its beginning, has not the size that the manifest says."""
+    found = file.seek(0, os.SEEK_END)
+    found = file.tell() if found is None else found
+    file.seek(0)
     if found != size:
         raise CorruptCheckpoint(f"{path} ({where}): must have {size} bytes by the manifest, has {found}. {OTHER_STEP}")
 

@@ -8,14 +8,13 @@ file turns out to be damaged.
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.saver.adapters import Part, SaveablePart
 from recis_hybrid.saver.compare import refuse_differences
-from recis_hybrid.saver.files import verify_file
+from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.manifest import MANIFEST, PartEntry, TableEntry
 from recis_hybrid.saver.part_files import read_dense, read_part
 from recis_hybrid.saver.protocol import PartState, RowLoader, TableState
@@ -35,7 +34,9 @@ class _Ready:
     loader: RowLoader | None
 
 
-def load_parts(directory: Path, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads) -> None:
+def load_parts(
+    directory: Location, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
+) -> None:
     """Load parts, all ranks together.
 
     Args:
@@ -74,10 +75,9 @@ def load_parts(directory: Path, ranks: Ranks, parts: Mapping[str, tuple[Part, st
             each.loader.end()
 
 
-def _prepared(directory: Path, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads) -> _Ready:
+def _prepared(directory: Location, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads) -> _Ready:
     where = f"{directory / MANIFEST}: part {name!r}"
     if entry.file is not None:
-        verify_file(directory / entry.file.path, f"part {name!r}", entry.file.size, entry.file.crc32)
         reads.add(entry.file.size)
     tables = {table: _without_rows(rows) for table, rows in entry.tables.items()}
     saved = PartState(tables, read_dense(directory, name, entry), entry.meta)
@@ -101,7 +101,7 @@ def _prepared(directory: Path, ranks: Ranks, part: Part, name: str, entry: PartE
     return _Ready(name, part, entry, saved, loader)
 
 
-def _stream(directory: Path, ranks: Ranks, ready: _Ready, reads: Reads) -> None:
+def _stream(directory: Location, ranks: Ranks, ready: _Ready, reads: Reads) -> None:
     assert ready.loader is not None
     # Buckets differ by chance in how many rows they have.
     share = 1 if ranks.size == 1 else 1.02 / ranks.size

@@ -1,12 +1,11 @@
 """Writes and reads the files of one part."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import encode_name, verify_file
+from recis_hybrid.saver.files import Location, encode_name, verify_file
 from recis_hybrid.saver.json_values import checked_object
 from recis_hybrid.saver.local_table import LocalTable, local_table
 from recis_hybrid.saver.manifest import FileEntry, PartEntry, TensorSpec
@@ -14,10 +13,10 @@ from recis_hybrid.saver.protocol import BUCKETS, JSON, PartState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.row_files import Reads
 from recis_hybrid.saver.table_files import read_table, write_tables
-from recis_hybrid.saver.tensors import check_tensor, open_tensors, write_tensors
+from recis_hybrid.saver.tensors import check_tensor, read_tensors, write_tensors
 
 
-def write_part(root: Path, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]) -> PartEntry:
+def write_part(root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]) -> PartEntry:
     """Write a part's files, all ranks together, and force them to the disk.
 
     Args:
@@ -56,7 +55,7 @@ def write_part(root: Path, ranks: Ranks, name: str, kind: str, hand_out: Callabl
 
 
 def write_part_of_each(
-    root: Path, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]
+    root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]
 ) -> dict[str, PartEntry]:
     """Write a part that is another one on each rank: a part for each of them, named `name[rank]`.
 
@@ -99,7 +98,7 @@ def _words(spec: TensorSpec) -> tuple[str, list[JSON]]:
     return spec.dtype, [*spec.shape]
 
 
-def write_dense_file(root: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, list[JSON]]:
+def write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, list[JSON]]:
     """Write the dense tensors of a part, and force them to the disk.
 
     Args:
@@ -116,7 +115,7 @@ def write_dense_file(root: Path, name: str, tensors: dict[str, Tensor]) -> tuple
     return relative, size, list(sums)
 
 
-def verify_part(root: Path, name: str, entry: PartEntry) -> None:
+def verify_part(root: Location, name: str, entry: PartEntry) -> None:
     """Compare all files of a part with their checksums.
 
     Args:
@@ -135,9 +134,9 @@ def verify_part(root: Path, name: str, entry: PartEntry) -> None:
 
 
 def read_part(
-    root: Path, name: str, entry: PartEntry, wanted: tuple[int, int] = (0, BUCKETS), reads: Reads | None = None
+    root: Location, name: str, entry: PartEntry, wanted: tuple[int, int] = (0, BUCKETS), reads: Reads | None = None
 ) -> PartState:
-    """Read a part whose dense file has been verified; rows are compared with their checksums as they are read.
+    """Read a part; what is read is compared with its checksums.
 
     Args:
         root: directory of the checkpoint.
@@ -156,8 +155,8 @@ def read_part(
     return PartState(tables, read_dense(root, name, entry), entry.meta)
 
 
-def read_dense(root: Path, name: str, entry: PartEntry) -> dict[str, Tensor]:
-    """Read the dense tensors of a part whose file has been verified.
+def read_dense(root: Location, name: str, entry: PartEntry) -> dict[str, Tensor]:
+    """Read the dense tensors of a part, and compare their file with its checksums.
 
     Args:
         root: directory of the checkpoint.
@@ -168,13 +167,12 @@ def read_dense(root: Path, name: str, entry: PartEntry) -> dict[str, Tensor]:
         By name, in memory of their own.
 
     Raises:
-        CorruptCheckpoint: the file does not hold what the manifest says.
+        CorruptCheckpoint: the file has changed, or does not hold what the manifest says.
     """
     if entry.file is None:
         return {}
-    with open_tensors(root / entry.file.path, f"part {name!r}") as file:
-        file.check(entry.tensors, _tag(name))
-        return {tensor: file.read(tensor) for tensor in entry.tensors}
+    file = entry.file
+    return read_tensors(root / file.path, f"part {name!r}", file.size, file.crc32, entry.tensors, _tag(name))
 
 
 def _tag(name: str) -> dict[str, JSON]:

@@ -6,11 +6,9 @@ Legend: m rows of the file, K buckets of it that have rows.
 from __future__ import annotations
 
 import io
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.saver.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
-from recis_hybrid.saver.files import check_size, check_sum, fill, read_chunk, write_file
+from recis_hybrid.saver.files import Location, check_size, check_sum, fill, open_file, read_chunk, write_file
 from recis_hybrid.saver.headers import (
     LONGEST_HEADER,
     Place,
@@ -77,7 +75,7 @@ def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> di
 
 
 def write_rows(
-    path: Path, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
+    path: Location, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
 ) -> tuple[int, tuple[str, ...], Callable[[], None]]:
     """Write a file of rows.
 
@@ -104,7 +102,7 @@ def write_rows(
 
 
 def read_rows(
-    path: Path, part: str, table: str, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int], reads: Reads
+    path: Location, part: str, table: str, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int], reads: Reads
 ) -> Rows:
     """Read the rows of some buckets, and compare what is read with its checksums.
 
@@ -127,7 +125,7 @@ def read_rows(
     file = _File(path, where, item.file, reads)
     tag = row_tag(part, table, item.first_bucket, item.last_bucket)
     whole = wanted[0] <= item.first_bucket and item.last_bucket < wanted[1]
-    with open(path, "rb", buffering=0) as handle:
+    with open_file(path) as handle:
         file.open(handle, whole)
         present = file.places["buckets"].spec.shape[:1] if "buckets" in file.places else ()
         specs = file_specs(entry.columns, item.rows, *(present or (0,)))
@@ -157,7 +155,7 @@ def in_order(ids: Tensor, buckets: Tensor) -> bool:
 class _File:
     """An open sparse file; what is read of it is compared with its checksums at once."""
 
-    def __init__(self, path: Path, where: str, entry: FileEntry, reads: Reads) -> None:
+    def __init__(self, path: Location, where: str, entry: FileEntry, reads: Reads) -> None:
         self._path = path
         self._where = where
         self._entry = entry
@@ -168,7 +166,7 @@ class _File:
     def open(self, handle: io.RawIOBase, whole: bool) -> None:
         """Read the header, and all the rest too if it is wanted `whole`."""
         self._handle, size = handle, self._entry.size
-        check_size(self._path, self._where, size, os.fstat(handle.fileno()).st_size)
+        check_size(self._path, self._where, size, handle)
         if whole:
             self._image = ops.memory.empty_bytes(size, _CPU)
             for number, (expected, chunk) in enumerate(

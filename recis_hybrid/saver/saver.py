@@ -4,11 +4,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,10 +13,9 @@ import torch.distributed as dist
 
 from recis_hybrid.saver.adapters import Part, copied, part_of
 from recis_hybrid.saver.background import Background
-from recis_hybrid.saver.directory import STEP, read_manifest, step_name
+from recis_hybrid.saver.directory import read_manifest, step_name
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.files import remove_folder, sync_directory
-from recis_hybrid.saver.lease import Lease
+from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.loading import load_parts
 from recis_hybrid.saver.manifest import MANIFEST, Manifest, PartEntry, dump_manifest
 from recis_hybrid.saver.part_files import write_part, write_part_of_each
@@ -29,8 +25,8 @@ from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.row_files import Reads
 from recis_hybrid.saver.shared import refuse_unshared
 from recis_hybrid.saver.snapshot import Memory
+from recis_hybrid.saver.storage import storage_of
 
-_LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)|\.shared\.[0-9a-f]{32}")
 _LARGEST_STEP = 10**18 - 1
 
 
@@ -77,19 +73,15 @@ class Saver:
         self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
-        if "://" in os.fspath(path):
-            raise CheckpointError(
-                f"Saver: path must be a local directory, got {os.fspath(path)!r}. Save to a local one."
-            )
         if keep is not None and (type(keep) is not int or keep < 1):
             raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
-        self._root = Path(path).absolute()
+        self._storage = storage_of(path)
+        self._root = self._storage.root
         self._keep = keep
         self._async_save = async_save
         self._group = group
         self._ranks: Ranks | None = None
         self._shared = False
-        self._lease = Lease(self._root)
         self._background = Background()
         self._deletion = Background()
         self._memory = Memory()
@@ -102,11 +94,7 @@ class Saver:
         Returns:
             Their steps, ascending.
         """
-        if not self._root.is_dir():
-            return []
-        names = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
-        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
-        return sorted(step for step in found if (self._directory(step) / MANIFEST).is_file())
+        return self._storage.steps()
 
     def latest(self) -> int | None:
         """Find the newest complete checkpoint.
@@ -116,7 +104,7 @@ class Saver:
         """
         return max(self.steps(), default=None)
 
-    def save(self, step: int, **parts: object) -> Path:
+    def save(self, step: int, **parts: object) -> Location:
         """Save the parts as one checkpoint.
 
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
@@ -135,8 +123,8 @@ class Saver:
                 directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
                 this one failed in the background.
         """
-        self.wait()
         ranks = self._together()
+        ranks.together(self.wait)
         adapters: dict[str, Part] = {}
 
         def prepare() -> JSON:
@@ -145,10 +133,7 @@ class Saver:
                 raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
             adapters.update({name: part_of(name, _value(part)) for name, part in parts.items()})
             if ranks.rank == 0:
-                self._root.mkdir(parents=True, exist_ok=True)
-                sync_directory(self._root.parent)
-                self._lease.take()
-                self._remove_leftovers()
+                self._storage.take()
             return [step, [[name, part.kind, isinstance(parts[name], PerRank)] for name, part in adapters.items()]]
 
         answers = ranks.together(prepare)
@@ -183,17 +168,16 @@ class Saver:
 
     def _write(self, step: int, parts: Iterable[tuple[str, str, Callable[[], PartState], bool]]) -> None:
         ranks = self._together()
-        folder = self._root / f".{step_name(step)}.partial"
-        first = ranks.rank == 0
+        storage, first = self._storage, ranks.rank == 0
+        folder = storage.folder(step)
         entries: dict[str, PartEntry] = {}
 
         def commit() -> None:
             if first:
-                _write_manifest(folder, Manifest(step, ranks.size, entries, _about()))
-                folder.rename(self._directory(step))
+                storage.commit(step, dump_manifest(Manifest(step, ranks.size, entries, _about())))
 
         try:
-            ranks.together(lambda: folder.mkdir() if first else None)
+            ranks.together(lambda: storage.begin(step) if first else None)
             for name, kind, hand_out, of_each in parts:
                 if of_each:
                     entries.update(write_part_of_each(folder, ranks, name, kind, hand_out))
@@ -202,7 +186,7 @@ class Saver:
             ranks.together(commit)
         except BaseException as error:
             if first:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.abandon(step)
             if isinstance(error, OSError):
                 raise CheckpointError(
                     f"{folder}: could not be written ({error}). Make room, or save elsewhere."
@@ -211,8 +195,8 @@ class Saver:
 
         def clean() -> None:
             if first:
-                sync_directory(self._root)
-                self._delete_oldest(step)
+                storage.settle()
+                self._delete_oldest()
 
         ranks.together(clean)
 
@@ -235,8 +219,8 @@ class Saver:
             CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
             CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
-        self.wait()
         ranks = self._together()
+        ranks.together(self.wait)
         if not parts:
             raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
@@ -300,7 +284,7 @@ class Saver:
                 "directory, or delete the later checkpoints first."
             )
 
-    def _directory(self, step: int) -> Path:
+    def _directory(self, step: int) -> Location:
         return self._root / step_name(step)
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
@@ -317,33 +301,14 @@ class Saver:
         others = [other for other in self.steps() if other != step]
         return f"Other steps in {self._root}: {others}." if others else f"There is no other step in {self._root}."
 
-    def _remove_leftovers(self) -> None:
-        for entry in list(os.scandir(self._root)):
-            if _LEFTOVER.fullmatch(entry.name):
-                remove_folder(Path(entry.path)) if entry.is_dir() else os.unlink(entry.path)
-
-    def _delete_oldest(self, newest: int) -> None:
+    def _delete_oldest(self) -> None:
         if self._keep is None:
             return
         for step in self.steps()[: -self._keep]:
-            # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
-            doomed = self._root / f".{step_name(step)}.deleted"
-            self._directory(step).rename(doomed)
-            self._deletion.start(f"the deletion of step {step} in {self._root}", partial(_remove, doomed))
+            self._deletion.start(f"the deletion of step {step} in {self._root}", self._storage.give_up(step))
 
 
-def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    for folder, _, _ in os.walk(partial, topdown=False):
-        if folder != str(partial):
-            sync_directory(Path(folder))
-    with open(partial / MANIFEST, "xb") as file:
-        file.write(dump_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(partial)
-
-
-def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEntry:
+def _entry(directory: Location, manifest: Manifest, name: str, kind: str) -> PartEntry:
     entry = manifest.parts.get(name)
     where = f"{directory / MANIFEST}: part {name!r}"
     if entry is None:
@@ -354,13 +319,6 @@ def _entry(directory: Path, manifest: Manifest, name: str, kind: str) -> PartEnt
         remedy = "Use Saver.read_json." if entry.kind == "json" else "Pass the object that was saved under this name."
         raise CheckpointMismatch(f"{where} was saved from a {entry.kind}, but a {kind} was asked for. {remedy}")
     return entry
-
-
-def _remove(folder: Path) -> None:
-    try:
-        remove_folder(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: could not be removed ({error}). Remove it by hand.") from error
 
 
 def _value(part: object) -> Any:

@@ -1,19 +1,18 @@
 """Whether all ranks see the same directory: one that is each machine's own would lose most of a checkpoint."""
 
-import os
 import secrets
 import socket
 import time
-from pathlib import Path
 
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.ranks import Ranks
 
 PATIENCE_S = 5.0
 """How long a rank looks for what rank 0 has written: file systems of several machines may show it late."""
 
 
-def refuse_unshared(root: Path, ranks: Ranks) -> None:
+def refuse_unshared(root: Location, ranks: Ranks) -> None:
     """Raise on all ranks if one of them does not see the directory that rank 0 sees.
 
     Args:
@@ -50,4 +49,4 @@ def refuse_unshared(root: Path, ranks: Ranks) -> None:
         ranks.together(look)
     finally:
         if ranks.rank == 0:
-            os.unlink(root / name)
+            (root / name).unlink()

@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import encode_name
+from recis_hybrid.saver.files import Location, encode_name
 from recis_hybrid.saver.headers import Place, places, views
 from recis_hybrid.saver.local_table import LocalTable, local_table
 from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry
@@ -75,7 +74,7 @@ class _File:
     writer: int
 
 
-def write_tables(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> dict[str, TableEntry]:
+def write_tables(root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> dict[str, TableEntry]:
     """Write the tables of a part below `sparse/`, all ranks together, and force them to the disk.
 
     Args:
@@ -106,7 +105,7 @@ def write_tables(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTabl
     }
 
 
-def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
+def write_table(root: Location, part: str, name: str, state: TableState) -> TableEntry:
     """Write a table whose rows are all here, and force it to the disk.
 
     Args:
@@ -126,7 +125,7 @@ def write_table(root: Path, part: str, name: str, state: TableState) -> TableEnt
 
 
 def read_table(
-    root: Path, part: str, name: str, entry: TableEntry, wanted: tuple[int, int] = (0, BUCKETS),
+    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int] = (0, BUCKETS),
     reads: Reads | None = None,
 ) -> TableState:  # fmt: skip
     """Read the rows of some buckets of a table, and compare what is read with its checksums.
@@ -159,7 +158,7 @@ def read_table(
 
 
 def read_pieces(
-    root: Path, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
+    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
 ) -> Iterator[Rows]:
     """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
 
@@ -231,7 +230,7 @@ def _plan(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[_File]:
     return plan
 
 
-def _write(root: Path, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[_File]) -> list[JSON]:
+def _write(root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[_File]) -> list[JSON]:
     """Write this rank's files of a plan. A failure is raised only after all that others wait for has been sent."""
     failures: list[BaseException] = []
     written: list[JSON] = []

@@ -11,9 +11,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import ChunkSums, write_file
-from recis_hybrid.saver.headers import DTYPES as DTYPES, METADATA_KEY, NAMES, buffer, header, places
+from recis_hybrid.saver.files import ChunkSums, Location, check_size, open_file, read_chunk, write_file
+from recis_hybrid.saver.headers import (
+    DTYPES as DTYPES,
+    LONGEST_HEADER,
+    METADATA_KEY,
+    NAMES,
+    Place,
+    buffer,
+    header,
+    parse_header,
+    places,
+)
 from recis_hybrid.saver.manifest import FORMAT_VERSION, TensorSpec
 from recis_hybrid.saver.protocol import JSON
 
@@ -56,7 +67,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return buffer(plain.view(-1).view(torch.uint8))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
+def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
     """Write tensors to a new file and force it to the disk.
 
     Args:
@@ -72,6 +83,64 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], tag: dict[str, JSON]) 
     head = memoryview(header(found, tag))
     write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
     return sums.size, sums.sums
+
+
+def read_tensors(
+    path: Location, where: str, size: int, sums: tuple[str, ...], specs: dict[str, TensorSpec], tag: dict[str, JSON]
+) -> dict[str, Tensor]:
+    """Read a file in one pass, each chunk compared with its checksum before anything is believed of it.
+
+    Args:
+        path: the file.
+        where: what it is of, for messages.
+        size: its bytes, by the manifest.
+        sums: the CRC-32 of each chunk.
+        specs: dtype and shape of every tensor that it must hold.
+        tag: what it must be of.
+
+    Returns:
+        By name, new tensors on the CPU, starting at multiples of 64 bytes.
+
+    Raises:
+        CorruptCheckpoint: a checksum differs, or the file does not hold what it must.
+    """
+    tensors: dict[str, Tensor] = {}
+    left: list[tuple[Place, Tensor]] = []
+    head, at = b"", 0
+    with open_file(path) as file:
+        check_size(path, where, size, file)
+        chunk = torch.empty(min(CHUNK_BYTES, size), dtype=torch.uint8)
+        for number, expected in enumerate(sums):
+            data = chunk[: min(CHUNK_BYTES, size - number * CHUNK_BYTES)]
+            read_chunk(file, path, where, number, expected, data)
+            if not tensors and not left:
+                head += data.numpy().tobytes()
+                length = int.from_bytes(head[:8], "little") + 8
+                if length > len(head) and length <= min(size, LONGEST_HEADER):
+                    continue
+                found = _header(path, where, head, length, size)
+                check_contents(path, where, found[0], {n: place.spec for n, place in found[1].items()}, tag, specs)
+                tensors = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+                flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
+                left = sorted(((place, flat[name]) for name, place in found[1].items()), key=lambda item: item[0].first)
+                data = torch.frombuffer(bytearray(head[length:]), dtype=torch.uint8) if head[length:] else data[:0]
+            end = at + data.numel()
+            for place, target in left:
+                first, stop = max(place.first, at), min(place.stop, end)
+                if first < stop:
+                    target[first - place.first : stop - place.first] = data[first - at : stop - at]
+            left = [item for item in left if item[0].stop > end] or left[-1:]
+            at = end
+    return tensors
+
+
+def _header(path: object, where: str, head: bytes, length: int, size: int) -> tuple[Any, dict[str, Place]]:
+    try:
+        if not 8 < length <= len(head):
+            raise ValueError("its header is longer than the file")
+        return parse_header(head[8:length], size - length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
 
 
 class TensorFile:

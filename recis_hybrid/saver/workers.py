@@ -28,7 +28,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for thread in self._threads:
+        for _end in range(len(self._threads)):
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
