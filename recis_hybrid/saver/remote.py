@@ -132,6 +132,6 @@ class RemotePath:
             self._filesystem.rm_file(self._path)
 
     def remove_below(self) -> None:
-        """Remove every file below the path."""
-        for name in self.files():
-            (self / name).unlink(missing_ok=True)
+        """Remove everything below the path, and what some file systems put there for an empty directory."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm(self._path, recursive=True)
