@@ -45,7 +45,9 @@ class Saver:
     The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
 
     Args:
-        path: directory of the checkpoints, which all ranks see; made at the first save.
+        path: directory of the checkpoints, which all ranks see, made at the first save; or a URL of an object store or
+            another file system that pyarrow or fsspec know, such as `s3://bucket/run`. There a checkpoint is complete
+            once its manifest is written, and who saves last takes over from a job that saved there before.
         keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place.
         async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
             this saver waits for it and raises what went wrong; so does the end of the process, on stderr. The memory
@@ -54,7 +56,7 @@ class Saver:
             processes where torch.distributed has several.
 
     Raises:
-        CheckpointError: the path is a URL, or `keep` is no positive integer.
+        CheckpointError: nothing is known to read such a URL, or `keep` is no positive integer.
 
     Example:
         >>> import tempfile, torch
@@ -108,7 +110,7 @@ class Saver:
         """Save the parts as one checkpoint.
 
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
-        checkpoints before it whole, and its remains are removed by the next save.
+        checkpoints before it whole, and its remains are removed by the next save. All ranks call this alike.
 
         Args:
             step: number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
@@ -204,8 +206,14 @@ class Saver:
         """Load parts of a checkpoint into live objects.
 
         The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
-        only if all is sound is anything changed. Parts that the checkpoint has and the call does not name are left
-        alone.
+        only if all is sound is anything changed. Rows of an `EmbeddingEngine` are verified as they are read: tables
+        that hold rows are replaced only after their files were read once for that, tables without rows take them at
+        once and are empty again if a file is damaged. Parts that the checkpoint has and the call does not name are left
+        alone. All ranks call this alike, and each reads the rows of its own buckets.
+
+        Tables may be of another placement, dtype, coalescing or optimizer than they were: values are converted,
+        optimizer state is taken where name and width agree, and what is missing starts with its first value, of which a
+        warning tells.
 
         Args:
             step: which checkpoint; the highest complete step by default.
