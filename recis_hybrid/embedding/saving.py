@@ -6,6 +6,7 @@ Letters: n rows of a member table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from recis_hybrid.embedding.state import table_meta, tables_meta
 from recis_hybrid.state import JSON, HostMemory, PartState, TableState
 
 _CPU = torch.device("cpu")
+_COPIERS = 2
+_MANY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,31 @@ def _copied(table: HashTable, memory: HostMemory) -> _Source:
     layout, blocks, used = table.layout, table.blocks, table.id_map.row_bound
     pinned = table.device.type == "cuda"
 
-    def copy(tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(-1).view(torch.uint8)
-        target = memory.take(flat.numel(), pinned=pinned)
-        target.copy_(flat, non_blocking=pinned)
-        return target
-
-    size = blocks.block_rows * layout.record_bytes
-    copies = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks.blocks):
         rows = min(max(used - number * blocks.block_rows, 0), blocks.block_rows)
-        target = memory.take(size, pinned=pinned)  # whole, so that the memory fits the next time too
+        # The memory is for the whole block, so that it fits the next time too.
+        target = memory.take(blocks.block_rows * layout.record_bytes, pinned=pinned)
         bytes_used = rows * layout.record_bytes
-        target[:bytes_used].copy_(block.view(-1)[:bytes_used], non_blocking=pinned)
-        copies.append(target)
-    addresses = torch.tensor([target.data_ptr() for target in copies], dtype=torch.int64)
+        pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
+    addresses = torch.tensor([target.data_ptr() for target, _ in pairs], dtype=torch.int64)
     handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
-    slots = copy(table.id_map.slots).view(torch.int64).view(-1, 2)
-    return _Source(table, slots, len(table), handle, tuple(copies), _CPU, _counts(table))
+    flat = table.id_map.slots.view(-1).view(torch.uint8)
+    slots = memory.take(flat.numel(), pinned=pinned)
+    _copy([*pairs, (slots, flat)])
+    copies = tuple(target for target, _ in pairs)
+    return _Source(table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table))
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies from the second of each pair to the first; from a GPU without waiting."""
+    if pairs[0][1].is_cuda or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+        return
+    # The caller waits for this: one thread alone does not use all of the memory's bandwidth.
+    with ThreadPoolExecutor(_COPIERS) as pool:
+        list(pool.map(lambda pair: pair[0].copy_(pair[1]), pairs))
 
 
 def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
