@@ -123,16 +123,16 @@ class ModulePart:
         self._module = module
 
     def state(self) -> PartState:
-        """Detached copies of parameters and buffers."""
+        """Parameters and buffers, detached."""
         tensors: dict[str, Tensor] = {}
         other: dict[str, object] = {}
         for key, value in self._entries().items():
             if isinstance(value, Tensor):
-                tensors[key] = value.detach().clone()
+                tensors[key] = value.detach()
             else:
                 other[key] = value
         extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra}, owned=True)
+        return PartState(tensors=tensors, meta={"extra": extra})
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""

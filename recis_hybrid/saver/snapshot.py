@@ -62,10 +62,10 @@ def snapshot(state: PartState, memory: Memory) -> Callable[[], PartState]:
         tensor = tensor.detach()
         if state.owned and tensor.is_cpu:
             return tensor
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype.is_complex:
-            return tensor.cpu() if state.owned or not tensor.is_cpu else tensor.clone()
-        target = memory.take(tensor.numel() * tensor.itemsize).view(tensor.dtype).view(tensor.shape)
-        return target.copy_(tensor)
+        if tensor.layout != torch.strided or tensor.is_meta:  # refused when it is written
+            return tensor
+        target = memory.take(tensor.numel() * tensor.itemsize, pinned=tensor.is_cuda)
+        return target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     tables = {
         name: TableState(

@@ -92,7 +92,7 @@ def write_tables(root: Location, ranks: Ranks, part: str, tables: Sequence[Local
     if not tables:
         return {}
     plan = _plan(ranks, part, tables)
-    written = ranks.together(lambda: _write(root, ranks, part, tables, plan))
+    written = ranks.together(lambda: _Writer(root, ranks, part, tables, plan).write())
     entries = {
         number: FileEntry(path, size, tuple(sums)) for of_rank in written for number, path, size, sums in of_rank
     }
@@ -230,101 +230,111 @@ def _plan(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[_File]:
     return plan
 
 
-def _write(root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[_File]) -> list[JSON]:
-    """Write this rank's files of a plan. A failure is raised only after all that others wait for has been sent."""
-    failures: list[BaseException] = []
-    written: list[JSON] = []
-    cuts: dict[int, tuple[list[int], list[int]]] = {}
+class _Writer:
+    """Writes this rank's files of a plan; a failure is raised only after all that others wait for has been sent."""
 
-    def own(file: _File, out: dict[str, Tensor]) -> None:
+    def __init__(
+        self, root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[_File]
+    ) -> None:
+        self._root, self._ranks, self._part, self._tables, self._plan = root, ranks, part, tables, plan
+        counts = Counter(file.table for file in plan)
+        self._cuts = [table.cuts(counts[number]) for number, table in enumerate(tables)]
+        self._written: list[JSON] = []
+        self._syncing: list[Future[None]] = []
+
+    def write(self) -> list[JSON]:
+        """Write the files.
+
+        Returns:
+            Number in the plan, path, size and checksums of each.
+        """
+        failures: list[BaseException] = []
+        running: list[Future[None]] = []
+        with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
+            # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
+            for file in sorted(self._plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
+                if file.writer == self._ranks.rank:
+                    received = self._received(file)
+                    if not failures:
+                        running.append(pool.submit(partial(self._write_file, file, received, disk)))
+                    if len(running) > WRITERS:
+                        failures += _failed([running.pop(0)])
+                elif file.rows[self._ranks.rank]:
+                    failures += self._send(file)
+            failures += _failed(running)
+        failures += _failed(self._syncing)
+        try:
+            if failures:
+                raise failures[0]
+        finally:  # or the error and this frame would keep each other, and the saver's lease with them
+            failures.clear()
+            running.clear()
+            self._syncing.clear()
+        return self._written
+
+    def _received(self, file: _File) -> dict[int, Tensor]:
+        """What other ranks have of a file, by rank."""
+        others = [rank for rank, rows in enumerate(file.rows) if rows and rank != self._ranks.rank]
+        return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
+
+    def _send(self, file: _File) -> list[BaseException]:
+        """Sends what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
+        found, failures = self._packed(file, self._ranks.rank), []
+        data = torch.zeros(_size(found), dtype=torch.uint8)
+        try:
+            self._read(file, views(data, found))
+        except BaseException as error:
+            failures.append(error)
+        self._ranks.send(data, file.writer, file.number)
+        return failures
+
+    def _write_file(self, file: _File, received: dict[int, Tensor], disk: Workers) -> None:
+        table = self._tables[file.table]
+        relative = _path(self._part, table.name, file)
+        path = self._root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        specs = file_specs(table.specs, sum(file.rows), sum(file.present))
+        tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
+        size, sums, sync = write_rows(path, specs, tag, partial(self._put, file, received))
+        self._syncing.append(disk.submit(sync))
+        if len(self._syncing) > 4 * WRITERS:
+            self._syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
+        self._written.append([file.number, relative, size, list(sums)])
+
+    def _put(self, file: _File, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
+        """Writes the rows of all ranks, one after the other, and their index."""
+        row = bucket = 0
+        out["bucket_offsets"][:1] = 0
+        for rank, (rows, present) in enumerate(zip(file.rows, file.present, strict=True)):
+            if not rows:
+                continue
+            part = {name: out[name][row : row + rows] for name in self._tables[file.table].specs}
+            part["buckets"] = out["buckets"][bucket : bucket + present]
+            part["bucket_offsets"] = out["bucket_offsets"][bucket : bucket + present + 1]
+            if rank == self._ranks.rank:
+                self._read(file, part)
+            else:
+                for name, values in views(received[rank], self._packed(file, rank)).items():
+                    part[name].copy_(values)
+            part["bucket_offsets"] += row  # counted from the rank's own first row until now
+            row, bucket = row + rows, bucket + present
+
+    def _read(self, file: _File, out: dict[str, Tensor]) -> None:
         """Writes this rank's rows of a file, and their index."""
-        table = tables[file.table]
-        rows, present = cuts[file.table]
+        table, (rows, present) = self._tables[file.table], self._cuts[file.table]
         first, begin, end = rows[file.range], present[file.range], present[file.range + 1]
         table.read(first, rows[file.range + 1], out)
         out["buckets"].copy_(table.present[begin:end])
         out["bucket_offsets"].copy_(table.offsets[begin : end + 1] - first)
 
-    def write(file: _File, received: dict[int, Tensor]) -> None:
-        name = tables[file.table].name
-        relative = _path(part, name, file)
-        path = root / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-        def put(out: dict[str, Tensor]) -> None:
-            row = bucket = 0
-            for rank in range(ranks.size):
-                if not file.rows[rank]:
-                    continue
-                rows, present = file.rows[rank], file.present[rank]
-                mine = {column: out[column][row : row + rows] for column in tables[file.table].specs}
-                mine["buckets"] = out["buckets"][bucket : bucket + present]
-                mine["bucket_offsets"] = out["bucket_offsets"][bucket : bucket + present + 1]
-                if rank == ranks.rank:
-                    own(file, mine)
-                else:
-                    for column, values in views(received[rank], _packed(tables[file.table], file, rank)).items():
-                        mine[column].copy_(values)
-                mine["bucket_offsets"] += row
-                row, bucket = row + rows, bucket + present
-            if not bucket:
-                out["bucket_offsets"].zero_()
-
-        specs = file_specs(tables[file.table].specs, sum(file.rows), sum(file.present))
-        size, sums, sync = write_rows(path, specs, row_tag(part, name, file.first_bucket, file.last_bucket), put)
-        syncing.append(disk.submit(sync))
-        if len(syncing) > 4 * WRITERS:
-            syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
-        written.append([file.number, relative, size, list(sums)])
-
-    try:
-        for number, count in Counter(file.table for file in plan).items():
-            cuts[number] = tables[number].cuts(count)
-    except BaseException as error:
-        failures.append(error)
-    running: list[Future[None]] = []
-    syncing: list[Future[None]] = []
-    with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
-        # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
-        for file in sorted(plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
-            others = [rank for rank, rows in enumerate(file.rows) if rows and rank != ranks.rank]
-            if file.writer == ranks.rank:
-                received = {
-                    rank: ranks.receive(_size(_packed(tables[file.table], file, rank)), rank, file.number)
-                    for rank in others
-                }
-                if not failures:
-                    running.append(pool.submit(partial(write, file, received)))
-                if len(running) > WRITERS:
-                    failures += _failed([running.pop(0)])
-            elif file.rows[ranks.rank]:
-                found = _packed(tables[file.table], file, ranks.rank)
-                data = torch.zeros(_size(found), dtype=torch.uint8)
-                try:
-                    own(file, views(data, found))
-                except BaseException as error:  # what is sent then is thrown away
-                    failures.append(error)
-                ranks.send(data, file.writer, file.number)
-        failures += _failed(running)
-    failures += _failed(syncing)
-    try:
-        if failures:
-            raise failures[0]
-    finally:  # or the error and this frame would keep each other, and the saver's lease with them
-        failures.clear()
-        running.clear()
-        syncing.clear()
-    return written
+    def _packed(self, file: _File, rank: int) -> dict[str, Place]:
+        """How a rank's rows of a file lie in what it sends."""
+        return places(file_specs(self._tables[file.table].specs, file.rows[rank], file.present[rank]))
 
 
 def _failed(futures: Sequence[Future[None]]) -> list[BaseException]:
     errors = [future.exception() for future in futures]
     return [error for error in errors if error is not None]
-
-
-def _packed(table: LocalTable, file: _File, rank: int) -> dict[str, Place]:
-    """How a rank's rows of a file lie in what it sends."""
-    return places(file_specs(table.specs, file.rows[rank], file.present[rank]))
 
 
 def _size(found: dict[str, Place]) -> int:
