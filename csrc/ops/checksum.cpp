@@ -14,9 +14,7 @@
 #include <immintrin.h>
 #endif
 
-STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
-  m.def("crc32_pages(Tensor data, int page_bytes, Tensor(a!) sums) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) { m.def("crc32_pages(Tensor data, int page_bytes, Tensor(a!) sums) -> ()"); }
 
 namespace recis {
 namespace {

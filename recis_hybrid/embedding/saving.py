@@ -141,6 +141,11 @@ class _RecordReader:
         """Writes rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
         source, layout = self._source, self._source.table.layout
         rows = self._rows[first:stop]
+        if rows.is_cpu and {*layout.parts, *META} <= out.keys():
+            offsets = [layout.offset(part) for part in layout.parts]
+            parts = [out[part] for part in layout.parts]
+            ops.blocks.export(source.handle, rows, offsets, parts, [out[name] for name in META])
+            return
         for part in layout.parts:
             if part in out:
                 values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)

@@ -16,7 +16,7 @@ from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
     "blocks_init_fresh", "blocks_read", "blocks_write", "blocks_read_meta", "blocks_write_meta", "blocks_copy_records",
-    "blocks_see_rows",
+    "blocks_see_rows", "blocks_export",
 )  # fmt: skip
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -112,3 +112,18 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
         step: Below 2^40.
     """
     torch.ops.recis.blocks_see_rows(*blocks, count, unique, offsets, step)
+
+
+def export(
+    blocks: Blocks, rows: Tensor, offsets: Sequence[int], parts: Sequence[Tensor], meta: Sequence[Tensor]
+) -> None:
+    """Copies all that is wanted of records into columns in one pass, in the calling thread; on the CPU alone.
+
+    Args:
+        blocks: Read.
+        rows: int64 ``[n]``.
+        offsets: For each part, the bytes from the record's start.
+        parts: For each part, ``[n, width]`` of its dtype, contiguous; written.
+        meta: Updated step, seen step and frequency, int64 ``[n]`` each, contiguous; written.
+    """
+    torch.ops.recis.blocks_export(*blocks, rows, offsets, parts, *meta)

@@ -22,6 +22,11 @@ def test_large_pages() -> None:
     assert found.tolist() == [zlib.crc32(data[at : at + 2**20]) for at in range(0, len(data), 2**20)]
 
 
+def test_the_operator_has_a_right_schema_and_fake() -> None:
+    arguments = (torch.arange(100, dtype=torch.uint8), 40, torch.zeros(3, dtype=torch.int64))
+    torch.library.opcheck(torch.ops.recis.crc32_pages.default, arguments)
+
+
 def test_a_page_has_bytes() -> None:
     with pytest.raises(RuntimeError, match="page_bytes must be positive"):
         torch.ops.recis.crc32_pages(torch.empty(0, dtype=torch.uint8), 0, torch.empty(0, dtype=torch.int64))

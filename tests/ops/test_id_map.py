@@ -199,6 +199,7 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     admitted = torch.empty(5, dtype=torch.uint8)
     check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], [], words[0], 2, admitted))
     check(torch.ops.recis.bucket_ids.default, (ids, words[0]))
+    check(torch.ops.recis.file_order.default, (ids, ids * 0, ids, 1, torch.zeros(3, 5, dtype=torch.int64)))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**63), 2**63 - 1)), unique=True, max_size=60))

@@ -30,7 +30,11 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     assert any(use.search(text) for text in checks), "check it by torch.library.opcheck in tests/ops"
 
 
+# What is made on the host: vocabularies, once, and the files of checkpoints.
+ON_THE_HOST = {f"recis::{name}" for name in ("vocabulary_slots", "file_order", "crc32_pages", "blocks_export")}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - {"recis::vocabulary_slots"}))  # made on the host, once
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - ON_THE_HOST))
 def test_every_operator_has_a_cuda_kernel(operator: str) -> None:
     assert has_kernel(operator, "CUDA")
