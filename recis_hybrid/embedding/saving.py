@@ -41,8 +41,8 @@ class _Source:
     """Whose kernels read the records."""
     counts: tuple[dict[str, Tensor], ...]
     """What admission knows, by member table; empty without admission."""
-    handed: Buckets
-    """Of which buckets rows go into checkpoints."""
+    handed: tuple[Buckets, ...]
+    """By member table, of which buckets rows are handed out."""
 
 
 def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
@@ -57,7 +57,7 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
     sources = [
         _Source(
             table, table.id_map.slots, len(table), table.blocks.handle, tuple(table.blocks.blocks), table.device,
-            _counts(table), _handed(shares, place),
+            _counts(table), _handed(table, shares, place),
         )
         for place, table in enumerate(tables)
     ]  # fmt: skip
@@ -75,7 +75,7 @@ def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | N
     Returns:
         Puts the copied rows in order, which may take its time, and hands them out as :func:`rows_state` does.
     """
-    sources = [_copied(table, memory, _handed(shares, place)) for place, table in enumerate(tables)]
+    sources = [_copied(table, memory, _handed(table, shares, place)) for place, table in enumerate(tables)]
     meta = tables_meta(tables)
     for table in tables:
         if table.device.type == "cuda":
@@ -83,11 +83,11 @@ def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | N
     return lambda: _state(tables, sources, meta)
 
 
-def _handed(shares: Shares | None, table: int) -> Buckets:
-    return ALL if shares is None else shares.handed(table)
+def _handed(table: HashTable, shares: Shares | None, place: int) -> tuple[Buckets, ...]:
+    return tuple(ALL if shares is None else shares.handed(place, member) for member in range(len(table.members)))
 
 
-def _copied(table: HashTable, memory: HostMemory, handed: Buckets) -> _Source:
+def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -> _Source:
     table.see()
     layout, blocks, used = table.layout, table.blocks, table.id_map.row_bound
     pinned = table.device.type == "cuda"
@@ -135,7 +135,7 @@ def _state(tables: Sequence[HashTable], sources: Sequence[_Source], meta: dict[s
         ordered = ops.id_map.file_order(ids, members, rows, len(table.members))
         parts = zip(*(values.split(counts) for values in ordered), strict=True)
         for number, (member, (own_ids, own_rows, own_buckets)) in enumerate(zip(table.members, parts, strict=True)):
-            first, last = torch.searchsorted(own_buckets, torch.tensor(source.handed)).tolist()
+            first, last = torch.searchsorted(own_buckets, torch.tensor(source.handed[number])).tolist()
             own_ids, own_rows, own_buckets = own_ids[first:last], own_rows[first:last], own_buckets[first:last]
             columns = {"ids": own_ids, **_no_rows(layout)}
             reader = _RecordReader(source, own_rows.to(source.device))
@@ -143,7 +143,7 @@ def _state(tables: Sequence[HashTable], sources: Sequence[_Source], meta: dict[s
             if source.counts:
                 known = {name: values.cpu() for name, values in source.counts[number].items()}
                 buckets = ops.id_map.bucket_of(known["ids"].contiguous())
-                known = within(buckets, source.handed, {**known, "buckets": buckets})
+                known = within(buckets, source.handed[number], {**known, "buckets": buckets})
                 states[member.name + COUNTS] = TableState(known, known.pop("buckets"), {})
     return PartState(tables=states, meta=meta, owned=True)
 

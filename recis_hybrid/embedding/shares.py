@@ -37,10 +37,10 @@ class Shares:
         self._own = owned_buckets(rank, size)
         self._asks = asks
 
-    def handed(self, table: int) -> Buckets:
-        """Returns of which buckets the rows that this rank has of a logical table go into checkpoints."""
+    def handed(self, table: int, member: int) -> Buckets:
+        """Returns of which buckets this rank hands out the rows of a member table, and the ids that went."""
         # A row that other ranks have, too, is of the owner of its bucket.
-        return self._own if self._asks[table].replicated else ALL
+        return self._own if self._asks[table].replicated else self.kept(table, member)
 
     def kept(self, table: int, member: int) -> Buckets:
         """Returns of which buckets this rank has the rows of a member table."""

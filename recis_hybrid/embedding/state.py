@@ -24,8 +24,8 @@ def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> P
     """
     states: dict[str, TableState] = {}
     for place, table in enumerate(tables):
-        handed = ALL if shares is None else shares.handed(place)
         for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
+            handed = ALL if shares is None else shares.handed(place, number)
             states[member.name] = _state(columns, table_meta(table.layout), handed)
             if table.gate is not None:
                 states[member.name + COUNTS] = _state(table.gate.state(number), {}, handed)
@@ -62,13 +62,13 @@ def tables_changes(
         return None
     states: dict[str, TableState] = {}
     for place, (table, changes) in enumerate(zip(tables, watched, strict=True)):
-        handed = ALL if shares is None else shares.handed(place)
         for number, member in enumerate(table.members):
             if member.name in whole:
                 changes.note_whole(number)
         for number, (member, (columns, gone)) in enumerate(
             zip(table.members, changed_rows(table, changes), strict=True)
         ):
+            handed = ALL if shares is None else shares.handed(place, number)
             states[member.name] = _state(columns, table_meta(table.layout), handed, gone)
             if table.gate is not None:
                 known = table.gate.state(number)
