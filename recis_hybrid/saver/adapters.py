@@ -84,10 +84,9 @@ def part_of(name: str, value: object) -> Part:
 class SaveablePart:
     """An object that implements `Saveable`."""
 
-    kind = "saveable"
-
     def __init__(self, value: Saveable) -> None:
         self.value = value
+        self.kind: str = getattr(value, "checkpoint_kind", "saveable")
 
     def state(self) -> PartState:
         """The state as the object hands it out."""

@@ -93,7 +93,7 @@ def _prepared(checkpoint: Checkpoint, ranks: Ranks, part: Part, name: str, entry
     where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
     if entry.file is not None:
         reads.add(entry.file.size)
-    if not isinstance(part, SaveablePart) or not part.streams or not entry.tables:
+    if not isinstance(part, SaveablePart) or not part.streams:
         state = checkpoint.read(name, wanted=partial(_wanted, part, ranks), reads=reads)
         part.check(where, state)
         return _Ready(name, part, entry, state, None)

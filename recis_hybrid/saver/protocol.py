@@ -20,7 +20,7 @@ from recis_hybrid.state import (
 
 @runtime_checkable
 class Saveable(Protocol):
-    """An object that a `Saver` can save and load."""
+    """An object that a `Saver` can save and load; `checkpoint_kind` of it is its kind, where it is not `saveable`."""
 
     def checkpoint_state(self) -> PartState:
         """Hand out the state.
