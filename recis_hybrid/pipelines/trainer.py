@@ -320,10 +320,10 @@ class Trainer:
             known = {id(value) for value in parts.values()}
             own = {part: value for part, value in step.parts().items() if id(value) not in known}
             parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
-        own: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators())}
-        for name in own.keys() & parts.keys():
+        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators())}
+        for name in mine.keys() & parts.keys():
             raise ValueError(f"Trainer: the part {name!r} is the trainer's own; save yours by another name")
-        return parts | own
+        return parts | mine
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place: steps, stage, reading positions, and the state of callbacks; the same on all ranks."""
