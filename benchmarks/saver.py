@@ -6,8 +6,8 @@ A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments
 forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
 save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
 ``delta``: what a save of 1 % of the rows takes, which were just trained, beside the whole save, likewise. ``load``:
-written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo), beside three
-threads that ``read()`` the same bytes into fresh memory.
+written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo), beside
+three threads that ``read()`` the same bytes into fresh memory.
 """
 
 from __future__ import annotations
