@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.checkpointed import CheckpointedTables
 from recis_hybrid.embedding.coalesce import TablePlan, plan_tables
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
@@ -22,21 +23,11 @@ from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gat
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
-from recis_hybrid.embedding.moving import Mover
 from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.state import (
-    load_some_tables,
-    load_tables_state,
-    tables_changes,
-    tables_layout,
-    tables_state,
-    watch_tables,
-)
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import PartState, TableState
 
 
 class RowOptimizer(Protocol):
@@ -54,7 +45,7 @@ class EngineLookup:
     outputs: tuple[Outputs, ...]
 
 
-class EmbeddingEngine(nn.Module):
+class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
     Member tables that agree in width, dtypes, record layout, placement and rules are coalesced into one logical table:
@@ -330,37 +321,6 @@ class EmbeddingEngine(nn.Module):
     def describe(self) -> str:
         """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
         return describe(self.plans, self.tables)
-
-    def checkpoint_state(self) -> PartState:
-        """Returns every member table's rows: what Saver writes; of several ranks each has those of its buckets."""
-        return tables_state(self.tables, self._mover)
-
-    def checkpoint_layout(self) -> PartState:
-        """Returns :meth:`checkpoint_state` without its rows."""
-        return tables_layout(self.tables)
-
-    def watch_checkpoint_changes(self) -> object:
-        """Begins to note what changes in the tables, for as long as the result lives; see :meth:`HashTable.watch`."""
-        return watch_tables(self.tables)
-
-    def checkpoint_changes(self, since: object) -> PartState | None:
-        """Returns :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
-        return tables_changes(self.tables, since)
-
-    def load_checkpoint_state(self, state: PartState) -> None:
-        """Replaces every member table's rows; see :func:`load_tables_state`."""
-        load_tables_state(self.tables, state, self._mover)
-
-    @property
-    def _mover(self) -> Mover | None:
-        """What brings rows of tables that are not sharded by row to the owners of their buckets, and back."""
-        if self._sharded is None:
-            return None
-        return Mover(self._sharded.exchange, [table.asks for table in self._sharded.tables])
-
-    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
-        """Replaces the rows of some member tables; see :func:`load_some_tables`."""
-        load_some_tables(self.tables, tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""
