@@ -92,7 +92,8 @@ class HashTable:
     def reseed(self, seed: int) -> None:
         """Sets the seed of first values, for rows that are not there yet."""
         self.seed = seed
-        words = [initializer_words(m.initializer, self.layout.dim, seed, m.name) for m in self.members]
+        dim, first = self.layout.whole.dim, self.layout.first
+        words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
         self._initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
 
     @property

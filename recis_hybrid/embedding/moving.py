@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.embedding.distinct import rank_of
-from recis_hybrid.embedding.exchange import Exchange
+from recis_hybrid.embedding.exchange import Exchange, ExchangeError
 from recis_hybrid.embedding.routing import Asks
+from recis_hybrid.embedding.sharding import side_by_side
 
 
 class Mover:
@@ -36,7 +37,9 @@ class Mover:
             columns: This rank's rows by (bucket, id): ``ids`` int64 ``[n]``, and others ``[n, ...]``.
         """
         asks, exchange = self._asks[table], self._exchange
-        if asks.replicated:
+        if asks.columns is not None:
+            return self._joined(columns, asks.columns)
+        if asks.everywhere:
             mine = rank_of(columns["ids"].contiguous(), exchange.size) == exchange.rank
             return {name: values[mine] for name, values in columns.items()}
         if self._owner(asks, member) is None:
@@ -49,11 +52,52 @@ class Mover:
         """Returns the rows of a member table that this rank keeps, of those whose buckets each rank owns."""
         asks, exchange = self._asks[table], self._exchange
         n = columns["ids"].numel()
-        if asks.replicated:
-            copies = {name: values.repeat(exchange.size, *[1] * (values.dim() - 1)) for name, values in columns.items()}
-            return self._send(copies, [n] * exchange.size)
+        if asks.everywhere:
+            each = {name: values for name, values in columns.items() if asks.columns is None or values.dim() == 1}
+            copies = {name: values.repeat(exchange.size, *[1] * (values.dim() - 1)) for name, values in each.items()}
+            here = self._send(copies, [n] * exchange.size)
+            return {
+                name: here[name] if name in here else self._split(values, asks.columns or [])
+                for name, values in columns.items()
+            }
         owner = self._owner(asks, member)
         return columns if owner is None else self._send(columns, [n * int(r == owner) for r in range(exchange.size)])
+
+    def _joined(self, columns: dict[str, Tensor], widths: list[int]) -> dict[str, Tensor]:
+        """Returns whole rows of this rank's buckets, from some elements of all rows on each rank.
+
+        What is one number a row is the same on all ranks.
+        """
+        exchange = self._exchange
+        owners = rank_of(columns["ids"].contiguous(), exchange.size)
+        counts = owners.bincount(minlength=exchange.size).tolist()
+        others = exchange.all([columns["ids"].numel()])
+        if others != [others[0]] * exchange.size:
+            raise ExchangeError(
+                f"rank {exchange.rank}: ranks that each have some columns of every row must have the same rows, and "
+                f"have {[n for (n,) in others]}; evict on all ranks alike"
+            )
+        mine = counts[exchange.rank]
+        joined = {}
+        for name, values in columns.items():
+            if values.dim() == 1:
+                joined[name] = values[owners == exchange.rank]
+                continue
+            # By bucket, and so by owner.
+            send = [n * widths[exchange.rank] for n in counts]
+            came = exchange.start("rows", values.reshape(-1), send, [mine * width for width in widths]).wait()
+            joined[name] = side_by_side(came.to(values.device), mine, widths)
+        return joined
+
+    def _split(self, values: Tensor, widths: list[int]) -> Tensor:
+        """Returns this rank's elements, float ``[n, ...]``, of the rows that all ranks have."""
+        exchange = self._exchange
+        receive = [n for (n,) in exchange.all([values.size(0)])]
+        mine = widths[exchange.rank]
+        flat = torch.cat([part.reshape(-1) for part in values.split(widths, 1)])
+        send = [values.size(0) * width for width in widths]
+        came = exchange.start("rows", flat, send, [n * mine for n in receive]).wait()
+        return came.view(-1, mine).to(values.device)
 
     def _owner(self, asks: Asks, member: int) -> int | None:
         return next((kind.owner for kind in asks.kinds if kind.member == member), None)

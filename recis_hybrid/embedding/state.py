@@ -192,6 +192,7 @@ def _refuse_counts(name: str, table: TableState, columns: Sequence[str]) -> None
 
 
 def _meta(layout: RecordLayout) -> dict[str, JSON]:
+    layout = layout.whole
     state: list[JSON] = [
         [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state
     ]
