@@ -166,7 +166,9 @@ def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
     near = min(machine.ranks_per_host, ranks) - 1
     inside = sent * near / (ranks - 1)
     far = ranks - 1 - near
-    return machine.collective_s + far * machine.peer_s + max(inside / machine.in_host, (sent - inside) / machine.between)
+    return (
+        machine.collective_s + far * machine.peer_s + max(inside / machine.in_host, (sent - inside) / machine.between)
+    )
 
 
 def all_reduce(size: float, machine: Machine, ranks: int) -> float:

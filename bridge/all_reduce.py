@@ -1,9 +1,9 @@
 """Gradients of parameters that JAX owns, summed over the ranks of a process group.
 
 The leaves of a pytree lie in buckets of a fixed layout: those of one dtype end to end, in the pytree's order, a new
-bucket where one would grow beyond its limit. A program compiled by JAX writes the buckets, weighted already; each is one
-tensor for torch.distributed, in the same memory, which is summed in place and goes back to JAX as a new array. So nothing
-is copied at the border, and every rank adds the same elements in the same order at each step.
+bucket where one would grow beyond its limit. A program compiled by JAX writes the buckets, weighted already. Each is
+one tensor for torch.distributed, in the same memory, which is summed in place and goes back to JAX as a new array. So
+nothing is copied at the border, and every rank adds the same elements in the same order at each step.
 
 Letters: W ranks.
 """

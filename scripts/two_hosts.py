@@ -3,13 +3,13 @@
     sudo python scripts/two_hosts.py [--ranks 1] [--timeout 6]
 
 Each "host" is a namespace with a loopback and one end of a virtual cable, and with an address of its own; the other's
-processes can be reached in no other way. A torchrun on each meets the other by its c10d rendezvous, and their ranks train
-tables that they share. Then the cable's end at the second host is taken down, which closes no connection, as when a
-switch fails: the ranks of the first host must end with an ExchangeError within the timeout of their process group, and
-their torchrun with a failure.
+processes can be reached in no other way. A torchrun on each meets the other by its c10d rendezvous, and their ranks
+train tables that they share. Then the cable's end at the second host is taken down, which closes no connection, as when
+a switch fails: the ranks of the first host must end with an ExchangeError within the timeout of their process group,
+and their torchrun with a failure.
 
-The last line is JSON: steps done before the cut, seconds from it to the error and to the end of torchrun, what was said.
-It exits with 0 if all was as it must be, 1 if not, and 77 where the machine cannot make namespaces.
+The last line is JSON: steps done before the cut, seconds from it to the error and to the end of torchrun, what was
+said. It exits with 0 if all was as it must be, 1 if not, and 77 where the machine cannot make namespaces.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Refused(Exception):
 
 
 def ip(*arguments: str) -> None:
+    """Runs `ip`; a failure is a Refused."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Refused(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
@@ -122,6 +123,7 @@ def rank_of(timeout_s: float) -> None:
 
 
 def rehearse(ranks: int, timeout_s: float) -> int:
+    """Does it, prints the line, and returns the status to exit with."""
     with tempfile.TemporaryDirectory(prefix="recis-hosts-") as folder, Hosts() as hosts:
         logs = [Path(folder, f"host{number}") for number in range(2)]
         runs = [hosts.start(number, ranks, timeout_s, log) for number, log in enumerate(logs)]
@@ -130,9 +132,7 @@ def rehearse(ranks: int, timeout_s: float) -> int:
             hosts.cut()
             begin = time.monotonic()
             first = logs[0]
-            wait_for(
-                lambda: first.read_text().count("ExchangeError: ") == ranks, runs[:1], logs, timeout_s + SLACK_S
-            )
+            wait_for(lambda: first.read_text().count("ExchangeError: ") == ranks, runs[:1], logs, timeout_s + SLACK_S)
             seconds = time.monotonic() - begin
             status = runs[0].wait(60)
             ended = time.monotonic() - begin
@@ -146,9 +146,14 @@ def rehearse(ranks: int, timeout_s: float) -> int:
     print(
         json.dumps(
             {
-                "hosts": 2, "ranks": 2 * ranks, "steps": int(said.split("after step ")[1].split(":")[0]),
-                "timeout_s": timeout_s, "error_after_s": round(seconds, 1), "torchrun_ended_after_s": round(ended, 1),
-                "said": said, "as_it_must_be": good,
+                "hosts": 2,
+                "ranks": 2 * ranks,
+                "steps": int(said.split("after step ")[1].split(":")[0]),
+                "timeout_s": timeout_s,
+                "error_after_s": round(seconds, 1),
+                "torchrun_ended_after_s": round(ended, 1),
+                "said": said,
+                "as_it_must_be": good,
             }
         )  # fmt: skip
     )
@@ -171,6 +176,7 @@ def wait_for(happened, runs: list[subprocess.Popen[bytes]], logs: list[Path], se
 
 
 def main() -> int:
+    """The command; returns the status to exit with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1, help="of each host (1)")
     parser.add_argument("--timeout", type=float, default=6.0, help="of the ranks' process group, seconds (6)")

@@ -121,7 +121,7 @@ class EmbeddingEngine(nn.Module):
         self.device = device_of(device)
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
-        ranks, rank = (1, 0) if shared is None else (dist.get_world_size(shared), dist.get_rank(shared))
+        rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
         self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
         self._readers = [

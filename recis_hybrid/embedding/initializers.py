@@ -12,7 +12,6 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-
 QUAD = 4
 """Elements that are drawn together."""
 
@@ -204,7 +203,9 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
     """
     kind, a, b, low, high = initializer.draw(dim)
     erf_low, erf_high = math.erf(low / math.sqrt(2.0)), math.erf(high / math.sqrt(2.0))
-    packed = struct.pack("<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, first // QUAD, table_key(seed, table))
+    packed = struct.pack(
+        "<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, first // QUAD, table_key(seed, table)
+    )
     return struct.unpack("<5q", packed)
 
 

@@ -27,7 +27,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 random = np.random.default_rng(0)
 ids, labels = torch.arange(16) % 5, torch.from_numpy(random.normal(size=16).astype(np.float32))
-CUTS = {"uneven": [0, 5, 16], "even": [0, 8, 16], "one has none": [0, 16, 16]}
+CUTS = {"uneven": [0, 5, 16], "one has none": [0, 16, 16]}
 
 
 def params():
@@ -52,7 +52,7 @@ def led_by_jax(group, begin, end, fused):
     held, optimizer = params(), optax.adagrad(0.1)
     if several:
         reduce = bridge.GradientAllReduce(held, group, bucket_bytes=100)
-        assert reduce.buckets == [[0], [1, 2]] or len(reduce.buckets) > 1, reduce.buckets
+        assert reduce.buckets == [[0, 1], [2]], reduce.buckets  # by name: head, then the layer's b and w
         held = reduce.broadcast(jax.tree.map(lambda leaf: leaf * (rank == 0), held))
     state = optimizer.init(held)
 
@@ -108,9 +108,8 @@ pair = dist.group.WORLD
 wanted, towers = led_by_jax(alone, 0, 16, False), led_by_torch(alone, 0, 16)
 assert not np.allclose(wanted["head"], params()["head"])
 for name, cuts in CUTS.items():
-    for fused in (False, True):
-        got = led_by_jax(pair, cuts[rank], cuts[rank + 1], fused)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name), got, wanted)
+    got = led_by_jax(pair, cuts[rank], cuts[rank + 1], name == "uneven")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name), got, wanted)
     got = led_by_torch(pair, cuts[rank], cuts[rank + 1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name), got, towers)
 

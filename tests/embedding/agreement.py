@@ -2,9 +2,9 @@
 
     python -m tests.embedding.agreement [--steps 100]
 
-The same global batches (uneven shares, one rank with none) are trained on 1, 2 and 4 Gloo ranks, by SGD, Adagrad with an
-initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the greatest difference of a
-weight, absolute and relative to its tolerance; the same ranks twice must give the same bits.
+The same global batches (uneven shares, one rank with none) are trained on 1, 2 and 4 Gloo ranks, by SGD, Adagrad with
+an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the greatest difference
+of a weight, absolute and relative to its tolerance; the same ranks twice must give the same bits.
 """
 
 import argparse

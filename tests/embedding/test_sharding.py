@@ -37,10 +37,10 @@ def test_auto_splits_few_rows_by_column_where_they_are_long() -> None:
     def chosen(rows: int, dim: int, ranks: int, rule: Any = optim.Adam) -> str:
         return sharding_of(EmbeddingConfig(dim=dim, sharding="auto", expected_rows=rows), ranks, rule.row_state())
 
-    assert [chosen(100, dim, 8) for dim in (16, 512, 4096)] == ["replicated", "row", "column"]
-    assert [chosen(rows, 4096, 8) for rows in (1, 100, 100_000)] == ["column", "column", "row"]
+    assert [chosen(100, dim, 8) for dim in (16, 4096)] == ["replicated", "column"]
+    assert [chosen(rows, 4096, 8) for rows in (1, 100, 100_000)] == ["replicated", "column", "row"]
     assert chosen(100, 4096, 8, optim.RowwiseAdagrad) == "row"  # of which no rank would have a whole row
-    assert chosen(1, 4096, 1025) != "column"  # fewer than 4 elements each
+    assert chosen(100, 4096, 1025) == "row"  # fewer than 4 elements each
 
 
 def test_columns_are_dealt_in_fours() -> None:
@@ -58,7 +58,7 @@ def test_columns_are_dealt_in_fours() -> None:
 
 def test_rows_that_cannot_be_split_by_column_are_refused() -> None:
     config = EmbeddingConfig(dim=16, sharding="column")
-    with pytest.raises(ValueError, match="each of 5 ranks at least 4 elements of a row, and dim=16; use sharding='row'"):
+    with pytest.raises(ValueError, match="5 ranks at least 4 elements of a row, and dim=16; use sharding='row'"):
         plan_tables({"a": config}, (), coalesce=True, ranks=5)
     with pytest.raises(ValueError, match=r"table a: .* and \['sum'\] are of a whole row"):
         plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
