@@ -56,7 +56,8 @@ class GradientAllReduce:
         if not dist.is_initialized():
             raise RuntimeError("GradientAllReduce: call torch.distributed.init_process_group first")
         self.group = group
-        paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        paths, tree = jax.tree_util.tree_flatten_with_path(params)
+        self._tree: Any = tree
         for path, leaf in paths:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(

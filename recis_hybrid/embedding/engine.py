@@ -146,8 +146,8 @@ class EmbeddingEngine(nn.Module):
     def _table(self, plan: TablePlan, seed: int, rank: int, ranks: int) -> HashTable:
         config = plan.config
         table = HashTable(
-            plan.members, layout_on(plan, rank, ranks), self.device, seed, placement=config.placement, admission=config.admission,
-            read_only=not config.trainable,
+            plan.members, layout_on(plan, rank, ranks), self.device, seed, placement=config.placement,
+            admission=config.admission, read_only=not config.trainable,
         )  # fmt: skip
         table.overrides = dict(config.optimizer or {})
         return table
