@@ -183,12 +183,16 @@ def all_reduce(size: float, machine: Machine, ranks: int) -> float:
 
 
 def this_machine(constants: dict[str, float], ranks: int) -> Machine:
-    """Returns what a rank has of the machine on which points were measured: its cores, when others want them, too."""
+    """Returns what a rank has of the machine on which points were measured: cores and loopback, as others want them.
+
+    What two ranks were needed for was measured with two.
+    """
     share = min(1.0, constants["cores"] / ranks)
     return Machine(
         ranks_per_host=1 << 20, memory=constants["memory"] * share, flops=constants["flops"] * share,
-        in_host=constants["in_host"] * min(1.0, 2 * share), between=1.0, collective_s=constants["collective_s"],
-        peer_s=0.0, launch_s=0.0, ingest=math.inf,
+        in_host=constants["in_host"] * min(1.0, 2 / ranks), between=1.0, collective_s=constants["collective_s"],
+        peer_s=0.0, launch_s=constants["call_s"] if ranks == 1 else constants["shared_call_s"] * max(1.0, ranks / 2),
+        ingest=math.inf,
     )  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def measured_work(point: dict[str, Any]) -> Workload:
     """Returns the workload of a measured point."""
     names = ("samples", "features", "distinct", "dim", "parameters", "flops")
     some = {name: point[name] for name in names}
-    return Workload(**some, ids=point["features"], state_bytes=4, kernels=0, input_bytes=0, wire_bytes=4)
+    return Workload(**some, ids=point["features"], state_bytes=4, kernels=1, input_bytes=0, wire_bytes=4)
 
 
 def check_measured(points: dict[str, Any]) -> list[str]:
@@ -204,17 +208,19 @@ def check_measured(points: dict[str, Any]) -> list[str]:
     lines = [
         f"Measured on {points['machine']}; a rank is a process with one thread, joined by Gloo.",
         "",
-        "| ids a rank | ranks | measured, ms | model, ms | model / measured | of it: memory | exchange | tower |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ids a rank | ranks | measured, ms | model, ms | ratio | of it: memory | exchange | tower | calls |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points["points"]:
         ranks = point["ranks"]
         found = step(measured_work(point), this_machine(points["constants"], ranks), ranks)
         # Nothing hides the all-reduce here: it comes after backward.
-        total = found.ids + found.rows + found.gradients + found.memory + found.tower + found.all_reduce
+        total = (
+            found.ids + found.rows + found.gradients + found.memory + found.tower + found.all_reduce + found.launches
+        )
         exchange = found.ids + found.rows + found.gradients + found.all_reduce
         real = point["seconds"]
-        parts = " | ".join(f"{1e3 * part:.1f}" for part in (found.memory, exchange, found.tower))
+        parts = " | ".join(f"{1e3 * part:.1f}" for part in (found.memory, exchange, found.tower, found.launches))
         lines.append(
             f"| {point['samples'] * point['features']:,} | {ranks} | {1e3 * real:.1f} | {1e3 * total:.1f} "
             f"| {total / real:.2f} | {parts} |"

@@ -3,8 +3,9 @@
     python -m benchmarks.scaling_points [--quick] > benchmarks/scaling_points.json
 
 Constants, of one process with one thread, or of two joined by Gloo: the bytes that a step of tables moves a second
-(as the model counts them), the tower's operations a second, bytes a second and latency of an all-to-all. Points: steps
-of 1, 2 and 4 ranks, tables, tower and the all-reduce of its gradients. Seconds are medians.
+(as the model counts them), the tower's operations a second, bytes a second and latency of an all-to-all, and seconds
+of a step of almost no ids. Points: steps of 1, 2 and 4 ranks, tables, tower and the all-reduce of its gradients.
+Seconds are medians.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
         FixedGradient.apply(work.gradients, *engine(batch).values()).backward()
         sparse.step()
 
+    def tiny() -> None:
+        torch.cat(list(engine({name: work.ids[f][:1] for f, name in enumerate(names)}).values())).sum().backward()
+        sparse.step()
+
     def dense() -> None:
         tower.zero_grad()
         tower(vectors).mean().backward()
@@ -96,6 +101,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "flops": 2 * sum(parameter.numel() for parameter in parameters), "seconds": median_of(whole, times),
         "tables_s": median_of(tables, times), "tower_s": median_of(dense, times),
+        "tiny_s": median_of(tiny, 100),
     }  # fmt: skip
     if ranks > 1:
         found["small_s"] = median_of(exchange(ranks * 16), 100)
@@ -114,12 +120,15 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
         ingest=1.0,
     )  # fmt: skip
     alone = scaling.step(work, unit, 1)
+    small = two["small_s"]
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "memory": alone.memory / one["tables_s"],
+        "memory": alone.memory / (one["tables_s"] - one["tiny_s"]),
         "flops": alone.tower / one["tower_s"],
-        "in_host": BYTES / 2 / (two["large_s"] - two["small_s"]),
-        "collective_s": two["small_s"],
+        "in_host": BYTES / 2 / (two["large_s"] - small),
+        "collective_s": small,
+        "call_s": one["tiny_s"],
+        "shared_call_s": two["tiny_s"] - 3 * small,
     }
 
 

@@ -13,10 +13,12 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,9 @@ from tests.support.rank_processes import Ranks
 RANKS, TIMEOUT_S, SLACK_S = 3, 3.0, 3.0
 
 
-def train(group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetch: int) -> tuple[str, float]:
+def train(
+    group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetch: int, trained: str
+) -> tuple[str, float]:
     """Trains until another rank is lost; returns what was raised, and when.
 
     Args:
@@ -39,6 +43,7 @@ def train(group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetc
         call: In which of its collectives; -1: in none.
         after: Whether once it has begun.
         prefetch: Batches that are sent ahead.
+        trained: A folder, where each rank leaves a file after its first steps.
     """
     rank, steps = dist.get_rank(group), 0
     configs = {
@@ -75,21 +80,26 @@ def train(group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetc
             torch.cat(list(values.values()), 1).square().mean().backward()
             optimizer.step()
             steps += 1
+            if steps == 3:
+                Path(trained, str(rank)).touch()
     except ExchangeError as error:
         return str(error), time.monotonic()
 
 
-def lose(draw: random.Random, how: str) -> None:
-    """One trial; raises AssertionError if it is not survived."""
+def lose(draw: random.Random, how: str, folder: str) -> None:
+    """One trial, with a folder of its own; raises AssertionError if it is not survived."""
     ranks = Ranks(TIMEOUT_S, ranks=RANKS)
     victim, prefetch = draw.randrange(RANKS), draw.choice([0, 1])
     call = draw.randint(2, 120) if how == "killed_in_exchange" else -1
     try:
-        ranks.start(RANKS, train, victim, call, draw.random() < 0.5, prefetch)
+        ranks.start(RANKS, train, victim, call, draw.random() < 0.5, prefetch, folder)
         process = ranks.processes[victim]
         if how != "killed_in_exchange":
-            # Once they have trained for a moment: processes answer when they are up.
-            time.sleep(1.5 + draw.uniform(0, 0.5))
+            begin = time.monotonic()
+            while len(list(Path(folder).iterdir())) < RANKS:
+                assert time.monotonic() - begin < 60, "ranks do not train"
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
             assert process.pid is not None
             os.kill(process.pid, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
         if how != "stopped":
@@ -127,7 +137,8 @@ def main() -> int:
         for number in range(args.times):
             result["tried"] += 1
             try:
-                lose(random.Random(f"{args.seed}.{fault}.{number}"), fault)
+                with tempfile.TemporaryDirectory(prefix="recis-faults-") as folder:
+                    lose(random.Random(f"{args.seed}.{fault}.{number}"), fault, folder)
                 result["survived"] += 1
             except Exception as error:
                 result["failures"].append(f"trial {number}: {type(error).__name__}: {error}")
