@@ -121,9 +121,14 @@ class Step:
         return self.ids + self.rows + self.gradients + self.memory + self.tower + self.launches + exposed
 
     @property
-    def overlapped(self) -> float:
+    def ahead(self) -> float:
+        """With ids sent ahead, and input ready."""
+        return self.serial - self.ids
+
+    @property
+    def seconds(self) -> float:
         """With ids sent ahead, or as long as the host needs for the input."""
-        return max(self.serial - self.ids, self.host)
+        return max(self.ahead, self.host)
 
     @property
     def communication(self) -> float:
@@ -252,37 +257,35 @@ def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
     lines = [
         f"{name}: {work.samples:,} samples a GPU, {work.ids:g} ids of {work.dim} elements a sample; ms",
         "",
-        "| GPUs | ids | rows | gradients | memory | tower | all-reduce | launches | host | step | with ids ahead "
-        "| M samples/s | of linear |",
+        "| GPUs | ids | rows | gradients | memory | tower | all-reduce | launches | (host) | step | with ids ahead "
+        "| M samples/s | GPUs' efficiency |",
         "|" + "---|" * 13,
     ]
     base = None
     for gpus in ranks:
         found = step(work, H100, gpus)
-        rate = gpus * work.samples / found.overlapped
-        base = base or rate / gpus
+        rate = gpus * work.samples / found.seconds
+        base = base or found.ahead
         parts = (
             found.ids, found.rows, found.gradients, found.memory, found.tower, found.all_reduce, found.launches,
-            found.host, found.serial, found.overlapped,
+            found.host, found.serial, found.ahead,
         )  # fmt: skip
         lines.append(
             f"| {gpus:,} | {' | '.join(f'{1e3 * part:.2f}' for part in parts)} | {rate / 1e6:.1f} "
-            f"| {rate / gpus / base:.0%} |"
+            f"| {base / found.ahead:.0%} |"
         )
     return lines
 
 
 def sensitivity() -> list[str]:
-    """Lines: what a step on 128 GPUs becomes where one constant is half, or twice, as large."""
+    """Lines: what a click model's step on 128 GPUs, ids ahead, becomes where a constant is half, or twice, as large."""
     lines = ["| constant | half | as assumed | twice |", "|---|---|---|---|"]
-    now = step(CLICKS, H100, 128).overlapped
-    for name in ("memory", "flops", "in_host", "between", "collective_s", "peer_s", "launch_s", "ingest"):
-        steps = [
-            step(CLICKS, replace(H100, **{name: factor * getattr(H100, name)}), 128).overlapped for factor in (0.5, 2)
-        ]
+    now = step(CLICKS, H100, 128).ahead
+    for name in ("memory", "flops", "in_host", "between", "collective_s", "peer_s", "launch_s"):
+        steps = [step(CLICKS, replace(H100, **{name: factor * getattr(H100, name)}), 128).ahead for factor in (0.5, 2)]
         lines.append(f"| `{name}` | {1e3 * steps[0]:.2f} ms | {1e3 * now:.2f} ms | {1e3 * steps[1]:.2f} ms |")
     share = replace(CLICKS, distinct=CLICKS.distinct / 2), replace(CLICKS, distinct=2 * CLICKS.distinct)
-    low, high = (step(work, H100, 128).overlapped for work in share)
+    low, high = (step(work, H100, 128).ahead for work in share)
     lines.append(f"| share of distinct ids | {1e3 * low:.2f} ms | {1e3 * now:.2f} ms | {1e3 * high:.2f} ms |")
     return lines
 

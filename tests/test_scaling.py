@@ -30,4 +30,4 @@ def test_exchanges_cost_nothing_on_one_rank_and_more_on_more_hosts() -> None:
 
 def test_input_that_comes_too_slowly_is_the_step() -> None:
     slow = replace(scaling.H100, ingest=1e6)
-    assert scaling.step(scaling.CLICKS, slow, 8).overlapped == pytest.approx(4096 * 2800 / 1e6)
+    assert scaling.step(scaling.CLICKS, slow, 8).seconds == pytest.approx(4096 * 2800 / 1e6)

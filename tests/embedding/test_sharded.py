@@ -61,11 +61,12 @@ def test_a_hundred_steps_agree_with_one_process(
     "more",
     [{"uneven": True}, {"clip": 0.05}, {"accumulate": 3, "clip": 0.05}, {"uneven": True, "accumulate": 2},
      {"sharding": "table"}, {"sharding": "replicated", "clip": 0.05}, {"sharding": "replicated", "uneven": True},
-     {"sharding": "column", "dim": 18, "clip": 0.05}, {"sharding": "column", "dim": 16, "uneven": True}],
+     {"sharding": "column", "dim": 18, "clip": 0.05}, {"sharding": "column", "dim": 16, "uneven": True},
+     {"rule": "RowwiseAdagrad", "uneven": True}],
     ids=str,
 )  # fmt: skip
 def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[str, Any]) -> None:
-    job = Job(rule="Adagrad", steps=3, **more)
+    job = Job(**{"rule": "Adagrad", "steps": 3, **more})
     one = ranks.run(1, train, job)
     for world in (2, 4):
         assert_same(ranks.run(world, train, job), one, sharding=job.sharding)
@@ -238,9 +239,9 @@ def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool)
     assert_same(ranks.run(2, with_ddp, uneven), ranks.run(1, with_ddp, uneven), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int) -> None:
-    job = Job(rule="Adam", steps=6, uneven=True, accumulate=2)
+@pytest.mark.parametrize(("depth", "sharding"), [(1, "row"), (3, "column")])
+def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int, sharding: str) -> None:
+    job = Job(rule="Adam", steps=6, uneven=True, accumulate=2, sharding=sharding, dim=8)
     ahead = Job(**{**vars(job), "prefetch": depth, "engine": {"prefetch_depth": depth}})
     for ours, theirs in zip(ranks.run(2, train, ahead), ranks.run(2, train, job), strict=True):
         assert ours["losses"] == theirs["losses"]
@@ -289,6 +290,31 @@ def misused(group: dist.ProcessGroup) -> list[str]:
     assert torch.equal(engine(second)["id"][:2], expected[1:])
     assert torch.equal(engine(first)["id"], expected)
     return said
+
+
+def too_old(group: dist.ProcessGroup) -> str:
+    """Two steps between the rows of a batch and its turn."""
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=2)}, group=group, prefetch_depth=1, staleness=1,
+        prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)),
+    )  # fmt: skip
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+    batch = {"id": torch.arange(3)}
+    for steps in (1, 2):
+        engine.prefetch(batch)
+        engine.prefetch_rows()
+        for _ in range(steps):
+            optimizer.step()
+        if steps == 1:
+            engine(batch)
+    with pytest.raises(RuntimeError) as caught:
+        engine(batch)
+    return str(caught.value)
+
+
+def test_rows_may_not_be_older_than_was_allowed(ranks: Ranks) -> None:
+    for said in ranks.run(2, too_old):
+        assert "the rows of the batch are 2 steps old, and staleness=1; call prefetch_rows no earlier" in said
 
 
 def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ STATES: dict[str, Any] = {
     "SGD": optim.SGD.row_state(),
     "Adagrad": optim.Adagrad.row_state(0.1),
     "Adam": optim.Adam.row_state(),
+    "RowwiseAdagrad": optim.RowwiseAdagrad.row_state(0.1),
 }
 
 
