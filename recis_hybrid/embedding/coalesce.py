@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from recis_hybrid.embedding.columns import columns_of
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.initializers import QUAD
 from recis_hybrid.embedding.protocols import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
-from recis_hybrid.embedding.sharding import Sharding, columns_of, sharding_of
+from recis_hybrid.embedding.sharding import Sharding, sharding_of
 
 COUNTS = ".admission"
 """Ends the name under which checkpoints keep what admission knows of a member table's ids."""

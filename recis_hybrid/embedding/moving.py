@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recis_hybrid.embedding.columns import whole_rows
 from recis_hybrid.embedding.distinct import rank_of
-from recis_hybrid.embedding.exchange import Exchange, ExchangeError
+from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.routing import Asks
-from recis_hybrid.embedding.sharding import side_by_side
 
 
 class Mover:
@@ -38,7 +38,7 @@ class Mover:
         """
         asks, exchange = self._asks[table], self._exchange
         if asks.columns is not None:
-            return self._joined(columns, asks.columns)
+            return whole_rows(columns, asks.columns, exchange)
         if asks.everywhere:
             mine = rank_of(columns["ids"].contiguous(), exchange.size) == exchange.rank
             return {name: values[mine] for name, values in columns.items()}
@@ -62,32 +62,6 @@ class Mover:
             }
         owner = self._owner(asks, member)
         return columns if owner is None else self._send(columns, [n * int(r == owner) for r in range(exchange.size)])
-
-    def _joined(self, columns: dict[str, Tensor], widths: list[int]) -> dict[str, Tensor]:
-        """Returns whole rows of this rank's buckets, from some elements of all rows on each rank.
-
-        What is one number a row is the same on all ranks.
-        """
-        exchange = self._exchange
-        owners = rank_of(columns["ids"].contiguous(), exchange.size)
-        counts = owners.bincount(minlength=exchange.size).tolist()
-        others = exchange.all([columns["ids"].numel()])
-        if others != [others[0]] * exchange.size:
-            raise ExchangeError(
-                f"rank {exchange.rank}: ranks that each have some columns of every row must have the same rows, and "
-                f"have {[n for (n,) in others]}; evict on all ranks alike"
-            )
-        mine = counts[exchange.rank]
-        joined = {}
-        for name, values in columns.items():
-            if values.dim() == 1:
-                joined[name] = values[owners == exchange.rank]
-                continue
-            # By bucket, and so by owner.
-            send = [n * widths[exchange.rank] for n in counts]
-            came = exchange.start("rows", values.reshape(-1), send, [mine * width for width in widths]).wait()
-            joined[name] = side_by_side(came.to(values.device), mine, widths)
-        return joined
 
     def _split(self, values: Tensor, widths: list[int]) -> Tensor:
         """Returns this rank's elements, float ``[n, ...]``, of the rows that all ranks have."""

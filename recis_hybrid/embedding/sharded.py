@@ -35,6 +35,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.coalesce import TablePlan
 from recis_hybrid.embedding.collecting import Asked, Collector, Reduce
+from recis_hybrid.embedding.columns import columns_of, side_by_side
 from recis_hybrid.embedding.distinct import Kind
 from recis_hybrid.embedding.exchange import WIRE_DTYPES, Exchange, Sending
 from recis_hybrid.embedding.hash_table import HashTable
@@ -42,7 +43,7 @@ from recis_hybrid.embedding.lookup import Lookup, Request, gradient_bags
 from recis_hybrid.embedding.pending import part_of
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.routing import Asks, Route, RoutedBatch, Router, Shapes
-from recis_hybrid.embedding.sharding import columns_of, deal, side_by_side
+from recis_hybrid.embedding.sharding import deal
 from recis_hybrid.ops.blocks import ELEMENTS, Blocks
 from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ops.update import Gradients

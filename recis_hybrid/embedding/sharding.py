@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal, TypeAlias
-
-import torch
-from torch import Tensor
 
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.initializers import QUAD
@@ -83,24 +79,6 @@ def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[Stat
 
 def _seconds(collectives: int, sent: float, lookups: float) -> float:
     return collectives * COLLECTIVE_S + sent / BYTES_PER_S + lookups * LOOKUP_S
-
-
-def columns_of(dim: int, ranks: int) -> list[int]:
-    """Returns how many elements of each row a rank has where rows are split by column.
-
-    First values are drawn four at a time: so each rank has a multiple of four, the last one what is left, too.
-    """
-    quads, left = divmod(dim, QUAD)
-    each = [quads * rank // ranks for rank in range(ranks + 1)]
-    widths = [QUAD * (end - begin) for begin, end in pairwise(each)]
-    widths[-1] += left
-    return widths
-
-
-def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:
-    """Returns rows ``[rows, sum(widths)]`` from some columns of all of them after another, in one dimension."""
-    each = parts.split([rows * width for width in widths])
-    return torch.cat([part.view(rows, width) for part, width in zip(each, widths, strict=True)], 1)
 
 
 def deal(loads: Sequence[float], ranks: int) -> list[int]:

@@ -7,7 +7,8 @@ import pytest
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, sharding_of
 from recis_hybrid.embedding.coalesce import plan_tables
-from recis_hybrid.embedding.sharding import COLLECTIVE_S, LOOKUP_S, REPLICA_BYTES, columns_of, deal
+from recis_hybrid.embedding.columns import columns_of
+from recis_hybrid.embedding.sharding import COLLECTIVE_S, LOOKUP_S, REPLICA_BYTES, deal
 
 
 @pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
