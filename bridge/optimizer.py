@@ -45,7 +45,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: if the parameters come without names, or one is not floating.
-        ValueError: if there is none, two have one name, or one cannot be shared with JAX.
+        ValueError: if there is none, two have one name, one cannot be shared with JAX, or there is a share and no group.
 
     Example:
         >>> import numpy as np, optax
@@ -79,6 +79,8 @@ class OptaxOptimizer(torch.optim.Optimizer):
         if not given or len(self._named) < len(given):
             raise ValueError(f"OptaxOptimizer: takes parameters of distinct names, got {[name for name, _ in given]}")
         super().__init__([{"params": list(self._named.values())}], {})
+        if share is not None and group is None:
+            raise ValueError("OptaxOptimizer: a share is of the ranks of a group; pass group, too")
         self._zeros: dict[str, jax.Array] = {}
         self._share = share
         self._all_reduce: GradientAllReduce | None = None
