@@ -45,7 +45,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: if the parameters come without names, or one is not floating.
-        ValueError: if there is none, two have one name, one cannot be shared with JAX, or a share comes without a group.
+        ValueError: if there is none, two have one name, one cannot be shared with JAX, or a share comes without group.
 
     Example:
         >>> import numpy as np, optax
