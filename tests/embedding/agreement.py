@@ -2,8 +2,8 @@
 
     python -m tests.embedding.agreement [--steps 100]
 
-The same global batches (uneven shares, one rank with none) are trained on 1, 2 and 4 Gloo ranks, by SGD, Adagrad with
-an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the greatest difference
+The same global batches are trained on 1, 2 and 4 Gloo ranks (of four, each has another share, and one none), by SGD,
+Adagrad with an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the greatest difference
 of a weight, absolute and relative to its tolerance; the same ranks twice must give the same bits.
 """
 
@@ -30,6 +30,8 @@ def differences(got: list[dict[str, Any]], one: list[dict[str, Any]], atol: floa
     absolute, relative = 0.0, 0.0
     for name, columns in theirs.items():
         assert torch.equal(ours[name]["ids"], columns["ids"]), name
+        if columns["ids"].numel() == 0:
+            continue  # a read-only table
         difference = (ours[name]["embedding"] - columns["embedding"]).abs()
         allowed = 1e-5 * columns["embedding"].abs() + max(atol, 1e-8)
         absolute = max(absolute, float(difference.max()))
@@ -46,11 +48,11 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     try:
         for rule, (lr, atol) in RULES.items():
-            job = Job(rule=rule, steps=args.steps, lr=lr, uneven=True)
+            job = Job(rule=rule, steps=args.steps, lr=lr)
             one = ranks.run(1, train, job)
             for world, deduplicate, ahead in itertools.product((2, 4), (True, False), (0, 2)):
                 options = {"deduplicate": deduplicate, "prefetch_depth": ahead}
-                this = Job(**{**vars(job), "prefetch": ahead, "engine": options})
+                this = Job(**{**vars(job), "uneven": world == 4, "prefetch": ahead, "engine": options})
                 got, again = (ranks.run(world, train, this) for _ in range(2))
                 losses, absolute, relative = differences(got, one, atol)
                 same = all(
