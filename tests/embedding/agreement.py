@@ -3,8 +3,8 @@
     python -m tests.embedding.agreement [--steps 100]
 
 The same global batches are trained on 1, 2 and 4 Gloo ranks (of four, each has another share, and one none), by SGD,
-Adagrad with an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the greatest difference
-of a weight, absolute and relative to its tolerance; the same ranks twice must give the same bits.
+Adagrad with an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the
+greatest difference of a weight, absolute and of its tolerance; the same ranks twice must give the same bits.
 """
 
 import argparse
