@@ -32,7 +32,7 @@ from benchmarks.harness import progress
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 
-DIM, HIDDEN, BYTES = 64, 256, 8 << 20
+DIM, HIDDEN, BYTES = 64, 32, 8 << 20
 RANKS = (1, 2, 4)
 
 
@@ -140,7 +140,7 @@ def main() -> None:
         for ranks in RANKS:
             progress(f"scaling_points: {size}, {ranks} ranks")
             with tempfile.TemporaryDirectory(prefix="recis-bench-") as folder:
-                mp.spawn(measure, (ranks, folder, size, 6 if args.quick else 30), nprocs=ranks)  # type: ignore[no-untyped-call]
+                mp.spawn(measure, (ranks, folder, size, 10 if args.quick else 60), nprocs=ranks)  # type: ignore[no-untyped-call]
                 points.append(json.loads(Path(folder, "found.json").read_text()))
     constants = constants_of(points[0], points[1])
     machine = f"{platform.machine()}, {constants['cores']:g} cores, {datetime.date.today()}"
