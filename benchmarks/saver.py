@@ -1,47 +1,72 @@
 """Checkpoints beside what a disk and the safetensors library do with the same bytes.
 
-    python -m benchmarks.saver [--quick] [--threads 2] [--cases save]
+    python -m benchmarks.saver [--quick] [--rows 5000000] [--threads 2] [--folder /data] [--cases save]
 
 A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments. ``save``: written, checksummed and
 forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
 save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
-``delta``: what 1 % of the rows touched takes, beside the whole save. ``load``: read, verified and put into tables,
-beside reading the same bytes into fresh memory.
+``load``: written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo),
+beside three threads that ``read()`` the same bytes into fresh memory.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from benchmarks import harness
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import Saver
+from recis_hybrid.state import rank_of_bucket
 
 DIM = 64
+WRITERS, READERS = 2, 3
 
 
-def filled(rows: int) -> EmbeddingEngine:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=DIM)}, optimizer_state=optim.Adam.row_state())
+def empty() -> EmbeddingEngine:
+    return EmbeddingEngine({"id": EmbeddingConfig(dim=DIM)}, optimizer_state=optim.Adam.row_state())
+
+
+def filled(rows: int, rank: int = 0, world_size: int = 1) -> EmbeddingEngine:
+    engine = empty()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for begin in range(0, rows, 100_000):
             size = min(100_000, rows - begin)
-            engine({"id": torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)})
+            ids = torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)
+            engine({"id": ids[rank_of_bucket(bucket_of(ids), world_size) == rank]})
     return engine
 
 
-def read_all(files: list[Path]) -> None:
-    for file in files:
-        file.read_bytes()
+def together(size: int, work: Callable[[int, dist.ProcessGroup], object]) -> None:
+    """Calls ``work(rank, group)`` in a thread a rank."""
+    store, failures = dist.HashStore(), []
+
+    def run(rank: int) -> None:
+        try:
+            work(rank, dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(minutes=5)))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def plain_save(columns: dict[str, torch.Tensor], path: Path) -> None:
@@ -50,76 +75,113 @@ def plain_save(columns: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def cases(rows: int, folder: Path, rounds: int, wanted: str) -> list[harness.Result]:
-    engine, steps, device = filled(rows), count(1), torch.device("cpu")
-    saver, background = Saver(folder / "sync", keep=1), Saver(folder / "async", keep=1, async_save=True)
-    results = []
-
-    def save() -> None:
-        saver.save(next(steps), engine=engine)
-
-    def stall() -> float:
-        begin = time.perf_counter()
-        background.save(next(steps), engine=engine)
-        seconds = time.perf_counter() - begin
-        background.wait()
-        return seconds
-
-    save()
-    files = sorted(saver_files(folder / "sync"))
-    size = sum(file.stat().st_size for file in files)
-    parts = [load_file(file) for file in files]
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if not name.startswith("bucket")}
-    del parts
-
-    def load() -> None:
-        saver.load(engine=engine)
-
-    def result(case: str, unit: str, peer: str, mine: Callable[[], float | None], theirs: Callable[[], None]) -> None:
-        if wanted not in case:
-            return
-        harness.progress(f"{case}, {rows:,} rows, {size / 1e9:.2f} GB")
-        rate = {name: r / 1e6 for name, r in harness.rates({"ours": mine, peer: theirs}, size, rounds, device).items()}
-        results.append(
-            harness.Result(
-                "saver", case, "bytes a second", unit, round(rate["ours"], 1), round(rate[peer], 1), peer,
-                round(rate["ours"] / rate[peer], 2),
-            )
-        )  # fmt: skip
-        results[-1].print()
-
-    result("save", "MB/s", "safetensors + fsync", save, lambda: plain_save(columns, folder / "plain.safetensors"))
-    result("async_stall", "MB/s", "the whole save", stall, save)
-    changing, generator = Saver(folder / "delta", keep=1), torch.Generator().manual_seed(1)
-    optimizer, ids = optim.Adam(engine.parameters()), engine.tables[0].ids(0)
-
-    def delta() -> float:
-        touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
-        engine({"id": touched})["id"].sum().backward()
-        optimizer.step()
-        begin = time.perf_counter()
-        changing.save(next(steps), delta=True, engine=engine)
-        return time.perf_counter() - begin
-
-    if wanted in "delta":
-        delta()  # the first is whole
-    result("delta", "MB/s", "the whole save", delta, save)
-    # A load replaces rows, so it comes last; the files are in the page cache for both.
-    save()
-    result("load", "MB/s", "read()", load, lambda: read_all(sorted(saver_files(folder / "sync"))))
-    return results
-
-
 def saver_files(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.safetensors"))
+    return sorted(folder.rglob("*.safetensors"))
+
+
+class Cases:
+    def __init__(self, rows: int, folder: Path, rounds: int, wanted: str) -> None:
+        self.rows, self.folder, self.rounds, self.wanted = rows, folder, rounds, wanted
+        self.results: list[harness.Result] = []
+
+    def measure(
+        self, case: str, size: int, peer: str, mine: Callable[[], float | None], theirs: Callable[[], float | None]
+    ) -> None:
+        harness.progress(f"{case}, {self.rows:,} rows, {size / 1e9:.2f} GB")
+        found = harness.rates({"ours": mine, peer: theirs}, size, self.rounds, torch.device("cpu"))
+        ours, other = found["ours"] / 1e6, found[peer] / 1e6
+        self.results.append(
+            harness.Result(
+                "saver", case, "bytes a second", "MB/s", round(ours, 1), round(other, 1), peer, round(ours / other, 2)
+            )
+        )
+        self.results[-1].print()
+
+    def saves(self) -> None:
+        if self.wanted not in "save" and self.wanted not in "async_stall":
+            return
+        engine, steps = filled(self.rows), count(1)
+        saver = Saver(self.folder / "sync", keep=1)
+        background = Saver(self.folder / "async", keep=1, async_save=True)
+
+        def save() -> None:
+            saver.save(next(steps), engine=engine)
+
+        def stall() -> float:
+            begin = time.perf_counter()
+            background.save(next(steps), engine=engine)
+            seconds = time.perf_counter() - begin
+            background.wait()
+            return seconds
+
+        save()
+        files = saver_files(self.folder / "sync")
+        size = sum(file.stat().st_size for file in files)
+        if self.wanted in "save":
+            parts = [load_file(file) for file in files]
+            columns = {n: torch.cat([part[n] for part in parts]) for n in parts[0] if not n.startswith("bucket")}
+            del parts
+            path = self.folder / "plain.safetensors"
+            self.measure("save", size, "safetensors + fsync", save, lambda: plain_save(columns, path))
+            path.unlink()
+            del columns
+        if self.wanted in "async_stall":
+            self.measure("async_stall", size, "the whole save", stall, save)
+
+    def load(self) -> None:
+        if self.wanted not in "load":
+            return
+        folder = self.folder / "ranks"
+        together(
+            WRITERS,
+            lambda rank, group: Saver(folder, group=group).save(1, engine=filled(self.rows, rank, WRITERS)),
+        )
+        files = saver_files(folder)
+        size = sum(file.stat().st_size for file in files)
+
+        def load() -> float:
+            seconds = []
+
+            def one(rank: int, group: dist.ProcessGroup) -> None:
+                saver, engine = Saver(folder, group=group), empty()
+                begin = time.perf_counter()
+                saver.load(engine=engine)
+                seconds.append(time.perf_counter() - begin)
+
+            together(READERS, one)
+            return max(seconds)
+
+        def read() -> float:
+            seconds = []
+
+            def one(rank: int) -> None:
+                begin = time.perf_counter()
+                kept = [file.read_bytes() for file in files[rank::READERS]]
+                seconds.append(time.perf_counter() - begin)
+                del kept
+
+            threads = [threading.Thread(target=one, args=(rank,)) for rank in range(READERS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return max(seconds)
+
+        self.measure("load", size, "read()", load, read)
 
 
 def main() -> None:
-    args = harness.parser(__doc__ or "").parse_args()
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--rows", type=int, help="rows of the table; by default 5,000,000, with --quick 200,000")
+    parser.add_argument("--folder", help="where to write; by default the folder for temporary files")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        results = cases(200_000 if args.quick else 5_000_000, Path(folder), 3 if args.quick else 5, args.cases)
-    harness.progress(harness.table(results))
+    rows = args.rows or (200_000 if args.quick else 5_000_000)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        cases = Cases(rows, Path(folder), 3 if args.quick else 5, args.cases)
+        cases.saves()
+        cases.load()
+    harness.progress(harness.table(cases.results))
 
 
 if __name__ == "__main__":

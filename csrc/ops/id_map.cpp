@@ -1,6 +1,26 @@
 #include "ops/id_map.h"
 
+#include "core/file_order.h"
 #include "ops/device.h"
+
+namespace recis {
+namespace {
+
+void file_order_cpu(const Tensor& ids, const Tensor& members, const Tensor& rows, int64_t members_count,
+                    const Tensor& out) {
+  const int64_t n = ids.numel();
+  RECIS_CHECK(members.numel() == n && rows.numel() == n && out.numel() == 3 * n, "ids, members and rows must agree");
+  const int64_t* numbers = data<int64_t>(members, "members");
+  for (int64_t i = 0; i < n; ++i) {
+    RECIS_CHECK(numbers[i] >= 0 && numbers[i] < members_count, "there is no member table ", numbers[i]);
+  }
+  int64_t* target = data<int64_t>(out, "out");
+  file_order(TorchPool{}, n, data<int64_t>(ids, "ids"), numbers, data<int64_t>(rows, "rows"), members_count,
+             FileRows{target, target + n, target + 2 * n});
+}
+
+}  // namespace
+}  // namespace recis
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("id_map_find(Tensor slots, " RECIS_IDS ", bool numbers, Tensor(a!) rows) -> ()");
@@ -17,6 +37,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("id_map_count(Tensor(a!) slots, Tensor(b!) counters, " RECIS_IDS ", Tensor rows) -> ()");
   m.def("id_map_admit(Tensor slots, " RECIS_IDS ", Tensor rows, int least, Tensor(a!) admitted) -> ()");
   m.def("bucket_ids(Tensor ids, Tensor(a!) buckets) -> ()");
+  m.def("file_order(Tensor ids, Tensor members, Tensor rows, int members_count, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_id_map<recis::CpuDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) {
+  recis::register_id_map<recis::CpuDevice>(m);
+  m.impl("file_order", TORCH_BOX(&recis::file_order_cpu));
+}

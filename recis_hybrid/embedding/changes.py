@@ -77,7 +77,7 @@ def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tenso
         For each member table the rows that may have changed, as ``HashTable.export`` gives them but by (bucket, id),
         and the ids (int64 ``[m]``) that may have had a row and have none; None where the rows are all there are.
     """
-    ids, members = table.touched(since.step)
+    ids, members = touched_rows(table, since.step)
     result: list[tuple[dict[str, Tensor], Tensor | None]] = []
     for member in range(len(table.members)):
         if member in since.whole:
@@ -89,6 +89,16 @@ def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tenso
         own = torch.cat([ids[members == member], noted[live]]).unique()
         result.append((table.export(member, _by_bucket(own)), noted[~live]))
     return result
+
+
+def touched_rows(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after a step."""
+    table.see()
+    ids, members = torch.empty(2, len(table), dtype=torch.int64, device=table.device).unbind()
+    count = torch.zeros(1, dtype=torch.int64, device=table.device)
+    slots = table.on_blocks(table.id_map.slots)
+    ops.blocks.list_touched(table.blocks.handle, slots, step, ids, members, count)
+    return ids[: int(count)], members[: int(count)]
 
 
 def changed_known(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

@@ -5,7 +5,7 @@ Letters: n rows, W ranks, D dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from recis_hybrid.embedding.distinct import rank_of
 from recis_hybrid.embedding.exchange import Exchange, ExchangeError
 from recis_hybrid.embedding.initializers import QUAD
+from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.id_map import bucket_of
 
 
@@ -33,6 +34,24 @@ def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:
     """Returns rows ``[rows, sum(widths)]`` from some columns of all of them after another, in one dimension."""
     each = parts.split([rows * width for width in widths])
     return torch.cat([part.view(rows, width) for part, width in zip(each, widths, strict=True)], 1)
+
+
+def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str, Tensor]:
+    """Returns of whole rows ``[n, ...]`` what a layout has: some of their elements, where they are split.
+
+    Raises:
+        ValueError: If a part of the record has another width.
+    """
+    if layout.whole_dim is None:
+        return dict(columns)
+    kept = {}
+    for name, values in columns.items():
+        if name in layout.parts:
+            if tuple(values.shape[1:]) != (layout.whole.width(name),):
+                raise ValueError(f"{name} must be [n, {layout.whole.width(name)}], got {list(values.shape)}")
+            values = values[:, layout.first : layout.first + layout.dim].contiguous()
+        kept[name] = values
+    return kept
 
 
 def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exchange) -> dict[str, Tensor]:

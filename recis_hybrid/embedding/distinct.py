@@ -14,8 +14,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.lookup import Request, gradient_bags
 from recis_hybrid.ops.gather import Distinct
-
-BUCKETS = 1 << 16
+from recis_hybrid.state import rank_of_bucket
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Kind:
 
 def rank_of(ids: Tensor, ranks: int) -> Tensor:
     """Returns the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): each has a contiguous range of buckets."""
-    return ops.id_map.bucket_of(ids) * ranks // BUCKETS
+    return rank_of_bucket(ops.id_map.bucket_of(ids), ranks)
 
 
 def distinct_ids(

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission, Gate, admitted_often
+from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.changes import Changes
 from recis_hybrid.embedding.checks import checked_ids, refuse_columns
-from recis_hybrid.embedding.eviction import Eviction, Rows
+from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
 from recis_hybrid.embedding.initializers import initializer_words
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, gradient_bags
+from recis_hybrid.embedding.inserting import insert_grouped, insert_rows
+from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request
 from recis_hybrid.embedding.pending import Pending, part_of, usable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
+from recis_hybrid.embedding.reclaiming import compact_rows, evict_rows
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.update import Gradients
 
@@ -69,7 +72,7 @@ class HashTable:
         self.overrides: dict[str, Any] = {}
         """Hyperparameters of the optimizer that are others for this table."""
         self._anchor: weakref.ref[Anchor] | None = None
-        self._watched: weakref.WeakSet[Changes] = weakref.WeakSet()
+        self.watched: weakref.WeakSet[Changes] = weakref.WeakSet()
 
     def __len__(self) -> int:
         """Rows in use; waits for the device."""
@@ -94,7 +97,7 @@ class HashTable:
         self.seed = seed
         dim, first = self.layout.whole.dim, self.layout.first
         words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
-        self._initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
+        self.initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
 
     @property
     def rounding_seed(self) -> int:
@@ -121,18 +124,18 @@ class HashTable:
         hands the buffer on as ``Lookup.gathered``.
         """
         if not train or self.read_only:
-            rows = self._on_blocks(
-                self.id_map.find(self._on_map(request.ids), request.members, self._on_map(request.used))
+            rows = self.on_blocks(
+                self.id_map.find(self.on_map(request.ids), request.members, self.on_map(request.used))
             )
             return Lookup(request, rows, self.id_map.row_bound, self.generation, False, self.step)
-        self._see()
-        lookup = self._insert_grouped(request, out, starts)
+        self.see()
+        lookup = insert_grouped(self, request, out, starts)
         if self.before_read is not None:
             self.before_read(self, lookup.groups)
         self._unseen = lookup
         return lookup
 
-    def _see(self) -> None:
+    def see(self) -> None:
         """Notes in the rows' metadata what the last training lookup met.
 
         An update of the same rows does this along with its own work; it is done here for lookups that none follows, and
@@ -172,69 +175,15 @@ class HashTable:
         ids, members, bags, unknown, *_ = lookup.request
         ops.gather.gather_bags(
             self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
-            [] if lookup.complete else ids, unknown, self._initializers, out, starts, winners,
+            [] if lookup.complete else ids, unknown, self.initializers, out, starts, winners,
         )  # fmt: skip
 
-    def _insert_grouped(self, request: Request, out: Tensor | None, starts: Sequence[int]) -> Lookup:
-        ids, members, layout = request.ids, request.members, self.layout
-        gathered = None
-        if self.gate is not None or self.map_device != self.device:
-            rows = self._insert(ids, members, self.gate, request.used, request.counts)
-            groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
-        else:
-            bound = self._reserve(sum(request.bags.lengths))
-            # Rows that something advances before they are read, and bags of several ids, are gathered later.
-            gathered = out if self.before_read is None and request.bags.plain else None
-            rows, groups = ops.gather.insert_grouped(
-                self.id_map.slots, self.id_map.counters, self.id_map.free_rows, self.blocks.handle, layout.element,
-                layout.dim, self._initializers, layout.state_args, ids, members, bound, gradient_bags(request.bags),
-                used=request.used, out=gathered, starts=() if gathered is None else starts,
-            )  # fmt: skip
-            self.id_map.inserted(rows.numel())
-        return Lookup(
-            request, rows, self.id_map.row_bound, self.generation, self.gate is None, self.step + 1, groups, gathered
-        )
-
-    def _reserve(self, more: int) -> int:
-        """Makes room for more ids; whatever may run out of memory, before anything is changed."""
-        bound = self.id_map.row_bound + more
-        self.blocks.reserve(bound)
-        self.id_map.reserve(more)
-        return bound
-
-    def _insert(
-        self, ids: list[Tensor], members: list[int], gate: Gate | None, used: Sequence[Tensor] = (),
-        counts: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        near, used = self._on_map(ids), self._on_map(used)
-        self._reserve(sum(part.numel() for part in ids))
-        admitted = None
-        if gate is not None:
-            found = self.id_map.find(near, members, used)
-            if counts is None:
-                admitted = gate.admitted(near, members, found, used)
-            else:
-                admitted = admitted_often(gate, near, members, found, counts.to(self.map_device))
-        new_rows, new = self.id_map.find_or_insert(near, members, admitted, used)
-        try:
-            rows, fresh = self._on_blocks(new_rows), self._on_blocks(new)
-            if not self.id_map.may_have_fresh:
-                return rows
-            ops.blocks.init_fresh(
-                self.blocks.handle, self.layout.element, self._on_blocks(self.id_map.counters), rows, fresh, ids,
-                members, self._initializers, self.layout.dim, self.layout.state_args,
-            )  # fmt: skip
-        except BaseException:
-            # An interrupt, or no memory for a copy: the new ids go again, for their records hold nothing.
-            self.id_map.withdraw(near, members, new)
-            raise
-        self.id_map.commit()
-        return rows
-
-    def _on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
+    def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns tensors on the device of the IDMap."""
         return ids if self.map_device == self.device else [part.to(self.map_device) for part in ids]
 
-    def _on_blocks(self, tensor: Tensor) -> Tensor:
+    def on_blocks(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor on the device of the blocks."""
         return tensor if self.map_device == self.device else tensor.to(self.device)
 
     # Gradients
@@ -248,7 +197,7 @@ class HashTable:
                 takes the greatest.
         """
         self.check(lookup)
-        self._refuse_read_only("apply_gradients")
+        self.refuse_read_only("apply_gradients")
         if any(gradient is None for gradient in gradients):
             raise ValueError(
                 f"table {self._name}: apply_gradients takes a gradient for each feature; give zeros for None"
@@ -286,27 +235,19 @@ class HashTable:
 
         A copy of what admission knows is in it, 16 bytes an id.
         """
-        self._see()
+        self.see()
         known = {} if self.gate is None else {m: self.gate.state(m) for m in range(len(self.members))}
         changes = Changes(self.step, known)
-        self._watched.add(changes)
+        self.watched.add(changes)
         return changes
 
     def watches(self, changes: Changes) -> bool:
         """Whether it was :meth:`watch` of this table that returned ``changes``."""
-        return changes in self._watched
+        return changes in self.watched
 
-    def touched(self, step: int) -> tuple[Tensor, Tensor]:
-        """Returns ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after ``step``."""
-        self._see()
-        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
-        count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        slots = self._on_blocks(self.id_map.slots)
-        ops.blocks.list_touched(self.blocks.handle, slots, step, ids, members, count)
-        return ids[: int(count)], members[: int(count)]
-
-    def _note(self, member: int, ids: Tensor) -> None:
-        for changes in self._watched:
+    def note(self, member: int, ids: Tensor) -> None:
+        """Notes for whoever watches that ids (int64 ``[m]``) of a member table got, changed or lost rows."""
+        for changes in self.watched:
             changes.note(member, ids, len(self))
 
     # Rows in bulk; all of it waits for the device
@@ -322,7 +263,7 @@ class HashTable:
         Returns:
             int64 ``[n]``: the rows.
         """
-        self._refuse_read_only("insert")
+        self.refuse_read_only("insert")
         rows = self.load(member, ids, columns or {})
         if columns is None or META[1] not in columns:
             # As recent as if a lookup had just met them: the next eviction leaves them.
@@ -336,9 +277,9 @@ class HashTable:
         ids = self._ids("insert", member, ids)
         widths = {part: self.layout.width(part) for part in self.layout.parts}
         refuse_columns(self.members[member].name, ids, columns, widths)
-        self._see()
-        self._note(member, ids)
-        rows = self._insert([ids], [member], None) if ids.numel() else ids
+        self.see()
+        self.note(member, ids)
+        rows = insert_rows(self, [ids], [member], None) if ids.numel() else ids
         if self.gate is not None:
             self.gate.forget(member, ids.to(self.map_device))
         for part in self.layout.parts:
@@ -357,7 +298,7 @@ class HashTable:
 
     def rows(self, member: int, ids: Tensor) -> Tensor:
         """Returns the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
-        return self._on_blocks(self.id_map.find([self._ids("rows", member, ids).to(self.map_device)], [member]))
+        return self.on_blocks(self.id_map.find([self._ids("rows", member, ids).to(self.map_device)], [member]))
 
     def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the records of ids.
@@ -372,69 +313,45 @@ class HashTable:
         Raises:
             KeyError: If an id has no row.
         """
-        self._see()
-        ids = self.ids(member) if ids is None else ids.to(self.device)
-        rows = self.rows(member, ids)
-        if bool((rows < 0).any()):
-            missing = ids[rows < 0][:5].tolist()
-            raise KeyError(f"table {self.members[member].name!r}: no row for the ids {missing}; look them up first")
-        return {"ids": ids, **self._columns(rows)}
+        return export_rows(self, member, ids)
 
     def export_all(self) -> list[dict[str, Tensor]]:
         """Returns what :meth:`export` gives for each member table, rows by (bucket, id), as checkpoints have them."""
-        self._see()
-        entries = self.id_map.entries()
-        order = entries.ids.argsort()
-        place = entries.members[order] << 16 | ops.id_map.bucket_of(entries.ids[order])
-        order = order[place.argsort(stable=True)]
-        ids, rows = self._on_blocks(entries.ids[order]), self._on_blocks(entries.rows[order])
-        counts = entries.members.bincount(minlength=len(self.members)).tolist()
-        columns = {"ids": ids, **self._columns(rows)}
-        parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
-        return [dict(zip(columns, part, strict=True)) for part in parts]
+        return export_members(self)
 
     def export_none(self) -> dict[str, Tensor]:
-        """Returns what :meth:`export` would give of no ids: its columns."""
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        return {"ids": none, **self._columns(none)}
-
-    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
-        parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
-        return {**parts, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
+        """Returns what :meth:`export` would give of no ids, and of whole rows: its columns."""
+        none, layout = torch.empty(0, dtype=torch.int64, device=self.device), self.layout.whole
+        parts = {
+            part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part), device=self.device)
+            for part in layout.parts
+        }
+        return {"ids": none, **parts, **dict.fromkeys(META, none)}
 
     def erase(self, member: int, ids: Tensor) -> int:
         """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
         ids = self._ids("erase", member, ids).to(self.map_device)
-        erased = self._erase("erase", self.id_map.slots_of([ids], [member]))
-        self._note(member, ids)
+        erased = self.erase_slots("erase", self.id_map.slots_of([ids], [member]))
+        self.note(member, ids)
         return erased
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names. Returns how many."""
-        self._see()
-        entries = self.id_map.entries()
-        meta = ops.blocks.read_meta(self.blocks.handle, self._on_blocks(entries.rows)).to(self.map_device)
-        unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], self.step))
-        evicted = self._erase("evict", entries.slots[unwanted])
-        if self._watched:
-            ids, members = entries.ids[unwanted], entries.members[unwanted]
-            for member in members.unique().tolist():
-                self._note(member, ids[members == member])
-        return evicted
+        return evict_rows(self, rule)
 
     def clear(self, member: int | None = None) -> None:
         """Removes every row of a member table, or of all, and what admission knows of their ids."""
-        self._refuse_read_only("clear")
+        self.refuse_read_only("clear")
         self.discard(member)
 
     def discard(self, member: int | None = None) -> None:
         """As :meth:`clear`, also for a read-only table."""
-        for changes in self._watched:
+        for changes in self.watched:
             for cleared in range(len(self.members)) if member is None else [member]:
                 changes.note_whole(cleared)
         if member is not None:
             entries = self.id_map.entries()
-            self._erase("clear", entries.slots[entries.members == member], loading=True)
+            self.erase_slots("clear", entries.slots[entries.members == member], loading=True)
             if self.gate is not None:
                 self.gate.clear(member)
             return
@@ -443,21 +360,7 @@ class HashTable:
 
     def compact(self) -> None:
         """Moves rows together, so that blocks at the end can be given back; the only thing that moves rows."""
-        self._refuse_pending("compact")
-        self._see()
-        self.generation += 1
-        entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
-        rows = self._on_blocks(entries.rows)
-        free = torch.ones(live, dtype=torch.bool, device=self.device)
-        free[rows[rows < live]] = False
-        source, target = rows[rows >= live].sort().values, free.nonzero().view(-1)
-        ops.blocks.copy_records(self.blocks.handle, source, target)
-        moved = torch.arange(bound, dtype=torch.int64, device=self.device)
-        moved[source] = target
-        # The new slots first: if memory runs out here, every row is still where the map says.
-        self.id_map.rehash(live)
-        self.id_map.move(moved.to(self.map_device), live)
-        self.blocks.truncate(live)
+        compact_rows(self)
 
     def memory(self) -> dict[str, int]:
         """Returns the bytes that each part holds."""
@@ -479,11 +382,12 @@ class HashTable:
         self.pending.clear()
         self._unseen = None
 
-    def _erase(self, what: str, slots: Tensor, *, loading: bool = False) -> int:
+    def erase_slots(self, what: str, slots: Tensor, *, loading: bool = False) -> int:
+        """Gives up the rows of slots (int64 ``[n]``), for ``what``, which is named where it is refused."""
         if not loading:
-            self._refuse_read_only(what)
-        self._refuse_pending(what)
-        self._see()
+            self.refuse_read_only(what)
+        self.refuse_pending(what)
+        self.see()
         before = len(self)
         self.generation += 1
         self.id_map.erase_slots(slots.contiguous())
@@ -493,14 +397,16 @@ class HashTable:
     def _name(self) -> str:
         return ", ".join(member.name for member in self.members)
 
-    def _refuse_read_only(self, what: str) -> None:
+    def refuse_read_only(self, what: str) -> None:
+        """Raises RuntimeError if nothing may change the rows."""
         if self.read_only:
             raise RuntimeError(
                 f"table {self._name}: {what} would change it, and it is read-only; "
                 f"build the engine with trainable=True for its features"
             )
 
-    def _refuse_pending(self, what: str) -> None:
+    def refuse_pending(self, what: str) -> None:
+        """Raises RuntimeError if gradients wait for rows that would go or move."""
         if self.pending:
             raise RuntimeError(
                 f"table {self._name}: {what} would part gradients that wait here from their rows; "

@@ -142,10 +142,7 @@ class IdMap:
 
     def entries(self) -> Entries:
         """Returns all ids; waits for the device."""
-        entries = Entries(*torch.empty(4, len(self), dtype=torch.int64, device=self.device).unbind())
-        count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        ops.id_map.list_ids(self.slots, entries.ids, entries.members, entries.rows, entries.slots, count)
-        return entries
+        return list_entries(self.slots, len(self))
 
     def erase_slots(self, slots: Tensor) -> None:
         """Erases the ids in some slots (int64 ``[n]``, below 0: none); their rows may be used again."""
@@ -192,6 +189,14 @@ class IdCounts(IdMap):
     def erase_slots(self, slots: Tensor) -> None:
         """Forgets the ids in some slots (int64 ``[n]``, below 0: none), without waiting."""
         ops.id_map.erase(self.slots, slots, self.counters, None)
+
+
+def list_entries(slots: Tensor, live: int) -> Entries:
+    """Returns all ids of slots (int64 ``[S, 2]``), of which there are ``live``."""
+    entries = Entries(*torch.empty(4, live, dtype=torch.int64, device=slots.device).unbind())
+    count = torch.zeros(1, dtype=torch.int64, device=slots.device)
+    ops.id_map.list_ids(slots, entries.ids, entries.members, entries.rows, entries.slots, count)
+    return entries
 
 
 class LateCounters:

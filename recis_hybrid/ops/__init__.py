@@ -5,6 +5,7 @@ Importing this package loads the native library.
 
 from recis_hybrid.ops import (
     blocks as blocks,
+    checksum as checksum,
     gather as gather,
     hash as hash,
     id_map as id_map,

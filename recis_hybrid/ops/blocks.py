@@ -16,7 +16,7 @@ from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
     "blocks_init_fresh", "blocks_read", "blocks_write", "blocks_read_meta", "blocks_write_meta", "blocks_copy_records",
-    "blocks_see_rows", "blocks_list_touched",
+    "blocks_see_rows", "blocks_list_touched", "blocks_export",
 )  # fmt: skip
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -126,3 +126,18 @@ def list_touched(blocks: Blocks, slots: Tensor, step: int, ids: Tensor, members:
         count: int64 ``[1]``, zeroed; becomes the number written.
     """
     torch.ops.recis.blocks_list_touched(*blocks, slots, step, ids, members, count)
+
+
+def export(
+    blocks: Blocks, rows: Tensor, offsets: Sequence[int], parts: Sequence[Tensor], meta: Sequence[Tensor]
+) -> None:
+    """Copies all that is wanted of records into columns in one pass, in the calling thread; on the CPU alone.
+
+    Args:
+        blocks: Read.
+        rows: int64 ``[n]``.
+        offsets: For each part, the bytes from the record's start.
+        parts: For each part, ``[n, width]`` of its dtype, contiguous; written.
+        meta: Updated step, seen step and frequency, int64 ``[n]`` each, contiguous; written.
+    """
+    torch.ops.recis.blocks_export(*blocks, rows, offsets, parts, *meta)

@@ -16,7 +16,7 @@ from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
     "id_map_find", "id_map_find_or_insert", "id_map_commit", "id_map_rehash", "id_map_list", "id_map_erase",
-    "id_map_set", "id_map_move", "id_map_count", "id_map_admit", "bucket_ids",
+    "id_map_set", "id_map_move", "id_map_count", "id_map_admit", "bucket_ids", "file_order",
 )  # fmt: skip
 
 FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
@@ -133,3 +133,20 @@ def bucket_of(ids: Tensor) -> Tensor:
     buckets = torch.empty_like(ids)
     torch.ops.recis.bucket_ids(ids, buckets)
     return buckets
+
+
+def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts rows in the order in which they lie in files: by (member table, bucket, id).
+
+    Args:
+        ids: int64 ``[N]``, contiguous, on the CPU.
+        members: int64 ``[N]``, numbers of the member tables, from 0 to ``member_count`` - 1.
+        rows: int64 ``[N]``.
+        member_count: How many member tables there are.
+
+    Returns:
+        Ids, rows and buckets in that order, int64 ``[N]`` each.
+    """
+    ordered = torch.empty(3, ids.numel(), dtype=torch.int64)
+    torch.ops.recis.file_order(ids, members, rows, member_count, ordered)
+    return ordered[0], ordered[1], ordered[2]

@@ -12,6 +12,8 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
 from recis_hybrid.ops.update import Gradients
+from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
+from recis_hybrid.state import PartState
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -21,6 +23,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. A table
     whose config has hyperparameters of its own gets a parameter group of its own.
     """
+
+    checkpoint_kind = "optimizer"
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(_groups(params), defaults)
@@ -97,6 +101,25 @@ class SparseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for anchor in group["params"]:
                 anchor.grad = None
+
+    def checkpoint_state(self) -> PartState:
+        """Returns hyperparameters and steps, by member table: what Saver writes."""
+        return optimizer_state(self)
+
+    def checkpoint_loader(self, saved: PartState) -> OptimizerLoader:
+        """Returns what takes over a checkpoint, also of tables that were coalesced otherwise."""
+        return OptimizerLoader(self, saved)
+
+    def load_checkpoint_state(self, state: PartState) -> None:
+        """Takes over what :meth:`checkpoint_state` gave.
+
+        Raises:
+            ValueError: If it is of other tables, or another optimizer; nothing is changed.
+        """
+        loader = OptimizerLoader(self, state)
+        if loader.differences:
+            raise ValueError(f"{type(self).__name__}: {'; '.join(loader.differences)}")
+        loader.end()
 
     def update_of(self, anchor: Tensor) -> RowUpdate:
         """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 
 from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Location
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.stages import Stage
@@ -53,7 +53,7 @@ class Callback:
     def before_save(self, trainer: Trainer) -> None:
         """Is called before each checkpoint."""
 
-    def after_save(self, trainer: Trainer, path: Path) -> None:
+    def after_save(self, trainer: Trainer, path: Location) -> None:
         """Is called after each checkpoint, with its directory."""
 
     def on_log(self, trainer: Trainer, record: Record) -> None:

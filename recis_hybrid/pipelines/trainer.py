@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,7 +24,7 @@ from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
 from recis_hybrid.pipelines.step import Step
 from recis_hybrid.ragged import Batch, batch_size
-from recis_hybrid.saver import Saver
+from recis_hybrid.saver import Location, Saver
 
 
 class Trainer:
@@ -268,7 +267,7 @@ class Trainer:
         self._recorder.evicted += evicted
         self._log("evict", {"evicted": evicted})
 
-    def save(self) -> Path | None:
+    def save(self) -> Location | None:
         """Writes a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
 
         Returns:
@@ -287,7 +286,7 @@ class Trainer:
         self._hooks.call("after_save", path)
         return path
 
-    def _save(self) -> Path:
+    def _save(self) -> Location:
         assert self.saver is not None
         begin = time.perf_counter()
         if isinstance(self._stage, Save):

@@ -5,6 +5,8 @@ from recis_hybrid.saver.errors import (
     CheckpointMismatch as CheckpointMismatch,
     CorruptCheckpoint as CorruptCheckpoint,
 )
+from recis_hybrid.saver.files import Location as Location
+from recis_hybrid.saver.per_rank import PerRank as PerRank
 from recis_hybrid.saver.pretrained import load_pretrained as load_pretrained
 from recis_hybrid.saver.protocol import (
     JSON as JSON,

@@ -1,5 +1,6 @@
 """Turns what a user passes to the saver into states and back."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +11,9 @@ from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckp
 from recis_hybrid.saver.json_values import checked_json
 from recis_hybrid.saver.manifest import TensorSpec
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
-from recis_hybrid.saver.protocol import HasLayout, PartState, Saveable
+from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader, Saveable, SharesRows, TakesRows
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.snapshot import Memory, snapshot
 from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
 
 
@@ -31,6 +34,19 @@ class Part(Protocol):
     def load(self, saved: PartState) -> None:
         """Take over a saved state that fits."""
         ...
+
+
+def copied(part: Part, memory: Memory) -> Callable[[], PartState]:
+    """Copy the state of a part.
+
+    Args:
+        part: the part.
+        memory: where the copies go.
+
+    Returns:
+        Hands the copy out, in any thread.
+    """
+    return part.snapshot(memory) if isinstance(part, SaveablePart) else snapshot(part.state(), memory)
 
 
 def part_of(name: str, value: object) -> Part:
@@ -68,14 +84,34 @@ def part_of(name: str, value: object) -> Part:
 class SaveablePart:
     """An object that implements `Saveable`."""
 
-    kind = "saveable"
-
     def __init__(self, value: Saveable) -> None:
         self.value = value
+        self.kind: str = getattr(value, "checkpoint_kind", "saveable")
 
     def state(self) -> PartState:
         """The state as the object hands it out."""
-        return self.value.checkpoint_state()
+        value = self.value
+        return value.checkpoint_rows() if isinstance(value, HasRows) else value.checkpoint_state()
+
+    def snapshot(self, memory: Memory) -> Callable[[], PartState]:
+        """A copy of the state, by the object itself where it can."""
+        value = self.value
+        return value.checkpoint_snapshot(memory) if isinstance(value, HasRows) else snapshot(self.state(), memory)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the object takes rows as they are read, by its `loader`."""
+        return isinstance(self.value, TakesRows)
+
+    def loader(self, saved: PartState) -> RowLoader:
+        """The object's own."""
+        assert isinstance(self.value, TakesRows)
+        return self.value.checkpoint_loader(saved)
+
+    def buckets(self, table: str, ranks: Ranks) -> tuple[int, int]:
+        """The buckets of which this rank loads the rows of a table: the first, and the one after the last."""
+        own = self.value.checkpoint_buckets(table) if isinstance(self.value, SharesRows) else None
+        return ranks.buckets if own is None else own
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
@@ -107,16 +143,16 @@ class ModulePart:
         self.module = module
 
     def state(self) -> PartState:
-        """Detached copies of parameters and buffers."""
+        """Parameters and buffers, detached."""
         tensors: dict[str, Tensor] = {}
         other: dict[str, object] = {}
         for key, value in self._entries().items():
             if isinstance(value, Tensor):
-                tensors[key] = value.detach().clone()
+                tensors[key] = value.detach()
             else:
                 other[key] = value
         extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra}, owned=True)
+        return PartState(tensors=tensors, meta={"extra": extra})
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""

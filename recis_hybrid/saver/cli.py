@@ -14,9 +14,10 @@ from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
 from recis_hybrid.saver.directory import STEP
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.recis_import import import_recis
-from recis_hybrid.saver.saver import Saver
 from recis_hybrid.saver.show import differences, size_text, summary, summary_text
+from recis_hybrid.saver.storage import storage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,36 +63,37 @@ def _parser() -> argparse.ArgumentParser:
         made[name] = command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
         for path in paths:
             command.add_argument(
-                path, type=Path, help="a run's directory, of which the latest checkpoint is taken, or a step_…"
+                path, help="a run's directory or URL, of which the latest checkpoint is taken, or a step_… in it"
             )
         if len(paths) == 1:
             command.add_argument("--step", type=int, help="of a run's directory, the checkpoint to take")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
-    made["compact"].add_argument("--to", type=Path, help="the directory that takes it (by default it replaces itself)")
+    made["compact"].add_argument("--to", help="the directory or URL that takes it (by default it replaces itself)")
     made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
-    made["import-recis"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
+    made["import-recis"].add_argument("out", help="the directory or URL that takes it, as step_…")
     made["import-recis"].add_argument("--step", type=int, default=0, help="of the checkpoint (0)")
-    made["export"].add_argument("out", type=Path, help="the directory that takes it, as step_…")
+    made["export"].add_argument("out", help="the directory or URL that takes it, as step_…")
     made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
     return parser
 
 
-def _open(path: Path, step: int | None = None) -> Checkpoint:
+def _open(place: str, step: int | None = None) -> Checkpoint:
     """Find a checkpoint and read its manifest."""
-    match = STEP.fullmatch(path.absolute().name)
+    root = storage_of(place).root
+    match = STEP.fullmatch(root.name)
     if match is None:
-        steps = Saver(path).steps()
+        steps = storage_of(place).steps()
         if not steps:
-            raise CheckpointError(f"{path} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
+            raise CheckpointError(f"{place} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
         if step is not None and step not in steps:
-            raise CheckpointError(f"{path} holds no complete checkpoint of step {step}, it holds {steps}.")
-        return Checkpoint(path, steps[-1] if step is None else step)
+            raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, it holds {steps}.")
+        return Checkpoint(root, steps[-1] if step is None else step)
     if step is not None and step != int(match[1]):
-        raise CheckpointError(f"{path} is not of step {step}. Name the run's directory, or leave --step out.")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory. Name a run's directory, or a step_… in it.")
-    return Checkpoint(path.absolute().parent, int(match[1]))
+        raise CheckpointError(f"{place} is not of step {step}. Name the run's directory, or leave --step out.")
+    if not root.is_dir():
+        raise CheckpointError(f"{place} is no directory. Name a run's directory, or a step_… in it.")
+    return Checkpoint(root.parent, int(match[1]))
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -108,7 +110,6 @@ def _verify(args: argparse.Namespace) -> int:
     for name in parts:
         _progress(f"{path}: part {name}")
         checkpoint.verify(name)
-        checkpoint.read(name)
     size, step = summary(checkpoint.manifest)["bytes"], checkpoint.manifest.step
     sound: dict[str, Any] = {"path": str(path), "step": step, "bytes": size, "sound": True}
     print(json.dumps(sound) if args.json else f"{path}: sound, {len(parts)} parts, {size_text(size)}")
@@ -141,8 +142,10 @@ def _import_recis(args: argparse.Namespace) -> int:
     return _made(args, import_recis(args.source, args.out, args.step), "is written")
 
 
-def _made(args: argparse.Namespace, path: Path, what: str) -> int:
-    found = summary(_open(path).manifest)
+def _made(args: argparse.Namespace, path: Location, what: str) -> int:
+    step = STEP.fullmatch(path.name)
+    assert step is not None
+    found = summary(Checkpoint(path.parent, int(step[1])).manifest)
     if args.json:
         print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"]}))
     else:

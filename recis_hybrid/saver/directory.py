@@ -1,10 +1,9 @@
 """The directory of one checkpoint: its name, and what must lie in it."""
 
 import re
-from pathlib import Path
 
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
-from recis_hybrid.saver.files import list_files
+from recis_hybrid.saver.files import Location, file_size, list_files
 from recis_hybrid.saver.manifest import MANIFEST, Manifest
 from recis_hybrid.saver.parse import parse_manifest, part_files
 
@@ -21,12 +20,13 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def read_manifest(directory: Path, step: int) -> Manifest:
+def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Manifest:
     """Read the manifest and hold it against the files that are there.
 
     Args:
         directory: of the checkpoint.
         step: its step.
+        listed: whether to list the files, which one rank does for all.
 
     Returns:
         The manifest.
@@ -36,16 +36,16 @@ def read_manifest(directory: Path, step: int) -> Manifest:
         CheckpointError: it has another format version.
     """
     path = directory / MANIFEST
-    if path.stat().st_size > _MOST_BYTES:
-        raise CorruptCheckpoint(
-            f"{path}: must have at most {_MOST_BYTES} bytes, has {path.stat().st_size}. {OTHER_STEP}"
-        )
+    if (length := file_size(path)) > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path}: must have at most {_MOST_BYTES} bytes, has {length}. {OTHER_STEP}")
     manifest = parse_manifest(path.read_bytes(), path)
     if manifest.step != step:
         raise CorruptCheckpoint(
             f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
             f"{step_name(manifest.step)}, or load another step."
         )
+    if not listed:
+        return manifest
     found = list_files(directory)
     del found[MANIFEST]
     for name, part in manifest.parts.items():

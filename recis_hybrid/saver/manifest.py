@@ -8,9 +8,10 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from recis_hybrid.saver.files import CHUNK_BYTES
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.protocol import BUCKETS, JSON
 
 FORMAT = "recis_hybrid.checkpoint"
@@ -43,6 +44,11 @@ class TensorSpec:
             The description.
         """
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[skip:]))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return int(getattr(torch, self.dtype).itemsize)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"

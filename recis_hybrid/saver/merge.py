@@ -15,23 +15,8 @@ from recis_hybrid.saver.protocol import TableState
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def merged(states: list[TableState]) -> TableState:
-    """Return the last of successive states, whole.
-
-    The changes are put together first, so that the rows of the first state, which are most, move once.
-
-    Args:
-        states: the first one whole (`removed` None), the others what changed since the one before; of equal columns.
-
-    Returns:
-        All rows, sorted by (bucket, id). Tensors of the first state may have been overwritten.
-    """
-    first, *changes = states
-    return put_over(first, combined(changes)) if changes else first
-
-
 def combined(changes: list[TableState]) -> TableState:
-    """Put successive changes together.
+    """Put successive changes together, so that the rows that they are put over, which are most, move once.
 
     Args:
         changes: at least one; what changed since the state before, `removed` not None; of equal columns.
@@ -46,6 +31,14 @@ def combined(changes: list[TableState]) -> TableState:
         gone = _put_over(total.removed, later.removed, later)
         total = replace(_put_over(total, later, later.removed), removed=gone)
     return total
+
+
+def between(change: TableState, first: int, stop: int) -> TableState:
+    """Return what changed in the buckets from `first` to `stop` - 1, as views."""
+    begin, end = torch.searchsorted(change.buckets, torch.tensor([first, stop])).tolist()
+    columns = {name: column[begin:end] for name, column in change.columns.items()}
+    removed = None if change.removed is None else between(change.removed, first, stop)
+    return TableState(columns, change.buckets[begin:end], change.meta, removed=removed)
 
 
 def put_over(table: TableState, change: TableState) -> TableState:

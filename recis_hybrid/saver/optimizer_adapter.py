@@ -26,7 +26,7 @@ class OptimizerPart:
         self._optimizer = optimizer
 
     def state(self) -> PartState:
-        """Copies of the state tensors; everything else as JSON."""
+        """The state tensors; everything else as JSON."""
         packed = self._optimizer.state_dict()
         where = f"Saver.save: part {self._name!r}"
         tensors: dict[str, Tensor] = {}
@@ -39,7 +39,7 @@ class OptimizerPart:
         for number, group in enumerate(packed["param_groups"]):
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"}
             groups.append(_split(f"{where}, parameter group {number}", f"groups.{number}.", values, tensors))
-        return PartState(tensors=tensors, meta={**self._identity(), "groups": groups, "state": state}, owned=True)
+        return PartState(tensors=tensors, meta={**self._identity(), "groups": groups, "state": state})
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare the class, the groups, and the dtypes and shapes of the parameters, in order."""
@@ -92,11 +92,11 @@ class OptimizerPart:
 
 
 def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, JSON]:
-    """Move tensors among values to `tensors`, as copies, and return the rest as JSON."""
+    """Move tensors among values to `tensors`, and return the rest as JSON."""
     rest: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
-            tensors[f"{prefix}{key}"] = value.detach().clone()
+            tensors[f"{prefix}{key}"] = value.detach()
         else:
             rest[key] = value
     return checked_object(where, rest)

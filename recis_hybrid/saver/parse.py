@@ -3,11 +3,11 @@
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any, NoReturn
 
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import CHUNK_BYTES, is_safe_path
+from recis_hybrid.saver.files import Location, is_safe_path
 from recis_hybrid.saver.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -30,7 +30,7 @@ _CRC32 = re.compile(r"[0-9a-f]{8}")
 _LARGEST = 2**63 - 1
 
 
-def parse_manifest(raw: bytes, path: Path) -> Manifest:
+def parse_manifest(raw: bytes, path: Location) -> Manifest:
     """Read a manifest.
 
     Args:
@@ -81,7 +81,7 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
 class _Reader:
     """One JSON object of the manifest, with its place in it for messages."""
 
-    def __init__(self, document: Any, path: Path, place: str) -> None:
+    def __init__(self, document: Any, path: Location, place: str) -> None:
         self.path = path
         self.place = place
         if not isinstance(document, dict):
@@ -263,7 +263,7 @@ def table_files(table: TableEntry) -> list[FileEntry]:
     return [r.file for r in (*table.ranges, *(() if table.removed is None else table.removed.ranges))]
 
 
-def _check_paths_differ(manifest: Manifest, path: Path) -> None:
+def _check_paths_differ(manifest: Manifest, path: Location) -> None:
     seen: set[str] = set()
     for part in manifest.parts.values():
         for file in part_files(part):

@@ -1,28 +1,30 @@
 """Writes and reads the files of one part."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from recis_hybrid.saver.files import encode_name, seal_file, sync_directory, verify_file
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.files import Location, encode_name
 from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, PartEntry, RemovedEntry, TableEntry, TensorSpec
-from recis_hybrid.saver.parse import table_files
+from recis_hybrid.saver.local_table import LocalTable, local_table
+from recis_hybrid.saver.manifest import FileEntry, PartEntry, RemovedEntry, TensorSpec
 from recis_hybrid.saver.protocol import JSON, PartState
-from recis_hybrid.saver.table_files import read_table, write_table
-from recis_hybrid.saver.tensors import check_tensor, open_tensors, write_tensors
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.table_files import write_tables
+from recis_hybrid.saver.tensors import check_tensor, read_tensors, write_tensors
 
 
-def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
-    """Write a part's files and force them to the disk.
+def write_part(root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]) -> PartEntry:
+    """Write a part's files, all ranks together, and force them to the disk.
 
     Args:
         root: directory of the checkpoint.
+        ranks: this rank and the others.
         name: name of the part.
         kind: one of `manifest.KINDS`.
-        state: the state.
+        hand_out: returns this rank's state; of all but its tables, that of rank 0 is written.
 
     Returns:
         What the manifest says of the part.
@@ -31,62 +33,96 @@ def write_part(root: Path, name: str, kind: str, state: PartState) -> PartEntry:
         CheckpointError: the state cannot be saved as it is, or cannot be written.
     """
     where = f"Saver.save: part {name!r}"
-    meta = checked_object(f"{where}, meta", state.meta)
-    for tensor_name, tensor in state.tensors.items():
-        check_tensor(where, tensor_name, tensor)
-    file = None
-    if state.tensors:
-        relative = f"dense/{encode_name(name)}.safetensors"
-        (root / "dense").mkdir(exist_ok=True)
-        write_tensors(root / relative, _unshared(state.tensors), _tag(name))
-        file = FileEntry(relative, *seal_file(root / relative))
-    tables = {table: write_table(root, name, table, rows) for table, rows in state.tables.items()}
-    for table, rows in state.tables.items():
-        if rows.removed is not None:
-            gone = write_table(root, name, table, rows.removed, "removed")
-            tables[table] = replace(tables[table], removed=RemovedEntry(gone.rows, gone.ranges))
-    for folder in ("sparse", "removed"):
-        if (root / folder / encode_name(name)).is_dir():
-            sync_directory(root / folder / encode_name(name))
-    specs = {tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()}
-    return PartEntry(kind, meta, specs, file, tables)
+    meta: dict[str, JSON] = {}
+    specs: dict[str, TensorSpec] = {}
+    tables: list[LocalTable] = []
+    removed: list[LocalTable] = []
+
+    def write_dense() -> JSON:
+        state = hand_out()
+        meta.update(checked_object(f"{where}, meta", state.meta))
+        for tensor_name, tensor in state.tensors.items():
+            check_tensor(where, tensor_name, tensor)
+        specs.update({tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()})
+        for table, rows in state.tables.items():
+            tables.append(local_table(f"{where}, table {table!r}", table, rows))
+            if rows.removed is not None:
+                removed.append(local_table(f"{where}, table {table!r}, removed", table, rows.removed))
+        if ranks.rank != 0 or not state.tensors:
+            return None
+        return [*write_dense_file(root, name, state.tensors)]
+
+    path, size, sums = ranks.together(write_dense)[0] or (None, 0, ())
+    file = None if path is None else FileEntry(path, size, tuple(sums))
+    entries = write_tables(root, ranks, name, tables)
+    for table, gone in write_tables(root, ranks, name, removed, "removed").items():
+        entries[table] = replace(entries[table], removed=RemovedEntry(gone.rows, gone.ranges))
+    return PartEntry(kind, meta, specs, file, entries)
 
 
-def verify_part(root: Path, name: str, entry: PartEntry) -> None:
-    """Compare all files of a part with their checksums.
+def write_part_of_each(
+    root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]
+) -> dict[str, PartEntry]:
+    """Write a part that is another one on each rank: a part for each of them, named `name[rank]`.
+
+    Args:
+        root: directory of the checkpoint.
+        ranks: this rank and the others.
+        name: name of the part.
+        kind: one of `manifest.KINDS`.
+        hand_out: returns this rank's state, which has no tables.
+
+    Returns:
+        What the manifest says of each, by name.
+
+    Raises:
+        CheckpointError: the state cannot be saved as it is, or cannot be written.
+    """
+    own = f"{name}[{ranks.rank}]"
+    where = f"Saver.save: part {own!r}"
+
+    def write() -> JSON:
+        state = hand_out()
+        if state.tables:
+            raise CheckpointError(f"{where}: tables are shared out among ranks. Pass it without PerRank.")
+        meta = checked_object(f"{where}, meta", state.meta)
+        for tensor_name, tensor in state.tensors.items():
+            check_tensor(where, tensor_name, tensor)
+        specs: list[JSON] = [[tensor, *_words(TensorSpec.of(values))] for tensor, values in state.tensors.items()]
+        return [own, meta, specs, [*write_dense_file(root, own, state.tensors)] if state.tensors else None]
+
+    return {
+        each: PartEntry(
+            kind, meta, {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
+            None if file is None else FileEntry(file[0], file[1], tuple(file[2])), {},
+        )
+        for each, meta, specs, file in ranks.together(write)
+    }  # fmt: skip
+
+
+def _words(spec: TensorSpec) -> tuple[str, list[JSON]]:
+    return spec.dtype, [*spec.shape]
+
+
+def write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, list[JSON]]:
+    """Write the dense tensors of a part, and force them to the disk.
 
     Args:
         root: directory of the checkpoint.
         name: name of the part.
-        entry: what the manifest says of it.
+        tensors: by name.
 
-    Raises:
-        CorruptCheckpoint: a file has changed.
+    Returns:
+        Path relative to the directory, size in bytes, and checksums.
     """
-    if entry.file is not None:
-        verify_file(root / entry.file.path, f"part {name!r}", entry.file.size, entry.file.crc32)
-    for table, rows in entry.tables.items():
-        verify_table(root, name, table, rows)
+    relative = f"dense/{encode_name(name)}.safetensors"
+    (root / "dense").mkdir(exist_ok=True)
+    size, sums = write_tensors(root / relative, tensors, _tag(name))
+    return relative, size, list(sums)
 
 
-def verify_table(root: Path, name: str, table: str, entry: TableEntry) -> None:
-    """Compare the files of a table with their checksums.
-
-    Args:
-        root: directory of the checkpoint.
-        name: name of the part.
-        table: name of the table.
-        entry: what the manifest says of it.
-
-    Raises:
-        CorruptCheckpoint: a file has changed.
-    """
-    for file in table_files(entry):
-        verify_file(root / file.path, f"part {name!r}, table {table!r}", file.size, file.crc32)
-
-
-def read_part(root: Path, name: str, entry: PartEntry) -> PartState:
-    """Read a part whose files have been verified.
+def read_dense(root: Location, name: str, entry: PartEntry) -> dict[str, Tensor]:
+    """Read the dense tensors of a part, and compare their file with its checksums.
 
     Args:
         root: directory of the checkpoint.
@@ -94,30 +130,16 @@ def read_part(root: Path, name: str, entry: PartEntry) -> PartState:
         entry: what the manifest says of it.
 
     Returns:
-        The state, in memory of its own.
+        By name, in memory of their own.
 
     Raises:
-        CorruptCheckpoint: a file does not hold what the manifest says.
+        CorruptCheckpoint: the file has changed, or does not hold what the manifest says.
     """
-    tensors: dict[str, Tensor] = {}
-    if entry.file is not None:
-        with open_tensors(root / entry.file.path, f"part {name!r}") as file:
-            file.check(entry.tensors, _tag(name))
-            tensors = {tensor: file.read(tensor) for tensor in entry.tensors}
-    tables = {table: read_table(root, name, table, rows) for table, rows in entry.tables.items()}
-    return PartState(tables, tensors, entry.meta)
+    if entry.file is None:
+        return {}
+    file = entry.file
+    return read_tensors(root / file.path, f"part {name!r}", file.size, file.crc32, entry.tensors, _tag(name))
 
 
 def _tag(name: str) -> dict[str, JSON]:
     return {"part": name}
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that lie in memory of another one (tied weights), which safetensors refuses to write."""
-    seen: set[tuple[torch.device, int]] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.device, tensor.untyped_storage().data_ptr())
-        result[name] = tensor.clone() if key in seen else tensor
-        seen.add(key)
-    return result

@@ -8,18 +8,22 @@ from torch import Tensor
 from recis_hybrid.saver.adapters import ModulePart, Part, SaveablePart
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.manifest import PartEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.manifest import TableEntry, TensorSpec
 from recis_hybrid.saver.protocol import HasTables, TableState
+from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.selection import Loaded, Selection
 
 
-def load_some(checkpoint: Checkpoint, parts: Mapping[str, Part], selection: Selection, strict: bool) -> Loaded:
+def load_some(
+    checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, Part], selection: Selection, strict: bool
+) -> Loaded:
     """Load the selected tables and tensors.
 
     Only files of selected tables are read. All is verified and compared before anything is changed.
 
     Args:
         checkpoint: what to load from; holds all the parts, of these kinds.
+        ranks: this rank and the others; each takes the rows of its buckets.
         parts: what to load into: modules, and Saveables that can take some tables.
         selection: which names, and what the live objects call them.
         strict: whether each selected name must have a counterpart of the same form.
@@ -34,24 +38,31 @@ def load_some(checkpoint: Checkpoint, parts: Mapping[str, Part], selection: Sele
     """
     result = Loaded(checkpoint.manifest.step)
     actions: list[Callable[[], None]] = []
-    for name, part in parts.items():
-        entry = checkpoint.manifest.parts[name]
-        if isinstance(part, SaveablePart):
-            actions.append(_tables(checkpoint, name, part, entry, selection, strict, result))
-        elif isinstance(part, ModulePart):
-            checkpoint.verify(name)
-            tensors = checkpoint.read(name).tensors
-            actions.append(tensors_into(f"{name}: ", part.module, tensors, selection, result))
-        else:
-            raise CheckpointError(
-                f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it "
-                "with Saver.load."
-            )
-    if strict:
-        result.refuse(str(checkpoint.directory))
+
+    def prepare() -> None:
+        for name, part in parts.items():
+            actions.append(_prepared(checkpoint, ranks, name, part, selection, strict, result))
+        if strict:
+            result.refuse(str(checkpoint.directory))
+
+    ranks.together(prepare)
     for act in actions:
         act()
     return result
+
+
+def _prepared(
+    checkpoint: Checkpoint, ranks: Ranks, name: str, part: Part, selection: Selection, strict: bool, result: Loaded
+) -> Callable[[], None]:
+    if isinstance(part, SaveablePart):
+        return _tables(checkpoint, ranks, name, part, selection, strict, result)
+    if isinstance(part, ModulePart):
+        tensors = checkpoint.read(name).tensors
+        return tensors_into(f"{name}: ", part.module, tensors, selection, result)
+    raise CheckpointError(
+        f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it with "
+        "Saver.load."
+    )
 
 
 def tensors_into(
@@ -92,10 +103,10 @@ def tensors_into(
 
 
 def _tables(
-    checkpoint: Checkpoint, name: str, part: SaveablePart, entry: PartEntry, selection: Selection, strict: bool,
+    checkpoint: Checkpoint, ranks: Ranks, name: str, part: SaveablePart, selection: Selection, strict: bool,
     result: Loaded,
 ) -> Callable[[], None]:  # fmt: skip
-    owner = part.value
+    owner, entry = part.value, checkpoint.manifest.parts[name]
     if not isinstance(owner, HasTables):
         raise CheckpointError(
             f"Saver.load_some: part {name!r} ({type(owner).__name__}) has no load_checkpoint_tables, so that it cannot "
@@ -118,8 +129,9 @@ def _tables(
     if strict and (result.missing or result.unused or result.unfit):
         return lambda: None
     tables = set(fitting.values())
-    checkpoint.verify(name, tables)
-    states = checkpoint.read(name, tables).tables
+    # The ranks share a table as it is called here.
+    live_names = {saved: live_name for live_name, saved in fitting.items()}
+    states = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks)).tables
 
     def load() -> None:
         taken = {}

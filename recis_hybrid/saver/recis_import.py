@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.saver.compact import publish
+from recis_hybrid.saver.compact import Target, publish
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import is_safe_path
+from recis_hybrid.saver.files import Location, is_safe_path
 from recis_hybrid.saver.protocol import JSON, PartState, TableState
 from recis_hybrid.saver.tensors import open_tensors
 
@@ -39,7 +39,7 @@ class _Read:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def import_recis(source: Path, to: Path, step: int = 0, *, slots: Mapping[str, str] | None = None) -> Path:
+def import_recis(source: Path, to: Target, step: int = 0, *, slots: Mapping[str, str] | None = None) -> Location:
     """Write a checkpoint of what RecIS has saved: its tables as the part `engine`, dense tensors as the part `model`.
 
     Optimizer state is named as torch.optim does where a slot's name ends so (`sparse_adamw_tf_exp_avg` becomes
@@ -48,7 +48,7 @@ def import_recis(source: Path, to: Path, step: int = 0, *, slots: Mapping[str, s
 
     Args:
         source: the folder that RecIS wrote.
-        to: the directory that takes the checkpoint; made if it is not there.
+        to: the directory or URL that takes the checkpoint; made if it is not there.
         step: of the checkpoint.
         slots: names of slots there, and of optimizer state here; more than is found by name.
 
@@ -64,9 +64,8 @@ def import_recis(source: Path, to: Path, step: int = 0, *, slots: Mapping[str, s
     names = {**{name: name for name in ("id", "embedding")}, **(slots or {})}
     tables = {name: _table(source, name, found, names) for name in sorted(found.tables)}
     meta: dict[str, JSON] = {"seed": 0, "steps": dict.fromkeys(tables, 0)}
-    parts = [("engine", "saveable", PartState(tables=tables, meta=meta))]
-    parts.append(("model", "module", PartState(tensors=found.dense, meta={"extra": {}})))
-    return publish(to, step, parts)
+    engine, model = PartState(tables=tables, meta=meta), PartState(tensors=found.dense, meta={"extra": {}})
+    return publish(to, step, [("engine", "saveable", lambda: engine), ("model", "module", lambda: model)])
 
 
 def _read(source: Path) -> _Read:

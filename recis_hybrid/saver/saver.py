@@ -1,31 +1,32 @@
 """`Saver`: checkpoints that appear whole or not at all, and are verified before anything is changed."""
 
 import os
-import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
+import torch.distributed as dist
 
-from recis_hybrid.saver.adapters import part_of
+from recis_hybrid.saver.adapters import Part, copied, part_of
 from recis_hybrid.saver.background import Background
-from recis_hybrid.saver.chain import Checkpoint, last_complete, needed_steps
-from recis_hybrid.saver.directory import STEP, step_name
-from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.files import sync_directory
-from recis_hybrid.saver.lease import Lease
-from recis_hybrid.saver.manifest import MANIFEST, Link, PartEntry
+from recis_hybrid.saver.chain import Checkpoint, other_steps, superfluous
+from recis_hybrid.saver.directory import step_name
+from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.files import Location
+from recis_hybrid.saver.loading import load_parts
+from recis_hybrid.saver.manifest import Link, PartEntry
 from recis_hybrid.saver.partial import load_some
+from recis_hybrid.saver.per_rank import PerRank, name_of_rank
 from recis_hybrid.saver.protocol import JSON, PartState
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.row_files import Reads
 from recis_hybrid.saver.selection import Loaded, Selection
-from recis_hybrid.saver.snapshot import snapshot
+from recis_hybrid.saver.shared import refuse_unshared
+from recis_hybrid.saver.snapshot import Memory, snapshot
+from recis_hybrid.saver.storage import storage_of
 from recis_hybrid.saver.tracking import Tracking
-from recis_hybrid.saver.writing import write_checkpoint
+from recis_hybrid.saver.writing import Work, write_checkpoint
 
-_LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)")
 _LARGEST_STEP = 10**18 - 1
 
 
@@ -38,15 +39,25 @@ class Saver:
 
     One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
 
+    In a job of several processes all of them call `save` and `load` alike, and read and write in parallel: each its own
+    buckets of tables (`recis_hybrid.state.owned_buckets`), whatever the world size was when they were saved. All other
+    parts are the same on all ranks, and rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
+    The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
+
     Args:
-        path: directory of the checkpoints, on a local file system; made at the first save.
+        path: directory of the checkpoints, which all ranks see, made at the first save; or a URL of an object store or
+            another file system that pyarrow or fsspec know, such as `s3://bucket/run`. There a checkpoint is complete
+            once its manifest is written, and who saves last takes over from a job that saved there before.
         keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place, but for
             those that a kept one builds on.
         async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
-            this saver waits for it and raises what went wrong; so does the end of the process, on stderr.
+            this saver waits for it and raises what went wrong; so does the end of the process, on stderr. The memory
+            of the copy is kept for the next one.
+        group: a gloo process group of the processes that save together, used by nothing else; None makes one of all
+            processes where torch.distributed has several.
 
     Raises:
-        CheckpointError: the path is a URL, or `keep` is no positive integer.
+        CheckpointError: nothing is known to read such a URL, or `keep` is no positive integer.
 
     Example:
         >>> import tempfile, torch
@@ -61,19 +72,25 @@ class Saver:
         {'epoch': 1}
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False) -> None:
-        if "://" in os.fspath(path):
-            raise CheckpointError(
-                f"Saver: path must be a local directory, got {os.fspath(path)!r}. Save to a local one."
-            )
+    def __init__(
+        self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
         if keep is not None and (type(keep) is not int or keep < 1):
             raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
-        self._root = Path(path).absolute()
+        self._storage = storage_of(path)
+        self._root = self._storage.root
         self._keep = keep
         self._async_save = async_save
-        self._lease = Lease(self._root)
+        self._group = group
+        self._ranks: Ranks | None = None
+        self._shared = False
         self._background = Background()
+        self._deletion = Background()
+        self._memory = Memory()
         self._tracking = Tracking(self._root)
+        self.bytes_read = 0
+        """Bytes of files that this process read in the last load."""
 
     def steps(self) -> list[int]:
         """Find the complete checkpoints.
@@ -81,11 +98,7 @@ class Saver:
         Returns:
             Their steps, ascending.
         """
-        if not self._root.is_dir():
-            return []
-        names = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
-        found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
-        return sorted(step for step in found if (self._directory(step) / MANIFEST).is_file())
+        return self._storage.steps()
 
     def latest(self) -> int | None:
         """Find the newest complete checkpoint.
@@ -95,11 +108,11 @@ class Saver:
         """
         return max(self.steps(), default=None)
 
-    def save(self, step: int, *, delta: bool = False, **parts: object) -> Path:
+    def save(self, step: int, *, delta: bool = False, **parts: object) -> Location:
         """Save the parts as one checkpoint.
 
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
-        checkpoints before it whole, and its remains are removed by the next save.
+        checkpoints before it whole, and its remains are removed by the next save. All ranks call this alike.
 
         With `delta`, tables write only rows that were looked up in training, updated, inserted or removed since this
         saver's last save, and the checkpoint builds on that one; all else is written whole. The first save with `delta`
@@ -116,66 +129,96 @@ class Saver:
             Directory of the checkpoint; with `async_save` it may not be there yet.
 
         Raises:
-            CheckpointError: a part cannot be saved, the step is not above the latest, more than one process trains,
-                another job saves in the directory, the files cannot be written, or the save before this one failed in
-                the background.
+            CheckpointError: a part cannot be saved, the step is not above the latest, another job saves in the
+                directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
+                this one failed in the background.
         """
-        _refuse_many_processes()
-        self.wait()
-        latest = self.latest()
-        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
-            raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
-        if latest is not None and step <= latest:
-            raise CheckpointError(
-                f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
-                "directory, or delete the later checkpoints first."
-            )
-        if type(delta) is not bool:
-            raise CheckpointError(
-                f"Saver.save: delta must be True or False, got a {type(delta).__name__}. A part cannot have this name: "
-                "give it another."
-            )
-        if not parts:
-            raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
-        adapters = {name: part_of(name, value) for name, value in parts.items()}
-        self._root.mkdir(parents=True, exist_ok=True)
-        sync_directory(self._root.parent)
-        self._lease.take()
-        self._remove_leftovers()
+        ranks = self._together()
+        ranks.together(self.wait)
+        adapters: dict[str, Part] = {}
+
+        def prepare() -> JSON:
+            self._check_step(step)
+            if type(delta) is not bool:
+                raise CheckpointError(
+                    f"Saver.save: delta must be True or False, got a {type(delta).__name__}. A part cannot have this "
+                    "name: give it another."
+                )
+            if not parts:
+                raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
+            adapters.update({name: part_of(name, _value(part)) for name, part in parts.items()})
+            if ranks.rank == 0:
+                self._storage.take()
+            about: list[JSON] = [[n, part.kind, isinstance(parts[n], PerRank)] for n, part in adapters.items()]
+            return [step, delta, about]
+
+        answers = ranks.together(prepare)
+        if any(answer != answers[0] for answer in answers):
+            raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, they save {answers}.")
+        if not self._shared:
+            refuse_unshared(self._root, ranks)
+            self._shared = True
         self._tracking.on |= delta
-        link = self._tracking.link() if delta else None
+        link, changes = self._tracking.changes(ranks, adapters) if delta else (None, {})
+        states: dict[str, Callable[[], PartState]] = {}
         watches: dict[str, object] = {}
-        taking = self._tracking.state
-        states = ((name, part.kind, taking(name, part, link, watches)) for name, part in adapters.items())
+
+        def take() -> None:
+            if self._async_save:
+                self._memory.reuse()
+            for name, part in adapters.items():
+                if name in changes:
+                    states[name] = self._kept(changes[name])
+                else:
+                    states[name] = copied(part, self._memory) if self._async_save else part.state
+            watches.update(self._tracking.watch(adapters))
+
+        ranks.together(take)
+        work = [(name, part.kind, states[name], isinstance(parts[name], PerRank)) for name, part in adapters.items()]
+        write = partial(self._write, step, work, link, watches)
         if self._async_save:
-            taken = [(name, kind, snapshot(state)) for name, kind, state in states]
-            write = partial(self._write, step, (taken.pop(0) for _ in range(len(taken))), link, watches)
             self._background.start(f"the save of step {step} in {self._root}", write)
         else:
-            self._write(step, states, link, watches)
+            write()
         return self._directory(step)
 
+    def _kept(self, state: PartState) -> Callable[[], PartState]:
+        """Hands out a state, which a save in the background must have for itself."""
+        return snapshot(state, self._memory) if self._async_save else lambda: state
+
     def wait(self) -> None:
-        """Wait for a save in the background.
+        """Wait for a save in the background, and until the files of checkpoints that were given up are gone.
 
         Raises:
             CheckpointError: it failed; the checkpoints before it are whole.
         """
         self._background.wait()
+        self._deletion.wait()
 
-    def _write(
-        self, step: int, parts: Iterable[tuple[str, str, PartState]], link: Link | None, watches: dict[str, object]
-    ) -> None:
-        write_checkpoint(self._root, step, parts, lambda folder: folder.rename(self._directory(step)), link)
-        self._tracking.settle(step, watches)
-        self._delete_oldest()
+    def _write(self, step: int, parts: Sequence[Work], link: Link | None, watches: dict[str, object]) -> None:
+        ranks = self._together()
+        write_checkpoint(self._storage, ranks, step, parts, link)
+        self._tracking.settle(ranks, step, watches)
+
+        def delete_oldest() -> None:
+            if ranks.rank == 0 and self._keep is not None:
+                for old in superfluous(self._root, self.steps(), self._keep):
+                    self._deletion.start(f"the deletion of step {old} in {self._root}", self._storage.give_up(old))
+
+        ranks.together(delete_oldest)
 
     def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
         """Load parts of a checkpoint into live objects.
 
         The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
-        only if all is sound is anything changed. Parts that the checkpoint has and the call does not name are left
-        alone.
+        only if all is sound is anything changed. Rows of an `EmbeddingEngine` are verified as they are read: tables
+        that hold rows are replaced only after their files were read once for that, tables without rows take them at
+        once and are empty again if a file is damaged. Parts that the checkpoint has and the call does not name are left
+        alone. All ranks call this alike, and each reads the rows of its own buckets.
+
+        Tables may be of another placement, dtype, coalescing or optimizer than they were: values are converted,
+        optimizer state is taken where name and width agree, and what is missing starts with its first value, of which a
+        warning tells.
 
         Args:
             step: which checkpoint; the highest complete step by default.
@@ -189,27 +232,32 @@ class Saver:
             CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
             CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
-        self.wait()
+        ranks = self._together()
+        ranks.together(self.wait)
         if not parts:
             raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
-        adapters = {name: part_of(name, value) for name, value in parts.items()}
-        found = self._resolve(step)
+        found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
+        reads, opened = Reads(), list[Checkpoint]()
+        chosen: dict[str, tuple[Part, str, PartEntry]] = {}
+
+        def choose() -> None:
+            opened.append(Checkpoint(self._root, found, listed=ranks.rank == 0))
+            for name, value in parts.items():
+                saved = name_of_rank(name, value, opened[0].manifest, ranks.rank)
+                if saved is not None:
+                    adapter = part_of(name, _value(value))
+                    chosen[name] = adapter, saved, opened[0].part(saved, adapter.kind)
+
         try:
-            checkpoint = Checkpoint(self._root, found)
-            for name, part in adapters.items():
-                _entry(checkpoint, name, part.kind)
-            for name in adapters:
-                checkpoint.verify(name)
-            states = {name: checkpoint.read(name) for name in adapters}
-            for name, part in adapters.items():
-                part.check(f"{checkpoint.directory / MANIFEST}: part {name!r}", states[name])
+            ranks.together(choose)
+            load_parts(opened[0], ranks, chosen, reads)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
-        for name, part in adapters.items():
-            part.load(states.pop(name))
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
+        finally:
+            self.bytes_read = reads.bytes
         # Whoever loads what is incremental will go on so.
-        self._tracking.on |= checkpoint.manifest.previous is not None
-        self._tracking.loaded(found, adapters)
+        self._tracking.on |= opened[0].manifest.previous is not None
+        self._tracking.settle(ranks, found, self._tracking.watch({name: part for name, (part, *_) in chosen.items()}))
         return found
 
     def load_some(
@@ -240,19 +288,25 @@ class Saver:
             CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
             CheckpointError: there is no such checkpoint, or a part is neither an engine nor a module.
         """
-        self.wait()
+        ranks = self._together()
+        ranks.together(self.wait)
         if not parts:
             raise CheckpointError("Saver.load_some: there must be a part to load, got none. Pass parts by name.")
         selection = Selection(only, exclude, rename)
+        found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         adapters = {name: part_of(name, value) for name, value in parts.items()}
-        found = self._resolve(step)
-        try:
-            checkpoint = Checkpoint(self._root, found)
+        opened: list[Checkpoint] = []
+
+        def find() -> None:
+            opened.append(Checkpoint(self._root, found, listed=ranks.rank == 0))
             for name, part in adapters.items():
-                _entry(checkpoint, name, part.kind)
-            return load_some(checkpoint, adapters, selection, strict)
+                opened[0].part(name, part.kind)
+
+        try:
+            ranks.together(find)
+            return load_some(opened[0], ranks, adapters, selection, strict)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
 
     def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
         """Read a JSON value that was saved as a part.
@@ -274,10 +328,26 @@ class Saver:
         try:
             checkpoint = Checkpoint(self._root, found)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {self._others(found, str(error))}") from error
-        return _entry(checkpoint, name, "json").meta.get("value")
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
+        return checkpoint.part(name, "json").meta.get("value")
 
-    def _directory(self, step: int) -> Path:
+    def _together(self) -> Ranks:
+        """This process and the others; all of them call this alike, for the first call makes a group."""
+        if self._ranks is None:
+            self._ranks = Ranks.of(self._group)
+        return self._ranks
+
+    def _check_step(self, step: int) -> None:
+        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+            raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
+        latest = self.latest() if self._together().rank == 0 else None
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
+                "directory, or delete the later checkpoints first."
+            )
+
+    def _directory(self, step: int) -> Location:
         return self._root / step_name(step)
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
@@ -290,57 +360,6 @@ class Saver:
             )
         return wanted
 
-    def _others(self, step: int, error: str) -> str:
-        others = [other for other in self.steps() if other != step]
-        if not others:
-            return f"There is no other step in {self._root}."
-        # A file that the message names may be of an earlier one, on which others build too.
-        last = last_complete(self._root, [other for other in others if f"{self._directory(other)}/" not in error])
-        offer = "none of them has all its files" if last is None else f"the last one with all its files is {last}"
-        return f"Other steps in {self._root}: {others}. Of these, {offer}."
 
-    def _remove_leftovers(self) -> None:
-        for entry in list(os.scandir(self._root)):
-            if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry.path)
-
-    def _delete_oldest(self) -> None:
-        if self._keep is None:
-            return
-        steps = self.steps()
-        try:
-            needed = needed_steps(self._root, steps[-self._keep :])
-        except CheckpointError:
-            # What a damaged one builds on is not known: nothing goes until it has left the newest.
-            return
-        # What builds on another goes before it: at no moment is there one that lacks what it needs.
-        for step in reversed(steps[: -self._keep]):
-            if step in needed:
-                continue
-            # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
-            doomed = self._root / f".{step_name(step)}.deleted"
-            self._directory(step).rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def _entry(checkpoint: Checkpoint, name: str, kind: str) -> PartEntry:
-    parts = checkpoint.manifest.parts
-    entry = parts.get(name)
-    where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
-    if entry is None:
-        raise CheckpointMismatch(
-            f"{where} must be in the checkpoint, which has {sorted(parts)}. Leave it out, or save it first."
-        )
-    if entry.kind != kind:
-        remedy = "Use Saver.read_json." if entry.kind == "json" else "Pass the object that was saved under this name."
-        raise CheckpointMismatch(f"{where} was saved from a {entry.kind}, but a {kind} was asked for. {remedy}")
-    return entry
-
-
-def _refuse_many_processes() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise CheckpointError(
-                f"Saver.save: one process must train, torch.distributed has {size}. Save from a run of one process."
-            )
+def _value(part: object) -> Any:
+    return part.value if isinstance(part, PerRank) else part

@@ -21,7 +21,7 @@ def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") 
     Args:
         where: what the value is, for the message.
         value: the value.
-        tensors: takes copies of the tensors, under the places that they have in the value.
+        tensors: takes the tensors, under the places that they have in the value.
         path: the place of the value.
 
     Returns:
@@ -34,7 +34,7 @@ def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") 
         name = path or "value"
         while name in tensors:  # of another place that is written alike
             name += "'"
-        tensors[name] = value.detach().clone()
+        tensors[name] = value.detach()
         return {"tensor": name}
     inner = f"{path}." if path else ""
     if isinstance(value, dict):

@@ -35,10 +35,10 @@ class StatefulPart:
         self._value = value
 
     def state(self) -> PartState:
-        """Copies of the tensors in the state_dict; everything else as JSON."""
+        """The tensors in the state_dict; everything else as JSON."""
         tensors: dict[str, torch.Tensor] = {}
         packed = pack(f"Saver.save: part {self._name!r}", self._value.state_dict(), tensors)
-        return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed}, owned=True)
+        return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed})
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare the class; what the state may be is the object's to know."""

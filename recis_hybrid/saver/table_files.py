@@ -1,62 +1,77 @@
-"""Writes and reads the rows of a table, sorted by (bucket, id) and cut at fixed buckets.
+"""Writes the rows of tables, which all ranks hold together, to files as planned by `table_plan`; reads them back.
 
-Legend: n rows of the table, R ranges, m rows of one range, K buckets of a range that have rows.
+A file is written by one rank, to which the others send what they have of it: at most W - 1 files of a table have rows
+of several of W ranks once there are more files than ranks, and neither several writers of one file, which file systems
+of several machines keep apart by whole pages only, nor object stores, which know no writing at a place, get in the way.
 """
 
-import math
-from pathlib import Path
+from __future__ import annotations
 
-import numpy as np
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import encode_name, seal_file, sync_directory
-from recis_hybrid.saver.json_values import checked_object
-from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.files import Location, encode_name
+from recis_hybrid.saver.headers import Place, places, views
+from recis_hybrid.saver.local_table import LocalTable, local_table
+from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
-from recis_hybrid.saver.tensors import TensorFile, check_tensor, open_tensors, write_tensors
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.row_files import Reads, Rows, file_specs, read_rows, row_tag, write_rows
+from recis_hybrid.saver.table_plan import PlannedFile, plan_files
+from recis_hybrid.saver.workers import Workers
 
-RANGE_BYTES = 64 * 2**20
-MOST_RANGES = 1024
-_INDEX = ("buckets", "bucket_offsets")
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+WRITERS = 2
+"""Threads that put files together and write them, and as many that wait for the disk: it is never without work."""
 
 
-def range_count(rows: int, row_bytes: int) -> int:
-    """The number of files of a table: a function of the table alone, whatever the world size.
-
-    It is the least power of two that leaves at most 64 MiB of columns to a file on average, and at most 1024.
+def write_tables(
+    root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], above: str = "sparse"
+) -> dict[str, TableEntry]:
+    """Write the tables of a part, all ranks together, and force them to the disk.
 
     Args:
-        rows: rows of the whole table.
-        row_bytes: bytes of one row in all columns.
+        root: directory of the checkpoint.
+        ranks: this rank and the others.
+        part: name of the part.
+        tables: this rank's rows of each table.
+        above: the folder below which they go.
 
     Returns:
-        A power of two; each file takes 65536 / that many buckets.
+        What the manifest says of each table.
 
-    Example:
-        >>> range_count(1000, 776), range_count(5_000_000, 776)
-        (1, 64)
+    Raises:
+        CheckpointError: the ranks hold other tables, or a file cannot be written by one of them.
     """
-    count = 1
-    while count < MOST_RANGES and rows * row_bytes > count * RANGE_BYTES:
-        count *= 2
-    return count
+    if not tables:
+        return {}
+    plan = plan_files(ranks, part, tables)
+    written = ranks.together(lambda: _Writer(root, ranks, part, tables, plan, above).write())
+    entries = {
+        number: FileEntry(path, size, tuple(sums)) for of_rank in written for number, path, size, sums in of_rank
+    }
+    ranges: list[list[RangeEntry]] = [[] for _ in tables]
+    for file in plan:
+        ranges[file.table].append(RangeEntry(file.first_bucket, file.last_bucket, sum(file.rows), entries[file.number]))
+    return {
+        table.name: TableEntry(sum(item.rows for item in of_table), table.specs, table.meta, tuple(of_table))
+        for table, of_table in zip(tables, ranges, strict=True)
+    }
 
 
-def write_table(root: Path, part: str, name: str, state: TableState, above: str = "sparse") -> TableEntry:
-    """Write a table below `sparse/` and force it to the disk; what it says of ids that went is not looked at.
-
-    At any time one range of the rows is held a second time, besides the order of the rows, 16 bytes each; rows that are
-    handed out in order, by (bucket, id), are held once.
+def write_table(root: Location, part: str, name: str, state: TableState) -> TableEntry:
+    """Write a table whose rows are all here, and force it to the disk.
 
     Args:
         root: directory of the checkpoint.
         part: name of the part.
         name: name of the table.
-        state: the rows.
-        above: the folder below which it goes.
+        state: the rows; what they say of ids that went is not looked at.
 
     Returns:
         What the manifest says of the table.
@@ -64,153 +79,205 @@ def write_table(root: Path, part: str, name: str, state: TableState, above: str 
     Raises:
         CheckpointError: the state breaks the rules of `TableState`, holds an id twice, or cannot be written.
     """
-    where = f"Saver.save: part {part!r}, table {name!r}"
-    _check_state(where, state)
-    specs = {column: TensorSpec.of(tensor, skip=1) for column, tensor in state.columns.items()}
-    row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in state.columns.values())
-    rows = state.columns["ids"].numel()
-    count = range_count(rows, row_bytes)
-    order, buckets = _sorted_order(where, state)
-    cuts = torch.searchsorted(buckets, torch.arange(0, BUCKETS + 1, BUCKETS // count)).tolist()
-
-    folder = f"{above}/{encode_name(part)}/{encode_name(name)}"
-    (root / folder).mkdir(parents=True)
-    ranges: list[RangeEntry] = []
-    for i in range(count):
-        first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
-        chosen = slice(cuts[i], cuts[i + 1]) if order is None else order[cuts[i] : cuts[i + 1]]
-        tensors = {column: _rows(tensor, chosen) for column, tensor in state.columns.items()}
-        present, sizes = torch.unique_consecutive(buckets[cuts[i] : cuts[i + 1]], return_counts=True)
-        tensors["buckets"] = present.to(torch.int32)
-        tensors["bucket_offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        relative = f"{folder}/{first:05d}-{last:05d}.safetensors"
-        write_tensors(root / relative, tensors, _tag(part, name, first, last))
-        del tensors
-        ranges.append(RangeEntry(first, last, cuts[i + 1] - cuts[i], FileEntry(relative, *seal_file(root / relative))))
-    sync_directory(root / folder)
-    return TableEntry(rows, specs, checked_object(f"{where}, meta", state.meta), tuple(ranges))
+    table = local_table(f"Saver.save: part {part!r}, table {name!r}", name, state)
+    return write_tables(root, Ranks(None), part, [table])[name]
 
 
-def read_table(root: Path, part: str, name: str, entry: TableEntry) -> TableState:
-    """Read a table whose files have been verified.
+def read_table(
+    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int] = (0, BUCKETS),
+    reads: Reads | None = None,
+) -> TableState:  # fmt: skip
+    """Read the rows of some buckets of a table, and compare what is read with its checksums.
 
     Args:
         root: directory of the checkpoint.
         part: name of the part.
         name: name of the table.
         entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
 
     Returns:
-        The rows, sorted by (bucket, id), in memory of their own.
+        The rows, sorted by (bucket, id), in memory of their own; each column starts at a multiple of 64 bytes.
 
     Raises:
         CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
     """
-    where = f"part {part!r}, table {name!r}"
-    # Headers first: nothing of a size that only the manifest claims is allocated.
-    for item in entry.ranges:
-        with open_tensors(root / item.file.path, where) as file:
-            _check_header(file, part, name, entry, item)
-    columns = {
-        column: torch.empty((entry.rows, *spec.shape), dtype=getattr(torch, spec.dtype))
-        for column, spec in entry.columns.items()
-    }
-    buckets = torch.empty(entry.rows, dtype=torch.int64)
-    start = 0
-    for item in entry.ranges:
-        stop = start + item.rows
-        with open_tensors(root / item.file.path, where) as file:
-            _read_buckets(file, root / item.file.path, where, item, buckets[start:stop])
-            for column, tensor in columns.items():
-                file.read_into(column, tensor[start:stop])
-        _check_order(root / item.file.path, where, columns["ids"][start:stop], buckets[start:stop])
-        start = stop
+    return whole_table(entry, list(read_pieces(root, part, name, entry, wanted, reads or Reads())))
+
+
+def whole_table(entry: TableEntry, parts: Sequence[Rows]) -> TableState:
+    """Put pieces of a table together.
+
+    Args:
+        entry: what the manifest says of the table.
+        parts: its rows, in order.
+
+    Returns:
+        The rows, in memory of their own; each column starts at a multiple of 64 bytes.
+    """
+    columns: dict[str, Tensor] = {}
+    for column, spec in entry.columns.items():
+        # Whole numbers of bytes: torch cannot put every dtype together.
+        pieces = [piece.columns[column].reshape(-1).view(torch.uint8) for piece in parts]
+        size = sum(piece.numel() for piece in pieces)
+        data = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+        rows = size // max(math.prod(spec.shape) * spec.itemsize, 1) if size else sum(p.buckets.numel() for p in parts)
+        columns[column] = data.view(getattr(torch, spec.dtype)).view(rows, *spec.shape)
+    buckets = torch.cat([piece.buckets for piece in parts]) if parts else torch.empty(0, dtype=torch.int64)
     return TableState(columns, buckets, entry.meta)
 
 
-def _check_state(where: str, state: TableState) -> None:
-    names = list(state.columns)
-    if names[:1] != ["ids"]:
-        raise CheckpointError(f"{where}: the first column must be 'ids', got the columns {names}. Put 'ids' first.")
-    for column, tensor in state.columns.items():
-        check_tensor(where, column, tensor)
-    rows = state.columns["ids"].shape[0] if state.columns["ids"].dim() == 1 else -1
-    for tensor_name, tensor in (("ids", state.columns["ids"]), ("buckets", state.buckets)):
-        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (rows,):
-            raise CheckpointError(
-                f"{where}: {tensor_name} must be int64 [n], one for each row, got {TensorSpec.of(tensor)} beside ids "
-                f"{TensorSpec.of(state.columns['ids'])}. Hand out one per row."
-            )
-    for column, tensor in state.columns.items():
-        if column in _INDEX:
-            raise CheckpointError(f"{where}: a column must not be named {column!r}, files use it. Rename it.")
-        if tensor.dim() == 0 or tensor.shape[0] != rows:
-            raise CheckpointError(
-                f"{where}: column {column!r} must have {rows} rows as 'ids' has, got {TensorSpec.of(tensor)}. Hand out "
-                "one per row."
-            )
-    if rows and not 0 <= int(state.buckets.min()) <= int(state.buckets.max()) < BUCKETS:
-        raise CheckpointError(
-            f"{where}: buckets must be from 0 to {BUCKETS - 1}, got {int(state.buckets.min())} to "
-            f"{int(state.buckets.max())}. Hand out the bucket of each id."
-        )
+def read_pieces(
+    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
+) -> Iterator[Rows]:
+    """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
+
+    Args:
+        root: directory of the checkpoint.
+        part: name of the part.
+        name: name of the table.
+        entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
+
+    Yields:
+        Rows, in order of (bucket, id).
+
+    Raises:
+        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+    """
+    items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
+
+    def read(item: RangeEntry) -> Rows:
+        return read_rows(root / item.file.path, part, name, entry, item, wanted, reads)
+
+    with Workers(1) as pool:
+        ahead: Future[Rows] | None = None
+        try:
+            for number, item in enumerate(items):
+                rows = (ahead or pool.submit(partial(read, item))).result()
+                ahead = pool.submit(partial(read, items[number + 1])) if number + 1 < len(items) else None
+                yield rows
+                del rows  # so that the memory is used again
+        finally:
+            if ahead is not None:
+                ahead.cancel()
 
 
-def _sorted_order(where: str, state: TableState) -> tuple[Tensor | None, Tensor]:
-    """Rows [n] by (bucket, id), None where they lie so, and the bucket [n] of each."""
-    ids, buckets = state.columns["ids"].cpu(), state.buckets.cpu()
-    # numpy sorts plain numbers in vectors; where rows lie goes with them only if they are not in order.
-    ascending = torch.from_numpy(np.sort(ids.numpy()))
-    twice = ascending[1:] == ascending[:-1]
-    if bool(twice.any()):
-        example = int(ascending[1:][twice][0])
-        raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
-    if _in_order(ids, buckets):
-        return None, buckets
-    by_id = ids.argsort()
-    buckets, by_bucket = buckets[by_id].sort(stable=True)
-    return by_id[by_bucket], buckets
+class _Writer:
+    """Writes this rank's files of a plan; a failure is raised only after all that others wait for has been sent."""
+
+    def __init__(
+        self, root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[PlannedFile],
+        above: str,
+    ) -> None:  # fmt: skip
+        self._above = above
+        self._root, self._ranks, self._part, self._tables, self._plan = root, ranks, part, tables, plan
+        counts = Counter(file.table for file in plan)
+        self._cuts = [table.cuts(counts[number]) for number, table in enumerate(tables)]
+        self._written: list[JSON] = []
+        self._syncing: list[Future[None]] = []
+
+    def write(self) -> list[JSON]:
+        """Write the files.
+
+        Returns:
+            Number in the plan, path, size and checksums of each.
+        """
+        failures: list[BaseException] = []
+        running: list[Future[None]] = []
+        with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
+            # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
+            for file in sorted(self._plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
+                if file.writer == self._ranks.rank:
+                    received = self._received(file)
+                    if not failures:
+                        running.append(pool.submit(partial(self._write_file, file, received, disk)))
+                    if len(running) > WRITERS:
+                        failures += _failed([running.pop(0)])
+                elif file.rows[self._ranks.rank]:
+                    failures += self._send(file)
+            failures += _failed(running)
+        failures += _failed(self._syncing)
+        try:
+            if failures:
+                raise failures[0]
+        finally:  # or the error and this frame would keep each other, and the saver's lease with them
+            failures.clear()
+            running.clear()
+            self._syncing.clear()
+        return self._written
+
+    def _received(self, file: PlannedFile) -> dict[int, Tensor]:
+        """What other ranks have of a file, by rank."""
+        others = [rank for rank, rows in enumerate(file.rows) if rows and rank != self._ranks.rank]
+        return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
+
+    def _send(self, file: PlannedFile) -> list[BaseException]:
+        """Sends what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
+        found, failures = self._packed(file, self._ranks.rank), []
+        data = torch.zeros(_size(found), dtype=torch.uint8)
+        try:
+            self._read(file, views(data, found))
+        except BaseException as error:
+            failures.append(error)
+        self._ranks.send(data, file.writer, file.number)
+        return failures
+
+    def _write_file(self, file: PlannedFile, received: dict[int, Tensor], disk: Workers) -> None:
+        table = self._tables[file.table]
+        relative = _path(self._above, self._part, table.name, file)
+        path = self._root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        specs = file_specs(table.specs, sum(file.rows), sum(file.present))
+        tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
+        size, sums, sync = write_rows(path, specs, tag, partial(self._put, file, received))
+        self._syncing.append(disk.submit(sync))
+        if len(self._syncing) > 4 * WRITERS:
+            self._syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
+        self._written.append([file.number, relative, size, list(sums)])
+
+    def _put(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
+        """Writes the rows of all ranks, one after the other, and their index."""
+        row = bucket = 0
+        out["bucket_offsets"][:1] = 0
+        for rank, (rows, present) in enumerate(zip(file.rows, file.present, strict=True)):
+            if not rows:
+                continue
+            part = {name: out[name][row : row + rows] for name in self._tables[file.table].specs}
+            part["buckets"] = out["buckets"][bucket : bucket + present]
+            part["bucket_offsets"] = out["bucket_offsets"][bucket : bucket + present + 1]
+            if rank == self._ranks.rank:
+                self._read(file, part)
+            else:
+                for name, values in views(received[rank], self._packed(file, rank)).items():
+                    part[name].copy_(values)
+            part["bucket_offsets"] += row  # counted from the rank's own first row until now
+            row, bucket = row + rows, bucket + present
+
+    def _read(self, file: PlannedFile, out: dict[str, Tensor]) -> None:
+        """Writes this rank's rows of a file, and their index."""
+        table, (rows, present) = self._tables[file.table], self._cuts[file.table]
+        first, begin, end = rows[file.range], present[file.range], present[file.range + 1]
+        table.read(first, rows[file.range + 1], out)
+        out["buckets"].copy_(table.present[begin:end])
+        out["bucket_offsets"].copy_(table.offsets[begin : end + 1] - first)
+
+    def _packed(self, file: PlannedFile, rank: int) -> dict[str, Place]:
+        """How a rank's rows of a file lie in what it sends."""
+        return places(file_specs(self._tables[file.table].specs, file.rows[rank], file.present[rank]))
 
 
-def _in_order(ids: Tensor, buckets: Tensor) -> bool:
-    """Whether rows ascend strictly by (bucket, id)."""
-    above = buckets[1:] > buckets[:-1]
-    return bool((above | ((buckets[1:] == buckets[:-1]) & (ids[1:] > ids[:-1]))).all())
+def _failed(futures: Sequence[Future[None]]) -> list[BaseException]:
+    errors = [future.exception() for future in futures]
+    return [error for error in errors if error is not None]
 
 
-def _rows(column: Tensor, chosen: Tensor | slice) -> Tensor:
-    """Return the chosen [m] rows, copied where they are picked; unsigned words as signed ones, which torch can pick."""
-    if isinstance(chosen, slice):
-        return column.detach()[chosen].contiguous()
-    signed = _SIGNED.get(column.dtype, column.dtype)
-    return column.detach().view(signed).index_select(0, chosen.to(column.device)).view(column.dtype)
+def _size(found: dict[str, Place]) -> int:
+    return max(place.stop for place in found.values())
 
 
-def _tag(part: str, name: str, first: int, last: int) -> dict[str, JSON]:
-    return {"part": part, "table": name, "buckets": [first, last]}
-
-
-def _check_header(file: TensorFile, part: str, name: str, entry: TableEntry, item: RangeEntry) -> None:
-    present = file.shape("buckets")[:1] or (0,)
-    specs = {column: TensorSpec(spec.dtype, (item.rows, *spec.shape)) for column, spec in entry.columns.items()}
-    specs["buckets"] = TensorSpec("int32", present)
-    specs["bucket_offsets"] = TensorSpec("int64", (present[0] + 1,))
-    file.check(specs, _tag(part, name, item.first_bucket, item.last_bucket))
-
-
-def _read_buckets(file: TensorFile, path: Path, where: str, item: RangeEntry, out: Tensor) -> None:
-    """Expand the index of a range into the bucket of each of its rows, [m]."""
-    present, offsets = file.read("buckets").long(), file.read("bucket_offsets")
-    inside = not present.numel() or item.first_bucket <= int(present[0]) <= int(present[-1]) <= item.last_bucket
-    ascending = bool((present[1:] > present[:-1]).all()) and bool((offsets[1:] > offsets[:-1]).all())
-    if not inside or not ascending or int(offsets[0]) != 0 or int(offsets[-1]) != item.rows:
-        raise CorruptCheckpoint(
-            f"{path} ({where}): buckets must ascend from {item.first_bucket} to {item.last_bucket} at most, and "
-            f"bucket_offsets from 0 to {item.rows}; they do not. {OTHER_STEP}"
-        )
-    out.copy_(present.repeat_interleave(offsets.diff()))
-
-
-def _check_order(path: Path, where: str, ids: Tensor, buckets: Tensor) -> None:
-    if not _in_order(ids, buckets):
-        raise CorruptCheckpoint(f"{path} ({where}): rows must be sorted by (bucket, id), they are not. {OTHER_STEP}")
+def _path(above: str, part: str, table: str, file: PlannedFile) -> str:
+    folder = f"{above}/{encode_name(part)}/{encode_name(table)}"
+    return f"{folder}/{file.first_bucket:05d}-{file.last_bucket:05d}.safetensors"

@@ -1,34 +1,34 @@
-"""Writes and reads one safetensors file, with what it is of in its header.
-
-The library writes several metadata keys in random order, so ours is one key that holds JSON: equal tensors give equal
-bytes.
-"""
+"""Writes and reads one safetensors file of whole tensors, with what it is of in its header."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from recis_hybrid.saver.checksums import CHUNK_BYTES
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.files import ChunkSums, Location, check_size, open_file, read_chunk, write_file
+from recis_hybrid.saver.headers import (
+    DTYPES as DTYPES,
+    LONGEST_HEADER,
+    METADATA_KEY,
+    NAMES,
+    Place,
+    buffer,
+    header,
+    parse_header,
+    places,
+)
 from recis_hybrid.saver.manifest import FORMAT_VERSION, TensorSpec
 from recis_hybrid.saver.protocol import JSON
 
-DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-    )
-}
-"""The dtypes that files may hold, by torch's name."""
-
-METADATA_KEY = "recis_hybrid"
+_TORCH_NAMES = {short: name for name, short in NAMES.items()}
 
 
 def check_tensor(where: str, name: str, tensor: object) -> None:
@@ -60,24 +60,87 @@ def check_tensor(where: str, name: str, tensor: object) -> None:
         )
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> None:
-    """Write tensors to a new file.
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order of its elements, without a copy where it lies so on the CPU."""
+    # A lazy conjugate or negative is resolved: files hold the memory as it lies.
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return buffer(plain.view(-1).view(torch.uint8))
+
+
+def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
+    """Write tensors to a new file and force it to the disk.
 
     Args:
         path: the file.
-        tensors: tensors by name; no two share memory.
+        tensors: tensors by name.
         tag: what the file is of; the format version is put before it.
 
-    Raises:
-        CheckpointError: the file cannot be written.
+    Returns:
+        Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
     """
-    text = json.dumps({"format_version": FORMAT_VERSION, **tag}, separators=(",", ":"))
-    # A lazy conjugate or negative is resolved: the library writes the memory as it lies.
-    plain = {name: t.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, t in tensors.items()}
+    found = places({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
+    sums = ChunkSums()
+    head = memoryview(header(found, tag))
+    write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
+    return sums.size, sums.sums
+
+
+def read_tensors(
+    path: Location, where: str, size: int, sums: tuple[str, ...], specs: dict[str, TensorSpec], tag: dict[str, JSON]
+) -> dict[str, Tensor]:
+    """Read a file in one pass, each chunk compared with its checksum before anything is believed of it.
+
+    Args:
+        path: the file.
+        where: what it is of, for messages.
+        size: its bytes, by the manifest.
+        sums: the CRC-32 of each chunk.
+        specs: dtype and shape of every tensor that it must hold.
+        tag: what it must be of.
+
+    Returns:
+        By name, new tensors on the CPU, starting at multiples of 64 bytes.
+
+    Raises:
+        CorruptCheckpoint: a checksum differs, or the file does not hold what it must.
+    """
+    tensors: dict[str, Tensor] = {}
+    left: list[tuple[Place, Tensor]] = []
+    head, at = b"", 0
+    with open_file(path) as file:
+        check_size(path, where, size, file)
+        chunk = torch.empty(min(CHUNK_BYTES, size), dtype=torch.uint8)
+        for number, expected in enumerate(sums):
+            data = chunk[: min(CHUNK_BYTES, size - number * CHUNK_BYTES)]
+            read_chunk(file, path, where, number, expected, data)
+            if not tensors and not left:
+                head += data.numpy().tobytes()
+                length = int.from_bytes(head[:8], "little") + 8
+                if length > len(head) and length <= min(size, LONGEST_HEADER):
+                    continue
+                found = _header(path, where, head, length, size)
+                check_contents(path, where, found[0], {n: place.spec for n, place in found[1].items()}, tag, specs)
+                tensors = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+                flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
+                left = sorted(((place, flat[name]) for name, place in found[1].items()), key=lambda item: item[0].first)
+                data = torch.frombuffer(bytearray(head[length:]), dtype=torch.uint8) if head[length:] else data[:0]
+            end = at + data.numel()
+            for place, target in left:
+                first, stop = max(place.first, at), min(place.stop, end)
+                if first < stop:
+                    target[first - place.first : stop - place.first] = data[first - at : stop - at]
+            left = [item for item in left if item[0].stop > end] or left[-1:]
+            at = end
+    return tensors
+
+
+def _header(path: object, where: str, head: bytes, length: int, size: int) -> tuple[Any, dict[str, Place]]:
     try:
-        save_file(plain, path, metadata={METADATA_KEY: text})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: could not be written ({error}). Is the disk full, or not writable?") from error
+        if not 8 < length <= len(head):
+            raise ValueError("its header is longer than the file")
+        return parse_header(head[8:length], size - length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
 
 
 class TensorFile:
@@ -99,17 +162,14 @@ class TensorFile:
             CorruptCheckpoint: a tensor is missing, unknown, or of another dtype or shape, or the file is of
                 something else.
         """
-        expected_tag = {"format_version": FORMAT_VERSION, **tag}
         text = (self._handle.metadata() or {}).get(METADATA_KEY, "null")
         try:
             found_tag = json.loads(text)
         except (ValueError, RecursionError):
             found_tag = text
-        if found_tag != expected_tag:
-            self._fail(f"its metadata must be {expected_tag}, is {found_tag}")
-        found = {name: self._spec(name) for name in self._handle.keys()}
-        if found != specs:
-            self._fail(f"must hold {_listed(specs)}, holds {_listed(found)}")
+        check_contents(
+            self._path, self._where, found_tag, {name: self._spec(name) for name in self._handle.keys()}, tag, specs
+        )
 
     def names(self) -> list[str]:
         """The names of all tensors, in order."""
@@ -154,8 +214,34 @@ class TensorFile:
         part = self._handle.get_slice(name)
         return TensorSpec(_TORCH_NAMES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
 
-    def _fail(self, rule: str) -> None:
-        raise CorruptCheckpoint(f"{self._path} ({self._where}): {rule}. {OTHER_STEP}")
+
+def check_contents(
+    path: object, where: str, found_tag: Any, found: dict[str, TensorSpec], tag: dict[str, JSON],
+    specs: dict[str, TensorSpec],
+) -> None:  # fmt: skip
+    """Compare what a file says it holds with what it must hold.
+
+    Args:
+        path: the file.
+        where: what it is of, for the message.
+        found_tag: what the file says that it is of.
+        found: dtype and shape of its tensors.
+        tag: what it must be of.
+        specs: dtype and shape of every tensor that it must hold.
+
+    Raises:
+        CorruptCheckpoint: they differ.
+    """
+    expected_tag = {"format_version": FORMAT_VERSION, **tag}
+    if isinstance(found_tag, dict) and "pages" in found_tag:
+        found_tag = {key: value for key, value in found_tag.items() if key != "pages"}
+    if found_tag != expected_tag:
+        rule = f"its metadata must be {expected_tag}, is {found_tag}"
+    elif found != specs:
+        rule = f"must hold {_listed(specs)}, holds {_listed(found)}"
+    else:
+        return
+    raise CorruptCheckpoint(f"{path} ({where}): {rule}. {OTHER_STEP}")
 
 
 @contextmanager
@@ -177,14 +263,6 @@ def open_tensors(path: Path, where: str) -> Iterator[TensorFile]:
             yield TensorFile(path, where, handle)
     except SafetensorError as error:
         raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
-
-
-_TORCH_NAMES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
-    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
-}
 
 
 def _is_unicode(name: str) -> bool:

@@ -1,12 +1,13 @@
 """What a saver remembers between saves, for the next one to write just what has changed."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from recis_hybrid.saver.adapters import Part, SaveablePart
 from recis_hybrid.saver.chain import link_to
+from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.manifest import Link
-from recis_hybrid.saver.protocol import HasChanges, PartState
+from recis_hybrid.saver.protocol import JSON, HasChanges, PartState
+from recis_hybrid.saver.ranks import Ranks
 
 
 class Tracking:
@@ -18,61 +19,74 @@ class Tracking:
         root: the directory of the checkpoints.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Location) -> None:
         self.on = False
         self._root = root
         self._link: Link | None = None
         self._watches: dict[str, object] = {}
 
-    def link(self) -> Link | None:
-        """Return the checkpoint that the next one can build on: None if there is none, or it is not there any more."""
-        link = self._link
-        try:
-            return link if link is not None and link_to(self._root, link.step) == link else None
-        except OSError:
-            return None
-
-    def state(self, name: str, part: Part, link: Link | None, watches: dict[str, object]) -> PartState:
-        """Take the state of a part.
+    def changes(self, ranks: Ranks, parts: Mapping[str, Part]) -> tuple[Link | None, dict[str, PartState]]:
+        """Take what changed, all ranks together.
 
         Args:
-            name: of the part.
-            part: the part.
-            link: the checkpoint that it is to build on; None for a whole state.
-            watches: takes, by part, who notes from now on what changes.
+            ranks: this rank and the others.
+            parts: the parts to be saved.
 
         Returns:
-            What changed since, or the whole state where that cannot be told.
+            What the next checkpoint can build on: None if there is nothing, or it is not there any more. And by part
+            what changed since then; a part for which that cannot be told is left out.
         """
-        source = _source(part)
-        state = None
-        if source is not None and link is not None and name in self._watches:
-            state = source.checkpoint_changes(self._watches[name])
-        if state is None:
-            state = part.state()
-        self._watch(name, part, watches)
-        return state
+        if not ranks.together(lambda: ranks.rank == 0 and self._is_there())[0]:
+            return None, {}
+        found: dict[str, PartState] = {}
+        whole: dict[str, set[str]] = {name: set() for name in self._watches.keys() & parts.keys()}
 
-    def settle(self, step: int, watches: dict[str, object]) -> None:
+        def take() -> dict[str, JSON]:
+            for name in sorted(whole):
+                source = _source(parts[name])
+                state = None if source is None else source.checkpoint_changes(self._watches[name], whole[name])
+                if state is not None:
+                    found[name] = state
+            return {
+                name: [table for table, rows in state.tables.items() if rows.removed is None]
+                for name, state in found.items()
+            }
+
+        answers = ranks.together(take)
+        # A part is told of by all ranks or by none, and a table is whole on all ranks or on none.
+        common = set.intersection(*(set(answer) for answer in answers))
+        for name in found.keys() - common:
+            del found[name]
+        whole = {name: {table for answer in answers for table in answer[name]} for name in common}
+        whole = {name: tables for name, tables in whole.items() if any(set(a[name]) != tables for a in answers)}
+        if whole:
+            ranks.together(take)
+        return self._link, found
+
+    def watch(self, parts: Mapping[str, Part]) -> dict[str, object]:
+        """Begin to note what changes in parts, for the checkpoint that is made of them now; by part, who notes."""
+        sources = {name: _source(part) for name, part in parts.items()} if self.on else {}
+        return {name: source.watch_checkpoint_changes() for name, source in sources.items() if source is not None}
+
+    def settle(self, ranks: Ranks, step: int, watches: dict[str, object]) -> None:
         """Take a checkpoint as the one that the next can build on.
 
         Args:
+            ranks: this rank and the others.
             step: its step.
             watches: by part, who has noted what changed since.
         """
-        self._link, self._watches = (link_to(self._root, step), watches) if self.on else (None, {})
+        self._link, self._watches = None, {}
+        if self.on:
+            # Other machines may see the manifest late.
+            sha256 = ranks.together(lambda: link_to(self._root, step).sha256 if ranks.rank == 0 else None)[0]
+            self._link, self._watches = Link(step, sha256), watches
 
-    def loaded(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Take a checkpoint whose parts have just been loaded, whole, as the one that the next can build on."""
-        watches: dict[str, object] = {}
-        for name, part in parts.items():
-            self._watch(name, part, watches)
-        self.settle(step, watches)
-
-    def _watch(self, name: str, part: Part, watches: dict[str, object]) -> None:
-        source = _source(part)
-        if self.on and source is not None:
-            watches[name] = source.watch_checkpoint_changes()
+    def _is_there(self) -> bool:
+        try:
+            return self._link is not None and link_to(self._root, self._link.step) == self._link
+        except OSError:
+            return False
 
 
 def _source(part: Part) -> HasChanges | None:

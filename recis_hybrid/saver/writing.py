@@ -1,82 +1,61 @@
-"""Writes a whole checkpoint folder: under a temporary name, forced to the disk, and then put into its place."""
+"""Writes a whole checkpoint, all ranks together: apart from the others, forced to the disk, then put in its place."""
 
 import datetime
 import importlib.metadata
-import os
 import platform
-import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
-from recis_hybrid.saver.directory import step_name
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import sync_directory
-from recis_hybrid.saver.manifest import MANIFEST, Link, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.part_files import write_part
+from recis_hybrid.saver.manifest import Link, Manifest, PartEntry, dump_manifest
+from recis_hybrid.saver.part_files import write_part, write_part_of_each
 from recis_hybrid.saver.protocol import JSON, PartState
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.storage import Storage
 
-
-def partial_of(root: Path, step: int) -> Path:
-    """The temporary name of a checkpoint.
-
-    Args:
-        root: the directory of checkpoints.
-        step: its step.
-
-    Returns:
-        A folder beside its later place.
-    """
-    return root / f".{step_name(step)}.partial"
+Work: TypeAlias = tuple[str, str, Callable[[], PartState], bool]
+"""Name and kind of a part, what hands out its state, and whether each rank has a part of its own."""
 
 
 def write_checkpoint(
-    root: Path,
-    step: int,
-    parts: Iterable[tuple[str, str, PartState]],
-    place: Callable[[Path], object],
-    link: Link | None = None,
+    storage: Storage, ranks: Ranks, step: int, parts: Iterable[Work], link: Link | None = None
 ) -> None:
     """Write a checkpoint; if that fails, nothing of it is left.
 
     Args:
-        root: the directory that takes it, leased by the caller.
-        step: its step.
-        parts: name, kind and state of each part.
-        place: moves the written folder to where the checkpoint is to be; the move is forced to the disk after it.
+        storage: where checkpoints lie, taken by the caller.
+        ranks: this rank and the others.
+        step: its step; where there is a checkpoint of that step, this one takes its place.
+        parts: what it holds, on all ranks the same.
         link: what the checkpoint builds on.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or another rank failed.
     """
-    partial = partial_of(root, step)
+    folder, first = storage.folder(step), ranks.rank == 0
+    entries: dict[str, PartEntry] = {}
+
+    def commit() -> None:
+        if first:
+            storage.commit(step, dump_manifest(Manifest(step, ranks.size, entries, _about(), link)))
+
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        entries: dict[str, PartEntry] = {name: write_part(partial, name, kind, state) for name, kind, state in parts}
-        _write_manifest(partial, Manifest(step, 1, entries, _about(), link))
-        place(partial)
+        ranks.together(lambda: storage.begin(step) if first else None)
+        for name, kind, hand_out, of_each in parts:
+            if of_each:
+                entries.update(write_part_of_each(folder, ranks, name, kind, hand_out))
+            else:
+                entries[name] = write_part(folder, ranks, name, kind, hand_out)
+        ranks.together(commit)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            storage.abandon(step)
         if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{partial}: could not be written ({error}). Make room, or save elsewhere."
-            ) from error
+            raise CheckpointError(f"{folder}: could not be written ({error}). Make room, or save elsewhere.") from error
         raise
-    sync_directory(root)
-
-
-def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    for folder in ("dense", "sparse", "removed"):
-        if (partial / folder).is_dir():
-            sync_directory(partial / folder)
-    with open(partial / MANIFEST, "xb") as file:
-        file.write(dump_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(partial)
+    ranks.together(lambda: storage.settle(step) if first else None)
 
 
 def _about() -> dict[str, JSON]:

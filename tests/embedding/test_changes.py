@@ -3,7 +3,7 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
-from recis_hybrid.embedding.changes import _FEW, Changes, changed_known, changed_rows
+from recis_hybrid.embedding.changes import _FEW, Changes, changed_known, changed_rows, touched_rows
 from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.tables import feature, make_table
 
@@ -16,17 +16,17 @@ def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> Non
     lookup = table.lookup([feature([0, -1], device=device), feature([6, 7], member=1, device=device)], train=True)
     table.lookup([feature([1], device=device)], train=False)
     assert lookup.step == 4
-    ids, members = table.touched(3)
+    ids, members = touched_rows(table, 3)
     assert sorted(zip(members.tolist(), ids.tolist(), strict=True)) == [(0, -1), (0, 0), (1, 6), (1, 7)]
-    assert table.touched(4)[0].numel() == 0
-    assert table.touched(0)[0].numel() == len(EDGE_IDS) + 3
+    assert touched_rows(table, 4)[0].numel() == 0
+    assert touched_rows(table, 0)[0].numel() == len(EDGE_IDS) + 3
     # An update marks rows of an earlier lookup, too.
     table.step = 9
     table.insert(0, torch.tensor([1], device=device), {
         "embedding": torch.zeros(1, 4, device=device),
         **{name: torch.tensor([n], device=device) for n, name in enumerate(("seen_step", "frequency", "updated_step"))},
     })  # fmt: skip
-    assert [part.tolist() for part in table.touched(4)] == [[], []]
+    assert [part.tolist() for part in touched_rows(table, 4)] == [[], []]
     rows = table.rows(0, torch.tensor([1], device=device))
     assert rows.tolist()[0] >= 0
 

@@ -20,7 +20,6 @@ from recis_hybrid.embedding import (
     leave_out_of_ddp,
     mean_over_samples,
 )
-from recis_hybrid.embedding.distinct import rank_of
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.state import PartState, TableState
 from tests.support import rank_processes, sharded
@@ -432,14 +431,14 @@ def test_lookups_that_no_step_follows_are_forgotten(ranks: Ranks) -> None:
 def saved(
     group: dist.ProcessGroup, sharding: str, dim: int, state: list[PartState] | None
 ) -> tuple[PartState, dict[str, Any]]:
-    """Trains a step, from a state if there is one: each rank's rows are those of its buckets."""
+    """Trains two steps, from a state if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         sharded.configs(sharding, dim), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group
     )
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     if state is not None:
-        engine.load_checkpoint_state(share_of_state(state, rank, ranks))
+        engine.load_checkpoint_state(whole(state))
     cuts = sharded.shares(24, ranks, False)
     for step in range(2):
         batch = sharded.part_of(sharded.global_batch(step + 2 * (state is not None)), cuts[rank], cuts[rank + 1])
@@ -449,7 +448,6 @@ def saved(
         optimizer.step()
     found = engine.checkpoint_state()
     for table in found.tables.values():
-        assert (rank_of(table.columns["ids"], ranks) == rank).all()
         assert torch.equal(table.buckets, bucket_of(table.columns["ids"]))
     return found, {
         "losses": [], "tables": {name: table.columns for name, table in found.tables.items()},
@@ -457,16 +455,16 @@ def saved(
     }  # fmt: skip
 
 
-def share_of_state(states: list[PartState], rank: int, ranks: int) -> PartState:
-    """What a rank reads of a checkpoint: the rows of its buckets."""
+def whole(states: list[PartState]) -> PartState:
+    """What all ranks hand out, together: each row once."""
     tables = {}
     for name, first in states[0].tables.items():
-        whole = {
+        columns = {
             column: torch.cat([state.tables[name].columns[column] for state in states]) for column in first.columns
         }
-        mine = rank_of(whole["ids"], ranks) == rank
-        columns = {column: values[mine] for column, values in whole.items()}
+        assert columns["ids"].unique().numel() == columns["ids"].numel()
         tables[name] = TableState(columns, bucket_of(columns["ids"]), first.meta)
+    assert all(state.meta == states[0].meta for state in states)
     return PartState(tables=tables, meta=states[0].meta)
 
 

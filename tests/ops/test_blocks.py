@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from recis_hybrid import ops
 from recis_hybrid.embedding import (
     Constant,
     EmbeddingBlocks,
@@ -145,6 +146,32 @@ def test_blocks_refuse_what_does_not_fit() -> None:
         table.blocks.read(rows, "exp_avg")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 300])
+def test_records_are_exported_in_one_pass_as_part_by_part(rows: int, dtype: torch.dtype) -> None:
+    layout = RecordLayout(5, (StateField("sum", 1), StateField("exp_avg")), dtype)
+    table = HashTable([MemberTable("item", Normal(0.0, 1.0))], layout, torch.device("cpu"))
+    ids = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        table.lookup([feature(ids)], train=True)
+    table.export(0)  # notes what was met
+    chosen, blocks = table.rows(0, ids[:rows]), table.blocks
+    parts = [torch.empty(rows, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts]
+    meta = [torch.full((rows,), -1) for _ in range(3)]
+    ops.blocks.export(blocks.handle, chosen, [layout.offset(part) for part in layout.parts], parts, meta)
+    assert all(torch.equal(values, blocks.read(chosen, part)) for part, values in zip(layout.parts, parts, strict=True))
+    assert torch.equal(torch.stack(meta), ops.blocks.read_meta(blocks.handle, chosen))
+    assert rows == 0 or meta[2].tolist() == [2] * rows
+
+
+def test_exports_that_do_not_fit_are_refused() -> None:
+    table = make_table(dim=4)
+    rows, meta = table.lookup([feature(torch.arange(3))], train=True).rows, [torch.empty(3, dtype=torch.int64)] * 3
+    for offset, shape in ((0, (2, 4)), (table.layout.record_bytes - 8, (3, 4)), (-8, (3, 1))):
+        with pytest.raises(RuntimeError, match="parts must be|outside the record"):
+            ops.blocks.export(table.blocks.handle, rows, [offset], [torch.empty(shape)], meta)
+
+
 def test_operators_have_right_schemas_and_fakes() -> None:
     table = make_table(dim=4)
     ids = torch.arange(3)
@@ -161,6 +188,8 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     columns = torch.zeros(3, 3, dtype=torch.int64)
     check(torch.ops.recis.blocks_read_meta.default, (*blocks, rows, columns))
     check(torch.ops.recis.blocks_write_meta.default, (*blocks, rows, columns))
+    parts, meta = [torch.empty(3, 4)], [torch.empty(3, dtype=torch.int64) for _ in range(3)]
+    check(torch.ops.recis.blocks_export.default, (*blocks, rows, [0], parts, *meta))
     check(torch.ops.recis.blocks_copy_records.default, (*blocks, rows[:1], rows[1:2]))
     check(torch.ops.recis.blocks_see_rows.default, (*blocks, groups.count, groups.unique, groups.offsets, 1))
     found, members, count = torch.zeros(2, 3, dtype=torch.int64).unbind() + (torch.zeros(1, dtype=torch.int64),)

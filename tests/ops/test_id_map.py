@@ -199,3 +199,32 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     admitted = torch.empty(5, dtype=torch.uint8)
     check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], [], words[0], 2, admitted))
     check(torch.ops.recis.bucket_ids.default, (ids, words[0]))
+    check(torch.ops.recis.file_order.default, (ids, ids * 0, ids, 1, torch.zeros(3, 5, dtype=torch.int64)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**63), 2**63 - 1)), unique=True, max_size=60))
+def test_rows_are_put_in_the_order_of_files(keys: list[tuple[int, int]]) -> None:
+    members, ids = (torch.tensor([key[n] for key in keys], dtype=torch.int64) for n in (0, 1))
+    rows = torch.arange(len(keys)) * 3
+    found = ops.id_map.file_order(ids, members, rows, 4)
+    buckets = ops.id_map.bucket_of(ids).tolist()
+    expected = sorted(zip(members.tolist(), buckets, ids.tolist(), rows.tolist(), strict=True))
+    assert [column.tolist() for column in found] == [[row[n] for row in expected] for n in (2, 3, 1)]
+
+
+def test_many_rows_are_put_in_the_order_of_files() -> None:
+    # Enough of one member table that its buckets are counted, and few of another.
+    ids = torch.randint(-(2**63), 2**63 - 1, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
+    members = (ids % 100 == 0).long() * 2
+    rows = torch.arange(len(ids))
+    found, at, buckets = ops.id_map.file_order(ids, members, rows, 3)
+    assert torch.equal(ids[at], found)
+    assert torch.equal(ops.id_map.bucket_of(found), buckets)
+    keys = list(zip(members[at].tolist(), buckets.tolist(), found.tolist(), strict=True))
+    assert keys == sorted(keys)
+    assert at.sort().values.equal(rows)
+
+
+def test_a_member_table_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="no member table 5"):
+        ops.id_map.file_order(torch.tensor([1]), torch.tensor([5]), torch.tensor([0]), 3)

@@ -30,11 +30,14 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     assert any(use.search(text) for text in checks), "check it by torch.library.opcheck in tests/ops"
 
 
-# A vocabulary is made on the host, once; distinct ids are found on a GPU by torch's sort.
-HOST_ONLY = {"recis::vocabulary_slots", "recis::distinct_ids"}
+# What is made on the host: vocabularies, once, and the files of checkpoints; on a GPU distinct ids are found by torch's
+# sort.
+ON_THE_HOST = {
+    f"recis::{name}" for name in ("vocabulary_slots", "distinct_ids", "file_order", "crc32_pages", "blocks_export")
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - HOST_ONLY))
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - ON_THE_HOST))
 def test_every_operator_has_a_cuda_kernel(operator: str) -> None:
     assert has_kernel(operator, "CUDA")

@@ -67,5 +67,6 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -
 
 
 def entries(directory: Path) -> list[str]:
-    """What lies in a run's directory, but for the lock of whoever saves there."""
-    return sorted(entry.name for entry in directory.iterdir() if entry.name != LEASE)
+    """What lies in a run's directory, but for the lock of whoever saves there, and what is being deleted."""
+    names = [entry.name for entry in directory.iterdir()]
+    return sorted(name for name in names if name != LEASE and not name.endswith(".deleted"))

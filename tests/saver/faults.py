@@ -168,7 +168,6 @@ class Trial:
             checkpoint = Checkpoint(self.root, step)
             for part in checkpoint.manifest.parts:
                 checkpoint.verify(part)
-                checkpoint.read(part)
 
     def finish(self, **options: Any) -> None:
         """Goes on undisturbed; the end is that of the undisturbed run, byte for byte."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
-from recis_hybrid.saver import Saver, compact
+from recis_hybrid.saver import Saver, storage
 from recis_hybrid.saver.cli import main
 from tests.saver.fakes import entries
 from tests.support.toy import Toy
@@ -38,7 +38,7 @@ def test_compact_gives_the_bytes_of_a_whole_save(
 ) -> None:
     root = run[0]
     if not swaps:
-        monkeypatch.setattr(compact.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: object())
     assert "removed" in {path.parts[-4] for path in (root / "step_000006").rglob("*.safetensors")}
     assert main(["diff", str(root), str(root.parent / "whole")]) == 0
     assert main(["compact", str(root)]) == 0
@@ -132,7 +132,7 @@ def test_an_exchange_that_fails_in_the_middle_loses_nothing(tmp_path: Path, monk
     for folder in (old, new):
         folder.mkdir()
         (folder / "name").write_text(folder.name)
-    monkeypatch.setattr(compact.ctypes, "CDLL", lambda *_, **__: None)  # no exchange in one step
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: None)  # no exchange in one step
     rename = Path.rename
 
     def full(self: Path, target: Path) -> Path:
@@ -142,8 +142,8 @@ def test_an_exchange_that_fails_in_the_middle_loses_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="the disk is gone"):
-        compact._exchange(new, old)
+        storage._exchange(new, old)
     assert (old / "name").read_text() == old.name
     monkeypatch.setattr(Path, "rename", rename)
-    compact._exchange(new, old)
+    storage._exchange(new, old)
     assert (old / "name").read_text() == new.name

@@ -21,7 +21,7 @@ PROGRAM = textwrap.dedent(
     """
     import json, os, pathlib, shutil, signal, sys
     import torch
-    from recis_hybrid.saver import Saver, compact, tensors
+    from recis_hybrid.saver import Saver, compact, row_files, storage, tensors
     from recis_hybrid.saver.chain import Checkpoint
     from tests.support.toy import Toy
 
@@ -46,7 +46,7 @@ PROGRAM = textwrap.dedent(
     def work(moment):
         state["left"] = moment
         for owner, names in ((os, ("fsync", "unlink", "rmdir")), (pathlib.Path, ("mkdir", "rename")),
-                             (tensors, ("save_file",)), (compact, ("_exchange",))):
+                             (tensors, ("write_file",)), (row_files, ("write_file",)), (storage, ("_exchange",))):
             for name in names:
                 counted(owner, name)
         act()

@@ -16,7 +16,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequenc
 from recis_hybrid.embedding.changes import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
 from recis_hybrid.saver.chain import Checkpoint
-from recis_hybrid.saver.merge import merged
+from recis_hybrid.saver.merge import combined, put_over
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 
@@ -192,9 +192,9 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     engine, saver = engine_of(), Saver(tmp_path)
     table = engine.tables[0]
     saver.save(1, engine=engine)
-    assert len(table._watched) == 0
+    assert len(table.watched) == 0
     saver.save(2, delta=True, engine=engine)
-    (noted,) = table._watched
+    (noted,) = table.watched
     for _ in range(20):  # the same ids come and go
         table.insert(0, torch.arange(_FEW))
         table.erase(0, torch.arange(_FEW))
@@ -209,7 +209,7 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     assert Checkpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
     same(Saver(tmp_path), engine, 3)
     del noted, saver
-    assert len(table._watched) == 0
+    assert len(table.watched) == 0
 
 
 def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
@@ -268,15 +268,16 @@ def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pyte
     engine, saver = engine_of(), Saver(tmp_path, keep=1)
     for step in range(1, 4):
         saver.save(step, delta=True, engine=engine)
-    seen, rmtree = [], shutil.rmtree
+    seen, rename = [], Path.rename
 
-    def look(path: Any, **options: Any) -> None:
+    def look(path: Path, target: Path) -> Path:
+        result = rename(path, target)
         seen.append(saver.steps())
-        rmtree(path, **options)
+        return result
 
-    monkeypatch.setattr(shutil, "rmtree", look)
+    monkeypatch.setattr(Path, "rename", look)
     saver.save(4, engine=engine)
-    assert seen == [[1, 2, 4], [1, 4], [4]]
+    assert seen == [[1, 2, 3, 4], [1, 2, 4], [1, 4], [4]]
 
 
 def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
@@ -346,12 +347,12 @@ def table_state(rows: dict[int, float], removed: list[int] | None) -> TableState
     ids = torch.tensor(sorted(rows), dtype=torch.int64)
     gone = None
     if removed is not None:
-        r = torch.tensor(sorted(removed), dtype=torch.int64)
+        r = torch.tensor(sorted(removed, key=lambda i: (i % 7, i)), dtype=torch.int64)
         gone = TableState({"ids": r}, r % 7, {})
     columns = {"ids": ids, "x": torch.tensor([rows[i] for i in ids.tolist()], dtype=torch.bfloat16)[:, None]}
     columns["flag"] = columns["x"][:, 0] > 50
     order = (ids % 7 * 1000 + ids).argsort()
-    return TableState({n: c[order] for n, c in columns.items()}, (ids % 7)[order], {}, gone)
+    return TableState({n: c[order] for n, c in columns.items()}, (ids % 7)[order], {}, removed=gone)
 
 
 @given(st.data())
@@ -365,6 +366,8 @@ def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
         gone = [i for i in data.draw(st.lists(ids, unique=True)) if i not in rows]
         states.append(table_state(rows, gone))
         expected = {i: v for i, v in (expected | rows).items() if i not in gone}
-    found, wanted = merged(states), table_state(expected, None)
+    found, wanted = states[0], table_state(expected, None)
+    if len(states) > 1:
+        found = put_over(found, combined(states[1:]))
     assert torch.equal(found.buckets, wanted.buckets)
     assert all(torch.equal(found.columns[name], column) for name, column in wanted.columns.items())

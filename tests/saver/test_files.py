@@ -1,12 +1,24 @@
 import os
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given, strategies as st
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import CHUNK_BYTES, encode_name, is_safe_path, list_files, seal_file, verify_file
+from recis_hybrid.saver.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
+from recis_hybrid.saver.files import (
+    ChunkSums,
+    check_size,
+    encode_name,
+    is_safe_path,
+    list_files,
+    open_file,
+    read_chunk,
+    write_file,
+)
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 
@@ -55,29 +67,58 @@ def test_paths_that_are_not_safe(path: str) -> None:
     assert not is_safe_path(path)
 
 
+def sealed(path: Path, *pieces: bytes) -> tuple[int, tuple[str, ...]]:
+    sums = ChunkSums()
+    path.unlink(missing_ok=True)
+    write_file(path, sums.add(memoryview(piece) for piece in pieces))()
+    return sums.size, sums.sums
+
+
+def read_file(path: Path, size: int, sums: tuple[str, ...]) -> None:
+    with open_file(path) as file:
+        check_size(path, "part 'p'", size, file)
+        for number, expected in enumerate(sums):
+            out = torch.empty(min(CHUNK_BYTES, size - number * CHUNK_BYTES), dtype=torch.uint8)
+            read_chunk(file, path, "part 'p'", number, expected, out)
+
+
+def zlib_sums(data: bytes) -> tuple[str, ...]:
+    return tuple(f"{zlib.crc32(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES))
+
+
 def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
     data = os.urandom(2 * CHUNK_BYTES + 5)
-    (tmp_path / "f").write_bytes(data)
-    expected = [zlib.crc32(data[i : i + CHUNK_BYTES]) for i in range(0, len(data), CHUNK_BYTES)]
-    assert seal_file(tmp_path / "f") == (len(data), tuple(f"{sum_:08x}" for sum_ in expected))
-    (tmp_path / "g").write_bytes(data[:CHUNK_BYTES])
-    assert len(seal_file(tmp_path / "g")[1]) == 1
-    (tmp_path / "h").write_bytes(b"")
-    assert seal_file(tmp_path / "h") == (0, ())
+    for cuts in ([], [1], [CHUNK_BYTES], [CHUNK_BYTES - 1, CHUNK_BYTES + 1], [5, 5, 2 * CHUNK_BYTES]):
+        pieces = [data[a:b] for a, b in pairwise([0, *cuts, len(data)])]
+        assert sealed(tmp_path / "f", *pieces) == (len(data), zlib_sums(data))
+        assert (tmp_path / "f").read_bytes() == data
+    assert len(sealed(tmp_path / "g", data[:CHUNK_BYTES])[1]) == 1
+    assert sealed(tmp_path / "h") == (0, ())
+
+
+@pytest.mark.parametrize(
+    ("head", "data"),
+    [(96, 0), (96, 1), (104, 3 * PAGE_BYTES + 5), (104, CHUNK_BYTES - 104), (PAGE_BYTES, CHUNK_BYTES),
+     (2 * PAGE_BYTES, 2 * CHUNK_BYTES + 77), (PAGE_BYTES, 2 * CHUNK_BYTES - PAGE_BYTES)],
+)  # fmt: skip
+def test_checksums_of_chunks_follow_from_those_of_pages(head: int, data: int) -> None:
+    file = os.urandom(head + data)
+    pages = page_sums(torch.frombuffer(bytearray(file), dtype=torch.uint8)[head:])
+    assert [zlib.crc32(file[i : i + PAGE_BYTES]) for i in range(head, len(file), PAGE_BYTES)] == pages.tolist()
+    assert chunk_sums(file[:head], pages, len(file)) == zlib_sums(file)
 
 
 def test_a_changed_chunk_is_named(tmp_path: Path) -> None:
     data = bytearray(CHUNK_BYTES + 10)
-    (tmp_path / "f").write_bytes(data)
-    sealed = seal_file(tmp_path / "f")
-    verify_file(tmp_path / "f", "part 'p'", *sealed)
+    seal = sealed(tmp_path / "f", data)
+    read_file(tmp_path / "f", *seal)
     data[CHUNK_BYTES] = 1
     (tmp_path / "f").write_bytes(data)
     with pytest.raises(CorruptCheckpoint, match=rf"f \(part 'p'\): bytes {CHUNK_BYTES} to {CHUNK_BYTES + 9} must have"):
-        verify_file(tmp_path / "f", "part 'p'", *sealed)
+        read_file(tmp_path / "f", *seal)
     (tmp_path / "f").write_bytes(data[:-1])
     with pytest.raises(CorruptCheckpoint, match=f"must have {CHUNK_BYTES + 10} bytes .* has {CHUNK_BYTES + 9}"):
-        verify_file(tmp_path / "f", "part 'p'", *sealed)
+        read_file(tmp_path / "f", *seal)
 
 
 def test_files_are_listed_with_their_sizes(tmp_path: Path) -> None:

@@ -58,7 +58,17 @@ def test_the_files_are_these(checkpoint: Path) -> None:
 
 
 def test_every_byte_of_a_sparse_file(checkpoint: Path) -> None:
-    tag = '{\\"format_version\\":1,\\"part\\":\\"engine\\",\\"table\\":\\"user/country\\",\\"buckets\\":[0,65535]}'
+    data = (
+        struct.pack("<4q", 0, 1, 3, 5),
+        struct.pack("<5q", -1, 0, 5, LOWEST, HIGHEST),
+        struct.pack("<10f", 0.0, -0.0, 1, 10, 2, 20, 3, 30, 4, 40),
+        struct.pack("<3i", 0, 7, 65535),
+        bfloat16(0.0, 0.125, 0.25, 0.375, 0.5),
+    )
+    tag = (
+        '{\\"format_version\\":1,\\"part\\":\\"engine\\",\\"table\\":\\"user/country\\",\\"buckets\\":[0,65535],'
+        f'\\"pages\\":\\"{zlib.crc32(b"".join(data)):08x}\\"}}'
+    )
     header = (
         f'{{"__metadata__":{{"recis_hybrid":"{tag}"}},'
         '"bucket_offsets":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'
@@ -67,14 +77,7 @@ def test_every_byte_of_a_sparse_file(checkpoint: Path) -> None:
         '"buckets":{"dtype":"I32","shape":[3],"data_offsets":[112,124]},'
         '"exp_avg":{"dtype":"BF16","shape":[5,1],"data_offsets":[124,134]}}'
     )
-    expected = safetensors_file(
-        header,
-        struct.pack("<4q", 0, 1, 3, 5),
-        struct.pack("<5q", -1, 0, 5, LOWEST, HIGHEST),
-        struct.pack("<10f", 0.0, -0.0, 1, 10, 2, 20, 3, 30, 4, 40),
-        struct.pack("<3i", 0, 7, 65535),
-        bfloat16(0.0, 0.125, 0.25, 0.375, 0.5),
-    )
+    expected = safetensors_file(header, *data)
     assert (checkpoint / "sparse" / "engine" / "user%2Fcountry" / "00000-65535.safetensors").read_bytes() == expected
 
 

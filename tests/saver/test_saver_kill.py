@@ -23,7 +23,7 @@ PROGRAM = textwrap.dedent(
     import json, os, pathlib, shutil, signal, sys
     import torch
     from torch import nn
-    from recis_hybrid.saver import Saver, tensors
+    from recis_hybrid.saver import Saver, row_files, saver as saver_module, tensors
     from tests.saver.fakes import entries, example_shelf
 
     torch.set_num_threads(1)
@@ -44,8 +44,8 @@ PROGRAM = textwrap.dedent(
             return real(*args, **kwargs)
         setattr(owner, name, call)
 
-    def half_a_file(real, values, path, metadata):
-        real(values, path, metadata)
+    def half_a_file(real, path, pieces):
+        real(path, pieces)
         os.truncate(path, os.path.getsize(path) // 2)
 
     def save(moment):
@@ -55,9 +55,12 @@ PROGRAM = textwrap.dedent(
         counted(os, "rmdir")
         counted(pathlib.Path, "mkdir")
         counted(pathlib.Path, "rename")
-        counted(tensors, "save_file", half_a_file)
-        counted(Saver, "_delete_oldest")
-        Saver(root, keep=2).save(30, engine=example_shelf(), model=nn.Linear(2, 2), note=30)
+        counted(tensors, "write_file", half_a_file)
+        counted(row_files, "write_file", half_a_file)
+        counted(saver_module, "superfluous")
+        saver = Saver(root, keep=2)
+        saver.save(30, engine=example_shelf(), model=nn.Linear(2, 2), note=30)
+        saver.wait()
 
     state = {"left": -1}
     verdicts = []
@@ -121,6 +124,7 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
         assert 20 in steps
         assert all(sound(tmp_path / f"base.{moment}", step) for step in steps), moment
         found.save(31, engine=example_shelf(), model=nn.Linear(2, 2), note=31)
+        found.wait()
         after = entries(tmp_path / f"base.{moment}")
         assert after == [f"step_{step:06d}" for step in found.steps()]
         assert found.steps() == [max(steps), 31]

@@ -16,7 +16,7 @@ from torch import nn
 
 from recis_hybrid import ops, optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
-from recis_hybrid.saver import Saver, table_files
+from recis_hybrid.saver import Saver, table_plan
 from recis_hybrid.saver.cli import main
 from recis_hybrid.serving import Reader, ServingError, bucket_of
 from tests.saver.fakes import edit_manifest
@@ -37,7 +37,7 @@ def engine_of(dtype: torch.dtype = torch.float32) -> EmbeddingEngine:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lookups_are_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(table_files, "RANGE_BYTES", 8192)  # several files
+    monkeypatch.setattr(table_plan, "RANGE_BYTES", 8192)  # several files
     engine, tower = engine_of(dtype), nn.Linear(5, 2).to(dtype)
     Saver(tmp_path / "run").save(1, engine=engine, tower=tower, sparse=optim.Adam(engine.parameters()))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0

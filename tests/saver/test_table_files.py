@@ -1,3 +1,4 @@
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -5,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState, table_files
-from recis_hybrid.saver.manifest import TableEntry
-from recis_hybrid.saver.table_files import range_count, read_table, write_table
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState, table_plan
+from recis_hybrid.saver.manifest import FileEntry, TableEntry
+from recis_hybrid.saver.table_files import read_table, write_table
+from recis_hybrid.saver.table_plan import range_count
 from recis_hybrid.saver.tensors import DTYPES
 from tests.saver.fakes import HIGHEST, LOWEST, example_table
 
@@ -75,7 +78,7 @@ def test_equal_tables_give_equal_bytes(
     shuffled = random.sample(pairs, len(pairs))
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_files, "range_count", lambda rows, row_bytes: ranges)
+        patch.setattr(table_plan, "range_count", lambda rows, row_bytes: ranges)
         for order in (pairs, shuffled):
             root = tmp_path_factory.mktemp("table")
             ids = torch.tensor([id_ for id_, _ in order], dtype=torch.int64)
@@ -94,7 +97,7 @@ def test_equal_tables_give_equal_bytes(
 
 
 def test_a_large_table_is_cut_at_fixed_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_files, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
     table = table_of(1000)  # 20 bytes a row: five times 4096, so eight ranges
     entry = write_table(tmp_path, "engine", "t", table)
     assert [(item.first_bucket, item.last_bucket) for item in entry.ranges] == [
@@ -174,15 +177,22 @@ def test_a_state_against_the_rules_is_refused(tmp_path: Path, change: dict[str, 
         write_table(tmp_path, "engine", "t", replace(table_of(2), **change))
 
 
-def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> None:
-    """Puts other tensors into the file, the metadata as it was."""
-    from safetensors import safe_open
+def sealed(root: Path, entry: TableEntry) -> TableEntry:
+    """What a manifest would say of the file as it is now."""
+    (item,) = entry.ranges
+    data = (root / item.file.path).read_bytes()
+    file = FileEntry(item.file.path, len(data), (f"{zlib.crc32(data):08x}",))
+    return replace(entry, ranges=(replace(item, file=file),))
 
+
+def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> TableEntry:
+    """Puts other tensors into the file, the metadata as it was, and seals it."""
     path = root / entry.ranges[0].file.path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {**load_file(path), **change}
     save_file({name: t.clone() for name, t in tensors.items() if name != drop}, path, metadata=metadata)
+    return sealed(root, entry)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,7 @@ def test_files_that_contradict_the_manifest_are_refused(
     tmp_path: Path, change: dict[str, Tensor], message: str
 ) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
-    rewrite(tmp_path, entry, change)
+    entry = rewrite(tmp_path, entry, change)
     with pytest.raises(CorruptCheckpoint, match=rf"00000-65535.safetensors \(part 'engine', table 'user'\).*{message}"):
         read_table(tmp_path, "engine", "user", entry)
 
@@ -217,7 +227,7 @@ def test_files_that_contradict_the_manifest_are_refused(
 @pytest.mark.parametrize("missing", ["ids", "buckets", "bucket_offsets", "exp_avg"])
 def test_a_missing_tensor_is_refused(tmp_path: Path, missing: str) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
-    rewrite(tmp_path, entry, {}, drop=missing)
+    entry = rewrite(tmp_path, entry, {}, drop=missing)
     with pytest.raises(CorruptCheckpoint, match=rf"must hold .*{missing}"):
         read_table(tmp_path, "engine", "user", entry)
 
@@ -239,6 +249,7 @@ def test_rows_that_only_the_manifest_claims_are_never_allocated(tmp_path: Path) 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
     (tmp_path / entry.ranges[0].file.path).write_bytes(data)
+    entry = sealed(tmp_path, entry)
     with pytest.raises(CorruptCheckpoint, match=r"00000-65535.safetensors \(part 'engine', table 'user'\)"):
         read_table(tmp_path, "engine", "user", entry)
 

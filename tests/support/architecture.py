@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"fsspec", "numpy", "pyarrow"},
-    "saver": {"numpy", "safetensors"},
+    "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "pipelines": {"numpy", "tqdm", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
 }

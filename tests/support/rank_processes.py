@@ -17,17 +17,18 @@ TIMEOUT_S = 20.0
 
 
 class Ranks:
-    """Four processes, of which the first one, two or all work together.
+    """Processes, of which the first one, two, three, four or eight work together.
 
     Args:
         timeout_s: After which a collective that others do not join raises.
+        ranks: How many.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
         # Forked off a process that has imported what they need, and has no threads: a second for all of them.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "recis_hybrid.embedding", "recis_hybrid.optim"])
+        context.set_forkserver_preload(["torch", "tests.support.sharded", "tests.support.sharded_saves"])
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         store = Path(self._folder.name) / "store"
@@ -75,6 +76,8 @@ class Ranks:
 
 AHEAD: dict[int, dist.ProcessGroup] = {}
 """Further groups of the first so many ranks, within a rank."""
+SAVING: dict[int, dist.ProcessGroup] = {}
+"""And others, for savers."""
 
 
 def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Connection) -> None:
@@ -82,7 +85,9 @@ def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Conne
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in (1, 2, 3, 4) if size <= ranks}
+    sizes = [size for size in (1, 2, 3, 4, 8) if size <= ranks]
+    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in sizes}
+    SAVING.update({size: dist.new_group(list(range(size)), timeout=timeout) for size in sizes})
     AHEAD.update({size: dist.new_group(list(range(size)), timeout=timeout) for size in (2, 3) if size < ranks})
     while True:
         try:

@@ -1,0 +1,102 @@
+// The order in which rows lie in checkpoints: by (member table, bucket, id), the id as a signed number.
+//
+// Buckets are as good as random and nearly equal, so that rows are counted into them, and each is sorted by itself.
+// For the CPU alone: it runs once a checkpoint, on what the host has listed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "core/mix.h"
+
+namespace recis {
+
+struct FileRows {
+  int64_t* ids;
+  int64_t* rows;
+  int64_t* buckets;
+};
+
+namespace detail {
+
+inline constexpr int64_t kBuckets = 65536;
+
+using IdAndRow = std::pair<int64_t, int64_t>;
+
+// Rows of one member table, into `out` from its beginning on.
+template <class Executor>
+void order_member(const Executor& executor, int64_t n, const int64_t* ids, const int64_t* rows, FileRows out) {
+  std::vector<int64_t> next(kBuckets + 1, 0);
+  for (int64_t i = 0; i < n; ++i) ++next[bucket_of(ids[i]) + 1];
+  for (int64_t b = 0; b < kBuckets; ++b) next[b + 1] += next[b];
+  std::vector<int64_t> first(next.begin(), next.end());
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = next[bucket_of(ids[i])]++;
+    out.ids[at] = ids[i];
+    out.rows[at] = rows[i];
+  }
+  executor(kBuckets, 1024, [&](int64_t begin, int64_t end) {
+    std::vector<IdAndRow> held;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t start = first[b], stop = first[b + 1];
+      held.clear();
+      for (int64_t i = start; i < stop; ++i) held.emplace_back(out.ids[i], out.rows[i]);
+      std::sort(held.begin(), held.end());
+      for (int64_t i = start; i < stop; ++i) {
+        out.ids[i] = held[i - start].first;
+        out.rows[i] = held[i - start].second;
+        out.buckets[i] = b;
+      }
+    }
+  });
+}
+
+// As order_member, for so few rows that counting buckets would cost more.
+inline void order_few(int64_t n, const int64_t* ids, const int64_t* rows, FileRows out) {
+  std::vector<std::pair<int64_t, IdAndRow>> held;
+  held.reserve(n);
+  for (int64_t i = 0; i < n; ++i) held.emplace_back(bucket_of(ids[i]), IdAndRow{ids[i], rows[i]});
+  std::sort(held.begin(), held.end());
+  for (int64_t i = 0; i < n; ++i) {
+    out.buckets[i] = held[i].first;
+    out.ids[i] = held[i].second.first;
+    out.rows[i] = held[i].second.second;
+  }
+}
+
+}  // namespace detail
+
+// Puts n rows in order. Members are 0 to members_count - 1.
+template <class Executor>
+void file_order(const Executor& executor, int64_t n, const int64_t* ids, const int64_t* members, const int64_t* rows,
+                int64_t members_count, FileRows out) {
+  std::vector<int64_t> first(members_count + 1, 0);
+  for (int64_t i = 0; i < n; ++i) ++first[members[i] + 1];
+  for (int64_t m = 0; m < members_count; ++m) first[m + 1] += first[m];
+  std::vector<int64_t> own_ids, own_rows;
+  if (members_count > 1) {
+    own_ids.resize(n);
+    own_rows.resize(n);
+    std::vector<int64_t> next(first);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = next[members[i]]++;
+      own_ids[at] = ids[i];
+      own_rows[at] = rows[i];
+    }
+    ids = own_ids.data();
+    rows = own_rows.data();
+  }
+  for (int64_t m = 0; m < members_count; ++m) {
+    const int64_t start = first[m], count = first[m + 1] - start;
+    const FileRows part{out.ids + start, out.rows + start, out.buckets + start};
+    if (count < detail::kBuckets / 8) {
+      detail::order_few(count, ids + start, rows + start, part);
+    } else {
+      detail::order_member(executor, count, ids + start, rows + start, part);
+    }
+  }
+}
+
+}  // namespace recis

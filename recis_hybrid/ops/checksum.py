@@ -1,0 +1,25 @@
+"""Checksums of files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.ops._fake import nothing_returned
+
+nothing_returned("crc32_pages")
+
+
+def crc32_pages(data: Tensor, page_bytes: int) -> Tensor:
+    """Returns the CRC-32, as zlib has it, of each page of a buffer, the last one shorter; in the calling thread alone.
+
+    Args:
+        data: uint8 ``[n]``, contiguous, on the CPU.
+        page_bytes: Bytes of a page.
+
+    Returns:
+        int64 ``[ceil(n / page_bytes)]``, 0 to 2^32 - 1.
+    """
+    sums = torch.empty(-(-data.numel() // page_bytes), dtype=torch.int64)
+    torch.ops.recis.crc32_pages(data, page_bytes, sums)
+    return sums

@@ -1,0 +1,112 @@
+"""What a sparse optimizer saves: by member table, so that tables may be coalesced otherwise when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.state import JSON, PartState
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
+    """Returns hyperparameters of the groups, and the group and steps of each member table."""
+    groups: list[JSON] = []
+    tables: dict[str, JSON] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        groups.append(_settings(group))
+        for anchor in group["params"]:
+            step = optimizer.state.get(anchor, {}).get("step", 0)
+            tables |= {member.name: {"group": number, "step": step} for member in anchor.table.members}
+    return PartState(meta={"class": type(optimizer).__name__, "groups": groups, "tables": tables})
+
+
+class OptimizerLoader:
+    """Takes over what :func:`optimizer_state` gave, all of it or nothing.
+
+    Args:
+        optimizer: What to load into.
+        saved: What was saved.
+
+    Raises:
+        ValueError: If it is not what an optimizer saves.
+    """
+
+    holds_rows = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, saved: PartState) -> None:
+        self._optimizer = optimizer
+        self._groups, self._tables = _checked(saved.meta)
+        self.differences: list[str] = []
+        """What keeps it from being loaded, a text each."""
+        self.changes: list[str] = []
+        """What is loaded in another way than it was saved: nothing."""
+        name, found = type(optimizer).__name__, saved.meta.get("class")
+        if found != name:
+            self.differences.append(f"optimizer: checkpoint {found}, live object {name}")
+        live = {member for group in optimizer.param_groups for member in _members(group)}
+        for table in sorted(live ^ self._tables.keys()):
+            where = "checkpoint" if table in self._tables else "live object"
+            self.differences.append(f"table {table!r} is in the {where} only")
+        for group in optimizer.param_groups:
+            self._compare(sorted(_members(group) & self._tables.keys()))
+
+    def _compare(self, members: list[str]) -> None:
+        """Looks whether tables that share a group here had the same hyperparameters."""
+        for member in members[1:]:
+            a, b = (self._groups[self._tables[name][0]] for name in (members[0], member))
+            differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+            if differ:
+                self.differences.append(
+                    f"the tables {members[0]!r} and {member!r} share a parameter group in the live object, and differ "
+                    f"in {differ} in the checkpoint"
+                )
+
+    def begin(self, rows: Mapping[str, int]) -> None:
+        """Nothing: there are no rows."""
+
+    def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Nothing: there are no rows."""
+
+    def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Nothing: there are no rows."""
+
+    def end(self) -> None:
+        """Takes over hyperparameters and steps."""
+        for group in self._optimizer.param_groups:
+            for member in sorted(_members(group))[:1]:
+                for key, value in self._groups[self._tables[member][0]].items():
+                    group[key] = (
+                        tuple(value) if isinstance(value, list) and isinstance(group.get(key), tuple) else value
+                    )
+            for anchor in group["params"]:
+                steps = max(self._tables[member.name][1] for member in anchor.table.members)
+                self._optimizer.state[anchor]["step"] = steps
+
+    def abandon(self) -> None:
+        """Nothing: nothing was changed."""
+
+
+def _members(group: Mapping[str, Any]) -> set[str]:
+    return {member.name for anchor in group["params"] for member in anchor.table.members}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, JSON]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in group.items() if key != "params"}
+
+
+def _checked(meta: Mapping[str, JSON]) -> tuple[list[dict[str, Any]], dict[str, tuple[int, int]]]:
+    """The groups; and by table the number of its group, and its steps."""
+    groups, tables = meta.get("groups"), meta.get("tables")
+    if not isinstance(groups, list) or not isinstance(tables, dict):
+        raise ValueError(f"a sparse optimizer must have groups and tables, it has {sorted(meta)}")
+    settings = [group for group in groups if isinstance(group, dict)]
+    found: dict[str, tuple[int, int]] = {}
+    for name, entry in tables.items():
+        group, step = (entry.get("group"), entry.get("step")) if isinstance(entry, dict) else (None, None)
+        if type(group) is not int or not 0 <= group < len(settings) or type(step) is not int or step < 0:
+            raise ValueError(f"table {name!r} must have a group of {len(settings)} and steps, it has {entry!r}")
+        found[name] = group, step
+    return settings, found

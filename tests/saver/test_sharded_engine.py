@@ -1,0 +1,106 @@
+"""Checkpoints of tables that ranks share: from any number of ranks, and any sharding, to any other."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from recis_hybrid.saver.chain import Checkpoint
+from tests.saver.fakes import entries
+from tests.support.devices import EDGE_IDS
+from tests.support.rank_processes import Ranks
+from tests.support.sharded_saves import damaged, overtaken, resumed, saved, saved_again
+
+SIZES = [1, 2, 3, 4, 8]
+SHARDINGS = ["row", "table", "replicated", "mixed"]
+
+
+@pytest.fixture(scope="module")
+def eight() -> Iterator[Ranks]:
+    """Processes that are ranks of a group."""
+    started = Ranks(ranks=8)
+    yield started
+    started.close()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def runs(eight: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, Path]]:
+    """By number of ranks that wrote it: how they share the tables, and where the run is."""
+    found = {}
+    for number, size in enumerate(SIZES):
+        sharding, root = SHARDINGS[number % 4], tmp_path_factory.mktemp(f"of{size}")
+        eight.run(size, saved, sharding, str(root))
+        found[size] = sharding, root
+    return found
+
+
+def test_chains_say_what_changed(runs: dict[int, tuple[str, Path]]) -> None:
+    for size, (_, root) in runs.items():
+        assert entries(root / "run") == ["step_000001", "step_000002", "step_000003"]
+        last = Checkpoint(root / "run", 3)
+        assert last.manifest.world_size == size
+        assert last.manifest.previous is not None
+        tables = Checkpoint(root / "run", 2).manifest.parts["engine"].tables
+        whole = Checkpoint(root / "run", 1).manifest.parts["engine"].tables
+        assert all((table.removed is None) == (name in ("frozen", "frozen.admission")) or table.removed is not None
+                   for name, table in tables.items())  # fmt: skip
+        assert tables["user"].removed is not None
+        assert tables["user"].removed.rows >= len(EDGE_IDS)
+        assert all(table.removed is None for table in whole.values())
+
+
+@pytest.mark.parametrize("readers", SIZES)
+@pytest.mark.parametrize("writers", SIZES)
+def test_any_ranks_load_what_any_others_saved(
+    eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, writers: int, readers: int
+) -> None:
+    root = runs[writers][1]
+    sharding = SHARDINGS[(SIZES.index(writers) + SIZES.index(readers)) % 4]
+    eight.run(readers, saved_again, sharding, str(root / "run"), str(tmp_path), readers % 2 == 0)
+    ours, expected = tmp_path / "step_000003", root / "whole" / "step_000003"
+    assert files(ours) == files(expected)
+    documents = [json.loads((place / "manifest.json").read_bytes()) for place in (ours, expected)]
+    assert documents[0]["parts"] == documents[1]["parts"]
+
+
+@pytest.mark.parametrize(("size", "sharding"), [(2, "mixed"), (3, "table"), (2, "replicated"), (4, "row")])
+def test_training_overtakes_a_save_in_the_background(eight: Ranks, tmp_path: Path, size: int, sharding: str) -> None:
+    eight.run(size, overtaken, sharding, str(tmp_path))
+    for step in (1, 2, 3):
+        whole, background = Checkpoint(tmp_path / "first", step), Checkpoint(tmp_path / "background", step)
+        for name, table in whole.read("engine").tables.items():
+            other = background.read("engine").tables[name]
+            assert all(torch.equal(other.columns[column], values) for column, values in table.columns.items())
+        assert (background.manifest.previous is None) == (step != 3)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(eight: Ranks, tmp_path: Path, sharding: str) -> None:
+    eight.run(2, resumed, sharding, str(tmp_path))
+    assert files(tmp_path / "resumed") == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_damage_changes_nothing_on_any_rank(
+    eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, sharding: str
+) -> None:
+    root = tmp_path / "run"
+    source = runs[2][1] / "whole" / "step_000003"
+    for path in source.rglob("*"):
+        target = root / "step_000003" / path.relative_to(source)
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    path = next((root / "step_000003" / "sparse" / "engine" / "user").iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last bucket, which one rank alone reads where tables are spread
+    path.write_bytes(data)
+    for answer in eight.run(2, damaged, sharding, str(root)):
+        assert len(answer) == 1
+        assert path.name in answer[0]

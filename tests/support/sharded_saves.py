@@ -1,0 +1,115 @@
+"""What ranks do in tests of checkpoints of tables that they share."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingEngine, Unused
+from recis_hybrid.saver import CorruptCheckpoint, Saver
+from tests.support import rank_processes, sharded
+from tests.support.devices import EDGE_IDS
+
+
+def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3) -> EmbeddingEngine:
+    configs = sharded.configs("row" if sharding == "mixed" else sharding)
+    if sharding == "mixed":
+        # Also within a logical table: "tiled" would be coalesced with "user".
+        others = {"best": "table", "tiled": "table", "narrow": "replicated", "rare": "replicated"}
+        configs |= {name: replace(configs[name], sharding=other) for name, other in others.items()}
+        configs["each"] = replace(configs["each"], sharding="auto", expected_rows=40)
+    return EmbeddingEngine(configs, optimizer_state=sharded.STATES["Adam"], seed=seed, group=group)
+
+
+class Run:
+    """An engine in training, on this rank's share of the batches."""
+
+    def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.engine = engine_of(sharding, group, seed)
+        self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
+
+    def train(self, steps: range) -> None:
+        cuts = sharded.shares(24, self.size, False)
+        for step in steps:
+            batch = sharded.part_of(sharded.global_batch(step), cuts[self.rank], cuts[self.rank + 1])
+            loss = sum(value.square().sum() for value in self.engine(batch).values())
+            assert isinstance(loss, torch.Tensor)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def saver(self, path: str, **options: bool) -> Saver:
+        return Saver(path, group=rank_processes.SAVING[self.size], **options)
+
+    def parts(self) -> dict[str, object]:
+        return {"engine": self.engine, "sparse": self.optimizer}
+
+
+def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """Saves what changed, twice, and the last state whole, too."""
+    run = Run(sharding, group)
+    saver = run.saver(f"{root}/run")
+    for step in (1, 2, 3):
+        run.train(range(2 * step, 2 * step + 2))
+        if step == 2:
+            run.engine.evict(Unused(1))
+            # All ranks are told all ids, whoever has them.
+            run.engine.tables[0].erase(0, torch.tensor([*EDGE_IDS, 100, 101, 10**6]))
+        saver.save(step, delta=True, **run.parts())
+    run.saver(f"{root}/whole").save(3, **run.parts())
+
+
+def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
+    """Loads the last of a chain, and saves it whole."""
+    run = Run(sharding, group, seed=9)
+    if filled:
+        run.train(range(1))
+    assert run.saver(root).load(**run.parts()) == 3
+    run.saver(out).save(3, **run.parts())
+
+
+def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """Trains on while saves in the background write, whole ones and what changed."""
+    run = Run(sharding, group)
+    # Two savers at work at once need a group each.
+    first, background = Saver(f"{root}/first", group=group), run.saver(f"{root}/background", async_save=True)
+    for step in (1, 2, 3):
+        run.train(range(2 * step, 2 * step + 2))
+        first.save(step, **run.parts())
+        background.save(step, delta=step != 2, **run.parts())
+        run.engine.tables[0].erase(0, torch.tensor([100 + step]))
+    background.wait()
+    run.train(range(20, 22))
+
+
+def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """A run that ends where an undisturbed one does."""
+    run = Run(sharding, group)
+    run.train(range(3))
+    saver = run.saver(f"{root}/run")
+    saver.save(1, delta=True, **run.parts())
+    run.train(range(3, 6))
+    saver.save(2, delta=True, **run.parts())
+    run.train(range(6, 9))
+    run.saver(f"{root}/undisturbed").save(3, **run.parts())
+    again = Run(sharding, group, seed=8)
+    again.saver(f"{root}/run").load(**again.parts())
+    again.train(range(6, 9))
+    again.saver(f"{root}/resumed").save(3, **again.parts())
+
+
+def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
+    """Loads a damaged checkpoint into tables that hold rows. Returns what is said; nothing may have changed."""
+    run = Run(sharding, group)
+    run.train(range(2))
+    before = run.engine.checkpoint_state()
+    try:
+        run.saver(root).load(**run.parts())
+    except CorruptCheckpoint as error:
+        after = run.engine.checkpoint_state()
+        for name, table in before.tables.items():
+            assert all(torch.equal(after.tables[name].columns[c], values) for c, values in table.columns.items())
+        return [str(error)]
+    return []
