@@ -21,16 +21,18 @@ from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.saver import Saver
 from tests.support import sharded
 
-SAMPLES, EVERY = 24, 3
+SAMPLES, EVERY, DIM = 24, 3, 18
 
 
 def train(
     group: dist.ProcessGroup, folder: str, steps: int, save_group: dist.ProcessGroup | None = None,
-    die_after: int | None = None,
+    die_after: int | None = None, sharding: str = "row",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains up to a step, from the latest checkpoint if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    engine = EmbeddingEngine(
+        sharded.configs(sharding, DIM), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group
+    )
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
     model = sharded.Model(engine, width)
     sparse = optim.Adagrad(engine.parameters(), lr=0.1)
