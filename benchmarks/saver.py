@@ -5,8 +5,9 @@
 A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments. ``save``: written, checksummed and
 forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
 save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
-``load``: written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo),
-beside three threads that ``read()`` the same bytes into fresh memory.
+``delta``: what a save of 1 % of the rows takes, which were just trained, beside the whole save, likewise. ``load``:
+written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo), beside
+three threads that ``read()`` the same bytes into fresh memory.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Cases:
         self.results[-1].print()
 
     def saves(self) -> None:
-        if self.wanted not in "save" and self.wanted not in "async_stall":
+        if not any(self.wanted in case for case in ("save", "async_stall", "delta")):
             return
         engine, steps = filled(self.rows), count(1)
         saver = Saver(self.folder / "sync", keep=1)
@@ -127,6 +128,21 @@ class Cases:
             del columns
         if self.wanted in "async_stall":
             self.measure("async_stall", size, "the whole save", stall, save)
+        if self.wanted in "delta":
+            del background
+            changing, generator = Saver(self.folder / "delta", keep=1), torch.Generator().manual_seed(1)
+            optimizer, ids = optim.Adam(engine.parameters()), engine.tables[0].ids(0)
+
+            def delta() -> float:
+                touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
+                engine({"id": touched})["id"].sum().backward()
+                optimizer.step()
+                begin = time.perf_counter()
+                changing.save(next(steps), delta=True, engine=engine)
+                return time.perf_counter() - begin
+
+            delta()  # the first is whole
+            self.measure("delta", size, "the whole save", delta, save)
 
     def load(self) -> None:
         if self.wanted not in "load":

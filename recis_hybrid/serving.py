@@ -56,7 +56,7 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
-        self.path = _step_folder(Path(path))
+        self.path = _step_folder(os.fspath(path))
         document = _manifest(self.path / "manifest.json")
         self.step: int = document["step"]
         """The step that was exported."""
@@ -238,7 +238,10 @@ def _widened(values: Array, bfloat16: bool) -> Array:
     return (values.astype(np.uint32) << 16).view(np.float32) if bfloat16 else values
 
 
-def _step_folder(path: Path) -> Path:
+def _step_folder(text: str) -> Path:
+    if "://" in text:
+        raise ServingError(f"{text}: files are mapped, which those of a URL cannot be. Copy the export to a directory.")
+    path = Path(text)
     if not path.is_dir():
         raise ServingError(f"{path} is no directory. Name what `recis-hybrid export` wrote.")
     if (path / "manifest.json").is_file():

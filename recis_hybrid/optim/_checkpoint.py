@@ -103,6 +103,8 @@ def _checked(meta: Mapping[str, JSON]) -> tuple[list[dict[str, Any]], dict[str, 
     if not isinstance(groups, list) or not isinstance(tables, dict):
         raise ValueError(f"a sparse optimizer must have groups and tables, it has {sorted(meta)}")
     settings = [group for group in groups if isinstance(group, dict)]
+    if len(settings) < len(groups):
+        raise ValueError("the groups of a sparse optimizer must be objects")
     found: dict[str, tuple[int, int]] = {}
     for name, entry in tables.items():
         group, step = (entry.get("group"), entry.get("step")) if isinstance(entry, dict) else (None, None)

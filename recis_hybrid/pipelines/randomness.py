@@ -32,6 +32,18 @@ def seed_everything(seed: int, *, rank: int = 0) -> None:
     random.seed(mixed)
 
 
+class Generators:
+    """All of them, as a part of checkpoints: each rank has its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns their states."""
+        return generator_states()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        set_generator_states(state)
+
+
 def generator_states() -> dict[str, Any]:
     """Returns the state of all of them, as a checkpoint can hold it."""
     of_numpy: Any = np.random.get_state(legacy=True)

@@ -17,14 +17,14 @@ from recis_hybrid.pipelines.evaluate import Metrics, evaluate
 from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.place import Place
-from recis_hybrid.pipelines.randomness import generator_states, seed_everything, set_generator_states
+from recis_hybrid.pipelines.randomness import Generators, seed_everything
 from recis_hybrid.pipelines.read_ahead import ReadAhead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
 from recis_hybrid.pipelines.step import Step
 from recis_hybrid.ragged import Batch, batch_size
-from recis_hybrid.saver import Location, Saver
+from recis_hybrid.saver import Location, PerRank, Saver
 
 
 class Trainer:
@@ -313,26 +313,26 @@ class Trainer:
         return self._place.left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
 
     def parts(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds, by name: the steps' parts, further ones, and the trainer itself."""
+        """Returns what a checkpoint holds, by name: the steps' parts, further ones, the trainer itself, generators."""
         parts = dict(self._parts)
         for name, step in self.steps.items():
             # What several steps share, as tables, is saved once.
             known = {id(value) for value in parts.values()}
             own = {part: value for part, value in step.parts().items() if id(value) not in known}
             parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
-        if "trainer" in parts:
-            raise ValueError("Trainer: the part 'trainer' is the trainer's own; save yours by another name")
-        return {**parts, "trainer": self}
+        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators())}
+        for name in mine.keys() & parts.keys():
+            raise ValueError(f"Trainer: the part {name!r} is the trainer's own; save yours by another name")
+        return parts | mine
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place: steps, stage, reading positions, generators, and the state of callbacks."""
+        """Returns the place: steps, stage, reading positions, and the state of callbacks; the same on all ranks."""
         stream: Any = self._stages
         return {
             "place": self._place.state_dict(),
             "figures": {name: dict(figures) for name, figures in self.figures.items()},
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
-            "generators": generator_states(),
             "callbacks": self._hooks.state(),
         }
 
@@ -346,7 +346,6 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
-        set_generator_states(state["generators"])
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         self._stages, self._stage = stages, None
@@ -361,10 +360,11 @@ class Trainer:
                 f"Trainer.fit: there are checkpoints of the steps {existing} already; go on from them by "
                 f'resume="latest", or save in another directory'
             )
-        if self.saver is not None and resume is not None and (existing or resume != "latest"):
+        resumes = self.saver is not None and resume is not None and bool(existing or resume != "latest")
+        if self.seed is not None and (resumes or self.steps_done == 0):
+            seed_everything(self.seed, rank=rank())  # which a rank keeps that was not there when it was saved
+        if resumes and self.saver is not None and resume is not None:
             self._saved = self.saver.load(resume, **self.parts())
-        elif self.seed is not None and self.steps_done == 0:
-            seed_everything(self.seed, rank=rank())
 
     def _end(self, error: BaseException | None) -> None:
         """Ends callbacks and a save in the background."""
@@ -386,6 +386,8 @@ class Trainer:
         """Saves after a callback has raised, and says what came of it."""
         if self.saver is None:
             return "there is no saver, so nothing was saved"
+        if ranks() > 1:  # which do not know of it: a save would wait for them, and they for this one
+            return "ranks save together only, so nothing was saved"
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done

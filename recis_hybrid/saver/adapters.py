@@ -10,6 +10,7 @@ from recis_hybrid.saver.compare import named_differences, refuse_differences, st
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.json_values import checked_json
 from recis_hybrid.saver.manifest import TensorSpec
+from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
 from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader, Saveable, SharesRows, TakesRows
 from recis_hybrid.saver.ranks import Ranks
@@ -134,7 +135,10 @@ class SaveablePart:
 
 
 class ModulePart:
-    """A module, by its state_dict: tensors under their names, other values (extra state) as JSON."""
+    """A module, by its state_dict: tensors under their names, other values (extra state) as JSON.
+
+    DistributedDataParallel leaves no trace in the names, so that towers go from any number of ranks to any other.
+    """
 
     kind = "module"
 
@@ -163,7 +167,9 @@ class ModulePart:
 
     def load(self, saved: PartState) -> None:
         """Copy into the parameters and buffers; they stay the same tensors."""
-        self.module.load_state_dict({**saved.tensors, **_extra("the module", saved)})
+        own = own_names(self.module)
+        state = {**saved.tensors, **_extra("the module", saved)}
+        self.module.load_state_dict({own[name]: value for name, value in state.items()})
 
     def _entries(self) -> dict[str, object]:
         lazy = [k for k, p in self.module.named_parameters() if torch.nn.parameter.is_lazy(p)]
@@ -173,7 +179,8 @@ class ModulePart:
                 f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
                 "module once on a batch."
             )
-        return dict(self.module.state_dict())
+        state = self.module.state_dict()
+        return {name: state[own] for name, own in own_names(self.module).items()}
 
 
 class JsonPart:

@@ -9,6 +9,7 @@ from recis_hybrid.saver.adapters import ModulePart, Part, SaveablePart
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.manifest import TableEntry, TensorSpec
+from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.protocol import HasTables, TableState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.selection import Loaded, Selection
@@ -80,7 +81,8 @@ def tensors_into(
     Returns:
         What copies them: shapes are the same, dtypes are converted.
     """
-    live = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    state = module.state_dict(keep_vars=True)
+    live = {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
     names = selection.live_names(tensors)
     fitting: list[tuple[Tensor, Tensor]] = []
     for name, saved in names.items():

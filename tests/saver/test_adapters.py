@@ -1,11 +1,14 @@
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, PartState, Saveable, Saver, TableState
 from tests.saver.fakes import Shelf, edit_manifest, empty_shelf, example_shelf
@@ -227,3 +230,30 @@ def test_extra_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
     edit_manifest(directory, lambda d: d["parts"]["model"]["meta"].update(extra=[1]))
     with pytest.raises(CheckpointError, match=r"meta.extra must be an object, got \[1\]"):
         Saver(tmp_path).load(model=nn.Linear(2, 2))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_names_do_not_depend_on_distributed_data_parallel(tmp_path: Path, alone: None) -> None:
+    plain = nn.ModuleDict({"tower": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "bias": nn.Linear(1, 1)})
+    wrapped = nn.ModuleDict({"tower": DistributedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))})
+    wrapped["bias"] = nn.Linear(1, 1)
+    whole = DistributedDataParallel(
+        nn.ModuleDict({"tower": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "bias": nn.Linear(1, 1)})
+    )
+    saver = Saver(tmp_path)
+    saver.save(1, model=wrapped)
+    for other in (plain, whole):
+        saver.load(model=other)
+    for own, (name, value) in zip(wrapped.state_dict().values(), plain.state_dict().items(), strict=True):
+        assert torch.equal(own, value), name
+        assert torch.equal(whole.state_dict()[f"module.{name}"], value), name
+    assert saver.load_some(only="tower.*", model=whole).loaded == [
+        "model: tower.0.bias", "model: tower.0.weight", "model: tower.1.bias", "model: tower.1.weight",
+    ]  # fmt: skip

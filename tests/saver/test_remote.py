@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver, table_plan
+from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.cli import main
 from recis_hybrid.saver.remote import RemotePath
+from recis_hybrid.serving import Reader, ServingError
 from tests.saver.fakes import empty_shelf, example_shelf
-from tests.saver.test_world_sizes import large, rows_of, sharded
+from tests.saver.test_world_sizes import large, member, own, rows_of, sharded
 from tests.support.ranks import all_of, in_ranks
 from tests.support.toy import Toy
 
@@ -192,3 +195,66 @@ def test_a_store_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / str(rank)).mkdir()
     results = in_ranks(2, save)
     assert all("all ranks must see the same directory" in str(result) for result in results)
+
+
+def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url, toy = "memory://b/run", Toy()
+    saver, local = Saver(url), Saver(tmp_path / "run")
+    for step in (1, 2):
+        toy.train_steps(1)
+        saver.save(step, delta=True, **toy.parts())
+        local.save(step, **toy.parts())
+    for arguments, status, said in (
+        (["inspect", url], 0, "builds on step 1"),
+        (["inspect", f"{url}/step_000001"], 0, "step 1, written by 1 process(es)"),
+        (["verify", url], 0, f"{url}/step_000002: sound"),
+        (["diff", url, str(tmp_path / "run")], 0, "hold the same"),
+        (["compact", url], 1, "an object store cannot replace a checkpoint at once. Name another place with --to"),
+        (["compact", url, "--to", "memory://b/whole"], 0, "memory://b/whole/step_000002 is whole"),
+        (["compact", url, "--to", "memory://b/whole"], 1, "is there already"),
+        (["export", url, "memory://b/out"], 0, "memory://b/out/step_000002 is written"),
+        (["verify", "memory://b/out"], 0, "sound"),
+        (["verify", "memory://b/nothing"], 1, "holds no complete checkpoint"),
+        (["verify", "nosuch://b/run"], 1, "no file system is known for 'nosuch://b/run'"),
+    ):
+        assert main(arguments) == status, arguments
+        output = capsys.readouterr()
+        assert said in output.out + output.err
+    assert RemotePath.of(url).names() == [".lease", "step_000001", "step_000002"]
+    saver.save(3, **toy.parts())  # nobody has taken over here
+    assert main(["diff", "memory://b/whole", str(tmp_path / "run")]) == 0
+    with pytest.raises(ServingError, match="memory://b/out: files are mapped.*Copy the export to a directory"):
+        Reader("memory://b/out")
+
+
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture = request.getfixturevalue(store)
+    url = fixture if store == "s3" else "memory://b/run"
+    monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
+
+    def save(rank: int, group: dist.ProcessGroup) -> Any:
+        engine = sharded(rank, 3)
+        saver = Saver(url, group=group, async_save=True)
+        saver.save(1, delta=True, engine=engine)
+        table, number = member(engine, "user")
+        kept = table.ids(number)
+        table.erase(number, kept[::3].clone())
+        table.insert(number, own(torch.arange(10**6, 10**6 + 50), rank, 3))
+        saver.save(2, delta=True, engine=engine)
+        saver.wait()
+        return rows_of(engine)
+
+    saved = all_of(3, save)
+    changed = Checkpoint(RemotePath.of(url), 2).manifest
+    assert changed.previous is not None
+    assert 50 <= changed.parts["engine"].tables["user"].rows < 150  # and those that were seen in a step to come
+
+    def load(rank: int, group: dist.ProcessGroup) -> Any:
+        engine = sharded(rank, 2, filled=False)
+        assert Saver(url, group=group).load(engine=engine) == 2
+        return rows_of(engine)
+
+    parts = all_of(2, load)
+    for name in saved[0]:
+        assert parts[0][name] | parts[1][name] == saved[0][name] | saved[1][name] | saved[2][name]

@@ -1,0 +1,114 @@
+"""A Trainer on two ranks that is killed goes on from its checkpoint, bitwise; one or two ranks go on from it, too."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recis_hybrid import optim
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, dense_parameters
+from recis_hybrid.pipelines import Callback, Checkpoint, Save, TorchStep, Train, Trainer
+from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
+from tests.support.small import bce
+
+STEPS, KILLED_AT = 10, 8
+
+
+class Model(nn.Module):
+    """Tables of every sharding, and dropout, whose generators ranks have each for themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.engine = EmbeddingEngine(
+            {
+                "user": EmbeddingConfig(dim=4),
+                "item": EmbeddingConfig(dim=4, sharding="table", admission=MinFrequency(2)),
+                "country": EmbeddingConfig(dim=4, sharding="auto", expected_rows=20),
+            },
+            optimizer_state=optim.Adam.row_state(),
+        )
+        self.tower: nn.Module = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.tower(torch.cat(list(self.engine(batch).values()), 1))[:, 0]  # type: ignore[no-any-return]
+
+
+class Kill(Callback):
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_data(path: Path) -> None:
+    draw, rows = np.random.default_rng(0), 64 * STEPS
+    columns = {name: draw.integers(0, most, rows) for name, most in (("user", 90), ("item", 60), ("country", 20))}
+    pq.write_table(pa.table({**columns, "label": draw.integers(0, 2, rows).astype(np.float32)}), path)
+
+
+def fit(rank: int, ranks: int, folder: Path, run: str, killed: bool, asynchronous: bool) -> None:
+    model = Model()
+    if ranks > 1:
+        model.tower = DistributedDataParallel(model.tower)
+    optimizers = [torch.optim.Adam(dense_parameters(model), lr=0.01), optim.Adam(model.engine.parameters(), lr=0.01)]
+    data = ColumnDataset(
+        folder / "data.parquet", ["user", "item", "country", "label"], 64 // ranks, shuffle=True, seed=3
+    )
+    saver = Saver(folder / run, keep=None, async_save=asynchronous)
+    callbacks = [Checkpoint(steps=3), *([Kill()] if killed and rank == ranks - 1 else [])]
+    step = TorchStep(model, bce, optimizers)
+    trainer = Trainer(step, data, saver=saver, callbacks=callbacks, log_every=5, seed=5)
+    trainer.fit([Train(steps=STEPS), Save()], resume="latest")
+    assert trainer.steps_done == STEPS
+
+
+def on_rank(rank: int, port: int, *arguments: object) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    fit(rank, 2, *arguments)  # type: ignore[arg-type]
+    dist.destroy_process_group()
+
+
+def on_two_ranks(*arguments: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
+    mp.get_context("forkserver").set_forkserver_preload(["torch", __name__])
+    mp.start_processes(on_rank, (port, *arguments), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*.safetensors")}
+
+
+def test_a_killed_run_of_two_ranks_goes_on_bitwise(tmp_path: Path) -> None:
+    write_data(tmp_path / "data.parquet")
+    on_two_ranks(tmp_path, "undisturbed", False, True)
+    with pytest.raises(mp.ProcessExitedException):
+        on_two_ranks(tmp_path, "killed", True, False)
+    assert Saver(tmp_path / "killed").latest() == 6
+    on_two_ranks(tmp_path, "killed", False, False)
+    last = f"step_{STEPS:06d}"
+    assert files(tmp_path / "killed" / last) == files(tmp_path / "undisturbed" / last)
+    assert "dense/generators%5B1%5D.safetensors" in files(tmp_path / "killed" / last)
+    # One process goes on where two were, and two where one was.
+    (tmp_path / "one").mkdir()
+    (tmp_path / "undisturbed" / "step_000006").rename(tmp_path / "one" / "step_000006")
+    fit(0, 1, tmp_path, "one", False, False)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one" / "step_000009").rename(tmp_path / "two" / "step_000009")
+    on_two_ranks(tmp_path, "two", False, False)
+    assert Saver(tmp_path / "two").steps() == [9, STEPS]
