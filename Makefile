@@ -28,7 +28,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test faults lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
+.PHONY: help demo test faults agreement rehearsal lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
 
 help:  ## Lists what can be made, and the settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -50,8 +50,15 @@ demo: setup  ## Trains a hybrid torch and JAX model on data it makes itself
 test: setup  ## Runs the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-faults: setup  ## Kills saves and loads, fills disks, damages checkpoints, 20 times each; prints what was survived
+faults: setup  ## Kills saves, loads and ranks, fills disks, damages checkpoints, 20 times each; prints what was survived
 	$(PY) -m tests.saver.faults
+	$(PY) -m tests.embedding.faults
+
+agreement: setup  ## Trains on 2 and 4 ranks in every way, and prints how well they agree with one process
+	$(PY) -m tests.embedding.agreement
+
+rehearsal: setup  ## Cuts one of two hosts off in mid-run, in network namespaces; needs root and iproute2
+	$(PY) scripts/two_hosts.py --ranks 2
 
 lint: $(DEPENDENCIES)  ## Checks format, rules and types; changes nothing
 	$(PY) -m ruff format --check .

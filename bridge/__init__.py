@@ -26,6 +26,7 @@ from .adapters import (
     from_linen as from_linen,
     from_nnx as from_nnx,
 )
+from .all_reduce import GradientAllReduce as GradientAllReduce
 from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
 from .launch import init as init
 from .optimizer import OptaxOptimizer as OptaxOptimizer
@@ -35,6 +36,7 @@ from .tower import JaxTower as JaxTower
 del _jax
 
 __all__ = [
+    "GradientAllReduce",
     "JaxState",
     "JaxTower",
     "OptaxOptimizer",

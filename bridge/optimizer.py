@@ -11,7 +11,9 @@ from typing import Any, Protocol, cast, overload
 import jax
 import jax.numpy as jnp
 import torch
+import torch.distributed as dist
 
+from .all_reduce import GradientAllReduce
 from .dlpack import ALIGNMENT, count_copy, share, to_jax, unshare
 
 
@@ -35,10 +37,15 @@ class OptaxOptimizer(torch.optim.Optimizer):
         named_parameters: as `module.named_parameters()` gives them, of a `JaxTower` or of any torch module; on one
             device, contiguous, starting at multiples of 64 bytes.
         transformation: of optax, or whatever has its `init` and `update`.
+        group: of ranks that train the parameters together: they start as the first rank's, and each step takes the
+            gradients of all ranks, by a `GradientAllReduce`. All of them step together, then, with gradients or not.
+            None: gradients are this rank's, or DDP has summed them.
+        share: what a rank's gradients are multiplied by, asked in each step: `lambda: engine.share`, the share of the
+            samples that an `EmbeddingEngine` has counted. Without it ranks count alike.
 
     Raises:
         TypeError: if the parameters come without names, or one is not floating.
-        ValueError: if there is none, two have one name, or one cannot be shared with JAX.
+        ValueError: if there is none, two have one name, one cannot be shared with JAX, or a share comes without group.
 
     Example:
         >>> import numpy as np, optax
@@ -52,7 +59,12 @@ class OptaxOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], transformation: GradientTransformation
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        transformation: GradientTransformation,
+        *,
+        group: dist.ProcessGroup | None = None,
+        share: Callable[[], float] | None = None,
     ) -> None:
         given = list(named_parameters)
         for each in given:
@@ -67,7 +79,14 @@ class OptaxOptimizer(torch.optim.Optimizer):
         if not given or len(self._named) < len(given):
             raise ValueError(f"OptaxOptimizer: takes parameters of distinct names, got {[name for name, _ in given]}")
         super().__init__([{"params": list(self._named.values())}], {})
+        if share is not None and group is None:
+            raise ValueError("OptaxOptimizer: a share is of the ranks of a group; pass group, too")
         self._zeros: dict[str, jax.Array] = {}
+        self._share = share
+        self._all_reduce: GradientAllReduce | None = None
+        if group is not None:
+            self._all_reduce = GradientAllReduce(self._arrays(), group)
+            self._replace(self._all_reduce.broadcast(self._arrays()))
         self._state = jax.jit(transformation.init)(self._arrays())
 
         def update(params: Any, gradients: Any, state: Any) -> tuple[Any, Any]:
@@ -84,7 +103,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates the parameters; without one gradient, it does nothing.
+        """Updates the parameters; without one gradient, it does nothing, unless there are several ranks.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -99,16 +118,23 @@ class OptaxOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gradients = None
         if any(parameter.grad is not None for parameter in self._named.values()):
             gradients = {name: self._gradient(name, parameter) for name, parameter in self._named.items()}
+        if self._all_reduce is not None:
+            gradients = self._all_reduce(gradients, None if self._share is None else self._share())
+        if gradients is not None:
             updated, self._state = self._update(self._arrays(), gradients, self._state)
-            # Taking them waits for the whole program, so that torch may write to the gradients again.
-            tensors = unshare([updated[name] for name in self._named])
-            for parameter, tensor in zip(self._named.values(), tensors, strict=True):
-                parameter.data = tensor
-                # As an update in place would: a backward pass that still needs the old value says so.
-                torch.autograd.graph.increment_version(parameter)
+            self._replace(updated)
         return loss
+
+    def _replace(self, updated: dict[str, jax.Array]) -> None:
+        # Taking them waits for the whole program, so that torch may write to the gradients again.
+        tensors = unshare([updated[name] for name in self._named])
+        for parameter, tensor in zip(self._named.values(), tensors, strict=True):
+            parameter.data = tensor
+            # As an update in place would: a backward pass that still needs the old value says so.
+            torch.autograd.graph.increment_version(parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of the transformation's state: the leaves of its pytree, in their order, as tensors."""

@@ -20,18 +20,18 @@ struct Initializer {
   float high;
   float erf_low;  // truncated normal: erf of the ends as multiples of sqrt(2) standard deviations from the mean
   float erf_high;
-  int32_t padding;
+  int32_t first_quad;  // where a row is split by column: which four of its elements are the first ones here
   uint64_t key;  // of seed and member table's name
 };
 static_assert(sizeof(Initializer) == 40, "Initializer is read from rows of five int64");
 
-// Elements 4 * quad .. 4 * quad + 3 of the row of `id`.
+// Elements 4 * quad .. 4 * quad + 3 of what is here of the row of `id`.
 RECIS_HD void first_values(const Initializer& init, int64_t id, int64_t quad, float (&out)[4]) {
   if (init.kind == InitKind::kConstant) {
     for (float& x : out) x = init.a;
     return;
   }
-  const Random4 random = philox(init.key, static_cast<uint64_t>(id), static_cast<uint64_t>(quad));
+  const Random4 random = philox(init.key, static_cast<uint64_t>(id), static_cast<uint64_t>(init.first_quad + quad));
   if (init.kind == InitKind::kUniform) {
     for (int j = 0; j < 4; ++j) out[j] = init.a + (init.b - init.a) * unit_float(random.x[j]);
   } else if (init.kind == InitKind::kNormal) {

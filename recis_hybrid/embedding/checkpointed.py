@@ -76,8 +76,7 @@ class CheckpointedTables:
         """What of the tables this rank saves and loads; None where no others have them, too."""
         if self._sharded is None:
             return None
-        exchange = self._sharded.exchange
-        return Shares(exchange.rank, exchange.size, [table.asks for table in self._sharded.tables])
+        return Shares(self._sharded.exchange, [table.asks for table in self._sharded.tables])
 
     def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
         """Replaces the rows of some member tables; see :func:`load_some_tables`."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from recis_hybrid.embedding.columns import columns_of
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
+from recis_hybrid.embedding.initializers import QUAD
 from recis_hybrid.embedding.protocols import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
 from recis_hybrid.embedding.sharding import Sharding, sharding_of
@@ -21,6 +23,7 @@ class TablePlan:
     """One logical table: its record layout, its member tables, and the features that read each."""
 
     layout: RecordLayout
+    """Of whole rows."""
     members: tuple[MemberTable, ...]
     features: dict[str, int]
     """Feature name → number of its member table."""
@@ -42,7 +45,7 @@ def plan_tables(
         ranks: How many have the tables together.
 
     Raises:
-        ValueError: If features that share a member table disagree about it.
+        ValueError: If features that share a member table disagree about it, or rows cannot be split by column.
     """
     first_of: dict[str, str] = {}
     groups: dict[tuple[object, ...], list[str]] = {}
@@ -54,7 +57,7 @@ def plan_tables(
         _refuse_disagreement(table, other, configs[other], name, config)
         overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
         key = (config.dim, config.dtype, _state_dtype(config), config.trainable, config.admission, overrides,
-               config.placement, sharding_of(config, ranks) if ranks > 1 else "row")  # fmt: skip
+               config.placement, sharding_of(config, ranks, optimizer_state))  # fmt: skip
         groups.setdefault(key if coalesce else (*key, table), []).append(name)
 
     plans = []
@@ -67,12 +70,37 @@ def plan_tables(
             features[name] = list(members).index(table)
         config = configs[names[0]]
         layout = RecordLayout(config.dim, optimizer_state, config.dtype, _state_dtype(config))
-        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding_of(config, ranks)))
+        sharding = sharding_of(config, ranks, optimizer_state)
+        if sharding == "column":
+            _refuse_columns(", ".join(members), layout, ranks)
+        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding))
     return plans
+
+
+def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
+    """Returns the layout of what a rank has of a table's rows."""
+    if plan.sharding != "column":
+        return plan.layout
+    widths = columns_of(plan.layout.dim, ranks)
+    return plan.layout.columns(sum(widths[:rank]), widths[rank])
 
 
 def _state_dtype(config: EmbeddingConfig) -> torch.dtype:
     return config.state_dtype or torch.float32
+
+
+def _refuse_columns(names: str, layout: RecordLayout, ranks: int) -> None:
+    if layout.dim < QUAD * ranks:
+        raise ValueError(
+            f"table {names}: sharding='column' gives each of {ranks} ranks at least {QUAD} elements of a row, and "
+            f"dim={layout.dim}; use sharding='row'"
+        )
+    shared = [field.name for field in layout.state if field.width is not None]
+    if shared:
+        raise ValueError(
+            f"table {names}: sharding='column' needs optimizer state for each element, and {shared} are of a whole "
+            f"row, which no rank has; use another sharding, or optim.Adagrad in place of optim.RowwiseAdagrad"
+        )
 
 
 def _refuse_disagreement(table: str, a: str, first: EmbeddingConfig, b: str, second: EmbeddingConfig) -> None:

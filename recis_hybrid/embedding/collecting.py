@@ -22,6 +22,7 @@ from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.lookup import Lookup
 from recis_hybrid.embedding.pending import Part, Pending
+from recis_hybrid.embedding.routing import Asks
 from recis_hybrid.ops.gather import Bags, RowGroups
 
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
@@ -51,9 +52,9 @@ class Asked:
     user: weakref.ref[object] | None = None
     """What backward would find it by."""
 
-    def distinct(self, replicated: bool) -> int:
+    def distinct(self, everywhere: bool) -> int:
         """Returns U."""
-        return self.send[0] if replicated else sum(self.send)
+        return self.send[0] if everywhere else sum(self.send)
 
     def add(self, part: Part, *, full: bool) -> None:
         """Keeps gradients."""
@@ -91,20 +92,20 @@ class Collector:
         exchange: With the other ranks.
         wire_dtype: In which gradients travel.
         reduce: How ranks' gradients of a row become one.
-        replicated: Whether every rank has every row.
-        kinds: Of ids of the table.
+        asks: On which ranks the rows are.
+        dim: Elements of a whole row.
     """
 
     def __init__(
-        self, table: HashTable, exchange: Exchange, *, wire_dtype: torch.dtype, reduce: Reduce, replicated: bool,
-        kinds: int,
+        self, table: HashTable, exchange: Exchange, *, wire_dtype: torch.dtype, reduce: Reduce, asks: Asks, dim: int
     ) -> None:  # fmt: skip
         self.table = table
         self.exchange = exchange
         self.wire_dtype = wire_dtype
         self.reduce = reduce
-        self.replicated = replicated
-        self.kinds = kinds
+        self.everywhere = asks.everywhere
+        self.columns = asks.columns
+        self.dim = dim
         self._asked: list[Asked] = []
 
     def __bool__(self) -> bool:
@@ -117,7 +118,7 @@ class Collector:
 
     def norm(self, own: Tensor) -> Tensor:
         """Returns the norm over all rows of the table, from that over this rank's."""
-        return own if self.replicated else self.exchange.sum(own.square()).sqrt()
+        return own if self.everywhere and self.columns is None else self.exchange.sum(own.square()).sqrt()
 
     def watch(self, asked: Asked, user: object) -> None:
         """Expects gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
@@ -180,8 +181,8 @@ class Collector:
             send, which = [0] * ranks, asked.owned.rows[:0]
             if own.places is not None:
                 send = own.counts
-                starts = [0] * ranks if self.replicated else list(accumulate(asked.send[:-1], initial=0))
-                places = own.places.repeat(ranks) if self.replicated else own.places
+                starts = [0] * ranks if self.everywhere else list(accumulate(asked.send[:-1], initial=0))
+                places = own.places.repeat(ranks) if self.everywhere else own.places
                 which = torch.cat([part - start for part, start in zip(places.split(send), starts, strict=True)])
             receive = [n if state == _SOME else 0 for n, state in zip(counts, states, strict=True)]
             came = self.exchange.start("ids", which, send, receive).wait().to(device).split(receive)
@@ -191,8 +192,8 @@ class Collector:
 
     def _sums(self, asked: Asked) -> Sums:
         """Sums this rank's gradients, in the order in which ids were sent."""
-        dim, ranks = self.table.layout.dim, self.exchange.size
-        n, state = asked.distinct(self.replicated), asked.state
+        dim, ranks = self.dim, self.exchange.size
+        n, state = asked.distinct(self.everywhere), asked.state
         sums = ops.memory.empty((n if state != _NONE else 0, dim), torch.float32, self.table.device)
         if state == _NONE or n == 0:
             return Sums(sums, None, asked.send if state == _FULL else [0] * ranks)
@@ -206,7 +207,7 @@ class Collector:
         if state == _FULL:
             return Sums(torch.empty_like(sums).index_copy_(0, groups.unique[:n], sums), None, asked.send)
         places, order = groups.unique[: int(groups.count)].sort()
-        if self.replicated:
+        if self.everywhere:
             counts = [places.numel()] * ranks
         else:
             ends = torch.tensor(list(accumulate(asked.send)), device=places.device)
@@ -214,10 +215,15 @@ class Collector:
         return Sums(sums[order], places, counts)
 
     def _send(self, own: Sums, receive: list[int]) -> Tensor:
-        values = own.values.to(self.wire_dtype)
-        if self.replicated and len(values):
+        values, send = own.values.to(self.wire_dtype), own.counts
+        dim = self.table.layout.dim
+        if self.columns is not None:
+            values = torch.cat([part.reshape(-1) for part in values.split(self.columns, 1)])
+            send = [n * width for n, width in zip(send, self.columns, strict=True)]
+            receive = [n * dim for n in receive]
+        elif self.everywhere and len(values):
             values = values.repeat(self.exchange.size, 1)
-        came = self.exchange.start("gradients", values, own.counts, receive).wait()
+        came = self.exchange.start("gradients", values, send, receive).wait().view(-1, dim)
         return came.to(device=self.table.device, dtype=torch.float32)
 
     def _by_id(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:

@@ -14,7 +14,7 @@ from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
-SHARDINGS = ("row", "table", "replicated", "auto")
+SHARDINGS = ("row", "table", "column", "replicated", "auto")
 TABLE_SETTINGS = (
     "dim", "dtype", "state_dtype", "initializer", "admission", "trainable", "optimizer", "placement",
     "sharding", "expected_rows",
@@ -59,10 +59,11 @@ class EmbeddingConfig:
     """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
     """Where the table lives; None: on the engine's device."""
-    sharding: Literal["row", "table", "replicated", "auto"] = "row"
+    sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
     """On which ranks the table's rows lie, where there are several: ``row``, spread over all by the hash of their ids;
-    ``table``, all on one rank; ``replicated``, all on every rank, so that reading them asks no other; ``auto``, as
-    :func:`recis_hybrid.embedding.sharding_of` estimates from ``expected_rows``. The numbers are the same."""
+    ``table``, all on one rank; ``column``, some elements of every row on each rank, at least 4; ``replicated``, all on
+    every rank, so that reading them asks no other; ``auto``, as :func:`recis_hybrid.embedding.sharding_of` estimates
+    from ``expected_rows``. The numbers are the same."""
     expected_rows: int | None = None
     """About how many ids the table will have; for ``sharding="auto"`` alone."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.checkpointed import CheckpointedTables
-from recis_hybrid.embedding.coalesce import TablePlan, plan_tables
+from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
@@ -112,9 +112,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self.device = device_of(device)
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
-        ranks = 1 if shared is None else dist.get_world_size(shared)
+        rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
-        self.tables = [self._table(plan, seed) for plan in self.plans]
+        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
@@ -134,11 +134,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
 
-    def _table(self, plan: TablePlan, seed: int) -> HashTable:
+    def _table(self, plan: TablePlan, seed: int, rank: int, ranks: int) -> HashTable:
         config = plan.config
         table = HashTable(
-            plan.members, plan.layout, self.device, seed, placement=config.placement, admission=config.admission,
-            read_only=not config.trainable,
+            plan.members, layout_on(plan, rank, ranks), self.device, seed, placement=config.placement,
+            admission=config.admission, read_only=not config.trainable,
         )  # fmt: skip
         table.overrides = dict(config.optimizer or {})
         return table

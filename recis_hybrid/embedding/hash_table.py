@@ -19,7 +19,7 @@ from recis_hybrid.embedding.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.changes import Changes
 from recis_hybrid.embedding.checks import checked_ids, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.exporting import columns_of, export_members, export_rows
+from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
 from recis_hybrid.embedding.initializers import initializer_words
 from recis_hybrid.embedding.inserting import insert_grouped, insert_rows
@@ -95,7 +95,8 @@ class HashTable:
     def reseed(self, seed: int) -> None:
         """Sets the seed of first values, for rows that are not there yet."""
         self.seed = seed
-        words = [initializer_words(m.initializer, self.layout.dim, seed, m.name) for m in self.members]
+        dim, first = self.layout.whole.dim, self.layout.first
+        words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
         self.initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
 
     @property
@@ -319,9 +320,13 @@ class HashTable:
         return export_members(self)
 
     def export_none(self) -> dict[str, Tensor]:
-        """Returns what :meth:`export` would give of no ids: its columns."""
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        return {"ids": none, **columns_of(self, none)}
+        """Returns what :meth:`export` would give of no ids, and of whole rows: its columns."""
+        none, layout = torch.empty(0, dtype=torch.int64, device=self.device), self.layout.whole
+        parts = {
+            part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part), device=self.device)
+            for part in layout.parts
+        }
+        return {"ids": none, **parts, **dict.fromkeys(META, none)}
 
     def erase(self, member: int, ids: Tensor) -> int:
         """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""

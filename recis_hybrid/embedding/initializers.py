@@ -12,6 +12,9 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+QUAD = 4
+"""Elements that are drawn together."""
+
 
 class Draw(NamedTuple):
     """What kernels need to know: a kind, and up to four numbers."""
@@ -188,11 +191,21 @@ def table_key(seed: int, table: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def initializer_words(initializer: Initializer, dim: int, seed: int, table: str) -> tuple[int, ...]:
-    """Returns the five int64 of ``csrc/core/initializer.h`` for a member table."""
+def initializer_words(initializer: Initializer, dim: int, seed: int, table: str, first: int = 0) -> tuple[int, ...]:
+    """Returns the five int64 of ``csrc/core/initializer.h`` for a member table.
+
+    Args:
+        initializer: Of its rows.
+        dim: Elements of a whole row.
+        seed: Of first values.
+        table: Its name.
+        first: Which of the elements is the first one here, a multiple of ``QUAD``.
+    """
     kind, a, b, low, high = initializer.draw(dim)
     erf_low, erf_high = math.erf(low / math.sqrt(2.0)), math.erf(high / math.sqrt(2.0))
-    packed = struct.pack("<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, 0, table_key(seed, table))
+    packed = struct.pack(
+        "<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, first // QUAD, table_key(seed, table)
+    )
     return struct.unpack("<5q", packed)
 
 

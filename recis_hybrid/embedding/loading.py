@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.coalesce import COUNTS
+from recis_hybrid.embedding.columns import own_columns
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.protocols import META
 from recis_hybrid.embedding.shares import ALL, Buckets, within
@@ -186,7 +187,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
                 if column in columns:
                     columns[column] = columns[column].clamp(max=table.step)
             table.discard(number)
-            table.load(number, state.columns["ids"], columns)
+            table.load(number, state.columns["ids"], own_columns(columns, table.layout))
     for name, (table, number) in counted.items():
         if name in states:
             assert table.gate is not None
@@ -222,9 +223,11 @@ def _counts(table: HashTable) -> int:
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:
     layout = table.layout
     # Whatever has another width is no state of this optimizer, even if its name is the same.
-    held = [
-        part for part in layout.parts if part in columns and tuple(columns[part].shape[1:]) == (layout.width(part),)
-    ]
+    widths = {part: (layout.whole.width(part),) for part in layout.parts}
+    held = [part for part, width in widths.items() if part in columns and tuple(columns[part].shape[1:]) == width]
+    columns = own_columns(
+        {name: values for name, values in columns.items() if name in held or name not in widths}, layout
+    )
     ids = columns["ids"].to(table.map_device).contiguous()
     table.id_map.reserve(ids.numel())
     table.blocks.reserve(table.id_map.row_bound + ids.numel())

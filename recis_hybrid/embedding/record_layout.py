@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -52,6 +52,10 @@ class RecordLayout:
     """Of the embedding: float32, bfloat16 or float16."""
     state_dtype: torch.dtype = torch.float32
     """Of the optimizer state where a field does not say: float32, or as the embedding."""
+    first: int = 0
+    """Of a row that is split by column, which of its elements is the first one here."""
+    whole_dim: int | None = None
+    """Of a row that is split by column, how many elements it has everywhere together; None: it is whole."""
 
     def __post_init__(self) -> None:
         if self.dim <= 0:
@@ -76,6 +80,15 @@ class RecordLayout:
         names = [field.name for field in self.state]
         if len(set(names)) != len(names) or "embedding" in names:
             raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
+
+    def columns(self, first: int, count: int) -> RecordLayout:
+        """Returns the layout of some of a row's elements, and of the optimizer state that they have."""
+        return replace(self, dim=count, first=first, whole_dim=self.dim)
+
+    @property
+    def whole(self) -> RecordLayout:
+        """The layout of the whole row, of which this may be some columns."""
+        return self if self.whole_dim is None else replace(self, dim=self.whole_dim, first=0, whole_dim=None)
 
     def width(self, name: str) -> int:
         """Returns the number of elements of a part: ``"embedding"`` or a state's name."""

@@ -64,8 +64,10 @@ class Asks:
     """Of ids."""
     kind_of: list[int]
     """For each feature, the number of its kind."""
-    replicated: bool
-    """Whether every rank has every row: all ids go to all ranks."""
+    everywhere: bool
+    """Whether all ids go to all ranks: each has every row, whole or some columns of it."""
+    columns: list[int] | None
+    """For each rank, how many elements of every row it has; None: rows are whole."""
     counted: bool
     """Whether training counts how often an id was met."""
     device: torch.device
@@ -151,7 +153,7 @@ class Router:
         most = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
         same = torch.cat([told.to(device), torch.stack(most)])
         sizes = [
-            (each.sizes.sum(0).expand(ranks, -1) if table.replicated else each.sizes).to(device)
+            (each.sizes.sum(0).expand(ranks, -1) if table.everywhere else each.sizes).to(device)
             for table, each in zip(self._asks, found, strict=True)
         ]
         return torch.cat([same.expand(ranks, -1), *sizes], dim=1)
@@ -185,8 +187,8 @@ class Router:
             send, receive = ([sum(line[at:end]) for line in lines] for lines in (sent, came))
             lengths = [size for line in came for size in line[at:end]]
             at = end
-            distinct = send[0] if table.replicated else sum(send)
-            copies = exchange.size if table.replicated else 1
+            distinct = send[0] if table.everywhere else sum(send)
+            copies = exchange.size if table.everywhere else 1
             ids = exchange.start("ids", each.ids[:distinct].repeat(copies), send, receive)
             counts = None
             if train and table.counted:

@@ -19,7 +19,7 @@ from recis_hybrid.embedding.id_map import list_entries
 from recis_hybrid.embedding.protocols import META
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.embedding.shares import ALL, Buckets, Shares, within
-from recis_hybrid.embedding.state import table_meta, tables_meta
+from recis_hybrid.embedding.state import table_meta, table_state, tables_meta
 from recis_hybrid.state import JSON, HostMemory, PartState, TableState
 
 _CPU = torch.device("cpu")
@@ -59,9 +59,9 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
             table, table.id_map.slots, len(table), table.blocks.handle, tuple(table.blocks.blocks), table.device,
             _counts(table), _handed(table, shares, place),
         )
-        for place, table in enumerate(tables)
+        for place, table in _unsplit(tables, shares)
     ]  # fmt: skip
-    return _state(tables, sources, tables_meta(tables))
+    return _state(sources, _split(tables, shares), tables_meta(tables))
 
 
 def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | None = None) -> Callable[[], PartState]:
@@ -75,12 +75,29 @@ def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | N
     Returns:
         Puts the copied rows in order, which may take its time, and hands them out as :func:`rows_state` does.
     """
-    sources = [_copied(table, memory, _handed(table, shares, place)) for place, table in enumerate(tables)]
+    sources = [_copied(table, memory, _handed(table, shares, place)) for place, table in _unsplit(tables, shares)]
+    split = _split(tables, shares)
     meta = tables_meta(tables)
     for table in tables:
         if table.device.type == "cuda":
             torch.cuda.synchronize(table.device)  # the copies were begun without waiting
-    return lambda: _state(tables, sources, meta)
+    return lambda: _state(sources, split, meta)
+
+
+def _unsplit(tables: Sequence[HashTable], shares: Shares | None) -> list[tuple[int, HashTable]]:
+    """Returns the tables whose rows this rank has whole, and their places."""
+    return [(place, table) for place, table in enumerate(tables) if shares is None or not shares.splits(place)]
+
+
+def _split(tables: Sequence[HashTable], shares: Shares | None) -> dict[str, TableState]:
+    """Returns, in host memory, the rows of tables of which each rank has some columns."""
+    states: dict[str, TableState] = {}
+    for place, table in enumerate(tables):
+        if shares is not None and shares.splits(place):
+            for name, state in table_state(place, table, shares).items():
+                columns = {column: values.cpu() for column, values in state.columns.items()}
+                states[name] = TableState(columns, state.buckets.cpu(), state.meta)
+    return states
 
 
 def _handed(table: HashTable, shares: Shares | None, place: int) -> tuple[Buckets, ...]:
@@ -125,8 +142,8 @@ def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
     return () if table.gate is None else tuple(table.gate.state(number) for number in range(len(table.members)))
 
 
-def _state(tables: Sequence[HashTable], sources: Sequence[_Source], meta: dict[str, JSON]) -> PartState:
-    states: dict[str, TableState] = {}
+def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:
+    states = dict(split)
     for source in sources:
         table, layout = source.table, source.table.layout
         entries = list_entries(source.slots, source.live)

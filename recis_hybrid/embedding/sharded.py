@@ -12,7 +12,8 @@ HashTable holds the rows of its own. One batch goes like this, all features of a
    features are the ranks, so that the update adds them in rank order. It is the update of one process.
 
 1 to 3 touch no table: they may run ahead of the batch (``prefetch``). A replicated table is the same with every rank
-as owner of every id, without 4; of a table that lies on one rank, all ids have that owner.
+as owner of every id, without 4; of a table that lies on one rank, all ids have that owner. Of a table that is split by
+column every rank owns every id, too, but has only some elements of each row: 4 brings them together, 5 parts them.
 
 Every rank takes part in every exchange, with nothing to send where its batch has nothing.
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.coalesce import TablePlan
 from recis_hybrid.embedding.collecting import Asked, Collector, Reduce
+from recis_hybrid.embedding.columns import columns_of, side_by_side
 from recis_hybrid.embedding.distinct import Kind
 from recis_hybrid.embedding.exchange import WIRE_DTYPES, Exchange, Sending
 from recis_hybrid.embedding.hash_table import HashTable
@@ -88,27 +90,28 @@ class ShardedTable:
         table: This rank's part.
         kinds: Of ids that are looked up in it.
         kind_of: For each feature, the number of its kind.
-        replicated: Whether every rank has every row.
+        everywhere: Whether all ids go to all ranks.
+        columns: For each rank, how many elements of every row it has; None: rows are whole.
         exchange: With the other ranks.
         wire_dtype: In which rows and gradients travel.
         reduce: How ranks' gradients of a row become one.
     """
 
     def __init__(
-        self, table: HashTable, kinds: list[Kind], kind_of: list[int], *, replicated: bool, exchange: Exchange,
-        wire_dtype: torch.dtype, reduce: Reduce,
+        self, table: HashTable, kinds: list[Kind], kind_of: list[int], *, everywhere: bool,
+        columns: list[int] | None, exchange: Exchange, wire_dtype: torch.dtype, reduce: Reduce,
     ) -> None:  # fmt: skip
         self.table = table
-        self.asks = Asks(kinds, kind_of, replicated, not table.read_only, table.device)
-        self.replicated = replicated
+        self.asks = Asks(kinds, kind_of, everywhere, columns, not table.read_only, table.device)
+        self.replicated = everywhere and columns is None
         self.exchange = exchange
         self.wire_dtype = wire_dtype
-        self.layout = table.layout
+        self.layout = table.layout.whole
         self.device = table.device
         self.read_only = table.read_only
         self.anchor = table.anchor
         self.collector = Collector(
-            table, exchange, wire_dtype=wire_dtype, reduce=reduce, replicated=replicated, kinds=len(kinds)
+            table, exchange, wire_dtype=wire_dtype, reduce=reduce, asks=self.asks, dim=self.layout.dim
         )
         table.pending.remote = self.collector
 
@@ -125,7 +128,7 @@ class ShardedTable:
         asked = Asked(owned, route.send, route.receive, weight, route.groups)
         if self.replicated:
             return Begun(route, asked, None)
-        dim = self.layout.dim
+        dim = self.table.layout.dim
         rows = ops.memory.empty((route.ids.numel(), dim), torch.float32, self.device)
         self.table.gather(owned, rows.view(-1), [dim * start for start in accumulate(lengths[:-1], initial=0)])
         return Begun(route, asked, rows.to(self.wire_dtype))
@@ -134,13 +137,23 @@ class ShardedTable:
         """Begins to send the rows that other ranks asked for, and those of this rank's ids back."""
         if begun.rows is None:
             return None
-        return exchange.start("rows", begun.rows, begun.route.receive, begun.route.send)
+        receive, send, columns = begun.route.receive, begun.route.send, self.asks.columns
+        if columns is None:
+            return exchange.start("rows", begun.rows, receive, send)
+        mine = columns[exchange.rank]
+        return exchange.start(
+            "rows", begun.rows.view(-1), [n * mine for n in receive],
+            [n * width for n, width in zip(send, columns, strict=True)],
+        )  # fmt: skip
 
     def lookup(self, begun: Begun, rows: Sending | None) -> ShardedLookup:
         """Returns the lookup of this rank's positions, once its rows are here."""
         route, asked = begun.route, begun.asked
         if rows is not None:
-            received = _padded(rows.wait().to(self.device))
+            received = rows.wait().to(self.device)
+            if self.asks.columns is not None:
+                received = side_by_side(received, route.send[0], self.asks.columns)
+            received = _padded(received)
             return ShardedLookup(route.request, route.shapes, route.places, asked, received, None)
         rank, owned = self.exchange.rank, asked.owned
         first = sum(route.receive[:rank])
@@ -173,7 +186,7 @@ class ShardedTable:
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
         """Keeps the gradients of a training lookup until they are exchanged; None for a feature without one."""
         part = part_of(
-            self._name, lookup.places, self.asks.kind_of, lookup.asked.distinct(self.replicated),
+            self._name, lookup.places, self.asks.kind_of, lookup.asked.distinct(self.asks.everywhere),
             gradient_bags(lookup.request.bags), lookup.asked.groups, gradients, self.layout.dim,
         )  # fmt: skip
         if part is not None:
@@ -289,9 +302,9 @@ def shard(
     owners: dict[tuple[int, int], int | None] = dict(zip(whole, deal(loads, exchange.size), strict=True))
     sharded = []
     for number, (table, plan) in enumerate(zip(tables, plans, strict=True)):
-        replicated = plan.sharding == "replicated"
+        everywhere = plan.sharding in ("replicated", "column")
         each = [
-            Kind(member, zeros, exchange.rank if replicated else owners.get((number, member)))
+            Kind(member, zeros, exchange.rank if everywhere else owners.get((number, member)))
             for member, zeros in zip(plan.features.values(), unknown[number], strict=True)
         ]
         kinds = list(dict.fromkeys(each))
@@ -300,7 +313,8 @@ def shard(
                 table,
                 kinds,
                 [kinds.index(kind) for kind in each],
-                replicated=replicated,
+                everywhere=everywhere,
+                columns=columns_of(plan.layout.dim, exchange.size) if plan.sharding == "column" else None,
                 exchange=exchange,
                 wire_dtype=wire_dtype,
                 reduce=reduce,

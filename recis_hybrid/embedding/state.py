@@ -24,12 +24,21 @@ def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> P
     """
     states: dict[str, TableState] = {}
     for place, table in enumerate(tables):
-        for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
-            handed = ALL if shares is None else shares.handed(place, number)
-            states[member.name] = _state(columns, table_meta(table.layout), handed)
-            if table.gate is not None:
-                states[member.name + COUNTS] = _state(table.gate.state(number), {}, handed)
+        states |= table_state(place, table, shares)
     return PartState(tables=states, meta=tables_meta(tables), owned=True)
+
+
+def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str, TableState]:
+    """Returns what :func:`tables_state` has of one logical table, which has that place among the others."""
+    states: dict[str, TableState] = {}
+    for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
+        handed = ALL
+        if shares is not None:
+            handed, columns = shares.handed(place, number), shares.whole(place, columns)
+        states[member.name] = _state(columns, table_meta(table.layout), handed)
+        if table.gate is not None:
+            states[member.name + COUNTS] = _state(table.gate.state(number), {}, handed)
+    return states
 
 
 def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
@@ -68,7 +77,9 @@ def tables_changes(
         for number, (member, (columns, gone)) in enumerate(
             zip(table.members, changed_rows(table, changes), strict=True)
         ):
-            handed = ALL if shares is None else shares.handed(place, number)
+            handed = ALL
+            if shares is not None:
+                handed, columns = shares.handed(place, number), shares.whole(place, columns)
             states[member.name] = _state(columns, table_meta(table.layout), handed, gone)
             if table.gate is not None:
                 known = table.gate.state(number)
@@ -103,6 +114,7 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
 
 def table_meta(layout: RecordLayout) -> dict[str, JSON]:
     """Returns what a member table is, beside its rows."""
+    layout = layout.whole
     state: list[JSON] = [
         [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state
     ]

@@ -21,7 +21,8 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         max_norm: Greatest L2 norm of a row's gradient.
 
     Raises:
-        ValueError: If max_norm is not above 0.
+        ValueError: If max_norm is not above 0, or rows of a table are split by column over ranks, of which none has a
+            whole row's gradient.
 
     Example:
         >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
@@ -36,6 +37,12 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
     for anchor in parameters:
         if not isinstance(anchor, Anchor):
             continue
+        if anchor.table.layout.whole_dim is not None:
+            names = ", ".join(member.name for member in anchor.table.members)
+            raise ValueError(
+                f"clip_row_norm_: rows of the table {names} are split by column over ranks, and none has the gradient "
+                f"of a whole row; give it another sharding, or clip by torch.nn.utils.clip_grad_norm_"
+            )
         pending = anchor.table.pending
         reduced = pending.reduced(anchor.table.layout.dim)
         if reduced is not None:

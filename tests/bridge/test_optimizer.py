@@ -182,6 +182,8 @@ def test_bad_input() -> None:
     named = list(tower.named_parameters())
     with pytest.raises(ValueError, match="distinct names"):
         OptaxOptimizer([*named, named[0]], optax.sgd(0.1))
+    with pytest.raises(ValueError, match="a share is of the ranks of a group; pass group, too"):
+        OptaxOptimizer(named, optax.sgd(0.1), share=lambda: 0.5)
     odd = torch.nn.Parameter(torch.zeros(33)[1:])
     with pytest.raises(ValueError, match="OptaxOptimizer: parameter 'odd'"):
         OptaxOptimizer([("odd", odd)], optax.sgd(0.1))

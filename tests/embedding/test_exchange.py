@@ -58,6 +58,25 @@ def test_bytes_on_the_wire_are_those_of_distinct_ids(ranks: Ranks, dim: int, wir
         assert sum(result["ids"] for result in results) == 2 * 8 * unique  # 64 bits, whatever the wire's dtype
 
 
+def sent_by_column(group: dist.ProcessGroup, dim: int) -> dict[str, int]:
+    rank = dist.get_rank(group)
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, sharding="column")}, group=group)
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+    batch = {"id": torch.randint(0, 500, (600,), generator=torch.Generator().manual_seed(rank))}
+    engine(batch)["id"].sum().backward()
+    optimizer.step()
+    traffic = engine.traffic
+    return {"unique": batch["id"].unique().numel(), "ids": traffic.ids, "vectors": traffic.rows + traffic.gradients}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_split_by_column_ids_go_to_all_and_every_element_once(ranks: Ranks, world: int) -> None:
+    results = ranks.run(world, sent_by_column, 32)
+    unique, ids, vectors = (sum(result[key] for result in results) for key in ("unique", "ids", "vectors"))
+    assert ids == (world - 1) * 8 * unique
+    assert vectors == 2 * 4 * 32 * unique * (world - 1) / world  # as by row
+
+
 def wired(group: dist.ProcessGroup, wire: torch.dtype) -> dict[str, torch.Tensor]:
     engine = some_engine(group, 16, wire_dtype=wire)
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
@@ -89,13 +108,14 @@ def test_narrow_wires_round_rows_and_gradients_once(ranks: Ranks, wire: torch.dt
     assert ((applied - expected).abs() <= error * each + 1e-5).all()
 
 
+@pytest.mark.parametrize("sharding", ["row", "column"])
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_wires_train(ranks: Ranks, wire: torch.dtype) -> None:
-    job = Job(rule="Adagrad", steps=5, engine={"wire_dtype": wire}, sharding="row")
-    one = ranks.run(1, train, Job(rule="Adagrad", steps=5))
+def test_narrow_wires_train(ranks: Ranks, wire: torch.dtype, sharding: str) -> None:
+    job = Job(rule="Adagrad", steps=5, engine={"wire_dtype": wire}, sharding=sharding, dim=8)
+    one = ranks.run(1, train, Job(rule="Adagrad", steps=5, dim=8))
     two = ranks.run(2, train, job)
     with pytest.raises(AssertionError):
-        assert_same(two, one)
+        assert_same(two, one, sharding=sharding)
     torch.testing.assert_close(two[0]["losses"], one[0]["losses"], rtol=2e-2, atol=1e-2)
 
 
@@ -105,7 +125,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match=r"wire_dtype must be one of .*got torch.int8"):
         EmbeddingEngine({"a": EmbeddingConfig(dim=1)}, wire_dtype=torch.int8)
     with pytest.raises(ValueError, match="sharding must be one of"):
-        EmbeddingConfig(dim=1, sharding="column")  # type: ignore[arg-type]
+        EmbeddingConfig(dim=1, sharding="columns")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected_rows must be at least 1, got 0"):
         EmbeddingConfig(dim=1, expected_rows=0)
 

@@ -38,33 +38,42 @@ def test_one_step_agrees_with_one_process(ranks: Ranks, rule: str, deduplicate: 
 
 
 @pytest.mark.parametrize(
-    ("rule", "lr", "atol", "world", "deduplicate"),
-    [("SGD", 0.05, 0.0, 2, False), ("Adagrad", 0.05, 0.0, 4, True), ("Adam", 0.002, 1e-6, 2, True)],
+    # Either number of ranks with each setting on and off: `make agreement` tries all of them.
+    ("rule", "lr", "atol", "settings"),
+    [
+        ("SGD", 0.05, 0.0, {2: (False, 0), 4: (True, 2)}),
+        ("Adagrad", 0.05, 0.0, {2: (True, 2), 4: (False, 0)}),
+        ("Adam", 0.002, 1e-6, {2: (False, 2), 4: (True, 0)}),
+    ],
 )
 def test_a_hundred_steps_agree_with_one_process(
-    ranks: Ranks, rule: str, lr: float, atol: float, world: int, deduplicate: bool
+    ranks: Ranks, rule: str, lr: float, atol: float, settings: dict[int, tuple[bool, int]]
 ) -> None:
-    one = ranks.run(1, train, Job(rule=rule, steps=100, lr=lr))
-    many = ranks.run(world, train, Job(rule=rule, steps=100, lr=lr, engine={"deduplicate": deduplicate}))
-    assert_same(many, one, atol=atol)
+    job = Job(rule=rule, steps=100, lr=lr)
+    one = ranks.run(1, train, job)
+    for world, (deduplicate, ahead) in settings.items():
+        options = {"deduplicate": deduplicate, "prefetch_depth": ahead}
+        assert_same(ranks.run(world, train, Job(**{**vars(job), "prefetch": ahead, "engine": options})), one, atol=atol)
 
 
 @pytest.mark.parametrize(
     "more",
     [{"uneven": True}, {"clip": 0.05}, {"accumulate": 3, "clip": 0.05}, {"uneven": True, "accumulate": 2},
-     {"sharding": "table"}, {"sharding": "replicated", "clip": 0.05}, {"sharding": "replicated", "uneven": True}],
+     {"sharding": "table"}, {"sharding": "replicated", "clip": 0.05}, {"sharding": "replicated", "uneven": True},
+     {"sharding": "column", "dim": 18, "clip": 0.05}, {"sharding": "column", "dim": 16, "uneven": True},
+     {"rule": "RowwiseAdagrad", "uneven": True}],
     ids=str,
 )  # fmt: skip
 def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[str, Any]) -> None:
-    job = Job(rule="Adagrad", steps=3, **more)
+    job = Job(**{"rule": "Adagrad", "steps": 3, **more})
     one = ranks.run(1, train, job)
     for world in (2, 4):
-        assert_same(ranks.run(world, train, job), one, replicated=job.sharding == "replicated")
+        assert_same(ranks.run(world, train, job), one, sharding=job.sharding)
 
 
-@pytest.mark.parametrize("sharding", ["row", "table", "replicated"])
+@pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
 def test_the_same_ranks_twice_are_bitwise_equal(ranks: Ranks, sharding: str) -> None:
-    job = Job(rule="Adam", steps=5, uneven=True, clip=0.5, sharding=sharding)
+    job = Job(rule="Adam", steps=5, uneven=True, clip=0.5, sharding=sharding, dim=8)
     first, second = (ranks.run(2, train, job) for _ in range(2))
     for ours, theirs in zip(first, second, strict=True):
         assert ours["losses"] == theirs["losses"]
@@ -73,11 +82,11 @@ def test_the_same_ranks_twice_are_bitwise_equal(ranks: Ranks, sharding: str) -> 
                 assert torch.equal(values, theirs["tables"][name][column]), (name, column)
 
 
-@pytest.mark.parametrize("sharding", ["row", "replicated"])
+@pytest.mark.parametrize("sharding", ["row", "column", "replicated"])
 @pytest.mark.parametrize("rule", ["SGD", "Adagrad"])
 def test_ranks_may_lack_gradients(ranks: Ranks, rule: str, sharding: str) -> None:
-    two = ranks.run(2, sharded.train_parts, sharding, rule)
-    assert_same(two, ranks.run(1, sharded.train_parts, sharding, rule), replicated=sharding == "replicated")
+    two = ranks.run(2, sharded.train_parts, sharding, rule, 12)
+    assert_same(two, ranks.run(1, sharded.train_parts, sharding, rule, 12), sharding=sharding)
     tables = 3  # that are trained: of 4 elements, of 3, and none with an admission
     assert all(result["watched"] <= 2 * tables for result in two)
 
@@ -87,6 +96,19 @@ def test_rows_lie_where_their_bucket_says(ranks: Ranks) -> None:
     for rank, result in enumerate(results):
         for columns in result["tables"].values():
             assert (bucket_of(columns["ids"]) * 4 // 65536 == rank).all()
+
+
+def clipped(group: dist.ProcessGroup) -> str:
+    config = EmbeddingConfig(dim=8, sharding="column")
+    engine = EmbeddingEngine({"id": config}, group=group)
+    engine({"id": torch.arange(3)})["id"].sum().backward()
+    with pytest.raises(ValueError, match="rows of the table id are split by column over ranks") as caught:
+        optim.clip_row_norm_(engine.parameters(), 1.0)
+    return str(caught.value)
+
+
+def test_rows_that_are_split_by_column_are_not_clipped_one_by_one(ranks: Ranks) -> None:
+    assert all("clip by torch.nn.utils.clip_grad_norm_" in text for text in ranks.run(2, clipped))
 
 
 def owned_tables(group: dist.ProcessGroup) -> dict[str, int]:
@@ -107,17 +129,18 @@ def test_a_table_wise_table_lies_on_one_rank(ranks: Ranks) -> None:
 def reduced(group: dist.ProcessGroup, reduce: str, sharding: str) -> dict[int, float]:
     """SGD with lr 1 from 0: what is subtracted from a row. Two ranks: [1, 1, 2] of three samples, [2] of one."""
     engine = EmbeddingEngine(
-        {"id": EmbeddingConfig(dim=1, initializer=Constant(0.0), sharding=sharding)}, group=group, reduce=reduce
+        {"id": EmbeddingConfig(dim=8, initializer=Constant(0.0), sharding=sharding)}, group=group, reduce=reduce
     )
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     ids = [[1, 1, 2], [2]][dist.get_rank(group)]
-    engine({"id": torch.tensor(ids)})["id"].mean().backward()
+    engine({"id": torch.tensor(ids)})["id"].sum(1).mean().backward()
     optimizer.step()
     columns = sharded.rows_of(engine)["id"]
+    assert (columns["embedding"] == columns["embedding"][:, :1]).all()
     return dict(zip(columns["ids"].tolist(), (-columns["embedding"][:, 0]).tolist(), strict=True))
 
 
-@pytest.mark.parametrize("sharding", ["row", "replicated"])
+@pytest.mark.parametrize("sharding", ["row", "column", "replicated"])
 @pytest.mark.parametrize(
     ("reduce", "expected"),
     [
@@ -171,8 +194,12 @@ def test_the_functional_core_agrees_with_one_process(ranks: Ranks, uneven: bool)
         assert_same(ranks.run(world, functional, uneven), one)
 
 
-def test_first_values_do_not_depend_on_the_ranks(ranks: Ranks) -> None:
-    one, two, four = (merged(ranks.run(world, train, Job(lr=0.0))) for world in (1, 2, 4))
+@pytest.mark.parametrize(("sharding", "dim"), [("row", 4), ("column", 19)])
+def test_first_values_do_not_depend_on_the_ranks(ranks: Ranks, sharding: str, dim: int) -> None:
+    job = Job(lr=0.0, sharding=sharding, dim=dim)
+    one, two, four = (
+        merged(ranks.run(world, train, job), sharding="row" if world == 1 else sharding) for world in (1, 2, 4)
+    )
     for name, columns in one.items():
         assert torch.equal(two[name]["embedding"], columns["embedding"])
         assert torch.equal(four[name]["embedding"], columns["embedding"])
@@ -211,9 +238,9 @@ def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool)
     assert_same(ranks.run(2, with_ddp, uneven), ranks.run(1, with_ddp, uneven), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int) -> None:
-    job = Job(rule="Adam", steps=6, uneven=True, accumulate=2)
+@pytest.mark.parametrize(("depth", "sharding"), [(1, "row"), (3, "column")])
+def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int, sharding: str) -> None:
+    job = Job(rule="Adam", steps=6, uneven=True, accumulate=2, sharding=sharding, dim=8)
     ahead = Job(**{**vars(job), "prefetch": depth, "engine": {"prefetch_depth": depth}})
     for ours, theirs in zip(ranks.run(2, train, ahead), ranks.run(2, train, job), strict=True):
         assert ours["losses"] == theirs["losses"]
@@ -262,6 +289,31 @@ def misused(group: dist.ProcessGroup) -> list[str]:
     assert torch.equal(engine(second)["id"][:2], expected[1:])
     assert torch.equal(engine(first)["id"], expected)
     return said
+
+
+def too_old(group: dist.ProcessGroup) -> str:
+    """Two steps between the rows of a batch and its turn."""
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=2)}, group=group, prefetch_depth=1, staleness=1,
+        prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)),
+    )  # fmt: skip
+    optimizer = optim.SGD(engine.parameters(), lr=0.1)
+    batch = {"id": torch.arange(3)}
+    for steps in (1, 2):
+        engine.prefetch(batch)
+        engine.prefetch_rows()
+        for _ in range(steps):
+            optimizer.step()
+        if steps == 1:
+            engine(batch)
+    with pytest.raises(RuntimeError) as caught:
+        engine(batch)
+    return str(caught.value)
+
+
+def test_rows_may_not_be_older_than_was_allowed(ranks: Ranks) -> None:
+    for said in ranks.run(2, too_old):
+        assert "the rows of the batch are 2 steps old, and staleness=1; call prefetch_rows no earlier" in said
 
 
 def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:
@@ -376,10 +428,14 @@ def test_lookups_that_no_step_follows_are_forgotten(ranks: Ranks) -> None:
         assert after <= 2
 
 
-def saved(group: dist.ProcessGroup, sharding: str, state: list[PartState] | None) -> tuple[PartState, dict[str, Any]]:
+def saved(
+    group: dist.ProcessGroup, sharding: str, dim: int, state: list[PartState] | None
+) -> tuple[PartState, dict[str, Any]]:
     """Trains two steps, from a state if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    engine = EmbeddingEngine(sharded.configs(sharding), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    engine = EmbeddingEngine(
+        sharded.configs(sharding, dim), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group
+    )
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     if state is not None:
         engine.load_checkpoint_state(whole(state))
@@ -412,13 +468,13 @@ def whole(states: list[PartState]) -> PartState:
     return PartState(tables=tables, meta=states[0].meta)
 
 
-@pytest.mark.parametrize("sharding", ["row", "table", "replicated"])
-def test_state_goes_from_any_ranks_to_any_others(ranks: Ranks, sharding: str) -> None:
-    first = ranks.run(1, saved, "row", None)
-    expected = ranks.run(1, saved, "row", [state for state, _ in first])
-    two = ranks.run(2, saved, sharding, None)
+@pytest.mark.parametrize(("sharding", "dim"), [("row", 4), ("table", 4), ("column", 18), ("replicated", 4)])
+def test_state_goes_from_any_ranks_to_any_others(ranks: Ranks, sharding: str, dim: int) -> None:
+    first = ranks.run(1, saved, "row", dim, None)
+    expected = ranks.run(1, saved, "row", dim, [state for state, _ in first])
+    two = ranks.run(2, saved, sharding, dim, None)
     assert_same([result for _, result in two], [result for _, result in first])
     states = [state for state, _ in two]
     for world, other in ((1, "row"), (2, sharding), (3, "row"), (4, sharding)):
-        results = ranks.run(world, saved, other, states)
+        results = ranks.run(world, saved, other, dim, states)
         assert_same([result for _, result in results], [result for _, result in expected])

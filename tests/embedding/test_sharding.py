@@ -1,12 +1,17 @@
 """On which ranks tables lie."""
 
+from typing import Any
+
 import pytest
 
+from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, sharding_of
-from recis_hybrid.embedding.sharding import BYTES_PER_S, COLLECTIVE_S, REPLICA_BYTES, deal
+from recis_hybrid.embedding.coalesce import plan_tables
+from recis_hybrid.embedding.columns import columns_of
+from recis_hybrid.embedding.sharding import COLLECTIVE_S, LOOKUP_S, REPLICA_BYTES, deal
 
 
-@pytest.mark.parametrize("sharding", ["row", "table", "replicated"])
+@pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
 def test_what_a_config_says_counts(sharding: str) -> None:
     assert sharding_of(EmbeddingConfig(dim=8, sharding=sharding, expected_rows=1), 8) == sharding  # type: ignore[arg-type]
 
@@ -22,11 +27,43 @@ def test_auto_replicates_few_rows_and_spreads_many() -> None:
             assert kinds[0] == "replicated"
             assert kinds[-1] == "row"
             assert "replicated" not in kinds[kinds.index("row") :]
-    # Of two ranks replicas send 4 bytes a row more, in one collective less; of long rows memory is the limit.
-    even = round(COLLECTIVE_S * BYTES_PER_S / 4)
-    assert [chosen(even - 1, 8, 2), chosen(even + 1, 8, 2)] == ["replicated", "row"]
-    most = REPLICA_BYTES // (4 * 1024)
-    assert [chosen(most, 1024, 2), chosen(most + 1, 1024, 2)] == ["replicated", "row"]
+    # Replicas spare a collective, which many ids to look up outweigh.
+    even = round(COLLECTIVE_S / LOOKUP_S)
+    assert [chosen(even // 2, 8, 2), chosen(even * 2, 8, 2)] == ["replicated", "row"]
+    assert chosen(1, REPLICA_BYTES // 4, 2) == "replicated"
+    assert chosen(1, REPLICA_BYTES // 4 + 1, 2) != "replicated"
+
+
+def test_auto_splits_few_rows_by_column_where_they_are_long() -> None:
+    def chosen(rows: int, dim: int, ranks: int, rule: Any = optim.Adam) -> str:
+        return sharding_of(EmbeddingConfig(dim=dim, sharding="auto", expected_rows=rows), ranks, rule.row_state())
+
+    assert [chosen(100, dim, 8) for dim in (16, 4096)] == ["replicated", "column"]
+    assert [chosen(rows, 4096, 8) for rows in (1, 100, 100_000)] == ["replicated", "column", "row"]
+    assert chosen(100, 4096, 8, optim.RowwiseAdagrad) == "row"  # of which no rank would have a whole row
+    assert chosen(100, 4096, 1025) == "row"  # fewer than 4 elements each
+
+
+def test_columns_are_dealt_in_fours() -> None:
+    assert columns_of(64, 4) == [16] * 4
+    assert columns_of(18, 2) == [8, 10]
+    assert columns_of(19, 4) == [4, 4, 4, 7]
+    for ranks in range(1, 9):
+        for dim in range(4 * ranks, 90):
+            widths = columns_of(dim, ranks)
+            assert sum(widths) == dim
+            assert min(widths) >= 4
+            assert all(width % 4 == 0 for width in widths[:-1])
+            assert max(widths) - min(widths) < 8
+
+
+def test_rows_that_cannot_be_split_by_column_are_refused() -> None:
+    config = EmbeddingConfig(dim=16, sharding="column")
+    with pytest.raises(ValueError, match="5 ranks at least 4 elements of a row, and dim=16; use sharding='row'"):
+        plan_tables({"a": config}, (), coalesce=True, ranks=5)
+    with pytest.raises(ValueError, match=r"table a: .* and \['sum'\] are of a whole row"):
+        plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
+    assert plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True)[0].sharding == "row"
 
 
 def test_loads_are_dealt_evenly() -> None:

@@ -1,6 +1,5 @@
 """What ranks do in tests of sharded tables: train on their share of the same global batches."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,13 @@ STATES: dict[str, Any] = {
     "SGD": optim.SGD.row_state(),
     "Adagrad": optim.Adagrad.row_state(0.1),
     "Adam": optim.Adam.row_state(),
+    "RowwiseAdagrad": optim.RowwiseAdagrad.row_state(0.1),
 }
 
 
 def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
     """All combiners, shared tables, several logical tables, an admission, a read-only table."""
+    narrow = "row" if sharding == "column" else sharding
     normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
     return {
         "user": EmbeddingConfig(dim=dim, **normal),
@@ -31,7 +32,7 @@ def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
         "best": EmbeddingConfig(dim=dim, combiner="max", initializer=Uniform(-1, 1), sharding=sharding),
         "tiled": EmbeddingConfig(dim=dim, **normal, combiner="tile", max_length=2),
         "each": EmbeddingConfig(dim=dim, **normal, combiner=None, table="each"),
-        "narrow": EmbeddingConfig(dim=3, **normal),
+        "narrow": EmbeddingConfig(dim=3, **{**normal, "sharding": narrow}),
         "rare": EmbeddingConfig(dim=dim, **normal, admission=MinFrequency(4), unknown="zeros"),
         "frozen": EmbeddingConfig(dim=dim, **normal, trainable=False),
     }
@@ -96,6 +97,7 @@ class Job:
     rule: str = "SGD"
     steps: int = 1
     sharding: str = "row"
+    dim: int = 4
     uneven: bool = False
     clip: float | None = None
     accumulate: int = 1
@@ -110,7 +112,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Trains, and returns losses and this rank's rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        configs(job.sharding), optimizer_state=STATES[job.rule], seed=3, group=group,
+        configs(job.sharding, job.dim), optimizer_state=STATES[job.rule], seed=3, group=group,
         prefetch_group=rank_processes.AHEAD.get(ranks), **job.engine,
     )  # fmt: skip
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
@@ -176,15 +178,18 @@ def predictions(model: Model, rank: int, ranks: int) -> Tensor:
     return found
 
 
-def merged(results: list[dict[str, Any]], *, replicated: bool = False) -> dict[str, dict[str, Tensor]]:
-    """The rows of all ranks, by id; of a replicated table those of the first, after comparing."""
+def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str, dict[str, Tensor]]:
+    """The rows of all ranks, by id; of a replicated table those of the first, after comparing; columns side by side."""
     tables: dict[str, dict[str, Tensor]] = {}
     for name in results[0]["tables"]:
         each = [result["tables"][name] for result in results]
-        if replicated:
+        if sharding == "replicated" or (sharding == "column" and name != "narrow"):
+            each = [{key: values[part["ids"].argsort()] for key, values in part.items()} for part in each]
+            same = [key for key, values in each[0].items() if sharding == "replicated" or values.dim() == 1]
             for other in each[1:]:
-                assert all(torch.equal(other[column], values) for column, values in each[0].items()), name
-            each = each[:1]
+                assert all(torch.equal(other[key], each[0][key]) for key in same), name
+            split = {key: torch.cat([part[key] for part in each], 1) for key in each[0] if key not in same}
+            each = [{**each[0], **split}]
         whole = {column: torch.cat([part[column] for part in each]) for column in each[0]}
         order = whole["ids"].argsort()
         tables[name] = {column: values[order] for column, values in whole.items()}
@@ -193,11 +198,11 @@ def merged(results: list[dict[str, Any]], *, replicated: bool = False) -> dict[s
 
 def assert_same(
     got: list[dict[str, Any]], expected: list[dict[str, Any]], *, rtol: float = 1e-5, atol: float = 0.0,
-    columns: Mapping[str, float] | None = None, replicated: bool = False,
+    sharding: str = "row",
 ) -> None:  # fmt: skip
     """Compares losses, rows and predictions."""
     torch.testing.assert_close(got[0]["losses"], expected[0]["losses"], rtol=1e-5, atol=1e-7)
-    ours, theirs = merged(got, replicated=replicated), merged(expected)
+    ours, theirs = merged(got, sharding=sharding), merged(expected)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert ours[name].keys() == theirs[name].keys()
@@ -223,10 +228,10 @@ USES = [
 ]
 
 
-def train_parts(group: dist.ProcessGroup, sharding: str, rule: str) -> dict[str, Any]:
+def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4) -> dict[str, Any]:
     """Two parts of each batch with losses of their own: two ranks, or one process after another."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    named = {name: config for name, config in configs(sharding).items() if name != "rare"}
+    named = {name: config for name, config in configs(sharding, dim).items() if name != "rare"}
     engine = EmbeddingEngine(named, optimizer_state=STATES[rule], seed=3, group=group, reduce="sum")
     sparse = getattr(optim, rule)(engine.parameters(), lr=0.1)
     cuts = shares(24, 2, False)

@@ -1,0 +1,314 @@
+"""A cost model of one training step on 1 to 1,024 ranks, beside what was measured and published.
+
+    python -m benchmarks.scaling [--points FILE] [--table NAME]
+
+Nothing is run: it computes, from the constants in this file and from what ``python -m benchmarks.scaling_points``
+measured on one machine (``benchmarks/scaling_points.json``). docs/scaling.md explains the model, and holds this output.
+
+A step of each rank, of `samples` samples with `ids` ids each, n = samples · ids, of which u are distinct:
+
+- ids, rows, gradients: three all-to-alls of (W - 1) / W · u · (9 | v | v) bytes, v those of a vector on the wire;
+- memory: what is read and written of ids, slots, records and vectors, at the memory's speed for rows at random;
+- tower: three times its forward operations; its gradients are all-reduced while backward runs, as far as that is
+  longer;
+- launches: kernels, each of which costs the host some microseconds;
+- host: bytes of input at the speed at which a rank's share of the host delivers them, while the rest runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+POINTS = Path(__file__).with_name("scaling_points.json")
+SLOT_BYTES = 64
+"""Of an id that is looked up: a cache line."""
+RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a rank has; speeds are those that programs reach, in one direction."""
+
+    ranks_per_host: int
+    memory: float
+    """Bytes a second, of rows of some hundred bytes met at random."""
+    flops: float
+    """A second, of a tower's matrix products."""
+    in_host: float
+    """Bytes a second that a rank sends to others on its host."""
+    between: float
+    """Bytes a second that a rank sends to other hosts."""
+    collective_s: float
+    """Of a collective, whatever its bytes."""
+    peer_s: float
+    """More of an all-to-all for each rank on another host."""
+    launch_s: float
+    """Of a kernel."""
+    ingest: float
+    """Bytes a second of input that a rank's share of the host reads, decodes and hands over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a rank does in a step."""
+
+    samples: int
+    features: int
+    ids: float
+    """Of a sample."""
+    distinct: float
+    """Share of a rank's ids that are distinct."""
+    dim: int
+    state_bytes: int
+    """That the optimizer keeps for a row."""
+    parameters: float
+    """Of the tower."""
+    flops: float
+    """Of its forward pass, a sample."""
+    kernels: int
+    input_bytes: float
+    """Of a sample."""
+    wire_bytes: int = 2
+    """Of an element on the wire."""
+    pooled: bool = False
+    """Whether owners pool bags and send those, as TorchRec and HugeCTR do; else rows are sent once, as we do."""
+
+
+H100 = Machine(
+    ranks_per_host=8, memory=0.5 * 3.35e12, flops=0.35 * 990e12, in_host=0.7 * 450e9, between=0.8 * 50e9,
+    collective_s=25e-6, peer_s=0.5e-6, launch_s=2e-6, ingest=1.5e9,
+)  # fmt: skip
+"""A DGX H100: HBM3 3.35 TB/s, 990 TFLOPS in bfloat16, NVLink 450 GB/s, a 400 Gb/s adapter a GPU. The shares of these
+peaks, latencies and ingest are assumptions: no such machine was at hand."""
+
+DCNV2 = Workload(
+    samples=1056, features=26, ids=214, distinct=0.5, dim=128, state_bytes=4, parameters=16.0e6, flops=32.1e6,
+    kernels=150, input_bytes=214 * 4 + 13 * 4 + 4, pooled=True,
+)  # fmt: skip
+"""MLPerf's DLRM-DCNv2: 26 features of 214 ids, bottom 512-256-128, three cross layers of rank 512, top
+1024-1024-512-256-1. The share of distinct ids is assumed."""
+
+CLICKS = Workload(
+    samples=4096, features=100, ids=300, distinct=0.4, dim=64, state_bytes=4, parameters=10e6, flops=20e6,
+    kernels=150, input_bytes=300 * 8 + 400,
+)  # fmt: skip
+"""A click model of 100 features, three ids each, exchanged as this package does."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds."""
+
+    ids: float
+    rows: float
+    gradients: float
+    memory: float
+    tower: float
+    all_reduce: float
+    launches: float
+    host: float
+
+    @property
+    def serial(self) -> float:
+        """With the ids' exchange in turn, and input ready."""
+        exposed = max(self.all_reduce - 2 / 3 * self.tower, 0.0)
+        return self.ids + self.rows + self.gradients + self.memory + self.tower + self.launches + exposed
+
+    @property
+    def ahead(self) -> float:
+        """With ids sent ahead, and input ready."""
+        return self.serial - self.ids
+
+    @property
+    def seconds(self) -> float:
+        """With ids sent ahead, or as long as the host needs for the input."""
+        return max(self.ahead, self.host)
+
+    @property
+    def communication(self) -> float:
+        """Share of the exchanges of embeddings in a serial step."""
+        return (self.ids + self.rows + self.gradients) / self.serial
+
+
+def step(work: Workload, machine: Machine, ranks: int) -> Step:
+    """Returns the parts of a step."""
+    n, vector, element = work.samples * work.ids, 4 * work.dim, work.wire_bytes * work.dim
+    u = n * work.distinct
+    outputs = work.samples * work.features
+    remote = (ranks - 1) / ranks
+    record = vector + work.state_bytes
+    if work.pooled:
+        sent_ids, sent_vectors = 8 * n, outputs * element
+        # Owners read a slot and a row an id, write what is pooled; then read its gradient an id, and update rows.
+        moved = n * (8 + SLOT_BYTES + vector) + outputs * 2 * element + n * element + u * 2 * record
+    else:
+        sent_ids, sent_vectors = 9 * u, u * element
+        # To find the distinct ids; to look them up, read rows and send them; to pool; and back.
+        moved = n * (8 + SLOT_BYTES) + u * (8 + SLOT_BYTES + vector + element) + n * vector + outputs * vector
+        moved += outputs * vector + n * vector + u * (vector + element) + u * (element + 2 * record)
+    return Step(
+        ids=all_to_all(sent_ids * remote, machine, ranks),
+        rows=all_to_all(sent_vectors * remote, machine, ranks),
+        gradients=all_to_all(sent_vectors * remote, machine, ranks),
+        memory=moved / machine.memory,
+        tower=3 * work.flops * work.samples / machine.flops,
+        all_reduce=all_reduce(work.wire_bytes * work.parameters, machine, ranks),
+        launches=work.kernels * machine.launch_s,
+        host=work.samples * work.input_bytes / machine.ingest,
+    )
+
+
+def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
+    """Returns the seconds in which each rank sends others bytes, the same to each."""
+    if ranks == 1:
+        return 0.0
+    near = min(machine.ranks_per_host, ranks) - 1
+    inside = sent * near / (ranks - 1)
+    far = ranks - 1 - near
+    return (
+        machine.collective_s + far * machine.peer_s + max(inside / machine.in_host, (sent - inside) / machine.between)
+    )
+
+
+def all_reduce(size: float, machine: Machine, ranks: int) -> float:
+    """Returns the seconds in which ranks sum bytes: in rings, within hosts and then between them."""
+    if ranks == 1:
+        return 0.0
+    near = min(machine.ranks_per_host, ranks)
+    hosts = ranks / near
+    inside = 2 * size * (near - 1) / near / machine.in_host
+    outside = 2 * size / near * (hosts - 1) / hosts / machine.between
+    return 2 * machine.collective_s + math.log2(hosts) * machine.collective_s + inside + outside
+
+
+def this_machine(constants: dict[str, float], ranks: int) -> Machine:
+    """Returns what a rank has of the machine on which points were measured: cores and loopback, as others want them.
+
+    What two ranks were needed for was measured with two.
+    """
+    share = min(1.0, constants["cores"] / ranks)
+    return Machine(
+        ranks_per_host=1 << 20, memory=constants["memory"] * share, flops=constants["flops"] * share,
+        in_host=constants["in_host"] * min(1.0, 2 / ranks), between=1.0, collective_s=constants["collective_s"],
+        peer_s=0.0, launch_s=constants["call_s"] if ranks == 1 else constants["shared_call_s"] * max(1.0, ranks / 2),
+        ingest=math.inf,
+    )  # fmt: skip
+
+
+def measured_work(point: dict[str, Any]) -> Workload:
+    """Returns the workload of a measured point."""
+    names = ("samples", "features", "distinct", "dim", "parameters", "flops")
+    some = {name: point[name] for name in names}
+    return Workload(**some, ids=point["features"], state_bytes=4, kernels=1, input_bytes=0, wire_bytes=4)
+
+
+def check_measured(points: dict[str, Any]) -> list[str]:
+    """Lines: measured steps of 1, 2 and 4 ranks beside the model's."""
+    lines = [
+        f"Measured on {points['machine']}; a rank is a process with one thread, joined by Gloo.",
+        "",
+        "| ids a rank | ranks | measured, ms | model, ms | ratio | of it: memory | exchange | tower | calls |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for point in points["points"]:
+        ranks = point["ranks"]
+        found = step(measured_work(point), this_machine(points["constants"], ranks), ranks)
+        # Nothing hides the all-reduce here: it comes after backward.
+        total = (
+            found.ids + found.rows + found.gradients + found.memory + found.tower + found.all_reduce + found.launches
+        )
+        exchange = found.ids + found.rows + found.gradients + found.all_reduce
+        real = point["seconds"]
+        parts = " | ".join(f"{1e3 * part:.1f}" for part in (found.memory, exchange, found.tower, found.launches))
+        lines.append(
+            f"| {point['samples'] * point['features']:,} | {ranks} | {1e3 * real:.1f} | {1e3 * total:.1f} "
+            f"| {total / real:.2f} | {parts} |"
+        )
+    return lines
+
+
+def check_published() -> list[str]:
+    """Lines: published figures beside the model's."""
+    lines = ["| figure | published | model |", "|---|---|---|"]
+    record = step(DCNV2, H100, 128)
+    lines.append(f"| DLRM-DCNv2, 128 H100, 135,168 samples a step | 2.08 ms | {1e3 * record.serial:.2f} ms |")
+    parts = ", ".join(
+        f"{name} {1e3 * getattr(record, name):.2f}"
+        for name in ("ids", "rows", "gradients", "memory", "tower", "all_reduce", "launches")
+    )
+    lines.append(f"| of it, ms | | {parts} (the all-reduce partly hidden) |")
+    for gpus, told in ((8, 25), (128, 51)):
+        for each in (512, 1056, 8192):
+            share = step(replace(DCNV2, samples=each), H100, gpus).communication
+            lines.append(
+                f"| embedding communication, {gpus} GPUs, if {each:,} samples a GPU | {told} % | {share:.0%} |"
+            )
+    return lines
+
+
+def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
+    """Lines: the step on so many GPUs, each with its own samples."""
+    lines = [
+        f"{name}: {work.samples:,} samples a GPU, {work.ids:g} ids of {work.dim} elements a sample; ms",
+        "",
+        "| GPUs | ids | rows | gradients | memory | tower | all-reduce | launches | (host) | step | with ids ahead "
+        "| M samples/s | GPUs' efficiency |",
+        "|" + "---|" * 13,
+    ]
+    base = None
+    for gpus in ranks:
+        found = step(work, H100, gpus)
+        rate = gpus * work.samples / found.seconds
+        base = base or found.ahead
+        parts = (
+            found.ids, found.rows, found.gradients, found.memory, found.tower, found.all_reduce, found.launches,
+            found.host, found.serial, found.ahead,
+        )  # fmt: skip
+        lines.append(
+            f"| {gpus:,} | {' | '.join(f'{1e3 * part:.2f}' for part in parts)} | {rate / 1e6:.1f} "
+            f"| {base / found.ahead:.0%} |"
+        )
+    return lines
+
+
+def sensitivity() -> list[str]:
+    """Lines: what a click model's step on 128 GPUs, ids ahead, becomes where a constant is half, or twice, as large."""
+    lines = ["| constant | half | as assumed | twice |", "|---|---|---|---|"]
+    now = step(CLICKS, H100, 128).ahead
+    for name in ("memory", "flops", "in_host", "between", "collective_s", "peer_s", "launch_s"):
+        steps = [step(CLICKS, replace(H100, **{name: factor * getattr(H100, name)}), 128).ahead for factor in (0.5, 2)]
+        lines.append(f"| `{name}` | {1e3 * steps[0]:.2f} ms | {1e3 * now:.2f} ms | {1e3 * steps[1]:.2f} ms |")
+    share = replace(CLICKS, distinct=CLICKS.distinct / 2), replace(CLICKS, distinct=2 * CLICKS.distinct)
+    low, high = (step(work, H100, 128).ahead for work in share)
+    lines.append(f"| share of distinct ids | {1e3 * low:.2f} ms | {1e3 * now:.2f} ms | {1e3 * high:.2f} ms |")
+    return lines
+
+
+def tables(points: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
+    yield "measured", check_measured(points)
+    yield "published", check_published()
+    yield "clicks", predictions("Click model, rows exchanged once", CLICKS, RANKS)
+    yield "dcnv2", predictions("DLRM-DCNv2, bags pooled by owners", DCNV2, RANKS)
+    yield "dcnv2-rows", predictions("DLRM-DCNv2, rows exchanged once", replace(DCNV2, pooled=False), RANKS)
+    yield "sensitivity", sensitivity()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=Path, default=POINTS, help="what benchmarks.scaling_points printed")
+    parser.add_argument("--table", default="", help="only tables whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="as other benchmarks; it is quick anyway")
+    args = parser.parse_args()
+    for name, lines in tables(json.loads(args.points.read_text())):
+        if args.table in name:
+            print(f"### {name}\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Each way of losing a rank once; `make faults` does each twenty times."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.embedding.faults import FAULTS, lose
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", FAULTS)
+def test_the_others_end_with_an_error(how: str, tmp_path: Path) -> None:
+    lose(random.Random(f"ci.{how}"), how, str(tmp_path))
