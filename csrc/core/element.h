@@ -81,8 +81,10 @@ RECIS_HD void store_stochastic(float* at, float x, uint32_t) { *at = x; }
 
 RECIS_HD void store_stochastic(BFloat16* at, float x, uint32_t random) {
   const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + (random & 0xffff)) >> 16;
   const uint32_t magnitude = bits & 0x7fffffff;
+  // Above the greatest finite number chance would make infinity of a finite one: there it is rounded to the nearest.
+  const uint32_t up = magnitude > 0x7f7f0000 ? 0x7fff + (bits >> 16 & 1) : random & 0xffff;
+  const uint32_t rounded = (bits + up) >> 16;
   at->bits =
       static_cast<uint16_t>(magnitude >= 0x7f800000 ? bits >> 16 | (magnitude > 0x7f800000 ? 0x40 : 0) : rounded);
 }
@@ -93,7 +95,9 @@ RECIS_HD void store_stochastic(Float16* at, float x, uint32_t random) {
   // In units of 2^-24; cut off after a share of a unit was added. The select keeps large values out of the conversion.
   const float units = (magnitude < 0x38800000 ? float_of(magnitude) : 0.0f) * 0x1p24f;
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(units + (random & 0x1fff) * 0x1p-13f));
-  at->bits = detail::float16_bits(bits, magnitude + (random & 0x1fff), subnormal);
+  // Above the greatest finite number, 65,504, it is rounded to the nearest, as in bfloat16.
+  const uint32_t up = magnitude > 0x477fe000 ? 0xfff + (magnitude >> 13 & 1) : random & 0x1fff;
+  at->bits = detail::float16_bits(bits, magnitude + up, subnormal);
 }
 
 // Random bits of an element that is about to be rounded: a function of what is rounded, of the step and of the

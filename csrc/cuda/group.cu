@@ -73,6 +73,7 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   const int64_t n = rows.numel();
   RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
               "group_rows: a buffer is smaller than its upper bound");
+  RECIS_CHECK(n < (int64_t{1} << 31), "group_rows: at most 2^31 - 1 positions, got ", n);  // cub counts runs in an int
   int64_t* counted = data<int64_t>(count, "count");
   int64_t* begins = data<int64_t>(starts, "starts");
   float* shares = data_or_null<float>(scales, "scales");

@@ -13,6 +13,18 @@ namespace recis {
 // `weights` (see optional_data), `combiners`, `tiles`.
 #define RECIS_FEATURES "int[] lengths, int[] vectors, Tensor[] offsets, Tensor[] weights, int[] combiners, int[] tiles"
 
+// Kernels read what offsets point to. On the CPU, where it can be seen, it must be there: whoever made the offsets may
+// have written to them since they were checked.
+inline void check_offsets(const Tensor& offsets, int64_t ids) {
+  if (!offsets.is_cpu() || offsets.numel() == 0) return;
+  const int64_t* at = data<int64_t>(offsets, "offsets");
+  const int64_t bags = offsets.numel() - 1;
+  int64_t falls = at[0] < 0 || at[bags] > ids ? 1 : 0;
+  for (int64_t b = 0; b < bags; ++b) falls += at[b] > at[b + 1] ? 1 : 0;
+  RECIS_CHECK(falls == 0, "offsets must not decrease and must lie within the ", ids,
+              " ids that they are of; were they written to after the batch was made?");
+}
+
 inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& lengths, const Ints& vectors,
                     const Ints& combiners, const Ints& tiles, size_t f) {
   const int64_t* starts = optional_data<int64_t>(offsets, f, "offsets");
@@ -21,6 +33,7 @@ inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& 
   RECIS_CHECK(starts == nullptr ? lengths[f] == vectors[f] && tiles[f] == 0 : offsets[f].numel() == bags + 1,
               "offsets or ids do not fit the number of bags");
   RECIS_CHECK(shares == nullptr || weights[f].numel() == lengths[f], "one weight for each id");
+  if (starts != nullptr) check_offsets(offsets[f], lengths[f]);
   return {starts, shares, static_cast<Combiner>(combiners[f]), tiles[f]};
 }
 
@@ -100,6 +113,7 @@ void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& grad
   const int64_t bags = gradient.size(0);
   RECIS_CHECK(winners.numel() == bags * dim && (offsets.numel() == 0 ? out.size(0) : offsets.numel() - 1) == bags,
               "winners, offsets and gradient must be of the same bags");
+  check_offsets(offsets, out.size(0));
   device.for_each(
       bags, dim,
       SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"), data<int32_t>(winners, "winners"),

@@ -23,7 +23,7 @@ from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
 from recis_hybrid.embedding.initializers import initializer_words
 from recis_hybrid.embedding.inserting import insert_grouped, insert_rows
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request
+from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, next_generation
 from recis_hybrid.embedding.pending import Pending, part_of, usable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
@@ -59,8 +59,8 @@ class HashTable:
         """Whose kernels work on the records."""
         self.admission = admission
         self.read_only = read_only
-        self.generation = 0
-        """Raised by whatever makes row numbers of earlier lookups meaningless."""
+        self.generation = next_generation()
+        """Another one from whatever makes row numbers of earlier lookups meaningless; no two tables have the same."""
         self.step = 0
         """Steps done: how often an optimizer over this table has stepped."""
         self.before_read: BeforeRead | None = None
@@ -114,7 +114,16 @@ class HashTable:
             features: The ids, on the table's device.
             train: Gives ids that have no row one, as far as they are admitted, and notes what was met in the rows'
                 metadata. Else, and in a read-only table, nothing is changed, and an unknown id's row is -1.
+
+        Raises:
+            IndexError: If a feature's member table is none of the table's.
+            RuntimeError: If offsets decrease, or lie outside of the ids.
         """
+        for feature in features:
+            if not 0 <= feature.member < len(self.members):
+                raise IndexError(
+                    f"table {self._name}: member table must be 0 to {len(self.members) - 1}, got {feature.member}"
+                )
         return self.find(Request.of(features), train=train)
 
     def find(self, request: Request, *, train: bool, out: Tensor | None = None, starts: Sequence[int] = ()) -> Lookup:
@@ -129,7 +138,7 @@ class HashTable:
             )
             return Lookup(request, rows, self.id_map.row_bound, self.generation, False, self.step)
         self.see()
-        lookup = insert_grouped(self, request, out, starts)
+        lookup = insert_grouped(self, request.kept(), out, starts)
         if self.before_read is not None:
             self.before_read(self, lookup.groups)
         self._unseen = lookup
@@ -356,7 +365,7 @@ class HashTable:
                 self.gate.clear(member)
             return
         self._empty()
-        self.generation += 1
+        self.generation = next_generation()
 
     def compact(self) -> None:
         """Moves rows together, so that blocks at the end can be given back; the only thing that moves rows."""
@@ -389,7 +398,7 @@ class HashTable:
         self.refuse_pending(what)
         self.see()
         before = len(self)
-        self.generation += 1
+        self.generation = next_generation()
         self.id_map.erase_slots(slots.contiguous())
         return before - len(self)
 
@@ -417,6 +426,7 @@ class HashTable:
         """Raises RuntimeError for a lookup of another generation."""
         if lookup.generation != self.generation:
             raise RuntimeError(
-                f"table {self._name}: this lookup was made in generation {lookup.generation} and the table is in "
-                f"generation {self.generation}: its rows were cleared, erased or moved since; look the batch up again"
+                f"table {self._name}: this lookup is of generation {lookup.generation} and the table is in generation "
+                f"{self.generation}: rows were cleared, erased or moved since, or it was made by another table; look "
+                f"the batch up again, in this one"
             )

@@ -41,7 +41,9 @@ class IdMap:
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
         self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
         """int64 ``[S, 2]``."""
-        self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
+        # Whatever mode they are made in, they are written to in any.
+        with torch.inference_mode(False):
+            self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
         """int64 ``[5]``, indexed as ``ops.id_map`` says."""
         self.free_rows = torch.empty(0, dtype=torch.int64, device=device)
         """int64: rows of erased ids; as many as the counters say."""

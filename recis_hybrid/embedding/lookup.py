@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,6 +62,28 @@ class Request(NamedTuple):
             [-1 if zero else member for zero, member in zip(zeros, members, strict=True)],
             _some(used),
         )
+
+    def kept(self) -> Request:
+        """Returns it with offsets and weights of its own.
+
+        A reader may use the memory of the batch's for the next one, and gradients may be summed after that.
+        """
+        bags = self.bags
+        if not bags.offsets and not bags.weights:
+            return self
+        return self._replace(
+            bags=bags._replace(
+                offsets=[part.clone() for part in bags.offsets], weights=[part.clone() for part in bags.weights]
+            )
+        )
+
+
+_generations = itertools.count()
+
+
+def next_generation() -> int:
+    """Returns a number for a table's generation that no table of this process has had."""
+    return next(_generations)
 
 
 _EMPTY: dict[torch.device, Tensor] = {}

@@ -8,6 +8,7 @@ import torch
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.eviction import Eviction, Rows
+from recis_hybrid.embedding.lookup import next_generation
 
 if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
@@ -31,7 +32,7 @@ def compact_rows(table: HashTable) -> None:
     """Moves the rows of a table together, and gives blocks at the end back."""
     table.refuse_pending("compact")
     table.see()
-    table.generation += 1
+    table.generation = next_generation()
     entries, bound, live = table.id_map.entries(), table.id_map.row_bound, len(table)
     rows = table.on_blocks(entries.rows)
     free = torch.ones(live, dtype=torch.bool, device=table.device)

@@ -130,6 +130,8 @@ class Router:
         samples = 0
         try:
             requests, samples = read()
+            if train:
+                requests = [(request.kept(), shapes) for request, shapes in requests]
             for table, (request, _) in zip(self._asks, requests, strict=True):
                 ranks = exchange.size
                 found.append(distinct_ids(request, table.kind_of, table.kinds, ranks, deduplicate=self._deduplicate))

@@ -215,7 +215,9 @@ def test_a_lookup_from_before_clear_is_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
     _, ctx = engine.lookup({"id": torch.tensor([1])})
     engine.tables[0].clear()
-    with pytest.raises(RuntimeError, match="generation 0 and the table is in generation 1.*look the batch up again"):
+    with pytest.raises(
+        RuntimeError, match="is of generation .* and the table is in generation .*look the batch up again"
+    ):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
 
 

@@ -94,6 +94,12 @@ DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
         {"lr": 0.01, "weight_decay": 0.1},
         lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     ),
+    "adamw_without_memory": (
+        optim.AdamW,
+        optim.AdamW.row_state(),
+        {"lr": 0.01, "betas": (0.0, 0.0)},
+        lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.0, 0.0)),
+    ),
 }
 
 
