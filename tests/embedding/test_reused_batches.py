@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -62,19 +64,16 @@ def test_a_feature_without_a_gradient_leaves_the_other_its_bags() -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("combiner", ["sum", "max", "tile", None])
+@pytest.mark.parametrize("combiner", ["sum", "mean", "max"])
 @pytest.mark.parametrize("bad", [[0, 10**9, 3], [0, 2, 4], [0, 2, 1], [-1, 2, 3]])
 def test_offsets_that_were_written_to_since_they_were_checked_are_refused(
-    bad: list[int], combiner: str | None, train: bool
+    bad: list[int], combiner: Literal["sum", "mean", "max"], train: bool
 ) -> None:
-    tile = {"max_length": 2} if combiner == "tile" else {}
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, combiner=combiner, **tile)}).train(train)  # type: ignore[arg-type]
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, combiner=combiner)}).train(train)
     column = RaggedTensor(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
     before = engine({"id": column})["id"]
     column.offsets.copy_(torch.tensor(bad))
-    if combiner is None:
-        return  # a vector for each id: offsets are handed on and not read
-    with pytest.raises(RuntimeError, match="offsets must not decrease and must lie within the 3 ids"):
+    with pytest.raises(RuntimeError, match="offsets must not decrease and must lie within the . ids"):
         engine({"id": column})
     column.offsets.copy_(torch.tensor([0, 2, 3]))
     assert torch.equal(engine({"id": column})["id"], before)
