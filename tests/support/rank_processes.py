@@ -27,7 +27,7 @@ class Ranks:
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Forked off a process that has imported what they need, what optimizers import when they are first made among it,
+        # Forked off a process that has imported what they need, and what optimizers import when they are first made,
         # and has no threads: a few seconds for all of them.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
