@@ -27,9 +27,10 @@ class Ranks:
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Forked off a process that has imported what they need, and has no threads: a second for all of them.
+        # Forked off a process that has imported what they need, and what optimizers import when they are first made,
+        # and has no threads: a few seconds for all of them.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "tests.support.sharded", "tests.support.sharded_saves"])
+        context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         store = Path(self._folder.name) / "store"
