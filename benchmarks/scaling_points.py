@@ -2,10 +2,11 @@
 
     python -m benchmarks.scaling_points [--quick] > benchmarks/scaling_points.json
 
-Constants, of one process with one thread, or of two joined by Gloo: the bytes that a step of tables moves a second
-(as the model counts them), the tower's operations a second, bytes a second and latency of an all-to-all, and seconds
-of a step of almost no ids. Points: steps of 1, 2 and 4 ranks, tables, tower and the all-reduce of its gradients.
-Seconds are the least of many, since such a machine is seldom quiet.
+Constants, of one process with one thread, or of two joined by Gloo: the tower's operations a second, the bytes that the
+rest of a step moves a second (as the model counts them), bytes a second and seconds of an all-to-all, and of a step of
+almost no ids. Points: steps of 1, 2 and 4 ranks, tables, tower and the all-reduce of its gradients.
+Seconds are those of the CPU, a rank's, medians: they are the same beside other work, where those on the clock are not.
+What the clock said at least is written down, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,16 +38,18 @@ DIM, HIDDEN, BYTES = 64, 32, 8 << 20
 RANKS = (1, 2, 4)
 
 
-def least_of(step: Callable[[], object], times: int) -> float:
-    seconds = []
+def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
+    """Returns the least time of a step on the clock, and its median of the CPU's time, of this rank."""
+    wall, cpu = [], []
     for number in range(times + 2):
         if dist.get_world_size() > 1:
             dist.barrier()
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         step()
         if number >= 2:
-            seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+            cpu.append(time.process_time() - busy)
+            wall.append(time.perf_counter() - begin)
+    return min(wall), statistics.median(cpu)
 
 
 def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
@@ -64,7 +68,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
     tower = nn.Sequential(nn.Linear(workload.FEATURES * DIM, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
     parameters = list(tower.parameters())
     samples = workload.SIZES[size]
-    vectors = torch.randn(samples, workload.FEATURES * DIM, requires_grad=True)
+    vectors = [torch.randn(samples, DIM, requires_grad=True) for _ in names]
     numbers = iter(range(1 << 30))
 
     def tables() -> None:
@@ -78,7 +82,9 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
 
     def dense() -> None:
         tower.zero_grad()
-        tower(vectors).mean().backward()
+        for vector in vectors:
+            vector.grad = None
+        tower(torch.cat(vectors, 1)).mean().backward()
 
     def whole() -> None:
         tower.zero_grad()
@@ -98,13 +104,18 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
         "ranks": ranks, "samples": samples, "features": len(names), "dim": DIM,
         "distinct": sum(distinct) / (8 * len(names) * samples),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "flops": 2 * sum(parameter.numel() for parameter in parameters), "seconds": least_of(whole, times),
-        "tables_s": least_of(tables, times), "tower_s": least_of(dense, times),
-        "tiny_s": least_of(tiny, 100),
+        "flops": 2 * sum(parameter.numel() for parameter in parameters),
+    }  # fmt: skip
+    steps: dict[str, tuple[Callable[[], object], int]] = {
+        "step": (whole, times), "tables": (tables, times), "tower": (dense, times), "tiny": (tiny, 100),
     }  # fmt: skip
     if ranks > 1:
-        found["small_s"] = least_of(exchange(ranks * 16), 100)
-        found["large_s"] = least_of(exchange(BYTES // 4), times)
+        steps |= {"small": (exchange(ranks * 16), 100), "large": (exchange(BYTES // 4), times)}
+    for name, (step, count) in steps.items():
+        wall, cpu = seconds_of(step, count)
+        of_all = torch.tensor(cpu)
+        dist.all_reduce(of_all)
+        found |= {f"{name}_wall_s": wall, f"{name}_s": float(of_all) / ranks}
     dist.barrier()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
@@ -122,7 +133,8 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     small = two["small_s"]
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "memory": alone.memory / (one["tables_s"] - one["tiny_s"]),
+        # Of a whole step: beside a tower, tables find little of theirs in caches, and take longer than alone.
+        "memory": alone.memory / (one["step_s"] - one["tower_s"] - one["tiny_s"]),
         "flops": alone.tower / one["tower_s"],
         "in_host": BYTES / 2 / (two["large_s"] - small),
         "collective_s": small,
