@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
 
 
+def refused_copy() -> TypeError:
+    """Returns the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
+    return TypeError(
+        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or take the "
+        "state_dict() of the model, in which tables are not"
+    )
+
+
 class Anchor(nn.Parameter):
     """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
 
@@ -30,7 +38,10 @@ class Anchor(nn.Parameter):
         return anchor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
-        raise TypeError("an embedding table cannot be deep-copied; save it with Saver and load it into a new engine")
+        raise refused_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refused_copy()
 
     @property
     def grad(self) -> Tensor | None:

@@ -46,7 +46,8 @@ class EmbeddingConfig:
     max_length: int | None = None
     """How many ids of a bag count, the first ones; None: all."""
     weights: str | None = None
-    """Column with a weight for each id; None: the weights that a RaggedTensor itself carries, if it does."""
+    """Column with a weight for each id: in the shape of the ids, or beside a RaggedTensor of ids one of the same rows,
+    or ``[n]`` in the order of the ids; None: the weights that a RaggedTensor itself carries, if it does."""
     initializer: Initializer = field(default_factory=Normal)
     """First values of rows."""
     unknown: Literal["first_value", "zeros"] = "first_value"

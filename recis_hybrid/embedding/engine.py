@@ -25,6 +25,7 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
+from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.ragged import Batch
@@ -305,11 +306,24 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had."""
-        return sum(table.evict(rule) for table in self.tables if not table.read_only)
+        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had.
+
+        Args:
+            rule: Asked about each table.
+
+        Raises:
+            RuntimeError: If gradients wait for rows of a table; none is changed.
+            TypeError: If it is no rule, or does not return a tensor of bool; none is changed.
+            ValueError: If that does not have as many elements as the table has rows; none is changed.
+        """
+        # All tables are asked before the first row goes.
+        asked = [(table, evicted_by(table, rule)) for table in self.tables if not table.read_only]
+        return sum(erase_evicted(table, evicted) for table, evicted in asked)
 
     def compact(self) -> None:
         """Moves the rows of every table together and gives memory back."""
+        for table in self.tables:
+            table.refuse_pending("compact")
         for table in self.tables:
             table.compact()
 
