@@ -38,6 +38,9 @@ class Gate(Protocol):
             uint8 ``[N]``: 1 where an id has a row or is to get one.
         """
 
+    def settle(self) -> None:
+        """Notes that all whom the last :meth:`admitted` let in have rows; not called where that failed."""
+
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
 
@@ -66,6 +69,10 @@ class MinFrequency:
     and hold none. Until then an id counts with its first value, or as zeros, as the config's ``unknown`` says, and its
     gradients go nowhere.
 
+    An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it is not noted when an id was last counted.
+    ``memory()["admission"]`` says what counts hold; ``table.gate.clear(None)`` forgets all of a table's and gives their
+    memory back, and ids without a row are counted anew.
+
     Example:
         >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")
     """
@@ -88,6 +95,8 @@ class FrequencyGate:
     def __init__(self, count: int, device: torch.device) -> None:
         self._least = count
         self._counts = IdCounts(device)
+        self._let_in: Tensor | None = None
+        """Slots of the counts of those who were admitted last, and have no row yet; below 0: none."""
 
     @property
     def nbytes(self) -> int:
@@ -102,9 +111,15 @@ class FrequencyGate:
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
         ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
-        # Whoever gets a row needs no count.
-        counts.erase_slots(torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1))
+        # Whoever gets a row needs no count, but until it has the row, nothing else says how often it was met.
+        self._let_in = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted
+
+    def settle(self) -> None:
+        """Forgets the counts of those who were admitted last."""
+        if self._let_in is not None:
+            self._counts.erase_slots(self._let_in)
+            self._let_in = None
 
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets the counts of ids."""
