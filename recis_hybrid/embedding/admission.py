@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.id_map import IdCounts
+from recis_hybrid.embedding.id_map import MAX_ROWS, IdCounts
+from recis_hybrid.embedding.settings import refuse_no_integer
 
 
 class Gate(Protocol):
@@ -69,9 +70,9 @@ class MinFrequency:
     and hold none. Until then an id counts with its first value, or as zeros, as the config's ``unknown`` says, and its
     gradients go nowhere.
 
-    An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it is not noted when an id was last counted.
-    ``memory()["admission"]`` says what counts hold; ``table.gate.clear(None)`` forgets all of a table's and gives their
-    memory back, and ids without a row are counted anew.
+    An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it
+    is not noted when an id was last counted. ``memory()["admission"]`` says what counts hold, and
+    ``table.gate.clear(None)`` forgets all of a table's and gives their memory back: its ids are counted anew.
 
     Example:
         >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")
@@ -81,8 +82,11 @@ class MinFrequency:
     """Lookups, at least 1; an id that occurs twice in a batch is looked up twice."""
 
     def __post_init__(self) -> None:
+        refuse_no_integer("MinFrequency", "count", self.count, 3)
         if self.count < 1:
             raise ValueError(f"MinFrequency: count must be at least 1, got {self.count}")
+        if self.count >= MAX_ROWS:
+            raise ValueError(f"MinFrequency: count must be below 2**40, where counts end, got {self.count}")
 
     def gate(self, device: torch.device) -> Gate:
         """Returns a gate that has counted nothing."""

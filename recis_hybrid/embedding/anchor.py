@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
@@ -33,6 +35,7 @@ class Anchor(nn.Parameter):
 
     def __new__(cls, table: HashTable) -> Anchor:
         """Makes the anchor of a table."""
+        _watch_steps()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
         anchor.table = table
         return anchor
@@ -54,3 +57,22 @@ class Anchor(nn.Parameter):
         if value is not None:
             raise ValueError("the gradient of an embedding table cannot be set; scale what is there, or set it to None")
         self.table.pending.clear()
+
+
+@cache
+def _watch_steps() -> None:
+    """Has every optimizer's step looked at first: torch.optim takes an anchor as it takes any parameter."""
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if hasattr(optimizer, "update_of"):
+        return
+    tables = sum(isinstance(parameter, Anchor) for group in optimizer.param_groups for parameter in group["params"])
+    if tables:
+        kind = type(optimizer)
+        raise TypeError(
+            f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, and was given the parameters of "
+            f"{tables}: give engine.parameters() to an optimizer of recis_hybrid.optim, and "
+            f"embedding.dense_parameters(model) to this one"
+        )

@@ -27,6 +27,7 @@ from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
+from recis_hybrid.embedding.settings import refuse_no_integer
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.ragged import Batch
 
@@ -81,8 +82,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             where the group is all ranks.
 
     Raises:
-        ValueError: If there is no feature, features that share a table disagree about it, this rank is not in the
-            group, or a setting is none of the choices.
+        TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
+        ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
+            beyond the dtype, this rank is not in the group, or a setting is none of the choices.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8), "user": EmbeddingConfig(dim=8)})
@@ -109,13 +111,14 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         super().__init__()
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
+        refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
         self.configs = dict(configs)
         self.device = device_of(device)
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
-        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
+        self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans

@@ -21,7 +21,7 @@ from recis_hybrid.embedding.checks import checked_ids, checked_member, refuse_co
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
-from recis_hybrid.embedding.initializers import initializer_words
+from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.inserting import insert_grouped, insert_rows
 from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request
 from recis_hybrid.embedding.pending import Pending, part_of, usable
@@ -52,6 +52,8 @@ class HashTable:
         if not 0 < len(members) <= MAX_MEMBERS:
             raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
         self.members = tuple(members)
+        for member in self.members:
+            refuse_unrepresentable(f"table {member.name!r}", member.initializer, layout.whole.dim, layout.dtype)
         self.layout = layout
         self.placement = placement or Placement.on(device)
         self.map_device = self.placement.map_device(device.index)

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import json
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,20 @@ from recis_hybrid.embedding import (
     Constant,
     EmbeddingConfig,
     EmbeddingEngine,
+    HashTable,
+    Initializer,
+    KaimingNormal,
+    MemberTable,
+    MinFrequency,
+    Normal,
+    RecordLayout,
     Rows,
+    StateField,
+    TruncatedNormal,
+    Uniform,
     Unused,
+    XavierUniform,
+    dense_parameters,
 )
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.tables import make_table
@@ -179,3 +193,121 @@ def test_what_an_insert_does_not_name_stays_in_a_row_that_is_there() -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         assert bool((before[name] != 0).all())
         assert torch.equal(after[name], torch.cat([before[name], torch.zeros(1, 2)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": 2.5}, "dim must be an integer, as dim=16, got 2.5"),
+        ({"dim": 8.0}, "dim must be an integer, as dim=16, got 8.0"),
+        ({"dim": "8"}, "dim must be an integer, as dim=16, got '8'"),
+        ({"dim": True}, "dim must be an integer, as dim=16, got True"),
+        ({"max_length": 1.5}, "max_length must be an integer, as max_length=1000, got 1.5"),
+        ({"expected_rows": 1e6}, "expected_rows must be an integer, as expected_rows=1000, got 1000000.0"),
+        ({"initializer": 0.5}, "initializer must be an object with a method draw, as Constant(0.5), got 0.5"),
+        ({"initializer": Normal}, "initializer must be an object with a method draw, as Constant(0.5), got <class"),
+        ({"admission": 3}, "admission must be an object with a method gate, as MinFrequency(3), got 3"),
+        ({"trainable": "no"}, "trainable must be True or False, got 'no'"),
+        ({"table": 5}, "table must be a name, or None, got 5"),
+        ({"weights": 5}, "weights must be a name, or None, got 5"),
+        ({"optimizer": 0.1}, "optimizer must be a mapping, as {'lr': 0.1}, or None, got 0.1"),
+        ({"placement": "cpu"}, "placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, got"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match="^" + re.escape("EmbeddingConfig: " + message)):
+        EmbeddingConfig(**{"dim": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: EmbeddingEngine({"id": 8}), TypeError,  # type: ignore[dict-item]
+         "feature 'id': it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got 8"),
+        (lambda: EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, seed=1.5), TypeError,  # type: ignore[arg-type]
+         "EmbeddingEngine: seed must be an integer, as seed=0, got 1.5"),
+        (lambda: StateField("sum", width=-5), ValueError,
+         "StateField 'sum': width must be at least 1, or None for that of the row, got -5"),
+        (lambda: StateField("sum", width=1.0), TypeError,  # type: ignore[arg-type]
+         "StateField 'sum': width must be an integer, as width=1, got 1.0"),
+        (lambda: StateField("sum", first_value=float("inf")), ValueError,
+         "StateField 'sum': first_value must be a finite number, got inf"),
+        (lambda: RecordLayout(2, (StateField("sum", first_value=1e39),)), ValueError,
+         "RecordLayout: sum: first_value must be a number of torch.float32, which end at 3.40282e+38, got 1e+39"),
+        (lambda: RecordLayout(2.0), TypeError,  # type: ignore[arg-type]
+         "RecordLayout: dim must be an integer, as dim=16, got 2.0"),
+        (lambda: MinFrequency(1.5), TypeError,  # type: ignore[arg-type]
+         "MinFrequency: count must be an integer, as count=3, got 1.5"),
+        (lambda: MinFrequency(2**40), ValueError, "MinFrequency: count must be below 2**40, where counts end, got"),
+        (lambda: Unused(1.5), TypeError,  # type: ignore[arg-type]
+         "Unused: steps must be an integer, as steps=1000, got 1.5"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(message)):
+        make()
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    one, two = torch.tensor([1, 2]).numpy()
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=two, max_length=one, admission=MinFrequency(one))}, seed=one)
+    assert engine({"id": torch.tensor([[1, 2]])})["id"].shape == (1, 2)
+    assert json.loads(json.dumps(engine.checkpoint_state().meta))["seed"] == 1
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("initializer", "dtype", "greatest"),
+    [
+        (Constant(1e300), F32, "1e+300"), (Constant(3.4028236e38), F32, "3.40282e+38"), (Constant(1e6), F16, "1e+06"),
+        (Constant(-65520.0), F16, "65520"), (Constant(3.4e38), BF16, "3.4e+38"),
+        (Uniform(-3e38, 3e38), F32, "6e+38"), (Uniform(0.0, 1e5), F16, "100000"),
+        (Normal(0.0, 1e39), F32, "5.7682e+39"), (Normal(0.0, 12_000.0), F16, "69218.4"),
+        (TruncatedNormal(0.0, 2e38, -2.0, 2.0), F32, "4e+38"), (TruncatedNormal(3e38, 1e38, -4.0, -3.9), F32, "4e+38"),
+        (XavierUniform(gain=1e39), F32, "1.22474e+39"), (KaimingNormal(gain=1e300), F32, "4.07873e+300"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_first_values_beyond_the_dtype_are_refused(initializer: Initializer, dtype: torch.dtype, greatest: str) -> None:
+    message = re.escape(f"{initializer!r} makes numbers up to {greatest}, and those of torch.")
+    with pytest.raises(ValueError, match="feature 'id': " + message):
+        EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=initializer, dtype=dtype)})
+    with pytest.raises(ValueError, match="table 't': " + message):
+        HashTable([MemberTable("t", initializer)], RecordLayout(2, dtype=dtype), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("initializer", "dtype"),
+    [
+        (Constant(3.4028235e38), F32), (Constant(65519.0), F16), (Constant(3.39e38), BF16),
+        (Uniform(-1.7e38, 1.7e38), F32), (Normal(0.0, 5.8e37), F32),
+        (Normal(0.0, 11_300.0), F16), (TruncatedNormal(0.0, 16_000.0, -4.0, 4.0), F16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_first_values_within_the_dtype_are_finite(initializer: Initializer, dtype: torch.dtype) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=64, initializer=initializer, dtype=dtype)})
+    assert bool(engine({"id": torch.arange(20_000)})["id"].isfinite().all())
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_torch_optimizers_refuse_tables_before_anything_changes(make: type[torch.optim.Optimizer]) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    model = torch.nn.ModuleDict({"engine": engine, "tower": torch.nn.Linear(2, 1)})
+    optimizer = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    model["tower"](engine({"id": torch.tensor([1])})["id"]).sum().backward()
+    before = [parameter.detach().clone() for parameter in dense_parameters(model)]
+    name = re.escape(f"torch.optim.{make.__name__.lower()}.{make.__name__}")
+    with pytest.raises(
+        TypeError, match=name + " cannot update embedding tables.* optimizer of recis_hybrid.optim.*dense_parameters"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, dense_parameters(model), strict=True))
+    assert not optimizer.state
+    optim.SGD(engine.parameters(), lr=0.1).step()
+    make(dense_parameters(model), lr=0.1).step()  # type: ignore[call-arg]
+    assert engine.tables[0].step == 1
+    assert not torch.equal(before[0], next(model["tower"].parameters()))
