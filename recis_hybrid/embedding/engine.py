@@ -55,6 +55,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
     id counts with the first value it would have.
 
+    Backward leaves gradients at the tables, batch after batch, until an optimizer's ``step()`` uses them or a
+    ``zero_grad()`` forgets them; until then each batch's take memory. Where only a tower is to be trained, call the
+    engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
+
     Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
     rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
     batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
@@ -65,7 +69,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
-        coalesce: False gives every member table a HashTable of its own; the numbers are the same.
+        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit, unless
+            the gradients' global norm is in them: ``clip_grad_norm_`` adds it up in float32 from one norm for each
+            HashTable, so that where it clips, they are close.
         group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
             tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
@@ -331,7 +337,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             table.compact()
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part of the tables holds, over all tables."""
+        """Returns the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 

@@ -377,7 +377,11 @@ class HashTable:
         compact_rows(self)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part holds."""
+        """Returns the bytes that each part holds: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
+
+        Beside them are gradients that wait for a step, and for the whole process up to 1 GiB of host memory that tables
+        and batches gave back, which is kept for the next that ask for as much.
+        """
         parts = {
             "id_map": self.id_map.nbytes,
             "blocks": self.blocks.nbytes,
