@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.id_map import IdCounts
+from recis_hybrid.embedding.id_map import MAX_ROWS, IdCounts
+from recis_hybrid.embedding.settings import refuse_no_integer
 
 
 class Gate(Protocol):
@@ -37,6 +38,9 @@ class Gate(Protocol):
         Returns:
             uint8 ``[N]``: 1 where an id has a row or is to get one.
         """
+
+    def settle(self) -> None:
+        """Notes that all whom the last :meth:`admitted` let in have rows; not called where that failed."""
 
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
@@ -66,6 +70,10 @@ class MinFrequency:
     and hold none. Until then an id counts with its first value, or as zeros, as the config's ``unknown`` says, and its
     gradients go nowhere.
 
+    An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it
+    is not noted when an id was last counted. ``memory()["admission"]`` says what counts hold, and
+    ``table.gate.clear(None)`` forgets all of a table's and gives their memory back: its ids are counted anew.
+
     Example:
         >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")
     """
@@ -74,8 +82,11 @@ class MinFrequency:
     """Lookups, at least 1; an id that occurs twice in a batch is looked up twice."""
 
     def __post_init__(self) -> None:
+        refuse_no_integer("MinFrequency", "count", self.count, 3)
         if self.count < 1:
             raise ValueError(f"MinFrequency: count must be at least 1, got {self.count}")
+        if self.count >= MAX_ROWS:
+            raise ValueError(f"MinFrequency: count must be below 2**40, where counts end, got {self.count}")
 
     def gate(self, device: torch.device) -> Gate:
         """Returns a gate that has counted nothing."""
@@ -88,6 +99,8 @@ class FrequencyGate:
     def __init__(self, count: int, device: torch.device) -> None:
         self._least = count
         self._counts = IdCounts(device)
+        self._let_in: Tensor | None = None
+        """Slots of the counts of those who were admitted last, and have no row yet; below 0: none."""
 
     @property
     def nbytes(self) -> int:
@@ -102,9 +115,15 @@ class FrequencyGate:
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
         ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
-        # Whoever gets a row needs no count.
-        counts.erase_slots(torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1))
+        # Whoever gets a row needs no count, but until it has the row, nothing else says how often it was met.
+        self._let_in = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted
+
+    def settle(self) -> None:
+        """Forgets the counts of those who were admitted last."""
+        if self._let_in is not None:
+            self._counts.erase_slots(self._let_in)
+            self._let_in = None
 
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets the counts of ids."""

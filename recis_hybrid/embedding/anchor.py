@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
+
+
+def refused_copy() -> TypeError:
+    """Returns the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
+    return TypeError(
+        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or take the "
+        "state_dict() of the model, in which tables are not"
+    )
 
 
 class Anchor(nn.Parameter):
@@ -25,12 +35,16 @@ class Anchor(nn.Parameter):
 
     def __new__(cls, table: HashTable) -> Anchor:
         """Makes the anchor of a table."""
+        _watch_steps()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
         anchor.table = table
         return anchor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
-        raise TypeError("an embedding table cannot be deep-copied; save it with Saver and load it into a new engine")
+        raise refused_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refused_copy()
 
     @property
     def grad(self) -> Tensor | None:
@@ -43,3 +57,22 @@ class Anchor(nn.Parameter):
         if value is not None:
             raise ValueError("the gradient of an embedding table cannot be set; scale what is there, or set it to None")
         self.table.pending.clear()
+
+
+@cache
+def _watch_steps() -> None:
+    """Has every optimizer's step looked at first: torch.optim takes an anchor as it takes any parameter."""
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if hasattr(optimizer, "update_of"):
+        return
+    tables = sum(isinstance(parameter, Anchor) for group in optimizer.param_groups for parameter in group["params"])
+    if tables:
+        kind = type(optimizer)
+        raise TypeError(
+            f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, and was given the parameters of "
+            f"{tables}: give engine.parameters() to an optimizer of recis_hybrid.optim, and "
+            f"embedding.dense_parameters(model) to this one"
+        )

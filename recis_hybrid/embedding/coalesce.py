@@ -9,7 +9,7 @@ import torch
 
 from recis_hybrid.embedding.columns import columns_of
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
-from recis_hybrid.embedding.initializers import QUAD
+from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
 from recis_hybrid.embedding.protocols import MemberTable
 from recis_hybrid.embedding.record_layout import RecordLayout, StateField
 from recis_hybrid.embedding.sharding import Sharding, sharding_of
@@ -45,11 +45,18 @@ def plan_tables(
         ranks: How many have the tables together.
 
     Raises:
-        ValueError: If features that share a member table disagree about it, or rows cannot be split by column.
+        TypeError: If a feature has no EmbeddingConfig.
+        ValueError: If features that share a member table disagree about it, first values are beyond the dtype, or rows
+            cannot be split by column.
     """
     first_of: dict[str, str] = {}
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, config in configs.items():
+        if not isinstance(config, EmbeddingConfig):
+            raise TypeError(
+                f"feature {name!r}: it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got {config!r}"
+            )
+        refuse_unrepresentable(f"feature {name!r}", config.initializer, config.dim, config.dtype)
         table = config.table or name
         if table.endswith(COUNTS):
             raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")

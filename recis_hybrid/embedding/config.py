@@ -12,6 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
+from recis_hybrid.embedding.settings import refuse_no_integer, refuse_no_rule
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")
@@ -46,7 +47,8 @@ class EmbeddingConfig:
     max_length: int | None = None
     """How many ids of a bag count, the first ones; None: all."""
     weights: str | None = None
-    """Column with a weight for each id; None: the weights that a RaggedTensor itself carries, if it does."""
+    """Column with a weight for each id: in the shape of the ids, or beside a RaggedTensor of ids one of the same rows,
+    or ``[n]`` in the order of the ids; None: the weights that a RaggedTensor itself carries, if it does."""
     initializer: Initializer = field(default_factory=Normal)
     """First values of rows."""
     unknown: Literal["first_value", "zeros"] = "first_value"
@@ -68,6 +70,7 @@ class EmbeddingConfig:
     """About how many ids the table will have; for ``sharding="auto"`` alone."""
 
     def __post_init__(self) -> None:
+        self._refuse_types()
         if self.dim <= 0:
             raise ValueError(f"EmbeddingConfig: dim must be positive, got {self.dim}")
         if self.combiner not in COMBINERS:
@@ -97,6 +100,29 @@ class EmbeddingConfig:
             raise ValueError(f"EmbeddingConfig: expected_rows must be at least 1, got {self.expected_rows}")
         if self.unknown not in ("first_value", "zeros"):
             raise ValueError(f"EmbeddingConfig: unknown must be 'first_value' or 'zeros', got {self.unknown!r}")
+
+    def _refuse_types(self) -> None:
+        where = "EmbeddingConfig"
+        refuse_no_integer(where, "dim", self.dim, 16)
+        object.__setattr__(self, "dim", int(self.dim))  # numpy's are integers, too, and have fewer methods
+        for name in ("max_length", "expected_rows"):
+            if getattr(self, name) is not None:
+                refuse_no_integer(where, name, getattr(self, name), 1000)
+        for name in ("table", "weights"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{where}: {name} must be a name, or None, got {getattr(self, name)!r}")
+        if not isinstance(self.trainable, bool):
+            raise TypeError(f"{where}: trainable must be True or False, got {self.trainable!r}")
+        refuse_no_rule(where, "initializer", self.initializer, "draw", "Constant(0.5)")
+        if self.admission is not None:
+            refuse_no_rule(where, "admission", self.admission, "gate", "MinFrequency(3)")
+        if not isinstance(self.optimizer, Mapping | None):
+            raise TypeError(f"{where}: optimizer must be a mapping, as {{'lr': 0.1}}, or None, got {self.optimizer!r}")
+        if not isinstance(self.placement, Placement | None):
+            raise TypeError(
+                f"{where}: placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, "
+                f"got {self.placement!r}"
+            )
 
     @property
     def width(self) -> int:

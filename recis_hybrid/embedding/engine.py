@@ -25,7 +25,9 @@ from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
+from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
+from recis_hybrid.embedding.settings import refuse_no_integer
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.ragged import Batch
 
@@ -53,6 +55,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
     id counts with the first value it would have.
 
+    Backward leaves gradients at the tables, batch after batch, until an optimizer's ``step()`` uses them or a
+    ``zero_grad()`` forgets them; until then each batch's take memory. Where only a tower is to be trained, call the
+    engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
+
     Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
     rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
     batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
@@ -63,7 +69,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
-        coalesce: False gives every member table a HashTable of its own; the numbers are the same.
+        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit, unless
+            the gradients' global norm is in them: ``clip_grad_norm_`` adds it up in float32 from one norm for each
+            HashTable, so that where it clips, they are close.
         group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
             tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
@@ -80,8 +88,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             where the group is all ranks.
 
     Raises:
-        ValueError: If there is no feature, features that share a table disagree about it, this rank is not in the
-            group, or a setting is none of the choices.
+        TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
+        ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
+            beyond the dtype, this rank is not in the group, or a setting is none of the choices.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8), "user": EmbeddingConfig(dim=8)})
@@ -108,13 +117,14 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         super().__init__()
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
+        refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
         self.configs = dict(configs)
         self.device = device_of(device)
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
-        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
+        self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
@@ -305,16 +315,29 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had."""
-        return sum(table.evict(rule) for table in self.tables if not table.read_only)
+        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had.
+
+        Args:
+            rule: Asked about each table.
+
+        Raises:
+            RuntimeError: If gradients wait for rows of a table; none is changed.
+            TypeError: If it is no rule, or does not return a tensor of bool; none is changed.
+            ValueError: If that does not have as many elements as the table has rows; none is changed.
+        """
+        # All tables are asked before the first row goes.
+        asked = [(table, evicted_by(table, rule)) for table in self.tables if not table.read_only]
+        return sum(erase_evicted(table, evicted) for table, evicted in asked)
 
     def compact(self) -> None:
         """Moves the rows of every table together and gives memory back."""
         for table in self.tables:
+            table.refuse_pending("compact")
+        for table in self.tables:
             table.compact()
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part of the tables holds, over all tables."""
+        """Returns the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 

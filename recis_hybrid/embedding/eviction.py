@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from recis_hybrid.embedding.settings import refuse_no_integer
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -47,6 +49,7 @@ class Unused:
     """Steps of the optimizer, at least 1."""
 
     def __post_init__(self) -> None:
+        refuse_no_integer("Unused", "steps", self.steps, 1000)
         if self.steps < 1:
             raise ValueError(f"Unused: steps must be at least 1, got {self.steps}")
 

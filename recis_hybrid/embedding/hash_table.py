@@ -14,20 +14,20 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
-from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.anchor import Anchor, refused_copy
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.changes import Changes
-from recis_hybrid.embedding.checks import checked_ids, refuse_columns
+from recis_hybrid.embedding.checks import checked_ids, checked_member, refuse_columns
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
-from recis_hybrid.embedding.initializers import initializer_words
+from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.inserting import insert_grouped, insert_rows
 from recis_hybrid.embedding.lookup import FeatureIds, Lookup, Request, next_generation
 from recis_hybrid.embedding.pending import Pending, part_of, usable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.protocols import META, BeforeRead, MemberTable, RowUpdate
-from recis_hybrid.embedding.reclaiming import compact_rows, evict_rows
+from recis_hybrid.embedding.reclaiming import compact_rows, erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.update import Gradients
 
@@ -52,6 +52,8 @@ class HashTable:
         if not 0 < len(members) <= MAX_MEMBERS:
             raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
         self.members = tuple(members)
+        for member in self.members:
+            refuse_unrepresentable(f"table {member.name!r}", member.initializer, layout.whole.dim, layout.dtype)
         self.layout = layout
         self.placement = placement or Placement.on(device)
         self.map_device = self.placement.map_device(device.index)
@@ -80,6 +82,10 @@ class HashTable:
 
     def __repr__(self) -> str:
         return f"HashTable({self._name}, dim={self.layout.dim}, {len(self)} rows)"
+
+    def __reduce__(self) -> Any:
+        """Refuses ``copy``, ``deepcopy`` and pickling, which all come here."""
+        raise refused_copy()
 
     @property
     def anchor(self) -> Anchor:
@@ -267,7 +273,13 @@ class HashTable:
         Args:
             member: Number of the member table.
             ids: int64 ``[n]``; distinct where columns are given.
-            columns: What the rows hold, as :meth:`export` gives it; what is not named starts with its first value.
+            columns: What the rows hold, as :meth:`export` gives it. What is not named starts with its first value in a
+                new row, and stays as it is in a row that is there already. Without metadata the rows count as met now.
+
+        Raises:
+            TypeError: If a column is no tensor, or metadata are no integers.
+            ValueError: If columns do not fit the rows, metadata are out of range, or ids are not int64 ``[n]``; nothing
+                is changed.
 
         Returns:
             int64 ``[n]``: the rows.
@@ -346,7 +358,7 @@ class HashTable:
 
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names. Returns how many."""
-        return evict_rows(self, rule)
+        return erase_evicted(self, evicted_by(self, rule))
 
     def clear(self, member: int | None = None) -> None:
         """Removes every row of a member table, or of all, and what admission knows of their ids."""
@@ -355,6 +367,8 @@ class HashTable:
 
     def discard(self, member: int | None = None) -> None:
         """As :meth:`clear`, also for a read-only table."""
+        if member is not None:
+            checked_member("clear", len(self.members), member)
         for changes in self.watched:
             for cleared in range(len(self.members)) if member is None else [member]:
                 changes.note_whole(cleared)
@@ -372,7 +386,11 @@ class HashTable:
         compact_rows(self)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part holds."""
+        """Returns the bytes that each part holds: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
+
+        Beside them are gradients that wait for a step, and for the whole process up to 1 GiB of host memory that tables
+        and batches gave back, which is kept for the next that ask for as much.
+        """
         parts = {
             "id_map": self.id_map.nbytes,
             "blocks": self.blocks.nbytes,

@@ -12,8 +12,14 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
+
+from recis_hybrid.embedding.settings import beyond
+
 QUAD = 4
 """Elements that are drawn together."""
+_FARTHEST = 5.7682
+"""No normal number that kernels draw is farther from the mean, in standard deviations: the root of 48 log 2."""
 
 
 class Draw(NamedTuple):
@@ -207,6 +213,32 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
         "<i6fiq", kind, a, b, a + b * low, a + b * high, erf_low, erf_high, first // QUAD, table_key(seed, table)
     )
     return struct.unpack("<5q", packed)
+
+
+def refuse_unrepresentable(where: str, initializer: Initializer, dim: int, dtype: torch.dtype) -> None:
+    """Raises ValueError if first values, or what kernels compute on the way to them, may be infinite.
+
+    Args:
+        where: What has them, for the message.
+        initializer: Of its rows.
+        dim: Elements of a row.
+        dtype: In which they are stored.
+    """
+    kind, a, b, low, high = initializer.draw(dim)
+    values, between = [a], [a]
+    if kind == 1:
+        values, between = [a, b], [b - a]
+    elif kind == 2:
+        values, between = [a - _FARTHEST * b, a + _FARTHEST * b], [a, b]
+    elif kind == 3:
+        values, between = [a + b * low, a + b * high], [a, b, b * max(abs(low), abs(high))]
+    for numbers, held in ((values, dtype), (between, torch.float32)):
+        greatest = max(abs(number) for number in numbers)
+        if not greatest < beyond(held):
+            raise ValueError(
+                f"{where}: {initializer!r} makes numbers up to {greatest:g}, and those of {held} end at "
+                f"{torch.finfo(held).max:g}; narrow it, or take a dtype of greater range"
+            )
 
 
 def _xavier(gain: float, fan_in: int | None, fan_out: int | None, dim: int) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +114,30 @@ class FeatureReader:
             return self._as_weights(column.weights, "weights", column.values, device)
         given = self._column(batch, name)
         ids = column.values if isinstance(column, RaggedTensor) else column
-        return self._as_weights(given.values if isinstance(given, RaggedTensor) else given, repr(name), ids, device)
+        if not isinstance(given, RaggedTensor):
+            return self._as_weights(given, repr(name), ids, device)
+        self._refuse_other_rows(column, given, name)
+        return self._as_weights(given.values, repr(name), ids, device)
+
+    def _refuse_other_rows(self, column: Tensor | RaggedTensor, weights: RaggedTensor, name: str) -> None:
+        """Raises ValueError for ragged weights whose rows are not those of the ids."""
+        if not isinstance(column, RaggedTensor):
+            raise ValueError(
+                f"{self._where}: {name!r} is ragged and the ids are {list(column.shape)}; give the weights in the ids' "
+                f"shape, or the ids as a RaggedTensor, too"
+            )
+        ours, theirs = column.offsets, weights.offsets
+        if theirs is ours and not weights.outer:
+            return
+        # Offsets on a GPU are not looked at: the host would have to wait for them.
+        same = ours.shape == theirs.shape and not weights.outer
+        if same and ours.is_cpu and theirs.is_cpu:
+            same = np.array_equal(ours.numpy(), theirs.numpy())
+        if not same:
+            raise ValueError(
+                f"{self._where}: {name!r} must have as many weights in each row as there are ids: "
+                f"{_row_differences(column, weights)}"
+            )
 
     def _as_weights(self, weights: Tensor, name: str, ids: Tensor, device: torch.device) -> Tensor:
         if not weights.dtype.is_floating_point:
@@ -130,7 +154,13 @@ class FeatureReader:
     def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
         if name not in batch:
             raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
-        return batch[name]
+        column = batch[name]
+        if not isinstance(column, Tensor | RaggedTensor):
+            raise TypeError(
+                f"{self._where}: column {name!r} must be a tensor or a RaggedTensor, got a {type(column).__name__}; "
+                f"make it one with torch.as_tensor, or RaggedTensor.from_lists for rows of unequal length"
+            )
+        return column
 
     @property
     def _where(self) -> str:
@@ -144,6 +174,15 @@ def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> t
     kept = place < most
     starts = torch.cat([offsets[:1], lengths.clamp(max=most).cumsum(0)])
     return ids[kept], None if weights is None else weights[kept], starts
+
+
+def _row_differences(ids: RaggedTensor, weights: RaggedTensor) -> str:
+    if weights.levels != ids.levels or weights.batch_size != ids.batch_size:
+        rows, levels = weights.batch_size, weights.levels
+        return f"they have {rows} rows and {levels} levels, the ids {ids.batch_size} and {ids.levels}"
+    ours, theirs = ids.offsets.diff(), weights.offsets.diff()
+    row = int((ours != theirs).nonzero()[0])
+    return f"row {row} has {int(theirs[row])}, and {int(ours[row])} ids"
 
 
 def _is_plain(column: Tensor | RaggedTensor, device: torch.device) -> TypeGuard[Tensor]:

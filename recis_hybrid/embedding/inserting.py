@@ -76,17 +76,18 @@ def insert_rows(
     new_rows, new = table.id_map.find_or_insert(near, members, admitted, used)
     try:
         rows, fresh = table.on_blocks(new_rows), table.on_blocks(new)
-        if not table.id_map.may_have_fresh:
-            return rows
-        ops.blocks.init_fresh(
-            table.blocks.handle, table.layout.element, table.on_blocks(table.id_map.counters), rows, fresh, ids,
-            members, table.initializers, table.layout.dim, table.layout.state_args,
-        )  # fmt: skip
+        if table.id_map.may_have_fresh:
+            ops.blocks.init_fresh(
+                table.blocks.handle, table.layout.element, table.on_blocks(table.id_map.counters), rows, fresh, ids,
+                members, table.initializers, table.layout.dim, table.layout.state_args,
+            )  # fmt: skip
     except BaseException:
         # An interrupt, or no memory for a copy: the new ids go again, for their records hold nothing.
         table.id_map.withdraw(near, members, new)
         raise
     table.id_map.commit()
+    if gate is not None:
+        gate.settle()
     return rows
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 META = ("updated_step", "seen_step", "frequency")
 """What a row keeps of its past, as columns of :meth:`HashTable.export`; int64 ``[n]`` each."""
 
+META_BITS = {"updated_step": 40, "seen_step": 40, "frequency": 48}
+"""How many bits of a record each has."""
+
 
 @dataclass(frozen=True)
 class MemberTable:

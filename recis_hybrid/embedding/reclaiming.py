@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.eviction import Eviction, Rows
@@ -14,18 +15,53 @@ if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
 
 
-def evict_rows(table: HashTable, rule: Eviction) -> int:
-    """Gives up the rows of a table that a rule names. Returns how many."""
+class Evicted(NamedTuple):
+    """Rows that are to be given up; int64 ``[n]`` each."""
+
+    slots: Tensor
+    ids: Tensor
+    members: Tensor
+
+
+def evicted_by(table: HashTable, rule: Eviction) -> Evicted:
+    """Returns the rows of a table that a rule names, and leaves them there.
+
+    Raises:
+        RuntimeError: If the table is read-only, or gradients wait for its rows.
+        TypeError: If it is no rule, or does not return a tensor of bool.
+        ValueError: If that does not have as many elements as the table has rows.
+    """
+    name = type(rule).__name__
+    if not callable(getattr(rule, "unwanted", None)):
+        raise TypeError(f"evict: a rule must have a method unwanted(rows), as Unused(steps=1000) has, got {rule!r}")
+    table.refuse_read_only("evict")
+    table.refuse_pending("evict")
     table.see()
     entries = table.id_map.entries()
     meta = ops.blocks.read_meta(table.blocks.handle, table.on_blocks(entries.rows)).to(table.map_device)
     unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], table.step))
-    evicted = table.erase_slots("evict", entries.slots[unwanted])
+    n = entries.ids.numel()
+    if not isinstance(unwanted, Tensor) or unwanted.dtype != torch.bool:
+        got = unwanted.dtype if isinstance(unwanted, Tensor) else f"a {type(unwanted).__name__}"
+        raise TypeError(
+            f"evict: {name}.unwanted must return a tensor of bool [{n}], True for rows to give up, got {got}"
+        )
+    if list(unwanted.shape) != [n]:
+        raise ValueError(
+            f"evict: {name}.unwanted must say of each of the {n} rows whether to give it up: bool [{n}], "
+            f"got bool {list(unwanted.shape)}"
+        )
+    unwanted = unwanted.to(table.map_device)
+    return Evicted(entries.slots[unwanted], entries.ids[unwanted], entries.members[unwanted])
+
+
+def erase_evicted(table: HashTable, evicted: Evicted) -> int:
+    """Gives up what :func:`evicted_by` returned; nothing may have changed the table since. Returns how many rows."""
+    count = table.erase_slots("evict", evicted.slots)
     if table.watched:
-        ids, members = entries.ids[unwanted], entries.members[unwanted]
-        for member in members.unique().tolist():
-            table.note(member, ids[members == member])
-    return evicted
+        for member in evicted.members.unique().tolist():
+            table.note(member, evicted.ids[evicted.members == member])
+    return count
 
 
 def compact_rows(table: HashTable) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.settings import beyond, refuse_no_integer
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
@@ -28,6 +30,15 @@ class StateField:
     """What it starts as."""
     dtype: torch.dtype | None = None
     """None for the layout's ``state_dtype``."""
+
+    def __post_init__(self) -> None:
+        where = f"StateField {self.name!r}"
+        if self.width is not None:
+            refuse_no_integer(where, "width", self.width, 1)
+            if self.width < 1:
+                raise ValueError(f"{where}: width must be at least 1, or None for that of the row, got {self.width}")
+        if not isinstance(self.first_value, int | float) or not math.isfinite(self.first_value):
+            raise ValueError(f"{where}: first_value must be a finite number, got {self.first_value!r}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class RecordLayout:
     """Of a row that is split by column, how many elements it has everywhere together; None: it is whole."""
 
     def __post_init__(self) -> None:
+        refuse_no_integer("RecordLayout", "dim", self.dim, 16)
         if self.dim <= 0:
             raise ValueError(f"RecordLayout: dim must be positive, got {self.dim}")
         if self.dtype not in ops.blocks.ELEMENTS:
@@ -72,6 +84,12 @@ class RecordLayout:
                 raise ValueError(
                     f"RecordLayout: {field.name}: dtype must be torch.float32 or the embedding's {self.dtype}, "
                     f"got {field.dtype}"
+                )
+            dtype = field.dtype or self.state_dtype
+            if abs(field.first_value) >= beyond(dtype):
+                raise ValueError(
+                    f"RecordLayout: {field.name}: first_value must be a number of {dtype}, which end at "
+                    f"{torch.finfo(dtype).max:g}, got {field.first_value}"
                 )
         if len(self.state) > MAX_STATE_FIELDS:
             raise ValueError(

@@ -51,7 +51,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if not anchor.table.read_only and any(have.get(field) != form for field, form in want.items()):
             raise ValueError(
                 f"{name} keeps {want} for every row, but the engine was built with {have}: "
-                f"build it with EmbeddingEngine(..., optimizer_state={name}.row_state())"
+                f"build it with EmbeddingEngine(..., optimizer_state={name}.{self._row_state_call(group)})"
             )
 
     @staticmethod
@@ -63,6 +63,11 @@ class SparseOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         """Returns what a row must keep under these hyperparameters."""
+
+    @staticmethod
+    def _row_state_call(group: dict[str, Any]) -> str:
+        """Returns the call of ``row_state`` by which an engine is built for these hyperparameters, as text."""
+        return "row_state()"
 
     @abstractmethod
     def _update(

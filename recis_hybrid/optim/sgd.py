@@ -50,6 +50,10 @@ class SGD(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return SGD.row_state(group["momentum"])
 
+    @staticmethod
+    def _row_state_call(group: dict[str, Any]) -> str:
+        return f"row_state(momentum={group['momentum']})"
+
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:

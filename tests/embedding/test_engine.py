@@ -258,7 +258,7 @@ def test_anchors_stay_out_of_state_dicts_and_dense_parameters() -> None:
     assert list(model.state_dict()) == ["tower.weight", "tower.bias"]
     model.load_state_dict(model.state_dict())
     assert [p.shape for p in dense_parameters(model)] == [p.shape for p in model["tower"].parameters()]
-    with pytest.raises(TypeError, match="cannot be deep-copied; save it with Saver"):
+    with pytest.raises(TypeError, match="cannot be copied or pickled; save it with Saver"):
         __import__("copy").deepcopy(model)
 
 

@@ -171,6 +171,44 @@ def test_admission_counts_survive_growth_that_memory_has_no_room_for(monkeypatch
     assert table.ids(0).tolist() == [7]
 
 
+@pytest.mark.parametrize("where", [(ops.id_map, "find_or_insert"), (ops.blocks, "init_fresh")], ids=["map", "blocks"])
+def test_admission_counts_survive_an_insert_that_fails(
+    where: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make_table(dim=4, admission=MinFrequency(3))
+    assert table.gate is not None
+    table.lookup([feature([7, 7, 8])], train=True)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(*where, no_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.lookup([feature([7, 8])], train=True)
+    monkeypatch.undo()
+    known = table.gate.state(0)
+    assert (known["ids"].tolist(), known["count"].tolist(), len(table)) == ([7, 8], [3, 2], 0)
+    table.lookup([feature([7, 8])], train=True)
+    assert table.ids(0).tolist() == [7, 8]
+    assert table.gate.state(0)["ids"].tolist() == []
+
+
+def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
+    optimizer, table = optim.SGD(engine.parameters()), engine.tables[0]
+    empty = engine.memory()["admission"]
+    for step in range(3):
+        engine({"id": torch.arange(1000 * step, 1000 * step + 1000)})
+        optimizer.step()
+    engine.evict(Unused(1))
+    assert table.gate is not None
+    assert table.gate.state(0)["ids"].numel() == 3000
+    assert 16 / 0.75 <= engine.memory()["admission"] / 3000 <= 2 * 5 / 4 * 16 / 0.75
+    table.gate.clear(None)
+    assert table.gate.state(0)["ids"].numel() == 0
+    assert engine.memory()["admission"] == empty
+
+
 def test_an_inserted_id_leaves_no_count_behind() -> None:
     table = make_table(dim=4, admission=MinFrequency(3))
     table.lookup([feature([7, 7])], train=True)

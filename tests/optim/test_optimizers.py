@@ -163,6 +163,18 @@ def test_an_engine_without_the_state_is_refused() -> None:
         optim.Adagrad(engine.parameters())
 
 
+@pytest.mark.parametrize("overrides", [None, {"momentum": 0.5}])
+def test_what_an_engine_is_to_keep_for_momentum_is_said_with_the_number(overrides: dict[str, float] | None) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer=overrides)})
+    momentum = 0.5 if overrides else 0.9
+    with pytest.raises(ValueError, match=rf"optimizer_state=SGD\.row_state\(momentum={momentum}\)\)"):
+        optim.SGD(engine.parameters(), momentum=0.9)
+    optim.SGD(
+        EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.SGD.row_state(momentum=0.9)).parameters(),
+        momentum=0.9,
+    )
+
+
 def test_a_table_of_another_engine_is_refused() -> None:
     engine, other = (EmbeddingEngine({"id": EmbeddingConfig(dim=2)}) for _ in range(2))
     _, ctx = engine.lookup({"id": torch.tensor([1])})

@@ -1,0 +1,313 @@
+"""What tables and engines refuse, before anything is changed: each message names thing, value and remedy."""
+
+import copy
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import (
+    Constant,
+    EmbeddingConfig,
+    EmbeddingEngine,
+    HashTable,
+    Initializer,
+    KaimingNormal,
+    MemberTable,
+    MinFrequency,
+    Normal,
+    RecordLayout,
+    Rows,
+    StateField,
+    TruncatedNormal,
+    Uniform,
+    Unused,
+    XavierUniform,
+    dense_parameters,
+)
+from recis_hybrid.ragged import RaggedTensor
+from tests.support.tables import make_table
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())],
+    ids=["copy", "deepcopy", "pickle", "torch.save"],
+)
+def test_a_table_is_neither_copied_nor_pickled(duplicate: Callable[[object], object]) -> None:
+    # A copy would share the records' memory, whose addresses are in it.
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    table = engine.tables[0]
+    things = [table, table.anchor, *([] if duplicate is copy.copy else [engine, torch.nn.Sequential(engine)])]
+    for thing in things:
+        with pytest.raises(TypeError, match="an embedding table cannot be copied or pickled; save it with Saver"):
+            duplicate(thing)
+
+
+def test_member_tables_that_are_not_there_are_not_cleared() -> None:
+    table = make_table(members=2)
+    table.insert(0, torch.arange(3))
+    changes = table.watch()
+    for member in (99, 2, -1, "t0", True, 0.0):
+        for clear in (table.clear, table.discard):
+            with pytest.raises(ValueError, match="clear: member must be 0 to 1, the number of a table, got "):
+                clear(member)  # type: ignore[arg-type]
+    assert (len(table), table.generation, changes.whole) == (3, 0, set())
+
+
+def meta_columns(**given: Tensor) -> dict[str, Tensor]:
+    return {"updated_step": torch.tensor([0]), "seen_step": torch.tensor([0]), "frequency": torch.tensor([0]), **given}
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        (meta_columns(updated_step=torch.tensor([-1])), ValueError, r"updated_step must be 0 to 2\*\*40 - 1, got -1"),
+        (meta_columns(updated_step=torch.tensor([2**40])), ValueError, r"updated_step must be .* got 1099511627776"),
+        (meta_columns(seen_step=torch.tensor([2**63 - 1])), ValueError, r"seen_step must be 0 to 2\*\*40 - 1, got 9"),
+        (meta_columns(frequency=torch.tensor([2**48])), ValueError, r"frequency must be 0 to 2\*\*48 - 1, got 2814"),
+        (meta_columns(frequency=torch.tensor([1.7])), TypeError, "frequency must be integers, got torch.float32"),
+        (meta_columns(seen_step=torch.tensor([True])), TypeError, "seen_step must be integers, got torch.bool"),
+        ({"embedding": [[1.0] * 4]}, TypeError, "embedding must be a tensor, got a list"),
+    ],
+)
+def test_columns_that_a_row_cannot_hold_are_refused(
+    columns: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    table = make_table(dim=4)
+    with pytest.raises(error, match="table 't0': insert: " + message):
+        table.insert(0, torch.tensor([5]), columns)
+    assert len(table) == 0
+    with pytest.raises(TypeError, match="table 't0': insert: ids must be a tensor, got a list"):
+        table.insert(0, [5])  # type: ignore[arg-type]
+    greatest = meta_columns(
+        updated_step=torch.tensor([2**40 - 1]), seen_step=torch.tensor([2**40 - 1]), frequency=torch.tensor([2**48 - 1])
+    )
+    table.insert(0, torch.tensor([5]), greatest)
+    assert all(torch.equal(table.export(0)[name], values) for name, values in greatest.items())
+
+
+class Answering:
+    """A rule that returns what it is given."""
+
+    def __init__(self, answer: Callable[[Rows], object]) -> None:
+        self.answer = answer
+
+    def unwanted(self, rows: Rows) -> Tensor:
+        return self.answer(rows)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (Answering(lambda rows: 1 * (rows.frequency < 2)), TypeError, "a tensor of bool .* got torch.int64"),
+        (Answering(lambda rows: rows.frequency.tolist()), TypeError, r"a tensor of bool \[2\].* got a list"),
+        (Answering(lambda rows: rows.ids[:1] > 0), ValueError, r"each of the 2 rows .*got bool \[1\]"),
+        (Answering(lambda rows: torch.ones(2, 1, dtype=torch.bool)), ValueError, r"got bool \[2, 1\]"),
+        (None, TypeError, r"a rule must have a method unwanted\(rows\), as Unused\(steps=1000\) has, got None"),
+    ],
+)  # fmt: skip
+def test_rules_that_do_not_say_which_rows_evict_none(rule: Any, error: type[Exception], message: str) -> None:
+    engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
+    engine({"x": torch.tensor([1, 2]), "y": torch.tensor([1, 2])})
+    for evict in (engine.evict, engine.tables[0].evict):
+        with pytest.raises(error, match=message):
+            evict(rule)
+    assert [(len(table), table.generation) for table in engine.tables] == [(2, 0), (2, 0)]
+
+
+def test_gradients_that_wait_in_one_table_keep_all_rows() -> None:
+    engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
+    optimizer, both, one = optim.SGD(engine.parameters(), lr=1.0), torch.tensor([1, 2]), torch.tensor([1])
+    engine({"x": both, "y": both})
+    for _ in range(3):
+        engine({"x": one, "y": one})
+        optimizer.step()
+    engine({"x": one, "y": one})["y"].sum().backward()
+    for change in (lambda: engine.evict(Unused(2)), engine.compact):
+        with pytest.raises(RuntimeError, match="table y: .* would part gradients that wait here"):
+            change()
+    assert [(len(table), table.generation) for table in engine.tables] == [(2, 0), (2, 0)]
+    optimizer.step()
+    assert engine.evict(Unused(2)) == 2
+
+
+def test_a_rule_is_asked_about_all_tables_before_rows_go() -> None:
+    engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
+    engine({"x": torch.tensor([1]), "y": torch.tensor([1, 2])})
+    with pytest.raises(ValueError, match=r"got bool \[1\]"):
+        engine.evict(Answering(lambda rows: torch.ones(1, dtype=torch.bool)))
+    assert [len(table) for table in engine.tables] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "message"),
+    [
+        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[1.0], [2.0, 3.0]]),
+         "row 0 has 1, and 2 ids"),
+        (RaggedTensor.from_lists([[1, 2], [3], [4]]), RaggedTensor.from_lists([[1.0, 2.0], [], [3.0, 4.0]]),
+         "row 1 has 0, and 1 ids"),
+        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[1.0, 2.0, 3.0]]),
+         "they have 1 rows and 1 levels, the ids 2 and 1"),
+        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[[1.0, 2.0], [3.0]]]),
+         "they have 1 rows and 2 levels, the ids 2 and 1"),
+        (torch.tensor([1, 2, 3]), RaggedTensor.from_lists([[1.0, 2.0], [3.0]]),
+         r"'w' is ragged and the ids are \[3\]; give the weights in the ids' shape"),
+    ],
+)  # fmt: skip
+def test_weights_of_other_rows_are_refused(ids: Tensor | RaggedTensor, weights: RaggedTensor, message: str) -> None:
+    engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
+    with pytest.raises(ValueError, match="feature 'item': .*" + message):
+        engine({"item": ids, "w": weights})
+    assert len(engine.tables[0]) == 0
+
+
+@pytest.mark.parametrize("column", [[1, 2], "x", torch.tensor([1, 2]).numpy()], ids=["list", "str", "array"])
+def test_columns_that_are_no_tensors_are_refused(column: object) -> None:
+    got = f"must be a tensor or a RaggedTensor, got a {type(column).__name__}; make it one with torch.as_tensor"
+    engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
+    with pytest.raises(TypeError, match=f"feature 'item': column 'item' {got}"):
+        engine({"item": column, "w": torch.ones(2)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=f"feature 'item': column 'w' {got}"):
+        engine({"item": torch.tensor([1, 2]), "w": column})  # type: ignore[dict-item]
+
+
+def test_what_an_insert_does_not_name_stays_in_a_row_that_is_there() -> None:
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))}, optimizer_state=optim.Adam.row_state()
+    )
+    optimizer, table = optim.Adam(engine.parameters(), lr=0.1), engine.tables[0]
+    engine({"id": torch.tensor([1])})["id"].sum().backward()
+    optimizer.step()
+    before: dict[str, Tensor] = table.export(0)
+    table.insert(0, torch.tensor([1, 2]), {"embedding": torch.ones(2, 2)})
+    after = table.export(0)
+    assert after["embedding"].tolist() == [[1.0, 1.0]] * 2
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert bool((before[name] != 0).all())
+        assert torch.equal(after[name], torch.cat([before[name], torch.zeros(1, 2)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": 2.5}, "dim must be an integer, as dim=16, got 2.5"),
+        ({"dim": 8.0}, "dim must be an integer, as dim=16, got 8.0"),
+        ({"dim": "8"}, "dim must be an integer, as dim=16, got '8'"),
+        ({"dim": True}, "dim must be an integer, as dim=16, got True"),
+        ({"max_length": 1.5}, "max_length must be an integer, as max_length=1000, got 1.5"),
+        ({"expected_rows": 1e6}, "expected_rows must be an integer, as expected_rows=1000, got 1000000.0"),
+        ({"initializer": 0.5}, "initializer must be an object with a method draw, as Constant(0.5), got 0.5"),
+        ({"initializer": Normal}, "initializer must be an object with a method draw, as Constant(0.5), got <class"),
+        ({"admission": 3}, "admission must be an object with a method gate, as MinFrequency(3), got 3"),
+        ({"trainable": "no"}, "trainable must be True or False, got 'no'"),
+        ({"table": 5}, "table must be a name, or None, got 5"),
+        ({"weights": 5}, "weights must be a name, or None, got 5"),
+        ({"optimizer": 0.1}, "optimizer must be a mapping, as {'lr': 0.1}, or None, got 0.1"),
+        ({"placement": "cpu"}, "placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, got"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match="^" + re.escape("EmbeddingConfig: " + message)):
+        EmbeddingConfig(**{"dim": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: EmbeddingEngine({"id": 8}), TypeError,  # type: ignore[dict-item]
+         "feature 'id': it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got 8"),
+        (lambda: EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, seed=1.5), TypeError,  # type: ignore[arg-type]
+         "EmbeddingEngine: seed must be an integer, as seed=0, got 1.5"),
+        (lambda: StateField("sum", width=-5), ValueError,
+         "StateField 'sum': width must be at least 1, or None for that of the row, got -5"),
+        (lambda: StateField("sum", width=1.0), TypeError,  # type: ignore[arg-type]
+         "StateField 'sum': width must be an integer, as width=1, got 1.0"),
+        (lambda: StateField("sum", first_value=float("inf")), ValueError,
+         "StateField 'sum': first_value must be a finite number, got inf"),
+        (lambda: RecordLayout(2, (StateField("sum", first_value=1e39),)), ValueError,
+         "RecordLayout: sum: first_value must be a number of torch.float32, which end at 3.40282e+38, got 1e+39"),
+        (lambda: RecordLayout(2.0), TypeError,  # type: ignore[arg-type]
+         "RecordLayout: dim must be an integer, as dim=16, got 2.0"),
+        (lambda: MinFrequency(1.5), TypeError,  # type: ignore[arg-type]
+         "MinFrequency: count must be an integer, as count=3, got 1.5"),
+        (lambda: MinFrequency(2**40), ValueError, "MinFrequency: count must be below 2**40, where counts end, got"),
+        (lambda: Unused(1.5), TypeError,  # type: ignore[arg-type]
+         "Unused: steps must be an integer, as steps=1000, got 1.5"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(message)):
+        make()
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    one, two = torch.tensor([1, 2]).numpy()
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=two, max_length=one, admission=MinFrequency(one))}, seed=one)
+    assert engine({"id": torch.tensor([[1, 2]])})["id"].shape == (1, 2)
+    assert json.loads(json.dumps(engine.checkpoint_state().meta))["seed"] == 1
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("initializer", "dtype", "greatest"),
+    [
+        (Constant(1e300), F32, "1e+300"), (Constant(3.4028236e38), F32, "3.40282e+38"), (Constant(1e6), F16, "1e+06"),
+        (Constant(-65520.0), F16, "65520"), (Constant(3.4e38), BF16, "3.4e+38"),
+        (Uniform(-3e38, 3e38), F32, "6e+38"), (Uniform(0.0, 1e5), F16, "100000"),
+        (Normal(0.0, 1e39), F32, "5.7682e+39"), (Normal(0.0, 12_000.0), F16, "69218.4"),
+        (TruncatedNormal(0.0, 2e38, -2.0, 2.0), F32, "4e+38"), (TruncatedNormal(3e38, 1e38, -4.0, -3.9), F32, "4e+38"),
+        (XavierUniform(gain=1e39), F32, "1.22474e+39"), (KaimingNormal(gain=1e300), F32, "4.07873e+300"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_first_values_beyond_the_dtype_are_refused(initializer: Initializer, dtype: torch.dtype, greatest: str) -> None:
+    message = re.escape(f"{initializer!r} makes numbers up to {greatest}, and those of torch.")
+    with pytest.raises(ValueError, match="feature 'id': " + message):
+        EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=initializer, dtype=dtype)})
+    with pytest.raises(ValueError, match="table 't': " + message):
+        HashTable([MemberTable("t", initializer)], RecordLayout(2, dtype=dtype), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("initializer", "dtype"),
+    [
+        (Constant(3.4028235e38), F32), (Constant(65519.0), F16), (Constant(3.39e38), BF16),
+        (Uniform(-1.7e38, 1.7e38), F32), (Normal(0.0, 5.8e37), F32),
+        (Normal(0.0, 11_300.0), F16), (TruncatedNormal(0.0, 16_000.0, -4.0, 4.0), F16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_first_values_within_the_dtype_are_finite(initializer: Initializer, dtype: torch.dtype) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=64, initializer=initializer, dtype=dtype)})
+    assert bool(engine({"id": torch.arange(20_000)})["id"].isfinite().all())
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_torch_optimizers_refuse_tables_before_anything_changes(make: type[torch.optim.Optimizer]) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+    model = torch.nn.ModuleDict({"engine": engine, "tower": torch.nn.Linear(2, 1)})
+    optimizer = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    model["tower"](engine({"id": torch.tensor([1])})["id"]).sum().backward()
+    before = [parameter.detach().clone() for parameter in dense_parameters(model)]
+    name = re.escape(f"torch.optim.{make.__name__.lower()}.{make.__name__}")
+    with pytest.raises(
+        TypeError, match=name + " cannot update embedding tables.* optimizer of recis_hybrid.optim.*dense_parameters"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, dense_parameters(model), strict=True))
+    assert not optimizer.state
+    optim.SGD(engine.parameters(), lr=0.1).step()
+    make(dense_parameters(model), lr=0.1).step()  # type: ignore[call-arg]
+    assert engine.tables[0].step == 1
+    assert not torch.equal(before[0], next(model["tower"].parameters()))
