@@ -99,7 +99,8 @@ class JaxTower(torch.nn.Module):
         self._supplies = keywords(f)
         if "masks" in self._supplies and self._padding is None:
             raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
-        self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        programs = Programs(f, tree, self._tower_name, self._state_tree, remat)
+        self._caller = Caller(programs, where, dotted(self._slots, self))
         self._imports = Imports()
         self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
         self._number = next(_next_number)
@@ -180,7 +181,7 @@ class JaxTower(torch.nn.Module):
             static_signature(static, caller.where) if static else (),
         )
         try:
-            program = caller.programs.forward(signature, arrays, inputs_tree, wanted, static)
+            program = caller.programs.forward(signature, arrays, kinds, inputs_tree, wanted, static)
         except Exception as error:
             caller.note(error, "forward")
             raise
@@ -188,7 +189,7 @@ class JaxTower(torch.nn.Module):
         if compiling:
             outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
         elif any(wanted):
-            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)
+            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)[:-1]
         else:
             outputs = caller.run("forward", program.run, arrays)
         if self._padding is not None:
@@ -337,7 +338,7 @@ class JaxTower(torch.nn.Module):
             )
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
-            labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]
+            labels = [f"parameter {name!r}" for name in self._caller.names]
             for kind, tree in (("input", inputs), ("supplied", supplied)):
                 paths, _ = jax.tree_util.tree_flatten_with_path(tree)
                 labels += [f"{kind}{jax.tree_util.keystr(path)}" for path, _ in paths]

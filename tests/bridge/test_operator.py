@@ -56,6 +56,16 @@ def test_opcheck() -> None:
     torch.library.opcheck(_operator.tower_forward, (number, tensors))
 
 
+def test_double_backward_of_the_operator_is_refused() -> None:
+    tower = JaxTower(lambda params, x: jnp.sin(x) * params["w"], {"w": np.ones(3, np.float32)}, name="ranker")
+    compiled: Any = torch.compile(tower, fullgraph=True, backend="eager")
+    x = torch.rand(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(gradient, x.cos())
+    with pytest.raises(RuntimeError, match=r"ranker.*double backward"):
+        torch.autograd.grad(gradient.sum(), x, allow_unused=True)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> None:
     tower = JaxTower(lambda params, x, *, state: (x, state + 1), {}, state=np.ones(2, np.float32))
