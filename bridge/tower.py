@@ -102,15 +102,25 @@ class JaxTower(torch.nn.Module):
         programs = Programs(f, tree, self._tower_name, self._state_tree, remat)
         self._caller = Caller(programs, where, dotted(self._slots, self))
         self._imports = Imports()
-        self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
+        self._whole = self._make_whole()
         self._number = next(_next_number)
         _towers[self._number] = self
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of this process and of no use elsewhere; a copy makes its own.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_axes")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
+        self._axes = {}
+        self._whole = self._make_whole()
         self._number = next(_next_number)  # a copy has parameters, mode and life of its own
         _towers[self._number] = self
+
+    def _make_whole(self) -> Callable[..., Any]:
+        """`_compute` for dynamo, which must find it ready made."""
+        return nonstrict(_compute) if self._state_tree is None else eager(_compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._imports.clear()  # or what `.to` leaves behind would live on until the next call
