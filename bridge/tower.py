@@ -102,25 +102,26 @@ class JaxTower(torch.nn.Module):
         programs = Programs(f, tree, self._tower_name, self._state_tree, remat)
         self._caller = Caller(programs, where, dotted(self._slots, self))
         self._imports = Imports()
-        self._whole = self._make_whole()
+        self._meet_dynamo()
         self._number = next(_next_number)
         _towers[self._number] = self
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Of this process and of no use elsewhere; a copy makes its own.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_axes")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_apart", "_axes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
         self._axes = {}
-        self._whole = self._make_whole()
+        self._meet_dynamo()
         self._number = next(_next_number)  # a copy has parameters, mode and life of its own
         _towers[self._number] = self
 
-    def _make_whole(self) -> Callable[..., Any]:
-        """`_compute` for dynamo, which must find it ready made."""
-        return nonstrict(_compute) if self._state_tree is None else eager(_compute)
+    def _meet_dynamo(self) -> None:
+        """Makes the two ways on which dynamo computes the tower, which it must find ready made."""
+        self._whole = nonstrict(_try_compute) if self._state_tree is None else None
+        self._apart = eager(_compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._imports.clear()  # or what `.to` leaves behind would live on until the next call
@@ -156,7 +157,14 @@ class JaxTower(torch.nn.Module):
             Exception: whatever the function raises, with a note of the tower's name.
         """
         if torch.compiler.is_compiling():
-            return self._whole(self._number, gather(self._slots), inputs, static, self.training)
+            arguments = (self._number, gather(self._slots), inputs, static, self.training)
+            if self._whole is not None:
+                failure, outputs = self._whole(*arguments)
+                if not failure:
+                    return outputs
+                # Under fullgraph=True an error with this text; else what failed is called again, and raises.
+                torch._dynamo.graph_break(msg=next(iter(failure)))
+            return self._apart(*arguments)
         caller = self._caller
         if _functorch_is_active():
             raise RuntimeError(
@@ -372,6 +380,18 @@ def _structs(tensors: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
     """As `JaxTower._share`, for torch.compile, under which sizes are symbols in the tensors."""
     shapes: list[Any] = structs(tensors)
     return shapes, [(each.shape, tensor.dtype) for each, tensor in zip(shapes, tensors, strict=True)]
+
+
+def _try_compute(number: int, *arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """As `_compute`, and what it raises as the one key of a dictionary: what passes this border is of basic types.
+
+    Dynamo would say of any error only that the output is of no type that it knows.
+    """
+    try:
+        return {}, _compute(number, *arguments)
+    except Exception as error:
+        notes = [note for note in getattr(error, "__notes__", ()) if "JaxTower" in note]
+        return {"; ".join([f"{type(error).__name__}: {error}", *notes]): torch.empty(0)}, ()
 
 
 def _compute(
