@@ -54,7 +54,7 @@ class JaxTower(torch.nn.Module):
         dims: for each positional input, the names of its leading dimensions, None for what is never padded:
             `[("batch",), ("batch", "length")]`. A name stands for one size in all inputs.
         classes: by name, the sizes that inputs are padded to, with zeros; None for powers of two from 8 on. Outputs are
-            cut back.
+            cut back: those of their axes that have a padded size. An axis that depends on one otherwise is an error.
         remat: True if backward shall compute again what it needs of forward, or a policy of
             `jax.checkpoint_policies` that says what is saved.
         name: what errors and profiles call the tower; the function's name if it is not given.
@@ -339,9 +339,26 @@ class JaxTower(torch.nn.Module):
         inputs, supplied = jax.tree.unflatten(inputs_tree, leaves)
         function = self._caller.programs.function(inputs_tree, static)
 
-        def shapes(sizes: dict[str, int]) -> list[tuple[int, ...]]:
+        def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
             structs = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
-            return [tuple(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(function, *parameters, *structs))]
+            try:
+                outputs = jax.eval_shape(function, *parameters, *structs)
+            except Exception as error:
+                error.add_note(
+                    f"raised by {self._caller.where} with sizes {sizes}, by which it finds out which axes of its "
+                    "outputs are padded; its function has to take all sizes"
+                )
+                raise
+            named = (
+                {"output": outputs}
+                if self._state_tree is None
+                else dict(zip(("output", "state"), outputs, strict=True))
+            )
+            return {
+                f"{kind}{jax.tree_util.keystr(path)}": tuple(leaf.shape)
+                for kind, tree in named.items()
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
 
         return padding.name_axes(shapes, padded)
 
