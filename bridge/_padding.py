@@ -96,12 +96,12 @@ class Padding:
         return result
 
     def name_axes(
-        self, shapes: Callable[[dict[str, int]], dict[str, tuple[int, ...]]], padded: dict[str, int]
+        self, outputs: Callable[[dict[str, int]], dict[str, Any]], padded: dict[str, int]
     ) -> tuple[tuple[str | None, ...], ...]:
         """Finds which axes of the outputs are padded.
 
         Args:
-            shapes: sizes by name → shapes of the outputs, by what errors call them.
+            outputs: sizes by name → pytrees of the shapes and dtypes of outputs, by what errors call them.
             padded: the sizes of a call.
 
         Returns:
@@ -109,7 +109,24 @@ class Padding:
 
         Raises:
             ValueError: if an axis grows with a size and does not have it: of such a one nobody knows what to cut off.
+            Exception: what `outputs` raises, with a note.
         """
+
+        def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+            try:
+                trees = outputs(sizes)
+            except Exception as error:
+                error.add_note(
+                    f"raised by {self.where} with sizes {sizes}, by which it finds out which axes of its outputs are "
+                    "padded; its function has to take all sizes"
+                )
+                raise
+            return {
+                f"{kind}{jax.tree_util.keystr(path)}": tuple(leaf.shape)
+                for kind, tree in trees.items()
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+
         base = shapes(padded)
         grown = {name: shapes(padded | {name: size + 1}) for name, size in padded.items()}
         axes: list[tuple[str | None, ...]] = []

@@ -253,7 +253,7 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
         count_copy()
         return array
     array = share(tensor, where)
-    if tensor.is_cpu:
+    if tensor.is_cpu and tensor.untyped_storage().resizable():
         # A view by numpy, which has the same worry, forbids resizing for good: torch has no other way to ask for that.
         (tensor.view(_NUMPY_DTYPES[tensor.dtype]) if tensor.dtype in _NUMPY_DTYPES else tensor).numpy()
     return array

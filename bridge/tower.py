@@ -32,7 +32,8 @@ class JaxTower(torch.nn.Module):
     The parameters are torch's: ordinary `nn.Parameter`s, under the dotted names of the pytree's keys
     (`{"layers": [{"w": …}]}` gives `layers.0.w`), which torch optimizers, `state_dict` and `.to` treat as any others.
     Forward hands parameters and inputs to one jitted program, backward the residuals and gradients to another, all in
-    the same memory. While gradients are off, forward is the plain function.
+    the same memory. While gradients are off, forward is the plain function. A parameter that `f` does not use has a
+    gradient of zeros, not None, so that an optimizer's weight decay still moves it. Second derivatives are refused.
 
     What `f` names as keyword-only parameters, the tower supplies:
 
@@ -335,30 +336,13 @@ class JaxTower(torch.nn.Module):
         padded: dict[str, int],
     ) -> tuple[tuple[str | None, ...], ...]:
         padding = cast(Padding, self._padding)
-        parameters, leaves = arrays[: len(self._slots)], arrays[len(self._slots) :]
-        inputs, supplied = jax.tree.unflatten(inputs_tree, leaves)
+        inputs, supplied = jax.tree.unflatten(inputs_tree, arrays[len(self._slots) :])
         function = self._caller.programs.function(inputs_tree, static)
 
-        def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-            structs = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
-            try:
-                outputs = jax.eval_shape(function, *parameters, *structs)
-            except Exception as error:
-                error.add_note(
-                    f"raised by {self._caller.where} with sizes {sizes}, by which it finds out which axes of its "
-                    "outputs are padded; its function has to take all sizes"
-                )
-                raise
-            named = (
-                {"output": outputs}
-                if self._state_tree is None
-                else dict(zip(("output", "state"), outputs, strict=True))
-            )
-            return {
-                f"{kind}{jax.tree_util.keystr(path)}": tuple(leaf.shape)
-                for kind, tree in named.items()
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
+        def shapes(sizes: dict[str, int]) -> Any:
+            leaves = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
+            outputs = jax.eval_shape(function, *arrays[: len(self._slots)], *leaves)
+            return {"output": outputs} if self._state_tree is None else {"output": outputs[0], "state": outputs[1]}
 
         return padding.name_axes(shapes, padded)
 
