@@ -45,10 +45,10 @@ class Imports:
         """The parameters' arrays, all of them, in their order, and what they are; raises what `share` does."""
         return self._share(enumerate(tensors))
 
-    def share_one(self, number: int, tensor: torch.Tensor) -> jax.Array:
-        """The array of the parameter of that number."""
-        arrays, _ = self._share([(number, tensor)])
-        return arrays[0]
+    def share_one(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Kind]:
+        """The array of the parameter of that number, and what it is."""
+        (array,), (kind,) = self._share([(number, tensor)])
+        return array, kind
 
     def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Kind]]:
         # One loop without calls of our own: a tower may have hundreds of parameters.

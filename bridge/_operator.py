@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import torch
 
-from ._autograd import Caller, under_x64
+from ._autograd import Caller, twice, under_x64
 from ._programs import Forward
 
 
@@ -101,7 +101,16 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[None, lis
     return None, [next(taken, None) if want else None for want in program.wanted]
 
 
+def _keep_number(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.number = inputs[0]
+
+
+def _refuse(ctx: Any, gradients: list[torch.Tensor | None]) -> None:
+    raise twice(_calls[ctx.number].caller.where)
+
+
 tower_forward.register_autograd(_backward, setup_context=_save)
+tower_backward.register_autograd(_refuse, setup_context=_keep_number)
 
 
 @functools.cache

@@ -96,23 +96,57 @@ class Padding:
         return result
 
     def name_axes(
-        self, shapes: Callable[[dict[str, int]], list[tuple[int, ...]]], padded: dict[str, int]
+        self, outputs: Callable[[dict[str, int]], dict[str, Any]], padded: dict[str, int]
     ) -> tuple[tuple[str | None, ...], ...]:
-        """Finds which axes of the outputs are padded: those that grow by one when the name's size does."""
+        """Finds which axes of the outputs are padded.
+
+        Args:
+            outputs: sizes by name → pytrees of the shapes and dtypes of outputs, by what errors call them.
+            padded: the sizes of a call.
+
+        Returns:
+            For each axis of each output, the name whose size it has, and grows with; None if it grows with none.
+
+        Raises:
+            ValueError: if an axis grows with a size and does not have it: of such a one nobody knows what to cut off.
+            Exception: what `outputs` raises, with a note.
+        """
+
+        def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+            try:
+                trees = outputs(sizes)
+            except Exception as error:
+                error.add_note(
+                    f"raised by {self.where} with sizes {sizes}, by which it finds out which axes of its outputs are "
+                    "padded; its function has to take all sizes"
+                )
+                raise
+            return {
+                f"{kind}{jax.tree_util.keystr(path)}": tuple(leaf.shape)
+                for kind, tree in trees.items()
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+
         base = shapes(padded)
-        axes: list[list[str | None]] = [[None] * len(shape) for shape in base]
-        for name, size in padded.items():
-            for number, shape in enumerate(shapes(padded | {name: size + 1})):
-                for axis, (before, after) in enumerate(zip(base[number], shape, strict=True)):
-                    if after == before + 1:
-                        axes[number][axis] = name
-                    elif after != before:
-                        raise ValueError(
-                            f"{self.where}: axis {axis} of output {number} has size {before} where {name!r} is {size}, "
-                            f"and {after} where it is {size + 1}; it cannot be cut back: return it apart, or pad "
-                            "outside of the tower"
-                        )
-        return tuple(tuple(names) for names in axes)
+        grown = {name: shapes(padded | {name: size + 1}) for name, size in padded.items()}
+        axes: list[tuple[str | None, ...]] = []
+        for output, shape in base.items():
+            names: list[str | None] = []
+            for axis, size in enumerate(shape):
+                after = {name: grown[name][output][axis] for name in padded if grown[name][output][axis] != size}
+                names.append(next(iter(after), None))
+                if len(after) > 1 or any(size != padded[name] or to != size + 1 for name, to in after.items()):
+                    causes = " and ".join(
+                        f"{to} where {name!r} is {padded[name] + 1} instead of {padded[name]}"
+                        for name, to in after.items()
+                    )
+                    raise ValueError(
+                        f"{self.where}: axis {axis} of {output} has size {size}, and {causes}; as it has not the size "
+                        "of one padded dimension, the tower cannot cut it back: return the parts that do apart, and "
+                        "join them outside of it, or pad outside of it"
+                    )
+            axes.append(tuple(names))
+        return tuple(axes)
 
     def _measure(self, leaf: Any, names: tuple[str | None, ...], where: str, found: dict[str, int]) -> None:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() < len(names):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+from ._imports import Kind
 from ._supplied import as_key
 from .dlpack import x64_is_on
 
@@ -48,12 +49,13 @@ class Residual:
     key_impl: Any = None  # of a typed PRNG key, which crosses as its data
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Forward:
     """The forward program of one signature.
 
     Attributes:
         run: the jitted call, leaves → outputs followed by the new residuals.
+        kinds: for each leaf, its shape and dtype.
         outputs: one entry for each output.
         out_tree: the structure of the outputs.
         wanted: for each leaf, whether it gets a gradient.
@@ -61,9 +63,11 @@ class Forward:
         residuals: the leaves of `jax.vjp`'s function, by places in what was saved.
         vjp_tree: the structure of `jax.vjp`'s function.
         x64: whether `jax_enable_x64` was on.
+        backwards: the backward programs, by which outputs have a gradient.
     """
 
     run: Jitted
+    kinds: tuple[Kind, ...]
     outputs: tuple[Output, ...]
     out_tree: jax.tree_util.PyTreeDef
     wanted: tuple[bool, ...]
@@ -71,6 +75,7 @@ class Forward:
     residuals: tuple[Residual, ...]
     vjp_tree: jax.tree_util.PyTreeDef | None
     x64: bool
+    backwards: dict[tuple[bool, ...], Jitted] = dataclasses.field(default_factory=dict)
 
 
 class Programs:
@@ -103,16 +108,20 @@ class Programs:
         self.name = "".join(letter if letter.isalnum() else "_" for letter in name)
         self.compilations = 0
         self._forwards: dict[Hashable, Forward] = {}
-        self._backwards: dict[tuple[int, tuple[bool, ...]], Jitted] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
         # A copy of a module computes the same function, so it shares what has been compiled.
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled is of this process; another one compiles for itself.
+        return self.__dict__ | {"_forwards": {}, "compilations": 0}
+
     def forward(
         self,
         signature: Hashable,
         arrays: Sequence[jax.Array],
+        kinds: Sequence[Kind],
         inputs_tree: jax.tree_util.PyTreeDef,
         wanted: tuple[bool, ...],
         static: Mapping[str, Any],
@@ -123,6 +132,7 @@ class Programs:
             signature: all that the program depends on besides the function: structure, shapes, dtypes, device, which
                 leaves want gradients.
             arrays: the leaves, of which only shapes and dtypes are looked at.
+            kinds: for each leaf, its shape and dtype as torch has them.
             inputs_tree: the structure of the tuple of inputs and of what is supplied by keyword: `(inputs, supplied)`.
             wanted: for each leaf, whether it gets a gradient; if none does, backward is impossible.
             static: keyword arguments that are no arrays.
@@ -133,8 +143,9 @@ class Programs:
         x64 = x64_is_on()
         known = self._forwards.get((x64, signature))
         if known is None:
-            known = self._trace(arrays, inputs_tree, wanted, static, x64)
-            self._forwards[x64, signature] = known
+            # Of threads that trace one signature at once, all go on with the first one's program.
+            traced = self._trace(arrays, kinds, inputs_tree, wanted, static, x64)
+            known = self._forwards.setdefault((x64, signature), traced)
         return known
 
     def backward(self, forward: Forward, given: tuple[bool, ...]) -> Jitted:
@@ -147,10 +158,9 @@ class Programs:
         Returns:
             The jitted call.
         """
-        key = (id(forward), given)  # `_forwards` keeps every Forward alive
-        known = self._backwards.get(key)
+        known = forward.backwards.get(given)
         if known is None:
-            known = self._backwards[key] = self._jit("backward", self._pullback(forward, given))
+            known = forward.backwards.setdefault(given, self._jit("backward", self._pullback(forward, given)))
         return known
 
     def function(self, inputs_tree: jax.tree_util.PyTreeDef, static: Mapping[str, Any]) -> Callable[..., Any]:
@@ -171,6 +181,7 @@ class Programs:
     def _trace(
         self,
         arrays: Sequence[jax.Array],
+        kinds: Sequence[Kind],
         inputs_tree: jax.tree_util.PyTreeDef,
         wanted: tuple[bool, ...],
         static: Mapping[str, Any],
@@ -224,6 +235,7 @@ class Programs:
 
         return Forward(
             run=self._jit("forward", forward),
+            kinds=tuple(kinds),
             outputs=outputs,
             out_tree=out_tree,
             wanted=wanted,

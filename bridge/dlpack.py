@@ -31,6 +31,11 @@ _ARRAY_DTYPES: Final = frozenset(jax.numpy.dtype(str(dtype).removeprefix("torch.
 
 _STRIDED: Final = torch.strided
 
+_NUMPY_DTYPES: Final = {torch.bfloat16: torch.int16} | {
+    dtype: torch.uint8 for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize == 1
+}
+"""For dtypes that numpy does not have, ones of the same size."""
+
 _lock = threading.Lock()
 _copies = 0
 
@@ -66,7 +71,8 @@ def to_jax(tensor: Any, *, copy: bool = False) -> Any:
     """Hands a tensor to JAX, in the same memory.
 
     The array and the tensor are one buffer, which lives as long as either does. JAX takes arrays to be constant: while
-    the array is in use, do not write to the tensor.
+    the array is in use, do not write to the tensor. A buffer on the CPU cannot be resized from then on (`resize_` to
+    more elements raises), because torch would free what JAX reads; on a GPU do not resize it.
 
     Args:
         tensor: a tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any other that JAX knows).
@@ -155,6 +161,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         or tensor.data_ptr() % ALIGNMENT
         or (tensor.dtype in WIDE and not x64_is_on())
         or not (tensor.is_cpu or tensor.is_cuda)
+        or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
         or tensor.is_neg()
         or tensor.is_conj()
     ):
@@ -218,6 +225,11 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
         kind = "expanded (stride 0)" if 0 in tensor.stride() else "strided"
         cause = f"it is {kind}, strides {tuple(tensor.stride())}; copy it by .contiguous(), or pass copy=True"
         cause += ", or pass the whole buffer and slice it in JAX"
+    elif tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
+        cause = (
+            f"its memory has been taken away, {tensor.untyped_storage().nbytes()} bytes are left (a storage's resize_, "
+            "or FSDP between uses); pass it while it has memory"
+        )
     else:
         cause = (
             f"its memory starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
@@ -240,7 +252,11 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
         array = share(tensor, where)
         count_copy()
         return array
-    return share(tensor, where)
+    array = share(tensor, where)
+    if tensor.is_cpu and tensor.untyped_storage().resizable():
+        # A view by numpy, which has the same worry, forbids resizing for good: torch has no other way to ask for that.
+        (tensor.view(_NUMPY_DTYPES[tensor.dtype]) if tensor.dtype in _NUMPY_DTYPES else tensor).numpy()
+    return array
 
 
 def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:

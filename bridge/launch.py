@@ -24,13 +24,13 @@ def init(
         memory_fraction: the share of the GPU's memory that JAX may take, above 0 and below 1; without it JAX takes
             memory as it needs it, so that torch finds some too.
         threads: CPU threads of XLA, which ignores `OMP_NUM_THREADS`; without it, all.
-        compilation_cache: a folder in which compiled programs are kept from run to run.
+        compilation_cache: a folder in which all compiled programs are kept from run to run.
 
     Returns:
         One line that says what was found: the backend, its devices, the process's rank on its machine.
 
     Raises:
-        ValueError: if `memory_fraction` or `threads` is out of range.
+        ValueError: if `memory_fraction` or `threads` is out of range, or `LOCAL_RANK` is no number from 0 on.
         RuntimeError: if JAX's backend has started already.
 
     Warns:
@@ -43,9 +43,14 @@ def init(
         raise ValueError(f"init: memory_fraction must be above 0 and below 1, got {memory_fraction}")
     if threads is not None and threads < 1:
         raise ValueError(f"init: threads must be at least 1, got {threads}")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if not (local_rank.isascii() and local_rank.isdigit()):
+        raise ValueError(
+            f"init: LOCAL_RANK must be a number from 0 on, got {local_rank!r}; start ranks by torchrun, or unset it"
+        )
+    rank = int(local_rank)
     if backend_has_started():
         raise RuntimeError("init: JAX's backend has started already; call init before anything that computes with JAX")
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
     if threads is not None:
         os.environ["NPROC"] = str(threads)
     if memory_fraction is None:
@@ -56,7 +61,11 @@ def init(
         torch.cuda.set_device(rank)
         cast(Any, jax.config).update("jax_cuda_visible_devices", str(rank))
     if compilation_cache is not None:
-        cast(Any, jax.config).update("jax_compilation_cache_dir", compilation_cache)
+        settings = cast(Any, jax.config)
+        settings.update("jax_compilation_cache_dir", compilation_cache)
+        # JAX keeps only what took a second to compile, and most towers take less.
+        settings.update("jax_persistent_cache_min_compile_time_secs", 0)
+        settings.update("jax_persistent_cache_min_entry_size_bytes", -1)
     backend = jax.default_backend()
     if torch.cuda.is_available() and backend == "cpu":
         warnings.warn(

@@ -26,12 +26,23 @@ class GradientTransformation(Protocol):
     """(gradients, state, parameters) → (what to add to the parameters, state)."""
 
 
+class _Group(dict[str, Any]):
+    """A parameter group, which says to those who ask for a learning rate where it is."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"OptaxOptimizer: has no {key!r} in its parameter group, the transformation holds it; instead of a torch "
+            "scheduler give it a schedule: optax.adam(optax.cosine_decay_schedule(1e-3, 10_000))"
+        )
+
+
 class OptaxOptimizer(torch.optim.Optimizer):
     """Updates parameters by an optax transformation, in JAX.
 
     The transformation sees one dictionary, from the parameters' dotted names to arrays, so that `optax.masked` and
-    `optax.multi_transform` can choose by name. Learning rates, schedules and clipping are the transformation's; a
-    parameter without a gradient has one of zeros.
+    `optax.multi_transform` can choose by name. Learning rates, schedules and clipping are the transformation's, so
+    that torch's schedulers do not work on it. A parameter without a gradient has one of zeros, where torch's optimizers
+    leave it alone: weight decay and momentum still move it; freeze it by `optax.multi_transform`, or leave it out.
 
     Args:
         named_parameters: as `module.named_parameters()` gives them, of a `JaxTower` or of any torch module; on one
@@ -78,9 +89,11 @@ class OptaxOptimizer(torch.optim.Optimizer):
         self._named = dict(given)
         if not given or len(self._named) < len(given):
             raise ValueError(f"OptaxOptimizer: takes parameters of distinct names, got {[name for name, _ in given]}")
-        super().__init__([{"params": list(self._named.values())}], {})
         if share is not None and group is None:
             raise ValueError("OptaxOptimizer: a share is of the ranks of a group; pass group, too")
+        self._is_complete = False
+        super().__init__([_Group(params=list(self._named.values()))], {})
+        self._is_complete = True
         self._zeros: dict[str, jax.Array] = {}
         self._share = share
         self._all_reduce: GradientAllReduce | None = None
@@ -94,6 +107,23 @@ class OptaxOptimizer(torch.optim.Optimizer):
             return jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes), state
 
         self._update = jax.jit(update, donate_argnums=2)  # nobody else ever sees the state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuses all groups but the one that it is made with.
+
+        Args:
+            param_group: parameters and options, as torch's optimizers take them.
+
+        Raises:
+            NotImplementedError: always, because the transformation's state is of the parameters that there were.
+        """
+        if self._is_complete:
+            raise NotImplementedError(
+                "OptaxOptimizer: add_param_group is not supported, the transformation's state is of the parameters "
+                "that it was made with; make a new OptaxOptimizer over all of them, and choose by name with "
+                "optax.multi_transform"
+            )
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

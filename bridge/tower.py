@@ -32,7 +32,8 @@ class JaxTower(torch.nn.Module):
     The parameters are torch's: ordinary `nn.Parameter`s, under the dotted names of the pytree's keys
     (`{"layers": [{"w": …}]}` gives `layers.0.w`), which torch optimizers, `state_dict` and `.to` treat as any others.
     Forward hands parameters and inputs to one jitted program, backward the residuals and gradients to another, all in
-    the same memory. While gradients are off, forward is the plain function.
+    the same memory. While gradients are off, forward is the plain function. A parameter that `f` does not use has a
+    gradient of zeros, not None, so that an optimizer's weight decay still moves it. Second derivatives are refused.
 
     What `f` names as keyword-only parameters, the tower supplies:
 
@@ -54,7 +55,7 @@ class JaxTower(torch.nn.Module):
         dims: for each positional input, the names of its leading dimensions, None for what is never padded:
             `[("batch",), ("batch", "length")]`. A name stands for one size in all inputs.
         classes: by name, the sizes that inputs are padded to, with zeros; None for powers of two from 8 on. Outputs are
-            cut back.
+            cut back: those of their axes that have a padded size. An axis that depends on one otherwise is an error.
         remat: True if backward shall compute again what it needs of forward, or a policy of
             `jax.checkpoint_policies` that says what is saved.
         name: what errors and profiles call the tower; the function's name if it is not given.
@@ -99,17 +100,29 @@ class JaxTower(torch.nn.Module):
         self._supplies = keywords(f)
         if "masks" in self._supplies and self._padding is None:
             raise ValueError(f"{where}: the function takes masks, which need dims and classes; pass both")
-        self._caller = Caller(Programs(f, tree, self._tower_name, self._state_tree, remat), where)
+        programs = Programs(f, tree, self._tower_name, self._state_tree, remat)
+        self._caller = Caller(programs, where, dotted(self._slots, self))
         self._imports = Imports()
-        self._whole = nonstrict(_compute) if state is None else eager(_compute)  # dynamo must find it ready made
+        self._meet_dynamo()
         self._number = next(_next_number)
         _towers[self._number] = self
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of this process and of no use elsewhere; a copy makes its own.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_whole", "_apart", "_axes")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
+        self._axes = {}
+        self._meet_dynamo()
         self._number = next(_next_number)  # a copy has parameters, mode and life of its own
         _towers[self._number] = self
+
+    def _meet_dynamo(self) -> None:
+        """Makes the two ways on which dynamo computes the tower, which it must find ready made."""
+        self._whole = nonstrict(_try_compute) if self._state_tree is None else None
+        self._apart = eager(_compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._imports.clear()  # or what `.to` leaves behind would live on until the next call
@@ -145,7 +158,14 @@ class JaxTower(torch.nn.Module):
             Exception: whatever the function raises, with a note of the tower's name.
         """
         if torch.compiler.is_compiling():
-            return self._whole(self._number, gather(self._slots), inputs, static, self.training)
+            arguments = (self._number, gather(self._slots), inputs, static, self.training)
+            if self._whole is not None:
+                failure, outputs = self._whole(*arguments)
+                if not failure:
+                    return outputs
+                # Under fullgraph=True an error with this text; else what failed is called again, and raises.
+                torch._dynamo.graph_break(msg=next(iter(failure)))
+            return self._apart(*arguments)
         caller = self._caller
         if _functorch_is_active():
             raise RuntimeError(
@@ -180,7 +200,7 @@ class JaxTower(torch.nn.Module):
             static_signature(static, caller.where) if static else (),
         )
         try:
-            program = caller.programs.forward(signature, arrays, inputs_tree, wanted, static)
+            program = caller.programs.forward(signature, arrays, kinds, inputs_tree, wanted, static)
         except Exception as error:
             caller.note(error, "forward")
             raise
@@ -188,7 +208,7 @@ class JaxTower(torch.nn.Module):
         if compiling:
             outputs = tower_forward(number_of(caller, program, arrays), tensors)[: len(program.outputs)]
         elif any(wanted):
-            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)
+            outputs = cast(Any, Apply).apply(caller, self._imports, program, arrays, *tensors)[:-1]
         else:
             outputs = caller.run("forward", program.run, arrays)
         if self._padding is not None:
@@ -316,13 +336,13 @@ class JaxTower(torch.nn.Module):
         padded: dict[str, int],
     ) -> tuple[tuple[str | None, ...], ...]:
         padding = cast(Padding, self._padding)
-        parameters, leaves = arrays[: len(self._slots)], arrays[len(self._slots) :]
-        inputs, supplied = jax.tree.unflatten(inputs_tree, leaves)
+        inputs, supplied = jax.tree.unflatten(inputs_tree, arrays[len(self._slots) :])
         function = self._caller.programs.function(inputs_tree, static)
 
-        def shapes(sizes: dict[str, int]) -> list[tuple[int, ...]]:
-            structs = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
-            return [tuple(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(function, *parameters, *structs))]
+        def shapes(sizes: dict[str, int]) -> Any:
+            leaves = jax.tree.leaves(padding.structs(inputs, supplied, sizes))
+            outputs = jax.eval_shape(function, *arrays[: len(self._slots)], *leaves)
+            return {"output": outputs} if self._state_tree is None else {"output": outputs[0], "state": outputs[1]}
 
         return padding.name_axes(shapes, padded)
 
@@ -337,7 +357,7 @@ class JaxTower(torch.nn.Module):
             )
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
-            labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]
+            labels = [f"parameter {name!r}" for name in self._caller.names]
             for kind, tree in (("input", inputs), ("supplied", supplied)):
                 paths, _ = jax.tree_util.tree_flatten_with_path(tree)
                 labels += [f"{kind}{jax.tree_util.keystr(path)}" for path, _ in paths]
@@ -361,6 +381,18 @@ def _structs(tensors: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
     """As `JaxTower._share`, for torch.compile, under which sizes are symbols in the tensors."""
     shapes: list[Any] = structs(tensors)
     return shapes, [(each.shape, tensor.dtype) for each, tensor in zip(shapes, tensors, strict=True)]
+
+
+def _try_compute(number: int, *arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """As `_compute`, and what it raises as the one key of a dictionary: what passes this border is of basic types.
+
+    Dynamo would say of any error only that the output is of no type that it knows.
+    """
+    try:
+        return {}, _compute(number, *arguments)
+    except Exception as error:
+        notes = [note for note in getattr(error, "__notes__", ()) if "JaxTower" in note]
+        return {"; ".join([f"{type(error).__name__}: {error}", *notes]): torch.empty(0)}, ()
 
 
 def _compute(

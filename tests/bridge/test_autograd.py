@@ -1,4 +1,7 @@
+import contextlib
 import copy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,7 +73,7 @@ def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned() -> N
     tower = JaxTower(lambda params, x: jnp.exp(x @ params["w"]), {"w": ones(4, 4)})
     y = tower(torch.rand(8, 4, requires_grad=True))
     (program,) = tower._caller.programs._forwards.values()
-    assert len(y.grad_fn.saved_tensors) == 3  # w, x, y
+    assert len(y.grad_fn.saved_tensors) == 4  # an empty anchor, w, x, y
     arrays, _ = tower._share([*tower.parameters(), torch.rand(8, 4)], (), {})
     assert len(program.run(*arrays)) == 1  # y, and nothing else
 
@@ -105,12 +108,126 @@ def test_random_keys_may_be_residuals() -> None:
     torch.testing.assert_close(x.grad, torch.where(y != 0, x.cos(), 0.0).detach())
 
 
-def test_double_backward_is_refused_and_not_silently_zero() -> None:
-    tower = JaxTower(lambda params, x: jnp.tanh(x) * params["w"], {"w": ones(3)}, name="ranker")
-    x = torch.rand(3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(tower(x).sum(), x, create_graph=True)
+def cubes() -> tuple[JaxTower, torch.nn.Parameter, torch.Tensor]:
+    """A tower, its one parameter, an input; what backward needs of the input is the cube of it, and not the input."""
+    tower = JaxTower(lambda params, x: (x**3) * params["w"], {"w": ones(3)}, name="ranker")
+    return tower, next(tower.parameters()), torch.rand(3, requires_grad=True)
+
+
+def by_backward(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    first.square().sum().backward()
+
+
+def beside_a_first_derivative(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    torch.autograd.grad(first.square().sum() + (x * w).sum(), [x, w])
+
+
+def by_the_input(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    torch.autograd.grad(first.sum(), x, allow_unused=True)
+
+
+def by_the_parameter(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    torch.autograd.grad(first.sum(), w, allow_unused=True)
+
+
+def into_chosen_leaves(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    (first.square().sum() + w.sum()).backward(inputs=[w])
+
+
+@pytest.mark.parametrize(
+    "differentiate", [by_backward, beside_a_first_derivative, by_the_input, by_the_parameter, into_chosen_leaves]
+)
+def test_double_backward_is_refused_and_not_silently_zero(differentiate: Callable[..., None]) -> None:
+    tower, w, x = cubes()
+    for leaf in (x, w):
+        (first,) = torch.autograd.grad(tower(x * 2).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"ranker.*double backward"):
+            differentiate(first, x, w)
+
+
+def test_double_backward_by_the_incoming_gradient_is_refused() -> None:
+    tower, _, x = cubes()
+    gradient = torch.rand(3, requires_grad=True)
+    (first,) = torch.autograd.grad(tower(x), x, gradient, create_graph=True)
     with pytest.raises(RuntimeError, match=r"ranker.*double backward"):
-        (gradient.square().sum() + x.sum()).backward()
+        torch.autograd.grad(first.sum(), gradient, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["jvp", "hvp", "vhp", "hessian"])
+def test_products_with_second_derivatives_are_refused(name: str) -> None:
+    tower, _, x = cubes()
+    function = tower if name == "jvp" else lambda x: tower(x).sum()
+    products = () if name == "hessian" else (torch.ones(3),)
+    with pytest.raises(RuntimeError, match=r"ranker.*double backward"):
+        getattr(torch.autograd.functional, name)(function, x.detach(), *products)
+
+
+def test_a_graph_of_first_derivatives_that_nobody_differentiates_costs_no_error() -> None:
+    tower, w, x = cubes()
+    first = torch.autograd.grad(tower(x).sum(), [x, w], create_graph=True)
+    torch.testing.assert_close(first, ((3 * x**2).detach(), (x**3).detach()), check_stride=False)
+    (first[0].detach() * x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of make_dual
+def test_what_vmap_and_forward_mode_make_of_gradients_is_refused_by_name() -> None:
+    tower, _, x = cubes()
+    with pytest.raises(RuntimeError, match=r"ranker.*is_grads_batched"):
+        torch.autograd.grad(tower(x), x, torch.eye(3), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"ranker.*vectorize=True"):
+        torch.autograd.functional.jacobian(tower, torch.ones(3), vectorize=True)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"ranker.*jax.jvp"):
+        tower(torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3)))
+    jacobian = torch.autograd.functional.jacobian(tower, torch.ones(3))
+    assert torch.equal(jacobian, 3 * torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("other", "now"),
+    [(torch.ones(1, 3), r"\(1, 3\), torch.float32"), (torch.ones(3).bfloat16(), r"\(3,\), torch.bfloat16")],
+)
+def test_a_parameter_that_is_of_another_kind_in_backward_is_refused(other: torch.Tensor, now: str) -> None:
+    tower, w, x = cubes()
+    y = tower(x)
+    w.data = other
+    with pytest.raises(RuntimeError, match=rf"ranker.*parameter 'w' was \(3,\), torch.float32 in forward and is {now}"):
+        y.sum().backward()
+
+
+def test_an_input_that_is_of_another_kind_in_backward_is_refused() -> None:
+    tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(3)}, name="ranker")
+    x = torch.rand(3)
+    y = tower(x)
+    x.data = torch.rand(1, 3)
+    with pytest.raises(RuntimeError, match=r"ranker.*an input was \(3,\)"):
+        y.sum().backward()
+
+
+def test_threads_that_trace_one_signature_at_once_agree_on_its_programs() -> None:
+    met = threading.Barrier(2)
+
+    def meet(params: Any, x: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(5)  # both are tracing now; what is traced later finds the barrier broken
+        met.abort()
+        return jnp.sin(x) * params["w"]
+
+    tower = JaxTower(meet, {"w": ones(3)})
+    gradients = []
+
+    def train() -> None:
+        x = torch.ones(3, requires_grad=True)
+        gradients.append(torch.autograd.grad(tower(x), x, torch.ones(3))[0])
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (program,) = tower._caller.programs._forwards.values()
+    assert len(program.backwards) == 1
+    assert tower.compilations == 2
+    torch.testing.assert_close(gradients, [torch.ones(3).cos()] * 2)
 
 
 def test_a_parameter_written_between_forward_and_backward_is_noticed() -> None:
@@ -138,8 +255,6 @@ def test_an_error_of_the_backward_has_the_towers_name() -> None:
 
 
 def test_backward_in_another_thread_keeps_x64() -> None:
-    import threading
-
     with jax.enable_x64(True):
         tower = JaxTower(lambda params, x: x * params["w"], {"w": np.ones(3)})
         x = torch.rand(3, dtype=torch.float64, requires_grad=True)

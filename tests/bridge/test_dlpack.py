@@ -67,6 +67,31 @@ def test_what_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, ca
     assert torch.equal(to_torch(array), tensor.detach())
 
 
+@pytest.mark.parametrize("left", [0, 64])
+def test_a_tensor_whose_memory_was_taken_away_is_refused(left: int) -> None:
+    tensor = torch.rand(1000)
+    row = tensor[512:]
+    tensor.untyped_storage().resize_(left)
+    for each in (tensor, row):
+        with pytest.raises(ValueError, match=f"its memory has been taken away, {left} bytes are left"):
+            to_jax(each)
+    empty = torch.empty(0, 3)
+    empty.untyped_storage().resize_(0)
+    assert to_jax(empty).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float8_e5m2, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("shape", [(), (64,), (4, 16)])
+def test_memory_that_jax_reads_cannot_be_freed_by_resizing(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape).to(dtype)
+    array = to_jax(tensor)
+    for shrink in (lambda: tensor.resize_(5_000_000), lambda: tensor.untyped_storage().resize_(0)):
+        with pytest.raises(RuntimeError, match="not resizable"):
+            shrink()
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr()
+    assert bool((jax.numpy.abs(array).astype(jax.numpy.float32) == 1).all())
+
+
 def test_trees_cross_as_trees_and_errors_name_the_leaf() -> None:
     tree = {"a": [torch.ones(16), torch.zeros(16)], "b": None}
     arrays = to_jax(tree)

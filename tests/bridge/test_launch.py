@@ -26,6 +26,8 @@ assert any("fell back to the CPU" in str(each.message) for each in caught)
 assert chosen == [3] and jax.config._read("jax_cuda_visible_devices") == "3"
 assert os.environ["NPROC"] == "1" and os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.3"
 assert jax.config.jax_compilation_cache_dir == sys.argv[1]
+jax.jit(lambda x: x * 2 + 1)(jax.numpy.ones(3))  # takes far less than a second to compile
+assert any(name.endswith("-cache") for name in os.listdir(sys.argv[1])), os.listdir(sys.argv[1])
 try:
     init()
 except RuntimeError as error:
@@ -35,6 +37,13 @@ except RuntimeError as error:
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
     )
     assert "has started already" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rank", ["abc", "-1", "", "1.5"])
+def test_a_local_rank_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(ValueError, match=f"LOCAL_RANK must be a number from 0 on, got '{rank}'"):
+        init()
 
 
 @pytest.mark.parametrize("options", [{"memory_fraction": 1.0}, {"memory_fraction": 0}, {"threads": 0}])

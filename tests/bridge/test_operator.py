@@ -56,6 +56,34 @@ def test_opcheck() -> None:
     torch.library.opcheck(_operator.tower_forward, (number, tensors))
 
 
+def test_an_error_inside_arrives_with_the_name_and_the_cause() -> None:
+    tower = JaxTower(lambda params, x: x @ params["w"], {"w": np.ones((3, 3), np.float32)}, name="ranker")
+    model = torch.nn.Sequential(torch.nn.Identity(), tower, torch.nn.Linear(3, 1))
+    cause = r"dot_general requires contracting dimensions to have the same shape, got \(2,\) and \(3,\)"
+    with pytest.raises(RuntimeError, match=rf"(?s)TypeError: {cause}.*raised in the forward of JaxTower 'ranker'"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=cause) as caught:
+        torch.compile(model, backend="aot_eager")(torch.ones(2, 2))
+    assert "raised in the forward of JaxTower 'ranker'" in caught.value.__notes__
+    # What the bridge itself refuses has the name in it.
+    with pytest.raises(RuntimeError, match="JaxTower 'ranker': the function must return arrays"):
+        torch.compile(JaxTower(lambda params, x: None, {}, name="ranker"), fullgraph=True, backend="eager")(
+            torch.ones(2)
+        )
+    fine: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert fine(torch.ones(2, 3)).shape == (2, 1)
+
+
+def test_double_backward_of_the_operator_is_refused() -> None:
+    tower = JaxTower(lambda params, x: jnp.sin(x) * params["w"], {"w": np.ones(3, np.float32)}, name="ranker")
+    compiled: Any = torch.compile(tower, fullgraph=True, backend="eager")
+    x = torch.rand(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(gradient, x.cos())
+    with pytest.raises(RuntimeError, match=r"ranker.*double backward"):
+        torch.autograd.grad(gradient.sum(), x, allow_unused=True)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> None:
     tower = JaxTower(lambda params, x, *, state: (x, state + 1), {}, state=np.ones(2, np.float32))

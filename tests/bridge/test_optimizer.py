@@ -173,6 +173,21 @@ def test_a_transformation_without_state() -> None:
     train(tower, optimizer, range(1))
 
 
+def test_groups_and_schedulers_of_torch_are_refused() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
+    with pytest.raises(NotImplementedError, match="add_param_group is not supported.*optax.multi_transform"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == 1
+    for make in (
+        lambda: torch.optim.lr_scheduler.StepLR(optimizer, 10),
+        lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
+        lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+    ):
+        with pytest.raises(KeyError, match=r"'lr'.*instead of a torch scheduler give it a schedule"):
+            make()
+
+
 def test_bad_input() -> None:
     tower = JaxTower(mlp, PARAMS)
     with pytest.raises(TypeError, match=r"takes named parameters, got a Parameter; pass module.named_parameters\(\)"):

@@ -70,10 +70,52 @@ def test_bad_sizes_are_refused() -> None:
         module(torch.ones(2, 3))
 
 
-def test_an_output_that_cannot_be_cut_back_is_refused() -> None:
-    module = JaxTower(lambda params, x: jnp.concatenate([x, x]), {}, dims=[("batch",)], classes={"batch": None})
-    with pytest.raises(ValueError, match=r"axis 0 of output 0 has size 16 where 'batch' is 8, and 18 where it is 9"):
+def joined(params: Any, x: Any, y: Any) -> Any:
+    return {"mean": x.mean(), "rows": [x, jnp.concatenate([x, y])]}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda params, x, y: jnp.concatenate([x, x]), r"axis 0 of output has size 16, and 18 where 'batch' is 9 "),
+        (lambda params, x, y: (x, x.reshape(-1)), r"axis 0 of output\[1\] has size 16, and 18 where 'batch' is 9 "),
+        # A token in front, a window: these grow by one as the batch does, and have another size.
+        (lambda params, x, y: jnp.concatenate([x[:1], x]), r"axis 0 of output has size 9, and 10 where 'batch' is 9 "),
+        (lambda params, x, y: x[2:] + x[:-2], r"axis 0 of output has size 6, and 7 where 'batch' is 9 "),
+        (joined, r"axis 0 of output\['rows'\]\[1\] has .* 13 where 'batch' is 9 .* and 13 where 'length' is 5 "),
+        # Of two dimensions, though it has the size of one of them.
+        (lambda params, x, y: jnp.concatenate([x, y])[4:], r"has size 8, and 9 where 'batch' .* and 9 where 'length'"),
+    ],
+)
+def test_an_output_that_cannot_be_cut_back_is_refused(function: Any, message: str) -> None:
+    dims: Any = [("batch",), ("length",)]
+    module = JaxTower(function, {}, dims=dims, classes={"batch": None, "length": (4,)}, name="ranker")
+    for sizes in ((5, 3), (8, 4)):  # whether anything is padded in this call or not
+        with pytest.raises(ValueError, match=f"(?s)ranker.*{message}.*join them outside"):
+            module(torch.ones(sizes[0], 2), torch.ones(sizes[1], 2))
+
+
+def test_dimensions_of_one_padded_size_are_told_apart() -> None:
+    module = JaxTower(
+        lambda params, x, y: (x @ y.T, y @ x.T, jnp.zeros((8, x.shape[0]))),
+        {},
+        dims=[("batch",), ("length",)],
+        classes={"batch": (8,), "length": (8,)},
+    )
+    x, y = torch.rand(3, 2), torch.rand(5, 2)
+    outer, other, constant = module(x, y)
+    torch.testing.assert_close(outer, x @ y.T)
+    torch.testing.assert_close(other, y @ x.T)
+    assert constant.shape == (8, 3)  # 8 is a number of the function's own here
+
+
+def test_a_function_that_takes_not_all_sizes_says_what_it_was_asked() -> None:
+    module = JaxTower(
+        lambda params, x: x.reshape(-1, 4, 2).sum((1, 2)), {}, dims=[("batch",)], classes={"batch": (8,)}, name="ranker"
+    )
+    with pytest.raises(TypeError) as caught:
         module(torch.ones(5, 2))
+    assert any("JaxTower 'ranker' with sizes {'batch': 9}" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize(

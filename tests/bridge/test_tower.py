@@ -1,4 +1,8 @@
-from typing import Any
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -123,6 +127,46 @@ def test_state_dict_goes_round() -> None:
     other.load_state_dict(tower.state_dict())
     x = torch.rand(4, 3)
     assert torch.equal(tower(x), other(x))
+
+
+def pickled(tower: JaxTower) -> JaxTower:
+    return cast(JaxTower, pickle.loads(pickle.dumps(tower)))
+
+
+def saved_by_torch(tower: JaxTower) -> JaxTower:
+    torch.save(tower, file := io.BytesIO())
+    file.seek(0)
+    return cast(JaxTower, torch.load(file, weights_only=False))
+
+
+def counted(params: Any, x: Any, *, state: Any) -> Any:
+    return x * params["w"], state + 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_by_torch])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_copies_pickles_and_saved_modules_compute_the_same(copied: Callable[[JaxTower], JaxTower]) -> None:
+    tower = JaxTower(mlp, parameters(), dims=[("batch",)], classes={"batch": None}, name="ranker")
+    x = torch.rand(5, 6)
+    expected = tower(x)
+    expected.sum().backward()
+    twin = copied(tower)
+    y = twin(x)
+    assert torch.equal(y, expected)
+    assert [name for name, _ in twin.named_parameters()] == ["b1", "w1", "w2"]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(x).any()
+    assert torch.equal(tower(x), expected)
+    assert not torch.compile(twin, fullgraph=True, backend="eager")(x).any()
+
+    stateful = JaxTower(counted, {"w": np.ones(2, np.float32)}, state=np.zeros(2, np.float32))
+    stateful(torch.ones(2))
+    again = copied(stateful)
+    again(torch.ones(2))
+    assert again.state_dict()["param"].tolist() == [2, 2]
+    assert stateful.state_dict()["param"].tolist() == [1, 1]
 
 
 def test_integers_trees_and_unused_outputs() -> None:
