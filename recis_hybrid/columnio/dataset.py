@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from .arguments import integer, one_of, specs
 from .columns import Column
 from .delivery import Delivery, check_delivery
 from .order import Batches, Uneven
-from .position import Position, loaded, order_settings, saved
+from .position import Position, SharedPosition, loaded, order_settings, saved
 from .prefetch import prefetched
 from .ranks import rank_and_world_size
 
@@ -49,7 +50,8 @@ class ColumnDataset(IterableDataset[Batch]):
 
     Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)` the workers share the rank's batches,
     which arrive in the same order. Each worker has a copy of the dataset: call `set_epoch` before each pass, and
-    `state_dict(batches)` with the number of batches that the loop was handed in it.
+    `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
+    (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
 
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
@@ -163,7 +165,8 @@ class ColumnDataset(IterableDataset[Batch]):
         )
         self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
         self._num_rows = self._reader.rows
-        self._position, self._first_row = Position(0, 0), 0
+        self._shared, self._in_worker = SharedPosition(), False
+        self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
         if self._num_rows == 0:
             among = "" if filters is None else f" that suits the filters {filters}"
             raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
@@ -210,7 +213,9 @@ class ColumnDataset(IterableDataset[Batch]):
         """
         integer("epoch", epoch, 0)
         if epoch != self._position.epoch:
-            self._position, self._first_row = Position(epoch, 0), 0
+            self._next(Position(epoch, 0))
+        elif epoch != self._begun.epoch:
+            self._begun = replace(self._position)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Returns the reading position, between any two batches, as JSON could hold it.
@@ -220,11 +225,15 @@ class ColumnDataset(IterableDataset[Batch]):
 
         Args:
             batches: How many batches of the pass the loop was handed by a DataLoader, whose workers read with copies
-                of this dataset; None where it was handed them by the dataset itself.
+                of this dataset; None where it was handed them by the dataset itself. The pass is the last one that
+                was begun since `load_state_dict`, or since `set_epoch` with another epoch.
         """
         position = self._position
         if batches is not None:
-            position = Position(position.epoch, self._batches(self._first_row).after(integer("batches", batches, 0)))
+            # Read in this process, a pass that came to its end has moved the dataset on: no batch is one of the next.
+            ended = integer("batches", batches, 0) == 0 and position.epoch != self._begun.epoch
+            begun = position if ended else self._begun
+            position = Position(begun.epoch, self._batches(begun.row).after(batches))
         return saved(position, order_settings(self._reader))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -238,15 +247,30 @@ class ColumnDataset(IterableDataset[Batch]):
         Raises:
             ValueError: It is no such state, or one of other files, filters or another order of rows.
         """
-        self._position = loaded(state, order_settings(self._reader))
-        self._first_row = self._position.row
+        self._next(loaded(state, order_settings(self._reader)))
 
     def __iter__(self) -> Iterator[Batch]:
         """Begins a pass; see the class."""
+        in_worker = get_worker_info() is not None
+        if in_worker and self._in_worker:
+            # A worker's first pass is where its copy stands; of later ones the training's process tells.
+            self._begun = self._shared.get()
+        else:
+            self._begun = Position(self._position.epoch, self._first_row)
+        self._in_worker = in_worker
         # A new object for each pass, so that one which was left early no longer moves the dataset.
-        position = self._position = Position(self._position.epoch, self._first_row)
+        position = self._position = replace(self._begun)
         self._first_row = 0
+        if not in_worker:
+            self._shared.set(Position(position.epoch, 0))
         return self._pass(position)
+
+    def _next(self, position: Position) -> None:
+        """Has the next pass begin there."""
+        # What is said in a worker is the worker's own.
+        if get_worker_info() is None:
+            self._shared.set(position)
+        self._position, self._begun, self._first_row = position, replace(position), position.row
 
     def _pass(self, position: Position) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -263,6 +287,8 @@ class ColumnDataset(IterableDataset[Batch]):
                 del batch
         if position is self._position:
             self._position = Position(position.epoch + 1, 0)
+            if get_worker_info() is None:
+                self._shared.set(self._position)
 
     def _batches(self, row: int, worker: int = 0, workers: int = 1) -> Batches:
         return Batches(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from .reader import Reader
 
@@ -20,6 +22,32 @@ class Position:
     epoch: int
     row: int
     """The first row of the epoch's order that no rank has consumed."""
+
+
+class SharedPosition:
+    """Where the next pass begins, in memory that the workers of a DataLoader see.
+
+    Workers that live on from pass to pass keep the copy of the dataset that they were started with: this is how they
+    learn of what the training's process says later.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set(self, position: Position) -> None:
+        """Says the position."""
+        self._numbers.copy_(torch.tensor([position.epoch, position.row]))
+
+    def get(self) -> Position:
+        """Returns what was said last."""
+        return Position(*self._numbers.tolist())
+
+    def __getstate__(self) -> torch.Tensor:
+        return self._numbers
+
+    def __setstate__(self, numbers: torch.Tensor) -> None:
+        # What a DataLoader hands to a worker is shared already; a copy of a dataset gets memory of its own.
+        self._numbers = numbers.share_memory_()
 
 
 def order_settings(reader: Reader) -> dict[str, Any]:

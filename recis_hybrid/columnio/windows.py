@@ -28,9 +28,10 @@ class Windows:
     """An endless stream of windows, in the order of their names among those that are complete.
 
     A window is a folder in `source`, complete once it holds a file `marker`, which the writer makes last. One that is
-    completed late comes late, and none comes twice. Names that begin with a dot or an underscore are not windows. A
-    window counts as done once the next one is asked for; a job that was ended within one begins it anew, or goes on in
-    it with the state of its ColumnDataset.
+    completed late comes late, and none comes twice, even if it was removed and written anew meanwhile: the state holds
+    the names of all that are done. Names that begin with a dot or an underscore are not windows. A window counts as
+    done once the next one is asked for; a job that was ended within one begins it anew, or goes on in it with the state
+    of its ColumnDataset.
 
     Args:
         source: A folder or a URL of one, which may not be there yet; or an explicit list of windows, each a path or a
@@ -91,8 +92,8 @@ class Windows:
         while True:
             # Looked at anew after each window: an earlier one may have become complete meanwhile.
             found = self._complete()
-            # Of windows that were removed nothing needs to be remembered.
-            self._done &= found.keys()
+            # Names stay known when windows are gone: a folder that cannot be seen for a while, or a marker that is
+            # written anew, would otherwise give all its rows once more.
             window = next((found[name] for name in sorted(found, key=_order) if name not in self._done), None)
             if window is not None:
                 idle = 0.0
