@@ -84,9 +84,9 @@ class ColumnDataset(IterableDataset[Batch]):
         pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
         device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
         filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        on_bad_file: `"raise"`, or `"skip"` to go on past damaged or vanished files: each is reported by a
-            RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches shorter, even empty, so that the other
-            rows keep their places and the ranks their numbers of batches.
+        on_bad_file: `"raise"`, or `"skip"` to go on past files that are damaged, vanished or written anew since they
+            were opened: each is reported by a RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches
+            shorter, even empty, so that the other rows keep their places and the ranks their numbers of batches.
         shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
         decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
             groups as small take less still) and more time for each row; the order of the rows is the same, and so is
@@ -164,7 +164,7 @@ class ColumnDataset(IterableDataset[Batch]):
             threads=num_threads if prefetch else 1,
         )
         self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
-        self._num_rows = self._reader.rows
+        self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
         self._shared, self._in_worker = SharedPosition(), False
         self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
         if self._num_rows == 0:
@@ -234,7 +234,7 @@ class ColumnDataset(IterableDataset[Batch]):
             ended = integer("batches", batches, 0) == 0 and position.epoch != self._begun.epoch
             begun = position if ended else self._begun
             position = Position(begun.epoch, self._batches(begun.row).after(batches))
-        return saved(position, order_settings(self._reader))
+        return saved(position, self._order)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Makes the next pass give exactly what was left when `state` was taken.
@@ -247,7 +247,7 @@ class ColumnDataset(IterableDataset[Batch]):
         Raises:
             ValueError: It is no such state, or one of other files, filters or another order of rows.
         """
-        self._next(loaded(state, order_settings(self._reader)))
+        self._next(loaded(state, self._order))
 
     def __iter__(self) -> Iterator[Batch]:
         """Begins a pass; see the class."""

@@ -79,13 +79,14 @@ def _inspect(
 
     def opened(file: File) -> OpenedFile:
         used = format_of(file.name)
+        stamp = file.stamp()
         try:
             contents = used.inspect(file, hints)
         except (FileNotFoundError, PermissionError):
             raise
         except DAMAGE as error:
             raise not_whole(file, used.NAME, error) from error
-        return OpenedFile(file, contents, {name: partition[name] for name in file.partition})
+        return OpenedFile(file, contents, {name: partition[name] for name in file.partition}, stamp)
 
     def bad(file: File, error: Exception) -> None:
         leave_out(skipped, Skipped(str(file), "all", 0, str(error)))

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from .reader import Reader
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -32,7 +32,7 @@ class SharedPosition:
     """
 
     def __init__(self) -> None:
-        self._numbers = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._numbers: torch.Tensor = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def set(self, position: Position) -> None:
         """Says the position."""
@@ -52,7 +52,10 @@ class SharedPosition:
 
 def order_settings(reader: Reader) -> dict[str, Any]:
     """Returns what, with the epoch, decides the order of the rows."""
-    pieces = [(piece.opened.file.name, piece.number, piece.rows) for piece in reader.files.pieces]
+    # By the files' places below their common folder: the data may lie elsewhere when a job is resumed.
+    pieces = [
+        (place, piece.number, piece.rows) for place, piece in zip(reader.places, reader.files.pieces, strict=True)
+    ]
     wanted = reader.files.row_filter
     order: dict[str, Any] = {
         "rows": reader.rows,
