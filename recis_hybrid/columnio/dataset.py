@@ -12,11 +12,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from recis_hybrid.ragged import Batch, batch_to
 
+from .agreement import agreement, has_other_ranks
 from .arguments import integer, one_of, specs
 from .columns import Column
 from .delivery import Delivery, check_delivery
 from .order import Batches, Uneven
-from .position import Position, SharedPosition, loaded, order_settings, saved
+from .position import Position, SharedPosition, loaded, order_settings, saved, settings_of_all_ranks
 from .prefetch import prefetched
 from .ranks import rank_and_world_size
 
@@ -53,6 +54,11 @@ class ColumnDataset(IterableDataset[Batch]):
     `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
     (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
 
+    Where torch.distributed is initialised, and `rank` and `world_size` are left out, all ranks must open the dataset,
+    in the same order among what they do together: opening ends with one `all_gather_object` of the default group, in
+    which they compare what they found. If one of them failed or found other files or rows, all raise; no later
+    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody.
+
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
             (`s3://bucket/clicks`, and whatever else pyarrow or fsspec knows), or a sequence of them. Folders named
@@ -69,7 +75,7 @@ class ColumnDataset(IterableDataset[Batch]):
         transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
             takes the batch's place.
         rank: This process's number among those that share the data; None takes torch.distributed's where that is
-            initialised, else torchrun's from the environment, else 0.
+            initialised, else torchrun's from the environment, else 0. With a rank by hand nothing is compared.
         world_size: How many processes share the data; None as for `rank`.
         uneven: What happens in a last turn that has no full batch for every rank. None: every row comes once, and some
             ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
@@ -97,7 +103,8 @@ class ColumnDataset(IterableDataset[Batch]):
         FileNotFoundError: There is no such file.
         TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
         ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
-            or `uneven="drop"` not one batch), or an argument is out of its range.
+            or `uneven="drop"` not one batch), or an argument is out of its range; or another rank could not open the
+            dataset, or found other things.
 
     Example:
         >>> data = ColumnDataset("clicks/", ["user", "item", "label"], 4096, shuffle=True)  # doctest: +SKIP
@@ -134,48 +141,56 @@ class ColumnDataset(IterableDataset[Batch]):
         from .paths import find_files
         from .reader import Reader
 
+        # Given by hand, a rank may be alone in opening this.
+        together = rank is None and world_size is None and has_other_ranks()
         rank, world_size = rank_and_world_size(rank, world_size)
-        self._batch_size = integer("batch_size", batch_size, 1)
-        self._prefetch = integer("prefetch", prefetch, 0)
-        self._num_threads = integer("num_threads", num_threads, 1)
-        self._world_size = integer("world_size", world_size, 1)
-        self._rank = integer("rank", rank, 0)
-        if rank >= world_size:
-            raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
-        one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
-        one_of("on_bad_file", on_bad_file, ("raise", "skip"))
-        self._drop_remainder, self._uneven = drop_remainder, uneven
-        self._device = None if device is None else torch.device(device)
-        block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
-        wanted, mask = specs(columns), MASK if uneven == "pad" else None
-        check_delivery(pin_memory, wanted, mask)
-        self._reader = Reader(
-            open_files(
-                find_files(paths, filesystem),
-                wanted,
-                row_filter=RowFilter.of(filters),
-                skip=on_bad_file == "skip",
-                threads=num_threads > 1,
-            ),
-            # A multiple of the batch size: so few batches lie in two of them.
-            decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
-            seed=integer("seed", seed, 0),
-            block=block,
-            threads=num_threads if prefetch else 1,
-        )
-        self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
-        self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
-        self._shared, self._in_worker = SharedPosition(), False
-        self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
-        if self._num_rows == 0:
-            among = "" if filters is None else f" that suits the filters {filters}"
-            raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
-        if (drop_remainder or uneven == "drop") and len(self) == 0:
-            raise ValueError(
-                f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
-                f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
-                f"smaller batch_size"
+        with agreement(together) as found:
+            self._batch_size = integer("batch_size", batch_size, 1)
+            self._prefetch = integer("prefetch", prefetch, 0)
+            self._num_threads = integer("num_threads", num_threads, 1)
+            self._world_size = integer("world_size", world_size, 1)
+            self._rank = integer("rank", rank, 0)
+            if rank >= world_size:
+                raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
+            one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
+            one_of("on_bad_file", on_bad_file, ("raise", "skip"))
+            self._drop_remainder, self._uneven = drop_remainder, uneven
+            self._device = None if device is None else torch.device(device)
+            block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
+            wanted, mask = specs(columns), MASK if uneven == "pad" else None
+            check_delivery(pin_memory, wanted, mask)
+            self._reader = Reader(
+                open_files(
+                    find_files(paths, filesystem),
+                    wanted,
+                    row_filter=RowFilter.of(filters),
+                    skip=on_bad_file == "skip",
+                    threads=num_threads > 1,
+                ),
+                # A multiple of the batch size: so few batches lie in two of them.
+                decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
+                seed=integer("seed", seed, 0),
+                block=block,
+                threads=num_threads if prefetch else 1,
             )
+            self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
+            self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
+            self._shared, self._in_worker = SharedPosition(), False
+            self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
+            if self._num_rows == 0:
+                among = "" if filters is None else f" that suits the filters {filters}"
+                raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
+            if (drop_remainder or uneven == "drop") and len(self) == 0:
+                raise ValueError(
+                    f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
+                    f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
+                    f"smaller batch_size"
+                )
+            if together:
+                found |= settings_of_all_ranks(
+                    self._reader, batch_size=batch_size, uneven=uneven, drop_remainder=drop_remainder
+                )
+                found["notes"] = "left out " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
 
     def __len__(self) -> int:
         """Returns the number of batches that this rank gets in a whole epoch."""

@@ -66,6 +66,22 @@ def order_settings(reader: Reader) -> dict[str, Any]:
     return order if reader.block is None else order | {"seed": reader.seed}
 
 
+def settings_of_all_ranks(reader: Reader, **more: Any) -> dict[str, Any]:
+    """Returns what must be the same on all ranks, in words for messages.
+
+    Args:
+        reader: What was opened.
+        more: Further settings.
+    """
+    files: dict[str, tuple[int, ...]] = {}
+    for place, piece in zip(reader.places, reader.files.pieces, strict=True):
+        files[place] = (*files.get(place, ()), piece.rows)
+    order = order_settings(reader)
+    # The pieces are told by the files.
+    del order["pieces"]
+    return {"rows by file": files, **more, **order}
+
+
 def saved(position: Position, order: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a position with what its order depends on."""
     return {"version": _VERSION, "epoch": position.epoch, "row": position.row, "order": dict(order)}
