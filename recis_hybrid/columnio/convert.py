@@ -261,6 +261,11 @@ def _remedy(depth: int, inner: ArrowType) -> str:
         return 'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted()'
     if pa.types.is_struct(inner):
         return "structs are read by Weighted() where they are an id and a weight, in lists"
+    if pa.types.is_decimal(inner):
+        return (
+            "integers of text files that 64 bits do not hold are read by Dense(torch.float64), or write it as strings, "
+            "integers or floats"
+        )
     return "write it as numbers, strings or lists of these"
 
 

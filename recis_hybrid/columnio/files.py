@@ -96,7 +96,7 @@ class OpenedFile:
                     self._check()
                 looked = True
                 yield batch
-        except DAMAGE:
+        except (*DAMAGE, ValueError):
             self._check()
             raise
 
@@ -208,7 +208,8 @@ class Files:
         Raises:
             BadFileError: The file is damaged.
         """
-        return sum(batch.num_rows for batch in self._wanted(piece, self.looked_at, _COUNTED_ROWS))
+        columns = self.looked_at or self.needed[:1]
+        return sum(batch.num_rows for batch in self._wanted(piece, columns, _COUNTED_ROWS))
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:
