@@ -91,7 +91,8 @@ class NegativeSampler:
         # A comparison that also fails for NaN.
         if seed < 0 or not 0 <= power < float("inf"):
             raise ValueError(
-                f"NegativeSampler: seed and power must not be negative, and power must be finite, got {seed} and {power}"
+                f"NegativeSampler: seed and power must not be negative, and power must be finite, got {seed} and "
+                f"{power}"
             )
         if items is None and frequencies is not None:
             raise ValueError("NegativeSampler: frequencies are of the items of a table, and there is none; give items")

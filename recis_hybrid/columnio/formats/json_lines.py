@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -84,9 +85,10 @@ def _has_floats(file: Any, way: tuple[str, ...]) -> bool:
     with file.stream() as source:
         lines = source.read(_BLOCK).splitlines()
     values = []
-    # The last line may be cut off.
-    for line in lines[: max(len(lines) - 1, 1)]:
-        values.append(json.loads(line) if line.strip() else None)
+    for line in lines:
+        # The last one may be cut off.
+        with suppress(ValueError):
+            values.append(json.loads(line))
     for step in way:
         there = (value for value in values if value is not None)
         values = [item for value in there for item in (value if step == "[]" else [value.get(step)])]
