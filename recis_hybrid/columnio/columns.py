@@ -94,8 +94,10 @@ class Text:
 class Weighted:
     """A list of ids with a weight each for each row: a RaggedTensor of [N] values, [N] float32 weights and B rows.
 
-    It is read from a list of structs of two fields, id and weight; from two columns of lists as long as each other; or
-    from a list of strings `"id:weight"`. Structs and columns may have strings for ids, which then make two levels.
+    It is read from a list of structs of two fields; from two columns of lists as long as each other; or from a list of
+    strings `"id:weight"`. Of a struct the fields `id` and `weight` are known by their names, in any order; where it has
+    neither, floats are the weights, strings the ids, and what stands beside them the other one. Structs and columns may
+    have strings for ids, which then make two levels.
 
     Args:
         dtype: Of integer ids, by the rules of `Dense`; None takes the file's, and int64 of `"id:weight"`.

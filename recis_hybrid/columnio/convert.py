@@ -216,7 +216,8 @@ def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Con
         return ListConverter(replace(spec, dtype=ids.dtype), PairTextLeaf(ids, weights, spec.separator), 1)
     if not (pa.types.is_struct(inner) and inner.num_fields == 2 and depth == (spec.weights is None)):
         return None
-    first, second = inner.field(0).type, inner.field(1).type
+    fields = (0, 1) if spec.weights is not None else _id_and_weight(inner, place)
+    first, second = (inner.field(field).type for field in fields)
     if spec.weights is not None:
         (one, first), (other, second) = _opened(first), _opened(second)
         if (one, other) != (1, 1):
@@ -228,8 +229,27 @@ def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Con
         found = numbers(spec.dtype, spec.default, first, place, "Weighted(default=0)")
         spec, leaf = replace(spec, dtype=found.dtype), NumberLeaf(found)
     if spec.weights is None:
-        return ListConverter(spec, PairLeaf(leaf, weights), 1)
+        return ListConverter(spec, PairLeaf(leaf, weights, fields), 1)
     return ParallelConverter(spec, ListConverter(spec, leaf, 1), ListConverter(spec, NumberLeaf(weights), 1))
+
+
+def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
+    """Returns which field of a struct of two is the id and which the weight: by name, else by type."""
+    names = [field.name for field in struct]
+    wanted = ("id", "weight")
+    ids = {number for number in (0, 1) if names[number] == "id" or names[1 - number] == "weight"}
+    if not set(names) & set(wanted):
+        # Floats are no ids, and strings no weights.
+        kinds = ["weight" if pa.types.is_floating(field.type) else "id" * _is_text(field.type) for field in struct]
+        ids = {number for number in (0, 1) if kinds[number] != "weight" and kinds[1 - number] != "id" and any(kinds)}
+    if len(ids) != 1:
+        raise TypeError(
+            f"{place} is a list of {struct}, of whose fields neither names nor types say which is the id and which the "
+            f"weight; name them id and weight, or write two columns of lists and read them by "
+            f"Weighted(weights=<the other column>)"
+        )
+    own = ids.pop()
+    return own, 1 - own
 
 
 def _remedy(depth: int, inner: ArrowType) -> str:
@@ -241,6 +261,11 @@ def _remedy(depth: int, inner: ArrowType) -> str:
         return 'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted()'
     if pa.types.is_struct(inner):
         return "structs are read by Weighted() where they are an id and a weight, in lists"
+    if pa.types.is_decimal(inner):
+        return (
+            "integers of text files that 64 bits do not hold are read by Dense(torch.float64), or write it as strings, "
+            "integers or floats"
+        )
     return "write it as numbers, strings or lists of these"
 
 

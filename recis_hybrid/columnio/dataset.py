@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,11 +12,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from recis_hybrid.ragged import Batch, batch_to
 
+from .agreement import agreement, has_other_ranks
 from .arguments import integer, one_of, specs
 from .columns import Column
 from .delivery import Delivery, check_delivery
 from .order import Batches, Uneven
-from .position import Position, loaded, order_settings, saved
+from .position import Position, SharedPosition, loaded, order_settings, saved, settings_of_all_ranks
 from .prefetch import prefetched
 from .ranks import rank_and_world_size
 
@@ -49,7 +51,13 @@ class ColumnDataset(IterableDataset[Batch]):
 
     Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)` the workers share the rank's batches,
     which arrive in the same order. Each worker has a copy of the dataset: call `set_epoch` before each pass, and
-    `state_dict(batches)` with the number of batches that the loop was handed in it.
+    `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
+    (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
+
+    Where torch.distributed is initialised, and `rank` and `world_size` are left out, all ranks must open the dataset,
+    in the same order among what they do together: opening ends with one `all_gather_object` of the default group, in
+    which they compare what they found. If one of them failed or found other files or rows, all raise; no later
+    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody.
 
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
@@ -67,7 +75,7 @@ class ColumnDataset(IterableDataset[Batch]):
         transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
             takes the batch's place.
         rank: This process's number among those that share the data; None takes torch.distributed's where that is
-            initialised, else torchrun's from the environment, else 0.
+            initialised, else torchrun's from the environment, else 0. With a rank by hand nothing is compared.
         world_size: How many processes share the data; None as for `rank`.
         uneven: What happens in a last turn that has no full batch for every rank. None: every row comes once, and some
             ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
@@ -82,9 +90,9 @@ class ColumnDataset(IterableDataset[Batch]):
         pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
         device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
         filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        on_bad_file: `"raise"`, or `"skip"` to go on past damaged or vanished files: each is reported by a
-            RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches shorter, even empty, so that the other
-            rows keep their places and the ranks their numbers of batches.
+        on_bad_file: `"raise"`, or `"skip"` to go on past files that are damaged, vanished or written anew since they
+            were opened: each is reported by a RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches
+            shorter, even empty, so that the other rows keep their places and the ranks their numbers of batches.
         shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
         decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
             groups as small take less still) and more time for each row; the order of the rows is the same, and so is
@@ -95,7 +103,8 @@ class ColumnDataset(IterableDataset[Batch]):
         FileNotFoundError: There is no such file.
         TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
         ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
-            or `uneven="drop"` not one batch), or an argument is out of its range.
+            or `uneven="drop"` not one batch), or an argument is out of its range; or another rank could not open the
+            dataset, or found other things.
 
     Example:
         >>> data = ColumnDataset("clicks/", ["user", "item", "label"], 4096, shuffle=True)  # doctest: +SKIP
@@ -132,47 +141,56 @@ class ColumnDataset(IterableDataset[Batch]):
         from .paths import find_files
         from .reader import Reader
 
+        # Given by hand, a rank may be alone in opening this.
+        together = rank is None and world_size is None and has_other_ranks()
         rank, world_size = rank_and_world_size(rank, world_size)
-        self._batch_size = integer("batch_size", batch_size, 1)
-        self._prefetch = integer("prefetch", prefetch, 0)
-        self._num_threads = integer("num_threads", num_threads, 1)
-        self._world_size = integer("world_size", world_size, 1)
-        self._rank = integer("rank", rank, 0)
-        if rank >= world_size:
-            raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
-        one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
-        one_of("on_bad_file", on_bad_file, ("raise", "skip"))
-        self._drop_remainder, self._uneven = drop_remainder, uneven
-        self._device = None if device is None else torch.device(device)
-        block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
-        wanted, mask = specs(columns), MASK if uneven == "pad" else None
-        check_delivery(pin_memory, wanted, mask)
-        self._reader = Reader(
-            open_files(
-                find_files(paths, filesystem),
-                wanted,
-                row_filter=RowFilter.of(filters),
-                skip=on_bad_file == "skip",
-                threads=num_threads > 1,
-            ),
-            # A multiple of the batch size: so few batches lie in two of them.
-            decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
-            seed=integer("seed", seed, 0),
-            block=block,
-            threads=num_threads if prefetch else 1,
-        )
-        self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
-        self._num_rows = self._reader.rows
-        self._position, self._first_row = Position(0, 0), 0
-        if self._num_rows == 0:
-            among = "" if filters is None else f" that suits the filters {filters}"
-            raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
-        if (drop_remainder or uneven == "drop") and len(self) == 0:
-            raise ValueError(
-                f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
-                f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
-                f"smaller batch_size"
+        with agreement(together) as found:
+            self._batch_size = integer("batch_size", batch_size, 1)
+            self._prefetch = integer("prefetch", prefetch, 0)
+            self._num_threads = integer("num_threads", num_threads, 1)
+            self._world_size = integer("world_size", world_size, 1)
+            self._rank = integer("rank", rank, 0)
+            if rank >= world_size:
+                raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
+            one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
+            one_of("on_bad_file", on_bad_file, ("raise", "skip"))
+            self._drop_remainder, self._uneven = drop_remainder, uneven
+            self._device = None if device is None else torch.device(device)
+            block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
+            wanted, mask = specs(columns), MASK if uneven == "pad" else None
+            check_delivery(pin_memory, wanted, mask)
+            self._reader = Reader(
+                open_files(
+                    find_files(paths, filesystem),
+                    wanted,
+                    row_filter=RowFilter.of(filters),
+                    skip=on_bad_file == "skip",
+                    threads=num_threads > 1,
+                ),
+                # A multiple of the batch size: so few batches lie in two of them.
+                decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
+                seed=integer("seed", seed, 0),
+                block=block,
+                threads=num_threads if prefetch else 1,
             )
+            self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
+            self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
+            self._shared, self._in_worker = SharedPosition(), False
+            self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
+            if self._num_rows == 0:
+                among = "" if filters is None else f" that suits the filters {filters}"
+                raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
+            if (drop_remainder or uneven == "drop") and len(self) == 0:
+                raise ValueError(
+                    f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
+                    f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
+                    f"smaller batch_size"
+                )
+            if together:
+                found |= settings_of_all_ranks(
+                    self._reader, batch_size=batch_size, uneven=uneven, drop_remainder=drop_remainder
+                )
+                found["notes"] = "left out " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
 
     def __len__(self) -> int:
         """Returns the number of batches that this rank gets in a whole epoch."""
@@ -210,7 +228,9 @@ class ColumnDataset(IterableDataset[Batch]):
         """
         integer("epoch", epoch, 0)
         if epoch != self._position.epoch:
-            self._position, self._first_row = Position(epoch, 0), 0
+            self._next(Position(epoch, 0))
+        elif epoch != self._begun.epoch:
+            self._begun = replace(self._position)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Returns the reading position, between any two batches, as JSON could hold it.
@@ -220,12 +240,16 @@ class ColumnDataset(IterableDataset[Batch]):
 
         Args:
             batches: How many batches of the pass the loop was handed by a DataLoader, whose workers read with copies
-                of this dataset; None where it was handed them by the dataset itself.
+                of this dataset; None where it was handed them by the dataset itself. The pass is the last one that
+                was begun since `load_state_dict`, or since `set_epoch` with another epoch.
         """
         position = self._position
         if batches is not None:
-            position = Position(position.epoch, self._batches(self._first_row).after(integer("batches", batches, 0)))
-        return saved(position, order_settings(self._reader))
+            # Read in this process, a pass that came to its end has moved the dataset on: no batch is one of the next.
+            ended = integer("batches", batches, 0) == 0 and position.epoch != self._begun.epoch
+            begun = position if ended else self._begun
+            position = Position(begun.epoch, self._batches(begun.row).after(batches))
+        return saved(position, self._order)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Makes the next pass give exactly what was left when `state` was taken.
@@ -238,15 +262,30 @@ class ColumnDataset(IterableDataset[Batch]):
         Raises:
             ValueError: It is no such state, or one of other files, filters or another order of rows.
         """
-        self._position = loaded(state, order_settings(self._reader))
-        self._first_row = self._position.row
+        self._next(loaded(state, self._order))
 
     def __iter__(self) -> Iterator[Batch]:
         """Begins a pass; see the class."""
+        in_worker = get_worker_info() is not None
+        if in_worker and self._in_worker:
+            # A worker's first pass is where its copy stands; of later ones the training's process tells.
+            self._begun = self._shared.get()
+        else:
+            self._begun = Position(self._position.epoch, self._first_row)
+        self._in_worker = in_worker
         # A new object for each pass, so that one which was left early no longer moves the dataset.
-        position = self._position = Position(self._position.epoch, self._first_row)
+        position = self._position = replace(self._begun)
         self._first_row = 0
+        if not in_worker:
+            self._shared.set(Position(position.epoch, 0))
         return self._pass(position)
+
+    def _next(self, position: Position) -> None:
+        """Has the next pass begin there."""
+        # What is said in a worker is the worker's own.
+        if get_worker_info() is None:
+            self._shared.set(position)
+        self._position, self._begun, self._first_row = position, replace(position), position.row
 
     def _pass(self, position: Position) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -263,6 +302,8 @@ class ColumnDataset(IterableDataset[Batch]):
                 del batch
         if position is self._position:
             self._position = Position(position.epoch + 1, 0)
+            if get_worker_info() is None:
+                self._shared.set(self._position)
 
     def _batches(self, row: int, worker: int = 0, workers: int = 1) -> Batches:
         return Batches(

@@ -41,6 +41,14 @@ def vanished(file: str, error: Exception) -> FileNotFoundError:
     )
 
 
+def changed(file: str) -> BadFileError:
+    """Returns the error for a file that is no longer the one that was opened."""
+    return BadFileError(
+        f"columnio: {file} was written anew since the data set was opened (its size or time of change is another); "
+        f'open the data set again, or go on without the rows that it had (on_bad_file="skip")'
+    )
+
+
 def cannot_be_read(piece: str, file: str, error: Exception) -> BadFileError:
     """Returns the error for a part of a file."""
     return BadFileError(

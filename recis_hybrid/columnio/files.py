@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from .columns import Column, Weighted
 from .convert import Converter
-from .errors import BadFileError, Skipped, cannot_be_read, vanished
+from .errors import BadFileError, Skipped, cannot_be_read, changed, vanished
 from .filters import RowFilter
 from .formats import Contents, Format, format_of
 from .numbers import Array, ArrowType, Place, a_few
@@ -31,6 +31,8 @@ class OpenedFile:
     contents: Contents
     partition: Mapping[str, ArrowType]
     """The columns that its folders' names hold, and their types."""
+    stamp: tuple[int | None, int | None] | None = None
+    """What `File.stamp` returned before its contents were looked at."""
 
     @property
     def format(self) -> Format:
@@ -64,11 +66,15 @@ class OpenedFile:
         )
 
     def read(self, piece: int, columns: Sequence[str], rows: int, threads: bool) -> Iterator[Array]:
-        """Yields the rows of a piece with the columns of the file and of its folders' names."""
+        """Yields the rows of a piece with the columns of the file and of its folders' names.
+
+        Raises:
+            BadFileError: The file was written anew since it was opened; no row that was read later is yielded.
+        """
         own = [name for name in columns if name in self.contents.schema.names]
         # With no column at all there would be no number of rows.
         asked = own or self.contents.schema.names[:1]
-        for batch in self.format.read(self.file, self.contents, piece, asked, rows, threads):
+        for batch in self._unchanged(self.format.read(self.file, self.contents, piece, asked, rows, threads)):
             arrays = [
                 batch.column(name)
                 if name in own
@@ -76,6 +82,28 @@ class OpenedFile:
                 for name in columns
             ]
             yield pa.RecordBatch.from_arrays(arrays, names=list(columns)) if columns else batch
+
+    def _unchanged(self, decoded: Iterator[Array]) -> Iterator[Array]:
+        """Yields what is decoded while the file is the one that was opened.
+
+        Another file's bytes, read by the places and types of this one, may come out as numbers like any others.
+        """
+        looked = False
+        try:
+            for batch in decoded:
+                # After the bytes were read. Far away each look is a request, and objects are replaced as a whole.
+                if self.file.is_local or not looked:
+                    self._check()
+                looked = True
+                yield batch
+        except (*DAMAGE, ValueError):
+            self._check()
+            raise
+
+    def _check(self) -> None:
+        # One that was removed is what it was as long as it is open.
+        if (now := self.file.stamp()) is not None and now != self.stamp:
+            raise changed(str(self.file))
 
 
 @dataclass(frozen=True)
@@ -180,7 +208,8 @@ class Files:
         Raises:
             BadFileError: The file is damaged.
         """
-        return sum(batch.num_rows for batch in self._wanted(piece, self.looked_at, _COUNTED_ROWS))
+        columns = self.looked_at or self.needed[:1]
+        return sum(batch.num_rows for batch in self._wanted(piece, columns, _COUNTED_ROWS))
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:

@@ -89,12 +89,15 @@ class PairLeaf:
 
     ids: Leaf
     weights: Numbers
+    fields: tuple[int, int] = (0, 1)
+    """Which field of a file's struct is the id, and which the weight."""
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Leaf`."""
         if array.null_count:
             raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every struct")
-        return paired(self.ids.clean(array.field(0), place), self.weights.clean(array.field(1), place))
+        own, other = map(array.field, self.fields)
+        return paired(self.ids.clean(own, place), self.weights.clean(other, place))
 
     def parts(self, array: Array) -> Parts:
         """See `Leaf`."""

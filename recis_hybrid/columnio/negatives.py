@@ -55,7 +55,8 @@ class NegativeSampler:
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: A table is empty or has an item twice, a frequency is not positive, or a number is negative.
+        ValueError: A table is empty or has an item twice, a frequency is not positive, a number is negative, or
+            frequencies to that power are beyond float64.
 
     Example:
         >>> sampler = NegativeSampler("item", 2, items=torch.tensor([1, 2, 3]), exclude=["seen"])
@@ -83,10 +84,16 @@ class NegativeSampler:
     ) -> None:
         if isinstance(exclude, str):
             raise TypeError(f"NegativeSampler: exclude must be a sequence of columns, got a str; write [{exclude!r}]")
+        if isinstance(count, bool) or not isinstance(count, int | str):
+            raise TypeError(f"NegativeSampler: count must be an integer or the name of a column, got {count!r}")
         if isinstance(count, int) and count < 1:
             raise ValueError(f"NegativeSampler: count must be at least 1, got {count}")
-        if seed < 0 or power < 0:
-            raise ValueError(f"NegativeSampler: seed and power must not be negative, got {seed} and {power}")
+        # A comparison that also fails for NaN.
+        if seed < 0 or not 0 <= power < float("inf"):
+            raise ValueError(
+                f"NegativeSampler: seed and power must not be negative, and power must be finite, got {seed} and "
+                f"{power}"
+            )
         if items is None and frequencies is not None:
             raise ValueError("NegativeSampler: frequencies are of the items of a table, and there is none; give items")
         self._positive, self._count, self._exclude, self._name = positive, count, tuple(exclude), name
@@ -168,7 +175,7 @@ class NegativeSampler:
         if self._table is not None:
             return self._table
         ids, counts = np.unique(positives, return_counts=True)
-        return Candidates(ids, counts.astype(np.float64) ** self._power)
+        return Candidates(ids, _weights(counts.astype(np.float64), self._power))
 
     def _generator(self, *content: Ints) -> np.random.Generator:
         digest = hashlib.blake2b(digest_size=16)
@@ -196,7 +203,20 @@ def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) 
     found = frequencies.cpu().to(torch.float64).numpy()[order]
     if not (np.isfinite(found) & (found > 0)).all():
         raise ValueError("NegativeSampler: frequencies must be positive; leave out what is never to be drawn")
-    return Candidates(ids, found**power)
+    return Candidates(ids, _weights(found, power))
+
+
+def _weights(frequencies: Floats, power: float) -> Floats:
+    with np.errstate(over="ignore", under="ignore"):
+        weights: Floats = frequencies**power
+        total = weights.sum()
+    if not np.isfinite(total) or not (weights > 0).all():
+        low, high = frequencies.min(), frequencies.max()
+        raise ValueError(
+            f"NegativeSampler: frequencies from {low:g} to {high:g} to the power of {power:g} are beyond what float64 "
+            f"holds, and some items would never be drawn; take a smaller power, or frequencies that differ less"
+        )
+    return weights
 
 
 def _draw(

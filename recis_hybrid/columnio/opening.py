@@ -79,13 +79,14 @@ def _inspect(
 
     def opened(file: File) -> OpenedFile:
         used = format_of(file.name)
+        stamp = file.stamp()
         try:
             contents = used.inspect(file, hints)
         except (FileNotFoundError, PermissionError):
             raise
         except DAMAGE as error:
             raise not_whole(file, used.NAME, error) from error
-        return OpenedFile(file, contents, {name: partition[name] for name in file.partition})
+        return OpenedFile(file, contents, {name: partition[name] for name in file.partition}, stamp)
 
     def bad(file: File, error: Exception) -> None:
         leave_out(skipped, Skipped(str(file), "all", 0, str(error)))
@@ -136,12 +137,23 @@ def _types(opened: Sequence[OpenedFile], names: Sequence[str]) -> dict[str, Arro
     for each in opened:
         for name in names:
             found = each.type_of(name)
-            if found != types.setdefault(name, found):
+            if _signed(found) != _signed(types.setdefault(name, found)):
                 raise ValueError(
                     f"columnio: files must agree about their columns, and {name!r} is {types[name]} in "
                     f"{opened[0].file} but {found} in {each.file}; read them apart, or write one of them anew"
                 )
     return types
+
+
+def _signed(arrow_type: ArrowType) -> ArrowType:
+    """Returns a type with int64 in the place of uint64, which comes to the same tensor."""
+    if pa.types.is_uint64(arrow_type):
+        return pa.int64()
+    if pa.types.is_list(arrow_type):
+        return pa.list_(_signed(arrow_type.value_type))
+    if pa.types.is_struct(arrow_type):
+        return pa.struct([field.with_type(_signed(field.type)) for field in arrow_type])
+    return arrow_type
 
 
 def _joint_type(types: Mapping[str, ArrowType], name: str, spec: Column | None) -> ArrowType:

@@ -51,6 +51,20 @@ class File:
         """
         return self.filesystem.open_input_stream(self.path)
 
+    def stamp(self) -> tuple[int | None, int | None] | None:
+        """Returns size [bytes] and time of change [ns], None where the file system has none; None for no such file.
+
+        Raises:
+            OSError: It cannot be looked at.
+        """
+        info = self.filesystem.get_file_info(self.path)
+        return None if info.type == pafs.FileType.NotFound else (info.size, info.mtime_ns)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether looking at the file costs next to nothing."""
+        return _is_local(self.filesystem)
+
     def __str__(self) -> str:
         return self.path
 
@@ -88,6 +102,22 @@ def find_files(paths: Paths, filesystem: Any = None) -> list[File]:
         seen.add((file.filesystem.type_name, real))
     partitions = with_partitions([file.path for file in files])
     return [replace(file, partition=partition) for file, partition in zip(files, partitions, strict=True)]
+
+
+def places(files: Sequence[File]) -> list[str]:
+    """Returns where each file lies from the folder on that all have in common, and the columns of folders above it.
+
+    It is the same wherever the data is mounted or copied to.
+
+    Example:
+        >>> places([File("/data/day-1/a.csv", None), File("/data/day-2/a.csv", None)])
+        ['day-1/a.csv', 'day-2/a.csv']
+    """
+    parts = [(os.path.abspath(file.path) if file.is_local else file.path).split("/") for file in files]
+    common = len(os.path.commonprefix([each[:-1] for each in parts]))
+    # What folders' names say is part of the rows, also where all files share it.
+    above = [part for part in parts[0][:common] if part.partition("=")[0] in files[0].partition] if files else []
+    return ["/".join([*above, *each[common:]]) for each in parts]
 
 
 def as_filesystem(filesystem: Any) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from .reader import Reader
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -22,9 +24,38 @@ class Position:
     """The first row of the epoch's order that no rank has consumed."""
 
 
+class SharedPosition:
+    """Where the next pass begins, in memory that the workers of a DataLoader see.
+
+    Workers that live on from pass to pass keep the copy of the dataset that they were started with: this is how they
+    learn of what the training's process says later.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: torch.Tensor = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set(self, position: Position) -> None:
+        """Says the position."""
+        self._numbers.copy_(torch.tensor([position.epoch, position.row]))
+
+    def get(self) -> Position:
+        """Returns what was said last."""
+        return Position(*self._numbers.tolist())
+
+    def __getstate__(self) -> torch.Tensor:
+        return self._numbers
+
+    def __setstate__(self, numbers: torch.Tensor) -> None:
+        # What a DataLoader hands to a worker is shared already; a copy of a dataset gets memory of its own.
+        self._numbers = numbers.share_memory_()
+
+
 def order_settings(reader: Reader) -> dict[str, Any]:
     """Returns what, with the epoch, decides the order of the rows."""
-    pieces = [(piece.opened.file.name, piece.number, piece.rows) for piece in reader.files.pieces]
+    # By the files' places below their common folder: the data may lie elsewhere when a job is resumed.
+    pieces = [
+        (place, piece.number, piece.rows) for place, piece in zip(reader.places, reader.files.pieces, strict=True)
+    ]
     wanted = reader.files.row_filter
     order: dict[str, Any] = {
         "rows": reader.rows,
@@ -33,6 +64,22 @@ def order_settings(reader: Reader) -> dict[str, Any]:
         "shuffle_buffer": reader.block,
     }
     return order if reader.block is None else order | {"seed": reader.seed}
+
+
+def settings_of_all_ranks(reader: Reader, **more: Any) -> dict[str, Any]:
+    """Returns what must be the same on all ranks, in words for messages.
+
+    Args:
+        reader: What was opened.
+        more: Further settings.
+    """
+    files: dict[str, tuple[int, ...]] = {}
+    for place, piece in zip(reader.places, reader.files.pieces, strict=True):
+        files[place] = (*files.get(place, ()), piece.rows)
+    order = order_settings(reader)
+    # The pieces are told by the files.
+    del order["pieces"]
+    return {"rows by file": files, **more, **order}
 
 
 def saved(position: Position, order: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from .files import Files, Piece
 from .order import Batches, permutation
+from .paths import places
 from .prefetch import chained
 from .rows import Rows, joined
 
@@ -39,6 +40,13 @@ class Reader:
     def rows(self) -> int:
         """The number of rows in all files."""
         return sum(piece.rows for piece in self.files.pieces)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the file of each piece lies, from the folder on that all files have in common."""
+        files = {piece.opened.file.path: piece.opened.file for piece in self.files.pieces}
+        found = dict(zip(files, places(list(files.values())), strict=True))
+        return [found[piece.opened.file.path] for piece in self.files.pieces]
 
     def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
         """Yields the rows of each batch, without reading the pieces that none of them needs.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .agreement import first_rank_says, has_other_ranks
 
 if TYPE_CHECKING:
     from .paths import Paths
@@ -28,9 +31,14 @@ class Windows:
     """An endless stream of windows, in the order of their names among those that are complete.
 
     A window is a folder in `source`, complete once it holds a file `marker`, which the writer makes last. One that is
-    completed late comes late, and none comes twice. Names that begin with a dot or an underscore are not windows. A
-    window counts as done once the next one is asked for; a job that was ended within one begins it anew, or goes on in
-    it with the state of its ColumnDataset.
+    completed late comes late, and none comes twice, even if it was removed and written anew meanwhile: the state holds
+    the names of all that are done. Names that begin with a dot or an underscore are not windows. A window counts as
+    done once the next one is asked for; a job that was ended within one begins it anew, or goes on in it with the state
+    of its ColumnDataset.
+
+    Where torch.distributed is initialised, all ranks must ask for the windows of a folder alike: at each look the first
+    rank says to all which one comes, by a `broadcast_object_list` of the default group in the thread that asks. The
+    others take the window of that name from their own `source`, without a look at it.
 
     Args:
         source: A folder or a URL of one, which may not be there yet; or an explicit list of windows, each a path or a
@@ -40,6 +48,7 @@ class Windows:
         idle_s: After how many seconds without a new window the stream ends; None never ends it.
         filesystem: Where `source` lies, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
         sleep: Called with the seconds to wait.
+        alone: Whether this process finds its windows by itself where torch.distributed is initialised.
 
     Raises:
         ValueError: A time is not positive.
@@ -61,11 +70,13 @@ class Windows:
         idle_s: float | None = None,
         filesystem: Any = None,
         sleep: Callable[[float], None] = time.sleep,
+        alone: bool = False,
     ) -> None:
         if poll_s <= 0 or (idle_s is not None and idle_s < 0):
             raise ValueError(f"Windows: poll_s must be positive and idle_s not negative, got {poll_s} and {idle_s}")
         self._source, self._marker, self._filesystem = source, marker, filesystem
         self._poll_s, self._idle_s, self._sleep = poll_s, idle_s, sleep
+        self._alone, self._is_list = alone, not isinstance(source, str | os.PathLike)
         self._done: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,32 +97,47 @@ class Windows:
         self._done = set(state["done"])
 
     def __iter__(self) -> Iterator[Window]:
-        """Yields the windows that are not done, waiting for them to appear."""
+        """Yields the windows that are not done, waiting for them to appear.
+
+        Raises:
+            RuntimeError: The first rank, which chooses for all, failed.
+        """
         idle = 0.0
         while True:
             # Looked at anew after each window: an earlier one may have become complete meanwhile.
-            found = self._complete()
-            # Of windows that were removed nothing needs to be remembered.
-            self._done &= found.keys()
-            window = next((found[name] for name in sorted(found, key=_order) if name not in self._done), None)
-            if window is not None:
+            look = functools.partial(self._look, idle)
+            together = not self._alone and not self._is_list and has_other_ranks()
+            name, ended = first_rank_says(look) if together else look()
+            if name is not None:
                 idle = 0.0
-                yield window
-                self._done.add(window.name)
+                yield self._window(name)
+                # Names stay known when windows are gone: a folder that cannot be seen for a while, or a marker that is
+                # written anew, would otherwise give all its rows once more.
+                self._done.add(name)
                 continue
-            if self._is_list() or (self._idle_s is not None and idle >= self._idle_s):
+            if ended:
                 return
+            # The first rank says so at each look: none waits in a collective for as long as no window comes.
             self._sleep(self._poll_s)
             idle += self._poll_s
 
-    def _is_list(self) -> bool:
-        return not isinstance(self._source, str | os.PathLike)
-
-    def _complete(self) -> dict[str, Window]:
+    def _look(self, idle: float) -> tuple[str | None, bool]:
+        """Returns the next window, or else whether there will be none."""
         if isinstance(self._source, str | os.PathLike):
-            return _complete_folders(os.fspath(self._source), self._marker, self._filesystem)
-        listed = [[one] if isinstance(one, str | os.PathLike) else one for one in self._source]
-        return {str(number): Window(str(number), [os.fspath(p) for p in paths]) for number, paths in enumerate(listed)}
+            names = _complete_folders(os.fspath(self._source), self._marker, self._filesystem)
+        else:
+            names = [str(number) for number in range(len(self._source))]
+        name = next((name for name in sorted(names, key=_order) if name not in self._done), None)
+        return name, name is None and (self._is_list or (self._idle_s is not None and idle >= self._idle_s))
+
+    def _window(self, name: str) -> Window:
+        if isinstance(self._source, str | os.PathLike):
+            # A window is named as the source is, so that a URL stays one with all that it says.
+            source = os.fspath(self._source)
+            head, _, query = source.partition("?") if "://" in source else (source, "", "")
+            return Window(name, [f"{head.rstrip('/')}/{name}" + (f"?{query}" if query else "")])
+        paths = self._source[int(name)]
+        return Window(name, [os.fspath(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)])
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -119,7 +145,7 @@ def _order(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (-1, name)
 
 
-def _complete_folders(source: str, marker: str, filesystem: Any) -> dict[str, Window]:
+def _complete_folders(source: str, marker: str, filesystem: Any) -> list[str]:
     import pyarrow.fs as pafs
 
     from .paths import as_filesystem, locate
@@ -128,14 +154,6 @@ def _complete_folders(source: str, marker: str, filesystem: Any) -> dict[str, Wi
     infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     folders = [info for info in infos if info.type == pafs.FileType.Directory and info.base_name[:1] not in "._"]
     if not folders:
-        return {}
+        return []
     marks = found.get_file_info([f"{info.path}/{marker}" for info in folders])
-    # A window is named as the source is, so that a URL stays one with all that it says.
-    head, _, query = source.partition("?") if "://" in source else (source, "", "")
-    return {
-        info.base_name: Window(
-            info.base_name, [f"{head.rstrip('/')}/{info.base_name}" + (f"?{query}" if query else "")]
-        )
-        for info, mark in zip(folders, marks, strict=True)
-        if mark.type == pafs.FileType.File
-    }
+    return [info.base_name for info, mark in zip(folders, marks, strict=True) if mark.type == pafs.FileType.File]

@@ -1,9 +1,10 @@
 """Damage in every format: refused with its place, or skipped, counted and reported."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,62 @@ def test_a_file_that_lost_rows_while_open_is_refused(tmp_path: Path, suffix: str
     write(path, rows=ROWS - 1)
     with pytest.raises(BadFileError, match=rf"a{suffix}"):
         list(data)
+
+
+def write_anew(path: Path, **options: Any) -> None:
+    """Writes as many rows of as many bytes, some time later."""
+    before = path.stat()
+    write(path, **options)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
+def test_a_file_written_anew_is_not_read_as_the_one_before(
+    tmp_path: Path, suffix: str, options: dict[str, Any]
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    write(path)
+    write(tmp_path / f"b{suffix}", ROWS)
+    strict = ColumnDataset(tmp_path, ["row"], 100, **options)
+    lenient = ColumnDataset(tmp_path, ["row"], 100, on_bad_file="skip", **options)
+    assert rows_of(strict) == list(range(2 * ROWS))
+    write_anew(path, first=7)
+    with pytest.raises(
+        BadFileError, match=rf"a{suffix} was written anew since the data set was opened .*open the data"
+    ):
+        list(strict)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
+    assert sum(each.rows for each in lenient.skipped) == ROWS
+
+
+def test_a_parquet_file_of_other_types_or_columns_is_not_read_by_the_footer_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"row": range(10)}), path)
+    data = ColumnDataset(path, ["row"], 10)
+    for other in ({"row": [number / 2 for number in range(10)]}, {"x": range(10)}, {"row": ["a"] * 10}):
+        pq.write_table(pa.table(other), path)
+        os.utime(path, ns=(0, 1))
+        with pytest.raises(BadFileError, match=r"a\.parquet was written anew since"):
+            list(data)
+
+
+def test_a_file_written_anew_in_the_middle_gives_none_of_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path)
+    passing = iter(ColumnDataset(path, ["row"], 100, decoded_rows=100, prefetch=0))
+    seen = rows_of(islice(passing, 3))
+    write_anew(path, first=ROWS)
+    with pytest.raises(BadFileError, match=r"a\.parquet was written anew since"):
+        seen += rows_of(passing)
+    assert seen == list(range(len(seen)))
+
+
+def test_a_file_removed_while_it_is_open_is_read_to_the_end_of_its_piece(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, rows=1000)
+    passing = iter(ColumnDataset(path, ["row"], 100, decoded_rows=100, prefetch=0))
+    next(passing)
+    path.unlink()
+    assert rows_of(passing) == list(range(100, 1000))

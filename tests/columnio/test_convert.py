@@ -231,6 +231,42 @@ def weighted(array: Any, spec: Column | None = None) -> tuple[list[Any], list[fl
     return got.to_strings() if got.dtype == torch.uint8 else got.to_lists(), got.weights.tolist()
 
 
+@pytest.mark.parametrize(
+    ("fields", "own"),
+    [
+        ([("weight", pa.float32()), ("id", pa.int64())], 1),
+        ([("weight", pa.int64()), ("id", pa.int64())], 1),
+        ([("id", pa.int64()), ("weight", pa.int32())], 0),
+        ([("id", pa.int64()), ("count", pa.int64())], 0),
+        ([("weight", pa.int64()), ("item", pa.int64())], 1),
+        ([("score", pa.float64()), ("item", pa.int32())], 1),
+        ([("score", pa.float64()), ("item", pa.string())], 1),
+        ([("count", pa.int64()), ("item", pa.string())], 1),
+        ([("item", pa.uint64()), ("score", pa.float16())], 0),
+    ],
+)
+def test_ids_and_weights_of_structs_are_known_by_name_else_by_type(fields: list[tuple[str, Any]], own: int) -> None:
+    text = pa.types.is_string(fields[own][1])
+    (name, _), (other, _) = fields[own], fields[1 - own]
+    pairs = [[(99, 7)], [], [(3, 2)]]
+    rows = [[{name: str(one) if text else one, other: two} for one, two in row] for row in pairs]
+    array = pa.array(rows, pa.list_(pa.struct(fields)))
+    for spec in (None, Weighted()):
+        each = made(array, spec)
+        got = each.tensor(each.clean(array, PLACE))
+        assert isinstance(got, RaggedTensor)
+        assert got.weights is not None
+        assert got.weights.tolist() == [7, 2]
+        assert (got.to_strings() if text else got.to_lists()) == ([[b"99"], [], [b"3"]] if text else [[99], [], [3]])
+
+
+@pytest.mark.parametrize("types", [(pa.int64(), pa.int64()), (pa.float32(), pa.float64()), (pa.string(), pa.string())])
+def test_structs_that_do_not_say_which_is_the_id_are_refused(types: tuple[Any, Any]) -> None:
+    struct = pa.struct([("a", types[0]), ("b", types[1])])
+    with pytest.raises(TypeError, match=r"column 'x' of .* neither names nor types say .*name them id and weight, or"):
+        made(pa.array([[]], pa.list_(struct)), Weighted())
+
+
 PAIRS = pa.list_(pa.struct([("item", pa.int64()), ("score", pa.float64())]))
 
 

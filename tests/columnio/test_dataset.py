@@ -1,6 +1,7 @@
 """The order of rows, resuming, zero-copy, threads, and the real data."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -324,6 +325,25 @@ def test_states_of_something_else_are_refused(folder: Path) -> None:
         open_rows(folder).load_state_dict({"step": 3})
     with pytest.raises(ValueError, match="there is no row 48 of epoch 0 in 47 rows"):
         open_rows(folder, shuffle=True, seed=1).load_state_dict(state | {"row": 48})
+
+
+def test_a_state_is_of_files_by_their_places_below_the_common_folder(tmp_path: Path) -> None:
+    for name, first in (("day=1/a", 0), ("day=2/a", 10), ("x/day=1/a", 0), ("x/day=2/a", 10)):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"row": range(first, first + 10)}), path)
+    one, two = tmp_path / "day=1", tmp_path / "day=2"
+    state = ColumnDataset([one, two], ["row"], 5).state_dict()
+    with pytest.raises(ValueError, match="another order than when the state was taken .pieces was"):
+        ColumnDataset([two, one], ["row"], 5).load_state_dict(state)
+    # Where the data lies does not count.
+    ColumnDataset(tmp_path / "x", ["row"], 5).load_state_dict(state)
+    relative = [os.path.relpath(path) for path in (one, two)]
+    ColumnDataset(relative, ["row"], 5).load_state_dict(state)
+    state = ColumnDataset(one, ["row"], 5).state_dict()
+    ColumnDataset(tmp_path / "x" / "day=1", ["row"], 5).load_state_dict(state)
+    with pytest.raises(ValueError, match="pieces was"):
+        ColumnDataset(two, ["row"], 5).load_state_dict(state)
 
 
 # Threads

@@ -144,6 +144,26 @@ def test_nothing_left_to_draw_is_refused() -> None:
     [
         ({"count": 0}, ValueError, "count must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed and power must not be negative"),
+        ({"count": 2.5}, TypeError, r"count must be an integer or the name of a column, got 2\.5"),
+        ({"count": True}, TypeError, "count must be an integer or the name of a column, got True"),
+        ({"power": float("nan")}, ValueError, "power must be finite, got 0 and nan"),
+        ({"power": float("inf")}, ValueError, "power must be finite, got 0 and inf"),
+        (
+            {"items": torch.arange(3), "frequencies": torch.tensor([1e308, 1, 1], dtype=torch.float64), "power": 2},
+            ValueError,
+            r"frequencies from 1 to 1e\+308 to the power of 2 are beyond what float64 holds.*take a smaller power",
+        ),
+        (
+            {"items": torch.arange(2), "frequencies": torch.tensor([1e-200, 1], dtype=torch.float64), "power": 2},
+            ValueError,
+            "some items would never be drawn",
+        ),
+        (
+            # Each is finite, and their sum is not.
+            {"items": torch.arange(2), "frequencies": torch.tensor([1e308, 1e308], dtype=torch.float64), "power": 1},
+            ValueError,
+            "beyond what float64 holds",
+        ),
         ({"exclude": "seen"}, TypeError, r"exclude must be a sequence of columns, got a str; write \['seen'\]"),
         ({"items": torch.tensor([1, 1])}, ValueError, "each once, got 2 of which 1 differ"),
         ({"items": torch.tensor([1.5])}, TypeError, r"items must be int64 \[C\]"),
@@ -155,6 +175,12 @@ def test_nothing_left_to_draw_is_refused() -> None:
 def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         NegativeSampler("item", **({"count": 1} | options))
+
+
+def test_frequencies_in_the_batch_that_are_too_large_are_refused() -> None:
+    batch: Batch = {"item": torch.tensor([1] * 40 + [2])}
+    with pytest.raises(ValueError, match="frequencies from 1 to 40 to the power of 500 are beyond"):
+        NegativeSampler("item", 1, power=500)(batch)
 
 
 @pytest.mark.parametrize(

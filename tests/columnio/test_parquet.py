@@ -70,12 +70,11 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_changed_byte_is_refused_where_the_file_has_checksums(file: Path, prefetch: int) -> None:
-    data = ColumnDataset(file, ["id"], 1000, prefetch=prefetch)
     start = pq.ParquetFile(file).metadata.row_group(3).column(0).data_page_offset
     content = bytearray(file.read_bytes())
     content[start + 2000] ^= 1
     file.write_bytes(content)
-    passing = iter(data)
+    passing = iter(ColumnDataset(file, ["id"], 1000, prefetch=prefetch))
     for _ in range(3):
         next(passing)
     message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: write it anew, or leave it out"

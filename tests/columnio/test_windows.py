@@ -86,13 +86,29 @@ def test_a_stream_is_resumed_at_the_window_that_was_not_done(tmp_path: Path) -> 
         resumed.load_state_dict({"done": ["1"]})
 
 
-def test_removed_windows_are_forgotten(tmp_path: Path) -> None:
+def test_a_source_that_is_away_for_a_while_is_no_news(tmp_path: Path) -> None:
+    source = tmp_path / "hours"
+    for name in ("1", "2"):
+        write(source / name, 0)
+    clock = Clock(
+        lambda: source.rename(tmp_path / "away"),
+        lambda: (tmp_path / "away").rename(source) and None,
+        lambda: write(source / "3", 0),
+    )
+    assert names(Windows(source, poll_s=1, idle_s=4, sleep=clock)) == ["1", "2", "3"]
+
+
+def test_a_window_that_is_removed_or_written_anew_does_not_come_again(tmp_path: Path) -> None:
     write(tmp_path / "1", 0)
     windows = Windows(tmp_path, idle_s=0)
     assert names(windows) == ["1"]
     (tmp_path / "1" / "_SUCCESS").unlink()
     assert names(windows) == []
-    assert windows.state_dict()["done"] == []
+    write(tmp_path / "1", 1)
+    assert names(windows) == []
+    resumed = Windows(tmp_path, idle_s=0)
+    resumed.load_state_dict(windows.state_dict())
+    assert names(resumed) == []
 
 
 def test_an_explicit_list_ends() -> None:
