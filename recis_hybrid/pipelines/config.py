@@ -31,7 +31,7 @@ class DataConfig:
     groups: str | None = None
     """Column of int64 groups, for the metric gauc."""
     batch_size: int = 4096
-    """Rows of a step."""
+    """Rows of a batch, on each rank."""
     shuffle: bool = True
     """Whether each pass has a random order of its own."""
     threads: int = 1

@@ -123,6 +123,12 @@ class TorchStep:
             watched |= self._update()
         return watched
 
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to send the ids of a batch that comes later to the ranks that own them, where several share tables."""
+        for engine in self.engines:
+            engine.train()  # as it will be when the batch's turn comes
+            engine.prefetch(batch)
+
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = self._outputs(batch)
         losses = {}

@@ -165,6 +165,24 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 2
 
 
+def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for line in (
+        "  run: string\n        Folder for checkpoints and log.jsonl.",
+        "  train.epochs: integer (1)\n        Passes over the training rows;",
+        "  optimizer.sparse: adam | adagrad | rowwise_adagrad | sgd (adam)\n",
+        "  features.NAME.dim: integer | null (null)\n",
+        "  model.hidden: list of integer ([128, 64])\n",
+    ):
+        assert line in shown
+    # Every key of the starter can be found.
+    tree = yaml.safe_load(config.read_text())
+    keys = ["run", "seed", *(f"{part}.{key}" for part in ("data", "model", "optimizer", "train") for key in tree[part])]
+    assert [key for key in keys if f"\n  {key}: " not in shown] == []
+
+
 def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 1
     said = capsys.readouterr().err

@@ -1,9 +1,12 @@
 """A Trainer on two ranks: the same steps as one rank of all rows, one log of both, written and shown by rank 0."""
 
 import json
+import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -11,7 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import Evaluate, JsonLog, TorchStep, Train, Trainer
+from recis_hybrid.pipelines import Callback, CallbackError, Evaluate, JsonLog, TorchStep, Train, Trainer
+from recis_hybrid.pipelines.config import load_config
+from recis_hybrid.pipelines.config_run import trainer_of
+from recis_hybrid.pipelines.launch import joined
+from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.ragged import Batch
 from tests.support.small import bce
 
@@ -23,6 +30,12 @@ class Dense(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.tower(batch["x"])[:, 0]  # type: ignore[no-any-return]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def make_batches(rank: int, ranks: int) -> list[Batch]:
@@ -45,6 +58,40 @@ def train(rank: int, ranks: int, folder: Path) -> tuple[Trainer, nn.Module]:
     return trainer, model
 
 
+class Asks(Callback):
+    """Asks for an end after a step, or raises."""
+
+    def __init__(self, at: int, error: Exception | None = None) -> None:
+        self.at, self.error = at, error
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == self.at:
+            if self.error is not None:
+                raise self.error
+            trainer.stop("it is enough")
+
+
+def ends_on_one_rank_end_all(trainer: Trainer, rank: int) -> None:
+    """What only one rank's callback wants happens on both, after the next step that is logged."""
+    step, batches = trainer.steps[""], make_batches(rank, 2)
+    stopped = Trainer(step, batches, callbacks=[Asks(2)] if rank == 0 else [], log_every=4)
+    stopped.fit([Train()])
+    said = ["it is enough", "asked for by the ranks [0]"]
+    assert (stopped.steps_done, stopped.stopped) == (4, said[rank])
+    failed = Trainer(step, batches, callbacks=[Asks(2, OSError("disk is gone"))] if rank == 1 else [], log_every=4)
+    with pytest.raises(CallbackError) as caught:
+        failed.fit([Train()])
+    assert failed.steps_done == 4
+    said = ["a callback raised on the ranks [1]", "the callback Asks raised in after_step at step 4: OSError: disk is"]
+    assert said[rank] in str(caught.value)
+    # In the last step of a stage, too, which is not logged.
+    for at, callbacks in enumerate(([Asks(6)], [Asks(6, OSError("disk is gone"))])):
+        last = Trainer(step, batches, callbacks=callbacks if rank == 0 else [], log_every=4)
+        with pytest.raises(CallbackError) if at else nullcontext():
+            last.fit([Train(), Train()])
+        assert last.steps_done == 6
+
+
 def on_rank(rank: int, port: int, folder: Path, weight: Tensor, figures: dict[str, float]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     trainer, model = train(rank, 2, folder)
@@ -53,15 +100,13 @@ def on_rank(rank: int, port: int, folder: Path, weight: Tensor, figures: dict[st
         assert abs(trainer.figures["eval"][name] - value) < 1e-5
     assert trainer.samples == 6 * 16 * 2
     assert set(trainer.steps[""].parts()["model"].state_dict()) == {"tower.weight", "tower.bias"}  # type: ignore[attr-defined]
+    ends_on_one_rank_end_all(trainer, rank)
     dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
     trainer, model = train(0, 1, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, tmp_path, model.tower.weight.detach(), dict(trainer.figures["eval"]))
+    arguments = (free_port(), tmp_path, model.tower.weight.detach(), dict(trainer.figures["eval"]))
     mp.spawn(on_rank, arguments, nprocs=2)  # type: ignore[no-untyped-call]
     logs = [
         [json.loads(line) for line in (tmp_path / ranks / "log.jsonl").read_text().splitlines()] for ranks in ("1", "2")
@@ -70,3 +115,28 @@ def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
         assert (one["event"], one["step"], one.get("samples")) == (two["event"], two["step"], two.get("samples"))
         if "loss" in one:
             assert abs(one["loss"] - two["loss"]) < 1e-5
+
+
+def configured(config: Path, rows: int) -> Trainer:
+    settings = [f"data.batch_size={rows}", "model.dropout=0", "train.log_every=10"]
+    trainer = trainer_of(load_config(config, settings), quiet=True)
+    trainer.saver = None
+    trainer.fit([Train(), Evaluate()])
+    return trainer
+
+
+def configured_on_rank(rank: int, port: int, config: Path, figures: dict[str, float]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    with joined("cpu") as device:
+        assert (device, dist.get_world_size(), dist.get_backend()) == ("cpu", 2, "gloo")
+        trainer = configured(config, 128)
+        assert trainer.steps_done == 40
+        # Of the last batch, 16 rows, one rank has all, and counts half of it.
+        assert trainer.figures["eval"] == pytest.approx(figures, abs=5e-3)
+    assert not dist.is_initialized()
+
+
+def test_two_ranks_train_what_a_configuration_says(tmp_path: Path) -> None:
+    config = write_starter(tmp_path)
+    trainer = configured(config, 256)
+    mp.spawn(configured_on_rank, (free_port(), config, dict(trainer.figures["eval"])), nprocs=2)  # type: ignore[no-untyped-call]
