@@ -163,9 +163,14 @@ class TorchStep:
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
             norm["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters(), self.clip_grad_norm)
+        scaled = [o for o in self.optimizers.values() if self._scaler.is_enabled() and _has_gradients(o)]
         for optimizer in self.optimizers.values():
-            self._scaler.step(optimizer)
-        self._scaler.update()
+            if optimizer in scaled:
+                self._scaler.step(optimizer)
+            else:  # the scaler takes no optimizer without gradients, as one of frozen towers
+                optimizer.step()
+        if scaled:
+            self._scaler.update()
         if self._scaler.is_enabled():
             # Row gradients of an update that was left out would keep their rows from being evicted.
             for optimizer in self.optimizers.values():
@@ -222,6 +227,10 @@ class TorchStep:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.updates = state_dict["updates"]
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _kept(batch: Batch, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ def test_precision_recall_and_hit_rate_are_scikit_learns() -> None:
     one = torch.nn.functional.one_hot(torch.randint(0, 8, (30,), generator=generator), 8)
     some = (torch.rand(30, 8, generator=generator) < 0.4).long() | one
     groups = torch.arange(30)[:, None].expand(30, 8).flatten()
-    for k in (1, 3, 8):
+    for k in (1, 3, 7):
         chosen = torch.zeros_like(some).scatter_(1, scores.topk(k).indices, 1).numpy()
         expected = {
             PrecisionAtK: (some, sklearn.precision_score(some.numpy(), chosen, average="samples")),
