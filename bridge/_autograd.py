@@ -57,7 +57,12 @@ class Caller:
         return share(tensor, f"{self.where}: {what}")
 
 
-class Apply(torch.autograd.Function):
+# The class below torch.autograd.Function, where torch has it: what `Function.apply` adds to it is for torch.func, which
+# a tower refuses, and costs a little for each parameter.
+_Function: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
+
+
+class Apply(_Function):  # type: ignore[misc]
     """A program of a tower and its backward, as one node of torch's graph."""
 
     @staticmethod

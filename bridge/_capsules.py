@@ -8,7 +8,7 @@ take the public road, which is the one that hands over streams.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,7 +20,8 @@ class Roads(NamedTuple):
     """The two ways across, for buffers on the CPU: what they are given must have been checked."""
 
     to_jax: Callable[[torch.Tensor], jax.Array]
-    to_torch: Callable[[jax.Array], torch.Tensor]
+    to_torch: Callable[[Iterable[jax.Array]], list[torch.Tensor]]
+    """Takes many, for the gradients of a hundred parameters come at once."""
     private: bool
 
 
@@ -28,8 +29,8 @@ def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
     return cast(jax.Array, jax.dlpack.from_dlpack(tensor.detach(), copy=False))
 
 
-def _public_to_torch(array: jax.Array) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(array)
+def _public_to_torch(arrays: Iterable[jax.Array]) -> list[torch.Tensor]:
+    return [torch.utils.dlpack.from_dlpack(array) for array in arrays]
 
 
 def backend_has_started() -> bool:
@@ -66,8 +67,8 @@ def _private() -> Roads:
     def to_jax(tensor: torch.Tensor) -> jax.Array:
         return cast(jax.Array, wrap(pack(tensor), device, None, False, cpu_type))
 
-    def to_torch(array: jax.Array) -> torch.Tensor:
-        return cast(torch.Tensor, unpack(unwrap(array, stream=None)))
+    def to_torch(arrays: Iterable[jax.Array]) -> list[torch.Tensor]:
+        return list(map(unpack, map(unwrap, arrays)))
 
     return Roads(to_jax, to_torch, private=True)
 
@@ -76,7 +77,7 @@ def _works(roads: Roads) -> bool:
     """Whether a tensor goes over and comes back in its own memory, and a misaligned one is refused, not copied."""
     tensor = torch.arange(32, dtype=torch.float32)
     array = roads.to_jax(tensor)
-    back = roads.to_torch(array)
+    (back,) = roads.to_torch([array])
     if not isinstance(array, jax.Array) or array.dtype != jax.numpy.float32 or array.shape != (32,):
         return False
     pointers = {tensor.data_ptr(), array.unsafe_buffer_pointer(), back.data_ptr()}

@@ -6,7 +6,7 @@ runs; and a call returns when its program has ended, so that none runs while tor
 JAX's stream wait for torch's, so there each call imports anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,10 @@ import torch
 
 from .dlpack import WIDE, share
 
-_Entry = tuple[torch.Tensor, int, torch.Size, torch.dtype, jax.Array]
+Kind = tuple[torch.Size, torch.dtype]
+
+_Entry = tuple[torch.Tensor, int, torch.Size, torch.dtype, jax.Array, Kind]
+_NONE: Any = (None,) * 6
 
 
 class Imports:
@@ -38,27 +41,38 @@ class Imports:
         """Lets go of all memory."""
         self._entries.clear()
 
-    def share(self, tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
-        """The parameters' arrays, all of them, in their order; raises what `share` does."""
-        return [self.share_one(number, tensor) for number, tensor in enumerate(tensors)]
+    def share(self, tensors: Sequence[torch.Tensor]) -> tuple[list[jax.Array], list[Kind]]:
+        """The parameters' arrays, all of them, in their order, and what they are; raises what `share` does."""
+        return self._share(enumerate(tensors))
 
     def share_one(self, number: int, tensor: torch.Tensor) -> jax.Array:
         """The array of the parameter of that number."""
-        entry = self._entries.get(number)
-        if entry is not None:
-            parameter, pointer, shape, dtype, array = entry
+        arrays, _ = self._share([(number, tensor)])
+        return arrays[0]
+
+    def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Kind]]:
+        # One loop without calls of our own: a tower may have hundreds of parameters.
+        entries = self._entries
+        arrays, kinds = [], []
+        for number, tensor in numbered:
+            parameter, pointer, shape, dtype, array, kind = entries.get(number, _NONE)
             if (
-                parameter is tensor
-                and tensor.data_ptr() == pointer
-                and tensor.shape == shape
-                and tensor.dtype is dtype
-                and tensor.is_contiguous()
-                and not tensor.is_neg()
+                parameter is not tensor
+                or tensor.data_ptr() != pointer
+                or tensor.shape != shape
+                or tensor.dtype is not dtype
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
             ):
-                return array
-            del self._entries[number]
-        array = share(tensor)
+                array, kind = self._import(number, tensor)
+            arrays.append(array)
+            kinds.append(kind)
+        return arrays, kinds
+
+    def _import(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Kind]:
+        self._entries.pop(number, None)
+        array, kind = share(tensor), (tensor.shape, tensor.dtype)
         kept = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype not in WIDE
         if kept and not tensor.is_complex():
-            self._entries[number] = (tensor, tensor.data_ptr(), tensor.shape, tensor.dtype, array)
-        return array
+            self._entries[number] = (tensor, tensor.data_ptr(), *kind, array, kind)
+        return array, kind

@@ -186,7 +186,7 @@ def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
         return []
     (device,) = arrays[0].sharding.device_set
     to_torch = (cpu_roads() if cast(Any, device).platform == "cpu" else PUBLIC).to_torch
-    return [to_torch(array) for array in arrays]
+    return to_torch(arrays)
 
 
 def x64_is_on() -> bool:

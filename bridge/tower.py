@@ -166,15 +166,19 @@ class JaxTower(torch.nn.Module):
         leaves, inputs_tree = jax.tree.flatten((inputs, supplied))
         tensors = parameters + leaves
         compiling = torch.compiler.is_compiling()
-        arrays: list[Any] = structs(tensors) if compiling else self._share(tensors, inputs, supplied)
+        arrays, kinds = _structs(tensors) if compiling else self._share(tensors, inputs, supplied)
         if torch.is_grad_enabled():
             wanted = tuple([tensor.requires_grad for tensor in tensors])
         else:
             wanted = (False,) * len(tensors)
-        sized: list[Any] = arrays if compiling else tensors  # under torch.compile, sizes are symbols in `tensors`
-        kinds = tuple([(each.shape, tensor.dtype) for each, tensor in zip(sized, tensors, strict=True)])
         device = tensors[0].device if tensors else None
-        signature = (inputs_tree, wanted, kinds, device, static_signature(static, caller.where) if static else ())
+        signature = (
+            inputs_tree,
+            wanted,
+            tuple(kinds),
+            device,
+            static_signature(static, caller.where) if static else (),
+        )
         try:
             program = caller.programs.forward(signature, arrays, inputs_tree, wanted, static)
         except Exception as error:
@@ -322,10 +326,15 @@ class JaxTower(torch.nn.Module):
 
         return padding.name_axes(shapes, padded)
 
-    def _share(self, tensors: list[torch.Tensor], inputs: Any, supplied: Any) -> list[jax.Array]:
+    def _share(self, tensors: list[torch.Tensor], inputs: Any, supplied: Any) -> tuple[list[Any], list[Any]]:
+        """The arrays over all tensors, and what they are."""
         try:
-            arrays = self._imports.share(tensors[: len(self._slots)])
-            return arrays + [share(tensor) for tensor in tensors[len(self._slots) :]]
+            arrays, kinds = self._imports.share(tensors[: len(self._slots)])
+            others = tensors[len(self._slots) :]
+            return (
+                arrays + [share(tensor) for tensor in others],
+                kinds + [(tensor.shape, tensor.dtype) for tensor in others],
+            )
         except (TypeError, ValueError):
             # Which of them it was, is only looked up now.
             labels = [f"parameter {name!r}" for name in dotted(self._slots, self)]
@@ -346,6 +355,12 @@ class JaxTower(torch.nn.Module):
                 f"{self._caller.where}: gradients need a floating output, got {dtypes}; call the tower under "
                 "torch.no_grad(), or let the function return what the loss needs"
             )
+
+
+def _structs(tensors: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
+    """As `JaxTower._share`, for torch.compile, under which sizes are symbols in the tensors."""
+    shapes: list[Any] = structs(tensors)
+    return shapes, [(each.shape, tensor.dtype) for each, tensor in zip(shapes, tensors, strict=True)]
 
 
 def _compute(

@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
     parser.add_argument("--tower", choices=deepfm.TOWERS, default="torch", help="where the deep part runs (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
-    parser.add_argument("--epochs", type=int, default=10, help="at most this many (10)")
+    parser.add_argument("--epochs", type=int, default=100, help="at most this many; it stops by itself (100)")
     parser.add_argument("--batch-size", type=int, default=4096, help="samples a step (4096)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     parser.add_argument("--run", default="", help="folder for checkpoints and log.jsonl")

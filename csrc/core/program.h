@@ -69,6 +69,8 @@ struct ProgramPart {
   int64_t elements;
   int64_t begin;  // its instructions
   int64_t end;
+  const int64_t* used;  // where the number of rows in use is written, null: all are
+  int64_t width;        // elements of a row
 };
 
 inline constexpr int kScratchTiles = 8;
@@ -89,6 +91,7 @@ struct RunProgram {
     char* scratch;
     int64_t start;
     int count;
+    const ProgramPart& part;
 
     template <class T>
     RECIS_HD T* at(int64_t operand) const {
@@ -107,7 +110,9 @@ struct RunProgram {
       return value;
     }
 
+    // What lies after the last list is nobody's: where lists were shortened on a GPU, it may be anything.
     RECIS_HD void fault(int64_t element) const {
+      if (part.used != nullptr && start + element >= *part.used * part.width) return;
       refuse(program.faults + (&instruction - program.code), start + element);
     }
 
@@ -314,7 +319,7 @@ struct RunProgram {
     const int count = static_cast<int>(min64(W, mine.elements - start));
     alignas(64) char scratch[kScratchTiles * W * 8];
     for (int64_t k = mine.begin; k < mine.end; ++k) {
-      Tile{*this, code[k], scratch, start, count}.run();
+      Tile{*this, code[k], scratch, start, count, mine}.run();
 #if !defined(__CUDA_ARCH__)
       // A scratch tile may hold numbers of another type from here on.
       asm volatile("" ::: "memory");

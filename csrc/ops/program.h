@@ -40,8 +40,9 @@ inline void raise_faults(const Ints& faults, const Instruction* code, const std:
   }
 }
 
-// Runs `code` [K, 8] (core/program.h) over `inputs`. Parts are four numbers each: the first and one past the last
-// instruction, the input that has the part's length, and whether that is one of offsets (one more than elements).
+// Runs `code` [K, 8] (core/program.h) over `inputs`. Parts are five numbers each: the first and one past the last
+// instruction, the input that has the part's length, whether that is one of offsets (one more than elements), and the
+// input of offsets whose last number says how many rows are in use, or -1. What lies after these refuses nothing.
 // Outputs are as many as `like` names: each has the shape of that input, or of offsets less one where it is -1 - input,
 // and a dtype. They are bound after the inputs.
 //
@@ -53,7 +54,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
                         const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
   constexpr int kWidth = kTile<kCpu>;
   Device device(code);
-  RECIS_CHECK(parts.size() % 4 == 0 && like.size() == dtypes.size(), "feature_program: arguments do not fit together");
+  RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(), "feature_program: arguments do not fit together");
   std::vector<void*> tensors;
   Ints sizes;
   const auto bind = [&](const Tensor& tensor) {
@@ -80,12 +81,20 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   const auto* instructions = reinterpret_cast<const Instruction*>(data<int64_t>(code, "code"));
   std::vector<ProgramPart> list;
   int64_t tiles = 0;
-  for (size_t k = 0; k < parts.size(); k += 4) {
+  for (size_t k = 0; k < parts.size(); k += 5) {
     const int64_t elements = sizes.at(static_cast<size_t>(parts[k + 2])) - parts[k + 3];
     if (parts[k + 3] != 0) data<int64_t>(inputs.at(static_cast<size_t>(parts[k + 2])), "offsets");
     RECIS_CHECK(parts[k] >= 0 && parts[k + 1] <= code.size(0) && elements >= 0,
                 "feature_program: a part has no instructions or no offsets");
-    list.push_back({tiles, elements, parts[k], parts[k + 1]});
+    const int64_t* used = nullptr;
+    int64_t rows = elements;
+    if (parts[k + 4] >= 0) {
+      const Tensor& offsets = inputs.at(static_cast<size_t>(parts[k + 4]));
+      RECIS_CHECK(offsets.numel() > 0, "feature_program: offsets must not be empty");
+      used = data<int64_t>(offsets, "offsets") + offsets.numel() - 1;
+      if (parts[k + 3] == 0) rows = inputs.at(static_cast<size_t>(parts[k + 2])).size(0);
+    }
+    list.push_back({tiles, elements, parts[k], parts[k + 1], used, rows == 0 ? 1 : elements / rows});
     tiles += (elements + kWidth - 1) / kWidth;
   }
   Ints found(kCpu ? static_cast<size_t>(code.size(0)) : 0, 0);

@@ -104,7 +104,7 @@ void check_program(const Executor& executor, int64_t rows, bool good) {
   void* tensors[] = {values.data(), offsets.data(), numbers.data(), modulo.data(), pairs.data()};
   const int64_t sizes[] = {total, rows + 1, rows, rows, rows};
   std::vector<int64_t> faults(code.size(), 0);
-  const std::vector<recis::ProgramPart> parts{{0, rows, 0, static_cast<int64_t>(code.size())}};
+  const std::vector<recis::ProgramPart> parts{{0, rows, 0, static_cast<int64_t>(code.size()), nullptr, 1}};
   recis::RunProgram<W> program{};
   program.segments.count = 1;
   program.segments.total = (rows + W - 1) / W;

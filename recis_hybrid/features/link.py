@@ -105,8 +105,7 @@ class ProgramCall:
                 )
         inputs: list[Tensor] = []
         for register, plane, dtype in self._inputs:
-            tensor = registers[register].values if plane == "values" else registers[register].offsets
-            assert tensor is not None
+            tensor = _plane(registers[register], plane)
             # Native code takes the memory for what the program was made for.
             if tensor.dtype != dtype:
                 raise TypeError(f"{self.nodes[0].label}: its program reads {plane} of {dtype}, got {tensor.dtype}")
@@ -138,6 +137,15 @@ class ProgramCall:
                     f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in "
                     f"a vocabulary; mend the column where it is read, or put FillNull before it"
                 )
+
+
+def _plane(column: Column, plane: str) -> Tensor:
+    if plane == "values":
+        return column.values
+    strings = column.values.dtype == torch.uint8 and column.outer
+    offsets = column.outer[-1] if plane == "lists" and strings else column.offsets
+    assert offsets is not None
+    return offsets
 
 
 def _strings_or_values(column: Column) -> int:

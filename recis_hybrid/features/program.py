@@ -81,11 +81,13 @@ class Program:
     """A program before it is encoded."""
 
     inputs: dict[tuple[int, str], int] = field(default_factory=dict)
-    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register."""
+    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register, or the ``"lists"``: the offsets of
+    the lists that its values (or strings) are in."""
     outputs: list[Output] = field(default_factory=list)
     emitted: list[_Emitted] = field(default_factory=list)
-    parts: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """For each part its instructions, the input of its length, and whether that is one of offsets."""
+    parts: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """For each part its instructions, the input of its length, whether that is one of offsets, and the input of its
+    lists or -1."""
     same_length: list[tuple[int, int, str]] = field(default_factory=list)
     """Pairs of registers that must have equally many rows, and the operation that says so."""
 
@@ -160,7 +162,7 @@ class _Part:
         self.values: dict[int, _Value] = {}
         self.emitted: list[_Emitted] = []
         self.tiles: list[torch.dtype] = []
-        self.length: tuple[int, int] | None = None
+        self.length: tuple[int, int, int] | None = None
         self.first_root = -1
 
     def build(self, nodes: Sequence[Node]) -> None:
@@ -205,7 +207,8 @@ class _Part:
             offsets = self.program.input(register, "offsets")
             value = value._replace(like=-1 - offsets, strings=True)
         if self.length is None:
-            self.length = (-1 - value.like, 1) if form.strings else (number, 0)
+            lists = self.program.input(register, "lists") if form.levels > int(form.strings) else -1
+            self.length = (-1 - value.like, 1, lists) if form.strings else (number, 0, lists)
             self.first_root = register
         elif register != self.first_root:
             self.program.same_length.append((self.first_root, register, label))

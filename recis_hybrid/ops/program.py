@@ -101,8 +101,9 @@ def run(
         inputs: Contiguous tensors on one device.
         code: int64 ``[K, 8]`` on that device: the instructions.
         params: int64 ``[P]`` on that device: tables that instructions point to.
-        parts: Four numbers for each part: its first instruction, one past its last, the input of the part's length, and
-            1 where that is one of offsets, else 0.
+        parts: Five numbers for each part: its first instruction, one past its last, the input of the part's length, 1
+            where that is one of offsets, else 0, and the input of offsets whose last number says how many rows are in
+            use, or -1 where all are. Rows after these refuse nothing.
         like: For each result the input whose shape it has, or -1 - i for one less than the offsets ``inputs[i]``.
         dtypes: For each result the number of its dtype, see ``DTYPES``.
         labels: A line for each instruction, by which errors name it.

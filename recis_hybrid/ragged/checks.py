@@ -57,19 +57,21 @@ def _check_weights(values: torch.Tensor, offsets: torch.Tensor, weights: torch.T
         raise ValueError(f"RaggedTensor: weights must lie beside the values, got {weights.device} and {values.device}")
 
 
-def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...]) -> None:
+def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...], *, tail: bool = False) -> None:
     """Checks offsets on the CPU of `count` values.
+
+    With `tail` values (or lists) may lie after those that the offsets reach, as operations on a GPU leave them.
 
     Raises:
         ValueError: They do not start with 0, decrease, or do not end with the number of values, or of lists.
     """
     for number, level in enumerate(outer):
         following = outer[number + 1] if number + 1 < len(outer) else offsets
-        _check_offsets(f"outer[{number}]", level, following.shape[0] - 1, "lists of the next level")
-    _check_offsets("offsets", offsets, count, "values")
+        _check_offsets(f"outer[{number}]", level, following.shape[0] - 1, "lists of the next level", tail)
+    _check_offsets("offsets", offsets, count, "values", tail)
 
 
-def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str) -> None:
+def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str, tail: bool) -> None:
     # numpy's view of the same memory: a tenth of the time of three torch calls, and a reader builds many of these.
     array = offsets.numpy()
     if array[0] != 0:
@@ -82,7 +84,7 @@ def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str) -> N
         raise ValueError(
             f"RaggedTensor: {name} must not decrease, got {int(array[row])} and then {int(array[row + 1])} at row {row}"
         )
-    if array[-1] != count:
+    if array[-1] > count or (array[-1] < count and not tail):
         raise ValueError(f"RaggedTensor: {name} must end with the number of {what}, {count}, got {int(array[-1])}")
 
 

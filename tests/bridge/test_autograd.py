@@ -61,7 +61,7 @@ def test_gradients_cross_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert w.grad is not None
     assert all(tensor == array for tensor, array in entered)
     assert {gradient.data_ptr(), x.data_ptr()} <= {pointer for pointer, _ in entered}
-    assert tower._imports.share([w])[0].unsafe_buffer_pointer() == w.data_ptr()
+    assert tower._imports.share([w])[0][0].unsafe_buffer_pointer() == w.data_ptr()
     assert {x.grad.data_ptr(), w.grad.data_ptr()} == set(left)
     assert tower.copies == 0
 
@@ -71,9 +71,8 @@ def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned() -> N
     y = tower(torch.rand(8, 4, requires_grad=True))
     (program,) = tower._caller.programs._forwards.values()
     assert len(y.grad_fn.saved_tensors) == 3  # w, x, y
-    assert (
-        len(program.run(*(tower._share([*tower.parameters(), torch.rand(8, 4)], (), {})))) == 1
-    )  # y, and nothing else
+    arrays, _ = tower._share([*tower.parameters(), torch.rand(8, 4)], (), {})
+    assert len(program.run(*arrays)) == 1  # y, and nothing else
 
 
 def test_several_outputs_with_and_without_gradients_pass_gradcheck() -> None:

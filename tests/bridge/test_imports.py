@@ -88,9 +88,9 @@ def test_a_parameter_that_became_strided_is_refused_though_its_address_did_not_c
 def test_an_import_is_made_once_and_temporary_tensors_are_not_kept() -> None:
     tower = make()
     (w,) = tower.parameters()
-    (first,) = tower._imports.share([w])
+    (first,), _ = tower._imports.share([w])
     check(tower)
-    assert tower._imports.share([w])[0] is first
+    assert tower._imports.share([w])[0][0] is first
     tensor = torch.ones(4, 4)
     gone = weakref.ref(tensor)
     x = torch.rand(2, 4)
@@ -107,7 +107,7 @@ def test_memory_that_a_cast_leaves_behind_is_freed() -> None:
     check(tower)
     freed: list[int] = []
     (w,) = tower.parameters()
-    (array,) = tower._imports.share([w])
+    (array,), _ = tower._imports.share([w])
     weakref.finalize(array, freed.append, 1)
     del array
     tower.to(torch.bfloat16)

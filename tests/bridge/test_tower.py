@@ -58,10 +58,10 @@ def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
     share = tower._share
 
     def spy(tensors: Any, *rest: Any) -> Any:
-        arrays = share(tensors, *rest)
+        arrays, kinds = share(tensors, *rest)
         for number, (tensor, array) in enumerate(zip(tensors, arrays, strict=True)):
             seen[f"{number}"] = array.unsafe_buffer_pointer() - tensor.data_ptr()
-        return arrays
+        return arrays, kinds
 
     tower._share = spy  # type: ignore[method-assign]
     x = torch.rand(4, 16, requires_grad=True)

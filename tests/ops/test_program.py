@@ -44,7 +44,7 @@ def test_a_program_of_two_columns(device: str) -> None:
         ("clip_i64", -3, 0, 0, (2, 4)),
         ("bucket_f32", -4, -2, -2, (0, 2, 1)),
     )
-    arguments = ([ids, prices], steps.to(device), bounds, [0, 2, 0, 0, 2, 3, 1, 0], [0, 1], [4, 4], "a\nb\nc")
+    arguments = ([ids, prices], steps.to(device), bounds, [0, 2, 0, 0, -1, 2, 3, 1, 0, -1], [0, 1], [4, 4], "a\nb\nc")
     clipped, buckets, *_ = program.run(*arguments)
     assert clipped.tolist() == [min(max(i % 2**64 % 7, 2), 4) for i in range(-500, 500)]
     assert torch.equal(buckets, torch.bucketize(prices, torch.tensor([0.25, 0.5], device=device), right=True))
@@ -58,8 +58,31 @@ def test_a_refused_element_names_its_instruction() -> None:
     steps[0, 1], steps[1, 1:4] = -4, torch.tensor([-5, -2, -3])
     with pytest.raises(RuntimeError, match="the strings: element [01] has offsets"):
         program.run(
-            inputs, steps, torch.zeros(1).long(), [0, 1, 0, 0, 1, 2, 2, 1], [0, -3], [4, 4], "the ids\nthe strings"
+            inputs,
+            steps,
+            torch.zeros(1).long(),
+            [0, 1, 0, 0, -1, 1, 2, 2, 1, -1],
+            [0, -3],
+            [4, 4],
+            "the ids\nthe strings",
         )
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_lies_after_the_last_list_refuses_nothing(width: int) -> None:
+    rows = torch.zeros(700, width)
+    offsets = torch.tensor([0, 200, 600])
+    steps = code(("bucket_f32", -3, -1, -1, (0, 1, 1)))
+    bounds = torch.tensor([0.25, 0.5]).view(torch.int64)
+
+    def run() -> None:
+        program.run([rows, offsets], steps, bounds, [0, 1, 0, 0, 1], [0], [4], "the prices")
+
+    rows[600:] = torch.nan
+    run()
+    rows[599, width - 1] = torch.nan
+    with pytest.raises(RuntimeError, match=f"the prices: element {600 * width - 1} is NaN"):
+        run()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 100])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to
+from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to, checks
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -161,6 +161,15 @@ def test_a_batch_whose_columns_disagree_is_refused() -> None:
         batch_size({})
 
 
+def test_values_after_the_last_list_are_allowed_where_a_gpu_leaves_them() -> None:
+    lists, short = torch.tensor([0, 2, 3]), torch.tensor([0, 1])
+    checks.check_content(4, lists, (short,), tail=True)
+    with pytest.raises(ValueError, match=r"outer\[0\] must end with the number of lists of the next level, 2, got 1"):
+        checks.check_content(3, lists, (short,))
+    with pytest.raises(ValueError, match="offsets must end with the number of values, 2, got 3"):
+        checks.check_content(2, lists, (), tail=True)
+
+
 @pytest.mark.gpu
 def test_nothing_waits_for_a_gpu() -> None:
     ragged = RaggedTensor.from_lists([[1, 2], []]).to("cuda")
@@ -173,6 +182,7 @@ def test_nothing_waits_for_a_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert lengths.tolist() == [2, 0]
     assert again.to("cpu").to_lists() == [[2, 3], []]
+    RaggedTensor(ragged.values, ragged.offsets.clamp(max=1)).validate()  # a value after the last list
     broken = RaggedTensor(ragged.values, ragged.offsets + 1)
     with pytest.raises(ValueError, match="must start with 0, got 1"):
         broken.validate()
