@@ -140,4 +140,4 @@ def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path, capfd: pytest.
     shown = capfd.readouterr()
     assert shown.out == ""
     assert len(re.findall(r"train: 100%.*12/12", shown.err)) == 1
-    assert shown.err.count("eval: auc") == 1
+    assert shown.err.count("step 12, eval: auc") == 1
