@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("recis-hybrid: interrupted; `train --resume` goes on from the latest checkpoint", file=sys.stderr)
         return 130
-    except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, KeyError) as error:
+    except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, TypeError, KeyError) as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         text = error.args[0] if isinstance(error, KeyError) else error
         print(f"recis-hybrid: {text}{notes}", file=sys.stderr)
@@ -61,7 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     train.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="other values, as train.epochs=5")
+    train.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
     train.add_argument("--check", action="store_true", help="check the configuration and open the data, no more")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -106,6 +106,12 @@ def _train(args: argparse.Namespace) -> int:
         if args.check:
             print(f"{args.config}: sound")
             return 0
+        assert trainer.saver is not None
+        if not args.resume and (steps := trainer.saver.steps()):
+            raise ConfigError(
+                f"{config.run} has checkpoints of the steps {steps} already; go on from them by --resume, or name "
+                f"another folder by run=FOLDER"
+            )
         if rank() == 0:
             run = Path(config.run)
             run.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 
@@ -35,7 +35,7 @@ def describe_keys() -> str:
 
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     """Yields each key, what it takes, what it is if nothing is said ("" if it must be given), and what it means."""
-    hints, texts = typing.get_type_hints(cls), _texts(cls)
+    hints, texts = typing.get_type_hints(cls, include_extras=True), _texts(cls)
     for each in dataclasses.fields(cls):
         hint = hints[each.name]
         inner = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else hint
@@ -44,7 +44,8 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
             continue
         default = each.default if each.default_factory is MISSING else each.default_factory()
         shown = "" if default is MISSING else yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
-        yield f"{prefix}{each.name}", _kind(hint), shown, texts[each.name]
+        text = texts[each.name].replace("``", "").replace("None", "null")  # as YAML has it
+        yield f"{prefix}{each.name}", _kind(hint), shown, text
 
 
 def _texts(cls: type) -> dict[str, str]:
@@ -60,6 +61,8 @@ def _texts(cls: type) -> dict[str, str]:
 
 def _kind(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{_kind(arguments[0])}, {arguments[1]}"
     if origin in (Union, types.UnionType):
         return " | ".join(_kind(each) for each in arguments)
     if origin is Literal:

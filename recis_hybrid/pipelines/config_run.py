@@ -57,6 +57,8 @@ def trainer_of(config: Config, *, quiet: bool = False) -> Trainer:
         ConfigError: An operation or the model cannot be made as the configuration says.
     """
     _refuse_device(config.train.device)
+    if "gauc" in config.train.metrics and config.data.groups is None:
+        raise ConfigError("train.metrics has gauc, which is by group; name the column of groups in data.groups")
     features = [_feature(name, feature) for name, feature in config.features.items()]
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
