@@ -64,8 +64,8 @@ class Place:
             yield stage
             self.finished = True
         if under_way:  # more stages were done than there are now
-            for number in sorted(self.figures, key=int):
-                figures.update(self.figures[number])
+            for done in sorted(self.figures, key=int):
+                figures.update(self.figures[done])
 
     def reached(self, stage: Train) -> bool:
         """Whether the stage under way has come to its bound."""

@@ -3,7 +3,7 @@
 import json
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,9 @@ from tests.support.small import bce
 
 
 class Model(nn.Module):
-    def __init__(self, prefetch_depth: int | None) -> None:
+    def __init__(self, prefetch_depth: int | None, read: Callable[[Batch], Batch]) -> None:
         super().__init__()
+        self.read = read
         torch.manual_seed(0)
         self.engine = EmbeddingEngine(
             {"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.SGD.row_state(), prefetch_depth=prefetch_depth
@@ -44,7 +45,7 @@ class Model(nn.Module):
         self.tower: nn.Module = nn.Linear(4, 1)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.tower(self.engine(batch)["id"])[:, 0]  # type: ignore[no-any-return]
+        return self.tower(self.engine(self.read(batch))["id"])[:, 0]  # type: ignore[no-any-return]
 
 
 def make_batches(rank: int, ranks: int) -> list[Batch]:
@@ -70,16 +71,32 @@ class Ahead(Callback):
         self.batches.add(0 if prefetcher is None else len(prefetcher))
 
 
-def train(rank: int, ranks: int, folder: Path, prefetch: int | None = 0) -> tuple[Trainer, set[int]]:
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def copied(batch: Batch) -> Batch:
+    return {**batch, "id": batch["id"] + 0}  # type: ignore[operator]
+
+
+def renamed(batch: Batch) -> Batch:
+    return {"id": batch["item"]}
+
+
+def train(
+    rank: int, ranks: int, folder: Path, prefetch: int | None = 0, read: Callable[[Batch], Batch] = as_it_is
+) -> tuple[Trainer, set[int]]:
     # As few batches as the trainer needs on their way; None: what engines and trainers do if nothing is said.
-    model, batches = Model(prefetch + 1 if prefetch else prefetch), make_batches(rank, ranks)
+    model, batches = Model(prefetch + 1 if prefetch else prefetch, read), make_batches(rank, ranks)
+    if read is renamed:
+        batches = [{"item": batch["id"], "label": batch["label"]} for batch in batches]
     if ranks > 1:
         model.tower = DistributedDataParallel(model.tower)
     optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
     step = TorchStep(model, bce, optimizers, clip_grad_norm=1.0)
     run = folder / f"{ranks}.{prefetch}"
     callbacks = [JsonLog(run / "log.jsonl"), StopAt14(), ahead := Ahead()]
-    if ranks > 1 and prefetch is None:
+    if ranks > 1 and prefetch is None and read is as_it_is:
         callbacks += [ProgressBar(), TensorBoard(run / "tensorboard"), Profile(run / "trace.json", first=3, steps=1)]
     trainer = Trainer(
         step, batches, batches, metrics={"auc": AUC()}, log_every=2, callbacks=callbacks, prefetch=prefetch
@@ -99,6 +116,11 @@ def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
         assert trainer.figures == first.figures
         trainer.fit([Train(steps=2), Evaluate()])  # nothing is left on its way by the stop
         assert trainer.steps_done == 16
+    # Models that make the columns of ids themselves: nothing is sent ahead, and all goes on.
+    for read in (copied, renamed):
+        trainer, ahead = train(rank, 2, folder / "made", None, read)
+        assert trainer.figures == first.figures
+        assert ahead == ({0, 2} if read is copied else {0})
     shallow, none = (
         Trainer(trainer.steps[""], make_batches(rank, 2), prefetch=1, accumulate=2) for trainer in (others[0][0], first)
     )
