@@ -230,7 +230,9 @@ class TorchStep:
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+    # All of them are read, in one order: on several ranks, reading that of a table is for all ranks together.
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return any(gradient is not None for gradient in gradients)
 
 
 def _kept(batch: Batch, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

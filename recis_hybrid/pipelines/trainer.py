@@ -130,7 +130,7 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Rows that this rank has trained on."""
+        """Rows that this rank has trained on, those that only fill a batch up included."""
         return self._place.samples
 
     @property
