@@ -27,6 +27,11 @@ def joined(device: str) -> Iterator[str]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    yield device
-    # Not after an exception: other ranks may be in a collective, which this would wait for.
+    try:
+        yield device
+    except BaseException:
+        # NCCL would wait here for a collective that others are in; a process of Gloo's that just ends is aborted.
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()

@@ -106,6 +106,7 @@ def train(
 
 
 def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     (first, ahead_of_first), *others = (train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2, None))
     assert abs(first.figures["eval"]["auc"] - auc) < 1e-6
