@@ -83,6 +83,7 @@ class FeatureEngine:
         self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
         self._names = list(self._plan.columns)
+        self._read = {source for instruction in self._plan.instructions for source in instruction.sources}
         self._segments: dict[_Known, str] = {}
 
     @property
@@ -232,7 +233,36 @@ class FeatureEngine:
             registers[register] = run_alone(instruction, [registers[source] for source in instruction.sources])
 
     def _columns(self, batch: Mapping[str, Tensor | RaggedTensor]) -> dict[int, Column]:
-        return {register: Column.of(self._column(batch, name)) for register, name in enumerate(self._names)}
+        columns = {register: Column.of(self._column(batch, name)) for register, name in enumerate(self._names)}
+        if not torch.compiler.is_compiling():
+            self._check_columns(columns)
+        return columns
+
+    def _check_columns(self, columns: dict[int, Column]) -> None:
+        rows, first = -1, ""
+        for register, (values, offsets, _, outer) in columns.items():
+            if values.requires_grad and register in self._read and torch.is_grad_enabled():
+                raise TypeError(
+                    f"{self._where(register)}: it requires a gradient, which operations do not pass on; hand over its "
+                    f".detach()"
+                )
+            if offsets is not None:
+                mine = (outer[0] if outer else offsets).shape[0] - 1
+            elif values.dim() == 0:
+                continue  # an operation will say so
+            else:
+                mine = values.shape[0]
+            if rows < 0:
+                rows, first = mine, self._names[register]
+            elif mine != rows:
+                raise ValueError(
+                    f"{self._where(register)}: it has {mine} rows and column {first!r} has {rows} rows; a batch has "
+                    f"one number of them"
+                )
+
+    def _where(self, register: int) -> str:
+        name = self._names[register]
+        return f"feature {self._plan.columns[name][0]!r}, column {name!r}"
 
     def _column(self, batch: Mapping[str, Tensor | RaggedTensor], name: str) -> Tensor | RaggedTensor:
         if name in batch and isinstance(batch[name], Tensor | RaggedTensor):

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import FLOATS, INTEGERS, LEAST, MOST, bits, ids_of, numbers, one
+from recis_hybrid.features.common import FLOATS, INTEGERS, LEAST, MOST, bits, fits, ids_of, numbers, one
 from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
 from recis_hybrid.ops.transform import MapKind
 
@@ -119,8 +120,9 @@ def _first_above(spec: Bucketize) -> list[int]:
     return firsts
 
 
-def _mapped(column: Column, kind: MapKind, first: float, second: float = 0.0) -> Column:
+def _mapped(column: Column, where: str, kind: MapKind, first: float, second: float = 0.0) -> Column:
     values = column.values if column.values.dtype in FLOATS else column.values.to(torch.float32)
+    first, second = _held(where, values.dtype, first, second)
     return column._replace(values=ops.transform.map_values(values, kind, first, second))
 
 
@@ -128,9 +130,30 @@ def _map_steps(where: str, kind: str, form: Form, *given: float) -> Lowered:
     """Returns the instructions of a map of floats; integers become float32 before it."""
     numbers(where, form)
     dtype = form.dtype if form.dtype in FLOATS else torch.float32
+    given = _held(where, dtype, *given)
     steps = () if form.dtype in FLOATS else (Step("i64_to_f32"),)
     name = f"{kind}_{'f32' if dtype == torch.float32 else 'f64'}"
     return Lowered(form._replace(dtype=dtype), (*steps, Step(name, tuple(bits(number) for number in given))))
+
+
+def _held(where: str, dtype: torch.dtype, *given: float) -> tuple[float, ...]:
+    """Returns numbers as a column's dtype holds them: bounds beyond its range become its ends, others are refused.
+
+    Raises:
+        TypeError: If it would hold infinity, or 0 in place of a divisor.
+    """
+    most = torch.finfo(dtype).max
+    if where == "Clip":
+        return tuple(one if math.isinf(one) else min(max(one, -most), most) for one in given)
+    for number in given:
+        held = fits(number, dtype)
+        if held and where == "Normalize" and dtype == torch.float32 and number != 0:
+            held = np.float32(number) != 0
+        if not held:
+            raise TypeError(
+                f"{where}: a column of {dtype} cannot hold the value {number!r}; put Cast(torch.float64) before it"
+            )
+    return given
 
 
 @dataclass(frozen=True)
@@ -159,7 +182,7 @@ class Log:
 
         def kernel(column: Column) -> Column:
             numbers("Log", Form.of(column))
-            return _mapped(column, "log", self.plus)
+            return _mapped(column, "Log", "log", self.plus)
 
         return kernel
 
@@ -216,7 +239,7 @@ class Clip:
 
         def kernel(column: Column) -> Column:
             if numbers("Clip", Form.of(column)).dtype in FLOATS:
-                return _mapped(column, "clip", self.least, self.most)
+                return _mapped(column, "Clip", "clip", self.least, self.most)
             return column._replace(values=ops.transform.clip_ids(ids_of(column), *self.whole()))
 
         return kernel
@@ -258,7 +281,7 @@ class Normalize:
 
         def kernel(column: Column) -> Column:
             numbers("Normalize", Form.of(column))
-            return _mapped(column, "normalize", self.mean, self.std)
+            return _mapped(column, "Normalize", "normalize", self.mean, self.std)
 
         return kernel
 
@@ -304,7 +327,11 @@ class FillNan:
         """Returns what fills a column."""
 
         def kernel(column: Column) -> Column:
-            return _mapped(column, "fill", self.value) if self.check(Form.of(column)).dtype in FLOATS else column
+            return (
+                _mapped(column, "FillNull", "fill", self.value)
+                if self.check(Form.of(column)).dtype in FLOATS
+                else column
+            )
 
         return kernel
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import features, ops
-from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Mod, Op, link
+from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Log, Mod, Op, link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
@@ -177,6 +177,26 @@ def test_a_column_of_another_class_is_refused() -> None:
         TypeError, match="feature 'a': column 'a' must be a Tensor or a RaggedTensor, got list; .*from_l"
     ):
         FeatureEngine([Feature("a")])({"a": [1, 2]})  # type: ignore[dict-item]
+
+
+def test_columns_of_a_batch_have_one_number_of_rows() -> None:
+    engine = FeatureEngine([Feature("a", ops=[Mod(5)]), Feature("b", ops=[Hash()]), Feature("c")])
+    batch = {"a": torch.tensor([1, 2]), "b": RaggedTensor.from_strings([["x"], []]), "c": torch.ones(2, 3)}
+    engine(batch)
+    for name, column in (("b", RaggedTensor.from_strings([["x"]])), ("c", torch.ones(3, 2))):
+        with pytest.raises(
+            ValueError, match=f"^feature '{name}', column '{name}': it has . rows and column 'a' has 2 rows"
+        ):
+            engine({**batch, name: column})
+
+
+def test_a_column_with_a_gradient_is_refused_where_it_would_be_lost() -> None:
+    price = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match="^feature 'log', column 'price': it requires a gradient"):
+        FeatureEngine([Feature("log", source="price", ops=[Log()])])({"price": price})
+    with torch.no_grad():
+        FeatureEngine([Feature("log", source="price", ops=[Log()])])({"price": price})
+    assert FeatureEngine([Feature("price")])({"price": price})["price"] is price
 
 
 def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:

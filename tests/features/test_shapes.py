@@ -65,6 +65,15 @@ def test_maps_of_floats_are_numpys(device: str, dtype: torch.dtype, fuse: bool) 
 
 
 @both
+def test_bounds_beyond_the_range_of_a_dtype_become_its_ends(fuse: bool) -> None:
+    most = torch.finfo(torch.float32).max
+    values = torch.tensor([-1.0, 5.0])
+    assert run([Clip(0, 1e300)], fuse, values).tolist() == [0.0, 5.0]
+    assert run([Clip(1e300, 1e301)], fuse, values).tolist() == [most, most]
+    assert run([Clip(-math.inf, 2)], fuse, torch.tensor([-math.inf, 5.0])).tolist() == [-math.inf, 2.0]
+
+
+@both
 def test_integers_become_float32_for_logarithms(fuse: bool) -> None:
     made = run([Log(1)], fuse, torch.tensor([0, 1], dtype=torch.int16))
     assert made.dtype == torch.float32
