@@ -120,7 +120,7 @@ def test_a_killed_command_is_resumed_bitwise(tmp_path: Path, root: Path, capsys:
     command = [sys.executable, "-m", "recis_hybrid.cli", "train", str(config), *settings, f"run={tmp_path / 'killed'}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment(root)) as run:
         while run.poll() is None and not (log.exists() and '"step": 60' in log.read_text()):
-            time.sleep(0.001)
+            time.sleep(0.005)
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
     last = []
