@@ -28,7 +28,8 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test faults agreement rehearsal lint format cuda-build sanitize bench bench-peers wheel clean setup FORCE
+.PHONY: help demo test faults agreement rehearsal lint format docs cuda-build sanitize bench bench-peers wheel clean setup \
+  FORCE
 
 help:  ## Lists what can be made, and the settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -65,6 +66,10 @@ lint: $(DEPENDENCIES)  ## Checks format, rules and types; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+docs: setup $(STAMPS)/docs  ## Builds the documentation into build/docs; a warning is an error
+	$(PY) -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 format: $(DEPENDENCIES)  ## Formats Python, C++ and CUDA
 	$(PY) -m ruff check --fix-only .
@@ -130,6 +135,10 @@ $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constr
 	$(PIP_INSTALL) --quiet --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	$(PIP_INSTALL) --quiet $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt
 	@$(PY) scripts/setup_env.py torch
+	@touch $@
+
+$(STAMPS)/docs: requirements/docs.txt requirements/constraints.txt $(DEPENDENCIES)
+	$(PIP_INSTALL) --quiet -r $< -c requirements/constraints.txt
 	@touch $@
 
 # Before the editable install, which would build the same, but with pip's trace around a compiler's message.

@@ -12,7 +12,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import ctr_log
 import demo
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 from torch import Tensor
 
 from recis_hybrid import optim
-from recis_hybrid.bridge import to_jax, to_torch
+from recis_hybrid.bridge import JaxState, to_jax, to_torch
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
@@ -74,7 +72,7 @@ class JaxStep:
         self.engines = [engine]
         self.observer: Observer = NoObserver()
         self.sparse = sparse
-        self.params, self.opt_state = params, optimizer.init(params)
+        self.state = JaxState((params, optimizer.init(params)))
 
         def loss_of(params: Any, embeddings: list[Any], labels: Any) -> Any:
             return optax.sigmoid_binary_cross_entropy(tower(params, embeddings), labels).mean()
@@ -83,7 +81,7 @@ class JaxStep:
         def update(params: Any, opt_state: Any, embeddings: list[Any], labels: Any) -> Any:
             loss, (of_params, of_embeddings) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, embeddings, labels)
             changes, opt_state = optimizer.update(of_params, opt_state, params)
-            return optax.apply_updates(params, changes), opt_state, loss, of_embeddings
+            return (optax.apply_updates(params, changes), opt_state), loss, of_embeddings
 
         self._update = update
         self._tower = jax.jit(tower)
@@ -97,7 +95,7 @@ class JaxStep:
         with self.observer.phase("towers"):
             embeddings = [to_jax(value) for value in values.values()]  # in the same memory
             labels = to_jax(batch["label"], copy=True)  # a slice of the reader's buffer, which JAX may find misaligned
-            self.params, self.opt_state, loss, gradients = self._update(self.params, self.opt_state, embeddings, labels)
+            self.state.tree, loss, gradients = self._update(*self.state.tree, embeddings, labels)
             by_field = {field: to_torch(gradient) for field, gradient in zip(values, gradients, strict=True)}
         with self.observer.phase("update"):
             engine.apply_gradients(context, by_field, self.sparse)  # type: ignore[arg-type]
@@ -107,23 +105,14 @@ class JaxStep:
         (engine,) = self.engines
         engine.eval()
         values, _ = engine.lookup(batch)
-        logits = self._tower(self.params, [to_jax(value) for value in values.values()])
+        params, _ = self.state.tree
+        logits = self._tower(params, [to_jax(value) for value in values.values()])
         label = batch["label"]
         assert isinstance(label, Tensor)
         return {"": Scored(to_torch(jax.nn.sigmoid(logits)), label)}
 
     def parts(self) -> dict[str, object]:
-        return {"engine": self.engines[0], "sparse": self.sparse, "jax": self}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What JAX holds: the leaves of parameters and optax's state."""
-        leaves = jax.tree_util.tree_leaves((self.params, self.opt_state))
-        return {"leaves": [torch.from_numpy(np.array(leaf)) for leaf in leaves]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        tree = jax.tree_util.tree_structure((self.params, self.opt_state))
-        leaves = [jnp.array(leaf.numpy()) for leaf in state["leaves"]]
-        self.params, self.opt_state = jax.tree_util.tree_unflatten(tree, leaves)
+        return {"engine": self.engines[0], "sparse": self.sparse, "jax": self.state}
 
 
 def make_step(seed: int, steps: int) -> JaxStep:

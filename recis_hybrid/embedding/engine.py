@@ -82,7 +82,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             it once: by at most 2^-8 of itself in bfloat16; in float16 by 2^-11, but by 2^-25 below 2^-14, and beyond
             65,504 it becomes infinite.
         deduplicate: False sends the id of every position, and not only distinct ones; the numbers are the same.
-        prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing.
+        prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing. None: 2 where there is
+            or can be made a group for it, else 0; and a batch that then comes with other columns, which a model has
+            made, ends the prefetching in the place of an error.
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
             where the group is all ranks.
@@ -110,7 +112,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         reduce: Literal["mean", "sum", "id"] = "mean",
         wire_dtype: torch.dtype = torch.float32,
         deduplicate: bool = True,
-        prefetch_depth: int = 0,
+        prefetch_depth: int | None = None,
         staleness: Literal[0, 1] = 0,
         prefetch_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -136,10 +138,16 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
             )  # fmt: skip
         self._samples: list[int] = []
+        told = prefetch_depth is not None
+        if prefetch_depth is None:
+            prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
+        self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
+        """The most batches that :meth:`prefetch` sends ahead; 0 on one process."""
         self._prefetcher: Prefetcher | None = None
-        if self._sharded is not None and prefetch_depth > 0:
+        if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
-                self._sharded, list(configs), depth=prefetch_depth, staleness=staleness, group=prefetch_group
+                self._sharded, list(configs), depth=self.prefetch_depth, staleness=staleness, group=prefetch_group,
+                strict=told,
             )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)

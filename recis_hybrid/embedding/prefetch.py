@@ -42,6 +42,8 @@ class Prefetcher:
         depth: The most batches that may be on their way.
         staleness: How many steps old the rows may be that a batch is computed with: 0 or 1.
         group: Of the same ranks as the tables' own, for this alone; None makes one.
+        strict: False takes a batch that comes otherwise than it was prefetched, as where a model makes columns of
+            others, for a sign that there is nothing to prefetch: no error, and no prefetching from there on.
 
     Raises:
         ValueError: If there is no group, and only all ranks together could make one.
@@ -49,12 +51,13 @@ class Prefetcher:
 
     def __init__(
         self, tables: ShardedTables, features: Sequence[str], *, depth: int, staleness: int,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None, strict: bool = True,
     ) -> None:  # fmt: skip
         self._tables = tables
         self._features = list(features)
         self._depth = depth
         self._staleness = staleness
+        self._strict, self._ended = strict, False
         self.exchange = Exchange(group or _twin(tables.exchange.group), tables.exchange.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-prefetch")
         self._ahead: deque[Ahead] = deque()
@@ -69,6 +72,8 @@ class Prefetcher:
         Raises:
             RuntimeError: If ``depth`` batches are on their way.
         """
+        if not self._strict and (self._ended or any(name not in batch for name in self._features)):
+            return
         if len(self._ahead) >= self._depth:
             raise RuntimeError(
                 f"prefetch: {len(self._ahead)} batches are on their way, and prefetch_depth={self._depth}; give the "
@@ -109,7 +114,12 @@ class Prefetcher:
         if not self._ahead:
             return None
         first = self._ahead[0]
-        if any(batch.get(name) is not first.batch.get(name) for name in self._features):
+        other = any(batch.get(name) is not first.batch.get(name) for name in self._features)
+        if not self._strict and (other or first.mode != (train, grad)):
+            self.drop()
+            self._ended = True
+            return None
+        if other:
             raise RuntimeError("prefetch: batches must come to the engine in the order in which they were prefetched")
         if first.mode != (train, grad):
             raise RuntimeError(

@@ -9,15 +9,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 
-from recis_hybrid.pipelines.callback import CallbackError
+from recis_hybrid.pipelines.callback import CallbackError, rank
 from recis_hybrid.pipelines.config import ConfigError, load_config
+from recis_hybrid.pipelines.config_keys import describe_keys
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
+from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.saver import CheckpointError
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("recis-hybrid: interrupted; `train --resume` goes on from the latest checkpoint", file=sys.stderr)
         return 130
-    except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, KeyError) as error:
+    except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, TypeError, KeyError) as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         text = error.args[0] if isinstance(error, KeyError) else error
         print(f"recis-hybrid: {text}{notes}", file=sys.stderr)
@@ -59,7 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if stray:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -74,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="train what a configuration says",
         description="Trains what a configuration says. The last line on stdout is JSON.",
+        epilog=f"keys of a configuration, what they take, and (what they are if nothing is said):\n{describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     train.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="other values, as train.epochs=5")
+    train.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
     train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
     train.add_argument("--check", action="store_true", help="check the configuration and open the data, no more")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -97,16 +101,25 @@ def _init(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    trainer = trainer_of(config, quiet=args.quiet)
-    if args.check:
-        print(f"{args.config}: sound")
-        return 0
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
-    last = {"steps": trainer.steps_done, "samples": trainer.samples, "stopped": trainer.stopped}
-    print(json.dumps({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
+    with joined(config.train.device) as device:
+        trainer = trainer_of(replace(config, train=replace(config.train, device=device)), quiet=args.quiet)
+        if args.check:
+            print(f"{args.config}: sound")
+            return 0
+        assert trainer.saver is not None
+        if not args.resume and (steps := trainer.saver.steps()):
+            raise ConfigError(
+                f"{config.run} has checkpoints of the steps {steps} already; go on from them by --resume, or name "
+                f"another folder by run=FOLDER"
+            )
+        if rank() == 0:
+            run = Path(config.run)
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
+        if rank() == 0:
+            last = {"steps": trainer.steps_done, "samples": trainer.samples, "stopped": trainer.stopped}
+            print(json.dumps({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
     return 0
 
 

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import yaml
 
 
 class ConfigError(ValueError):
     """A configuration is wrong; the message names the file, the key, the rule and what was found."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a key takes."""
+
+    least: float
+    below: float = math.inf
+    """What it must be less than."""
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" + (f" and less than {self.below:g}" if self.below < math.inf else "")
+
+
+Count: TypeAlias = Annotated[int, Range(1)]
+Positive: TypeAlias = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +47,11 @@ class DataConfig:
     """Column of labels, 0 or 1."""
     groups: str | None = None
     """Column of int64 groups, for the metric gauc."""
-    batch_size: int = 4096
-    """Rows of a step."""
+    batch_size: Count = 4096
+    """Rows of a batch, on each rank."""
     shuffle: bool = True
     """Whether each pass has a random order of its own."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that read."""
 
 
@@ -46,15 +63,15 @@ class FeatureConfig:
     """Column or columns that it is made of; None: the one of its name."""
     ops: list[dict[str, Any]] = field(default_factory=list)
     """Operations, each ``{name: {parameter: value}}``, by the names of ``features.registered_ops()``."""
-    dim: int | None = None
+    dim: Count | None = None
     """Elements of its embedding; None: a number that the tower takes as it is."""
     table: str | None = None
     """Table of the embedding; features that name the same one share it. None: one of its own."""
     combiner: Literal["sum", "mean", "sqrtn", "max"] = "sum"
     """How the vectors of a list of ids become one."""
-    min_frequency: int | None = None
+    min_frequency: Count | None = None
     """How often an id must be met until it gets a row; None: at once."""
-    std: float = 0.01
+    std: Positive = 0.01
     """Spread of the first values."""
 
 
@@ -64,9 +81,9 @@ class ModelConfig:
 
     kind: Literal["mlp", "deepfm"] = "mlp"
     """``mlp``: a tower over all inputs. ``deepfm``: beside it a factorization machine; all ``dim`` are equal then."""
-    hidden: list[int] = field(default_factory=lambda: [128, 64])
+    hidden: list[Count] = field(default_factory=lambda: [128, 64])
     """Widths of the tower's layers."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1)] = 0.0
     """Share of what each layer gives that is dropped in training."""
     batch_norm: bool = False
     """Whether layers are normalised by batch."""
@@ -78,13 +95,13 @@ class ModelConfig:
 class OptimizerConfig:
     """How parameters are updated."""
 
-    dense_lr: float = 1e-3
+    dense_lr: Positive = 1e-3
     """Learning rate of the tower (Adam)."""
     sparse: Literal["adam", "adagrad", "rowwise_adagrad", "sgd"] = "adam"
     """Optimizer of the tables."""
-    sparse_lr: float = 1e-3
+    sparse_lr: Positive = 1e-3
     """Learning rate of the tables."""
-    clip_grad_norm: float | None = None
+    clip_grad_norm: Positive | None = None
     """Largest norm of all gradients; None: any."""
 
 
@@ -92,23 +109,23 @@ class OptimizerConfig:
 class TrainConfig:
     """How long and how."""
 
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the training rows; after each there is an evaluation and a checkpoint."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches of an update."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the tower computes in."""
     device: str = "cpu"
     """Where model and tables are."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: Count | None = None
     """Steps between two checkpoints within a pass; None: at its end only."""
-    keep: int = 2
+    keep: Count = 2
     """How many checkpoints stay."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between two lines of the log."""
-    patience: int | None = None
+    patience: Count | None = None
     """After how many evaluations without a better first metric training stops; None: never."""
-    evict_unused: int | None = None
+    evict_unused: Count | None = None
     """After each pass rows are given up that were not met in so many steps; None: none."""
     metrics: list[Literal["auc", "binned_auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse"]] = field(
         default_factory=lambda: ["auc", "logloss"]
@@ -191,7 +208,7 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
     Raises:
         ConfigError: A key is unknown or missing, or a value of a wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     inner = f"{key}." if key else ""
     for name in tree:
         if name not in hints:
@@ -216,6 +233,11 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        number = _value(arguments[0], value, where, key)
+        if not arguments[1].least <= number < arguments[1].below:  # nor NaN, nor infinite
+            raise _wrong(where, key, str(arguments[1]), value)
+        return number
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise _wrong(where, key, "a mapping of keys", value)

@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from recis_hybrid.pipelines.callback import Callback, CallbackError
+import torch
+
+from recis_hybrid.pipelines.callback import Callback, CallbackError, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
+from recis_hybrid.pipelines.records import summed
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
 
 class Hooks:
     """The callbacks of a trainer.
+
+    Ranks save together, so that what a callback raises on one of several, or its wish to stop, waits until all ranks
+    look together.
 
     Args:
         trainer: Whose they are.
@@ -27,17 +33,18 @@ class Hooks:
         self.callbacks = list(callbacks)
         self._trainer, self._rescue = trainer, rescue
         self._within_step = False
+        self._wish: str | None = None
         self._deferred: tuple[Callback, str, Exception] | None = None
 
     def call(self, hook: str, *args: Any) -> None:
-        """Calls a method of all callbacks; raises CallbackError if one raises."""
+        """Calls a method of all callbacks; raises CallbackError if one raises, on several ranks by :meth:`agree`."""
         for each in self.callbacks:
             try:
                 getattr(each, hook)(self._trainer, *args)
             except CallbackError:
                 raise
             except Exception as error:
-                if not self._within_step:
+                if not self._within_step and ranks() == 1:
                     raise self._error(each, hook, error) from error
                 self._deferred = self._deferred or (each, hook, error)
 
@@ -51,14 +58,46 @@ class Hooks:
             self._within_step = False
 
     def settle(self) -> None:
-        """Raises CallbackError for what a callback has raised within the step before."""
+        """Raises CallbackError for what a callback has raised within the step before; on one process."""
+        if self._deferred is not None and ranks() == 1:
+            deferred, self._deferred = self._deferred, None
+            raise self._error(*deferred) from deferred[2]
+
+    def wish_to_stop(self, reason: str) -> None:
+        """Keeps the reason that a callback has for the training to end, until :meth:`agree`."""
+        self._wish = self._wish or reason
+
+    def agree(self) -> str | None:
+        """Looks, all ranks together, whether a callback has raised or asked for an end; waits for the other ranks.
+
+        Returns:
+            Why the training is to end, on all ranks; None if it goes on.
+
+        Raises:
+            CallbackError: A callback of some rank has raised; all ranks have saved.
+        """
+        wish, self._wish = self._wish, None
+        if ranks() == 1:
+            return wish
+        flags = torch.zeros(ranks(), 2, dtype=torch.int64)
+        flags[rank()] = torch.tensor([self._deferred is not None, wish is not None])
+        raised, wished = summed(flags).unbind(1)
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             raise self._error(*deferred) from deferred[2]
+        if bool(raised.any()):
+            others = raised.nonzero().view(-1).tolist()
+            raise CallbackError(
+                f"a callback raised on the ranks {others}, at step {self._trainer.steps_done} or before; "
+                f"{self._rescue()}"
+            )
+        if wish is None and bool(wished.any()):
+            return f"asked for by the ranks {wished.nonzero().view(-1).tolist()}"
+        return wish
 
     def finish(self, error: BaseException | None) -> None:
         """Calls ``after_fit`` of every callback; what these raise does not hide an error before."""
-        self._deferred = None
+        self._deferred = self._wish = None
         for each in self.callbacks:
             try:
                 each.after_fit(self._trainer)

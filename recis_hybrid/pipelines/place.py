@@ -63,6 +63,9 @@ class Place:
                 self.begin(window)
             yield stage
             self.finished = True
+        if under_way:  # more stages were done than there are now
+            for done in sorted(self.figures, key=int):
+                figures.update(self.figures[done])
 
     def reached(self, stage: Train) -> bool:
         """Whether the stage under way has come to its bound."""

@@ -9,6 +9,7 @@ from typing import Any
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.reader import Reader
 from recis_hybrid.pipelines.stages import Train
+from recis_hybrid.pipelines.step import Prefetching, Step
 from recis_hybrid.ragged import Batch
 
 
@@ -38,7 +39,9 @@ class ReadAhead:
 
     def __init__(self, stage: Train, reader: Reader, place: Place, accumulate: int, depth: int) -> None:
         self._stage, self._reader, self._place = stage, reader, place
-        self._accumulate, self._depth = accumulate, depth
+        self._accumulate = accumulate
+        self.depth = depth
+        """Steps."""
         self._last = replace(place)
         """As the place will be when all that was read is trained on."""
         self._groups: deque[_Group] = deque()
@@ -51,7 +54,7 @@ class ReadAhead:
 
     def wants_more(self) -> bool:
         """Whether to read the batches of one more step."""
-        return len(self._groups) <= self._depth and not self._last.reached(self._stage)
+        return len(self._groups) <= self.depth and not self._last.reached(self._stage)
 
     def read(self) -> list[Batch]:
         """Returns the batches of a step; fewer where a pass ends, none where it had already."""
@@ -71,7 +74,7 @@ class ReadAhead:
 
     def put(self, batches: list[Batch]) -> None:
         """Keeps what was read, until its turn comes."""
-        place = self._reader.state_dict(read=True) if self._depth > 0 else None
+        place = self._reader.state_dict(read=True) if self.depth > 0 else None
         self._groups.append(_Group(batches, self._last.stage_passes, self._last.pass_batches, place))
 
     def take(self) -> list[Batch]:
@@ -81,3 +84,26 @@ class ReadAhead:
         if group.place is not None:
             self._reader.hold(group.place)
         return group.batches
+
+
+def steps_ahead(step: Step, wanted: int | None, accumulate: int) -> int:
+    """Returns how many steps ahead batches are read.
+
+    Args:
+        step: Sends ids ahead, if it can.
+        wanted: As many; None: as many as its engines can send.
+        accumulate: Batches of a step.
+
+    Raises:
+        ValueError: If engines that send ids ahead cannot send so many batches.
+    """
+    depths = [engine.prefetch_depth for engine in step.engines] if isinstance(step, Prefetching) else []
+    if wanted is None:
+        return max(min(depths, default=0) // accumulate - 1, 0)
+    needed = (wanted + 1) * accumulate
+    if wanted > 0 and any(0 < depth < needed for depth in depths):
+        raise ValueError(
+            f"Trainer: prefetch={wanted} with accumulate={accumulate} has {needed} batches on their way, and an engine "
+            f"sends at most {min(depth for depth in depths if depth)} ahead; build it with prefetch_depth={needed}"
+        )
+    return wanted

@@ -81,7 +81,7 @@ class Recorder:
         ]
         if not found:
             return {}
-        counts = _summed(torch.stack([counts for _, counts in found]))
+        counts = summed(torch.stack([counts for _, counts in found]))
         result = {}
         for (name, _), row in zip(found, counts.tolist(), strict=True):
             levels = max((level for level, count in enumerate(row) if count), default=-1) + 1
@@ -141,14 +141,14 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
 
 def _over_ranks(means: dict[str, float], sums: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """Averages some figures over all ranks and adds others up."""
-    found = _summed(torch.tensor([*means.values(), *sums.values()], dtype=torch.float64)).tolist()
+    found = summed(torch.tensor([*means.values(), *sums.values()], dtype=torch.float64)).tolist()
     return (
         {name: value / ranks() for name, value in zip(means, found, strict=False)},
         dict(zip(sums, found[len(means) :], strict=True)),
     )
 
 
-def _summed(values: Tensor) -> Tensor:
+def summed(values: Tensor) -> Tensor:
     """Returns the sum of a tensor over all ranks."""
     if ranks() == 1:
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,6 +44,17 @@ class Step(Protocol):
 
     def parts(self) -> Mapping[str, object]:
         """Returns what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
+
+
+@runtime_checkable
+class Prefetching(Protocol):
+    """A step that is told of batches before their turn comes."""
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to send the batch's ids to the ranks that own them, by ``EmbeddingEngine.prefetch``.
+
+        In the mode, of training and of gradients, in which the step looks them up.
+        """
 
 
 class Observer(Protocol):

@@ -123,6 +123,12 @@ class TorchStep:
             watched |= self._update()
         return watched
 
+    def prefetch(self, batch: Batch) -> None:
+        """Begins to send the ids of a batch that comes later to the ranks that own them, where several share tables."""
+        for engine in self.engines:
+            engine.train()  # as it will be when the batch's turn comes
+            engine.prefetch(batch)
+
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = self._outputs(batch)
         losses = {}
@@ -157,9 +163,14 @@ class TorchStep:
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
             norm["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters(), self.clip_grad_norm)
+        scaled = [o for o in self.optimizers.values() if self._scaler.is_enabled() and _has_gradients(o)]
         for optimizer in self.optimizers.values():
-            self._scaler.step(optimizer)
-        self._scaler.update()
+            if optimizer in scaled:
+                self._scaler.step(optimizer)
+            else:  # the scaler takes no optimizer without gradients, as one of frozen towers
+                optimizer.step()
+        if scaled:
+            self._scaler.update()
         if self._scaler.is_enabled():
             # Row gradients of an update that was left out would keep their rows from being evicted.
             for optimizer in self.optimizers.values():
@@ -216,6 +227,12 @@ class TorchStep:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.updates = state_dict["updates"]
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    # All of them are read, in one order: on several ranks, reading that of a table is for all ranks together.
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return any(gradient is not None for gradient in gradients)
 
 
 def _kept(batch: Batch, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.randomness import Generators, seed_everything
-from recis_hybrid.pipelines.read_ahead import ReadAhead
+from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
-from recis_hybrid.pipelines.step import Step
+from recis_hybrid.pipelines.step import Prefetching, Step
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver
 
@@ -46,13 +46,14 @@ class Trainer:
         parts: What checkpoints hold beside what the steps name, as ``Saver.save`` takes it.
         callbacks: Called as the training goes on, in their order.
         accumulate: How many batches an update takes.
-        prefetch: How many steps ahead batches are read, and their ids sent to the ranks that own them: for torch steps
-            over engines built with a ``prefetch_depth`` of at least ``(prefetch + 1) * accumulate``.
+        prefetch: How many steps ahead batches are read, and their ids sent to the ranks that own them. None: as many as
+            the engines are built for, which send ``prefetch_depth`` batches ahead: one step where several ranks share
+            the tables, none on one process (a ColumnDataset reads ahead anyhow).
         log_every: Steps from one line of the log to the next; each training stage ends with one, too.
         seed: Of all generators of the process, set when a training begins anew; None leaves them.
 
     Raises:
-        ValueError: If accumulate or log_every is less than 1.
+        ValueError: If accumulate or log_every is less than 1, or prefetch negative.
 
     Example:
         >>> from recis_hybrid import optim
@@ -87,14 +88,14 @@ class Trainer:
         parts: Mapping[str, object] | None = None,
         callbacks: Sequence[Callback] = (),
         accumulate: int = 1,
-        prefetch: int = 0,
+        prefetch: int | None = None,
         log_every: int = 50,
         seed: int | None = None,
     ) -> None:
         for name, value, least in (
             ("accumulate", accumulate, 1),
             ("log_every", log_every, 1),
-            ("prefetch", prefetch, 0),
+            ("prefetch", prefetch or 0, 0),
         ):
             if value < least:
                 raise ValueError(f"Trainer: {name} must be at least {least}, got {value}")
@@ -104,11 +105,12 @@ class Trainer:
         self.transform = transform
         self.metrics: Metrics = metrics or {}
         self.saver = saver
-        self.accumulate, self.prefetch, self.log_every, self.seed = accumulate, prefetch, log_every, seed
+        self.accumulate, self.log_every, self.seed = accumulate, log_every, seed
         self.figures: dict[str, dict[str, float]] = {}
         """By name of the evaluation, what it gave last."""
         self.stopped: str | None = None
         """Why a callback has stopped the training."""
+        self._prefetch = prefetch
         self._parts = dict(parts or {})
         self._place = Place()
         self._stages: Iterable[Stage] = ()
@@ -127,7 +129,7 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Rows that this rank has trained on."""
+        """Rows that this rank has trained on, those that only fill a batch up included."""
         return self._place.samples
 
     @property
@@ -161,6 +163,7 @@ class Trainer:
         try:
             self._hooks.call("before_fit")
             for stage in self._place.remaining(stages, self.figures):
+                self._agree()
                 if self.stopped is not None:
                     break
                 self._stage = stage
@@ -170,9 +173,11 @@ class Trainer:
                 self._place.finished = self.stopped is None or not isinstance(stage, Train)
                 self._stage = None
                 self._hooks.call("after_stage", stage)
+                self._agree()
                 if self.stopped is not None and self.saver is not None:
                     self.save()
             self._log_tables()
+            self._agree()
         except BaseException as error:
             self._end(error)
             raise
@@ -187,12 +192,12 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: The loss is no finite number.
-            ValueError: The stage would never end, or there is no batch.
+            ValueError: The stage would never end, there is no batch, or engines cannot send so far ahead.
         """
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
         watched: Mapping[str, Tensor] = {}
-        ahead = ReadAhead(stage, reader, place, self.accumulate, self.prefetch)
+        ahead = ReadAhead(stage, reader, place, self.accumulate, steps_ahead(step, self._prefetch, self.accumulate))
         while self.stopped is None and not place.reached(stage):
             logs = (place.steps + 1) % self.log_every == 0
             with self._clock.measuring(step.engines) if logs else nullcontext():
@@ -205,7 +210,9 @@ class Trainer:
                 self._log_train(stage, watched, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
-        if len(ahead) > 0 and self.prefetch > 0:  # a callback has stopped the training
+            if logs or ranks() == 1:
+                self._agree()
+        if len(ahead) > 0:  # a callback has stopped the training
             for engine in step.engines:
                 engine.drop_prefetched()
         self._guard.look(wait=True)
@@ -230,11 +237,9 @@ class Trainer:
             batches = ahead.read()
             self._recorder.waited += time.perf_counter() - begin
             batches = self._transformed(batches, stage.transform)
-            if self.prefetch > 0:
-                for engine in step.engines:
-                    engine.train()  # as it will be when their turn comes
-                    for batch in batches:
-                        engine.prefetch(batch)
+            if ahead.depth > 0 and isinstance(step, Prefetching):
+                for batch in batches:
+                    step.prefetch(batch)
             ahead.put(batches)
         return ahead.take()
 
@@ -299,11 +304,19 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """Ends the training after the step under way, with a checkpoint if there is a saver; for callbacks.
 
+        Where one of several ranks asks for it, all end after the next step that is logged, or stage.
+
         Args:
             reason: Kept in ``stopped``, and logged.
         """
-        self.stopped = reason
-        self._log("stop", {"reason": reason})
+        self._hooks.wish_to_stop(reason)
+
+    def _agree(self) -> None:
+        """Has what callbacks have raised, or asked for, take its effect on all ranks at once."""
+        reason = self._hooks.agree()
+        if reason is not None and self.stopped is None:
+            self.stopped = reason
+            self._log("stop", {"reason": reason})
 
     def steps_left(self, stage: Stage) -> int | None:
         """Returns how many steps a training stage still has, 0 if that cannot be known; None for other stages."""

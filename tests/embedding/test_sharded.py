@@ -246,7 +246,7 @@ def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int, sharding: str
         assert ours["losses"] == theirs["losses"]
         for name, columns in ours["tables"].items():
             assert all(torch.equal(values, theirs["tables"][name][column]) for column, values in columns.items())
-    off = Job(**{**vars(job), "prefetch": depth})  # nothing is sent ahead where the engine was not told to
+    off = Job(**{**vars(job), "prefetch": depth, "engine": {"prefetch_depth": 0}})  # nothing is sent ahead
     assert ranks.run(2, train, off)[0]["losses"] == ranks.run(2, train, job)[0]["losses"]
 
 

@@ -127,6 +127,28 @@ def test_ndcg_is_scikit_learns() -> None:
         assert metric.compute() == pytest.approx(sklearn.ndcg_score(labels.numpy(), scores.numpy(), k=k), rel=1e-11)
 
 
+def test_precision_recall_and_hit_rate_are_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.rand(30, 8, generator=generator)
+    # One relevant row of each group for hit rates, which are scikit-learn's top-k accuracy then; else some.
+    one = torch.nn.functional.one_hot(torch.randint(0, 8, (30,), generator=generator), 8)
+    some = (torch.rand(30, 8, generator=generator) < 0.4).long() | one
+    groups = torch.arange(30)[:, None].expand(30, 8).flatten()
+    for k in (1, 3, 7):
+        chosen = torch.zeros_like(some).scatter_(1, scores.topk(k).indices, 1).numpy()
+        expected = {
+            PrecisionAtK: (some, sklearn.precision_score(some.numpy(), chosen, average="samples")),
+            RecallAtK: (some, sklearn.recall_score(some.numpy(), chosen, average="samples")),
+            HitRateAtK: (
+                one, sklearn.top_k_accuracy_score(one.argmax(1).numpy(), scores.numpy(), k=k, labels=range(8))
+            ),
+        }  # fmt: skip
+        for kind, (labels, value) in expected.items():
+            metric = kind(k)
+            metric.update(scores.flatten(), labels.flatten(), groups)
+            assert metric.compute() == pytest.approx(value, rel=1e-11), kind
+
+
 ranking = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=5)
 
 

@@ -1,18 +1,11 @@
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
@@ -27,7 +20,7 @@ from recis_hybrid.pipelines import (
     Trainer,
 )
 from recis_hybrid.saver import Saver
-from tests.support.small import assert_same, make_batches, make_step, state_of
+from tests.support.small import make_batches, make_step
 
 
 def run(callbacks: list[Callback], **options: Any) -> Trainer:
@@ -150,53 +143,3 @@ def test_checkpoints_by_time(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
     Trainer(make_step(), make_batches(4), saver=saver, callbacks=[Checkpoint(seconds=1e-9)]).fit([Train()])
     assert saver.steps() == [1, 2, 3, 4]
-
-
-def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
-    """Five passes over a file, saved every third step."""
-    data = ColumnDataset(folder / "rows.csv", ["id", "label"], 32, shuffle=True, prefetch=2)
-
-    class Tell(Callback):
-        def after_step(self, trainer: Trainer) -> None:
-            time.sleep(delay)
-            print(trainer.steps_done, flush=True)
-
-    trainer = Trainer(
-        make_step(clip_grad_norm=1.0), data, data, metrics={"auc": AUC()}, seed=1,
-        saver=Saver(folder / "run", keep=2, async_save=True), callbacks=[Checkpoint(steps=3), Tell()],
-    )  # fmt: skip
-    stages = [stage for _ in range(5) for stage in (Train(epochs=1), Evaluate(), Save())]
-    trainer.fit(stages, resume="latest" if resume else None)
-    return trainer
-
-
-def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
-    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rows.csv").write_text(
-            "id,label\n" + "".join(f"{n * 7 % 50},{n % 2}.0\n" for n in range(330))
-        )
-    program = (
-        f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        "from pathlib import Path\n"
-        "from tests.pipelines.test_callbacks import small_run\n"
-        f"small_run(Path({str(tmp_path / 'killed')!r}), resume=False, delay=0.01)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.strip() == "28":  # in the third of five passes
-                run.send_signal(signal.SIGKILL)
-                break
-    assert run.returncode == -signal.SIGKILL
-    whole = small_run(tmp_path / "whole", resume=False)
-    capsys.readouterr()
-    resumed = small_run(tmp_path / "killed", resume=True)
-    steps = [int(line) for line in capsys.readouterr().out.splitlines()]
-    assert steps[0] <= 28
-    assert steps == list(range(steps[0], 56))
-    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
-    assert resumed.figures == whole.figures

@@ -37,13 +37,19 @@ def test_the_starter_is_commented_runs_and_learns(config: Path, capsys: pytest.C
     assert sorted(path.name for path in run.glob("step_*")) == ["step_000030", "step_000040"]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 1
     # Once more is refused, resumed is done already, and resumed for longer goes on.
-    assert cli.main(["train", str(config), "--quiet"]) == 1
-    assert "there are checkpoints of the steps [30, 40] already" in capsys.readouterr().err
+    assert cli.main(["train", str(config), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "has checkpoints of the steps [30, 40] already; go on from them by --resume, or name another folder" in said
     assert cli.main(["train", str(config), "--resume", "train.epochs=1", "--quiet"]) == 0
     assert last(capsys) == figures
     gc.collect()  # as the end of a process does, this lets another saver save there
     assert cli.main(["train", str(config), "train.epochs=2", "--quiet", "--resume"]) == 0
-    assert last(capsys)["steps"] == 80
+    longer = last(capsys)
+    assert longer["steps"] == 80
+    # What was done is not undone by a configuration of less: the figures are the latest.
+    gc.collect()
+    assert cli.main(["train", str(config), "train.epochs=1", "--quiet", "--resume"]) == 0
+    assert last(capsys) == longer
     assert cli.main(["init", str(config.parent)]) == 1
     assert "is there already; name another folder" in capsys.readouterr().err
 
@@ -82,6 +88,14 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: there is no operation 'hesh'"),
         ("features.site.ops=[{hash: {speed: 3}}]", r"features.site.ops\[0\]: .*unexpected keyword argument 'speed'"),
         ("train.device=tpux", "train.device must be a device of torch's, got 'tpux'"),
+        ("train.epochs=0", "train.epochs must be at least 1, got 0"),
+        ("train.patience=-1", "train.patience must be at least 1, got -1"),
+        ("model.dropout=1", "model.dropout must be at least 0 and less than 1, got 1"),
+        ("model.hidden=[64, 0]", r"model.hidden\[1\] must be at least 1, got 0"),
+        ("optimizer.sparse_lr=-1e-3", "optimizer.sparse_lr must be at least 0, got '-1e-3'"),
+        ("optimizer.dense_lr=nan", "optimizer.dense_lr must be at least 0, got 'nan'"),
+        ("features.user.dim=0", "features.user.dim must be at least 1, got 0"),
+        ("data.groups=null", "train.metrics has gauc, which is by group; name the column of groups in data.groups"),
         ("features.user.dim=4", "model.kind deepfm needs one dim of at least 2 for all features"),
     ],
 )
@@ -94,6 +108,18 @@ def test_a_wrong_key_or_value_is_named(
         assert cli.main(["train", str(config), override]) == 2
         said = capsys.readouterr().err
         assert said.startswith("recis-hybrid: ")
+        assert "Traceback" not in said
+
+
+def test_what_data_does_not_fit_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for override, message in (
+        ("data.label=click", "has no column 'click'"),
+        ("features.site.ops=[]", "feature 'site': ids must be int64 or int32, got torch.uint8; hash it first"),
+        ("optimizer.dense_lr=1e30", "the loss is nan at step 2: its batch is finite; lower the learning rate"),
+    ):
+        assert cli.main(["train", str(config), "--quiet", override, f"run={config.parent / override[:6]}"]) == 1
+        said = capsys.readouterr().err
+        assert message in said
         assert "Traceback" not in said
 
 
@@ -163,6 +189,24 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "config.yaml", "--fast"])
     assert caught.value.code == 2
+
+
+def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for line in (
+        "  run: string\n        Folder for checkpoints and log.jsonl.",
+        "  train.epochs: integer, at least 1 (1)\n        Passes over the training rows;",
+        "  optimizer.sparse: adam | adagrad | rowwise_adagrad | sgd (adam)\n",
+        "  features.NAME.dim: integer, at least 1 | null (null)\n        Elements of its embedding; null: a number",
+        "  model.hidden: list of integer, at least 1 ([128, 64])\n",
+    ):
+        assert line in shown
+    # Every key of the starter can be found.
+    tree = yaml.safe_load(config.read_text())
+    keys = ["run", "seed", *(f"{part}.{key}" for part in ("data", "model", "optimizer", "train") for key in tree[part])]
+    assert [key for key in keys if f"\n  {key}: " not in shown] == []
 
 
 def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,26 +1,43 @@
 """A Trainer over tables that two ranks share: one rank's numbers, one log of both, and the time of the exchange."""
 
 import json
+import re
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused, dense_parameters
 from recis_hybrid.metrics import AUC
-from recis_hybrid.pipelines import Callback, Evaluate, Evict, JsonLog, TorchStep, Train, Trainer
+from recis_hybrid.pipelines import (
+    Callback,
+    Evaluate,
+    Evict,
+    JsonLog,
+    Profile,
+    ProgressBar,
+    TensorBoard,
+    TorchStep,
+    Train,
+    Trainer,
+)
+from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.ragged import Batch
 from tests.support.small import bce
 
 
 class Model(nn.Module):
-    def __init__(self, prefetch_depth: int) -> None:
+    def __init__(self, prefetch_depth: int | None, read: Callable[[Batch], Batch]) -> None:
         super().__init__()
+        self.read = read
         torch.manual_seed(0)
         self.engine = EmbeddingEngine(
             {"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.SGD.row_state(), prefetch_depth=prefetch_depth
@@ -28,7 +45,7 @@ class Model(nn.Module):
         self.tower: nn.Module = nn.Linear(4, 1)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.tower(self.engine(batch)["id"])[:, 0]  # type: ignore[no-any-return]
+        return self.tower(self.engine(self.read(batch))["id"])[:, 0]  # type: ignore[no-any-return]
 
 
 def make_batches(rank: int, ranks: int) -> list[Batch]:
@@ -43,40 +60,86 @@ class StopAt14(Callback):
             trainer.stop("it is enough")
 
 
-def train(rank: int, ranks: int, folder: Path, prefetch: int = 0) -> Trainer:
-    model, batches = Model(2 * (prefetch + 1) if prefetch else 0), make_batches(rank, ranks)
+class Ahead(Callback):
+    """How many batches were on their way before each step, that of the step among them."""
+
+    def __init__(self) -> None:
+        self.batches: set[int] = set()
+
+    def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        prefetcher = trainer.engines[0]._prefetcher
+        self.batches.add(0 if prefetcher is None else len(prefetcher))
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def copied(batch: Batch) -> Batch:
+    return {**batch, "id": batch["id"] + 0}  # type: ignore[operator]
+
+
+def renamed(batch: Batch) -> Batch:
+    return {"id": batch["item"]}
+
+
+def train(
+    rank: int, ranks: int, folder: Path, prefetch: int | None = 0, read: Callable[[Batch], Batch] = as_it_is
+) -> tuple[Trainer, set[int]]:
+    # As few batches as the trainer needs on their way; None: what engines and trainers do if nothing is said.
+    model, batches = Model(prefetch + 1 if prefetch else prefetch, read), make_batches(rank, ranks)
+    if read is renamed:
+        batches = [{"item": batch["id"], "label": batch["label"]} for batch in batches]
     if ranks > 1:
         model.tower = DistributedDataParallel(model.tower)
     optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
     step = TorchStep(model, bce, optimizers, clip_grad_norm=1.0)
-    log = JsonLog(folder / f"{ranks}.{prefetch}.jsonl")
+    run = folder / f"{ranks}.{prefetch}"
+    callbacks = [JsonLog(run / "log.jsonl"), StopAt14(), ahead := Ahead()]
+    if ranks > 1 and prefetch is None and read is as_it_is:
+        callbacks += [ProgressBar(), TensorBoard(run / "tensorboard"), Profile(run / "trace.json", first=3, steps=1)]
     trainer = Trainer(
-        step, batches, batches, metrics={"auc": AUC()}, log_every=2, callbacks=[log, StopAt14()], prefetch=prefetch
+        step, batches, batches, metrics={"auc": AUC()}, log_every=2, callbacks=callbacks, prefetch=prefetch
     )
     trainer.fit([Train(epochs=2), Evaluate(), Evict(Unused(steps=100)), Train(epochs=1)])
-    return trainer
+    return trainer, ahead.batches
 
 
 def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    trainers = [train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2)]
-    assert abs(trainers[0].figures["eval"]["auc"] - auc) < 1e-6
-    for ahead in trainers[1:]:
-        assert ahead.figures == trainers[0].figures
-        ahead.fit([Train(steps=2), Evaluate()])  # nothing is left on its way by the stop
-        assert ahead.steps_done == 16
+    (first, ahead_of_first), *others = (train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2, None))
+    assert abs(first.figures["eval"]["auc"] - auc) < 1e-6
+    assert ahead_of_first == {0}
+    # At the end of a stage there is nothing to come.
+    assert [ahead for _, ahead in others] == [{1, 2}, {1, 2, 3}, {1, 2}]
+    for trainer, _ in others:
+        assert trainer.figures == first.figures
+        trainer.fit([Train(steps=2), Evaluate()])  # nothing is left on its way by the stop
+        assert trainer.steps_done == 16
+    # Models that make the columns of ids themselves: nothing is sent ahead, and all goes on.
+    for read in (copied, renamed):
+        trainer, ahead = train(rank, 2, folder / "made", None, read)
+        assert trainer.figures == first.figures
+        assert ahead == ({0, 2} if read is copied else {0})
+    shallow, none = (
+        Trainer(trainer.steps[""], make_batches(rank, 2), prefetch=1, accumulate=2) for trainer in (others[0][0], first)
+    )
+    with pytest.raises(ValueError, match="prefetch=1 with accumulate=2 has 4 .* build it with prefetch_depth=4"):
+        shallow.fit([Train()])
+    none.fit([Train()])  # its engine sends nothing ahead
     dist.destroy_process_group()
 
 
-def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path) -> None:
-    trainer = train(0, 1, tmp_path)
+def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trainer, _ = train(0, 1, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(on_rank, (port, tmp_path, trainer.figures["eval"]["auc"]), nprocs=2)  # type: ignore[no-untyped-call]
     one, two, ahead = (
-        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("1.0", "2.0", "2.2")
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("1.0", "2.0", "2.None")
     )
     losses = [[record["loss"] for record in log if "loss" in record] for log in (two, ahead)]
     assert losses[1][: len(losses[0])] == losses[0]
@@ -89,3 +152,15 @@ def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path) -> None:
             assert first.get(name) == second.get(name), name
         if "loss" in first:
             assert abs(first["loss"] - second["loss"]) < 1e-5
+    # The wait for the other rank is shown wherever the split of a step's time is; and by one rank alone.
+    run = tmp_path / "2.None"
+    assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "tensorboard", "trace.json"]
+    assert re.search(r"<title>exchange: [\d.e-]+ ms on the average", write_report(run).read_text())
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    waits = [record["time/exchange"] for record in ahead if "time/exchange" in record]
+    assert [event.value for event in found.Scalars("time/exchange")] == pytest.approx(waits)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert len(re.findall(r"train: 100%.*12/12", shown.err)) == 1
+    assert shown.err.count("step 12, eval: auc") == 1

@@ -109,6 +109,21 @@ def test_an_overflow_in_row_gradients_alone_leaves_their_update_out_and_lowers_t
     assert not torch.equal(state_of(step)["table.embedding"], before["table.embedding"])
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_float16_trains_where_an_optimizer_has_no_gradients(clip: float | None) -> None:
+    step = make_step(precision="float16", loss_scale=1024.0, clip_grad_norm=clip)
+    assert isinstance(step.model, Model)
+    step.model.tower.requires_grad_(False)
+    before = [parameter.clone() for parameter in step.model.tower.parameters()]
+    train(step, make_batches(2))
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.tower.parameters(), strict=True))
+    assert int(step.engines[0].tables[0].export(0)["updated_step"].max()) == 2
+    # And where none has: an objective that does not count.
+    step.objectives = {"": Objective(loss=lambda outputs, labels: torch.zeros((), requires_grad=True))}
+    train(step, make_batches(1))
+    assert step._scaler.get_scale() == 1024.0
+
+
 def test_unscaled_row_gradients_are_those_of_full_precision() -> None:
     norms = []
     for precision in ("float32", "float16"):

@@ -1,5 +1,6 @@
 """A small hybrid model and batches for it, which pipelines are tested with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
-from recis_hybrid.pipelines import TorchStep
+from recis_hybrid.pipelines import Callback, Record, TorchStep, Trainer
 from recis_hybrid.ragged import Batch
 
 bce = nn.functional.binary_cross_entropy_with_logits
@@ -55,3 +56,20 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+class Records(Callback):
+    """Keeps all lines of the log, and all batches that were trained on."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.batches: list[Batch] = []
+
+    def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        self.batches += batches
+
+    def on_log(self, trainer: Trainer, record: Record) -> None:
+        self.records.append(record)
+
+    def of(self, event: str) -> list[Record]:
+        return [record for record in self.records if record["event"] == event]

@@ -1,0 +1,187 @@
+"""Runs that were interrupted or stopped end bitwise where undisturbed ones do."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from recis_hybrid.columnio import ColumnDataset, Window, Windows
+from recis_hybrid.metrics import AUC
+from recis_hybrid.pipelines import (
+    Callback,
+    Checkpoint,
+    Evaluate,
+    Mixture,
+    Save,
+    Stage,
+    Train,
+    Trainer,
+    WindowStages,
+)
+from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
+from tests.support.small import assert_same, make_batches, make_step, state_of
+
+
+def epochs(trainer: Trainer) -> Iterator[Stage]:
+    for number in range(4):
+        yield Train(epochs=1, name=f"epoch {number}")
+        yield Evaluate()
+        if trainer.figures["eval"]["auc"] > 0.7:
+            yield Evaluate(name="again")
+        yield Save()
+
+
+class Interrupt(Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == self.at:
+            raise KeyboardInterrupt
+
+
+def training(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+    step = make_step()
+    saver = None if folder is None else Saver(folder, keep=None)
+    more = [] if folder is None else [Checkpoint(steps=5)]
+    step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
+    options = {"metrics": {"auc": AUC()}, "seed": 3, **options}
+    return Trainer(step, data, make_batches(2), saver=saver, callbacks=[*more, *callbacks], **options)
+
+
+def interrupted(trainer: Trainer, stages: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(stages)
+    trainer.saver = None  # as the end of a process does, this lets another save there
+
+
+def dataset(tmp_path: Path, **options: Any) -> ColumnDataset:
+    if not (tmp_path / "rows").exists():
+        batches = make_batches(8)
+        columns = {name: torch.cat([batch[name] for batch in batches]).numpy() for name in ("id", "label")}  # type: ignore[misc]
+        (tmp_path / "rows").mkdir()
+        pq.write_table(pa.table(columns), tmp_path / "rows" / "part.parquet", row_group_size=100)
+    return ColumnDataset(tmp_path / "rows", ["id", "label"], 60, shuffle=True, **options)
+
+
+def workers(tmp_path: Path) -> DataLoader[Batch]:
+    return DataLoader(dataset(tmp_path), batch_size=None, num_workers=1, multiprocessing_context="fork")
+
+
+def mixture(tmp_path: Path) -> Mixture:
+    return Mixture({"a": dataset(tmp_path), "b": make_batches(3, seed=5)}, {"a": 2, "b": 1}, seed=2)
+
+
+# JAX, where a test before has started it, warns of any fork; workers that read files never come near it.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [*((kind, at) for kind in ("list", "dataset") for at in (3, 7, 9, 20)), ("loader", 7)],
+)
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: str, at: int, prefetch: int) -> None:
+    def data() -> Any:
+        return make_batches(9) if kind == "list" else {"dataset": dataset, "loader": workers}[kind](tmp_path)
+
+    whole = training(None, data())
+    stages = [stage for stage in epochs_of(whole)]
+    whole.fit([stage for stage in stages if not isinstance(stage, Save)])
+    cut = training(tmp_path / "run", data(), [Interrupt(at)], prefetch=prefetch)
+    interrupted(cut, epochs(cut))
+    resumed = training(tmp_path / "run", data(), prefetch=prefetch)
+    resumed.fit(epochs(resumed), resume="latest")
+    assert resumed.steps_done == 36
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures["eval"] == whole.figures["eval"]
+    assert resumed.figures["again"] == resumed.figures["eval"]
+
+
+def epochs_of(trainer: Trainer) -> list[Stage]:
+    return [stage for number in range(4) for stage in (Train(epochs=1, name=f"epoch {number}"), Evaluate())]
+
+
+def test_a_mixture_is_resumed_in_its_middle(tmp_path: Path) -> None:
+    whole = training(None, mixture(tmp_path))
+    whole.fit([Train(steps=23)])
+    cut = training(tmp_path / "run", mixture(tmp_path), [Interrupt(14)])
+    interrupted(cut, [Train(steps=23)])
+    resumed = training(tmp_path / "run", mixture(tmp_path))
+    resumed.fit([Train(steps=23)], resume="latest")
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at", [None, 2, 6, 8, 13])
+def test_test_then_train_is_resumed_in_its_window(tmp_path: Path, at: int | None) -> None:
+    opened: list[str] = []
+
+    def open_window(window: Window) -> list[Batch]:
+        opened.append(window.name)
+        return make_batches(4, seed=int(window.name))
+
+    def run(folder: Path | None, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+        trainer = training(folder, None, callbacks, open_window=open_window)
+        stages = WindowStages(
+            Windows([["a"], ["b"], ["c"], ["d"]]),
+            lambda w: [Evaluate(window=w), Train(window=w), *([] if folder is None else [Save()])],
+        )
+        if callbacks:
+            interrupted(trainer, stages)
+        else:
+            trainer.fit(stages, **options)
+        return trainer
+
+    whole = run(None)
+    assert opened == [name for name in "0123" for _ in range(2)]
+    if at is not None:
+        run(tmp_path / "run", [Interrupt(at)])
+    opened.clear()
+    resumed = run(tmp_path / "run", resume="latest")
+    # The checkpoint before: within a window every fifth step, and at a window's end.
+    assert "".join(opened) == {None: "00112233", 2: "00112233", 6: "12233", 8: "12233", 13: "33"}[at]
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures == whole.figures
+
+
+class StopAt(Interrupt):
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == self.at:
+            trainer.stop("the machine is wanted back")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_stopped_run_is_saved_and_goes_on_in_its_stage(tmp_path: Path, own: bool) -> None:
+    def run(folder: Path | None, *callbacks: Callback, **options: Any) -> Trainer:
+        trainer = training(folder, make_batches(9), callbacks)
+        trainer.fit([Train(data=dataset(tmp_path) if own else "train", epochs=2), Evaluate()], **options)
+        trainer.saver = None
+        return trainer
+
+    whole = run(None)
+    stopped = run(tmp_path / "run", StopAt(7))
+    assert (stopped.steps_done, stopped.figures) == (7, {})
+    assert Saver(tmp_path / "run").steps() == [5, 7]
+    resumed = run(tmp_path / "run", resume="latest")
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures == whole.figures
+
+
+def test_resume_begins_anew_where_there_is_nothing_and_never_over_what_is_there(tmp_path: Path) -> None:
+    trainer = training(tmp_path, make_batches(3))
+    trainer.fit([Train(), Save()], resume="latest")
+    assert trainer.saver is not None
+    assert trainer.saver.steps() == [3]
+    again = training(tmp_path, make_batches(3))
+    with pytest.raises(ValueError, match=r'there are checkpoints of the steps \[3\] already; go on .* resume="latest"'):
+        again.fit([Train(), Save()])
+    again.fit([Train(), Save()], resume="latest")
+    assert again.steps_done == 3
+    with pytest.raises(ValueError, match="resume needs a saver"):
+        training(None, make_batches(3)).fit([Train()], resume="latest")
+    with pytest.raises(ValueError, match="there is no saver to save with"):
+        training(None, make_batches(3)).fit([Save()])

@@ -1,0 +1,64 @@
+"""Trainings of other orders: warm-up, teacher and student, several sources."""
+
+import math
+
+import pytest
+import torch
+
+from recis_hybrid.metrics import AUC, MSE
+from recis_hybrid.pipelines import (
+    Evaluate,
+    Mixture,
+    Train,
+    Trainer,
+)
+from recis_hybrid.ragged import Batch
+from tests.support.small import Records, make_batches, make_step
+
+
+def test_frozen_towers_stand_still_while_tables_warm_up() -> None:
+    step, batches = make_step(), make_batches()
+    before = [p.detach().clone() for p in step.model.tower.parameters()]  # type: ignore[union-attr]
+    trainer = Trainer(step, batches)
+    stages = [Train(steps=5, freeze=[step.model.tower])]  # type: ignore[list-item]
+    trainer.fit(stages)
+    after = list(step.model.tower.parameters())  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert int(step.engines[0].tables[0].export(0)["updated_step"].max()) == 5
+    trainer.fit([Train(steps=5)])
+    assert trainer.steps_done == 10
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_student_learns_from_its_teacher() -> None:
+    teacher = make_step()
+    student = make_step(label="taught")
+    batches = make_batches()
+
+    def taught(batch: Batch) -> Batch:
+        return {**batch, "taught": teacher.predict(batch)[""].scores}
+
+    trainer = Trainer({"teacher": teacher, "student": student}, batches, batches)
+    trainer.fit([
+        Train(epochs=10, step="teacher"), Evaluate(name="teacher", step="teacher", metrics={"auc": AUC()}),
+        Evaluate(name="before", step="student", transform=taught, metrics={"mse": MSE()}),
+        Train(epochs=10, step="student", transform=taught),
+        Evaluate(name="after", step="student", transform=taught, metrics={"mse": MSE()}),
+    ])  # fmt: skip
+    assert trainer.figures["teacher"]["auc"] > 0.99
+    assert trainer.figures["after"]["mse"] < 0.01 < 0.1 < trainer.figures["before"]["mse"]
+    assert {"teacher.model", "teacher.engine", "student.dense", "trainer"} <= set(trainer.parts())
+
+
+def test_sources_by_proportion() -> None:
+    ads, organic = make_batches(3, seed=1), make_batches(5, seed=2)
+    mixture = Mixture({"ads": ads, "organic": organic}, {"ads": 1, "organic": 3}, seed=4)
+    seen = Records()
+    Trainer(make_step(), mixture, callbacks=[seen]).fit([Train(steps=400)])
+    of_ads = sum(any(batch is one for one in ads) for batch in seen.batches)
+    assert abs(of_ads - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
+    for name, share in (("organic", 0.0), ("organic", math.inf)):
+        with pytest.raises(ValueError, match=f"the proportion of '{name}' must be a finite number above 0, got"):
+            Mixture({"ads": ads, "organic": organic}, {"ads": 1, name: share})
+    with pytest.raises(ValueError, match="must have the same names"):
+        Mixture({"ads": ads}, {"organic": 1})

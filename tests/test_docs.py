@@ -1,0 +1,41 @@
+"""The documentation names what is there: pages in the navigation, links, files, rooms. `make docs` builds it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.imports import read_package
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+
+
+def navigation() -> set[str]:
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", (DOCS / "index.md").read_text(), re.MULTILINE | re.DOTALL)
+    return {line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    pages = {path.relative_to(DOCS).with_suffix("").as_posix() for path in PAGES}
+    assert navigation() == pages - {"index"}
+
+
+def test_every_room_has_a_page_in_the_reference() -> None:
+    packages = {source.module for source in read_package(ROOT) if source.is_package}
+    rooms = {name for name in packages if name.count(".") == 1} - {"recis_hybrid.ops"}
+    named = set(re.findall(r"automodule:: (\S+)", "".join(page.read_text() for page in PAGES)))
+    assert rooms <= named
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in link:
+            assert (path.parent / link).exists(), link
+    # Files and folders of the repository that are named without a link.
+    for named in re.findall(r"`((?:docs|examples|benchmarks|scripts|requirements|csrc|tests)/[\w./]+)`", text):
+        assert (ROOT / named).exists(), named
