@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid.embedding.anchor import Anchor
-from recis_hybrid.embedding.coalesce import COUNTS, TablePlan, layout_on, plan_tables
+from recis_hybrid.embedding.checkpointed import CheckpointedTables
+from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
@@ -21,17 +22,12 @@ from recis_hybrid.embedding.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
-from recis_hybrid.embedding.loading import TablesLoader, load_some_tables, load_tables_state
 from recis_hybrid.embedding.lookup import Lookup, Request
 from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.saving import rows_state, snapshot
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.shares import Buckets, Shares
-from recis_hybrid.embedding.state import tables_changes, tables_layout, tables_state, watch_tables
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import HostMemory, PartState, TableState
 
 
 class RowOptimizer(Protocol):
@@ -49,7 +45,7 @@ class EngineLookup:
     outputs: tuple[Outputs, ...]
 
 
-class EmbeddingEngine(nn.Module):
+class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
     Member tables that agree in width, dtypes, record layout, placement and rules are coalesced into one logical table:
@@ -325,67 +321,6 @@ class EmbeddingEngine(nn.Module):
     def describe(self) -> str:
         """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
         return describe(self.plans, self.tables)
-
-    def checkpoint_state(self) -> PartState:
-        """Returns every member table's rows: what Saver writes; of several ranks each hands out some, each row once."""
-        return tables_state(self.tables, self._shares)
-
-    def checkpoint_layout(self) -> PartState:
-        """Returns :meth:`checkpoint_state` without its rows."""
-        return tables_layout(self.tables)
-
-    def checkpoint_rows(self) -> PartState:
-        """Returns :meth:`checkpoint_state` with rows to be read as they are written; none may change before."""
-        return rows_state(self.tables, self._shares)
-
-    def checkpoint_snapshot(self, memory: HostMemory) -> Callable[[], PartState]:
-        """Copies every row into host memory; what it returns hands the copies out, in any thread."""
-        return snapshot(self.tables, memory, self._shares)
-
-    def checkpoint_loader(self, saved: PartState) -> TablesLoader:
-        """Returns what takes the rows of a checkpoint in pieces; ``saved`` says what it holds, without rows."""
-        return TablesLoader(self.tables, saved)
-
-    def watch_checkpoint_changes(self) -> object:
-        """Begins to note what changes in the tables, for as long as the result lives; see :meth:`HashTable.watch`."""
-        return watch_tables(self.tables)
-
-    def checkpoint_changes(self, since: object, whole: Collection[str] = ()) -> PartState | None:
-        """Returns :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
-        return tables_changes(self.tables, since, whole, self._shares)
-
-    def checkpoint_buckets(self, table: str) -> Buckets | None:
-        """Returns of which buckets this rank takes a member table's rows from a checkpoint.
-
-        Args:
-            table: Name in the checkpoint.
-
-        Returns:
-            The first bucket, and the one after the last; None where ranks do not share the tables.
-        """
-        if self._shares is None:
-            return None
-        name = table.removesuffix(COUNTS)
-        places = (
-            (t, m) for t, own in enumerate(self.tables) for m, each in enumerate(own.members) if each.name == name
-        )
-        place = next(places, None)
-        return (0, 0) if place is None else self._shares.kept(*place)
-
-    def load_checkpoint_state(self, state: PartState) -> None:
-        """Replaces every member table's rows; of several ranks each takes its own of a state that has them all."""
-        load_tables_state(self.tables, state, self.checkpoint_buckets)
-
-    @property
-    def _shares(self) -> Shares | None:
-        """What of the tables this rank saves and loads; None where no others have them, too."""
-        if self._sharded is None:
-            return None
-        return Shares(self._sharded.exchange, [table.asks for table in self._sharded.tables])
-
-    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
-        """Replaces the rows of some member tables; see :func:`load_some_tables`."""
-        load_some_tables(self.tables, tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

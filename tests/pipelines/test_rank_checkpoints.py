@@ -86,7 +86,7 @@ def on_two_ranks(*arguments: object) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
-    mp.get_context("forkserver").set_forkserver_preload(["torch", __name__])
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
     mp.start_processes(on_rank, (port, *arguments), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 

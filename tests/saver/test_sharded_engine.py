@@ -11,7 +11,7 @@ from recis_hybrid.saver.chain import Checkpoint
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 from tests.support.rank_processes import Ranks
-from tests.support.sharded_saves import damaged, overtaken, resumed, saved, saved_again
+from tests.support.sharded_saves import damaged, overtaken, resumed, saved, saved_again, some_loaded, whole_on_one
 
 SIZES = [1, 2, 3, 4, 8]
 SHARDINGS = ["row", "table", "replicated", "mixed"]
@@ -20,7 +20,7 @@ SHARDINGS = ["row", "table", "replicated", "mixed"]
 @pytest.fixture(scope="module")
 def eight() -> Iterator[Ranks]:
     """Processes that are ranks of a group."""
-    started = Ranks(ranks=8)
+    started = Ranks(timeout_s=60, ranks=8)  # of which few have a core
     yield started
     started.close()
 
@@ -104,3 +104,25 @@ def test_damage_changes_nothing_on_any_rank(
     for answer in eight.run(2, damaged, sharding, str(root)):
         assert len(answer) == 1
         assert path.name in answer[0]
+
+
+def test_a_table_is_whole_on_all_ranks_if_it_is_on_one(eight: Ranks, tmp_path: Path) -> None:
+    eight.run(3, whole_on_one, str(tmp_path))
+    last = Checkpoint(tmp_path / "run", 3)
+    tables = last.manifest.parts["engine"].tables
+    assert last.manifest.previous is not None
+    assert {name for name, table in tables.items() if table.removed is None} == {"user"}
+    eight.run(2, saved_again, "row", str(tmp_path / "run"), str(tmp_path / "again"), False)
+    assert files(tmp_path / "again" / "step_000003") == files(tmp_path / "whole" / "step_000003")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_some_tables_go_to_ranks_that_share_them_otherwise(
+    eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, size: int
+) -> None:
+    source = runs[2][1] / "whole"
+    eight.run(size, some_loaded, str(source), str(tmp_path))
+    expected, found = (Checkpoint(root, 3).read("engine").tables for root in (source, tmp_path))
+    for name, other in (("user", "best"), ("narrow", "narrow"), ("item", "user")):
+        for column in ("ids", "embedding", "exp_avg", "exp_avg_sq", "frequency"):
+            assert torch.equal(found[other].columns[column], expected[name].columns[column]), (name, column)

@@ -25,10 +25,12 @@ class Ranks:
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
+        self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Forked off a process that has imported what they need, and has no threads: a second for all of them.
+        # Forked off a process that has imported what they need, and what optimizers import when they are first made,
+        # and has no threads: a few seconds for all of them.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "tests.support.sharded", "tests.support.sharded_saves"])
+        context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         store = Path(self._folder.name) / "store"
@@ -44,9 +46,10 @@ class Ranks:
         for connection in self.connections[:ranks]:
             connection.send((ranks, function, args))
 
-    def results(self, ranks: int, timeout_s: float = 60.0) -> list[Any]:
+    def results(self, ranks: int, timeout_s: float | None = None) -> list[Any]:
         """Returns what each rank's call returned, or the text of what it raised as an exception."""
         found = []
+        timeout_s = 3 * self._timeout_s if timeout_s is None else timeout_s
         for rank, connection in enumerate(self.connections[:ranks]):
             if not connection.poll(timeout_s):
                 raise TimeoutError(f"rank {rank} has not answered in {timeout_s} s")

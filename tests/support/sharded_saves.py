@@ -113,3 +113,28 @@ def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
             assert all(torch.equal(after.tables[name].columns[c], values) for c, values in table.columns.items())
         return [str(error)]
     return []
+
+
+def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
+    """Saves what changed, where one rank alone has lost track of a member table."""
+    run = Run("mixed", group)
+    run.train(range(2))
+    saver = run.saver(f"{root}/run")
+    saver.save(1, delta=True, **run.parts())
+    run.train(range(2, 4))
+    if run.rank == 1:
+        table = next(table for table in run.engine.tables if any(member.name == "user" for member in table.members))
+        for changes in table.watched:
+            changes.note_whole([member.name for member in table.members].index("user"))
+    saver.save(3, delta=True, **run.parts())
+    run.saver(f"{root}/whole").save(3, **run.parts())
+
+
+def some_loaded(group: dist.ProcessGroup, root: str, out: str) -> None:
+    """Takes tables of another run under other names, into tables that ranks share otherwise."""
+    run = Run("mixed", group, seed=9)
+    run.train(range(1))
+    rename = {"user": "best", "narrow": "narrow", "item": "user"}
+    found = run.saver(root).load_some(only=list(rename), rename=rename, strict=False, engine=run.engine)
+    assert sorted(found.loaded) == ["engine: best", "engine: narrow", "engine: user"]
+    run.saver(out).save(3, **run.parts())
