@@ -9,7 +9,7 @@ from torch import Tensor
 from recis_hybrid.saver.compare import named_differences, refuse_differences, state_differences
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.json_values import checked_json
-from recis_hybrid.saver.manifest import TensorSpec
+from recis_hybrid.saver.manifest import KINDS, TensorSpec
 from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.optimizer_adapter import OptimizerPart
 from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader, Saveable, SharesRows, TakesRows
@@ -64,7 +64,12 @@ def part_of(name: str, value: object) -> Part:
         CheckpointError: the value is of no kind that can be saved.
     """
     if isinstance(value, Saveable) and not isinstance(value, type):
-        return SaveablePart(value)
+        part = SaveablePart(value)
+        if part.kind not in KINDS:
+            raise CheckpointError(
+                f"Saver: part {name!r}: checkpoint_kind must be one of {list(KINDS)}, got {part.kind!r}. Leave it out."
+            )
+        return part
     if isinstance(value, torch.nn.Module):
         return ModulePart(name, value)
     if isinstance(value, torch.optim.Optimizer):

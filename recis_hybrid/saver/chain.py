@@ -1,6 +1,7 @@
 """A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
@@ -102,9 +103,11 @@ class Checkpoint:
                 pass
 
     def rows(self, name: str, table: str) -> int:
-        """The number of rows of a table, or somewhat more where this checkpoint builds on others."""
+        """About how many rows a table has, but never more than its files can hold, whatever the manifest says."""
         entry = self.manifest.parts[name].tables[table]
-        return entry.rows + sum(below.rows for _, below in self._below(name, table))
+        layers = [entry, *(below for _, below in self._below(name, table))]
+        width = sum(math.prod(spec.shape) * spec.itemsize for spec in entry.columns.values())
+        return sum(min(item.rows, item.file.size // width) for layer in layers for item in layer.ranges)
 
     def read(
         self, name: str, tables: Collection[str] | None = None, *,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recis_hybrid.saver.files import Location, encode_name
 from recis_hybrid.saver.headers import Place, places, views
-from recis_hybrid.saver.local_table import LocalTable, local_table
+from recis_hybrid.saver.local_table import LocalTable
 from recis_hybrid.saver.manifest import FileEntry, RangeEntry, TableEntry
 from recis_hybrid.saver.protocol import BUCKETS, JSON, TableState
 from recis_hybrid.saver.ranks import Ranks
@@ -62,25 +62,6 @@ def write_tables(
         table.name: TableEntry(sum(item.rows for item in of_table), table.specs, table.meta, tuple(of_table))
         for table, of_table in zip(tables, ranges, strict=True)
     }
-
-
-def write_table(root: Location, part: str, name: str, state: TableState) -> TableEntry:
-    """Write a table whose rows are all here, and force it to the disk.
-
-    Args:
-        root: directory of the checkpoint.
-        part: name of the part.
-        name: name of the table.
-        state: the rows; what they say of ids that went is not looked at.
-
-    Returns:
-        What the manifest says of the table.
-
-    Raises:
-        CheckpointError: the state breaks the rules of `TableState`, holds an id twice, or cannot be written.
-    """
-    table = local_table(f"Saver.save: part {part!r}, table {name!r}", name, state)
-    return write_tables(root, Ranks(None), part, [table])[name]
 
 
 def read_table(

@@ -1,6 +1,5 @@
 """Writes and reads one safetensors file of whole tensors, with what it is of in its header."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,8 +16,6 @@ from recis_hybrid.saver.files import ChunkSums, Location, check_size, open_file,
 from recis_hybrid.saver.headers import (
     DTYPES as DTYPES,
     LONGEST_HEADER,
-    METADATA_KEY,
-    NAMES,
     Place,
     buffer,
     header,
@@ -27,8 +24,6 @@ from recis_hybrid.saver.headers import (
 )
 from recis_hybrid.saver.manifest import FORMAT_VERSION, TensorSpec
 from recis_hybrid.saver.protocol import JSON
-
-_TORCH_NAMES = {short: name for name, short in NAMES.items()}
 
 
 def check_tensor(where: str, name: str, tensor: object) -> None:
@@ -146,45 +141,12 @@ def _header(path: object, where: str, head: bytes, length: int, size: int) -> tu
 class TensorFile:
     """A safetensors file open for reading."""
 
-    def __init__(self, path: Path, where: str, handle: Any) -> None:
-        self._path = path
-        self._where = where
+    def __init__(self, handle: Any) -> None:
         self._handle = handle
-
-    def check(self, specs: dict[str, TensorSpec], tag: dict[str, JSON]) -> None:
-        """Compare the header with what the file must hold.
-
-        Args:
-            specs: dtype and shape of every tensor.
-            tag: what the file is of.
-
-        Raises:
-            CorruptCheckpoint: a tensor is missing, unknown, or of another dtype or shape, or the file is of
-                something else.
-        """
-        text = (self._handle.metadata() or {}).get(METADATA_KEY, "null")
-        try:
-            found_tag = json.loads(text)
-        except (ValueError, RecursionError):
-            found_tag = text
-        check_contents(
-            self._path, self._where, found_tag, {name: self._spec(name) for name in self._handle.keys()}, tag, specs
-        )
 
     def names(self) -> list[str]:
         """The names of all tensors, in order."""
         return sorted(self._handle.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, by the header.
-
-        Args:
-            name: its name.
-
-        Returns:
-            The shape; empty if the file has no such tensor.
-        """
-        return self._spec(name).shape if name in self._handle.keys() else ()
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into memory of its own.
@@ -200,19 +162,6 @@ class TensorFile:
         """
         mapped = self._handle.get_tensor(name)
         return torch.empty_like(mapped).copy_(mapped)
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Read a tensor into given memory.
-
-        Args:
-            name: its name.
-            out: a tensor of its dtype and shape, overwritten.
-        """
-        out.copy_(self._handle.get_tensor(name))
-
-    def _spec(self, name: str) -> TensorSpec:
-        part = self._handle.get_slice(name)
-        return TensorSpec(_TORCH_NAMES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
 
 
 def check_contents(
@@ -260,7 +209,7 @@ def open_tensors(path: Path, where: str) -> Iterator[TensorFile]:
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            yield TensorFile(path, where, handle)
+            yield TensorFile(handle)
     except SafetensorError as error:
         raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
 

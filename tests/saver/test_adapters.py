@@ -257,3 +257,12 @@ def test_names_do_not_depend_on_distributed_data_parallel(tmp_path: Path, alone:
     assert saver.load_some(only="tower.*", model=whole).loaded == [
         "model: tower.0.bias", "model: tower.0.weight", "model: tower.1.bias", "model: tower.1.weight",
     ]  # fmt: skip
+
+
+def test_the_kind_of_a_saveable_is_one_that_can_be_read_back(tmp_path: Path) -> None:
+    shelf = example_shelf()
+    shelf.checkpoint_kind = "shelf"  # type: ignore[attr-defined]
+    with pytest.raises(
+        CheckpointError, match="part 'shelf': checkpoint_kind must be one of .*'optimizer'.*, got 'shelf'"
+    ):
+        Saver(tmp_path).save(1, shelf=shelf)

@@ -1,5 +1,7 @@
 """Tables take rows of tables that are not quite their own; a damaged file leaves them as they were."""
 
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Placement
 from recis_hybrid.saver import CheckpointMismatch, CorruptCheckpoint, Saver, table_plan
+from tests.saver.fakes import edit_manifest
 from tests.saver.test_world_sizes import member, rows_of, sharded
 
 
@@ -126,3 +129,20 @@ def test_a_damaged_file_leaves_the_tables_as_they_were(
         Saver(tmp_path).load(engine=live)
     assert rows_of(live) == before
     assert (len(live.tables[0]), live.tables[0].seed) == (2 if filled else 0, 8)
+
+
+@pytest.mark.parametrize("rows", [2**60, 2**33])
+def test_a_manifest_that_lies_about_rows_takes_no_memory(run: Path, tmp_path: Path, rows: int) -> None:
+    shutil.copytree(run, tmp_path / "run")
+
+    def lie(document: dict[str, Any]) -> None:
+        table = document["parts"]["engine"]["tables"]["user"]
+        table["rows"] = table["ranges"][0]["rows"] = rows
+
+    edit_manifest(tmp_path / "run" / "step_000001", lie)
+    live = engine()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptCheckpoint, match="part 'engine', table 'user'"):
+        Saver(tmp_path / "run").load(engine=live)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert all(len(table) == 0 for table in live.tables)

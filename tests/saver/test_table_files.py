@@ -11,14 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState, table_plan
+from recis_hybrid.saver.local_table import local_table
 from recis_hybrid.saver.manifest import FileEntry, TableEntry
-from recis_hybrid.saver.table_files import read_table, write_table
+from recis_hybrid.saver.ranks import Ranks
+from recis_hybrid.saver.table_files import read_table, write_tables
 from recis_hybrid.saver.table_plan import range_count
 from recis_hybrid.saver.tensors import DTYPES
 from tests.saver.fakes import HIGHEST, LOWEST, example_table
 
 SORTED_IDS = [-1, 0, 5, LOWEST, HIGHEST]  # buckets 0, 7, 7, 65535, 65535
 int64 = st.integers(LOWEST, HIGHEST)
+
+
+def write_table(root: Path, part: str, name: str, state: TableState) -> TableEntry:
+    table = local_table(f"Saver.save: part {part!r}, table {name!r}", name, state)
+    return write_tables(root, Ranks(None), part, [table])[name]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

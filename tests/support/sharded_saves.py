@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingEngine, Unused
-from recis_hybrid.saver import CorruptCheckpoint, Saver
+from recis_hybrid.saver import CorruptCheckpoint, Saver, table_plan
 from tests.support import rank_processes, sharded
 from tests.support.devices import EDGE_IDS
 
@@ -26,6 +26,7 @@ class Run:
     """An engine in training, on this rank's share of the batches."""
 
     def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3) -> None:
+        table_plan.RANGE_BYTES = 1024  # several files a table, some of them of several ranks
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.engine = engine_of(sharding, group, seed)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
