@@ -21,7 +21,7 @@ struct Initializer {
   float erf_low;  // truncated normal: erf of the ends as multiples of sqrt(2) standard deviations from the mean
   float erf_high;
   int32_t first_quad;  // where a row is split by column: which four of its elements are the first ones here
-  uint64_t key;  // of seed and member table's name
+  uint64_t key;        // of seed and member table's name
 };
 static_assert(sizeof(Initializer) == 40, "Initializer is read from rows of five int64");
 
