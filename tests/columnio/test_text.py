@@ -144,7 +144,15 @@ def test_integers_that_64_bits_do_not_hold_are_refused(tmp_path: Path, suffix: s
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("values", [[0.5, BIG], [BIG, 0.5], [-1, BIG, 1e3 + 0.25], [-1, 0.5]])
+@pytest.mark.parametrize("first", [BIG, 1])
+def test_large_ids_in_files_of_many_blocks(tmp_path: Path, suffix: str, first: int) -> None:
+    values = [first, *range(2**63, 2**63 + MANY)]
+    path = write(tmp_path / f"a{suffix}", values)
+    assert numbers_of(ColumnDataset(path, ["x"], 50_000)) == [signed(value) for value in values]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("values", [[0.5, BIG], [5, 0.5], [-5, 0.5], [BIG, 0.5], [-1, BIG, 1e3 + 0.25], [-1, 0.5]])
 def test_floats_stay_floats(tmp_path: Path, suffix: str, values: list[float]) -> None:
     path = write(tmp_path / f"a{suffix}", values)
     data = ColumnDataset(path, ["x"], 10)
