@@ -263,8 +263,8 @@ def _remedy(depth: int, inner: ArrowType) -> str:
         return "structs are read by Weighted() where they are an id and a weight, in lists"
     if pa.types.is_decimal(inner):
         return (
-            "integers of text files that 64 bits do not hold are read by Dense(torch.float64), or write it as strings, "
-            "integers or floats"
+            "write it as integers, floats or strings; integers of text files that 64 bits do not hold are read by "
+            "Dense(torch.float64)"
         )
     return "write it as numbers, strings or lists of these"
 

@@ -57,7 +57,8 @@ class ColumnDataset(IterableDataset[Batch]):
     Where torch.distributed is initialised, and `rank` and `world_size` are left out, all ranks must open the dataset,
     in the same order among what they do together: opening ends with one `all_gather_object` of the default group, in
     which they compare what they found. If one of them failed or found other files or rows, all raise; no later
-    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody.
+    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody, and
+    a dataset that was opened before torch.distributed is initialised is not compared.
 
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these

@@ -96,7 +96,10 @@ class OpenedFile:
                     self._check()
                 looked = True
                 yield batch
+        except BadFileError:
+            raise
         except (*DAMAGE, ValueError):
+            # What cannot be read is no damage where another file was read.
             self._check()
             raise
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import ColumnDataset, Windows
+from recis_hybrid.columnio import BadFileError, ColumnDataset, Windows
 from recis_hybrid.columnio.paths import find_files
 
 moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
@@ -96,6 +96,13 @@ def test_an_object_that_vanishes_names_itself(s3: pafs.S3FileSystem) -> None:
     data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, filesystem=s3)
     s3.delete_file("bucket/clicks/day=3/a.parquet")
     with pytest.raises(FileNotFoundError, match=r"clicks/day=3/a\.parquet"):
+        list(data)
+
+
+def test_an_object_written_anew_names_itself(s3: pafs.S3FileSystem) -> None:
+    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, filesystem=s3)
+    pq.write_table(table(20, 31), "bucket/clicks/day=3/a.parquet", filesystem=s3, row_group_size=4)
+    with pytest.raises(BadFileError, match=r"clicks/day=3/a\.parquet was written anew since the data set was opened"):
         list(data)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ NAME, PIECE = "JSON lines", "block"
 
 _NO_VALUE = re.compile(r"Failed to convert JSON to (.+?), couldn't parse:(.*)", re.DOTALL)
 _OTHER_KIND = re.compile(r"Column\(/([^/)]*).*\) changed from (\w+) to (\w+)")
-# How much pyarrow reads at a time, and finds the types in.
+# How much pyarrow reads at a time, in the first of which it finds the types.
 _BLOCK = 1 << 20
 
 
@@ -55,20 +54,28 @@ def _batches(file: Any, types: Mapping[str, Any], threads: bool = False) -> Iter
     with file.stream() as source:
         yield from pj.open_json(
             source,
-            read_options=pj.ReadOptions(use_threads=threads, block_size=_BLOCK),
+            read_options=pj.ReadOptions(use_threads=threads),
             parse_options=_parse(types, "ignore"),
         )
 
 
 def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
     """Returns the schema with other types for integers that were taken for floats, being too large for int64."""
+    block = b""
 
     def exact(name: str, made: Any, way: tuple[str, ...]) -> Any:
+        nonlocal block
+        if not block:
+            with file.stream() as source:
+                block = source.read(_BLOCK)
+            if len(block) == _BLOCK:
+                # The last line is cut off.
+                block = block[: block.rfind(b"\n") + 1]
         try:
-            next(_batches(file, {name: made}), None)
+            pj.open_json(pa.BufferReader(block), parse_options=_parse({name: made}, "ignore"))
         except pa.ArrowInvalid as error:
             found = _NO_VALUE.search(str(error))
-            whole = found is not None and is_whole(found[2]) and not _has_floats(file, (name, *way))
+            whole = found is not None and is_whole(found[2]) and not _has_floats(block, (name, *way))
             return TOO_LARGE if whole else pa.float64()
         return pa.uint64()
 
@@ -80,15 +87,9 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
     return pa.schema([field(each) for each in schema])
 
 
-def _has_floats(file: Any, way: tuple[str, ...]) -> bool:
-    """Returns whether one of the values at that place of the first rows is no integer."""
-    with file.stream() as source:
-        lines = source.read(_BLOCK).splitlines()
-    values = []
-    for line in lines:
-        # The last one may be cut off.
-        with suppress(ValueError):
-            values.append(json.loads(line))
+def _has_floats(block: bytes, way: tuple[str, ...]) -> bool:
+    """Returns whether one of the values at that place is no integer."""
+    values = [json.loads(line) for line in block.splitlines() if line.strip()]
     for step in way:
         there = (value for value in values if value is not None)
         values = [item for value in there for item in (value if step == "[]" else [value.get(step)])]
