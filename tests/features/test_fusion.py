@@ -35,6 +35,7 @@ from recis_hybrid.features import (
     link,
 )  # fmt: skip
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.devices import on_devices
 
 KINDS = ["farm", "murmur", "xxh64", "djb2", "sdbm"]
 
@@ -357,3 +358,75 @@ def test_operations_that_all_change_nothing(fuse: Any) -> None:
     engine = FeatureEngine([Feature("x", source="ids", ops=[Cast(torch.int64)])], fuse=fuse)
     ids = torch.tensor([1, 2, 3])
     assert torch.equal(engine({"ids": ids})["x"], ids)
+
+
+def sent(batch: Batch, device: str) -> Batch:
+    return {name: column.to(device) for name, column in batch.items()}
+
+
+def without_rest(batch: Batch) -> Batch:
+    """On the CPU, without what a GPU, which does not wait to know how much it needs, leaves over behind the lists."""
+    trimmed: Batch = {}
+    for name, column in sent(batch, "cpu").items():
+        if isinstance(column, RaggedTensor) and not column.outer:
+            count = int(column.offsets[-1])
+            weights = None if column.weights is None else column.weights[:count]
+            column = RaggedTensor(column.values[:count], column.offsets, weights)
+        trimmed[name] = column
+    return trimmed
+
+
+@on_devices
+def test_devices_make_the_same_bits(device: str) -> None:
+    features, batch = large()
+    engine = FeatureEngine(features)
+    same(without_rest(engine(sent(batch, device))), FeatureEngine(features, fuse=False)(batch))
+    engine.check()
+
+
+@pytest.mark.gpu
+def test_a_fused_run_does_not_wait_for_the_gpu() -> None:
+    features, batch = large()
+    there = sent(batch, "cuda")
+    engine = FeatureEngine(features)
+    engine(there)  # links the calls, sends their programs, and takes the memory that the next run takes again
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda._sleep(400_000_000)
+    reached = torch.cuda.Event()
+    reached.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = engine(there)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert not reached.query()  # native code did not wait either: the GPU has not come as far as the run
+    engine.check()
+    same(without_rest(made), FeatureEngine(features)(batch))
+
+
+def launched(engine: FeatureEngine, batch: Batch) -> list[str]:
+    """The names of the kernels of a run."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    engine(batch)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        engine(batch)
+        torch.cuda.synchronize()
+    on_gpu = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))]
+
+
+@pytest.mark.gpu
+def test_a_fused_group_is_one_launch_however_many_features_there_are() -> None:
+    features, batch = large()
+    few = [feature for feature in features if not feature.name.startswith("id") or feature.name == "id3"]
+    counts = []
+    for declared in (few, features):
+        engine = FeatureEngine(declared)
+        names = launched(engine, sent(batch, "cuda"))
+        calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
+        programs = sum(isinstance(call, link.ProgramCall) for call in calls)
+        assert sum("RunProgram" in name for name in names) == programs == 2, names
+        counts.append(len(names))
+    assert counts[0] == counts[1]
