@@ -68,11 +68,11 @@ def _watch_steps() -> None:
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if hasattr(optimizer, "update_of"):
         return
-    tables = sum(isinstance(parameter, Anchor) for group in optimizer.param_groups for parameter in group["params"])
-    if tables:
-        kind = type(optimizer)
-        raise TypeError(
-            f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, and was given the parameters of "
-            f"{tables}: give engine.parameters() to an optimizer of recis_hybrid.optim, and "
-            f"embedding.dense_parameters(model) to this one"
-        )
+    # By type: isinstance of a Parameter takes twenty times as long, and this comes before every step.
+    if not any(type(parameter) is Anchor for group in optimizer.param_groups for parameter in group["params"]):
+        return
+    kind = type(optimizer)
+    raise TypeError(
+        f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, and was given their parameters: give "
+        f"engine.parameters() to an optimizer of recis_hybrid.optim, and embedding.dense_parameters(model) to this one"
+    )

@@ -70,7 +70,7 @@ def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], width
 
 
 def refuse_meta(where: str, name: str, values: Tensor) -> None:
-    """Refuses metadata (``[n]``) that a row has no room for; waits for the device.
+    """Refuses metadata (``[n]``), or ``count`` of admission, that there is no room for; waits for the device.
 
     Raises:
         TypeError: If they are no integers.
@@ -80,7 +80,8 @@ def refuse_meta(where: str, name: str, values: Tensor) -> None:
         raise TypeError(f"{where}: {name} must be integers, got {values.dtype}; convert them with .to(torch.int64)")
     if values.numel() == 0:
         return
-    least, greatest = int(values.min()), int(values.max())
-    if least < 0 or greatest >> META_BITS[name]:
+    least, greatest = (int(end) for end in values.aminmax())
+    bits = META_BITS.get(name, 40)
+    if least < 0 or greatest >> bits:
         got = least if least < 0 else greatest
-        raise ValueError(f"{where}: {name} must be 0 to 2**{META_BITS[name]} - 1, got {got}")
+        raise ValueError(f"{where}: {name} must be 0 to 2**{bits} - 1, got {got}")

@@ -155,7 +155,7 @@ class FeatureReader:
         if name not in batch:
             raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
         column = batch[name]
-        if not isinstance(column, Tensor | RaggedTensor):
+        if not isinstance(column, (Tensor, RaggedTensor)):
             raise TypeError(
                 f"{self._where}: column {name!r} must be a tensor or a RaggedTensor, got a {type(column).__name__}; "
                 f"make it one with torch.as_tensor, or RaggedTensor.from_lists for rows of unequal length"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.checks import refuse_meta
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.columns import own_columns
 from recis_hybrid.embedding.hash_table import HashTable
@@ -69,7 +70,7 @@ class TablesLoader:
             columns: As for :meth:`load`.
 
         Raises:
-            ValueError: If steps or counts are negative.
+            ValueError: If steps or counts are negative, or too large for a row.
         """
         refuse_counts(name, columns)
 
@@ -170,7 +171,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         states: By name of the member table, or that name and ``.admission``.
 
     Raises:
-        ValueError: If there is no such member table, or counts are negative; nothing is changed.
+        ValueError: If there is no such member table, or counts are negative or too large; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
     counted = {name + COUNTS: place for name, place in members.items() if place[0].gate is not None}
@@ -196,11 +197,10 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
 
 
 def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if steps or counts (int64 ``[n]``) of a table's rows are negative."""
+    """Raises ValueError if a table's rows have no room for their steps or counts (int64 ``[n]``)."""
     for column in (*META, "count"):
-        values = columns.get(column)
-        if values is not None and values.numel() and int(values.min()) < 0:
-            raise ValueError(f"table {name!r}: {column} must not be negative, got {int(values.min())}")
+        if column in columns:
+            refuse_meta(f"table {name!r}", column, columns[column])
 
 
 def _refuse_meta(saved: PartState, names: Collection[str]) -> None:

@@ -1,6 +1,7 @@
 """What tables and engines refuse, before anything is changed: each message names thing, value and remedy."""
 
 import copy
+import dataclasses
 import io
 import json
 import pickle
@@ -311,3 +312,24 @@ def test_torch_optimizers_refuse_tables_before_anything_changes(make: type[torch
     make(dense_parameters(model), lr=0.1).step()  # type: ignore[call-arg]
     assert engine.tables[0].step == 1
     assert not torch.equal(before[0], next(model["tower"].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "bits"),
+    [("id", "updated_step", -1, 40), ("id", "seen_step", 2**40, 40), ("id", "frequency", 2**48, 48),
+     ("id.admission", "count", 2**40, 40)],
+)  # fmt: skip
+def test_a_checkpoint_of_numbers_that_rows_cannot_hold_changes_nothing(
+    table: str, column: str, value: int, bits: int
+) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
+    engine({"id": torch.tensor([1, 1, 2])})
+    state = engine.checkpoint_state()
+    columns = dict(state.tables[table].columns)
+    columns[column] = torch.full_like(columns[column], value)
+    state.tables[table] = dataclasses.replace(state.tables[table], columns=columns)
+    message = re.escape(f"table {table!r}: {column} must be 0 to 2**{bits} - 1, got {value}")
+    for load in (engine.load_checkpoint_state, lambda state: engine.load_checkpoint_tables(state.tables)):
+        with pytest.raises(ValueError, match=message):
+            load(state)
+    assert engine.tables[0].ids(0).tolist() == [1]
