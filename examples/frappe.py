@@ -78,10 +78,13 @@ class Trained:
 
 
 class Stopwatch(Callback):
-    """Seconds in training stages."""
+    """Seconds in training stages, and the samples that were trained on before a resumption."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds, self.already = 0.0, 0
+
+    def before_fit(self, trainer: Trainer) -> None:
+        self.already = trainer.samples
 
     def before_stage(self, trainer: Trainer, stage: Stage) -> None:
         self.begin = time.perf_counter()
@@ -205,9 +208,8 @@ def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: b
         step, data["train"], sources=data, metrics={"auc": AUC(), "logloss": LogLoss()}, saver=saver,
         callbacks=callbacks, log_every=10, seed=args.seed,
     )  # fmt: skip
-    already = trainer.samples
     figures = trainer.fit(stages(trainer, args), resume="latest" if args.resume and saver is not None else None)
-    rate = (trainer.samples - already) / max(stopwatch.seconds, 1e-9)
+    rate = (trainer.samples - stopwatch.already) / max(stopwatch.seconds, 1e-9)
     epochs = trainer.samples // data["train"].num_rows
     test = figures["test"]
     return Trained(
