@@ -137,6 +137,7 @@ class Cases:
                 touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
                 engine({"id": touched})["id"].sum().backward()
                 optimizer.step()
+                saver.wait()  # until the whole one before is deleted
                 begin = time.perf_counter()
                 changing.save(next(steps), delta=True, engine=engine)
                 return time.perf_counter() - begin

@@ -204,13 +204,14 @@ def link_to(root: Location, step: int) -> Link:
     return Link(step, hashlib.sha256((root / step_name(step) / MANIFEST).read_bytes()).hexdigest())
 
 
-def superfluous(root: Location, steps: list[int], keep: int) -> list[int]:
+def superfluous(root: Location, steps: list[int], keep: int, links: dict[int, int | None]) -> list[int]:
     """Find the checkpoints that are to be given up.
 
     Args:
         root: the directory.
         steps: the checkpoints in it, ascending.
         keep: how many of the newest to keep, and those that they build on.
+        links: by step what it builds on, as far as it has been read; filled up.
 
     Returns:
         Their steps, each before those that it builds on: at no moment is there one that lacks what it needs.
@@ -218,22 +219,24 @@ def superfluous(root: Location, steps: list[int], keep: int) -> list[int]:
     if len(steps) <= keep:
         return []
     try:
-        needed = _needed(root, steps[-keep:])
+        needed = _needed(root, steps[-keep:], links)
     except CheckpointError:
         # What a damaged one builds on is not known: nothing goes until it has left the newest.
         return []
     return [step for step in reversed(steps[:-keep]) if step not in needed]
 
 
-def _needed(root: Location, steps: list[int]) -> set[int]:
+def _needed(root: Location, steps: list[int], links: dict[int, int | None]) -> set[int]:
     """The steps of checkpoints that are to be loadable, and of those that they build on."""
     needed: set[int] = set()
     for step in steps:
         at: int | None = step
         while at is not None and at not in needed and (root / step_name(at) / MANIFEST).is_file():
             needed.add(at)
-            link = read_manifest(root / step_name(at), at).previous
-            at = None if link is None else link.step
+            if at not in links:
+                link = read_manifest(root / step_name(at), at).previous
+                links[at] = None if link is None else link.step
+            at = links[at]
     return needed
 
 

@@ -90,6 +90,7 @@ class Saver:
         self._deletion = Background()
         self._memory = Memory()
         self._tracking = Tracking(self._root)
+        self._links: dict[int, int | None] = {}
         self.bytes_read = 0
         """Bytes of files that this process read in the last load."""
 
@@ -200,10 +201,11 @@ class Saver:
         ranks = self._together()
         write_checkpoint(self._storage, ranks, step, parts, link)
         self._tracking.settle(ranks, step, watches)
+        self._links[step] = None if link is None else link.step
 
         def delete_oldest() -> None:
             if ranks.rank == 0 and self._keep is not None:
-                for old in superfluous(self._root, self.steps(), self._keep):
+                for old in superfluous(self._root, self.steps(), self._keep, self._links):
                     self._deletion.start(f"the deletion of step {old} in {self._root}", self._storage.give_up(old))
 
         ranks.together(delete_oldest)

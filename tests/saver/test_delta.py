@@ -371,3 +371,18 @@ def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
         found = put_over(found, combined(states[1:]))
     assert torch.equal(found.buckets, wanted.buckets)
     assert all(torch.equal(found.columns[name], column) for name, column in wanted.columns.items())
+
+
+def test_a_step_that_is_saved_anew_may_build_on_another(tmp_path: Path) -> None:
+    engine, saver = engine_of(), Saver(tmp_path, keep=1)
+    saver.save(1, delta=True, engine=engine)
+    saver.save(2, engine=engine)
+    saver.save(3, engine=engine)
+    shutil.rmtree(tmp_path / "step_000003")
+    Saver(tmp_path / "aside").save(2, engine=engine)
+    (tmp_path / "aside" / "step_000002").rename(tmp_path / "step_000002")
+    saver.load(2, engine=engine)
+    saver.save(3, delta=True, engine=engine)  # before, it built on nothing
+    saver.wait()
+    assert saver.steps() == [2, 3]
+    same(Saver(tmp_path), engine, 3)
