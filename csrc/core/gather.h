@@ -35,27 +35,6 @@ template <int N>
 RECIS_HD void stream_copy(float*, const float*) {}
 #endif
 
-// Copies n floats. Fewer than a tile are copied as their first and their last so many, which may overlap: a call of
-// memcpy for each row would take longer than the copy.
-template <class Count>
-RECIS_HD void copy_floats(float* RECIS_RESTRICT to, const float* RECIS_RESTRICT from, Count n) {
-#if !defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<Count, int>) {
-    const auto both = [&](auto half) {
-      float first[half.value];
-      float last[half.value];
-      memcpy(first, from, sizeof(first));
-      memcpy(last, from + n - half, sizeof(last));
-      memcpy(to, first, sizeof(first));
-      memcpy(to + n - half, last, sizeof(last));
-    };
-    if (n >= 8 && n <= 16) return both(Const<8>{});
-    if (n >= 4 && n < 8) return both(Const<4>{});
-  }
-#endif
-  memcpy(to, from, n * sizeof(float));
-}
-
 // Writes a row's embedding as a vector; `streams` as for stream_copy.
 template <class E, int W, class Lanes>
 RECIS_HD void copy_vector(float* RECIS_RESTRICT out, const E* RECIS_RESTRICT row, int64_t dim, bool streams,
@@ -65,7 +44,7 @@ RECIS_HD void copy_vector(float* RECIS_RESTRICT out, const E* RECIS_RESTRICT row
       if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
     }
     if constexpr (std::is_same_v<E, float>) {
-      copy_floats(out + d, row + d, n);
+      memcpy(out + d, row + d, n * sizeof(float));
     } else {
       for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
     }

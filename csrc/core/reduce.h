@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/for_each.h"
 #include "core/gather.h"
@@ -72,12 +71,6 @@ struct GroupedGradients {
 
   template <int W, class Count>
   RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
-#if !defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<Count, int> && W <= 16) {
-      if (n >= 8) return sum_halves<8>(begin, end, d, n, total);
-      if (n >= 4) return sum_halves<4>(begin, end, d, n, total);
-    }
-#endif
     float sum[W];  // of its own, so that the compiler sees that nothing else points there
     for (int j = 0; j < n; ++j) sum[j] = 0.0f;
     for (int64_t k = begin; k < end; ++k) {
@@ -90,29 +83,6 @@ struct GroupedGradients {
       }
     }
     for (int j = 0; j < n; ++j) total[j] = sum[j];
-  }
-
-  // The sum of n elements, H <= n <= 2 H, as that of the first H and that of the last H, each of which fits a vector:
-  // a loop of n turns would keep its sums in memory.
-  template <int H>
-  RECIS_HD void sum_halves(int64_t begin, int64_t end, int64_t d, int n, float* total) const {
-    float first[H];
-    float last[H];
-    for (int j = 0; j < H; ++j) first[j] = last[j] = 0.0f;
-    for (int64_t k = begin; k < end; ++k) {
-      const float* RECIS_RESTRICT gradient = source(k) + d;
-      const float* RECIS_RESTRICT rest = gradient + n - H;
-      if (scales == nullptr) {
-        for (int j = 0; j < H; ++j) first[j] += gradient[j];
-        for (int j = 0; j < H; ++j) last[j] += rest[j];
-      } else {
-        const float scale = scales[k];
-        for (int j = 0; j < H; ++j) first[j] += scale * gradient[j];
-        for (int j = 0; j < H; ++j) last[j] += scale * rest[j];
-      }
-    }
-    for (int j = 0; j < H; ++j) total[j] = first[j];
-    for (int j = 0; j < H; ++j) total[n - H + j] = last[j];
   }
 };
 
