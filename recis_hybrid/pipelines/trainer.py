@@ -399,8 +399,6 @@ class Trainer:
         """Saves after a callback has raised, and says what came of it."""
         if self.saver is None:
             return "there is no saver, so nothing was saved"
-        if ranks() > 1:  # which do not know of it: a save would wait for them, and they for this one
-            return "ranks save together only, so nothing was saved"
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
