@@ -61,7 +61,7 @@ class Rank:
         engine = EmbeddingEngine(
             {workload.name(f): EmbeddingConfig(dim=DIM) for f in range(workload.FEATURES)},
             optimizer_state=optim.RowwiseAdagrad.row_state(),
-            **options,
+            **{"prefetch_depth": 0, **options},
         )
         optimizer = optim.RowwiseAdagrad(engine.parameters(), lr=LR)
         with torch.no_grad():

@@ -147,6 +147,8 @@ class Apply(_Function):  # type: ignore[misc]
                 # All that the results depend on: the gradients, and by the anchor, an output of this node, its leaves.
                 before = [anchor, *[gradient for gradient in gradients if gradient is not None]]
                 results = list(cast(Any, _Once).apply(caller.where, len(before), *before, *results))
+        if results and program.unwanted is not None:
+            return (None, None, None, None, *results, *(None,) * program.unwanted)
         taken = iter(results)
         return (None, None, None, None, *[next(taken, None) if want else None for want in program.wanted])
 

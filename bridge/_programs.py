@@ -64,6 +64,7 @@ class Forward:
         vjp_tree: the structure of `jax.vjp`'s function.
         x64: whether `jax_enable_x64` was on.
         backwards: the backward programs, by which outputs have a gradient.
+        unwanted: how many leaves come after those that get a gradient; None where others lie between.
     """
 
     run: Jitted
@@ -76,6 +77,11 @@ class Forward:
     vjp_tree: jax.tree_util.PyTreeDef | None
     x64: bool
     backwards: dict[tuple[bool, ...], Jitted] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def unwanted(self) -> int | None:
+        count = self.wanted.count(True)
+        return len(self.wanted) - count if all(self.wanted[:count]) else None
 
 
 class Programs:

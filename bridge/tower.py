@@ -1,6 +1,7 @@
 """JaxTower: a JAX function as an ordinary `torch.nn.Module`."""
 
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .dlpack import share
 
 _next_number = itertools.count()
 _towers: "weakref.WeakValueDictionary[int, JaxTower]" = weakref.WeakValueDictionary()
+_requires_grad = operator.attrgetter("requires_grad")
 _functorch_is_active = cast(Any, torch._C)._are_functorch_transforms_active
 
 
@@ -188,7 +190,7 @@ class JaxTower(torch.nn.Module):
         compiling = torch.compiler.is_compiling()
         arrays, kinds = _structs(tensors) if compiling else self._share(tensors, inputs, supplied)
         if torch.is_grad_enabled():
-            wanted = tuple([tensor.requires_grad for tensor in tensors])
+            wanted = tuple(map(_requires_grad, tensors))
         else:
             wanted = (False,) * len(tensors)
         device = tensors[0].device if tensors else None

@@ -103,33 +103,41 @@ struct SeeRows {
   }
 };
 
-// Lists the ids, and their member tables, whose rows an update or a training lookup has met after `step`, in no
-// particular order. One item a slot of the map.
-struct ListTouched {
+// marks[i] = whether an update or a training lookup has met row i after `step`; one item a row, in the order of memory.
+struct MarkTouched {
   BlocksRef blocks;
-  const uint64_t* slots;
-  int64_t n;  // slots
+  int64_t n;  // rows
   int64_t step;
-  int64_t* ids;
-  int64_t* members;
-  int64_t* count;
+  uint8_t* marks;
 
   static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int64_t i) const {
 #if !defined(__CUDA_ARCH__)
-    if (i < n && entry_state(slots[2 * i + 1]) == SlotState::kFull) {
-      __builtin_prefetch(blocks.meta(entry_row(slots[2 * i + 1])), 0, 3);
-    }
+    if (i < n) __builtin_prefetch(blocks.meta(i), 0, 3);
 #endif
   }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    const RowMeta* meta = blocks.meta(i);
+    marks[i] = meta->updated_step() > step || meta->seen_step() > step ? 1 : 0;
+  }
+};
+
+// Lists the ids, and their member tables, whose rows are marked, in no particular order. One item a slot of the map.
+struct ListMarked {
+  const uint64_t* slots;
+  const uint8_t* marks;
+  int64_t* ids;
+  int64_t* members;
+  int64_t* count;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
     const uint64_t entry = slots[2 * i + 1];
-    if (lanes.rank != 0 || entry_state(entry) != SlotState::kFull) return;
-    const RowMeta* meta = blocks.meta(entry_row(entry));
-    if (meta->updated_step() <= step && meta->seen_step() <= step) return;
+    if (lanes.rank != 0 || entry_state(entry) != SlotState::kFull || marks[entry_row(entry)] == 0) return;
     const int64_t at = fetch_add(count, 1);
     ids[at] = static_cast<int64_t>(slots[2 * i]);
     members[at] = entry_member(entry);

@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("blocks_copy_records(" RECIS_BLOCKS_MUT ", Tensor source, Tensor target) -> ()");
   m.def("blocks_see_rows(" RECIS_BLOCKS_MUT ", Tensor count, Tensor unique, Tensor offsets, int step) -> ()");
   m.def("blocks_list_touched(" RECIS_BLOCKS
-        ", Tensor slots, int step, Tensor(a!) ids, Tensor(b!) members, Tensor(c!) count) -> ()");
+        ", Tensor slots, int step, Tensor(a!) marks, Tensor(b!) ids, Tensor(c!) members, Tensor(d!) count) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_blocks<recis::CpuDevice>(m); }

@@ -109,15 +109,19 @@ void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, in
                           data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
+// Rows first, as they lie in memory, then slots: each row's line of metadata is read once, and no slot waits for one.
 template <class Device>
 void list_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
-                  const Tensor& slots, int64_t step, const Tensor& ids, const Tensor& members, const Tensor& count) {
+                  const Tensor& slots, int64_t step, const Tensor& marks, const Tensor& ids, const Tensor& members,
+                  const Tensor& count) {
   Device device(slots);
   RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have room for as many");
-  device.for_each(
-      slots.size(0), 1,
-      ListTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), id_map_ref(slots).slots, slots.size(0),
-                  step, data<int64_t>(ids, "ids"), data<int64_t>(members, "members"), data<int64_t>(count, "count")});
+  const int64_t rows = marks.numel();
+  uint8_t* marked = data<uint8_t>(marks, "marks");
+  device.for_each(rows, 1, MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step, marked});
+  device.for_each(slots.size(0), 1,
+                  ListMarked{id_map_ref(slots).slots, marked, data<int64_t>(ids, "ids"),
+                             data<int64_t>(members, "members"), data<int64_t>(count, "count")});
 }
 
 template <class Device, class Library>

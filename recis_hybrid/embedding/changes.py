@@ -97,7 +97,8 @@ def touched_rows(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
     ids, members = torch.empty(2, len(table), dtype=torch.int64, device=table.device).unbind()
     count = torch.zeros(1, dtype=torch.int64, device=table.device)
     slots = table.on_blocks(table.id_map.slots)
-    ops.blocks.list_touched(table.blocks.handle, slots, step, ids, members, count)
+    marks = torch.empty(table.id_map.row_bound, dtype=torch.uint8, device=table.device)
+    ops.blocks.list_touched(table.blocks.handle, slots, step, marks, ids, members, count)
     return ids[: int(count)], members[: int(count)]
 
 

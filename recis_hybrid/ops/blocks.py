@@ -114,18 +114,21 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
     torch.ops.recis.blocks_see_rows(*blocks, count, unique, offsets, step)
 
 
-def list_touched(blocks: Blocks, slots: Tensor, step: int, ids: Tensor, members: Tensor, count: Tensor) -> None:
+def list_touched(
+    blocks: Blocks, slots: Tensor, step: int, marks: Tensor, ids: Tensor, members: Tensor, count: Tensor
+) -> None:
     """Writes the ids, and their member tables, whose rows an update or a training lookup has met after a step.
 
     Args:
         blocks: Must hold every row of the map.
         slots: int64 ``[S, 2]``: of the IDMap, on the device of the blocks.
         step: Rows whose updated and seen step are both at most this are left out.
+        marks: uint8, one for each row that there is; becomes 1 where the row was met, else 0.
         ids: int64, an upper bound of what is there; written, in no particular order.
         members: As ``ids``; written.
         count: int64 ``[1]``, zeroed; becomes the number written.
     """
-    torch.ops.recis.blocks_list_touched(*blocks, slots, step, ids, members, count)
+    torch.ops.recis.blocks_list_touched(*blocks, slots, step, marks, ids, members, count)
 
 
 def export(
