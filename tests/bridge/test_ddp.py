@@ -1,11 +1,10 @@
 """Two Gloo ranks under torchrun train a torch tower beside a JAX tower, by DDP and FSDP, and agree with one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.torchrun import on_two_ranks
 
 pytestmark = pytest.mark.jax
 
@@ -78,11 +77,5 @@ print("agrees")
 
 
 def test_ddp_in_all_bucket_modes_and_fsdp_agree_with_one_process(root: Path, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
-        cwd=root, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    done = on_two_ranks(PROGRAM, tmp_path, root)
     assert done.stdout.count("agrees") == 2, done.stderr[-3000:]

@@ -1,0 +1,88 @@
+"""A program killed by SIGKILL at every moment at which it changes something on the disk, a fork for each.
+
+The parent forks, so that torch is imported once. A child counts its way through all calls that change the disk and
+kills itself at the given one, before it or, of a call that writes a file, half way through.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_left = -1
+
+
+def _counted(owner: Any, name: str) -> None:
+    real = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _left
+        _left -= 1
+        if _left == -1:
+            if name == "write_file":
+                real(*args, **kwargs)
+                os.truncate(args[0], os.path.getsize(args[0]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls: list[tuple[Any, str]]) -> None:
+    """Runs `work` on a copy of `base` in `root` again and again, and prints how each run ended.
+
+    What a run leaves is copied to `base`.0, `base`.1 and so on; the last run is not killed.
+
+    Args:
+        work: what is killed.
+        root: the folder that it works in.
+        base: what the folder holds before.
+        calls: functions at which it is killed, by owner and name, beside those of the standard library; of one called
+            `write_file` half the file is left.
+    """
+    global _left
+    for owner, name in [
+        (os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "mkdir"), (pathlib.Path, "rename"), *calls,
+    ]:  # fmt: skip
+        _counted(owner, name)
+    moment, ends = 0, list[int]()
+    while not ends or os.WIFSIGNALED(ends[-1]):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(base, root)
+        child = os.fork()
+        if child == 0:
+            try:
+                _left = moment
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+        shutil.copytree(root, f"{base}.{moment}")
+        moment += 1
+    print(json.dumps(ends))
+
+
+def killed(program: str, repository: Path, *arguments: str) -> int:
+    """Runs a program that calls `kill_at_every_moment` once, with these arguments.
+
+    Returns:
+        How many runs there were; all were killed but the last, which ended well.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=repository, capture_output=True, text=True, check=False,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ends: list[int] = json.loads(done.stdout)
+    assert all(os.WTERMSIG(end) == signal.SIGKILL for end in ends[:-1])
+    assert ends[-1] == 0, done.stderr
+    return len(ends)

@@ -1,0 +1,17 @@
+"""A program on two ranks, started by torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
+    """Writes a program into a folder and runs it; returns how it ended, with what both ranks said."""
+    path = folder / "program.py"
+    path.write_text(program)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)],
+        cwd=repository, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+    )  # fmt: skip
