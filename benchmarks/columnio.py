@@ -209,7 +209,7 @@ def main() -> None:
     if args.device != "cpu":
         parser.error("reading is done on the CPU; --device cuda has nothing to measure")
     torch.set_num_threads(args.threads)
-    rounds = 3 if args.quick else 7
+    rounds = 3 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:
         for name, run in (("scan dataloader memory", number_cases), ("ragged_strings", ragged_case)):
             if args.cases in name or any(args.cases in case for case in name.split()):

@@ -82,8 +82,9 @@ class ColumnDataset(IterableDataset[Batch]):
             ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
             fills the batches up with rows from the beginning of the epoch's order; `"pad"` does so too and adds a bool
             column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
-        num_threads: Threads that make tensors and call `transforms`, and as many that decode a piece each. With more
-            than one Arrow decodes columns in its own threads, too, as many as `pyarrow.set_cpu_count` says.
+        num_threads: Threads that decode a piece each, and as many that call `transforms` or pin memory. Where there are
+            fewer pieces, or `prefetch` is 0, Arrow decodes columns in its own threads, as many as
+            `pyarrow.set_cpu_count` says.
         prefetch: How many batches threads prepare ahead; 0 reads in the consumer's thread. In memory there are at most
             as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times
             `decoded_rows`, and the blocks of `shuffle_buffer`. Beside these each of the `num_threads` decoders holds
@@ -148,7 +149,7 @@ class ColumnDataset(IterableDataset[Batch]):
         with agreement(together) as found:
             self._batch_size = integer("batch_size", batch_size, 1)
             self._prefetch = integer("prefetch", prefetch, 0)
-            self._num_threads = integer("num_threads", num_threads, 1)
+            integer("num_threads", num_threads, 1)
             self._world_size = integer("world_size", world_size, 1)
             self._rank = integer("rank", rank, 0)
             if rank >= world_size:
@@ -166,14 +167,16 @@ class ColumnDataset(IterableDataset[Batch]):
                     wanted,
                     row_filter=RowFilter.of(filters),
                     skip=on_bad_file == "skip",
-                    threads=num_threads > 1,
                 ),
                 # A multiple of the batch size: so few batches lie in two of them.
                 decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
                 seed=integer("seed", seed, 0),
                 block=block,
-                threads=num_threads if prefetch else 1,
+                decoders=num_threads if prefetch else 1,
+                threads=num_threads,
             )
+            # To make tensors over memory that there is takes so little that threads would wait for each other.
+            self._makers = num_threads if transforms is not None or pin_memory else 1
             self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
             self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
             self._shared, self._in_worker = SharedPosition(), False
@@ -292,7 +295,7 @@ class ColumnDataset(IterableDataset[Batch]):
         worker = get_worker_info()
         batches = self._batches(position.row, *((worker.id, worker.num_workers) if worker else (0, 1)))
         cut = self._reader.batches(position.epoch, batches)
-        with closing(prefetched(cut, self._delivery, self._prefetch, self._num_threads)) as ahead:
+        with closing(prefetched(cut, self._delivery, self._prefetch, self._makers)) as ahead:
             turns = 0
             for batch in ahead:
                 turns += 1

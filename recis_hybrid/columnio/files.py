@@ -75,6 +75,9 @@ class OpenedFile:
         # With no column at all there would be no number of rows.
         asked = own or self.contents.schema.names[:1]
         for batch in self._unchanged(self.format.read(self.file, self.contents, piece, asked, rows, threads)):
+            if own and batch.schema.names == list(columns):
+                yield batch
+                continue
             arrays = [
                 batch.column(name)
                 if name in own
@@ -140,17 +143,16 @@ class Files:
     """The columns that the filter looks at."""
     skip: bool
     """Whether to go on past what is damaged."""
-    threads: bool
-    """Whether Arrow may decode in its threads."""
     skipped: list[Skipped] = field(default_factory=list)
     """What was damaged and left out."""
 
-    def read(self, piece: Piece, rows: int) -> Iterator[Rows]:
+    def read(self, piece: Piece, rows: int, threads: bool = False) -> Iterator[Rows]:
         """Yields the wanted rows of a piece in order, about `rows` of them at a time.
 
         Args:
             piece: Which.
             rows: How many rows to decode at a time.
+            threads: Whether Arrow may decode in its threads.
 
         Raises:
             BadFileError: The file is damaged or was changed. Where damage is skipped, the rest is left out.
@@ -159,7 +161,7 @@ class Files:
         """
         done = 0
         try:
-            for batch in self._wanted(piece, self.needed, rows):
+            for batch in self._wanted(piece, self.needed, rows, threads):
                 place = f"{piece}, rows {done} to {done + batch.num_rows - 1} of it"
                 arrays = [
                     each.clean(_source(batch, name, each.spec), Place(name, str(piece.opened.file), place))
@@ -191,8 +193,8 @@ class Files:
     def _rows(self, arrays: list[Array]) -> Rows:
         return Rows.of(pa.RecordBatch.from_arrays(arrays, names=list(self.converters)), self.converters)
 
-    def _wanted(self, piece: Piece, columns: Sequence[str], rows: int) -> Iterator[Array]:
-        decoded = piece.opened.read(piece.number, columns, rows, self.threads)
+    def _wanted(self, piece: Piece, columns: Sequence[str], rows: int, threads: bool = False) -> Iterator[Array]:
+        decoded = piece.opened.read(piece.number, columns, rows, threads)
         try:
             for batch in decoded:
                 wanted = batch if self.row_filter is None else self.row_filter(batch)

@@ -32,7 +32,6 @@ def open_files(
     *,
     row_filter: RowFilter | None = None,
     skip: bool = False,
-    threads: bool = False,
 ) -> Files:
     """Finds the columns and pieces of all files.
 
@@ -45,7 +44,6 @@ def open_files(
         columns: The wanted columns; None instead of a spec takes what suits the column's type.
         row_filter: Which rows are wanted; None for all.
         skip: Whether to go on past damaged files.
-        threads: Whether Arrow may decode in its threads.
 
     Raises:
         BadFileError: A file is damaged.
@@ -55,7 +53,7 @@ def open_files(
     skipped: list[Skipped] = []
     opened = _inspect(files, type_hints(columns), skip, skipped)
     if not opened:
-        return Files((), {}, row_filter, (), (), skip, threads, skipped)
+        return Files((), {}, row_filter, (), (), skip, skipped)
     looked_at = [] if row_filter is None else row_filter.fields(opened[0].schema)
     needed = list(dict.fromkeys(source for name, spec in columns.items() for source in sources_of(name, spec)))
     needed += [name for name in looked_at if name not in needed]
@@ -64,7 +62,7 @@ def open_files(
         name: converter(spec, _joint_type(types, name, spec), Place(name, str(opened[0].file)))
         for name, spec in columns.items()
     }
-    made = Files((), converters, row_filter, needed, looked_at, skip, threads, skipped)
+    made = Files((), converters, row_filter, needed, looked_at, skip, skipped)
     return replace(made, pieces=[piece for piece in _pieces(opened, made) if piece.rows])
 
 

@@ -6,8 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, NamedTuple, TypeVar
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -36,22 +36,20 @@ def prefetched(
         for item in source:
             yield work(item)
         return
-    end = object()
-    ordered: deque[Future[T | object]] = deque()
-    taking = threading.Lock()
-    # Shared by the threads without keeping this generator, which ends when its consumer drops it.
-    task = _task(source, work, ordered, taking, end)
     pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix=_THREAD)
+    # Shared by the threads without keeping this generator, which ends when its consumer drops it.
+    line = _Line(source, work, min(threads, depth))
     try:
-        pending: deque[Future[T | object]] = deque()
-        for _ in range(depth):
-            _order(pool, task, ordered, pending)
-        while (made := pending.popleft().result()) is not end:
-            _order(pool, task, ordered, pending)
-            yield made  # type: ignore[misc]
+        pending = deque(line.order(pool) for _ in range(depth))
+        while (made := pending.popleft().get()) is not line.end:
+            if isinstance(made, _Failed):
+                raise made.error
+            pending.append(line.order(pool))
+            yield made
             # The consumer is done with it, and keeping it while the next is awaited would keep one more in memory.
             del made
     finally:
+        line.orders.clear()
         # The garbage collector may close this in one of the very threads that it would wait for; then they, and with
         # them the source, end by themselves.
         elsewhere = not threading.current_thread().name.startswith(_THREAD)
@@ -60,52 +58,70 @@ def prefetched(
             source.close()
 
 
-def _order(
-    pool: ThreadPoolExecutor,
-    task: Callable[[], None],
-    ordered: deque[Future[T | object]],
-    pending: deque[Future[T | object]],
-) -> None:
-    future: Future[T | object] = Future()
-    ordered.append(future)
-    pending.append(future)
-    pool.submit(task)
+class _Failed(NamedTuple):
+    """Takes the place of an item."""
+
+    error: BaseException
 
 
-def _task(
-    source: Generator[S, None, None],
-    work: Callable[[S], T],
-    ordered: deque[Future[T | object]],
-    taking: threading.Lock,
-    end: object,
-) -> Callable[[], None]:
-    def task() -> None:
+class _Line(Generic[S, T]):
+    """Items that are ordered, and the threads that make them.
+
+    A thread goes on as long as there are orders, and an order begins a thread only where one stands still: to hand each
+    item to a thread anew, and a Future with it, takes longer than to cut a small batch.
+    """
+
+    def __init__(self, source: Generator[S, None, None], work: Callable[[S], T], threads: int) -> None:
+        self.end = object()
+        self.orders: deque[SimpleQueue[Any]] = deque()
+        self._source, self._work = source, work
+        self._idle = threads
+        self._taking, self._counting = threading.Lock(), threading.Lock()
+
+    def order(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
+        """Returns where the next item will be put, or a _Failed, or `end`."""
+        place: SimpleQueue[Any] = SimpleQueue()
+        with self._counting:
+            self.orders.append(place)
+            begins = self._idle > 0
+            self._idle -= begins
+        if begins:
+            pool.submit(self._run)
+        return place
+
+    def _run(self) -> None:
+        while self._make():
+            pass
+
+    def _make(self) -> bool:
         # The next item goes to the next order, whichever thread comes first.
-        with taking:
-            future = ordered.popleft()
+        with self._taking:
+            with self._counting:
+                if not self.orders:
+                    self._idle += 1
+                    return False
+                place = self.orders.popleft()
             try:
-                item = next(source, end)
+                item = next(self._source, self.end)
             except BaseException as error:
-                future.set_exception(error)
-                return
-        if item is end:
-            future.set_result(end)
-            return
+                place.put(_Failed(error))
+                return True
         try:
-            future.set_result(work(item))  # type: ignore[arg-type]
+            place.put(item if item is self.end else self._work(item))  # type: ignore[arg-type]
         except BaseException as error:
-            future.set_exception(error)
-
-    return task
+            place.put(_Failed(error))
+        return True
 
 
 def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Generator[T, None, None]:
     """Yields the items of each source, one source after the other, while threads work at the following ones.
 
-    As many sources as there are threads are open at a time, and of each at most one item waits.
+    As many sources as there are threads are open at a time, and of each at most one item waits. A thread that comes to
+    the end of a source begins the next one by itself: were that left to the consumer, which has the source's last items
+    to work at first, the thread would stand still as long.
 
     Args:
-        sources: Makers of items; each is touched by one thread at a time.
+        sources: Makers of items; it and each of them is touched by one thread at a time.
         threads: How many threads; 1 makes all items in the consumer's.
     """
     if threads == 1:
@@ -115,22 +131,33 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
     end = object()
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_DECODER)
     active: deque[tuple[Generator[T, None, None], Future[T | object]]] = deque()
+    beginning = threading.Lock()
+    closed = False
 
-    def begin(count: int) -> None:
-        active.extend((source, pool.submit(next, source, end)) for source in islice(sources, count))
+    def begin() -> None:
+        with beginning:
+            if not closed and (source := next(sources, None)) is not None:
+                active.append((source, pool.submit(item_of, source)))
+
+    def item_of(source: Generator[T, None, None]) -> T | object:
+        if (item := next(source, end)) is end:
+            begin()
+        return item
 
     try:
-        begin(threads)
+        for _ in range(threads):
+            begin()
         while active:
             source, future = active[0]
             while (made := future.result()) is not end:
-                future = pool.submit(next, source, end)
+                future = pool.submit(item_of, source)
                 active[0] = source, future
                 yield made  # type: ignore[misc]
                 del made
             active.popleft()
-            begin(1)
     finally:
+        with beginning:
+            closed = True
         elsewhere = threading.current_thread().name.rpartition("_")[0] != _DECODER
         pool.shutdown(wait=elsewhere, cancel_futures=True)
         if elsewhere:

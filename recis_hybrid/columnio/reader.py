@@ -33,8 +33,10 @@ class Reader:
     """Of the order, where shuffled."""
     block: int | None
     """How many rows are permuted together; None keeps the order of the files."""
-    threads: int = 1
+    decoders: int = 1
     """How many pieces to decode at once."""
+    threads: int = 1
+    """How many threads may decode."""
 
     @property
     def rows(self) -> int:
@@ -71,7 +73,7 @@ class Reader:
         return joined(parts or [self.files.empty()], self.files.converters)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
-        yield from chained(self._sources(epoch, wants), self.threads)
+        yield from chained(self._sources(epoch, wants), self.decoders)
 
     def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
         first = 0
@@ -81,7 +83,10 @@ class Reader:
             first += piece.rows
 
     def _numbered(self, piece: Piece, first: int) -> Chunks:
-        for rows in self.files.read(piece, self.decoded_rows):
+        # A thread of ours for each piece is faster than Arrow's, which wait for each other at each column; both at once
+        # are more than there are cores for.
+        threads = self.threads > min(self.decoders, len(self.files.pieces))
+        for rows in self.files.read(piece, self.decoded_rows, threads):
             yield first, rows
             first += rows.num_rows
 
@@ -118,19 +123,28 @@ def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[
     Yields:
         For each range its first row and its rows.
     """
-    chunk: Rows | None = None
-    first, stop, ended = 0, 0, False
-    for low, high in ranges:
-        parts, row = [], low
-        while row < high:
-            while stop <= row and not ended:
-                ended = (item := next(chunks, None)) is None
-                if item is not None:
-                    first, chunk = item
-                    stop = first + chunk.num_rows
-            row = max(row, first)
-            if ended or chunk is None or row >= high:
+    wanted = iter(ranges)
+    now = next(wanted, None)
+    parts: list[Rows] = []
+    while now is not None:
+        if (item := next(chunks, None)) is None:
+            # What is left of the ranges could not be read.
+            yield now[0], join(parts)
+            parts, now = [], next(wanted, None)
+            continue
+        first, chunk = item
+        stop = first + chunk.num_rows
+        here = []
+        while now is not None and now[0] < stop:
+            here.append(now)
+            if now[1] > stop:
                 break
-            parts.append(chunk.slice(row - first, min(high, stop) - row))
-            row += parts[-1].num_rows
-        yield low, join(parts)
+            now = next(wanted, None)
+        # Rows that were left out before this chunk may be all that a range has: then nothing of it is here.
+        ends = [(max(low, first), max(min(high, stop), low, first)) for low, high in here]
+        slices = chunk.slices([(begin - first, end - first) for begin, end in ends])
+        for (low, high), part in zip(here, slices, strict=True):
+            parts.append(part)
+            if high <= stop:
+                yield low, join(parts)
+                parts = []

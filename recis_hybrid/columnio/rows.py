@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import pyarrow as pa
 import torch
@@ -14,18 +16,33 @@ from .convert import Converter
 from .numbers import Array
 
 
+class _Split:
+    """The dense columns of a RecordBatch, cut where it is cut; all cuts are made once, when the first is asked for."""
+
+    def __init__(self, columns: Mapping[str, torch.Tensor], sizes: list[int]) -> None:
+        self.columns = columns
+        self._sizes = sizes
+
+    @cached_property
+    def parts(self) -> dict[str, Sequence[torch.Tensor]]:
+        """Of each column its parts, tensors over its memory, which are no views of it for autograd."""
+        return {name: torch.unsafe_split_with_sizes(column, self._sizes) for name, column in self.columns.items()}
+
+
 @dataclass(frozen=True)
 class Rows:
     """Consecutive rows of a RecordBatch.
 
-    Tensors of whole columns are made once, where the batch is decoded, and then sliced: to slice Arrow arrays and make
-    a tensor of each slice costs several times as much, for each of many small batches.
+    Tensors of whole columns are made once, where the batch is decoded, and all batches that are cut from it are cut in
+    one call for each column: to slice Arrow arrays and make a tensor of each slice costs many times as much.
     """
 
     batch: Array
     """Clean columns."""
-    dense: Mapping[str, torch.Tensor]
+    split: _Split
     """The columns that are tensors of a row each, over the same memory."""
+    number: int
+    """Which part these rows are there."""
     first: int
     """The first of these rows."""
     num_rows: int
@@ -38,11 +55,19 @@ class Rows:
         for name, each in converters.items():
             if each.dense and isinstance(tensor := each.tensor(batch.column(name)), torch.Tensor):
                 dense[name] = tensor
-        return cls(batch, dense, 0, batch.num_rows)
+        return cls(batch, _Split(dense, [batch.num_rows]), 0, 0, batch.num_rows)
 
-    def slice(self, first: int, count: int) -> Rows:
-        """Returns `count` of these rows from the `first` on."""
-        return Rows(self.batch, self.dense, self.first + first, count)
+    def slices(self, ranges: Sequence[tuple[int, int]]) -> list[Rows]:
+        """Returns parts of a whole RecordBatch.
+
+        Args:
+            ranges: The first row of each, and the row after its last; none begins before the one before it ends.
+        """
+        ends = [0, *(end for each in ranges for end in each), self.num_rows]
+        split = _Split(self.split.columns, [stop - first for first, stop in pairwise(ends)])
+        return [
+            Rows(self.batch, split, 2 * number + 1, first, stop - first) for number, (first, stop) in enumerate(ranges)
+        ]
 
     def arrow(self) -> Array:
         """Returns these rows as a RecordBatch over the same memory."""
@@ -50,13 +75,13 @@ class Rows:
 
     def tensors(self, converters: Mapping[str, Converter]) -> Batch:
         """Returns the columns as tensors over the same memory."""
-        made: Batch = {}
-        for name, each in converters.items():
-            if name in self.dense:
-                made[name] = self.dense[name].narrow(0, self.first, self.num_rows)
-            else:
-                made[name] = each.tensor(self.batch.column(name).slice(self.first, self.num_rows))
-        return made
+        dense = self.split.parts
+        return {
+            name: dense[name][self.number]
+            if name in dense
+            else each.tensor(self.batch.column(name).slice(self.first, self.num_rows))
+            for name, each in converters.items()
+        }
 
 
 def joined(parts: Sequence[Rows], converters: Mapping[str, Converter]) -> Rows:

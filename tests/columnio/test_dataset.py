@@ -117,8 +117,8 @@ def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyP
     decoded: list[tuple[int, int]] = []
     read = Files.read
 
-    def watched(self: Files, piece: Piece, rows: int) -> Iterator[Any]:
-        for batch in read(self, piece, rows):
+    def watched(self: Files, piece: Piece, *how: int) -> Iterator[Any]:
+        for batch in read(self, piece, *how):
             decoded.append((batch.batch.column("row").buffers()[1].address, batch.num_rows * 8))
             yield batch
 
@@ -189,14 +189,35 @@ def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytes
     pieces: list[Piece] = []
     read = Files.read
 
-    def watched(self: Files, piece: Piece, rows: int) -> Iterator[Any]:
+    def watched(self: Files, piece: Piece, *how: int) -> Iterator[Any]:
         pieces.append(piece)
-        return read(self, piece, rows)
+        return read(self, piece, *how)
 
     monkeypatch.setattr(Files, "read", watched)
     # 24 rows to each of two ranks: the first needs only the row groups that begin before row 24.
     assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
     assert sum(piece.rows for piece in pieces) == 25
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "num_threads", "arrows_own"),
+    [(2, 1, False), (2, 11, False), (2, 12, True), (0, 1, False), (0, 2, True)],
+)
+def test_arrow_decodes_in_its_threads_where_ours_are_fewer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int, num_threads: int, arrows_own: bool
+) -> None:
+    asked: set[bool] = set()
+    read = Files.read
+
+    def watched(self: Files, piece: Piece, rows: int, threads: bool) -> Iterator[Any]:
+        asked.add(threads)
+        return read(self, piece, rows, threads)
+
+    monkeypatch.setattr(Files, "read", watched)
+    # The files have 3, 0, 2 and 6 row groups.
+    data = open_rows(folder, num_threads=num_threads, prefetch=prefetch)
+    assert [row for rows in rows_of(data) for row in rows] == list(range(ROWS))
+    assert asked == {arrows_own}
 
 
 @pytest.mark.parametrize(("decoded_rows", "held"), [(1, 6), (12, 12), (13, 18), (1000, 30)])

@@ -171,6 +171,31 @@ def test_of_chained_sources_as_many_are_open_as_there_are_threads(threads: int) 
     assert gone()
 
 
+def test_a_thread_whose_source_has_ended_begins_the_next_while_the_consumer_works() -> None:
+    sources = [Source(1) for _ in range(5)]
+    items = chained((source.items for source in sources), 2)
+    next(items)
+    deadline = time.monotonic() + 10
+    while not sources[2].made and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [source.made for source in sources] == [1, 1, 1, 0, 0]
+    items.close()
+    assert all(source.closed == (source.made > 0) for source in sources)
+    assert gone()
+
+
+def test_threads_that_stood_still_go_on_with_the_next_order() -> None:
+    source = Source(30)
+    got = []
+    for item in prefetched(source.items, same, 3, 2):
+        got.append(item)
+        if item % 5 == 0:
+            # All that was ordered is made, and the threads have nothing to do.
+            time.sleep(0.01)
+    assert got == list(range(30))
+    assert gone()
+
+
 def test_an_error_of_a_chained_source_comes_after_those_before_it() -> None:
     sources = [Source(2), Source(1, LookupError("mine")), Source(3)]
     seen = []
