@@ -142,7 +142,8 @@ class Apply(_Function):  # type: ignore[misc]
                     for gradient in gradients
                     if gradient is not None
                 ]
-                results = caller.run("backward", caller.programs.backward(program, given), arrays)
+                backward = caller.programs.backward(program, given, stacked=True)
+                results = backward.apart(caller.run("backward", backward.run, arrays))
             if torch.is_grad_enabled():
                 # All that the results depend on: the gradients, and by the anchor, an output of this node, its leaves.
                 before = [anchor, *[gradient for gradient in gradients if gradient is not None]]

@@ -66,7 +66,9 @@ def tower_backward(
     with under_x64(call.program.x64):
         arrays = _arrays(call.caller, saved, "saved tensor")
         arrays += _arrays(call.caller, gradients, "gradient of an output")
-        return call.caller.run("backward", call.caller.programs.backward(call.program, tuple(given)), arrays)
+        # Results of an operator must not share memory.
+        backward = call.caller.programs.backward(call.program, tuple(given), stacked=False)
+        return call.caller.run("backward", backward.run, arrays)
 
 
 @tower_forward.register_fake

@@ -11,17 +11,22 @@ outputs, then its other residuals.
 
 import dataclasses
 import functools
+import math
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from ._imports import Kind
 from ._supplied import as_key
-from .dlpack import x64_is_on
+from .dlpack import ALIGNMENT, x64_is_on
+
+_STACKED_FROM, _STACKED_BYTES = 4, 16384
 
 Jitted = Callable[..., list[jax.Array]]
 Remat = bool | Callable[..., bool] | None
@@ -50,6 +55,32 @@ class Residual:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Backward:
+    """The backward program of one signature, and of one choice of outputs that have a gradient.
+
+    Small gradients of one shape and dtype come as one array: to make an array of each, and a tensor of that, takes
+    longer than to compute it.
+
+    Attributes:
+        run: the jitted call, what was saved and gradients of outputs → stacks of gradients, then single ones.
+        stacks: how many stacks there are.
+        order: for each wanted leaf, where its gradient is once the stacks are taken apart.
+    """
+
+    run: Jitted
+    stacks: int
+    order: tuple[int, ...]
+
+    def apart(self, made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of the wanted leaves, in their order, of what the program made."""
+        if not self.stacks:
+            return list(made)
+        # By .data, no views of the stack: what is written to one gradient is no change of the others.
+        parts = [part.data for stack in made[: self.stacks] for part in stack.unbind()]
+        return list(operator.itemgetter(*self.order)([*parts, *made[self.stacks :]]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Forward:
     """The forward program of one signature.
 
@@ -63,7 +94,7 @@ class Forward:
         residuals: the leaves of `jax.vjp`'s function, by places in what was saved.
         vjp_tree: the structure of `jax.vjp`'s function.
         x64: whether `jax_enable_x64` was on.
-        backwards: the backward programs, by which outputs have a gradient.
+        backwards: the backward programs, by which outputs have a gradient, and whether results may share memory.
         unwanted: how many leaves come after those that get a gradient; None where others lie between.
     """
 
@@ -76,7 +107,7 @@ class Forward:
     residuals: tuple[Residual, ...]
     vjp_tree: jax.tree_util.PyTreeDef | None
     x64: bool
-    backwards: dict[tuple[bool, ...], Jitted] = dataclasses.field(default_factory=dict)
+    backwards: dict[tuple[tuple[bool, ...], bool], Backward] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def unwanted(self) -> int | None:
@@ -154,19 +185,33 @@ class Programs:
             known = self._forwards.setdefault((x64, signature), traced)
         return known
 
-    def backward(self, forward: Forward, given: tuple[bool, ...]) -> Jitted:
+    def backward(self, forward: Forward, given: tuple[bool, ...], *, stacked: bool) -> Backward:
         """The backward program: (what was saved, then the gradients that are given) → gradients of wanted leaves.
 
         Args:
             forward: the forward program that went before.
             given: for each output, whether it has a gradient; one that has none counts as zero.
+            stacked: whether gradients may lie in one buffer.
 
         Returns:
-            The jitted call.
+            The program.
         """
-        known = forward.backwards.get(given)
+        known = forward.backwards.get((given, stacked))
         if known is None:
-            known = forward.backwards.setdefault(given, self._jit("backward", self._pullback(forward, given)))
+            groups = _groups(forward) if stacked else []
+            pullback = self._pullback(forward, given)
+
+            def backward(*arguments: Any) -> list[Any]:
+                made = pullback(*arguments)
+                inside = {place for group in groups for place in group}
+                stacks = [jnp.stack([made[place] for place in group]) for group in groups]
+                return stacks + [each for place, each in enumerate(made) if place not in inside]
+
+            laid = [place for group in groups for place in group]
+            laid += sorted(set(range(forward.wanted.count(True))) - set(laid))
+            order = tuple(laid.index(place) for place in range(len(laid)))
+            made = Backward(self._jit("backward", backward), len(groups), order)
+            known = forward.backwards.setdefault((given, stacked), made)
         return known
 
     def function(self, inputs_tree: jax.tree_util.PyTreeDef, static: Mapping[str, Any]) -> Callable[..., Any]:
@@ -286,6 +331,18 @@ def _with_state(returned: Any, before: Any) -> tuple[Any, Any]:
             "return a state of the same structure, shapes and dtypes"
         )
     return returned[0], jax.tree.map(jax.lax.stop_gradient, returned[1])
+
+
+def _groups(forward: Forward) -> list[list[int]]:
+    """The gradients that are to be stacked, by their places among those of the wanted leaves."""
+    by_kind: dict[Kind, list[int]] = {}
+    for place, kind in enumerate(kind for kind, want in zip(forward.kinds, forward.wanted, strict=True) if want):
+        shape, dtype = kind
+        size = math.prod(shape) * dtype.itemsize  # under torch.compile shapes are plain tuples
+        # Each is to begin where JAX can use it again.
+        if 0 < size <= _STACKED_BYTES and size % ALIGNMENT == 0:
+            by_kind.setdefault(kind, []).append(place)
+    return [places for places in by_kind.values() if len(places) >= _STACKED_FROM]
 
 
 def _plain(value: Any) -> Any:

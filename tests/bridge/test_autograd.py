@@ -69,6 +69,46 @@ def test_gradients_cross_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tower.copies == 0
 
 
+@pytest.mark.parametrize("x_wanted", [False, True])
+def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_their_own(x_wanted: bool) -> None:
+    random = np.random.default_rng(0)
+    # Six of 64 bytes, five of 256; too few of a shape, of a size that is no multiple of 64 bytes, too large.
+    shapes = {"a": [(16,)] * 6, "b": [(4, 16)] * 5, "c": [(32,)] * 3, "d": [(3,)] * 5, "e": [(5, 1024)] * 4}
+    params = {
+        f"{kind}{number}": random.normal(size=shape).astype(np.float32)
+        for number in range(6)
+        for kind, of_kind in shapes.items()
+        for shape in of_kind[number : number + 1]
+    }
+
+    def total(params: dict[str, Any], x: Any) -> Any:
+        return sum((number * jnp.sin(x * leaf).sum() for number, leaf in enumerate(params.values())), start=x)
+
+    tower = JaxTower(total, params)
+    tower.get_parameter("a2").requires_grad_(False)
+    x = torch.tensor(0.5, requires_grad=x_wanted)
+    tower(x).backward()
+    expected = jax.grad(lambda params: total(params, 0.5))(params)
+    gradients = {name: parameter.grad for name, parameter in tower.named_parameters()}
+    assert gradients.pop("a2") is None
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        torch.testing.assert_close(gradient, torch.from_numpy(np.array(expected[name])))
+        assert gradient.shape == params[name].shape
+        assert gradient.data_ptr() % 64 == 0
+        # Written to, it changes no other, for autograd either.
+        assert not gradient._is_view()
+        versions = {other: each._version for other, each in gradients.items() if each is not None}
+        before = {other: each.clone() for other, each in gradients.items() if each is not None}
+        gradient.add_(1)
+        assert {n: e._version for n, e in gradients.items() if e is not None} == versions | {name: versions[name] + 1}
+        assert all(torch.equal(e, before[n]) for n, e in gradients.items() if e is not None and n != name)
+    storages = {name: e.untyped_storage().data_ptr() for name, e in gradients.items() if e is not None}
+    assert len({storages[name] for name in storages if name[0] == "a"}) == 1
+    assert len({storages[name] for name in storages if name[0] == "b"}) == 1
+    assert len(set(storages.values())) == 2 + 3 + 5 + 4
+
+
 def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned() -> None:
     tower = JaxTower(lambda params, x: jnp.exp(x @ params["w"]), {"w": ones(4, 4)})
     y = tower(torch.rand(8, 4, requires_grad=True))
