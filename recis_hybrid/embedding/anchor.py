@@ -24,7 +24,7 @@ def refused_copy() -> TypeError:
 class Anchor(nn.Parameter):
     """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
 
-    ``grad`` has their L2 norm (and in a second element, too small to count, a mark), float32 ``[2]``, computed when it
+    ``grad`` has their L2 norm (and in a second element, too small to count, a mark), float64 ``[2]``, computed when it
     is read; None if there are none. Whatever multiplies it in place multiplies the row gradients, and non-finite
     gradients make it non-finite: so ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work on tables as
     on dense parameters. Norms other than that of 2 it cannot tell, and ``clip_grad_value_`` leaves tables alone.

@@ -69,9 +69,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
-        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit, unless
-            the gradients' global norm is in them: ``clip_grad_norm_`` adds it up in float32 from one norm for each
-            HashTable, so that where it clips, they are close.
+        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit.
         group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
             tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all

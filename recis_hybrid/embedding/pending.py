@@ -18,7 +18,7 @@ from recis_hybrid.embedding.lookup import select
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 
-_MARK = 2.0**-60
+_MARK = 2.0**-500  # its square does not count beside that of any norm of float32 numbers
 
 
 @dataclass
@@ -47,13 +47,14 @@ class Reduced:
     """float32 ``[N, D]``: of the rows ``groups.unique``; zeros beyond them."""
     row_bound: int
     shown: Tensor
-    """float32 ``[2]``: their norm, and a mark too small to count in a norm. It is handed out as the anchor's ``grad``;
-    what is multiplied into it is read off the mark, exactly and also where the norm is not finite."""
+    """float64 ``[2]``: their norm, and a mark too small to count in a norm. It is handed out as the anchor's ``grad``;
+    what is multiplied into it is read off the mark, exactly and also where the norm is not finite. In float64, torch
+    adds norms of tables up in it, too: which tables share one is then nothing that float32 gradients see."""
 
     @property
     def factor(self) -> Tensor:
         """float32 ``[1]``: what the sums are to be multiplied by."""
-        return self.shown[1:] / _MARK
+        return (self.shown[1:] / _MARK).to(torch.float32)
 
 
 class Remote(Protocol):
@@ -139,9 +140,8 @@ class Pending:
 
     def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
         """Takes other summed gradients for those of the rows of ``groups``."""
-        # In float64: a sum of squares of scaled gradients may leave float32's range.
         norm = torch.linalg.vector_norm(sums, dtype=torch.float64)
-        norm = (norm if (remote := self.remote) is None else remote.norm(norm)).to(torch.float32)
+        norm = norm if (remote := self.remote) is None else remote.norm(norm)
         self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
 
     def _as_part(self, reduced: Reduced) -> Part:
