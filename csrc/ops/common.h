@@ -51,6 +51,14 @@ T* data_or_null(const std::optional<Tensor>& tensor, const char* name) {
   return tensor.has_value() ? data<T>(*tensor, name) : nullptr;
 }
 
+// Whether the offsets of `lists` lists do not decrease. Kernels read what offsets point to, so that on the CPU, where
+// it can be seen, this is looked at again: whoever made the offsets may have written to them since they were checked.
+inline bool ascend(const int64_t* offsets, int64_t lists) {
+  int64_t falls = 0;
+  for (int64_t b = 0; b < lists; ++b) falls += offsets[b] > offsets[b + 1] ? 1 : 0;
+  return falls == 0;
+}
+
 inline IdMapRef id_map_ref(const Tensor& slots) {
   const int64_t capacity = slots.size(0);
   RECIS_CHECK(capacity >= static_cast<int64_t>(kLineSlots) && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,

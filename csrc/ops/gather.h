@@ -13,16 +13,12 @@ namespace recis {
 // `weights` (see optional_data), `combiners`, `tiles`.
 #define RECIS_FEATURES "int[] lengths, int[] vectors, Tensor[] offsets, Tensor[] weights, int[] combiners, int[] tiles"
 
-// Kernels read what offsets point to. On the CPU, where it can be seen, it must be there: whoever made the offsets may
-// have written to them since they were checked.
 inline void check_offsets(const Tensor& offsets, int64_t ids) {
   if (!offsets.is_cpu() || offsets.numel() == 0) return;
   const int64_t* at = data<int64_t>(offsets, "offsets");
   const int64_t bags = offsets.numel() - 1;
-  int64_t falls = at[0] < 0 || at[bags] > ids ? 1 : 0;
-  for (int64_t b = 0; b < bags; ++b) falls += at[b] > at[b + 1] ? 1 : 0;
-  RECIS_CHECK(falls == 0, "offsets must not decrease and must lie within the ", ids,
-              " ids that they are of; were they written to after the batch was made?");
+  RECIS_CHECK(at[0] >= 0 && at[bags] <= ids && ascend(at, bags), "offsets must not decrease and must lie within the ",
+              ids, " ids that they are of; were they written to after the batch was made?");
 }
 
 inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& lengths, const Ints& vectors,

@@ -17,7 +17,34 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
       "bool parallel) -> Tensor[]");
   m.def("ragged_concat(Tensor[] tensors, int[] index, str labels, bool parallel) -> Tensor[]");
   m.def("multi_hot(Tensor[] tensors, int[] index, int[] classes, str labels, bool parallel) -> Tensor[]");
+  m.def("first_bad_offsets(Tensor[] offsets, int[] totals) -> Tensor");
   m.def("ragged_tile(Tensor[] tensors, int[] index, int[] times, str labels, bool parallel) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_ragged<recis::CpuDevice>(m); }
+namespace recis {
+namespace {
+
+// The number [1] of the first offsets that do not begin with 0, decrease, or do not end with their total; -1 for none.
+Tensor first_bad_offsets(const Tensors& offsets, const Ints& totals) {
+  RECIS_CHECK(!offsets.empty() && offsets.size() == totals.size(),
+              "first_bad_offsets: a total for each of the offsets");
+  const auto good = [&](size_t k) {
+    const int64_t* at = data<int64_t>(offsets[k], "offsets");
+    const int64_t lists = offsets[k].numel() - 1;
+    return lists >= 0 && at[0] == 0 && at[lists] == totals[k] && ascend(at, lists);
+  };
+  size_t number = 0;
+  while (number < offsets.size() && good(number)) ++number;
+  const int64_t one[] = {1};
+  Tensor found = torch::stable::new_empty(offsets[0], {one, 1}, ScalarType::Long);
+  *data<int64_t>(found, "found") = number == offsets.size() ? -1 : static_cast<int64_t>(number);
+  return found;
+}
+
+}  // namespace
+}  // namespace recis
+
+STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) {
+  recis::register_ragged<recis::CpuDevice>(m);
+  m.impl("first_bad_offsets", TORCH_BOX(&recis::first_bad_offsets));
+}

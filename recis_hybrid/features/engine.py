@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from recis_hybrid import ops
 from recis_hybrid.features.feature import Feature
 from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall, link, run_alone, said_by_native
 from recis_hybrid.features.op import Column, Form
 from recis_hybrid.features.plan import Plan, compile_plan
 from recis_hybrid.features.reading import split_features
-from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged import Batch, RaggedTensor, checks
 
 _Known: TypeAlias = "tuple[tuple[int, Form], ...]"
 
@@ -236,6 +237,7 @@ class FeatureEngine:
         columns = {register: Column.of(self._column(batch, name)) for register, name in enumerate(self._names)}
         if not torch.compiler.is_compiling():
             self._check_columns(columns)
+            self._check_offsets(columns)
         return columns
 
     def _check_columns(self, columns: dict[int, Column]) -> None:
@@ -259,6 +261,31 @@ class FeatureEngine:
                     f"{self._where(register)}: it has {mine} rows and column {first!r} has {rows} rows; a batch has "
                     f"one number of them"
                 )
+
+    def _check_offsets(self, columns: dict[int, Column]) -> None:
+        """Raises for offsets that are none any more; to look at a GPU's would mean to wait for it."""
+        offsets: list[Tensor] = []
+        totals: list[int] = []
+        owners: list[int] = []
+        for register, (values, innermost, _, outer) in columns.items():
+            # A tensor of another class (fake, functional) may have no content.
+            if innermost is None or not innermost.is_cpu or type(innermost) is not Tensor:
+                continue
+            levels = [*outer, innermost]
+            offsets += [level if level.is_contiguous() else level.contiguous() for level in levels]
+            totals += [below.shape[0] - 1 for below in levels[1:]] + [values.shape[0]]
+            owners += [register] * len(levels)
+        if not offsets or (bad := ops.ragged.first_bad_offsets(offsets, totals)) < 0:
+            return
+        values, innermost, _, outer = columns[owners[bad]]
+        assert innermost is not None
+        try:
+            checks.check_content(values.shape[0], innermost, outer)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._where(owners[bad])}: {error}. It was right when it was made: do not write to offsets that a "
+                f"column has, but make a new RaggedTensor"
+            ) from error
 
     def _where(self, register: int) -> str:
         name = self._names[register]

@@ -161,5 +161,16 @@ for _name, _fake in (
     ("ragged_concat", _fake_concat),
     ("multi_hot", _fake_multi_hot),
     ("ragged_tile", _fake_tile),
+    ("first_bad_offsets", lambda offsets, totals: offsets[0].new_empty(1)),
 ):
     torch.library.register_fake(f"recis::{_name}", _fake)
+
+
+def first_bad_offsets(offsets: Sequence[Tensor], totals: Sequence[int]) -> int:
+    """Returns the number of the first offsets that are none, -1 if there are none such.
+
+    Args:
+        offsets: At least one, int64 ``[lists + 1]`` each, contiguous, on the CPU. They begin with 0, do not decrease.
+        totals: For each the number with which they end.
+    """
+    return int(torch.ops.recis.first_bad_offsets(offsets, totals).item())

@@ -230,11 +230,15 @@ class RaggedTensor:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> RaggedTensor:
         """Returns the same rows on `device`: itself where they are there already.
 
+        What an operation on a GPU has left after the last row stays there, unless `non_blocking` is True: how many
+        values the rows have is only known when the copy has arrived.
+
         Args:
             device: Where to.
             non_blocking: As in `torch.Tensor.to`.
         """
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved._in_use() if moved.values.is_cpu and not self.values.is_cpu and not non_blocking else moved
 
     def pin_memory(self) -> RaggedTensor:
         """Returns the same rows in pinned memory, from which a GPU copies without the host waiting."""
@@ -349,6 +353,18 @@ class RaggedTensor:
             f"RaggedTensor(batch_size={self.batch_size}, {levels}values={checks.describe(self.values)}, "
             f"weights={None if self.weights is None else checks.describe(self.weights)}, device={self.device})"
         )
+
+    def _in_use(self) -> RaggedTensor:
+        """Returns the same rows without what lies after the last one."""
+        outer, count = [], len(self)
+        for level in self.outer:
+            outer.append(level[: count + 1])
+            count = int(level[count])
+        used = int(self.offsets[count])
+        weights = self.weights
+        if weights is not None:
+            weights = weights[: count if self.outer and self.dtype == torch.uint8 else used]
+        return RaggedTensor.unchecked(self.values[:used], self.offsets[: count + 1], weights, tuple(outer))
 
     def _tensors(self) -> list[torch.Tensor]:
         weights = [] if self.weights is None else [self.weights]

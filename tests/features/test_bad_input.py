@@ -35,6 +35,8 @@ from recis_hybrid.features import (
     register_op,
     registered_ops,
 )  # fmt: skip
+from recis_hybrid.features.link import run_alone
+from recis_hybrid.features.plan import compile_plan
 from recis_hybrid.ragged import RaggedTensor
 
 ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])
@@ -61,13 +63,9 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings for entries, and the column torch.int64"),
         ([Vocabulary([1])], [WORDS], TypeError, "has integers for entries, and the column strings"),
         ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than the length given (put Truncate before it)"),
-        (
-            [ToDense(3)],
-            [DECREASING],
-            ValueError,
-            "row 1 is longer than the length given (put Truncate before it), or its offsets",
-        ),
-        ([Truncate(2)], [DECREASING], ValueError, "row 1 has offsets that decrease or lie outside the values"),
+        ([ToDense(3)], [DECREASING], ValueError, "offsets must not decrease, got 3 and then 2 at row 1. It was right"),
+        ([Mod(9)], [DECREASING], ValueError, "offsets must not decrease, got 3 and then 2 at row 1. It was right when"),
+        ([], [DECREASING], ValueError, "do not write to offsets that a column has, but make a new RaggedTensor"),
         ([ToDense(2)], [torch.ones(2)], TypeError, "takes ragged columns, got a dense one"),
         ([ToDense(2)], [WEIGHTED], TypeError, "would drop the weights"),
         ([ToDense(2)], [NESTED], TypeError, "got rows of lists"),
@@ -119,26 +117,45 @@ def test_what_is_refused_names_the_feature(
 
 
 @pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("kind", ["numbers", "strings", "lists", "lists of strings"])
+@pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 1, 4], [-1, 1, 3], [0, 2**62, 3], [1, 2, 3], [0, 1, 2]])
+def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offsets: list[int]) -> None:
+    columns = {
+        "numbers": RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]]),
+        "strings": RaggedTensor.from_strings(["ab", "c"]),
+        "lists": RaggedTensor.from_lists([[[1], [2, 4]], [[3]]]),
+        "lists of strings": RaggedTensor.from_strings([["a", "bc"], ["d"]]),
+    }
+    column = columns[kind]
+    level = column.outer[0] if column.outer else column.offsets
+    level.copy_(torch.tensor(offsets))
+    with pytest.raises(ValueError, match=r"^feature 'a', column 'a': .*(offsets|outer\[0\]) must .* make a new Ragged"):
+        FeatureEngine([Feature("a", ops=[Hash(), Mod(7)])], fuse=fuse)({"good": torch.ones(2), "a": column})
+
+
+def run_kernels(ops: list[Any], *columns: Column) -> None:
+    """Runs a feature as torch.compile does, under which nobody looks at columns before."""
+    names = [f"c{k}" for k in range(len(columns))]
+    registers = list(columns)
+    for instruction in compile_plan([Feature("a", ops=ops, source=names)]).instructions:
+        registers.append(run_alone(instruction, [registers[source] for source in instruction.sources]))
+
+
 @pytest.mark.parametrize(
     "ops", [[Truncate(1)], [Pad(4)], [TopK(1)], [MultiHot(9)], [Tile(2)], [Hash(), Truncate(2)], [FillNull(2)]]
 )
 @pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 1, 4], [-1, 1, 3], [0, 2**62, 3]])
-def test_offsets_that_were_changed_behind_its_back(fuse: bool, ops: list[Any], offsets: list[int]) -> None:
-    column = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]])
-    column.offsets.copy_(torch.tensor(offsets))
+def test_kernels_that_read_rows_do_not_follow_bad_offsets(ops: list[Any], offsets: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^feature 'a', .*offsets"):
-        FeatureEngine([Feature("a", ops=ops)], fuse=fuse)({"a": column})
+        run_kernels(ops, Column(torch.tensor([1, 2, 3]), torch.tensor(offsets), torch.ones(3)))
 
 
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("op", [Tile(2), Concat()])
 @pytest.mark.parametrize(("offsets", "row"), [([1, 2, 3], 0), ([0, 1, 2], 1)])
-def test_offsets_that_leave_values_out(fuse: bool, op: Any, offsets: list[int], row: int) -> None:
-    column = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]])
-    column.offsets.copy_(torch.tensor(offsets))
-    sources = ["a", "a"] if isinstance(op, Concat) else "a"
+def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int], row: int) -> None:
+    column = Column(torch.tensor([1, 2, 3]), torch.tensor(offsets), torch.ones(3))
     with pytest.raises(ValueError, match=f"^feature 'a', .*: row {row} has offsets that decrease or lie outside"):
-        FeatureEngine([Feature("a", ops=[op], source=sources)], fuse=fuse)({"a": column})
+        run_kernels([op], *[column] * (2 if isinstance(op, Concat) else 1))
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
 def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
     strings = RaggedTensor.from_strings(["ab", "cd"])
     strings.offsets[1] = 9  # behind the back of the RaggedTensor, which has checked them
-    with pytest.raises(ValueError, match=r"^feature 'a', hash\[farm\]: .*decrease or lie outside"):
+    with pytest.raises(ValueError, match=r"^feature 'a', column 'a': .*must not decrease, got 9 and then 4 at row 1"):
         FeatureEngine([Feature("a", ops=[Hash()])], fuse=fuse)({"a": strings})
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from recis_hybrid.ops import ragged
 from recis_hybrid.ops.ragged import FIXED, NO_BOUND, STRICT
 from tests.support.devices import on_devices
 
@@ -70,3 +71,25 @@ def test_the_second_line_of_checks() -> None:
             op(*arguments)
     with pytest.raises(RuntimeError, match="must be contiguous"):
         RECIS.multi_hot([values[::2]], [0, -1, -1], [3], "a", True)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "total", "good"),
+    [
+        ([0], 0, True),
+        ([0, 3, 3, 4], 4, True),
+        ([0] * 40, 0, True),
+        ([], 0, False),
+        ([0], 1, False),
+        ([1, 2], 2, False),
+        ([0, 3, 2, 4], 4, False),
+        ([0, 3, 3, 4], 5, False),
+        ([0, 3, 3, 4], 3, False),
+        ([0, -(2**63), 2**63 - 1, 4], 4, False),
+        ([*range(50), 48], 48, False),
+    ],
+)
+def test_first_bad_offsets(offsets: list[int], total: int, good: bool) -> None:
+    fine, these = torch.tensor([0, 2]), torch.tensor(offsets, dtype=torch.int64)
+    assert ragged.first_bad_offsets([fine, these, these], [2, total, total]) == (-1 if good else 1)
+    torch.library.opcheck(RECIS.first_bad_offsets.default, ([fine, these], [2, total]), test_utils=STATIC)

@@ -208,3 +208,23 @@ def test_values_that_no_row_reaches_are_left_behind() -> None:
     assert column.to_padded(2, padding=-1).tolist() == [[1, -1], [2, -1]]
     lists = RaggedTensor.unchecked(column.values, torch.tensor([0, 1, 2, 2, 2]), None, (torch.tensor([0, 1, 2]),))
     assert RaggedTensor.concat([lists, lists]).validate().to_lists() == [[[1]], [[2]], [[1]], [[2]]]
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_what_a_gpu_left_after_the_last_row_is_not_taken_along(strings: bool) -> None:
+    values = torch.arange(9, dtype=torch.uint8 if strings else torch.int64)
+    # Two rows of two and one lists; two more lists and four more values are nobody's.
+    weights = torch.arange(5.0 if strings else 9.0)
+    whole = RaggedTensor.unchecked(values, torch.tensor([0, 1, 3, 5, 6, 9]), weights, (torch.tensor([0, 2, 3]),))
+    rows = whole._in_use().validate()
+    assert rows.to_lists() == [[[0], [1, 2]], [[3, 4]]]
+    assert rows.weights is not None
+    assert rows.weights.tolist() == list(range(3 if strings else 5))
+
+
+@pytest.mark.gpu
+def test_columns_that_a_gpu_has_shortened_are_whole_on_the_cpu() -> None:
+    offsets = torch.tensor([0, 1, 3], device="cuda")
+    column = RaggedTensor.unchecked(torch.arange(5, device="cuda"), offsets, torch.ones(5, device="cuda"))
+    assert column.to("cpu").validate().to_lists() == [[0], [1, 2]]
+    assert column.to("cuda") is column
