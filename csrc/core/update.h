@@ -215,8 +215,9 @@ struct AdamRule {
     for (int j = 0; j < n; ++j) {
       const float m0 = load_element(m[j]);
       const float v0 = load_element(v[j]);
-      // As torch.lerp, and without a difference that cancels: exact where a beta is 0, too.
-      const float first = beta1_rest < 0.5f ? m0 + beta1_rest * (g[j] - m0) : g[j] - (1.0f - beta1_rest) * (g[j] - m0);
+      // Exact where a beta is 0, too. As torch.lerp, with a case for each half of the range, a step takes a third
+      // longer.
+      const float first = (1.0f - beta1_rest) * m0 + beta1_rest * g[j];
       const float second = (1.0f - beta2_rest) * v0 + beta2_rest * (g[j] * g[j]);
       rounding.part(1).store(m + j, first, d + j);
       rounding.part(2).store(v + j, second, d + j);
