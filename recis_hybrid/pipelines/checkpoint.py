@@ -17,16 +17,23 @@ class Checkpoint(Callback):
     Args:
         steps: Between two checkpoints; None does not count steps.
         seconds: Between two checkpoints, for one process; None does not look at the time.
+        whole_every: Of so many checkpoints one is whole. The others hold of tables only what changed since the
+            checkpoint before, of whatever kind, and build on it (``delta`` of :meth:`Saver.save`); 1: all are whole.
 
     Raises:
-        ValueError: If there is not one of the two, above 0.
+        ValueError: If there is not one of ``steps`` and ``seconds``, above 0, or ``whole_every`` is below 1.
     """
 
-    def __init__(self, *, steps: int | None = None, seconds: float | None = None) -> None:
+    def __init__(self, *, steps: int | None = None, seconds: float | None = None, whole_every: int = 1) -> None:
         given = steps if seconds is None else seconds
         if (steps is None) == (seconds is None) or given is None or not given > 0:
             raise ValueError(f"Checkpoint: give steps or seconds, above 0, got steps={steps} and seconds={seconds}")
-        self._steps, self._seconds = steps, seconds
+        if type(whole_every) is not int or whole_every < 1:
+            raise ValueError(
+                f"Checkpoint: whole_every must be an integer from 1, got {whole_every!r}; 1: all are whole"
+            )
+        self._steps, self._seconds, self._whole_every = steps, seconds, whole_every
+        self._saves = 0
         self._last = time.monotonic()
 
     def before_fit(self, trainer: Trainer) -> None:
@@ -39,5 +46,7 @@ class Checkpoint(Callback):
         """Saves if it is time to."""
         due = self._steps is not None and trainer.steps_done % self._steps == 0
         if due or (self._seconds is not None and time.monotonic() - self._last >= self._seconds):
-            trainer.save()
+            # By steps they are counted over the whole training, so that a job that is often begun anew has whole ones.
+            self._saves = self._saves + 1 if self._steps is None else trainer.steps_done // self._steps
+            trainer.save(delta=self._saves % self._whole_every != 0)
             self._last = time.monotonic()

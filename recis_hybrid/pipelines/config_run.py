@@ -162,7 +162,7 @@ def _callbacks(config: Config, quiet: bool) -> list[Callback]:
     if train.tensorboard:
         callbacks.append(TensorBoard(Path(config.run) / "tensorboard"))
     if train.checkpoint_steps is not None:
-        callbacks.append(Checkpoint(steps=train.checkpoint_steps))
+        callbacks.append(Checkpoint(steps=train.checkpoint_steps, whole_every=train.checkpoint_whole_every))
     if train.patience is not None:
         first = train.metrics[0]
         callbacks.append(

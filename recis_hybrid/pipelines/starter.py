@@ -67,6 +67,7 @@ train:
   precision: float32         # or bfloat16, float16
   device: cpu                # or cuda
   checkpoint_steps: 50       # within a pass; null: at its end only
+  checkpoint_whole_every: 1  # of so many one is whole, the others hold what changed in tables
   keep: 2                    # checkpoints that stay
   log_every: 10
   patience: 2                # evaluations without a better first metric until it stops; null: never

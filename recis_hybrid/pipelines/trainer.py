@@ -272,8 +272,11 @@ class Trainer:
         self._recorder.evicted += evicted
         self._log("evict", {"evicted": evicted})
 
-    def save(self) -> Location | None:
+    def save(self, *, delta: bool = False) -> Location | None:
         """Writes a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
+
+        Args:
+            delta: Whether to write of tables just what changed since the last one; see :meth:`Saver.save`.
 
         Returns:
             Its directory; None if there was one.
@@ -287,16 +290,16 @@ class Trainer:
             return None
         self._guard.look(wait=True)
         self._hooks.call("before_save")
-        path = self._save()
+        path = self._save(delta)
         self._hooks.call("after_save", path)
         return path
 
-    def _save(self) -> Location:
+    def _save(self, delta: bool) -> Location:
         assert self.saver is not None
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
-        path = self.saver.save(self.steps_done, **self.parts())
+        path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved = self.steps_done
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
         return path

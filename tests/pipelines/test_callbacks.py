@@ -20,6 +20,7 @@ from recis_hybrid.pipelines import (
     Trainer,
 )
 from recis_hybrid.saver import Saver
+from recis_hybrid.saver.directory import step_name
 from tests.support.small import make_batches, make_step
 
 
@@ -139,7 +140,28 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     assert all({"ts", "dur", "pid", "tid"} <= event.keys() for event in trace["traceEvents"] if event.get("ph") == "X")
 
 
+def is_delta(path: Path) -> bool:
+    return "previous" in json.loads((path / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("whole_every", "deltas"),
+    [
+        # The first has nothing to build on, that of step 9 is the stage's. Steps are counted, and not checkpoints.
+        (3, {2: False, 4: True, 6: False, 8: True, 9: False, 10: True, 12: False, 14: True}),
+        (1, dict.fromkeys([2, 4, 6, 8, 9, 10, 12, 14], False)),
+    ],
+)
+def test_checkpoints_of_what_changed(tmp_path: Path, whole_every: int, deltas: dict[int, bool]) -> None:
+    saver = Saver(tmp_path, keep=None)
+    callbacks = [Checkpoint(steps=2, whole_every=whole_every)]
+    trainer = Trainer(make_step(), make_batches(9), saver=saver, callbacks=callbacks)
+    trainer.fit([Train(), Save(), Train(steps=6)])
+    assert {step: is_delta(tmp_path / step_name(step)) for step in saver.steps()} == deltas
+
+
 def test_checkpoints_by_time(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
-    Trainer(make_step(), make_batches(4), saver=saver, callbacks=[Checkpoint(seconds=1e-9)]).fit([Train()])
-    assert saver.steps() == [1, 2, 3, 4]
+    callbacks = [Checkpoint(seconds=1e-9, whole_every=2)]
+    Trainer(make_step(), make_batches(4), saver=saver, callbacks=callbacks).fit([Train()])
+    assert [is_delta(tmp_path / step_name(step)) for step in saver.steps()] == [False, False, True, False]

@@ -49,15 +49,16 @@ class Interrupt(Callback):
 def training(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     step = make_step()
     saver = None if folder is None else Saver(folder, keep=None)
-    more = [] if folder is None else [Checkpoint(steps=5)]
+    checkpoint = options.pop("checkpoint", None) or Checkpoint(steps=5)
+    more = [] if folder is None else [checkpoint]
     step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
     options = {"metrics": {"auc": AUC()}, "seed": 3, **options}
     return Trainer(step, data, make_batches(2), saver=saver, callbacks=[*more, *callbacks], **options)
 
 
-def interrupted(trainer: Trainer, stages: Any) -> None:
+def interrupted(trainer: Trainer, stages: Any, **options: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit(stages)
+        trainer.fit(stages, **options)
     trainer.saver = None  # as the end of a process does, this lets another save there
 
 
@@ -104,6 +105,22 @@ def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: 
 
 def epochs_of(trainer: Trainer) -> list[Stage]:
     return [stage for number in range(4) for stage in (Train(epochs=1, name=f"epoch {number}"), Evaluate())]
+
+
+def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
+    def train(*callbacks: Callback) -> Trainer:
+        deltas = Checkpoint(steps=2, whole_every=50)
+        return training(tmp_path / "run", make_batches(9), callbacks, checkpoint=deltas)
+
+    stages = [Train(epochs=4)]
+    whole = training(None, make_batches(9))
+    whole.fit(stages)
+    interrupted(train(Interrupt(15)), stages)
+    interrupted(train(Interrupt(25)), stages, resume="latest")
+    resumed = train()
+    resumed.fit(stages, resume="latest")
+    assert resumed.steps_done == 36
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
 def test_a_mixture_is_resumed_in_its_middle(tmp_path: Path) -> None:
