@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,11 +98,18 @@ class NegativeSampler:
         if items is None and frequencies is not None:
             raise ValueError("NegativeSampler: frequencies are of the items of a table, and there is none; give items")
         self._positive, self._count, self._exclude, self._name = positive, count, tuple(exclude), name
-        self._power, self._seed, self._epoch = power, seed, 0
+        self._power, self._seed = power, seed
+        # In memory that the workers of a DataLoader see, which may live on from epoch to epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._table = None if items is None else _table(items, frequencies, power)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # What a DataLoader hands to a worker is shared already; a copy gets memory of its own.
+        self._epoch.share_memory_()
+
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next draws those of `epoch`.
+        """Makes the next draws those of `epoch`, in the workers of a DataLoader, too.
 
         Args:
             epoch: Not negative.
@@ -111,7 +119,7 @@ class NegativeSampler:
         """
         if epoch < 0:
             raise ValueError(f"NegativeSampler: epoch must not be negative, got {epoch}")
-        self._epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __call__(self, batch: Batch) -> Batch:
         """Returns the batch with the column of negatives.
@@ -182,7 +190,7 @@ class NegativeSampler:
         for array in content:
             digest.update(np.ascontiguousarray(array).tobytes())
         words = np.frombuffer(digest.digest(), np.uint32).tolist()
-        return np.random.Generator(np.random.PCG64([self._seed, self._epoch, *words]))
+        return np.random.Generator(np.random.PCG64([self._seed, int(self._epoch), *words]))
 
 
 def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) -> Candidates:

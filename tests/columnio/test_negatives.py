@@ -1,5 +1,6 @@
 """No accidental hits, the distribution, and that the same is drawn again."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.utils.data import DataLoader
 
 from recis_hybrid.columnio import ColumnDataset, NegativeSampler
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -118,6 +120,23 @@ def test_what_decides_a_draw() -> None:
     assert drawn() == drawn()
     others = [drawn(seed=1), drawn(epoch=1), drawn(batch={"item": torch.tensor([1, 2, 4])})]
     assert len({tuple(each) for each in [drawn(), *others]}) == 4
+
+
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_that_live_on_draw_by_the_epoch(tmp_path: Path, context: str) -> None:
+    pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
+    sampler = copy.deepcopy(NegativeSampler("item", 5, items=torch.arange(1000)))
+    other = copy.deepcopy(sampler)
+    data = ColumnDataset(tmp_path, ["item"], 50, transforms=sampler)
+    loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context=context)
+    drawn = {}
+    for epoch in (0, 3, 1, 3):
+        sampler.set_epoch(epoch)
+        other.set_epoch(7)
+        drawn[epoch] = [dense(batch).tolist() for batch in loader]
+        assert drawn[epoch] == [dense(batch).tolist() for batch in data]
+    assert drawn[0] != drawn[3] != drawn[1] != drawn[0]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
