@@ -11,7 +11,16 @@ from recis_hybrid.saver.chain import Checkpoint
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 from tests.support.rank_processes import Ranks
-from tests.support.sharded_saves import damaged, overtaken, resumed, saved, saved_again, some_loaded, whole_on_one
+from tests.support.sharded_saves import (
+    damaged,
+    overtaken,
+    resumed,
+    saved,
+    saved_again,
+    saved_wide,
+    some_loaded,
+    whole_on_one,
+)
 
 SIZES = [1, 2, 3, 4, 8]
 SHARDINGS = ["row", "table", "replicated", "mixed"]
@@ -122,8 +131,24 @@ def test_some_tables_go_to_ranks_that_share_them_otherwise(
     eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, size: int
 ) -> None:
     source = runs[2][1] / "whole"
-    eight.run(size, some_loaded, str(source), str(tmp_path))
-    expected, found = (Checkpoint(root, 3).read("engine").tables for root in (source, tmp_path))
+    eight.run(size, some_loaded, "mixed", 4, str(source), str(tmp_path))
+    check_some(source, tmp_path)
+
+
+@pytest.mark.parametrize(("writers", "sharding", "readers", "others"), [
+    (1, "row", 2, "column"), (2, "row", 3, "column"), (3, "column", 2, "column"), (2, "column", 2, "mixed"),
+])  # fmt: skip
+def test_some_tables_go_to_ranks_that_split_rows_by_column(
+    eight: Ranks, tmp_path: Path, writers: int, sharding: str, readers: int, others: str
+) -> None:
+    eight.run(writers, saved_wide, sharding, str(tmp_path / "one"))
+    eight.run(readers, some_loaded, others, 16, str(tmp_path / "one"), str(tmp_path / "other"))
+    check_some(tmp_path / "one", tmp_path / "other")
+
+
+def check_some(source: Path, target: Path) -> None:
+    expected, found = (Checkpoint(root, 3).read("engine").tables for root in (source, target))
     for name, other in (("user", "best"), ("narrow", "narrow"), ("item", "user")):
         for column in ("ids", "embedding", "exp_avg", "exp_avg_sq", "frequency"):
+            assert len(expected[name].columns[column]) > 0
             assert torch.equal(found[other].columns[column], expected[name].columns[column]), (name, column)

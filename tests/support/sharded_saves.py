@@ -12,8 +12,8 @@ from tests.support import rank_processes, sharded
 from tests.support.devices import EDGE_IDS
 
 
-def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3) -> EmbeddingEngine:
-    configs = sharded.configs("row" if sharding == "mixed" else sharding)
+def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> EmbeddingEngine:
+    configs = sharded.configs("row" if sharding == "mixed" else sharding, dim)
     if sharding == "mixed":
         # Also within a logical table: "tiled" would be coalesced with "user".
         others = {"best": "table", "tiled": "table", "narrow": "replicated", "rare": "replicated"}
@@ -25,10 +25,10 @@ def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3) -> Embeddi
 class Run:
     """An engine in training, on this rank's share of the batches."""
 
-    def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3) -> None:
+    def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> None:
         table_plan.RANGE_BYTES = 1024  # several files a table, some of them of several ranks
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.engine = engine_of(sharding, group, seed)
+        self.engine = engine_of(sharding, group, seed, dim)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
 
     def train(self, steps: range) -> None:
@@ -131,9 +131,16 @@ def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
     run.saver(f"{root}/whole").save(3, **run.parts())
 
 
-def some_loaded(group: dist.ProcessGroup, root: str, out: str) -> None:
+def saved_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """Trains tables whose rows are wide enough to be split among three ranks."""
+    run = Run(sharding, group, dim=16)
+    run.train(range(3))
+    run.saver(root).save(3, **run.parts())
+
+
+def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
     """Takes tables of another run under other names, into tables that ranks share otherwise."""
-    run = Run("mixed", group, seed=9)
+    run = Run(sharding, group, seed=9, dim=dim)
     run.train(range(1))
     rename = {"user": "best", "narrow": "narrow", "item": "user"}
     found = run.saver(root).load_some(only=list(rename), rename=rename, strict=False, engine=run.engine)
