@@ -84,6 +84,7 @@ struct UpdateRows {
   // longer one is summed again.
   template <class Lanes>
   RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
+    if (dim == W && lanes.size == 1) return one_tile(u, record);
     float kept[2][W];
     const bool keeps = dim <= 2 * W && lanes.size == 1;
     float squares[W];
@@ -105,6 +106,16 @@ struct UpdateRows {
       gradients.template sum<W>(u, d, n, gradient);
       rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
     });
+  }
+
+  // As below, of one tile: its gradient stays in registers.
+  RECIS_HD void one_tile(int64_t u, char* record) const {
+    float gradient[W];
+    gradients.template sum<W>(u, 0, Const<W>{}, gradient);
+    float squares[W];
+    for (int j = 0; j < W; ++j) squares[j] = gradient[j] * gradient[j];
+    const float scale = rule.advance(record, halved(squares) / static_cast<float>(W));
+    rule.template apply<E, S>(record, 0, Const<W>{}, gradient, rounding, scale);
   }
 
   // Sums by halves: one order, whatever the width of the processor's vectors.

@@ -83,6 +83,10 @@ class CpuDevice {
   void with_width(int64_t dim, bool, F&& f) const {
     if (dim % 64 == 0) {
       f(Const<64>{});
+    } else if (dim % 32 == 0) {
+      f(Const<32>{});
+    } else if (dim == 8) {
+      f(Const<8>{});
     } else {
       f(Const<16>{});
     }
