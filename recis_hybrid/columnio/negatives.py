@@ -100,23 +100,31 @@ class NegativeSampler:
         self._positive, self._count, self._exclude, self._name = positive, count, tuple(exclude), name
         self._power, self._seed = power, seed
         # In memory that the workers of a DataLoader see, which may live on from epoch to epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._table = None if items is None else _table(items, frequencies, power)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # What a DataLoader hands to a worker is shared already; a copy gets memory of its own.
+        # What a DataLoader hands to a worker is shared already; a deep copy gets memory of its own.
         self._epoch.share_memory_()
 
+    def __copy__(self) -> NegativeSampler:
+        made = object.__new__(type(self))
+        made.__setstate__({**self.__dict__, "_epoch": self._epoch.clone()})
+        return made
+
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next draws those of `epoch`, in the workers of a DataLoader, too.
+        """Makes the next draws those of `epoch`, in the workers of a DataLoader, too; call it between passes.
 
         Args:
             epoch: Not negative.
 
         Raises:
+            TypeError: It is no integer.
             ValueError: It is negative.
         """
+        if not isinstance(epoch, int):
+            raise TypeError(f"NegativeSampler: epoch must be an integer, got {epoch!r}")
         if epoch < 0:
             raise ValueError(f"NegativeSampler: epoch must not be negative, got {epoch}")
         self._epoch.fill_(epoch)

@@ -32,7 +32,7 @@ class SharedPosition:
     """
 
     def __init__(self) -> None:
-        self._numbers: torch.Tensor = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._numbers: torch.Tensor = torch.zeros(2, dtype=torch.int64, device="cpu").share_memory_()
 
     def set(self, position: Position) -> None:
         """Says the position."""

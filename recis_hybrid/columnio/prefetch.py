@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, thread as futures
 from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -43,7 +43,14 @@ def prefetched(
         pending = deque(line.order(pool) for _ in range(depth))
         while (made := pending.popleft().get()) is not line.end:
             if isinstance(made, _Failed):
-                raise made.error
+                # Its traceback has this frame, which is not to keep what was made after it.
+                pending.clear()
+                error = made.error
+                del made
+                try:
+                    raise error
+                finally:
+                    del error
             pending.append(line.order(pool))
             yield made
             # The consumer is done with it, and keeping it while the next is awaited would keep one more in memory.
@@ -80,6 +87,10 @@ class _Line(Generic[S, T]):
 
     def order(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
         """Returns where the next item will be put, or a _Failed, or `end`."""
+        # As the pool says by itself where an order begins a thread; without it the end of the interpreter, which waits
+        # for the threads, would wait for a consumer that is a thread, too.
+        if getattr(futures, "_shutdown", False):
+            raise RuntimeError("columnio: nothing more is read, for the interpreter is shutting down")
         place: SimpleQueue[Any] = SimpleQueue()
         with self._counting:
             self.orders.append(place)
@@ -105,11 +116,13 @@ class _Line(Generic[S, T]):
                 item = next(self._source, self.end)
             except BaseException as error:
                 place.put(_Failed(error))
+                del place  # or the traceback would keep what keeps it
                 return True
         try:
             place.put(item if item is self.end else self._work(item))  # type: ignore[arg-type]
         except BaseException as error:
             place.put(_Failed(error))
+            del place, item
         return True
 
 
@@ -128,38 +141,64 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
         for source in sources:
             yield from source
         return
-    end = object()
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_DECODER)
-    active: deque[tuple[Generator[T, None, None], Future[T | object]]] = deque()
-    beginning = threading.Lock()
-    closed = False
-
-    def begin() -> None:
-        with beginning:
-            if not closed and (source := next(sources, None)) is not None:
-                active.append((source, pool.submit(item_of, source)))
-
-    def item_of(source: Generator[T, None, None]) -> T | object:
-        if (item := next(source, end)) is end:
-            begin()
-        return item
-
+    chain = _Chain(sources)
     try:
-        for _ in range(threads):
-            begin()
-        while active:
-            source, future = active[0]
-            while (made := future.result()) is not end:
-                future = pool.submit(item_of, source)
-                active[0] = source, future
-                yield made  # type: ignore[misc]
+        for source, place in [begun for _ in range(threads) if (begun := chain.begin()) is not None]:
+            pool.submit(chain.make, source, place)
+        while chain.active:
+            source, place = chain.active[0]
+            while (made := place.get()) is not chain.end:
+                if isinstance(made, _Failed):
+                    raise made.error
+                place = SimpleQueue()
+                chain.active[0] = source, place
+                pool.submit(chain.make, source, place)
+                yield made
                 del made
-            active.popleft()
+            chain.active.popleft()
     finally:
-        with beginning:
-            closed = True
+        # Without a lock: the garbage collector may close this in a thread that holds it.
+        chain.closed = True
         elsewhere = threading.current_thread().name.rpartition("_")[0] != _DECODER
         pool.shutdown(wait=elsewhere, cancel_futures=True)
         if elsewhere:
-            for source, _ in active:
+            for source, _ in chain.active:
                 source.close()
+        chain.active.clear()  # or an error's traceback would keep the items that wait there
+
+
+class _Chain(Generic[T]):
+    """Sources one after another, those that are open, and the threads that make their items.
+
+    Threads hand nothing to the pool, whose locks a generator that is collected in one of them would need.
+    """
+
+    def __init__(self, sources: Iterator[Generator[T, None, None]]) -> None:
+        self.end = object()
+        self.closed = False
+        self.active: deque[tuple[Generator[T, None, None], SimpleQueue[Any]]] = deque()
+        """The sources that are open, in order, and where the next item of each will be put, or a _Failed, or `end`."""
+        self._sources, self._beginning = sources, threading.Lock()
+
+    def begin(self) -> tuple[Generator[T, None, None], SimpleQueue[Any]] | None:
+        """Opens the next source, whose first item is still to be made; None where there is none, or no more wanted."""
+        with self._beginning:
+            if self.closed or (source := next(self._sources, None)) is None:
+                return None
+            begun: tuple[Generator[T, None, None], SimpleQueue[Any]] = (source, SimpleQueue())
+            self.active.append(begun)
+            return begun
+
+    def make(self, source: Generator[T, None, None], place: SimpleQueue[Any]) -> None:
+        """Makes the next item of a source; where it has ended, the first of the next source."""
+        begun: tuple[Generator[T, None, None], SimpleQueue[Any]] | None = (source, place)
+        while begun is not None:
+            source, place = begun
+            try:
+                item = next(source, self.end)
+                begun = self.begin() if item is self.end else None
+            except BaseException as error:
+                place.put(_Failed(error))
+                return
+            place.put(item)

@@ -76,16 +76,18 @@ class Reader:
         yield from chained(self._sources(epoch, wants), self.decoders)
 
     def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
-        first = 0
+        wanted, first = [], 0
         for piece in self._pieces(epoch):
             if wants(first, first + piece.rows):
-                yield self._numbered(piece, first)
+                wanted.append((piece, first))
             first += piece.rows
-
-    def _numbered(self, piece: Piece, first: int) -> Chunks:
         # A thread of ours for each piece is faster than Arrow's, which wait for each other at each column; both at once
         # are more than there are cores for.
-        threads = self.threads > min(self.decoders, len(self.files.pieces))
+        threads = self.threads > min(self.decoders, len(wanted))
+        for piece, first in wanted:
+            yield self._numbered(piece, first, threads)
+
+    def _numbered(self, piece: Piece, first: int, threads: bool) -> Chunks:
         for rows in self.files.read(piece, self.decoded_rows, threads):
             yield first, rows
             first += rows.num_rows

@@ -69,7 +69,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
-        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit.
+        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
+            ``clip_grad_norm_`` clips, that rests on norms that are added up in float64 and rounded to float32: in one
+            step of some 10^8 they may round otherwise.
         group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
             tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all

@@ -284,7 +284,8 @@ class FeatureEngine:
         except ValueError as error:
             raise ValueError(
                 f"{self._where(owners[bad])}: {error}. It was right when it was made: do not write to offsets that a "
-                f"column has, but make a new RaggedTensor"
+                f"column has, but make a new RaggedTensor; bring one that a GPU has shortened by to('cpu') without "
+                f"non_blocking"
             ) from error
 
     def _where(self, register: int) -> str:

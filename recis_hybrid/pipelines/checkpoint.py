@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from recis_hybrid.pipelines.callback import Callback, ranks
 
@@ -46,7 +47,15 @@ class Checkpoint(Callback):
         """Saves if it is time to."""
         due = self._steps is not None and trainer.steps_done % self._steps == 0
         if due or (self._seconds is not None and time.monotonic() - self._last >= self._seconds):
-            # By steps they are counted over the whole training, so that a job that is often begun anew has whole ones.
+            # Counted over the whole training, so that a job that is often begun anew has whole ones.
             self._saves = self._saves + 1 if self._steps is None else trainer.steps_done // self._steps
             trainer.save(delta=self._saves % self._whole_every != 0)
             self._last = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hands out how many checkpoints it has written."""
+        return {"saves": self._saves}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes it back."""
+        self._saves = int(state["saves"])

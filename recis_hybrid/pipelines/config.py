@@ -120,7 +120,7 @@ class TrainConfig:
     checkpoint_steps: Count | None = None
     """Steps between two checkpoints within a pass; None: at its end only."""
     checkpoint_whole_every: Count = 1
-    """Of so many checkpoints within passes one is whole, the others hold what changed in tables; 1: all are."""
+    """Of so many of ``checkpoint_steps`` one is whole, the others hold what changed in tables; 1: all are whole."""
     keep: Count = 2
     """How many checkpoints stay."""
     log_every: Count = 50

@@ -238,7 +238,10 @@ class RaggedTensor:
             non_blocking: As in `torch.Tensor.to`.
         """
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return moved._in_use() if moved.values.is_cpu and not self.values.is_cpu and not non_blocking else moved
+        arrived = moved.values.is_cpu and not self.values.is_cpu and not non_blocking
+        # A trace has no numbers to look at, nor has a tensor of another class (fake, functional).
+        looks = arrived and type(moved.offsets) is torch.Tensor and not torch.compiler.is_compiling()
+        return moved._in_use() if looks else moved
 
     def pin_memory(self) -> RaggedTensor:
         """Returns the same rows in pinned memory, from which a GPU copies without the host waiting."""

@@ -1,6 +1,10 @@
+import contextlib
 import gc
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Generator
 
 import pytest
@@ -176,7 +180,7 @@ def test_a_thread_whose_source_has_ended_begins_the_next_while_the_consumer_work
     items = chained((source.items for source in sources), 2)
     next(items)
     deadline = time.monotonic() + 10
-    while not sources[2].made and time.monotonic() < deadline:
+    while not (sources[1].made and sources[2].made) and time.monotonic() < deadline:
         time.sleep(0.001)
     assert [source.made for source in sources] == [1, 1, 1, 0, 0]
     items.close()
@@ -208,3 +212,78 @@ def test_an_error_of_a_chained_source_comes_after_those_before_it() -> None:
         consume()
     assert seen == [0, 1, 0]
     assert gone()
+
+
+def test_a_generator_that_is_collected_in_one_of_its_threads_ends() -> None:
+    collected = threading.Event()
+    made = []
+
+    def sources() -> Generator[Generator[int, None, None], None, None]:
+        for number in range(4):
+            if number == 2:
+                # In the thread whose source has ended, which opens the next one.
+                assert waiting.wait(10)
+                gc.collect()
+                collected.set()
+            made.append(Source(1))
+            yield made[-1].items
+
+    waiting = threading.Event()
+    items = chained(sources(), 2)
+    next(items)
+    garbage: list[object] = [items]
+    garbage.append(garbage)
+    del items, garbage
+    waiting.set()
+    assert collected.wait(10)
+    assert gone()
+
+
+SHUTDOWN = """
+import threading, time
+from recis_hybrid.columnio.prefetch import prefetched
+
+def numbers():
+    for number in range(10**9):
+        yield number
+
+def consume():
+    for _ in prefetched(numbers(), lambda item: time.sleep(0.01), 4):
+        pass
+
+threading.Thread(target=consume, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_the_interpreter_does_not_wait_for_a_consumer_in_a_daemon_thread() -> None:
+    subprocess.run([sys.executable, "-c", SHUTDOWN], check=True, timeout=20, capture_output=True)
+
+
+def test_an_error_that_was_dropped_keeps_no_items() -> None:
+    class Item:
+        pass
+
+    alive: list[weakref.ref[Item]] = []
+
+    def items() -> Generator[Item, None, None]:
+        for _ in range(8):
+            item = Item()
+            alive.append(weakref.ref(item))
+            yield item
+
+    def work(item: Item) -> Item:
+        if len(alive) == 4:
+            raise LookupError("mine")
+        return item
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            for item in prefetched(items(), work, 4):
+                del item
+        assert gone()
+        assert [each() for each in alive] == [None] * len(alive)
+    finally:
+        gc.enable()

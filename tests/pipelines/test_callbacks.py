@@ -160,6 +160,18 @@ def test_checkpoints_of_what_changed(tmp_path: Path, whole_every: int, deltas: d
     assert {step: is_delta(tmp_path / step_name(step)) for step in saver.steps()} == deltas
 
 
+def test_checkpoints_by_time_are_counted_over_resumptions(tmp_path: Path) -> None:
+    for number in range(1, 4):
+        callbacks = [Checkpoint(seconds=1e-9, whole_every=4)]
+        trainer = Trainer(make_step(), make_batches(9), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
+        trainer.fit([Train(steps=3 * number)], resume="latest")
+        assert trainer.steps_done == 3 * number
+        trainer.saver = None
+    # Whole are the fourth and the eighth, and the first, which has nothing to build on.
+    deltas = [step for step in range(1, 10) if is_delta(tmp_path / step_name(step))]
+    assert deltas == [2, 3, 5, 6, 7, 9]
+
+
 def test_checkpoints_by_time(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
     callbacks = [Checkpoint(seconds=1e-9, whole_every=2)]

@@ -1,5 +1,6 @@
 """Runs that were interrupted or stopped end bitwise where undisturbed ones do."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from recis_hybrid.pipelines import (
 )
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from recis_hybrid.saver.directory import step_name
 from tests.support.small import assert_same, make_batches, make_step, state_of
 
 
@@ -117,6 +119,7 @@ def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
     whole.fit(stages)
     interrupted(train(Interrupt(15)), stages)
     interrupted(train(Interrupt(25)), stages, resume="latest")
+    assert "previous" in json.loads((tmp_path / "run" / step_name(24) / "manifest.json").read_text())
     resumed = train()
     resumed.fit(stages, resume="latest")
     assert resumed.steps_done == 36
