@@ -181,20 +181,24 @@ class ColumnDataset(IterableDataset[Batch]):
             self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
             self._shared, self._in_worker = SharedPosition(), False
             self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
-            if self._num_rows == 0:
-                among = "" if filters is None else f" that suits the filters {filters}"
-                raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
-            if (drop_remainder or uneven == "drop") and len(self) == 0:
-                raise ValueError(
-                    f"ColumnDataset: {'drop_remainder' if drop_remainder else 'uneven=drop'} leaves no batch of "
-                    f"{self._num_rows} rows, of which {world_size} ranks take {batch_size} each in a turn; choose a "
-                    f"smaller batch_size"
-                )
+            self._refuse_nothing(paths, filters)
             if together:
                 found |= settings_of_all_ranks(
                     self._reader, batch_size=batch_size, uneven=uneven, drop_remainder=drop_remainder
                 )
                 found["notes"] = "left out " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
+
+    def _refuse_nothing(self, paths: Paths, filters: Filters) -> None:
+        """Raises where there is nothing to read."""
+        if self._num_rows == 0:
+            among = "" if filters is None else f" that suits the filters {filters}"
+            raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
+        if (self._drop_remainder or self._uneven == "drop") and len(self) == 0:
+            raise ValueError(
+                f"ColumnDataset: {'drop_remainder' if self._drop_remainder else 'uneven=drop'} leaves no batch of "
+                f"{self._num_rows} rows, of which {self._world_size} ranks take {self._batch_size} each in a turn; "
+                f"choose a smaller batch_size"
+            )
 
     def __len__(self) -> int:
         """Returns the number of batches that this rank gets in a whole epoch."""

@@ -299,7 +299,7 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
-        path = self.saver.save(self.steps_done, **({"delta": True} if delta else {}), **self.parts())
+        path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved = self.steps_done
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
         return path

@@ -13,11 +13,9 @@ from torch.utils.data import DataLoader
 
 from recis_hybrid.columnio import ColumnDataset
 from tests.support.columns import dense
+from tests.support.workers import FEW_CORES, FORKED
 
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning"),
-]
+pytestmark = [FORKED, FEW_CORES]
 
 ROWS = 140
 

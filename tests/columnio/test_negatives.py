@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from recis_hybrid.columnio import ColumnDataset, NegativeSampler
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.workers import FORKED
 
 ids = st.integers(-(2**63), 2**63 - 1)
 
@@ -122,7 +123,7 @@ def test_what_decides_a_draw() -> None:
     assert len({tuple(each) for each in [drawn(), *others]}) == 4
 
 
-@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+@FORKED
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_that_live_on_draw_by_the_epoch(tmp_path: Path, context: str) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")

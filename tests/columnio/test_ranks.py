@@ -18,13 +18,10 @@ from recis_hybrid.columnio.order import Batches
 from recis_hybrid.columnio.ranks import rank_and_world_size
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.columns import dense
+from tests.support.workers import FEW_CORES, FORKED
 
-# JAX, where a test before has started it, warns of any fork; workers that read files never come near it.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning"),
-    # torch advises against two workers where there is one core; what is tried here is not their speed.
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning"),
-]
+pytestmark = [FORKED, FEW_CORES]
 
 ROWS = 47
 
@@ -38,12 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lists = pa.array([[row] * (row % 4) for row in rows], pa.list_(pa.int64()))
         pq.write_table(pa.table({**columns, "list": lists}), path / f"part-{number}.parquet", row_group_size=5)
     return path
-
-
-def dense(batch: Batch, name: str = "row") -> torch.Tensor:
-    column = batch[name]
-    assert isinstance(column, torch.Tensor)
-    return column
 
 
 def rows_of(batches: Any) -> list[list[int]]:

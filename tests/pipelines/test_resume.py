@@ -28,6 +28,7 @@ from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.directory import step_name
 from tests.support.small import assert_same, make_batches, make_step, state_of
+from tests.support.workers import FORKED
 
 
 def epochs(trainer: Trainer) -> Iterator[Stage]:
@@ -81,8 +82,7 @@ def mixture(tmp_path: Path) -> Mixture:
     return Mixture({"a": dataset(tmp_path), "b": make_batches(3, seed=5)}, {"a": 2, "b": 1}, seed=2)
 
 
-# JAX, where a test before has started it, warns of any fork; workers that read files never come near it.
-@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+@FORKED
 @pytest.mark.parametrize(
     ("kind", "at"),
     [*((kind, at) for kind in ("list", "dataset") for at in (3, 7, 9, 20)), ("loader", 7)],
