@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from recis_hybrid.embedding.compilation import outside_graphs, prepare
+
 if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
 
@@ -36,6 +38,7 @@ class Anchor(nn.Parameter):
     def __new__(cls, table: HashTable) -> Anchor:
         """Makes the anchor of a table."""
         _watch_steps()
+        prepare()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
         anchor.table = table
         return anchor
@@ -47,12 +50,14 @@ class Anchor(nn.Parameter):
         raise refused_copy()
 
     @property
+    @outside_graphs
     def grad(self) -> Tensor | None:
         """The norm of the table's row gradients; see the class."""
         reduced = self.table.pending.reduced(self.table.layout.dim)
         return None if reduced is None else reduced.shown
 
     @grad.setter
+    @outside_graphs
     def grad(self, value: Tensor | None) -> None:
         if value is not None:
             raise ValueError("the gradient of an embedding table cannot be set; scale what is there, or set it to None")

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.embedding.lookup import Request
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.gather import MAX
@@ -140,6 +141,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_graphs
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None, None]:
         ctx.table.add_gradients(ctx.lookup, spread(ctx.table, ctx.lookup, ctx.outputs, gradients))
         return None, None, None, None

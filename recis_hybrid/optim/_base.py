@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
+from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.state import PartState
@@ -81,6 +82,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every table.
@@ -101,6 +103,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     anchor.table.apply_pending(self._update_in(group, anchor))
         return loss
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients that no step has used."""
         for group in self.param_groups:
