@@ -23,6 +23,7 @@ def refused_copy() -> TypeError:
     )
 
 
+@outside_graphs("grad")
 class Anchor(nn.Parameter):
     """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
 
@@ -50,14 +51,12 @@ class Anchor(nn.Parameter):
         raise refused_copy()
 
     @property
-    @outside_graphs
     def grad(self) -> Tensor | None:
         """The norm of the table's row gradients; see the class."""
         reduced = self.table.pending.reduced(self.table.layout.dim)
         return None if reduced is None else reduced.shown
 
     @grad.setter
-    @outside_graphs
     def grad(self, value: Tensor | None) -> None:
         if value is not None:
             raise ValueError("the gradient of an embedding table cannot be set; scale what is there, or set it to None")

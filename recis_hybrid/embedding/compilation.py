@@ -1,77 +1,94 @@
-"""Keep tables out of the graphs of torch.compile, torch.export and TorchScript."""
+"""Keep tables out of the graphs of torch.compile, and refuse torch.export and TorchScript."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_C = TypeVar("_C", bound=type)
 
-REASON = (
-    "Embedding tables give new ids rows while they look them up, which no graph can record. torch.compile runs them "
-    "between its graphs: leave out fullgraph=True, or compile the towers alone, as model.tower.compile(fullgraph=True)."
-)
-EXPORT_REMEDY = (
-    "Save the model with Saver and write it for serving with `recis-hybrid export`, or export the tower alone, which "
+_INSTEAD = (
+    "save the model with Saver and write it for serving with `recis-hybrid export`, or export the tower alone, which "
     "takes the engine's outputs"
 )
+_REASON = (
+    "embedding tables give new ids rows while they look them up, which no graph can record. torch.compile runs them "
+    "between its graphs: leave out fullgraph=True, or compile the towers alone, as in "
+    f"model.tower = torch.compile(model.tower, fullgraph=True). In place of torch.export, {_INSTEAD}"
+)
 
-
-class _Function(Generic[_P, _R]):
-    """A function, and from the first table on the same one where dynamo does not follow it."""
-
-    def __init__(self, function: Callable[_P, _R]) -> None:
-        self.call = function
-
-
-_functions: list[_Function[..., object]] = []
+_methods: list[tuple[type, str]] = []
 _prepared = False
 
 
-def outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function that torch.compile is to run between its graphs, and refuse under ``fullgraph=True``.
+def outside_graphs(*names: str) -> Callable[[_C], _C]:
+    """Decorate a class whose methods torch.compile is to call between its graphs, and to refuse in a full graph.
 
-    What torch.compile calls is never traced, nor is what it calls in turn: tables compare and count with Python
-    integers, which dynamo may replace by symbols, and for those ``1 in [0, 1]`` is False (seen in torch 2.13).
+    Neither the methods nor what they call is ever traced. Tables change in place, and they decide by Python integers:
+    dynamo may replace these by symbols, which ``1 in [0, 1]`` then does not find (torch 2.13).
+
+    Args:
+        *names: the methods, static methods and properties.
     """
-    held = _Function(function)
-    _functions.append(held)
-    if _prepared:
-        _disable(held)
 
-    @functools.wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return held.call(*args, **kwargs)
+    def decorate(cls: _C) -> _C:
+        _methods.extend((cls, name) for name in names)
+        if _prepared:
+            _hide()
+        return cls
 
-    return run
+    return decorate
 
 
 def prepare() -> None:
-    """Hide the decorated functions from dynamo, which must find them so when it traces a caller.
+    """Hide the methods of decorated classes from dynamo; called before the first table can be compiled.
 
-    It loads torch's compiler, as any torch optimizer does; hence not while the package is imported.
+    It loads torch's compiler, as any torch optimizer does; so it must not run when the package is imported.
     """
     global _prepared
     if not _prepared:
         _prepared = True
-        for held in _functions:
-            _disable(held)
+        _hide()
 
 
-def _disable(held: _Function[..., object]) -> None:
-    held.call = torch.compiler.disable(held.call, reason=REASON)
+def refuse_recording() -> None:
+    """Refuse a lookup while torch.export or torch.jit.trace records it.
+
+    What they record would keep addresses of this process, and read them in another.
+
+    Raises:
+        NotImplementedError: it is recorded.
+    """
+    if torch.compiler.is_exporting():
+        raise not_recorded("torch.export")
+    if torch.jit.is_tracing():
+        raise not_recorded("torch.jit.trace")
 
 
-def refuse_export(where: str) -> None:
-    """Raise NotImplementedError under torch.export and torch.jit.trace: a graph would keep addresses of this process.
+def not_recorded(by: str) -> NotImplementedError:
+    """Return the error for what would record tables in a program to run elsewhere.
 
     Args:
-        where: what was to be exported, for the message.
+        by: the function that would.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
-        what = "torch.jit.trace" if torch.jit.is_tracing() else "torch.export"  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{where}: {what} cannot record embedding tables. {EXPORT_REMEDY}.")
+    return NotImplementedError(f"{by} cannot record embedding tables, whose rows lie in this process; {_INSTEAD}")
+
+
+def _hide() -> None:
+    while _methods:
+        cls, name = _methods.pop()
+        method = vars(cls)[name]
+        # The methods are replaced, not wrapped: dynamo would trace a wrapper once for each object.
+        if isinstance(method, staticmethod):
+            setattr(cls, name, staticmethod(_hidden(method.__func__)))
+        elif isinstance(method, property):
+            setter = None if method.fset is None else _hidden(method.fset)
+            setattr(cls, name, property(_hidden(method.fget), setter, doc=method.__doc__))
+        else:
+            setattr(cls, name, _hidden(method))
+
+
+def _hidden(function: Any) -> Any:
+    return torch.compiler.disable(function, reason=_REASON)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.checkpointed import CheckpointedTables
 from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
-from recis_hybrid.embedding.compilation import outside_graphs
+from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
@@ -48,6 +48,10 @@ class EngineLookup:
     outputs: tuple[Outputs, ...]
 
 
+@outside_graphs(
+    "forward", "lookup", "apply_gradients", "prefetch", "prefetch_rows", "drop_prefetched", "evict", "compact",
+    "memory", "describe",
+)  # fmt: skip
 class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
@@ -162,7 +166,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         table.overrides = dict(config.optimizer or {})
         return table
 
-    @outside_graphs
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Looks a batch up, differentiably.
 
@@ -184,7 +187,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             results.update(zip(plan.features, values, strict=True))
         return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
 
-    @outside_graphs
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
         """Looks a batch up without autograd.
@@ -199,7 +201,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         _, lookups, outputs_of = zip(*found, strict=True)
         return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
 
-    @outside_graphs
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
         """Updates the rows of a lookup: one optimizer step.
@@ -235,6 +236,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
         """Looks a batch up in one table after another."""
+        refuse_recording()
         if self._sharded is None:
             for table, reader in zip(self.tables, self._readers, strict=True):
                 request, shapes = reader(batch, table.device)
@@ -290,7 +292,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._sharded is not None:
             self._sharded.exchange.watched = watched
 
-    @outside_graphs
     def prefetch(self, batch: Batch) -> None:
         """Begins to send the ids of a batch that comes later to where they are looked up, and returns at once.
 
@@ -309,13 +310,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled()
             )  # fmt: skip
 
-    @outside_graphs
     def drop_prefetched(self) -> None:
         """Waits for the batches that are on their way, and forgets them; all ranks call it together."""
         if self._prefetcher is not None:
             self._prefetcher.drop()
 
-    @outside_graphs
     def prefetch_rows(self) -> None:
         """Looks up the first batch that is on its way, and begins to send its rows.
 
@@ -329,7 +328,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._prefetcher is not None:
             self._prefetcher.look_up()
 
-    @outside_graphs
     def evict(self, rule: Eviction) -> int:
         """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had.
 
@@ -345,7 +343,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         asked = [(table, evicted_by(table, rule)) for table in self.tables if not table.read_only]
         return sum(erase_evicted(table, evicted) for table, evicted in asked)
 
-    @outside_graphs
     def compact(self) -> None:
         """Moves the rows of every table together and gives memory back."""
         for table in self.tables:
@@ -353,16 +350,18 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         for table in self.tables:
             table.compact()
 
-    @outside_graphs
     def memory(self) -> dict[str, int]:
         """Returns the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
-    @outside_graphs
     def describe(self) -> str:
         """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
         return describe(self.plans, self.tables)
+
+    def __prepare_scriptable__(self) -> EmbeddingEngine:
+        """Refuses ``torch.jit.script``, of the engine and of a model that has one."""
+        raise not_recorded("torch.jit.script")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
         """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""

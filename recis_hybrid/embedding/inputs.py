@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.compilation import not_recorded
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.lookup import FeatureIds, Request
 from recis_hybrid.ops.gather import Bags
@@ -155,6 +156,8 @@ class FeatureReader:
         if name not in batch:
             raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
         column = batch[name]
+        if isinstance(column, torch.fx.Proxy):
+            raise not_recorded("torch.fx.symbolic_trace")
         if not isinstance(column, (Tensor, RaggedTensor)):
             raise TypeError(
                 f"{self._where}: column {name!r} must be a tensor or a RaggedTensor, got a {type(column).__name__}; "

@@ -17,6 +17,7 @@ from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.state import PartState
 
 
+@outside_graphs("step", "zero_grad", "update_of")
 class SparseOptimizer(torch.optim.Optimizer):
     """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
 
@@ -82,7 +83,6 @@ class SparseOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every table.
@@ -103,7 +103,6 @@ class SparseOptimizer(torch.optim.Optimizer):
                     anchor.table.apply_pending(self._update_in(group, anchor))
         return loss
 
-    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients that no step has used."""
         for group in self.param_groups:
