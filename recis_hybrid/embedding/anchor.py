@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def refused_copy() -> TypeError:
     """Returns the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
     return TypeError(
-        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or take the "
-        "state_dict() of the model, in which tables are not"
+        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or build "
+        "the engine with rows_in_state_dict='record', take the model's state_dict() and load it into a new one; to "
+        "average weights, copy the towers alone, as AveragedModel(model.tower)"
     )
 
 

@@ -63,7 +63,7 @@ def refuse_recording() -> None:
     """
     if torch.compiler.is_exporting():
         raise not_recorded("torch.export")
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise not_recorded("torch.jit.trace")
 
 

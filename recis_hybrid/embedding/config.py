@@ -56,7 +56,7 @@ class EmbeddingConfig:
     admission: Admission | None = None
     """Which ids get a row; None: every one that training meets."""
     trainable: bool = True
-    """False: the table is read-only. Nothing is inserted, and no gradient is taken."""
+    """False: the table is read-only. Nothing is inserted, no gradient is taken, and rows keep no optimizer state."""
     optimizer: Mapping[str, float | tuple[float, float]] | None = None
     """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None

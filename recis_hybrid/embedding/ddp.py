@@ -19,6 +19,7 @@ def leave_out_of_ddp(model: nn.Module) -> None:
         model: What is to be wrapped.
     """
     anchors = [name for name, parameter in model.named_parameters() if isinstance(parameter, Anchor)]
+    anchors += [f"_orig_mod.{name}" for name in anchors]  # should torch.compile take the model before DDP does
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, anchors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,17 @@ from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
 from recis_hybrid.embedding.settings import refuse_no_integer
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
+from recis_hybrid.embedding.state_dict import (
+    RowsInStateDict,
+    belongs_to_tables,
+    load_rows,
+    refuse_rows_in_state_dict,
+    save_key,
+    save_rows,
+    warn_of_rows_left_out,
+)
 from recis_hybrid.ragged import Batch
+from recis_hybrid.state import are_tables_apart
 
 
 class RowOptimizer(Protocol):
@@ -71,7 +82,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     Args:
         configs: By feature name, the name of its column in the batch.
-        optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
+        optimizer_state: What the optimizer keeps for every row of a table that is trained, e.g.
+            ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
@@ -93,6 +105,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
             where the group is all ranks.
+        rows_in_state_dict: What a model's ``state_dict`` has of the tables. None: a key that stands for them; loading
+            it into empty tables fails, as Saver is how rows are saved. ``embedding``: ids and embeddings. ``record``:
+            also optimizer state, metadata and what admission knows, so that with the optimizer's ``state_dict``
+            training goes on bitwise. Where ranks share the tables, ``state_dict`` then gathers the rows of all on
+            each, and is for all ranks together; any number of ranks can load it.
 
     Raises:
         TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
@@ -120,6 +137,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         prefetch_depth: int | None = None,
         staleness: Literal[0, 1] = 0,
         prefetch_group: dist.ProcessGroup | None = None,
+        rows_in_state_dict: RowsInStateDict | None = None,
     ) -> None:
         super().__init__()
         if not configs:
@@ -127,6 +145,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
         self.configs = dict(configs)
         self.device = device_of(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
@@ -143,6 +163,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
             )  # fmt: skip
         self._samples: list[int] = []
+        self._warned_of_dtype = self._warned_of_rows = False
+        refuse_rows_in_state_dict(rows_in_state_dict)
+        self.rows_in_state_dict = rows_in_state_dict
+        """What ``state_dict`` has of the rows; it may be set at any time."""
         told = prefetch_depth is not None
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
@@ -170,15 +194,18 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Looks a batch up, differentiably.
 
         Args:
-            batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
+            batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
+                sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags.
 
         Raises:
             ExchangeError: If another rank could not look its batch up, died, or is in another mode.
 
         Returns:
-            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
-            ``[B, max_length * dim]``; where it is None ``[n, dim]`` in the order of the ids, or ``[B, L, dim]`` for
-            ids ``[B, L]``.
+            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; for ids ``[B, L, K]``
+            ``[B, L, dim]``; for a RaggedTensor of two levels ``[n, dim]``, a vector for each of the n inner lists of
+            all rows, which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. Where the
+            combiner is ``tile``, ``max_length * dim`` stands for ``dim``. Where it is None, each id has a vector:
+            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor.
         """
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
@@ -364,20 +391,59 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         raise not_recorded("torch.jit.script")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
-        """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""
-        wanted = fn(torch.empty(0, device=self.device)).device
-        if wanted != self.device:
+        """Leave tables where they are, as ``to()`` cannot take them along, and in the dtypes of their configs."""
+        probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
+        if probe.device.type == "meta":
             raise RuntimeError(
-                f"EmbeddingEngine: tables cannot be moved from {self.device} to {wanted}; "
-                f"build the engine with device={str(wanted)!r}, and load a checkpoint into it"
+                "EmbeddingEngine: tables have no form on the meta device, and no sizes to be known before; move the "
+                "towers alone, as model.tower.to('meta')"
+            )
+        if probe.device != self.device:
+            raise RuntimeError(
+                f"EmbeddingEngine: tables cannot be moved from {self.device} to {probe.device}; "
+                f"build the engine with device={str(probe.device)!r}, and load a checkpoint into it"
+            )
+        stored = {table.layout.dtype for table in self.tables}
+        converted = {dtype for dtype in stored if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype}
+        if (converted or probe.dtype != torch.float32) and not self._warned_of_dtype:
+            self._warned_of_dtype = True
+            names = ", ".join(sorted(str(dtype) for dtype in stored))
+            warnings.warn(
+                f"EmbeddingEngine: tables keep the dtypes of their configs ({names}), and their outputs stay float32, "
+                f"where the rest of the model becomes {probe.dtype}. Set EmbeddingConfig(dtype=) for tables; cast the "
+                f"outputs for a tower in another dtype, or run it under torch.autocast",
+                stacklevel=3,
             )
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Leaves the anchors out of state_dict: rows are saved by Saver."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for number in range(len(self.tables)):
+            destination.pop(f"{prefix}anchor{number}", None)
+        if are_tables_apart():
+            return
+        refuse_rows_in_state_dict(self.rows_in_state_dict)
+        if self.rows_in_state_dict is not None:
+            exchange = None if self._sharded is None else self._sharded.exchange
+            state = self.checkpoint_state()
+            save_rows(self.tables, state, self.rows_in_state_dict, destination, prefix, exchange)
+            return
+        save_key(self.tables, destination, prefix)
+        if not self._warned_of_rows and any(len(table) for table in self.tables):
+            self._warned_of_rows = True
+            warn_of_rows_left_out()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of a state_dict is the engine's."""
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        # Anchors mean nothing: neither is one that is there loaded, nor one that is not there missed.
+        rest = {key: value for key, value in state_dict.items() if not belongs_to_tables(key, prefix)}
+        missed: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missed, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in missed if not belongs_to_tables(key, prefix))
+        if not are_tables_apart():
+            load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
 
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:

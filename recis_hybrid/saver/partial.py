@@ -13,6 +13,7 @@ from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.protocol import HasTables, TableState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.selection import Loaded, Selection
+from recis_hybrid.state import tables_apart
 
 
 def load_some(
@@ -81,7 +82,8 @@ def tensors_into(
     Returns:
         What copies them: shapes are the same, dtypes are converted.
     """
-    state = module.state_dict(keep_vars=True)
+    with tables_apart():
+        state = module.state_dict(keep_vars=True)
     live = {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
     names = selection.live_names(tensors)
     fitting: list[tuple[Tensor, Tensor]] = []
