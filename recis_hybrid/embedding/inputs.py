@@ -6,7 +6,7 @@ Letters: B rows, L ids of a row's bag, or bags of a row with K ids each; n ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -152,6 +152,8 @@ class FeatureReader:
         return weights.to(device=device, dtype=torch.float32).contiguous().view(-1)
 
     def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{self._where}: a batch must be a dict of columns by name, got a {type(batch).__name__}")
         if name not in batch:
             raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
         column = batch[name]

@@ -23,6 +23,7 @@ from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.loading import TablesLoader
+from recis_hybrid.embedding.protocols import META
 from recis_hybrid.state import PartState, TableState
 
 RowsInStateDict: TypeAlias = Literal["embedding", "record"]
@@ -95,7 +96,9 @@ def save_rows(
         if exchange is not None:
             columns = _of_all_ranks(columns, exchange)
         for column, values in columns.items():
-            destination[f"{prefix}{_KEY}.{name}.{column}"] = values
+            # In memory of its own: to safetensors tensors that share memory are one, and torch.save writes all of it.
+            shares = values.untyped_storage().nbytes() != values.nbytes
+            destination[f"{prefix}{_KEY}.{name}.{column}"] = values.clone() if shares else values
 
 
 def load_rows(
@@ -152,6 +155,8 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
         lengths = {column: len(values) for column, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"table {name!r}: columns must have one length, got {lengths}")
+        if 0 < sum(column in columns for column in META) < len(META):
+            raise ValueError(f"table {name!r}: {list(META)} come together or not at all, got {sorted(columns)}")
         if ids.unique().numel() < ids.numel():
             raise ValueError(f"table {name!r}: ids must be distinct")
         columns = {"ids": ids, **columns}

@@ -7,12 +7,12 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.pipelines.objective import Loss, Objective, UncertaintyWeights
 from recis_hybrid.pipelines.step import NoObserver, Observer, Scored, column_of
 from recis_hybrid.ragged import Batch, batch_size
+from recis_hybrid.saver.module_names import unwrapped, without_wrappers
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -206,9 +206,10 @@ class TorchStep:
 
     def parts(self) -> dict[str, object]:
         """Returns engines, model, optimizers, schedules and scale, by name."""
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        model = unwrapped(self.model)
         named = [name for name, module in model.named_modules() if isinstance(module, EmbeddingEngine)]
-        engines = {"engine" if len(named) == 1 else f"engine.{name}": model.get_submodule(name) for name in named}
+        names = ["engine"] if len(named) == 1 else [f"engine.{name}" for name in without_wrappers(model, named)]
+        engines = {name: model.get_submodule(path) for name, path in zip(names, named, strict=True)}
         parts: dict[str, object] = {"updates": self, **engines}
         if model not in self.engines:
             parts["model"] = model

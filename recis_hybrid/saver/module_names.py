@@ -1,6 +1,7 @@
 """Names of a module's parameters and buffers, the same whether or not the module is wrapped."""
 
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -19,23 +20,40 @@ def own_names(module: nn.Module) -> dict[str, str]:
         Names in its `state_dict`, by names without the wrappers: `tower.weight` is its `tower.module.weight`, or its
         `tower._orig_mod.weight`.
     """
-    found = {}
-    # The inner ones first, whose paths the outer ones are part of.
+    with tables_apart():
+        state = list(module.state_dict())
+    return dict(zip(without_wrappers(module, state), state, strict=True))
+
+
+def without_wrappers(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return names of state, or of submodules, as they would be if nothing within a module were wrapped.
+
+    Args:
+        module: as for `own_names`.
+        names: the module's own.
+    """
     wrapped = [
-        (f"{name}." if name else "", inner)
-        for name, each in module.named_modules(remove_duplicate=False)
+        (f"{path}." if path else "", f"{inner}.")
+        for path, each in module.named_modules(remove_duplicate=False)
         if (inner := _inner(each))
     ]
+    # The inner ones first, whose paths the outer ones are part of.
     wrapped.sort(key=lambda pair: len(pair[0]), reverse=True)
-    with tables_apart():
-        state = module.state_dict()
-    for own in state:
-        name = own
+    found = []
+    for name in names:
+        name += "."
         for prefix, inner in wrapped:
-            if name.startswith(f"{prefix}{inner}."):
-                name = prefix + name[len(prefix) + len(inner) + 1 :]
-        found[name] = own
+            if name.startswith(prefix + inner):
+                name = prefix + name[len(prefix) + len(inner) :]
+        found.append(name[:-1])
     return found
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that wrappers hold; a module that is no wrapper itself."""
+    while inner := _inner(module):
+        module = module.get_submodule(inner)
+    return module
 
 
 def _inner(module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.pipelines import Callback, Record, TorchStep, Trainer
 from recis_hybrid.ragged import Batch
+from recis_hybrid.state import tables_apart
 
 bce = nn.functional.binary_cross_entropy_with_logits
 
@@ -49,7 +50,9 @@ def state_of(step: TorchStep) -> dict[str, Tensor]:
     """Everything that was trained, tables by id."""
     assert isinstance(step.model, Model)
     rows = {f"table.{name}": values for name, values in step.model.engine.tables[0].export(0).items()}
-    return {**{name: value.clone() for name, value in step.model.state_dict().items()}, **rows}
+    with tables_apart():
+        towers = step.model.state_dict()
+    return {**{name: value.clone() for name, value in towers.items()}, **rows}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
