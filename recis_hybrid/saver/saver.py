@@ -289,7 +289,8 @@ class Saver:
         Raises:
             CorruptCheckpoint: a file is missing, unknown or changed.
             CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
-            CheckpointError: there is no such checkpoint, or a part is neither an engine nor a module.
+            CheckpointError: there is no such checkpoint, a part is neither an engine nor a module, or a pattern of
+                `only`, `exclude` or `rename` matches no name of any part, whether strict or not.
         """
         ranks = self._together()
         ranks.together(self.wait)
