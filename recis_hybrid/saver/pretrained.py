@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_BYTES = 2**30
 
 
+@torch.inference_mode(False)
 def load_pretrained(
     module: torch.nn.Module, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
