@@ -157,14 +157,18 @@ def _tables(
     tables = set(fitting.values())
     # The ranks share a table as it is called here.
     live_names = {saved: live_name for live_name, saved in fitting.items()}
-    states = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks)).tables
+    state = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks))
+    states, steps = state.tables, state.meta.get("steps")
 
     def load() -> None:
         taken = {}
         for live_name, saved in fitting.items():
             rows, kept = states.pop(saved), live[live_name].columns
             columns = {column: values for column, values in rows.columns.items() if column in kept}
-            taken[live_name] = TableState(columns, rows.buckets, rows.meta)
+            step = steps.get(saved) if isinstance(steps, dict) else None
+            if type(step) is not int or not 0 <= step < 1 << 40:
+                step = None
+            taken[live_name] = TableState(columns, rows.buckets, rows.meta | {"step": step})
         owner.load_checkpoint_tables(taken)
 
     return load

@@ -277,7 +277,8 @@ class Saver:
 
         Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is
         selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
-        their optimizer state; their steps become the table's own, as if they had just been met.
+        their optimizer state. A table that has done no step goes on from those of its rows; else their steps become the
+        table's own, as if they had just been met.
 
         Args:
             step: which checkpoint; the highest complete step by default.
