@@ -160,7 +160,8 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     def _replace(self, updated: dict[str, jax.Array]) -> None:
         # Taking them waits for the whole program, so that torch may write to the gradients again.
-        tensors = unshare([updated[name] for name in self._named])
+        with torch.inference_mode(False):
+            tensors = unshare([updated[name] for name in self._named])
         for parameter, tensor in zip(self._named.values(), tensors, strict=True):
             parameter.data = tensor
             # As an update in place would: a backward pass that still needs the old value says so.

@@ -238,13 +238,16 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
-            KeyError: If a feature's gradient is missing.
+            KeyError: If a feature's gradient is missing, or one is of no feature.
             RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
         """
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
+        unknown = sorted(gradients.keys() - self.configs.keys())
+        if unknown:
+            raise KeyError(f"apply_gradients: there are gradients of {unknown}, which are no features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
         # All of it is checked before the first row changes.

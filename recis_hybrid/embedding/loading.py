@@ -161,10 +161,11 @@ def load_tables_state(
 
 
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
-    """Replaces the rows of some member tables by those of another run's; the others stay, and so do seed and steps.
+    """Replaces the rows of some member tables by those of another run's; the others stay, and so does the seed.
 
-    Steps that the rows have seen count from where that run was: they become the steps that the table has done, at most,
-    as if the rows had just been met. Optimizer state that is missing starts as in a new row.
+    A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
+    on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has
+    done, at most, as if the rows had just been met. Optimizer state that is missing starts as in a new row.
 
     Args:
         tables: Where the member tables are.
@@ -180,6 +181,13 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
     for name, state in states.items():
         refuse_counts(name, state.columns)
+    fresh = [table for table in tables if table.step == 0]
+    for name, state in states.items():
+        done = state.meta.get("step")
+        if name in members and members[name][0] in fresh and isinstance(done, int):
+            table, _ = members[name]
+            table.see()
+            table.step = max(table.step, done)
     for name, state in states.items():
         if name in members:
             table, number = members[name]

@@ -103,18 +103,19 @@ class Mod:
     """Ids → ids in ``[0, n)``: the remainder of the id read as an unsigned number of 64 bits.
 
     The column keeps its form. For ids below 0 the result is not Python's ``%``: -1 counts as 2^64 - 1. int8 to int32
-    are widened to int64 before.
+    are widened to int64 before. A power of two keeps the lowest bits: ``Mod(2**52)`` is ``id & (2**52 - 1)``, as RecIS
+    keeps the ids of coalesced tables.
 
     Args:
-        n: The modulus, 1 to 2^63 - 1.
+        n: The modulus, 1 to 2^64 - 1. Of one above 2^63, remainders from 2^63 on have the bits of an int64 below 0.
     """
 
     n: int
 
     def fault(self) -> str | None:
         """Returns what is wrong with the modulus, or None."""
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n <= MOST:
-            return f"n must be an int from 1 to {MOST}, got {self.n!r}; n is the number of different ids to keep"
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n < 2**64:
+            return f"n must be an int from 1 to {2**64 - 1}, got {self.n!r}; n is the number of different ids to keep"
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:

@@ -61,7 +61,7 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
     """Returns the parameters by which native code takes remainders without dividing, as int64.
 
     Args:
-        divisor: 1 to 2^63 - 1.
+        divisor: 1 to 2^64 - 1.
 
     References:
         Granlund and Montgomery: Division by Invariant Integers using Multiplication, PLDI 1994, figure 4.1.
@@ -69,7 +69,12 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
     bits = (divisor - 1).bit_length()
     magic = ((((1 << bits) - divisor) << 64) // divisor + 1) % 2**64
     shift1, shift2 = min(bits, 1), max(bits - 1, 0)
-    return divisor, magic - 2**64 if magic >= 2**63 else magic, shift1 | shift2 << 8
+    return as_int64(divisor), as_int64(magic), shift1 | shift2 << 8
+
+
+def as_int64(word: int) -> int:
+    """Returns the int64 that has the bits of an unsigned number below 2^64."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def vocabulary_slots(hashes: Tensor) -> Tensor:

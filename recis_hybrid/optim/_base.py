@@ -22,8 +22,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
 
     ``step()`` reduces what backward has left at each table once, and updates each record in the same pass. Every table
-    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. A table
-    whose config has hyperparameters of its own gets a parameter group of its own.
+    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. Where no
+    state of the optimizer is loaded, it counts on from the steps that a table has done, which the moments in its rows
+    are of. A table whose config has hyperparameters of its own gets a parameter group of its own.
     """
 
     checkpoint_kind = "optimizer"
@@ -138,7 +139,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _update_in(self, group: dict[str, Any], anchor: Tensor) -> RowUpdate:
         def update(table: HashTable, gradients: Gradients | None) -> None:
             state = self.state[anchor]
-            step = state.get("step", 0) + 1
+            # An optimizer that is new to a table goes on from the steps that its moments are of.
+            step = state.get("step", table.step) + 1
             if gradients is not None:
                 self._update(table, table.records(gradients), gradients, group, step)
             state["step"] = step

@@ -188,6 +188,22 @@ def test_groups_and_schedulers_of_torch_are_refused() -> None:
             make()
 
 
+def test_steps_in_inference_mode_are_the_same() -> None:
+    found = []
+    for within in (False, True):
+        tower = JaxTower(mlp, PARAMS)
+        with torch.inference_mode(within):
+            optimizer = OptaxOptimizer(tower.named_parameters(), optax.adam(0.1))
+        for number in range(3):
+            optimizer.zero_grad()
+            tower(torch.from_numpy(X[number]).clone()).square().mean().backward()
+            with torch.inference_mode(within), torch.no_grad():
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+        found.append(weights(tower))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_bad_input() -> None:
     tower = JaxTower(mlp, PARAMS)
     with pytest.raises(TypeError, match=r"takes named parameters, got a Parameter; pass module.named_parameters\(\)"):

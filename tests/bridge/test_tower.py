@@ -29,6 +29,24 @@ def parameters(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def test_a_tower_that_was_made_and_called_in_inference_mode_trains() -> None:
+    def counting(params: Any, x: Any, *, state: Any) -> Any:
+        return mlp(params, x), {"calls": state["calls"] + 1}
+
+    x = torch.ones(3, 6)
+    with torch.inference_mode():
+        tower = JaxTower(counting, parameters(), state={"calls": np.zeros((), np.float32)})
+        tower(x)
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    before = tower(x).square().sum()
+    before.backward()
+    optimizer.step()
+    with torch.inference_mode():
+        assert tower(x).square().sum() < before
+    tower(x).sum().backward()
+    assert float(tower.calls) == 4
+
+
 def test_gradients_are_those_of_the_torch_twin_in_float64() -> None:
     with jax.enable_x64(True):
         tower = JaxTower(mlp, parameters(np.float64))

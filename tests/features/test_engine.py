@@ -112,7 +112,7 @@ def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch
 
 operation = st.one_of(
     st.sampled_from([Hash("farm"), Hash("murmur")]),
-    st.builds(Mod, st.integers(1, 2**63 - 1)),
+    st.builds(Mod, st.integers(1, 2**64 - 1)),
     st.builds(Bucketize, st.lists(st.integers(-100, 100), min_size=1, max_size=4).map(sorted), right=st.booleans()),
 )
 
@@ -121,7 +121,7 @@ def one_by_one(op: Op, value: int) -> int:
     if isinstance(op, Hash):
         return getattr(hashes, op.kind)(value.to_bytes(8, "little", signed=True))  # type: ignore[no-any-return]
     if isinstance(op, Mod):
-        return value % 2**64 % op.n
+        return (value % 2**64 % op.n + 2**63) % 2**64 - 2**63
     assert isinstance(op, Bucketize)
     return sum(b <= value if op.right else b < value for b in op.boundaries)
 

@@ -63,7 +63,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 ids_to_ids = st.one_of(
     st.sampled_from([Hash(kind) for kind in KINDS]),  # type: ignore[arg-type]
-    st.builds(Mod, st.integers(1, 2**63 - 1)),
+    st.builds(Mod, st.integers(1, 2**64 - 1)),
     st.builds(Bucketize, st.lists(st.integers(-100, 100), min_size=1, max_size=70).map(sorted), right=st.booleans()),
     st.builds(Clip, st.integers(-5, 0), st.integers(1, 9)),
     st.just(MultiHash([10, 20])),

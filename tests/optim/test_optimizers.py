@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal, Unused
 from tests.support.devices import on_devices
 
 IDS = 40
@@ -235,3 +235,32 @@ def test_a_closure_is_evaluated() -> None:
 
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.RowwiseAdagrad, optim.Adam, optim.AdamW])
+def test_inference_mode_changes_nothing(rule: Any) -> None:
+    """Tables and optimizers that are made, looked up, grown, updated and shrunk in it are as without it."""
+    found = []
+    for within in (False, True):
+        with torch.inference_mode(within):
+            engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=rule.row_state())
+            optimizer = rule(engine.parameters(), lr=0.1)
+            engine({"id": torch.arange(IDS, IDS + 5000)})
+            ids = torch.arange(IDS)
+        for step in range(3):
+            engine({"id": ids})["id"].square().sum().backward()
+            with torch.inference_mode(within and step != 1), torch.no_grad():
+                torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                optimizer.load_state_dict(optimizer.state_dict())
+                engine.eval()({"id": ids})
+                engine.train()
+        with torch.inference_mode(within):
+            assert engine.evict(Unused(2)) == 5000
+            engine.compact()
+        engine({"id": ids})["id"].sum().backward()
+        optimizer.step()
+        found.append(engine.tables[0].export(0))
+    for name, column in found[0].items():
+        assert torch.equal(column, found[1][name]), name
