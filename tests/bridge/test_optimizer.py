@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.near import OF_ADAM, assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -76,7 +78,7 @@ def test_it_is_the_transformation_in_jax(kind: str) -> None:
     for x in X:
         params, state = step(params, state, x)
     for name, weight in weights(tower).items():
-        np.testing.assert_allclose(weight, params[name], rtol=2e-5, atol=1e-6, err_msg=name)
+        assert_near(weight, params[name], where=name)
 
 
 def test_a_torch_module_trains_as_by_torch() -> None:
@@ -92,7 +94,7 @@ def test_a_torch_module_trains_as_by_torch() -> None:
             optimizer.zero_grad()
             module(x).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+    assert_near(weights(ours), weights(theirs), OF_ADAM)
 
 
 def test_parameters_move_into_memory_of_jax_and_stay_the_same_objects() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.devices import on_devices
+from tests.support.near import assert_near
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -162,16 +163,14 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
             y = tower(given)
             busy(device)
             y.backward(gradient * 1)  # made late, too
-        torch.testing.assert_close(y.detach().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
+        assert_near(y, expected)
         assert own.grad is not None
         assert given.grad is not None
-        torch.testing.assert_close(given.grad.cpu(), own.grad, rtol=1e-4, atol=1e-5)
+        assert_near(given.grad, own.grad)
         for (name, mine), theirs in zip(tower.named_parameters(), twin.parameters(), strict=True):
             assert mine.grad is not None
             assert theirs.grad is not None
-            torch.testing.assert_close(
-                mine.grad.cpu(), theirs.grad, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_near(mine.grad, theirs.grad, where=name)
     assert tower.copies == 0
     assert tower.compilations == 2
 
@@ -215,4 +214,4 @@ def test_a_training_by_towers_and_torch_is_the_one_of_the_cpu(device: str) -> No
             (model(x.to(where)) - x.sum(1, keepdim=True).to(where)).square().mean().backward()
             optimizer.step()
         weights.append([parameter.detach().cpu() for parameter in model.parameters()])
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    assert_near(*weights)

@@ -257,7 +257,7 @@ def test_more_intermediate_results_than_scratch_tiles() -> None:
     same(FeatureEngine(crossed)(batch), FeatureEngine(crossed, fuse=False)(batch))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend: str) -> None:
     features, batch = large()

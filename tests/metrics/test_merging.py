@@ -98,7 +98,7 @@ def on_rank(rank: int, port: int, wanted: list[float]) -> None:
             metric = kind()
             if parts[rank] is not None:
                 update(metric, *parts[rank])
-            assert abs(metric.compute() - value) < 1e-12, (kind, metric.compute(), value)
+            assert metric.compute() == pytest.approx(value, rel=1e-12), kind
         alone = kind(sync=False)
         update(alone, 0, 60)
         if rank == 0:  # no collective: the other rank takes no part

@@ -24,6 +24,7 @@ from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from tests.support.near import assert_near
 from tests.support.small import bce
 
 
@@ -127,9 +128,9 @@ def on_rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{ports[0]}", rank=rank, world_size=2)
     trainer, model = train(rank, 2, folder)
-    torch.testing.assert_close(model.tower.weight.detach(), weight)
+    assert_near(model.tower.weight, weight)
     for name, value in figures.items():
-        assert abs(trainer.figures["eval"][name] - value) < 1e-5
+        assert_near(trainer.figures["eval"][name], value, where=name)
     assert trainer.samples == 6 * 16 * 2
     assert trainer.steps[""].parts()["model"] is model
     ends_on_one_rank_end_all(trainer, rank, folder / "rescued")
@@ -149,7 +150,7 @@ def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
     for one, two in zip(*logs, strict=True):
         assert (one["event"], one["step"], one.get("samples")) == (two["event"], two["step"], two.get("samples"))
         if "loss" in one:
-            assert abs(one["loss"] - two["loss"]) < 1e-5
+            assert_near(two["loss"], one["loss"])
 
 
 def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

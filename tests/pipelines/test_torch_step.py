@@ -10,6 +10,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import Anchor, Unused, dense_parameters
 from recis_hybrid.pipelines import LrSchedule, Objective, TorchStep, UncertaintyWeights
 from recis_hybrid.ragged import Batch
+from tests.support.near import assert_near
 from tests.support.small import Model, assert_same, bce, make_batches, make_step, state_of
 
 
@@ -66,7 +67,7 @@ def test_accumulated_batches_give_the_gradient_of_their_rows_together() -> None:
         assert step.updates == 1
     for name, value in results[0].items():
         if name not in ("table.seen_step", "table.frequency"):
-            torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6)
+            assert_near(results[1][name], value, where=name)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -177,7 +178,7 @@ def test_losses_are_summed_by_their_weights() -> None:
         assert float(watched["weight/buy"]) == pytest.approx(weight)
         assert "weight/click" not in watched
         total = 2.0 * watched["loss/click"] + weight * watched["loss/buy"]
-        torch.testing.assert_close(watched["loss"], total)
+        assert_near(watched["loss"], total)
 
 
 def test_a_weight_of_zero_trains_the_other_objective_alone() -> None:
@@ -198,7 +199,7 @@ def test_uncertainty_weights_are_learnt_and_saved() -> None:
     watched = step(make_batches(1)[0])
     # At s = 0 the gradient of exp(-s) L + s / 2 is 1/2 - L.
     losses = torch.stack([watched["loss/click"], watched["loss/buy"]])
-    torch.testing.assert_close(weighting.log_variances.detach(), -0.1 * (0.5 - losses))
+    assert_near(weighting.log_variances, -0.1 * (0.5 - losses))
     assert float(watched["weight/click"]) == 1.0
     assert step.parts()["weighting"] is weighting
     with pytest.raises(ValueError, match=r"in no optimizer; add weighting.parameters\(\)"):
@@ -213,7 +214,7 @@ def test_padding_counts_in_no_loss_and_no_prediction() -> None:
     for step in (first, second):
         torch.manual_seed(0)
         step.model.tower = nn.Linear(4, 1)
-    torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])  # type: ignore[arg-type]
+    assert_near(first(padded)["loss"], second(cut)["loss"])  # type: ignore[arg-type]
     scored = first.predict(padded)[""]
     assert len(scored.scores) == len(scored.labels) == 7
     assert torch.equal(scored.groups, batch["user"][:7])  # type: ignore[arg-type]
@@ -233,7 +234,7 @@ def test_a_compiled_tower_trains_as_an_eager_one() -> None:
         losses.append(torch.stack([watched["loss"] for watched in train(step, make_batches(4))]))
         names = [name for name, _ in step.model.tower.named_parameters()]
         assert names == [f"{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
-    torch.testing.assert_close(losses[0], losses[1])
+    assert_near(losses[0], losses[1])
 
 
 def test_what_is_wrong_is_named() -> None:
