@@ -1,7 +1,7 @@
 """The processes of a job: who this one is, and how they come together.
 
 A launcher (torchrun, or a scheduler whose script exports the same variables) tells each process its ``RANK``, the
-``WORLD_SIZE`` and where rank 0 is. Whatever several ranks share, ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer``,
+``WORLD_SIZE`` and where rank 0 is. What several ranks share, ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer``,
 calls :func:`join` as it is built, so that a program written for one process needs no line of its own for several.
 """
 
@@ -11,6 +11,7 @@ import atexit
 import logging
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ _ADVICE = (
 )
 # Whether this module has made the default group, and whether something keeps the towers of the ranks alike.
 _joined = _attended = False
+# The default group that there was when it was made, and the group of messages.
+_messages: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
 
 def is_initialized() -> bool:
@@ -34,9 +37,9 @@ def rank() -> int:
     return dist.get_rank() if is_initialized() else 0
 
 
-def world_size() -> int:
-    """Return the number of processes in the default group; 1 without one."""
-    return dist.get_world_size() if is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of processes in a group, None for the default one; 1 without one."""
+    return dist.get_world_size(group) if is_initialized() else 1
 
 
 def launched(where: str) -> tuple[int, int]:
@@ -97,6 +100,22 @@ def join(where: str) -> None:
     _joined = True
     atexit.register(_leave)
     logging.getLogger(__name__).info("rank %d of %d has joined the others by %s", rank, size, backend)
+
+
+def message_group() -> dist.ProcessGroup:
+    """Return a group of Gloo, of all ranks, for small messages between training loops; all ranks call it alike."""
+    world = dist.group.WORLD
+    assert world is not None
+    global _messages
+    if _messages is None or _messages[0] is not world:
+        _messages = world, dist.new_group(backend="gloo", timeout=_timeout_of(world), group_desc="recis_hybrid turns")
+    return _messages[1]
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def attend() -> None:

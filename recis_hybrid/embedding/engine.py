@@ -60,9 +60,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
 
     Where torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
-    then join here, they share the tables (``docs/distributed.md``): each rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
-    batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
-    are then for all ranks together, in the same order.
+    then join here, they share the tables (``docs/distributed.md``): each rank gives its own batch, rows lie where their
+    configs' ``sharding`` says, and a step is that of one process on all batches together. Building, lookups, an
+    optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are then for all ranks together, in the
+    same order.
 
     Args:
         configs: By feature name, the name of its column in the batch.
