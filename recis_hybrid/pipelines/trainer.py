@@ -173,6 +173,7 @@ class Trainer:
         self._begin(stages, resume)
         try:
             self._hooks.call("before_fit")
+            self._agree()
             remaining = self._place.remaining(stages, self.figures)
             while (stage := self._next_stage(remaining)) is not None:
                 self._agree()
