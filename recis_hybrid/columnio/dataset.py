@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from recis_hybrid import distributed
 from recis_hybrid.ragged import Batch, batch_to
 
-from .agreement import agreement, has_other_ranks
+from .agreement import agreement, has_other_ranks, warn_unattended
 from .arguments import integer, one_of, specs
 from .columns import Column
 from .delivery import Delivery, check_delivery
@@ -54,11 +55,12 @@ class ColumnDataset(IterableDataset[Batch]):
     `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
     (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
 
-    Where torch.distributed is initialised, and `rank` and `world_size` are left out, all ranks must open the dataset,
-    in the same order among what they do together: opening ends with one `all_gather_object` of the default group, in
-    which they compare what they found. If one of them failed or found other files or rows, all raise; no later
-    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody, and
-    a dataset that was opened before torch.distributed is initialised is not compared.
+    Where several ranks train together, and `rank` and `world_size` are left out, all ranks must open the dataset, in
+    the same order among what they do together: they join the default group if a launcher such as torchrun has started
+    them and they have not yet, and opening ends with one `all_gather_object` of that group, in which they compare what
+    they found. If one of them failed or found other files or rows, all raise. Every row comes once, on one of the
+    ranks, and all ranks get equally many batches: the rows of a last turn that has no full batch for each are shared
+    out evenly. Passes and workers of a DataLoader talk to nobody.
 
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
@@ -75,13 +77,15 @@ class ColumnDataset(IterableDataset[Batch]):
             must hold, or a list of such lists of which one must.
         transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
             takes the batch's place.
-        rank: This process's number among those that share the data; None takes torch.distributed's where that is
-            initialised, else torchrun's from the environment, else 0. With a rank by hand nothing is compared.
+        rank: This process's number among those that share the data; None takes torch.distributed's, or 0 where one
+            process trains. With a rank by hand nothing is compared.
         world_size: How many processes share the data; None as for `rank`.
-        uneven: What happens in a last turn that has no full batch for every rank. None: every row comes once, and some
-            ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
-            fills the batches up with rows from the beginning of the epoch's order; `"pad"` does so too and adds a bool
-            column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
+        uneven: What happens in a last turn that has no full batch for every rank; all ranks get equally many batches in
+            any case. None: every row comes once, in short batches of about one size; if that left a rank without rows,
+            the turn before is shared out with it. (There are empty batches only where a rank would have none at all, or
+            `batch_size` is 1.) For batches of one size: `"wrap"` fills them up with rows from the beginning of the
+            epoch's order; `"pad"` does so too and adds a bool column `mask` [B], False for these; `"drop"` leaves the
+            turn out unless all ranks get a batch in it.
         num_threads: Threads that decode a piece each, and as many that call `transforms` or pin memory. Where there are
             fewer pieces, or `prefetch` is 0, Arrow decodes columns in its own threads, as many as
             `pyarrow.set_cpu_count` says.
@@ -103,6 +107,7 @@ class ColumnDataset(IterableDataset[Batch]):
     Raises:
         BadFileError: A file is damaged (a ValueError).
         FileNotFoundError: There is no such file.
+        RuntimeError: A launcher has started several processes and they cannot be joined.
         TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
         ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
             or `uneven="drop"` not one batch), or an argument is out of its range; or another rank could not open the
@@ -144,8 +149,9 @@ class ColumnDataset(IterableDataset[Batch]):
         from .reader import Reader
 
         # Given by hand, a rank may be alone in opening this.
-        together = rank is None and world_size is None and has_other_ranks()
+        self._by_itself = rank is None and world_size is None
         rank, world_size = rank_and_world_size(rank, world_size)
+        together = self._by_itself and has_other_ranks()
         with agreement(together) as found:
             self._batch_size = integer("batch_size", batch_size, 1)
             self._prefetch = integer("prefetch", prefetch, 0)
@@ -273,7 +279,19 @@ class ColumnDataset(IterableDataset[Batch]):
         self._next(loaded(state, self._order))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begins a pass; see the class."""
+        """Begins a pass; see the class.
+
+        Raises:
+            RuntimeError: There are other ranks now than when the dataset was opened.
+        """
+        if self._by_itself and distributed.is_initialized():
+            now = distributed.rank(), distributed.world_size()
+            if now != (self._rank, self._world_size):
+                raise RuntimeError(
+                    f"ColumnDataset: it was opened as rank {self._rank} of {self._world_size}, before "
+                    f"torch.distributed was initialised, and this is rank {now[0]} of {now[1]}; call "
+                    f"init_process_group before the dataset is opened, or give it rank and world_size"
+                )
         in_worker = get_worker_info() is not None
         if in_worker and self._in_worker:
             # A worker's first pass is where its copy stands; of later ones the training's process tells.
@@ -308,6 +326,8 @@ class ColumnDataset(IterableDataset[Batch]):
                 yield batch if self._device is None else batch_to(batch, self._device, non_blocking=True)
                 # The consumer is done with it; held here (or by enumerate) it would be one batch more in memory.
                 del batch
+        if self._by_itself and worker is None:
+            warn_unattended()
         if position is self._position:
             self._position = Position(position.epoch + 1, 0)
             if get_worker_info() is None:

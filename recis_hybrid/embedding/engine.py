@@ -75,10 +75,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     ``zero_grad()`` forgets them; until then each batch's take memory. Where only a tower is to be trained, call the
     engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
 
-    Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
-    rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
-    batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
-    are then for all ranks together, in the same order.
+    Where torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
+    then join here, they share the tables (``docs/distributed.md``): each rank gives its own batch, rows lie where their
+    configs' ``sharding`` says, and a step is that of one process on all batches together. Building, lookups, an
+    optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are then for all ranks together, in the
+    same order.
 
     Args:
         configs: By feature name, the name of its column in the batch.
@@ -89,8 +90,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
             ``clip_grad_norm_`` clips, that rests on norms that are added up in float64 and rounded to float32: in one
             step of some 10^8 they may round otherwise.
-        group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
-            tables of its own.
+        group: The ranks that share the tables; None: all; False: this process has tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
             ranks' samples, which fits losses that are means over a rank's samples, and where all have equally many is
             what DistributedDataParallel does with towers (else see :func:`mean_over_samples`). ``sum``: they are added.
@@ -112,6 +112,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             each, and is for all ranks together; any number of ranks can load it.
 
     Raises:
+        RuntimeError: If a launcher has started several processes and they cannot be joined.
         TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
         ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
             beyond the dtype, this rank is not in the group, or a setting is none of the choices.
@@ -149,9 +150,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
+        # By nobody's choice: it is an error once there are other ranks.
+        alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
         self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
+        for table in self.tables:
+            table.built_alone = alone
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans

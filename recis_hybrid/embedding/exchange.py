@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid import ops
+from recis_hybrid import distributed, ops
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -156,12 +156,16 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
     """Returns the group whose ranks share an engine's tables; None where one process has them all.
 
     Args:
-        group: A process group; None, all ranks if torch.distributed is initialised; False, this process alone.
+        group: A process group; None, all ranks, whom this process joins if a launcher has started several; False, this
+            process alone.
 
     Raises:
+        RuntimeError: If the processes of a launcher cannot be joined.
         ValueError: If this rank is not in the group.
     """
-    if group is False or not dist.is_available() or not dist.is_initialized():
+    if group is None:
+        distributed.join("EmbeddingEngine")
+    if group is False or not distributed.is_initialized():
         return None
     if group is None:
         group = dist.group.WORLD

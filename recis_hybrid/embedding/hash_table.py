@@ -73,6 +73,8 @@ class HashTable:
         self.reseed(seed)
         self._empty()
         self.overrides: dict[str, Any] = {}
+        self.built_alone = False
+        """Whether its engine was built where there were no other ranks, without being told that it has none."""
         """Hyperparameters of the optimizer that are others for this table."""
         self._anchor: weakref.ref[Anchor] | None = None
         self.watched: weakref.WeakSet[Changes] = weakref.WeakSet()

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from recis_hybrid import ops
+from recis_hybrid import distributed, ops
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
@@ -93,7 +93,12 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Returns:
             The closure's loss, if there is a closure.
+
+        Raises:
+            RuntimeError: If several ranks train together, and the tables were built by this one alone, or nothing is
+                known to keep their towers alike.
         """
+        self._refuse_unshared()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,10 +136,27 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def update_of(self, anchor: Tensor) -> RowUpdate:
         """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""
+        self._refuse_unshared()
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
             raise ValueError(f"{type(self).__name__}: this table is not among the optimizer's parameters")
         return self._update_in(group, anchor)
+
+    def _refuse_unshared(self) -> None:
+        """Raises RuntimeError where each rank is about to train a model of its own."""
+        if distributed.world_size() == 1:
+            return
+        name = type(self).__name__
+        distributed.refuse_unattended(name)
+        for group in self.param_groups:
+            for anchor in group["params"]:
+                if anchor.table.built_alone and not anchor.table.read_only:
+                    tables = ", ".join(member.name for member in anchor.table.members)
+                    raise RuntimeError(
+                        f"{name}: the table {tables} was built before torch.distributed was initialised, so that each "
+                        f"of {distributed.world_size()} ranks has one of its own; call init_process_group before the "
+                        f"EmbeddingEngine is built, or build it with group=False if that is meant"
+                    )
 
     def _update_in(self, group: dict[str, Any], anchor: Tensor) -> RowUpdate:
         def update(table: HashTable, gradients: Gradients | None) -> None:

@@ -1,6 +1,7 @@
 """The commands of `recis-hybrid` that train: init, train and report.
 
-Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted.
+Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted
+(Ctrl-C), 143 if terminated (SIGTERM): 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from recis_hybrid.pipelines.config import ConfigError, load_config
 from recis_hybrid.pipelines.config_keys import describe_keys
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
+from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.pipelines.starter import write_starter
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("recis-hybrid: interrupted; `train --resume` goes on from the latest checkpoint", file=sys.stderr)
         return 130
+    except Terminated as error:
+        return int(error.code or 1)
     except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, TypeError, KeyError) as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         text = error.args[0] if isinstance(error, KeyError) else error

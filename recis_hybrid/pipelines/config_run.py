@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import optim
 from recis_hybrid.columnio import Column, ColumnDataset, Dense
@@ -18,11 +17,10 @@ from recis_hybrid.embedding import (
     Normal,
     Unused,
     dense_parameters,
-    leave_out_of_ddp,
 )
 from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
-from recis_hybrid.pipelines.callback import Callback, ranks
+from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.checkpoint import Checkpoint
 from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
 from recis_hybrid.pipelines.config_model import ConfigModel
@@ -63,10 +61,8 @@ def trainer_of(config: Config, *, quiet: bool = False) -> Trainer:
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
-    if ranks() > 1:
-        leave_out_of_ddp(model)
     step = TorchStep(
-        DistributedDataParallel(model) if ranks() > 1 else model, torch.nn.functional.binary_cross_entropy_with_logits,
+        model, torch.nn.functional.binary_cross_entropy_with_logits,
         {
             "dense": torch.optim.Adam(dense_parameters(model), lr=config.optimizer.dense_lr),
             "sparse": kind(model.engine.parameters(), lr=config.optimizer.sparse_lr),
@@ -149,8 +145,6 @@ def _dataset(config: Config, features: list[Feature], paths: str, *, shuffle: bo
         paths, columns, data.batch_size, shuffle=shuffle, seed=config.seed, num_threads=data.threads,
         transforms=FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False),
         device=None if config.train.device == "cpu" else config.train.device,
-        # Ranks work together at each step, so that all have equally many.
-        uneven="pad" if ranks() > 1 else None,
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from recis_hybrid.metrics import Metric
+from recis_hybrid.pipelines.interruption import Interruption
 from recis_hybrid.pipelines.step import Scored, Step
+from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch
 
 Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
@@ -15,25 +17,34 @@ Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
 
 
 def evaluate(
-    step: Step, data: Iterable[Batch], metrics: Metrics, *, transforms: Sequence[Callable[[Batch], Batch]] = ()
+    step: Step,
+    data: Iterable[Batch],
+    metrics: Metrics,
+    *,
+    transforms: Sequence[Callable[[Batch], Batch]] = (),
+    interruption: Interruption | None = None,
 ) -> dict[str, float]:
     """Feeds a step's predictions to metrics; tables insert nothing.
+
+    All ranks call it together, each with batches of its own: every row counts once, also where a rank has more batches
+    than others, who go on with empty ones.
 
     Args:
         step: Predicts. A model that it trains is left in evaluation mode, until the next training step.
         data: Batches.
         metrics: By name, for each objective; or by objective and name. They are left as they are.
         transforms: Made of each batch before the step, one after another.
+        interruption: Of the training that it belongs to: a signal ends it between two batches.
 
     Returns:
         By name the value of each metric; by ``OBJECTIVE.NAME`` where there are several objectives.
 
     Raises:
-        ValueError: If there is no batch, metrics are of an objective that there is not, or a metric by group finds no
-            groups.
+        ValueError: If there is no batch, on any rank or on one of several, metrics are of an objective that there is
+            not, or a metric by group finds no groups.
     """
     used: dict[str, dict[str, Metric]] | None = None
-    for batch in data:
+    for batch in in_turns(data, interruption):
         for transform in transforms:
             batch = transform(batch)
         scored = step.predict(batch)

@@ -57,6 +57,23 @@ class Prefetching(Protocol):
         """
 
 
+@runtime_checkable
+class Replicated(Protocol):
+    """A step whose towers stay the same on several ranks, bit by bit; what a Trainer of several asks of its steps."""
+
+    def synchronise(self) -> None:
+        """Takes over rank 0's parameters and buffers; all ranks call it together, before the first step."""
+
+    def expect(self, rows: Sequence[Sequence[int]]) -> None:
+        """Is told before each step what ranks have of it, so that gradients can be averaged over the samples.
+
+        A rank may have an empty batch, and no gradient.
+
+        Args:
+            rows: For each batch of the step, its rows on each rank.
+        """
+
+
 class Observer(Protocol):
     """Who looks on while a step runs; a step that has an attribute ``observer`` is given one."""
 

@@ -8,7 +8,9 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from recis_hybrid import distributed
 from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.pipelines.gradient_sync import GradientSync, unscaled_together
 from recis_hybrid.pipelines.objective import Loss, Objective, UncertaintyWeights
 from recis_hybrid.pipelines.step import NoObserver, Observer, Scored, column_of
 from recis_hybrid.ragged import Batch, batch_size
@@ -90,13 +92,43 @@ class TorchStep:
         self._dtype: torch.dtype = getattr(torch, precision)
         self._device = _device_of(model, self.engines)
         self._scaler = torch.amp.GradScaler(self._device, init_scale=loss_scale, enabled=precision == "float16")
+        modules = [model] if weighting is None else [model, weighting]
+        self._sync = GradientSync(modules, self.optimizers.values())
+        self._synchronised = False
+        self._expected: Sequence[Sequence[int]] | None = None
         if weighting is not None:
             _refuse_unlearnt(weighting, self.optimizers, self.objectives)
         for module in compile:
             module.compile()
 
+    def synchronise(self) -> None:
+        """Takes over rank 0's parameters and buffers, those that DistributedDataParallel or FSDP have excepted.
+
+        All ranks call it together. From then on each update takes the mean gradient over the samples of all ranks.
+
+        Raises:
+            ValueError: The ranks' towers have parameters of other names, shapes or dtypes.
+        """
+        distributed.attend()
+        if distributed.world_size() > 1:
+            self._sync.broadcast()
+        self._synchronised = True
+
+    def expect(self, rows: Sequence[Sequence[int]]) -> None:
+        """Is told the rows that each rank has in each batch of the next update."""
+        self._expected = rows
+
+    def _share(self, number: int, expected: Sequence[Sequence[int]] | None) -> float:
+        """Returns this rank's share of the samples of a batch, as its tables count it."""
+        shared = [engine for engine in self.engines if engine.group is not None]
+        if shared:
+            return shared[0].share
+        if expected is None:
+            return 1 / distributed.world_size()
+        return expected[number][distributed.rank()] / max(sum(expected[number]), 1)
+
     def __call__(self, *batches: Batch) -> dict[str, Tensor]:
-        """Does one update from the mean gradient over the rows of the batches.
+        """Does one update from the mean gradient over the rows of the batches, of those of all ranks.
 
         Returns:
             ``loss``; ``loss/NAME`` and, where it changes, ``weight/NAME`` by objective; ``grad_norm`` if it is clipped.
@@ -107,15 +139,20 @@ class TorchStep:
         self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        rows = [batch_size(batch) for batch in batches]
+        several, expected, self._expected = distributed.world_size() > 1, self._expected, None
+        if several and not self._synchronised:
+            self.synchronise()
+        rows = [sum(each) for each in expected] if expected else [batch_size(batch) for batch in batches]
         watched: dict[str, Tensor] = {}
-        for batch, own in zip(batches, rows, strict=True):
+        for number, (batch, own) in enumerate(zip(batches, rows, strict=True)):
             share = own / max(sum(rows), 1)
             with self.observer.phase("towers"):
                 loss, seen = self._forward(batch)
                 self.observer.backward("before")
                 self._scaler.scale(loss if len(batches) == 1 else loss * share).backward()
                 self.observer.backward("after")
+                if several:
+                    self._sync.add(self._share(number, expected))
             for name, value in seen.items():
                 part = value if len(batches) == 1 else value * share
                 watched[name] = watched[name] + part if name in watched else part
@@ -158,12 +195,21 @@ class TorchStep:
 
     def _update(self) -> dict[str, Tensor]:
         norm = {}
+        if distributed.world_size() > 1:
+            with self.observer.phase("exchange"):
+                self._sync.finish()
         if self.clip_grad_norm is not None:
             if self._scaler.is_enabled():
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
             norm["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters(), self.clip_grad_norm)
-        scaled = [o for o in self.optimizers.values() if self._scaler.is_enabled() and _has_gradients(o)]
+        scaled = []
+        if self._scaler.is_enabled():
+            optimizers = list(self.optimizers.values())
+            has = [_has_gradients(optimizer) for optimizer in optimizers]
+            if distributed.world_size() > 1:
+                has = unscaled_together(self._scaler, optimizers, has)
+            scaled = [optimizer for optimizer, there in zip(optimizers, has, strict=True) if there]
         for optimizer in self.optimizers.values():
             if optimizer in scaled:
                 self._scaler.step(optimizer)

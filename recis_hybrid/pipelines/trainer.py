@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
+from recis_hybrid import distributed
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
@@ -16,13 +18,15 @@ from recis_hybrid.pipelines.clock import Clock
 from recis_hybrid.pipelines.evaluate import Metrics, evaluate
 from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
+from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.pipelines.place import Place
-from recis_hybrid.pipelines.randomness import Generators, seed_everything
+from recis_hybrid.pipelines.randomness import Generators, generator_states, seed_everything, set_generator_states
 from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
-from recis_hybrid.pipelines.step import Prefetching, Step
+from recis_hybrid.pipelines.step import Prefetching, Replicated, Step
+from recis_hybrid.pipelines.turns import RanksInterrupted
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver
 
@@ -99,6 +103,7 @@ class Trainer:
         ):
             if value < least:
                 raise ValueError(f"Trainer: {name} must be at least {least}, got {value}")
+        distributed.join("Trainer")
         self.steps: dict[str, Step] = dict(step) if isinstance(step, Mapping) else {"": step}
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
         self._sources = Sources({name: data for name, data in given.items() if data is not None}, open_window)
@@ -116,7 +121,9 @@ class Trainer:
         self._stages: Iterable[Stage] = ()
         self._stage: Stage | None = None
         self._saved: int | None = None
+        self._saved_in: Location | None = None
         self._clock, self._guard, self._recorder = Clock(), LossGuard(), Recorder()
+        self._interruption = Interruption()
         self._hooks = Hooks(self, callbacks, self._rescue)
         for each in self.steps.values():
             if hasattr(each, "observer"):
@@ -159,10 +166,16 @@ class Trainer:
             NonFiniteLossError: The loss is no finite number; checkpoints stay as they are.
             ValueError: There are checkpoints and ``resume`` is None, or a stage would never end.
         """
+        with self._interruption:
+            return self._fit(stages, resume)
+
+    def _fit(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> dict[str, dict[str, float]]:
         self._begin(stages, resume)
         try:
             self._hooks.call("before_fit")
-            for stage in self._place.remaining(stages, self.figures):
+            self._agree()
+            remaining = self._place.remaining(stages, self.figures)
+            while (stage := self._next_stage(remaining)) is not None:
                 self._agree()
                 if self.stopped is not None:
                     break
@@ -176,13 +189,48 @@ class Trainer:
                 self._agree()
                 if self.stopped is not None and self.saver is not None:
                     self.save()
+            self._agree()
             self._log_tables()
             self._agree()
+        except (WaitInterrupted, RanksInterrupted):
+            self._end_interrupted()
         except BaseException as error:
             self._end(error)
             raise
         self._end(None)
         return self.figures
+
+    def _next_stage(self, remaining: Iterator[Stage]) -> Stage | None:
+        # Several ranks may be waiting for each other there, as for the next window, and leave that together.
+        with self._interruption.waiting() if ranks() == 1 else nullcontext():
+            return next(remaining, None)
+
+    def _end_interrupted(self) -> NoReturn:
+        """Saves after a signal, all ranks together, and ends the training by what the signal stands for."""
+        for engine in self.engines:
+            engine.drop_prefetched()
+        error = self._interruption.error(self._interruption.requested)
+        try:
+            said = self._saved_by_signal()
+        except BaseException as another:
+            self._end(another)
+            raise
+        self._end(error)
+        name = "a signal to another rank" if self._interruption.requested is None else self._interruption.requested.name
+        said = f"ended by {name} after step {self.steps_done}; {said}"
+        if rank() == 0:
+            print(f"recis_hybrid: {said}", file=sys.stderr, flush=True)
+        error.add_note(said)
+        raise error from None
+
+    def _saved_by_signal(self) -> str:
+        if self.saver is None:
+            return "there is no saver, so nothing was saved"
+        if self._place.stages == 0:
+            return "no stage had begun, so there was nothing to save"
+        self.save()
+        where = self._saved_in or f"the checkpoint of step {self.steps_done}"
+        return f"the state is saved in {where}, and fit(..., resume='latest') goes on from it"
 
     def train(self, stage: Train) -> None:
         """Trains until the bound of a stage is reached: what ``Train`` runs.
@@ -197,14 +245,15 @@ class Trainer:
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
         watched: Mapping[str, Tensor] = {}
-        ahead = ReadAhead(stage, reader, place, self.accumulate, steps_ahead(step, self._prefetch, self.accumulate))
+        depth = steps_ahead(step, self._prefetch, self.accumulate)
+        ahead = ReadAhead(stage, reader, place, self.accumulate, depth, self._interruption)
         while self.stopped is None and not place.reached(stage):
             logs = (place.steps + 1) % self.log_every == 0
             with self._clock.measuring(step.engines) if logs else nullcontext():
                 batches = self._next(ahead, step, stage)
                 if not batches:
                     continue
-                watched = self._train_step(step, batches)
+                watched = self._train_step(step, batches, ahead.rows)
             self._guard.watch(place.steps, watched["loss"], batches)
             if logs:
                 self._log_train(stage, watched, self._clock.seconds)
@@ -221,10 +270,16 @@ class Trainer:
         if self.stopped is None:
             self._sources.leave(reader)
 
-    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _train_step(self, step: Step, batches: Sequence[Batch], rows: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
+        if rows and isinstance(step, Replicated):
+            step.expect(rows)
         with self._hooks.within_step():
             self._hooks.call("before_step", batches)
             watched = step(*batches)
+        if len({sum(counts) for counts in zip(*rows, strict=True)}) > 1:
+            # Logs take the mean over ranks, which is to be that over samples.
+            own = ranks() * sum(counts[rank()] for counts in rows) / sum(map(sum, rows))
+            watched = {name: value * own for name, value in watched.items()}
         place = self._place
         place.steps, place.stage_steps = place.steps + 1, place.stage_steps + 1
         place.samples += sum(batch_size(batch) for batch in batches)
@@ -255,7 +310,12 @@ class Trainer:
         begin = time.perf_counter()
         metrics = self.metrics if stage.metrics is None else stage.metrics
         transforms = [function for function in (self.transform, stage.transform) if function is not None]
-        figures = evaluate(self._step(stage.step), self._sources.data(stage), metrics, transforms=transforms)
+        step, data, generators = self._step(stage.step), self._sources.data(stage), generator_states()
+        try:
+            figures = evaluate(step, data, metrics, transforms=transforms, interruption=self._interruption)
+        except (WaitInterrupted, RanksInterrupted):
+            set_generator_states(generators)  # a run that is resumed evaluates from the start
+            raise
         self.figures[stage.name] = figures
         if not hasattr(self._stages, "load_state_dict"):
             self._place.figures[str(self._place.stages)] = {stage.name: figures}
@@ -300,7 +360,7 @@ class Trainer:
         if isinstance(self._stage, Save):
             self._place.finished = True
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
-        self._saved = self.steps_done
+        self._saved, self._saved_in = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
         return path
 
@@ -315,8 +375,10 @@ class Trainer:
         self._hooks.wish_to_stop(reason)
 
     def _agree(self) -> None:
-        """Has what callbacks have raised, or asked for, take its effect on all ranks at once."""
-        reason = self._hooks.agree()
+        """Has what callbacks have raised, or callbacks and signals asked for, take its effect on all ranks at once."""
+        reason, interrupted = self._hooks.agree(interrupted=self._interruption.requested is not None)
+        if interrupted:
+            raise RanksInterrupted
         if reason is not None and self.stopped is None:
             self.stopped = reason
             self._log("stop", {"reason": reason})
@@ -366,8 +428,10 @@ class Trainer:
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         self._stages, self._stage = stages, None
         self._place = Place(self._place.steps, self._place.samples)
-        self.stopped = self._saved = None
+        self.stopped = self._saved = self._saved_in = None
         self.figures.clear()
+        self._interruption.wake = getattr(stages, "stop", None)
+        self._join()
         if resume is not None and self.saver is None:
             raise ValueError("Trainer.fit: resume needs a saver; give Trainer(saver=Saver(path))")
         existing = [] if self.saver is None else self.saver.steps()
@@ -381,6 +445,36 @@ class Trainer:
             seed_everything(self.seed, rank=rank())  # which a rank keeps that was not there when it was saved
         if resumes and self.saver is not None and resume is not None:
             self._saved = self.saver.load(resume, **self.parts())
+        if ranks() > 1:
+            for step in self.steps.values():
+                assert isinstance(step, Replicated)
+                step.synchronise()
+
+    def _join(self) -> None:
+        """Checks that all that is trained is the same on all ranks, or shared by them.
+
+        Raises:
+            ValueError: An engine is this process's own, or a step does not average gradients.
+        """
+        distributed.attend()
+        if ranks() == 1:
+            return
+        for name, step in self.steps.items():
+            which = f"the step {name!r}" if name else "the step"
+            if not isinstance(step, Replicated):
+                raise ValueError(
+                    f"Trainer.fit: {ranks()} ranks train together, and {which} ({type(step).__name__}) has no "
+                    f"synchronise() and expect(), by which pipelines.Step says how the ranks' towers stay alike; add "
+                    f"them, or train on one process"
+                )
+            for engine in step.engines:
+                shared = 1 if engine.group is None else distributed.world_size(engine.group)
+                if shared < ranks() and any(not table.read_only for table in engine.tables):
+                    raise ValueError(
+                        f"Trainer.fit: {ranks()} ranks train together, and the tables of {which} are shared by "
+                        f"{shared}, so that ranks would train other tables; build the EmbeddingEngine after "
+                        f"init_process_group, and without group="
+                    )
 
     def _end(self, error: BaseException | None) -> None:
         """Ends callbacks and a save in the background."""

@@ -51,6 +51,10 @@ class WindowStages:
                     self._number = number
                     yield stage
 
+    def stop(self) -> None:
+        """End the stages instead of waiting for a further window; see :meth:`Windows.stop`."""
+        self._windows.stop()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns which windows are done, and which stage was given last."""
         return {"windows": self._windows.state_dict(), "window": self._window, "number": self._number}

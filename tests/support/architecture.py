@@ -13,16 +13,19 @@ ROOMS: dict[str, set[str]] = {
     "ops": set(),
     "ragged": {"ops"},
     "state": set(),
+    "distributed": set(),
     # Reads what the saver writes, where there is neither torch nor the native library.
     "serving": set(),
-    "columnio": {"ops", "ragged", "state"},
+    "columnio": {"ops", "ragged", "state", "distributed"},
     "features": {"ops", "ragged"},
     # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the state they hand out.
-    "embedding": {"ops", "ragged", "state"},
-    "optim": {"ops", "ragged", "state", "embedding"},
+    "embedding": {"ops", "ragged", "state", "distributed"},
+    "optim": {"ops", "ragged", "state", "distributed", "embedding"},
     "saver": {"ops", "ragged", "state"},
     "metrics": {"ops", "ragged", "state"},
-    "pipelines": {"ops", "ragged", "state", "columnio", "features", "embedding", "optim", "saver", "metrics"},
+    "pipelines": {
+        "ops", "ragged", "state", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics"
+    },
     "bridge": {"ops"},
     # The command: hands each subcommand to its room.
     "cli": {"pipelines", "saver"},
