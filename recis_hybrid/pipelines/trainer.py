@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
 from recis_hybrid.pipelines.evaluate import Metrics, evaluate
@@ -22,7 +23,7 @@ from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
-from recis_hybrid.pipelines.step import Prefetching, Step
+from recis_hybrid.pipelines.step import Prefetching, Rehearsing, Step, loss_of
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver
 
@@ -121,6 +122,8 @@ class Trainer:
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = Watcher(self._clock, self._hooks)
+            if isinstance(each, Rehearsing):
+                each.rehearse(self.metrics)
 
     @property
     def steps_done(self) -> int:
@@ -196,7 +199,7 @@ class Trainer:
         """
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
-        watched: Mapping[str, Tensor] = {}
+        watched: Mapping[str, Tensor | Metric] = {}
         ahead = ReadAhead(stage, reader, place, self.accumulate, steps_ahead(step, self._prefetch, self.accumulate))
         while self.stopped is None and not place.reached(stage):
             logs = (place.steps + 1) % self.log_every == 0
@@ -205,9 +208,10 @@ class Trainer:
                 if not batches:
                     continue
                 watched = self._train_step(step, batches)
-            self._guard.watch(place.steps, watched["loss"], batches)
+            self._guard.watch(place.steps, loss_of(watched), batches)
+            self._recorder.means.add(watched)
             if logs:
-                self._log_train(stage, watched, self._clock.seconds)
+                self._log_train(stage, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
             if logs or ranks() == 1:
@@ -217,11 +221,11 @@ class Trainer:
                 engine.drop_prefetched()
         self._guard.look(wait=True)
         if watched and place.steps % self.log_every != 0:
-            self._log_train(stage, watched, {})
+            self._log_train(stage, {})
         if self.stopped is None:
             self._sources.leave(reader)
 
-    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor | Metric]:
         with self._hooks.within_step():
             self._hooks.call("before_step", batches)
             watched = step(*batches)
@@ -299,6 +303,7 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
+        self._recorder.means.fold()
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved = self.steps_done
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
@@ -350,6 +355,7 @@ class Trainer:
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
             "callbacks": self._hooks.state(),
+            "means": self._recorder.means.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -362,12 +368,14 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
+        self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         self._stages, self._stage = stages, None
         self._place = Place(self._place.steps, self._place.samples)
         self.stopped = self._saved = None
         self.figures.clear()
+        self._recorder.means.clear()
         if resume is not None and self.saver is None:
             raise ValueError("Trainer.fit: resume needs a saver; give Trainer(saver=Saver(path))")
         existing = [] if self.saver is None else self.saver.steps()
@@ -405,6 +413,7 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
+                self._recorder.means.fold()
                 self.saver.save(self.steps_done, **self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"
@@ -417,8 +426,8 @@ class Trainer:
             raise ValueError(f"Trainer: there is no step {name!r}, there are {sorted(self.steps)}")
         return self.steps[name]
 
-    def _log_train(self, stage: Train, watched: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
-        self._log("train", {"name": stage.name, **self._recorder.of_step(self, watched, seconds)})
+    def _log_train(self, stage: Train, seconds: Mapping[str, float]) -> None:
+        self._log("train", {"name": stage.name, **self._recorder.of_step(self, seconds)})
 
     def _log_tables(self) -> None:
         # Ranks may have other callbacks, but look at their tables together.
