@@ -214,8 +214,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
             kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
             raise TypeError(
-                f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), got "
-                f"{kind}"
+                f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
+                f"got {kind}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]

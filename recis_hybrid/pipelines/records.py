@@ -71,7 +71,7 @@ class RunningMeans:
         found = exchanged([mine, sorted(self._metrics)])
         if any(metrics != found[0][1] for _, metrics in found):
             raise ValueError(
-                f"TorchStep.log: all ranks must log the same metrics, which they compute together, got "
+                f"Trainer: the steps of all ranks must have the same metrics, which are computed together, got "
                 f"{[metrics for _, metrics in found]} by rank"
             )
         for sums, _ in found:

@@ -145,7 +145,7 @@ class TorchStep:
         self._asleep = [p for p in self._named_parameters().values() if not p.requires_grad]
         self._looked_at = self._rehearsed = False
         self._to_rehearse: Metrics = {}
-        self._logged: dict[str, list[Tensor] | Metric] = {}
+        self._logged: dict[str, list[Tensor]] = {}
         self._predicts = False
         for module in modules_of("TorchStep", "compile", compile, "compile=[model.tower]"):
             module.compile()
@@ -186,19 +186,18 @@ class TorchStep:
                 watched |= self._update()
         return {**watched, **self._take_logged()}
 
-    def log(self, name: str, value: float | Tensor | Metric) -> None:
+    def log(self, name: str, value: float | Tensor) -> None:
         """Add a figure of the model's own to the log of training, from a loss, a model or a callback.
 
-        Numbers are averaged over the steps since the last line of the log, without waiting for the device. A metric
-        that the caller updates is computed, over all ranks, and reset for each line. What is logged while the step
-        predicts is left out.
+        The log has its mean over the steps since the last line, without waiting for the device. What is logged while
+        the step predicts is left out. Metrics are not logged, but given by ``metrics``.
 
         Args:
             name: In the log; not one of the log's own names.
-            value: A number, a tensor of one number, or a metric.
+            value: A number, or a tensor of one number.
 
         Raises:
-            TypeError: If it is none of these.
+            TypeError: If it is neither.
             ValueError: If it has more elements than one, or the log uses the name itself.
 
         Example:
@@ -213,8 +212,10 @@ class TorchStep:
         if self._predicts:
             return
         if isinstance(value, Metric):
-            self._logged[name] = value
-            return
+            raise TypeError(
+                f"TorchStep.log: the value of {name!r} must be a number, got {described(value)}; give it to the step "
+                f"as TorchStep(metrics={{{name!r}: {type(value).__name__}()}}), which updates it"
+            )
         if not isinstance(value, Tensor):
             refuse_no_number("TorchStep.log", f"the value of {name!r}", value)
             value = torch.tensor(float(value))
@@ -222,9 +223,7 @@ class TorchStep:
             raise ValueError(
                 f"TorchStep.log: the value of {name!r} must be one number, got shape {list(value.shape)}; take its mean"
             )
-        kept = self._logged.setdefault(name, [])
-        if isinstance(kept, list):
-            kept.append(value.detach().reshape(()).float().clone())
+        self._logged.setdefault(name, []).append(value.detach().reshape(()).float().clone())
 
     def rehearse(self, metrics: Metrics) -> None:
         """Try metrics of evaluations on the first batch of training, so that labels which they cannot take fail there.
@@ -329,10 +328,7 @@ class TorchStep:
             for objective, metrics in self.metrics.items()
             for name, metric in metrics.items()
         }
-        means = {
-            name: value if isinstance(value, Metric) else value[0] if len(value) == 1 else torch.stack(value).mean()
-            for name, value in logged.items()
-        }
+        means = {name: found[0] if len(found) == 1 else torch.stack(found).mean() for name, found in logged.items()}
         return {**named, **means}
 
     def _look(self) -> None:

@@ -195,7 +195,9 @@ def test_several_labels_a_row() -> None:
 
 
 def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
-    with pytest.raises(ValueError, match=r"the labels 'label' of binary_cross_entropy_with_logits .*got 0 to 2; map them"):
+    with pytest.raises(
+        ValueError, match=r"the labels 'label' of binary_cross_entropy_with_logits .*got 0 to 2; map them"
+    ):
         step_of(Model())(batch_of(torch.arange(ROWS) % 3))
     with pytest.raises(ValueError, match=r"the labels 'label' of BCEWithLogitsLoss must lie in \[0, 1\], got -1 to 1"):
         step_of(Model(), nn.BCEWithLogitsLoss())(batch_of(binary(torch.int64) * 2 - 1))
@@ -210,7 +212,9 @@ def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
     assert caught.value.__notes__ == [
         "TorchStep: the loss was given outputs torch.float32 [32, 3]; labels 'label' torch.int64 [32]"
     ]
-    with pytest.raises(ValueError, match=r"the loss of the labels 'label' must be one number, got shape \[32\]; take its"):
+    with pytest.raises(
+        ValueError, match=r"the loss of the labels 'label' must be one number, got shape \[32\]; take its"
+    ):
         step_of(Model(), partial(bce, reduction="none"))(batch_of())
     with pytest.raises(TypeError, match="the loss must be a tensor of one number, got 0.5"):
         step_of(Model(), lambda outputs, labels: 0.5)(batch_of())
@@ -263,7 +267,9 @@ def test_models_that_return_their_own_loss(form: str) -> None:
     step = step_of(Model(shape=with_loss(form)), None)
     trainer = Trainer(step, [batch], [batch], metrics={"auc": AUC()})
     if form == "alone":
-        with pytest.raises(TypeError, match="the model returns a loss without outputs, and there is nothing to evaluate"):
+        with pytest.raises(
+            TypeError, match="the model returns a loss without outputs, and there is nothing to evaluate"
+        ):
             trainer.fit([Train(), Evaluate()])
         Trainer(step, [batch]).fit([Train()])
     else:
@@ -318,10 +324,10 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
     def unclear(logits: Tensor, batch: Batch) -> Any:
         return {"a": logits[:, 0], "b": logits[:, 0]}
 
-    trainer = Trainer(
-        step_of(Model(shape=unclear), lambda o, y: bce(o["a"], y)), [batch_of()], metrics={"auc": AUC()}
-    )
-    with pytest.raises(TypeError, match=r"which output metrics are of is not clear from a dict of \['a', 'b'\]; call it"):
+    trainer = Trainer(step_of(Model(shape=unclear), lambda o, y: bce(o["a"], y)), [batch_of()], metrics={"auc": AUC()})
+    with pytest.raises(
+        TypeError, match=r"which output metrics are of is not clear from a dict of \['a', 'b'\]; call it"
+    ):
         trainer.fit([Train()])
     linked = Objective(loss=lambda o, y: bce(o["a"], y), link=lambda o: o["a"].sigmoid())
     trainer = Trainer(step_of(Model(shape=unclear), linked), [batch_of()], [batch_of()], metrics={"auc": AUC()})
@@ -337,7 +343,9 @@ def test_a_step_without_labels() -> None:
     scored = step.predict(batch)[""]  # type: ignore[arg-type]
     assert scored.labels is None
     assert scored.scores.shape == (ROWS,)
-    with pytest.raises(ValueError, match=r"the metric 'auc' needs labels; say which column has them, TorchStep\(label=\)"):
+    with pytest.raises(
+        ValueError, match=r"the metric 'auc' needs labels; say which column has them, TorchStep\(label=\)"
+    ):
         evaluate(step, [batch], {"auc": AUC()})  # type: ignore[list-item]
     trainer = Trainer(step_of(Model(), lambda outputs: outputs.mean(), label=None), [batch], metrics={"auc": AUC()})  # type: ignore[list-item]
     with pytest.raises(ValueError, match="the metric 'auc' needs labels"):

@@ -61,13 +61,17 @@ def step_of(model: nn.Module, *optimizers: torch.optim.Optimizer, **options: Any
 
 def test_half_an_optimizer_is_refused_and_names_what_the_other_half_is() -> None:
     model = TwoTables()
-    with pytest.raises(ValueError, match=r"no optimizer has the tables \['id', 'other_id'\]; add an optimizer, as .*opt"):
+    with pytest.raises(
+        ValueError, match=r"no optimizer has the tables \['id', 'other_id'\]; add an optimizer, as .*opt"
+    ):
         step_of(model, dense(model))
     said = r"no optimizer has the parameters \['body.weight', 'body.bias', 'head.weight', 'head.bias'\]; .*Adam\(embed"
     with pytest.raises(ValueError, match=said):
         step_of(model, sparse(model))
     one = optim.Adam([model.engine.tables[0].anchor])
-    with pytest.raises(ValueError, match=r"the tables \['other_id'\] and the parameters \['head.weight', 'head.bias'\]"):
+    with pytest.raises(
+        ValueError, match=r"the tables \['other_id'\] and the parameters \['head.weight', 'head.bias'\]"
+    ):
         step_of(model, one, torch.optim.SGD(model.body.parameters()))
     many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)), model)
     with pytest.raises(ValueError, match=r"'2.bias'\] and 8 more"):
@@ -132,7 +136,9 @@ def test_steps_that_share_a_model_train_a_part_each() -> None:
     assert torch.equal(norm, again)  # type: ignore[arg-type]
     trainer = Trainer({"first": first, "second": second}, batches(2), batches(1), metrics={"auc": AUC()})
     trainer.fit([Train(step="first"), Train(step="second"), Evaluate()])
-    with pytest.raises(ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], which an optimizer"):
+    with pytest.raises(
+        ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], which an optimizer"
+    ):
         step_of(model, sparse(model), dense(model), freeze=[model.body])
 
 
@@ -151,7 +157,9 @@ def test_a_parameter_that_two_optimizers_update_is_refused() -> None:
 
 def test_optimizers_of_another_model_are_refused() -> None:
     model, other = TwoTables(), TwoTables()
-    with pytest.raises(ValueError, match=r"no optimizer has .* that are not the model's 'optimizer1' has 4: build each"):
+    with pytest.raises(
+        ValueError, match=r"no optimizer has .* that are not the model's 'optimizer1' has 4: build each"
+    ):
         step_of(model, sparse(model), dense(other))
     temperature = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match=r"'optimizer1' has 1 parameters that are not in the model, .* not saved"):
@@ -271,7 +279,9 @@ def test_applying_gradients_names_the_table_that_the_optimizer_has_not() -> None
     gradients = {name: torch.ones_like(value) for name, value in values.items()}
     some = optim.Adam([model.engine.tables[0].anchor])
     rows = model.engine.tables[0].export(0)["embedding"]
-    with pytest.raises(ValueError, match=r"Adam: the table 'other_id' is not among the optimizer's parameters; give .*"):
+    with pytest.raises(
+        ValueError, match=r"Adam: the table 'other_id' is not among the optimizer's parameters; give .*"
+    ):
         model.engine.apply_gradients(context, gradients, some)
     for wrong in (torch.optim.Adam(dense_parameters(model)), optim.Adam):
         with pytest.raises(TypeError, match=r"apply_gradients: optimizer must be one of recis_hybrid.optim"):
