@@ -245,7 +245,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         Raises:
             KeyError: If a feature's gradient is missing, or one is of no feature.
             RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
+            TypeError: If the optimizer is none of ``recis_hybrid.optim``.
+            ValueError: If it was built over other tables, or some of these; no row is changed.
         """
+        if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
+            kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+            raise TypeError(
+                f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
+                f"got {kind}"
+            )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
@@ -256,11 +264,12 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
         # All of it is checked before the first row changes.
+        updates = {number: optimizer.update_of(self._faces[number].anchor) for number in trained}
         ready = []
         for number in trained:
             table, lookup = self._faces[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
-            ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
+            ready.append((table, table.gradients(lookup, rows), updates[number]))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
 

@@ -139,7 +139,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._refuse_unshared()
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
-            raise ValueError(f"{type(self).__name__}: this table is not among the optimizer's parameters")
+            table = getattr(anchor, "table", None)
+            names = ", ".join(repr(member.name) for member in table.members) if table is not None else repr(anchor)
+            raise ValueError(
+                f"{type(self).__name__}: the table {names} is not among the optimizer's parameters; give it "
+                f"engine.parameters(), all tables that are trained"
+            )
         return self._update_in(group, anchor)
 
     def _refuse_unshared(self) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.metrics import Metric
 from recis_hybrid.ragged import Batch
+
+Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
+"""By name, for each objective; or by objective and name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +23,8 @@ class Scored:
 
     scores: Tensor
     """Floating ``[B]``."""
-    labels: Tensor
-    """``[B]``."""
+    labels: Tensor | None
+    """``[B]``; None where the step has no labels."""
     groups: Tensor | None = None
     """int64 ``[B]``: the user, session or query of each row, for metrics by group."""
 
@@ -32,11 +36,12 @@ class Step(Protocol):
     def engines(self) -> Sequence[EmbeddingEngine]:
         """The engines whose tables it trains."""
 
-    def __call__(self, *batches: Batch) -> Mapping[str, Tensor]:
+    def __call__(self, *batches: Batch) -> Mapping[str, Tensor | Metric]:
         """Does one update from the batches: one of them, unless gradients are accumulated.
 
         Returns:
-            What to watch, one number each, ``"loss"`` among it, without waiting for a device.
+            What to watch, one number each, ``"loss"`` among it, without waiting for a device; the log has its mean over
+            steps. A metric, which the step updates, is computed and reset for each line of the log.
         """
 
     def predict(self, batch: Batch) -> Mapping[str, Scored]:
@@ -44,6 +49,14 @@ class Step(Protocol):
 
     def parts(self) -> Mapping[str, object]:
         """Returns what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
+
+
+@runtime_checkable
+class Rehearsing(Protocol):
+    """A step that tries the metrics of evaluations on the first batch that it trains on."""
+
+    def rehearse(self, metrics: Metrics) -> None:
+        """Takes the metrics of evaluations, for the first step."""
 
 
 @runtime_checkable
@@ -101,3 +114,15 @@ def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
     if not isinstance(column, Tensor):
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
     return column
+
+
+def loss_of(watched: Mapping[str, Tensor | Metric]) -> Tensor:
+    """Return the loss among what a step says is to be watched.
+
+    Raises:
+        TypeError: There is none.
+    """
+    loss = watched.get("loss") if isinstance(watched, Mapping) else None
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"a step must return a mapping with a tensor of one number as 'loss', got {watched!r}")
+    return loss

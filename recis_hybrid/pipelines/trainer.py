@@ -13,6 +13,7 @@ from torch import Tensor
 from recis_hybrid import distributed
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
 from recis_hybrid.pipelines.evaluate import Metrics, evaluate
@@ -25,7 +26,7 @@ from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
-from recis_hybrid.pipelines.step import Prefetching, Replicated, Step
+from recis_hybrid.pipelines.step import Prefetching, Rehearsing, Replicated, Step, loss_of
 from recis_hybrid.pipelines.turns import RanksInterrupted
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver
@@ -128,6 +129,8 @@ class Trainer:
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = Watcher(self._clock, self._hooks)
+            if isinstance(each, Rehearsing):
+                each.rehearse(self.metrics)
 
     @property
     def steps_done(self) -> int:
@@ -244,7 +247,7 @@ class Trainer:
         """
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
-        watched: Mapping[str, Tensor] = {}
+        watched: Mapping[str, Tensor | Metric] = {}
         depth = steps_ahead(step, self._prefetch, self.accumulate)
         ahead = ReadAhead(stage, reader, place, self.accumulate, depth, self._interruption)
         while self.stopped is None and not place.reached(stage):
@@ -254,9 +257,12 @@ class Trainer:
                 if not batches:
                     continue
                 watched = self._train_step(step, batches, ahead.rows)
-            self._guard.watch(place.steps, watched["loss"], batches)
+            rows = sum(batch_size(batch) for batch in batches)
+            if rows > 0:  # else other ranks alone have data left
+                self._guard.watch(place.steps, loss_of(watched), batches)
+            self._recorder.means.add(watched, rows)
             if logs:
-                self._log_train(stage, watched, self._clock.seconds)
+                self._log_train(stage, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
             if logs or ranks() == 1:
@@ -266,20 +272,18 @@ class Trainer:
                 engine.drop_prefetched()
         self._guard.look(wait=True)
         if watched and place.steps % self.log_every != 0:
-            self._log_train(stage, watched, {})
+            self._log_train(stage, {})
         if self.stopped is None:
             self._sources.leave(reader)
 
-    def _train_step(self, step: Step, batches: Sequence[Batch], rows: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
+    def _train_step(
+        self, step: Step, batches: Sequence[Batch], rows: Sequence[Sequence[int]]
+    ) -> Mapping[str, Tensor | Metric]:
         if rows and isinstance(step, Replicated):
             step.expect(rows)
         with self._hooks.within_step():
             self._hooks.call("before_step", batches)
             watched = step(*batches)
-        if len({sum(counts) for counts in zip(*rows, strict=True)}) > 1:
-            # Logs take the mean over ranks, which is to be that over samples.
-            own = ranks() * sum(counts[rank()] for counts in rows) / sum(map(sum, rows))
-            watched = {name: value * own for name, value in watched.items()}
         place = self._place
         place.steps, place.stage_steps = place.steps + 1, place.stage_steps + 1
         place.samples += sum(batch_size(batch) for batch in batches)
@@ -359,6 +363,7 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
+        self._recorder.means.fold()
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved, self._saved_in = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
@@ -412,6 +417,7 @@ class Trainer:
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
             "callbacks": self._hooks.state(),
+            "means": self._recorder.means.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -424,12 +430,14 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
+        self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         self._stages, self._stage = stages, None
         self._place = Place(self._place.steps, self._place.samples)
         self.stopped = self._saved = self._saved_in = None
         self.figures.clear()
+        self._recorder.means.clear()
         self._interruption.wake = getattr(stages, "stop", None)
         self._join()
         if resume is not None and self.saver is None:
@@ -499,6 +507,7 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
+                self._recorder.means.fold()
                 self.saver.save(self.steps_done, **self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"
@@ -511,8 +520,8 @@ class Trainer:
             raise ValueError(f"Trainer: there is no step {name!r}, there are {sorted(self.steps)}")
         return self.steps[name]
 
-    def _log_train(self, stage: Train, watched: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
-        self._log("train", {"name": stage.name, **self._recorder.of_step(self, watched, seconds)})
+    def _log_train(self, stage: Train, seconds: Mapping[str, float]) -> None:
+        self._log("train", {"name": stage.name, **self._recorder.of_step(self, seconds)})
 
     def _log_tables(self) -> None:
         # Ranks may have other callbacks, but look at their tables together.

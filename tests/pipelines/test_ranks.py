@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import cli
-from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import Callback, CallbackError, Evaluate, JsonLog, TorchStep, Train, Trainer
+from recis_hybrid.metrics import AUC, LogLoss, auc
+from recis_hybrid.pipelines import Callback, CallbackError, Checkpoint, Evaluate, JsonLog, TorchStep, Train, Trainer
 from recis_hybrid.pipelines.config import load_config
 from recis_hybrid.pipelines.config_run import trainer_of
 from recis_hybrid.pipelines.launch import joined
@@ -25,7 +25,7 @@ from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.near import assert_near
-from tests.support.small import bce
+from tests.support.small import Records, bce
 
 
 class Dense(nn.Module):
@@ -102,6 +102,49 @@ def ends_on_one_rank_end_all(trainer: Trainer, rank: int, folder: Path) -> None:
         assert last.steps_done == 6
 
 
+class Notes(Dense):
+    """Logs a figure on all ranks, and one on rank 0 alone."""
+
+    step: TorchStep
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.step.log("rank", torch.tensor(float(self.rank)))
+        if self.rank == 0:
+            self.step.log("of rank 0", 2.0)
+        return super().forward(batch)
+
+
+def figures_are_means_over_ranks(rank: int, folder: Path) -> None:
+    """A line of the log has means over the steps of all ranks, whichever of them logs a figure, also after a save."""
+    torch.manual_seed(0)
+    model, shown = Notes(rank), Records()
+    model.step = TorchStep(model, bce, [torch.optim.SGD(model.parameters(), lr=0.0)], metrics={"auc": AUC()})
+    batches = make_batches(rank, 2)
+    trainer = Trainer(
+        model.step, batches, callbacks=[shown, Checkpoint(steps=4)], log_every=6, saver=Saver(folder)
+    )  # fmt: skip
+    trainer.fit([Train()])
+    (line,) = shown.of("train")
+    rows = [batch for r in range(2) for batch in make_batches(r, 2)]
+    labels = [batch["label"] for batch in rows]
+    with torch.no_grad():
+        logits = [model.tower(batch["x"])[:, 0] for batch in rows]
+    losses = [float(bce(*pair)) for pair in zip(logits, labels, strict=True)]
+    assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert (line["rank"], line["of rank 0"]) == (0.5, 2.0)
+    assert line["auc"] == pytest.approx(auc(torch.cat(labels), torch.cat(logits).sigmoid()), rel=1e-12)  # type: ignore[arg-type]
+    if rank == 0:
+        model.step.metrics[""]["alone"] = LogLoss()
+    with pytest.raises(
+        ValueError, match=r"all ranks must have the same metrics, .*\[\['alone', 'auc'\], \['auc'\]\] by"
+    ):
+        Trainer(model.step, batches).fit([Train()])
+
+
 def configured(config: Path, rows: int) -> Trainer:
     settings = [f"data.batch_size={rows}", "model.dropout=0", "train.log_every=10"]
     trainer = trainer_of(load_config(config, settings), quiet=True)
@@ -134,6 +177,7 @@ def on_rank(
     assert trainer.samples == 6 * 16 * 2
     assert trainer.steps[""].parts()["model"] is model
     ends_on_one_rank_end_all(trainer, rank, folder / "rescued")
+    figures_are_means_over_ranks(rank, folder / "figures")
     dist.destroy_process_group()
     as_configured(rank, ports[1], folder / "config.yaml", configured)
 
