@@ -109,6 +109,10 @@ class FeatureConfig:
     std: Positive = 0.01
     """Spread of the first values."""
 
+    def sources(self, name: str) -> list[str]:
+        """Returns the columns that a feature of that name is made of."""
+        return self.source if isinstance(self.source, list) else [self.source or name]
+
     def __post_init__(self) -> None:
         for key in ("table", "combiner", "min_frequency", "std"):
             if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
@@ -210,13 +214,20 @@ class Config:
             raise ValueError("train.patience waits for the first of train.metrics; name one, or leave patience out")
         if "gauc" in train.metrics and data.groups is None:
             raise ValueError("train.metrics has gauc, which is by group; name the column of groups in data.groups")
+        read = {name for name in (data.label, data.groups) if name is not None}
         for name, feature in self.features.items():
-            sources = [feature.source or name] if not isinstance(feature.source, list) else feature.source
+            sources = feature.sources(name)
+            read |= set(sources)
             if data.label in sources:
                 raise ValueError(
                     f"features.{name} reads the label column {data.label!r}, which the model is to predict; leave the "
                     f"feature out, or name another column in data.label"
                 )
+        for name in data.columns:
+            if name not in read:
+                close = difflib.get_close_matches(name, read, 1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise ValueError(f"data.columns.{name} is read by nothing; {hint}Columns are {sorted(read)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -421,6 +432,8 @@ def _wrong(where: str, key: str, rule: str, value: Any) -> ConfigError:
         hint = f"; write {plain}, without {'quotes' if plain == value else 'underscores'}" if quoted else ""
     elif isinstance(value, float) and rule == "an integer" and value.is_integer():
         hint = f"; write {int(value)}"
+    elif rule == "a mapping of keys" and isinstance(value, str) and ".ops[" in key:
+        hint = f"; write {{{value}: {{}}}}"
     elif rule.startswith("a string") and isinstance(value, int | float):
         hint = "; put it into quotes"
     return ConfigError(f"{where}: {key} must be {rule}, got {_shown(value)}{hint}")

@@ -7,8 +7,8 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
+from typing import Any, ClassVar
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -85,11 +85,11 @@ class _Dumper(yaml.SafeDumper):
 
 class _Loader(yaml.SafeLoader):
     # Built below; those of SafeLoader are of YAML 1.1.
-    yaml_implicit_resolvers: dict[str, Any] = {}
-    yaml_constructors: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def process_directives(self) -> Any:
-        tags = super().process_directives()
+        tags = super().process_directives()  # type: ignore[no-untyped-call]
         if self.yaml_version not in (None, (1, 2)):
             version = ".".join(map(str, self.yaml_version))
             raise ConstructorError(
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
                     _refuse_duplicates(each)
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         if not isinstance(node, MappingNode):
             raise ConstructorError(None, None, f"expected a mapping, but found a {node.id}", node.start_mark)
         self.flatten_mapping(node)
@@ -200,13 +200,15 @@ def _unknown(loader: _Loader, node: Any) -> None:
 
 for _name, _pattern, _first in _CORE:
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
-_Loader.add_constructor(f"{_TAG}null", lambda loader, node: None)
-_Loader.add_constructor(f"{_TAG}bool", _bool)
-_Loader.add_constructor(f"{_TAG}int", _int)
-_Loader.add_constructor(f"{_TAG}float", _float)
-_Loader.add_constructor(f"{_TAG}str", _Loader.construct_scalar)
-_Loader.add_constructor(f"{_TAG}merge", _Loader.construct_scalar)  # as a value
-_Loader.add_constructor(f"{_TAG}seq", lambda loader, node: loader.construct_sequence(node, deep=True))
-_Loader.add_constructor(f"{_TAG}map", lambda loader, node: loader.construct_mapping(node, deep=True))
-_Loader.add_constructor(None, _unknown)  # type: ignore[arg-type]
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})$"), _first)
+_Loader.yaml_constructors |= {
+    f"{_TAG}null": lambda loader, node: None,
+    f"{_TAG}bool": _bool,
+    f"{_TAG}int": _int,
+    f"{_TAG}float": _float,
+    f"{_TAG}str": _Loader.construct_scalar,
+    f"{_TAG}merge": _Loader.construct_scalar,  # as a value
+    f"{_TAG}seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    f"{_TAG}map": lambda loader, node: loader.construct_mapping(node, deep=True),
+    None: _unknown,
+}

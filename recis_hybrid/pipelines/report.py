@@ -59,10 +59,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        FileNotFoundError: There is no log.
+        FileNotFoundError: There is no log, or no folder for the page.
         ValueError: It has no line.
     """
     log = run / "log.jsonl"
+    if not log.is_file():
+        raise FileNotFoundError(_no_log(run, log))
     records = []
     for line in log.read_text().splitlines():
         try:
@@ -72,8 +74,20 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     if not records:
         raise ValueError(f"{log}: there is no line in it; train first")
     out = out or run / "report.html"
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
     out.write_text(_page(run.resolve().name, records))
     return out
+
+
+def _no_log(run: Path, log: Path) -> str:
+    if not run.exists():
+        return f"{log}: there is no folder {run}; name that of a run"
+    if not run.is_dir():
+        return f"{run}: must be the folder of a run, which holds log.jsonl, this is a file"
+    below = sorted(path.parent for path in run.glob("*/log.jsonl"))
+    hint = f"; did you mean {below[0]}?" if below else ": it is none of a run, or its training has not begun"
+    return f"{log}: {run} has no log{hint}"
 
 
 def _page(name: str, records: Sequence[dict[str, Any]]) -> str:

@@ -185,6 +185,21 @@ class TorchStep:
         return [*self.model.parameters(), *learnt]
 
     @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, Tensor]:
+        """Return scores by objective, as metrics take them; the batch needs no labels.
+
+        The model stays in evaluation mode, and tables insert nothing.
+
+        Returns:
+            ``[B]`` each, of the rows that do not only fill the batch up.
+        """
+        self.model.eval()
+        outputs = self._outputs(batch)
+        return {
+            name: each.link(_kept(batch, outputs[name], outputs[name])[0]) for name, each in self.objectives.items()
+        }
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Scored]:
         """Returns scores, labels and groups by objective.
 
