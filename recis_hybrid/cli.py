@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] not in rooms:
         what = "option" if given[0].startswith("-") else "command"
         known = ["--help", "--version"] if what == "option" else list(rooms)
-        close = difflib.get_close_matches(given[0], known, 1) or difflib.get_close_matches(
-            given[0].strip("-"), rooms, 1
-        )
+        bare = given[0].strip("-")
+        close = [name for name in rooms if bare and name.startswith(bare)]
+        close = close or difflib.get_close_matches(given[0], known, 1) or difflib.get_close_matches(bare, rooms, 1)
         meant = f"; did you mean `recis-hybrid {close[0]}`?" if close else "."
         print(f"recis-hybrid: there is no {what} {given[0]!r}{meant} There are: {', '.join(rooms)}", file=sys.stderr)
         sys.exit(2)

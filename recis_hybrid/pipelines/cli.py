@@ -139,7 +139,8 @@ def _train(args: argparse.Namespace) -> int:
         if args.check:
             for line in check(here):
                 _say(line)
-            print(f"{args.config}: sound")
+            if rank() == 0:
+                print(f"{args.config}: sound")
             return 0
         if steps and not args.resume:
             raise ConfigError(

@@ -39,7 +39,7 @@ class Range:
         if not math.isfinite(number):
             return f"finite, {self}"
         if number >= self.below:
-            return f"less than {self.below}"
+            return str(self) if self.below < _MOST else f"less than {self.below}"
         return None if (self.least < number if self.above else self.least <= number) else str(self)
 
     def __str__(self) -> str:

@@ -118,23 +118,34 @@ def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[s
         ["part 'model': 100 tensors differ: 'w0', 'w1', 'w2', 'w3', …", '--all shows all']
     """
     shown = list(found)
-    if len(shown) > lines:
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for text in found:
-            match = _NAMED.match(text)
-            groups.setdefault((match[1], match[2]) if match else (text,), []).append(match[3] if match else text)
-        for kind, names in groups.items():
-            distinct = list(dict.fromkeys(names))
-            shown.append(
-                _list(f"{kind[0]}: {len(distinct)} {kind[1]}s differ: ", distinct, width) if kind[1:] else kind[0]
-            )
-        shown = shown[len(found) :]
+    for kind in ("tensor", "meta", "table"):
+        if len(shown) > lines:
+            shown = _grouped(shown, kind, width)
     more = f" and {len(shown) - lines + 1} more" if len(shown) > lines else ""
     cut = [text if len(text) <= width else f"{text[: width - 1]}…" for text in shown[: lines - bool(more)]]
     return cut if cut == list(found) else [*cut, f"--all shows all{more and f', {more.strip()}'}"]
 
 
-_NAMED = re.compile(r"(part '.*?'): (tensor|table) ('.*?')")
+_NAMED = {
+    "tensor": (re.compile(r"(part '.*?'): tensor ('.*?')"), "tensors"),
+    "meta": (re.compile(r"(part '.*?'): meta\.(.*?)(?:: | is in the )"), "values of meta"),
+    "table": (re.compile(r"(part '.*?'): table ('.*?')"), "tables"),
+}
+
+
+def _grouped(texts: Sequence[str], kind: str, width: int) -> list[str]:
+    """Put differences of one kind in a part together, in the place of the first."""
+    pattern, several = _NAMED[kind]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for text in texts:
+        match = pattern.match(text)
+        groups.setdefault(match[1] + "\n" if match else text, []).append((match[2] if match else "", text))
+    result = []
+    for part, of in groups.items():
+        names = list(dict.fromkeys(name for name, _ in of))
+        one = len(of) == 1
+        result.append(of[0][1] if one else _list(f"{part.strip()}: {len(names)} {several} differ: ", names, width))
+    return result
 
 
 def _list(text: str, names: Sequence[str], width: int) -> str:
