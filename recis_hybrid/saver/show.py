@@ -115,7 +115,7 @@ def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[s
 
     Example:
         >>> summarized([f"part 'model': tensor 'w{n}' differs" for n in range(100)])
-        ["part 'model': 100 tensors differ: 'w0', 'w1', 'w2', 'w3', …", '--all shows all']
+        ["part 'model': 100 tensors differ: 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', …", '--all shows all']
     """
     shown = list(found)
     for kind in ("tensor", "meta", "table"):
