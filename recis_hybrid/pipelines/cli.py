@@ -26,18 +26,19 @@ from recis_hybrid.pipelines.config_resume import (
     allowed_changes,
     changes_text,
     recorded_config,
-    refuse_own_file,
+    refuse_folder,
 )
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
 from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.predict import refuse_output, write_predictions
 from recis_hybrid.pipelines.report import write_report
-from recis_hybrid.pipelines.scoring import load_run
+from recis_hybrid.pipelines.scoring import load_run, run_and_step
 from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.saver import CheckpointError, Saver
 from recis_hybrid.saver.cli import Parser
+from recis_hybrid.saver.storage import storage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +132,7 @@ def _train_parser() -> Parser:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    refuse_own_file(config.run, args.config)
+    refuse_folder(config.run, args.config)
     with joined(config.train.device) as device:
         here = replace(config, train=replace(config.train, device=device))
         steps = Saver(config.run).steps()
@@ -162,10 +163,14 @@ def _changes(config: Config, steps: Sequence[int]) -> Changes:
     if not steps:
         _say(f"{config.run} has no checkpoint yet: training begins at step 0")
         return {}
-    if not (Path(config.run) / NAME).is_file():
+    if not (storage_of(config.run).root / NAME).is_file():
         _say(f"{config.run} has lost its {NAME}: what changes since it was begun is not known")
         return {}
-    changes = allowed_changes(recorded_config(config.run), config)
+    try:
+        recorded = recorded_config(config.run)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; remove the file to go on without a comparison") from error
+    changes = allowed_changes(recorded, config)
     if changes:
         _say(f"{config.run} goes on from step {steps[-1]} with {changes_text(changes)}")
     return changes
@@ -185,7 +190,7 @@ def _say(text: str) -> None:
 
 def _scoring_parser(name: str, about: str) -> Parser:
     parser = Parser(name, about)
-    parser.add_argument("run", metavar="RUN", help="the folder of a run that `recis-hybrid train` has trained")
+    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run that `recis-hybrid train` has trained")
     parser.add_argument("--step", type=int, help="the checkpoint to take (the latest)")
     parser.add_argument("--device", help="where to compute (where it was trained)")
     return parser
@@ -200,7 +205,8 @@ def _evaluate_parser() -> Parser:
 def _evaluate(args: argparse.Namespace) -> int:
     device = args.device
     if device is None:
-        device = recorded_config(args.run).train.device if (Path(args.run) / NAME).is_file() else "cpu"
+        place, _ = run_and_step(args.run)
+        device = recorded_config(place).train.device if (storage_of(place).root / NAME).is_file() else "cpu"
     with joined(device) as here:
         run = load_run(args.run, step="latest" if args.step is None else args.step, device=here)
         figures = run.evaluate(args.data or None)
@@ -234,7 +240,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _report_parser() -> Parser:
     parser = Parser("report", "make one HTML page of the log of a run")
-    parser.add_argument("path", type=Path, metavar="RUN", help="the folder of a run, with log.jsonl")
+    parser.add_argument("path", metavar="RUN", help="the folder or URL of a run, with log.jsonl")
     parser.add_argument("--out", type=Path, help="the page (RUN/report.html)")
     return parser
 

@@ -192,7 +192,7 @@ class Config:
     """A training."""
 
     run: str
-    """Folder for checkpoints and log.jsonl."""
+    """Folder, or URL, for checkpoints and log.jsonl."""
     data: DataConfig
     """Where rows come from."""
     features: dict[str, FeatureConfig]
@@ -210,6 +210,8 @@ class Config:
         if not self.run:
             raise ValueError("run must name a folder, got ''")
         train, data = self.train, self.data
+        if train.tensorboard and is_url(self.run):
+            raise ValueError(f"train.tensorboard writes into a folder, and run is a URL, {self.run}; leave one out")
         if train.patience is not None and not train.metrics:
             raise ValueError("train.patience waits for the first of train.metrics; name one, or leave patience out")
         if "gauc" in train.metrics and data.groups is None:
@@ -245,25 +247,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = read_yaml(path.read_bytes())
+        raw = path.read_bytes()
     except IsADirectoryError as error:
         there = path / "config.yaml"
         hint = f"; did you mean {there}?" if there.is_file() else ""
         raise ConfigError(f"{path}: must be a YAML file, this is a folder{hint}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_config(raw, str(path), path.parent, overrides)
+
+
+def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Returns the configuration that a file holds; see :func:`load_config`.
+
+    Args:
+        raw: What is in the file.
+        where: The file, for messages.
+        folder: Where relative paths in it begin.
+        overrides: As of :func:`load_config`.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    try:
+        tree = read_yaml(raw, where)
     except yaml.YAMLError as error:
         hint = "\nindent by spaces" if "'\\t'" in str(error) else ""
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}{hint}") from error
+        raise ConfigError(f"{where}: cannot be read as YAML: {error}{hint}") from error
     if tree is None:
-        raise ConfigError(f"{path}: the file is empty; `recis-hybrid init` writes one to begin with")
+        raise ConfigError(f"{where}: the file is empty; `recis-hybrid init` writes one to begin with")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got a {_kind_of(tree)}")
-    _resolve(tree, path.parent)
+        raise ConfigError(f"{where}: must be a mapping of keys, got a {_kind_of(tree)}")
+    _resolve(tree, folder)
     for override in overrides:
         _override(tree, override)
     _resolve(tree, Path())
-    return parse(Config, tree, str(path))
+    return parse(Config, tree, where)
 
 
 def is_url(path: str) -> bool:
@@ -303,7 +322,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: must be KEY=VALUE, as train.epochs=3")
     try:
-        value = read_yaml(text)
+        value = read_yaml(text, key)
     except yaml.YAMLError as error:
         quoted = text.replace("'", "''")
         raise ConfigError(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recis_hybrid.pipelines.callback import Callback, rank
-from recis_hybrid.pipelines.config import Config, ConfigError, is_url, load_config
+from recis_hybrid.pipelines.config import Config, ConfigError, is_url, parse_config
 from recis_hybrid.pipelines.config_yaml import write_yaml
 from recis_hybrid.ragged import Batch
+from recis_hybrid.saver.storage import storage_of
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -95,16 +96,26 @@ def recorded_config(run: str) -> Config:
     Raises:
         ConfigError: There is none, or it is no configuration of this version.
     """
-    path = Path(run) / NAME
+    path = storage_of(run).root / NAME
     if not path.is_file():
         raise ConfigError(f"{run} has no {NAME}, which `recis-hybrid train` writes into the folder of a run")
-    return replace(load_config(path), run=run)
+    return replace(parse_config(path.read_bytes(), str(path), Path(run)), run=run)
 
 
-def refuse_own_file(run: str, given: Path) -> None:
-    """Raise ConfigError if the record would be written over a configuration that somebody has written by hand."""
-    path = Path(run) / NAME
-    if path.is_file() and given.is_file() and path.samefile(given) and not path.read_text().startswith(_HEADER):
+def refuse_folder(run: str, given: Path) -> None:
+    """Raise ConfigError for a run's folder that is a file, or where a configuration by hand would be written over.
+
+    Args:
+        run: The folder.
+        given: The configuration.
+    """
+    path = Path(run)
+    if is_url(run) or not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{given}: run must be a folder, {run} is a file; name another one")
+    there = path / NAME
+    if there.is_file() and there.samefile(given) and not there.read_bytes().startswith(_HEADER.encode()):
         raise ConfigError(
             f"{given}: run is the folder of this very file, over which the run would write its own {NAME}; name "
             f"another folder, as run: run"
@@ -148,11 +159,15 @@ class RunRecord(Callback):
         shown = replace(
             self.config, run=".", data=replace(data, train=_absolute(data.train), evaluate=_absolute(data.evaluate))
         )
-        path = Path(self.config.run) / NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{NAME}.partial")
-        partial.write_text(_HEADER + write_yaml(asdict(shown)), encoding="utf-8")
-        os.replace(partial, path)
+        path = storage_of(self.config.run).root / NAME
+        text = (_HEADER + write_yaml(asdict(shown))).encode()
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{NAME}.partial")
+            partial.write_bytes(text)
+            os.replace(partial, path)
+        else:
+            path.write_bytes(text)
         if self.changes:
             changes = {key: [old, new] for key, (old, new) in self.changes.items()}
             self.log.on_log(trainer, {"event": "config", "step": trainer.steps_done, "changes": changes})

@@ -39,6 +39,7 @@ from recis_hybrid.pipelines.torch_step import TorchStep
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from recis_hybrid.saver.storage import storage_of
 
 METRICS: dict[str, type[Metric]] = {
     "auc": AUC, "binned_auc": BinnedAUC, "gauc": GAUC, "logloss": LogLoss, "normalized_entropy": NormalizedEntropy,
@@ -64,7 +65,7 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
     refuse_device(config.train.device)
     features = features_of(config)
     step = step_of(config)
-    log = JsonLog(Path(config.run) / "log.jsonl")
+    log = JsonLog(storage_of(config.run).root / "log.jsonl")
     data, evaluated = config.data, config.data.evaluate
     return Trainer(
         step, dataset_of(config, features, data.train, shuffle=data.shuffle),

@@ -31,7 +31,7 @@ _CORE = (
 )
 
 
-def read_yaml(text: str | bytes) -> Any:
+def read_yaml(text: str | bytes, name: str = "text") -> Any:
     """Return the value of a YAML document.
 
     Scalars follow YAML 1.2: ``no``, ``1:30``, ``1_000`` and dates are strings, ``012`` and ``0o14`` are 12, ``1e-3`` is
@@ -40,6 +40,7 @@ def read_yaml(text: str | bytes) -> Any:
 
     Args:
         text: One document; bytes may be UTF-8 or UTF-16 with a byte order mark.
+        name: What errors call it.
 
     Returns:
         Plain dicts, lists, strings, ints, floats, bools and None.
@@ -54,6 +55,7 @@ def read_yaml(text: str | bytes) -> Any:
         {'012': 12, 'on': ['yes', 12, '1_000']}
     """
     loader = _Loader(text)
+    loader.name = name
     try:
         return loader.get_single_data()
     except RecursionError:

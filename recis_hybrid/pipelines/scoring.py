@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,9 @@ from recis_hybrid.pipelines.evaluate import Metrics, evaluate
 from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.pipelines.torch_step import TorchStep
 from recis_hybrid.ragged import Batch
-from recis_hybrid.saver import CheckpointError, Saver
+from recis_hybrid.saver import CheckpointError, Location, Saver
 from recis_hybrid.saver.directory import STEP
+from recis_hybrid.saver.storage import storage_of
 
 Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
@@ -39,7 +41,7 @@ class LoadedRun:
     """
 
     path: str
-    """The run's folder."""
+    """The run's folder or URL."""
     step: int
     """The checkpoint's step."""
     config: Config
@@ -126,7 +128,7 @@ def load_run(
     Where torch.distributed is initialised, the ranks share the tables, and all of them call this alike.
 
     Args:
-        path: The run's folder, or one of its checkpoints ``step_…``.
+        path: The run's folder or URL, or one of its checkpoints ``step_…``.
         step: Which checkpoint; the latest one by default.
         device: Where model and tables go; None: where they were trained.
 
@@ -135,15 +137,23 @@ def load_run(
         ConfigError: The folder is none of a run, or there is no such device.
         FileNotFoundError: There is no such folder.
     """
-    folder = Path(path)
-    if (match := STEP.fullmatch(folder.name)) is not None:
-        if step not in ("latest", int(match[1])):
-            raise CheckpointError(f"{folder} is not of step {step}; name the run's folder, or leave the step out")
-        folder, step = folder.parent, int(match[1])
-    saver = _saver(folder)
-    config = recorded_config(str(folder))
+    place, own = run_and_step(path)
+    if own is not None and step not in ("latest", own):
+        raise CheckpointError(f"{os.fspath(path)} is not of step {step}; name the run's folder, or leave the step out")
+    folder, step = storage_of(place).root, step if own is None else own
+    saver = _saver(place, folder)
+    config = recorded_config(place)
     config = config if device is None else replace(config, train=replace(config.train, device=device))
-    refuse_device(config.train.device)
+    try:
+        refuse_device(config.train.device)
+    except ConfigError as error:
+        raise (
+            error
+            if device is not None
+            else ConfigError(
+                f"{place} was trained on {config.train.device!r}: {error}, as load_run(device=) or --device"
+            )
+        ) from error
     scorer = scoring_step_of(config)
     with warnings.catch_warnings():
         # The tables are read-only: optimizer state and counts of ids without a row are left out on purpose.
@@ -152,28 +162,35 @@ def load_run(
         loaded = saver.load(step, **{name: parts[name] for name in ("engine", "model")})
     features = FeatureEngine(features_of(config), parallel=False)
     return LoadedRun(
-        path=str(folder), step=loaded, config=config, model=scorer.model.eval(), features=features, scorer=scorer
+        path=place, step=loaded, config=config, model=scorer.model.eval(), features=features, scorer=scorer
     )
 
 
-def _saver(folder: Path) -> Saver:
+def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Return the run that a path is of, and the step if it is that of a checkpoint."""
+    text = os.fspath(path)
+    match = STEP.fullmatch(storage_of(text).root.name)
+    if match is None:
+        return text, None
+    return text.rstrip("/").rpartition("/")[0] or ".", int(match[1])
+
+
+def _saver(place: str, folder: Location) -> Saver:
     """Returns the saver of a run that has checkpoints."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: there is no such folder; name that of a run, which `recis-hybrid train` writes"
+            f"{place}: there is no such folder; name that of a run, which `recis-hybrid train` writes"
         )
-    saver = Saver(folder)
+    saver = Saver(place)
     if saver.steps():
         return saver
     hint = "train first"
-    if (folder / NAME).is_file():
-        try:
-            run = load_config(folder / NAME).run
-        except ConfigError:
-            run = str(folder)
-        if not Path(run).absolute().samefile(folder) if Path(run).exists() else False:
-            hint = f"did you mean {run}, the run of {folder / NAME}?"
-    raise CheckpointError(f"{folder} holds no complete checkpoint; {hint}")
+    if isinstance(folder, Path) and (folder / NAME).is_file():
+        with contextlib.suppress(ConfigError):
+            run = load_config(Path(place) / NAME).run
+            if os.path.isdir(run) and not folder.samefile(run):
+                hint = f"did you mean {run}, the run of {Path(place) / NAME}?"
+    raise CheckpointError(f"{place} holds no complete checkpoint; {hint}")
 
 
 def _listed(paths: Paths) -> str | list[str]:

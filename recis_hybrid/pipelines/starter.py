@@ -93,11 +93,12 @@ def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
         The configuration.
 
     Raises:
-        FileExistsError: There is a configuration already.
+        FileExistsError: There is a configuration or a log already.
     """
     config = folder / "config.yaml"
-    if config.exists():
-        raise FileExistsError(f"{config} is there already; name another folder, or remove it first")
+    for path in (config, folder / "clicks"):
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; name another folder, or remove it first")
     (folder / "clicks").mkdir(parents=True, exist_ok=True)
     drawn = random.Random(0)
     tastes = [drawn.gauss(0, 1) for _ in range(400)]

@@ -19,7 +19,7 @@ from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import Objective, Trainer, load_run, predict, write_predictions
-from recis_hybrid.pipelines.config import ConfigError
+from recis_hybrid.pipelines.config import Config, ConfigError
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import CheckpointError
 from tests.support.columns import dense
@@ -279,3 +279,35 @@ def test_rows_that_only_fill_a_batch_up_are_left_out(tmp_path: Path) -> None:
             rows[number, rank] = ids
     # Batches go to the ranks in turn, so that by (number, rank) they are in order.
     assert [row for key in sorted(rows) for row in rows[key]] == list(range(10))
+
+
+def test_a_run_may_lie_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path)
+    url = f"memory://{tmp_path.name}/run"
+    there = sorted(tmp_path.iterdir())
+    assert cli.main(["train", str(config), f"run={url}", "--quiet", "train.checkpoint_steps=2"]) == 0
+    gc.collect()
+    more = ["train.epochs=2", "optimizer.sparse_lr=0.5", "train.keep=1"]
+    capsys.readouterr()
+    assert cli.main(["train", str(config), f"run={url}", "--quiet", "--resume", *more]) == 0
+    said = capsys.readouterr()
+    assert "goes on from step 4 with optimizer.sparse_lr from 0.1 to 0.5" in said.err
+    figures = {name: value for name, value in json.loads(said.out).items() if name.startswith("eval/")}
+    assert cli.main(["evaluate", url]) == 0
+    assert json.loads(capsys.readouterr().out) == {"step": 8, **figures}
+    assert load_run(f"{url}/step_000008").step == 8
+    assert load_config_of(url).optimizer.sparse_lr == 0.5
+    assert sorted(tmp_path.iterdir()) == there  # nothing went into a folder that is called like the URL
+    assert cli.main(["report", url, "--out", str(tmp_path / "page.html")]) == 0
+    assert "optimizer.sparse_lr from 0.1 to 0.5 at step 4" in (tmp_path / "page.html").read_text()
+    for arguments, message in (
+        (["report", url], "is no folder of this machine; name the page, by --out"),
+        (["evaluate", f"{url}-not"], "there is no such folder"),
+        (["train", str(config), f"run={url}", "train.tensorboard=true"], "train.tensorboard writes into a folder"),
+    ):
+        assert cli.main(arguments) in (1, 2)
+        assert message in capsys.readouterr().err
+
+
+def load_config_of(run: str) -> Config:
+    return load_run(run).config
