@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
-USAGE = """\
-usage: recis-hybrid COMMAND ...   (each takes --help)
-
-train models without a script:
-  init      write a configuration to begin with, and a small log that it runs on
-  train     train what a configuration says
-  report    make one HTML page of the log of a run
-
-look at checkpoints:
-"""
+_PIPELINES, _SAVER = "recis_hybrid.pipelines.cli", "recis_hybrid.saver.cli"
+COMMANDS = {
+    "train models without a script": {
+        "init": (_PIPELINES, "write a configuration to begin with, and a small log that it runs on"),
+        "train": (_PIPELINES, "train what a configuration says"),
+        "evaluate": (_PIPELINES, "compute the metrics of a run on data"),
+        "predict": (_PIPELINES, "write the scores of a run on data to a file"),
+        "report": (_PIPELINES, "make one HTML page of the log of a run"),
+    },
+    "look at checkpoints": {
+        "inspect": (_SAVER, "show what a checkpoint holds: parts, tables, rows, bytes"),
+        "verify": (_SAVER, "check every file of a checkpoint by its checksums"),
+        "diff": (_SAVER, "show in what two checkpoints differ, bit for bit"),
+    },
+    "make others of them": {
+        "compact": (_SAVER, "make an incremental checkpoint whole"),
+        "export": (_SAVER, "write embeddings and towers for serving"),
+        "import-recis": (_SAVER, "make a checkpoint of what RecIS has saved"),
+    },
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,17 +41,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # A room is loaded when one of its commands is asked for.
-    if given and given[0] in ("init", "train", "report"):
-        from recis_hybrid.pipelines.cli import main as of_pipelines
-
-        return of_pipelines(given)
-    from recis_hybrid.saver.cli import main as of_saver
-
+    rooms = {name: room for group in COMMANDS.values() for name, (room, _) in group.items()}
+    if given and given[0] == "help":
+        given = [*given[1:2], "--help"]
     if given in ([], ["-h"], ["--help"]):
-        print(USAGE, flush=True)
-        return of_saver(["--help"])
-    return of_saver(given)
+        print(_usage())
+        sys.exit(0)
+    if given in (["-V"], ["--version"], ["version"]):
+        print(f"recis-hybrid {metadata.version('recis_hybrid')} (Python {platform.python_version()}, torch "
+              f"{metadata.version('torch')})")  # fmt: skip
+        return 0
+    if given[0] not in rooms:
+        what = "option" if given[0].startswith("-") else "command"
+        known = ["--help", "--version"] if what == "option" else list(rooms)
+        bare = given[0].strip("-")
+        close = [name for name in rooms if bare and name.startswith(bare)]
+        close = close or difflib.get_close_matches(given[0], known, 1) or difflib.get_close_matches(bare, rooms, 1)
+        meant = f"; did you mean `recis-hybrid {close[0]}`?" if close else "."
+        print(f"recis-hybrid: there is no {what} {given[0]!r}{meant} There are: {', '.join(rooms)}", file=sys.stderr)
+        sys.exit(2)
+    # A room is loaded when one of its commands is asked for.
+    status: int = importlib.import_module(rooms[given[0]]).main(given)
+    return status
+
+
+def _usage() -> str:
+    lines = ["usage: recis-hybrid COMMAND ...", ""]
+    for title, commands in COMMANDS.items():
+        lines += [f"{title}:", *(f"  {name:<14}{text}" for name, (_, text) in commands.items()), ""]
+    return "\n".join(
+        [*lines, "`recis-hybrid COMMAND --help` says more of one; `recis-hybrid --version` which this is."]
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from recis_hybrid.pipelines.lr_schedule import LrSchedule as LrSchedule
 from recis_hybrid.pipelines.mixture import Mixture as Mixture
 from recis_hybrid.pipelines.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
 from recis_hybrid.pipelines.on_metric import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
+from recis_hybrid.pipelines.predict import predict as predict, write_predictions as write_predictions
 from recis_hybrid.pipelines.profile import Profile as Profile
 from recis_hybrid.pipelines.progress_bar import ProgressBar as ProgressBar
 from recis_hybrid.pipelines.randomness import seed_everything as seed_everything
+from recis_hybrid.pipelines.scoring import LoadedRun as LoadedRun, load_run as load_run
 from recis_hybrid.pipelines.stages import (
     Evaluate as Evaluate,
     Evict as Evict,

@@ -1,4 +1,4 @@
-"""The commands of `recis-hybrid` that train: init, train and report.
+"""The commands of `recis-hybrid` that train and score: init, train, evaluate, predict and report.
 
 Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted
 (Ctrl-C), 143 if terminated (SIGTERM): 128 + the signal's number.
@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from recis_hybrid.pipelines.callback import CallbackError, rank
-from recis_hybrid.pipelines.config import ConfigError, load_config
+from recis_hybrid.pipelines.callback import CallbackError, rank, ranks
+from recis_hybrid.pipelines.config import Config, ConfigError, load_config
+from recis_hybrid.pipelines.config_check import check
 from recis_hybrid.pipelines.config_keys import describe_keys
+from recis_hybrid.pipelines.config_resume import (
+    NAME,
+    Changes,
+    allowed_changes,
+    changes_text,
+    recorded_config,
+    refuse_folder,
+)
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
 from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.launch import joined
+from recis_hybrid.pipelines.predict import refuse_output, write_predictions
 from recis_hybrid.pipelines.report import write_report
+from recis_hybrid.pipelines.scoring import load_run, run_and_step
 from recis_hybrid.pipelines.starter import write_starter
-from recis_hybrid.saver import CheckpointError
-
-COMMANDS = ("init", "train", "report")
+from recis_hybrid.pipelines.trainer import Trainer
+from recis_hybrid.saver import CheckpointError, Saver
+from recis_hybrid.saver.cli import Parser
+from recis_hybrid.saver.storage import storage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,63 +52,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    args = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in _COMMANDS:
+        print(
+            f"recis-hybrid: the first argument must be one of {', '.join(_COMMANDS)}, got {given[:1]}", file=sys.stderr
+        )
+        sys.exit(2)
+    name, run = given[0], _COMMANDS[given[0]][1]
+    args = _COMMANDS[name][0]().parse(given[1:])
     try:
-        status: int = args.run(args)
+        return run(args)
     except ConfigError as error:
         print(f"recis-hybrid: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("recis-hybrid: interrupted; `train --resume` goes on from the latest checkpoint", file=sys.stderr)
+        hint = "; `train --resume` goes on from the latest checkpoint" if name == "train" else ""
+        print(f"recis-hybrid: interrupted{hint}", file=sys.stderr)
         return 130
     except Terminated as error:
         return int(error.code or 1)
-    except (CheckpointError, CallbackError, NonFiniteLossError, OSError, ValueError, TypeError, KeyError) as error:
+    except (
+        CheckpointError, CallbackError, NonFiniteLossError, ImportError, OSError, ValueError, TypeError, KeyError
+    ) as error:  # fmt: skip
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-        text = error.args[0] if isinstance(error, KeyError) else error
-        print(f"recis-hybrid: {text}{notes}", file=sys.stderr)
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        print(f"recis-hybrid: {text}{_key_of_spec(text)}{notes}", file=sys.stderr)
         return 1
-    return status
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    # argparse does not put positional arguments together that options stand between.
-    stray = [each for each in rest if each.startswith("-") or "=" not in each or args.run is not _train]
-    if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
-    return args
+def _key_of_spec(text: str) -> str:
+    """Returns how a configuration says what a message about a column says in Python."""
+    match = re.search(r"column '(.*?)' .*; give it \w+\((?:.*, )?(default|null_as_empty)=", text)
+    return "" if match is None else f"; in a configuration it is data.columns.{match[1]}.{match[2]}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser("recis-hybrid", description="Trains models without a script.")
-    commands = result.add_subparsers(required=True, metavar="COMMAND")
+def _json(figures: dict[str, Any]) -> str:
+    """Returns figures as JSON, which has neither NaN nor infinities."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    return json.dumps(finite, allow_nan=False)
 
-    init = commands.add_parser("init", help="write a configuration to begin with, and a small log that it runs on")
-    init.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="where to (first)")
-    init.set_defaults(run=_init)
 
-    train = commands.add_parser(
-        "train", help="train what a configuration says",
-        description="Trains what a configuration says. The last line on stdout is JSON.",
-        epilog=f"keys of a configuration, what they take, and (what they are if nothing is said):\n{describe_keys()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    train.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
-    train.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
-    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
-    train.add_argument("--check", action="store_true", help="check the configuration and open the data, no more")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-    train.set_defaults(run=_train)
-
-    report = commands.add_parser("report", help="make one HTML page of the log of a run")
-    report.add_argument("path", type=Path, metavar="RUN", help="folder with log.jsonl")
-    report.add_argument("--out", type=Path, help="the page (RUN/report.html)")
-    report.set_defaults(run=_report)
-    return result
+def _init_parser() -> Parser:
+    parser = Parser("init", "write a configuration to begin with, and a small log that it runs on")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="where to (first)")
+    return parser
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -103,30 +104,160 @@ def _init(args: argparse.Namespace) -> int:
     return 0
 
 
+class _TrainParser(Parser):
+    def error(self, message: str) -> Any:
+        """Says how keys are set, to who takes them for options."""
+        given = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-")
+        keys = [line.split(":")[0].strip() for line in describe_keys().splitlines() if line[:3].strip()]
+        names = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
+        if message.startswith("unrecognized") and (key := names.get(given.partition("=")[0].replace("-", "_"))):
+            message = f"{message}; keys are set as {key}=VALUE"
+        elif "required: config" in message:
+            message += "; `recis-hybrid init` writes a configuration to begin with"
+        super().error(message)
+
+
+def _train_parser() -> Parser:
+    parser = _TrainParser(
+        "train", "train what a configuration says; the last line on stdout is JSON",
+        epilog=f"Paths in a configuration are relative to its folder, those in KEY=VALUE to the current one.\n\n"
+        f"keys of a configuration, what they take, and (what they are if nothing is said):\n{describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
+    parser.add_argument(
+        "--check", action="store_true", help="check the configuration on a sample of the data, and train nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    refuse_folder(config.run, args.config)
     with joined(config.train.device) as device:
-        trainer = trainer_of(replace(config, train=replace(config.train, device=device)), quiet=args.quiet)
+        here = replace(config, train=replace(config.train, device=device))
+        steps = Saver(config.run).steps()
+        changes = _changes(config, steps) if args.resume else {}
         if args.check:
-            print(f"{args.config}: sound")
+            for line in check(here):
+                _say(line)
+            if rank() == 0:
+                print(f"{args.config}: sound")
             return 0
-        assert trainer.saver is not None
-        if not args.resume and (steps := trainer.saver.steps()):
+        if steps and not args.resume:
             raise ConfigError(
                 f"{config.run} has checkpoints of the steps {steps} already; go on from them by --resume, or name "
                 f"another folder by run=FOLDER"
             )
-        if rank() == 0:
-            run = Path(config.run)
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        trainer = trainer_of(here, quiet=args.quiet, changes=changes)
         figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
         if rank() == 0:
+            if steps and steps[-1] == trainer.steps_done:
+                _say(_finished(config, trainer))
             last = {"steps": trainer.steps_done, "samples": trainer.samples, "stopped": trainer.stopped}
-            print(json.dumps({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
+            print(_json({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
     return 0
+
+
+def _changes(config: Config, steps: Sequence[int]) -> Changes:
+    """Returns what changes in a run that is resumed, and says it."""
+    if not steps:
+        _say(f"{config.run} has no checkpoint yet: training begins at step 0")
+        return {}
+    if not (storage_of(config.run).root / NAME).is_file():
+        _say(f"{config.run} has lost its {NAME}: what changes since it was begun is not known")
+        return {}
+    try:
+        recorded = recorded_config(config.run)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; remove the file to go on without a comparison") from error
+    changes = allowed_changes(recorded, config)
+    if changes:
+        _say(f"{config.run} goes on from step {steps[-1]} with {changes_text(changes)}")
+    return changes
+
+
+def _finished(config: Config, trainer: Trainer) -> str:
+    where = f"{config.run}: there was nothing left to train, at step {trainer.steps_done}"
+    if trainer.stopped is not None:
+        return f"{where}: {trainer.stopped}; a larger train.patience, or null, goes on"
+    return f"{where}: all {config.train.epochs} epoch(s) are done; a larger train.epochs goes on"
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(f"recis-hybrid: {text}", file=sys.stderr)
+
+
+def _scoring_parser(name: str, about: str) -> Parser:
+    parser = Parser(name, about)
+    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run that `recis-hybrid train` has trained")
+    parser.add_argument("--step", type=int, help="the checkpoint to take (the latest)")
+    parser.add_argument("--device", help="where to compute (where it was trained)")
+    return parser
+
+
+def _evaluate_parser() -> Parser:
+    parser = _scoring_parser("evaluate", "compute the metrics of a run on data; the last line on stdout is JSON")
+    parser.add_argument("data", nargs="*", metavar="DATA", help="files, folders or patterns (the run's data.evaluate)")
+    return parser
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    device = args.device
+    if device is None:
+        place, _ = run_and_step(args.run)
+        device = recorded_config(place).train.device if (storage_of(place).root / NAME).is_file() else "cpu"
+    with joined(device) as here:
+        run = load_run(args.run, step="latest" if args.step is None else args.step, device=here)
+        figures = run.evaluate(args.data or None)
+        if rank() == 0:
+            print(_json({"step": run.step, **{f"eval/{name}": value for name, value in figures.items()}}))
+    return 0
+
+
+def _predict_parser() -> Parser:
+    parser = _scoring_parser("predict", "write the scores of a run on data to a file, in the order of the rows")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or patterns; they need no label")
+    parser.add_argument("--out", required=True, help="the file to write: .parquet or .csv")
+    parser.add_argument(
+        "--columns", default="", metavar="NAME,NAME", help="columns of the data to write beside the score (none)"
+    )
+    return parser
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from recis_hybrid.columnio.schema import column_types
+
+    if ranks() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("predict writes one file in the order of the rows, by one process: start it without torchrun")
+    refuse_output(args.out)
+    columns = [name for name in args.columns.split(",") if name]
+    run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
+    rows = write_predictions(args.out, run.predict(args.data, columns=columns), column_types(args.data))
+    print(f"{args.out}: {rows:,} rows, by step {run.step} of {run.path}")
+    return 0
+
+
+def _report_parser() -> Parser:
+    parser = Parser("report", "make one HTML page of the log of a run")
+    parser.add_argument("path", metavar="RUN", help="the folder or URL of a run, with log.jsonl")
+    parser.add_argument("--out", type=Path, help="the page (RUN/report.html)")
+    return parser
 
 
 def _report(args: argparse.Namespace) -> int:
     print(write_report(args.path, args.out))
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[argparse.Namespace], int]]] = {
+    "init": (_init_parser, _init),
+    "train": (_train_parser, _train),
+    "evaluate": (_evaluate_parser, _evaluate),
+    "predict": (_predict_parser, _predict),
+    "report": (_report_parser, _report),
+}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import yaml
+
+from recis_hybrid.pipelines.config_yaml import read_yaml
 
 
 class ConfigError(ValueError):
@@ -26,33 +31,63 @@ class Range:
     least: float
     below: float = math.inf
     """What it must be less than."""
+    above: bool = False
+    """Whether it must be above ``least``."""
+
+    def fault(self, number: float) -> str | None:
+        """Returns the rule that a number breaks, or None."""
+        if not math.isfinite(number):
+            return f"finite, {self}"
+        if number >= self.below:
+            return str(self) if self.below < _MOST else f"less than {self.below}"
+        return None if (self.least < number if self.above else self.least <= number) else str(self)
 
     def __str__(self) -> str:
-        return f"at least {self.least:g}" + (f" and less than {self.below:g}" if self.below < math.inf else "")
+        least = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
+        return least + (f" and less than {self.below}" if self.below < _MOST else "")
 
 
-Count: TypeAlias = Annotated[int, Range(1)]
+_MOST = 2**31
+Count: TypeAlias = Annotated[int, Range(1, _MOST)]
 Positive: TypeAlias = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """How a column of the files is read, where its type does not say it all."""
+
+    default: bool | int | float | str | None = None
+    """Stands for a null; null: nulls are refused."""
+    length: Count | None = None
+    """Length that all lists of a column of lists have; empty lists count as missing where there is a default."""
+    null_as_empty: bool = False
+    """Whether a row without a list is read as an empty list; false: it is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where rows come from."""
 
-    train: str
-    """File, folder or pattern."""
-    evaluate: str | None = None
+    train: str | list[str]
+    """File, folder, pattern or URL, or a list of these."""
+    evaluate: str | list[str] | None = None
     """As ``train``; None: nothing is evaluated."""
     label: str = "label"
     """Column of labels, 0 or 1."""
     groups: str | None = None
     """Column of int64 groups, for the metric gauc."""
+    columns: dict[str, ColumnConfig] = field(default_factory=dict)
+    """Columns, by name, that are not read as their type says."""
     batch_size: Count = 4096
     """Rows of a batch, on each rank."""
     shuffle: bool = True
     """Whether each pass has a random order of its own."""
     threads: Count = 1
     """Threads that read."""
+
+    def __post_init__(self) -> None:
+        if self.train in ("", []) or self.evaluate in ("", []):
+            raise ValueError("train and evaluate must name a file, a folder, a pattern or a URL, got nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +108,15 @@ class FeatureConfig:
     """How often an id must be met until it gets a row; None: at once."""
     std: Positive = 0.01
     """Spread of the first values."""
+
+    def sources(self, name: str) -> list[str]:
+        """Returns the columns that a feature of that name is made of."""
+        return self.source if isinstance(self.source, list) else [self.source or name]
+
+    def __post_init__(self) -> None:
+        for key in ("table", "combiner", "min_frequency", "std"):
+            if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
+                raise ValueError(f"{key} is of an embedding; give the feature a dim, or leave {key} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +145,7 @@ class OptimizerConfig:
     """Optimizer of the tables."""
     sparse_lr: Positive = 1e-3
     """Learning rate of the tables."""
-    clip_grad_norm: Positive | None = None
+    clip_grad_norm: Annotated[float, Range(0, above=True)] | None = None
     """Largest norm of all gradients; None: any."""
 
 
@@ -136,13 +180,19 @@ class TrainConfig:
     tensorboard: bool = False
     """Whether the log is written for TensorBoard, too (needs the extra ``tensorboard``)."""
 
+    def __post_init__(self) -> None:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics must differ, got {self.metrics}")
+        if self.checkpoint_whole_every > 1 and self.checkpoint_steps is None:
+            raise ValueError("checkpoint_whole_every counts the checkpoints of checkpoint_steps; give both or none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A training."""
 
     run: str
-    """Folder for checkpoints and log.jsonl."""
+    """Folder, or URL, for checkpoints and log.jsonl."""
     data: DataConfig
     """Where rows come from."""
     features: dict[str, FeatureConfig]
@@ -153,29 +203,118 @@ class Config:
     """How parameters are updated."""
     train: TrainConfig = TrainConfig()
     """How long and how."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63)] = 0
     """Of everything random."""
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("run must name a folder, got ''")
+        train, data = self.train, self.data
+        if train.tensorboard and is_url(self.run):
+            raise ValueError(f"train.tensorboard writes into a folder, and run is a URL, {self.run}; leave one out")
+        if train.patience is not None and not train.metrics:
+            raise ValueError("train.patience waits for the first of train.metrics; name one, or leave patience out")
+        if "gauc" in train.metrics and data.groups is None:
+            raise ValueError("train.metrics has gauc, which is by group; name the column of groups in data.groups")
+        read = {name for name in (data.label, data.groups) if name is not None}
+        for name, feature in self.features.items():
+            sources = feature.sources(name)
+            read |= set(sources)
+            if data.label in sources:
+                raise ValueError(
+                    f"features.{name} reads the label column {data.label!r}, which the model is to predict; leave the "
+                    f"feature out, or name another column in data.label"
+                )
+        for name in data.columns:
+            if name not in read:
+                close = difflib.get_close_matches(name, read, 1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise ValueError(f"data.columns.{name} is read by nothing; {hint}Columns are {sorted(read)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration.
 
+    Paths in the file are relative to the folder that it lies in, those in overrides to the current directory; absolute
+    paths and URLs stay as they are, and ``~`` is the home directory.
+
     Args:
-        path: A YAML file.
-        overrides: Each ``a.b=value``, the value in YAML.
+        path: A YAML file, read by the core schema of YAML 1.2.
+        overrides: Each ``a.b=value``, the value in YAML; of several for one key the last counts.
 
     Raises:
         ConfigError: It cannot be read, a key is unknown, missing or of a wrong type.
     """
+    path = Path(path)
     try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+        raw = path.read_bytes()
+    except IsADirectoryError as error:
+        there = path / "config.yaml"
+        hint = f"; did you mean {there}?" if there.is_file() else ""
+        raise ConfigError(f"{path}: must be a YAML file, this is a folder{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_config(raw, str(path), path.parent, overrides)
+
+
+def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Returns the configuration that a file holds; see :func:`load_config`.
+
+    Args:
+        raw: What is in the file.
+        where: The file, for messages.
+        folder: Where relative paths in it begin.
+        overrides: As of :func:`load_config`.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    try:
+        tree = read_yaml(raw, where)
+    except yaml.YAMLError as error:
+        hint = "\nindent by spaces" if "'\\t'" in str(error) else ""
+        raise ConfigError(f"{where}: cannot be read as YAML: {error}{hint}") from error
+    if tree is None:
+        raise ConfigError(f"{where}: the file is empty; `recis-hybrid init` writes one to begin with")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys, got {type(tree).__name__}")
+        raise ConfigError(f"{where}: must be a mapping of keys, got a {_kind_of(tree)}")
+    _resolve(tree, folder)
     for override in overrides:
         _override(tree, override)
-    return parse(Config, tree, str(path))
+    _resolve(tree, Path())
+    return parse(Config, tree, where)
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, as ``s3://bucket/clicks`` is."""
+    return "://" in path
+
+
+def _resolve(tree: Mapping[str, Any], folder: Path) -> None:
+    """Has the paths in a tree lead from the current directory; what is of a wrong type is left for :func:`parse`."""
+
+    def resolve(mapping: Any, key: str) -> None:
+        if not isinstance(mapping, dict):
+            return
+        value = mapping.get(key)
+        if isinstance(value, str):
+            mapping[key] = resolved(value)
+        elif isinstance(value, list):
+            mapping[key] = [resolved(each) if isinstance(each, str) else each for each in value]
+
+    def resolved(text: str) -> str:
+        return text if not text or is_url(text) else os.path.normpath(folder / Path(text).expanduser())
+
+    resolve(tree, "run")
+    resolve(tree.get("data"), "train")
+    resolve(tree.get("data"), "evaluate")
+    features = tree.get("features")
+    for feature in features.values() if isinstance(features, dict) else ():
+        ops = feature.get("ops") if isinstance(feature, dict) else None
+        for op in ops if isinstance(ops, list) else ():
+            vocabulary = op.get("vocabulary") if isinstance(op, dict) else None
+            if isinstance(vocabulary, dict) and isinstance(vocabulary.get("source"), str):
+                resolve(vocabulary, "source")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -183,16 +322,27 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: must be KEY=VALUE, as train.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text, key)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is no YAML: {error}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        below = tree.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {parent} is {below!r}, which has no keys below it")
-        tree = below
-    tree[last] = value
+        quoted = text.replace("'", "''")
+        raise ConfigError(
+            f"override {override!r}: the value is no YAML; a string goes into quotes that the shell leaves, "
+            f"{key}=\"'{quoted}'\": {error}"
+        ) from error
+    parts, done = key.split("."), 0
+    while True:
+        # A name, of a feature for instance, may have dots of its own.
+        names = {stop: ".".join(parts[done:stop]) for stop in range(len(parts), done, -1)}
+        done = next((stop for stop, name in names.items() if name in tree), done + 1)
+        name = names[done]
+        if done == len(parts):
+            tree[name] = value
+            return
+        if tree.get(name) is None:
+            tree[name] = {}
+        if not isinstance(tree[name], dict):
+            raise ConfigError(f"override {override!r}: {name} is {_shown(tree[name])}, which has no keys below it")
+        tree = tree[name]
 
 
 T = TypeVar("T")
@@ -214,8 +364,8 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
     inner = f"{key}." if key else ""
     for name in tree:
         if name not in hints:
-            close = difflib.get_close_matches(str(name), hints, 1)
-            hint = f"; did you mean {inner}{close[0]}?" if close else ""
+            close = _meant(str(name), cls)
+            hint = f"; did you mean {inner}{close}?" if close else "."
             raise ConfigError(f"{where}: unknown key {inner}{name}{hint} There are {sorted(hints)}")
     fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
     missing = [
@@ -230,18 +380,30 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {key or 'it'}: {error}") from error
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{error}") from error
+
+
+def _meant(name: str, cls: type) -> str | None:
+    """Returns the key that an unknown one was probably meant to be: of this section, or of one below."""
+    hints = typing.get_type_hints(cls)
+    below = {
+        key: f"{part}.{key}" for part, of in hints.items() if dataclasses.is_dataclass(of) for key in of.__annotations__
+    }
+    known = {**below, **{key: key for key in hints}}
+    close = difflib.get_close_matches(name, known, 1)
+    return known[close[0]] if close else None
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         number = _value(arguments[0], value, where, key)
-        if not arguments[1].least <= number < arguments[1].below:  # nor NaN, nor infinite
-            raise _wrong(where, key, str(arguments[1]), value)
+        if (rule := arguments[1].fault(number)) is not None:
+            raise _wrong(where, key, rule, value)
         return number
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
+        value = {} if value is None else value  # a section or feature of which nothing is said
+        if not isinstance(value, Mapping):
             raise _wrong(where, key, "a mapping of keys", value)
         return parse(hint, value, where, key)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
@@ -255,38 +417,50 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise _wrong(where, key, "a list", value)
         return [_value(arguments[0], each, where, f"{key}[{n}]") for n, each in enumerate(value)]
     if origin is dict:
-        if not isinstance(value, dict):
+        if not isinstance(value, Mapping):
             raise _wrong(where, key, "a mapping of keys", value)
         return {str(name): _value(arguments[1], each, where, f"{key}.{name}") for name, each in value.items()}
-    if hint is float:
-        return _number(value, where, key)
+    if hint is float and type(value) is int:
+        return float(value) if abs(value) < 2**1023 else math.inf
     if hint is Any or (type(value) is hint):
         return value
-    names = {int: "an integer", bool: "true or false", str: "a string", type(None): "null"}
-    raise _wrong(where, key, names[hint], value)
+    raise _wrong(where, key, _RULES[hint], value)
+
+
+_RULES = {float: "a number", int: "an integer", bool: "true or false", str: "a string", type(None): "null"}
 
 
 def _one_of(hints: Sequence[Any], value: Any, where: str, key: str) -> Any:
     if value is None and type(None) in hints:
         return None
     kinds = [hint for hint in hints if hint is not type(None)]
-    for hint in kinds[:-1]:
-        try:
-            return _value(hint, value, where, key)
-        except ConfigError:
-            continue
-    return _value(kinds[-1], value, where, key)
-
-
-def _number(value: Any, where: str, key: str) -> float:
-    # YAML 1.1 takes 1e-3, without a point, for a string.
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _wrong(where, key, "a number", value)
-    try:
-        return float(value)
-    except ValueError:
-        raise _wrong(where, key, "a number", value) from None
+    if len(kinds) == 1 or (isinstance(value, list) and typing.get_origin(kinds[-1]) is list):
+        return _value(kinds[-1], value, where, key)
+    for hint in kinds:
+        if type(value) is hint:
+            return value
+    rules = [_RULES.get(hint, "a list") for hint in kinds]
+    raise _wrong(where, key, f"{', '.join(rules[:-1])} or {rules[-1]}", value)
 
 
 def _wrong(where: str, key: str, rule: str, value: Any) -> ConfigError:
-    return ConfigError(f"{where}: {key} must be {rule}, got {value!r}")
+    hint = ""
+    if isinstance(value, str) and rule.startswith(("a number", "an integer", "at least")):
+        plain = value.replace("_", "")
+        quoted = re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", plain) is not None
+        hint = f"; write {plain}, without {'quotes' if plain == value else 'underscores'}" if quoted else ""
+    elif isinstance(value, float) and rule == "an integer" and value.is_integer():
+        hint = f"; write {int(value)}"
+    elif rule == "a mapping of keys" and isinstance(value, str) and ".ops[" in key:
+        hint = f"; write {{{value}: {{}}}}"
+    elif rule.startswith("a string") and isinstance(value, int | float):
+        hint = "; put it into quotes"
+    return ConfigError(f"{where}: {key} must be {rule}, got {_shown(value)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else reprlib.repr(value)
+
+
+def _kind_of(value: Any) -> str:
+    return {str: "string", type(None): "null", int: "number", float: "number"}.get(type(value), type(value).__name__)

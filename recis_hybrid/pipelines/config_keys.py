@@ -24,7 +24,7 @@ def describe_keys() -> str:
 
     Example:
         >>> print(describe_keys().splitlines()[2])
-          data.train: string
+          data.train: string | list of string
     """
     lines = []
     for key, kind, default, text in _keys(Config, ""):

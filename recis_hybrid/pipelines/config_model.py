@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.pipelines.config import Config, ConfigError, ModelConfig
+from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, FeatureConfig, ModelConfig
 from recis_hybrid.pipelines.step import column_of
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, RaggedTensor
 
 
 class ConfigModel(nn.Module):
@@ -29,18 +30,23 @@ class ConfigModel(nn.Module):
     def __init__(self, config: Config, engine: EmbeddingEngine) -> None:
         super().__init__()
         self.engine = engine
-        self.numbers = [name for name, feature in config.features.items() if feature.dim is None]
+        self.numbers = {
+            name: _width(name, feature, config.data.columns)
+            for name, feature in config.features.items()
+            if feature.dim is None
+        }
+        """How many numbers of a row each feature without an embedding has."""
         self.has_machine = config.model.kind == "deepfm"
         dims = [feature.dim for feature in config.features.values() if feature.dim is not None]
         if self.has_machine and (len(set(dims)) != 1 or dims[0] < 2):
             raise ConfigError(f"model.kind deepfm needs one dim of at least 2 for all features, got {dims}")
-        self.tower = _tower(sum(dims) + len(self.numbers), config.model)
+        self.tower = _tower(sum(dims) + sum(self.numbers.values()), config.model)
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch → logits [B]."""
         embeddings = list(self.engine(batch).values())
-        numbers = [column_of(batch, name, "number").float().unsqueeze(1) for name in self.numbers]
+        numbers = [_numbers(batch, name, width) for name, width in self.numbers.items()]
         logits: Tensor = self.bias + self.tower(torch.cat([*embeddings, *numbers], dim=1)).squeeze(1)
         if self.has_machine:
             stacked = torch.stack(embeddings, dim=1)  # [B, F, D]
@@ -48,6 +54,30 @@ class ConfigModel(nn.Module):
             pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
             logits = logits + stacked[:, :, 0].sum(1) + pairs
         return logits
+
+
+def _width(name: str, feature: FeatureConfig, columns: Mapping[str, ColumnConfig]) -> int:
+    lengths = [columns[source].length or 1 for source in feature.sources(name) if source in columns]
+    return max(lengths, default=1)
+
+
+def _numbers(batch: Batch, name: str, width: int) -> Tensor:
+    """Returns a feature's numbers, [B, width]."""
+    column = batch.get(name)
+    if isinstance(column, RaggedTensor):
+        what = "strings" if column.values.dtype == torch.uint8 else "lists of any length"
+        raise TypeError(
+            f"features.{name} gives {what}, and has no dim: the tower takes {width} number(s) a row. Give it a dim for "
+            f"an embedding{' and ops: [{hash: {kind: farm}}]' if what == 'strings' else ''}, or leave it out"
+        )
+    found = column_of(batch, name, "number")
+    found = found.unsqueeze(1) if found.dim() == 1 else found
+    if found.dim() != 2 or found.shape[1] != width:
+        raise ValueError(
+            f"features.{name} gives {list(found.shape[1:])} numbers a row, and the tower takes {width}; say how long "
+            f"the lists are in data.columns.COLUMN.length"
+        )
+    return found.float()
 
 
 def _tower(width: int, config: ModelConfig) -> nn.Sequential:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recis_hybrid import optim
-from recis_hybrid.columnio import Column, ColumnDataset, Dense
+from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
 from recis_hybrid.embedding import (
     EmbeddingConfig,
     EmbeddingEngine,
@@ -22,8 +24,9 @@ from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.checkpoint import Checkpoint
-from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
+from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, FeatureConfig
 from recis_hybrid.pipelines.config_model import ConfigModel
+from recis_hybrid.pipelines.config_resume import Changes, RunRecord
 from recis_hybrid.pipelines.json_log import JsonLog
 from recis_hybrid.pipelines.on_metric import EarlyStop
 from recis_hybrid.pipelines.progress_bar import ProgressBar
@@ -32,7 +35,9 @@ from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
 from recis_hybrid.pipelines.tensorboard import TensorBoard
 from recis_hybrid.pipelines.torch_step import TorchStep
 from recis_hybrid.pipelines.trainer import Trainer
+from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from recis_hybrid.saver.storage import storage_of
 
 METRICS: dict[str, type[Metric]] = {
     "auc": AUC, "binned_auc": BinnedAUC, "gauc": GAUC, "logloss": LogLoss, "normalized_entropy": NormalizedEntropy,
@@ -44,40 +49,62 @@ SPARSE: Mapping[str, Any] = {
 LOWER_IS_BETTER = {"logloss", "normalized_entropy", "mse"}
 
 
-def trainer_of(config: Config, *, quiet: bool = False) -> Trainer:
+def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None = None) -> Trainer:
     """Returns the trainer of a configuration.
 
     Args:
         config: The configuration.
         quiet: Whether to leave out the progress bar.
+        changes: What changes in a run that is resumed, for its log.
 
     Raises:
         ConfigError: An operation or the model cannot be made as the configuration says.
     """
-    _refuse_device(config.train.device)
-    if "gauc" in config.train.metrics and config.data.groups is None:
-        raise ConfigError("train.metrics has gauc, which is by group; name the column of groups in data.groups")
-    features = [_feature(name, feature) for name, feature in config.features.items()]
+    refuse_device(config.train.device)
+    features = features_of(config)
+    step = step_of(config)
+    log = JsonLog(storage_of(config.run).root / "log.jsonl")
+    data, evaluated = config.data, config.data.evaluate
+    return Trainer(
+        step, dataset_of(config, features, data.train, shuffle=data.shuffle),
+        None if evaluated is None else dataset_of(config, features, evaluated),
+        metrics=metrics_of(config), saver=Saver(config.run, keep=config.train.keep),
+        callbacks=[log, RunRecord(config, changes or {}, log), *_callbacks(config, quiet)],
+        accumulate=config.train.accumulate, log_every=config.train.log_every, seed=config.seed,
+    )  # fmt: skip
+
+
+def step_of(config: Config) -> TorchStep:
+    """Returns a new model of a configuration, and what trains it."""
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
-    step = TorchStep(
-        model, torch.nn.functional.binary_cross_entropy_with_logits,
+    return _step(
+        config, model,
         {
             "dense": torch.optim.Adam(dense_parameters(model), lr=config.optimizer.dense_lr),
             "sparse": kind(model.engine.parameters(), lr=config.optimizer.sparse_lr),
         },
+    )  # fmt: skip
+
+
+def scoring_step_of(config: Config) -> TorchStep:
+    """Returns a frozen model of a configuration, whose tables hold no optimizer state, and what scores by it."""
+    model = ConfigModel(config, _engine(config, trainable=False)).to(config.train.device).requires_grad_(False)
+    return _step(config, model.eval(), {})
+
+
+def _step(config: Config, model: ConfigModel, optimizers: dict[str, torch.optim.Optimizer]) -> TorchStep:
+    return TorchStep(
+        model, torch.nn.functional.binary_cross_entropy_with_logits, optimizers,
         label=config.data.label, groups=config.data.groups, precision=config.train.precision,
         clip_grad_norm=config.optimizer.clip_grad_norm, compile=[model.tower] if config.model.compile else [],
     )  # fmt: skip
-    evaluated = config.data.evaluate
-    return Trainer(
-        step, _dataset(config, features, config.data.train, shuffle=config.data.shuffle),
-        None if evaluated is None else _dataset(config, features, evaluated, shuffle=False),
-        metrics={str(name): METRICS[name]() for name in config.train.metrics},
-        saver=Saver(config.run, keep=config.train.keep), callbacks=_callbacks(config, quiet),
-        accumulate=config.train.accumulate, log_every=config.train.log_every, seed=config.seed,
-    )  # fmt: skip
+
+
+def metrics_of(config: Config) -> dict[str, Metric]:
+    """Returns the metrics of a configuration, by name."""
+    return {str(name): METRICS[name]() for name in config.train.metrics}
 
 
 def stages_of(config: Config) -> Iterator[Stage]:
@@ -91,7 +118,8 @@ def stages_of(config: Config) -> Iterator[Stage]:
         yield Save()
 
 
-def _refuse_device(name: str) -> None:
+def refuse_device(name: str) -> None:
+    """Raises ConfigError if there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -100,19 +128,32 @@ def _refuse_device(name: str) -> None:
         raise ConfigError(f"train.device is {name!r}, and torch {torch.__version__} finds no GPU here; take cpu")
 
 
-def _engine(config: Config) -> EmbeddingEngine:
-    embeddings = {
-        name: EmbeddingConfig(
-            dim=feature.dim, table=feature.table, combiner=feature.combiner, initializer=Normal(0.0, feature.std),
-            admission=None if feature.min_frequency is None else MinFrequency(feature.min_frequency),
-        )
-        for name, feature in config.features.items()
-        if feature.dim is not None
-    }  # fmt: skip
-    if not embeddings:
-        raise ConfigError("features: at least one must have a dim, which is that of its embedding")
-    state = SPARSE[config.optimizer.sparse].row_state()
-    return EmbeddingEngine(embeddings, optimizer_state=state, seed=config.seed, device=config.train.device)
+def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
+    try:
+        embeddings = {
+            name: EmbeddingConfig(
+                dim=feature.dim, table=feature.table, combiner=feature.combiner,
+                initializer=Normal(0.0, feature.std), trainable=trainable,
+                admission=MinFrequency(feature.min_frequency) if feature.min_frequency and trainable else None,
+            )
+            for name, feature in config.features.items()
+            if feature.dim is not None
+        }  # fmt: skip
+        if not embeddings:
+            raise ConfigError("features: at least one must have a dim, which is that of its embedding")
+        state = SPARSE[config.optimizer.sparse].row_state() if trainable else ()
+        return EmbeddingEngine(embeddings, optimizer_state=state, seed=config.seed, device=config.train.device)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"features: {error}") from error
+
+
+def features_of(config: Config) -> list[Feature]:
+    """Returns the features of a configuration.
+
+    Raises:
+        ConfigError: An operation cannot be made as the configuration says.
+    """
+    return [_feature(name, feature) for name, feature in config.features.items()]
 
 
 def _feature(name: str, config: FeatureConfig) -> Feature:
@@ -122,9 +163,11 @@ def _feature(name: str, config: FeatureConfig) -> Feature:
         if len(entry) != 1:
             raise ConfigError(f"{key} must be one operation, {{name: {{parameter: value}}}}, got {entry}")
         ((kind, parameters),) = entry.items()
+        if not isinstance(parameters, dict | None):
+            raise ConfigError(f"{key}.{kind} must be a mapping of parameters, got {parameters!r}")
         try:
             ops.append(make_op(kind, **(parameters or {})))
-        except (TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ConfigError(f"{key}: {error}") from error
     try:
         return Feature(name, ops=ops, source=config.source)
@@ -132,27 +175,108 @@ def _feature(name: str, config: FeatureConfig) -> Feature:
         raise ConfigError(f"features.{name}: {error}") from error
 
 
-def _dataset(config: Config, features: list[Feature], paths: str, *, shuffle: bool) -> ColumnDataset:
+def dataset_of(
+    config: Config, features: list[Feature], paths: str | list[str], *, shuffle: bool = False, label: bool = True,
+    columns: Sequence[str] = (), transforms: Callable[[Batch], Batch] | None = None, **options: Any,
+) -> ColumnDataset:  # fmt: skip
+    """Returns a dataset of the columns that a configuration reads.
+
+    Args:
+        config: The configuration.
+        features: Its features.
+        paths: What to read.
+        shuffle: Whether each pass has a random order of its own.
+        label: Whether label and groups are read, too.
+        columns: Further columns, as they are in the files.
+        transforms: Called with each batch; None: makes the features.
+        options: Further arguments of ColumnDataset.
+
+    Raises:
+        ConfigError: The configuration says of a column what does not suit its type.
+    """
     data = config.data
     wanted = dict.fromkeys(column for feature in features for column in feature.columns)
-    columns: dict[str, Column | None] = dict.fromkeys(wanted)
-    columns[data.label] = Dense(torch.float32)
-    if data.groups is not None:
-        columns.setdefault(data.groups, None)
+    read = dict.fromkeys([*wanted, *columns])
+    if label:
+        read |= dict.fromkeys([data.label, *([] if data.groups is None else [data.groups])])
     # Where a feature has its name, the groups are what the feature makes of the column.
-    keep = [name for name in (data.groups,) if name in wanted and name not in config.features]
+    keep = [data.groups] if label and data.groups in wanted and data.groups not in config.features else []
+    engine = FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False)
+    specs, types = _specs(config, paths, read, label)
+    made: Callable[[Batch], Batch] = engine
+    if label and str(types.get(data.label)) == "bool":
+        made = _numbered(engine, data.label)
     return ColumnDataset(
-        paths, columns, data.batch_size, shuffle=shuffle, seed=config.seed, num_threads=data.threads,
-        transforms=FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False),
-        device=None if config.train.device == "cpu" else config.train.device,
+        paths, specs, **{
+            "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
+            "transforms": transforms or made,
+            "device": None if config.train.device == "cpu" else config.train.device,
+            **options,
+        },
     )  # fmt: skip
+
+
+def _numbered(transform: Callable[[Batch], Batch], label: str) -> Callable[[Batch], Batch]:
+    def numbered(batch: Batch) -> Batch:
+        batch = transform(batch)
+        column = batch[label]
+        return {**batch, label: column.float()} if isinstance(column, Tensor) else batch
+
+    return numbered
+
+
+def _specs(
+    config: Config, paths: str | list[str], read: Iterable[str], label: bool
+) -> tuple[dict[str, Column | None], dict[str, Any]]:
+    """Returns how columns are read, and the types that the first file has."""
+    from recis_hybrid.columnio.schema import column_types, spec_of
+
+    types = column_types(paths)
+    specs: dict[str, Column | None] = {}
+    for name in read:
+        is_label = label and name == config.data.label
+        kind = types.get(name)
+        if is_label and isinstance(None if kind is None else spec_of(name, kind), Text):
+            raise ConfigError(f"data.label {name!r} holds strings in {paths}; it must be a number, 0 or 1")
+        dtype = torch.float32 if is_label and str(kind) != "bool" else None
+        said = config.data.columns.get(name, ColumnConfig())
+        if said == ColumnConfig():
+            specs[name] = Dense(dtype) if dtype is not None else None
+        else:
+            specs[name] = _spec(f"data.columns.{name}", name, said, kind, dtype)
+    return specs, types
+
+
+def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
+    """Returns how a column of an Arrow type is read where the configuration says more than the type."""
+    from recis_hybrid.columnio.schema import spec_of
+
+    own = None if kind is None else spec_of(name, kind)
+    if isinstance(said.default, float) and not said.default.is_integer():
+        dtype = dtype or torch.float64  # integers become floats beside it
+    text = isinstance(own, Text) or isinstance(said.default, str)
+    if text != isinstance(said.default, str | None) and text:
+        raise ConfigError(f"{key}.default must be a string, as the column holds strings, got {said.default!r}")
+    if said.length is not None:
+        if text or said.null_as_empty:
+            raise ConfigError(f"{key}: length is of lists of numbers, none of which is of another length")
+        return Dense(dtype, default=_number(said), length=said.length)
+    if text:
+        return Text(said.default if isinstance(said.default, str) else None, null_as_empty=said.null_as_empty)
+    if isinstance(own, Weighted):
+        return replace(own, dtype=None, default=_number(said), null_as_empty=said.null_as_empty)
+    if isinstance(own, Ragged) or said.null_as_empty:
+        return Ragged(dtype, default=_number(said), null_as_empty=said.null_as_empty)
+    return Dense(dtype, default=_number(said), length=own.length if isinstance(own, Dense) else None)
+
+
+def _number(said: ColumnConfig) -> float | None:
+    return None if isinstance(said.default, str) else said.default
 
 
 def _callbacks(config: Config, quiet: bool) -> list[Callback]:
     train = config.train
-    callbacks: list[Callback] = [JsonLog(Path(config.run) / "log.jsonl")]
-    if not quiet:
-        callbacks.append(ProgressBar())
+    callbacks: list[Callback] = [] if quiet else [ProgressBar()]
     if train.tensorboard:
         callbacks.append(TensorBoard(Path(config.run) / "tensorboard"))
     if train.checkpoint_steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid.saver import Location
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -21,11 +23,12 @@ class JsonLog(Callback):
     are taken out first, since those steps are done again.
 
     Args:
-        path: The file; its folder is made if it is not there.
+        path: The file; its folder is made if it is not there. An object store takes no lines: there the file is
+            written anew with each checkpoint and at the end.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | Location) -> None:
+        self._path: Location = Path(path) if isinstance(path, str | os.PathLike) else path
         self._file: IO[str] | None = None
 
     def before_fit(self, trainer: Trainer) -> None:
@@ -33,10 +36,14 @@ class JsonLog(Callback):
         if rank() != 0:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= trainer.steps_done]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = open(self._path, "a")
+        lines = self._path.read_bytes().decode().splitlines() if self._path.exists() else []
+        kept = "".join(f"{line}\n" for line in lines if _step(line) <= trainer.steps_done)
+        if isinstance(self._path, Path):
+            self._path.write_text(kept)
+            self._file = open(self._path, "a")
+        else:
+            self._file = io.StringIO()
+            self._file.write(kept)
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
         """Writes a line."""
@@ -44,9 +51,15 @@ class JsonLog(Callback):
             self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
             self._file.flush()
 
+    def after_save(self, trainer: Trainer, path: Location) -> None:
+        """Writes the file anew where it lies in an object store."""
+        if isinstance(self._file, io.StringIO) and not isinstance(self._path, Path):
+            self._path.write_bytes(self._file.getvalue().encode())
+
     def after_fit(self, trainer: Trainer) -> None:
         """Closes the file."""
         if self._file is not None:
+            self.after_save(trainer, self._path)
             self._file.close()
             self._file = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recis_hybrid.pipelines import svg
+from recis_hybrid.saver import Location
+from recis_hybrid.saver.storage import storage_of
 
 PHASES = ("data", "features", "lookup", "exchange", "towers", "update")
 TABLES = 12
@@ -48,32 +51,49 @@ th { color: var(--dim); font-weight: 500 } th:first-child, td:first-child { text
 )
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: str | os.PathLike[str], out: Path | None = None) -> Path:
     """Makes a page of the log of a run: curves, growth of tables, split of time, frequencies of ids.
 
     Args:
-        run: Folder with ``log.jsonl``, as JsonLog writes it.
+        run: Folder or URL with ``log.jsonl``, as JsonLog writes it.
         out: The page; None: ``report.html`` in the folder.
 
     Returns:
         The page.
 
     Raises:
-        FileNotFoundError: There is no log.
-        ValueError: It has no line.
+        FileNotFoundError: There is no log, or no folder for the page.
+        ValueError: It has no line, or a run at a URL is given no page.
     """
-    log = run / "log.jsonl"
+    folder = Path(run) if "://" not in str(run) else storage_of(run).root
+    log = folder / "log.jsonl"
+    if not log.is_file():
+        raise FileNotFoundError(_no_log(folder, log))
     records = []
-    for line in log.read_text().splitlines():
+    for line in log.read_bytes().decode().splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # a line that a crash has cut
     if not records:
         raise ValueError(f"{log}: there is no line in it; train first")
-    out = out or run / "report.html"
-    out.write_text(_page(run.resolve().name, records))
+    if out is None and not isinstance(folder, Path):
+        raise ValueError(f"{run} is no folder of this machine; name the page, by --out")
+    out = out or Path(run) / "report.html"
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    out.write_text(_page(folder.absolute().name, records))
     return out
+
+
+def _no_log(run: Location, log: Location) -> str:
+    if not isinstance(run, Path) or not run.exists():
+        return f"{log}: there is no folder {run}; name that of a run"
+    if not run.is_dir():
+        return f"{run}: must be the folder of a run, which holds log.jsonl, this is a file"
+    below = sorted(path.parent for path in run.glob("*/log.jsonl"))
+    hint = f"; did you mean {below[0]}?" if below else ": it is none of a run, or its training has not begun"
+    return f"{log}: {run} has no log{hint}"
 
 
 def _page(name: str, records: Sequence[dict[str, Any]]) -> str:
@@ -108,8 +128,18 @@ def _subtitle(records: Sequence[dict[str, Any]]) -> str:
     stopped = [record["reason"] for record in records if record["event"] == "stop"]
     saves = sum(record["event"] == "save" for record in records)
     parts = [f"{last['step']:,} steps", f"{saves} checkpoints"]
+    parts += [
+        f"{escape(key)} from {escape(_shown(old))} to {escape(_shown(new))} at step {record['step']:,}"
+        for record in records
+        if record["event"] == "config"
+        for key, (old, new) in record["changes"].items()
+    ]
     parts += [f"stopped: {escape(reason)}" for reason in stopped]
     return ", ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _tiles(train: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:

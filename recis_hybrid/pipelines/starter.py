@@ -10,15 +10,20 @@ from pathlib import Path
 CONFIG = """\
 # A training that `recis-hybrid train config.yaml` runs. Any value can be given on the command line, too:
 #     recis-hybrid train config.yaml train.epochs=5 optimizer.dense_lr=0.002
+# `recis-hybrid train config.yaml --check` holds it against a sample of the data first.
 
-run: {folder}/run            # checkpoints and log.jsonl; `recis-hybrid report {folder}/run` makes a page of it
+run: run                     # checkpoints and log.jsonl; `recis-hybrid report run` makes a page of it. Relative paths
+                             # in this file begin at its folder
 seed: 0                      # of everything random
 
 data:
-  train: {folder}/clicks/train.csv   # a file, a folder, a pattern or a URL: Parquet, ORC, Arrow, CSV or JSON lines
-  evaluate: {folder}/clicks/eval.csv
+  train: clicks/train.csv    # a file, a folder, a pattern or a URL: Parquet, ORC, Arrow, CSV or JSON lines
+  evaluate: clicks/eval.csv
   label: clicked             # 0 or 1
   groups: user               # for the metric gauc; int64
+  columns:                   # what the types in the files do not say
+    price:
+      default: 1.0           # stands for a null
   batch_size: 256
   shuffle: true
   threads: 1                 # that read
@@ -34,17 +39,17 @@ features:
     min_frequency: 2         # an id gets a row when it is met for the second time
   site:
     ops:
-      - hash: {{kind: farm}}   # of a string, 64 bits
+      - hash: {kind: farm}   # of a string, 64 bits
     dim: 8
   price_level:
     source: price
     ops:
-      - bucketize: {{boundaries: [0.5, 1, 2, 4]}}
+      - bucketize: {boundaries: [0.5, 1, 2, 4]}
     dim: 8
   log_price:
     source: price
     ops:
-      - log: {{}}
+      - log: {}
   hour:
     dim: 8
 
@@ -88,11 +93,12 @@ def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
         The configuration.
 
     Raises:
-        FileExistsError: There is a configuration already.
+        FileExistsError: There is a configuration or a log already.
     """
     config = folder / "config.yaml"
-    if config.exists():
-        raise FileExistsError(f"{config} is there already; name another folder, or remove it first")
+    for path in (config, folder / "clicks"):
+        if path.exists():
+            raise FileExistsError(f"{path} is there already; name another folder, or remove it first")
     (folder / "clicks").mkdir(parents=True, exist_ok=True)
     drawn = random.Random(0)
     tastes = [drawn.gauss(0, 1) for _ in range(400)]
@@ -108,5 +114,5 @@ def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
                 logit = tastes[user] + worths[item] + sites[site] - 0.6 * math.log(price) + 0.5 * (hour > 17) - 0.7
                 clicked = int(drawn.random() < 1 / (1 + math.exp(-logit)))
                 writer.writerow([user, item * 0x9E3779B97F4A7C1 % 2**62, f"site-{site}", price, hour, clicked])
-    config.write_text(CONFIG.format(folder=folder.as_posix()))
+    config.write_text(CONFIG)
     return config

@@ -330,13 +330,18 @@ class TorchStep:
             raise KeyError(f"TorchStep: the model gives {sorted(returned)}, and there are objectives {missing} beside")
         return {name: _Answer(_floating(returned[name]), None) for name in self.objectives}
 
-    def _scored(self, name: str, outputs: Any, batch: Batch, mask: Tensor | None, *, training: bool) -> Scored:
+    def _scores(self, name: str, outputs: Any, mask: Tensor | None) -> tuple[Any, Tensor]:
+        """Returns the outputs without rows that only fill the batch up, and scores."""
         objective = self.objectives[name]
         where = "TorchStep" if name == "" else f"TorchStep: objective {name!r}"
         if outputs is None:
             raise TypeError(f"{where}: the model returns a loss without outputs, and there is nothing to evaluate")
         outputs = model_outputs.kept(outputs, mask)
-        scores = model_outputs.scores_of(outputs, objective.link, objective.loss, where)
+        return outputs, model_outputs.scores_of(outputs, objective.link, objective.loss, where)
+
+    def _scored(self, name: str, outputs: Any, batch: Batch, mask: Tensor | None, *, training: bool) -> Scored:
+        objective = self.objectives[name]
+        outputs, scores = self._scores(name, outputs, mask)
         labels = groups = None
         if objective.label is not None:
             column = column_of(batch, objective.label)
@@ -441,6 +446,19 @@ class TorchStep:
         return [parameter for parameter in self._named_parameters().values() if id(parameter) in held]
 
     @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, Tensor]:
+        """Return scores by objective, as metrics take them; the batch needs no labels.
+
+        The model stays in evaluation mode, and tables insert nothing.
+
+        Returns:
+            ``[B]`` each, of the rows that do not only fill the batch up.
+        """
+        with self._predicting():
+            answer, mask = self._answer(batch), model_outputs.row_mask(batch)
+            return {name: self._scores(name, answer[name].outputs, mask)[1] for name in self.objectives}
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Scored]:
         """Returns scores, labels and groups by objective.
 
@@ -450,11 +468,16 @@ class TorchStep:
             KeyError: If the batch lacks a column of labels or groups.
             TypeError: If it is not clear which of the model's outputs the scores are of.
         """
+        with self._predicting():
+            answer, mask = self._answer(batch), model_outputs.row_mask(batch)
+            return {n: self._scored(n, answer[n].outputs, batch, mask, training=False) for n in self.objectives}
+
+    @contextmanager
+    def _predicting(self) -> Iterator[None]:
         self.model.eval()
         self._looked_at, self._predicts = False, True
         try:
-            answer, mask = self._answer(batch), model_outputs.row_mask(batch)
-            return {n: self._scored(n, answer[n].outputs, batch, mask, training=False) for n in self.objectives}
+            yield
         finally:
             self._predicts = False
 

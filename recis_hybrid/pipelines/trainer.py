@@ -21,11 +21,12 @@ from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.pipelines.place import Place
+from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.pipelines.randomness import Generators, generator_states, seed_everything, set_generator_states
 from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
-from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
+from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Source, Stage, Train
 from recis_hybrid.pipelines.step import Prefetching, Rehearsing, Replicated, Step, loss_of
 from recis_hybrid.pipelines.turns import RanksInterrupted
 from recis_hybrid.ragged import Batch, batch_size
@@ -156,6 +157,10 @@ class Trainer:
         that was under way goes on where it was, so that it ends bitwise as if it had not been interrupted. A generator
         is gone through from its beginning for that, and finds in ``figures`` what it found then; it should do nothing
         but yield stages. WindowStages goes on by itself.
+
+        Optimizers go on by the checkpoint's hyperparameters, as by torch's ``load_state_dict``: another learning rate
+        that they were built with does not count. To go on by another one, set ``param_groups`` in a callback's
+        ``before_fit``, which is called after the checkpoint was loaded.
 
         Args:
             stages: A list, a generator, or WindowStages.
@@ -325,6 +330,23 @@ class Trainer:
             self._place.figures[str(self._place.stages)] = {stage.name: figures}
         named = {f"{stage.name}/{name}": value for name, value in figures.items()}
         self._log("eval", {"name": stage.name, "seconds": time.perf_counter() - begin, **named})
+
+    def predict(
+        self, data: Source = "eval", *, columns: Sequence[str] = (), step: str | None = None
+    ) -> Iterator[Batch]:
+        """Yield the scores of all batches of a source, in its order; see :func:`recis_hybrid.pipelines.predict`.
+
+        Args:
+            data: The name of a source, or batches.
+            columns: Columns of the source's batches to hand on beside the scores, ids of rows for instance.
+            step: Which of the trainer's steps; None: the first.
+
+        Raises:
+            KeyError: A batch lacks one of the columns.
+            ValueError: There is no such source or step.
+        """
+        source = self._sources.data(Evaluate(data=data))
+        return predict(self._step(step), source, columns=columns, transforms=[self.transform] if self.transform else [])
 
     def evict(self, stage: Evict) -> None:
         """Gives rows up: what ``Evict`` runs."""

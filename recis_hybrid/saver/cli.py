@@ -4,12 +4,13 @@ Exit status: 0 if all is well, 1 if a checkpoint is damaged, differs or cannot b
 """
 
 import argparse
+import difflib
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
@@ -17,8 +18,37 @@ from recis_hybrid.saver.directory import STEP
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.files import Location
 from recis_hybrid.saver.recis_import import import_recis
-from recis_hybrid.saver.show import differences, size_text, summary, summary_text
+from recis_hybrid.saver.show import differences, size_text, summarized, summary, summary_text
 from recis_hybrid.saver.storage import storage_of
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command, whose errors say what there is instead.
+
+    Args:
+        command: the name of the command.
+        about: what it does, beginning with a small letter.
+        options: further arguments of argparse's parser.
+    """
+
+    def __init__(self, command: str, about: str, **options: Any) -> None:
+        super().__init__(
+            f"recis-hybrid {command}", description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False, **options
+        )
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments of the command; options may stand between the others."""
+        return self.parse_intermixed_args(list(arguments))
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2, and say what there is in the place of options that there are not."""
+        options = [each for each in self._option_string_actions if each.startswith("--")]
+        if message.startswith("unrecognized arguments: "):
+            given = message.partition(": ")[2].split()[0]
+            close = difflib.get_close_matches(given.partition("=")[0], options, 1)
+            meant = f"; did you mean {close[0]}?" if close else "."
+            message = f"{message}{meant} Options are {', '.join(options)}"
+        self.exit(2, f"{self.format_usage()}{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    args = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsers = _parsers()
+    if not given or given[0] not in parsers:
+        print(f"recis-hybrid: the first argument must be one of {', '.join(parsers)}, got {given[:1]}", file=sys.stderr)
+        sys.exit(2)
+    args = parsers[given[0]].parse(given[1:])
     try:
         status: int = args.run(args)
     except (CheckpointError, OSError) as error:
@@ -42,16 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "recis-hybrid", description="Looks at checkpoints, checks and compares them, makes them whole and exports them."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    made: dict[str, argparse.ArgumentParser] = {}
+def _parsers() -> dict[str, Parser]:
+    made: dict[str, Parser] = {}
     for name, run, paths, about in (
-        ("inspect", _inspect, ["path"], "what a checkpoint holds: parts, tables, rows, columns, bytes"),
-        ("verify", _verify, ["path"], "whether every file is as it was written: sizes, checksums, headers, row order"),
-        ("diff", _diff, ["first", "second"], "in what two checkpoints differ, bit for bit, whatever their steps"),
+        ("inspect", _inspect, ["path"], "show what a checkpoint holds: parts, tables, rows, columns, bytes"),
+        (
+            "verify",
+            _verify,
+            ["path"],
+            "check that every file is as it was written: sizes, checksums, headers, row order",
+        ),
+        (
+            "diff",
+            _diff,
+            ["first", "second"],
+            "show in what two checkpoints differ, bit for bit, whatever their steps; exit with 1 if they do",
+        ),
         (
             "compact",
             _compact,
@@ -61,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         ("import-recis", _import_recis, [], "make a checkpoint of what RecIS has saved"),
         ("export", _export, ["path"], "write ids, embeddings and towers for serving, without optimizer state"),
     ):
-        made[name] = command = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+        made[name] = command = Parser(name, about)
         for path in paths:
             command.add_argument(
                 path, help="a run's directory or URL, of which the latest checkpoint is taken, or a step_… in it"
@@ -70,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--step", type=int, help="of a run's directory, the checkpoint to take")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
+    made["diff"].add_argument("--all", action="store_true", help="print every difference, whole")
     made["compact"].add_argument("--to", help="the directory or URL that takes it (by default it replaces itself)")
     made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
     made["import-recis"].add_argument("out", help="the directory or URL that takes it, as step_…")
@@ -83,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made["export"].add_argument("out", help="the directory or URL that takes it, as step_…")
     made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
-    return parser
+    return made
 
 
 def _open(place: str, step: int | None = None) -> Checkpoint:
@@ -131,7 +173,8 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"first": a, "second": b, "differences": found}))
     else:
-        print("\n".join(found) if found else f"{a} and {b} hold the same")
+        shown = found if args.all else summarized(found)
+        print("\n".join(shown) if found else f"{a} and {b} hold the same")
     return 1 if found else 0
 
 

@@ -1,6 +1,8 @@
 """What a checkpoint holds, and how two differ, as plain data and as text."""
 
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,13 +82,78 @@ def _differences(a: PartState, b: PartState) -> Iterator[str]:
     if structural:
         yield from (text.replace("checkpoint", "first").replace("live object", "second") for text in structural)
         return
-    if a.meta != b.meta:
-        yield f"meta: {a.meta} and {b.meta}"
+    yield from _json_differences("meta", a.meta, b.meta)
     for name, tensor in sorted(a.tensors.items()):
         if not _equal(tensor, b.tensors[name]):
             yield f"tensor {name!r} differs"
     for name, table in sorted(a.tables.items()):
         yield from (f"table {name!r}: {text}" for text in _row_differences(table, b.tables[name]))
+
+
+def _json_differences(where: str, a: Any, b: Any) -> Iterator[str]:
+    """Compare JSON values down to the keys whose values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if key not in a or key not in b:
+                yield f"{where}.{key} is in the {'first' if key in a else 'second'} only"
+            else:
+                yield from _json_differences(f"{where}.{key}", a[key], b[key])
+    elif a != b or type(a) is not type(b):
+        yield f"{where}: {json.dumps(a)} and {json.dumps(b)}"
+
+
+def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[str]:
+    """Cut differences to what a screen of 80 columns and 24 lines shows.
+
+    Args:
+        found: what :func:`differences` returned.
+        lines: how many lines at most.
+        width: of a line, in characters.
+
+    Returns:
+        The differences themselves if they are few; else those of one kind in a part together, in one line.
+
+    Example:
+        >>> summarized([f"part 'model': tensor 'w{n}' differs" for n in range(100)])
+        ["part 'model': 100 tensors differ: 'w0', 'w1', 'w2', 'w3', 'w4', 'w5', 'w6', …", '--all shows all']
+    """
+    shown = list(found)
+    for kind in ("tensor", "meta", "table"):
+        if len(shown) > lines:
+            shown = _grouped(shown, kind, width)
+    more = f" and {len(shown) - lines + 1} more" if len(shown) > lines else ""
+    cut = [text if len(text) <= width else f"{text[: width - 1]}…" for text in shown[: lines - bool(more)]]
+    return cut if cut == list(found) else [*cut, f"--all shows all{more and f', {more.strip()}'}"]
+
+
+_NAMED = {
+    "tensor": (re.compile(r"(part '.*?'): tensor ('.*?')"), "tensors"),
+    "meta": (re.compile(r"(part '.*?'): meta\.(.*?)(?:: | is in the )"), "values of meta"),
+    "table": (re.compile(r"(part '.*?'): table ('.*?')"), "tables"),
+}
+
+
+def _grouped(texts: Sequence[str], kind: str, width: int) -> list[str]:
+    """Put differences of one kind in a part together, in the place of the first."""
+    pattern, several = _NAMED[kind]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for text in texts:
+        match = pattern.match(text)
+        groups.setdefault(match[1] + "\n" if match else text, []).append((match[2] if match else "", text))
+    result = []
+    for part, of in groups.items():
+        names = list(dict.fromkeys(name for name, _ in of))
+        one = len(of) == 1
+        result.append(of[0][1] if one else _list(f"{part.strip()}: {len(names)} {several} differ: ", names, width))
+    return result
+
+
+def _list(text: str, names: Sequence[str], width: int) -> str:
+    for number, name in enumerate(names):
+        if len(text) + len(name) + 3 > width:
+            return f"{text}…"
+        text += name if number == len(names) - 1 else f"{name}, "
+    return text
 
 
 def _row_differences(a: TableState, b: TableState) -> Iterator[str]:

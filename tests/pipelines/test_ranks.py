@@ -199,15 +199,24 @@ def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
 
 def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_starter(tmp_path)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-        "recis_hybrid.cli", "train", str(config), "train.epochs=1",
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recis_hybrid.cli"
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*torchrun, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+    done = run("train", str(config), "train.epochs=1")
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     assert (json.loads(line)["steps"], done.stderr.count("step 20, eval: auc")) == (20, 1)
+    # On as many ranks an evaluation gives the figures of training's, bit for bit.
+    evaluated = run("evaluate", str(tmp_path / "run"))
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    figures = {name: value for name, value in json.loads(line).items() if name.startswith("eval/")}
+    assert json.loads(evaluated.stdout) == {"step": 20, **figures}
     # One process goes on where two were.
     assert cli.main(["train", str(config), "train.epochs=2", "--resume", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 20 + 40

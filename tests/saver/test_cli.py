@@ -8,6 +8,7 @@ import torch
 
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.cli import main
+from recis_hybrid.saver.show import summarized
 from tests.support.toy import Toy
 
 
@@ -68,7 +69,7 @@ def test_diff_compares_content(run: Path, tmp_path: Path, capsys: pytest.Capture
         "part 'dense' is in the first only",
         "part 'engine': table 'item': 1 ids are in the second only, such as [12345]",
         "part 'model': tensor 'tower.0.weight' differs",
-        "part 'note': meta: {'value': {'epoch': 2}} and {'value': {'epoch': 3}}",
+        "part 'note': meta.value.epoch: 2 and 3",
     ]
     assert main(["diff", str(run / "step_000002"), str(run)]) == 1
     assert "embedding differs in" in capsys.readouterr().out
@@ -121,3 +122,47 @@ def test_a_step_is_taken_by_its_number(run: Path, capsys: pytest.CaptureFixture[
     assert "holds no complete checkpoint of step 3, it holds [2, 4]" in capsys.readouterr().err
     assert main(["verify", str(run / "step_000002"), "--step", "4"]) == 1
     assert "is not of step 4" in capsys.readouterr().err
+
+
+def test_differences_fit_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def save(name: str, shift: float) -> Path:
+        tower = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(50))
+        with torch.no_grad():
+            for number, parameter in enumerate(tower.parameters()):
+                parameter.fill_(number + shift * (number != 3))
+        notes = {f"key {number}": number + shift for number in range(30)}
+        Saver(tmp_path / name).save(1, model=tower, note={"deep": notes, "same": 1}, other=[shift])
+        return tmp_path / name
+
+    first, second = save("first", 0), save("second", 1)
+    assert main(["diff", str(first), str(second), "--all"]) == 1
+    whole = capsys.readouterr().out.splitlines()
+    # 99 of 100 tensors, 30 keys, and the list.
+    assert len(whole) == 99 + 30 + 1
+    assert "part 'note': meta.value.deep.key 7: 7 and 8" in whole
+    assert main(["diff", str(first), str(second)]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 23
+    assert max(map(len, shown)) < 80
+    assert [line.partition("differ: ")[0] for line in shown] == [
+        "part 'model': 99 tensors ", "part 'note': 30 values of meta ", "part 'other': meta.value: [0] and [1]",
+        "--all shows all",
+    ]  # fmt: skip
+    # The fourth parameter, 1.bias, is the same.
+    assert shown[0].startswith("part 'model': 99 tensors differ: '0.bias', '0.weight', '1.weight', ")
+    assert main(["diff", str(first), str(second), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["differences"] == whole
+    # A few are shown as they are.
+    few = save("few", 0)
+    assert main(["diff", str(first), str(few)]) == 0
+
+
+def test_long_differences_are_cut() -> None:
+    texts = [f"part {'x' * 200!r} is in the first only", "part '{}': meta.a: 1 and 2"]
+    shown = summarized(texts)
+    assert [len(line) for line in shown] == [79, 26, 15]
+    assert shown[-1] == "--all shows all"
+    assert summarized(texts[1:]) == texts[1:]
+    many = [f"part '{{{n}}}' is in the first only" for n in range(25)]
+    assert len(summarized(many)) == 20
+    assert summarized(many)[-1] == "--all shows all, and 6 more"

@@ -44,7 +44,7 @@ OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"fsspec", "numpy", "pyarrow"},
     "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
-    "pipelines": {"numpy", "tqdm", "yaml"},
+    "pipelines": {"numpy", "pyarrow", "tqdm", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}

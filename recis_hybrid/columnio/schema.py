@@ -1,0 +1,59 @@
+"""The columns of files and how each is read if nothing else is said. Imports pyarrow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from .columns import Column
+from .convert import converter
+from .errors import not_whole
+from .files import DAMAGE
+from .formats import format_of
+from .numbers import Place
+from .paths import Paths, find_files
+
+
+def column_types(paths: Paths, filesystem: Any = None) -> dict[str, Any]:
+    """Return the columns of the first file that has any, with their Arrow types.
+
+    Only a footer or the first lines of the file are read.
+
+    Args:
+        paths: As of `ColumnDataset`.
+        filesystem: As of `ColumnDataset`.
+
+    Returns:
+        A `pyarrow.DataType` by name; ``key=value`` folders are columns, too.
+
+    Raises:
+        BadFileError: The file is damaged.
+        FileNotFoundError: There is no such file.
+    """
+    for file in find_files(paths, filesystem):
+        used = format_of(file.name)
+        try:
+            schema = used.inspect(file, {}).schema
+        except (FileNotFoundError, PermissionError):
+            raise
+        except DAMAGE as error:
+            raise not_whole(file, used.NAME, error) from error
+        if schema is not None:
+            found = {field.name: field.type for field in schema}
+            folders = {k: pa.int64() if isinstance(v, int) else pa.string() for k, v in file.partition.items()}
+            return {**folders, **found}
+    return {}
+
+
+def spec_of(name: str, arrow_type: Any) -> Column | None:
+    """Return the spec by which a column of a type is read if nothing else is said; None where no tensor is made of it.
+
+    Args:
+        name: Of the column.
+        arrow_type: A `pyarrow.DataType`.
+    """
+    try:
+        return converter(None, arrow_type, Place(name, "")).spec
+    except TypeError:
+        return None

@@ -1,0 +1,180 @@
+"""--check: a configuration held against a sample of its data, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.features import Feature, FeatureEngine
+from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
+from recis_hybrid.pipelines.config_run import dataset_of, features_of, refuse_device, step_of
+from recis_hybrid.pipelines.guard import non_finite_columns
+from recis_hybrid.pipelines.tensorboard import TensorBoard
+from recis_hybrid.pipelines.torch_step import TorchStep
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+ROWS = 100_000
+"""How many rows are looked at for a label that is not constant."""
+
+
+def check(config: Config) -> Iterator[str]:
+    """Hold a configuration against a sample of its data; nothing is written.
+
+    A sample of every column is read, features are made of it, and the model takes it forward and back.
+
+    Args:
+        config: The configuration.
+
+    Yields:
+        Remarks: what was read, and what is odd but may be meant.
+
+    Raises:
+        ConfigError: Something does not fit; all that was found is named.
+        FileNotFoundError: There is no such file.
+        ValueError: A file cannot be read as the configuration says.
+    """
+    refuse_device(config.train.device)
+    if config.train.tensorboard:
+        TensorBoard(config.run)
+    features = features_of(config)
+    step = step_of(config)
+    for name in ("train", "evaluate"):
+        paths = getattr(config.data, name)
+        if paths is not None:
+            yield from _check_source(config, features, step, f"data.{name}", paths)
+
+
+def _check_source(
+    config: Config, features: list[Feature], step: TorchStep, key: str, paths: str | list[str]
+) -> Iterator[str]:
+    from recis_hybrid.columnio.schema import column_types
+
+    engine = FeatureEngine(features, keep=_kept(config), parallel=False)
+    data = dataset_of(config, features, paths, transforms=_as_it_is, prefetch=0)
+    unsigned = {name for name, kind in column_types(paths).items() if "uint64" in str(kind)}
+    label = config.data.label
+    faults: list[str] = []
+    sample: Batch | None = None
+    rows, low, high = 0, float("inf"), float("-inf")
+    for batch in data:
+        sample = batch if sample is None else sample
+        values = batch[label]
+        if isinstance(values, RaggedTensor) or values.dim() > 2 or values.numel() != len(values):
+            faults.append(f"data.label {label!r} must be one number a row, got {_form(values)}")
+            break
+        numbers = values.double()
+        if not bool(numbers.isfinite().all()):
+            faults.append(f"data.label {label!r} holds NaN or infinities; leave these rows out")
+            break
+        rows, low, high = rows + len(values), min(low, float(numbers.min())), max(high, float(numbers.max()))
+        if low < high or rows >= ROWS:
+            break
+    assert sample is not None  # a dataset without a row is refused
+    remark = _label_remark(config, data, faults, rows, low, high)
+    faults += _column_faults(config, sample)
+    made = engine(sample)
+    odd = [] if remark is None else [remark]
+    for name, feature in config.features.items():
+        fault, note = _feature_fault(name, feature.dim, made[name], _raw(feature, name, sample, unsigned))
+        faults += [] if fault is None else [fault]
+        odd += [] if note is None else [note]
+    if not faults:
+        faults += [f"{column} not finite" for column in non_finite_columns(made)]
+    if faults:
+        raise ConfigError(
+            f"{key} {_shown(paths)} does not fit the configuration:" + "".join(f"\n  {f}" for f in faults)
+        )
+    labels = made[label]
+    assert isinstance(labels, Tensor)  # or it would be a fault
+    loss = step({**made, label: labels.float()})["loss"]
+    if not bool(loss.isfinite()):
+        raise ConfigError(f"{key} {_shown(paths)}: the loss of the first batch is {float(loss)}")
+    yield f"{key}: {data.num_rows:,} rows, {len(data):,} batches; the first has a loss of {float(loss):.4f}"
+    for remark in odd:
+        yield f"{key}: {remark}"
+
+
+def _label_remark(
+    config: Config, data: ColumnDataset, faults: list[str], rows: int, low: float, high: float
+) -> str | None:
+    """Adds what is wrong with the labels to the faults, and returns what may be."""
+    label = config.data.label
+    if faults:
+        return None
+    if low < 0 or high > 1:
+        faults.append(
+            f"data.label {label!r} must be 0 or 1, for binary cross entropy, got values from {low:g} to {high:g}"
+        )
+    elif low == high and rows >= data.num_rows:
+        faults.append(f"data.label {label!r} is {low:g} in all {rows:,} rows: there is nothing to learn")
+    elif low == high:
+        return f"data.label {label!r} is {low:g} in the first {rows:,} rows"
+    return None
+
+
+def _column_faults(config: Config, sample: Batch) -> Iterator[str]:
+    groups = config.data.groups
+    if groups is not None and groups not in config.features:
+        column = sample[groups]
+        if isinstance(column, RaggedTensor) or column.dtype not in (torch.int64, torch.int32):
+            yield (
+                f"data.groups {groups!r} must be one integer a row, got {_form(column)}; name a feature that hashes it"
+            )
+
+
+def _feature_fault(
+    name: str, dim: int | None, made: Tensor | RaggedTensor, raw: list[Tensor | RaggedTensor]
+) -> tuple[str | None, str | None]:
+    """Returns what is wrong with a feature, and what may be."""
+    values = made.values if isinstance(made, RaggedTensor) else made
+    strings = isinstance(made, RaggedTensor) and values.dtype == torch.uint8
+    if dim is None:
+        if strings:
+            return f"features.{name} is text, and has no dim: hash it and give it a dim, or leave it out", None
+        if isinstance(made, RaggedTensor):
+            return f"features.{name} is a list of any length, and has no dim: the tower takes one number a row", None
+        return None, None
+    if strings:
+        return f"features.{name} is text: its ids must be integers; hash it, by ops: [{{hash: {{kind: farm}}}}]", None
+    if values.dtype not in (torch.int64, torch.int32):
+        return (
+            f"features.{name} is {values.dtype}: its ids must be integers; bucketize it, or leave dim out for a number"
+        ), None
+    if isinstance(made, RaggedTensor) and made.levels > 1:
+        return f"features.{name} has {made.levels} levels of lists: a row must be one list of ids", None
+    for column in raw:
+        ids = column.values if isinstance(column, RaggedTensor) else column
+        if ids.dtype in (torch.int64, torch.int32) and (negative := int((ids < 0).sum())):
+            return None, (
+                f"features.{name}: {negative:,} of {ids.numel():,} ids are negative, such as {int(ids.min())}; each is "
+                f"an id like any other, also if it stands for a missing one"
+            )
+    return None, None
+
+
+def _raw(feature: FeatureConfig, name: str, sample: Batch, unsigned: set[str]) -> list[Tensor | RaggedTensor]:
+    """Returns the signed columns that are taken for ids as they are."""
+    return [] if feature.ops else [sample[source] for source in feature.sources(name) if source not in unsigned]
+
+
+def _kept(config: Config) -> list[str]:
+    groups = config.data.groups
+    read = {source for name, feature in config.features.items() for source in feature.sources(name)}
+    return [] if groups is None or groups not in read or groups in config.features else [groups]
+
+
+def _form(column: Tensor | RaggedTensor) -> str:
+    if not isinstance(column, RaggedTensor):
+        return f"{column.dtype} {list(column.shape)}"
+    return "text" if column.values.dtype == torch.uint8 else f"lists of {column.values.dtype}"
+
+
+def _shown(paths: str | list[str]) -> str:
+    return paths if isinstance(paths, str) else ", ".join(paths)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,216 @@
+"""YAML by the core schema of version 1.2, with what is silently wrong elsewhere refused.
+
+References:
+    YAML 1.2.2, chapter 10.3: the core schema. https://yaml.org/spec/1.2.2/
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from typing import Any, ClassVar
+
+import yaml
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+_LIMIT = 1_000_000
+_TAG = "tag:yaml.org,2002:"
+_NUMBER = "-+0123456789."
+# Tag, what it looks like, and the characters that it can begin with.
+_CORE = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list(_NUMBER)),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list(_NUMBER),
+    ),
+    ("merge", r"<<", ["<"]),
+)
+
+
+def read_yaml(text: str | bytes, name: str = "text") -> Any:
+    """Return the value of a YAML document.
+
+    Scalars follow YAML 1.2: ``no``, ``1:30``, ``1_000`` and dates are strings, ``012`` and ``0o14`` are 12, ``1e-3`` is
+    a number. Keys of mappings are strings as they are written. A key that is written twice in a mapping is refused, but
+    may replace one that comes from a merge key (``<<: *defaults``).
+
+    Args:
+        text: One document; bytes may be UTF-8 or UTF-16 with a byte order mark.
+        name: What errors call it.
+
+    Returns:
+        Plain dicts, lists, strings, ints, floats, bools and None.
+
+    Raises:
+        yaml.YAMLError: The text is no such document; the message says where.
+
+    Example:
+        >>> read_yaml("no: 1e-3, ")
+        {'no': '1e-3,'}
+        >>> read_yaml("{012: 012, on: [yes, 0o14, 1_000]}")
+        {'012': 12, 'on': ['yes', 12, '1_000']}
+    """
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("lists and mappings are nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def write_yaml(value: Any) -> str:
+    r"""Return plain values as YAML that :func:`read_yaml` reads back as the same, and readers of YAML 1.1 too.
+
+    Args:
+        value: dicts with string keys, lists, strings, ints, floats, bools and None.
+
+    Example:
+        >>> write_yaml({"a": ["1e3", "no", 1e-5]})
+        "a:\n- '1e3'\n- 'no'\n- 1.0e-05\n"
+    """
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that would be something else in YAML 1.1 or in 1.2."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    # Built below; those of SafeLoader are of YAML 1.1.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+    def process_directives(self) -> Any:
+        tags = super().process_directives()  # type: ignore[no-untyped-call]
+        if self.yaml_version not in (None, (1, 2)):
+            version = ".".join(map(str, self.yaml_version))
+            raise ConstructorError(
+                None, None, f"%YAML {version}: files are read as YAML 1.2; write %YAML 1.2, or leave the line out"
+            )
+        return tags
+
+    def get_single_node(self) -> Node | None:
+        node: Node | None = super().get_single_node()
+        if node is not None:
+            _refuse_expansion(node)
+            for each in _distinct(node):
+                if isinstance(each, MappingNode):
+                    _refuse_duplicates(each)
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        if not isinstance(node, MappingNode):
+            raise ConstructorError(None, None, f"expected a mapping, but found a {node.id}", node.start_mark)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+def _refuse_duplicates(node: MappingNode) -> None:
+    """Raise for a key that is no scalar, or that is written twice, before merge keys add others."""
+    seen: dict[str, Any] = {}
+    for key, _ in node.value:
+        if not isinstance(key, ScalarNode):
+            raise ConstructorError(None, None, "a key must be a string, this is a list or a mapping", key.start_mark)
+        if key.value in seen:
+            raise ConstructorError(
+                f"the key {key.value!r} is written twice in a mapping, first", seen[key.value],
+                "and again here; remove one", key.start_mark,
+            )  # fmt: skip
+        seen[key.value] = key.start_mark
+
+
+def _children(node: Node) -> Iterator[Node]:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            yield key
+            yield value
+    elif isinstance(node, SequenceNode):
+        yield from node.value
+
+
+def _distinct(root: Node) -> list[Node]:
+    found: dict[int, Node] = {}
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in found:
+            found[id(node)] = node
+            waiting += _children(node)
+    return list(found.values())
+
+
+def _refuse_expansion(root: Node) -> None:
+    """Raise if an anchor contains itself, or aliases of aliases stand for more than a million values."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Node) -> int:
+        if isinstance(node, ScalarNode):
+            return 1
+        known = sizes.get(id(node), 0)
+        if known is None:
+            raise ConstructorError(None, None, "an anchor contains itself", node.start_mark)
+        if not known:
+            sizes[id(node)] = None
+            known = sizes[id(node)] = 1 + sum(map(size, _children(node)))
+            if known > _LIMIT:
+                raise ConstructorError(
+                    None, None, f"aliases stand for more than {_LIMIT:,} values; write fewer", node.start_mark
+                )
+        return known
+
+    size(root)
+
+
+def _int(loader: _Loader, node: Any) -> int:
+    text = loader.construct_scalar(node)
+    try:
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    except ValueError:
+        raise ConstructorError(None, None, f"{text[:40]!r} is no integer", node.start_mark) from None
+
+
+def _float(loader: _Loader, node: Any) -> float:
+    text = loader.construct_scalar(node)
+    try:
+        return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+    except ValueError:
+        raise ConstructorError(None, None, f"{text[:40]!r} is no number", node.start_mark) from None
+
+
+def _bool(loader: _Loader, node: Any) -> bool:
+    text = loader.construct_scalar(node).lower()
+    if text not in ("true", "false"):
+        raise ConstructorError(None, None, f"{text[:40]!r} is neither true nor false", node.start_mark)
+    return bool(text == "true")
+
+
+def _unknown(loader: _Loader, node: Any) -> None:
+    raise ConstructorError(
+        None, None, f"the tag {node.tag!r} is not known; leave it out, strings are written in quotes", node.start_mark
+    )
+
+
+for _name, _pattern, _first in _CORE:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})$"), _first)
+_Loader.yaml_constructors |= {
+    f"{_TAG}null": lambda loader, node: None,
+    f"{_TAG}bool": _bool,
+    f"{_TAG}int": _int,
+    f"{_TAG}float": _float,
+    f"{_TAG}str": _Loader.construct_scalar,
+    f"{_TAG}merge": _Loader.construct_scalar,  # as a value
+    f"{_TAG}seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    f"{_TAG}map": lambda loader, node: loader.construct_mapping(node, deep=True),
+    None: _unknown,
+}

@@ -1,0 +1,157 @@
+"""predict: the scores of a step on a data set, and files of them. Letters: B rows of a batch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.pipelines.step import Step
+from recis_hybrid.pipelines.turns import in_turns
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+SUFFIXES = (".parquet", ".csv")
+"""The files that :func:`write_predictions` writes."""
+
+
+def predict(
+    step: Step,
+    data: Iterable[Batch],
+    *,
+    columns: Sequence[str] = (),
+    transforms: Sequence[Callable[[Batch], Batch]] = (),
+) -> Iterator[Batch]:
+    """Yield a step's scores batch by batch, in the order of the data; tables insert nothing.
+
+    Rows that only fill a batch up (``ColumnDataset(uneven="pad")``) are left out. Several ranks call it together, each
+    with batches of its own, and go through all that it yields; a rank that has fewer batches than others is given empty
+    ones.
+
+    Args:
+        step: Predicts. A model that it trains is left in evaluation mode, until the next training step.
+        data: Batches; labels are not needed by a step that has ``score``, as TorchStep.
+        columns: Columns of these batches to hand on, as they are before the transforms.
+        transforms: Applied to each batch before the step, one after another.
+
+    Yields:
+        The columns, and ``score`` ``[B]``, on the model's device; ``score.OBJECTIVE`` where there are several
+        objectives.
+
+    Raises:
+        KeyError: A batch lacks one of the columns.
+        ValueError: A column has the name of the scores.
+    """
+    for batch in in_turns(data):
+        if missing := [name for name in columns if name not in batch]:
+            raise KeyError(f"predict: the batch has no columns {missing}, it has {sorted(batch)}")
+        kept = {name: batch[name] for name in columns}
+        for transform in transforms:
+            batch = transform(batch)
+        mask = batch.get("mask")
+        if isinstance(mask, Tensor) and mask.dtype is torch.bool and not bool(mask.all()):
+            kept = {name: _rows(column, mask) for name, column in kept.items()}
+        scores = _scores(step, batch)
+        names = {"score" if list(scores) == [""] else f"score.{name}": each for name, each in scores.items()}
+        if taken := [name for name in names if name in kept]:
+            raise ValueError(f"predict: the columns {taken} have the name of scores; leave them out, or rename them")
+        yield {**kept, **names}
+
+
+def _scores(step: Step, batch: Batch) -> Mapping[str, Tensor]:
+    score: Any = getattr(step, "score", None)
+    if score is not None:
+        found: Mapping[str, Tensor] = score(batch)
+        return found
+    return {name: scored.scores for name, scored in step.predict(batch).items()}
+
+
+def _rows(column: Tensor | RaggedTensor, mask: Tensor) -> Tensor | RaggedTensor:
+    if isinstance(column, Tensor):
+        return column[mask.to(column.device)]
+    kept: RaggedTensor = column[mask.nonzero().view(-1).to(column.values.device)]
+    return kept
+
+
+def write_predictions(path: str | os.PathLike[str], batches: Iterable[Batch], types: Mapping[str, Any] = {}) -> int:  # noqa: B006
+    """Write batches as a Parquet or CSV file, in their order.
+
+    The file appears when it is whole: it is written under another name beside it, which a failure removes.
+
+    Args:
+        path: The file, which must not be there yet; its ending says the format.
+        batches: With the same columns each.
+        types: Arrow types of some columns in the files that they come from: unsigned 64-bit integers, which a batch
+            holds as int64, and strings are written as these.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        FileNotFoundError: Its folder is not there.
+        ValueError: The ending is neither ``.parquet`` nor ``.csv``, there is no batch, or a CSV file is to hold lists.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    refuse_output(path)
+    out = Path(path)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    writer: Any = None
+    rows = 0
+    try:
+        for batch in batches:
+            table = pa.RecordBatch.from_pydict({name: _arrow(batch[name], types.get(name)) for name in batch})
+            lists = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+            if lists and out.suffix == ".csv":
+                raise ValueError(f"{out}: CSV holds no lists, and the columns {lists} are lists; write .parquet")
+            if writer is None:
+                make = parquet.ParquetWriter if out.suffix == ".parquet" else csv.CSVWriter
+                writer = make(partial, table.schema)
+            writer.write_batch(table)
+            rows += table.num_rows
+        if writer is None:
+            raise ValueError(f"{out}: there is nothing to write; the data gave no batch")
+        writer.close()
+        os.replace(partial, out)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        partial.unlink(missing_ok=True)
+        raise
+    return rows
+
+
+def refuse_output(path: str | os.PathLike[str]) -> None:
+    """Raise as :func:`write_predictions` does for a file that it cannot write."""
+    out = Path(path)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out}: the ending must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; remove it, or name another file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+
+
+def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
+    import pyarrow as pa
+
+    if isinstance(column, RaggedTensor):
+        array = column.to_arrow()
+        text = kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+        return array.cast(pa.large_string()) if text else array
+    values = column.detach().cpu()
+    if values.dtype is torch.bfloat16:
+        values = values.float()
+    if values.dim() > 1:
+        inner = _arrow(values.reshape(-1), None)
+        for size in reversed(values.shape[1:]):
+            inner = pa.FixedSizeListArray.from_arrays(inner, size)
+        return inner
+    array = pa.array(values.contiguous().numpy())
+    return array.view(pa.uint64()) if kind is not None and pa.types.is_uint64(kind) else array

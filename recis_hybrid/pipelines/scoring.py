@@ -1,0 +1,201 @@
+"""load_run: what `recis-hybrid train` has trained, ready to score. Letters: B rows of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.features import FeatureEngine
+from recis_hybrid.pipelines.config import Config, ConfigError, load_config
+from recis_hybrid.pipelines.config_resume import NAME, recorded_config
+from recis_hybrid.pipelines.config_run import dataset_of, features_of, metrics_of, refuse_device, scoring_step_of
+from recis_hybrid.pipelines.evaluate import Metrics, evaluate
+from recis_hybrid.pipelines.predict import predict
+from recis_hybrid.pipelines.torch_step import TorchStep
+from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import CheckpointError, Location, Saver
+from recis_hybrid.saver.directory import STEP
+from recis_hybrid.saver.storage import storage_of
+
+Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedRun:
+    """A trained model with what its inputs are made of; :func:`load_run` makes it.
+
+    Example:
+        >>> run = load_run("first/run")  # doctest: +SKIP
+        >>> run.evaluate("first/clicks/eval.csv")  # doctest: +SKIP
+        {'auc': 0.78, 'logloss': 0.52}
+        >>> for batch in run.predict("first/clicks/eval.csv", columns=["user", "item"]):  # doctest: +SKIP
+        ...     batch["user"], batch["score"]
+    """
+
+    path: str
+    """The run's folder or URL."""
+    step: int
+    """The checkpoint's step."""
+    config: Config
+    """What the run was trained by."""
+    model: nn.Module
+    """Batch of features → logits ``[B]``; frozen, in evaluation mode, without optimizer state."""
+    features: FeatureEngine
+    """Makes features of a batch of columns."""
+    scorer: TorchStep
+    """The model as a step that evaluates and scores, and does not train."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the files that the model needs, without label and groups."""
+        return self.features.columns
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the scores of a batch of columns.
+
+        Args:
+            batch: With the columns :attr:`columns`, as :meth:`data` gives them.
+
+        Returns:
+            Probabilities, float32 ``[B]``.
+        """
+        return self.scorer.score(self.features(batch))[""]
+
+    def data(self, paths: Paths, *, columns: Sequence[str] = (), label: bool = False, **options: Any) -> ColumnDataset:
+        """Open files with the columns that the model needs, as training read them.
+
+        Args:
+            paths: As of ColumnDataset.
+            columns: Further columns.
+            label: Whether the label, and groups if the run has them, are read, too.
+            options: Further arguments of ColumnDataset, ``batch_size`` (by default that of the run) or ``rank`` and
+                ``world_size`` for instance.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A column is missing.
+        """
+        options = {"transforms": _as_it_is, **options}
+        features = list(self.features.features)
+        return dataset_of(self.config, features, _listed(paths), columns=columns, label=label, **options)
+
+    def evaluate(self, paths: Paths | None = None, metrics: Metrics | None = None) -> dict[str, float]:
+        """Compute metrics; over the run's evaluation data they are bitwise those of its evaluation at this step.
+
+        Args:
+            paths: With the column of labels; None: the run's ``data.evaluate``.
+            metrics: None: those of the run.
+
+        Raises:
+            ConfigError: There are no paths, and the run has no ``data.evaluate``.
+        """
+        where = self.config.data.evaluate if paths is None else _listed(paths)
+        if where is None:
+            raise ConfigError(f"{self.path} has no data.evaluate; name the files to evaluate on")
+        features = list(self.features.features)
+        return evaluate(
+            self.scorer,
+            dataset_of(self.config, features, where),
+            metrics_of(self.config) if metrics is None else metrics,
+        )
+
+    def predict(self, paths: Paths, *, columns: Sequence[str] = (), **options: Any) -> Iterator[Batch]:
+        """Yield scores batch by batch, in the order of the rows; see :func:`recis_hybrid.pipelines.predict`.
+
+        Args:
+            paths: The label need not be there.
+            columns: Columns of the files to hand on, ids of rows for instance.
+            options: Further arguments of ColumnDataset.
+        """
+        return predict(
+            self.scorer, self.data(paths, columns=columns, **options), columns=columns, transforms=[self.features]
+        )
+
+
+def load_run(
+    path: str | os.PathLike[str], *, step: int | Literal["latest"] = "latest", device: str | None = None
+) -> LoadedRun:
+    """Load what ``recis-hybrid train`` has trained, ready to score.
+
+    Where torch.distributed is initialised, the ranks share the tables, and all of them call this alike.
+
+    Args:
+        path: The run's folder or URL, or one of its checkpoints ``step_…``.
+        step: Which checkpoint; the latest one by default.
+        device: Where model and tables go; None: where they were trained.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+        ConfigError: The folder is none of a run, or there is no such device.
+        FileNotFoundError: There is no such folder.
+    """
+    place, own = run_and_step(path)
+    if own is not None and step not in ("latest", own):
+        raise CheckpointError(f"{os.fspath(path)} is not of step {step}; name the run's folder, or leave the step out")
+    folder, step = storage_of(place).root, step if own is None else own
+    saver = _saver(place, folder)
+    config = recorded_config(place)
+    config = config if device is None else replace(config, train=replace(config.train, device=device))
+    try:
+        refuse_device(config.train.device)
+    except ConfigError as error:
+        raise (
+            error
+            if device is not None
+            else ConfigError(
+                f"{place} was trained on {config.train.device!r}: {error}, as load_run(device=) or --device"
+            )
+        ) from error
+    scorer = scoring_step_of(config)
+    with warnings.catch_warnings():
+        # The tables are read-only: optimizer state and counts of ids without a row are left out on purpose.
+        warnings.filterwarnings("ignore", ".*is loaded into tables of another kind", UserWarning)
+        parts = scorer.parts()
+        loaded = saver.load(step, **{name: parts[name] for name in ("engine", "model")})
+    features = FeatureEngine(features_of(config), parallel=False)
+    return LoadedRun(
+        path=place, step=loaded, config=config, model=scorer.model.eval(), features=features, scorer=scorer
+    )
+
+
+def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Return the run that a path is of, and the step if it is that of a checkpoint."""
+    text = os.fspath(path)
+    match = STEP.fullmatch(storage_of(text).root.name)
+    if match is None:
+        return text, None
+    return text.rstrip("/").rpartition("/")[0] or ".", int(match[1])
+
+
+def _saver(place: str, folder: Location) -> Saver:
+    """Returns the saver of a run that has checkpoints."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{place}: there is no such folder; name that of a run, which `recis-hybrid train` writes"
+        )
+    saver = Saver(place)
+    if saver.steps():
+        return saver
+    hint = "train first"
+    if isinstance(folder, Path) and (folder / NAME).is_file():
+        with contextlib.suppress(ConfigError):
+            run = load_config(Path(place) / NAME).run
+            if os.path.isdir(run) and not folder.samefile(run):
+                hint = f"did you mean {run}, the run of {Path(place) / NAME}?"
+    raise CheckpointError(f"{place} holds no complete checkpoint; {hint}")
+
+
+def _listed(paths: Paths) -> str | list[str]:
+    return os.fspath(paths) if isinstance(paths, str | os.PathLike) else [os.fspath(path) for path in paths]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

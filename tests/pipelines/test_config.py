@@ -1,0 +1,201 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from recis_hybrid.pipelines.config import Config, ConfigError, load_config
+from recis_hybrid.pipelines.config_run import dataset_of, features_of
+from recis_hybrid.ragged import RaggedTensor
+from tests.support.columns import dense
+
+BASE: dict[str, Any] = {"run": "run", "data": {"train": "a.csv"}, "features": {"user": {"dim": 4}}}
+
+
+def load(folder: Path, overrides: list[str] | None = None, **changes: Any) -> Config:
+    path = folder / "c.yaml"
+    path.write_text(json.dumps({**BASE, **changes}))  # JSON is YAML
+    return load_config(path, overrides or [])
+
+
+def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = {"train": ["a/*.csv", "s3://bucket/b", "/abs/c"], "evaluate": "~/e.csv"}
+    features = {"user": {"dim": 4, "ops": [{"vocabulary": {"source": "words.txt"}}, {"vocabulary": {"source": [1]}}]}}
+    found = load(Path("project"), run="../runs/r", data=data, features=features)
+    assert found.run == "runs/r"
+    assert found.data.train == ["project/a/*.csv", "s3://bucket/b", "/abs/c"]
+    assert found.data.evaluate == "/home/somebody/e.csv"
+    assert found.features["user"].ops[0] == {"vocabulary": {"source": "project/words.txt"}}
+    assert found.features["user"].ops[1] == {"vocabulary": {"source": [1]}}
+    found = load(Path("project"), ["run=here", "data.train=b.csv", "data.evaluate=memory://x/y"])
+    assert (found.run, found.data.train, found.data.evaluate) == ("here", "b.csv", "memory://x/y")
+    monkeypatch.chdir(tmp_path / "project")
+    assert load(Path()).data.train == "a.csv"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("seed=true", "seed must be an integer, got True"),
+        ("seed=1.0", "seed must be an integer, got 1.0; write 1$"),
+        ("seed=1_000", "seed must be an integer, got '1_000'; write 1000, without underscores"),
+        ("seed='7'", "seed must be an integer, got '7'; write 7, without quotes"),
+        ("seed=99999999999999999999", "seed must be less than 9223372036854775808"),
+        ("train.epochs=1e3", "train.epochs must be an integer, got 1000.0; write 1000"),
+        ("train.epochs=3000000000", "train.epochs must be less than 2147483648"),
+        ("optimizer.dense_lr='1e-3'", "optimizer.dense_lr must be a number, got '1e-3'; write 1e-3, without quotes"),
+        ("optimizer.dense_lr=.inf", "optimizer.dense_lr must be finite, at least 0, got inf"),
+        ("optimizer.dense_lr=1e400", "optimizer.dense_lr must be finite"),
+        ("optimizer.dense_lr=1" + "0" * 400, "optimizer.dense_lr must be finite"),
+        ("optimizer.clip_grad_norm=0", "optimizer.clip_grad_norm must be above 0, got 0"),
+        ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
+        ("data.shuffle=yes", "data.shuffle must be true or false, got 'yes'"),
+        ("run=2024", "run must be a string, got 2024; put it into quotes"),
+        ("run=", "run must be a string, got null"),
+        ("run=''", "run must name a folder, got ''"),
+        ("data.train=[a.csv, 3]", r"data.train\[1\] must be a string, got 3"),
+        ("data.train=3", "data.train must be a string or a list, got 3"),
+        ("data.train=[]", "data: train and evaluate must name a file"),
+        ("data.train=*.csv", r"""put|quotes that the shell leaves, data.train="'\*.csv'\""""),
+        ("data={train: x, train: y}", "the key 'train' is written twice"),
+        ("epochs=3", "unknown key epochs; did you mean train.epochs"),
+        ("zzz=3", r"unknown key zzz\. There are \['data', 'features'"),
+        ("features.user.ops=[hash]", r"features.user.ops\[0\] must be a mapping of keys, got 'hash'; write {hash: {}}"),
+        ("features.price={std: 1}", "features.price: std is of an embedding; give the feature a dim"),
+        ("features.price={table: t}", "features.price: table is of an embedding"),
+        ("features.label={dim: 2}", "features.label reads the label column 'label'"),
+        ("features.x={source: [user, label], dim: 2}", "features.x reads the label column"),
+        ("data.columns={usr: {default: 0}}", "data.columns.usr is read by nothing; did you mean user"),
+        ("data.columns.user.default=[1]", "data.columns.user.default must be true or false, an integer, a number or a"),
+        ("train.metrics=[auc, auc]", "train: metrics must differ"),
+        ("train={metrics: [], patience: 2}", "train.patience waits for the first of train.metrics"),
+        ("train.checkpoint_whole_every=3", "train: checkpoint_whole_every counts the checkpoints of checkpoint_steps"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, [override])
+
+
+def test_long_values_are_cut_in_messages(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, seed="x" * 10_000)
+    assert len(str(caught.value)) < 200
+
+
+def test_numbers_without_a_point_and_octal_looking_ones(tmp_path: Path) -> None:
+    found = load(tmp_path, ["optimizer.dense_lr=1e-3", "features.user.dim=010", "optimizer.sparse_lr=1", "seed=0x1F"])
+    assert (found.optimizer.dense_lr, found.features["user"].dim, found.seed) == (0.001, 10, 31)
+    assert isinstance(found.optimizer.sparse_lr, float)
+
+
+def test_names_that_yaml_1_1_misreads_are_features(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run: r\ndata: {train: x}\nfeatures:\n  no: {dim: 2}\n  012: {dim: 2}\n  1:30: {dim: 2}\n  on:\n")
+    found = load_config(path, ["features.012.dim=3"])
+    assert list(found.features) == ["no", "012", "1:30", "on"]
+    assert (found.features["012"].dim, found.features["on"].dim) == (3, None)
+
+
+def test_names_with_dots_can_be_overridden(tmp_path: Path) -> None:
+    found = load(tmp_path, ["features.a.b.dim=3"], features={"a": {"dim": 1}, "a.b": {"dim": 2}})
+    assert [feature.dim for feature in found.features.values()] == [1, 3]
+
+
+def test_of_overrides_for_one_key_the_last_counts(tmp_path: Path) -> None:
+    assert load(tmp_path, ["train.epochs=3", "train.epochs=5"]).train.epochs == 5
+
+
+def test_sections_of_which_nothing_is_said(tmp_path: Path) -> None:
+    found = load(tmp_path, ["model.kind=mlp"], model=None, train=None)
+    assert found == load(tmp_path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, message in (("", "the file is empty; `recis-hybrid init`"), ("a: [", "cannot be read as YAML"),
+                          ("a:\n\tb: 1", "indent by spaces"), ("a: 1\na: 1", "written twice")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(path)
+    with pytest.raises(ConfigError, match="this is a folder; did you mean .*config.yaml"):
+        load_config(tmp_path)
+
+
+def batch_of(folder: Path, columns: dict[str, pa.Array], specs: dict[str, Any]) -> Any:
+    parquet.write_table(pa.table({"label": [0.0, 1.0, 1.0], **columns}), folder / "d.parquet")
+    features = {name: {} for name in columns} | {"id": {"dim": 2, "source": next(iter(columns))}}
+    config = load(folder, data={"train": "d.parquet", "columns": specs}, features=features)
+    return next(iter(dataset_of(config, features_of(config), config.data.train)))
+
+
+def test_nulls_have_defaults_by_configuration(tmp_path: Path) -> None:
+    batch = batch_of(
+        tmp_path,
+        {
+            "whole": pa.array([3, None, 5]), "part": pa.array([0.5, None, 1.5]), "flag": pa.array([True, None, False]),
+            "text": pa.array(["a", None, ""]), "vector": pa.array([[1.0, 2.0], None, [5.0, None]]),
+            "bag": pa.array([[7, None], None, []]), "halves": pa.array([1, None, 2]),
+        },
+        {
+            "whole": {"default": 9}, "part": {"default": 0}, "flag": {"default": True}, "text": {"default": "none"},
+            "vector": {"default": -1, "length": 2}, "bag": {"default": 4, "null_as_empty": True},
+            "halves": {"default": 0.5},
+        },
+    )  # fmt: skip
+    assert dense(batch, "whole").tolist() == [3, 9, 5]
+    assert dense(batch, "whole").dtype == torch.int64
+    assert dense(batch, "part").tolist() == [0.5, 0.0, 1.5]
+    assert dense(batch, "flag").tolist() == [True, True, False]
+    assert batch["text"].to_strings() == [b"a", b"none", b""]
+    assert dense(batch, "vector").tolist() == [[1, 2], [-1, -1], [5, -1]]
+    assert isinstance(batch["bag"], RaggedTensor)
+    assert batch["bag"].to_arrow().to_pylist() == [[7, 4], [], []]
+    assert dense(batch, "halves").tolist() == [1.0, 0.5, 2.0]
+
+
+def test_lists_in_which_only_lists_are_null(tmp_path: Path) -> None:
+    columns = {"bag": pa.array([[7], None, [8, 9]]), "words": pa.array([["a"], None, ["b", None]])}
+    batch = batch_of(
+        tmp_path, columns, {"bag": {"null_as_empty": True}, "words": {"default": "", "null_as_empty": True}}
+    )
+    assert batch["bag"].to_arrow().to_pylist() == [[7], [], [8, 9]]
+    assert batch["words"].to_arrow().to_pylist() == [[b"a"], [], [b"b", b""]]
+
+
+@pytest.mark.parametrize(
+    ("column", "spec", "message"),
+    [
+        (["a", None, "b"], {"default": 3}, "data.columns.x.default must be a string, as the column holds strings"),
+        ([1, None, 2], {"default": "a"}, "Text"),
+        (["a", None, "b"], {"length": 3}, "data.columns.x: length is of lists of numbers"),
+    ],
+)
+def test_defaults_of_another_kind_are_refused(tmp_path: Path, column: Any, spec: Any, message: str) -> None:
+    with pytest.raises((ConfigError, TypeError), match=message):
+        batch_of(tmp_path, {"x": pa.array(column)}, {"x": spec})
+
+
+def test_labels_of_any_kind_of_number_are_read_and_strings_are_not(tmp_path: Path) -> None:
+    for values in ([0, 1, 1], [0.0, 1.0, 1.0], [False, True, True], pa.array([0, 1, 1], pa.uint8())):
+        parquet.write_table(pa.table({"label": values, "user": [1, 2, 3]}), tmp_path / "l.parquet")
+        config = load(tmp_path, data={"train": "l.parquet"})
+        (batch,) = dataset_of(config, features_of(config), config.data.train)
+        assert dense(batch, "label").tolist() == [0.0, 1.0, 1.0]
+        assert dense(batch, "label").dtype == torch.float32
+    (tmp_path / "l.csv").write_text("label,user\nfalse,1\ntrue,2\ntrue,3\n")
+    config = load(tmp_path, data={"train": "l.csv"})
+    (batch,) = dataset_of(config, features_of(config), config.data.train)
+    assert dense(batch, "label").tolist() == [0.0, 1.0, 1.0]
+    (tmp_path / "l.csv").write_text("label,user\nno,1\nyes,2\n")
+    with pytest.raises(ConfigError, match="data.label 'label' holds strings in .*l.csv; it must be a number, 0 or 1"):
+        dataset_of(config, features_of(config), config.data.train)

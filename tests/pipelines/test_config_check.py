@@ -1,0 +1,154 @@
+"""`recis-hybrid train --check`: what it finds in a configuration and its data."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from recis_hybrid import cli
+from tests.support.configs import COLUMNS, small_config, write_csv
+
+HASHED = {"ops": [{"hash": {"kind": "farm"}}], "dim": 4}
+SOUND: dict[str, Any] = {"user": {"dim": 4}, "site": HASHED, "price": {}}
+
+
+def check(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[int, str]:
+    """Writes a configuration that reads what is there and checks it; returns the status, and what was said."""
+    there = {path: path.read_bytes() for path in folder.glob("*.csv")}
+    path = small_config(folder, **changes)
+    for file, data in there.items():
+        file.write_bytes(data)
+    before = sorted(folder.rglob("*"))
+    status = cli.main(["train", str(path), "--check"])
+    assert sorted(folder.rglob("*")) == before  # nothing is left behind
+    found = capsys.readouterr()
+    assert ("sound" in found.out) == (status == 0)
+    return status, found.err
+
+
+def test_a_sound_configuration_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = check(tmp_path, capsys)
+    assert status == 0
+    assert "data.train: 64 rows, 4 batches; the first has a loss of 0." in said
+    assert "data.evaluate: 40 rows, 3 batches; the first has a loss of 0." in said
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"user": {"dim": 4}, "site": {"dim": 4}}, "features.site is text: its ids must be integers; hash it, by ops"),
+        ({"user": {"dim": 4}, "site": {}}, "features.site is text, and has no dim: hash it and give it a dim"),
+        ({"price": {"dim": 4}}, "features.price is torch.float64: its ids must be integers; bucketize it"),
+        ({"user": {"dim": 4}, "prize": {}}, "has no column 'prize', it has user, site, price, label"),
+        (
+            {"user": {"dim": 4, "ops": [{"hash": 3}]}},
+            "features.user.ops[0].hash must be a mapping of parameters, got 3",
+        ),
+        ({"user": {"dim": 4, "ops": [{"vocabulary": {"source": "w.txt"}}]}}, "features.user.ops[0]: [Errno 2] No such"),
+        ({"user": {"dim": 4, "table": "t"}, "site": {**HASHED, "dim": 8, "table": "t"}}, "share the table 't'"),
+        ({"user": {}}, "features: at least one must have a dim"),
+    ],
+)
+def test_features_that_do_not_fit_are_named(
+    tmp_path: Path, features: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = check(tmp_path, capsys, features=features)
+    assert status in (1, 2)
+    assert message in said
+
+
+def test_all_that_is_found_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "train.csv", {**COLUMNS, "label": lambda row: row})
+    status, said = check(tmp_path, capsys, features={"user": {"dim": 4}, "site": {"dim": 4}, "price": {"dim": 4}})
+    assert status == 2
+    faults = [line.strip().split()[0] for line in said.splitlines()[1:]]
+    assert faults == ["data.label", "features.site", "features.price"]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (
+            lambda row: row % 5 + 1,
+            "data.label 'label' must be 0 or 1, for binary cross entropy, got values from 1 to 5",
+        ),
+        (lambda row: -(row % 2), "got values from -1 to 0"),
+        (lambda row: 1, "data.label 'label' is 1 in all 64 rows: there is nothing to learn"),
+        (lambda row: "yes" if row % 2 else "no", "data.label 'label' holds strings in"),
+        (lambda row: "" if row == 3 else row % 2, "in a configuration it is data.columns.label.default"),
+        (lambda row: "inf" if row == 3 else row % 2, "data.label 'label' holds NaN or infinities"),
+    ],
+)
+def test_a_wrong_label_is_named(tmp_path: Path, label: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "train.csv", {**COLUMNS, "label": label})
+    status, said = check(tmp_path, capsys, data={"train": "train.csv"})
+    assert status in (1, 2)
+    assert message in said
+
+
+def test_labels_that_training_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in (lambda row: row % 2, lambda row: row % 2 == 1, lambda row: f"{bool(row % 2)}".lower(),
+                  lambda row: row % 3 / 2, lambda row: int(row == 63)):  # fmt: skip
+        write_csv(tmp_path / "train.csv", {**COLUMNS, "label": label})
+        assert check(tmp_path, capsys, data={"train": "train.csv", "batch_size": 16})[0] == 0
+
+
+def test_labels_of_evaluation_count_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "eval.csv", {**COLUMNS, "label": lambda row: 0}, rows=40)
+    status, said = check(tmp_path, capsys)
+    assert status == 2
+    assert "data.evaluate" in said
+    assert "is 0 in all 40 rows" in said
+
+
+def test_nulls_and_numbers_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "train.csv", {**COLUMNS, "price": lambda row: "" if row % 3 else 1.5})
+    data = {"train": "train.csv"}
+    status, said = check(tmp_path, capsys, data=data)
+    assert (status, "in a configuration it is data.columns.price.default" in said) == (1, True)
+    assert check(tmp_path, capsys, data={**data, "columns": {"price": {"default": 0.25}}})[0] == 0
+    write_csv(tmp_path / "train.csv", {**COLUMNS, "price": lambda row: "inf" if row % 3 else 1.5})
+    status, said = check(tmp_path, capsys, data=data)
+    assert (status, "'price' (42 of 64 values) not finite" in said) == (2, True)
+
+
+def test_negative_ids_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "train.csv", {**COLUMNS, "user": lambda row: -1 if row % 4 == 0 else row})
+    status, said = check(tmp_path, capsys, data={"train": "train.csv"})
+    assert (status, "features.user: 16 of 64 ids are negative, such as -1" in said) == (0, True)
+    # Hashes of all signs, and unsigned ids, are none.
+    columns = {"id": pa.array([2**63 + 1, 2], pa.uint64()), "site": ["a", "b"], "label": [0, 1]}
+    parquet.write_table(pa.table(columns), tmp_path / "u.parquet")
+    status, said = check(tmp_path, capsys, data={"train": "u.parquet"}, features={"id": {"dim": 2}, "site": HASHED})
+    assert (status, "negative" in said) == (0, False)
+
+
+def test_lists_and_groups_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"user": [1, 2], "bag": [[1, 2], [3]], "name": ["a", "b"], "label": [0, 1], "pair": [[1.0, 2.0]] * 2}
+    parquet.write_table(pa.table(columns), tmp_path / "l.parquet")
+    for features, more, message in (
+        ({"bag": {}}, {}, "features.bag is a list of any length, and has no dim"),
+        ({}, {"groups": "name"}, "data.groups 'name' must be one integer a row, got text"),
+        ({}, {"groups": "bag"}, "data.groups 'bag' must be one integer a row, got lists of torch.int64"),
+        ({}, {"label": "bag"}, "bag"),
+        ({"pair": {}}, {"columns": {"pair": {"length": 3}}}, "has 2 lists whose length is not 3 but 2"),
+    ):
+        status, said = check(
+            tmp_path, capsys, data={"train": "l.parquet", **more}, features={"user": {"dim": 4}, **features}
+        )
+        assert status in (1, 2)
+        assert message in said
+    pair = {"train": "l.parquet", "columns": {"pair": {"length": 2}}}
+    assert check(tmp_path, capsys, data=pair, features={"user": {"dim": 4}, "pair": {}, "bag": {"dim": 2}})[0] == 0
+
+
+def test_a_run_that_is_to_be_resumed_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = small_config(tmp_path)
+    assert cli.main(["train", str(path), "--quiet"]) == 0
+    assert cli.main(["train", str(path), "--check", "--resume", "model.hidden=[8]"]) == 2
+    assert "model.hidden is [4] in the run, got [8]" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "--check"]) == 0
+    assert cli.main(["train", str(path), "--check", "data.train=nowhere.csv"]) == 1
+    assert "nowhere.csv" in capsys.readouterr().err
