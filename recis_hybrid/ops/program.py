@@ -19,6 +19,7 @@ STEPS = (
     "bucket_f32", "bucket_f64", "cross", "log_f32", "log_f64", "clip_i64", "clip_f32", "clip_f64", "normalize_f32",
     "normalize_f64", "fill_f32", "fill_f64", "i64_to_f32", "i64_to_f64", "f32_to_f64", "f64_to_f32", "f32_to_i64",
     "f64_to_i64", "i64_to_i32", "vocabulary_id", "vocabulary_string", "wrap_32",
+    "time_part", "seconds_to", "seconds_between",
 )  # fmt: skip
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
