@@ -274,7 +274,6 @@ def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) 
         place,
         remedy,
         unit=spec.unit,
-        # Where files differ, those that hold dates need no parsing.
         format=spec.format,
         scale=spec.scale,
     )

@@ -44,12 +44,14 @@ def plain_type(arrow_type: ArrowType) -> ArrowType:
 def plain(array: Array) -> Array:
     """Returns an array in the layout of `plain_type`: the array itself where that is its own."""
     own = array.type
-    if own == plain_type(own):
+    if not _differs(own):
         return array
     if isinstance(own, pa.BaseExtensionType):
         return pc.not_equal(array.storage, 0) if _is_bool8(own) else plain(array.storage)
     if _types.is_dictionary(own):
-        return plain(array.dictionary_decode())
+        values = array.dictionary
+        decodable = pa.DictionaryArray.from_arrays(array.indices, plain(values)) if _differs(values.type) else array
+        return decodable.dictionary_decode()
     if _types.is_run_end_encoded(own):
         return plain(pc.run_end_decode(array))
     if _types.is_map(own):
@@ -90,6 +92,8 @@ def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None
     if is_list(arrow_type):
         inner = field_type(arrow_type.value_type, path)
         return None if inner is None else _list_of(arrow_type, inner)
+    if _types.is_null(arrow_type):
+        return arrow_type
     if not _types.is_struct(arrow_type) or arrow_type.get_field_index(path[0]) < 0:
         return None
     return field_type(arrow_type.field(path[0]).type, path[1:])
@@ -105,7 +109,7 @@ def field(array: Array, path: tuple[str, ...]) -> Array:
     Returns:
         As many values as the array has; where a struct is null, the field is.
     """
-    if not path:
+    if not path or _types.is_null(array.type):
         return array
     if is_list(array.type):
         return _with_values(array, lambda values: field(values, path))
@@ -150,6 +154,9 @@ def nested_names(schema: Any) -> list[str]:
 def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
     while is_list(arrow_type):
         arrow_type = arrow_type.value_type
+    if _types.is_null(arrow_type):
+        # Nothing but nulls has any field.
+        return tuple(rest.split("."))
     if not _types.is_struct(arrow_type):
         return None
     for each in arrow_type:
@@ -189,6 +196,10 @@ def _pair(key: ArrowType, value: ArrowType) -> ArrowType:
 
 def _mask(array: Array) -> Array | None:
     return array.is_null() if array.null_count else None
+
+
+def _differs(arrow_type: ArrowType) -> bool:
+    return bool(arrow_type != plain_type(arrow_type))
 
 
 def _is_bool8(arrow_type: ArrowType) -> bool:

@@ -233,7 +233,8 @@ def numbers(
     temporal, decimals = is_temporal(arrow_type) or is_text(arrow_type), pa.types.is_decimal(arrow_type)
     if unit is not None and not temporal:
         raise TypeError(f"{place} is {arrow_type}, which has no unit of time; leave out unit={unit!r}")
-    if format is not None and not is_text(arrow_type):
+    # Files that hold dates as such may stand beside others whose strings are parsed.
+    if format is not None and not temporal:
         raise TypeError(f"{place} is {arrow_type}, which is not parsed; leave out format={format!r}")
     if scale is not None and not decimals:
         raise TypeError(f"{place} is {arrow_type}, which has no decimal places; leave out scale={scale}")
