@@ -137,6 +137,7 @@ print("agrees")
 '''
 
 
+@pytest.mark.slow
 def test_unequal_batches_on_two_ranks_agree_with_one_process(root: Path, tmp_path: Path) -> None:
     done = on_two_ranks(PROGRAM, tmp_path, root)
     assert done.stdout.count("agrees") == 2, done.stderr[-3000:]

@@ -77,6 +77,7 @@ print("agrees")
 """
 
 
+@pytest.mark.slow
 def test_ddp_in_all_bucket_modes_and_fsdp_agree_with_one_process(root: Path, tmp_path: Path) -> None:
     done = on_two_ranks(PROGRAM, tmp_path, root)
     assert done.stdout.count("agrees") == 2, done.stderr[-3000:]

@@ -48,7 +48,6 @@ def test_a_model_with_a_tower_compiles_whole_and_gives_the_same(backend: str) ->
         assert_near(ours.grad, theirs.grad)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")  # within torch
 def test_opcheck() -> None:
     tower = JaxTower(lambda params, x: jnp.exp(x @ params["w"]), {"w": np.ones((3, 2), np.float32)})
     x = torch.rand(4, 3, requires_grad=True)

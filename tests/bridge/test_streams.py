@@ -149,6 +149,7 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
     twin, tower = tower_of_two_layers(), tower_of_two_layers().to(device)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
+    # A GPU's matrix units may round coarser than float32 before they sum: hence the tolerances.
     for _ in range(3):  # the first one compiles, and so takes long enough for anything to be ready
         for module in (twin, tower):
             module.zero_grad()
@@ -163,14 +164,14 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
             y = tower(given)
             busy(device)
             y.backward(gradient * 1)  # made late, too
-        assert_near(y, expected)
+        assert_near(y, expected, 128)
         assert own.grad is not None
         assert given.grad is not None
-        assert_near(given.grad, own.grad)
+        assert_near(given.grad, own.grad, 1024)
         for (name, mine), theirs in zip(tower.named_parameters(), twin.parameters(), strict=True):
             assert mine.grad is not None
             assert theirs.grad is not None
-            assert_near(mine.grad, theirs.grad, where=name)
+            assert_near(mine.grad, theirs.grad, 1024, where=name)
     assert tower.copies == 0
     assert tower.compilations == 2
 
@@ -214,4 +215,4 @@ def test_a_training_by_towers_and_torch_is_the_one_of_the_cpu(device: str) -> No
             (model(x.to(where)) - x.sum(1, keepdim=True).to(where)).square().mean().backward()
             optimizer.step()
         weights.append([parameter.detach().cpu() for parameter in model.parameters()])
-    assert_near(*weights)
+    assert_near(*weights, 2**13)

@@ -54,6 +54,7 @@ def test_groups_of_nothing(device: str) -> None:
     check_groups([], groups_of([], device))
 
 
+@pytest.mark.slow
 def test_groups_are_the_same_for_any_number_of_threads() -> None:
     rows = torch.randint(-1, 5_000, (200_000,), generator=torch.Generator().manual_seed(1)).tolist()
     before, results = torch.get_num_threads(), []

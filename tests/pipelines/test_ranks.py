@@ -182,6 +182,7 @@ def on_rank(
     as_configured(rank, ports[1], folder / "config.yaml", configured)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
     trainer, model = train(0, 1, tmp_path)
     of_config = dict(configured(write_starter(tmp_path), 256).figures["eval"])
@@ -197,6 +198,7 @@ def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
             assert_near(two["loss"], one["loss"])
 
 
+@pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_starter(tmp_path)
     torchrun = [

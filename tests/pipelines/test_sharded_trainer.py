@@ -132,6 +132,7 @@ def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trainer, _ = train(0, 1, tmp_path)
     with socket.socket() as free:
