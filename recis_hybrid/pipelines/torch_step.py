@@ -93,7 +93,7 @@ class TorchStep:
         if weighting is not None:
             _refuse_unlearnt(weighting, self.optimizers, self.objectives)
         for module in compile:
-            module.compile()
+            _compile(module)
 
     def __call__(self, *batches: Batch) -> dict[str, Tensor]:
         """Does one update from the mean gradient over the rows of the batches.
@@ -228,6 +228,15 @@ class TorchStep:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.updates = state_dict["updates"]
+
+
+def _compile(module: nn.Module) -> None:
+    """Compile a module in place, also one of torch.nn, such as Sequential, of which ``compile()`` compiles nothing."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call)
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
