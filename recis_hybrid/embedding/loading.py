@@ -45,6 +45,8 @@ class TablesLoader:
         """What keeps the checkpoint from being loaded, a text each."""
         self.changes: list[str] = []
         """What is loaded in another way than it was saved, a text each."""
+        self.unneeded: list[str] = []
+        """Those of the changes that leave out optimizer state of read-only tables, which keep none."""
         self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
         """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
         self._compare(tables_layout(tables).tables)
@@ -118,15 +120,21 @@ class TablesLoader:
             else:
                 self.differences.append(f"table {name!r} is {where} ({text})")
         for name in sorted(saved.keys() & live.keys()):
-            self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns)
+            member = self._members.get(name)
+            read_only = member is not None and member[0].read_only
+            self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns, read_only)
 
-    def _compare_columns(self, where: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    def _compare_columns(
+        self, where: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor], read_only: bool
+    ) -> None:
         for column in sorted(saved.keys() | live.keys()):
             a, b = saved.get(column), live.get(column)
             if a is None or b is None:
                 text = f"{where} {column!r} is in the {'live object' if a is None else 'checkpoint'} only"
                 essential = column in ("ids", "embedding", "count")
                 (self.differences if essential else self.changes).append(text)
+                if read_only and b is None and not essential:
+                    self.unneeded.append(text)
             elif a.shape[1:] != b.shape[1:] or (a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(_FLOATS)):
                 text = f"{where} {column!r}: checkpoint {_spec(a)}, live object {_spec(b)}"
                 essential = column in ("ids", "embedding", "count", *META)
@@ -150,8 +158,9 @@ def load_tables_state(
             none; nothing is changed.
     """
     loader = TablesLoader(tables, state)
-    if loader.differences or loader.changes:
-        raise ValueError(f"the state is of other tables: {'; '.join([*loader.differences, *loader.changes])}")
+    changes = [text for text in loader.changes if text not in loader.unneeded]
+    if loader.differences or changes:
+        raise ValueError(f"the state is of other tables: {'; '.join([*loader.differences, *changes])}")
     for name, table in state.tables.items():
         loader.check(name, table.columns)
     loader.begin({})

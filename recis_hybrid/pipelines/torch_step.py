@@ -153,7 +153,7 @@ class TorchStep:
         self._logged: dict[str, list[Tensor]] = {}
         self._predicts = False
         for module in modules_of("TorchStep", "compile", compile, "compile=[model.tower]"):
-            module.compile()
+            _compile(module)
 
     def synchronise(self) -> None:
         """Takes over rank 0's parameters and buffers, those that DistributedDataParallel or FSDP have excepted.
@@ -510,6 +510,15 @@ class TorchStep:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.updates = state_dict["updates"]
+
+
+def _compile(module: nn.Module) -> None:
+    """Compile a module in place, also one of torch.nn, such as Sequential, of which ``compile()`` compiles nothing."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call)
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:

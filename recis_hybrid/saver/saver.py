@@ -257,14 +257,15 @@ class Saver:
 
         try:
             ranks.together(choose)
-            load_parts(opened[0], ranks, chosen, reads)
+            changed = load_parts(opened[0], ranks, chosen, reads)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
         finally:
             self.bytes_read = reads.bytes
         # Whoever loads what is incremental will go on so.
         self._tracking.on |= opened[0].manifest.previous is not None
-        self._tracking.settle(ranks, found, self._tracking.watch({name: part for name, (part, *_) in chosen.items()}))
+        same = {name: part for name, (part, *_) in chosen.items() if name not in changed}
+        self._tracking.settle(ranks, found, self._tracking.watch(same))
         return found
 
     @torch.inference_mode(False)

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import Unused, dense_parameters
+from recis_hybrid.embedding import Anchor, Unused, dense_parameters
 from recis_hybrid.pipelines import LrSchedule, Objective, TorchStep, UncertaintyWeights
 from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
 from tests.support.near import assert_near
 from tests.support.small import Model, assert_same, bce, make_batches, make_step, state_of
 
@@ -227,8 +229,10 @@ def test_padding_counts_in_no_loss_and_no_prediction() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch, as inductor is imported
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within dynamo
 def test_a_compiled_tower_trains_as_an_eager_one() -> None:
     losses = []
+    torch._dynamo.reset()
     for compiled in (False, True):
         torch.manual_seed(0)
         step = make_step(tower=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
@@ -239,6 +243,46 @@ def test_a_compiled_tower_trains_as_an_eager_one() -> None:
         names = [name for name, _ in step.model.tower.named_parameters()]
         assert names == [f"{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
     assert_near(losses[0], losses[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+
+
+class TwoEngines(nn.Module):
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Model(), Model()
+        if compiled:
+            self.second = torch.compile(self.second, backend="eager")  # type: ignore[assignment]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.first(batch) + self.second(batch)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within dynamo
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_compiled_model_trains_and_is_saved_as_an_eager_one(engines: int, tmp_path: Path) -> None:
+    steps = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        own = Model() if engines == 1 else TwoEngines(compiled)
+        model = torch.compile(own, backend="eager") if compiled else own
+        sparse = optim.Adam([p for p in own.parameters() if isinstance(p, Anchor)])
+        step = TorchStep(model, bce, {"dense": torch.optim.Adam(dense_parameters(model), lr=0.1), "sparse": sparse})
+        losses = torch.stack([watched["loss"] for watched in train(step, make_batches(4))])
+        steps.append((step, losses, step.predict(make_batches(1)[0])[""].scores))
+    (eager, losses, scores), (compiled_step, again, others) = steps
+    assert_near(again, losses)
+    assert_near(others, scores)
+    assert list(compiled_step.parts()) == list(eager.parts())
+    saver = Saver(tmp_path)
+    saver.save(1, **eager.parts())
+    saver.load(**compiled_step.parts())
+    assert torch.equal(compiled_step.predict(make_batches(1)[0])[""].scores, scores)
+    saver.save(2, **compiled_step.parts())
+    saver.load(2, **eager.parts())
+    torch._dynamo.reset()
 
 
 def test_what_is_wrong_is_named() -> None:
