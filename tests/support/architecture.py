@@ -24,7 +24,16 @@ ROOMS: dict[str, set[str]] = {
     "saver": {"ops", "ragged", "state"},
     "metrics": {"ops", "ragged", "state"},
     "pipelines": {
-        "ops", "ragged", "state", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics"
+        "ops",
+        "ragged",
+        "state",
+        "distributed",
+        "columnio",
+        "features",
+        "embedding",
+        "optim",
+        "saver",
+        "metrics",
     },
     "bridge": {"ops"},
     # The command: hands each subcommand to its room.
