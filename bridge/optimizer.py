@@ -108,6 +108,11 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
         self._update = jax.jit(update, donate_argnums=2)  # nobody else ever sees the state
 
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether `step` averages the gradients over ranks, so that nothing else need do so."""
+        return self._all_reduce is not None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses all groups but the one that it is made with.
 

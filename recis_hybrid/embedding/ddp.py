@@ -44,7 +44,9 @@ def mean_over_samples(
     group = engine.group
     if group is None:
         raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")
-    shares = bucket.buffer().mul_(engine.share)
+    share = engine.share
+    # A mean over no samples is not a number, and does not count.
+    shares = bucket.buffer().mul_(share) if share > 0 else bucket.buffer().zero_()
     work = dist.all_reduce(shares, group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]

@@ -60,6 +60,7 @@ class ReadAhead:
         """As the place will be when all that was read is trained on."""
         self._groups: deque[_Group] = deque()
         self._announced: tuple[list[Batch], Announcement, dict[str, Any]] | None = None
+        self._failure: Exception | None = None
         self._agreed_rows: list[list[int]] = []
         self._read_place: dict[str, Any] = {}
         reader.hold(reader.state_dict())
@@ -113,7 +114,8 @@ class ReadAhead:
             self._announce()
         assert self._announced is not None
         (batches, announcement, self._read_place), self._announced = self._announced, None
-        agreed = announcement.agreed()
+        # Raised when its turn comes: the other ranks are at the steps before it until then, and so is this one.
+        agreed = announcement.agreed(self._failure)
         for _ in range(len(agreed.rows) - len(batches)):
             assert self._reader.empty is not None
             batches.append(self._reader.empty)
@@ -142,11 +144,11 @@ class ReadAhead:
                 batches, _ = self._read_own()
         except WaitInterrupted:
             batches, interrupted = [], True
-        except BaseException:
-            announce([], self._accumulate, ended=True, failed=True)
-            raise
+        except Exception as error:
+            batches, self._failure = [], error
         announcement = announce(
             batches, self._accumulate, ended=self._reader.ended, bare=self._reader.empty is None,
+            failed=self._failure is not None,
             interrupted=interrupted or self._interruption.requested is not None,
         )  # fmt: skip
         self._announced = batches, announcement, self._reader.state_dict(read=True)

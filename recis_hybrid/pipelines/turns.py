@@ -48,8 +48,11 @@ class Announcement:
     sent: Tensor
     """Kept alive until they are there."""
 
-    def agreed(self) -> Agreed:
+    def agreed(self, failure: Exception | None = None) -> Agreed:
         """Wait for the other ranks.
+
+        Args:
+            failure: What kept this rank from reading; raised, as the others raise ExchangeError.
 
         Raises:
             ExchangeError: Another rank has failed or died.
@@ -65,6 +68,8 @@ class Announcement:
                 f"to this step; see what the others say first, and start all ranks anew from a checkpoint. The "
                 f"backend says: {error}"
             ) from error
+        if failure is not None:
+            raise failure
         lines: list[list[int]] = self.received.tolist()
         if failed := [other for other, line in enumerate(lines) if line[0] & _FAILED and other != rank]:
             raise ExchangeError(f"rank {rank}: the ranks {failed} could not read their next batch; see what they say")
@@ -147,11 +152,12 @@ def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) ->
     interruptible = nullcontext if interruption is None else interruption.waiting
     empty: Batch | None = None
     ended = False
+    failure: Exception | None = None
 
     def read() -> tuple[list[Batch], Announcement | None]:
-        nonlocal empty, ended
+        nonlocal empty, ended, failure
         batches: list[Batch] = []
-        failed = interrupted = False
+        interrupted = False
         try:
             if not ended:
                 with interruptible():
@@ -161,22 +167,24 @@ def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) ->
             if alone:
                 raise
             batches, interrupted = [], True
-        except BaseException:
-            if not alone:
-                announce([], 1, ended=True, failed=True)
-            raise
+        except Exception as error:
+            if alone:
+                raise
+            failure = error
         if alone:
             return batches, None
         if batches and empty is None:
             empty = without_rows(batches[0])
         interrupted = interrupted or (interruption is not None and interruption.requested is not None)
-        return batches, announce(batches, 1, ended=ended, bare=empty is None, failed=failed, interrupted=interrupted)
+        return batches, announce(
+            batches, 1, ended=ended, bare=empty is None, failed=failure is not None, interrupted=interrupted
+        )
 
     batches, announced = read()
     while batches or not alone:
         following: tuple[list[Batch], Announcement | None] | None = None
         if announced is not None:
-            agreed = announced.agreed()
+            agreed = announced.agreed(failure)
             if agreed.ended:
                 return
             if not batches:

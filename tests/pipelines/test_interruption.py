@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training; a resumed run ends bitwise as an undisturbed one."""
+"""Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training; resumed, it ends bitwise as an undisturbed one."""
 
 import json
 import os
