@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.settings import described
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -159,8 +160,14 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
         group: A process group; None, all ranks if torch.distributed is initialised; False, this process alone.
 
     Raises:
+        TypeError: If it is none of these.
         ValueError: If this rank is not in the group.
     """
+    if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
+            f"got {described(group)}"
+        )
     if group is False or not dist.is_available() or not dist.is_initialized():
         return None
     if group is None:
