@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from recis_hybrid.pipelines.arguments import path_of
 from recis_hybrid.pipelines.callback import Callback, Record, rank
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class JsonLog(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+        self._path = path_of("JsonLog", path)
         self._file: IO[str] | None = None
 
     def before_fit(self, trainer: Trainer) -> None:

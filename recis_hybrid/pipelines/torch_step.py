@@ -19,6 +19,7 @@ from recis_hybrid.pipelines.arguments import (
     described,
     modules_of,
     optimizers_of,
+    refuse_no_batch,
     refuse_no_name,
     refuse_no_number,
     refuse_other_than,
@@ -122,6 +123,8 @@ class TorchStep:
         for name, value in (("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale)):
             if value is not None:
                 refuse_no_number("TorchStep", name, value)
+                if not value > 0:
+                    raise ValueError(f"TorchStep: {name} must be above 0, got {value}")
         self.model = model
         self.objectives: dict[str, Objective] = _objectives(loss, label, groups)
         self.optimizers: dict[str, torch.optim.Optimizer] = optimizers_of("TorchStep", optimizers)
@@ -168,6 +171,8 @@ class TorchStep:
         self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+        for batch in batches:
+            refuse_no_batch("TorchStep", batch)
         rows = [batch_size(batch) for batch in batches]
         watched: dict[str, Tensor] = {}
         with self._freezing():
@@ -366,7 +371,10 @@ class TorchStep:
             if self._scaler.is_enabled():
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
-            norm["grad_norm"] = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
+            found = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
+            # Of an update that overflows and is left out there is no norm to average.
+            if not self._scaler.is_enabled() or bool(found.isfinite()):
+                norm["grad_norm"] = found
         scaled = [o for o in self.optimizers.values() if self._scaler.is_enabled() and _has_gradients(o)]
         for optimizer in self.optimizers.values():
             if optimizer in scaled:
@@ -524,11 +532,11 @@ def _schedules(schedules: Any, optimizers: Mapping[str, torch.optim.Optimizer]) 
 def _training_metrics(metrics: Metrics | None, objectives: Mapping[str, Objective]) -> dict[str, dict[str, Metric]]:
     if not metrics:
         return {}
-    nested = by_objective(metrics, list(objectives), where="TorchStep: metrics")
+    nested = by_objective(metrics, list(objectives), where="TorchStep")
     for objective, of in nested.items():
         for name in of:
             if is_reserved(name):
-                raise ValueError(f"TorchStep: metrics: the log uses {name!r} itself; give the metric another name")
+                raise ValueError(f"TorchStep: the log uses {name!r} itself; give the metric another name")
             if objectives[objective].label is None:
                 raise ValueError(f"TorchStep: the metric {name!r} needs labels; give label=, the column that has them")
             if of[name].takes_groups and objectives[objective].groups is None:
