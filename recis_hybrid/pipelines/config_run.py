@@ -140,7 +140,7 @@ def _dataset(config: Config, features: list[Feature], paths: str, *, shuffle: bo
     data = config.data
     wanted = dict.fromkeys(column for feature in features for column in feature.columns)
     columns: dict[str, Column | None] = dict.fromkeys(wanted)
-    columns[data.label] = Dense(torch.float32)
+    columns[data.label] = _label_column(paths, data.label)
     if data.groups is not None:
         columns.setdefault(data.groups, None)
     # Where a feature has its name, the groups are what the feature makes of the column.
@@ -152,6 +152,17 @@ def _dataset(config: Config, features: list[Feature], paths: str, *, shuffle: bo
         # Ranks work together at each step, so that all have equally many.
         uneven="pad" if ranks() > 1 else None,
     )  # fmt: skip
+
+
+def _label_column(paths: str, label: str) -> Column | None:
+    """Return how labels are read: as numbers; but ``true`` and ``false`` of a text file as they are."""
+    try:
+        # Alone, whatever the ranks: it is one row.
+        sample = ColumnDataset(paths, [label], 1, rank=0, world_size=1, prefetch=0, decoded_rows=1)
+        column = next(iter(sample))[label]
+    except Exception:  # which the training's own reading meets, and names
+        return Dense(torch.float32)
+    return None if column.dtype is torch.bool else Dense(torch.float32)
 
 
 def _callbacks(config: Config, quiet: bool) -> list[Callback]:

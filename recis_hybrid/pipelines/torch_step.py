@@ -87,7 +87,7 @@ class TorchStep:
         compile: Modules, towers as a rule, to be compiled by ``torch.compile`` in place.
         loss_scale: The first scale of losses, for float16.
         freeze: Modules of the model that this step leaves as they are, since another step trains them. Their parameters
-            take no gradients while the step runs.
+            take no gradients while the step runs. Under DistributedDataParallel, wrap such parts each for itself.
         metrics: Of training, by name, for each objective; or by objective and name. They are updated with each batch
             that is trained on, and Trainer computes and resets them for each line of the log. :class:`AUC` keeps all
             rows since then, :class:`BinnedAUC` keeps counts.
@@ -95,7 +95,8 @@ class TorchStep:
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If precision is unknown, a parameter or table has no optimizer or more than one, an optimizer has
-            parameters that are not the model's, or a schedule waits for a metric.
+            parameters that are not the model's or the name of another part of checkpoints, or a schedule waits for a
+            metric.
     """
 
     def __init__(
@@ -150,6 +151,8 @@ class TorchStep:
         self._to_rehearse: Metrics = {}
         self._logged: dict[str, list[Tensor]] = {}
         self._predicts = False
+        self._held: tuple[object, list[nn.Parameter]] | None = None
+        self.parts()  # which refuses names that come twice
         for module in modules_of("TorchStep", "compile", compile, "compile=[model.tower]"):
             module.compile()
 
@@ -236,7 +239,7 @@ class TorchStep:
         Args:
             metrics: By name, for each objective; or by objective and name. Those of other objectives are left out.
         """
-        self._to_rehearse = metrics
+        self._to_rehearse, self._rehearsed = metrics, False
 
     def prefetch(self, batch: Batch) -> None:
         """Begins to send the ids of a batch that comes later to the ranks that own them, where several share tables."""
@@ -394,8 +397,11 @@ class TorchStep:
 
     def _trained(self) -> list[nn.Parameter]:
         """Returns the parameters that the optimizers have: others may hold gradients of another step."""
-        held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
-        return [parameter for parameter in self._named_parameters().values() if id(parameter) in held]
+        groups = tuple((id(g), len(g["params"])) for o in self.optimizers.values() for g in o.param_groups)
+        if self._held is None or self._held[0] != groups:
+            held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
+            self._held = groups, [p for p in self._named_parameters().values() if id(p) in held]
+        return self._held[1]
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Scored]:
@@ -423,7 +429,6 @@ class TorchStep:
         parts: dict[str, object] = {"updates": self, **engines}
         if model not in self.engines:
             parts["model"] = model
-        parts |= self.optimizers
         parts |= {f"schedule{number}": schedule for number, schedule in enumerate(self.schedules)}
         if self.weighting is not None:
             parts["weighting"] = self.weighting
@@ -434,7 +439,12 @@ class TorchStep:
             parts["scaler"] = self._scaler
         if self.metrics:
             parts["metrics"] = PerRank(_MetricStates(self.metrics))
-        return parts
+        if taken := sorted(parts.keys() & self.optimizers.keys()):
+            raise ValueError(
+                f"TorchStep: checkpoints have other parts by the names {taken}; call the optimizers otherwise, as "
+                f"{{'dense': dense, 'sparse': sparse}}"
+            )
+        return parts | self.optimizers
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how many updates were done."""

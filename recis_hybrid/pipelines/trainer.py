@@ -137,7 +137,8 @@ class Trainer:
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = Watcher(self._clock, self._hooks)
-            if isinstance(each, Rehearsing):
+            # Of several steps, some may never be evaluated.
+            if len(self.steps) == 1 and isinstance(each, Rehearsing):
                 each.rehearse(self.metrics)
 
     @property
