@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from recis_hybrid.pipelines import (
 from recis_hybrid.pipelines.config import load_config
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.model_outputs import aligned, main_output, own_loss
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.small import bce
 
 ROWS = 32
@@ -250,6 +251,20 @@ def test_missing_labels_are_named() -> None:
         Trainer(step_of(Model()), [batch_of(labels)]).fit([Train()])
     with pytest.raises(KeyError, match="the label column 'clicked' must be a dense column of the batch"):
         step_of(Model(), label="clicked")(batch_of())
+    lists = RaggedTensor(torch.ones(ROWS, dtype=torch.int64), torch.arange(ROWS + 1))
+    with pytest.raises(
+        TypeError, match=r"'label' must be a dense column of numbers, got lists or text, .* torch.int64; re"
+    ):
+        step_of(Model())({**batch_of(), "label": lists})
+
+
+@pytest.mark.jax
+def test_labels_of_numpy_and_jax() -> None:
+    import jax.numpy as jnp
+
+    for make in (np.asarray, jnp.asarray):
+        labels: Any = make(binary(torch.int32).numpy())
+        assert losses(Model(), batch_of(labels)) == pytest.approx(expected(), rel=1e-6)
 
 
 def test_numbers_are_scored_as_they_are() -> None:
