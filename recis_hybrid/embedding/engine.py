@@ -29,7 +29,13 @@ from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.settings import refuse_no_integer
+from recis_hybrid.embedding.settings import (
+    described,
+    refuse_no_configs,
+    refuse_no_flag,
+    refuse_no_integer,
+    state_fields,
+)
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.state_dict import (
     RowsInStateDict,
@@ -113,7 +119,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     Raises:
         RuntimeError: If a launcher has started several processes and they cannot be joined.
-        TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
+        TypeError: If a feature has no EmbeddingConfig, or a setting is of another kind.
         ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
             beyond the dtype, this rank is not in the group, or a setting is none of the choices.
 
@@ -141,9 +147,19 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         rows_in_state_dict: RowsInStateDict | None = None,
     ) -> None:
         super().__init__()
+        refuse_no_configs(configs)
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
+        state_fields("EmbeddingEngine: optimizer_state", optimizer_state, StateField)
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
+        for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate)):
+            refuse_no_flag("EmbeddingEngine", name, flag)
+        if prefetch_depth is not None:
+            refuse_no_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, 2)
+            if prefetch_depth < 0:
+                raise ValueError(f"EmbeddingEngine: prefetch_depth must not be negative, got {prefetch_depth}")
+        if staleness not in (0, 1):
+            raise ValueError(f"EmbeddingEngine: staleness must be 0 or 1, got {staleness!r}")
         self.configs = dict(configs)
         self.device = device_of(device)
         if self.device.type not in ("cpu", "cuda"):
@@ -249,10 +265,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             ValueError: If it was built over other tables, or some of these; no row is changed.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
-            kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
             raise TypeError(
                 f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
-                f"got {kind}"
+                f"got {described(optimizer)}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
@@ -465,4 +480,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of a module that are not embedding tables: what to give to torch.optim."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"dense_parameters: module must be a torch.nn.Module, got {described(module)}")
     return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import distributed, ops
+from recis_hybrid.embedding.settings import described
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,8 +162,14 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
 
     Raises:
         RuntimeError: If the processes of a launcher cannot be joined.
+        TypeError: If it is none of these.
         ValueError: If this rank is not in the group.
     """
+    if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
+            f"got {described(group)}"
+        )
     if group is None:
         distributed.join("EmbeddingEngine")
     if group is False or not distributed.is_initialized():

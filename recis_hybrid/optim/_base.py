@@ -12,6 +12,7 @@ from torch import Tensor
 from recis_hybrid import distributed, ops
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
+from recis_hybrid.embedding.settings import described, refuse_no_number
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.state import PartState
@@ -30,7 +31,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     checkpoint_kind = "optimizer"
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(_groups(params), defaults)
+        super().__init__(_groups(type(self).__name__, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds tables, each with hyperparameters of its own as a group of its own.
@@ -175,13 +176,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         return update
 
 
-def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor | dict | str) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"{owner}: params must be engine.parameters(), or a list of groups of them, got {described(params)}"
+        )
     given = list(params)
     return given if given and isinstance(given[0], dict) else [{"params": given}]
 
 
 def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a parameter group as several: one more for each table with hyperparameters of its own."""
+    if "params" not in group:
+        raise ValueError(
+            f"{owner}: a group of parameters must have 'params', as engine.parameters(), got {sorted(group)}"
+        )
     params = group["params"]
     anchors: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     for number, anchor in enumerate(anchors):
@@ -206,7 +215,8 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 
 
 def check_positive(owner: str, **values: float) -> None:
-    """Raises ValueError for a hyperparameter below zero."""
+    """Raises TypeError for a hyperparameter that is no number, and ValueError for one below zero."""
     for name, value in values.items():
+        refuse_no_number(owner, name, value)
         if not value >= 0:
             raise ValueError(f"{owner}: {name} must not be negative, got {value}")

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-
-def described(value: object) -> str:
-    """Return a phrase for what was given, such as ``a list`` or ``the class Adam (an instance is needed)``."""
-    if isinstance(value, type):
-        return f"the class {value.__name__} (an instance is needed, as {value.__name__}(...))"
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    kind = type(value).__name__
-    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+from recis_hybrid.embedding.settings import described as described, refuse_no_number as refuse_no_number
 
 
 def refuse_other_than(where: str, name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -73,14 +67,53 @@ def refuse_no_count(where: str, name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
 
 
-def refuse_no_number(where: str, name: str, value: Any) -> None:
-    """Check that an argument is a number.
+def path_of(where: str, path: Any) -> Path:
+    """Return the path of an argument.
+
+    Raises:
+        TypeError: It is none.
+    """
+    refuse_other_than(where, "path", path, (str, os.PathLike), "a path")
+    return Path(path)
+
+
+def refuse_no_batches(where: str, name: str, data: object) -> None:
+    """Check that an argument gives batches.
+
+    Raises:
+        TypeError: It cannot be iterated, or is a path or a single batch.
+    """
+    expected = "a source of batches, as a ColumnDataset or a list of dicts of columns"
+    if isinstance(data, str | os.PathLike):
+        raise TypeError(
+            f"{where}: {name} must be {expected}, got the path {str(data)!r}; read it by ColumnDataset(path, ...)"
+        )
+    if isinstance(data, Mapping):
+        raise TypeError(f"{where}: {name} must be {expected}, got {described(data)}; put a single batch into a list")
+    if isinstance(data, type | Tensor) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+        raise TypeError(f"{where}: {name} must be {expected}, got {described(data)}")
+
+
+def refuse_no_step(where: str, name: str, step: object) -> None:
+    """Check that an argument is a step.
 
     Raises:
         TypeError: It is not.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be a number, got {described(value)}")
+    methods = ("__call__", "predict", "parts")
+    if isinstance(step, type) or not all(callable(getattr(step, method, None)) for method in methods):
+        hint = "; make one of it, TorchStep(model, loss, [dense, sparse])" if isinstance(step, nn.Module) else ""
+        raise TypeError(f"{where}: {name} must be a step, as TorchStep(...), got {described(step)}{hint}")
+
+
+def refuse_no_batch(where: str, batch: object) -> None:
+    """Check that what a source gives is a batch.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{where}: a batch must be a dict of columns by name, got {described(batch)}")
 
 
 def modules_of(where: str, name: str, value: Iterable[nn.Module], example: str) -> list[nn.Module]:

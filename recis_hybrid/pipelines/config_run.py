@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recis_hybrid import optim
 from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
@@ -202,33 +201,18 @@ def dataset_of(
     # Where a feature has its name, the groups are what the feature makes of the column.
     keep = [data.groups] if label and data.groups in wanted and data.groups not in config.features else []
     engine = FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False)
-    specs, types = _specs(config, paths, read, label)
-    made: Callable[[Batch], Batch] = engine
-    if label and str(types.get(data.label)) == "bool":
-        made = _numbered(engine, data.label)
     return ColumnDataset(
-        paths, specs, **{
+        paths, _specs(config, paths, read, label), **{
             "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
-            "transforms": transforms or made,
+            "transforms": transforms or engine,
             "device": None if config.train.device == "cpu" else config.train.device,
             **options,
         },
     )  # fmt: skip
 
 
-def _numbered(transform: Callable[[Batch], Batch], label: str) -> Callable[[Batch], Batch]:
-    def numbered(batch: Batch) -> Batch:
-        batch = transform(batch)
-        column = batch[label]
-        return {**batch, label: column.float()} if isinstance(column, Tensor) else batch
-
-    return numbered
-
-
-def _specs(
-    config: Config, paths: str | list[str], read: Iterable[str], label: bool
-) -> tuple[dict[str, Column | None], dict[str, Any]]:
-    """Returns how columns are read, and the types that the first file has."""
+def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
+    """Returns how columns are read."""
     from recis_hybrid.columnio.schema import column_types, spec_of
 
     types = column_types(paths)
@@ -244,7 +228,7 @@ def _specs(
             specs[name] = Dense(dtype) if dtype is not None else None
         else:
             specs[name] = _spec(f"data.columns.{name}", name, said, kind, dtype)
-    return specs, types
+    return specs
 
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:

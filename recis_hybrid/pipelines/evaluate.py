@@ -9,7 +9,13 @@ from typing import Any, Literal
 import torch
 
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines.arguments import described, refuse_other_than
+from recis_hybrid.pipelines.arguments import (
+    described,
+    refuse_no_batch,
+    refuse_no_batches,
+    refuse_no_step,
+    refuse_other_than,
+)
 from recis_hybrid.pipelines.interruption import Interruption
 from recis_hybrid.pipelines.model_outputs import one_a_row
 from recis_hybrid.pipelines.step import Metrics as Metrics, Scored, Step
@@ -45,8 +51,14 @@ def evaluate(
         ValueError: If there is no batch, on any rank or on one of several, metrics are of an objective that there is
             not, a metric by group finds no groups, or there are no labels, or none that a metric takes.
     """
+    refuse_no_step("evaluate", "step", step)
+    refuse_no_batches("evaluate", "data", data)
+    refuse_no_metrics("evaluate", metrics)
+    if not isinstance(transforms, Iterable):
+        raise TypeError(f"evaluate: transforms must be a sequence of functions, got {described(transforms)}")
     used: dict[str, dict[str, Metric]] | None = None
     for batch in in_turns(data, interruption):
+        refuse_no_batch("evaluate", batch)
         for transform in transforms:
             batch = transform(batch)
         scored = step.predict(batch)

@@ -197,14 +197,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def refuse_unfit(loss: Callable[..., Any], outputs: Any, labels: Tensor, column: str, *, first: bool) -> None:
-    """Check labels that one of torch's own losses is to take; in the first batch, their values, too.
+    """Check labels that one of torch's own losses is to take: shapes, and values where that waits for nothing.
 
     Args:
         loss: A function, or a module.
         outputs: What the loss is given.
         labels: As :func:`aligned` returned them.
         column: Their name.
-        first: Whether to look at values, which waits for the device.
+        first: Whether to look at values on a device that has to be waited for, too.
 
     Raises:
         ValueError: Shapes would be broadcast, or labels of a binary cross-entropy are not between 0 and 1.
@@ -217,7 +217,8 @@ def refuse_unfit(loss: Callable[..., Any], outputs: Any, labels: Tensor, column:
             f"{list(labels.shape)}, which {_name(loss)} would broadcast; give a label for each output, or take "
             f"torch.nn.functional.cross_entropy, with classes as integers"
         )
-    if first and labels.numel() and _is_one(loss, _BINARY):
+    looks = first or labels.device.type == "cpu"
+    if looks and labels.numel() and _is_one(loss, _BINARY):
         least, greatest = (float(end) for end in labels.detach().aminmax())
         if least < 0 or greatest > 1:  # neither is true of NaN, which the loss shows
             raise ValueError(
@@ -241,7 +242,7 @@ def checked_loss(loss: Any, column: str | None) -> Tensor:
             f"TorchStep: the loss{of} must be one number, got shape {list(loss.shape)}; take its mean"
             f" (reduction='mean')"
         )
-    return loss.reshape(())
+    return loss.reshape(()).float() if loss.dtype in (torch.float16, torch.bfloat16) else loss.reshape(())
 
 
 def shape_note(outputs: Any, labels: Tensor | None, column: str | None) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, RaggedTensor
 
 Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
 """By name, for each objective; or by objective and name."""
@@ -109,11 +111,29 @@ class NoObserver:
 
 
 def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
-    """Returns a dense column, [B]; raises KeyError naming it and what the batch has."""
-    column = batch.get(name)
-    if not isinstance(column, Tensor):
+    """Return a dense column, ``[B]`` or ``[B, ...]``; an array of numpy or JAX is copied into a tensor.
+
+    Args:
+        batch: Columns by name.
+        name: Of the column.
+        what: It is for, for messages.
+
+    Raises:
+        KeyError: The batch has no such column.
+        TypeError: Its rows are lists or text.
+    """
+    column: Any = batch.get(name)
+    if hasattr(column, "__array__") and not isinstance(column, Tensor):
+        column = torch.from_numpy(np.array(column))
+    if isinstance(column, Tensor):
+        return column
+    if name not in batch:
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
-    return column
+    kind = f"a RaggedTensor of {column.dtype}" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
+    raise TypeError(
+        f"the {what} column {name!r} must be a dense column of numbers, got lists or text, {kind}; read it as Dense(), "
+        f"or make numbers of it by a transform"
+    )
 
 
 def loss_of(watched: Mapping[str, Tensor | Metric]) -> Tensor:

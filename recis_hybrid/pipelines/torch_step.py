@@ -19,6 +19,7 @@ from recis_hybrid.pipelines.arguments import (
     described,
     modules_of,
     optimizers_of,
+    refuse_no_batch,
     refuse_no_name,
     refuse_no_number,
     refuse_other_than,
@@ -88,7 +89,7 @@ class TorchStep:
         compile: Modules, towers as a rule, to be compiled by ``torch.compile`` in place.
         loss_scale: The first scale of losses, for float16.
         freeze: Modules of the model that this step leaves as they are, since another step trains them. Their parameters
-            take no gradients while the step runs.
+            take no gradients while the step runs. Under DistributedDataParallel, wrap such parts each for itself.
         metrics: Of training, by name, for each objective; or by objective and name. They are updated with each batch
             that is trained on, and Trainer computes and resets them for each line of the log. :class:`AUC` keeps all
             rows since then, :class:`BinnedAUC` keeps counts.
@@ -96,7 +97,8 @@ class TorchStep:
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If precision is unknown, a parameter or table has no optimizer or more than one, an optimizer has
-            parameters that are not the model's, or a schedule waits for a metric.
+            parameters that are not the model's or the name of another part of checkpoints, or a schedule waits for a
+            metric.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class TorchStep:
         for name, value in (("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale)):
             if value is not None:
                 refuse_no_number("TorchStep", name, value)
+                if not value > 0:
+                    raise ValueError(f"TorchStep: {name} must be above 0, got {value}")
         self.model = model
         self.objectives: dict[str, Objective] = _objectives(loss, label, groups)
         self.optimizers: dict[str, torch.optim.Optimizer] = optimizers_of("TorchStep", optimizers)
@@ -152,6 +156,8 @@ class TorchStep:
         self._to_rehearse: Metrics = {}
         self._logged: dict[str, list[Tensor]] = {}
         self._predicts = False
+        self._held: tuple[object, list[nn.Parameter]] | None = None
+        self.parts()  # which refuses names that come twice
         for module in modules_of("TorchStep", "compile", compile, "compile=[model.tower]"):
             _compile(module)
 
@@ -199,6 +205,8 @@ class TorchStep:
         self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+        for batch in batches:
+            refuse_no_batch("TorchStep", batch)
         several, expected, self._expected = distributed.world_size() > 1, self._expected, None
         if several and not self._synchronised:
             self.synchronise()
@@ -268,7 +276,7 @@ class TorchStep:
         Args:
             metrics: By name, for each objective; or by objective and name. Those of other objectives are left out.
         """
-        self._to_rehearse = metrics
+        self._to_rehearse, self._rehearsed = metrics, False
 
     def prefetch(self, batch: Batch) -> None:
         """Begins to send the ids of a batch that comes later to the ranks that own them, where several share tables."""
@@ -416,7 +424,10 @@ class TorchStep:
             if self._scaler.is_enabled():
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
-            norm["grad_norm"] = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
+            found = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
+            # Of an update that overflows and is left out there is no norm to average.
+            if not self._scaler.is_enabled() or bool(found.isfinite()):
+                norm["grad_norm"] = found
         scaled = []
         if self._scaler.is_enabled():
             optimizers = list(self.optimizers.values())
@@ -442,8 +453,11 @@ class TorchStep:
 
     def _trained(self) -> list[nn.Parameter]:
         """Returns the parameters that the optimizers have: others may hold gradients of another step."""
-        held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
-        return [parameter for parameter in self._named_parameters().values() if id(parameter) in held]
+        groups = tuple((id(g), len(g["params"])) for o in self.optimizers.values() for g in o.param_groups)
+        if self._held is None or self._held[0] != groups:
+            held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
+            self._held = groups, [p for p in self._named_parameters().values() if id(p) in held]
+        return self._held[1]
 
     @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Tensor]:
@@ -490,7 +504,6 @@ class TorchStep:
         parts: dict[str, object] = {"updates": self, **engines}
         if model not in self.engines:
             parts["model"] = model
-        parts |= self.optimizers
         parts |= {f"schedule{number}": schedule for number, schedule in enumerate(self.schedules)}
         if self.weighting is not None:
             parts["weighting"] = self.weighting
@@ -501,7 +514,12 @@ class TorchStep:
             parts["scaler"] = self._scaler
         if self.metrics:
             parts["metrics"] = PerRank(_MetricStates(self.metrics))
-        return parts
+        if taken := sorted(parts.keys() & self.optimizers.keys()):
+            raise ValueError(
+                f"TorchStep: checkpoints have other parts by the names {taken}; call the optimizers otherwise, as "
+                f"{{'dense': dense, 'sparse': sparse}}"
+            )
+        return parts | self.optimizers
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how many updates were done."""
@@ -608,11 +626,11 @@ def _schedules(schedules: Any, optimizers: Mapping[str, torch.optim.Optimizer]) 
 def _training_metrics(metrics: Metrics | None, objectives: Mapping[str, Objective]) -> dict[str, dict[str, Metric]]:
     if not metrics:
         return {}
-    nested = by_objective(metrics, list(objectives), where="TorchStep: metrics")
+    nested = by_objective(metrics, list(objectives), where="TorchStep")
     for objective, of in nested.items():
         for name in of:
             if is_reserved(name):
-                raise ValueError(f"TorchStep: metrics: the log uses {name!r} itself; give the metric another name")
+                raise ValueError(f"TorchStep: the log uses {name!r} itself; give the metric another name")
             if objectives[objective].label is None:
                 raise ValueError(f"TorchStep: the metric {name!r} needs labels; give label=, the column that has them")
             if of[name].takes_groups and objectives[objective].groups is None:

@@ -14,9 +14,17 @@ from recis_hybrid import distributed
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
+from recis_hybrid.pipelines.arguments import (
+    described,
+    refuse_no_batches,
+    refuse_no_callable,
+    refuse_no_count,
+    refuse_no_step,
+    refuse_other_than,
+)
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
-from recis_hybrid.pipelines.evaluate import Metrics, evaluate
+from recis_hybrid.pipelines.evaluate import Metrics, evaluate, refuse_no_metrics
 from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
@@ -59,7 +67,8 @@ class Trainer:
         seed: Of all generators of the process, set when a training begins anew; None leaves them.
 
     Raises:
-        ValueError: If accumulate or log_every is less than 1, or prefetch negative.
+        TypeError: If an argument is of another kind.
+        ValueError: If accumulate or log_every is less than 1, or prefetch or seed negative.
 
     Example:
         >>> from recis_hybrid import optim
@@ -101,13 +110,19 @@ class Trainer:
         for name, value, least in (
             ("accumulate", accumulate, 1),
             ("log_every", log_every, 1),
-            ("prefetch", prefetch or 0, 0),
+            ("prefetch", 0 if prefetch is None else prefetch, 0),
+            ("seed", 0 if seed is None else seed, 0),
         ):
-            if value < least:
-                raise ValueError(f"Trainer: {name} must be at least {least}, got {value}")
+            refuse_no_count("Trainer", name, value, least)
         distributed.join("Trainer")
         self.steps: dict[str, Step] = dict(step) if isinstance(step, Mapping) else {"": step}
+        for name, part, example in (("sources", sources, "{'ads': data}"), ("parts", parts, "{'stats': stats}")):
+            refuse_other_than("Trainer", name, part, (Mapping, type(None)), f"a mapping by name, as {example}")
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
+        _refuse_kinds(self.steps, given, metrics, saver, callbacks)
+        for name, function in (("transform", transform), ("open_window", open_window)):
+            if function is not None:
+                refuse_no_callable("Trainer", name, function, "a function, or None")
         self._sources = Sources({name: data for name, data in given.items() if data is not None}, open_window)
         self.transform = transform
         self.metrics: Metrics = metrics or {}
@@ -130,7 +145,8 @@ class Trainer:
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = Watcher(self._clock, self._hooks)
-            if isinstance(each, Rehearsing):
+            # Of several steps, some may never be evaluated.
+            if len(self.steps) == 1 and isinstance(each, Rehearsing):
                 each.rehearse(self.metrics)
 
     @property
@@ -455,6 +471,7 @@ class Trainer:
         self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
+        _refuse_no_stages(stages, resume)
         self._stages, self._stage = stages, None
         self._place = Place(self._place.steps, self._place.samples)
         self.stopped = self._saved = self._saved_in = None
@@ -553,3 +570,41 @@ class Trainer:
     def _log(self, event: str, figures: Mapping[str, Any]) -> None:
         record: Record = {"event": event, "step": self.steps_done, **figures}
         self._hooks.call("on_log", record)
+
+
+def _refuse_kinds(
+    steps: Mapping[str, Any],
+    sources: Mapping[str, Any],
+    metrics: Any,
+    saver: Any,
+    callbacks: Any,
+) -> None:
+    """Raises TypeError for arguments of a Trainer that are of another kind."""
+    for name, step in steps.items():
+        refuse_no_step("Trainer", f"the step {name!r}" if name else "step", step)
+    for name, data in sources.items():
+        if data is not None:
+            refuse_no_batches("Trainer", f"{name}_data" if name in ("train", "eval") else f"the source {name!r}", data)
+    if metrics is not None:
+        refuse_no_metrics("Trainer", metrics)
+    if isinstance(saver, type) or not (saver is None or hasattr(saver, "latest")):
+        raise TypeError(f"Trainer: saver must be a Saver, as Saver('run'), or None, got {described(saver)}")
+    if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
+        hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
+        raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {described(callbacks)}{hint}")
+    for number, callback in enumerate(callbacks):
+        refuse_other_than("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
+
+
+def _refuse_no_stages(stages: Any, resume: Any) -> None:
+    """Raises TypeError unless stages are a sequence or a stream, and ``resume`` says from where to go on."""
+    if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
+        hint = "; put it into a list" if hasattr(stages, "run") else ""
+        raise TypeError(
+            f"Trainer.fit: stages must be a sequence of stages, as [Train(), Evaluate()], got {described(stages)}{hint}"
+        )
+    for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
+        if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
+            raise TypeError(f"Trainer.fit: stages[{number}] must be a stage, as Train(), got {described(stage)}")
+    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, int)):
+        raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')

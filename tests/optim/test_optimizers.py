@@ -179,7 +179,7 @@ def test_what_an_engine_is_to_keep_for_momentum_is_said_with_the_number(override
 def test_a_table_of_another_engine_is_refused() -> None:
     engine, other = (EmbeddingEngine({"id": EmbeddingConfig(dim=2)}) for _ in range(2))
     _, ctx = engine.lookup({"id": torch.tensor([1])})
-    with pytest.raises(ValueError, match="this table is not among the optimizer's parameters"):
+    with pytest.raises(ValueError, match="the table 'id' is not among the optimizer's parameters"):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(other.parameters()))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from recis_hybrid.pipelines import (
     Trainer,
     evaluate,
 )
+from recis_hybrid.pipelines.config import load_config
+from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.model_outputs import aligned, main_output, own_loss
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.small import bce
 
 ROWS = 32
@@ -195,6 +198,10 @@ def test_several_labels_a_row() -> None:
 
 
 def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
+    later = step_of(Model())
+    later(batch_of())
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 2"):
+        later(batch_of(torch.arange(ROWS) % 3))
     with pytest.raises(
         ValueError, match=r"the labels 'label' of binary_cross_entropy_with_logits .*got 0 to 2; map them"
     ):
@@ -220,6 +227,23 @@ def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
         step_of(Model(), lambda outputs, labels: 0.5)(batch_of())
 
 
+def test_metrics_of_evaluations_are_tried_with_the_first_batch_of_a_trainers_only_step() -> None:
+    # Of several steps the trainer does not know which are evaluated: one without labels may be one that is not.
+    unlabelled = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
+    steps = {"click": step_of(Model()), "other": unlabelled}
+    trainer = Trainer(steps, [batch_of()], [batch_of()], metrics={"auc": AUC()})
+    assert "auc" in trainer.fit([Train(step="other"), Train(step="click"), Evaluate(step="click")])["eval"]
+    # Each trainer tries its own, and leaves them as they were.
+    step, metric = step_of(Model(2, column), nn.BCEWithLogitsLoss()), AUC()
+    both = batch_of(torch.stack([binary(torch.int64)] * 2, 1))
+    Trainer(step, [both]).fit([Train()])
+    with pytest.raises(ValueError, match="the metric 'auc' cannot take"):
+        Trainer(step, [both], metrics={"auc": metric}).fit([Train()])
+    Trainer(step_of(Model()), [batch_of()], metrics={"auc": metric}).fit([Train()])
+    with pytest.raises(ValueError, match="nothing to compute"):
+        metric.compute()
+
+
 def test_missing_labels_are_named() -> None:
     labels = binary(torch.float32)
     labels[3] = math.nan
@@ -227,6 +251,20 @@ def test_missing_labels_are_named() -> None:
         Trainer(step_of(Model()), [batch_of(labels)]).fit([Train()])
     with pytest.raises(KeyError, match="the label column 'clicked' must be a dense column of the batch"):
         step_of(Model(), label="clicked")(batch_of())
+    lists = RaggedTensor(torch.ones(ROWS, dtype=torch.int64), torch.arange(ROWS + 1))
+    with pytest.raises(
+        TypeError, match=r"'label' must be a dense column of numbers, got lists or text, .* torch.int64; re"
+    ):
+        step_of(Model())({**batch_of(), "label": lists})
+
+
+@pytest.mark.jax
+def test_labels_of_numpy_and_jax() -> None:
+    import jax.numpy as jnp
+
+    for make in (np.asarray, jnp.asarray):
+        labels: Any = make(binary(torch.int32).numpy())
+        assert losses(Model(), batch_of(labels)) == pytest.approx(expected(), rel=1e-6)
 
 
 def test_numbers_are_scored_as_they_are() -> None:
@@ -393,6 +431,20 @@ def test_labels_of_csv(tmp_path: Path) -> None:
     assert batch["label"].dtype is torch.bool  # type: ignore[union-attr]
     trainer = Trainer(step_of(Model()), data, data, metrics={"auc": AUC()})
     assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+
+
+@pytest.mark.parametrize("words", [("false", "true"), ("0", "1"), ("0.0", "1.0")])
+def test_labels_of_a_configuration(tmp_path: Path, words: tuple[str, str]) -> None:
+    rows = "".join(f"{n % 7},{words[n % 7 % 2]}\n" for n in range(ROWS))
+    (tmp_path / "rows.csv").write_text("id,clicked\n" + rows)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data: {{train: {tmp_path}/rows.csv, evaluate: {tmp_path}/rows.csv, label: clicked, batch_size: 16}}\n"
+        f"features: {{id: {{dim: 4}}}}\noptimizer: {{sparse_lr: 0.1, dense_lr: 0.1}}\n"
+        f"train: {{epochs: 5, metrics: [auc]}}\nrun: {tmp_path}/run\n"
+    )
+    loaded = load_config(config)
+    assert trainer_of(loaded, quiet=True).fit(stages_of(loaded))["eval"]["auc"] == 1.0
 
 
 def test_a_step_of_ones_own_may_return_labels_in_a_column() -> None:

@@ -14,11 +14,14 @@ from recis_hybrid.pipelines import (
     Checkpoint,
     Evaluate,
     Evict,
+    JsonLog,
+    ProgressBar,
     Record,
     TorchStep,
     Train,
     Trainer,
 )
+from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.small import Records, bce, make_batches, make_step
@@ -147,6 +150,28 @@ def test_figures_and_metrics_of_the_models_own() -> None:
     # What an evaluation would log is no figure of training.
     step.log("mean_output", torch.tensor(5.0))
     assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = Records()
+    callbacks = [ProgressBar(), JsonLog(tmp_path / "log.jsonl"), shown]
+    Trainer(own_figures(), make_batches(4), callbacks=callbacks, log_every=4).fit([Train()])
+    (line,) = shown.of("train")
+    error = capfd.readouterr().err
+    for figure in (f"loss {line['loss']:.4f}", f"auc {line['auc']:.4g}", f"mean_output {line['mean_output']:.4g}"):
+        assert figure in error
+    page = write_report(tmp_path).read_text()
+    for name in ("Loss", "auc", "mean_output"):
+        assert f"<h2>{name}</h2>" in page
+    assert f"<b>{line['loss']:.4f}</b>" in page
+
+
+def test_an_update_that_overflows_is_in_no_mean_of_norms() -> None:
+    step, shown = make_step(precision="float16", loss_scale=2.0**40, clip_grad_norm=1.0), Records()
+    Trainer(step, make_batches(8) * 5, callbacks=[shown], log_every=40).fit([Train()])
+    (line,) = shown.of("train")
+    assert step._scaler.get_scale() < 2.0**40  # the first ones did
+    assert 0 < line["grad_norm"] < 100
 
 
 def test_what_cannot_be_logged_is_named() -> None:

@@ -211,6 +211,15 @@ def test_parameters_of_the_loss_and_of_weights_are_trained_and_saved() -> None:
         TorchStep(heads, named, [sparse(heads), dense(heads)], weighting=weights)
 
 
+@pytest.mark.parametrize("name", ["model", "engine", "updates", "schedule0"])
+def test_an_optimizer_has_the_name_of_no_other_part(name: str) -> None:
+    model = TwoTables()
+    optimizers = {name: sparse(model), "dense": (of_tower := dense(model))}
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(of_tower, 0.9)]
+    with pytest.raises(ValueError, match=rf"checkpoints have other parts by the names \['{name}'\]; call the optim"):
+        TorchStep(model, bce, optimizers, schedules=schedules)
+
+
 def test_a_step_without_optimizers_predicts_and_does_not_train() -> None:
     model = TwoTables()
     step = TorchStep(model, bce, [])
