@@ -323,6 +323,27 @@ def test_a_stream_that_changes_is_refused() -> None:
         list(data)
 
 
+@pytest.mark.parametrize("bad", ["raise", "skip"])
+def test_a_function_that_fails_is_no_damaged_file(bad: Any) -> None:
+    fails = False
+
+    def failing() -> Iterator[Any]:
+        if fails:
+            raise FileNotFoundError("gone")
+        yield {"row": np.arange(3)}
+
+    data = ColumnDataset.from_arrow(failing, ["row"], 5, on_bad_file=bad)
+    fails = True
+    with pytest.raises(RuntimeError, match="the function that makes the batches failed: gone"):
+        list(data)
+
+
+def test_data_in_the_place_of_paths_says_where_it_goes() -> None:
+    for data in (table(), table().to_pandas(), {"row": [1]}, [table()]):
+        with pytest.raises(TypeError, match=r"paths must be paths, got .*ColumnDataset\.from_arrow"):
+            ColumnDataset(data, ["row"], 4)
+
+
 def test_batches_are_brought_to_the_types_of_the_first() -> None:
     made = [
         {"a": np.array([1, 2]), "b": ["x", "y"]},
