@@ -235,6 +235,8 @@ def _array(values: Any) -> Any:
         return pa.Array.from_pandas(values)
     if hasattr(values, "__arrow_c_stream__"):
         return pa.chunked_array(values)
+    if hasattr(values, "__array__"):
+        return _of_numpy(np.asarray(values))
     if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise TypeError(f"it is {type(values).__name__}")
     values = list(values)

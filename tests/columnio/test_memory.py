@@ -121,6 +121,16 @@ def test_tensors_share_the_memory() -> None:
     assert dense(second, "x").data_ptr() - dense(first, "x").data_ptr() == 500 * 8
 
 
+class Foreign:
+    """As an array of another framework."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.arange(5, 9)
+
+    def __len__(self) -> int:
+        return 4
+
+
 def test_columns_of_a_dictionary() -> None:
     columns = {
         "i": np.arange(4, dtype=np.int32),
@@ -138,6 +148,7 @@ def test_columns_of_a_dictionary() -> None:
         "ragged": RaggedTensor.from_lists([[1], [], [2], [3]]),
         "series": pd.Series([1.0, np.nan, 2.0, 3.0], index=[5, 6, 7, 8]),
         "none": ["a", None, "b", "c"],
+        "foreign": Foreign(),
     }
     specs: dict[str, Column | None] = dict.fromkeys(columns)
     specs |= {"masked": Dense(default=-1), "series": Dense(default=-1), "none": Text(default="?"), "deep": Ragged()}
@@ -161,6 +172,7 @@ def test_columns_of_a_dictionary() -> None:
         "ragged": [[1], [], [2], [3]],
         "series": [1.0, -1.0, 2.0, 3.0],
         "none": [b"a", b"?", b"b", b"c"],
+        "foreign": [5, 6, 7, 8],
     }
     assert dense(batch, "i").dtype == torch.int32
 
