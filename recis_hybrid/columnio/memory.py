@@ -84,6 +84,7 @@ class MemoryFile:
         """Yields the table, or those of the batches of one more call, in the types of the first.
 
         Raises:
+            RuntimeError: The function failed to read something.
             TypeError: A batch is of another kind.
             ValueError: A batch has other columns than the first.
         """
@@ -91,7 +92,7 @@ class MemoryFile:
             yield self.table
             return
         schema = None
-        for batch in self.batches():
+        for batch in _own_errors(self.batches):
             table = as_table(batch)
             schema = table.schema if schema is None else schema
             yield alike(table, schema)
@@ -189,6 +190,14 @@ def _checked(function: Callable[[], Any]) -> Callable[[], Iterable[Any]]:
     return batches
 
 
+def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """Yields batches; what a function of the user's cannot read is no file of the dataset's."""
+    try:
+        yield from batches()
+    except (OSError, pa.ArrowException) as error:
+        raise RuntimeError(f"ColumnDataset.from_arrow: the function that makes the batches failed: {error}") from error
+
+
 def _of_columns(columns: Mapping[str, Any]) -> Any:
     arrays = {}
     for name, values in columns.items():
@@ -226,6 +235,8 @@ def _array(values: Any) -> Any:
         return pa.Array.from_pandas(values)
     if hasattr(values, "__arrow_c_stream__"):
         return pa.chunked_array(values)
+    if hasattr(values, "__array__"):
+        return _of_numpy(np.asarray(values))
     if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise TypeError(f"it is {type(values).__name__}")
     values = list(values)

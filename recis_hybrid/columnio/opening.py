@@ -172,8 +172,8 @@ def _types(
                 raise ValueError(
                     f"columnio: files must agree about their columns, and {name!r} is "
                     f"{next(iter(types))} in {other} but {own} in {each.file}; give it a spec with a dtype that "
-                    f"reads both, as Dense(torch.float64) does of all numbers, read them apart, or write one of them "
-                    f"anew"
+                    f"reads both, as Dense(torch.float64) does of all numbers and Text() of whatever text files hold, "
+                    f"read them apart, or write one of them anew"
                 )
             joint[name] = together
     return joint, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,9 +93,21 @@ def find_files(paths: Paths, filesystem: Any = None, partitions: bool = True) ->
 
     Raises:
         FileNotFoundError: A path does not exist, a pattern matches nothing or a folder has no such file.
+        TypeError: `paths` are no paths.
         ValueError: There are no paths, a file is named twice, or nothing is known to read such a URL.
     """
+    if hasattr(paths, "__arrow_c_stream__") or isinstance(paths, Mapping):
+        raise TypeError(
+            f"columnio: paths must be paths, got {type(paths).__name__}; data in memory is read by "
+            f"ColumnDataset.from_arrow"
+        )
     entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    for entry in entries:
+        if not isinstance(entry, str | os.PathLike):
+            raise TypeError(
+                f"columnio: paths must be paths, got {type(entry).__name__} in {type(paths).__name__}; data in memory "
+                f"is read by ColumnDataset.from_arrow"
+            )
     if not entries:
         raise ValueError("columnio: paths must name at least one file, folder or pattern, got an empty sequence")
     given = None if filesystem is None else as_filesystem(filesystem)

@@ -66,6 +66,8 @@ scenarios = {
     "order": lambda: ColumnDataset([mine / "same" / f"{k}.parquet" for k in ((0, 1), (1, 0))[rank]], ["row"], 10),
     "batch size": lambda: opened("same", 10 + rank),
     "seed": lambda: opened("same", shuffle=True, seed=rank),
+    "memory": lambda: ColumnDataset.from_arrow({"row": [0, rank, 2]}, ["row"], 1),
+    "same memory": lambda: rows(ColumnDataset.from_arrow({"row": [0, 1, 2]}, ["row"], 1)),
     "damaged": lambda: opened("damaged"),
     "skip": lambda: opened("damaged", on_bad_file="skip"),
     "missing": lambda: opened("missing"),
@@ -137,6 +139,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("order", "its files are in another order"),
         ("batch size", "batch_size is 10 on rank 0 and 11 on rank 1"),
         ("seed", "seed is 0 on rank 0 and 1 on rank 1"),
+        ("memory", "data in memory"),
         ("skip", "0.parquet has (20, 10) on rank 0 and None on rank 1"),
     ],
 )
@@ -161,6 +164,7 @@ def test_a_rank_that_cannot_open_tells_the_others(said: list[dict[str, Any]], sc
 
 def test_the_same_data_elsewhere_is_the_same(said: list[dict[str, Any]]) -> None:
     assert [rank["elsewhere"] for rank in said] == [3, 3]
+    assert [rank["same memory"] for rank in said] == [2, 1]
 
 
 def test_ranks_by_hand_and_workers_talk_to_nobody(said: list[dict[str, Any]]) -> None:

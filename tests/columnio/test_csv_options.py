@@ -214,6 +214,19 @@ def test_integers_that_are_written_as_floats(tmp_path: Path, first: int) -> None
             list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 65_536, on_bad_file=bad))  # type: ignore[arg-type]
 
 
+def test_large_ids_beside_nulls_keep_their_bits(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"x,y\n{2**64 - 1},0\n,1\nNA,2\n{2**53 + 1},3\n")
+    assert numbers(ColumnDataset(tmp_path, {"x": Dense(default=0)}, 10)) == [-1, 0, 0, 2**53 + 1]
+
+
+@pytest.mark.parametrize("value", ["1e30", "1e999999999", "inf", "1_000", "1_0.0", "1.0.0", "."])
+def test_what_is_no_integer_of_64_bits_is_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a.csv").write_text(f"x,y\n1,0\n{value},1\n")
+    with pytest.raises(ValueError, match=rf"has the value '{value}' in row 3, which is no int64") as caught:
+        list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 10))
+    assert not isinstance(caught.value, BadFileError)
+
+
 def test_integers_of_json_that_are_written_as_floats(tmp_path: Path) -> None:
     first = BLOCK // 8
     lines = ['{"x": 0, "l": [1]}'] * first + ['{"x": 1.0, "l": [2.0, 3]}', '{"x": 9007199254740993, "l": []}']

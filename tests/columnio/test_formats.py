@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ragged, Text, Weighted
 from recis_hybrid.columnio.files import OpenedFile
 from recis_hybrid.columnio.formats import SUFFIXES, format_of
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -56,6 +56,11 @@ def write_arrow(made: Any, path: Path) -> None:
         writer.write_table(made, 10)
 
 
+def write_stream(made: Any, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+        writer.write_table(made, 10)
+
+
 def write_csv(made: Any, path: Path) -> None:
     pcsv.write_csv(made, path)
 
@@ -84,6 +89,8 @@ NESTED: dict[str, Writer] = {
     ".orc": write_orc,
     ".arrow": write_arrow,
     ".feather": write_arrow,
+    ".arrows": write_stream,
+    ".stream.arrow": write_stream,
     ".jsonl": write_json,
     ".json.gz": write_json_gz,
 }
@@ -337,6 +344,20 @@ def test_several_levels_take_null_as_empty(tmp_path: Path) -> None:
     assert ragged(batch, "tags").to_strings() == [[b"a"], []]
     with pytest.raises(ValueError, match=r"'tags' .* has 1 null .*give it Text\(null_as_empty=True\)"):
         list(ColumnDataset(tmp_path, ["tags"], 10))
+
+
+def test_a_stream_that_was_cut_off_is_damaged(tmp_path: Path) -> None:
+    write_stream(table(), tmp_path / "a.arrows")
+    whole = (tmp_path / "a.arrows").read_bytes()
+    # At its very end, between two batches, and within one.
+    with pa.BufferReader(whole) as source:
+        reader = pa.ipc.open_stream(source)
+        reader.read_next_batch()
+        between = source.tell()
+    for size in (len(whole) - 8, between, between - 8):
+        (tmp_path / "a.arrows").write_bytes(whole[:size])
+        with pytest.raises(BadFileError, match=r"a\.arrows .* is no whole Arrow file"):
+            ColumnDataset(tmp_path, ["row"], 10)
 
 
 def test_arrow_files_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

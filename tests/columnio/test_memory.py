@@ -121,6 +121,16 @@ def test_tensors_share_the_memory() -> None:
     assert dense(second, "x").data_ptr() - dense(first, "x").data_ptr() == 500 * 8
 
 
+class Foreign:
+    """As an array of another framework."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.arange(5, 9)
+
+    def __len__(self) -> int:
+        return 4
+
+
 def test_columns_of_a_dictionary() -> None:
     columns = {
         "i": np.arange(4, dtype=np.int32),
@@ -138,6 +148,7 @@ def test_columns_of_a_dictionary() -> None:
         "ragged": RaggedTensor.from_lists([[1], [], [2], [3]]),
         "series": pd.Series([1.0, np.nan, 2.0, 3.0], index=[5, 6, 7, 8]),
         "none": ["a", None, "b", "c"],
+        "foreign": Foreign(),
     }
     specs: dict[str, Column | None] = dict.fromkeys(columns)
     specs |= {"masked": Dense(default=-1), "series": Dense(default=-1), "none": Text(default="?"), "deep": Ragged()}
@@ -161,6 +172,7 @@ def test_columns_of_a_dictionary() -> None:
         "ragged": [[1], [], [2], [3]],
         "series": [1.0, -1.0, 2.0, 3.0],
         "none": [b"a", b"?", b"b", b"c"],
+        "foreign": [5, 6, 7, 8],
     }
     assert dense(batch, "i").dtype == torch.int32
 
@@ -321,6 +333,27 @@ def test_a_stream_that_changes_is_refused() -> None:
     data = ColumnDataset.from_arrow(shrinking, ["row"], 5)
     with pytest.raises(ValueError, match=r"data in memory has 7 rows where it had 10"):
         list(data)
+
+
+@pytest.mark.parametrize("bad", ["raise", "skip"])
+def test_a_function_that_fails_is_no_damaged_file(bad: Any) -> None:
+    fails = False
+
+    def failing() -> Iterator[Any]:
+        if fails:
+            raise FileNotFoundError("gone")
+        yield {"row": np.arange(3)}
+
+    data = ColumnDataset.from_arrow(failing, ["row"], 5, on_bad_file=bad)
+    fails = True
+    with pytest.raises(RuntimeError, match="the function that makes the batches failed: gone"):
+        list(data)
+
+
+def test_data_in_the_place_of_paths_says_where_it_goes() -> None:
+    for data in (table(), table().to_pandas(), {"row": [1]}, [table()]):
+        with pytest.raises(TypeError, match=r"paths must be paths, got .*ColumnDataset\.from_arrow"):
+            ColumnDataset(data, ["row"], 4)
 
 
 def test_batches_are_brought_to_the_types_of_the_first() -> None:

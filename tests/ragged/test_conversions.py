@@ -115,6 +115,11 @@ def test_arrow_of_other_kinds() -> None:
     assert RaggedTensor.from_arrow(pa.array(["x", "", "yz"]).slice(1)).to_strings() == [b"", b"yz"]
     assert RaggedTensor.from_strings(["x", "yz"]).to_arrow().to_pylist() == [b"x", b"yz"]
     assert RaggedTensor.from_arrow(pa.chunked_array([pa.array([[1]]), pa.array([[2, 3]])])).to_lists() == [[1], [2, 3]]
+    for strings in (pa.array(["x", "yz"], pa.string_view()), pa.array(["x", "yz"]).dictionary_encode()):
+        assert RaggedTensor.from_arrow(strings).to_strings() == [b"x", b"yz"]
+    assert RaggedTensor.from_arrow(pa.array([b"ab", b"cd"], pa.binary(2))).to_strings() == [b"ab", b"cd"]
+    fixed = pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2))
+    assert RaggedTensor.from_arrow(fixed[1:]).to_lists() == [[3, 4], [5, 6]]
     values = RaggedTensor.from_lists(ROWS)
     assert values.to_arrow().values.buffers()[1].address == values.values.data_ptr()
 

@@ -121,9 +121,9 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
         ValueError: A string is no such number.
     """
     options = file.csv or CsvOptions()
-    nulls = _NULLS if options.null_values is None else options.null_values
     texts = compute.utf8_trim_whitespace(texts)
-    texts = compute.if_else(compute.is_in(texts, pa.array(nulls, texts.type)), pa.scalar(None, texts.type), texts)
+    is_null = compute.is_in(texts, pa.array(_nulls_of(file), texts.type))
+    texts = compute.if_else(is_null, pa.scalar(None, texts.type), texts)
     try:
         return compute.replace_substring_regex(texts, r"\.0*$", "").cast(arrow_type)
     except pa.ArrowInvalid:
@@ -144,12 +144,21 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
     return pa.array(values, arrow_type).take(encoded.indices)
 
 
+def _nulls_of(file: Any) -> list[str]:
+    options = file.csv or CsvOptions()
+    return list(_NULLS if options.null_values is None else options.null_values)
+
+
 def _number(text: str, arrow_type: Any) -> Any:
     text = _BOOLEANS.get(text.lower(), text)
+    if "_" in text:
+        # Python's own way to write 1_000.
+        raise ValueError(text)
     if pa.types.is_floating(arrow_type):
         return float(text)
     whole = decimal.Decimal(text)
-    if whole != whole.to_integral_value():
+    # Nothing of more digits fits, and writing them out could take for ever.
+    if whole and whole.adjusted() > 20 or whole % 1:
         raise ValueError(text)
     return pa.scalar(int(whole), arrow_type).as_py()
 
@@ -190,6 +199,7 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any], block: int) -> Any:
         first = next(iter(reader))
     for name in floats:
         values = first.column(name).drop_null()
+        values = values.filter(compute.invert(compute.is_in(values, pa.array(_nulls_of(file), values.type))))
         if len(values) and compute.all(compute.match_substring_regex(values, r"^\s*-?[0-9]+\s*$")).as_py():
             try:
                 values.cast(pa.uint64())

@@ -13,12 +13,19 @@ NAME, PIECE = "Arrow", "record batch"
 
 # What a stream begins with; a file begins with "ARROW1".
 _CONTINUATION = b"\xff\xff\xff\xff"
+# What a stream ends with: a message of no length.
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
     with file.open() as source:
         if _is_stream(source):
+            # A stream that was cut off between two batches would be a shorter one.
+            source.seek(source.size() - len(_END))
+            if source.read(len(_END)) != _END:
+                raise pa.ArrowInvalid("the end of the stream is missing")
+            source.seek(0)
             # Where its batches lie is known only by reading all before them.
             return Contents(pa.ipc.open_stream(source).schema, [None], "stream")
         reader = pa.ipc.open_file(source)

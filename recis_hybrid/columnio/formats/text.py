@@ -92,7 +92,11 @@ def remedy(wanted: str, value: str, *, lists: bool = False, quoted: bool = True)
         return "write integers of 64 bits as Parquet, or as strings, which Text() reads"
     if integers and _is_number(value):
         return f"read it as {number}(torch.float32)"
-    return "read it as Text(), or write the file anew with one type" if quoted else "write the file anew with one type"
+    if wanted == "null":
+        return f"nothing but nulls came before it, so that its spec must say a type: {number}(torch.int64), or Text()"
+    if not quoted:
+        return "write the file anew with one type"
+    return f'read it as Text(), or by {number}(unit="s") if it is a date or time, or write the file anew with one type'
 
 
 def _is_number(value: str) -> bool:
