@@ -34,7 +34,7 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 help:  ## Lists what can be made, and the settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@printf '%s\n' '' 'Settings, as in `make test PYTHON=python3.12`:' \
-	  '  PYTHON           the Python to make the environment with, 3.11 to 3.13 (python3)' \
+	  '  PYTHON           the Python to make the environment with, 3.11 to 3.14 (python3)' \
 	  '  VENV             where the environment is (.venv)' \
 	  '  TORCH            what to hand to pip for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
 	  '  TORCH_INDEX_URL  the index to take torch from; https://download.pytorch.org/whl/cpu has the small' \
@@ -127,7 +127,7 @@ setup: $(EDITABLE) $(NATIVE)
 
 # Alone and first: torch comes from an index of its own where one is given, and what follows finds it there.
 $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constraints.txt $(STAMPS)/torch-setting
-	@command -v $(PYTHON) >/dev/null || { echo "recis_hybrid: $(PYTHON) was not found; install Python 3.11 to 3.13" \
+	@command -v $(PYTHON) >/dev/null || { echo "recis_hybrid: $(PYTHON) was not found; install Python 3.11 to 3.14" \
 	  "or name one, e.g. make demo PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) scripts/setup_env.py host
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -108,6 +108,11 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
         self._update = jax.jit(update, donate_argnums=2)  # nobody else ever sees the state
 
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether `step` averages the gradients over ranks, so that nothing else need do so."""
+        return self._all_reduce is not None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuses all groups but the one that it is made with.
 
@@ -160,7 +165,8 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     def _replace(self, updated: dict[str, jax.Array]) -> None:
         # Taking them waits for the whole program, so that torch may write to the gradients again.
-        tensors = unshare([updated[name] for name in self._named])
+        with torch.inference_mode(False):
+            tensors = unshare([updated[name] for name in self._named])
         for parameter, tensor in zip(self._named.values(), tensors, strict=True):
             parameter.data = tensor
             # As an update in place would: a backward pass that still needs the old value says so.

@@ -93,11 +93,12 @@ class JaxTower(torch.nn.Module):
             raise TypeError(f"JaxTower: f must be a function f(params, *inputs), got {type(f).__qualname__}")
         self._tower_name = name or str(getattr(f, "__name__", type(f).__name__))
         where = f"JaxTower {self._tower_name!r}"
-        self._slots, tree = plant(self, params, where)
         self._state_slots: tuple[Slot, ...] = ()
         self._state_tree: jax.tree_util.PyTreeDef | None = None
-        if state is not None:
-            self._state_slots, self._state_tree = plant(self, state, where, "state")
+        with torch.inference_mode(False):  # parameters that are made in it could never be trained
+            self._slots, tree = plant(self, params, where)
+            if state is not None:
+                self._state_slots, self._state_tree = plant(self, state, where, "state")
         self._padding = None if dims is None and classes is None else Padding(dims or (), classes or {}, where)
         self._supplies = keywords(f)
         if "masks" in self._supplies and self._padding is None:

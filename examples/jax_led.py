@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 import optax
 import torch
 from torch import Tensor
+from torch.distributed import is_initialized as is_distributed
 
 from recis_hybrid import optim
-from recis_hybrid.bridge import JaxState, to_jax, to_torch
+from recis_hybrid.bridge import GradientAllReduce, JaxState, to_jax, to_torch
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
@@ -78,13 +80,27 @@ class JaxStep:
             return optax.sigmoid_binary_cross_entropy(tower(params, embeddings), labels).mean()
 
         @jax.jit
-        def update(params: Any, opt_state: Any, embeddings: list[Any], labels: Any) -> Any:
-            loss, (of_params, of_embeddings) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, embeddings, labels)
-            changes, opt_state = optimizer.update(of_params, opt_state, params)
-            return (optax.apply_updates(params, changes), opt_state), loss, of_embeddings
+        def differentiate(params: Any, embeddings: list[Any], labels: Any) -> Any:
+            return jax.value_and_grad(loss_of, argnums=(0, 1))(params, embeddings, labels)
 
-        self._update = update
+        @jax.jit
+        def update(params: Any, opt_state: Any, gradients: Any) -> Any:
+            changes, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, changes), opt_state
+
+        self._differentiate, self._update = differentiate, update
         self._tower = jax.jit(tower)
+        self._all_reduce: GradientAllReduce | None = None
+
+    def synchronise(self) -> None:
+        """Where several ranks train together: begin with rank 0's parameters, and average gradients from then on."""
+        if is_distributed():
+            params, opt_state = self.state.tree
+            self._all_reduce = GradientAllReduce(params)
+            self.state.tree = self._all_reduce.broadcast(params), opt_state
+
+    def expect(self, rows: Sequence[Sequence[int]]) -> None:
+        """The engine counts the samples of all ranks itself."""
 
     def __call__(self, *batches: Batch) -> dict[str, Tensor]:
         (batch,) = batches
@@ -95,9 +111,14 @@ class JaxStep:
         with self.observer.phase("towers"):
             embeddings = [to_jax(value) for value in values.values()]  # in the same memory
             labels = to_jax(batch["label"], copy=True)  # a slice of the reader's buffer, which JAX may find misaligned
-            self.state.tree, loss, gradients = self._update(*self.state.tree, embeddings, labels)
-            by_field = {field: to_torch(gradient) for field, gradient in zip(values, gradients, strict=True)}
+            params, opt_state = self.state.tree
+            loss, (of_params, of_embeddings) = self._differentiate(params, embeddings, labels)
+            by_field = {field: to_torch(gradient) for field, gradient in zip(values, of_embeddings, strict=True)}
+        if self._all_reduce is not None:
+            with self.observer.phase("exchange"):
+                of_params = self._all_reduce(of_params, engine.share)
         with self.observer.phase("update"):
+            self.state.tree = self._update(params, opt_state, of_params)
             engine.apply_gradients(context, by_field, self.sparse)  # type: ignore[arg-type]
         return {"loss": to_torch(loss)}
 

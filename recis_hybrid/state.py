@@ -5,7 +5,9 @@ Letters: n rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -43,6 +45,24 @@ def rank_of_bucket(buckets: Tensor, world_size: int) -> Tensor:
         tensor([0, 0, 1, 2])
     """
     return (buckets * world_size) >> 16
+
+
+_apart: ContextVar[bool] = ContextVar("recis_hybrid_tables_apart", default=False)
+
+
+@contextmanager
+def tables_apart() -> Iterator[None]:
+    """Leave tables out of every module's ``state_dict`` and ``load_state_dict`` within: they are saved on their own."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def are_tables_apart() -> bool:
+    """Return whether this is called within :func:`tables_apart`."""
+    return _apart.get()
 
 
 class HostMemory(Protocol):

@@ -15,8 +15,9 @@ import subprocess
 import sys
 from typing import Any, List, Optional, Tuple
 
-PYTHONS = ((3, 11), (3, 13))
-TORCHES = ((2, 11), (2, 13))
+# As pyproject.toml has them.
+PYTHONS = ((3, 11), (3, 14))
+TORCHES = ((2, 11), (2, 15))
 # Uses what the kernels use, so that a compiler too old for them fails here and not in the middle of the build.
 CXX_PROBE = """
 #include <bit>
@@ -78,8 +79,8 @@ def compiler_fault(cxx: str) -> Optional[str]:
 def torch_fault(version: Optional[str]) -> Optional[str]:
     """Returns what is wrong with the installed torch of this version (None: not installed), or None."""
     low, high = TORCHES
-    wanted = "recis_hybrid needs {}.{} to {}.{}; install it first: `pip install torch=={}.{}.0`.".format(
-        low[0], low[1], high[0], high[1], high[0], high[1]
+    wanted = 'recis_hybrid needs {}.{} to {}.{}; install it first: `pip install "torch>={}.{},<{}.{}"`.'.format(
+        low[0], low[1], high[0], high[1], low[0], low[1], high[0], high[1] + 1
     )
     if version is None:
         return "torch is not installed in {}; {}".format(sys.prefix, wanted)

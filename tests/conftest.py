@@ -8,13 +8,40 @@ import hypothesis
 import pytest
 
 from tests.support import gpu
+from tests.support.quick import cross_section
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK = pytest.StashKey[set[str]]()
 
 # No deadline: a shared machine is slow at times, and how fast things are is the benchmarks' business.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run a cross-section, in a fifth of the time at most")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Notes the cross-section; with --quick nothing else runs."""
+    kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
+    config.stash[QUICK] = names = {item.nodeid for item in kept}
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says after a whole run what share of its time `make test-quick` would have taken."""
+    reports = [each for kind in terminalreporter.stats.values() for each in kind if isinstance(each, pytest.TestReport)]
+    of_all = sum(report.duration for report in reports)
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not of_all:
+        return
+    names = config.stash[QUICK]
+    share = sum(report.duration for report in reports if report.nodeid in names) / of_all
+    terminalreporter.write_line(f"{len(names)} of these tests, {share:.0%} of this time, are `make test-quick`")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.gpu import Machine, count_listed, verdict
+from tests.support.quick import SHARE, cross_section
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,55 @@ def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str,
     assert closing in done.stdout, done.stdout + done.stderr
     assert done.returncode == int(required)
     assert ("RECIS_REQUIRE_GPU=1" in done.stdout) == (required == "1")
+
+
+def marked(node: ast.AST) -> set[str]:
+    """Returns the names of the markers in these expressions."""
+    return {
+        each.attr for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Attribute) and each.value.attr == "mark"
+    }  # fmt: skip
+
+
+def functions(root: Path) -> dict[str, set[str]]:
+    """Returns every test function of the repository, as ``file::function``, with its markers."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        body = ast.parse(path.read_text()).body
+        of_file = set().union(
+            *(marked(node) for node in body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node))
+        )
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marks = set().union(*(marked(decorator) for decorator in node.decorator_list))
+                found[f"{path.relative_to(root)}::{node.name}"] = of_file | marks
+    return found
+
+
+def test_the_cross_section_has_some_of_every_file_and_what_no_run_should_be_without(root: Path) -> None:
+    marks = functions(root)
+    chosen = cross_section(marks, str, lambda name: marks[name])
+    files = {name.partition("::")[0] for name, of_it in marks.items() if "slow" not in of_it}
+    assert {name.partition("::")[0] for name in chosen} == files
+    assert len(chosen) < (SHARE + 0.05) * len(marks) + len(files)
+    always = [name for name, of_it in marks.items() if "quick" in of_it]
+    assert set(always) <= set(chosen)
+    # Killed and resumed; ranks that share tables; a JAX tower over tables.
+    for room in ("pipelines", "embedding", "examples"):
+        assert any(f"tests/{room}/" in name for name in always), room
+
+
+def test_the_cross_section_takes_new_tests_up_and_one_set_of_parameters_of_each() -> None:
+    names = [f"tests/a/test_{n % 20}.py::test_{n}[{case}]" for n in range(1000) for case in range(3)]
+    chosen = cross_section(names, str, lambda name: set())
+    assert 0.3 * 1000 < len(chosen) < 0.4 * 1000
+    assert len({name.partition("[")[0] for name in chosen}) == len(chosen)
+    assert chosen == [name for name in names if name in set(chosen)]
+    # As others come and go, who was drawn stays drawn, but for the one that stood for a file.
+    more = cross_section([*names, *(name + "x" for name in names[:300])], str, lambda name: set())
+    assert len({*chosen} - {*more}) <= 20
+    alone = cross_section(["f::slow", "f::new[1]", "f::new[2]"], str, lambda name: {"slow"} & {name[3:]})
+    assert len(alone) == 1
+    assert alone[0].startswith("f::new")
+    assert cross_section(names, str, lambda name: {"slow"}) == []
+    assert len(cross_section(names, str, lambda name: {"quick"})) == 1000

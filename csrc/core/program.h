@@ -14,6 +14,7 @@
 #include "core/macros.h"
 #include "core/maps.h"
 #include "core/segments.h"
+#include "core/times.h"
 #include "core/transform.h"
 #include "core/vocabulary.h"
 
@@ -52,6 +53,9 @@ enum class Step : int64_t {
   kVocabularyId,
   kVocabularyString,
   kWrap32,
+  kTimePart,
+  kSecondsTo,
+  kSecondsBetween,
 };
 
 // An operand is a scratch tile where it is 0 or more, else the tensor bound as number -1 - operand. A string operand is
@@ -225,6 +229,21 @@ struct RunProgram {
       for (int e = 0; e < count; ++e) out[e] = cross_ids(x[e], y[e]);
     }
 
+    RECIS_HD void seconds_between() const {
+      const SecondsBetween seconds{instruction.p[0]};
+      const int64_t* RECIS_RESTRICT from = at<const int64_t>(instruction.a);
+      const int64_t* RECIS_RESTRICT to = at<const int64_t>(instruction.b);
+      int64_t* RECIS_RESTRICT out = at<int64_t>(instruction.out);
+      const int64_t missing = instruction.p[2];
+      if (instruction.p[1] == 0) {
+        for (int e = 0; e < count; ++e) out[e] = seconds(from[e], to[e]);
+      } else {
+        for (int e = 0; e < count; ++e) {
+          out[e] = from[e] == missing || to[e] == missing ? missing : seconds(from[e], to[e]);
+        }
+      }
+    }
+
     template <class T>
     RECIS_HD T parameter(int which) const {
       return static_cast<T>(number(which));
@@ -306,6 +325,20 @@ struct RunProgram {
           return find_strings();
         case Step::kWrap32:
           return each<int64_t, int64_t>([](int64_t x) { return static_cast<int64_t>(static_cast<int32_t>(x)); });
+        case Step::kTimePart: {
+          // The part; units of a second; seconds ahead of UTC, and 1 where p[3] stands for no time, which has no part.
+          const PartOfTime of{p[0], p[1], p[2] >> 1};
+          if ((p[2] & 1) == 0) return each<int64_t, int64_t>([&](int64_t x) { return of(x); });
+          return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? -1 : of(x); });
+        }
+        case Step::kSecondsTo: {
+          // Units of a second; the other time; whether p[3] stands for no time, which is left as it is.
+          const SecondsBetween seconds{p[0]};
+          if (p[2] == 0) return each<int64_t, int64_t>([&](int64_t x) { return seconds(x, p[1]); });
+          return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? x : seconds(x, p[1]); });
+        }
+        case Step::kSecondsBetween:
+          return seconds_between();
       }
     }
   };

@@ -78,6 +78,44 @@ struct TakeRule {
   }
 };
 
+// The distinct values of a row.
+struct DistinctRule {
+  Rows rows;
+  const int64_t* ids;
+
+  RECIS_HD int64_t size(int64_t row) const {
+    if (!rows.good(row)) return -1;
+    const int64_t begin = rows.begin(row);
+    const int64_t end = begin + rows.size(row);
+    int64_t distinct = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      int64_t j = begin;
+      while (j < k && ids[j] != ids[k]) ++j;
+      distinct += j == k ? 1 : 0;
+    }
+    return distinct;
+  }
+};
+
+// The decimal digits of id i, and its sign.
+struct DecimalRule {
+  const int64_t* ids;
+  int64_t is_unsigned;
+
+  RECIS_HD static int64_t digits(uint64_t number) {
+    int64_t count = 1;
+    for (; number >= 10; number /= 10) ++count;
+    return count;
+  }
+
+  RECIS_HD bool negative(int64_t i) const { return is_unsigned == 0 && ids[i] < 0; }
+  RECIS_HD uint64_t magnitude(int64_t i) const {
+    const auto number = static_cast<uint64_t>(ids[i]);
+    return negative(i) ? 0 - number : number;
+  }
+  RECIS_HD int64_t size(int64_t i) const { return digits(magnitude(i)) + (negative(i) ? 1 : 0); }
+};
+
 // The new offsets of whole columns by a rule, a column an item: sums[0] is 0, sums[i + 1] the values of rows 0 .. i. A
 // refused row counts as empty and is noted: refused[column] becomes 1 + the row.
 template <class Rule>
@@ -288,6 +326,71 @@ struct TopKRows {
       part.weights_out[to + before] = mine;
       with_word(part.unit, [&](auto word) { put<decltype(word)>(part, begin + k, to + before); });
     }
+  }
+};
+
+// The first of each distinct value of a row, with its weight, in their order.
+struct DistinctPart {
+  int64_t first;
+  Rows rows;
+  const int64_t* made;
+  const int64_t* ids;
+  const float* weights;  // or null
+  int64_t* ids_out;
+  float* weights_out;
+  int64_t room;  // values that the result has
+};
+
+struct DistinctRows {
+  Segments<DistinctPart> segments;
+
+  // By one lane: where a value goes depends on those before it.
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    const DistinctPart& part = segments[number];
+    const int64_t row = i - part.first;
+    const int64_t to = part.made[row];
+    const int64_t end = part.made[row + 1];
+    if (to == end || end > part.room) return;
+    const int64_t begin = part.rows.begin(row);
+    int64_t next = to;
+    for (int64_t k = begin; k < begin + part.rows.size(row); ++k) {
+      int64_t j = to;
+      while (j < next && part.ids_out[j] != part.ids[k]) ++j;
+      if (j < next || next == end) continue;
+      part.ids_out[next] = part.ids[k];
+      if (part.weights != nullptr) part.weights_out[next] = part.weights[k];
+      ++next;
+    }
+  }
+};
+
+// Ids as decimal digits, an id a row of bytes.
+struct DecimalPart {
+  int64_t first;
+  DecimalRule rule;
+  const int64_t* made;
+  uint8_t* bytes;
+  int64_t room;
+};
+
+struct DecimalRows {
+  Segments<DecimalPart> segments;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    const DecimalPart& part = segments[number];
+    const int64_t id = i - part.first;
+    int64_t at = part.made[id + 1];
+    if (at > part.room) return;
+    uint64_t left = part.rule.magnitude(id);
+    do {
+      part.bytes[--at] = static_cast<uint8_t>('0' + left % 10);
+      left /= 10;
+    } while (left != 0);
+    if (part.rule.negative(id)) part.bytes[--at] = '-';
   }
 };
 

@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
       "ragged_topk(Tensor[] values, Tensor[] offsets, Tensor[] weights, int[] most, str labels, bool exact, "
       "bool parallel) -> Tensor[]");
+  m.def(
+      "ragged_distinct(Tensor[] ids, Tensor[] offsets, Tensor[] planes, int[] weights, str labels, bool exact, "
+      "bool parallel) -> Tensor[]");
+  m.def("decimal_strings(Tensor[] ids, int[] is_unsigned, bool exact, bool parallel) -> Tensor[]");
   m.def("ragged_concat(Tensor[] tensors, int[] index, str labels, bool parallel) -> Tensor[]");
   m.def("multi_hot(Tensor[] tensors, int[] index, int[] classes, str labels, bool parallel) -> Tensor[]");
   m.def("first_bad_offsets(Tensor[] offsets, int[] totals) -> Tensor");

@@ -199,6 +199,78 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
   return results;
 }
 
+// The distinct values of each row. For each column the offsets, the ids, and the weights where weights[k], a number of
+// one of `planes`, is not -1. Returns the same of the result.
+template <class Device>
+Tensors ragged_distinct(const Tensors& ids, const Tensors& offsets, const Tensors& planes, const Ints& weights,
+                        const std::string& labels, bool exact, bool parallel) {
+  if (ids.empty()) return {};
+  Device device(ids[0]);
+  RECIS_CHECK(offsets.size() == ids.size() && weights.size() == ids.size(),
+              "ragged_distinct: arguments do not fit together");
+  std::vector<DistinctRule> rules;
+  Ints counts;
+  for (size_t k = 0; k < ids.size(); ++k) {
+    RECIS_CHECK(ids[k].dim() == 1, "ragged_distinct takes ids [N]");
+    rules.push_back({rows_of(ids[k], &offsets[k]), data<int64_t>(ids[k], "ids")});
+    counts.push_back(row_count(ids[k], &offsets[k]));
+  }
+  const Tensors made = sum_rows(device, ids[0], rules, counts, labels, bad_offsets, parallel);
+  Tensors results;
+  std::vector<DistinctPart> parts;
+  int64_t total = 0;
+  for (size_t k = 0; k < ids.size(); ++k) {
+    results.push_back(made[k]);
+    results.push_back(new_values(ids[k], made[k], ids[k].size(0), exact));
+    DistinctPart part{total,
+                      rules[k].rows,
+                      data<int64_t>(made[k], "offsets"),
+                      rules[k].ids,
+                      weights_of(planes, weights[k], ids[k], line_of(labels, k)),
+                      data<int64_t>(results.back(), "ids"),
+                      nullptr,
+                      results.back().size(0)};
+    if (weights[k] >= 0) {
+      results.push_back(new_values(*tensor_at(planes, weights[k]), made[k], ids[k].size(0), exact));
+      part.weights_out = data<float>(results.back(), "weights");
+    }
+    parts.push_back(part);
+    total += counts[k];
+  }
+  launch_rows(device, DistinctRows{}, parts, total, 16, parallel);
+  return results;
+}
+
+// The decimal digits of ids [N], with a sign where they are signed and below 0. Returns for each column the offsets
+// [N + 1] of its strings, and their bytes.
+template <class Device>
+Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact, bool parallel) {
+  if (ids.empty()) return {};
+  Device device(ids[0]);
+  RECIS_CHECK(is_unsigned.size() == ids.size(), "decimal_strings: arguments do not fit together");
+  constexpr int64_t kMostDigits = 20;
+  std::vector<DecimalRule> rules;
+  Ints counts;
+  for (size_t k = 0; k < ids.size(); ++k) {
+    rules.push_back({data<int64_t>(ids[k], "ids"), is_unsigned[k]});
+    counts.push_back(ids[k].numel());
+  }
+  const Tensors made = sum_rows(device, ids[0], rules, counts, "", bad_offsets, parallel);
+  Tensors results;
+  std::vector<DecimalPart> parts;
+  int64_t total = 0;
+  for (size_t k = 0; k < ids.size(); ++k) {
+    const int64_t bytes = exact ? data<int64_t>(made[k], "offsets")[counts[k]] : counts[k] * kMostDigits;
+    results.push_back(made[k]);
+    results.push_back(new_to_fill(ids[k], {bytes}, ScalarType::Byte));
+    parts.push_back({total, rules[k], data<int64_t>(made[k], "offsets"),
+                     static_cast<uint8_t*>(results.back().data_ptr()), bytes});
+    total += counts[k];
+  }
+  launch_rows(device, DecimalRows{}, parts, total, 1, parallel);
+  return results;
+}
+
 // Columns put together row by row. `index` holds for each result how many columns, then three numbers of tensors for
 // each: values ([N], or [B, L] without offsets), offsets or -1, weights or -1. Returns for each the offsets, unless all
 // are dense, the values ([B, sum of L] where dense), and the weights where one has them (1 in those that have none).
@@ -360,6 +432,8 @@ void register_ragged(Library& m) {
   m.impl("ragged_take", TORCH_BOX(&ragged_take<Device>));
   m.impl("ragged_cross", TORCH_BOX(&ragged_cross<Device>));
   m.impl("ragged_topk", TORCH_BOX(&ragged_topk<Device>));
+  m.impl("ragged_distinct", TORCH_BOX(&ragged_distinct<Device>));
+  m.impl("decimal_strings", TORCH_BOX(&decimal_strings<Device>));
   m.impl("ragged_concat", TORCH_BOX(&ragged_concat<Device>));
   m.impl("multi_hot", TORCH_BOX(&multi_hot<Device>));
   m.impl("ragged_tile", TORCH_BOX(&ragged_tile<Device>));

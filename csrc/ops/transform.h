@@ -9,10 +9,11 @@ namespace recis {
 template <>
 inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
 
+// The modulus is an unsigned number, of which the schema has the bits.
 template <class Device>
 Tensor mod_ids(const Tensor& ids, int64_t modulus) {
   Device device(ids);
-  RECIS_CHECK(modulus > 0, "mod_ids: the modulus must be positive, got ", modulus);
+  RECIS_CHECK(modulus != 0, "mod_ids: the modulus must not be 0");
   Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
   device.for_each(
       ids.numel(), 1,

@@ -7,6 +7,7 @@ from .columns import (
     Text as Text,
     Weighted as Weighted,
 )
+from .csv_options import CsvOptions as CsvOptions
 from .dataset import ColumnDataset as ColumnDataset
 from .errors import BadFileError as BadFileError, Skipped as Skipped
 from .negatives import NegativeSampler as NegativeSampler

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
+
+from recis_hybrid import distributed
 
 T = TypeVar("T")
 # How many files a message names, and letters of each value.
@@ -19,6 +23,19 @@ def has_other_ranks() -> bool:
     """Returns whether this process can talk to other ranks: a DataLoader's worker has their group by name only."""
     initialized = dist.is_available() and dist.is_initialized()
     return initialized and get_worker_info() is None and dist.get_world_size() > 1
+
+
+@cache
+def warn_unattended() -> None:
+    """Warn, once, a loop written for one process that this rank has read its share of the rows and no more."""
+    if distributed.is_unattended():
+        warnings.warn(
+            f"ColumnDataset: rank {distributed.rank()} of {distributed.world_size()} was given its share of the rows, "
+            f"and nothing is known to average what it learns from them over the ranks; train with pipelines.Trainer, "
+            f"or call torch.distributed.init_process_group(...) at the program's start to say that the loop does it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -20,8 +20,22 @@ from torch.utils.dlpack import from_dlpack
 from recis_hybrid.ragged import RaggedTensor
 
 from .columns import Column, Dense, Ragged, Text, Weighted
+from .formats.text import TOO_LARGE
+from .layouts import has_null_type, is_list, plain, plain_type
 from .leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
-from .numbers import Array, ArrowType, Numbers, Place, a_few, is_number, nulls_refused, numbers
+from .numbers import (
+    ARROW_OF,
+    Array,
+    ArrowType,
+    Numbers,
+    Place,
+    a_few,
+    is_number,
+    is_text,
+    nulls_refused,
+    numbers,
+)
+from .temporal import is_temporal
 
 
 class Converter(Protocol):
@@ -74,22 +88,24 @@ class FixedConverter:
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Converter`."""
-        if array.null_count and self.numbers.default is None:
-            raise nulls_refused(array.null_count, len(array), place, self.numbers.remedy)
         # The length of a null is null, and so is its comparison: it counts neither as right nor as wrong.
         lengths = pc.list_value_length(array)
-        wrong = lengths.filter(pc.not_equal(lengths, self.length))
+        found = pc.not_equal(lengths, 0)
+        missing = len(found) - (pc.sum(found).as_py() or 0)
+        wrong = lengths.filter(pc.and_(found, pc.not_equal(lengths, self.length)))
         if len(wrong):
             raise ValueError(
                 f"{place} has {len(wrong)} lists whose length is not {self.length} but "
                 f"{a_few(sorted(wrong.unique().to_pylist()))}; read it with Ragged(), or write lists of one length"
             )
+        if missing and self.numbers.default is None:
+            kind = "null" if missing == array.null_count else "null or empty list"
+            raise nulls_refused(missing, len(array), place, self.numbers.remedy, kind)
         values = self.numbers.clean(array.flatten(), place)
-        if array.null_count:
+        if missing:
             rows = torch.full((len(array), self.length), self.numbers.default or 0, dtype=self.numbers.dtype)
-            rows[from_dlpack(array.is_valid().cast(pa.uint8())).bool()] = self.numbers.tensor(values).view(
-                -1, self.length
-            )
+            present = from_dlpack(pc.fill_null(found, False).cast(pa.uint8())).bool()
+            rows[present] = self.numbers.tensor(values).view(-1, self.length)
             values = self.numbers.array(rows.view(-1))
         return pa.FixedSizeListArray.from_arrays(values, self.length)
 
@@ -169,13 +185,43 @@ class ParallelConverter:
         return ListConverter(self.spec, PairLeaf(self.ids.leaf, self.weights.leaf.numbers), 1).tensor(array)
 
 
-def converter(spec: Column | None, arrow_type: ArrowType, place: Place) -> Converter:
+@dataclass(frozen=True)
+class PreparedConverter:
+    """Arrays of a rare layout, or of nothing but nulls → what the converter of a plain type makes of them."""
+
+    plain: Converter
+    """Of the plain type."""
+    target: ArrowType
+    """The plain type, with a type for what is of none."""
+
+    @property
+    def spec(self) -> Column:
+        """See `Converter`."""
+        return self.plain.spec
+
+    @property
+    def dense(self) -> bool:
+        """See `Converter`."""
+        return self.plain.dense
+
+    def clean(self, array: Array, place: Place) -> Array:
+        """See `Converter`."""
+        array = plain(array)
+        return self.plain.clean(array.cast(self.target) if has_null_type(array.type) else array, place)
+
+    def tensor(self, array: Array) -> torch.Tensor | RaggedTensor:
+        """See `Converter`."""
+        return self.plain.tensor(array)
+
+
+def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: ArrowType | None = None) -> Converter:
     """Finds how a column of `arrow_type` is read by `spec`.
 
     Args:
         spec: How the user wants it; None takes what suits the type.
         arrow_type: The column's type in the files; for a `Weighted` of two columns a struct of both.
         place: The column and a file, for messages.
+        like: The type in which to read what is of none, being all null; None takes what the spec says.
 
     Returns:
         The converter.
@@ -186,32 +232,111 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place) -> Conve
     """
     if spec is not None and not isinstance(spec, Column):
         raise TypeError(f"{place} needs a Dense, Ragged, Text or Weighted for its spec, got {spec!r}")
+    target = plain_type(arrow_type)
+    if has_null_type(target):
+        target = _typed(target, spec, place) if like is None or has_null_type(like) else plain_type(like)
+    if target != arrow_type:
+        return PreparedConverter(converter(spec, target, place), target)
     depth, inner = _opened(arrow_type)
     if spec is None:
         spec = _spec_for(arrow_type, depth, inner)
     made: Converter | None = None
-    if isinstance(spec, Text) and _is_text(inner):
+    if isinstance(spec, Text) and is_text(inner):
         remedy = 'Text(default="")'
         made = ListConverter(spec, TextLeaf(spec.default, remedy), depth)
-    elif isinstance(spec, Ragged) and depth and is_number(inner):
-        found = numbers(spec.dtype, spec.default, inner, place, "Ragged(default=0)")
+    elif isinstance(spec, Ragged) and depth and _reads(spec, inner):
+        found = _numbers(spec, inner, place, "Ragged(default=0)")
         made = ListConverter(replace(spec, dtype=found.dtype), NumberLeaf(found), depth)
-    elif isinstance(spec, Dense) and is_number(inner) and depth == (spec.length is not None):
+    elif isinstance(spec, Dense) and depth == (spec.length is not None) and _reads(spec, inner):
         length = "" if spec.length is None else f"length={spec.length}, "
-        found = numbers(spec.dtype, spec.default, inner, place, f"Dense({length}default=0)")
+        found = _numbers(spec, inner, place, f"Dense({length}default=0)")
         spec = replace(spec, dtype=found.dtype)
         made = DenseConverter(spec, found) if spec.length is None else FixedConverter(spec, found, spec.length)
     elif isinstance(spec, Weighted):
         made = _weighted(spec, depth, inner, place)
     if made is None:
         wanted = f"{spec} does not read" if spec is not None else "no tensor is made of"
-        raise TypeError(f"{place} is {arrow_type}, which {wanted}; {_remedy(depth, inner)}")
+        raise TypeError(f"{place} is {arrow_type}, which {wanted}; {_remedy(depth, inner, place.column)}")
     return made
+
+
+def _reads(spec: Dense | Ragged, inner: ArrowType) -> bool:
+    if inner == TOO_LARGE and spec.dtype is None:
+        return False
+    return is_number(inner) or (is_text(inner) and (spec.unit is not None or spec.format is not None))
+
+
+def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) -> Numbers:
+    return numbers(
+        spec.dtype,
+        spec.default,
+        inner,
+        place,
+        remedy,
+        unit=spec.unit,
+        format=spec.format,
+        scale=spec.scale,
+    )
+
+
+def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
+    """Returns a plain type with the type that a spec says in the place of that of nothing but nulls."""
+    inner: ArrowType = None
+    nest = False
+    if isinstance(spec, Dense | Ragged):
+        nest = isinstance(spec, Ragged) or spec.length is not None
+        dtype = spec.dtype
+        if dtype is None and spec.default is not None:
+            dtype = torch.int64 if isinstance(spec.default, int) else torch.float32
+        inner = pa.bool_() if dtype == torch.bool else ARROW_OF.get(dtype) if dtype is not None else None
+        if spec.unit is not None or spec.format is not None:
+            inner = pa.string()
+        elif spec.scale is not None:
+            inner = pa.decimal128(38, spec.scale)
+    elif isinstance(spec, Text):
+        inner, nest = pa.string(), spec.null_as_empty
+    elif isinstance(spec, Weighted):
+        return _typed_pairs(arrow_type, spec)
+    if inner is None:
+        raise TypeError(
+            f"{place} is {arrow_type}: it holds nothing but nulls, and no type; give it one, as in "
+            f"Dense(torch.float32, default=0), Ragged(torch.int64, null_as_empty=True) or "
+            f'Text(default=""), or leave it out'
+        )
+    if pa.types.is_null(arrow_type):
+        return pa.list_(inner) if nest else inner
+    return _filled(arrow_type, inner)
+
+
+def _typed_pairs(arrow_type: ArrowType, spec: Weighted) -> ArrowType:
+    ids = ARROW_OF[spec.dtype or torch.int64]
+    if spec.weights is not None:
+        own, other = arrow_type.field(0).type, arrow_type.field(1).type
+        parts = [
+            pa.list_(inner) if pa.types.is_null(each) else _filled(each, inner)
+            for each, inner in ((own, ids), (other, pa.float32()))
+        ]
+        return pa.struct([("id", parts[0]), ("weight", parts[1])])
+    pair = pa.struct([("id", ids), ("weight", pa.float32())])
+    if pa.types.is_null(arrow_type) or (is_list(arrow_type) and pa.types.is_null(arrow_type.value_type)):
+        return pa.list_(pair)
+    return _filled(arrow_type, ids)
+
+
+def _filled(arrow_type: ArrowType, inner: ArrowType) -> ArrowType:
+    if pa.types.is_null(arrow_type):
+        return inner
+    if is_list(arrow_type):
+        value = _filled(arrow_type.value_type, inner)
+        return pa.large_list(value) if pa.types.is_large_list(arrow_type) else pa.list_(value)
+    if pa.types.is_struct(arrow_type):
+        return pa.struct([field.with_type(_filled(field.type, inner)) for field in arrow_type])
+    return arrow_type
 
 
 def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Converter | None:
     weights = numbers(torch.float32, spec.default_weight, pa.float32(), place, "Weighted(default_weight=1)")
-    if spec.weights is None and depth == 1 and _is_text(inner):
+    if spec.weights is None and depth == 1 and is_text(inner):
         ids = numbers(spec.dtype, spec.default, pa.int64(), place, "Weighted(default=0)")
         return ListConverter(replace(spec, dtype=ids.dtype), PairTextLeaf(ids, weights, spec.separator), 1)
     if not (pa.types.is_struct(inner) and inner.num_fields == 2 and depth == (spec.weights is None)):
@@ -222,7 +347,7 @@ def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Con
         (one, first), (other, second) = _opened(first), _opened(second)
         if (one, other) != (1, 1):
             return None
-    if not (is_number(second) and (is_number(first) or _is_text(first))):
+    if not (is_number(second) and (is_number(first) or is_text(first))):
         return None
     leaf: Leaf = TextLeaf(None, "ids without nulls")
     if is_number(first):
@@ -238,9 +363,12 @@ def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
     names = [field.name for field in struct]
     wanted = ("id", "weight")
     ids = {number for number in (0, 1) if names[number] == "id" or names[1 - number] == "weight"}
-    if not set(names) & set(wanted):
+    if names == ["key", "value"]:
+        # A map's, or written by hand like one.
+        ids = {0}
+    elif not set(names) & set(wanted):
         # Floats are no ids, and strings no weights.
-        kinds = ["weight" if pa.types.is_floating(field.type) else "id" * _is_text(field.type) for field in struct]
+        kinds = ["weight" if pa.types.is_floating(field.type) else "id" * is_text(field.type) for field in struct]
         ids = {number for number in (0, 1) if kinds[number] != "weight" and kinds[1 - number] != "id" and any(kinds)}
     if len(ids) != 1:
         raise TypeError(
@@ -252,44 +380,50 @@ def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
     return own, 1 - own
 
 
-def _remedy(depth: int, inner: ArrowType) -> str:
+def _remedy(depth: int, inner: ArrowType, column: str) -> str:
+    if inner == TOO_LARGE:
+        return (
+            "write it as integers, floats or strings; integers of text files that 64 bits do not hold are read by "
+            "Dense(torch.float64)"
+        )
+    if is_temporal(inner):
+        lists = "Ragged" if depth else "Dense"
+        return f'dates, timestamps, times and durations are read by {lists}(unit="s"), as int64 in that unit'
+    if pa.types.is_decimal(inner):
+        lists = "Ragged" if depth else "Dense"
+        return f"decimals are read by {lists}(torch.float64), or by {lists}(scale={inner.scale}) as integers"
     if is_number(inner) and depth == 0:
         return "numbers are read by Dense()"
     if is_number(inner):
         return "lists of numbers are read by Ragged(), or by Dense(length=...) if all have one length"
-    if _is_text(inner):
-        return 'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted()'
-    if pa.types.is_struct(inner):
-        return "structs are read by Weighted() where they are an id and a weight, in lists"
-    if pa.types.is_decimal(inner):
+    if is_text(inner):
         return (
-            "write it as integers, floats or strings; integers of text files that 64 bits do not hold are read by "
-            "Dense(torch.float64)"
+            'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted(), and strings that are '
+            'dates or times by Dense(unit="s"), with format= if they are not written by ISO 8601'
+        )
+    if pa.types.is_struct(inner):
+        names = [f"{column}.{field.name}" for field in inner]
+        return (
+            f"structs are read by Weighted() where they are an id and a weight, in lists; their fields are columns of "
+            f"their own, by the names {a_few(names)}"
         )
     return "write it as numbers, strings or lists of these"
 
 
 def _opened(arrow_type: ArrowType) -> tuple[int, ArrowType]:
     """Returns how deep lists lie in lists, and the type of what is in them."""
-    types, depth = pa.types, 0
-    while types.is_list(arrow_type) or types.is_large_list(arrow_type) or types.is_fixed_size_list(arrow_type):
+    depth = 0
+    while is_list(arrow_type):
         arrow_type, depth = arrow_type.value_type, depth + 1
-    return depth, arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
-
-
-def _is_text(arrow_type: ArrowType) -> bool:
-    types = pa.types
-    strings = (types.is_string, types.is_large_string, types.is_string_view)
-    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
-    return any(test(arrow_type) for test in (*strings, *binaries))
+    return depth, arrow_type
 
 
 def _spec_for(arrow_type: ArrowType, depth: int, inner: ArrowType) -> Column | None:
-    if _is_text(inner):
+    if is_text(inner):
         return Text()
     if depth and is_number(inner):
         fixed = depth == 1 and pa.types.is_fixed_size_list(arrow_type)
         return Dense(length=arrow_type.list_size) if fixed else Ragged()
-    if depth == 1 and pa.types.is_struct(inner):
+    if depth == 1 and pa.types.is_struct(inner) and inner.num_fields == 2:
         return Weighted()
-    return Dense() if is_number(inner) else None
+    return Dense() if is_number(inner) and inner != TOO_LARGE else None

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from recis_hybrid import distributed
 from recis_hybrid.ragged import Batch, batch_to
 
-from .agreement import agreement, has_other_ranks
+from .agreement import agreement, has_other_ranks, warn_unattended
 from .arguments import integer, one_of, specs
 from .columns import Column
+from .csv_options import CsvOptions
 from .delivery import Delivery, check_delivery
 from .order import Batches, Uneven
 from .position import Position, SharedPosition, loaded, order_settings, saved, settings_of_all_ranks
@@ -31,7 +33,7 @@ MASK = "mask"
 
 
 class ColumnDataset(IterableDataset[Batch]):
-    """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files.
+    """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files, or from memory (`from_arrow`).
 
     An epoch has one order of its rows, a function of the files and (seed, epoch). Batches are consecutive rows of that
     order and ranks take them in turn, so that it is the same for every number of ranks. With `shuffle`, the pieces of
@@ -54,34 +56,44 @@ class ColumnDataset(IterableDataset[Batch]):
     `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
     (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
 
-    Where torch.distributed is initialised, and `rank` and `world_size` are left out, all ranks must open the dataset,
-    in the same order among what they do together: opening ends with one `all_gather_object` of the default group, in
-    which they compare what they found. If one of them failed or found other files or rows, all raise; no later
-    collective is left waiting for a rank that had fewer batches. Passes and workers of a DataLoader talk to nobody, and
-    a dataset that was opened before torch.distributed is initialised is not compared.
+    Where several ranks train together, and `rank` and `world_size` are left out, all ranks must open the dataset, in
+    the same order among what they do together: they join the default group if a launcher such as torchrun has started
+    them and they have not yet, and opening ends with one `all_gather_object` of that group, in which they compare what
+    they found. If one of them failed or found other files or rows, all raise. Every row comes once, on one of the
+    ranks, and all ranks get equally many batches: the rows of a last turn that has no full batch for each are shared
+    out evenly. Passes and workers of a DataLoader talk to nobody.
 
     Args:
         paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
-            (`s3://bucket/clicks`, and whatever else pyarrow or fsspec knows), or a sequence of them. Folders named
-            `key=value` give their files a column `key`.
+            (`s3://bucket/clicks`, and whatever else pyarrow or fsspec knows), or a sequence of them. Text files may be
+            compressed (`.csv.gz`, `.bz2`, `.zst`, `.lz4`). Folders named `key=value` give their files a column `key`;
+            files that have a column of that name must say the same, else they are refused.
         columns: The columns to read: names, whose specs then follow from the types in the files, or specs by name (None
-            for one that follows from the type). A batch has them in this order.
+            for one that follows from the type). A batch has them in this order. A dotted path names a field of a
+            struct (`user.age`), or of structs in a list or the `key` or `value` of a map, which give lists. Files may
+            hold a column in different types where one spec reads all of them: integers of any width, dates and
+            timestamps, lists of any layout, nulls alone; with a dtype in the spec, numbers of any kind.
         batch_size: Rows of a batch on one rank.
         shuffle: Whether each epoch has a random order of its own.
         seed: Of that order, not negative.
         drop_remainder: Whether to leave out the short last batch, and with several ranks the last turn if not all ranks
             would get a full batch in it.
         filters: Which rows to read: a `pyarrow.compute` expression, a list of (column, operator, value) of which all
-            must hold, or a list of such lists of which one must.
+            must hold, or a list of such lists of which one must. Operators are ==, !=, <, <=, >, >=, `in` and `not in`.
+            Values are compared exactly, whatever the column's type: numbers, strings, bytes, booleans, dates and times
+            of `datetime` or ISO 8601 (UTC where they say no zone), decimals. A null suits `== None` and an `in` with
+            None, and `not in` without; NaN suits `== nan`, `!=`, `in` with NaN and `not in` without.
         transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
             takes the batch's place.
-        rank: This process's number among those that share the data; None takes torch.distributed's where that is
-            initialised, else torchrun's from the environment, else 0. With a rank by hand nothing is compared.
+        rank: This process's number among those that share the data; None takes torch.distributed's, or 0 where one
+            process trains. With a rank by hand nothing is compared.
         world_size: How many processes share the data; None as for `rank`.
-        uneven: What happens in a last turn that has no full batch for every rank. None: every row comes once, and some
-            ranks may get one batch more than others. For equal numbers of batches, as collectives need them: `"wrap"`
-            fills the batches up with rows from the beginning of the epoch's order; `"pad"` does so too and adds a bool
-            column `mask` [B], False for these; `"drop"` leaves the turn out unless all ranks get a batch in it.
+        uneven: What happens in a last turn that has no full batch for every rank; all ranks get equally many batches in
+            any case. None: every row comes once, in short batches of about one size; if that left a rank without rows,
+            the turn before is shared out with it. (There are empty batches only where a rank would have none at all, or
+            `batch_size` is 1.) For batches of one size: `"wrap"` fills them up with rows from the beginning of the
+            epoch's order; `"pad"` does so too and adds a bool column `mask` [B], False for these; `"drop"` leaves the
+            turn out unless all ranks get a batch in it.
         num_threads: Threads that decode a piece each, and as many that call `transforms` or pin memory. Where there are
             fewer pieces, or `prefetch` is 0, Arrow decodes columns in its own threads, as many as
             `pyarrow.set_cpu_count` says.
@@ -99,10 +111,13 @@ class ColumnDataset(IterableDataset[Batch]):
         decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
             groups as small take less still) and more time for each row; the order of the rows is the same, and so is
             what a state means.
+        csv: How CSV files are written, where it is not the usual way.
+        partitions: Whether folders named `key=value` give their files a column.
 
     Raises:
         BadFileError: A file is damaged (a ValueError).
         FileNotFoundError: There is no such file.
+        RuntimeError: A launcher has started several processes and they cannot be joined.
         TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
         ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
             or `uneven="drop"` not one batch), or an argument is out of its range; or another rank could not open the
@@ -136,16 +151,20 @@ class ColumnDataset(IterableDataset[Batch]):
         on_bad_file: Literal["raise", "skip"] = "raise",
         shuffle_buffer: int = 262_144,
         decoded_rows: int = 65_536,
+        csv: CsvOptions | None = None,
+        partitions: bool = True,
     ) -> None:
         # pyarrow comes with the first dataset, not with the package.
         from .filters import RowFilter
+        from .memory import MemoryFile
         from .opening import open_files
         from .paths import find_files
         from .reader import Reader
 
         # Given by hand, a rank may be alone in opening this.
-        together = rank is None and world_size is None and has_other_ranks()
+        self._by_itself = rank is None and world_size is None
         rank, world_size = rank_and_world_size(rank, world_size)
+        together = self._by_itself and has_other_ranks()
         with agreement(together) as found:
             self._batch_size = integer("batch_size", batch_size, 1)
             self._prefetch = integer("prefetch", prefetch, 0)
@@ -161,12 +180,14 @@ class ColumnDataset(IterableDataset[Batch]):
             block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
             wanted, mask = specs(columns), MASK if uneven == "pad" else None
             check_delivery(pin_memory, wanted, mask)
+            files: list[Any] = [paths] if isinstance(paths, MemoryFile) else find_files(paths, filesystem, partitions)
             self._reader = Reader(
                 open_files(
-                    find_files(paths, filesystem),
+                    files,
                     wanted,
                     row_filter=RowFilter.of(filters),
                     skip=on_bad_file == "skip",
+                    csv=csv,
                 ),
                 # A multiple of the batch size: so few batches lie in two of them.
                 decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
@@ -187,6 +208,45 @@ class ColumnDataset(IterableDataset[Batch]):
                     self._reader, batch_size=batch_size, uneven=uneven, drop_remainder=drop_remainder
                 )
                 found["notes"] = "left out " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
+
+    @classmethod
+    def from_arrow(
+        cls, data: Any, columns: Sequence[str] | Mapping[str, Column | None], batch_size: int, **options: Any
+    ) -> ColumnDataset:
+        """Reads data in memory as if it lay in a file, with all that goes for files.
+
+        Tensors share the memory of `data` by the rules of files, so that neither these nor `data` may be written to.
+        A reading position goes with data of as many rows, whose types and sampled values (up to 1,024 rows of every
+        column) are the same; it does not see any other change. Workers of a DataLoader that are not forked get a copy.
+
+        Args:
+            data: A `pyarrow.Table`, RecordBatch or RecordBatchReader, a pandas or polars DataFrame, a Hugging Face
+                dataset, or whatever else has `__arrow_c_stream__`; a dictionary of columns, each an array of numpy [B]
+                or [B, L], a tensor, a RaggedTensor or a list; or a list of any of these, one after another. A pandas
+                index is left out, and NaN of pandas is a null.
+
+                Or a function without arguments that returns an iterable of such batches, the same at each call (or an
+                iterable that can be iterated again and again, such as a streamed Hugging Face dataset): it is called
+                twice at opening, for the types and the number of rows, then at each pass. Nothing but some batches is
+                in memory. Its batches are one piece, read by one thread: a pass that is resumed, and each rank and
+                worker, reads from the first batch on and drops what is not its own.
+            columns: See `ColumnDataset`.
+            batch_size: See `ColumnDataset`.
+            options: The other arguments of `ColumnDataset`.
+
+        Raises:
+            TypeError: `data` is none of these, or an iterator, which can be read only once.
+            ValueError: Columns have different lengths, or batches differ in their columns.
+
+        Example:
+            >>> data = ColumnDataset.from_arrow({"item": [7, 8, 9], "label": [1.0, 0.0, 1.0]}, ["item", "label"], 2)
+            >>> [batch["item"].tolist() for batch in data]
+            [[7, 8], [9]]
+        """
+        from .memory import MemoryFile
+
+        source: Any = MemoryFile.of(data)
+        return cls(source, columns, batch_size, **options)
 
     def _refuse_nothing(self, paths: Paths, filters: Filters) -> None:
         """Raises where there is nothing to read."""
@@ -273,7 +333,19 @@ class ColumnDataset(IterableDataset[Batch]):
         self._next(loaded(state, self._order))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begins a pass; see the class."""
+        """Begins a pass; see the class.
+
+        Raises:
+            RuntimeError: There are other ranks now than when the dataset was opened.
+        """
+        if self._by_itself and distributed.is_initialized():
+            now = distributed.rank(), distributed.world_size()
+            if now != (self._rank, self._world_size):
+                raise RuntimeError(
+                    f"ColumnDataset: it was opened as rank {self._rank} of {self._world_size}, before "
+                    f"torch.distributed was initialised, and this is rank {now[0]} of {now[1]}; call "
+                    f"init_process_group before the dataset is opened, or give it rank and world_size"
+                )
         in_worker = get_worker_info() is not None
         if in_worker and self._in_worker:
             # A worker's first pass is where its copy stands; of later ones the training's process tells.
@@ -308,6 +380,8 @@ class ColumnDataset(IterableDataset[Batch]):
                 yield batch if self._device is None else batch_to(batch, self._device, non_blocking=True)
                 # The consumer is done with it; held here (or by enumerate) it would be one batch more in memory.
                 del batch
+        if self._by_itself and worker is None:
+            warn_unattended()
         if position is self._position:
             self._position = Position(position.epoch + 1, 0)
             if get_worker_info() is None:

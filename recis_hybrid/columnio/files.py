@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .columns import Column, Weighted
 from .convert import Converter
 from .errors import BadFileError, Skipped, cannot_be_read, changed, vanished
-from .filters import RowFilter
-from .formats import Contents, Format, format_of
+from .filters import BoundFilter, RowFilter
+from .formats import Contents, Format
+from .layouts import field as field_of, field_type, nested_names, plain, plain_type, resolve
 from .numbers import Array, ArrowType, Place, a_few
 from .paths import File
 from .rows import Rows
@@ -33,58 +37,111 @@ class OpenedFile:
     """The columns that its folders' names hold, and their types."""
     stamp: tuple[int | None, int | None] | None = None
     """What `File.stamp` returned before its contents were looked at."""
+    condition: BoundFilter | None = None
+    """Which of its rows are wanted; None for all."""
 
     @property
     def format(self) -> Format:
         """How it is read; looked up, since a module cannot go to another process."""
-        return format_of(self.file.name)
+        return self.file.format
 
-    @property
+    @cached_property
     def schema(self) -> ArrowType:
-        """The columns of the file, and of its folders' names where the file has none of that name."""
-        schema = self.contents.schema
-        return pa.schema(
-            [*schema, *(pa.field(*item) for item in self.partition.items() if item[0] not in schema.names)]
-        )
+        """The columns of the file, in plain types, and those of its folders' names."""
+        own = [each.with_type(plain_type(each.type)) for each in self.contents.schema]
+        names = self.contents.schema.names
+        return pa.schema([*own, *(pa.field(*item) for item in self.partition.items() if item[0] not in names)])
 
     def type_of(self, name: str) -> ArrowType:
-        """Returns the type of a column.
+        """Returns the plain type of a column, or of a field in one.
 
         Raises:
             ValueError: There is none of that name, or more than one.
         """
         found = self.schema.get_all_field_indices(name)
-        if len(found) == 1:
-            return self.schema.field(found[0]).type
-        if found:
+        if len(found) > 1:
             raise ValueError(
                 f"columnio: {self.file} has {len(found)} columns named {name!r}; give each a name of its own"
             )
-        raise ValueError(
-            f"columnio: {self.file} has no column {name!r}, it has {a_few(self.schema.names)}; name one of these, or "
-            f"write the file anew with it"
-        )
+        if (place := resolve(self.schema, name)) is None:
+            near = [each for each in self.schema.names if each.lower() == name.lower()]
+            near += [each for each in nested_names(self.schema) if each.startswith(name.partition(".")[0] + ".")]
+            meant = f" (did you mean {a_few(near)}?)" if near else ""
+            raise ValueError(
+                f"columnio: {self.file} has no column {name!r}{meant}, it has {a_few(self.schema.names)}; name one of "
+                f"these, or write the file anew with it"
+            )
+        return field_type(self.schema.field(place[0]).type, place[1])
+
+    def type_for(self, name: str, spec: Column | None) -> ArrowType:
+        """Returns the plain type of what a spec reads: of two columns a struct.
+
+        Raises:
+            ValueError: There is no such column, or more than one.
+        """
+        own, *other = (self.type_of(source) for source in sources_of(name, spec))
+        return pa.struct([("id", own), ("weight", other[0])]) if other else own
 
     def read(self, piece: int, columns: Sequence[str], rows: int, threads: bool) -> Iterator[Array]:
-        """Yields the rows of a piece with the columns of the file and of its folders' names.
+        """Yields the rows of a piece with columns of the file, fields in them, and those of its folders' names.
 
         Raises:
             BadFileError: The file was written anew since it was opened; no row that was read later is yielded.
+            ValueError: A column has another value than its folder's name says.
         """
-        own = [name for name in columns if name in self.contents.schema.names]
+        places = {name: resolve(self.schema, name) or (name, ()) for name in columns}
+        own = [top for top, _ in places.values() if top in self.contents.schema.names]
         # With no column at all there would be no number of rows.
-        asked = own or self.contents.schema.names[:1]
+        asked = list(dict.fromkeys(own)) or self.contents.schema.names[:1]
+        done = 0
         for batch in self._unchanged(self.format.read(self.file, self.contents, piece, asked, rows, threads)):
-            if own and batch.schema.names == list(columns):
-                yield batch
-                continue
-            arrays = [
-                batch.column(name)
-                if name in own
-                else pa.repeat(pa.scalar(self.file.partition[name], self.partition[name]), batch.num_rows)
-                for name in columns
-            ]
+            arrays = []
+            for top, path in places.values():
+                if top not in asked:
+                    value = pa.scalar(self.file.partition[top], self.partition[top])
+                    arrays.append(pa.repeat(value, batch.num_rows))
+                    continue
+                try:
+                    array = field_of(plain(batch.column(top)), path)
+                except pa.ArrowNotImplementedError as error:
+                    # What pyarrow lacks is no damage.
+                    raise TypeError(
+                        f"columnio: column {top!r} of {self.file} is {batch.column(top).type}, which this version of "
+                        f"pyarrow does not decode ({error}); write it as numbers, strings or lists of these"
+                    ) from error
+                if top in self.partition:
+                    self._check_partition(top, array, f"{self.format.PIECE} {piece}", done)
+                arrays.append(array)
+            done += batch.num_rows
             yield pa.RecordBatch.from_arrays(arrays, names=list(columns)) if columns else batch
+
+    def partition_value(self, name: str) -> Any:
+        """Returns the value of a column that a folder's name holds, as a scalar of the column's type.
+
+        Raises:
+            ValueError: The file has a column of that name and another type.
+        """
+        value, arrow_type = self.file.partition[name], self.schema.field(name).type
+        if value is None:
+            return pa.scalar(None, arrow_type)
+        try:
+            return pa.scalar(str(value)).cast(arrow_type)
+        except pa.ArrowException as error:
+            raise self._contradiction(name, f"is {arrow_type}") from error
+
+    def _check_partition(self, name: str, array: Array, piece: str, first: int) -> None:
+        value = self.partition_value(name)
+        same = pc.is_null(array) if value.as_py() is None else pc.fill_null(pc.equal(array, value), False)
+        if pc.all(same).as_py() is False:
+            row = pc.index(same, False).as_py()
+            raise self._contradiction(name, f"is {array[row].as_py()!r} in row {first + row} of {piece}")
+
+    def _contradiction(self, name: str, said: str) -> ValueError:
+        return ValueError(
+            f"columnio: column {name!r} of {self.file} {said}, and the name of its folder says "
+            f"{self.file.partition[name]!r}; write the file without that column or put it into the right folder, or "
+            f"read what the files hold alone (partitions=False)"
+        )
 
     def _unchanged(self, decoded: Iterator[Array]) -> Iterator[Array]:
         """Yields what is decoded while the file is the one that was opened.
@@ -135,6 +192,8 @@ class Files:
     """All pieces that have rows, file by file."""
     converters: Mapping[str, Converter]
     """How each column is read, by name, in the order in which a batch has them."""
+    cleaners: Mapping[tuple[str, ArrowType], Converter]
+    """How an array of each type that the files have for a column is brought to the column's layout."""
     row_filter: RowFilter | None
     """Which rows are wanted; None for all."""
     needed: Sequence[str]
@@ -163,10 +222,7 @@ class Files:
         try:
             for batch in self._wanted(piece, self.needed, rows, threads):
                 place = f"{piece}, rows {done} to {done + batch.num_rows - 1} of it"
-                arrays = [
-                    each.clean(_source(batch, name, each.spec), Place(name, str(piece.opened.file), place))
-                    for name, each in self.converters.items()
-                ]
+                arrays = self._clean(batch, str(piece.opened.file), place)
                 done += batch.num_rows
                 if done > piece.rows:
                     break
@@ -183,12 +239,18 @@ class Files:
 
     def empty(self) -> Rows:
         """Returns no rows."""
-        schema = self.pieces[0].opened.schema
+        opened = self.pieces[0].opened
         none = pa.RecordBatch.from_arrays(
-            [pa.array([], schema.field(name).type) for name in self.needed], names=list(self.needed)
+            [pa.array([], opened.type_of(name)) for name in self.needed], names=list(self.needed)
         )
-        arrays = [each.clean(_source(none, name, each.spec), Place(name, "")) for name, each in self.converters.items()]
-        return self._rows(arrays)
+        return self._rows(self._clean(none, str(opened.file), ""))
+
+    def _clean(self, batch: Array, file: str, rows: str) -> list[Array]:
+        arrays = []
+        for name, each in self.converters.items():
+            array = _source(batch, name, each.spec)
+            arrays.append(self.cleaners.get((name, array.type), each).clean(array, Place(name, file, rows)))
+        return arrays
 
     def _rows(self, arrays: list[Array]) -> Rows:
         return Rows.of(pa.RecordBatch.from_arrays(arrays, names=list(self.converters)), self.converters)
@@ -197,7 +259,8 @@ class Files:
         decoded = piece.opened.read(piece.number, columns, rows, threads)
         try:
             for batch in decoded:
-                wanted = batch if self.row_filter is None else self.row_filter(batch)
+                condition = piece.opened.condition
+                wanted = batch if condition is None else condition(batch, str(piece.opened.file))
                 if wanted.num_rows:
                     yield wanted
         except PermissionError:

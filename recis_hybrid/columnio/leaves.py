@@ -58,8 +58,6 @@ class TextLeaf:
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Leaf`."""
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
         # Offsets of 64 bits over the same bytes.
         array = array.cast(pa.large_binary())
         if array.null_count == 0:
@@ -115,8 +113,6 @@ class PairTextLeaf:
 
     def clean(self, array: Array, place: Place) -> Array:
         """See `Leaf`."""
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
         if array.null_count:
             raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every string")
         array = array.cast(pa.large_string())

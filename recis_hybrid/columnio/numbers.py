@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
+
+from .temporal import is_temporal, parsed, ticks
 
 # pyarrow ships no types.
 Array: TypeAlias = Any
@@ -51,15 +54,34 @@ class Place:
         return f"columnio: column {self.column!r} of {self.file}{self.rows and f' ({self.rows})'}"
 
 
+# The largest integer up to which a float of that type holds every one.
+_EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
+
+
 def is_number(arrow_type: ArrowType) -> bool:
-    """Returns whether `Numbers` can read that type."""
-    return arrow_type in _DTYPE_OF
+    """Returns whether `Numbers` can read that type: numbers, decimals, dates and times."""
+    return arrow_type in _DTYPE_OF or pa.types.is_decimal(arrow_type) or is_temporal(arrow_type)
 
 
-def nulls_refused(count: int, total: int, place: Place, remedy: str) -> ValueError:
+def is_text(arrow_type: ArrowType) -> bool:
+    """Returns whether a type is one of strings or bytes."""
+    types = pa.types
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(test(arrow_type) for test in (*strings, *binaries))
+
+
+def dtype_of(arrow_type: ArrowType) -> torch.dtype:
+    """Returns the dtype in which numbers of a type are read, unless their spec says another."""
+    if pa.types.is_decimal(arrow_type):
+        return torch.int64 if arrow_type.scale <= 0 else torch.float64
+    return torch.int64 if is_temporal(arrow_type) or is_text(arrow_type) else _DTYPE_OF[arrow_type]
+
+
+def nulls_refused(count: int, total: int, place: Place, remedy: str, kind: str = "null") -> ValueError:
     """Returns the error for nulls in a column whose spec says nothing of them."""
     return ValueError(
-        f"{place} has {count} null{'s'[: count > 1]} in {total} values, and its spec does not allow for any; "
+        f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, and its spec does not allow for any; "
         f"give it {remedy}, or write the file without nulls"
     )
 
@@ -80,6 +102,12 @@ class Numbers:
     """What stands for a null; None refuses nulls."""
     remedy: str
     """A spec that would allow nulls, for messages."""
+    unit: str = "s"
+    """Of dates and times."""
+    format: str | None = None
+    """Of strings that are dates or times."""
+    scale: int | None = None
+    """By which power of 10 decimals are multiplied; None for none."""
 
     def clean(self, array: Array, place: Place) -> Array:
         """Returns the numbers in their dtype, without nulls; the array itself where nothing is to be done.
@@ -87,8 +115,6 @@ class Numbers:
         Raises:
             ValueError: There is a null and no default, or an integer does not fit into the dtype.
         """
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
         array = self._cast(array, place)
         if array.null_count == 0:
             return array
@@ -109,6 +135,12 @@ class Numbers:
         target = ARROW_OF[self.dtype]
         if array.type == target:
             return array
+        if is_text(array.type) or is_temporal(array.type):
+            array = self._time(array, place)
+        elif pa.types.is_decimal(array.type):
+            array = self._decimal(array, place)
+        elif pa.types.is_floating(array.type) and not self.dtype.is_floating_point:
+            array = self._whole(array, place)
         if pa.types.is_uint64(array.type) and self.dtype == torch.int64:
             return array.view(target)
         if pa.types.is_boolean(array.type):
@@ -120,30 +152,100 @@ class Numbers:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{place} does not fit into {self.dtype} ({error}); ask for a wider dtype") from error
 
+    def _time(self, array: Array, place: Place) -> Array:
+        try:
+            return ticks(array, self.unit) if is_temporal(array.type) else parsed(array, self.unit, self.format)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{place} does not fit into int64 in the unit {self.unit!r} ({error}); give it a coarser unit"
+            ) from error
+        except ValueError as error:
+            written = "a date or time of ISO 8601" if self.format is None else f"written as {self.format!r}"
+            remedy = 'give it the right format=, "%d/%m/%Y" for one' if self.format is None else "give it the right one"
+            raise ValueError(f"{place} has the value {str(error)!r}, which is not {written}; {remedy}") from error
+
+    def _whole(self, array: Array, place: Place) -> Array:
+        limit = _EXACT[array.type]
+        if pa.types.is_float16(array.type):
+            array = array.cast(pa.float32())
+        fits = pc.and_(pc.equal(pc.floor(array), array), pc.less_equal(pc.abs(array), limit))
+        wrong = array.filter(pc.invert(fits))
+        if len(wrong):
+            raise ValueError(
+                f"{place} is of floats and has the value {wrong[0].as_py()!r}, which is no integer that such a float "
+                f"holds exactly (at most {limit}), where its spec asks for {self.dtype}; read it as a float, or write "
+                f"integers"
+            )
+        return array.cast(pa.int64())
+
+    def _decimal(self, array: Array, place: Place) -> Array:
+        if self.dtype.is_floating_point and self.scale is None:
+            return array.cast(pa.float64())
+        scale = self.scale or 0
+        try:
+            array = array.cast(pa.decimal256(76, scale))
+        except pa.ArrowInvalid as error:
+            wrong = next((each for each in array.drop_null().to_pylist() if each.scaleb(scale) % 1), array[0])
+            raise ValueError(
+                f"{place} is {array.type} and has the value {wrong}, which is not whole times 10**{scale}, as its spec "
+                f"asks; give it scale={array.type.scale}, or read it as torch.float64"
+            ) from error
+        # The same digits without a point.
+        array = pa.Array.from_buffers(pa.decimal256(76, 0), len(array), array.buffers(), offset=array.offset)
+        for integer in (pa.int64(), pa.uint64()):
+            try:
+                return array.cast(integer)
+            except pa.ArrowInvalid as error:
+                failed = error
+        raise ValueError(
+            f"{place} has decimals that 64 bits do not hold ({failed}); read it as torch.float64, or write it as "
+            f"strings, which Text() reads"
+        ) from failed
+
 
 def numbers(
-    dtype: torch.dtype | None, default: float | None, arrow_type: ArrowType, place: Place, remedy: str
+    dtype: torch.dtype | None,
+    default: float | None,
+    arrow_type: ArrowType,
+    place: Place,
+    remedy: str,
+    *,
+    unit: str | None = None,
+    format: str | None = None,
+    scale: int | None = None,
 ) -> Numbers:
     """Finds how numbers of `arrow_type` are read as `dtype`.
 
     Args:
         dtype: Of the tensor; None takes the file's.
         default: What stands for a null.
-        arrow_type: For which `is_number` holds.
+        arrow_type: For which `is_number` holds; or strings, where a unit or format is given.
         place: The column and a file, for messages.
         remedy: A spec that would allow nulls, for messages.
+        unit: Of dates and times.
+        format: Of strings that are dates and times.
+        scale: Of decimals.
 
     Raises:
-        TypeError: There is no conversion to that dtype.
+        TypeError: There is no conversion to that dtype, or the type has no unit, format or scale.
         ValueError: The default is none of the dtype's numbers.
     """
-    own = _DTYPE_OF[arrow_type]
+    temporal, decimals = is_temporal(arrow_type) or is_text(arrow_type), pa.types.is_decimal(arrow_type)
+    if unit is not None and not temporal:
+        raise TypeError(f"{place} is {arrow_type}, which has no unit of time; leave out unit={unit!r}")
+    # Files that hold dates as such may stand beside others whose strings are parsed.
+    if format is not None and not temporal:
+        raise TypeError(f"{place} is {arrow_type}, which is not parsed; leave out format={format!r}")
+    if scale is not None and not decimals:
+        raise TypeError(f"{place} is {arrow_type}, which has no decimal places; leave out scale={scale}")
+    own = torch.int64 if scale is not None else dtype_of(arrow_type)
     dtype = own if dtype is None else dtype
     if dtype not in ARROW_OF:
         raise TypeError(f"{place} cannot be read as {dtype}; choose one of {', '.join(map(str, ARROW_OF))}")
-    if own != dtype and (dtype == torch.bool or (own.is_floating_point and not dtype.is_floating_point)):
+    if own != dtype and dtype == torch.bool:
         raise TypeError(f"{place} is {arrow_type}, which would be cut as {dtype}; read it as {own} and convert that")
-    return Numbers(dtype, None if default is None else _default(default, dtype, place), remedy)
+    filled = None if default is None else _default(default, dtype, place)
+    return Numbers(dtype, filled, remedy, unit or "s", format, scale)
 
 
 def _default(default: float, dtype: torch.dtype, place: Place) -> float:

@@ -9,15 +9,16 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from .columns import Column
+from .columns import Column, Dense, Ragged, Weighted
 from .convert import converter
+from .csv_options import CsvOptions
 from .errors import BadFileError, Skipped, not_whole
 from .files import DAMAGE, Files, OpenedFile, Piece, leave_out, sources_of
 from .filters import RowFilter
-from .formats import format_of
 from .hints import type_hints
-from .numbers import ArrowType, Place
+from .numbers import ArrowType, Place, a_few
 from .paths import File
+from .unify import unified
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,6 +33,7 @@ def open_files(
     *,
     row_filter: RowFilter | None = None,
     skip: bool = False,
+    csv: CsvOptions | None = None,
 ) -> Files:
     """Finds the columns and pieces of all files.
 
@@ -44,6 +46,7 @@ def open_files(
         columns: The wanted columns; None instead of a spec takes what suits the column's type.
         row_filter: Which rows are wanted; None for all.
         skip: Whether to go on past damaged files.
+        csv: How CSV files are written; None takes the usual way.
 
     Raises:
         BadFileError: A file is damaged.
@@ -51,23 +54,42 @@ def open_files(
         ValueError: A column is missing, or files disagree about a column's type.
     """
     skipped: list[Skipped] = []
-    opened = _inspect(files, type_hints(columns), skip, skipped)
+    opened = _inspect(files, type_hints(columns), skip, skipped, csv)
     if not opened:
-        return Files((), {}, row_filter, (), (), skip, skipped)
-    looked_at = [] if row_filter is None else row_filter.fields(opened[0].schema)
+        return Files((), {}, {}, row_filter, (), (), skip, skipped)
+    if row_filter is not None:
+        opened = [replace(each, condition=row_filter.bound(each)) for each in opened]
+    looked_at = list(dict.fromkeys(name for each in opened if each.condition for name in each.condition.columns))
     needed = list(dict.fromkeys(source for name, spec in columns.items() for source in sources_of(name, spec)))
     needed += [name for name in looked_at if name not in needed]
-    types = _types(opened, needed)
+    for name in needed:
+        if all(name in each.contents.absent for each in opened):
+            names = [each for each in opened[0].contents.schema.names if each not in opened[0].contents.absent]
+            raise ValueError(
+                f"columnio: no row at the beginning of {opened[0].file}, nor of the others, has a column {name!r}; "
+                f"name one of {a_few(names)}"
+            )
+    joint, found = _types(opened, columns)
     converters = {
-        name: converter(spec, _joint_type(types, name, spec), Place(name, str(opened[0].file)))
-        for name, spec in columns.items()
+        name: converter(spec, joint[name], Place(name, str(opened[0].file))) for name, spec in columns.items()
     }
-    made = Files((), converters, row_filter, needed, looked_at, skip, skipped)
+    cleaners = {
+        (name, own): converters[name]
+        if own == joint[name]
+        else converter(converters[name].spec, own, Place(name, str(file)), joint[name])
+        for name, types in found.items()
+        for own, file in types.items()
+    }
+    made = Files((), converters, cleaners, row_filter, needed, looked_at, skip, skipped)
     return replace(made, pieces=[piece for piece in _pieces(opened, made) if piece.rows])
 
 
 def _inspect(
-    files: Sequence[File], hints: Mapping[str, ArrowType], skip: bool, skipped: list[Skipped]
+    files: Sequence[File],
+    hints: Mapping[str, ArrowType],
+    skip: bool,
+    skipped: list[Skipped],
+    csv: CsvOptions | None,
 ) -> list[OpenedFile]:
     partition: dict[str, ArrowType] = {}
     for file in files:
@@ -76,7 +98,8 @@ def _inspect(
                 partition[name] = pa.int64() if isinstance(value, int) else pa.string()
 
     def opened(file: File) -> OpenedFile:
-        used = format_of(file.name)
+        file = replace(file, csv=csv) if isinstance(file, File) else file
+        used = file.format
         stamp = file.stamp()
         try:
             contents = used.inspect(file, hints)
@@ -97,11 +120,7 @@ def _pieces(opened: Sequence[OpenedFile], files: Files) -> list[Piece]:
     possible: list[tuple[Piece, bool]] = []
     for each in opened:
         sizes = each.contents.sizes
-        numbers = (
-            range(len(sizes))
-            if files.row_filter is None
-            else files.row_filter.possible(each.file, each.schema, each.contents.footer, len(sizes))
-        )
+        numbers = range(len(sizes)) if files.row_filter is None else files.row_filter.possible(each, len(sizes))
         for number in numbers:
             size = None if files.row_filter is not None else sizes[number]
             possible.append((Piece(each, number, size or 0), size is None))
@@ -130,30 +149,31 @@ def _each(work: Callable[[T], R], things: Sequence[T], bad: Callable[[T, Excepti
     return made
 
 
-def _types(opened: Sequence[OpenedFile], names: Sequence[str]) -> dict[str, ArrowType]:
-    types: dict[str, ArrowType] = {}
-    for each in opened:
-        for name in names:
-            found = each.type_of(name)
-            if _signed(found) != _signed(types.setdefault(name, found)):
+def _types(
+    opened: Sequence[OpenedFile], columns: Mapping[str, Column | None]
+) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, File]]]:
+    """Returns the joint type of each column, and all types that files have for it, each with the first such file."""
+    joint: dict[str, ArrowType] = {}
+    found: dict[str, dict[ArrowType, File]] = {}
+    for name, spec in columns.items():
+        # A spec that says what it wants takes it from whatever type a file holds it in.
+        parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
+        asked = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
+        types = found[name] = {}
+        for each in opened:
+            own = each.type_for(name, spec)
+            if own in types:
+                continue
+            types[own] = each.file
+            before = joint.setdefault(name, own)
+            together = unified(before, own, asked=asked)
+            if together is None:
+                other = next(file for arrow_type, file in types.items() if arrow_type != own)
                 raise ValueError(
-                    f"columnio: files must agree about their columns, and {name!r} is {types[name]} in "
-                    f"{opened[0].file} but {found} in {each.file}; read them apart, or write one of them anew"
+                    f"columnio: files must agree about their columns, and {name!r} is "
+                    f"{next(iter(types))} in {other} but {own} in {each.file}; give it a spec with a dtype that "
+                    f"reads both, as Dense(torch.float64) does of all numbers, read them apart, or write one of them "
+                    f"anew"
                 )
-    return types
-
-
-def _signed(arrow_type: ArrowType) -> ArrowType:
-    """Returns a type with int64 in the place of uint64, which comes to the same tensor."""
-    if pa.types.is_uint64(arrow_type):
-        return pa.int64()
-    if pa.types.is_list(arrow_type):
-        return pa.list_(_signed(arrow_type.value_type))
-    if pa.types.is_struct(arrow_type):
-        return pa.struct([field.with_type(_signed(field.type)) for field in arrow_type])
-    return arrow_type
-
-
-def _joint_type(types: Mapping[str, ArrowType], name: str, spec: Column | None) -> ArrowType:
-    own, *other = (types[source] for source in sources_of(name, spec))
-    return pa.struct([("id", own), ("weight", other[0])]) if other else own
+            joint[name] = together
+    return joint, found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -70,18 +71,39 @@ class Batches:
         batches = -(-left // self.batch_size)
         if self.uneven == "drop":
             return batches // self.world_size
-        return -(-max(batches - self.rank, 0) // self.world_size)
+        return -(-batches // self.world_size)
+
+    @cached_property
+    def _shared(self) -> tuple[int, ...]:
+        """Rows of the last turns that have no full batch for every rank and are shared out evenly: none to two."""
+        turn = self.batch_size * self.world_size
+        full, rest = divmod(max(self.rows - self.start, 0), turn)
+        if self.world_size == 1 or self.drop_remainder or self.uneven is not None or rest == 0:
+            return ()
+        if rest >= self.world_size or full == 0 or self.batch_size == 1:
+            return (rest,)
+        # Too few rows for every rank to have one: the turn before, shared out with them, leaves none without.
+        return (turn + rest + 1) // 2, (turn + rest) // 2
 
     def __len__(self) -> int:
         return -(-max(self.turns - self.worker, 0) // self.workers)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for turn in range(self.worker, self.turns, self.workers):
-            first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
-            yield first, min(first + self.batch_size, self.rows)
+            yield self._range(turn)
+
+    def _range(self, turn: int) -> tuple[int, int]:
+        if turn >= self.turns - len(self._shared):
+            low = self.after(turn)
+            rows = self.after(turn + 1) - low
+            return low + rows * self.rank // self.world_size, low + rows * (self.rank + 1) // self.world_size
+        first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
+        return first, min(first + self.batch_size, self.rows)
 
     def after(self, turns: int) -> int:
         """Returns the first row that no rank has taken once each has had that many turns."""
+        if len(self._shared) == 2 and turns == self.turns - 1:
+            return self.rows - self._shared[1]
         return min(self.start + turns * self.world_size * self.batch_size, self.rows)
 
     def filling(self, low: int, high: int) -> Iterator[tuple[int, int]]:
@@ -112,9 +134,14 @@ class Batches:
         stop = min(stop, self.rows)
         if stop <= max(self.start, first):
             return False
+        regular = self.turns - len(self._shared)
+        for turn in range(regular, self.turns):
+            low, high = self._range(turn)
+            if turn % self.workers == self.worker and low < high and first < high and low < stop:
+                return True
         low = max(first - self.start, 0) // self.batch_size
         high = (stop - 1 - self.start) // self.batch_size
         # A batch's number is (turn * world_size + rank), of every `workers`th turn from `worker` on.
         mine, step = self.worker * self.world_size + self.rank, self.workers * self.world_size
         number = mine + (-(-(low - mine) // step) * step if low > mine else 0)
-        return number <= high and number // self.world_size < self.turns
+        return number <= high and number // self.world_size < regular

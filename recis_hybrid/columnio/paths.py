@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from .formats import SUFFIXES
+from .csv_options import CsvOptions
+from .formats import SUFFIXES, Format, compression_of, format_of, is_known
 from .partitions import with_partitions
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -29,6 +31,13 @@ class File:
     """A `pyarrow.fs.FileSystem`."""
     partition: dict[str, int | str | None] = field(default_factory=dict)
     """The columns that the names of its folders hold, as `day=7` does."""
+    csv: CsvOptions | None = None
+    """How it is written if it is a CSV file; None for the usual way."""
+
+    @property
+    def format(self) -> Format:
+        """How it is read, by the end of its name; CSV where that says nothing and there are options for it."""
+        return format_of(self.name, "parquet" if self.csv is None else "delimited")
 
     @property
     def name(self) -> str:
@@ -49,7 +58,7 @@ class File:
         Raises:
             OSError: It is not there, or cannot be read.
         """
-        return self.filesystem.open_input_stream(self.path)
+        return self.filesystem.open_input_stream(self.path, compression=compression_of(self.name))
 
     def stamp(self) -> tuple[int | None, int | None] | None:
         """Returns size [bytes] and time of change [ns], None where the file system has none; None for no such file.
@@ -69,7 +78,7 @@ class File:
         return self.path
 
 
-def find_files(paths: Paths, filesystem: Any = None) -> list[File]:
+def find_files(paths: Paths, filesystem: Any = None, partitions: bool = True) -> list[File]:
     """Returns the files that `paths` names.
 
     A folder gives all files below it whose ends are in `formats.SUFFIXES`, by name. A pattern as of `glob` (with `**`
@@ -80,6 +89,7 @@ def find_files(paths: Paths, filesystem: Any = None) -> list[File]:
     Args:
         paths: What to read. A URL (`s3://bucket/folder`) goes to pyarrow's file system for it, or to fsspec's.
         filesystem: Where all paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
+        partitions: Whether folders named `key=value` give their files a column.
 
     Raises:
         FileNotFoundError: A path does not exist, a pattern matches nothing or a folder has no such file.
@@ -100,8 +110,10 @@ def find_files(paths: Paths, filesystem: Any = None) -> list[File]:
                 f"{[str(entry) for entry in entries]}"
             )
         seen.add((file.filesystem.type_name, real))
-    partitions = with_partitions([file.path for file in files])
-    return [replace(file, partition=partition) for file, partition in zip(files, partitions, strict=True)]
+    if not partitions:
+        return files
+    found = with_partitions([file.path for file in files])
+    return [replace(file, partition=partition) for file, partition in zip(files, found, strict=True)]
 
 
 def places(files: Sequence[File]) -> list[str]:
@@ -116,7 +128,9 @@ def places(files: Sequence[File]) -> list[str]:
     parts = [(os.path.abspath(file.path) if file.is_local else file.path).split("/") for file in files]
     common = len(os.path.commonprefix([each[:-1] for each in parts]))
     # What folders' names say is part of the rows, also where all files share it.
-    above = [part for part in parts[0][:common] if part.partition("=")[0] in files[0].partition] if files else []
+    above = (
+        [part for part in parts[0][:common] if unquote(part.partition("=")[0]) in files[0].partition] if files else []
+    )
     return ["/".join([*above, *each[common:]]) for each in parts]
 
 
@@ -215,7 +229,7 @@ def _below(filesystem: Any, folder: str) -> Iterator[str]:
     infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True))
     for path in sorted(info.path for info in infos if info.type == pafs.FileType.File):
         inner = path[len(folder) :] if path.startswith(folder) else path
-        if path.endswith(SUFFIXES) and not any(map(_is_hidden, inner.split("/"))):
+        if is_known(path) and not any(map(_is_hidden, inner.split("/"))):
             yield path
 
 
@@ -241,7 +255,7 @@ def _files_below(folder: Path) -> list[str]:
     return [
         str(file)
         for file in sorted(folder.rglob("*"))
-        if file.name.endswith(SUFFIXES) and not any(map(_is_hidden, file.relative_to(folder).parts)) and file.is_file()
+        if is_known(file.name) and not any(map(_is_hidden, file.relative_to(folder).parts)) and file.is_file()
     ]
 
 

@@ -60,7 +60,7 @@ def order_settings(reader: Reader) -> dict[str, Any]:
     order: dict[str, Any] = {
         "rows": reader.rows,
         "pieces": hashlib.blake2b(repr(pieces).encode(), digest_size=8).hexdigest(),
-        "filters": None if wanted is None else str(wanted.expression),
+        "filters": None if wanted is None else str(wanted),
         "shuffle_buffer": reader.block,
     }
     return order if reader.block is None else order | {"seed": reader.seed}

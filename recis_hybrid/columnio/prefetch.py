@@ -39,6 +39,7 @@ def prefetched(
     pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix=_THREAD)
     # Shared by the threads without keeping this generator, which ends when its consumer drops it.
     line = _Line(source, work, min(threads, depth))
+    interrupted = False
     try:
         pending = deque(line.order(pool) for _ in range(depth))
         while (made := pending.popleft().get()) is not line.end:
@@ -55,11 +56,14 @@ def prefetched(
             yield made
             # The consumer is done with it, and keeping it while the next is awaited would keep one more in memory.
             del made
+    except KeyboardInterrupt:
+        interrupted = True  # whoever ends a wait for a slow store is not to wait for it here
+        raise
     finally:
         line.orders.clear()
         # The garbage collector may close this in one of the very threads that it would wait for; then they, and with
         # them the source, end by themselves.
-        elsewhere = not threading.current_thread().name.startswith(_THREAD)
+        elsewhere = not interrupted and not threading.current_thread().name.startswith(_THREAD)
         pool.shutdown(wait=elsewhere, cancel_futures=True)
         if elsewhere:
             source.close()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-import torch.distributed as dist
+from recis_hybrid import distributed
 
 
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -15,11 +13,12 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
         world_size: As given.
 
     Returns:
-        What was given; for None what torch.distributed says once it is initialised, then torchrun's environment (RANK
-        and WORLD_SIZE), then 0 of 1.
+        What was given; for None what torch.distributed says, which is initialised where a launcher has started several
+        processes; 0 of 1 without it. In a worker of a DataLoader, what the launcher says.
 
     Raises:
-        ValueError: Only one was given, or only one is in the environment.
+        RuntimeError: The processes of a launcher cannot be joined.
+        ValueError: Only one was given, or the environment holds no rank and world size.
     """
     if (rank is None) != (world_size is None):
         raise ValueError(
@@ -28,15 +27,7 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
         )
     if rank is not None and world_size is not None:
         return rank, world_size
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    texts = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if texts == (None, None):
-        return 0, 1
-    try:
-        return int(texts[0] or ""), int(texts[1] or "")
-    except ValueError:
-        raise ValueError(
-            f"ColumnDataset: the environment has RANK={texts[0]} and WORLD_SIZE={texts[1]}, of which both must be "
-            f"integers; start with torchrun, or give rank and world_size"
-        ) from None
+    distributed.join("ColumnDataset")
+    if distributed.is_initialized():
+        return distributed.rank(), distributed.world_size()
+    return distributed.launched("ColumnDataset")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .agreement import first_rank_says, has_other_ranks
@@ -47,7 +48,7 @@ class Windows:
         poll_s: Seconds between two looks at the folder.
         idle_s: After how many seconds without a new window the stream ends; None never ends it.
         filesystem: Where `source` lies, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        sleep: Called with the seconds to wait.
+        sleep: Called with the seconds to wait; None waits until :meth:`stop` is called at most.
         alone: Whether this process finds its windows by itself where torch.distributed is initialised.
 
     Raises:
@@ -69,13 +70,14 @@ class Windows:
         poll_s: float = 10.0,
         idle_s: float | None = None,
         filesystem: Any = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
         alone: bool = False,
     ) -> None:
         if poll_s <= 0 or (idle_s is not None and idle_s < 0):
             raise ValueError(f"Windows: poll_s must be positive and idle_s not negative, got {poll_s} and {idle_s}")
         self._source, self._marker, self._filesystem = source, marker, filesystem
-        self._poll_s, self._idle_s, self._sleep = poll_s, idle_s, sleep
+        self._poll_s, self._idle_s, self._sleep = poll_s, idle_s, sleep or self._wait
+        self._stopped, self._woken = False, SimpleQueue[None]()
         self._alone, self._is_list = alone, not isinstance(source, str | os.PathLike)
         self._done: set[str] = set()
 
@@ -96,6 +98,18 @@ class Windows:
             raise ValueError(f"Windows.load_state_dict: this is no state of windows: {dict(state)}")
         self._done = set(state["done"])
 
+    def stop(self) -> None:
+        """End the stream instead of waiting for a further window; may be called by a signal handler.
+
+        Where several ranks ask for windows together, the first one's call ends the stream on all.
+        """
+        self._stopped = True
+        self._woken.put(None)
+
+    def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(Empty):
+            self._woken.get(timeout=seconds)
+
     def __iter__(self) -> Iterator[Window]:
         """Yields the windows that are not done, waiting for them to appear.
 
@@ -103,6 +117,7 @@ class Windows:
             RuntimeError: The first rank, which chooses for all, failed.
         """
         idle = 0.0
+        self._stopped, self._woken = False, SimpleQueue()
         while True:
             # Looked at anew after each window: an earlier one may have become complete meanwhile.
             look = functools.partial(self._look, idle)
@@ -123,6 +138,8 @@ class Windows:
 
     def _look(self, idle: float) -> tuple[str | None, bool]:
         """Returns the next window, or else whether there will be none."""
+        if self._stopped:
+            return None, True
         if isinstance(self._source, str | os.PathLike):
             names = _complete_folders(os.fspath(self._source), self._marker, self._filesystem)
         else:

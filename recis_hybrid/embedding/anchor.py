@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from recis_hybrid.embedding.compilation import outside_graphs, prepare
+
 if TYPE_CHECKING:
     from recis_hybrid.embedding.hash_table import HashTable
 
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 def refused_copy() -> TypeError:
     """Returns the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
     return TypeError(
-        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or take the "
-        "state_dict() of the model, in which tables are not"
+        "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or build "
+        "the engine with rows_in_state_dict='record', take the model's state_dict() and load it into a new one; to "
+        "average weights, copy the towers alone, as AveragedModel(model.tower)"
     )
 
 
+@outside_graphs("grad")
 class Anchor(nn.Parameter):
     """A parameter of one element that means nothing, and a ``grad`` that stands for all row gradients of its table.
 
@@ -36,6 +40,7 @@ class Anchor(nn.Parameter):
     def __new__(cls, table: HashTable) -> Anchor:
         """Makes the anchor of a table."""
         _watch_steps()
+        prepare()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
         anchor.table = table
         return anchor

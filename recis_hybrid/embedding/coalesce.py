@@ -40,7 +40,7 @@ def plan_tables(
 
     Args:
         configs: By feature.
-        optimizer_state: What the optimizer keeps for every row.
+        optimizer_state: What the optimizer keeps for every row; rows of read-only tables have none.
         coalesce: False makes every member table a logical table.
         ranks: How many have the tables together.
 
@@ -62,9 +62,10 @@ def plan_tables(
             raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")
         other = first_of.setdefault(table, name)
         _refuse_disagreement(table, other, configs[other], name, config)
+        state = _state_of(config, optimizer_state)
         overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
         key = (config.dim, config.dtype, _state_dtype(config), config.trainable, config.admission, overrides,
-               config.placement, sharding_of(config, ranks, optimizer_state))  # fmt: skip
+               config.placement, sharding_of(config, ranks, state))  # fmt: skip
         groups.setdefault(key if coalesce else (*key, table), []).append(name)
 
     plans = []
@@ -76,8 +77,9 @@ def plan_tables(
             members.setdefault(table, MemberTable(table, configs[name].initializer))
             features[name] = list(members).index(table)
         config = configs[names[0]]
-        layout = RecordLayout(config.dim, optimizer_state, config.dtype, _state_dtype(config))
-        sharding = sharding_of(config, ranks, optimizer_state)
+        state = _state_of(config, optimizer_state)
+        layout = RecordLayout(config.dim, state, config.dtype, _state_dtype(config))
+        sharding = sharding_of(config, ranks, state)
         if sharding == "column":
             _refuse_columns(", ".join(members), layout, ranks)
         plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding))
@@ -90,6 +92,10 @@ def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)
     return plan.layout.columns(sum(widths[:rank]), widths[rank])
+
+
+def _state_of(config: EmbeddingConfig, optimizer_state: tuple[StateField, ...]) -> tuple[StateField, ...]:
+    return optimizer_state if config.trainable else ()
 
 
 def _state_dtype(config: EmbeddingConfig) -> torch.dtype:

@@ -176,7 +176,7 @@ class Collector:
         """Returns int64: of each gradient that came in, which of the R ids asked of this rank it belongs to."""
         ranks, device = self.exchange.size, self.table.device
         told = [torch.arange(n, device=device) for n in counts]
-        if _SOME in states:
+        if states.count(_SOME):
             # Ranks that have gradients for some of their ids say for which.
             send, which = [0] * ranks, asked.owned.rows[:0]
             if own.places is not None:

@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.embedding.settings import refuse_no_integer, refuse_no_rule
+from recis_hybrid.embedding.settings import described, refuse_no_integer, refuse_no_rule
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")
@@ -56,7 +56,7 @@ class EmbeddingConfig:
     admission: Admission | None = None
     """Which ids get a row; None: every one that training meets."""
     trainable: bool = True
-    """False: the table is read-only. Nothing is inserted, and no gradient is taken."""
+    """False: the table is read-only. Nothing is inserted, no gradient is taken, and rows keep no optimizer state."""
     optimizer: Mapping[str, float | tuple[float, float]] | None = None
     """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
@@ -117,7 +117,9 @@ class EmbeddingConfig:
         if self.admission is not None:
             refuse_no_rule(where, "admission", self.admission, "gate", "MinFrequency(3)")
         if not isinstance(self.optimizer, Mapping | None):
-            raise TypeError(f"{where}: optimizer must be a mapping, as {{'lr': 0.1}}, or None, got {self.optimizer!r}")
+            raise TypeError(
+                f"{where}: optimizer must be a mapping, as {{'lr': 0.1}}, or None, got {described(self.optimizer)}"
+            )
         if not isinstance(self.placement, Placement | None):
             raise TypeError(
                 f"{where}: placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, "

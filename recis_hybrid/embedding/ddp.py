@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.engine import EmbeddingEngine
+from recis_hybrid.embedding.settings import described
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
@@ -18,7 +19,10 @@ def leave_out_of_ddp(model: nn.Module) -> None:
     Args:
         model: What is to be wrapped.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"leave_out_of_ddp: model must be a torch.nn.Module, got {described(model)}")
     anchors = [name for name, parameter in model.named_parameters() if isinstance(parameter, Anchor)]
+    anchors += [f"_orig_mod.{name}" for name in anchors]  # should torch.compile take the model before DDP does
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, anchors)
 
 
@@ -40,10 +44,17 @@ def mean_over_samples(
     Raises:
         ValueError: If the engine has no other ranks.
     """
+    if not isinstance(engine, EmbeddingEngine):
+        raise TypeError(
+            f"mean_over_samples: engine must be an EmbeddingEngine, as ddp.register_comm_hook(engine, "
+            f"mean_over_samples), got {described(engine)}"
+        )
     group = engine.group
     if group is None:
         raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")
-    shares = bucket.buffer().mul_(engine.share)
+    share = engine.share
+    # A mean over no samples is not a number, and does not count.
+    shares = bucket.buffer().mul_(share) if share > 0 else bucket.buffer().zero_()
     work = dist.all_reduce(shares, group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.checkpointed import CheckpointedTables
 from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
+from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.describe import describe
 from recis_hybrid.embedding.devices import device_of
@@ -27,9 +29,25 @@ from recis_hybrid.embedding.prefetch import Prefetcher
 from recis_hybrid.embedding.protocols import RowUpdate
 from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.settings import refuse_no_integer
+from recis_hybrid.embedding.settings import (
+    described,
+    refuse_no_configs,
+    refuse_no_flag,
+    refuse_no_integer,
+    state_fields,
+)
 from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
+from recis_hybrid.embedding.state_dict import (
+    RowsInStateDict,
+    belongs_to_tables,
+    load_rows,
+    refuse_rows_in_state_dict,
+    save_key,
+    save_rows,
+    warn_of_rows_left_out,
+)
 from recis_hybrid.ragged import Batch
+from recis_hybrid.state import are_tables_apart
 
 
 class RowOptimizer(Protocol):
@@ -47,6 +65,10 @@ class EngineLookup:
     outputs: tuple[Outputs, ...]
 
 
+@outside_graphs(
+    "forward", "lookup", "apply_gradients", "prefetch", "prefetch_rows", "drop_prefetched", "evict", "compact",
+    "memory", "describe",
+)  # fmt: skip
 class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
@@ -59,21 +81,22 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     ``zero_grad()`` forgets them; until then each batch's take memory. Where only a tower is to be trained, call the
     engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
 
-    Where torch.distributed is initialised with several ranks, they share the tables (``docs/distributed.md``): each
-    rank gives its own batch, rows lie where their configs' ``sharding`` says, and a step is that of one process on all
-    batches together. Building, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does,
-    are then for all ranks together, in the same order.
+    Where torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
+    then join here, they share the tables (``docs/distributed.md``): each rank gives its own batch, rows lie where their
+    configs' ``sharding`` says, and a step is that of one process on all batches together. Building, lookups, an
+    optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are then for all ranks together, in the
+    same order.
 
     Args:
         configs: By feature name, the name of its column in the batch.
-        optimizer_state: What the optimizer keeps for every row, e.g. ``optim.Adam.row_state()``.
+        optimizer_state: What the optimizer keeps for every row of a table that is trained, e.g.
+            ``optim.Adam.row_state()``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
             ``clip_grad_norm_`` clips, that rests on norms that are added up in float64 and rounded to float32: in one
             step of some 10^8 they may round otherwise.
-        group: The ranks that share the tables; None: all, if torch.distributed is initialised; False: this process has
-            tables of its own.
+        group: The ranks that share the tables; None: all; False: this process has tables of its own.
         reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
             ranks' samples, which fits losses that are means over a rank's samples, and where all have equally many is
             what DistributedDataParallel does with towers (else see :func:`mean_over_samples`). ``sum``: they are added.
@@ -88,9 +111,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
             where the group is all ranks.
+        rows_in_state_dict: What a model's ``state_dict`` has of the tables. None: a key that stands for them; loading
+            it into empty tables fails, as Saver is how rows are saved. ``embedding``: ids and embeddings. ``record``:
+            also optimizer state, metadata and what admission knows, so that with the optimizer's ``state_dict``
+            training goes on bitwise. Where ranks share the tables, ``state_dict`` then gathers the rows of all on
+            each, and is for all ranks together; any number of ranks can load it.
 
     Raises:
-        TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
+        RuntimeError: If a launcher has started several processes and they cannot be joined.
+        TypeError: If a feature has no EmbeddingConfig, or a setting is of another kind.
         ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
             beyond the dtype, this rank is not in the group, or a setting is none of the choices.
 
@@ -115,18 +144,35 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         prefetch_depth: int | None = None,
         staleness: Literal[0, 1] = 0,
         prefetch_group: dist.ProcessGroup | None = None,
+        rows_in_state_dict: RowsInStateDict | None = None,
     ) -> None:
         super().__init__()
+        refuse_no_configs(configs)
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
+        state_fields("EmbeddingEngine: optimizer_state", optimizer_state, StateField)
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
+        for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate)):
+            refuse_no_flag("EmbeddingEngine", name, flag)
+        if prefetch_depth is not None:
+            refuse_no_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, 2)
+            if prefetch_depth < 0:
+                raise ValueError(f"EmbeddingEngine: prefetch_depth must not be negative, got {prefetch_depth}")
+        if staleness not in (0, 1):
+            raise ValueError(f"EmbeddingEngine: staleness must be 0 or 1, got {staleness!r}")
         self.configs = dict(configs)
         self.device = device_of(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
+        # By nobody's choice: it is an error once there are other ranks.
+        alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
         self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
+        for table in self.tables:
+            table.built_alone = alone
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
             for plan in self.plans
@@ -138,6 +184,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
             )  # fmt: skip
         self._samples: list[int] = []
+        self._warned_of_dtype = self._warned_of_rows = False
+        refuse_rows_in_state_dict(rows_in_state_dict)
+        self.rows_in_state_dict = rows_in_state_dict
+        """What ``state_dict`` has of the rows; it may be set at any time."""
         told = prefetch_depth is not None
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
@@ -165,15 +215,18 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Looks a batch up, differentiably.
 
         Args:
-            batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
+            batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
+                sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags.
 
         Raises:
             ExchangeError: If another rank could not look its batch up, died, or is in another mode.
 
         Returns:
-            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
-            ``[B, max_length * dim]``; where it is None ``[n, dim]`` in the order of the ids, or ``[B, L, dim]`` for
-            ids ``[B, L]``.
+            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; for ids ``[B, L, K]``
+            ``[B, L, dim]``; for a RaggedTensor of two levels ``[n, dim]``, a vector for each of the n inner lists of
+            all rows, which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. Where the
+            combiner is ``tile``, ``max_length * dim`` stands for ``dim``. Where it is None, each id has a vector:
+            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor.
         """
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
@@ -206,21 +259,32 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
-            KeyError: If a feature's gradient is missing.
+            KeyError: If a feature's gradient is missing, or one is of no feature.
             RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
+            TypeError: If the optimizer is none of ``recis_hybrid.optim``.
+            ValueError: If it was built over other tables, or some of these; no row is changed.
         """
+        if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
+            raise TypeError(
+                f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
+                f"got {described(optimizer)}"
+            )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
+        unknown = sorted(gradients.keys() - self.configs.keys())
+        if unknown:
+            raise KeyError(f"apply_gradients: there are gradients of {unknown}, which are no features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
         # All of it is checked before the first row changes.
+        updates = {number: optimizer.update_of(self._faces[number].anchor) for number in trained}
         ready = []
         for number in trained:
             table, lookup = self._faces[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
-            ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
+            ready.append((table, table.gradients(lookup, rows), updates[number]))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
 
@@ -231,6 +295,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
         """Looks a batch up in one table after another."""
+        refuse_recording()
         if self._sharded is None:
             for table, reader in zip(self.tables, self._readers, strict=True):
                 request, shapes = reader(batch, table.device)
@@ -353,23 +418,68 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
         return describe(self.plans, self.tables)
 
+    def __prepare_scriptable__(self) -> EmbeddingEngine:
+        """Refuses ``torch.jit.script``, of the engine and of a model that has one."""
+        raise not_recorded("torch.jit.script")
+
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
-        """Tables stay where they are, as ``to()`` cannot take them along; dtypes are those of the configs."""
-        wanted = fn(torch.empty(0, device=self.device)).device
-        if wanted != self.device:
+        """Leave tables where they are, as ``to()`` cannot take them along, and in the dtypes of their configs."""
+        probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
+        if probe.device.type == "meta":
             raise RuntimeError(
-                f"EmbeddingEngine: tables cannot be moved from {self.device} to {wanted}; "
-                f"build the engine with device={str(wanted)!r}, and load a checkpoint into it"
+                "EmbeddingEngine: tables have no form on the meta device, and no sizes to be known before; move the "
+                "towers alone, as model.tower.to('meta')"
+            )
+        if probe.device != self.device:
+            raise RuntimeError(
+                f"EmbeddingEngine: tables cannot be moved from {self.device} to {probe.device}; "
+                f"build the engine with device={str(probe.device)!r}, and load a checkpoint into it"
+            )
+        stored = {table.layout.dtype for table in self.tables}
+        converted = {dtype for dtype in stored if fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype}
+        if (converted or probe.dtype != torch.float32) and not self._warned_of_dtype:
+            self._warned_of_dtype = True
+            names = ", ".join(sorted(str(dtype) for dtype in stored))
+            warnings.warn(
+                f"EmbeddingEngine: tables keep the dtypes of their configs ({names}), and their outputs stay float32, "
+                f"where the rest of the model becomes {probe.dtype}. Set EmbeddingConfig(dtype=) for tables; cast the "
+                f"outputs for a tower in another dtype, or run it under torch.autocast",
+                stacklevel=3,
             )
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Leaves the anchors out of state_dict: rows are saved by Saver."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for number in range(len(self.tables)):
+            destination.pop(f"{prefix}anchor{number}", None)
+        if are_tables_apart():
+            return
+        refuse_rows_in_state_dict(self.rows_in_state_dict)
+        if self.rows_in_state_dict is not None:
+            exchange = None if self._sharded is None else self._sharded.exchange
+            state = self.checkpoint_state()
+            save_rows(self.tables, state, self.rows_in_state_dict, destination, prefix, exchange)
+            return
+        save_key(self.tables, destination, prefix)
+        if not self._warned_of_rows and any(len(table) for table in self.tables):
+            self._warned_of_rows = True
+            warn_of_rows_left_out()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of a state_dict is the engine's."""
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        # Anchors mean nothing: neither is one that is there loaded, nor one that is not there missed.
+        rest = {key: value for key, value in state_dict.items() if not belongs_to_tables(key, prefix)}
+        missed: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missed, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in missed if not belongs_to_tables(key, prefix))
+        if not are_tables_apart():
+            load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
 
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of a module that are not embedding tables: what to give to torch.optim."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"dense_parameters: module must be a torch.nn.Module, got {described(module)}")
     return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

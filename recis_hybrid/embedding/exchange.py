@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid import ops
+from recis_hybrid import distributed, ops
+from recis_hybrid.embedding.settings import described
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -156,12 +157,22 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
     """Returns the group whose ranks share an engine's tables; None where one process has them all.
 
     Args:
-        group: A process group; None, all ranks if torch.distributed is initialised; False, this process alone.
+        group: A process group; None, all ranks, whom this process joins if a launcher has started several; False, this
+            process alone.
 
     Raises:
+        RuntimeError: If the processes of a launcher cannot be joined.
+        TypeError: If it is none of these.
         ValueError: If this rank is not in the group.
     """
-    if group is False or not dist.is_available() or not dist.is_initialized():
+    if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
+            f"got {described(group)}"
+        )
+    if group is None:
+        distributed.join("EmbeddingEngine")
+    if group is False or not distributed.is_initialized():
         return None
     if group is None:
         group = dist.group.WORLD

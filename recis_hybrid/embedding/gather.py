@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.anchor import Anchor
+from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.embedding.lookup import Request
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.ops.gather import MAX
@@ -92,7 +93,7 @@ def gather(table: AnyTable, lookup: AnyLookup, outputs: Outputs, *, keep_winners
     buffer, lookup.gathered = lookup.gathered, None
     if buffer is None:
         buffer = outputs.room(table)
-        if keep_winners and MAX in lookup.request.bags.combiners:
+        if keep_winners and lookup.request.bags.combiners.count(MAX):
             outputs.winners = torch.empty(outputs.total, dtype=torch.int32, device=table.device)
         table.gather(lookup, buffer, outputs.starts, outputs.winners)
     return outputs.views(buffer if outputs.device == table.device else buffer.to(outputs.device))
@@ -108,7 +109,7 @@ def spread(
 ) -> list[Tensor | None]:
     """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
     dim, request = table.layout.dim, lookup.request
-    if MAX not in request.bags.combiners and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
+    if not request.bags.combiners.count(MAX) and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
         return list(gradients)
     results: list[Tensor | None] = []
     for number, gradient in enumerate(gradients):
@@ -131,6 +132,7 @@ def spread(
     return results
 
 
+@outside_graphs("backward")
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:

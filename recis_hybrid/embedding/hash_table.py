@@ -18,6 +18,7 @@ from recis_hybrid.embedding.anchor import Anchor, refused_copy
 from recis_hybrid.embedding.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.changes import Changes
 from recis_hybrid.embedding.checks import checked_ids, checked_member, refuse_columns
+from recis_hybrid.embedding.compilation import refuse_recording
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.exporting import export_members, export_rows
 from recis_hybrid.embedding.id_map import MAX_MEMBERS, IdMap
@@ -72,6 +73,8 @@ class HashTable:
         self.reseed(seed)
         self._empty()
         self.overrides: dict[str, Any] = {}
+        self.built_alone = False
+        """Whether its engine was built where there were no other ranks, without being told that it has none."""
         """Hyperparameters of the optimizer that are others for this table."""
         self._anchor: weakref.ref[Anchor] | None = None
         self.watched: weakref.WeakSet[Changes] = weakref.WeakSet()
@@ -125,6 +128,7 @@ class HashTable:
             IndexError: If a feature's member table is none of the table's.
             RuntimeError: If offsets decrease, or lie outside of the ids.
         """
+        refuse_recording()
         for feature in features:
             if not 0 <= feature.member < len(self.members):
                 raise IndexError(

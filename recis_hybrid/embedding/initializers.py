@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from recis_hybrid.embedding.settings import beyond
+from recis_hybrid.embedding.settings import beyond, refuse_no_integer, refuse_no_number
 
 QUAD = 4
 """Elements that are drawn together."""
@@ -246,6 +246,8 @@ def _xavier(gain: float, fan_in: int | None, fan_out: int | None, dim: int) -> f
 
 
 def _finite(owner: object, *values: float) -> None:
+    for value in values:
+        refuse_no_number(type(owner).__name__, "values", value)
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{type(owner).__name__}: values must be finite, got {values}")
 
@@ -258,6 +260,9 @@ def _not_negative(owner: object, name: str, value: float) -> None:
 def _fans(owner: object, gain: float, *fans: int | None) -> None:
     _finite(owner, gain)
     _not_negative(owner, "gain", gain)
+    for fan in fans:
+        if fan is not None:
+            refuse_no_integer(type(owner).__name__, "a fan", fan, 64)
     if any(fan is not None and fan < 1 for fan in fans):
         raise ValueError(
             f"{type(owner).__name__}: a fan must be at least 1, or None for the width of a row, got {fans}"

@@ -1,11 +1,12 @@
 """From a Batch's columns to the ids that tables take.
 
-Letters: B bags, L ids of a bag, n ids.
+Letters: B rows, L ids of a row's bag, or bags of a row with K ids each; n ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.compilation import not_recorded
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.lookup import FeatureIds, Request
 from recis_hybrid.ops.gather import Bags
@@ -39,7 +41,8 @@ class FeatureReader:
         """Returns the ids, and the shape of what they give.
 
         Args:
-            batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; or a RaggedTensor.
+            batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; ``[B, L, K]``, L bags a row,
+                each of K ids; or a RaggedTensor, whose innermost lists are the bags.
             device: Where the ids are wanted.
 
         Raises:
@@ -57,14 +60,11 @@ class FeatureReader:
         ids = values.to(device=device, dtype=torch.int64).contiguous()
         length = used = None
         if isinstance(column, RaggedTensor):
-            if column.outer:
-                raise ValueError(
-                    f"{self._where}: a row must be one list of ids, got {column.levels} levels of lists; join those of "
-                    f"a row, as RaggedTensor(c.values, c.offsets[c.outer[0]]) does for two levels"
-                )
             if ids.dim() != 1:
                 raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
             offsets = column.offsets.to(device=device).contiguous()
+            if column.outer and column.outer[-1].is_cpu:
+                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # as values, lists may be more than there are
             bags = offsets.numel() - 1
             # What shortens lists on a GPU leaves more values than there are: the host does not know how many.
             if offsets.is_cpu or config.max_length is not None:
@@ -72,25 +72,31 @@ class FeatureReader:
                 ids, weights = ids[:there], None if weights is None else weights[:there]
             else:
                 used = offsets
-        elif ids.dim() in (1, 2):
-            bags, length = ids.size(0), ids.size(1) if ids.dim() == 2 else 1
+        elif ids.dim() >= 1:
+            leading = ids.shape if ids.dim() == 1 else ids.shape[:-1]
+            bags, length = math.prod(leading), ids.size(-1) if ids.dim() > 1 else 1
             offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
         else:
-            raise ValueError(f"{self._where}: ids must be [B], [B, L] or a RaggedTensor, got {list(ids.shape)}")
+            raise ValueError(
+                f"{self._where}: ids must be [B], [B, L], [B, L, K] or a RaggedTensor, got {list(ids.shape)}"
+            )
         ids = ids.view(-1)
         if config.max_length is not None and (length is None or length > config.max_length):
             ids, weights, offsets = _first(ids, weights, offsets, config.max_length)
             length = length and config.max_length
+        shape: tuple[int, ...] = (bags,) if isinstance(column, RaggedTensor) else tuple(leading)
         if config.combiner is None:
-            shape = (ids.numel(), config.dim)
-            if not isinstance(column, RaggedTensor) and column.dim() == 2:
+            if isinstance(column, RaggedTensor):
+                shape = (ids.numel(),)
+            elif column.dim() > 1:
                 assert length is not None
-                shape = (bags, length, config.dim)  # type: ignore[assignment]
-            return self._ids(ids, ids.numel(), used=used), shape
+                shape = (*shape, length)
+            return self._ids(ids, ids.numel(), used=used), (*shape, config.dim)
         if config.combiner == "tile":
             assert config.max_length is not None
-            return self._ids(ids, bags * config.max_length, offsets, tile=config.max_length), (bags, config.width)
-        return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (bags, config.dim)
+            vectors = bags * config.max_length
+            return self._ids(ids, vectors, offsets, tile=config.max_length), (*shape, config.width)
+        return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (*shape, config.dim)
 
     def _ids(
         self, ids: Tensor, vectors: int, offsets: Tensor | None = None, weights: Tensor | None = None, tile: int = 0,
@@ -126,13 +132,7 @@ class FeatureReader:
                 f"{self._where}: {name!r} is ragged and the ids are {list(column.shape)}; give the weights in the ids' "
                 f"shape, or the ids as a RaggedTensor, too"
             )
-        ours, theirs = column.offsets, weights.offsets
-        if theirs is ours and not weights.outer:
-            return
-        # Offsets on a GPU are not looked at: the host would have to wait for them.
-        same = ours.shape == theirs.shape and not weights.outer
-        if same and ours.is_cpu and theirs.is_cpu:
-            same = np.array_equal(ours.numpy(), theirs.numpy())
+        same = column.levels == weights.levels and all(map(_same_offsets, _levels(column), _levels(weights)))
         if not same:
             raise ValueError(
                 f"{self._where}: {name!r} must have as many weights in each row as there are ids: "
@@ -152,9 +152,13 @@ class FeatureReader:
         return weights.to(device=device, dtype=torch.float32).contiguous().view(-1)
 
     def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{self._where}: a batch must be a dict of columns by name, got a {type(batch).__name__}")
         if name not in batch:
             raise KeyError(f"{self._where}: the batch has no column {name!r}; it has {sorted(batch)}")
         column = batch[name]
+        if isinstance(column, torch.fx.Proxy):
+            raise not_recorded("torch.fx.symbolic_trace")
         if not isinstance(column, (Tensor, RaggedTensor)):
             raise TypeError(
                 f"{self._where}: column {name!r} must be a tensor or a RaggedTensor, got a {type(column).__name__}; "
@@ -180,9 +184,23 @@ def _row_differences(ids: RaggedTensor, weights: RaggedTensor) -> str:
     if weights.levels != ids.levels or weights.batch_size != ids.batch_size:
         rows, levels = weights.batch_size, weights.levels
         return f"they have {rows} rows and {levels} levels, the ids {ids.batch_size} and {ids.levels}"
-    ours, theirs = ids.offsets.diff(), weights.offsets.diff()
+    level = [_same_offsets(*pair) for pair in zip(_levels(ids), _levels(weights), strict=True)].index(False)
+    ours, theirs = _levels(ids)[level].diff(), _levels(weights)[level].diff()
     row = int((ours != theirs).nonzero()[0])
-    return f"row {row} has {int(theirs[row])}, and {int(ours[row])} ids"
+    where, what = "row" if level == 0 else "list", "ids" if level + 1 == ids.levels else "lists of ids"
+    return f"{where} {row} has {int(theirs[row])}, and {int(ours[row])} {what}"
+
+
+def _levels(column: RaggedTensor) -> tuple[Tensor, ...]:
+    return (*column.outer, column.offsets)
+
+
+def _same_offsets(ours: Tensor, theirs: Tensor) -> bool:
+    if ours is theirs:
+        return True
+    # Those on a GPU are not looked at: the host would have to wait for them.
+    looked_at = ours.is_cpu and theirs.is_cpu
+    return ours.shape == theirs.shape and (not looked_at or np.array_equal(ours.numpy(), theirs.numpy()))
 
 
 def _is_plain(column: Tensor | RaggedTensor, device: torch.device) -> TypeGuard[Tensor]:

@@ -45,6 +45,8 @@ class TablesLoader:
         """What keeps the checkpoint from being loaded, a text each."""
         self.changes: list[str] = []
         """What is loaded in another way than it was saved, a text each."""
+        self.unneeded: list[str] = []
+        """Those of the changes that leave out optimizer state of read-only tables, which keep none."""
         self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
         """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
         self._compare(tables_layout(tables).tables)
@@ -118,15 +120,21 @@ class TablesLoader:
             else:
                 self.differences.append(f"table {name!r} is {where} ({text})")
         for name in sorted(saved.keys() & live.keys()):
-            self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns)
+            member = self._members.get(name)
+            read_only = member is not None and member[0].read_only
+            self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns, read_only)
 
-    def _compare_columns(self, where: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    def _compare_columns(
+        self, where: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor], read_only: bool
+    ) -> None:
         for column in sorted(saved.keys() | live.keys()):
             a, b = saved.get(column), live.get(column)
             if a is None or b is None:
                 text = f"{where} {column!r} is in the {'live object' if a is None else 'checkpoint'} only"
                 essential = column in ("ids", "embedding", "count")
                 (self.differences if essential else self.changes).append(text)
+                if read_only and b is None and not essential:
+                    self.unneeded.append(text)
             elif a.shape[1:] != b.shape[1:] or (a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(_FLOATS)):
                 text = f"{where} {column!r}: checkpoint {_spec(a)}, live object {_spec(b)}"
                 essential = column in ("ids", "embedding", "count", *META)
@@ -150,8 +158,9 @@ def load_tables_state(
             none; nothing is changed.
     """
     loader = TablesLoader(tables, state)
-    if loader.differences or loader.changes:
-        raise ValueError(f"the state is of other tables: {'; '.join([*loader.differences, *loader.changes])}")
+    changes = [text for text in loader.changes if text not in loader.unneeded]
+    if loader.differences or changes:
+        raise ValueError(f"the state is of other tables: {'; '.join([*loader.differences, *changes])}")
     for name, table in state.tables.items():
         loader.check(name, table.columns)
     loader.begin({})
@@ -161,10 +170,11 @@ def load_tables_state(
 
 
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
-    """Replaces the rows of some member tables by those of another run's; the others stay, and so do seed and steps.
+    """Replaces the rows of some member tables by those of another run's; the others stay, and so does the seed.
 
-    Steps that the rows have seen count from where that run was: they become the steps that the table has done, at most,
-    as if the rows had just been met. Optimizer state that is missing starts as in a new row.
+    A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
+    on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has
+    done, at most, as if the rows had just been met. Optimizer state that is missing starts as in a new row.
 
     Args:
         tables: Where the member tables are.
@@ -180,6 +190,13 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
     for name, state in states.items():
         refuse_counts(name, state.columns)
+    fresh = [table for table in tables if table.step == 0]
+    for name, state in states.items():
+        done = state.meta.get("step")
+        if name in members and members[name][0] in fresh and isinstance(done, int):
+            table, _ = members[name]
+            table.see()
+            table.step = max(table.step, done)
     for name, state in states.items():
         if name in members:
             table, number = members[name]

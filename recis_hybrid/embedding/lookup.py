@@ -173,7 +173,7 @@ def select(bags: Bags, numbers: list[int]) -> Bags:
 
 def gradient_bags(bags: Bags) -> Bags:
     """Returns how the gradients of these bags belong to positions."""
-    if MAX not in bags.combiners:
+    if not bags.combiners.count(MAX):
         return bags
     greatest = [combiner == MAX for combiner in bags.combiners]
     offsets = bags.offsets and [part[:0] if g else part for part, g in zip(bags.offsets, greatest, strict=True)]

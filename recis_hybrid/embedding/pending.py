@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.embedding.lookup import select
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
@@ -73,6 +74,7 @@ class Remote(Protocol):
         """Returns the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
 
 
+@outside_graphs("reduced", "replace_sums")
 class Pending:
     """Gradients of any number of lookups, reduced once: when they are used, or when their norm is asked for."""
 

@@ -32,7 +32,7 @@ def evicted_by(table: HashTable, rule: Eviction) -> Evicted:
         ValueError: If that does not have as many elements as the table has rows.
     """
     name = type(rule).__name__
-    if not callable(getattr(rule, "unwanted", None)):
+    if isinstance(rule, type) or not callable(getattr(rule, "unwanted", None)):
         raise TypeError(f"evict: a rule must have a method unwanted(rows), as Unused(steps=1000) has, got {rule!r}")
     table.refuse_read_only("evict")
     table.refuse_pending("evict")

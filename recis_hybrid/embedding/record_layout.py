@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.settings import beyond, refuse_no_integer
+from recis_hybrid.embedding.settings import beyond, refuse_no_integer, state_fields
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
@@ -32,7 +32,11 @@ class StateField:
     """None for the layout's ``state_dtype``."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"StateField: name must be a string, as 'exp_avg', got {self.name!r}")
         where = f"StateField {self.name!r}"
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise TypeError(f"{where}: dtype must be a torch.dtype, as torch.float32, or None, got {self.dtype!r}")
         if self.width is not None:
             refuse_no_integer(where, "width", self.width, 1)
             if self.width < 1:
@@ -70,6 +74,7 @@ class RecordLayout:
 
     def __post_init__(self) -> None:
         refuse_no_integer("RecordLayout", "dim", self.dim, 16)
+        object.__setattr__(self, "state", state_fields("RecordLayout: state", self.state, StateField))
         if self.dim <= 0:
             raise ValueError(f"RecordLayout: dim must be positive, got {self.dim}")
         if self.dtype not in ops.blocks.ELEMENTS:

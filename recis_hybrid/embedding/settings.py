@@ -2,9 +2,74 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
+
+
+def described(value: object) -> str:
+    """Return a phrase for a value of a wrong kind, such as ``a list`` or ``the class Adam (an instance is needed)``."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (an instance is needed, as {value.__name__}(...))"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def refuse_no_number(owner: str, name: str, value: object) -> None:
+    """Raises TypeError if a setting is no number.
+
+    Args:
+        owner: What it is a setting of.
+        name: Of the setting.
+        value: Of the setting.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a number, got {described(value)}")
+
+
+def refuse_no_flag(owner: str, name: str, value: object) -> None:
+    """Raises TypeError if a setting is neither True nor False.
+
+    Args:
+        owner: What it is a setting of.
+        name: Of the setting.
+        value: Of the setting.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {described(value)}")
+
+
+def refuse_no_configs(configs: object) -> None:
+    """Raises TypeError if configs are not given by feature name."""
+    if not isinstance(configs, Mapping):
+        raise TypeError(
+            f"EmbeddingEngine: configs must be a mapping from features to configs, as "
+            f"{{'item': EmbeddingConfig(dim=16)}}, got {described(configs)}"
+        )
+    for name in configs:
+        if not isinstance(name, str):
+            raise TypeError(f"EmbeddingEngine: the names of features must be strings, got {name!r}")
+
+
+def state_fields(owner: str, fields: object, kind: type) -> tuple[object, ...]:
+    """Returns the parts of optimizer state that a row keeps.
+
+    Args:
+        owner: What they are a setting of.
+        fields: A tuple or a list.
+        kind: What each must be: StateField.
+
+    Raises:
+        TypeError: If it is neither, or one of them is no StateField.
+    """
+    if not isinstance(fields, tuple | list) or not all(isinstance(field, kind) for field in fields):
+        raise TypeError(
+            f"{owner} must be what the optimizer keeps for a row, as optim.Adam.row_state(), got {described(fields)}"
+        )
+    return tuple(fields)
 
 
 def refuse_no_integer(owner: str, name: str, value: object, example: int) -> None:

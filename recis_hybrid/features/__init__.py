@@ -3,6 +3,7 @@
 from recis_hybrid.features.engine import FeatureEngine as FeatureEngine
 from recis_hybrid.features.feature import Feature as Feature
 from recis_hybrid.features.ids import (
+    DecimalString as DecimalString,
     Hash as Hash,
     Mod as Mod,
     MultiHash as MultiHash,
@@ -24,5 +25,13 @@ from recis_hybrid.features.registry import (
     registered_ops as registered_ops,
 )
 from recis_hybrid.features.resize import FillNull as FillNull, Pad as Pad, ToDense as ToDense, Truncate as Truncate
-from recis_hybrid.features.rows import MultiHot as MultiHot, OneHot as OneHot, Tile as Tile, TopK as TopK
-from recis_hybrid.features.vocabulary import Vocabulary as Vocabulary
+from recis_hybrid.features.rows import (
+    Distinct as Distinct,
+    Length as Length,
+    MultiHot as MultiHot,
+    OneHot as OneHot,
+    Tile as Tile,
+    TopK as TopK,
+)
+from recis_hybrid.features.times import Age as Age, DatePart as DatePart
+from recis_hybrid.features.vocabulary import Mask as Mask, Vocabulary as Vocabulary

@@ -35,7 +35,7 @@ class FeatureEngine:
     feature reads, untouched: labels, weights, keys. A column that is read is given up for what was made of it; to have
     it as well, declare it without operations (``Feature("age")``). Dense tensors and RaggedTensors are transformed
     alike, the latter keeping offsets and weights. Nothing is changed in place; a result lies on the device of the
-    column that it comes from.
+    column that it comes from. An optional feature is left out where the batch lacks a column of it.
 
     Equal operations on equal inputs are computed once, whoever needs them, and few native calls compute all of them:
     the element-wise operations of all features are one, and those that change rows are one for each kind;
@@ -47,10 +47,10 @@ class FeatureEngine:
             in place of one of all of them. Both give the same bits more slowly: to compare with.
         parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader. The
             calls of ``fuse=False`` use them in any case.
-        keep: Columns that the batch keeps although features read them.
+        keep: Columns that the batch keeps although features read them; each must be there.
 
     Raises:
-        TypeError: If one of the features is none.
+        TypeError: If one of the features is none, or ``keep`` no list of names.
         ValueError: If two have the same name, or an operation that joins columns has only one.
 
     Example:
@@ -81,11 +81,17 @@ class FeatureEngine:
         keep: Sequence[str] = (),
     ) -> None:
         self._features = tuple(features)
+        if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
+            raise TypeError(f"FeatureEngine: keep must be a list of names of columns, got {keep!r}; write keep=[...]")
         self._fuse, self._parallel, self._keep = fuse, parallel, tuple(keep)
         self._plan = compile_plan(self._features)
         self._names = list(self._plan.columns)
         self._read = {source for instruction in self._plan.instructions for source in instruction.sources}
         self._segments: dict[_Known, str] = {}
+        optional = [feature for feature in self._features if feature.optional]
+        self._may_lack = tuple(dict.fromkeys(column for feature in optional for column in feature.columns))
+        self._given_up: frozenset[str] = frozenset()
+        self._without: dict[tuple[str, ...], str] = {}
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -108,6 +114,9 @@ class FeatureEngine:
         Args:
             batch: Columns of the forms that the engine is to take: then the native calls are printed, too.
         """
+        if batch is not None and self._may_lack and (absent := self._absent(batch)):
+            getattr(self, self._lacking(absent)).explain(batch)
+            return
         print(self._plan)
         if batch is None:
             return
@@ -131,12 +140,14 @@ class FeatureEngine:
         keeps the columns that the remaining part reads, and runs in the thread that calls it alone.
         """
         reading, _, keep = split_features(self._features)
-        return FeatureEngine(reading, fuse=self._fuse, parallel=False, keep=[*dict.fromkeys([*keep, *self._keep])])
+        kept = list(dict.fromkeys([*keep, *self._keep]))
+        # A column that it hands on to an optional feature may be lacking, too.
+        return _remake(reading, self._fuse, False, kept, self._may_lack)
 
     def remaining_part(self) -> FeatureEngine:
         """Returns the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
         _, remaining, _ = split_features(self._features)
-        return FeatureEngine(remaining, fuse=self._fuse, parallel=self._parallel, keep=self._keep)
+        return _remake(remaining, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def check(self) -> None:
         """Raises for what element-wise operations have refused of the last batch on a GPU; waits for it.
@@ -148,6 +159,8 @@ class FeatureEngine:
         Raises:
             ValueError: If something was refused; the message names the feature.
         """
+        for name in list(self._without.values()):
+            getattr(self, name).check()
         for name in list(self._segments.values()):
             for call in getattr(self, name).calls:
                 if isinstance(call, ProgramCall):
@@ -167,6 +180,9 @@ class FeatureEngine:
             ValueError: If a column is missing, a feature has the name of a column that no feature reads, or an
                 operation refuses a value.
         """
+        if self._may_lack and (absent := self._absent(batch)):
+            made: Batch = getattr(self, self._lacking(absent))(batch)
+            return made
         registers = self._columns(batch)
         if torch.compiler.is_compiling():
             self._run(registers)
@@ -182,8 +198,13 @@ class FeatureEngine:
         for name, register in self._plan.outputs.items():
             as_it_was = register < len(self._names)
             features[name] = batch[self._names[register]] if as_it_was else registers[register].pack()
+        for name in self._keep:
+            if name not in batch and name not in self._may_lack:
+                raise ValueError(
+                    f"FeatureEngine: keep names {name!r}, but {_has_not(batch, name)}. Take it out of keep="
+                )
         for name, column in batch.items():
-            if name not in self._plan.columns or name in self._keep:
+            if (name not in self._plan.columns and name not in self._given_up) or name in self._keep:
                 if name in features:
                     why, remedy = "no feature reads", "take the column out of the batch"
                     if name in self._keep:
@@ -197,7 +218,26 @@ class FeatureEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.
-        return _remake, (self._features, self._fuse, self._parallel, self._keep)
+        return _remake, (self._features, self._fuse, self._parallel, self._keep, self._may_lack)
+
+    def _absent(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the columns of optional features that a batch lacks."""
+        return tuple([name for name in self._may_lack if name not in batch])
+
+    # As _link, for a trace.
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def _lacking(self, absent: tuple[str, ...]) -> str:
+        """Makes the engine of the features that need none of some columns; returns the attribute that it is."""
+        if absent not in self._without:
+            with _LINKING:
+                left = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]
+                keep = [name for name in self._keep if name not in absent]
+                engine = FeatureEngine(left, fuse=self._fuse, parallel=self._parallel, keep=keep)
+                engine._given_up = self._given_up | self._plan.columns.keys()
+                name = f"_without_{'_'.join(map(str, [self._may_lack.index(column) for column in absent]))}"
+                setattr(self, name, engine)
+                self._without[absent] = name
+        return self._without[absent]
 
     def _run(self, registers: dict[int, Column]) -> None:
         if not self._fuse:
@@ -297,11 +337,9 @@ class FeatureEngine:
             return batch[name]
         where = f"feature {self._plan.columns[name][0]!r}"
         if name not in batch:
-            near = difflib.get_close_matches(name, batch, n=1)
-            meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
-                f"{where}: the batch has no column {name!r}{meant}; it has {sorted(batch)}. "
-                f"Have the reader give that column, or set source= to the one to read"
+                f"{where}: {_has_not(batch, name)}. Have the reader give that column, set source= to the one to read, "
+                f"or declare the feature optional=True"
             )
         raise TypeError(
             f"{where}: column {name!r} must be a Tensor or a RaggedTensor, got {type(batch[name]).__name__}; "
@@ -309,8 +347,18 @@ class FeatureEngine:
         )
 
 
-def _remake(features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str]) -> FeatureEngine:
-    return FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
+def _has_not(batch: Mapping[str, Any], name: str) -> str:
+    near = difflib.get_close_matches(name, batch, n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"the batch has no column {name!r}{meant}; it has {sorted(batch)}"
+
+
+def _remake(
+    features: Sequence[Feature], fuse: Any, parallel: bool, keep: Sequence[str], may_lack: Sequence[str]
+) -> FeatureEngine:
+    engine = FeatureEngine(features, fuse=fuse, parallel=parallel, keep=keep)
+    engine._may_lack = tuple(dict.fromkeys([*engine._may_lack, *may_lack]))
+    return engine
 
 
 def _call_line(call: ProgramCall | ShapesCall | OwnCall) -> str:

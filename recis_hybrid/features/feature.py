@@ -25,14 +25,15 @@ class Feature:
         ops: Operations, the first one first; none gives the column as it is.
         source: What it is made of: the name of a column, or a list of names and of features; None stands for the column
             called ``name``.
+        optional: Whether the feature is left out where the batch lacks one of its columns; else that is an error.
 
     Raises:
-        TypeError: If a name is not a string, or what is in ``ops`` is no operation.
+        TypeError: If a name is not a string, ``optional`` no bool, or what is in ``ops`` no operation.
         ValueError: If a name is empty, or an operation's parameters are not right.
 
     Example:
         >>> Feature("user_small", ops=[Hash("farm"), Mod(1000)], source="user")
-        Feature(name='user_small', ops=(Hash(kind='farm'), Mod(n=1000)), source='user')
+        Feature(name='user_small', ops=(Hash(kind='farm'), Mod(n=1000)), source='user', optional=False)
         >>> Feature("pair", ops=[Hash(), Cross()], source=["user", "item"]).columns
         ('user', 'item')
     """
@@ -40,6 +41,7 @@ class Feature:
     name: str
     ops: Sequence[Op] = ()
     source: Source | Sequence[Source] | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         source = self.name if self.source is None else self.source
@@ -52,6 +54,8 @@ class Feature:
             if not source:
                 raise ValueError(f"Feature {self.name!r}: source must name at least one column, got none")
         object.__setattr__(self, "source", source)
+        if not isinstance(self.optional, bool):
+            raise TypeError(f"Feature {self.name!r}: optional must be True or False, got {self.optional!r}")
         for field, value in (("name", self.name), *(("source", one) for one in self.sources)):
             if field == "source" and isinstance(value, Feature):
                 continue

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import MOST, ids_of, integers, one
-from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
+from recis_hybrid.features.common import MOST, ids_of, integers, one, shaping_kernel
+from recis_hybrid.features.op import Column, Form, Job, Kernel, Lowered, Step
 from recis_hybrid.features.primes import largest_prime_up_to
+from recis_hybrid.features.tensors import exact_on
 from recis_hybrid.ops.hash import HASH_KINDS, HashKind
 from recis_hybrid.ops.program import divisor_words
 
@@ -65,7 +66,7 @@ class Hash:
 
     Example:
         >>> Feature("user", ops=[Hash("murmur")])
-        Feature(name='user', ops=(Hash(kind='murmur'),), source='user')
+        Feature(name='user', ops=(Hash(kind='murmur'),), source='user', optional=False)
     """
 
     kind: HashKind = "farm"
@@ -103,18 +104,19 @@ class Mod:
     """Ids → ids in ``[0, n)``: the remainder of the id read as an unsigned number of 64 bits.
 
     The column keeps its form. For ids below 0 the result is not Python's ``%``: -1 counts as 2^64 - 1. int8 to int32
-    are widened to int64 before.
+    are widened to int64 before. A power of two keeps the lowest bits: ``Mod(2**52)`` is ``id & (2**52 - 1)``, as RecIS
+    keeps the ids of coalesced tables.
 
     Args:
-        n: The modulus, 1 to 2^63 - 1.
+        n: The modulus, 1 to 2^64 - 1. Of one above 2^63, remainders from 2^63 on have the bits of an int64 below 0.
     """
 
     n: int
 
     def fault(self) -> str | None:
         """Returns what is wrong with the modulus, or None."""
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n <= MOST:
-            return f"n must be an int from 1 to {MOST}, got {self.n!r}; n is the number of different ids to keep"
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n < 2**64:
+            return f"n must be an int from 1 to {2**64 - 1}, got {self.n!r}; n is the number of different ids to keep"
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
@@ -131,6 +133,65 @@ class Mod:
 
     def __str__(self) -> str:
         return f"mod[{self.n}]"
+
+
+class DecimalCall:
+    """All such operations of a stage in one native call."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._unsigned = [int(job.op.unsigned) for job in jobs]
+        self._parallel = parallel
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        ids = [ids_of(column).contiguous() for (column,) in columns]
+        made = torch.ops.recis.decimal_strings(ids, self._unsigned, exact_on(ids[0].device), self._parallel)
+        results = []
+        for k, (column,) in enumerate(columns):
+            outer = () if column.offsets is None else (*column.outer, column.offsets)
+            results.append(Column(made[2 * k + 1], made[2 * k], column.weights, outer))
+        return results
+
+
+@dataclass(frozen=True)
+class DecimalString:
+    """Ids → strings of their decimal digits, as :class:`str` has them; with a :class:`Hash` behind it, 7 is as "7".
+
+    A column ``[B]`` becomes a string column, rows of ids become lists of strings, which keep their weights.
+
+    Args:
+        unsigned: Whether ids are unsigned numbers of 64 bits, of which those from 2^63 on have the bits of an int64
+            below 0.
+
+    Example:
+        >>> engine = FeatureEngine([Feature("user", ops=[DecimalString()])])
+        >>> engine({"user": torch.tensor([42, -7])})["user"].to_strings()
+        [b'42', b'-7']
+    """
+
+    unsigned: bool = False
+    kind: ClassVar[type[DecimalCall]] = DecimalCall
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with ``unsigned``, or None."""
+        return None if isinstance(self.unsigned, bool) else f"unsigned must be True or False, got {self.unsigned!r}"
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form of the strings."""
+        form = integers("DecimalString", one(forms))
+        if form.dims != 1:
+            raise TypeError(
+                f"DecimalString takes one id a row ([B]) or rows of ids, got values of {form.dims} dimensions; bring "
+                f"ids [B, L] as rows, by RaggedTensor.from_padded"
+            )
+        return form._replace(dtype=torch.uint8, levels=form.levels + 1)
+
+    def kernel(self) -> Kernel:
+        """Returns what writes digits."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return "decimal_string[unsigned]" if self.unsigned else "decimal_string"
 
 
 @dataclass(frozen=True)

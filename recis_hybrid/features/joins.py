@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
+from recis_hybrid.features.rows import Distinct
 from recis_hybrid.features.tensors import TensorList, exact_on
 from recis_hybrid.ops.ragged import NO_BOUND
 
@@ -53,6 +54,8 @@ class Cross:
     Args:
         limit: The most pairs that a row may make; more are refused on the CPU. A GPU needs it where both columns are
             ragged, as the bound of what they come to, which it would have to wait for otherwise.
+        distinct: Whether an id that a row repeats counts once, with the weight of the first: as RecIS crosses. It is
+            :class:`Distinct` before the cross.
 
     Example:
         >>> engine = FeatureEngine([Feature("pair", source=["user", "item"], ops=[Cross()])])
@@ -61,14 +64,20 @@ class Cross:
     """
 
     limit: int | None = None
+    distinct: bool = False
     joins: ClassVar[bool] = True
     kind: ClassVar[type[CrossCall]] = CrossCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the limit, or None."""
-        if self.limit is not None and (not isinstance(self.limit, int) or not 1 <= self.limit < 2**31):
+        """Returns what is wrong with its parameters, or None."""
+        whole = isinstance(self.limit, int) and not isinstance(self.limit, bool)
+        if self.limit is not None and not (whole and 1 <= self.limit < 2**31):
             return f"limit must be an int from 1 to {2**31 - 1}, or None, got {self.limit!r}"
-        return None
+        return None if isinstance(self.distinct, bool) else f"distinct must be True or False, got {self.distinct!r}"
+
+    def parts(self) -> tuple[Distinct | None, Cross]:
+        """Returns what each column goes through before, and the cross without it."""
+        return (Distinct(), replace(self, distinct=False)) if self.distinct else (None, self)
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Returns the form of the pairs."""
@@ -96,8 +105,11 @@ class Cross:
     def kernel(self) -> Callable[..., Column]:
         """Returns what crosses two columns."""
         ragged = shaping_kernel(self)
+        first = Distinct().kernel() if self.distinct else None
 
         def kernel(x: Column, y: Column) -> Column:
+            if first is not None:
+                x, y = first(x), first(y)
             if self.shape((Form.of(x), Form.of(y))).levels > 0:
                 return ragged(x, y)
             if x.values.shape != y.values.shape:

@@ -132,9 +132,11 @@ class Shaping(Protocol):
 
 @runtime_checkable
 class Joining(Protocol):
-    """An operation on all columns that a chain has at its place, which makes one of them."""
+    """An operation on all columns that a chain has at its place, which makes one of them, where ``joins`` is true."""
 
-    joins: ClassVar[bool]
+    @property
+    def joins(self) -> bool:
+        """Whether it does; else it works on each column."""
 
     def kernel(self) -> Callable[..., Column]:
         """Returns what runs, with a column for each input."""

@@ -102,13 +102,16 @@ class _Compiler:
             if isinstance(op, Compound):
                 parts = op.expand()
                 registers = [last for one in registers for part in parts for last in self.chain([one], part, feature)]
-            elif isinstance(op, Joining):
+            elif isinstance(op, Joining) and op.joins:
                 if len(registers) < 2:
                     raise ValueError(
                         f"feature {feature!r}: {op} joins two or more columns, and there is one; name them by "
                         f"source=[...]"
                     )
                 if isinstance(op, Cross):
+                    before, op = op.parts()
+                    if before is not None:
+                        registers = [self.emit((one,), before, feature) for one in registers]
                     registers = [reduce(lambda x, y, op=op: self.emit((x, y), op, feature), registers)]  # type: ignore[misc]
                 else:
                     registers = [self.emit(tuple(registers), op, feature)]

@@ -40,7 +40,11 @@ def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Fea
             break
         left |= more
     reading = [feature for feature in features if feature.name not in left]
+
+    def made(feature: Feature, columns: Sequence[str]) -> list[Feature]:
+        return [Feature(name, optional=feature.optional) for name in columns]
+
     remaining: list[Feature] = []
     for feature in features:
-        remaining += [feature] if feature.name in left else [Feature(name) for name in names[feature.name]]
+        remaining += [feature] if feature.name in left else made(feature, names[feature.name])
     return reading, remaining, sorted(keep)

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from recis_hybrid.features import ids, joins, numbers, resize, rows, vocabulary
+from recis_hybrid.features import ids, joins, numbers, resize, rows, times, vocabulary
 from recis_hybrid.features.op import missing_method
 
 OpClass = TypeVar("OpClass", bound=type)
 
 _REGISTERED: dict[str, type] = {
+    "age": times.Age,
     "bucketize": numbers.Bucketize,
     "cast": numbers.Cast,
     "clip": numbers.Clip,
     "concat": joins.Concat,
     "cross": joins.Cross,
+    "date_part": times.DatePart,
+    "decimal_string": ids.DecimalString,
+    "distinct": rows.Distinct,
     "fill_null": resize.FillNull,
     "hash": ids.Hash,
+    "length": rows.Length,
     "log": numbers.Log,
+    "mask": vocabulary.Mask,
     "mod": ids.Mod,
     "multi_hash": ids.MultiHash,
     "multi_hot": rows.MultiHot,

@@ -1,16 +1,17 @@
-"""Operations on rows of values: TopK, OneHot, MultiHot and Tile."""
+"""Operations on rows of values: TopK, Distinct, Length, OneHot, MultiHot and Tile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from recis_hybrid.features.common import ids_of, integers, movable, one, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job
 from recis_hybrid.features.tensors import TensorList, exact_on
+from recis_hybrid.features.vocabulary import Mask, as_tuple
 
 
 def _count_fault(name: str, count: object) -> str | None:
@@ -79,6 +80,213 @@ class TopK:
 
     def __str__(self) -> str:
         return f"top_k[{self.k}]"
+
+
+class DistinctCall:
+    """All such operations of a stage in one native call."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._labels = "\n".join(job.label for job in jobs)
+        self._parallel = parallel
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        ids, offsets = [], []
+        weights = TensorList()
+        for (column,) in columns:
+            assert column.offsets is not None
+            ids.append(ids_of(column).contiguous())
+            offsets.append(column.offsets.contiguous())
+            weights.add(column.weights)
+        made = torch.ops.recis.ragged_distinct(
+            ids, offsets, weights.list, weights.index, self._labels, exact_on(ids[0].device), self._parallel
+        )
+        results, at = [], 0
+        for number in weights.index:
+            results.append(Column(made[at + 1], made[at], None if number < 0 else made[at + 2]))
+            at += 2 if number < 0 else 3
+        return results
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Rows of ids → rows in which no id occurs twice: the first of each stays, in its place and with its weight.
+
+    A dense column ``[B]`` is left as it is. The time is that of every pair of ids of a row.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([Feature("tags", ops=[Distinct()])])
+        >>> engine({"tags": RaggedTensor.from_lists([[3, 1, 3, 3], [], [1]])})["tags"].to_lists()
+        [[3, 1], [], [1]]
+    """
+
+    kind: ClassVar[type[DistinctCall]] = DistinctCall
+
+    def fault(self) -> str | None:
+        """Returns None: it has no parameters."""
+        return None
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form, unchanged but not the same where it is of rows."""
+        form = one(forms)
+        ids = integers("Distinct", form)
+        if form.levels > 1 or form.dims != 1:
+            raise TypeError(
+                f"Distinct takes one id a row ([B]) or rows of ids, got {form.levels} levels of lists of values of "
+                f"{form.dims} dimensions; bring ids [B, L] as rows, by RaggedTensor.from_padded"
+            )
+        return form if form.levels == 0 else Form(*ids)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what drops repeated ids."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return "distinct"
+
+
+class LengthsCall:
+    """The lengths of lists, each of two offsets."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
+        self._levels = [job.op.level for job in jobs]
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        made = []
+        for (column,), level in zip(columns, self._levels, strict=True):
+            assert column.offsets is not None
+            levels = (*column.outer, column.offsets)
+            lengths = levels[level - 1].diff()
+            made.append(
+                Column(lengths) if level == 1 else Column(lengths, levels[level - 2], None, levels[: level - 2])
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class ListLengths:
+    """Lists → how many values (or lists) each holds: the part of :class:`Length` that looks at no value.
+
+    Args:
+        level: Of the lists.
+    """
+
+    level: int
+    kind: ClassVar[type[LengthsCall]] = LengthsCall
+
+    def fault(self) -> str | None:
+        """Returns None: :class:`Length` has looked at it."""
+        return None
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form of the lengths."""
+        form = one(forms)
+        if form.levels == 0:
+            raise TypeError(
+                "Length takes ragged columns, got a dense one; name by ignore= what its rows are filled with"
+            )
+        if self.level > form.levels:
+            raise TypeError(f"Length: level must be 1 to {form.levels} for this column, got {self.level}")
+        return Form(torch.int64, self.level - 1, False, 1, form.device)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what subtracts offsets."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return f"list_lengths[{self.level}]"
+
+
+class OnesCall:
+    """How many values of a mask are not 0, in each list."""
+
+    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None: ...
+
+    def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
+        """Makes a column for each job."""
+        made = []
+        for (column,) in columns:
+            ones = (column.values != 0).long()
+            if column.offsets is None:
+                made.append(Column(ones.sum(1)))
+                continue
+            sums = torch.cat([ones.new_zeros(1), ones.cumsum(0)])
+            counts = sums[column.offsets].diff()
+            outer = column.outer
+            made.append(Column(counts, outer[-1], None, outer[:-1]) if outer else Column(counts))
+        return made
+
+
+@dataclass(frozen=True)
+class CountOnes:
+    """Masks → how many ones each list has: the part of :class:`Length` after :class:`Mask`."""
+
+    kind: ClassVar[type[OnesCall]] = OnesCall
+
+    def fault(self) -> str | None:
+        """Returns None: it has no parameters."""
+        return None
+
+    def shape(self, forms: Sequence[Form]) -> Form:
+        """Returns the form of the counts."""
+        form = one(forms)
+        if form.levels + form.dims < 2 or (form.levels and form.dims != 1) or form.dims > 2:
+            raise TypeError(
+                f"Length takes rows of values or strings, or dense [B, L], got {form.levels} levels of lists of values "
+                f"of {form.dims} dimensions"
+            )
+        return Form(torch.int64, max(form.levels - 1, 0), False, 1, form.device)
+
+    def kernel(self) -> Callable[..., Column]:
+        """Returns what counts."""
+        return shaping_kernel(self)
+
+    def __str__(self) -> str:
+        return "count_ones"
+
+
+@dataclass(frozen=True)
+class Length:
+    """Rows → how many values each has, int64 ``[B]``.
+
+    Rows of lists have as many as lists; a string as many as bytes. With ``ignore``, values (or strings) that are one of
+    these do not count: the real length of rows that were filled up, also of a dense column ``[B, L]``.
+
+    Args:
+        level: Whose length: 1 that of rows, 2 that of the lists in them, which stay in rows. With ``ignore`` it is that
+            of the innermost lists, whose values are looked at.
+        ignore: Values that do not count: numbers, or strings.
+
+    Example:
+        >>> from recis_hybrid.ragged import RaggedTensor
+        >>> engine = FeatureEngine([
+        ...     Feature("clicks", ops=[Length()], source="items"),
+        ...     Feature("real", ops=[Length(ignore=[0])], source="items"),
+        ... ])
+        >>> engine({"items": RaggedTensor.from_lists([[7, 0, 8], [], [0]])})
+        {'clicks': tensor([3, 0, 1]), 'real': tensor([2, 0, 0])}
+    """
+
+    level: int = 1
+    ignore: Sequence[int | float | str | bytes] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore", as_tuple(self.ignore))
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with its parameters, or None."""
+        if type(self.level) is not int or self.level not in (1, 2):
+            return f"level must be 1 or 2, got {self.level!r}"
+        return None if self.ignore == () else Mask(self.ignore).fault()
+
+    def expand(self) -> Sequence[Sequence[Any]]:
+        """Returns its parts."""
+        return [[ListLengths(self.level)] if self.ignore == () else [Mask(self.ignore), CountOnes()]]
+
+    def __str__(self) -> str:
+        return f"length[{self.level}]"
 
 
 class MultiHotCall:

@@ -1,17 +1,19 @@
-"""Vocabulary: strings or ids to their places in a list."""
+"""Vocabulary and Mask: strings or ids to their places in a list, and whether they are in one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import LEAST, MOST, ids_of, integers, one
+from recis_hybrid.features.common import FLOATS, LEAST, MOST, bits, ids_of, integers, numbers, one
 from recis_hybrid.features.ids import hashed, without_strings
 from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
 from recis_hybrid.ragged import RaggedTensor
@@ -139,3 +141,107 @@ class Vocabulary:
 
     def __str__(self) -> str:
         return f"vocabulary[{len(self.entries)} entries]"
+
+
+def as_tuple(values: Any) -> Any:
+    """Returns values as a tuple, strings as UTF-8 and each once; what is no list of values as it is."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        return values
+    return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else value for value in values))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Values or strings → float32: 0 for what is one of the values given, 1 for what is not.
+
+    Numbers keep their form; a string column becomes ``[B]``, and lists of strings become lists of numbers. It is exact.
+
+    Args:
+        values: All strings (or bytes), or all numbers. What an integer column cannot hold is in none of its places.
+
+    Example:
+        >>> engine = FeatureEngine([Feature("known", ops=[Mask([0, -1])], source="item")])
+        >>> engine({"item": torch.tensor([[7, 0], [-1, 8]])})
+        {'known': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+
+    values: Sequence[int | float | str | bytes]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", as_tuple(self.values))
+
+    def fault(self) -> str | None:
+        """Returns what is wrong with the values, or None."""
+        if not isinstance(self.values, tuple):
+            return f"values must be a list of numbers or of strings, got {self.values!r}"
+        if not self.values:
+            return "there must be at least one value, got none"
+        strings = isinstance(self.values[0], bytes)
+        for place, value in enumerate(self.values):
+            if isinstance(value, bool) or not isinstance(value, bytes if strings else int | float):
+                return f"values must be all strings or all numbers, got {value!r} at {place}"
+            if isinstance(value, float) and math.isnan(value):
+                return f"values must be numbers, got NaN at {place}; put FillNull before it"
+        return None
+
+    def check(self, form: Form) -> Form:
+        """Returns the form of the mask.
+
+        Raises:
+            TypeError: If the column and the values are not both strings or both numbers.
+        """
+        if form.strings != isinstance(self.values[0], bytes):
+            raise TypeError(
+                f"Mask has {'strings' if isinstance(self.values[0], bytes) else 'numbers'}, and the column "
+                f"{'strings' if form.strings else f'{form.dtype}'}; list the values as the column has them"
+            )
+        made = hashed("Mask", form) if form.strings else numbers("Mask", form)
+        return made._replace(dtype=torch.float32)
+
+    def lower(self, forms: Sequence[Form]) -> Lowered | None:
+        """Returns the instructions that look up; None for floats."""
+        form = one(forms)
+        made = self.check(form)
+        if form.dtype in FLOATS:
+            return None
+        listed: Sequence[Any] = self.values if form.strings else self._whole()
+        if not listed:
+            return None
+        table = Vocabulary(listed, unknown=len(listed)).table()
+        last = len(listed) - 1
+        steps = (
+            Step("vocabulary_string" if form.strings else "vocabulary_id", (), table),
+            Step("clip_i64", (last, last + 1)),
+            Step("i64_to_f32"),
+            Step("normalize_f32", (bits(float(last)), bits(1.0))),
+        )
+        return Lowered(made, steps)
+
+    def _whole(self) -> tuple[int, ...]:
+        """The values that an int64 can be."""
+        whole = [int(value) for value in self.values if math.isfinite(value) and value == int(value)]  # type: ignore[arg-type]
+        return tuple(dict.fromkeys(value for value in whole if LEAST <= value <= MOST))
+
+    def kernel(self) -> Kernel:
+        """Returns what compares a column with each value in turn, by torch."""
+
+        def kernel(column: Column) -> Column:
+            form = Form.of(column)
+            self.check(form)
+            if form.strings:
+                assert column.offsets is not None
+                strings = RaggedTensor(column.values, column.offsets).to_strings()
+                listed = [float(string not in self.values) for string in strings]
+                return without_strings(column, torch.tensor(listed, dtype=torch.float32, device=column.values.device))
+            given = self.values if form.dtype in FLOATS else self._whole()
+            values = column.values if form.dtype in FLOATS else ids_of(column)
+            mask = torch.ones_like(values, dtype=torch.bool)
+            for value in given:
+                mask &= values != value
+            return column._replace(values=mask.float())
+
+        return kernel
+
+    def __str__(self) -> str:
+        return f"mask[{len(self.values)} values]"

@@ -19,11 +19,16 @@ from recis_hybrid.metrics._ranks import added, gathered, ranks_of
 Self = TypeVar("Self", bound="Metric")
 
 
+# Evaluation loops run in inference mode; a tensor that is made in it could not be changed after them.
+_outside_inference = torch.inference_mode(False)
+
+
 class Metric(ABC):
     """What all accumulators share.
 
-    ``update`` waits for no device. Where torch.distributed is initialised, ``compute`` is a collective: every rank of
-    the group calls it, and all get the value of what all have seen.
+    ``update`` waits for no device, and works in and outside of ``torch.inference_mode()``. Where torch.distributed is
+    initialised, ``compute`` is a collective: every rank of the group calls it, and all get the value of what all have
+    seen.
 
     Args:
         process_group: The ranks that evaluate together; None: torch.distributed's default group.
@@ -71,6 +76,7 @@ class SumMetric(Metric):
         super().__init__(process_group=process_group, sync=sync)
         self._sums: Tensor | None = None
 
+    @_outside_inference
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch without waiting for a device.
 
@@ -98,6 +104,7 @@ class SumMetric(Metric):
             raise self._nothing()
         return sums.cpu()
 
+    @_outside_inference
     def merge(self: SumSelf, other: SumSelf) -> None:
         """Adds everything that another accumulator of the same kind has seen."""
         if other._sums is not None:
@@ -107,10 +114,12 @@ class SumMetric(Metric):
         """Forgets everything."""
         self._sums = None
 
+    @_outside_inference
     def state(self) -> dict[str, Tensor]:
         """Returns what this rank has seen: ``sums``, float64 ``[K]``."""
         return {"sums": (self._zeros() if self._sums is None else self._sums).cpu().clone()}
 
+    @_outside_inference
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what :meth:`state` gave."""
         self._sums = state["sums"].clone()
@@ -140,6 +149,7 @@ class RowMetric(Metric):
         super().__init__(process_group=process_group, sync=sync)
         self._rows: list[dict[str, Tensor | None]] = []
 
+    @_outside_inference
     def _add(self, scores: Tensor, labels: Tensor, **others: Tensor | None) -> None:
         check_shapes(type(self).__name__, labels, scores, **others)
         # Copies: the caller may use its buffers again, and a slice of a reader's buffer would hold all of it in memory.
@@ -167,11 +177,13 @@ class RowMetric(Metric):
         """Forgets everything."""
         self._rows = []
 
+    @_outside_inference
     def state(self) -> dict[str, Tensor]:
         """Returns the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""
         names = [*(["groups"] if self.takes_groups else []), "labels", "scores", "weights"]
         return {name: self._column(name).to(_DTYPES[name]) for name in names}
 
+    @_outside_inference
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what :meth:`state` gave."""
         self._rows = [dict(state)] if state["labels"].numel() else []

@@ -19,6 +19,7 @@ STEPS = (
     "bucket_f32", "bucket_f64", "cross", "log_f32", "log_f64", "clip_i64", "clip_f32", "clip_f64", "normalize_f32",
     "normalize_f64", "fill_f32", "fill_f64", "i64_to_f32", "i64_to_f64", "f32_to_f64", "f64_to_f32", "f32_to_i64",
     "f64_to_i64", "i64_to_i32", "vocabulary_id", "vocabulary_string", "wrap_32",
+    "time_part", "seconds_to", "seconds_between",
 )  # fmt: skip
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
@@ -61,7 +62,7 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
     """Returns the parameters by which native code takes remainders without dividing, as int64.
 
     Args:
-        divisor: 1 to 2^63 - 1.
+        divisor: 1 to 2^64 - 1.
 
     References:
         Granlund and Montgomery: Division by Invariant Integers using Multiplication, PLDI 1994, figure 4.1.
@@ -69,7 +70,12 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
     bits = (divisor - 1).bit_length()
     magic = ((((1 << bits) - divisor) << 64) // divisor + 1) % 2**64
     shift1, shift2 = min(bits, 1), max(bits - 1, 0)
-    return divisor, magic - 2**64 if magic >= 2**63 else magic, shift1 | shift2 << 8
+    return as_int64(divisor), as_int64(magic), shift1 | shift2 << 8
+
+
+def as_int64(word: int) -> int:
+    """Returns the int64 that has the bits of an unsigned number below 2^64."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def vocabulary_slots(hashes: Tensor) -> Tensor:

@@ -107,6 +107,32 @@ def _fake_topk(
     return results
 
 
+def _fake_distinct(
+    ids: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    weights: Sequence[int],
+    labels: str,
+    exact: bool,
+    parallel: bool,
+) -> list[Tensor]:
+    results = []
+    for mine, column, weight in zip(ids, offsets, weights, strict=True):
+        size = torch.library.get_ctx().new_dynamic_size() if exact else mine.shape[0]
+        results += [column.new_empty(column.shape), mine.new_empty((size,))]
+        if weight >= 0:
+            results.append(planes[weight].new_empty((size,)))
+    return results
+
+
+def _fake_decimal(ids: Sequence[Tensor], is_unsigned: Sequence[int], exact: bool, parallel: bool) -> list[Tensor]:
+    results = []
+    for mine in ids:
+        size = torch.library.get_ctx().new_dynamic_size() if exact else mine.numel() * 20
+        results += [mine.new_empty((mine.numel() + 1,)), mine.new_empty((size,), dtype=torch.uint8)]
+    return results
+
+
 def _fake_concat(tensors: Sequence[Tensor], index: Sequence[int], labels: str, parallel: bool) -> list[Tensor]:
     results, at = [], 0
     while at < len(index):
@@ -158,6 +184,8 @@ for _name, _fake in (
     ("ragged_take", _fake_take),
     ("ragged_cross", _fake_cross),
     ("ragged_topk", _fake_topk),
+    ("ragged_distinct", _fake_distinct),
+    ("decimal_strings", _fake_decimal),
     ("ragged_concat", _fake_concat),
     ("multi_hot", _fake_multi_hot),
     ("ragged_tile", _fake_tile),

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from recis_hybrid.ops.program import as_int64
+
 _MOST = 2**63 - 1
 _FLOATS = (torch.float32, torch.float64)
 
@@ -44,10 +46,10 @@ def mod_ids(ids: Tensor, modulus: int) -> Tensor:
 
     Args:
         ids: int64, any shape.
-        modulus: 1 to 2^63 - 1.
+        modulus: 1 to 2^64 - 1.
 
     Returns:
-        int64 of the shape of ``ids``, contiguous, each in ``[0, modulus)``.
+        int64 of the shape of ``ids``, contiguous, each in ``[0, modulus)``, also as an unsigned number.
 
     Raises:
         TypeError: If ``ids`` is not int64.
@@ -59,9 +61,9 @@ def mod_ids(ids: Tensor, modulus: int) -> Tensor:
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"mod_ids: ids must be int64, got {ids.dtype}; convert with .to(torch.int64)")
-    if not 1 <= modulus <= _MOST:
-        raise ValueError(f"mod_ids: the modulus must be 1 to {_MOST}, got {modulus}")
-    return torch.ops.recis.mod_ids(ids.contiguous(), modulus)  # type: ignore[no-any-return]
+    if not 1 <= modulus < 2**64:
+        raise ValueError(f"mod_ids: the modulus must be 1 to {2**64 - 1}, got {modulus}")
+    return torch.ops.recis.mod_ids(ids.contiguous(), as_int64(modulus))  # type: ignore[no-any-return]
 
 
 def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_nan: bool = False) -> Tensor:

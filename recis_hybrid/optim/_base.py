@@ -9,25 +9,29 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from recis_hybrid import ops
+from recis_hybrid import distributed, ops
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
+from recis_hybrid.embedding.compilation import outside_graphs
+from recis_hybrid.embedding.settings import described, refuse_no_number
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.state import PartState
 
 
+@outside_graphs("step", "zero_grad", "update_of")
 class SparseOptimizer(torch.optim.Optimizer):
     """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
 
     ``step()`` reduces what backward has left at each table once, and updates each record in the same pass. Every table
-    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. A table
-    whose config has hyperparameters of its own gets a parameter group of its own.
+    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. Where no
+    state of the optimizer is loaded, it counts on from the steps that a table has done, which the moments in its rows
+    are of. A table whose config has hyperparameters of its own gets a parameter group of its own.
     """
 
     checkpoint_kind = "optimizer"
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(_groups(params), defaults)
+        super().__init__(_groups(type(self).__name__, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds tables, each with hyperparameters of its own as a group of its own.
@@ -90,7 +94,12 @@ class SparseOptimizer(torch.optim.Optimizer):
 
         Returns:
             The closure's loss, if there is a closure.
+
+        Raises:
+            RuntimeError: If several ranks train together, and the tables were built by this one alone, or nothing is
+                known to keep their towers alike.
         """
+        self._refuse_unshared()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,15 +137,38 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def update_of(self, anchor: Tensor) -> RowUpdate:
         """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""
+        self._refuse_unshared()
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
-            raise ValueError(f"{type(self).__name__}: this table is not among the optimizer's parameters")
+            table = getattr(anchor, "table", None)
+            names = ", ".join(repr(member.name) for member in table.members) if table is not None else repr(anchor)
+            raise ValueError(
+                f"{type(self).__name__}: the table {names} is not among the optimizer's parameters; give it "
+                f"engine.parameters(), all tables that are trained"
+            )
         return self._update_in(group, anchor)
+
+    def _refuse_unshared(self) -> None:
+        """Raises RuntimeError where each rank is about to train a model of its own."""
+        if distributed.world_size() == 1:
+            return
+        name = type(self).__name__
+        distributed.refuse_unattended(name)
+        for group in self.param_groups:
+            for anchor in group["params"]:
+                if anchor.table.built_alone and not anchor.table.read_only:
+                    tables = ", ".join(member.name for member in anchor.table.members)
+                    raise RuntimeError(
+                        f"{name}: the table {tables} was built before torch.distributed was initialised, so that each "
+                        f"of {distributed.world_size()} ranks has one of its own; call init_process_group before the "
+                        f"EmbeddingEngine is built, or build it with group=False if that is meant"
+                    )
 
     def _update_in(self, group: dict[str, Any], anchor: Tensor) -> RowUpdate:
         def update(table: HashTable, gradients: Gradients | None) -> None:
             state = self.state[anchor]
-            step = state.get("step", 0) + 1
+            # An optimizer that is new to a table goes on from the steps that its moments are of.
+            step = state.get("step", table.step) + 1
             if gradients is not None:
                 self._update(table, table.records(gradients), gradients, group, step)
             state["step"] = step
@@ -144,13 +176,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         return update
 
 
-def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor | dict | str) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"{owner}: params must be engine.parameters(), or a list of groups of them, got {described(params)}"
+        )
     given = list(params)
     return given if given and isinstance(given[0], dict) else [{"params": given}]
 
 
 def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a parameter group as several: one more for each table with hyperparameters of its own."""
+    if "params" not in group:
+        raise ValueError(
+            f"{owner}: a group of parameters must have 'params', as engine.parameters(), got {sorted(group)}"
+        )
     params = group["params"]
     anchors: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     for number, anchor in enumerate(anchors):
@@ -175,7 +215,8 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 
 
 def check_positive(owner: str, **values: float) -> None:
-    """Raises ValueError for a hyperparameter below zero."""
+    """Raises TypeError for a hyperparameter that is no number, and ValueError for one below zero."""
     for name, value in values.items():
+        refuse_no_number(owner, name, value)
         if not value >= 0:
             raise ValueError(f"{owner}: {name} must not be negative, got {value}")

@@ -18,7 +18,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
     for number, group in enumerate(optimizer.param_groups):
         groups.append(_settings(group))
         for anchor in group["params"]:
-            step = optimizer.state.get(anchor, {}).get("step", 0)
+            step = optimizer.state.get(anchor, {}).get("step", anchor.table.step)
             tables |= {member.name: {"group": number, "step": step} for member in anchor.table.members}
     return PartState(meta={"class": type(optimizer).__name__, "groups": groups, "tables": tables})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from recis_hybrid import ops
@@ -126,5 +127,7 @@ def _adam(
 
 
 def _check_betas(owner: str, betas: tuple[float, float]) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(isinstance(beta, Real) for beta in betas):
+        raise TypeError(f"{owner}: betas must be two numbers, as (0.9, 0.999), got {betas!r}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{owner}: betas must lie in [0, 1), got {betas}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.embedding import Anchor
+from recis_hybrid.embedding.settings import described, refuse_no_number
 
 
 @torch.no_grad()
@@ -32,6 +33,9 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         >>> round(float(engine.tables[0].anchor.grad.norm()), 4)  # two rows of norm 1
         1.4142
     """
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(f"clip_row_norm_: parameters must be engine.parameters(), got {described(parameters)}")
+    refuse_no_number("clip_row_norm_", "max_norm", max_norm)
     if not max_norm > 0:
         raise ValueError(f"clip_row_norm_: max_norm must be above 0, got {max_norm}")
     for anchor in parameters:

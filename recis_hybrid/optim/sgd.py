@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +17,9 @@ class SGD(SparseOptimizer):
 
     .. math:: b \leftarrow \mu b + g,\; w \leftarrow w - \eta b
 
-    The momentum buffer b of a row stands still while the row has no gradient; without momentum there is none.
+    The momentum buffer b of a row stands still while the row has no gradient; without momentum there is none. A
+    schedule that cycles the momentum, as ``OneCycleLR``, cycles it where the engine keeps the buffer; elsewhere it
+    changes the learning rate alone, with a warning.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -32,12 +35,15 @@ class SGD(SparseOptimizer):
         Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning. ICML 2013.
     """
 
+    _has_warned = False
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
         """Returns what a row keeps: ``momentum_buffer`` where there is momentum."""
+        check_positive("SGD", momentum=momentum)
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
 
     @staticmethod
@@ -57,10 +63,24 @@ class SGD(SparseOptimizer):
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
-        if group["momentum"] > 0:
+        if group["momentum"] > 0 and self._keeps_buffer(table, group["momentum"]):
             offset = table.layout.offset("momentum_buffer")
             ops.update.momentum_update(
                 records, gradients, buffer_offset=offset, lr=group["lr"], momentum=group["momentum"]
             )
         else:
             ops.update.sgd_update(records, gradients, lr=group["lr"])
+
+    def _keeps_buffer(self, table: HashTable, momentum: float) -> bool:
+        """Return whether rows have a buffer for a momentum that a schedule may have set; warn once if they have not."""
+        if any(field.name == "momentum_buffer" for field in table.layout.state):
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"SGD: rows have no momentum_buffer, so that the momentum {momentum:g}, which a schedule has set, is "
+                f"left out; to have it build the engine with optimizer_state=SGD.row_state(momentum=0.9), else the "
+                f"schedule with cycle_momentum=False",
+                stacklevel=4,
+            )
+        return False

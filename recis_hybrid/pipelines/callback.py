@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch.distributed as dist
-
+from recis_hybrid import distributed
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
 
@@ -73,9 +72,9 @@ class CallbackError(RuntimeError):
 
 def rank() -> int:
     """Returns this process's number among those of torch.distributed; 0 where that is not initialised."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return distributed.rank()
 
 
 def ranks() -> int:
     """Returns how many processes train together; 1 where torch.distributed is not initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return distributed.world_size()

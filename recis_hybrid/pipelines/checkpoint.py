@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from recis_hybrid.pipelines.arguments import refuse_no_count, refuse_no_number
 from recis_hybrid.pipelines.callback import Callback, ranks
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class Checkpoint(Callback):
     """
 
     def __init__(self, *, steps: int | None = None, seconds: float | None = None, whole_every: int = 1) -> None:
+        if steps is not None:
+            refuse_no_count("Checkpoint", "steps", steps)
+        if seconds is not None:
+            refuse_no_number("Checkpoint", "seconds", seconds)
         given = steps if seconds is None else seconds
         if (steps is None) == (seconds is None) or given is None or not given > 0:
             raise ValueError(f"Checkpoint: give steps or seconds, above 0, got steps={steps} and seconds={seconds}")

@@ -1,6 +1,7 @@
 """The commands of `recis-hybrid` that train and score: init, train, evaluate, predict and report.
 
-Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted.
+Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted
+(Ctrl-C), 143 if terminated (SIGTERM): 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from recis_hybrid.pipelines.config_resume import (
 )
 from recis_hybrid.pipelines.config_run import stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
+from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.predict import refuse_output, write_predictions
 from recis_hybrid.pipelines.report import write_report
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; `train --resume` goes on from the latest checkpoint" if name == "train" else ""
         print(f"recis-hybrid: interrupted{hint}", file=sys.stderr)
         return 130
+    except Terminated as error:
+        return int(error.code or 1)
     except (
         CheckpointError, CallbackError, NonFiniteLossError, ImportError, OSError, ValueError, TypeError, KeyError
     ) as error:  # fmt: skip

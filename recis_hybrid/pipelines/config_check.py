@@ -12,6 +12,7 @@ from recis_hybrid.features import Feature, FeatureEngine
 from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
 from recis_hybrid.pipelines.config_run import dataset_of, features_of, refuse_device, step_of
 from recis_hybrid.pipelines.guard import non_finite_columns
+from recis_hybrid.pipelines.step import loss_of
 from recis_hybrid.pipelines.tensorboard import TensorBoard
 from recis_hybrid.pipelines.torch_step import TorchStep
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -89,7 +90,7 @@ def _check_source(
         )
     labels = made[label]
     assert isinstance(labels, Tensor)  # or it would be a fault
-    loss = step({**made, label: labels.float()})["loss"]
+    loss = loss_of(step({**made, label: labels.float()}))
     if not bool(loss.isfinite()):
         raise ConfigError(f"{key} {_shown(paths)}: the loss of the first batch is {float(loss)}")
     yield f"{key}: {data.num_rows:,} rows, {len(data):,} batches; the first has a loss of {float(loss):.4f}"

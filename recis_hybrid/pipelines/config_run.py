@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import optim
 from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
@@ -20,11 +18,10 @@ from recis_hybrid.embedding import (
     Normal,
     Unused,
     dense_parameters,
-    leave_out_of_ddp,
 )
 from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
-from recis_hybrid.pipelines.callback import Callback, ranks
+from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.checkpoint import Checkpoint
 from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, FeatureConfig
 from recis_hybrid.pipelines.config_model import ConfigModel
@@ -81,10 +78,8 @@ def step_of(config: Config) -> TorchStep:
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
-    if ranks() > 1:
-        leave_out_of_ddp(model)
     return _step(
-        config, model, DistributedDataParallel(model) if ranks() > 1 else model,
+        config, model,
         {
             "dense": torch.optim.Adam(dense_parameters(model), lr=config.optimizer.dense_lr),
             "sparse": kind(model.engine.parameters(), lr=config.optimizer.sparse_lr),
@@ -95,14 +90,12 @@ def step_of(config: Config) -> TorchStep:
 def scoring_step_of(config: Config) -> TorchStep:
     """Returns a frozen model of a configuration, whose tables hold no optimizer state, and what scores by it."""
     model = ConfigModel(config, _engine(config, trainable=False)).to(config.train.device).requires_grad_(False)
-    return _step(config, model.eval(), model, {})
+    return _step(config, model.eval(), {})
 
 
-def _step(
-    config: Config, model: ConfigModel, called: nn.Module, optimizers: dict[str, torch.optim.Optimizer]
-) -> TorchStep:
+def _step(config: Config, model: ConfigModel, optimizers: dict[str, torch.optim.Optimizer]) -> TorchStep:
     return TorchStep(
-        called, torch.nn.functional.binary_cross_entropy_with_logits, optimizers,
+        model, torch.nn.functional.binary_cross_entropy_with_logits, optimizers,
         label=config.data.label, groups=config.data.groups, precision=config.train.precision,
         clip_grad_norm=config.optimizer.clip_grad_norm, compile=[model.tower] if config.model.compile else [],
     )  # fmt: skip
@@ -208,35 +201,18 @@ def dataset_of(
     # Where a feature has its name, the groups are what the feature makes of the column.
     keep = [data.groups] if label and data.groups in wanted and data.groups not in config.features else []
     engine = FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False)
-    specs, types = _specs(config, paths, read, label)
-    made: Callable[[Batch], Batch] = engine
-    if label and str(types.get(data.label)) == "bool":
-        made = _numbered(engine, data.label)
     return ColumnDataset(
-        paths, specs, **{
+        paths, _specs(config, paths, read, label), **{
             "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
-            "transforms": transforms or made,
+            "transforms": transforms or engine,
             "device": None if config.train.device == "cpu" else config.train.device,
-            # Ranks work together at each step, so that all have equally many.
-            "uneven": "pad" if ranks() > 1 else None,
             **options,
         },
     )  # fmt: skip
 
 
-def _numbered(transform: Callable[[Batch], Batch], label: str) -> Callable[[Batch], Batch]:
-    def numbered(batch: Batch) -> Batch:
-        batch = transform(batch)
-        column = batch[label]
-        return {**batch, label: column.float()} if isinstance(column, Tensor) else batch
-
-    return numbered
-
-
-def _specs(
-    config: Config, paths: str | list[str], read: Iterable[str], label: bool
-) -> tuple[dict[str, Column | None], dict[str, Any]]:
-    """Returns how columns are read, and the types that the first file has."""
+def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
+    """Returns how columns are read."""
     from recis_hybrid.columnio.schema import column_types, spec_of
 
     types = column_types(paths)
@@ -252,7 +228,7 @@ def _specs(
             specs[name] = Dense(dtype) if dtype is not None else None
         else:
             specs[name] = _spec(f"data.columns.{name}", name, said, kind, dtype)
-    return specs, types
+    return specs
 
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:

@@ -67,21 +67,24 @@ class Hooks:
         """Keeps the reason that a callback has for the training to end, until :meth:`agree`."""
         self._wish = self._wish or reason
 
-    def agree(self) -> str | None:
+    def agree(self, *, interrupted: bool = False) -> tuple[str | None, bool]:
         """Looks, all ranks together, whether a callback has raised or asked for an end; waits for the other ranks.
 
+        Args:
+            interrupted: Whether a signal has asked this process to end.
+
         Returns:
-            Why the training is to end, on all ranks; None if it goes on.
+            Why the training is to end, on all ranks, None if it goes on; and whether a signal has asked some rank.
 
         Raises:
             CallbackError: A callback of some rank has raised; all ranks have saved.
         """
         wish, self._wish = self._wish, None
         if ranks() == 1:
-            return wish
-        flags = torch.zeros(ranks(), 2, dtype=torch.int64)
-        flags[rank()] = torch.tensor([self._deferred is not None, wish is not None])
-        raised, wished = summed(flags).unbind(1)
+            return wish, interrupted
+        flags = torch.zeros(ranks(), 3, dtype=torch.int64)
+        flags[rank()] = torch.tensor([self._deferred is not None, wish is not None, interrupted])
+        raised, wished, signalled = summed(flags).unbind(1)
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             raise self._error(*deferred) from deferred[2]
@@ -92,8 +95,8 @@ class Hooks:
                 f"{self._rescue()}"
             )
         if wish is None and bool(wished.any()):
-            return f"asked for by the ranks {wished.nonzero().view(-1).tolist()}"
-        return wish
+            wish = f"asked for by the ranks {wished.nonzero().view(-1).tolist()}"
+        return wish, bool(signalled.any())
 
     def finish(self, error: BaseException | None) -> None:
         """Calls ``after_fit`` of every callback; what these raise does not hide an error before."""

@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from recis_hybrid.pipelines.arguments import path_of
 from recis_hybrid.pipelines.callback import Callback, Record, rank
 from recis_hybrid.saver import Location
+from recis_hybrid.saver.remote import RemotePath
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -28,7 +30,7 @@ class JsonLog(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str] | Location) -> None:
-        self._path: Location = Path(path) if isinstance(path, str | os.PathLike) else path
+        self._path: Location = path if isinstance(path, RemotePath) else path_of("JsonLog", path)
         self._file: IO[str] | None = None
 
     def before_fit(self, trainer: Trainer) -> None:

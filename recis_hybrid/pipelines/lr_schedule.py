@@ -7,6 +7,8 @@ from typing import Any, SupportsFloat
 
 import torch
 
+from recis_hybrid.pipelines.arguments import refuse_no_callable, refuse_other_than
+
 
 class LrSchedule:
     """Sets an optimizer's learning rate to a function of the number of updates done.
@@ -18,6 +20,10 @@ class LrSchedule:
         optimizer: Whose learning rate it is.
         rate: Number of updates done → learning rate; any of optax's schedules will do.
 
+    Raises:
+        TypeError: If they are of another kind.
+        ValueError: If the optimizer has no learning rate.
+
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
@@ -28,6 +34,12 @@ class LrSchedule:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, rate: Callable[[int], SupportsFloat]) -> None:
+        refuse_other_than("LrSchedule", "optimizer", optimizer, torch.optim.Optimizer, "an optimizer")
+        refuse_no_callable("LrSchedule", "rate", rate, "a function from updates done to the learning rate")
+        if "lr" not in optimizer.defaults:
+            raise ValueError(
+                f"LrSchedule: {type(optimizer).__name__} has no learning rate; optax takes schedules itself"
+            )
         self._optimizer = optimizer
         self._rate = rate
         self._steps = 0

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from recis_hybrid.pipelines.arguments import (
+    refuse_no_batches,
+    refuse_no_count,
+    refuse_no_number,
+    refuse_other_than,
+)
 from recis_hybrid.pipelines.reader import Reader
 from recis_hybrid.ragged import Batch
 
@@ -38,14 +44,19 @@ class Mixture:
     def __init__(
         self, sources: Mapping[str, Iterable[Batch]], proportions: Mapping[str, float], *, seed: int = 0
     ) -> None:
+        for name, given in (("sources", sources), ("proportions", proportions)):
+            refuse_other_than("Mixture", name, given, Mapping, "a mapping by name, as {'ads': ...}")
         if set(sources) != set(proportions) or not sources:
             raise ValueError(
                 f"Mixture: sources and proportions must have the same names, got {sorted(sources)} and "
                 f"{sorted(proportions)}"
             )
         for name, share in proportions.items():
+            refuse_no_number("Mixture", f"the proportion of {name!r}", share)
+            refuse_no_batches("Mixture", f"the source {name!r}", sources[name])
             if not (share > 0 and math.isfinite(share)):
                 raise ValueError(f"Mixture: the proportion of {name!r} must be a finite number above 0, got {share}")
+        refuse_no_count("Mixture", "seed", seed, 0)
         self._readers = {name: Reader(source) for name, source in sources.items()}
         self._shares = torch.tensor([proportions[name] for name in sources], dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [B], labels [B]) → scalar."""
+from recis_hybrid.pipelines.arguments import described, refuse_no_callable, refuse_no_name, refuse_no_number
+
+Loss: TypeAlias = Callable[..., Tensor]
+"""(outputs, labels) → scalar; outputs alone where there are no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +26,27 @@ class Objective:
         'bought'
     """
 
-    loss: Loss
-    """(outputs, labels) → scalar, of the outputs in float32."""
-    label: str = "label"
-    """The column of labels, ``[B]``."""
+    loss: Loss | None
+    """(outputs, labels) → scalar, of the outputs in float32; None where the model returns its own loss."""
+    label: str | None = "label"
+    """The column of labels; None: there are none, and the loss takes the outputs alone."""
     weight: float | Callable[[int], float] = 1.0
     """What the loss counts in the sum: fixed, or by a function of the number of updates done."""
-    link: Callable[[Tensor], Tensor] = torch.sigmoid
-    """What makes of outputs the scores that metrics take."""
+    link: Callable[[Any], Tensor] | None = None
+    """Outputs → scores ``[B]`` that metrics take. None: a sigmoid; but outputs as they are where the loss is one of
+    torch's for numbers or probabilities, as ``mse_loss`` or ``binary_cross_entropy``."""
     groups: str | None = None
     """The column that says which group a row belongs to, int64 ``[B]``, for metrics by group."""
+
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            refuse_no_callable("Objective", "loss", self.loss, "a function (outputs, labels) → scalar")
+        refuse_no_name("Objective", "label", self.label)
+        refuse_no_name("Objective", "groups", self.groups)
+        if self.link is not None:
+            refuse_no_callable("Objective", "link", self.link, "a function of the outputs, as torch.sigmoid")
+        if not callable(self.weight):
+            refuse_no_number("Objective", "weight", self.weight)
 
     def weight_at(self, update: int) -> float:
         """Returns what the loss counts in an update.
@@ -73,7 +86,11 @@ class UncertaintyWeights(nn.Module):
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"UncertaintyWeights: names must be a sequence of names, got {described(names)}")
         self.names = list(names)
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"UncertaintyWeights: names must be distinct, and one at least, got {self.names}")
         self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:

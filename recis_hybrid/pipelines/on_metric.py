@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from recis_hybrid.pipelines.arguments import described, refuse_no_count, refuse_no_number, refuse_other_than
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.stages import Evaluate
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 class _OnMetric(Callback):
     def __init__(self, metric: str) -> None:
+        refuse_other_than(type(self).__name__, "metric", metric, str, "STAGE/METRIC, as 'eval/auc'")
         stage, _, name = metric.partition("/")
         if not name:
             raise ValueError(f"{type(self).__name__}: metric must be STAGE/METRIC, as 'eval/auc', got {metric!r}")
@@ -54,10 +56,10 @@ class EarlyStop(_OnMetric):
         self, metric: str, *, mode: Literal["max", "min"] = "max", patience: int = 2, min_delta: float = 0.0
     ) -> None:
         super().__init__(metric)
-        if mode not in ("max", "min") or patience < 1:
-            raise ValueError(
-                f"EarlyStop: mode must be 'max' or 'min' and patience at least 1, got {mode!r} and {patience}"
-            )
+        refuse_no_count("EarlyStop", "patience", patience)
+        refuse_no_number("EarlyStop", "min_delta", min_delta)
+        if mode not in ("max", "min"):
+            raise ValueError(f"EarlyStop: mode must be 'max', of a metric that is to grow, or 'min', got {mode!r}")
         self._sign = 1.0 if mode == "max" else -1.0
         self._patience, self._min_delta = patience, min_delta
         self.best = math.nan
@@ -96,12 +98,28 @@ class PlateauSchedule(_OnMetric):
         schedules: One for each optimizer; give each the ``mode`` of the metric.
 
     Raises:
+        TypeError: If a schedule is another one.
         ValueError: If metric names no stage.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
+        >>> callback = PlateauSchedule("eval/auc", [plateau])  # for Trainer(callbacks=[...])
     """
 
     def __init__(self, metric: str, schedules: Sequence[ReduceLROnPlateau]) -> None:
         super().__init__(metric)
+        if isinstance(schedules, type) or not isinstance(schedules, Iterable):
+            raise TypeError(
+                f"PlateauSchedule: schedules must be a sequence of ReduceLROnPlateau, got {described(schedules)}; "
+                f"put it into a list"
+            )
         self._schedules = list(schedules)
+        for number, schedule in enumerate(self._schedules):
+            refuse_other_than(
+                "PlateauSchedule", f"schedules[{number}]", schedule, ReduceLROnPlateau,
+                "a torch.optim.lr_scheduler.ReduceLROnPlateau; others step with updates, TorchStep(schedules=[...])",
+            )  # fmt: skip
 
     def seen(self, trainer: Trainer, value: float) -> None:
         """Steps the schedules."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.pipelines.step import Step
+from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 SUFFIXES = (".parquet", ".csv")
@@ -27,7 +28,9 @@ def predict(
 ) -> Iterator[Batch]:
     """Yield a step's scores batch by batch, in the order of the data; tables insert nothing.
 
-    Rows that only fill a batch up (``ColumnDataset(uneven="pad")``) are left out.
+    Rows that only fill a batch up (``ColumnDataset(uneven="pad")``) are left out. Several ranks call it together, each
+    with batches of its own, and go through all that it yields; a rank that has fewer batches than others is given empty
+    ones.
 
     Args:
         step: Predicts. A model that it trains is left in evaluation mode, until the next training step.
@@ -43,7 +46,7 @@ def predict(
         KeyError: A batch lacks one of the columns.
         ValueError: A column has the name of the scores.
     """
-    for batch in data:
+    for batch in in_turns(data):
         if missing := [name for name in columns if name not in batch]:
             raise KeyError(f"predict: the batch has no columns {missing}, it has {sorted(batch)}")
         kept = {name: batch[name] for name in columns}

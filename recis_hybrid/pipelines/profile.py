@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
+from recis_hybrid.pipelines.arguments import path_of, refuse_no_count
 from recis_hybrid.pipelines.callback import Callback, rank
 from recis_hybrid.ragged import Batch
 
@@ -26,7 +26,9 @@ class Profile(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, first: int = 10, steps: int = 3) -> None:
-        self._path = Path(path)
+        self._path = path_of("Profile", path)
+        refuse_no_count("Profile", "first", first)
+        refuse_no_count("Profile", "steps", steps)
         self._steps = range(first, first + steps)
         self._profiler: profile | None = None
 

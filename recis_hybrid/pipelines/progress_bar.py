@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid.pipelines.records import is_reserved
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.stages import Stage
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(Callback):
-    """Shows steps, loss and samples/s on stderr, and a line for each evaluation; on rank 0 alone."""
+    """Shows steps, loss, figures of the model's own and samples/s on stderr, and a line for each evaluation.
+
+    On rank 0 alone. Figures are means over the steps since the last line of the log.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -36,7 +40,8 @@ class ProgressBar(Callback):
         if rank() != 0:
             return
         if self._bar is not None and record["event"] == "train":
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_s']:,.0f} samples/s")
+            own = "".join(f", {name} {value:.4g}" for name, value in record.items() if not is_reserved(name))
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}{own}, {record['samples_per_s']:,.0f} samples/s")
         elif record["event"] == "eval":
             name = record["name"]
             begin = f"{name}/"

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recis_hybrid.pipelines.arguments import refuse_no_count
+
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:
     """Seeds the generators of torch (all devices), numpy and Python.
@@ -26,6 +28,7 @@ def seed_everything(seed: int, *, rank: int = 0) -> None:
         >>> bool(first == torch.rand(1))
         True
     """
+    refuse_no_count("seed_everything", "seed", seed, 0)
     mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)

@@ -6,10 +6,13 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
+from recis_hybrid import distributed
+from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.reader import Reader
 from recis_hybrid.pipelines.stages import Train
 from recis_hybrid.pipelines.step import Prefetching, Step
+from recis_hybrid.pipelines.turns import Announcement, announce
 from recis_hybrid.ragged import Batch
 
 
@@ -18,16 +21,20 @@ class _Group:
     """The batches of one step, and where the stage is once they are trained on."""
 
     batches: list[Batch]
+    rows: list[list[int]]
+    """For each batch, its rows on each rank; none on one process."""
     stage_passes: int
     pass_batches: int
-    place: dict[str, Any] | None
-    """Of the reader; None where nothing is read ahead."""
+    place: dict[str, Any]
+    """Of the reader."""
 
 
 class ReadAhead:
     """Reads the batches of a stage, a number of steps ahead, and never beyond its bound.
 
-    What a checkpoint has of the reader is its place after the last batches that were taken.
+    What a checkpoint has of the reader is its place after the last batches that were taken. Several ranks agree on each
+    step: the batches of the step after those that were read are read, too, and announced, so that the answers of the
+    other ranks are there when they are wanted.
 
     Args:
         stage: The bound.
@@ -35,18 +42,28 @@ class ReadAhead:
         place: Where the stage is; is moved on as batches are taken.
         accumulate: Batches of a step.
         depth: Steps.
+        interruption: Ends waits for batches.
     """
 
-    def __init__(self, stage: Train, reader: Reader, place: Place, accumulate: int, depth: int) -> None:
+    def __init__(
+        self, stage: Train, reader: Reader, place: Place, accumulate: int, depth: int, interruption: Interruption
+    ) -> None:
         self._stage, self._reader, self._place = stage, reader, place
         self._accumulate = accumulate
         self.depth = depth
         """Steps."""
+        self.rows: list[list[int]] = []
+        """For each batch that was taken last, its rows on each rank; none on one process."""
+        self._interruption = interruption
+        self._together = distributed.world_size() > 1
         self._last = replace(place)
         """As the place will be when all that was read is trained on."""
         self._groups: deque[_Group] = deque()
-        if depth > 0:
-            reader.hold(reader.state_dict())
+        self._announced: tuple[list[Batch], Announcement, dict[str, Any]] | None = None
+        self._failure: Exception | None = None
+        self._agreed_rows: list[list[int]] = []
+        self._read_place: dict[str, Any] = {}
+        reader.hold(reader.state_dict())
 
     def __len__(self) -> int:
         """Steps whose batches were read and not taken."""
@@ -57,32 +74,96 @@ class ReadAhead:
         return len(self._groups) <= self.depth and not self._last.reached(self._stage)
 
     def read(self) -> list[Batch]:
-        """Returns the batches of a step; fewer where a pass ends, none where it had already."""
+        """Returns the batches of a step, equally many on all ranks; fewer where a pass ends, none where it had already.
+
+        Raises:
+            ExchangeError: Another rank has failed or died.
+            RanksInterrupted: A signal has asked some rank to end.
+            ValueError: There is no batch in a pass, or a rank has none at all.
+            WaitInterrupted: A signal has asked this process to end, and it is alone.
+        """
+        if self._together:
+            return self._read_together()
+        with self._interruption.waiting():
+            batches, ended = self._read_own()
+        self._count(len(batches), ended)
+        self._read_place = self._reader.state_dict(read=True)
+        return batches
+
+    def _read_own(self) -> tuple[list[Batch], bool]:
+        """Returns this rank's batches of a step, and whether its pass has ended."""
         batches: list[Batch] = []
-        last = self._last
         while len(batches) < self._accumulate:
             batch = self._reader.next()
             if batch is None:
-                # A pass of which this stage has had nothing was an earlier one's.
-                last.stage_passes += last.pass_batches > 0
-                last.pass_batches = 0
-                break
+                return batches, True
             batches.append(batch)
-            last.pass_batches += 1
-        last.stage_steps += bool(batches)
+        return batches, False
+
+    def _count(self, batches: int, ended: bool) -> None:
+        last = self._last
+        last.pass_batches += batches
+        if ended:
+            # A pass of which this stage has had nothing was an earlier one's.
+            last.stage_passes += last.pass_batches > 0
+            last.pass_batches = 0
+        last.stage_steps += batches > 0
+
+    def _read_together(self) -> list[Batch]:
+        if self._announced is None:
+            self._announce()
+        assert self._announced is not None
+        (batches, announcement, self._read_place), self._announced = self._announced, None
+        # Raised when its turn comes: the other ranks are at the steps before it until then, and so is this one.
+        agreed = announcement.agreed(self._failure)
+        for _ in range(len(agreed.rows) - len(batches)):
+            assert self._reader.empty is not None
+            batches.append(self._reader.empty)
+            self._reader.skip()
+        if agreed.ended:
+            if self._reader.batches == 0:
+                raise ValueError(
+                    f"the source {type(self._reader.data).__name__} gave no rank a batch in pass "
+                    f"{self._reader.passes + 1}; give one that has batches each time that it is iterated"
+                )
+            self._reader.end_pass()
+        if len(agreed.rows) > announcement.batches or agreed.ended:
+            self._read_place = self._reader.state_dict(read=True)
+        self._count(len(batches), agreed.ended)
+        self._agreed_rows = agreed.rows
+        if not self._last.reached(self._stage):
+            self._announce()
         return batches
+
+    def _announce(self) -> None:
+        """Reads this rank's batches of one more step, and tells the other ranks."""
+        batches: list[Batch] = []
+        interrupted = False
+        try:
+            with self._interruption.waiting():
+                batches, _ = self._read_own()
+        except WaitInterrupted:
+            batches, interrupted = [], True
+        except Exception as error:
+            batches, self._failure = [], error
+        announcement = announce(
+            batches, self._accumulate, ended=self._reader.ended, bare=self._reader.empty is None,
+            failed=self._failure is not None,
+            interrupted=interrupted or self._interruption.requested is not None,
+        )  # fmt: skip
+        self._announced = batches, announcement, self._reader.state_dict(read=True)
 
     def put(self, batches: list[Batch]) -> None:
         """Keeps what was read, until its turn comes."""
-        place = self._reader.state_dict(read=True) if self.depth > 0 else None
-        self._groups.append(_Group(batches, self._last.stage_passes, self._last.pass_batches, place))
+        last = self._last
+        self._groups.append(_Group(batches, self._agreed_rows, last.stage_passes, last.pass_batches, self._read_place))
 
     def take(self) -> list[Batch]:
         """Returns the batches whose turn it is, and moves the place on."""
         group = self._groups.popleft()
         self._place.stage_passes, self._place.pass_batches = group.stage_passes, group.pass_batches
-        if group.place is not None:
-            self._reader.hold(group.place)
+        self._reader.hold(group.place)
+        self.rows = group.rows
         return group.batches
 
 

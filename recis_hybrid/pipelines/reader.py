@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from recis_hybrid.pipelines.turns import without_rows
 from recis_hybrid.ragged import Batch
 
 
@@ -20,10 +21,15 @@ class Reader:
 
     Args:
         data: Gives the batches of one pass each time it is iterated.
+        together: Whether several ranks read, whose passes end together: :meth:`next` then gives None until
+            :meth:`end_pass` is called.
     """
 
-    def __init__(self, data: Iterable[Batch]) -> None:
+    def __init__(self, data: Iterable[Batch], *, together: bool = False) -> None:
         self.data = data
+        self.empty: Batch | None = None
+        """Where several ranks read, a batch without rows, of the columns of the first one; None before it."""
+        self._together, self._ended = together, False
         self.passes = 0
         """Passes that have come to their end."""
         self.batches = 0
@@ -43,19 +49,40 @@ class Reader:
         Raises:
             ValueError: The pass had no batch.
         """
+        if self._ended:
+            return None
         if self._iterator is None:
             self._iterator = self._begin()
         batch = next(self._iterator, None)
-        if batch is None:
+        if self._together:
+            self._ended = batch is None
+            if batch is None:
+                self._iterator = None
+                return None
+            self._keep_columns(batch)
+        elif batch is None:
             if self.batches == 0:
                 raise ValueError(
                     f"the source {type(self.data).__name__} gave no batch in pass {self.passes + 1}; give one that has "
                     f"batches each time that it is iterated"
                 )
-            self._end()
+            self.end_pass()
             return None
         self.batches += 1
         return batch
+
+    def skip(self) -> None:
+        """Counts a batch that other ranks have had after this rank's last one."""
+        self.batches += 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has had all batches of a pass that goes on on others."""
+        return self._ended
+
+    def _keep_columns(self, batch: Batch) -> None:
+        if self.empty is None:
+            self.empty = without_rows(batch)
 
     def _begin(self) -> Iterator[Batch]:
         # A DataLoader draws a seed as it begins: from a fork of the generator, or a pass that is begun in its middle by
@@ -63,10 +90,15 @@ class Reader:
         with torch.random.fork_rng(devices=[]):
             iterator = iter(self.data)
         self._begun_at = self.batches
-        return iterator if self._stateful else itertools.islice(iterator, self.batches, None)
+        if not self._stateful:
+            for batch in itertools.islice(iterator, self.batches):
+                if self._together:
+                    self._keep_columns(batch)
+        return iterator
 
-    def _end(self) -> None:
-        self._iterator = None
+    def end_pass(self) -> None:
+        """Goes on to the next pass."""
+        self._iterator, self._ended = None, False
         self.passes, self.batches = self.passes + 1, 0
         if self._in_workers and hasattr(self._source, "set_epoch"):
             self._source.set_epoch(self._source.epoch + 1)
@@ -89,7 +121,7 @@ class Reader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes :meth:`next` give what was next when the state was taken."""
         self.close()
-        self._held = None
+        self._held, self._ended = None, False
         self.passes, self.batches = state["passes"], state["batches"]
         if state["place"] is not None:
             self._source.load_state_dict(state["place"])

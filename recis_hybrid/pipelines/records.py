@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
@@ -15,16 +16,107 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid.embedding import EmbeddingEngine, HashTable, Rows
-from recis_hybrid.pipelines.callback import ranks
+from recis_hybrid.metrics import Metric
+from recis_hybrid.pipelines.callback import rank, ranks
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
+
+
+RESERVED = (
+    "event", "step", "name", "loss", "weight", "grad_norm", "samples", "samples_per_s", "seconds", "admitted",
+    "evicted", "tables",
+)  # fmt: skip
+"""Names that the log itself uses in the lines of training steps."""
+_RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/")
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the lines of training steps use a name for something else than what a step logs of its own."""
+    return name in RESERVED or name.startswith(_RESERVED_PREFIXES)
+
+
+class RunningMeans:
+    """Means of the figures of steps since the last line of the log, over the rows of all ranks.
+
+    Sums are kept on the figures' devices, in float64, so that adding waits for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._all: dict[str, tuple[float, int]] = {}
+        """Sum and count over all ranks, of what was added before the last :meth:`fold`."""
+        self._metrics: dict[str, Metric] = {}
+
+    def add(self, figures: Mapping[str, Tensor | Metric], rows: int) -> None:
+        """Adds the figures of a step, one number each, and takes note of metrics.
+
+        Args:
+            figures: By name.
+            rows: Of this rank in the step, by which they count. Without one, as where only other ranks have data left,
+                they do not.
+        """
+        for name, value in figures.items():
+            if isinstance(value, Metric):
+                self._metrics[name] = value
+            elif rows == 0:
+                continue
+            elif name in self._sums:
+                total = self._sums[name]
+                total.add_(value.detach().to(total.device), alpha=rows)
+                self._counts[name] += rows
+            else:
+                self._sums[name], self._counts[name] = value.detach().to(torch.float64) * rows, rows
+
+    def fold(self) -> None:
+        """Brings the sums of all ranks together; waits for the device and, with all ranks, for the others.
+
+        Raises:
+            ValueError: Ranks have other metrics.
+        """
+        mine = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        found = exchanged([mine, sorted(self._metrics)])
+        if any(metrics != found[0][1] for _, metrics in found):
+            raise ValueError(
+                f"Trainer: the steps of all ranks must have the same metrics, which are computed together, got "
+                f"{[metrics for _, metrics in found]} by rank"
+            )
+        for sums, _ in found:
+            for name, (total, count) in sums.items():
+                before, counted = self._all.get(name, (0.0, 0))
+                self._all[name] = (before + total, counted + count)
+        self._sums, self._counts = {}, {}
+
+    def take(self) -> dict[str, float]:
+        """Returns the means, and the values of metrics, and begins anew; for all ranks together."""
+        self.fold()
+        means = {name: total / count for name, (total, count) in self._all.items()}
+        values = {name: float(self._metrics[name].compute()) for name in sorted(self._metrics)}
+        self.clear()
+        return {**means, **values}
+
+    def clear(self) -> None:
+        """Forgets everything, and resets metrics."""
+        for metric in self._metrics.values():
+            metric.reset()
+        self._sums, self._counts, self._all, self._metrics = {}, {}, {}, {}
+
+    def state(self) -> dict[str, Any]:
+        """Returns what was added before the last :meth:`fold`, the same on all ranks, as JSON could hold it."""
+        return {name: [total, count] for name, (total, count) in self._all.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self.clear()
+        self._all = {name: (total, count) for name, (total, count) in state.items()}
 
 
 class Recorder:
     """Counts between two lines of the log."""
 
     def __init__(self) -> None:
+        self.means = RunningMeans()
         self.waited = 0.0
         """Seconds that the loop has waited for batches."""
         self.evicted = 0
@@ -37,19 +129,18 @@ class Recorder:
         """Leaves out of rates what was done since the last line, as an evaluation."""
         self._last, self.waited, self._samples = time.perf_counter(), 0.0, samples
 
-    def of_step(self, trainer: Trainer, watched: Mapping[str, Tensor], phases: Mapping[str, float]) -> dict[str, Any]:
-        """Returns what is said of a training step; waits for the device, and for all ranks.
+    def of_step(self, trainer: Trainer, phases: Mapping[str, float]) -> dict[str, Any]:
+        """Returns what is said of the steps since the last line; waits for the device, and for all ranks.
 
         Args:
-            trainer: Whose step it was.
-            watched: One number each.
-            phases: Seconds of the step by phase; none if they were not measured.
+            trainer: Whose steps they were.
+            phases: Seconds of the last step by phase; none if they were not measured.
         """
         now = time.perf_counter()
         steps = max(trainer.steps_done - self._steps, 1)
         tables = {_name(table): len(table) for engine in trainer.engines for table in engine.tables}
         rows = sum(tables.values())
-        means = {name: float(value) for name, value in watched.items()}
+        means = self.means.take()
         sums = {
             "samples": float(trainer.samples),
             "new_samples": float(trainer.samples - self._samples),
@@ -57,7 +148,7 @@ class Recorder:
             "evicted": float(self.evicted),
             **{f"rows/{name}": float(count) for name, count in tables.items()},
         }
-        means, sums = _over_ranks(means, sums)
+        sums = dict(zip(sums, summed(torch.tensor([*sums.values()], dtype=torch.float64)).tolist(), strict=True))
         seconds = max(now - self._last, 1e-9)
         record: dict[str, Any] = {**means, "samples": int(sums.pop("samples")), "seconds": now - self._begin}
         record["samples_per_s"] = sums.pop("new_samples") / seconds
@@ -122,7 +213,8 @@ def _rates(trainer: Trainer) -> dict[str, float]:
     return {
         f"lr/{name}": float(part.param_groups[0]["lr"])
         for name, part in parts.items()
-        if isinstance(part, torch.optim.Optimizer)
+        # An optimizer may have its rate elsewhere, as one of optax has.
+        if isinstance(part, torch.optim.Optimizer) and "lr" in part.param_groups[0]
     }
 
 
@@ -139,13 +231,24 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
     return result
 
 
-def _over_ranks(means: dict[str, float], sums: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Averages some figures over all ranks and adds others up."""
-    found = summed(torch.tensor([*means.values(), *sums.values()], dtype=torch.float64)).tolist()
-    return (
-        {name: value / ranks() for name, value in zip(means, found, strict=False)},
-        dict(zip(sums, found[len(means) :], strict=True)),
-    )
+def exchanged(value: Any) -> list[Any]:
+    """Returns what every rank gave, in their order.
+
+    Args:
+        value: What JSON can hold.
+    """
+    if ranks() == 1:
+        return [value]
+    device = "cpu" if "gloo" in dist.get_backend() else "cuda"
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = torch.zeros(ranks(), dtype=torch.int64, device=device)
+    sizes[rank()] = data.numel()
+    dist.all_reduce(sizes)
+    parts = [torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device) for _ in range(ranks())]
+    padded = torch.zeros_like(parts[0])
+    padded[: data.numel()] = data
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[:size].cpu().numpy())) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
 
 def summed(values: Tensor) -> Tensor:

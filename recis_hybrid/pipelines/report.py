@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recis_hybrid.pipelines import svg
+from recis_hybrid.pipelines.records import is_reserved
 from recis_hybrid.saver import Location
 from recis_hybrid.saver.storage import storage_of
 
@@ -111,6 +112,7 @@ def _page(name: str, records: Sequence[dict[str, Any]]) -> str:
         ("Learning rate", svg.lines(_series(train, _names(train, "lr/"), cut="lr/"), from_zero=True)),
         ("Norm of gradients", svg.lines(_series(train, ["grad_norm"]), from_zero=True)),
         ("Weights of objectives", svg.lines(_series(train, _names(train, "weight/"), cut="weight/"))),
+        *((name, svg.lines(_series(train, [name]))) for name in _names(train) if not is_reserved(name)),
         *_frequencies(records),
     ]  # fmt: skip
     cards = [f"<section><h2>{escape(title)}</h2>{chart}</section>" for title, chart in charts if chart]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from recis_hybrid import distributed
 from recis_hybrid.columnio import Window
 from recis_hybrid.pipelines.reader import Reader, is_endless
 from recis_hybrid.pipelines.stages import Evaluate, Train
@@ -53,15 +54,18 @@ class Sources:
             ValueError: There is no such source, or the stage would never end.
         """
         if isinstance(stage.data, str) and stage.window is None:
-            reader = self._readers.get(stage.data) or Reader(self.data(stage))
+            reader = self._readers.get(stage.data) or self._new_reader(self.data(stage))
             self._readers[stage.data] = reader
         else:
-            reader = self._own = Reader(self.data(stage))
+            reader = self._own = self._new_reader(self.data(stage))
             if self._own_state is not None:
                 reader.load_state_dict(self._own_state)
                 self._own_state = None
         _refuse_unbounded(stage, reader.data)
         return reader
+
+    def _new_reader(self, data: Iterable[Batch]) -> Reader:
+        return Reader(data, together=distributed.world_size() > 1)
 
     def leave(self, reader: Reader) -> None:
         """Closes the reader of a stage that has ended, if the stage brought its source along."""
@@ -85,7 +89,7 @@ class Sources:
         """Makes readers go on where they were."""
         for name, place in state["named"].items():
             if name in self._named:
-                self._readers[name] = Reader(self._named[name])
+                self._readers[name] = self._new_reader(self._named[name])
                 self._readers[name].load_state_dict(place)
         self._own_state = state["own"]
 

@@ -10,7 +10,16 @@ from torch import nn
 
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import Eviction
+from recis_hybrid.embedding.settings import refuse_no_rule
 from recis_hybrid.metrics import Metric
+from recis_hybrid.pipelines.arguments import (
+    modules_of,
+    refuse_no_batches,
+    refuse_no_callable,
+    refuse_no_count,
+    refuse_other_than,
+)
+from recis_hybrid.pipelines.evaluate import refuse_no_metrics
 from recis_hybrid.ragged import Batch
 
 if TYPE_CHECKING:
@@ -63,8 +72,10 @@ class Train:
 
     def __post_init__(self) -> None:
         for bound, value in (("steps", self.steps), ("epochs", self.epochs)):
-            if value is not None and value < 1:
-                raise ValueError(f"Train: {bound} must be at least 1, got {value}")
+            if value is not None:
+                refuse_no_count("Train", bound, value)
+        _refuse_kinds(self)
+        object.__setattr__(self, "freeze", modules_of("Train", "freeze", self.freeze, "freeze=[model.tower]"))
         if self.window is not None and self.data != "train":
             raise ValueError("Train: give data or a window, not both")
 
@@ -103,6 +114,9 @@ class Evaluate:
     """Under which figures are kept and logged."""
 
     def __post_init__(self) -> None:
+        _refuse_kinds(self)
+        if self.metrics is not None:
+            refuse_no_metrics("Evaluate", self.metrics)
         if self.window is not None and self.data != "eval":
             raise ValueError("Evaluate: give data or a window, not both")
 
@@ -128,6 +142,9 @@ class Evict:
     name: str = "evict"
     """What logs call the stage."""
 
+    def __post_init__(self) -> None:
+        refuse_no_rule("Evict", "rule", self.rule, "unwanted", "Unused(steps=1000)")
+
     def run(self, trainer: Trainer) -> None:
         """Evicts; see :meth:`Trainer.evict`."""
         trainer.evict(self)
@@ -145,6 +162,20 @@ class Save:
     name: str = "save"
     """What logs call the stage."""
 
+    def __post_init__(self) -> None:
+        refuse_other_than("Save", "name", self.name, str, "a name; what is saved, and where, Trainer says")
+
     def run(self, trainer: Trainer) -> None:
         """Saves; see :meth:`Trainer.save`."""
         trainer.save()
+
+
+def _refuse_kinds(stage: Train | Evaluate) -> None:
+    where = type(stage).__name__
+    if not isinstance(stage.data, str):
+        refuse_no_batches(where, "data", stage.data)
+    refuse_other_than(where, "window", stage.window, (Window, type(None)), "a Window, or None")
+    refuse_other_than(where, "step", stage.step, (str, type(None)), "the name of one of Trainer's steps, or None")
+    refuse_other_than(where, "name", stage.name, str, "a name")
+    if stage.transform is not None:
+        refuse_no_callable(where, "transform", stage.transform, "a function of a batch, or None")

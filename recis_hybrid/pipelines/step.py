@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.ragged import Batch
+from recis_hybrid.metrics import Metric
+from recis_hybrid.ragged import Batch, RaggedTensor
+
+Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
+"""By name, for each objective; or by objective and name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +25,8 @@ class Scored:
 
     scores: Tensor
     """Floating ``[B]``."""
-    labels: Tensor
-    """``[B]``."""
+    labels: Tensor | None
+    """``[B]``; None where the step has no labels."""
     groups: Tensor | None = None
     """int64 ``[B]``: the user, session or query of each row, for metrics by group."""
 
@@ -32,11 +38,12 @@ class Step(Protocol):
     def engines(self) -> Sequence[EmbeddingEngine]:
         """The engines whose tables it trains."""
 
-    def __call__(self, *batches: Batch) -> Mapping[str, Tensor]:
+    def __call__(self, *batches: Batch) -> Mapping[str, Tensor | Metric]:
         """Does one update from the batches: one of them, unless gradients are accumulated.
 
         Returns:
-            What to watch, one number each, ``"loss"`` among it, without waiting for a device.
+            What to watch, one number each, ``"loss"`` among it, without waiting for a device; the log has its mean over
+            steps. A metric, which the step updates, is computed and reset for each line of the log.
         """
 
     def predict(self, batch: Batch) -> Mapping[str, Scored]:
@@ -47,6 +54,14 @@ class Step(Protocol):
 
 
 @runtime_checkable
+class Rehearsing(Protocol):
+    """A step that tries the metrics of evaluations on the first batch that it trains on."""
+
+    def rehearse(self, metrics: Metrics) -> None:
+        """Takes the metrics of evaluations, for the first step."""
+
+
+@runtime_checkable
 class Prefetching(Protocol):
     """A step that is told of batches before their turn comes."""
 
@@ -54,6 +69,23 @@ class Prefetching(Protocol):
         """Begins to send the batch's ids to the ranks that own them, by ``EmbeddingEngine.prefetch``.
 
         In the mode, of training and of gradients, in which the step looks them up.
+        """
+
+
+@runtime_checkable
+class Replicated(Protocol):
+    """A step whose towers stay the same on several ranks, bit by bit; what a Trainer of several asks of its steps."""
+
+    def synchronise(self) -> None:
+        """Takes over rank 0's parameters and buffers; all ranks call it together, before the first step."""
+
+    def expect(self, rows: Sequence[Sequence[int]]) -> None:
+        """Is told before each step what ranks have of it, so that gradients can be averaged over the samples.
+
+        A rank may have an empty batch, and no gradient.
+
+        Args:
+            rows: For each batch of the step, its rows on each rank.
         """
 
 
@@ -79,8 +111,38 @@ class NoObserver:
 
 
 def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
-    """Returns a dense column, [B]; raises KeyError naming it and what the batch has."""
-    column = batch.get(name)
-    if not isinstance(column, Tensor):
+    """Return a dense column, ``[B]`` or ``[B, ...]``; an array of numpy or JAX is copied into a tensor.
+
+    Args:
+        batch: Columns by name.
+        name: Of the column.
+        what: It is for, for messages.
+
+    Raises:
+        KeyError: The batch has no such column.
+        TypeError: Its rows are lists or text.
+    """
+    column: Any = batch.get(name)
+    if hasattr(column, "__array__") and not isinstance(column, Tensor):
+        column = torch.from_numpy(np.array(column))
+    if isinstance(column, Tensor):
+        return column
+    if name not in batch:
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
-    return column
+    kind = f"a RaggedTensor of {column.dtype}" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
+    raise TypeError(
+        f"the {what} column {name!r} must be a dense column of numbers, got lists or text, {kind}; read it as Dense(), "
+        f"or make numbers of it by a transform"
+    )
+
+
+def loss_of(watched: Mapping[str, Tensor | Metric]) -> Tensor:
+    """Return the loss among what a step says is to be watched.
+
+    Raises:
+        TypeError: There is none.
+    """
+    loss = watched.get("loss") if isinstance(watched, Mapping) else None
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"a step must return a mapping with a tensor of one number as 'loss', got {watched!r}")
+    return loss

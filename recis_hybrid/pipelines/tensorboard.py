@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from recis_hybrid.pipelines.arguments import path_of
 from recis_hybrid.pipelines.callback import Callback, Record, rank
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        path_of("TensorBoard", path)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
+from recis_hybrid import distributed
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.metrics import Metric
+from recis_hybrid.pipelines.arguments import (
+    described,
+    refuse_no_batches,
+    refuse_no_callable,
+    refuse_no_count,
+    refuse_no_step,
+    refuse_other_than,
+)
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
 from recis_hybrid.pipelines.clock import Clock
-from recis_hybrid.pipelines.evaluate import Metrics, evaluate
+from recis_hybrid.pipelines.evaluate import Metrics, evaluate, refuse_no_metrics
 from recis_hybrid.pipelines.guard import LossGuard
 from recis_hybrid.pipelines.hooks import Hooks, Watcher
+from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.pipelines.place import Place
 from recis_hybrid.pipelines.predict import predict
-from recis_hybrid.pipelines.randomness import Generators, seed_everything
+from recis_hybrid.pipelines.randomness import Generators, generator_states, seed_everything, set_generator_states
 from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.records import Recorder
 from recis_hybrid.pipelines.sources import Sources
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Source, Stage, Train
-from recis_hybrid.pipelines.step import Prefetching, Step
+from recis_hybrid.pipelines.step import Prefetching, Rehearsing, Replicated, Step, loss_of
+from recis_hybrid.pipelines.turns import RanksInterrupted
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver
 
@@ -54,7 +67,8 @@ class Trainer:
         seed: Of all generators of the process, set when a training begins anew; None leaves them.
 
     Raises:
-        ValueError: If accumulate or log_every is less than 1, or prefetch negative.
+        TypeError: If an argument is of another kind.
+        ValueError: If accumulate or log_every is less than 1, or prefetch or seed negative.
 
     Example:
         >>> from recis_hybrid import optim
@@ -96,12 +110,19 @@ class Trainer:
         for name, value, least in (
             ("accumulate", accumulate, 1),
             ("log_every", log_every, 1),
-            ("prefetch", prefetch or 0, 0),
+            ("prefetch", 0 if prefetch is None else prefetch, 0),
+            ("seed", 0 if seed is None else seed, 0),
         ):
-            if value < least:
-                raise ValueError(f"Trainer: {name} must be at least {least}, got {value}")
+            refuse_no_count("Trainer", name, value, least)
+        distributed.join("Trainer")
         self.steps: dict[str, Step] = dict(step) if isinstance(step, Mapping) else {"": step}
+        for name, part, example in (("sources", sources, "{'ads': data}"), ("parts", parts, "{'stats': stats}")):
+            refuse_other_than("Trainer", name, part, (Mapping, type(None)), f"a mapping by name, as {example}")
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
+        _refuse_kinds(self.steps, given, metrics, saver, callbacks)
+        for name, function in (("transform", transform), ("open_window", open_window)):
+            if function is not None:
+                refuse_no_callable("Trainer", name, function, "a function, or None")
         self._sources = Sources({name: data for name, data in given.items() if data is not None}, open_window)
         self.transform = transform
         self.metrics: Metrics = metrics or {}
@@ -117,11 +138,16 @@ class Trainer:
         self._stages: Iterable[Stage] = ()
         self._stage: Stage | None = None
         self._saved: int | None = None
+        self._saved_in: Location | None = None
         self._clock, self._guard, self._recorder = Clock(), LossGuard(), Recorder()
+        self._interruption = Interruption()
         self._hooks = Hooks(self, callbacks, self._rescue)
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = Watcher(self._clock, self._hooks)
+            # Of several steps, some may never be evaluated.
+            if len(self.steps) == 1 and isinstance(each, Rehearsing):
+                each.rehearse(self.metrics)
 
     @property
     def steps_done(self) -> int:
@@ -164,10 +190,16 @@ class Trainer:
             NonFiniteLossError: The loss is no finite number; checkpoints stay as they are.
             ValueError: There are checkpoints and ``resume`` is None, or a stage would never end.
         """
+        with self._interruption:
+            return self._fit(stages, resume)
+
+    def _fit(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> dict[str, dict[str, float]]:
         self._begin(stages, resume)
         try:
             self._hooks.call("before_fit")
-            for stage in self._place.remaining(stages, self.figures):
+            self._agree()
+            remaining = self._place.remaining(stages, self.figures)
+            while (stage := self._next_stage(remaining)) is not None:
                 self._agree()
                 if self.stopped is not None:
                     break
@@ -181,13 +213,48 @@ class Trainer:
                 self._agree()
                 if self.stopped is not None and self.saver is not None:
                     self.save()
+            self._agree()
             self._log_tables()
             self._agree()
+        except (WaitInterrupted, RanksInterrupted):
+            self._end_interrupted()
         except BaseException as error:
             self._end(error)
             raise
         self._end(None)
         return self.figures
+
+    def _next_stage(self, remaining: Iterator[Stage]) -> Stage | None:
+        # Several ranks may be waiting for each other there, as for the next window, and leave that together.
+        with self._interruption.waiting() if ranks() == 1 else nullcontext():
+            return next(remaining, None)
+
+    def _end_interrupted(self) -> NoReturn:
+        """Saves after a signal, all ranks together, and ends the training by what the signal stands for."""
+        for engine in self.engines:
+            engine.drop_prefetched()
+        error = self._interruption.error(self._interruption.requested)
+        try:
+            said = self._saved_by_signal()
+        except BaseException as another:
+            self._end(another)
+            raise
+        self._end(error)
+        name = "a signal to another rank" if self._interruption.requested is None else self._interruption.requested.name
+        said = f"ended by {name} after step {self.steps_done}; {said}"
+        if rank() == 0:
+            print(f"recis_hybrid: {said}", file=sys.stderr, flush=True)
+        error.add_note(said)
+        raise error from None
+
+    def _saved_by_signal(self) -> str:
+        if self.saver is None:
+            return "there is no saver, so nothing was saved"
+        if self._place.stages == 0:
+            return "no stage had begun, so there was nothing to save"
+        self.save()
+        where = self._saved_in or f"the checkpoint of step {self.steps_done}"
+        return f"the state is saved in {where}, and fit(..., resume='latest') goes on from it"
 
     def train(self, stage: Train) -> None:
         """Trains until the bound of a stage is reached: what ``Train`` runs.
@@ -201,18 +268,22 @@ class Trainer:
         """
         step, reader, place = self._step(stage.step), self._sources.reader(stage), self._place
         self._recorder.restart(place.samples)
-        watched: Mapping[str, Tensor] = {}
-        ahead = ReadAhead(stage, reader, place, self.accumulate, steps_ahead(step, self._prefetch, self.accumulate))
+        watched: Mapping[str, Tensor | Metric] = {}
+        depth = steps_ahead(step, self._prefetch, self.accumulate)
+        ahead = ReadAhead(stage, reader, place, self.accumulate, depth, self._interruption)
         while self.stopped is None and not place.reached(stage):
             logs = (place.steps + 1) % self.log_every == 0
             with self._clock.measuring(step.engines) if logs else nullcontext():
                 batches = self._next(ahead, step, stage)
                 if not batches:
                     continue
-                watched = self._train_step(step, batches)
-            self._guard.watch(place.steps, watched["loss"], batches)
+                watched = self._train_step(step, batches, ahead.rows)
+            rows = sum(batch_size(batch) for batch in batches)
+            if rows > 0:  # else other ranks alone have data left
+                self._guard.watch(place.steps, loss_of(watched), batches)
+            self._recorder.means.add(watched, rows)
             if logs:
-                self._log_train(stage, watched, self._clock.seconds)
+                self._log_train(stage, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
             if logs or ranks() == 1:
@@ -222,11 +293,15 @@ class Trainer:
                 engine.drop_prefetched()
         self._guard.look(wait=True)
         if watched and place.steps % self.log_every != 0:
-            self._log_train(stage, watched, {})
+            self._log_train(stage, {})
         if self.stopped is None:
             self._sources.leave(reader)
 
-    def _train_step(self, step: Step, batches: Sequence[Batch]) -> Mapping[str, Tensor]:
+    def _train_step(
+        self, step: Step, batches: Sequence[Batch], rows: Sequence[Sequence[int]]
+    ) -> Mapping[str, Tensor | Metric]:
+        if rows and isinstance(step, Replicated):
+            step.expect(rows)
         with self._hooks.within_step():
             self._hooks.call("before_step", batches)
             watched = step(*batches)
@@ -260,7 +335,12 @@ class Trainer:
         begin = time.perf_counter()
         metrics = self.metrics if stage.metrics is None else stage.metrics
         transforms = [function for function in (self.transform, stage.transform) if function is not None]
-        figures = evaluate(self._step(stage.step), self._sources.data(stage), metrics, transforms=transforms)
+        step, data, generators = self._step(stage.step), self._sources.data(stage), generator_states()
+        try:
+            figures = evaluate(step, data, metrics, transforms=transforms, interruption=self._interruption)
+        except (WaitInterrupted, RanksInterrupted):
+            set_generator_states(generators)  # a run that is resumed evaluates from the start
+            raise
         self.figures[stage.name] = figures
         if not hasattr(self._stages, "load_state_dict"):
             self._place.figures[str(self._place.stages)] = {stage.name: figures}
@@ -321,8 +401,9 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
+        self._recorder.means.fold()
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
-        self._saved = self.steps_done
+        self._saved, self._saved_in = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
         return path
 
@@ -337,8 +418,10 @@ class Trainer:
         self._hooks.wish_to_stop(reason)
 
     def _agree(self) -> None:
-        """Has what callbacks have raised, or asked for, take its effect on all ranks at once."""
-        reason = self._hooks.agree()
+        """Has what callbacks have raised, or callbacks and signals asked for, take its effect on all ranks at once."""
+        reason, interrupted = self._hooks.agree(interrupted=self._interruption.requested is not None)
+        if interrupted:
+            raise RanksInterrupted
         if reason is not None and self.stopped is None:
             self.stopped = reason
             self._log("stop", {"reason": reason})
@@ -372,6 +455,7 @@ class Trainer:
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
             "callbacks": self._hooks.state(),
+            "means": self._recorder.means.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -384,12 +468,17 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
+        self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
+        _refuse_no_stages(stages, resume)
         self._stages, self._stage = stages, None
         self._place = Place(self._place.steps, self._place.samples)
-        self.stopped = self._saved = None
+        self.stopped = self._saved = self._saved_in = None
         self.figures.clear()
+        self._recorder.means.clear()
+        self._interruption.wake = getattr(stages, "stop", None)
+        self._join()
         if resume is not None and self.saver is None:
             raise ValueError("Trainer.fit: resume needs a saver; give Trainer(saver=Saver(path))")
         existing = [] if self.saver is None else self.saver.steps()
@@ -403,6 +492,36 @@ class Trainer:
             seed_everything(self.seed, rank=rank())  # which a rank keeps that was not there when it was saved
         if resumes and self.saver is not None and resume is not None:
             self._saved = self.saver.load(resume, **self.parts())
+        if ranks() > 1:
+            for step in self.steps.values():
+                assert isinstance(step, Replicated)
+                step.synchronise()
+
+    def _join(self) -> None:
+        """Checks that all that is trained is the same on all ranks, or shared by them.
+
+        Raises:
+            ValueError: An engine is this process's own, or a step does not average gradients.
+        """
+        distributed.attend()
+        if ranks() == 1:
+            return
+        for name, step in self.steps.items():
+            which = f"the step {name!r}" if name else "the step"
+            if not isinstance(step, Replicated):
+                raise ValueError(
+                    f"Trainer.fit: {ranks()} ranks train together, and {which} ({type(step).__name__}) has no "
+                    f"synchronise() and expect(), by which pipelines.Step says how the ranks' towers stay alike; add "
+                    f"them, or train on one process"
+                )
+            for engine in step.engines:
+                shared = 1 if engine.group is None else distributed.world_size(engine.group)
+                if shared < ranks() and any(not table.read_only for table in engine.tables):
+                    raise ValueError(
+                        f"Trainer.fit: {ranks()} ranks train together, and the tables of {which} are shared by "
+                        f"{shared}, so that ranks would train other tables; build the EmbeddingEngine after "
+                        f"init_process_group, and without group="
+                    )
 
     def _end(self, error: BaseException | None) -> None:
         """Ends callbacks and a save in the background."""
@@ -427,6 +546,7 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
+                self._recorder.means.fold()
                 self.saver.save(self.steps_done, **self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"
@@ -439,8 +559,8 @@ class Trainer:
             raise ValueError(f"Trainer: there is no step {name!r}, there are {sorted(self.steps)}")
         return self.steps[name]
 
-    def _log_train(self, stage: Train, watched: Mapping[str, Tensor], seconds: Mapping[str, float]) -> None:
-        self._log("train", {"name": stage.name, **self._recorder.of_step(self, watched, seconds)})
+    def _log_train(self, stage: Train, seconds: Mapping[str, float]) -> None:
+        self._log("train", {"name": stage.name, **self._recorder.of_step(self, seconds)})
 
     def _log_tables(self) -> None:
         # Ranks may have other callbacks, but look at their tables together.
@@ -450,3 +570,41 @@ class Trainer:
     def _log(self, event: str, figures: Mapping[str, Any]) -> None:
         record: Record = {"event": event, "step": self.steps_done, **figures}
         self._hooks.call("on_log", record)
+
+
+def _refuse_kinds(
+    steps: Mapping[str, Any],
+    sources: Mapping[str, Any],
+    metrics: Any,
+    saver: Any,
+    callbacks: Any,
+) -> None:
+    """Raises TypeError for arguments of a Trainer that are of another kind."""
+    for name, step in steps.items():
+        refuse_no_step("Trainer", f"the step {name!r}" if name else "step", step)
+    for name, data in sources.items():
+        if data is not None:
+            refuse_no_batches("Trainer", f"{name}_data" if name in ("train", "eval") else f"the source {name!r}", data)
+    if metrics is not None:
+        refuse_no_metrics("Trainer", metrics)
+    if isinstance(saver, type) or not (saver is None or hasattr(saver, "latest")):
+        raise TypeError(f"Trainer: saver must be a Saver, as Saver('run'), or None, got {described(saver)}")
+    if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
+        hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
+        raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {described(callbacks)}{hint}")
+    for number, callback in enumerate(callbacks):
+        refuse_other_than("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
+
+
+def _refuse_no_stages(stages: Any, resume: Any) -> None:
+    """Raises TypeError unless stages are a sequence or a stream, and ``resume`` says from where to go on."""
+    if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
+        hint = "; put it into a list" if hasattr(stages, "run") else ""
+        raise TypeError(
+            f"Trainer.fit: stages must be a sequence of stages, as [Train(), Evaluate()], got {described(stages)}{hint}"
+        )
+    for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
+        if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
+            raise TypeError(f"Trainer.fit: stages[{number}] must be a stage, as Train(), got {described(stage)}")
+    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, int)):
+        raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from recis_hybrid.columnio import Window, Windows
+from recis_hybrid.pipelines.arguments import described, refuse_no_callable
 from recis_hybrid.pipelines.stages import Stage
 
 
@@ -28,6 +29,11 @@ class WindowStages:
     """
 
     def __init__(self, windows: Windows, stages: Callable[[Window], Sequence[Stage]]) -> None:
+        if not (isinstance(windows, Iterable) and hasattr(windows, "load_state_dict")):
+            raise TypeError(
+                f"WindowStages: windows must be Windows, as Windows([['monday.parquet']]), got {described(windows)}"
+            )
+        refuse_no_callable("WindowStages", "stages", stages, "a function from a window to its stages")
         self._windows = windows
         self._stages = stages
         self._window: str | None = None
@@ -50,6 +56,10 @@ class WindowStages:
                 if number >= first:
                     self._number = number
                     yield stage
+
+    def stop(self) -> None:
+        """End the stages instead of waiting for a further window; see :meth:`Windows.stop`."""
+        self._windows.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which windows are done, and which stage was given last."""

@@ -14,9 +14,11 @@ def from_arrow(array: pa.Array | pa.ChunkedArray) -> Parts:
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks() if array.num_chunks != 1 else array.chunk(0)
     levels: list[torch.Tensor] = []
-    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    while _is_list(array.type):
         array, offsets = _opened(array)
         levels.append(offsets)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     _no_nulls(array)
     if _is_string(array.type):
         values, offsets = _bytes(array)
@@ -40,13 +42,21 @@ def _no_nulls(array: pa.Array) -> None:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests)
+    types = pa.types
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(test(kind) for test in (*strings, *binaries))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _opened(array: pa.Array) -> tuple[pa.Array, torch.Tensor]:
     """Returns what lies in lists, and their offsets."""
     _no_nulls(array)
+    if pa.types.is_fixed_size_list(array.type):
+        return array.flatten(), torch.arange(len(array) + 1) * array.type.list_size
     offsets = from_dlpack(array.offsets).to(torch.int64)
     first, last = int(offsets[0]), int(offsets[-1])
     return array.values.slice(first, last - first), offsets - first

@@ -16,6 +16,7 @@ from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.snapshot import Memory, snapshot
 from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
+from recis_hybrid.state import tables_apart
 
 
 class Part(Protocol):
@@ -142,7 +143,8 @@ class SaveablePart:
 class ModulePart:
     """A module, by its state_dict: tensors under their names, other values (extra state) as JSON.
 
-    DistributedDataParallel leaves no trace in the names, so that towers go from any number of ranks to any other.
+    DistributedDataParallel and torch.compile leave no trace in the names, so that towers go from any number of ranks to
+    any other, compiled or not. Tables within the module are left out: their engine is a part of its own.
     """
 
     kind = "module"
@@ -174,7 +176,8 @@ class ModulePart:
         """Copy into the parameters and buffers; they stay the same tensors."""
         own = own_names(self.module)
         state = {**saved.tensors, **_extra("the module", saved)}
-        self.module.load_state_dict({own[name]: value for name, value in state.items()})
+        with tables_apart():
+            self.module.load_state_dict({own[name]: value for name, value in state.items()})
 
     def _entries(self) -> dict[str, object]:
         lazy = [k for k, p in self.module.named_parameters() if torch.nn.parameter.is_lazy(p)]
@@ -184,7 +187,8 @@ class ModulePart:
                 f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
                 "module once on a batch."
             )
-        state = self.module.state_dict()
+        with tables_apart():
+            state = self.module.state_dict()
         return {name: state[own] for name, own in own_names(self.module).items()}
 
 

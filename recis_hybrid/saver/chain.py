@@ -1,5 +1,6 @@
 """A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
 
+import difflib
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -76,8 +77,10 @@ class Checkpoint:
         parts = self.manifest.parts
         where = f"{self.directory / MANIFEST}: part {name!r}"
         if name not in parts:
+            near = difflib.get_close_matches(name, parts, n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise CheckpointMismatch(
-                f"{where} must be in the checkpoint, which has {sorted(parts)}. Leave it out, or save it first."
+                f"{where} must be in the checkpoint, which has {sorted(parts)}{meant}. Leave it out, or save it first."
             )
         found = parts[name].kind
         if found != kind:

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,6 +116,13 @@ def _parsers() -> dict[str, Parser]:
     made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
     made["import-recis"].add_argument("out", help="the directory or URL that takes it, as step_…")
     made["import-recis"].add_argument("--step", type=int, default=0, help="of the checkpoint (0)")
+    made["import-recis"].add_argument(
+        "--adam-step", type=int, metavar="N", help="steps that the sparse optimizer has done (those that are saved)"
+    )
+    made["import-recis"].add_argument("--tables-only", action="store_true", help="leave the towers out")
+    made["import-recis"].add_argument(
+        "--slot", action="append", default=[], metavar="SLOT=STATE", help="optimizer state of another name than ours"
+    )
     made["export"].add_argument("out", help="the directory or URL that takes it, as step_…")
     made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
     return made
@@ -182,17 +190,26 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import_recis(args: argparse.Namespace) -> int:
-    return _made(args, import_recis(args.source, args.out, args.step), "is written")
+    slots = dict(slot.split("=", 1) if "=" in slot else (slot, slot) for slot in args.slot)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        path = import_recis(
+            args.source, args.out, args.step, slots=slots, adam_step=args.adam_step, tables_only=args.tables_only
+        )
+    return _made(args, path, "is written", [str(note.message) for note in notes])
 
 
-def _made(args: argparse.Namespace, path: Location, what: str) -> int:
+def _made(args: argparse.Namespace, path: Location, what: str, notes: Sequence[str] = ()) -> int:
     step = STEP.fullmatch(path.name)
     assert step is not None
     found = summary(Checkpoint(path.parent, int(step[1])).manifest)
     if args.json:
-        print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"]}))
+        told = {"notes": list(notes)} if notes else {}
+        print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"], **told}))
     else:
         print(f"{path} {what}, {size_text(found['bytes'])}")
+        for note in notes:
+            print(f"recis-hybrid: {note}", file=sys.stderr)
     return 0
 
 

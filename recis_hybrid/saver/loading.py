@@ -37,7 +37,7 @@ class _Ready:
 
 def load_parts(
     checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
-) -> None:
+) -> set[str]:
     """Load parts, all ranks together.
 
     Args:
@@ -45,6 +45,10 @@ def load_parts(
         ranks: this rank and the others.
         parts: by the name under which the user passed it: the adapter, the name in the checkpoint, and its entry.
         reads: counts the bytes that are read.
+
+    Returns:
+        The parts that are not as they were saved, by the names under which the user passed them: what changes in them
+        from here on cannot be put over the checkpoint.
 
     Raises:
         CorruptCheckpoint: a file is changed.
@@ -87,6 +91,8 @@ def load_parts(
             each.part.load(each.state)
         else:
             each.loader.end()
+    loaders = zip(parts, (each.loader for each in ready), strict=True)
+    return {name for name, loader in loaders if loader is not None and loader.changes}
 
 
 def _prepared(checkpoint: Checkpoint, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads) -> _Ready:

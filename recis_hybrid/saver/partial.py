@@ -1,6 +1,6 @@
 """Loads some of a checkpoint into live objects that need not be those that were saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.protocol import HasTables, TableState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.selection import Loaded, Selection
+from recis_hybrid.state import tables_apart
 
 
 def load_some(
@@ -35,14 +36,27 @@ def load_some(
     Raises:
         CorruptCheckpoint: a file has changed.
         CheckpointMismatch: strict, and something selected does not fit.
-        CheckpointError: a part cannot take some of a state.
+        CheckpointError: a part cannot take some of a state, or a pattern matches no name.
     """
     result = Loaded(checkpoint.manifest.step)
     actions: list[Callable[[], None]] = []
 
     def prepare() -> None:
+        saved: list[str] = []
+        live: list[str] = []
+        dense: dict[str, Mapping[str, Tensor]] = {}
         for name, part in parts.items():
-            actions.append(_prepared(checkpoint, ranks, name, part, selection, strict, result))
+            live += _live_names(name, part)
+            if isinstance(part, ModulePart):
+                dense[name] = checkpoint.read(name).tensors
+            saved += dense.get(name, checkpoint.manifest.parts[name].tables)
+        selection.refuse_unmatched(str(checkpoint.directory), saved, live)
+        for name, part in parts.items():
+            if isinstance(part, ModulePart):
+                actions.append(tensors_into(f"{name}: ", part.module, dense[name], selection, result))
+            else:
+                assert isinstance(part, SaveablePart)
+                actions.append(_tables(checkpoint, ranks, name, part, selection, strict, result))
         if strict:
             result.refuse(str(checkpoint.directory))
 
@@ -52,18 +66,36 @@ def load_some(
     return result
 
 
-def _prepared(
-    checkpoint: Checkpoint, ranks: Ranks, name: str, part: Part, selection: Selection, strict: bool, result: Loaded
-) -> Callable[[], None]:
-    if isinstance(part, SaveablePart):
-        return _tables(checkpoint, ranks, name, part, selection, strict, result)
+def _live_names(name: str, part: Part) -> Iterable[str]:
+    """Names of a live object's tables or tensors.
+
+    Raises:
+        CheckpointError: it cannot take some of a state.
+    """
     if isinstance(part, ModulePart):
-        tensors = checkpoint.read(name).tensors
-        return tensors_into(f"{name}: ", part.module, tensors, selection, result)
+        return live_tensors(part.module)
+    if isinstance(part, SaveablePart):
+        return _owner(name, part).checkpoint_layout().tables
     raise CheckpointError(
         f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it with "
         "Saver.load."
     )
+
+
+def _owner(name: str, part: SaveablePart) -> HasTables:
+    if not isinstance(part.value, HasTables):
+        raise CheckpointError(
+            f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, so that it "
+            "cannot take some tables. Load it whole with Saver.load."
+        )
+    return part.value
+
+
+def live_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers by the names that they have in checkpoints."""
+    with tables_apart():
+        state = module.state_dict(keep_vars=True)
+    return {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
 
 
 def tensors_into(
@@ -81,8 +113,7 @@ def tensors_into(
     Returns:
         What copies them: shapes are the same, dtypes are converted.
     """
-    state = module.state_dict(keep_vars=True)
-    live = {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
+    live = live_tensors(module)
     names = selection.live_names(tensors)
     fitting: list[tuple[Tensor, Tensor]] = []
     for name, saved in names.items():
@@ -108,12 +139,7 @@ def _tables(
     checkpoint: Checkpoint, ranks: Ranks, name: str, part: SaveablePart, selection: Selection, strict: bool,
     result: Loaded,
 ) -> Callable[[], None]:  # fmt: skip
-    owner, entry = part.value, checkpoint.manifest.parts[name]
-    if not isinstance(owner, HasTables):
-        raise CheckpointError(
-            f"Saver.load_some: part {name!r} ({type(owner).__name__}) has no load_checkpoint_tables, so that it cannot "
-            "take some tables. Load it whole with Saver.load."
-        )
+    owner, entry = _owner(name, part), checkpoint.manifest.parts[name]
     live = owner.checkpoint_layout().tables
     names = selection.live_names(entry.tables)
     fitting: dict[str, str] = {}
@@ -133,14 +159,18 @@ def _tables(
     tables = set(fitting.values())
     # The ranks share a table as it is called here.
     live_names = {saved: live_name for live_name, saved in fitting.items()}
-    states = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks)).tables
+    state = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks))
+    states, steps = state.tables, state.meta.get("steps")
 
     def load() -> None:
         taken = {}
         for live_name, saved in fitting.items():
             rows, kept = states.pop(saved), live[live_name].columns
             columns = {column: values for column, values in rows.columns.items() if column in kept}
-            taken[live_name] = TableState(columns, rows.buckets, rows.meta)
+            step = steps.get(saved) if isinstance(steps, dict) else None
+            if type(step) is not int or not 0 <= step < 1 << 40:
+                step = None
+            taken[live_name] = TableState(columns, rows.buckets, rows.meta | {"step": step})
         owner.load_checkpoint_tables(taken)
 
     return load

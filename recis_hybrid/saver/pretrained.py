@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.files import is_safe_path
-from recis_hybrid.saver.partial import tensors_into
+from recis_hybrid.saver.partial import live_tensors, tensors_into
 from recis_hybrid.saver.selection import Loaded, Selection
 from recis_hybrid.saver.tensors import open_tensors
 
@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_BYTES = 2**30
 
 
+@torch.inference_mode(False)
 def load_pretrained(
     module: torch.nn.Module, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
@@ -41,7 +42,7 @@ def load_pretrained(
     Raises:
         CorruptCheckpoint: a file is damaged or missing, or the index is none.
         CheckpointMismatch: strict, and something selected does not fit.
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or a pattern matches no name.
 
     Example:
         >>> import tempfile
@@ -54,14 +55,18 @@ def load_pretrained(
     """
     selection, root = Selection(only, exclude, rename), Path(path)
     tensors: dict[str, Tensor] = {}
+    held: list[str] = []
     for file, names in _files(root).items():
         with open_tensors(file, "pretrained") as opened:
             found = opened.names()
             if names is not None and not names <= set(found):
                 raise CorruptCheckpoint(f"{file}: must hold {sorted(names - set(found))} by its index. Get it again.")
-            for name in found if names is None else sorted(names):
+            listed = found if names is None else sorted(names)
+            held += listed
+            for name in listed:
                 if selection.live_names([name]):
                     tensors[name] = opened.read(name)
+    selection.refuse_unmatched(str(root), held, live_tensors(module))
     result = Loaded(None)
     copy = tensors_into("", module, tensors, selection, result)
     if strict:

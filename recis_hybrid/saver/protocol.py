@@ -82,7 +82,7 @@ class HasTables(Protocol):
 
         Args:
             tables: by name, with columns of the widths that they have here; dtypes may be others, and columns may be
-                missing but the first two.
+                missing but the first two. `step` in the meta of each is how many steps it had done, or None.
         """
         ...
 

@@ -3,14 +3,20 @@
 Its folder holds safetensors files and `index`, JSON: `file_index` numbers the files, `block_index` says which has each
 block. A block of a hash table is named `<table>.<slot>/part_<rank>_<ranks>`, the slot being `id`, `embedding` or one of
 the optimizer's (`sparse_adamw_tf_exp_avg`); one of a dense tensor `<name>^ `, with a blank at the end. That is how its
-release 1.1 writes.
+release 1.1 writes. Beside them lie two pickles, which are never opened: `model.pt` holds the towers, `extra.pt` the
+dense optimizer.
+
+Coalesced tables of RecIS keep the low 52 bits of an id, the others of the 64 bits say which table it is of. The steps
+of a sparse optimizer are a dense tensor of the index (`sparse_adamw_tf_step`), one for all of its tables.
 
 Letters: n rows of a table, D dim.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,10 @@ from recis_hybrid.saver.tensors import open_tensors
 
 _BLOCK = re.compile(r"(?P<table>.+)\.(?P<slot>[^./]+)/part_(?P<part>\d+)_(?P<parts>\d+)", re.DOTALL)
 _STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum")
+# What a sparse optimizer keeps for all of its tables: the steps done, and the products of its betas over them.
+_COUNTER = re.compile(r"sparse_\w+_(step|beta1|beta2)")
+_ID_BITS = 52
+_PICKLE, _TOWERS = "model.pt", "model.safetensors"
 _MOST_BYTES = 2**30
 
 
@@ -39,18 +49,26 @@ class _Read:
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 
-def import_recis(source: Path, to: Target, step: int = 0, *, slots: Mapping[str, str] | None = None) -> Location:
-    """Write a checkpoint of what RecIS has saved: its tables as the part `engine`, dense tensors as the part `model`.
+def import_recis(
+    source: Path, to: Target, step: int = 0, *, slots: Mapping[str, str] | None = None, adam_step: int | None = None,
+    tables_only: bool = False,
+) -> Location:  # fmt: skip
+    """Write a checkpoint of what RecIS has saved: its tables as the part `engine`, its towers as the part `model`.
 
     Optimizer state is named as torch.optim does where a slot's name ends so (`sparse_adamw_tf_exp_avg` becomes
-    `exp_avg`); other slots are left out. Rows have no steps or frequencies of their own: all are 0. Ids come as they
-    are written there: RecIS cuts those of coalesced tables to 52 bits. Pickled files (`extra.pt`) are never read.
+    `exp_avg`); other slots are left out. The steps that the sparse optimizer has done become the steps of the tables,
+    from which an optimizer that is built over them counts on, and rows count as met in the last of them.
+
+    Towers are in `model.pt`, a pickle. Convert it, where it is trusted, to `model.safetensors` in the same folder, from
+    which they are taken; the error that asks for it has the command. The dense optimizer (`extra.pt`) is left out.
 
     Args:
         source: the folder that RecIS wrote.
         to: the directory or URL that takes the checkpoint; made if it is not there.
         step: of the checkpoint.
         slots: names of slots there, and of optimizer state here; more than is found by name.
+        adam_step: steps that the sparse optimizer has done; None for those that are saved.
+        tables_only: whether to leave towers out.
 
     Returns:
         Directory of the checkpoint. `Saver(to).load_some` takes tables and tensors from it, with `strict=False` where
@@ -58,14 +76,102 @@ def import_recis(source: Path, to: Target, step: int = 0, *, slots: Mapping[str,
 
     Raises:
         CorruptCheckpoint: a file is damaged or missing, blocks of ranks are missing, or an id comes twice.
-        CheckpointError: there is no such folder, or the checkpoint is there already.
+        CheckpointError: there is no such folder, towers are in a pickle alone, no table has a slot of `slots`, or the
+            checkpoint is there already.
+
+    Warns:
+        UserWarning: ids of a table were cut to 52 bits, so that features need `Mod(2**52)` behind their hash; moments
+            of Adam come without the steps that they are of; slots are left out.
     """
+    if adam_step is not None and (type(adam_step) is not int or not 0 <= adam_step < 1 << 40):
+        raise CheckpointError(f"import_recis: adam_step must be an integer from 0 to 2**40 - 1, got {adam_step!r}.")
     found = _read(source)
+    if not tables_only:
+        _read_towers(source, found)
+    there = sorted({slot for table in found.tables.values() for slot in table})
+    unknown = sorted(set(slots or {}) - set(there))
+    if unknown:
+        raise CheckpointError(f"{source}: slots: no table has {unknown}, the tables have {there}. Name one of these.")
     names = {**{name: name for name in ("id", "embedding")}, **(slots or {})}
-    tables = {name: _table(source, name, found, names) for name in sorted(found.tables)}
-    meta: dict[str, JSON] = {"seed": 0, "steps": dict.fromkeys(tables, 0)}
+    counters = {name: found.dense.pop(name) for name in list(found.dense) if _COUNTER.fullmatch(name)}
+    done = adam_step if adam_step is not None else _steps(source, counters)
+    tables = {name: _table(source, name, found, names, done or 0) for name in sorted(found.tables)}
+    meta: dict[str, JSON] = {"seed": 0, "steps": dict.fromkeys(tables, done or 0)}
     engine, model = PartState(tables=tables, meta=meta), PartState(tensors=found.dense, meta={"extra": {}})
-    return publish(to, step, [("engine", "saveable", lambda: engine), ("model", "module", lambda: model)])
+    parts = [("engine", "saveable", lambda: engine), ("model", "module", lambda: model)]
+    place = publish(to, step, parts[:1] if tables_only else parts)
+    for note in _notes(tables, done, [slot for slot in there if not any(s == slot for s, _ in _wanted(there, names))]):
+        warnings.warn(note, stacklevel=2)
+    return place
+
+
+def _read_towers(source: Path, found: _Read) -> None:
+    """Take dense tensors up from `model.safetensors`.
+
+    Raises:
+        CheckpointError: they are in the pickle alone.
+    """
+    if (source / _TOWERS).is_file():
+        with open_tensors(source / _TOWERS, "RecIS") as opened:
+            for name in opened.names():
+                if name in found.dense:
+                    raise CorruptCheckpoint(f"{source}: {name!r} is in the index and in {_TOWERS}. Take it out of one.")
+                found.dense[name] = opened.read(name)
+    elif (source / _PICKLE).is_file():
+        code = (
+            "import torch, safetensors.torch as s; "
+            "d = torch.load('model.pt', map_location='cpu', weights_only=True); "
+            "s.save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, 'model.safetensors')"
+        )
+        raise CheckpointError(
+            f"{source / _PICKLE}: holds the towers as a pickle, which is never opened here, since it can run code. If "
+            f'you trust it, convert it by\n  cd {shlex.quote(str(source))} && python -c "{code}"\n'
+            "and import again; or leave the towers out with tables_only=True (--tables-only)."
+        )
+
+
+def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
+    """The steps that the sparse optimizers have done; None where none says so."""
+    steps = {name: tensor for name, tensor in counters.items() if name.endswith("_step")}
+    found: list[int] = []
+    for name, tensor in steps.items():
+        value = tensor.item() if tensor.numel() == 1 else None
+        if value is None or value != int(value) or not 0 <= value < 1 << 40:
+            raise CorruptCheckpoint(
+                f"{source}: {name!r} must be one integer from 0 to 2**40 - 1, is {tensor.flatten()[:3].tolist()} of "
+                f"shape {list(tensor.shape)}. Copy it again, or give the steps by adam_step."
+            )
+        found.append(int(value))
+    return max(found, default=None)
+
+
+def _notes(tables: Mapping[str, TableState], done: int | None, left_out: list[str]) -> Iterator[str]:
+    """What whoever goes on with the checkpoint has to know, a text each."""
+    hashed: list[str] = []
+    narrow: list[str] = []
+    for name, table in tables.items():
+        ids = table.columns["ids"]
+        if ids.numel() and int(ids.min()) >= 0 and int(ids.max()) < 1 << _ID_BITS:
+            (hashed if int(ids.max()) >= 1 << 32 else narrow).append(name)
+    if hashed:
+        yield (
+            f"import_recis: the ids of the tables {hashed} lie within 52 bits: RecIS keeps id & (2**52 - 1) of "
+            "coalesced tables. Features that read them must do the same, or no id is met again: put Mod(2**52) last, "
+            "behind the hash, as in ops=[Hash('farm'), Mod(2**52)]."
+        )
+    if narrow and hashed:
+        yield (
+            f"import_recis: the ids of the tables {narrow} are below 2**32. If features give them ids below 0 or from "
+            "2**52 on, put Mod(2**52) there, too."
+        )
+    moments = [name for name, table in tables.items() if "exp_avg" in table.columns]
+    if moments and done is None:
+        yield (
+            f"import_recis: the tables {moments} have moments of Adam, and the steps that they are of are not saved: "
+            "its bias correction starts at step 0, as if they were new. Give the steps by adam_step (--adam-step)."
+        )
+    if left_out:
+        yield f"import_recis: slots {left_out} are left out; `slots` names those that are optimizer state."
 
 
 def _read(source: Path) -> _Read:
@@ -121,8 +227,8 @@ def _index(source: Path) -> dict[Path, list[str]]:
     return found
 
 
-def _table(source: Path, name: str, found: _Read, names: Mapping[str, str]) -> TableState:
-    """Put a table together: of each slot that is wanted the blocks of all ranks."""
+def _table(source: Path, name: str, found: _Read, names: Mapping[str, str], done: int) -> TableState:
+    """Put a table together: of each slot that is wanted the blocks of all ranks. Its rows are met in step `done`."""
     where, ranks = f"{source}: table {name!r}", found.ranks[name]
     columns: dict[str, Tensor] = {}
     for slot, state in _wanted(found.tables[name], names):
@@ -145,12 +251,12 @@ def _table(source: Path, name: str, found: _Read, names: Mapping[str, str]) -> T
     embedding = columns["embedding"]
     state_meta: list[JSON] = [[column, values.size(1), _dtype(values)] for column, values in list(columns.items())[2:]]
     meta: dict[str, JSON] = {"dim": embedding.size(1), "dtype": _dtype(embedding), "optimizer_state": state_meta}
-    none = torch.zeros(ids.numel(), dtype=torch.int64)
-    columns |= {"updated_step": none, "seen_step": none.clone(), "frequency": none.clone()}
+    met = torch.full((ids.numel(),), done, dtype=torch.int64)
+    columns |= {"updated_step": met, "seen_step": met.clone(), "frequency": torch.zeros_like(met)}
     return TableState(columns, ops.id_map.bucket_of(ids), meta)
 
 
-def _wanted(slots: Mapping[str, object], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _wanted(slots: Collection[str], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Slots with the names of their columns: ids, embedding, then what is optimizer state."""
     yield from ((slot, slot) for slot in ("id", "embedding") if slot in slots)
     for slot in sorted(slots):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from recis_hybrid.saver.adapters import Part, copied, part_of
@@ -110,6 +111,7 @@ class Saver:
         """
         return max(self.steps(), default=None)
 
+    @torch.inference_mode(False)
     def save(self, step: int, *, delta: bool = False, **parts: object) -> Location:
         """Save the parts as one checkpoint.
 
@@ -188,6 +190,7 @@ class Saver:
         """Hands out a state, which a save in the background must have for itself."""
         return snapshot(state, self._memory) if self._async_save else lambda: state
 
+    @torch.inference_mode(False)
     def wait(self) -> None:
         """Wait for a save in the background, and until the files of checkpoints that were given up are gone.
 
@@ -210,6 +213,7 @@ class Saver:
 
         ranks.together(delete_oldest)
 
+    @torch.inference_mode(False)
     def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
         """Load parts of a checkpoint into live objects.
 
@@ -253,16 +257,18 @@ class Saver:
 
         try:
             ranks.together(choose)
-            load_parts(opened[0], ranks, chosen, reads)
+            changed = load_parts(opened[0], ranks, chosen, reads)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
         finally:
             self.bytes_read = reads.bytes
         # Whoever loads what is incremental will go on so.
         self._tracking.on |= opened[0].manifest.previous is not None
-        self._tracking.settle(ranks, found, self._tracking.watch({name: part for name, (part, *_) in chosen.items()}))
+        same = {name: part for name, (part, *_) in chosen.items() if name not in changed}
+        self._tracking.settle(ranks, found, self._tracking.watch(same))
         return found
 
+    @torch.inference_mode(False)
     def load_some(
         self, step: int | Literal["latest"] = "latest", *, only: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
@@ -272,7 +278,8 @@ class Saver:
 
         Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is
         selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
-        their optimizer state; their steps become the table's own, as if they had just been met.
+        their optimizer state. A table that has done no step goes on from those of its rows; else their steps become the
+        table's own, as if they had just been met.
 
         Args:
             step: which checkpoint; the highest complete step by default.
@@ -289,7 +296,8 @@ class Saver:
         Raises:
             CorruptCheckpoint: a file is missing, unknown or changed.
             CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
-            CheckpointError: there is no such checkpoint, or a part is neither an engine nor a module.
+            CheckpointError: there is no such checkpoint, a part is neither an engine nor a module, or a pattern of
+                `only`, `exclude` or `rename` matches no name of any part, whether strict or not.
         """
         ranks = self._together()
         ranks.together(self.wait)

@@ -1,5 +1,6 @@
 """Which names of a checkpoint are loaded, and under which names of the live object."""
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,16 +60,24 @@ class Selection:
             pattern that matches counts; each `*` on the right takes what the `*` on the left of the same place matched.
 
     Raises:
-        CheckpointError: a name on the right has more `*` than the pattern on its left.
+        CheckpointError: an argument is not made of strings, `only` is empty, or a name on the right has more `*` than
+            the pattern on its left.
     """
 
     def __init__(
         self, only: str | Sequence[str] | None, exclude: str | Sequence[str], rename: Mapping[str, str] | None
     ) -> None:
-        self._only = None if only is None else _listed(only)
-        self._exclude = _listed(exclude)
+        self._only = None if only is None else _listed("only", only)
+        self._exclude = _listed("exclude", exclude)
+        if self._only == []:
+            raise CheckpointError("only: must have at least one pattern, got none. Leave it out to load everything.")
+        if rename is not None and not (
+            isinstance(rename, Mapping) and all(isinstance(text, str) for pair in rename.items() for text in pair)
+        ):
+            raise CheckpointError(f"rename: must map names to names, as {{'old.*': 'new.*'}}, got {rename!r}.")
+        self._renamed = dict(rename or {})
         self._rename: list[tuple[re.Pattern[str], list[str]]] = []
-        for pattern, name in (rename or {}).items():
+        for pattern, name in self._renamed.items():
             pieces = name.split("*")
             if pattern.count("*") < len(pieces) - 1:
                 raise CheckpointError(f"rename: {name!r} must have at most as many '*' as {pattern!r}. Write it out.")
@@ -112,6 +121,51 @@ class Selection:
                 found[live] = name
         return found
 
+    def refuse_unmatched(self, where: str, saved: Iterable[str], live: Iterable[str]) -> None:
+        """Raise if a pattern matches no name at all, or no name is selected.
+
+        Args:
+            where: what is loaded, for the message.
+            saved: all names in the checkpoint, over all parts that are loaded.
+            live: all names in the live objects.
+
+        Raises:
+            CheckpointError: a pattern of `only` or `exclude` matches neither a name in the checkpoint nor one in the
+                live objects, one of `rename` applies to no name in the checkpoint, or all names are excluded.
+        """
+        there, here = list(dict.fromkeys(saved)), list(dict.fromkeys(live))
+        known = list(dict.fromkeys([*there, *(self.live_name(name) for name in there), *here]))
+        for argument, patterns in (("only", self._only or []), ("exclude", self._exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    raise CheckpointError(
+                        f"{where}: {argument}={pattern!r} matches no name in the checkpoint or in the live objects"
+                        f"{_near(pattern, known)}. Nothing was loaded."
+                    )
+        left = set(there)
+        for pattern, (compiled, _) in zip(self._renamed, self._rename, strict=True):
+            matched = {name for name in there if compiled.fullmatch(name)}
+            if not matched:
+                raise CheckpointError(
+                    f"{where}: rename={pattern!r} matches no name in the checkpoint{_near(pattern, there)}. Nothing "
+                    "was loaded."
+                )
+            if not matched & left:
+                raise CheckpointError(
+                    f"{where}: rename={pattern!r} renames nothing, since patterns before it match the same names: the "
+                    "first that matches counts. Put it before them, or leave it out. Nothing was loaded."
+                )
+            left -= matched
+        if (
+            known
+            and not any(self._chosen(name, self.live_name(name)) for name in there)
+            and not any(self.takes(name) for name in here)
+        ):
+            raise CheckpointError(
+                f"{where}: only={self._only} and exclude={self._exclude} select none of {len(known)} names"
+                f": {_shown(known)}. Nothing was loaded."
+            )
+
     def _chosen(self, name: str, live: str) -> bool:
         wanted = self._only is None or any(fnmatchcase(n, p) for n in (name, live) for p in self._only)
         return wanted and not any(fnmatchcase(n, p) for n in (name, live) for p in self._exclude)
@@ -122,8 +176,32 @@ def _some(names: list[str], where: str = "") -> list[str]:
     return shown + ([f"and {len(names) - _MOST} more like these"] if len(names) > _MOST else [])
 
 
-def _listed(patterns: str | Sequence[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def _listed(argument: str, patterns: str | Iterable[str]) -> list[str]:
+    listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else None
+    if listed is None or not all(isinstance(pattern, str) for pattern in listed):
+        raise CheckpointError(
+            f"{argument}: must be a pattern or a list of patterns, as ['user', 'tower.*'], got {patterns!r}."
+        )
+    return listed
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """Names that may have been meant, as the end of a sentence; a name's beginnings up to a dot count like the name."""
+    wanted = pattern.lower().rstrip("*.")
+    beginnings: dict[str, list[str]] = {}
+    for name in names:
+        for end in [*(match.start() for match in re.finditer(r"\.", name)), len(name)]:
+            beginnings.setdefault(name[:end].lower(), []).append(name)
+    close = difflib.get_close_matches(wanted, beginnings, n=_MOST)
+    near = list(dict.fromkeys(name for beginning in close for name in beginnings[beginning]))
+    if near:
+        return f"; near it: {_shown(near)}"
+    return f"; there are {_shown(names)}" if names else "; there are none"
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(repr(name) for name in names[:_MOST]) + more
 
 
 def _grouped(pattern: str) -> re.Pattern[str]:

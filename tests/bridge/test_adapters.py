@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.near import assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -52,11 +54,11 @@ def test_nnx() -> None:
     assert {"first.kernel", "norm.scale", "last.bias"} <= {name for name, _ in tower.named_parameters()}
     assert {name for name, _ in tower.named_buffers()} == {"norm.mean", "norm.var"}
     model.eval()
-    np.testing.assert_allclose(tower.eval()(torch.from_numpy(X).clone()).detach(), model(X), rtol=1e-5, atol=1e-5)
+    assert_near(tower.eval()(torch.from_numpy(X).clone()).detach(), model(X))
     tower.train()(torch.from_numpy(X).clone())
     model.train()
     model(X)
-    np.testing.assert_allclose(tower.state_dict()["norm.mean"], model.norm.mean[...], rtol=1e-5, atol=1e-6)
+    assert_near(tower.state_dict()["norm.mean"], model.norm.mean[...])
     check_dropout_and_training(tower)
 
 
@@ -77,7 +79,7 @@ def test_linen() -> None:
         "batch_stats.BatchNorm_0.var",
     }
     expected = model.apply(variables, X, train=False)
-    np.testing.assert_allclose(tower.eval()(torch.from_numpy(X).clone()).detach(), expected, rtol=1e-5, atol=1e-5)
+    assert_near(tower.eval()(torch.from_numpy(X).clone()).detach(), expected)
     check_dropout_and_training(tower)
     with pytest.raises(ValueError, match="collection 'params'"):
         from_linen(model, {})
@@ -99,7 +101,7 @@ def test_equinox() -> None:
     tower = from_equinox(model)
     assert [name for name, _ in tower.named_parameters()] == ["first.weight", "first.bias", "last.weight", "last.bias"]
     expected = jax.vmap(eqx.nn.inference_mode(model))(X)
-    np.testing.assert_allclose(tower.eval()(torch.from_numpy(X).clone()).detach(), expected, rtol=1e-5, atol=1e-5)
+    assert_near(tower.eval()(torch.from_numpy(X).clone()).detach(), expected)
     check_dropout_and_training(tower)
 
 

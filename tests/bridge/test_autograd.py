@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.support.near import assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -93,7 +95,7 @@ def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_thei
     assert gradients.pop("a2") is None
     for name, gradient in gradients.items():
         assert gradient is not None
-        torch.testing.assert_close(gradient, torch.from_numpy(np.array(expected[name])))
+        assert_near(gradient, torch.from_numpy(np.array(expected[name])))
         assert gradient.shape == params[name].shape
         assert gradient.data_ptr() % 64 == 0
         # Written to, it changes no other, for autograd either.
@@ -145,7 +147,7 @@ def test_random_keys_may_be_residuals() -> None:
     x = torch.rand(64, requires_grad=True)
     y = tower(x, torch.tensor([0, 7], dtype=torch.uint32))
     y.backward(torch.ones(64))
-    torch.testing.assert_close(x.grad, torch.where(y != 0, x.cos(), 0.0).detach())
+    assert_near(x.grad, torch.where(y != 0, x.cos(), 0.0).detach())
 
 
 def cubes() -> tuple[JaxTower, torch.nn.Parameter, torch.Tensor]:
@@ -205,11 +207,11 @@ def test_products_with_second_derivatives_are_refused(name: str) -> None:
 def test_a_graph_of_first_derivatives_that_nobody_differentiates_costs_no_error() -> None:
     tower, w, x = cubes()
     first = torch.autograd.grad(tower(x).sum(), [x, w], create_graph=True)
-    torch.testing.assert_close(first, ((3 * x**2).detach(), (x**3).detach()), check_stride=False)
+    assert_near(first, ((3 * x**2).detach(), (x**3).detach()))
     (first[0].detach() * x).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of make_dual
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # within torch: make_dual
 def test_what_vmap_and_forward_mode_make_of_gradients_is_refused_by_name() -> None:
     tower, _, x = cubes()
     with pytest.raises(RuntimeError, match=r"ranker.*is_grads_batched"):
@@ -267,7 +269,7 @@ def test_threads_that_trace_one_signature_at_once_agree_on_its_programs() -> Non
     (program,) = tower._caller.programs._forwards.values()
     assert len(program.backwards) == 1
     assert tower.compilations == 2
-    torch.testing.assert_close(gradients, [torch.ones(3).cos()] * 2)
+    assert_near(gradients, [torch.ones(3).cos()] * 2)
 
 
 def test_a_parameter_written_between_forward_and_backward_is_noticed() -> None:

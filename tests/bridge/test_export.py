@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.near import assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -48,7 +50,7 @@ def test_a_tower_is_served_by_jax_alone_at_any_batch_size(root: Path, tmp_path: 
         with torch.no_grad():
             ours = tower({"x": x}, torch.arange(size, dtype=torch.int32))
         served = np.load(tmp_path / f"y{size}.npz")
-        np.testing.assert_allclose(served["y"], ours["y"].numpy(), rtol=1e-6, atol=1e-6)
+        assert_near(served["y"], ours["y"].numpy())
         assert served["ids"].tolist() == ours["ids"].tolist()
 
 
@@ -64,7 +66,7 @@ def test_named_dimensions_vary_and_masks_are_all_true(tmp_path: Path) -> None:
     exported = jax.export.deserialize((tmp_path / "tower" / "program.jax_export").read_bytes())
     x = torch.rand(5, 9)
     y = exported.call({"w": jnp.float32(2)}, x.numpy())
-    np.testing.assert_allclose(y, tower(x).detach().numpy(), rtol=1e-6)
+    assert_near(y, tower(x).detach().numpy())
 
 
 def test_new_weights_need_no_new_program(tmp_path: Path) -> None:

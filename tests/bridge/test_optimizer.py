@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.near import OF_ADAM, assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
@@ -76,7 +78,7 @@ def test_it_is_the_transformation_in_jax(kind: str) -> None:
     for x in X:
         params, state = step(params, state, x)
     for name, weight in weights(tower).items():
-        np.testing.assert_allclose(weight, params[name], rtol=2e-5, atol=1e-6, err_msg=name)
+        assert_near(weight, params[name], where=name)
 
 
 def test_a_torch_module_trains_as_by_torch() -> None:
@@ -92,7 +94,7 @@ def test_a_torch_module_trains_as_by_torch() -> None:
             optimizer.zero_grad()
             module(x).square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
+    assert_near(weights(ours), weights(theirs), OF_ADAM)
 
 
 def test_parameters_move_into_memory_of_jax_and_stay_the_same_objects() -> None:
@@ -186,6 +188,22 @@ def test_groups_and_schedulers_of_torch_are_refused() -> None:
     ):
         with pytest.raises(KeyError, match=r"'lr'.*instead of a torch scheduler give it a schedule"):
             make()
+
+
+def test_steps_in_inference_mode_are_the_same() -> None:
+    found = []
+    for within in (False, True):
+        tower = JaxTower(mlp, PARAMS)
+        with torch.inference_mode(within):
+            optimizer = OptaxOptimizer(tower.named_parameters(), optax.adam(0.1))
+        for number in range(3):
+            optimizer.zero_grad()
+            tower(torch.from_numpy(X[number]).clone()).square().mean().backward()
+            with torch.inference_mode(within), torch.no_grad():
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+        found.append(weights(tower))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_bad_input() -> None:

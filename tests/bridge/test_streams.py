@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.devices import on_devices
+from tests.support.near import assert_near
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -148,6 +149,7 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
     twin, tower = tower_of_two_layers(), tower_of_two_layers().to(device)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
+    # A GPU's matrix units may round coarser than float32 before they sum: hence the tolerances.
     for _ in range(3):  # the first one compiles, and so takes long enough for anything to be ready
         for module in (twin, tower):
             module.zero_grad()
@@ -162,16 +164,14 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
             y = tower(given)
             busy(device)
             y.backward(gradient * 1)  # made late, too
-        torch.testing.assert_close(y.detach().cpu(), expected.detach(), rtol=1e-5, atol=1e-5)
+        assert_near(y, expected, 128)
         assert own.grad is not None
         assert given.grad is not None
-        torch.testing.assert_close(given.grad.cpu(), own.grad, rtol=1e-4, atol=1e-5)
+        assert_near(given.grad, own.grad, 1024)
         for (name, mine), theirs in zip(tower.named_parameters(), twin.parameters(), strict=True):
             assert mine.grad is not None
             assert theirs.grad is not None
-            torch.testing.assert_close(
-                mine.grad.cpu(), theirs.grad, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            assert_near(mine.grad, theirs.grad, 1024, where=name)
     assert tower.copies == 0
     assert tower.compilations == 2
 
@@ -215,4 +215,4 @@ def test_a_training_by_towers_and_torch_is_the_one_of_the_cpu(device: str) -> No
             (model(x.to(where)) - x.sum(1, keepdim=True).to(where)).square().mean().backward()
             optimizer.step()
         weights.append([parameter.detach().cpu() for parameter in model.parameters()])
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    assert_near(*weights, 2**13)

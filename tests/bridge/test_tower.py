@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.near import OF_ADAM, assert_near
+
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -29,20 +31,38 @@ def parameters(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def test_a_tower_that_was_made_and_called_in_inference_mode_trains() -> None:
+    def counting(params: Any, x: Any, *, state: Any) -> Any:
+        return mlp(params, x), {"calls": state["calls"] + 1}
+
+    x = torch.ones(3, 6)
+    with torch.inference_mode():
+        tower = JaxTower(counting, parameters(), state={"calls": np.zeros((), np.float32)})
+        tower(x)
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    before = tower(x).square().sum()
+    before.backward()
+    optimizer.step()
+    with torch.inference_mode():
+        assert tower(x).square().sum() < before
+    tower(x).sum().backward()
+    assert float(tower.calls) == 4
+
+
 def test_gradients_are_those_of_the_torch_twin_in_float64() -> None:
     with jax.enable_x64(True):
         tower = JaxTower(mlp, parameters(np.float64))
         x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
         named = {name: p.detach().clone().requires_grad_() for name, p in tower.named_parameters()}
         ours, theirs = tower(x), twin(named, x.detach().requires_grad_())
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        assert_near(ours, theirs)
         weight = torch.randn(7, 2, dtype=torch.float64)
         x2 = x.detach().clone().requires_grad_()
         (ours * weight).sum().backward()
         (twin(named, x2) * weight).sum().backward()
-        torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=1e-10)
+        assert_near(x.grad, x2.grad)
         for name, parameter in tower.named_parameters():
-            torch.testing.assert_close(parameter.grad, named[name].grad, rtol=0, atol=1e-10)
+            assert_near(parameter.grad, named[name].grad)
 
 
 def test_gradcheck() -> None:
@@ -74,7 +94,7 @@ def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
     gradient = torch.rand(4, 16)
     out.backward(gradient)
     assert tower.copies == 0  # the gradient went in as it was
-    torch.testing.assert_close(x.grad, gradient)
+    assert_near(x.grad, gradient)
     assert all(p.data_ptr() % 64 == 0 for p in tower.parameters())
 
 
@@ -94,7 +114,7 @@ def test_an_expanded_gradient_is_copied_and_counted() -> None:
     reference = {name: p.detach() for name, p in tower.named_parameters()}
     x2 = x.detach().clone().requires_grad_()
     twin(reference, x2).sum().backward()
-    torch.testing.assert_close(x.grad, x2.grad)
+    assert_near(x.grad, x2.grad)
 
 
 def test_an_optimizer_trains_it_as_it_trains_the_twin() -> None:
@@ -108,7 +128,7 @@ def test_an_optimizer_trains_it_as_it_trains_the_twin() -> None:
             (output(x) - y).square().mean().backward()
             optimizer.step()
     for name, parameter in tower.named_parameters():
-        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=1e-5)
+        assert_near(parameter, named[name], OF_ADAM)
 
 
 def test_state_dict_goes_round() -> None:

@@ -182,7 +182,17 @@ def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
 def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:
     alone = rows_of(open_rows(folder, 4, shuffle=shuffle))
     ranks = [open_rows(folder, 4, shuffle=shuffle, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [rows_of(data) for data in ranks] == [alone[rank::world_size] for rank in range(world_size)]
+    got = [rows_of(data) for data in ranks]
+    turns = ROWS // (4 * world_size)
+    assert [batches[:turns] for batches in got] == [
+        alone[rank : turns * world_size : world_size] for rank in range(world_size)
+    ]
+    # The rows of the last turn are shared out evenly.
+    rest = [batches[turns] for batches in got]
+    assert [row for batch in rest for row in batch] == [row for batch in alone[turns * world_size :] for row in batch]
+    sizes = [len(batch) for batch in rest]
+    assert max(sizes) - min(sizes) <= 1
+    assert [len(batches) for batches in got] == [len(data) for data in ranks] == [turns + 1] * world_size
 
 
 def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +204,8 @@ def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytes
         return read(self, piece, *how)
 
     monkeypatch.setattr(Files, "read", watched)
-    # 24 rows to each of two ranks: the first needs only the row groups that begin before row 24.
-    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
+    # 23 and 24 rows to two ranks: the first needs only the row groups that begin before row 23.
+    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(23))]
     assert sum(piece.rows for piece in pieces) == 25
 
 

@@ -105,6 +105,38 @@ def test_wrapped_batches_go_on_from_the_beginning(folder: Path, shuffle: bool, w
             assert got[rank][turn] == endless[first : first + 7]
 
 
+@given(
+    rows=st.integers(1, 200), batch_size=st.integers(1, 9), world_size=st.integers(2, 6), start=st.integers(0, 199),
+    workers=st.integers(1, 3),
+)  # fmt: skip
+def test_ranks_get_equally_many_batches_of_about_one_size(
+    rows: int, batch_size: int, world_size: int, start: int, workers: int
+) -> None:
+    start = min(start, rows)
+
+    def ranges(begin: int, rank: int) -> list[tuple[int, int]]:
+        of_workers = [
+            list(Batches(rows, batch_size, begin, rank, world_size, False, None, w, workers)) for w in range(workers)
+        ]
+        return [each[turn] for turn in range(len(of_workers[0])) for each in of_workers if turn < len(each)]
+
+    by_rank = [ranges(start, rank) for rank in range(world_size)]
+    turns = len(by_rank[0])
+    assert [len(each) for each in by_rank] == [turns] * world_size
+    # Each row once, in one order for any number of ranks.
+    assert [row for turn in zip(*by_rank, strict=True) for low, high in turn for row in range(low, high)] == list(
+        range(start, rows)
+    )
+    sizes = [high - low for each in by_rank for low, high in each]
+    assert max(sizes, default=0) <= batch_size
+    if rows - start >= world_size and batch_size > 1:
+        assert min(sizes) > 0
+    # A run that is resumed after any turn goes on with the same batches.
+    for turn in range(turns):
+        begin = Batches(rows, batch_size, start, 0, world_size).after(turn)
+        assert [ranges(begin, rank) for rank in range(world_size)] == [each[turn:] for each in by_rank]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_dropped_turns_leave_equal_numbers(folder: Path, world_size: int) -> None:
     alone = rows_of(ColumnDataset(folder, ["row"], 7))
@@ -151,18 +183,13 @@ def test_what_is_wanted_is_what_batches_hold(
 # Who this process is
 
 
-def test_ranks_come_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_rank_by_hand_is_given_with_the_world_size(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert rank_and_world_size(None, None) == (0, 1)
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ValueError, match="environment has RANK=2 and WORLD_SIZE=None, of which both must be integers"):
-        rank_and_world_size(None, None)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert rank_and_world_size(None, None) == (2, 3)
     assert rank_and_world_size(0, 2) == (0, 2)
-    alone = rows_of(ColumnDataset(folder, ["row"], 5, rank=0, world_size=1))
-    assert rows_of(ColumnDataset(folder, ["row"], 5)) == alone[2::3]
     with pytest.raises(ValueError, match="rank and world_size must be given together, got 1 and None"):
         ColumnDataset(folder, ["row"], 5, rank=1)
 

@@ -79,15 +79,6 @@ def test_values_beyond_the_last_list_are_none(device: str, more: dict[str, Any])
         assert torch.equal(got[name], values), name
 
 
-def test_lists_of_lists_are_refused() -> None:
-    engine = EmbeddingEngine({"item": EmbeddingConfig(dim=4, combiner="sum")})
-    sessions = RaggedTensor.from_lists([[[1, 2], []], [[3]]])
-    with pytest.raises(ValueError, match=r"feature 'item': a row must be one list of ids, got 2 levels of lists"):
-        engine({"item": sessions})
-    joined = RaggedTensor(sessions.values, sessions.offsets[sessions.outer[0]])
-    assert engine({"item": joined})["item"].shape == (2, 4)
-
-
 @on_devices
 def test_outputs_are_aligned_float32_vectors_in_the_order_of_the_configs(device: str) -> None:
     outputs = EmbeddingEngine(CONFIGS, device=device)(batch_on(device))
@@ -255,7 +246,7 @@ def test_state_of_another_engine_is_refused_and_changes_nothing() -> None:
 
 def test_anchors_stay_out_of_state_dicts_and_dense_parameters() -> None:
     model = torch.nn.ModuleDict({"engine": EmbeddingEngine(CONFIGS), "tower": torch.nn.Linear(2, 1)})
-    assert list(model.state_dict()) == ["tower.weight", "tower.bias"]
+    assert list(model.state_dict()) == ["engine.tables", "tower.weight", "tower.bias"]
     model.load_state_dict(model.state_dict())
     assert [p.shape for p in dense_parameters(model)] == [p.shape for p in model["tower"].parameters()]
     with pytest.raises(TypeError, match="cannot be copied or pickled; save it with Saver"):
@@ -280,7 +271,7 @@ def test_describe_names_tables_members_features_and_rows() -> None:
             TypeError,
             "feature 'user': ids must be int64 or int32, got torch.uint8; hash it first",
         ),
-        (torch.zeros(1, 2, 3, dtype=torch.int64), ValueError, r"feature 'user': ids must be \[B\], \[B, L\]"),
+        (torch.zeros((), dtype=torch.int64), ValueError, r"feature 'user': ids must be \[B\], \[B, L\]"),
     ],
 )
 def test_bad_columns_are_refused(column: object, error: type[Exception], message: str) -> None:
@@ -325,3 +316,58 @@ def test_sgd_on_a_table_is_sgd_on_a_dict(batches: list[list[int]]) -> None:
             model[i] = model.get(i, torch.ones(3)) - 0.5 * g
         assert torch.equal(engine({"id": torch.tensor(ids)})["id"], torch.stack([model[i] for i in ids]))
     assert len(engine.tables[0]) == len(model)
+
+
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [
+        (lambda model: model.half(), torch.float16),
+        (lambda model: model.bfloat16(), torch.bfloat16),
+        (lambda model: model.double(), torch.float64),
+        (lambda model: model.to(torch.bfloat16), torch.bfloat16),
+        (lambda model: model.to("cpu", torch.float16), torch.float16),
+        (lambda model: model.type(torch.float64), torch.float64),
+    ],
+)
+def test_conversions_leave_tables_in_the_dtypes_of_their_configs(convert: Any, dtype: torch.dtype) -> None:
+    model = torch.nn.ModuleDict({"engine": EmbeddingEngine(CONFIGS), "tower": torch.nn.Linear(2, 1)})
+    engine, batch = model["engine"], batch_on("cpu")
+    before = {name: value.detach() for name, value in engine(batch).items()}
+    with pytest.warns(UserWarning, match=rf"tables keep the dtypes .* \(torch.float32\).* becomes {dtype}"):
+        convert(model)
+    convert(model)  # once is enough: a second warning would be an error
+    assert model["tower"].weight.dtype == dtype
+    assert {table.layout.dtype for table in engine.tables} == {torch.float32}
+    for name, value in engine(batch).items():
+        assert torch.equal(value, before[name])
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    engine(batch)["user"].sum().backward()
+    optimizer.step()
+    assert not torch.equal(engine(batch)["user"], before["user"])
+
+
+def test_float_of_tables_in_another_dtype_says_so_and_no_conversion_says_nothing() -> None:
+    engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2, dtype=torch.bfloat16)})
+    with pytest.warns(UserWarning, match=r"tables keep .* \(torch.bfloat16\)"):
+        engine.float()
+    plain = EmbeddingEngine(CONFIGS)
+    for call in (plain.float, plain.cpu, lambda: plain.to("cpu"), lambda: plain.to(torch.float32), lambda: plain.to()):
+        call()  # warnings are errors
+
+
+def test_devices_that_tables_cannot_go_to_are_refused() -> None:
+    model = torch.nn.Sequential(EmbeddingEngine(CONFIGS))
+    with pytest.raises(RuntimeError, match=r"tables have no form on the meta device.* model.tower.to\('meta'\)"):
+        model.to("meta")
+    with pytest.raises(RuntimeError, match="tables have no form on the meta device"):
+        model.to_empty(device="meta")
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'meta'"):
+        EmbeddingEngine(CONFIGS, device="meta")
+    with torch.device("meta"):  # as large models are built; tables are where their engine says
+        engine = EmbeddingEngine(CONFIGS)
+    assert engine(batch_on("cpu"))["user"].shape == (4, 8)
+
+
+def test_a_batch_that_is_no_dict_is_named() -> None:
+    with pytest.raises(TypeError, match="feature 'user': a batch must be a dict of columns by name, got a list"):
+        EmbeddingEngine(CONFIGS)([batch_on("cpu")])  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from recis_hybrid.embedding import (
     Unused,
 )
 from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.near import assert_near
 from tests.support.tables import feature, gathered, make_table, values_of
 
 SUM = (StateField("sum", first_value=0.25),)
@@ -516,7 +517,7 @@ def test_every_placement_trains_to_the_same_values(id_map: str, blocks: str) -> 
             optimizer.step()
         outputs.append(engine({"id": torch.arange(703, device="cuda")})["id"])
         assert outputs[-1].is_cuda
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    assert_near(outputs[0], outputs[1])
 
 
 def test_pinned_blocks_need_a_gpu_to_read_them() -> None:

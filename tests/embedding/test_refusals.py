@@ -32,6 +32,8 @@ from recis_hybrid.embedding import (
     Unused,
     XavierUniform,
     dense_parameters,
+    leave_out_of_ddp,
+    mean_over_samples,
 )
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.tables import make_table
@@ -335,3 +337,90 @@ def test_a_checkpoint_of_numbers_that_rows_cannot_hold_changes_nothing(
         with pytest.raises(ValueError, match=message):
             load(state)
     assert engine.tables[0].ids(0).tolist() == [1]
+
+
+CONFIGS = {"id": EmbeddingConfig(dim=2)}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EmbeddingEngine(EmbeddingConfig(dim=2)), "configs must be a mapping .* got an EmbeddingConfig"),
+        (lambda: EmbeddingEngine([EmbeddingConfig(dim=2)]), "configs must be a mapping from features .* got a list"),
+        (lambda: EmbeddingEngine({1: EmbeddingConfig(dim=2)}), "the names of features must be strings, got 1"),
+        (lambda: EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam), "optimizer_state must be .* got the class Adam"),
+        (
+            lambda: EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state),
+            "optimizer_state must be .* a function",
+        ),
+        (lambda: EmbeddingEngine(CONFIGS, optimizer_state="adam"), r"as optim.Adam.row_state\(\), got 'adam'"),
+        (lambda: EmbeddingEngine(CONFIGS, optimizer_state=StateField("x")), "optimizer_state must be .* a StateField"),
+        (lambda: EmbeddingEngine(CONFIGS, optimizer_state=["exp_avg"]), "optimizer_state must be .* got a list"),
+        (
+            lambda: EmbeddingEngine(CONFIGS, device=3.5),
+            "a device must be one of torch's, as 'cpu' or 'cuda:0', got 3.5",
+        ),
+        (lambda: EmbeddingEngine(CONFIGS, group="world"), "group must be a process group, None for all .* got 'world'"),
+        (
+            lambda: EmbeddingEngine(CONFIGS, group=True),
+            "group must be a process group, None for all ranks, .* got True",
+        ),
+        (lambda: EmbeddingEngine(CONFIGS, prefetch_depth="2"), "prefetch_depth must be an integer, .* got '2'"),
+        (lambda: EmbeddingEngine(CONFIGS, coalesce="no"), "coalesce must be True or False, got 'no'"),
+        (lambda: EmbeddingEngine(CONFIGS, deduplicate=None), "deduplicate must be True or False, got None"),
+        (lambda: EmbeddingEngine(CONFIGS).evict(Unused), "a rule must have a method unwanted"),
+        (lambda: Constant("a"), "Constant: values must be a number, got 'a'"),
+        (lambda: Normal(0, None), "Normal: values must be a number, got None"),
+        (lambda: Uniform(None, 1), "Uniform: values must be a number, got None"),
+        (lambda: XavierUniform("a"), "XavierUniform: values must be a number, got 'a'"),
+        (lambda: KaimingNormal(fan_in="a"), "KaimingNormal: a fan must be an integer, .* got 'a'"),
+        (lambda: StateField(3), "StateField: name must be a string, as 'exp_avg', got 3"),
+        (lambda: StateField("x", dtype="float32"), "StateField 'x': dtype must be a torch.dtype, .* got 'float32'"),
+        (lambda: RecordLayout(dim=4, state=StateField("x")), "RecordLayout: state must be .* got a StateField"),
+        (lambda: dense_parameters([]), "dense_parameters: module must be a torch.nn.Module, got a list"),
+        (lambda: leave_out_of_ddp([]), "leave_out_of_ddp: model must be a torch.nn.Module, got a list"),
+        (lambda: mean_over_samples(torch.nn.Linear(1, 1), None), "engine must be an EmbeddingEngine, .* got a Linear"),
+        (lambda: optim.SGD(EmbeddingEngine(CONFIGS)), r"params must be engine.parameters\(\), .* an EmbeddingEngine"),
+        (lambda: optim.SGD(EmbeddingEngine(CONFIGS).parameters), "SGD: params must be engine.parameters.*got a method"),
+        (lambda: optim.Adam({"params": []}), "Adam: params must be engine.parameters.* got a dict"),
+        (lambda: optim.SGD(EmbeddingEngine(CONFIGS).parameters(), lr="0.1"), "SGD: lr must be a number, got '0.1'"),
+        (
+            lambda: optim.SGD(EmbeddingEngine(CONFIGS).parameters(), lr=torch.tensor(0.1)),
+            "lr must be a number, got a T",
+        ),
+        (lambda: optim.SGD.row_state("a"), "SGD: momentum must be a number, got 'a'"),
+        (lambda: optim.Adagrad.row_state("a"), "initial_accumulator_value must be a number, got 'a'"),
+        (
+            lambda: optim.clip_row_norm_(EmbeddingEngine(CONFIGS), 1.0),
+            r"parameters must be engine.parameters\(\), got an",
+        ),
+        (
+            lambda: optim.clip_row_norm_(EmbeddingEngine(CONFIGS).parameters(), "1"),
+            "max_norm must be a number, got '1'",
+        ),
+    ],
+)
+def test_a_wrong_kind_of_argument_is_named(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), ("a", 0.9)])
+def test_betas_are_two_numbers(betas: Any) -> None:
+    engine = EmbeddingEngine(CONFIGS, optimizer_state=optim.Adam.row_state())
+    with pytest.raises(TypeError, match="Adam: betas must be two numbers, as"):
+        optim.Adam(engine.parameters(), betas=betas)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefetch_depth": -1}, "prefetch_depth must not be negative, got -1"),
+        ({"staleness": 2}, "staleness must be 0 or 1, got 2"),
+    ],
+)
+def test_settings_of_an_engine_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingEngine(CONFIGS, **settings)
+    with pytest.raises(ValueError, match="a group of parameters must have 'params'"):
+        optim.SGD([{"lr": 1.0}])

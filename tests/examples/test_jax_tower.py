@@ -7,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.support.near import assert_near
+
 pytestmark = pytest.mark.jax
 
 
@@ -27,9 +29,10 @@ def test_the_towers_are_the_same_function(program: ModuleType) -> None:
         y.backward(torch.ones(8, 1))
         results.append((y.detach(), x.grad, sum(p.numel() for p in tower.parameters())))
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0])
+        assert_near(other, results[0])
 
 
+@pytest.mark.quick
 def test_it_learns(program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tower", "nnx", "--rows", "20000", "--batch-size", "256", "--quiet"]
     monkeypatch.setattr(sys, "argv", ["jax_tower.py", *arguments])

@@ -1,13 +1,14 @@
 import pickle
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import features, ops
-from recis_hybrid.features import Bucketize, Column, Feature, FeatureEngine, Hash, Log, Mod, Op, link
+from recis_hybrid.features import Bucketize, Column, Cross, Feature, FeatureEngine, Hash, Log, Mod, Op, Truncate, link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
@@ -112,7 +113,7 @@ def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch
 
 operation = st.one_of(
     st.sampled_from([Hash("farm"), Hash("murmur")]),
-    st.builds(Mod, st.integers(1, 2**63 - 1)),
+    st.builds(Mod, st.integers(1, 2**64 - 1)),
     st.builds(Bucketize, st.lists(st.integers(-100, 100), min_size=1, max_size=4).map(sorted), right=st.booleans()),
 )
 
@@ -121,7 +122,7 @@ def one_by_one(op: Op, value: int) -> int:
     if isinstance(op, Hash):
         return getattr(hashes, op.kind)(value.to_bytes(8, "little", signed=True))  # type: ignore[no-any-return]
     if isinstance(op, Mod):
-        return value % 2**64 % op.n
+        return (value % 2**64 % op.n + 2**63) % 2**64 - 2**63
     assert isinstance(op, Bucketize)
     return sum(b <= value if op.right else b < value for b in op.boundaries)
 
@@ -303,3 +304,73 @@ def test_compiled_without_a_graph_break(batch: Batch) -> None:
         a, b = Column.of(want[name]), Column.of(got[name])
         assert torch.equal(a.values, b.values)
         assert (a.offsets is None) == (b.offsets is None)
+
+
+def lists(column: Any) -> Any:
+    return column.to_lists() if isinstance(column, RaggedTensor) else column.tolist()
+
+
+OPTIONAL = [
+    Feature("user", ops=[Mod(10)]),
+    Feature("pair", ops=[Cross()], source=["user", "item"], optional=True),
+    Feature("town", ops=[Hash(), Mod(7)], source="city", optional=True),
+    Feature("clicks", ops=[Truncate(1)], optional=True),
+]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) -> None:
+    engine = FeatureEngine(OPTIONAL, fuse=fuse)
+    whole: Batch = {
+        "user": torch.tensor([11, 12]), "item": torch.tensor([5, 6]), "city": torch.tensor([1, 2]),
+        "clicks": RaggedTensor.from_lists([[1, 2], []]), "label": torch.tensor([0.0, 1.0]),
+    }  # fmt: skip
+    made = engine(whole)
+    assert list(made) == ["user", "pair", "town", "clicks", "label"]
+    for missing in (["item"], ["city", "clicks"], ["item", "city", "clicks"]):
+        batch = {name: column for name, column in whole.items() if name not in missing}
+        got = engine(batch)
+        gone = {"item": "pair", "city": "town"}
+        assert list(got) == [name for name in made if name not in {gone.get(one, one) for one in missing}]
+        assert all(lists(got[name]) == lists(made[name]) for name in got)
+    # A column that was read for the feature alone is given up as ever; the user's is read by another.
+    assert "item" not in FeatureEngine(OPTIONAL[1:2])({"item": torch.tensor([1]), "label": torch.tensor([1])})
+    with pytest.raises(
+        ValueError, match="feature 'user': the batch has no column 'user'.* or declare the feature optional"
+    ):
+        engine({"item": torch.tensor([1])})
+    assert lists(engine(whole)["pair"]) == lists(made["pair"])
+
+
+def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
+    @dataclass(frozen=True)
+    class Own:
+        def fault(self) -> None:
+            return None
+
+        def kernel(self) -> features.Kernel:
+            return lambda column: column
+
+    engine = FeatureEngine([*OPTIONAL, Feature("own", ops=[Own()], source="extra", optional=True)], keep=["city"])
+    batch: Batch = {"user": torch.tensor([11, 12]), "item": torch.tensor([5, 6])}
+    want = engine(batch)
+    assert list(want) == ["user", "pair"]
+    reading, remaining = engine.reading_part(), engine.remaining_part()
+    for part in (reading, pickle.loads(pickle.dumps(FeatureEngine(reading.features, keep=[])))):
+        assert list(remaining(part(batch))) == ["user", "pair"]
+    with_extra = {**batch, "extra": torch.tensor([3, 4]), "city": torch.tensor([1, 2])}
+    assert list(remaining(reading(with_extra))) == list(engine(with_extra)) == ["user", "pair", "town", "own", "city"]
+    compiled = torch.compile(FeatureEngine(OPTIONAL), fullgraph=True, backend="eager")
+    for one in (batch, with_extra, batch):
+        made, expected = compiled(one), FeatureEngine(OPTIONAL)(one)
+        assert made.keys() == expected.keys()
+        assert all(lists(made[name]) == lists(expected[name]) for name in made)
+
+
+def test_what_keep_names_must_be_there(batch: Batch) -> None:
+    with pytest.raises(ValueError, match=r"keep names 'usr', but the batch has no column 'usr' \(did you mean 'user'"):
+        FeatureEngine([Feature("a", ops=[Mod(3)], source="user")], keep=["usr"])(batch)
+    with pytest.raises(TypeError, match="keep must be a list of names of columns, got 'user'"):
+        FeatureEngine([], keep="user")
+    with pytest.raises(TypeError, match="Feature 'a': optional must be True or False, got 1"):
+        Feature("a", optional=1)  # type: ignore[arg-type]

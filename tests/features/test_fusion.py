@@ -9,17 +9,23 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid.features import (
+    Age,
     Bucketize,
     Cast,
     Clip,
     Column,
     Concat,
     Cross,
+    DatePart,
+    DecimalString,
+    Distinct,
     Feature,
     FeatureEngine,
     FillNull,
     Hash,
+    Length,
     Log,
+    Mask,
     Mod,
     MultiHash,
     MultiHot,
@@ -63,13 +69,15 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 ids_to_ids = st.one_of(
     st.sampled_from([Hash(kind) for kind in KINDS]),  # type: ignore[arg-type]
-    st.builds(Mod, st.integers(1, 2**63 - 1)),
+    st.builds(Mod, st.integers(1, 2**64 - 1)),
     st.builds(Bucketize, st.lists(st.integers(-100, 100), min_size=1, max_size=70).map(sorted), right=st.booleans()),
     st.builds(Clip, st.integers(-5, 0), st.integers(1, 9)),
     st.just(MultiHash([10, 20])),
     st.just(Cast(torch.int32)),
     st.just(Cast(torch.int64)),
     st.just(Vocabulary([1, 2, 3, -7], unknown=9)),
+    st.builds(DatePart, st.sampled_from(["minute", "day_of_year", "year"]), st.sampled_from(["s", "ms"])),
+    st.builds(Age, st.integers(-(2**63), 2**63 - 1), st.sampled_from(["d", "s", "us"])),
 )
 floats_to_floats = st.one_of(
     st.just(Clip(-3.5, 7.25)),
@@ -82,6 +90,7 @@ rows_to_rows = st.one_of(
     st.builds(Truncate, st.integers(0, 4), st.sampled_from(["left", "right"])),
     st.builds(Pad, st.integers(0, 4), st.integers(-3, 3), st.sampled_from(["left", "right"])),
     st.just(FillNull(3)),
+    st.just(Distinct()),
     st.builds(Tile, st.integers(1, 1)),
 )
 
@@ -103,10 +112,13 @@ def feature(draw: st.DrawFn, name: str) -> Feature:
         return Feature(name, ops=[*chain, *draw(st.sampled_from(ends))], source=draw(st.sampled_from(["f", "g", "fr"])))
     if kind == "rows":
         mixed = st.lists(st.one_of(ids_to_ids, rows_to_rows), max_size=5)
-        last: list[list[Any]] = [[], [Mod(6), MultiHot(6)], [Truncate(3), ToDense(3, -1, "left")]]
+        last: list[list[Any]] = [
+            [], [Mod(6), MultiHot(6)], [Length()], [Length(ignore=[0, 3])], [Mask([2, 0])], [DecimalString(), Hash()],
+            [Truncate(3), ToDense(3, -1, "left")],
+        ]  # fmt: skip
         tops = [] if draw(st.booleans()) else [TopK(2)]
         weighted = draw(st.booleans())
-        end = draw(st.sampled_from(last[:2] if weighted else last))
+        end = draw(st.sampled_from(last[:-1] if weighted else last))
         chain = [*(tops if weighted else []), *draw(mixed), *end]
         if any(isinstance(op, MultiHash) for op in chain[:-1]) and len(chain) > 8:
             chain = chain[:1]
@@ -257,7 +269,7 @@ def test_more_intermediate_results_than_scratch_tiles() -> None:
     same(FeatureEngine(crossed)(batch), FeatureEngine(crossed, fuse=False)(batch))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend: str) -> None:
     features, batch = large()

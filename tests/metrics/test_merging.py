@@ -60,6 +60,36 @@ def test_merge_state_and_reset(kind: Callable[..., Metric]) -> None:
         first.compute()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
+    """Whatever is done in inference mode, all of it goes on outside, and the other way round."""
+    whole, fresh = kind(), kind()
+    update(whole, 0, 60)
+    with torch.inference_mode():
+        first, second = kind(), kind()
+        update(first, 0, 10)
+    update(first, 10, 20)
+    with torch.inference_mode():
+        update(first, 20, 30)
+        update(second, 30, 40)
+        fresh.merge(second)
+        state = first.state()
+        first.load_state(state)
+    update(fresh, 40, 50)
+    second = kind()
+    second.load_state(state)
+    update(second, 50, 60)
+    second.merge(fresh)
+    assert second.compute() == pytest.approx(whole.compute(), rel=1e-14)
+    with torch.inference_mode():
+        assert second.compute() == pytest.approx(whole.compute(), rel=1e-14)
+        second.reset()
+        update(second, 0, 30)
+    update(second, 30, 60)
+    assert second.compute() == pytest.approx(whole.compute(), rel=1e-14)
+    assert not any(tensor.is_inference() for tensor in second.state().values())
+
+
 def on_rank(rank: int, port: int, wanted: list[float]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for kind, value in zip(KINDS, wanted, strict=True):
@@ -68,7 +98,7 @@ def on_rank(rank: int, port: int, wanted: list[float]) -> None:
             metric = kind()
             if parts[rank] is not None:
                 update(metric, *parts[rank])
-            assert abs(metric.compute() - value) < 1e-12, (kind, metric.compute(), value)
+            assert metric.compute() == pytest.approx(value, rel=1e-12), kind
         alone = kind(sync=False)
         update(alone, 0, 60)
         if rank == 0:  # no collective: the other rank takes no part

@@ -46,6 +46,8 @@ def test_others(device: str) -> None:
         (RECIS.ragged_take, ([offsets], [rows], [values, weights], [0, 0], bounds, "a", exact, True)),
         (RECIS.ragged_cross, ([values, offsets, weights], [0, 1, 2, 0, 1, -1], [9], "a", exact, True)),
         (RECIS.ragged_topk, ([values], [offsets], [weights], [2], "a", exact, True)),
+        (RECIS.ragged_distinct, ([values, values], [offsets, offsets], [weights], [0, -1], "a\nb", exact, True)),
+        (RECIS.decimal_strings, ([values, offsets], [0, 1], exact, True)),
         (RECIS.ragged_concat, ([values, offsets, weights], [2, 0, 1, 2, 0, 1, -1], "a", True)),
         (RECIS.multi_hot, ([values, offsets, weights], [0, 1, 2], [3], "a", True)),
         (RECIS.ragged_tile, ([values, offsets, weights], [0, 1, 2, 0, -1, -1], [2, 3], "a", True)),

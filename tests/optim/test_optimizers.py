@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal, Unused
 from tests.support.devices import on_devices
+from tests.support.near import assert_near
 
 IDS = 40
 
@@ -78,7 +79,7 @@ def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> No
             each.step()
         for each in (optimizer, reference):
             each.zero_grad()
-    torch.testing.assert_close(engine({"id": every})["id"].cpu(), twin.weight.detach(), rtol=1e-6, atol=2e-6)
+    assert_near(engine({"id": every})["id"], twin.weight)
 
 
 DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
@@ -124,7 +125,7 @@ def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: 
         for each in (optimizer, reference):
             each.step()
             each.zero_grad()
-    torch.testing.assert_close(engine({"id": every})["id"].cpu(), twin.weight.detach(), rtol=1e-6, atol=2e-6)
+    assert_near(engine({"id": every})["id"], twin.weight)
 
 
 @on_devices
@@ -178,7 +179,7 @@ def test_what_an_engine_is_to_keep_for_momentum_is_said_with_the_number(override
 def test_a_table_of_another_engine_is_refused() -> None:
     engine, other = (EmbeddingEngine({"id": EmbeddingConfig(dim=2)}) for _ in range(2))
     _, ctx = engine.lookup({"id": torch.tensor([1])})
-    with pytest.raises(ValueError, match="this table is not among the optimizer's parameters"):
+    with pytest.raises(ValueError, match="the table 'id' is not among the optimizer's parameters"):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(other.parameters()))
 
 
@@ -235,3 +236,32 @@ def test_a_closure_is_evaluated() -> None:
 
     first = optimizer.step(closure)
     assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.RowwiseAdagrad, optim.Adam, optim.AdamW])
+def test_inference_mode_changes_nothing(rule: Any) -> None:
+    """Tables and optimizers that are made, looked up, grown, updated and shrunk in it are as without it."""
+    found = []
+    for within in (False, True):
+        with torch.inference_mode(within):
+            engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=rule.row_state())
+            optimizer = rule(engine.parameters(), lr=0.1)
+            engine({"id": torch.arange(IDS, IDS + 5000)})
+            ids = torch.arange(IDS)
+        for step in range(3):
+            engine({"id": ids})["id"].square().sum().backward()
+            with torch.inference_mode(within and step != 1), torch.no_grad():
+                torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                optimizer.load_state_dict(optimizer.state_dict())
+                engine.eval()({"id": ids})
+                engine.train()
+        with torch.inference_mode(within):
+            assert engine.evict(Unused(2)) == 5000
+            engine.compact()
+        engine({"id": ids})["id"].sum().backward()
+        optimizer.step()
+        found.append(engine.tables[0].export(0))
+    for name, column in found[0].items():
+        assert torch.equal(column, found[1][name]), name

@@ -78,6 +78,7 @@ def environment(root: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 28])  # in the warm-up, and in the second of the passes
 def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], at: int
@@ -113,6 +114,7 @@ def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
         assert [group["lr"] for group in one.param_groups] == [group["lr"] for group in other.param_groups]
 
 
+@pytest.mark.slow
 def test_a_killed_command_is_resumed_bitwise(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, log = tmp_path / "first" / "config.yaml", tmp_path / "killed" / "log.jsonl"
     assert cli.main(["init", str(config.parent)]) == 0

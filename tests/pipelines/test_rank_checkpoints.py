@@ -94,6 +94,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*.safetensors")}
 
 
+@pytest.mark.quick
 def test_a_killed_run_of_two_ranks_goes_on_bitwise(tmp_path: Path) -> None:
     write_data(tmp_path / "data.parquet")
     on_two_ranks(tmp_path, "undisturbed", False, True)

@@ -1,12 +1,30 @@
 """What the lines of the log say."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
 from recis_hybrid.embedding import Unused
+from recis_hybrid.metrics import AUC, GAUC, Calibration, LogLoss, auc
 from recis_hybrid.pipelines import (
+    Callback,
+    Checkpoint,
+    Evaluate,
     Evict,
+    JsonLog,
+    ProgressBar,
+    Record,
+    TorchStep,
     Train,
     Trainer,
 )
-from tests.support.small import Records, make_batches, make_step
+from recis_hybrid.pipelines.report import write_report
+from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
+from tests.support.small import Records, bce, make_batches, make_step
 
 
 def test_eviction_and_admissions_are_counted() -> None:
@@ -41,3 +59,191 @@ def test_a_line_of_the_log() -> None:
     assert set(lines[0]) == expected | phases
     assert set(lines[2]) == expected  # the stage's end, which was not a step to be logged
     assert all(line["samples_per_s"] > 0 for line in lines)
+
+
+FIGURES = ("step", "loss", "grad_norm", "auc", "mean_output", "clicks")
+
+
+def watching(step: TorchStep) -> list[dict[str, float]]:
+    """What each call of a step returns from now on, as numbers."""
+    seen: list[dict[str, float]] = []
+    forward = step._forward
+
+    def noted(batch: Batch) -> Any:
+        total, watched = forward(batch)
+        seen.append({name: float(value) for name, value in watched.items()})
+        return total, watched
+
+    step._forward = noted  # type: ignore[method-assign]
+    return seen
+
+
+def test_figures_are_means_over_the_steps_since_the_last_line() -> None:
+    step, shown = make_step(groups="user"), Records()
+    losses, seen = watching(step), []
+
+    class Notes(Callback):
+        def after_step(self, trainer: Trainer) -> None:
+            seen.append(float(trainer.steps_done))
+            step.log("done", trainer.steps_done)  # of the next step: this one has ended
+
+    trainer = Trainer(step, make_batches(7), callbacks=[Notes(), shown], log_every=3)
+    trainer.fit([Train()])
+    lines = shown.of("train")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    values = [each["loss"] for each in losses]
+    for line, (a, b) in zip(lines, ((0, 3), (3, 6), (6, 7)), strict=True):
+        assert line["loss"] == pytest.approx(sum(values[a:b]) / (b - a), rel=1e-12)
+    assert [line["done"] for line in lines] == [1.5, 4.0, 6.0]
+    every = Records()
+    step = make_step()
+    losses = watching(step)
+    Trainer(step, make_batches(3), callbacks=[every], log_every=1).fit([Train()])
+    assert [line["loss"] for line in every.of("train")] == [each["loss"] for each in losses]
+
+
+def test_the_mean_of_accumulated_and_of_stages() -> None:
+    step, shown = make_step(), Records()
+    losses = watching(step)
+    Trainer(step, make_batches(6), callbacks=[shown], log_every=2, accumulate=2).fit([Train(), Train(steps=1)])
+    values = [each["loss"] for each in losses]
+    updates = [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=True)]
+    assert [line["loss"] for line in shown.of("train")] == [
+        pytest.approx(expected, rel=1e-6) for expected in ((updates[0] + updates[1]) / 2, updates[2], updates[3])
+    ]
+
+
+def own_figures(step_of: Any = make_step, **options: Any) -> TorchStep:
+    """A step that logs figures of its own, of several kinds."""
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        step.log("mean_output", outputs.mean())
+        step.log("rows", len(labels))
+        return bce(outputs, labels)
+
+    step: TorchStep = step_of(loss, metrics={"auc": AUC(), "clicks": Calibration()}, clip_grad_norm=1.0, **options)
+    return step
+
+
+def test_figures_and_metrics_of_the_models_own() -> None:
+    step, shown, batches = own_figures(), Records(), make_batches(5)
+    scored: list[Any] = []
+    outputs: list[float] = []
+    forward = step.model.forward
+
+    def noted(batch: Batch) -> Any:
+        found = forward(batch)
+        if step.model.training:
+            scored.append((found.detach().sigmoid(), batch["label"]))
+            outputs.append(float(found.detach().mean()))
+        return found
+
+    step.model.forward = noted  # type: ignore[method-assign]
+    trainer = Trainer(step, batches, batches, metrics={"auc": AUC()}, callbacks=[shown], log_every=2)
+    trainer.fit([Train(), Evaluate()])
+    for line, (a, b) in zip(shown.of("train"), ((0, 2), (2, 4), (4, 5)), strict=True):
+        scores, labels = (torch.cat([pair[n] for pair in scored[a:b]]) for n in range(2))
+        assert line["auc"] == auc(labels, scores)
+        assert line["clicks"] == pytest.approx(float(scores.double().mean() / labels.double().mean()), rel=1e-6)
+        assert line["mean_output"] == pytest.approx(sum(outputs[a:b]) / (b - a), rel=1e-6)
+        assert line["rows"] == 64.0
+    # What an evaluation would log is no figure of training.
+    step.log("mean_output", torch.tensor(5.0))
+    assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = Records()
+    callbacks = [ProgressBar(), JsonLog(tmp_path / "log.jsonl"), shown]
+    Trainer(own_figures(), make_batches(4), callbacks=callbacks, log_every=4).fit([Train()])
+    (line,) = shown.of("train")
+    error = capfd.readouterr().err
+    for figure in (f"loss {line['loss']:.4f}", f"auc {line['auc']:.4g}", f"mean_output {line['mean_output']:.4g}"):
+        assert figure in error
+    page = write_report(tmp_path).read_text()
+    for name in ("Loss", "auc", "mean_output"):
+        assert f"<h2>{name}</h2>" in page
+    assert f"<b>{line['loss']:.4f}</b>" in page
+
+
+def test_an_update_that_overflows_is_in_no_mean_of_norms() -> None:
+    step, shown = make_step(precision="float16", loss_scale=2.0**40, clip_grad_norm=1.0), Records()
+    Trainer(step, make_batches(8) * 5, callbacks=[shown], log_every=40).fit([Train()])
+    (line,) = shown.of("train")
+    assert step._scaler.get_scale() < 2.0**40  # the first ones did
+    assert 0 < line["grad_norm"] < 100
+
+
+def test_what_cannot_be_logged_is_named() -> None:
+    step = make_step()
+    for name in ("loss", "samples_per_s", "time/data", "loss/click"):
+        with pytest.raises(ValueError, match=f"the log uses '{name}' itself"):
+            step.log(name, 1.0)
+    with pytest.raises(ValueError, match=r"value of 'gate' must be one number, got shape \[3\]; take its mean"):
+        step.log("gate", torch.zeros(3))
+    with pytest.raises(TypeError, match="the value of 'gate' must be a number, got 'high'"):
+        step.log("gate", "high")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"'auc' must be a number, got an AUC; give it .*metrics=\{'auc': AUC\(\)\}"):
+        step.log("auc", AUC())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"metrics must be a mapping of metrics by name, as .*, got an AUC; name it"):
+        make_step(metrics=AUC())
+    with pytest.raises(TypeError, match=r"the metric 'auc' must be a metric, as AUC\(\), got the class AUC"):
+        make_step(metrics={"auc": AUC})
+    with pytest.raises(ValueError, match="the log uses 'loss' itself; give the metric another name"):
+        make_step(metrics={"loss": LogLoss()})
+    with pytest.raises(ValueError, match="the metric 'gauc' is by group; give groups="):
+        make_step(metrics={"gauc": GAUC()})
+    with pytest.raises(ValueError, match="the metric 'auc' needs labels; give label="):
+        make_step(label=None, metrics={"auc": AUC()})
+
+
+def test_a_step_that_returns_no_loss_is_named() -> None:
+    class Own(TorchStep):
+        def __call__(self, *batches: Batch) -> Any:
+            return {name: value for name, value in super().__call__(*batches).items() if name != "loss"}
+
+    step = make_step()
+    own = Own(step.model, bce, step.optimizers)
+    with pytest.raises(TypeError, match="a step must return a mapping with a tensor of one number as 'loss', got {}"):
+        Trainer(own, make_batches(1)).fit([Train()])
+
+
+class Interrupt(Callback):
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.steps_done == 8:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Path, at: int) -> None:
+    def fit(folder: str, *callbacks: Callback, **options: Any) -> list[Record]:
+        shown = Records()
+        trainer = Trainer(
+            own_figures(), make_batches(4), saver=Saver(tmp_path / folder, keep=None), log_every=4, seed=1,
+            callbacks=[Checkpoint(steps=at), shown, *callbacks],
+        )  # fmt: skip
+        try:
+            trainer.fit([Train(epochs=3)], **options)
+        except KeyboardInterrupt:
+            pass
+        trainer.saver = None
+        return [{name: line[name] for name in FIGURES} for line in shown.of("train")]
+
+    whole = fit("whole")
+    assert [line["step"] for line in whole] == [4, 8, 12]
+    first = fit("cut", Interrupt())
+    resumed = fit("cut", resume="latest")
+    assert first == whole[: len(first)]
+    assert [line["step"] for line in resumed] == {2: [12], 5: [8, 12]}[at]  # from the steps 8 and 5
+    assert resumed == whole[-len(resumed) :]
+
+
+def test_a_training_that_begins_anew_forgets_the_last_steps_of_the_one_before() -> None:
+    step, shown = own_figures(), Records()
+    trainer = Trainer(step, make_batches(2), callbacks=[shown, Interrupt()], log_every=50)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit([Train(epochs=5)])
+    losses = watching(step)
+    trainer.fit([Train(steps=2)])
+    (line,) = shown.of("train")
+    assert line["loss"] == pytest.approx((losses[0]["loss"] + losses[1]["loss"]) / 2, rel=1e-12)

@@ -30,6 +30,7 @@ def test_frozen_towers_stand_still_while_tables_warm_up() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teacher() -> None:
     teacher = make_step()
     student = make_step(label="taught")

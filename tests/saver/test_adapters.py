@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,3 +267,48 @@ def test_the_kind_of_a_saveable_is_one_that_can_be_read_back(tmp_path: Path) -> 
         CheckpointError, match="part 'shelf': checkpoint_kind must be one of .*'optimizer'.*, got 'shelf'"
     ):
         Saver(tmp_path).save(1, shelf=shelf)
+
+
+def towers(seed: int) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"tower": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "bias": nn.Linear(1, 1)})
+
+
+def wrapped_in(how: str, model: nn.ModuleDict) -> nn.Module:
+    """Wraps the model, or its tower (lower case), or what is in that, inner ones first."""
+    for letter in how:
+        wrap = {"c": lambda each: torch.compile(each, backend="eager"), "d": DistributedDataParallel}[letter.lower()]
+        if letter.isupper():
+            return wrap(model)
+        model["tower"] = wrap(model["tower"])
+    return model
+
+
+WRAPPINGS = ["", "c", "d", "cd", "dc", "C", "D", "cD", "dcC"]
+
+
+@pytest.mark.parametrize("first", WRAPPINGS)
+def test_names_do_not_depend_on_wrappers(tmp_path: Path, alone: None, first: str) -> None:
+    saver = Saver(tmp_path)
+    model = towers(1)
+    whole = wrapped_in(first, model)
+    dense = torch.optim.Adam(whole.parameters(), lr=0.1)
+    sum(parameter.square().sum() for parameter in whole.parameters()).backward()
+    dense.step()
+    saver.save(1, model=whole, dense=dense)
+    named = list(towers(1).state_dict())
+    assert sorted(
+        json.loads((tmp_path / "step_000001" / "manifest.json").read_text())["parts"]["model"]["tensors"]
+    ) == (sorted(named))
+    for second in WRAPPINGS:
+        inner = towers(2)
+        other = wrapped_in(second, inner)
+        again = torch.optim.Adam(other.parameters(), lr=0.5)
+        saver.load(model=other, dense=again)
+        for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        assert again.param_groups[0]["lr"] == 0.1
+        assert [each["step"] for each in again.state_dict()["state"].values()] == [1] * 6
+        assert saver.load_some(only="tower.*", model=other).loaded == [
+            f"model: {name}" for name in sorted(named) if name.startswith("tower.")
+        ]

@@ -214,6 +214,51 @@ def test_any_pattern_is_one(pattern: str, name: str) -> None:
     assert (selection.live_name(name) == "x") >= selection.takes(name) or name == "x"
 
 
+UNMATCHED: list[tuple[dict[str, Any], str]] = [
+    ({"only": ["usr"]}, r"only='usr' matches no name .*; near it: 'user'"),
+    ({"only": ["user", "itm*"]}, r"only='itm\*' matches no name .*; near it: 'item'"),
+    ({"only": "USER"}, "only='USER' matches no name .* near it: 'user'"),
+    ({"only": ""}, "only='' matches no name .*; there are 'item', 'shop', 'user', 'ctr.0.bias' and [0-9]+ more"),
+    ({"only": []}, "only: must have at least one pattern, got none"),
+    ({"exclude": ["shop", "usr"]}, r"exclude='usr' matches no name .*; near it: 'user'"),
+    ({"rename": {"usr": "member"}}, r"rename='usr' matches no name in the checkpoint; near it: 'user'"),
+    ({"rename": {"ctr.1.*": "x.*", "*": "*", "user": "member"}}, "rename='user' renames nothing"),
+    ({"only": "user", "exclude": ["u*"]}, "select none of"),
+    ({"only": 3}, "only: must be a pattern or a list of patterns"),
+    ({"exclude": ["user", 3]}, "exclude: must be a pattern or a list of patterns"),
+    ({"rename": ["user"]}, "rename: must map names to names"),
+]
+
+
+def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
+    other, tower = engine_of("user", "item", "shop", seed=4), towers("ctr", "cvr", seed=4)
+    before = rows(other, "user")
+    for number, (arguments, message) in enumerate(UNMATCHED):
+        with pytest.raises(CheckpointError, match=message):
+            Saver(saved[0]).load_some(**arguments, strict=number % 2 == 0, engine=other, model=tower)
+    assert equal(rows(other, "user"), before)
+    # A name may be one of any of the parts, of the checkpoint, or of the live objects.
+    loaded = Saver(saved[0]).load_some(
+        only=["user", "ctr.*", "member"], exclude=["ctr.1.*"], rename={"item": "member"}, strict=False, engine=other,
+        model=tower,
+    )  # fmt: skip
+    assert loaded.loaded == ["engine: user", "model: ctr.0.bias", "model: ctr.0.weight"]
+
+
+def test_patterns_that_match_nothing_in_pretrained_files(tmp_path: Path) -> None:
+    save_file(bert(), tmp_path / "model.safetensors")
+    model = towers("enc", "pool", seed=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for arguments, message in (
+        ({"only": "encoder.*"}, r"only='encoder\.\*' matches no name"),
+        ({"exclude": "cls.*"}, "exclude='cls"),
+        ({"rename": {"brt.*": "*"}}, r"rename='brt\.\*' matches no name in the checkpoint; near it: 'bert\.enc"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(model, tmp_path, strict=False, **arguments)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # Files of the Hugging Face hub
 
 

@@ -146,3 +146,32 @@ def test_a_manifest_that_lies_about_rows_takes_no_memory(run: Path, tmp_path: Pa
         Saver(tmp_path / "run").load(engine=live)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
     assert all(len(table) == 0 for table in live.tables)
+
+
+def test_what_is_loaded_in_inference_mode_trains_outside_of_it(tmp_path: Path) -> None:
+    def step(model: torch.nn.Linear, dense: torch.optim.Optimizer) -> None:
+        model(torch.ones(1, 2)).sum().backward()
+        dense.step()
+        dense.zero_grad()
+
+    found = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        dense = torch.optim.Adam(model.parameters(), lr=0.1)
+        saver = Saver(tmp_path / str(within), async_save=True)
+        step(model, dense)
+        with torch.inference_mode(within):
+            saver.save(1, model=model, dense=dense)
+        step(model, dense)
+        saver.save(2, model=model, dense=dense)  # into the memory of the copy before
+        model = torch.nn.Linear(2, 2)
+        dense = torch.optim.Adam(model.parameters())
+        with torch.inference_mode(within):
+            assert saver.load(model=model, dense=dense) == 2
+        step(model, dense)
+        with torch.inference_mode(within):
+            saver.load_some(1, only="weight", model=model)
+        step(model, dense)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

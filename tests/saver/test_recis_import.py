@@ -1,22 +1,28 @@
 """What RecIS saves, written here in its layout: names of blocks, blanks and all, by hand."""
 
 import json
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused
+from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
+from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
 from recis_hybrid.saver.cli import main
 from recis_hybrid.saver.recis_import import import_recis
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
-IDS = torch.tensor([2**52 - 1, 0, 7, 123456789, 5])
+IDS = torch.tensor([-(2**62), 0, 7, 123456789, 5])
 
 
 def write_file(path: Path, blocks: dict[str, Tensor]) -> None:
@@ -90,10 +96,150 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
             assert torch.equal(found[column], t[column][rows])
     # Under another name, and for another optimizer.
     other = EmbeddingEngine({"member": config}, optimizer_state=optim.Adagrad.row_state())
-    loaded = Saver(tmp_path / "run").load_some(rename={"emb.*": "*", "user": "member"}, strict=False, engine=other)
-    assert loaded.loaded == []
+    with pytest.raises(CheckpointError, match=r"rename='user' matches no name in the checkpoint; .* 'emb.user'"):
+        Saver(tmp_path / "run").load_some(rename={"emb.*": "*", "user": "member"}, strict=False, engine=other)
     Saver(tmp_path / "run").load_some(rename={"emb.user": "member"}, only="member", strict=False, engine=other)
     assert torch.equal(other.tables[0].export(0, t["ids"])["embedding"], t["embedding"])
+
+
+def save_towers(source: Path, tensors: dict[str, Tensor]) -> str:
+    """As RecIS does, into a pickle; returns the command that the refusal gives."""
+    torch.save(tensors, source / "model.pt")
+    with pytest.raises(
+        CheckpointError, match="model.pt: holds the towers as a pickle, which is never opened"
+    ) as caught:
+        import_recis(source, source.parent / "refused")
+    assert not (source.parent / "refused").exists()
+    command = re.search(r"\n  (cd .*)\n", str(caught.value))
+    assert command is not None
+    return command[1]
+
+
+def test_towers_are_in_a_pickle_which_is_converted_first(source: Path, tmp_path: Path) -> None:
+    shared = torch.randn(3, 4)
+    towers = {"first": shared, "second": shared, "turned": torch.randn(4, 3).t(), "steps": torch.tensor(7)}
+    command = save_towers(source, towers).replace("python -c", f"{sys.executable} -c")
+    subprocess.run(["bash", "-c", command], check=True, timeout=300)
+    assert main(["import-recis", str(source), str(tmp_path / "run")]) == 0
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(value), False) for name, value in towers.items()})
+    loaded = Saver(tmp_path / "run").load_some(exclude=["tower.*"], model=model)
+    assert loaded.loaded == [f"model: {name}" for name in sorted(towers)]
+    assert all(torch.equal(model[name], value) for name, value in towers.items())
+    # A name in both places is no towers of one model.
+    save_file({"tower.bias": torch.zeros(2)}, source / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="'tower.bias' is in the index and in model.safetensors"):
+        import_recis(source, tmp_path / "again", adam_step=7)
+
+
+def test_tables_come_without_towers_when_asked(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_towers(source, {"a": torch.ones(1)})
+    assert main(["import-recis", str(source), str(tmp_path / "run")]) == 1
+    assert "model.pt: holds the towers as a pickle" in capsys.readouterr().err
+    assert main(["import-recis", str(source), str(tmp_path / "run"), "--tables-only"]) == 0
+    manifest = json.loads((tmp_path / "run" / "step_000000" / "manifest.json").read_text())
+    assert list(manifest["parts"]) == ["engine"]
+
+
+def recis_adam(tmp_path: Path, steps: int, **counters: Tensor) -> tuple[Path, dict[str, Any], Tensor]:
+    """A table that Adam has trained for some steps, with a constant gradient; and what it holds."""
+    ids, gradient = torch.tensor([3, 5]), torch.full((2, 4), 0.5)
+    state: dict[str, Any] = {
+        "embedding": torch.zeros(2, 4),
+        "exp_avg": torch.zeros(2, 4),
+        "exp_avg_sq": torch.zeros(2, 4),
+    }
+    for step in range(1, steps + 1):
+        adam_step(state, gradient, step)
+    slots = {"id": ids, "embedding": state["embedding"]}
+    slots |= {f"sparse_adamw_tf_{name}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+    blocks = {f"user.{slot}/part_0_1": tensor for slot, tensor in slots.items()}
+    return (
+        write(tmp_path / "recis", [blocks | {f"{name}^ ": tensor for name, tensor in counters.items()}]),
+        state,
+        gradient,
+    )
+
+
+def adam_step(state: dict[str, Any], gradient: Tensor, step: int) -> None:
+    """Adam as Kingma and Ba have it before their section 2, in float64."""
+    for name in state:
+        state[name] = state[name].double()
+    state["exp_avg"] = 0.9 * state["exp_avg"] + 0.1 * gradient
+    state["exp_avg_sq"] = 0.999 * state["exp_avg_sq"] + 0.001 * gradient**2
+    rate = 0.01 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+    state["embedding"] = state["embedding"] - rate * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+    for name in state:
+        state[name] = state[name].float()
+
+
+@pytest.mark.parametrize("way", ["saved", "given", "some"])
+def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) -> None:
+    saved = {"sparse_adamw_tf_step": torch.tensor([7]), "sparse_adamw_tf_beta1": torch.tensor(0.9**7)}
+    source, state, gradient = recis_adam(tmp_path, 7, **({} if way == "given" else saved))
+    if way == "given":
+        with pytest.warns(UserWarning, match=r"the tables \['user'\] have moments of Adam, and the steps"):
+            import_recis(source, tmp_path / "without")
+    import_recis(source, tmp_path / "run", adam_step=7 if way == "given" else None)
+    name = "member" if way == "some" else "user"
+    engine = EmbeddingEngine({name: EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state())
+    optimizer = optim.Adam(engine.parameters(), lr=0.01)
+    if way == "some":
+        Saver(tmp_path / "run").load_some(rename={"user": "member"}, engine=engine)
+    else:
+        Saver(tmp_path / "run").load(engine=engine)
+    assert engine.tables[0].step == 7
+    # Rows count as met when they came, so that the first eviction leaves them.
+    assert engine.evict(Unused(1)) == 0
+    for step in range(8, 11):
+        adam_step(state, gradient, step)
+        (engine({name: torch.tensor([3, 5])})[name] * gradient).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        engine.tables[0].export(0)["embedding"], state["embedding"], rtol=1e-5, atol=0.0, check_dtype=False
+    )
+    assert optimizer.checkpoint_state().meta["tables"][name]["step"] == 10  # type: ignore[index,call-overload]
+
+
+def test_what_the_optimizer_counts_is_no_tower(tmp_path: Path) -> None:
+    source, _, _ = recis_adam(tmp_path, 3, sparse_adamw_tf_step=torch.tensor([3]), head=torch.ones(2))
+    directory = import_recis(source, tmp_path / "run")
+    model = json.loads((directory / "manifest.json").read_text())["parts"]["model"]
+    assert list(model["tensors"]) == ["head"]
+    for step in (torch.tensor([-1]), torch.tensor([1.5]), torch.tensor([1, 2])):
+        source, _, _ = recis_adam(tmp_path, 3, sparse_adam_step=step)
+        with pytest.raises(CorruptCheckpoint, match="'sparse_adam_step' must be one integer"):
+            import_recis(source, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="adam_step must be an integer from 0"):
+        import_recis(source, tmp_path / "other", adam_step=-1)
+
+
+def test_hashed_ids_are_met_again_behind_a_modulus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"user {number}" for number in range(200)]
+    strings = RaggedTensor.from_strings(words)
+    hashed = FeatureEngine([Feature("user", ops=[Hash("murmur")])])({"user": strings})["user"]
+    assert isinstance(hashed, Tensor)
+    assert int(hashed.min()) < 0
+    cut = torch.tensor([number & (2**52 - 1) for number in hashed.tolist()])
+    blocks = {"user.id/part_0_1": cut, "user.embedding/part_0_1": torch.arange(800.0).view(200, 4)}
+    source = write(tmp_path / "recis", [blocks])
+    assert main(["import-recis", str(source), str(tmp_path / "run"), "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "the ids of the tables ['user'] lie within 52 bits" in note
+    assert "put Mod(2**52) last, behind the hash" in note
+    features = FeatureEngine([Feature("user", ops=[Hash("murmur"), Mod(2**52)])])
+    engine = EmbeddingEngine({"user": EmbeddingConfig(dim=4)}).eval()
+    Saver(tmp_path / "run").load(engine=engine)
+    assert torch.equal(engine(features({"user": strings}))["user"], torch.arange(800.0).view(200, 4))
+
+
+def test_slots_that_no_table_has(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"slots: no table has \['beta'\], the tables have \['embedding', 'id'"):
+        import_recis(source, tmp_path / "run", slots={"beta": "sum"})
+    assert main(["import-recis", str(source), str(tmp_path / "run"), "--slot", "beta=sum"]) == 1
+    with pytest.warns(UserWarning, match=r"slots \['step'\] are left out"):
+        import_recis(source, tmp_path / "run", adam_step=3)
 
 
 def test_other_slots_by_name_and_tables_with_dots(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -32,16 +34,16 @@ def executable(path: Path, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 4), (3, 13, 9)])
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 4), (3, 13, 9), (3, 14, 1)])
 def test_supported_pythons(setup_env: ModuleType, version: tuple[int, ...]) -> None:
     assert setup_env.python_fault(version) is None
 
 
-@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 15), (3, 10, 13), (3, 14, 0), (4, 0, 0)])
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 15), (3, 10, 13), (3, 15, 0), (4, 0, 0)])
 def test_unsupported_pythons(setup_env: ModuleType, version: tuple[int, ...]) -> None:
     fault = setup_env.python_fault(version)
     assert fault.startswith(f"Python {version[0]}.{version[1]} is not supported")
-    assert "3.11 to 3.13" in fault
+    assert "3.11 to 3.14" in fault
     assert "PYTHON=" in fault
 
 
@@ -51,7 +53,7 @@ def test_a_python_without_ensurepip(setup_env: ModuleType, monkeypatch: pytest.M
     assert "apt-get install python3.11-venv" in setup_env.venv_fault((3, 11, 2))
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu", "2.13.0a0+git1234"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0+cpu", "2.13.0a0+git1234", "2.15.0"])
 def test_supported_torches(setup_env: ModuleType, version: str) -> None:
     assert setup_env.torch_fault(version) is None
 
@@ -61,7 +63,7 @@ def test_supported_torches(setup_env: ModuleType, version: str) -> None:
     [
         ("2.10.0", "torch 2.10.0 in {prefix} is too old"),
         ("1.13.1+cu117", "torch 1.13.1+cu117 in {prefix} is too old"),
-        ("2.14.0", "torch 2.14.0 in {prefix} is newer than what is supported"),
+        ("2.16.0", "torch 2.16.0 in {prefix} is newer than what is supported"),
         ("nightly", "torch in {prefix} has the version 'nightly', which cannot be read"),
         (None, "torch is not installed in {prefix}"),
     ],
@@ -69,8 +71,28 @@ def test_supported_torches(setup_env: ModuleType, version: str) -> None:
 def test_unsupported_torches(setup_env: ModuleType, version: str | None, said: str) -> None:
     fault = setup_env.torch_fault(version)
     assert fault.startswith(said.format(prefix=sys.prefix))
-    assert "2.11 to 2.13" in fault
-    assert "pip install torch==2.13.0" in fault
+    assert "2.11 to 2.15" in fault
+    assert 'pip install "torch>=2.11,<2.16"' in fault
+
+
+def test_every_file_that_names_the_versions_names_the_same(setup_env: ModuleType, root: Path) -> None:
+    (low, high), (oldest, newest) = setup_env.PYTHONS, setup_env.TORCHES
+    metadata = tomllib.loads((root / "pyproject.toml").read_text())
+    project, torch = metadata["project"], f"torch>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
+    assert project["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"
+    named = [line for line in project["classifiers"] if line.startswith("Programming Language :: Python :: 3.")]
+    assert [line.rpartition(".")[2] for line in named] == [str(minor) for minor in range(low[1], high[1] + 1)]
+    assert torch in project["dependencies"]
+    assert torch in metadata["build-system"]["requires"]
+    setup = (root / "setup.py").read_text()
+    assert f"MIN_TORCH = {oldest}" in setup
+    assert f"DTORCH_TARGET_VERSION=0x{oldest[0]:02x}{oldest[1]:02x}" in setup
+    for name in ("README.md", "CONTRIBUTING.md", "Makefile", ".ci/run"):
+        ranges = re.findall(r"3\.\d+ to 3\.\d+", (root / name).read_text())
+        assert set(ranges) == {f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"}, name
+    tried = re.search(r"python: \[(.*)\]", (root / ".github" / "workflows" / "ci.yml").read_text())
+    assert tried is not None
+    assert tried[1] == ", ".join(f'"{low[0]}.{minor}"' for minor in range(low[1], high[1] + 1))
 
 
 def test_the_installed_torch_is_the_one_checked(setup_env: ModuleType) -> None:

@@ -12,6 +12,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequenc
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import rank_processes
 from tests.support.devices import EDGE_IDS
+from tests.support.near import ROUNDINGS, assert_near
 
 STATES: dict[str, Any] = {
     "SGD": optim.SGD.row_state(),
@@ -197,25 +198,16 @@ def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str,
 
 
 def assert_same(
-    got: list[dict[str, Any]], expected: list[dict[str, Any]], *, rtol: float = 1e-5, atol: float = 0.0,
-    sharding: str = "row",
-) -> None:  # fmt: skip
-    """Compares losses, rows and predictions."""
-    torch.testing.assert_close(got[0]["losses"], expected[0]["losses"], rtol=1e-5, atol=1e-7)
+    got: list[dict[str, Any]], expected: list[dict[str, Any]], allowed: float = ROUNDINGS, *, sharding: str = "row"
+) -> None:
+    """Compares losses, rows and predictions, up to so many roundings of the numbers beside each one."""
+    assert_near(got[0]["losses"], expected[0]["losses"], allowed, where="losses")
     ours, theirs = merged(got, sharding=sharding), merged(expected)
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        assert ours[name].keys() == theirs[name].keys()
-        for column, values in theirs[name].items():
-            exact = values.dtype == torch.int64
-            torch.testing.assert_close(
-                ours[name][column], values, rtol=0 if exact else rtol, atol=0 if exact else max(atol, 1e-8),
-                msg=lambda text, name=name, column=column: f"{name}: {column}: {text}",
-            )  # fmt: skip
-    torch.testing.assert_close(
-        torch.cat([each["predictions"] for each in got]), torch.cat([each["predictions"] for each in expected]),
-        rtol=1e-5, atol=max(atol, 1e-6),
-    )  # fmt: skip
+        assert_near(ours[name], theirs[name], allowed, where=name)
+    predicted = [torch.cat([each["predictions"] for each in results]) for results in (got, expected)]
+    assert_near(*predicted, allowed, where="predictions")
 
 
 USES = [

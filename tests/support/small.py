@@ -10,6 +10,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.pipelines import Callback, Record, TorchStep, Trainer
 from recis_hybrid.ragged import Batch
+from recis_hybrid.state import tables_apart
 
 bce = nn.functional.binary_cross_entropy_with_logits
 
@@ -20,7 +21,7 @@ class Model(nn.Module):
     def __init__(self, heads: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state())
-        self.tower = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, max(len(heads), 1)))
+        self.tower: nn.Module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, max(len(heads), 1)))
         self.heads = heads
 
     def forward(self, batch: Batch) -> Any:
@@ -37,9 +38,13 @@ def make_batches(number: int = 8, rows: int = 64, seed: int = 0) -> list[Batch]:
     return batches
 
 
-def make_step(loss: Any = bce, heads: tuple[str, ...] = (), *, lr: float = 0.05, **options: Any) -> TorchStep:
+def make_step(
+    loss: Any = bce, heads: tuple[str, ...] = (), *, lr: float = 0.05, tower: nn.Module | None = None, **options: Any
+) -> TorchStep:
     torch.manual_seed(0)
     model = Model(heads)
+    if tower is not None:
+        model.tower = tower
     dense = torch.optim.Adam(dense_parameters(model), lr=lr)
     sparse = optim.Adam(model.engine.parameters(), lr=lr)
     return TorchStep(model, loss, {"dense": dense, "sparse": sparse}, **options)
@@ -49,7 +54,9 @@ def state_of(step: TorchStep) -> dict[str, Tensor]:
     """Everything that was trained, tables by id."""
     assert isinstance(step.model, Model)
     rows = {f"table.{name}": values for name, values in step.model.engine.tables[0].export(0).items()}
-    return {**{name: value.clone() for name, value in step.model.state_dict().items()}, **rows}
+    with tables_apart():
+        towers = step.model.state_dict()
+    return {**{name: value.clone() for name, value in towers.items()}, **rows}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

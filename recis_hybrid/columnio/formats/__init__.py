@@ -1,3 +1,10 @@
 """One file for each format of files, all behind the protocol `Format`."""
 
-from .protocol import SUFFIXES as SUFFIXES, Contents as Contents, Format as Format, format_of as format_of
+from .protocol import (
+    SUFFIXES as SUFFIXES,
+    Contents as Contents,
+    Format as Format,
+    compression_of as compression_of,
+    format_of as format_of,
+    is_known as is_known,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import decimal
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,51 +13,171 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.csv as pc
 
+from recis_hybrid.columnio.csv_options import CsvOptions
+
 from .protocol import Contents
 from .text import TOO_LARGE, needs_uint64, other_type, remedy
 
 NAME, PIECE = "CSV", "block"
 
 _NO_VALUE = re.compile(r"In CSV column #(\d+): .*CSV conversion error to (.+?): invalid value '(.*)'", re.DOTALL)
+_NO_TEXT = re.compile(r"In CSV column #(\d+): .*invalid UTF8 data", re.DOTALL)
+_ROW = re.compile(r"Row #(\d+)")
+_BOOLEANS = {"true": "1", "false": "0"}
+# How much is read at a time; more where a row is longer than that.
+_BLOCKS = (1 << 20, 1 << 24, 1 << 28)
+# What pyarrow takes for nulls of numbers by itself.
+_NULLS = tuple(pc.ConvertOptions().null_values)
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
-    types = dict(types)
+    # There are no lists in CSV; what asks for one is refused where the column's type is known.
+    types = {name: arrow_type for name, arrow_type in types.items() if not pa.types.is_nested(arrow_type)}
+    texts, block = set[str](), 0
     while True:
         try:
-            with file.stream() as source, pc.open_csv(source, **_options(file, types)) as reader:
-                schema, rows = reader.schema, sum(batch.num_rows for batch in islice(reader, 1))
+            with _Reader(file, _as_text(types, texts), block=block) as reader:
+                schema, first = reader.schema, list(islice(reader, 1))
             # Without a line after the header nothing says of what types the columns are.
-            return Contents(_exact(file, schema, types), [None]) if rows else Contents(None, [])
+            if not first or not first[0].num_rows:
+                return Contents(None, [])
+            for name in texts:
+                numbers_of(file, name, first[0].column(name), types[name], 0)
+                schema = _with_type(schema, name, types[name])
+            for name in schema.names:
+                # Bytes that are not UTF-8 are refused where they are read.
+                if schema.names.count(name) == 1 and pa.types.is_binary(schema.field(name).type):
+                    schema = _with_type(schema, name, pa.string())
+            return Contents(_exact(file, schema, types, block), [None])
+        except UnicodeDecodeError as error:
+            raise _other_encoding(file, None, error) from error
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 return Contents(None, [])
+            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+                block += 1
+                continue
+            names = _names(file, block)
             if (found := _value(error)) is None:
-                raise
-            with file.stream() as source, pc.open_csv(source, **_options(file, {})) as reader:
-                names = reader.schema.names
+                raise _refused(file, names, error) from error
             column, wanted, value = names[found[0]], *found[1:]
-            if wanted != "int64" or not needs_uint64(value):
-                raise _refused(file, names, *found) from error
-            # An id is its bits.
-            types[column] = pa.uint64()
+            if wanted == "int64" and needs_uint64(value):
+                # An id is its bits.
+                types[column] = pa.uint64()
+            elif column in types and column not in texts and _is_of_another_form(wanted, value):
+                texts.add(column)
+            else:
+                raise _other_type(file, names, error) from error
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
     """See `Format`."""
     # The types of the first block hold for all; otherwise a later one could come out as another type.
     types = {name: contents.schema.field(name).type for name in columns}
+    texts, block, done = set[str](), 0, 0
+    while True:
+        try:
+            with _Reader(file, _as_text(types, texts), columns, threads, block) as reader:
+                skip = done
+                for batch in reader:
+                    # Begun again for what the first way does not read, it goes on where that ended.
+                    if skip >= batch.num_rows:
+                        skip -= batch.num_rows
+                        continue
+                    batch, skip = batch.slice(skip), 0
+                    for name in texts:
+                        array = numbers_of(file, name, batch.column(name), types[name], done)
+                        batch = batch.set_column(batch.schema.get_field_index(name), name, array)
+                    done += batch.num_rows
+                    yield batch
+            return
+        except UnicodeDecodeError as error:
+            raise _other_encoding(file, None, error) from error
+        except pa.ArrowInvalid as error:
+            names = contents.schema.names
+            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+                block += 1
+            elif (found := _value(error)) is not None:
+                column = names[found[0]]
+                if column in texts or not _is_of_another_form(found[1], found[2]):
+                    raise _other_type(file, names, _located(file, types, columns, block, error)) from error
+                texts.add(column)
+            else:
+                raise _refused(file, names, _located(file, types, columns, block, error)) from error
+
+
+def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
+    """Returns strings as numbers: integers also where they are written as `1.0`, and true and false as 1 and 0.
+
+    Args:
+        file: For messages.
+        name: The column.
+        texts: Strings.
+        arrow_type: Of the numbers.
+        first: The number of the first row, for messages.
+
+    Raises:
+        ValueError: A string is no such number.
+    """
+    options = file.csv or CsvOptions()
+    nulls = _NULLS if options.null_values is None else options.null_values
+    texts = compute.utf8_trim_whitespace(texts)
+    texts = compute.if_else(compute.is_in(texts, pa.array(nulls, texts.type)), pa.scalar(None, texts.type), texts)
     try:
-        with file.stream() as source, pc.open_csv(source, **_options(file, types, columns, threads)) as reader:
-            yield from reader
-    except pa.ArrowInvalid as error:
-        if (found := _value(error)) is None:
-            raise
-        raise _refused(file, contents.schema.names, *found) from error
+        return compute.replace_substring_regex(texts, r"\.0*$", "").cast(arrow_type)
+    except pa.ArrowInvalid:
+        # Not all are plain: each is looked at by itself.
+        encoded = texts.dictionary_encode()
+    values = []
+    for text in encoded.dictionary.to_pylist():
+        try:
+            values.append(_number(text, arrow_type))
+        except (ValueError, ArithmeticError, pa.ArrowInvalid):
+            row = first + compute.index(texts, pa.scalar(text, texts.type)).as_py()
+            raise other_type(
+                file,
+                name,
+                f"has the value {text!r} in row {row + (options.column_names is None) + 1}, which is no {arrow_type}",
+                remedy(str(arrow_type), text),
+            ) from None
+    return pa.array(values, arrow_type).take(encoded.indices)
 
 
-def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
+def _number(text: str, arrow_type: Any) -> Any:
+    text = _BOOLEANS.get(text.lower(), text)
+    if pa.types.is_floating(arrow_type):
+        return float(text)
+    whole = decimal.Decimal(text)
+    if whole != whole.to_integral_value():
+        raise ValueError(text)
+    return pa.scalar(int(whole), arrow_type).as_py()
+
+
+def _is_of_another_form(wanted: str, value: str) -> bool:
+    """Returns whether a value may be a number that `numbers_of` reads and pyarrow does not."""
+    if wanted in ("float", "double", "halffloat"):
+        return value.strip().lower() in _BOOLEANS
+    if not wanted.startswith(("int", "uint")):
+        return False
+    if value.strip().lower() in _BOOLEANS:
+        return True
+    try:
+        # An integer that does not fit is refused as it is.
+        return not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value) and decimal.Decimal(value.strip()).is_finite()
+    except ArithmeticError:
+        return False
+
+
+def _as_text(types: Mapping[str, Any], texts: set[str]) -> dict[str, Any]:
+    return {name: pa.string() if name in texts else arrow_type for name, arrow_type in types.items()}
+
+
+def _with_type(schema: Any, name: str, arrow_type: Any) -> Any:
+    return schema.set(schema.get_field_index(name), pa.field(name, arrow_type))
+
+
+def _exact(file: Any, schema: Any, types: Mapping[str, Any], block: int) -> Any:
     """Returns the schema with other types for integers that were taken for floats, being too large for int64."""
     floats = [
         name
@@ -64,8 +186,7 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
     ]
     if not floats:
         return schema
-    options = _options(file, dict.fromkeys(floats, pa.string()), floats)
-    with file.stream() as source, pc.open_csv(source, **options) as reader:
+    with _Reader(file, dict.fromkeys(floats, pa.string()), floats, block=block) as reader:
         first = next(iter(reader))
     for name in floats:
         values = first.column(name).drop_null()
@@ -75,8 +196,16 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
                 exact = pa.uint64()
             except pa.ArrowInvalid:
                 exact = TOO_LARGE
-            schema = schema.set(schema.get_field_index(name), pa.field(name, exact))
+            schema = _with_type(schema, name, exact)
     return schema
+
+
+def _names(file: Any, block: int) -> list[str]:
+    try:
+        with _Reader(file, {}, block=block) as reader:
+            return list(reader.schema.names)
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        return []
 
 
 def _value(error: Exception) -> tuple[int, str, str] | None:
@@ -88,17 +217,170 @@ def _value(error: Exception) -> tuple[int, str, str] | None:
     return int(found[1]), found[2], found[3]
 
 
-def _refused(file: Any, names: Sequence[str], number: int, wanted: str, value: str) -> ValueError:
-    return other_type(file, names[number], f"has the value {value!r}, which is no {wanted}", remedy(wanted, value))
+def _is_too_long(error: Exception) -> bool:
+    return "straddling object straddles two block boundaries" in str(error)
 
 
-def _options(
-    file: Any, types: Mapping[str, Any], columns: list[str] | None = None, threads: bool = False
-) -> dict[str, Any]:
-    tabs = file.path.endswith((".tsv", ".tsv.gz"))
-    return {
-        "read_options": pc.ReadOptions(use_threads=threads),
-        "parse_options": pc.ParseOptions(delimiter="\t" if tabs else ","),
-        # An empty field is a null of numbers, and of strings an empty one unless it says NULL.
-        "convert_options": pc.ConvertOptions(column_types=dict(types), include_columns=columns or []),
-    }
+def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int, error: Exception) -> Exception:
+    """Returns the error with the number of its row, which pyarrow knows only where it reads in one thread."""
+    if _ROW.search(str(error)) is None:
+        try:
+            with _Reader(file, types, columns, block=block) as reader:
+                for _ in reader:
+                    pass
+        except pa.ArrowInvalid as located:
+            found: Exception = located
+            return found
+    return error
+
+
+def _other_type(file: Any, names: Sequence[str], error: Exception) -> ValueError:
+    found = _value(error)
+    assert found is not None
+    number, wanted, value = found
+    row = _ROW.search(str(error))
+    said = f"has the value {value!r}{f' in row {row[1]}' if row else ''}, which is no {wanted}"
+    return other_type(file, names[number], said, remedy(wanted, value))
+
+
+def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
+    """Returns what to raise for what cannot be parsed: the error of the options, or of damage."""
+    if (found := _NO_TEXT.search(str(error))) is not None:
+        return _other_encoding(file, names[int(found[1])] if names else None, error)
+    said = " ".join(str(error).split())
+    if _is_too_long(error):
+        said = f"it has a row of more than {_BLOCKS[-1] >> 20} MiB, or a quote that is never closed"
+    advice = "delimiter, quote, escape, comment and column_names of CsvOptions say how a file is written"
+    if file.csv is not None:
+        return ValueError(f"columnio: {file.path} cannot be read by {file.csv} ({said}); {advice}")
+    damage: Exception = pa.ArrowInvalid(f"{said}; {advice}")
+    return damage
+
+
+def _other_encoding(file: Any, column: str | None, error: Exception) -> ValueError:
+    encoding = (file.csv or CsvOptions()).encoding
+    where = "" if column is None else f"column {column!r} of "
+    return ValueError(
+        f"columnio: {where}{file.path} is not text in {encoding} ({error}); give its encoding, as in "
+        f'csv=CsvOptions(encoding="latin-1"), or write the file anew in UTF-8'
+    )
+
+
+class _Reader:
+    """A reader of pyarrow, and the file that it reads."""
+
+    def __init__(
+        self,
+        file: Any,
+        types: Mapping[str, Any],
+        columns: list[str] | None = None,
+        threads: bool = False,
+        block: int = 0,
+    ) -> None:
+        options = file.csv or CsvOptions()
+        # A name may end in .gz behind it.
+        tabs = ".tsv" in file.name.lower()[-8:]
+        nulls = {} if options.null_values is None else {"null_values": list(options.null_values)}
+        self._source = file.stream()
+        try:
+            self._reader = pc.open_csv(
+                _Text(self._source, options),
+                read_options=pc.ReadOptions(
+                    use_threads=threads, block_size=_BLOCKS[block], column_names=list(options.column_names or [])
+                ),
+                parse_options=pc.ParseOptions(
+                    delimiter=options.delimiter or ("\t" if tabs else ","),
+                    quote_char=options.quote or False,
+                    escape_char=options.escape or False,
+                    newlines_in_values=options.quote is not None or options.escape is not None,
+                ),
+                # An empty field is a null of numbers, and text is as it is unless nulls are spelled out.
+                convert_options=pc.ConvertOptions(
+                    column_types=dict(types),
+                    include_columns=columns or [],
+                    strings_can_be_null=options.null_values is not None,
+                    **nulls,
+                ),
+            )
+        except BaseException:
+            self._source.close()
+            raise
+
+    def __enter__(self) -> Any:
+        return self._reader
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+        self._source.close()
+
+
+class _Text:
+    """The bytes of a file as UTF-8 without comments, for pyarrow to read.
+
+    No piece that is read ends between a carriage return and a line feed: pyarrow takes a line feed at the beginning of
+    a piece for the second half of a line's end, also within quotes (its issue 51368).
+    """
+
+    closed = False
+
+    def __init__(self, source: Any, options: CsvOptions) -> None:
+        self._source, self._options = source, options
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._held, self._line, self._begun, self._ended = b"", b"", False, False
+        self._quoted = False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns at most `size` bytes, fewer at the end alone (or one, for a line's end)."""
+        wanted = size if size > 0 else _BLOCKS[0]
+        parts, length = [self._held], len(self._held)
+        while length < wanted and not self._ended:
+            piece = self._source.read(max(wanted - length, 1))
+            self._ended = not piece
+            parts.append(self._changed(piece))
+            length += len(parts[-1])
+        whole = b"".join(parts)
+        made, self._held = whole[:wanted], whole[wanted:]
+        if len(made) > 1 and made.endswith(b"\r") and not (self._ended and not self._held):
+            made, self._held = made[:-1], b"\r" + self._held
+        return made
+
+    def _changed(self, piece: bytes) -> bytes:
+        if not self._begun:
+            self._begun = True
+            self._decoder = _decoder(piece, self._options.encoding)
+        if self._decoder is not None:
+            piece = self._decoder.decode(piece, final=self._ended).removeprefix("\ufeff").encode()
+        return piece if self._options.comment is None else self._without_comments(piece, self._options.comment.encode())
+
+    def _without_comments(self, piece: bytes, comment: bytes) -> bytes:
+        quote = (self._options.quote or "").encode()
+        lines = (self._line + piece).splitlines(keepends=True)
+        # The last line may go on, and so may an end of a line that has a second character.
+        self._line = lines.pop() if lines and not self._ended else b""
+        kept = []
+        for line in lines:
+            if not self._quoted and line.startswith(comment):
+                continue
+            # A quote within quotes is written twice, and changes nothing.
+            self._quoted ^= bool(quote) and line.count(quote) % 2 == 1
+            kept.append(line)
+        return b"".join(kept)
+
+
+def _decoder(begins: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
+    """Returns what decodes a file, None for UTF-8, of which pyarrow leaves out the byte order mark."""
+    if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
+        return codecs.getincrementaldecoder(encoding)()
+    for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"), ((b"\xff\xfe", b"\xfe\xff"), "utf-16")):
+        if begins.startswith(marks):
+            return codecs.getincrementaldecoder(name)()
+    return None

@@ -1,4 +1,4 @@
-"""Files of Arrow's own format (IPC, also known as Feather 2), by record batch. Imports pyarrow."""
+"""Files of Arrow's own format (IPC, also known as Feather 2), by record batch; its streams, whole. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from .protocol import Contents
 
 NAME, PIECE = "Arrow", "record batch"
 
+# What a stream begins with; a file begins with "ARROW1".
+_CONTINUATION = b"\xff\xff\xff\xff"
+
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
     with file.open() as source:
+        if _is_stream(source):
+            # Where its batches lie is known only by reading all before them.
+            return Contents(pa.ipc.open_stream(source).schema, [None], "stream")
         reader = pa.ipc.open_file(source)
         return Contents(reader.schema, [None] * reader.num_record_batches)
 
@@ -25,7 +31,21 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=threads)
     # Not mapped into memory, where tensors could not be written to and a file cut short would end the process.
     with file.open() as source:
+        if contents.footer == "stream":
+            for batch in pa.ipc.open_stream(source, options=options):
+                yield from _slices(batch, rows)
+            return
         batch = pa.ipc.open_file(source, options=options).get_batch(piece)
+    yield from _slices(batch, rows)
+
+
+def _slices(batch: Any, rows: int) -> Iterator[Any]:
     batch.validate(full=True)
     for first in range(0, batch.num_rows, rows):
         yield batch.slice(first, rows)
+
+
+def _is_stream(source: Any) -> bool:
+    begins: bool = source.read(len(_CONTINUATION)) == _CONTINUATION
+    source.seek(0)
+    return begins

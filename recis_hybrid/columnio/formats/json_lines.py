@@ -17,46 +17,138 @@ NAME, PIECE = "JSON lines", "block"
 
 _NO_VALUE = re.compile(r"Failed to convert JSON to (.+?), couldn't parse:(.*)", re.DOTALL)
 _OTHER_KIND = re.compile(r"Column\(/([^/)]*).*\) changed from (\w+) to (\w+)")
-# How much pyarrow reads at a time, in the first of which it finds the types.
+# How much pyarrow reads at a time, in the first of which it finds the types; more where a line is longer than that.
 _BLOCK = 1 << 20
+_BLOCKS = (_BLOCK, 1 << 24, 1 << 28)
+# Holds every integer of 64 bits, also where it is written as 1.0.
+_NUMBER = pa.decimal128(38, 15)
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See `Format`."""
-    types = dict(types)
+    types, loose, block = dict(types), dict[str, Any](), 0
     while True:
         try:
             with file.stream() as source:
-                schema = pj.open_json(source, parse_options=_parse(types, "infer")).schema
-            return Contents(_exact(file, schema, types), [None])
+                first = next(iter(pj.open_json(source, _read(block), _parse({**types, **loose}, "infer"))))
+            schema = first.schema
+            for name in loose:
+                schema = schema.set(schema.get_field_index(name), pa.field(name, types[name]))
+            # A type that is asked for makes a column, also where no row has one of that name.
+            absent = {name for name in types if name in schema.names and first.column(name).null_count == len(first)}
+            if absent:
+                there = {key for row in _first_rows(file, _BLOCKS[block]) for key in row}
+                absent -= there
+                # A field of an object is found there.
+                nested = {name for name in absent if name.partition(".")[0] in there}
+                schema, absent = pa.schema([each for each in schema if each.name not in nested]), absent - nested
+            return Contents(_exact(file, schema, types), [None], absent=frozenset(absent))
         except pa.ArrowInvalid as error:
             if "Empty JSON" in str(error):
                 return Contents(None, [])
+            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+                block += 1
+                continue
             found = _NO_VALUE.search(str(error))
-            column = None if found is None else _column(file, types, str(error))
-            if found is None or column is None or found[1] != "int64" or not needs_uint64(found[2]):
-                raise _refused(file, types, error) or error from error
-            # An id is its bits.
-            types[column] = replaced(types[column], pa.int64(), lambda *_: pa.uint64())
+            column = None if found is None else _column(file, {**types, **loose}, str(error))
+            if found is not None and column is not None and found[1] == "int64" and needs_uint64(found[2]):
+                # An id is its bits.
+                types[column] = replaced(types[column], pa.int64(), lambda *_: pa.uint64())
+            elif (found_loose := _loose(file, types, loose, error)) is not None:
+                loose |= found_loose
+            elif (deeper := _OTHER_KIND.search(str(error))) is not None and deeper[3] == "array" and deeper[1] in types:
+                # A spec does not say how deep lists lie in lists.
+                types[deeper[1]] = pa.list_(types[deeper[1]])
+            else:
+                raise _refused(file, types, loose, error) or error from error
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
     """See `Format`."""
     # The types of the first block hold for all, and what is not asked for is skipped.
     types = {name: contents.schema.field(name).type for name in columns}
-    try:
-        yield from _batches(file, types, threads)
-    except pa.ArrowInvalid as error:
-        raise _refused(file, types, error) or error from error
+    loose, block, done = dict[str, Any](), 0, 0
+    while True:
+        try:
+            skip = done
+            for batch in _batches(file, {**types, **loose}, threads, block):
+                # Begun again for what the first way does not read, it goes on where that ended.
+                if skip >= batch.num_rows:
+                    skip -= batch.num_rows
+                    continue
+                batch, skip = batch.slice(skip), 0
+                for name in loose:
+                    array = _strict(file, name, batch.column(name), types[name])
+                    batch = batch.set_column(batch.schema.get_field_index(name), name, array)
+                done += batch.num_rows
+                yield batch
+            return
+        except pa.ArrowInvalid as error:
+            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+                block += 1
+            elif (found_loose := _loose(file, types, loose, error)) is not None:
+                loose |= found_loose
+            else:
+                raise _refused(file, types, loose, error) or error from error
 
 
-def _batches(file: Any, types: Mapping[str, Any], threads: bool = False) -> Iterator[Any]:
+def _batches(file: Any, types: Mapping[str, Any], threads: bool = False, block: int = 0) -> Iterator[Any]:
     with file.stream() as source:
-        yield from pj.open_json(
-            source,
-            read_options=pj.ReadOptions(use_threads=threads),
-            parse_options=_parse(types, "ignore"),
-        )
+        yield from pj.open_json(source, _read(block, threads), _parse(types, "ignore"))
+
+
+def _loose(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> dict[str, Any] | None:
+    """Returns another type for a column of numbers: one for integers written as 1.0, or for true and false."""
+    if (kinds := _OTHER_KIND.search(str(error))) is not None:
+        name, made = kinds[1], pa.bool_()
+        if {kinds[2], kinds[3]} != {"number", "boolean"}:
+            return None
+    else:
+        found = _NO_VALUE.search(str(error))
+        if found is None or not found[1].startswith(("int", "uint")) or is_whole(found[2]):
+            return None
+        column = _column(file, {**types, **loose}, str(error))
+        if column is None:
+            return None
+        name, made = column, _NUMBER
+    if name not in types or name in loose:
+        return None
+    wanted = _with_numbers(types[name], made)
+    return None if wanted == types[name] else {name: wanted}
+
+
+def _with_numbers(arrow_type: Any, made: Any) -> Any:
+    if pa.types.is_list(arrow_type):
+        return pa.list_(_with_numbers(arrow_type.value_type, made))
+    numbers = pa.types.is_integer(arrow_type) or (pa.types.is_boolean(made) and pa.types.is_floating(arrow_type))
+    return made if numbers else arrow_type
+
+
+def _strict(file: Any, name: str, array: Any, arrow_type: Any) -> Any:
+    """Returns numbers that were read by a type of `_loose` in their own.
+
+    Raises:
+        ValueError: One is no such number.
+    """
+    try:
+        return array.cast(arrow_type)
+    except pa.ArrowInvalid:
+        pass
+    lists = pa.types.is_list(array.type)
+    while pa.types.is_list(array.type):
+        array, arrow_type = array.flatten(), arrow_type.value_type
+    for value in array.drop_null().to_pylist():
+        try:
+            pa.array([value], array.type).cast(arrow_type)
+        except pa.ArrowInvalid:
+            text = f"{value.normalize():f}"
+            advice = remedy(str(arrow_type), text, lists=lists, quoted=False)
+            raise other_type(file, name, f"has the value {text!r}, which is no {arrow_type}", advice) from None
+    raise AssertionError(f"no value of {name} is to blame")
+
+
+def _is_too_long(error: Exception) -> bool:
+    return "straddling object straddles two block boundaries" in str(error)
 
 
 def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
@@ -65,12 +157,7 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
 
     def exact(name: str, made: Any, way: tuple[str, ...]) -> Any:
         nonlocal block
-        if not block:
-            with file.stream() as source:
-                block = source.read(_BLOCK)
-            if len(block) == _BLOCK:
-                # The last line is cut off.
-                block = block[: block.rfind(b"\n") + 1]
+        block = block or _first_lines(file, _BLOCK)
         try:
             pj.open_json(pa.BufferReader(block), parse_options=_parse({name: made}, "ignore"))
         except pa.ArrowInvalid as error:
@@ -85,6 +172,17 @@ def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
         return each.with_type(replaced(each.type, pa.float64(), lambda *found: exact(each.name, *found)))
 
     return pa.schema([field(each) for each in schema])
+
+
+def _first_lines(file: Any, size: int) -> bytes:
+    with file.stream() as source:
+        block: bytes = source.read(size)
+    # The last line is cut off.
+    return block if len(block) < size else block[: block.rfind(b"\n") + 1]
+
+
+def _first_rows(file: Any, size: int) -> list[Any]:
+    return [json.loads(line) for line in _first_lines(file, size).splitlines() if line.strip()]
 
 
 def _has_floats(block: bytes, way: tuple[str, ...]) -> bool:
@@ -108,18 +206,25 @@ def _column(file: Any, types: Mapping[str, Any], message: str) -> str | None:
     return None
 
 
-def _refused(file: Any, types: Mapping[str, Any], error: Exception) -> ValueError | None:
+def _refused(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> ValueError | None:
     """Returns the error for a value of another type than its column; None where the file is damaged."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
         return other_type(
             file, kinds[1], f"has values of JSON that are a {kinds[2]} and a {kinds[3]}", "write the file anew with one"
         )
-    if (found := _NO_VALUE.search(str(error))) is None or (name := _column(file, types, str(error))) is None:
+    if (found := _NO_VALUE.search(str(error))) is None:
+        return None
+    name = _column(file, {**types, **loose}, str(error))
+    if name is None:
         return None
     wanted, value = found[1], found[2]
     lists = pa.types.is_list(types[name])
     advice = remedy(wanted, value, lists=lists, quoted=False)
     return other_type(file, name, f"has the value {value!r}, which is no {wanted}", advice)
+
+
+def _read(block: int, threads: bool = False) -> Any:
+    return pj.ReadOptions(use_threads=threads, block_size=_BLOCKS[block])
 
 
 def _parse(types: Mapping[str, Any], others: str) -> Any:

@@ -7,16 +7,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+
+
+def _also_compressed(*suffixes: str) -> tuple[str, ...]:
+    return (*suffixes, *(f"{suffix}{packed}" for suffix in suffixes for packed in _COMPRESSIONS))
+
+
 _MODULES = {
     "parquet": (".parquet", ".pq"),
     "orc": (".orc",),
-    "ipc": (".arrow", ".feather", ".ipc"),
-    "delimited": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
-    "json_lines": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz"),
+    "ipc": (".arrow", ".feather", ".ipc", ".arrows"),
+    "delimited": _also_compressed(".csv", ".tsv"),
+    "json_lines": _also_compressed(".jsonl", ".json", ".ndjson"),
 }
 
 SUFFIXES = tuple(suffix for suffixes in _MODULES.values() for suffix in suffixes)
-"""The ends of names that are known."""
+"""The ends of names that are known, in small letters."""
+
+
+def is_known(name: str) -> bool:
+    """Returns whether a file's name says its format, in small letters or large ones."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def compression_of(name: str) -> str | None:
+    """Returns how a file is compressed by the end of its name, as pyarrow calls it; None where it is not."""
+    return next((codec for end, codec in _COMPRESSIONS.items() if name.lower().endswith(end)), None)
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,8 @@ class Contents:
     """Of each piece the number of its rows; None where only reading it tells."""
     footer: Any = None
     """What the format wants to be handed again with each read, so that it is not read from the file once more."""
+    absent: frozenset[str] = frozenset()
+    """Columns that no row was seen to have, where a format can leave them out of a row; they are read as nulls."""
 
 
 class Format(Protocol):
@@ -70,12 +89,14 @@ class Format(Protocol):
         """
 
 
-def format_of(name: str) -> Format:
-    """Returns the format of a file by the end of its name; Parquet where that says nothing.
+def format_of(name: str, unknown: str = "parquet") -> Format:
+    """Returns the format of a file by the end of its name.
 
     Args:
         name: A file's name or path.
+        unknown: The module of the format where the name says nothing.
     """
-    found = next((module for module, suffixes in _MODULES.items() if name.endswith(suffixes)), "parquet")
+    lower = name.lower()
+    found = next((module for module, suffixes in _MODULES.items() if lower.endswith(suffixes)), unknown)
     # A module for itself, since not every build of pyarrow has all formats.
     return cast("Format", importlib.import_module(f"{__package__}.{found}"))

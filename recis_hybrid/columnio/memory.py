@@ -1,0 +1,264 @@
+"""Data in memory as a file: tables of Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recis_hybrid.ragged import RaggedTensor
+
+from .formats import Format, memory
+
+# Rows of which the values go into a fingerprint.
+_SAMPLE = 1024
+# Rows of a batch of a stream that is cut into batches.
+_STREAMED = 1024
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryFile:
+    """A table, or batches that a function makes, where a dataset takes a file."""
+
+    table: Any
+    """A `pyarrow.Table`; None for a function's batches."""
+    batches: Callable[[], Iterable[Any]] | None
+    """Returns the batches from the first on, at each call."""
+    fingerprint: str
+    """Tells the data from other data with as many rows, by their types and a sample of their values."""
+    partition: dict[str, Any] = field(default_factory=dict)
+    """See `File`; always empty."""
+    is_local: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, data: Any) -> MemoryFile:
+        """Takes what `ColumnDataset.from_arrow` takes.
+
+        Raises:
+            TypeError: It is none of these.
+            ValueError: It has no columns, or columns of different lengths.
+        """
+        if isinstance(data, list | tuple):
+            if not data:
+                raise ValueError("ColumnDataset.from_arrow: needs at least one batch, got an empty sequence")
+            first = as_table(data[0])
+            return cls._of_table(pa.concat_tables([first, *(alike(as_table(each), first.schema) for each in data[1:])]))
+        batches = _batches_of(data)
+        if batches is None:
+            return cls._of_table(as_table(data))
+        made = next(iter(batches()), None)
+        if made is None:
+            raise ValueError("ColumnDataset.from_arrow: needs at least one batch, and the function made none")
+        return cls(None, batches, _fingerprint(as_table(made)))
+
+    @classmethod
+    def _of_table(cls, table: Any) -> MemoryFile:
+        if not table.num_columns:
+            raise ValueError("ColumnDataset.from_arrow: needs at least one column, got none")
+        return cls(table, None, _fingerprint(table))
+
+    @property
+    def path(self) -> str:
+        """Where it stands in an order of files."""
+        return f"data in memory {self.fingerprint}"
+
+    @property
+    def name(self) -> str:
+        """See `File`."""
+        return str(self)
+
+    @property
+    def format(self) -> Format:
+        """How it is read."""
+        return memory
+
+    def stamp(self) -> None:
+        """Returns None, since nobody else writes it."""
+
+    def tables(self) -> Iterator[Any]:
+        """Yields the table, or those of the batches of one more call, in the types of the first.
+
+        Raises:
+            TypeError: A batch is of another kind.
+            ValueError: A batch has other columns than the first.
+        """
+        if self.batches is None:
+            yield self.table
+            return
+        schema = None
+        for batch in self.batches():
+            table = as_table(batch)
+            schema = table.schema if schema is None else schema
+            yield alike(table, schema)
+
+    def __str__(self) -> str:
+        return "data in memory"
+
+    __repr__ = __str__
+
+
+def as_table(data: Any) -> Any:
+    """Returns a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where Arrow needs none.
+
+    Raises:
+        TypeError: It is none that is known, or a column cannot be one of Arrow's.
+        ValueError: Its columns have different lengths.
+    """
+    if isinstance(data, pa.Table):
+        return data
+    if isinstance(data, pa.RecordBatch):
+        return pa.Table.from_batches([data])
+    if isinstance(data, Mapping):
+        return _of_columns(data)
+    try:
+        if _is_of(data, "pandas") and hasattr(data, "columns"):
+            return pa.Table.from_pandas(data, preserve_index=False)
+        if hasattr(data, "with_format") and hasattr(data, "flatten_indices"):
+            # Hugging Face: what lies below holds all rows, also those that `select` left out.
+            return data.with_format("arrow")[:]
+        if hasattr(data, "__arrow_c_stream__"):
+            return pa.table(data)
+        if hasattr(data, "__arrow_c_array__"):
+            return pa.Table.from_batches([pa.record_batch(data)])
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise TypeError(
+            f"ColumnDataset.from_arrow: this {type(data).__name__} is no table of Arrow's ({error}); give each column "
+            f"values of one type"
+        ) from error
+    lazy = "; collect() it first" if hasattr(data, "collect") else ""
+    raise TypeError(
+        f"ColumnDataset.from_arrow: takes a table (pyarrow, pandas, polars, datasets, or anything with "
+        f"__arrow_c_stream__), a dictionary of columns, a list of these, or a function that returns an iterable of "
+        f"them, got {type(data).__name__}{lazy}"
+    )
+
+
+def alike(table: Any, schema: Any) -> Any:
+    """Returns the columns of a batch in the order and types of the first one.
+
+    Raises:
+        ValueError: It has other columns, or values that those types do not hold.
+    """
+    if table.schema.equals(schema):
+        return table
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(
+            f"ColumnDataset.from_arrow: all batches must have the columns of the first, "
+            f"{', '.join(f'{each.name} {each.type}' for each in schema)}, and one has "
+            f"{', '.join(f'{each.name} {each.type}' for each in table.schema)} ({error}); make them alike"
+        ) from error
+
+
+def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
+    """Returns a function that makes batches anew at each call; None for what is a table as a whole."""
+    if isinstance(data, Mapping | str | bytes) or _is_of(data, "pandas") or hasattr(data, "__arrow_c_array__"):
+        return None
+    if _is_of(data, "datasets") and hasattr(data, "with_format") and not hasattr(data, "flatten_indices"):
+        return lambda: data.with_format("arrow").iter(batch_size=_STREAMED)
+    if hasattr(data, "__arrow_c_stream__") or hasattr(data, "flatten_indices"):
+        return None
+    if hasattr(data, "__next__"):
+        raise TypeError(
+            f"ColumnDataset.from_arrow: a {type(data).__name__} can be read only once, and each epoch reads the data "
+            f"anew; give the function that makes it, from_arrow(lambda: batches()), or list(...) of it"
+        )
+    if callable(data) and not isinstance(data, type):
+        return _checked(data)
+    return data.__iter__ if hasattr(data, "__iter__") and not isinstance(data, np.ndarray) else None
+
+
+def _checked(function: Callable[[], Any]) -> Callable[[], Iterable[Any]]:
+    def batches() -> Iterable[Any]:
+        made = function()
+        if hasattr(made, "__arrow_c_stream__") and not hasattr(made, "__next__"):
+            return [made]
+        if isinstance(made, Mapping | str | bytes) or not hasattr(made, "__iter__"):
+            raise TypeError(
+                f"ColumnDataset.from_arrow: the function must return an iterable of batches, got {type(made).__name__}"
+            )
+        found: Iterable[Any] = made
+        return found
+
+    return batches
+
+
+def _of_columns(columns: Mapping[str, Any]) -> Any:
+    arrays = {}
+    for name, values in columns.items():
+        if hasattr(values, "flatten_indices"):
+            raise TypeError(
+                f"ColumnDataset.from_arrow: got several datasets, {', '.join(map(repr, columns))}; give one of them, "
+                f"data[{name!r}]"
+            )
+        if not isinstance(name, str):
+            raise TypeError(f"ColumnDataset.from_arrow: names of columns must be strings, got {name!r}")
+        try:
+            arrays[name] = _array(values)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise TypeError(
+                f"ColumnDataset.from_arrow: column {name!r} is no column of Arrow's ({error}); give it an array or a "
+                f"list with a value (or a list of values) for each row, all of one type; rows as dictionaries are made "
+                f"a table by pyarrow.Table.from_pylist"
+            ) from error
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"ColumnDataset.from_arrow: all columns must have as many rows, got {lengths}")
+    return pa.table(arrays)
+
+
+def _array(values: Any) -> Any:
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    if isinstance(values, RaggedTensor):
+        return values.to_arrow()
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, np.ndarray):
+        return _of_numpy(values)
+    if _is_of(values, "pandas"):
+        return pa.Array.from_pandas(values)
+    if hasattr(values, "__arrow_c_stream__"):
+        return pa.chunked_array(values)
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise TypeError(f"it is {type(values).__name__}")
+    values = list(values)
+    if values and all(isinstance(each, np.ndarray) and each.ndim == 1 for each in values):
+        lengths = np.array([0, *(len(each) for each in values)], np.int64)
+        return pa.LargeListArray.from_arrays(lengths.cumsum(), _of_numpy(np.concatenate(values)))
+    return pa.array([each.tolist() if isinstance(each, np.ndarray | torch.Tensor) else each for each in values])
+
+
+def _of_numpy(values: Any) -> Any:
+    if values.ndim == 0:
+        raise TypeError("it is a single value")
+    if values.dtype.kind == "O" and values.ndim == 1:
+        return _array(values.tolist())
+    if values.dtype.kind == "M" and np.datetime_data(values.dtype)[0] in ("h", "m"):
+        values = values.astype("datetime64[s]")
+    mask = np.ma.getmaskarray(values).reshape(-1) if isinstance(values, np.ma.MaskedArray) else None
+    # Arrow has one order of bytes, and no strides.
+    flat = np.ascontiguousarray(np.asarray(values).reshape(-1)).astype(values.dtype.newbyteorder("="), copy=False)
+    array = pa.array(flat, mask=mask)
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return array
+
+
+def _is_of(data: Any, package: str) -> bool:
+    return any(base.__module__.partition(".")[0] == package for base in type(data).__mro__)
+
+
+def _fingerprint(table: Any) -> str:
+    step = max(-(-table.num_rows // _SAMPLE), 1)
+    rows = range(0, table.num_rows, step)
+    found = hashlib.blake2b(repr([(each.name, str(each.type)) for each in table.schema]).encode(), digest_size=8)
+    for column in table.columns:
+        found.update(repr([column[row].as_py() for row in rows]).encode())
+    return found.hexdigest()

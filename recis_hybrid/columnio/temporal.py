@@ -1,0 +1,145 @@
+"""Dates, timestamps, times of day and durations as int64, and strings that write them. Imports pyarrow."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .columns import UNITS
+
+Array = Any
+ArrowType = Any
+
+_ZONE = r"(:\d\d(\.\d+)?|T\d\d|\s\d\d) ?(Z|[+-]\d\d(:?\d\d)?)$"
+_TIME_OF_DAY = r"^\d\d:\d\d(:\d\d(\.\d{1,9})?)?$"
+# Directives of which each needs a date.
+_DATES = re.compile(r"%[aAbBcdDeFgGhjmsuUVwWxyY]")
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+def is_temporal(arrow_type: ArrowType) -> bool:
+    """Returns whether a type is one of dates, timestamps, times of day or durations."""
+    types = pa.types
+    return bool(
+        types.is_date(arrow_type)
+        or types.is_timestamp(arrow_type)
+        or types.is_time(arrow_type)
+        or types.is_duration(arrow_type)
+    )
+
+
+def tick_ns(arrow_type: ArrowType) -> int:
+    """Returns the nanoseconds that 1 means in a temporal type."""
+    if pa.types.is_date32(arrow_type):
+        return UNITS["D"]
+    return UNITS["ms" if pa.types.is_date64(arrow_type) else arrow_type.unit]
+
+
+def ticks(array: Array, unit: str) -> Array:
+    """Returns a temporal array as int64 in a unit, rounded down; a view of the same memory where the unit is its own.
+
+    Raises:
+        pyarrow.ArrowInvalid: A value does not fit into int64.
+    """
+    own, wanted = tick_ns(array.type), UNITS[unit]
+    narrow = pa.types.is_date32(array.type) or pa.types.is_time32(array.type)
+    values = array.view(pa.int32()).cast(pa.int64()) if narrow else array.view(pa.int64())
+    if own > wanted:
+        return pc.multiply_checked(values, own // wanted)
+    return values if own == wanted else _floor_divide(values, wanted // own)
+
+
+def parsed(texts: Array, unit: str, form: str | None) -> Array:
+    """Returns strings of dates or times as int64 in a unit, rounded down.
+
+    Args:
+        texts: Strings; nulls stay nulls, and empty strings are.
+        unit: Of the result.
+        form: Directives of `datetime.strptime`; None reads ISO 8601 and times of day, `10:30:05`.
+
+    Raises:
+        ValueError: A string is not written so; the message is the string.
+        pyarrow.ArrowInvalid: A value does not fit into int64.
+    """
+    texts = texts.cast(pa.large_string())
+    # Text files write a null as nothing.
+    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
+    return _iso(texts, unit) if form is None else _by_format(texts, unit, form)
+
+
+def _iso(texts: Array, unit: str) -> Array:
+    none = pa.scalar(None, texts.type)
+    zoned = pc.match_substring_regex(texts, _ZONE)
+    timed = pc.match_substring_regex(texts, _TIME_OF_DAY)
+    made = pa.nulls(len(texts), pa.int64())
+    of_day = pc.if_else(timed, _of_day(texts), none)
+    plain = pc.if_else(pc.or_(zoned, timed), none, texts)
+    for part, arrow_type in (
+        (pc.if_else(zoned, texts, none), "UTC"),
+        (of_day, None),
+        (plain, None),
+    ):
+        if part.null_count < len(part):
+            made = pc.coalesce(made, _cast(part, unit, arrow_type))
+    return made
+
+
+def _cast(texts: Array, unit: str, zone: str | None) -> Array:
+    # Fractions of a second are read only by a type that holds them, and nanoseconds do not reach far.
+    for finest in ("us", "ns"):
+        try:
+            return ticks(texts.cast(pa.timestamp(finest, zone)), unit)
+        except pa.ArrowInvalid as error:
+            failed = error
+    found = re.search(r"Failed to parse string: '(.*)' as a scalar", str(failed), re.DOTALL)
+    if found is None:
+        raise failed
+    raise ValueError(found[1])
+
+
+def _by_format(texts: Array, unit: str, form: str) -> Array:
+    if _DATES.search(form) is None:
+        texts = _of_day(texts)
+        form = f"%Y-%m-%d {form}"
+    made: Array | None = None
+    if "%f" not in form:
+        try:
+            made = pc.strptime(texts, format=form, unit="s")
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            made = None
+    if made is None:
+        exact = pc.invert(pc.is_valid(texts))
+        made = pa.nulls(len(texts), pa.timestamp("s"))
+    else:
+        # Arrow reads the 31st of February as the 2nd of March. What is not written back alike is read once more.
+        exact = pc.fill_null(pc.equal(pc.strftime(made, format=form), texts), True)
+    result = ticks(made, unit)
+    if pc.all(exact).as_py() is False:
+        rest = pc.if_else(exact, pa.scalar(None, texts.type), texts).dictionary_encode()
+        values = pa.array([_strptime(text, form, unit) for text in rest.dictionary.to_pylist()], pa.int64())
+        result = pc.if_else(exact, result, values.take(rest.indices))
+    return result
+
+
+def _strptime(text: str, form: str, unit: str) -> int:
+    try:
+        when = datetime.datetime.strptime(text, form)
+    except ValueError as error:
+        raise ValueError(text) from error
+    when = when if when.tzinfo is not None else when.replace(tzinfo=datetime.UTC)
+    return (when - _EPOCH) // datetime.timedelta(microseconds=1) * 1_000 // UNITS[unit]
+
+
+def _of_day(times: Array) -> Array:
+    day, between = (pa.scalar(text, times.type) for text in ("1970-01-01", " "))
+    return pc.binary_join_element_wise(day, times, between)
+
+
+def _floor_divide(values: Array, by: int) -> Array:
+    quotient = pc.divide(values, by)
+    below = pc.less(values, pc.multiply(quotient, by))
+    return pc.subtract(quotient, below.cast(pa.int64()))

@@ -1,0 +1,94 @@
+"""Keep tables out of the graphs of torch.compile, and refuse torch.export and TorchScript."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_C = TypeVar("_C", bound=type)
+
+_INSTEAD = (
+    "save the model with Saver and write it for serving with `recis-hybrid export`, or export the tower alone, which "
+    "takes the engine's outputs"
+)
+_REASON = (
+    "embedding tables give new ids rows while they look them up, which no graph can record. torch.compile runs them "
+    "between its graphs: leave out fullgraph=True, or compile the towers alone, as in "
+    f"model.tower = torch.compile(model.tower, fullgraph=True). In place of torch.export, {_INSTEAD}"
+)
+
+_methods: list[tuple[type, str]] = []
+_prepared = False
+
+
+def outside_graphs(*names: str) -> Callable[[_C], _C]:
+    """Decorate a class whose methods torch.compile is to call between its graphs, and to refuse in a full graph.
+
+    Neither the methods nor what they call is ever traced. Tables change in place, and they decide by Python integers:
+    dynamo may replace these by symbols, which ``1 in [0, 1]`` then does not find (torch 2.13).
+
+    Args:
+        *names: the methods, static methods and properties.
+    """
+
+    def decorate(cls: _C) -> _C:
+        _methods.extend((cls, name) for name in names)
+        if _prepared:
+            _hide()
+        return cls
+
+    return decorate
+
+
+def prepare() -> None:
+    """Hide the methods of decorated classes from dynamo; called before the first table can be compiled.
+
+    It loads torch's compiler, as any torch optimizer does; so it must not run when the package is imported.
+    """
+    global _prepared
+    if not _prepared:
+        _prepared = True
+        _hide()
+
+
+def refuse_recording() -> None:
+    """Refuse a lookup while torch.export or torch.jit.trace records it.
+
+    What they record would keep addresses of this process, and read them in another.
+
+    Raises:
+        NotImplementedError: it is recorded.
+    """
+    if torch.compiler.is_exporting():
+        raise not_recorded("torch.export")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise not_recorded("torch.jit.trace")
+
+
+def not_recorded(by: str) -> NotImplementedError:
+    """Return the error for what would record tables in a program to run elsewhere.
+
+    Args:
+        by: the function that would.
+    """
+    return NotImplementedError(f"{by} cannot record embedding tables, whose rows lie in this process; {_INSTEAD}")
+
+
+def _hide() -> None:
+    while _methods:
+        cls, name = _methods.pop()
+        method = vars(cls)[name]
+        # The methods are replaced, not wrapped: dynamo would trace a wrapper once for each object.
+        if isinstance(method, staticmethod):
+            setattr(cls, name, staticmethod(_hidden(method.__func__)))
+        elif isinstance(method, property):
+            setter = None if method.fset is None else _hidden(method.fset)
+            setattr(cls, name, property(_hidden(method.fget), setter, doc=method.__doc__))
+        else:
+            setattr(cls, name, _hidden(method))
+
+
+def _hidden(function: Any) -> Any:
+    return torch.compiler.disable(function, reason=_REASON)

@@ -1,0 +1,111 @@
+"""Interruption: Ctrl-C, SIGTERM and SIGUSR1 end a training between two steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from recis_hybrid import distributed
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_REPEATED_S = 5.0
+"""Under torchrun: a scheduler signals torchrun and the ranks, and torchrun passes its signal on to them."""
+
+
+class Terminated(SystemExit):
+    """A signal other than Ctrl-C has ended the training; ends the process with the status 128 + the signal's number."""
+
+
+class WaitInterrupted(KeyboardInterrupt):
+    """Is raised out of a wait for batches or stages, so that the training ends without what it waited for."""
+
+
+class Interruption:
+    """Notes the first signal that asks the process to end; a second one ends it at once.
+
+    Handlers are installed in the main thread only, and only for signals that have Python's default effect; they are
+    taken back at the end of the ``with`` block.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        """The signal that this process has got."""
+        self.wake: Callable[[], object] | None = None
+        """Is called by the first signal, to end a wait that must not be left by an exception."""
+        self._before: dict[signal.Signals, Any] = {}
+        self._interruptible = False
+        self._delivered = False
+        self._first = 0.0
+
+    def __enter__(self) -> Interruption:
+        self.requested, self.wake, self._before = None, None, {}
+        self._interruptible = self._delivered = False
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                if signal.getsignal(number) == usual:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if error is None and self.requested is not None and not self._delivered:
+            raise self.error(self.requested)  # it came after the last look
+
+    def error(self, received: signal.Signals | None) -> BaseException:
+        """Return what ends the training.
+
+        Args:
+            received: The signal; None where other ranks have got one, and not this one.
+        """
+        self._delivered = True
+        if received == signal.SIGINT:
+            return KeyboardInterrupt()
+        return Terminated(128 + (signal.SIGTERM if received is None else received))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let a signal end what is done within by WaitInterrupted; its results must not count then."""
+        self._interruptible = bool(self._before)
+        try:
+            if self._interruptible and self.requested is not None:
+                raise WaitInterrupted
+            yield
+        finally:
+            self._interruptible = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            if time.monotonic() - self._first > _REPEATED_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.requested, self._first = signal.Signals(number), time.monotonic()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            # So that a second signal has its effect even while the main thread is within native code.
+            for each in self._before:
+                signal.signal(each, self._before[each] if _is_interactive() else signal.SIG_DFL)
+        if distributed.rank() == 0:
+            # Not by print: the signal may have come in the middle of one.
+            text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; once more ends at once\n"
+            os.write(2, text.encode())
+        if self.wake is not None:
+            self.wake()
+        if self._interruptible:
+            self._interruptible = False
+            raise WaitInterrupted
+
+
+def _is_interactive() -> bool:
+    """Whether a second Ctrl-C is to be raised as KeyboardInterrupt, as in a notebook, and not to end the process."""
+    return hasattr(sys, "ps1") or "IPython" in sys.modules

@@ -1,0 +1,149 @@
+"""Read-only tables: rows without optimizer state, beside tables that are trained, and through checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding.coalesce import plan_tables
+from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
+from tests.support.sharded import rows_of
+
+BATCH: Batch = {name: torch.arange(1, 6) for name in ("user", "item", "old")}
+
+
+def engine_of(frozen: tuple[str, ...] = (), dim: int = 64, **more: Any) -> EmbeddingEngine:
+    configs = {name: EmbeddingConfig(dim=dim, trainable=name not in frozen) for name in BATCH}
+    return EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), **more)
+
+
+def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        batch = {name: column + step for name, column in BATCH.items()}
+        sum(value.square().sum() for value in engine(batch).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained(frozen: tuple[str, ...] = (), steps: int = 2) -> tuple[EmbeddingEngine, optim.Adam]:
+    engine = engine_of(frozen)
+    optimizer = optim.Adam(engine.parameters(), lr=0.1)
+    train(engine, optimizer, steps)
+    return engine, optimizer
+
+
+def embeddings(engine: EmbeddingEngine) -> dict[str, torch.Tensor]:
+    return {name: columns["embedding"] for name, columns in rows_of(engine).items()}
+
+
+def same_but_state(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
+    """Compares what rows of b have with rows of a, which may have more."""
+    for name, columns in rows_of(b).items():
+        for column, values in columns.items():
+            assert torch.equal(values, rows_of(a)[name][column]), (name, column)
+
+
+def same(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
+    same_but_state(a, b)
+    same_but_state(b, a)
+
+
+def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
+    # 64 floats, 16 bytes of metadata, padded to a cache line; and with two moments of 64 floats.
+    engine = engine_of(frozen=("old",))
+    by_name = {member.name: table for table in engine.tables for member in table.members}
+    assert by_name["old"].layout.record_bytes == -(-(64 * 4 + 16) // 64) * 64 == 320
+    assert by_name["user"].layout.record_bytes == 3 * 64 * 4 + 64 == 832
+    by_name["old"].load(0, torch.arange(1000), {})
+    blocks = by_name["old"].blocks
+    assert blocks.nbytes == 320 * blocks.capacity
+    assert list(by_name["old"].export_none()) == ["ids", "embedding", "updated_step", "seen_step", "frequency"]
+
+
+def test_read_only_tables_are_coalesced_with_each_other_alone() -> None:
+    assert [len(table.members) for table in engine_of(frozen=("old",)).tables] == [2, 1]
+    assert [len(table.members) for table in engine_of(frozen=("old", "user")).tables] == [2, 1]
+    with pytest.raises(ValueError, match="share the table 't' but want different ones: trainable=True against tra"):
+        EmbeddingEngine(
+            {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=2, table="t", trainable=False)}
+        )
+
+
+def test_training_beside_a_read_only_table_is_as_without_it() -> None:
+    base, _ = trained()
+    state = base.checkpoint_state()
+    frozen, free = engine_of(frozen=("old",)), engine_of()
+    for engine in (frozen, free):
+        engine.load_checkpoint_state(state)
+        train(engine, optim.Adam(engine.parameters(), lr=0.1), 2, first=1)
+    for name in ("user", "item"):
+        for column, values in rows_of(frozen)[name].items():
+            assert torch.equal(values, rows_of(free)[name][column]), (name, column)
+    assert torch.equal(embeddings(frozen)["old"], embeddings(base)["old"])
+    assert not torch.equal(embeddings(free)["old"][:5], embeddings(base)["old"][:5])
+
+
+def test_a_trained_checkpoint_goes_into_a_read_only_table_and_back(tmp_path: Path) -> None:
+    engine, optimizer = trained()
+    saver = Saver(tmp_path)
+    saver.save(1, engine=engine, optimizer=optimizer)
+    frozen = engine_of(frozen=("old",))
+    sparse = optim.Adam(frozen.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the checkpoint only"):
+        saver.load(engine=frozen, optimizer=sparse)
+    same_but_state(engine, frozen)
+    saver.save(2, engine=frozen, optimizer=sparse)
+    again = engine_of(frozen=("old",))
+    saver.load(engine=again)  # as it was saved: nothing to warn of
+    same(again, frozen)
+    free = engine_of()
+    with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the live object only"):
+        saver.load(engine=free, optimizer=optim.Adam(free.parameters(), lr=0.1))
+    assert torch.equal(embeddings(free)["old"], embeddings(engine)["old"])
+    assert not rows_of(free)["old"]["exp_avg"].any()
+    assert torch.equal(rows_of(free)["user"]["exp_avg"], rows_of(engine)["user"]["exp_avg"])
+    before = embeddings(free)["old"]
+    train(free, optim.Adam(free.parameters(), lr=0.1), 1)
+    assert not torch.equal(embeddings(free)["old"], before)
+
+
+@pytest.mark.parametrize("frozen", [("old",), ()])
+def test_changes_after_a_change_of_layout_build_on_a_whole_part(tmp_path: Path, frozen: tuple[str, ...]) -> None:
+    # A checkpoint of rows without moments cannot be put over one of rows with moments, nor the other way round.
+    engine, optimizer = trained(() if frozen else ("old",))
+    saver = Saver(tmp_path)
+    saver.save(1, delta=True, engine=engine, optimizer=optimizer)
+    train(engine, optimizer, 1, first=2)
+    saver.save(2, delta=True, engine=engine, optimizer=optimizer)
+    other = engine_of(frozen)
+    sparse = optim.Adam(other.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="loaded into tables of another kind"):
+        saver.load(engine=other, optimizer=sparse)
+    for step in (3, 4):
+        train(other, sparse, 1, first=step)
+        saver.save(step, delta=True, engine=other, optimizer=sparse)
+        restored = engine_of(frozen)
+        assert saver.load(step, engine=restored) == step
+        same(other, restored)
+
+
+def test_a_state_dict_goes_both_ways() -> None:
+    engine, _ = trained()
+    engine.rows_in_state_dict = "record"
+    frozen = engine_of(frozen=("old",), rows_in_state_dict="record")
+    frozen.load_state_dict(engine.state_dict())
+    same_but_state(engine, frozen)
+    free = engine_of()
+    free.load_state_dict(frozen.state_dict())
+    assert torch.equal(embeddings(free)["old"], embeddings(engine)["old"])
+
+
+def test_column_sharding_asks_nothing_of_the_state_of_read_only_tables() -> None:
+    # RowwiseAdagrad keeps one number for a whole row, of which no rank has one; read-only rows have none.
+    configs = {"a": EmbeddingConfig(dim=16, sharding="column", trainable=False)}
+    (plan,) = plan_tables(configs, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
+    assert (plan.sharding, plan.layout.state) == ("column", ())

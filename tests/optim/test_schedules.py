@@ -1,0 +1,128 @@
+"""Learning-rate schedules of torch on sparse optimizers: as on torch's own, and saved with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.saver import Saver
+
+IDS = torch.tensor([3, -5, 7])
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "warm-up, then cosine": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.CosineAnnealingLR(o, 8)], [3]
+    ),
+}
+
+
+def sgd(momentum: float, room: float) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
+    state = optim.SGD.row_state(momentum=room)
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer_state=state)
+    return engine, optim.SGD(engine.parameters(), lr=0.1, momentum=momentum)
+
+
+def adam(kind: Any) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer_state=kind.row_state())
+    return engine, kind(engine.parameters(), lr=0.1)
+
+
+def gradients(seed: int, steps: int) -> torch.Tensor:
+    return torch.randn(steps, len(IDS), 3, generator=torch.Generator().manual_seed(seed))
+
+
+def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, schedule: Any, of: torch.Tensor) -> None:
+    for gradient in of:
+        optimizer.zero_grad()
+        engine({"id": IDS})["id"].backward(gradient)
+        optimizer.step()
+        schedule.step()
+
+
+def rows(engine: EmbeddingEngine) -> torch.Tensor:
+    engine.eval()
+    values = engine({"id": IDS})["id"].clone()
+    engine.train()
+    return values
+
+
+def dense(weight: torch.Tensor, make: Callable[[Any], Any], schedule: Any, of: torch.Tensor) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weight)
+    optimizer = make([parameter])
+    steps = schedule(optimizer)
+    for gradient in of:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        steps.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rule", ["sgd with room", "sgd with momentum", "adam", "adamw"])
+def test_schedules_do_what_they_do_to_optimizers_of_torch(schedule: str, rule: str) -> None:
+    # One whose engine keeps a buffer, but which has no momentum until the schedule sets one, too.
+    engine, optimizer = {
+        "sgd with room": lambda: sgd(0.0, 0.9),
+        "sgd with momentum": lambda: sgd(0.9, 0.9),
+        "adam": lambda: adam(optim.Adam),
+        "adamw": lambda: adam(optim.AdamW),
+    }[rule]()
+    make = {
+        "sgd with room": lambda p: torch.optim.SGD(p, lr=0.1),
+        "sgd with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    }[rule]
+    first = rows(engine)
+    of = gradients(0, 10)
+    train(engine, optimizer, SCHEDULES[schedule](optimizer), of)
+    expected = dense(first, make, SCHEDULES[schedule], of)
+    torch.testing.assert_close(rows(engine), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["one cycle", "cyclic"])
+def test_a_cycled_momentum_that_rows_have_no_room_for_is_left_out_with_a_warning(schedule: str) -> None:
+    engine, optimizer = sgd(0.0, 0.0)
+    first = rows(engine)
+    of = gradients(1, 10)
+    with pytest.warns(
+        UserWarning, match="SGD: rows have no momentum_buffer, so that the momentum 0.9.*, which a sched"
+    ) as said:
+        train(engine, optimizer, SCHEDULES[schedule](optimizer), of)
+    assert len(said) == 1
+    without = {
+        "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12, cycle_momentum=False),
+        "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
+    }[schedule]
+    expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, of)
+    torch.testing.assert_close(rows(engine), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"SGD keeps .*momentum_buffer.*row_state\(momentum=0.9\)"):
+        optim.SGD(engine.parameters(), momentum=0.9)  # what is asked for is not left out
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_goes_on_from_a_checkpoint(schedule: str, tmp_path: Path) -> None:
+    of = gradients(2, 8)
+
+    def made() -> tuple[EmbeddingEngine, torch.optim.Optimizer, Any]:
+        engine, optimizer = sgd(0.0, 0.9)
+        return engine, optimizer, SCHEDULES[schedule](optimizer)
+
+    whole = made()
+    train(*whole, of)
+    first, again = made(), made()
+    train(*first, of[:4])
+    names = ("engine", "optimizer", "schedule")
+    Saver(tmp_path).save(4, **dict(zip(names, first, strict=True)))
+    Saver(tmp_path).load(4, **dict(zip(names, again, strict=True)))
+    train(*again, of[4:])
+    assert torch.equal(rows(again[0]), rows(whole[0]))
+    assert again[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]

@@ -1,0 +1,266 @@
+"""Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training; resumed, it ends bitwise as an undisturbed one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recis_hybrid import cli
+from recis_hybrid.columnio import Windows
+from recis_hybrid.pipelines import Callback, Stage, Train, Trainer, WindowStages
+from recis_hybrid.pipelines.interruption import Interruption, Terminated
+from recis_hybrid.saver import Saver
+from tests.pipelines.interrupted_run import STAGES, trainer_of
+from tests.support.small import assert_same, make_batches, make_step, state_of
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    trainer = trainer_of(tmp_path_factory.mktemp("whole"), "nowhere", 0)
+    trainer.fit(STAGES)
+    assert trainer.steps_done == 15
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "saved_at"),
+    [
+        ("step3", signal.SIGTERM, 3),  # in the middle of a pass
+        ("step5", signal.SIGINT, 5),  # in its last step
+        ("step4", signal.SIGUSR1, 4),  # where there is a checkpoint already
+        ("evaluate", signal.SIGTERM, 5),
+        ("save", signal.SIGINT, 4),  # that writes in the background
+    ],
+)
+def test_a_signal_saves_and_a_resumed_run_ends_bitwise(
+    tmp_path: Path, undisturbed: Trainer, where: str, number: int, saved_at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(each) for each in HANDLED]
+    cut = trainer_of(tmp_path, where, number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated) as caught:
+        cut.fit(STAGES)
+    assert [signal.getsignal(each) for each in HANDLED] == before
+    if isinstance(caught.value, Terminated):
+        assert caught.value.code == 128 + number
+    assert cut.steps_done == max(cut.saver.steps()) == saved_at  # type: ignore[union-attr]
+    said = f"ended by {signal.Signals(number).name} after step {saved_at}; the state is saved in {tmp_path}"
+    assert said in capsys.readouterr().err
+    assert any(said in note for note in caught.value.__notes__)
+    cut.saver = None  # as the end of a process does, this lets another save there
+    resumed = trainer_of(tmp_path, "nowhere", 0)
+    resumed.fit(STAGES, resume="latest")
+    assert_same(state_of(undisturbed.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures == undisturbed.figures
+
+
+def test_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for where, saver, said in (
+        ("before_fit", True, "no stage had begun, so there was nothing to save"),
+        ("step2", False, "there is no saver, so nothing was saved"),
+    ):
+        trainer = trainer_of(tmp_path / where, where, signal.SIGTERM, saver=saver)
+        with pytest.raises(Terminated):
+            trainer.fit(STAGES)
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / where).exists() or Saver(tmp_path / where).steps() == []
+    # In a notebook the trainer is as usable as before.
+    steps = trainer.steps_done
+    trainer.fit([Train(steps=1)])
+    assert trainer.steps_done == steps + 1
+
+
+def test_a_stage_before_the_first_step_is_saved(tmp_path: Path) -> None:
+    class Prepare(Stage):
+        def run(self, trainer: Trainer) -> None:
+            done.append("prepared")
+            if len(done) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    done: list[str] = []
+    stages = [Prepare(), Train(steps=2)]
+    trainer = Trainer(make_step(), make_batches(3), saver=Saver(tmp_path))
+    with pytest.raises(Terminated):
+        trainer.fit(stages)
+    trainer.saver = None
+    resumed = Trainer(make_step(), make_batches(3), saver=Saver(tmp_path))
+    resumed.fit(stages, resume="latest")
+    assert (done, resumed.steps_done) == (["prepared"], 2)
+
+
+def test_a_wait_for_a_window_ends(tmp_path: Path) -> None:
+    class Signal(Callback):
+        def after_stage(self, trainer: Trainer, stage: Stage) -> None:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    for name in ("monday", "tuesday"):
+        (tmp_path / "days" / name).mkdir(parents=True)
+    (tmp_path / "days" / "monday" / "_SUCCESS").touch()
+    opened: list[str] = []
+
+    def run(*callbacks: Callback, **options: Any) -> Trainer:
+        days = Windows(tmp_path / "days", poll_s=600 if callbacks else 0.01, idle_s=None if callbacks else 0.0)
+        trainer = Trainer(
+            make_step(), saver=Saver(tmp_path / "run"), callbacks=callbacks,
+            open_window=lambda day: opened.append(day.name) or make_batches(2),  # type: ignore[func-returns-value]
+        )  # fmt: skip
+        trainer.fit(WindowStages(days, lambda day: [Train(window=day)]), **options)
+        return trainer
+
+    with pytest.raises(Terminated):
+        run(Signal())
+    (tmp_path / "days" / "tuesday" / "_SUCCESS").touch()
+    assert run(resume="latest").steps_done == 4
+    assert opened == ["monday", "tuesday"]
+
+
+def test_windows_stop_for_all_ranks_by_the_first(tmp_path: Path) -> None:
+    days = Windows(tmp_path, poll_s=600)
+    threading.Timer(0.1, days.stop).start()
+    assert list(days) == []
+
+
+def test_other_threads_and_handlers_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
+    def own(number: int, frame: object) -> None:
+        seen.append(number)
+
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        trainer_of(tmp_path, "step3", signal.SIGTERM).fit(STAGES)
+        assert (seen, signal.getsignal(signal.SIGTERM)) == ([signal.SIGTERM], own)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    elsewhere = Trainer(make_step(), make_batches(3))
+    thread = threading.Thread(target=elsewhere.fit, args=([Train()],))
+    thread.start()
+    thread.join()
+    assert elsewhere.steps_done == 3
+
+
+def test_a_signal_after_the_last_look_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), Interruption():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# In processes of their own
+
+
+def environment(root: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
+
+
+def start(root: Path, folder: Path, more: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.pipelines.interrupted_run", str(folder), json.dumps(options)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(root, **(more or {})), cwd=root,
+    )  # fmt: skip
+
+
+def test_a_signal_ends_a_wait_for_a_batch(tmp_path: Path, root: Path, undisturbed: Trainer) -> None:
+    run = start(root, tmp_path, where="reading")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "waits\n"
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143, said
+    # The third step was to have the batch that was waited for.
+    assert Saver(tmp_path).steps() == [2]
+    resumed = trainer_of(tmp_path, "nowhere", 0)
+    resumed.fit(STAGES, resume="latest")
+    assert_same(state_of(undisturbed.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+
+
+SECOND = """
+import os, signal, sys, time
+from recis_hybrid.pipelines import Callback, Train, Trainer
+from recis_hybrid.saver import Saver
+from tests.support.small import make_batches, make_step
+
+class Slow(Saver):
+    def save(self, *args, **parts):
+        print("saves", flush=True)
+        time.sleep(600)
+
+class Signal(Callback):
+    def after_step(self, trainer):
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+Trainer(make_step(), make_batches(2), saver=Slow(sys.argv[2]), callbacks=[Signal()]).fit([Train()])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path: Path, root: Path, number: int) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", SECOND, str(int(number)), str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env=environment(root), cwd=root,
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert run.stdout.readline() == "saves\n"
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    assert run.returncode == -number  # which a shell shows as 130 and 143
+
+
+def test_the_command_saves_and_says_so(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", str(tmp_path / "first")]) == 0
+    config, log = tmp_path / "first" / "config.yaml", tmp_path / "first" / "run" / "log.jsonl"
+    arguments = [str(config), "--quiet", "train.epochs=200", "train.patience=null", "train.log_every=5"]
+    command = [sys.executable, "-m", "recis_hybrid.cli", "train", *arguments, f"run={log.parent}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(root)) as run:
+        while run.poll() is None and not (log.exists() and log.read_text()):
+            threading.Event().wait(0.01)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 143, said
+    step = Saver(log.parent).latest()
+    assert f"ended by SIGTERM after step {step}; the state is saved in {log.parent}" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "saved_at"),
+    [
+        ({"where": "step2", "rank": 1}, 3),  # one rank gets it, and all save
+        ({"where": "evaluate", "rank": 1}, 4),
+        ({"where": "before_fit", "rank": 0}, None),
+    ],
+)
+def test_ranks_save_together(tmp_path: Path, root: Path, options: dict[str, Any], saved_at: int | None) -> None:
+    def on_two_ranks(folder: Path, **options: Any) -> list[tuple[int, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        runs = [start(root, folder, {**shared, "RANK": str(rank)}, **options) for rank in range(2)]
+        said = [run.communicate(timeout=120)[1] for run in runs]
+        return [(run.returncode, text) for run, text in zip(runs, said, strict=True)]
+
+    ended = on_two_ranks(tmp_path / "cut", **options)
+    assert [status for status, _ in ended] == [143, 143], ended
+    if saved_at is None:
+        assert not (tmp_path / "cut").exists()
+        return
+    assert Saver(tmp_path / "cut").latest() == saved_at
+    assert f"after step {saved_at}; the state is saved in" in ended[0][1]
+    for folder in ("cut", "whole"):
+        ended = on_two_ranks(tmp_path / folder, where="nowhere")
+        assert [status for status, _ in ended] == [0, 0], ended
+    last = f"step_{Saver(tmp_path / 'whole').latest():06d}"
+    files = [
+        {path.relative_to(each).as_posix(): path.read_bytes() for path in each.rglob("*.safetensors")}
+        for each in (tmp_path / "cut" / last, tmp_path / "whole" / last)
+    ]
+    assert files[0]
+    assert files[0] == files[1]

@@ -1,0 +1,460 @@
+"""Labels of any dtype and shape, and whatever models return, in training and in evaluation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recis_hybrid import metrics as every_metric, optim
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
+from recis_hybrid.metrics import AUC, GAUC, MSE, LogLoss
+from recis_hybrid.pipelines import (
+    Evaluate,
+    NonFiniteLossError,
+    Objective,
+    TorchStep,
+    Train,
+    Trainer,
+    evaluate,
+)
+from recis_hybrid.pipelines.config import load_config
+from recis_hybrid.pipelines.config_run import stages_of, trainer_of
+from recis_hybrid.pipelines.model_outputs import aligned, main_output, own_loss
+from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.small import bce
+
+ROWS = 32
+KINDS = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+class Model(nn.Module):
+    """Logits ``[B, width]`` of an embedding, returned as ``shape`` makes of them."""
+
+    def __init__(self, width: int = 1, shape: Callable[[Tensor, Batch], Any] = lambda logits, batch: logits[:, 0]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)})
+        self.tower = nn.Linear(4, width)
+        self.shape = shape
+
+    def forward(self, batch: Batch) -> Any:
+        return self.shape(self.tower(self.engine(batch)["id"]), batch)
+
+
+def column(logits: Tensor, batch: Batch) -> Tensor:
+    return logits
+
+
+def batch_of(labels: Tensor | None = None, **columns: Tensor) -> Batch:
+    ids = torch.arange(ROWS) % 7
+    return {"id": ids, "user": ids // 2, "label": ids % 2 if labels is None else labels, **columns}
+
+
+def step_of(model: Model, loss: Any = bce, **options: Any) -> TorchStep:
+    optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
+    return TorchStep(model, loss, optimizers, **options)
+
+
+def losses(model: Model, batch: Batch, loss: Any = bce, **options: Any) -> list[float]:
+    step = step_of(model, loss, **options)
+    return [float(step(batch)["loss"]) for _ in range(3)]  # type: ignore[arg-type]
+
+
+def binary(dtype: torch.dtype, shape: tuple[int, ...] = (ROWS,)) -> Tensor:
+    return ((torch.arange(ROWS) % 7) % 2).to(dtype).reshape(shape)
+
+
+EXPECTED: list[float] = []
+
+
+def expected() -> list[float]:
+    """The losses of labels and outputs [B] in float32, by torch alone."""
+    if not EXPECTED:
+        model = Model()
+        both = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
+        for _ in range(3):
+            for optimizer in both:
+                optimizer.zero_grad()
+            loss = bce(model(batch_of()), binary(torch.float32))
+            loss.backward()
+            for optimizer in both:
+                optimizer.step()
+            EXPECTED.append(float(loss.detach()))
+    return EXPECTED
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_binary_labels_of_any_dtype_and_shape_train_and_are_evaluated(dtype: torch.dtype) -> None:
+    reference = None
+    for shape in ((ROWS,), (ROWS, 1)):
+        for form in (lambda logits, batch: logits[:, 0], column):
+            model, batch = Model(shape=form), batch_of(binary(dtype, shape))
+            step = step_of(model, groups="user")
+            trainer = Trainer(step, [batch], [batch], metrics={"auc": AUC(), "logloss": LogLoss(), "gauc": GAUC()})
+            figures = trainer.fit([Train(epochs=2), Evaluate()])["eval"]
+            reference = reference or figures
+            assert figures == pytest.approx(reference)
+            assert losses(Model(shape=form), batch) == pytest.approx(expected(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_every_metric_takes_labels_of_every_dtype(dtype: torch.dtype) -> None:
+    scores, groups = torch.linspace(0.1, 0.9, ROWS), torch.arange(ROWS) % 3
+    makers: list[Callable[[], Any]] = [
+        AUC, every_metric.BinnedAUC, GAUC, LogLoss, every_metric.NormalizedEntropy, every_metric.Calibration, MSE,
+        *(partial(getattr(every_metric, name), 2) for name in ("PrecisionAtK", "RecallAtK", "NDCGAtK", "HitRateAtK")),
+    ]  # fmt: skip
+    for make in makers:
+        values = []
+        for labels in (binary(torch.float32), binary(dtype)):
+            metric = make()
+            metric.update(scores, labels, *([groups] if metric.takes_groups else []))
+            values.append(metric.compute())
+        assert values[0] == pytest.approx(values[1])
+
+
+def test_labels_beside_outputs_in_a_column_are_not_broadcast() -> None:
+    # A loss of one's own, which would take [B, 1] beside [B] as [B, B].
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def own(outputs: Tensor, labels: Tensor) -> Tensor:
+        seen.append((outputs.shape, labels.shape))
+        return (outputs - labels).square().mean()
+
+    for form in (lambda logits, batch: logits[:, 0], column):
+        for shape in ((ROWS,), (ROWS, 1)):
+            step_of(Model(shape=form), own)(batch_of(binary(torch.int64, shape)))
+    assert all(outputs == labels for outputs, labels in seen)
+    assert [len(outputs) for outputs, _ in seen] == [1, 1, 2, 2]
+
+
+def test_labels_as_they_become() -> None:
+    f32, i64 = torch.float32, torch.int64
+    b, b1, bk = torch.zeros(3), torch.zeros(3, 1), torch.zeros(3, 2)
+    for outputs, labels, shape, dtype in (
+        (b, torch.zeros(3, dtype=i64), (3,), f32),
+        (b, torch.zeros(3, 1, dtype=torch.bool), (3,), f32),
+        (b1, torch.zeros(3, dtype=torch.float64), (3, 1), f32),
+        (bk, torch.zeros(3, 2, dtype=torch.uint8), (3, 2), f32),
+        (bk, torch.zeros(3, dtype=torch.int32), (3,), i64),
+        (bk, torch.zeros(3, 1, dtype=torch.bool), (3,), i64),
+        (bk, torch.zeros(3, dtype=torch.float64), (3,), f32),  # what a loss of one's own makes of it
+        (bk, torch.zeros(3, 1), (3, 1), f32),
+        (b, torch.zeros(3, 2, dtype=i64), (3, 2), i64),
+        (torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.int32), (3, 4), i64),
+        (torch.zeros(3, 3), torch.full((3,), 2**40 + 1), (3,), i64),  # ids that a batch of B is told apart by
+        ((bk, b), torch.zeros(3, dtype=i64), (3,), i64),
+        ({"a": b, "b": b}, torch.zeros(3, dtype=i64), (3,), f32),
+        ({"logits": bk, "b": b}, torch.zeros(3, dtype=i64), (3,), i64),
+    ):
+        found = aligned(outputs, labels)
+        assert (tuple(found.shape), found.dtype) == (shape, dtype), (outputs, labels)
+    assert aligned(torch.zeros(3, 3), torch.full((3,), 2**40 + 1)).tolist() == [2**40 + 1] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 1)])
+def test_classes_stay_integers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    classes = (torch.arange(ROWS) % 7) % 3
+    given = Model(3, column)
+    reference = F.cross_entropy(given(batch_of()), classes)
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.0)):
+        found = losses(Model(3, column), batch_of(classes.to(dtype).reshape(shape)), loss)
+        assert found[0] == pytest.approx(float(reference.detach()), rel=1e-6)
+        assert found[2] < found[0]
+    # A link makes the score of one class, which a metric takes.
+    objective = Objective(loss=lambda o, y: F.cross_entropy(o, y), link=lambda o: o.softmax(1)[:, 1])
+    batch = batch_of(binary(dtype, shape))
+    trainer = Trainer(step_of(Model(3, column), objective), [batch], [batch], metrics={"auc": AUC()})
+    assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+
+
+def test_several_labels_a_row() -> None:
+    labels = torch.stack([binary(torch.int64), 1 - binary(torch.int64)], 1)
+    for dtype in (torch.int64, torch.bool, torch.float64):
+        assert losses(Model(2, column), batch_of(labels.to(dtype)))[0] == pytest.approx(
+            float(bce(Model(2, column)(batch_of()), labels.float()).detach()), rel=1e-6
+        )
+    # Metrics are of one label a row: said in the first step, not after an hour.
+    trainer = Trainer(step_of(Model(2, column)), [batch_of(labels)], metrics={"auc": AUC()})
+    said = r"the metric 'auc' cannot take scores \[32, 2\] and labels \[32, 2\]: .* by an objective for each column"
+    with pytest.raises(ValueError, match=said):
+        trainer.fit([Train()])
+    assert trainer.steps_done == 0
+    Trainer(step_of(Model(2, column)), [batch_of(labels)]).fit([Train()])
+
+
+def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
+    later = step_of(Model())
+    later(batch_of())
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 2"):
+        later(batch_of(torch.arange(ROWS) % 3))
+    with pytest.raises(
+        ValueError, match=r"the labels 'label' of binary_cross_entropy_with_logits .*got 0 to 2; map them"
+    ):
+        step_of(Model())(batch_of(torch.arange(ROWS) % 3))
+    with pytest.raises(ValueError, match=r"the labels 'label' of BCEWithLogitsLoss must lie in \[0, 1\], got -1 to 1"):
+        step_of(Model(), nn.BCEWithLogitsLoss())(batch_of(binary(torch.int64) * 2 - 1))
+    # [B] beside [B, B] would be broadcast without a word.
+    square = Model(ROWS, column)
+    with pytest.raises(ValueError, match=r"outputs are \[32, 32\] and the labels 'label' .* mse_loss would broadcast"):
+        step_of(square, F.mse_loss)(batch_of(binary(torch.float32)))
+    with pytest.raises(ValueError, match=r"outputs are \[32, 3\] .*integers|MSELoss would broadcast"):
+        step_of(Model(3, column), nn.MSELoss())(batch_of(binary(torch.int64)))
+    with pytest.raises(IndexError) as caught:
+        step_of(Model(3, column), F.cross_entropy)(batch_of(torch.arange(ROWS) % 7))
+    assert caught.value.__notes__ == [
+        "TorchStep: the loss was given outputs torch.float32 [32, 3]; labels 'label' torch.int64 [32]"
+    ]
+    with pytest.raises(
+        ValueError, match=r"the loss of the labels 'label' must be one number, got shape \[32\]; take its"
+    ):
+        step_of(Model(), partial(bce, reduction="none"))(batch_of())
+    with pytest.raises(TypeError, match="the loss must be a tensor of one number, got 0.5"):
+        step_of(Model(), lambda outputs, labels: 0.5)(batch_of())
+
+
+def test_metrics_of_evaluations_are_tried_with_the_first_batch_of_a_trainers_only_step() -> None:
+    # Of several steps the trainer does not know which are evaluated: one without labels may be one that is not.
+    unlabelled = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
+    steps = {"click": step_of(Model()), "other": unlabelled}
+    trainer = Trainer(steps, [batch_of()], [batch_of()], metrics={"auc": AUC()})
+    assert "auc" in trainer.fit([Train(step="other"), Train(step="click"), Evaluate(step="click")])["eval"]
+    # Each trainer tries its own, and leaves them as they were.
+    step, metric = step_of(Model(2, column), nn.BCEWithLogitsLoss()), AUC()
+    both = batch_of(torch.stack([binary(torch.int64)] * 2, 1))
+    Trainer(step, [both]).fit([Train()])
+    with pytest.raises(ValueError, match="the metric 'auc' cannot take"):
+        Trainer(step, [both], metrics={"auc": metric}).fit([Train()])
+    Trainer(step_of(Model()), [batch_of()], metrics={"auc": metric}).fit([Train()])
+    with pytest.raises(ValueError, match="nothing to compute"):
+        metric.compute()
+
+
+def test_missing_labels_are_named() -> None:
+    labels = binary(torch.float32)
+    labels[3] = math.nan
+    with pytest.raises(NonFiniteLossError, match=r"columns 'label' \(1 of 32 values\) are not finite"):
+        Trainer(step_of(Model()), [batch_of(labels)]).fit([Train()])
+    with pytest.raises(KeyError, match="the label column 'clicked' must be a dense column of the batch"):
+        step_of(Model(), label="clicked")(batch_of())
+    lists = RaggedTensor(torch.ones(ROWS, dtype=torch.int64), torch.arange(ROWS + 1))
+    with pytest.raises(
+        TypeError, match=r"'label' must be a dense column of numbers, got lists or text, .* torch.int64; re"
+    ):
+        step_of(Model())({**batch_of(), "label": lists})
+
+
+@pytest.mark.jax
+def test_labels_of_numpy_and_jax() -> None:
+    import jax.numpy as jnp
+
+    for make in (np.asarray, jnp.asarray):
+        labels: Any = make(binary(torch.int32).numpy())
+        assert losses(Model(), batch_of(labels)) == pytest.approx(expected(), rel=1e-6)
+
+
+def test_numbers_are_scored_as_they_are() -> None:
+    batch = batch_of((torch.arange(ROWS) % 7) * 10)
+    for loss in (F.mse_loss, nn.L1Loss(), partial(F.smooth_l1_loss, beta=2.0)):
+        step = step_of(Model(), loss)
+        error = (step.model.eval()(batch) - batch["label"]).square().mean()
+        assert evaluate(step, [batch], {"mse": MSE()})["mse"] == pytest.approx(float(error.detach()), rel=1e-6)
+    chances = step_of(Model(shape=lambda logits, batch: logits[:, 0].sigmoid()), F.binary_cross_entropy)
+    assert torch.equal(chances.predict(batch_of())[""].scores, chances.model(batch_of()))
+
+
+def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
+    @dataclass
+    class Output:
+        loss: Tensor
+        logits: Tensor
+
+    def returned(logits: Tensor, batch: Batch) -> Any:
+        loss = bce(logits[:, 0], batch["label"].float())  # type: ignore[union-attr]
+        forms: dict[str, Callable[[], Any]] = {
+            "alone": lambda: loss,
+            "tuple": lambda: (loss, logits),
+            "dict": lambda: {"loss": loss, "logits": logits, "hidden": batch["id"]},
+            "one more": lambda: {"loss": loss, "scores": logits[:, 0]},
+            "object": lambda: Output(loss, logits),
+            "namespace": lambda: SimpleNamespace(loss=loss, logits=logits[:, 0]),
+        }
+        return forms[form]()
+
+    return returned
+
+
+@pytest.mark.parametrize("form", ["alone", "tuple", "dict", "one more", "object", "namespace"])
+def test_models_that_return_their_own_loss(form: str) -> None:
+    model, batch = Model(shape=with_loss(form)), batch_of()
+    assert losses(model, batch, None) == pytest.approx(expected(), rel=1e-6)
+    step = step_of(Model(shape=with_loss(form)), None)
+    trainer = Trainer(step, [batch], [batch], metrics={"auc": AUC()})
+    if form == "alone":
+        with pytest.raises(
+            TypeError, match="the model returns a loss without outputs, and there is nothing to evaluate"
+        ):
+            trainer.fit([Train(), Evaluate()])
+        Trainer(step, [batch]).fit([Train()])
+    else:
+        assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+
+
+def test_a_model_without_its_loss_is_refused() -> None:
+    for returned, got in (
+        ({"logits": torch.zeros(3)}, r"a dict of \['logits'\]"),
+        ({"loss": None, "logits": torch.zeros(3)}, r"a dict of \['loss', 'logits'\]"),
+        ((), "a tuple of 0"),
+        (SimpleNamespace(loss=None), "a SimpleNamespace"),
+        ((0.5, torch.zeros(3)), "a tuple of 2 with 0.5 for the loss"),
+    ):
+        with pytest.raises(TypeError, match=f"must return its loss, as loss, .*, got {got}"):
+            own_loss(returned)
+    with pytest.raises(ValueError, match=r"the loss must be one number, got shape \[32\]"):
+        step_of(Model(), None)(batch_of())
+    with pytest.raises(ValueError, match="the objective 'a' has no loss"):
+        step_of(Model(), {"a": Objective(loss=None)})
+
+
+def test_a_loss_is_given_whatever_the_model_returns() -> None:
+    def pair(logits: Tensor, batch: Batch) -> Any:
+        return logits[:, 0], logits.square().mean()
+
+    def named(logits: Tensor, batch: Batch) -> Any:
+        return {"logits": logits[:, 0], "hidden": logits}
+
+    def one(logits: Tensor, batch: Batch) -> Any:
+        return {"click": logits}
+
+    mask = torch.arange(ROWS) < 20
+    for form, loss in (
+        (pair, lambda outputs, labels: bce(outputs[0], labels)),
+        (named, lambda outputs, labels: bce(outputs["logits"], labels)),
+        (one, lambda outputs, labels: bce(outputs["click"], labels)),
+    ):
+        batch = batch_of()
+        assert losses(Model(shape=form), batch, loss) == pytest.approx(expected(), rel=1e-6)
+        trainer = Trainer(step_of(Model(shape=form), loss), [batch], [batch], metrics={"auc": AUC()})
+        assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+        # Rows that only fill up count in none of them.
+        padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}  # type: ignore[index]
+        first, second = (step_of(Model(shape=form), loss) for _ in range(2))
+        torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])
+        assert len(first.predict(padded)[""].scores) == 20
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        step_of(Model(shape=pair))(batch_of())
+    assert "the loss was given outputs a tuple of 2" in caught.value.__notes__[0]
+
+    def unclear(logits: Tensor, batch: Batch) -> Any:
+        return {"a": logits[:, 0], "b": logits[:, 0]}
+
+    trainer = Trainer(step_of(Model(shape=unclear), lambda o, y: bce(o["a"], y)), [batch_of()], metrics={"auc": AUC()})
+    with pytest.raises(
+        TypeError, match=r"which output metrics are of is not clear from a dict of \['a', 'b'\]; call it"
+    ):
+        trainer.fit([Train()])
+    linked = Objective(loss=lambda o, y: bce(o["a"], y), link=lambda o: o["a"].sigmoid())
+    trainer = Trainer(step_of(Model(shape=unclear), linked), [batch_of()], [batch_of()], metrics={"auc": AUC()})
+    assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+    assert main_output([1, torch.ones(2)]) is not None
+
+
+def test_a_step_without_labels() -> None:
+    step = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
+    batch = {"id": torch.arange(ROWS)}
+    first, *_, last = (float(step(batch)["loss"]) for _ in range(5))  # type: ignore[arg-type,call-overload]
+    assert last < first
+    scored = step.predict(batch)[""]  # type: ignore[arg-type]
+    assert scored.labels is None
+    assert scored.scores.shape == (ROWS,)
+    with pytest.raises(
+        ValueError, match=r"the metric 'auc' needs labels; say which column has them, TorchStep\(label=\)"
+    ):
+        evaluate(step, [batch], {"auc": AUC()})  # type: ignore[list-item]
+    trainer = Trainer(step_of(Model(), lambda outputs: outputs.mean(), label=None), [batch], metrics={"auc": AUC()})  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="the metric 'auc' needs labels"):
+        trainer.fit([Train()])
+
+
+def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
+    def heads(logits: Tensor, batch: Batch) -> Any:
+        return {"click": logits[:, :1], "buy": logits[:, 1]}
+
+    objectives = {
+        "click": Objective(loss=bce, groups="group"),
+        "buy": Objective(loss=nn.BCEWithLogitsLoss(), label="bought", groups="group"),
+    }
+    bought = (torch.arange(ROWS) % 7 > 2).reshape(ROWS, 1)
+    group = (torch.arange(ROWS, dtype=torch.int32) % 3).reshape(ROWS, 1)
+    mask = (torch.arange(ROWS) < 28).reshape(ROWS, 1)
+    batch = batch_of(binary(torch.int32), bought=bought, group=group, mask=mask)
+    cut: Batch = {name: values[:28] for name, values in batch.items() if name != "mask"}  # type: ignore[index]
+    figures = []
+    for data in (batch, cut):
+        step = step_of(Model(2, heads), objectives, metrics={"auc": AUC()})
+        trainer = Trainer(step, [data], [data], metrics={"auc": AUC(), "gauc": GAUC()})
+        figures.append(trainer.fit([Train(epochs=3), Evaluate()])["eval"])
+        assert set(figures[0]) == {"click.auc", "click.gauc", "buy.auc", "buy.gauc"}
+    assert figures[0] == pytest.approx(figures[1])
+    # A feature of the user's that is called mask is none of rows.
+    lists = {**batch, "mask": torch.ones(ROWS, 5, dtype=torch.bool)}
+    assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0  # type: ignore[arg-type]
+
+
+def test_a_batch_of_one_row_that_the_model_squeezes() -> None:
+    model = Model(shape=lambda logits, batch: logits.squeeze())
+    one: Batch = {name: values[:1] for name, values in batch_of().items()}  # type: ignore[index]
+    step = step_of(model)
+    assert float(step(one)["loss"]) > 0  # type: ignore[arg-type]
+    assert step.predict(one)[""].scores.shape == (1,)
+
+
+def test_labels_of_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("id,label\n" + "".join(f"{n % 7},{'true' if n % 7 % 2 else 'false'}\n" for n in range(ROWS)))
+    data = ColumnDataset(path, ["id", "label"], ROWS)
+    (batch,) = data
+    assert batch["label"].dtype is torch.bool  # type: ignore[union-attr]
+    trainer = Trainer(step_of(Model()), data, data, metrics={"auc": AUC()})
+    assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
+
+
+@pytest.mark.parametrize("words", [("false", "true"), ("0", "1"), ("0.0", "1.0")])
+def test_labels_of_a_configuration(tmp_path: Path, words: tuple[str, str]) -> None:
+    rows = "".join(f"{n % 7},{words[n % 7 % 2]}\n" for n in range(ROWS))
+    (tmp_path / "rows.csv").write_text("id,clicked\n" + rows)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data: {{train: {tmp_path}/rows.csv, evaluate: {tmp_path}/rows.csv, label: clicked, batch_size: 16}}\n"
+        f"features: {{id: {{dim: 4}}}}\noptimizer: {{sparse_lr: 0.1, dense_lr: 0.1}}\n"
+        f"train: {{epochs: 5, metrics: [auc]}}\nrun: {tmp_path}/run\n"
+    )
+    loaded = load_config(config)
+    assert trainer_of(loaded, quiet=True).fit(stages_of(loaded))["eval"]["auc"] == 1.0
+
+
+def test_a_step_of_ones_own_may_return_labels_in_a_column() -> None:
+    class Own(TorchStep):
+        def predict(self, batch: Batch) -> Any:
+            scored = super().predict(batch)[""]
+            return {"": SimpleNamespace(scores=scored.scores[:, None], labels=batch["label"], groups=batch["user"])}
+
+    model = Model()
+    step = Own(model, bce, [])
+    batch = batch_of(binary(torch.int64, (ROWS, 1)))
+    reference = evaluate(TorchStep(model, bce, [], groups="user"), [batch], {"auc": AUC(), "gauc": GAUC()})
+    assert evaluate(step, [batch], {"auc": AUC(), "gauc": GAUC()}) == reference

@@ -1,0 +1,300 @@
+"""A step trains every parameter and table of its model, each by one optimizer, or is told which are frozen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
+from recis_hybrid.metrics import AUC
+from recis_hybrid.pipelines import Evaluate, Objective, TorchStep, Train, Trainer, UncertaintyWeights, evaluate
+from recis_hybrid.ragged import Batch
+from tests.support.small import bce, make_batches
+
+
+class TwoTables(nn.Module):
+    """Tables of different widths, so that each is a table of its own, and a tower of two parts."""
+
+    def __init__(self, **of_other: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.engine = EmbeddingEngine(
+            {"id": EmbeddingConfig(dim=4), "other_id": EmbeddingConfig(dim=2, **of_other)},
+            optimizer_state=optim.Adam.row_state(),
+        )
+        self.body, self.head = nn.Linear(6, 3), nn.Linear(3, 1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.head(self.body(torch.cat(list(self.engine(batch).values()), 1)))[:, 0]  # type: ignore[no-any-return]
+
+
+def batches(number: int = 2) -> list[Batch]:
+    return [{**batch, "other_id": batch["user"]} for batch in make_batches(number)]
+
+
+def dense(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(dense_parameters(model), lr=lr)
+
+
+def sparse(model: TwoTables) -> torch.optim.Optimizer:
+    return optim.Adam(model.engine.parameters(), lr=0.1)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def step_of(model: nn.Module, *optimizers: torch.optim.Optimizer, **options: Any) -> TorchStep:
+    return TorchStep(model, bce, list(optimizers), **options)
+
+
+def test_half_an_optimizer_is_refused_and_names_what_the_other_half_is() -> None:
+    model = TwoTables()
+    with pytest.raises(
+        ValueError, match=r"no optimizer has the tables \['id', 'other_id'\]; add an optimizer, as .*opt"
+    ):
+        step_of(model, dense(model))
+    said = r"no optimizer has the parameters \['body.weight', 'body.bias', 'head.weight', 'head.bias'\]; .*Adam\(embed"
+    with pytest.raises(ValueError, match=said):
+        step_of(model, sparse(model))
+    one = optim.Adam([model.engine.tables[0].anchor])
+    with pytest.raises(
+        ValueError, match=r"the tables \['other_id'\] and the parameters \['head.weight', 'head.bias'\]"
+    ):
+        step_of(model, one, torch.optim.SGD(model.body.parameters()))
+    many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)), model)
+    with pytest.raises(ValueError, match=r"'2.bias'\] and 8 more"):
+        step_of(many, sparse(model))
+
+
+def test_names_are_those_of_the_model_within_its_wrappers() -> None:
+    model = TwoTables()
+    compiled: Any = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"the parameters \['body.weight', 'body.bias', 'head"):
+        step_of(compiled, sparse(model))
+    with one_rank():
+        model.body = DistributedDataParallel(model.body)  # type: ignore[assignment]
+        tower = DistributedDataParallel(nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=r"the parameters \['weight', 'bias'\]"):
+            step_of(tower, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        step_of(model, sparse(model), dense(model))
+
+
+def test_what_is_frozen_explicitly_needs_no_optimizer() -> None:
+    model = TwoTables(trainable=False)
+    model.head.requires_grad_(False)
+    before = model.head.weight.clone()
+    step = step_of(model, torch.optim.SGD(model.body.parameters(), lr=0.1), optim.Adam([model.engine.tables[0].anchor]))
+    for batch in batches():
+        step(batch)
+    assert torch.equal(model.head.weight, before)
+
+    model = TwoTables()
+    model.engine.requires_grad_(False)
+    step = step_of(model, dense(model))
+    for batch in batches():
+        step(batch)
+    assert all(not table.pending for table in model.engine.tables)
+
+
+def test_steps_that_share_a_model_train_a_part_each() -> None:
+    model = TwoTables()
+    first = step_of(model, torch.optim.SGD(model.body.parameters(), lr=0.1), freeze=[model.engine, model.head])
+    second = step_of(model, sparse(model), torch.optim.SGD(model.head.parameters(), lr=0.1), freeze=[model.body])
+
+    def state() -> list[Tensor]:
+        rows = [table.export(0)["embedding"] for table in model.engine.tables]
+        return [model.body.weight.detach().clone(), model.head.weight.detach().clone(), *rows]
+
+    (batch,) = batches(1)
+    second(batch)
+    for step, moves in ((first, [True, False, False, False]), (second, [False, True, True, True])):
+        before = state()
+        step(batch)
+        assert [not torch.equal(a, b) for a, b in zip(before, state(), strict=True)] == moves
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(not table.pending for table in model.engine.tables)
+    # The gradients that the other step has left behind do not count in the norm that is clipped.
+    norm = step_of(
+        model, torch.optim.SGD(model.body.parameters(), lr=0.0), freeze=[model.engine, model.head], clip_grad_norm=1e9
+    )(batch)["grad_norm"]
+    model.head.weight.grad = torch.full_like(model.head.weight, 1e3)
+    again = step_of(
+        model, torch.optim.SGD(model.body.parameters(), lr=0.0), freeze=[model.engine, model.head], clip_grad_norm=1e9
+    )(batch)["grad_norm"]
+    assert torch.equal(norm, again)  # type: ignore[arg-type]
+    trainer = Trainer({"first": first, "second": second}, batches(2), batches(1), metrics={"auc": AUC()})
+    trainer.fit([Train(step="first"), Train(step="second"), Evaluate()])
+    with pytest.raises(
+        ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], which an optimizer"
+    ):
+        step_of(model, sparse(model), dense(model), freeze=[model.body])
+
+
+def test_a_parameter_that_two_optimizers_update_is_refused() -> None:
+    model = TwoTables()
+    rest = [p for p in dense_parameters(model) if p is not model.head.bias]
+    with pytest.raises(ValueError, match=r"more than one optimizer has the parameters \['head.bias'\]"):
+        step_of(model, sparse(model), dense(model), torch.optim.SGD([model.head.bias]))
+    with pytest.raises(ValueError, match=r"more than one optimizer has the tables \['id', 'other_id'\]"):
+        step_of(model, sparse(model), sparse(model), dense(model))
+    both = dense(model)
+    with pytest.raises(ValueError, match="an optimizer comes twice among"):
+        step_of(model, sparse(model), both, both)
+    step_of(model, sparse(model), torch.optim.SGD(rest), torch.optim.SGD([model.head.bias]))
+
+
+def test_optimizers_of_another_model_are_refused() -> None:
+    model, other = TwoTables(), TwoTables()
+    with pytest.raises(
+        ValueError, match=r"no optimizer has .* that are not the model's 'optimizer1' has 4: build each"
+    ):
+        step_of(model, sparse(model), dense(other))
+    temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match=r"'optimizer1' has 1 parameters that are not in the model, .* not saved"):
+        step_of(model, sparse(model), torch.optim.SGD([*dense_parameters(model), temperature], lr=0.1))
+
+    class Outside(nn.Module):
+        """A tower, whose tables are elsewhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.Linear(6, 1)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return self.tower(torch.cat(list(model.engine(batch).values()), 1))[:, 0]  # type: ignore[no-any-return]
+
+    outside = Outside()
+    with pytest.raises(ValueError, match=r"'optimizer0' has the tables \['id', 'other_id'\] that are not in the model"):
+        step_of(outside, sparse(model), dense(outside))
+
+
+class Scaled(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return bce(outputs * self.scale, labels)
+
+
+def test_parameters_of_the_loss_and_of_weights_are_trained_and_saved() -> None:
+    model, loss = TwoTables(), Scaled()
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters \['loss.scale'\]"):
+        TorchStep(model, loss, [sparse(model), dense(model)])
+    optimizers = [sparse(model), torch.optim.SGD([*dense_parameters(model), loss.scale], lr=1.0)]
+    step = TorchStep(model, loss, optimizers)
+    step(batches(1)[0])
+    assert float(loss.scale.detach()) != 1.0
+    assert step.parts()["loss"] is loss
+
+    class Heads(TwoTables):
+        def forward(self, batch: Batch) -> Any:
+            return {"a": (outputs := super().forward(batch)), "b": outputs}
+
+    heads, weights = Heads(), UncertaintyWeights(["a", "b"])
+    named = {name: Objective(loss=bce) for name in ("a", "b")}
+    with pytest.raises(ValueError, match=r"weighting are in no optimizer; add weighting.parameters\(\)"):
+        TorchStep(heads, named, [sparse(heads), dense(heads)], weighting=weights)
+
+
+@pytest.mark.parametrize("name", ["model", "engine", "updates", "schedule0"])
+def test_an_optimizer_has_the_name_of_no_other_part(name: str) -> None:
+    model = TwoTables()
+    optimizers = {name: sparse(model), "dense": (of_tower := dense(model))}
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(of_tower, 0.9)]
+    with pytest.raises(ValueError, match=rf"checkpoints have other parts by the names \['{name}'\]; call the optim"):
+        TorchStep(model, bce, optimizers, schedules=schedules)
+
+
+def test_a_step_without_optimizers_predicts_and_does_not_train() -> None:
+    model = TwoTables()
+    step = TorchStep(model, bce, [])
+    assert 0 <= evaluate(step, batches(1), {"auc": AUC()})["auc"] <= 1
+    with pytest.raises(ValueError, match="built without optimizers, and only predicts; give it optimizers"):
+        step(batches(1)[0])
+
+
+def test_parameters_that_come_later_are_found() -> None:
+    class Lazy(TwoTables):
+        """Makes a layer when it first sees a batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late: nn.Module | None = None
+
+        def forward(self, batch: Batch) -> Tensor:
+            self.late = self.late or nn.Linear(1, 1)
+            return self.late(super().forward(batch)[:, None])[:, 0]  # type: ignore[no-any-return]
+
+    lazy = Lazy()
+    step = step_of(lazy, sparse(lazy), dense(lazy))
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters \['late.weight', 'late.bias'\]"):
+        step(batches(1)[0])
+
+    model = TwoTables()
+    model.head.requires_grad_(False)
+    step = step_of(model, sparse(model), torch.optim.SGD(model.body.parameters(), lr=0.1))
+    step(batches(1)[0])
+    model.head.requires_grad_(True)  # thawed, and in no optimizer
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters \['head.weight', 'head.bias'\]"):
+        step(batches(1)[0])
+    model.head.requires_grad_(False)
+    step(batches(1)[0])
+    step.predict(batches(1)[0])
+    model.later = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters \['later.weight', 'later.bias'\]"):
+        step(batches(1)[0])
+
+
+def test_layers_without_a_size_yet_are_trained() -> None:
+    class Lazy(TwoTables):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LazyLinear(1)
+
+    lazy = Lazy()
+    step = step_of(lazy, sparse(lazy), dense(lazy))
+    step(batches(1)[0])
+    assert lazy.head.weight.shape == (1, 3)
+
+
+def test_a_frozen_stage_stays_possible() -> None:
+    model = TwoTables()
+    trainer = Trainer(step_of(model, sparse(model), dense(model)), batches(2))
+    before = model.head.weight.clone()
+    trainer.fit([Train(freeze=[model.head, model.engine]), Train(freeze=[model.head])])
+    assert torch.equal(model.head.weight, before)
+    trainer.fit([Train()])
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_applying_gradients_names_the_table_that_the_optimizer_has_not() -> None:
+    model = TwoTables()
+    values, context = model.engine.lookup(batches(1)[0])
+    gradients = {name: torch.ones_like(value) for name, value in values.items()}
+    some = optim.Adam([model.engine.tables[0].anchor])
+    rows = model.engine.tables[0].export(0)["embedding"]
+    with pytest.raises(
+        ValueError, match=r"Adam: the table 'other_id' is not among the optimizer's parameters; give .*"
+    ):
+        model.engine.apply_gradients(context, gradients, some)
+    for wrong in (torch.optim.Adam(dense_parameters(model)), optim.Adam):
+        with pytest.raises(TypeError, match=r"apply_gradients: optimizer must be one of recis_hybrid.optim"):
+            model.engine.apply_gradients(context, gradients, wrong)  # type: ignore[arg-type]
+    assert torch.equal(model.engine.tables[0].export(0)["embedding"], rows)
+    with pytest.raises(ValueError, match=r"Adam keeps .*exp_avg.* for every row, but the engine was built with \{\}"):
+        optim.Adam(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).parameters())

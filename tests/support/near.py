@@ -1,0 +1,100 @@
+"""Closeness by scale: results that differ by rounding, since another processor or another number of ranks summed them.
+
+A float sum taken in another order is off by a few roundings of what was summed, however near zero it comes out (N. J.
+Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A tolerance that is a fixed number, or relative to
+the sum itself, holds on one processor and fails on the next.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = 64
+"""By default: sums of up to some thousand terms, of which about the square root do not cancel."""
+OF_ADAM = 8 * ROUNDINGS
+"""After steps of Adam, which divides a gradient by its own size: where it is next to nothing, its rounding is not."""
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """Return the scale of the numbers beside each one: the largest of its row, or the tensor's root mean square.
+
+    Args:
+        values: ``[..., D]``, float; a tensor of one dimension is one row.
+
+    Returns:
+        ``[..., 1]``, float64; without dimensions for a tensor without.
+    """
+    sizes = values.detach().double().abs()
+    if sizes.numel() == 0:
+        return sizes
+    row = sizes.amax(-1, keepdim=True) if sizes.dim() else sizes
+    return torch.maximum(row, sizes.square().mean().sqrt())
+
+
+def roundings(got: Any, expected: Any, terms: Any = None) -> Tensor:
+    """Return by how many roundings each element differs: ``|got - expected| / (eps * terms)``, float64.
+
+    The arguments are those of `assert_near`.
+    """
+    ours, theirs = as_tensor(got), as_tensor(expected)
+    assert ours.shape == theirs.shape, f"shapes differ: got {list(ours.shape)}, expected {list(theirs.shape)}"
+    eps = max(torch.finfo(each.dtype).eps for each in (ours, theirs) if each.dtype.is_floating_point)
+    ours, theirs = ours.double(), theirs.double()
+    scale = magnitude(theirs.nan_to_num(0.0, 0.0, 0.0)) if terms is None else as_tensor(terms).double()
+    # Numbers that are not finite have to be the same; the division is 0 / 0 where everything is exactly 0.
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return torch.where(same, 0.0, (ours - theirs).abs() / (eps * scale)).nan_to_num(torch.inf, torch.inf)
+
+
+def assert_near(got: Any, expected: Any, allowed: float = ROUNDINGS, *, terms: Any = None, where: str = "") -> None:
+    """Assert ``|got - expected| <= allowed * eps * terms`` for every element.
+
+    Args:
+        got: A tensor, an array of numpy or jax, a float or a list of floats (taken as float32); or a dict, tuple or
+            list of them.
+        expected: The same shape. Of two dtypes the coarser's ``eps`` (the spacing of numbers at 1) counts; integers
+            have to be equal.
+        allowed: How many roundings may differ. A sum of n terms is off by about ``sqrt(n)``, at most n; what is
+            computed from it step after step, by the sum of its parts.
+        terms: The magnitude of what was summed, broadcast against `expected`; by default `magnitude` of it.
+        where: Named first in the message.
+
+    Raises:
+        AssertionError: With the worst element, its values, and by how many roundings they differ.
+    """
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys(), f"{where}: {list(got)} is not {list(expected)}"
+        for name, values in expected.items():
+            assert_near(got[name], values, allowed, terms=terms, where=f"{where}[{name!r}]")
+        return
+    if isinstance(expected, (list, tuple)) and not all(isinstance(each, (int, float)) for each in expected):
+        assert len(got) == len(expected), f"{where}: {len(got)} is not {len(expected)}"
+        for number, values in enumerate(expected):
+            assert_near(got[number], values, allowed, terms=terms, where=f"{where}[{number}]")
+        return
+    ours, theirs = as_tensor(got), as_tensor(expected)
+    if not (ours.dtype.is_floating_point or theirs.dtype.is_floating_point):
+        assert torch.equal(ours, theirs), f"{where}: integers differ".lstrip(": ")
+        return
+    found = roundings(ours, theirs, terms)
+    if found.numel() and not bool((found <= allowed).all()):
+        worst = int(found.argmax())
+        position = [int(index) for index in torch.unravel_index(torch.tensor(worst), found.shape)]
+        raise AssertionError(
+            f"{where + ': ' if where else ''}{int((found > allowed).sum())} of {found.numel()} elements differ by more "
+            f"than {allowed:g} roundings of what was summed; the worst, at {position}: got "
+            f"{float(ours.flatten()[worst])!r}, expected {float(theirs.flatten()[worst])!r}, which is "
+            f"{float(found.flatten()[worst]):.3g} roundings"
+        )
+
+
+def as_tensor(values: Any) -> Tensor:
+    """Return the values as a tensor on the CPU, float32 if they are Python's own."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if isinstance(values, (int, float, list, tuple)):
+        return torch.tensor(values)
+    import numpy as np
+
+    return torch.from_numpy(np.array(values))

@@ -1,0 +1,202 @@
+"""A program written for one process under a launcher: it trains right, or is refused in the same terms everywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+
+from recis_hybrid import distributed
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.pipelines import Trainer
+from tests.support.torchrun import on_two_ranks
+
+
+def build_engine(folder: Path) -> object:
+    return EmbeddingEngine({"id": EmbeddingConfig(dim=4)})
+
+
+def open_dataset(folder: Path) -> object:
+    pq.write_table(pa.table({"id": [1, 2]}), folder / "rows.parquet")
+    return ColumnDataset(folder / "rows.parquet", ["id"], 1)
+
+
+def make_trainer(folder: Path) -> object:
+    return Trainer({})
+
+
+WHO: dict[str, Callable[[Path], object]] = {
+    "EmbeddingEngine": build_engine, "ColumnDataset": open_dataset, "Trainer": make_trainer
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize(
+    ("environment", "available", "error", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True, RuntimeError,
+         r"process 0 of 2 .* MASTER_ADDR and MASTER_PORT must be set; start the ranks with torchrun, or call "
+         r"torch.distributed.init_process_group"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, True, RuntimeError, "others: MASTER_PORT must be"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False, RuntimeError, "this build of torch has no torch.distributed"),
+        ({"RANK": "2"}, True, ValueError, "RANK=2 and WORLD_SIZE=None, of which both must be integers"),
+        ({"WORLD_SIZE": "2"}, True, ValueError, "RANK=None and WORLD_SIZE=2, of which both must be integers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, True, ValueError, "RANK from 0 to WORLD_SIZE - 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, True, ValueError, "WORLD_SIZE=two"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_joined_is_refused_by_all_in_the_same_terms(
+    who: str, environment: dict[str, str], available: bool, error: type[Exception], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not available:
+        monkeypatch.setattr(dist, "is_available", lambda: False)
+    with pytest.raises(error, match=f"^{who}: .*{said}"):
+        WHO[who](tmp_path)
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_process_joins_nobody(
+    who: str, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    WHO[who](tmp_path)
+    assert (distributed.is_initialized(), distributed.rank(), distributed.world_size()) == (False, 0, 1)
+
+
+def page(root: Path) -> str:
+    """Returns the README's page of code."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return code  # type: ignore[no-any-return]
+
+
+# What is asked of the page once it has run. Its ranks begin with other weights.
+ASKED = """
+from hashlib import sha256
+from recis_hybrid.distributed import rank
+tensors = {**{n: p for n, p in model.named_parameters() if n.split(".")[0] != "engine"}, **dict(model.named_buffers())}
+digest = sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors.values())).hexdigest()
+rows = sum(len(table) for table in model.engine.tables)
+auc = trainer.figures["eval"]["auc"]
+print("ASKED", rank(), trainer.steps_done, trainer.samples, rows, digest, auc, flush=True)
+"""
+
+
+@pytest.mark.jax
+def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Path, root: Path) -> None:
+    draw, batch = np.random.default_rng(0), 64
+    written = {"train": 7 * batch + 1, "test": 3 * batch + 1}  # uneven: 8 batches and 4, the last ones of one row
+    for split, rows in written.items():
+        (tmp_path / "clicks" / split).mkdir(parents=True)
+        users, sites = draw.integers(0, 40, rows), draw.integers(0, 5, rows)
+        columns = {
+            "user": users, "site": [f"site{n}" for n in sites], "age": draw.uniform(10, 80, rows).astype(np.float32),
+            "label": (users % 2).astype(np.float32),
+        }  # fmt: skip
+        pq.write_table(pa.table(columns), tmp_path / "clicks" / split / "part.parquet")
+    code = page(root)
+    assert "4096" in code
+    program = f"import os\nos.chdir({str(tmp_path)!r})\n" + code.replace("4096", str(batch)) + ASKED
+    (tmp_path / "alone.py").write_text(program.replace('"checkpoints"', '"alone"'))
+    alone = subprocess.run(
+        [sys.executable, str(tmp_path / "alone.py")], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    together = on_two_ranks(program, tmp_path, root)
+    assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
+
+    def asked(said: str) -> list[list[Any]]:
+        return sorted(line.split()[1:] for line in said.splitlines() if line.startswith("ASKED"))
+
+    ((_, steps, samples, rows_alone, _, _),) = asked(alone.stdout)
+    assert (int(steps), int(samples)) == (2 * 8, 2 * written["train"])
+    first, second = asked(together.stdout)
+    # Each row was trained on once a pass, the tables hold each id once, and towers and figures are the same.
+    assert [int(each[1]) for each in (first, second)] == [2 * 4] * 2
+    assert int(first[2]) + int(second[2]) == 2 * written["train"]
+    assert int(first[3]) + int(second[3]) == int(rows_alone)
+    assert first[4:] == second[4:]
+    assert float(first[5]) > 0.5
+
+
+REFUSED = """
+import os, sys, warnings
+import torch
+from recis_hybrid import distributed, optim
+from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+
+def say(what, error):
+    print(f"SAID {distributed.rank()} {what}: {type(error).__name__}: {error}\\n", flush=True)
+
+def training():
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.SGD.row_state())
+    return engine, optim.SGD(engine.parameters(), lr=1.0)
+
+def step(engine, optimizer):
+    engine({"id": torch.tensor([1, 2])})["id"].sum().backward()
+    optimizer.step()
+
+# Before torch.distributed is initialised, and nothing says that there are others.
+size = os.environ.pop("WORLD_SIZE")
+own_rank = os.environ.pop("RANK")
+early, early_data = training(), ColumnDataset(sys.argv[0].replace("program.py", "rows.parquet"), ["id"], 4)
+os.environ |= {"WORLD_SIZE": size, "RANK": own_rank}
+loop = training()  # joins
+for name, (engine, optimizer) in {"loop": loop, "early": early}.items():
+    try:
+        if name == "early":
+            distributed.attend()
+        step(engine, optimizer)
+    except RuntimeError as error:
+        say(name, error)
+    if name == "loop":
+        data = ColumnDataset(sys.argv[0].replace("program.py", "rows.parquet"), ["id"], 4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            next(iter(data))
+            assert not caught
+            rows = [row for batch in data for row in batch["id"].tolist()]
+        say("data", caught[0].message)
+        print("SAID rows", len(rows), flush=True)
+try:
+    iter(early_data)
+except RuntimeError as error:
+    say("early data", error)
+"""
+
+
+def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -> None:
+    pq.write_table(pa.table({"id": range(11)}), tmp_path / "rows.parquet")
+    done = on_two_ranks(REFUSED, tmp_path, root)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        for said in (
+            "loop: RuntimeError: SGD: 2 processes were started together, and nothing averages the gradients",
+            "early: RuntimeError: SGD: the table id was built before torch.distributed was initialised",
+            f"data: RuntimeWarning: ColumnDataset: rank {rank} of 2 was given its share of the rows",
+            f"early data: RuntimeError: ColumnDataset: it was opened as rank 0 of 1, before torch.distributed was "
+            f"initialised, and this is rank {rank} of 2",
+        ):
+            assert f"SAID {rank} {said}" in done.stdout, done.stdout
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("SAID rows")) == [
+        "SAID rows 5",
+        "SAID rows 6",
+    ]
