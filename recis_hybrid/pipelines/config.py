@@ -192,7 +192,7 @@ class Config:
     """A training."""
 
     run: str
-    """Folder, or URL, for checkpoints and log.jsonl."""
+    """Folder for checkpoints and log.jsonl. It may be a URL."""
     data: DataConfig
     """Where rows come from."""
     features: dict[str, FeatureConfig]

@@ -239,7 +239,7 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
     if isinstance(said.default, float) and not said.default.is_integer():
         dtype = dtype or torch.float64  # integers become floats beside it
     text = isinstance(own, Text) or isinstance(said.default, str)
-    if text != isinstance(said.default, str | None) and text:
+    if text and not isinstance(said.default, str | None):
         raise ConfigError(f"{key}.default must be a string, as the column holds strings, got {said.default!r}")
     if said.length is not None:
         if text or said.null_as_empty:

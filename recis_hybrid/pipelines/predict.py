@@ -77,7 +77,9 @@ def _rows(column: Tensor | RaggedTensor, mask: Tensor) -> Tensor | RaggedTensor:
     return kept
 
 
-def write_predictions(path: str | os.PathLike[str], batches: Iterable[Batch], types: Mapping[str, Any] = {}) -> int:  # noqa: B006
+def write_predictions(
+    path: str | os.PathLike[str], batches: Iterable[Batch], types: Mapping[str, Any] | None = None
+) -> int:
     """Write batches as a Parquet or CSV file, in their order.
 
     The file appears when it is whole: it is written under another name beside it, which a failure removes.
@@ -106,7 +108,7 @@ def write_predictions(path: str | os.PathLike[str], batches: Iterable[Batch], ty
     rows = 0
     try:
         for batch in batches:
-            table = pa.RecordBatch.from_pydict({name: _arrow(batch[name], types.get(name)) for name in batch})
+            table = pa.RecordBatch.from_pydict({name: _arrow(batch[name], (types or {}).get(name)) for name in batch})
             lists = [field.name for field in table.schema if pa.types.is_nested(field.type)]
             if lists and out.suffix == ".csv":
                 raise ValueError(f"{out}: CSV holds no lists, and the columns {lists} are lists; write .parquet")
@@ -139,19 +141,31 @@ def refuse_output(path: str | os.PathLike[str]) -> None:
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
+    """Returns a column as an Arrow array, by the type that it has in the files where that says more."""
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):
-        array = column.to_arrow()
-        text = kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
-        return array.cast(pa.large_string()) if text else array
+        return _as_in_files(column.to_arrow(), kind)
     values = column.detach().cpu()
-    if values.dtype is torch.bfloat16:
-        values = values.float()
-    if values.dim() > 1:
-        inner = _arrow(values.reshape(-1), None)
-        for size in reversed(values.shape[1:]):
-            inner = pa.FixedSizeListArray.from_arrays(inner, size)
-        return inner
-    array = pa.array(values.contiguous().numpy())
-    return array.view(pa.uint64()) if kind is not None and pa.types.is_uint64(kind) else array
+    values = values.float() if values.dtype is torch.bfloat16 else values
+    array = pa.array(values.reshape(-1).contiguous().numpy())
+    for size in reversed(values.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return _as_in_files(array, kind)
+
+
+def _as_in_files(array: Any, kind: Any) -> Any:
+    """Returns int64 as the unsigned integers, and bytes as the strings, that they were in the files."""
+    import pyarrow as pa
+
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    inner = getattr(kind, "value_type", None)
+    if inner is not None and pa.types.is_large_list(array.type):
+        return pa.LargeListArray.from_arrays(array.offsets, _as_in_files(array.values, inner))
+    if inner is not None and pa.types.is_fixed_size_list(array.type):
+        return pa.FixedSizeListArray.from_arrays(_as_in_files(array.values, inner), array.type.list_size)
+    if kind is not None and pa.types.is_uint64(kind) and pa.types.is_int64(array.type):
+        return array.view(pa.uint64())
+    texts = (pa.string(), pa.large_string(), pa.string_view())
+    return array.cast(pa.large_string()) if kind in texts else array

@@ -20,6 +20,7 @@ from recis_hybrid.pipelines import (
     Mixture,
     Save,
     Stage,
+    TorchStep,
     Train,
     Trainer,
     WindowStages,
@@ -205,3 +206,26 @@ def test_resume_begins_anew_where_there_is_nothing_and_never_over_what_is_there(
         training(None, make_batches(3)).fit([Train()], resume="latest")
     with pytest.raises(ValueError, match="there is no saver to save with"):
         training(None, make_batches(3)).fit([Save()])
+
+
+def test_a_resumed_trainer_goes_on_by_the_rates_of_the_checkpoint_unless_a_callback_sets_others(tmp_path: Path) -> None:
+    def rates(lr: float, *callbacks: Callback) -> list[float]:
+        step = make_step(lr=lr)
+        trainer = Trainer(step, make_batches(2), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
+        trainer.fit([Train(), Save(), Train()], resume="latest")
+        return [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers.values()]
+
+    class Rates(Callback):
+        def before_fit(self, trainer: Trainer) -> None:
+            for optimizer in step_of(trainer).optimizers.values():
+                optimizer.param_groups[0]["lr"] = 0.7
+
+    assert rates(0.5) == [0.5, 0.5]
+    assert rates(0.1) == [0.5, 0.5]  # as torch's load_state_dict does
+    assert rates(0.1, Rates()) == [0.7, 0.7]
+
+
+def step_of(trainer: Trainer) -> TorchStep:
+    (step,) = trainer.steps.values()
+    assert isinstance(step, TorchStep)
+    return step
