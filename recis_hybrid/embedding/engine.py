@@ -88,6 +88,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
             where the group is all ranks.
+        pass_through: Whether :meth:`forward` hands on the batch's other columns, too, as they are: those that are
+            neither ids nor weights of a feature.
 
     Raises:
         TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
@@ -115,17 +117,21 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         prefetch_depth: int | None = None,
         staleness: Literal[0, 1] = 0,
         prefetch_group: dist.ProcessGroup | None = None,
+        pass_through: bool = False,
     ) -> None:
         super().__init__()
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
         self.configs = dict(configs)
+        self.pass_through = pass_through
+        """Whether :meth:`forward` hands on columns that no feature reads."""
         self.device = device_of(device)
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
+        self._optional = [name for name, config in self.configs.items() if config.optional]
         self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
         self._readers = [
             TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
@@ -147,7 +153,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
                 self._sharded, list(configs), depth=self.prefetch_depth, staleness=staleness, group=prefetch_group,
-                strict=told,
+                strict=told, optional=self._optional,
             )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
@@ -165,7 +171,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Looks a batch up, differentiably.
 
         Args:
-            batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor.
+            batch: For each feature a column of ids: int64 ``[B]``, ``[B, L]`` or a RaggedTensor; an array of numpy,
+                pandas, JAX or another library that speaks DLPack, or a list of numbers, of which none is written to,
+                and whose memory is shared where it can be. uint64 keeps its bits. While ``jax_enable_x64`` is off, JAX
+                has int32 ids alone. Columns of features that are optional may be missing.
 
         Raises:
             ExchangeError: If another rank could not look its batch up, died, or is in another mode.
@@ -173,14 +182,22 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         Returns:
             By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; where the combiner is ``tile``
             ``[B, max_length * dim]``; where it is None ``[n, dim]`` in the order of the ids, or ``[B, L, dim]`` for
-            ids ``[B, L]``.
+            ids ``[B, L]``. Nothing for an optional feature that the batch lacks, and with ``pass_through`` the
+            batch's other columns.
         """
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
             takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
             results.update(zip(plan.features, values, strict=True))
-        return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
+        made = results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
+        for name in self._optional:
+            if name not in batch:
+                del made[name]
+        if self.pass_through:
+            read = {*self.configs, *(config.weights for config in self.configs.values())}
+            made.update({name: column for name, column in batch.items() if name not in read})  # type: ignore[misc]
+        return made
 
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
@@ -194,7 +211,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
             results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
         _, lookups, outputs_of = zip(*found, strict=True)
-        return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
+        there = [name for name in self.configs if name in batch or name not in self._optional]
+        return {name: results[name] for name in there}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
@@ -202,7 +220,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
         Args:
             ctx: From :meth:`lookup` in training mode.
-            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed.
+            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed,
+                nor those of optional features that the batch lacked.
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
@@ -210,6 +229,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
         """
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
+        gradients = {**{name: self._nothing(name) for name in self._optional}, **gradients}
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
@@ -226,6 +246,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             ready.append((table, table.gradients(lookup, rows), optimizer.update_of(table.anchor)))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
+
+    def _nothing(self, name: str) -> Tensor:
+        """Returns the gradient of a feature without vectors."""
+        return torch.empty(0, self.configs[name].width, device=self.device)
 
     @property
     def _faces(self) -> Sequence[Any]:
