@@ -68,6 +68,8 @@ class EmbeddingConfig:
     from ``expected_rows``. The numbers are the same."""
     expected_rows: int | None = None
     """About how many ids the table will have; for ``sharding="auto"`` alone."""
+    optional: bool = False
+    """Whether a batch may lack the feature's column: the engine then gives nothing under its name."""
 
     def __post_init__(self) -> None:
         self._refuse_types()
@@ -111,8 +113,9 @@ class EmbeddingConfig:
         for name in ("table", "weights"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{where}: {name} must be a name, or None, got {getattr(self, name)!r}")
-        if not isinstance(self.trainable, bool):
-            raise TypeError(f"{where}: trainable must be True or False, got {self.trainable!r}")
+        for name in ("trainable", "optional"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{where}: {name} must be True or False, got {getattr(self, name)!r}")
         refuse_no_rule(where, "initializer", self.initializer, "draw", "Constant(0.5)")
         if self.admission is not None:
             refuse_no_rule(where, "admission", self.admission, "gate", "MinFrequency(3)")

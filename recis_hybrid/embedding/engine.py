@@ -116,6 +116,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             also optimizer state, metadata and what admission knows, so that with the optimizer's ``state_dict``
             training goes on bitwise. Where ranks share the tables, ``state_dict`` then gathers the rows of all on
             each, and is for all ranks together; any number of ranks can load it.
+        pass_through: Whether :meth:`forward` hands on the batch's other columns, too, as they are: those that are
+            neither ids nor weights of a feature.
 
     Raises:
         RuntimeError: If a launcher has started several processes and they cannot be joined.
@@ -145,6 +147,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         staleness: Literal[0, 1] = 0,
         prefetch_group: dist.ProcessGroup | None = None,
         rows_in_state_dict: RowsInStateDict | None = None,
+        pass_through: bool = False,
     ) -> None:
         super().__init__()
         refuse_no_configs(configs)
@@ -161,6 +164,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if staleness not in (0, 1):
             raise ValueError(f"EmbeddingEngine: staleness must be 0 or 1, got {staleness!r}")
         self.configs = dict(configs)
+        self.pass_through = pass_through
+        """Whether :meth:`forward` hands on columns that no feature reads."""
         self.device = device_of(device)
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
@@ -170,6 +175,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
+        self._optional = [name for name, config in self.configs.items() if config.optional]
         self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
         for table in self.tables:
             table.built_alone = alone
@@ -197,7 +203,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
                 self._sharded, list(configs), depth=self.prefetch_depth, staleness=staleness, group=prefetch_group,
-                strict=told,
+                strict=told, optional=self._optional,
             )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
@@ -216,7 +222,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
         Args:
             batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
-                sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags.
+                sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags. Also an array of numpy,
+                pandas, JAX or another library that speaks DLPack, or a list of numbers, of which none is written to,
+                and whose memory is shared where it can be. uint64 keeps its bits. While ``jax_enable_x64`` is off, JAX
+                has int32 ids alone. Columns of features that are optional may be missing.
 
         Raises:
             ExchangeError: If another rank could not look its batch up, died, or is in another mode.
@@ -226,14 +235,22 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             ``[B, L, dim]``; for a RaggedTensor of two levels ``[n, dim]``, a vector for each of the n inner lists of
             all rows, which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. Where the
             combiner is ``tile``, ``max_length * dim`` stands for ``dim``. Where it is None, each id has a vector:
-            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor.
+            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor. Nothing for an optional
+            feature that the batch lacks, and with ``pass_through`` the batch's other columns.
         """
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
             takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
             results.update(zip(plan.features, values, strict=True))
-        return results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
+        made = results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
+        for name in self._optional:
+            if name not in batch:
+                del made[name]
+        if self.pass_through:
+            read = {*self.configs, *(config.weights for config in self.configs.values())}
+            made.update({name: column for name, column in batch.items() if name not in read})  # type: ignore[misc]
+        return made
 
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
@@ -247,7 +264,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
             results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
         _, lookups, outputs_of = zip(*found, strict=True)
-        return {name: results[name] for name in self.configs}, EngineLookup(lookups, outputs_of)
+        there = [name for name in self.configs if name in batch or name not in self._optional]
+        return {name: results[name] for name in there}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
@@ -255,7 +273,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
         Args:
             ctx: From :meth:`lookup` in training mode.
-            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed.
+            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed,
+                nor those of optional features that the batch lacked.
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
@@ -270,6 +289,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 f"got {described(optimizer)}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
+        gradients = {**{name: self._nothing(name) for name in self._optional}, **gradients}
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
@@ -287,6 +307,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             ready.append((table, table.gradients(lookup, rows), updates[number]))
         for table, summed, update in ready:
             table.apply_gradients(summed, update)
+
+    def _nothing(self, name: str) -> Tensor:
+        """Returns the gradient of a feature without vectors."""
+        return torch.empty(0, self.configs[name].width, device=self.device)
 
     @property
     def _faces(self) -> Sequence[Any]:

@@ -19,7 +19,7 @@ from recis_hybrid.embedding.compilation import not_recorded
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.lookup import FeatureIds, Request
 from recis_hybrid.ops.gather import Bags
-from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged import Batch, RaggedTensor, arrays
 
 _KINDS = {"sum": 0, "mean": 1, "sqrtn": 2, "max": 3, "tile": 0, None: 0}
 
@@ -42,7 +42,8 @@ class FeatureReader:
 
         Args:
             batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; ``[B, L, K]``, L bags a row,
-                each of K ids; or a RaggedTensor, whose innermost lists are the bags.
+                each of K ids; or a RaggedTensor, whose innermost lists are the bags. One that is optional and not there
+                has no ids and no bags.
             device: Where the ids are wanted.
 
         Raises:
@@ -51,8 +52,11 @@ class FeatureReader:
             ValueError: If they have other shapes.
         """
         config = self.config
-        column = self._column(batch, self.name)
-        weights = self._weights(batch, column, device)
+        column: Tensor | RaggedTensor = torch.empty(0, dtype=torch.int64, device=device)
+        weights = None
+        if not config.optional or self.name in batch:
+            column = self._column(batch, self.name)
+            weights = self._weights(batch, column, device)
         values = column.values if isinstance(column, RaggedTensor) else column
         if values.dtype not in (torch.int64, torch.int32):
             hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
@@ -159,12 +163,7 @@ class FeatureReader:
         column = batch[name]
         if isinstance(column, torch.fx.Proxy):
             raise not_recorded("torch.fx.symbolic_trace")
-        if not isinstance(column, (Tensor, RaggedTensor)):
-            raise TypeError(
-                f"{self._where}: column {name!r} must be a tensor or a RaggedTensor, got a {type(column).__name__}; "
-                f"make it one with torch.as_tensor, or RaggedTensor.from_lists for rows of unequal length"
-            )
-        return column
+        return arrays.as_column(f"{self._where}: column {name!r}", column)
 
     @property
     def _where(self) -> str:
@@ -248,5 +247,6 @@ class TableReader:
 
 def samples_of(batch: Batch, features: Iterable[str]) -> int:
     """Returns how many samples a batch has: the most rows that the column of a feature has."""
-    columns = [batch[name] for name in features]
-    return max(column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns)
+    columns = [arrays.as_column("batch", batch[name]) for name in features if name in batch]
+    sizes = [column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns]
+    return max(sizes, default=0)

@@ -7,7 +7,7 @@ ranks, whatever the training thread does meanwhile in the tables' own group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -44,6 +44,7 @@ class Prefetcher:
         group: Of the same ranks as the tables' own, for this alone; None makes one.
         strict: False takes a batch that comes otherwise than it was prefetched, as where a model makes columns of
             others, for a sign that there is nothing to prefetch: no error, and no prefetching from there on.
+        optional: Features that a batch may lack.
 
     Raises:
         ValueError: If there is no group, and only all ranks together could make one.
@@ -51,10 +52,11 @@ class Prefetcher:
 
     def __init__(
         self, tables: ShardedTables, features: Sequence[str], *, depth: int, staleness: int,
-        group: dist.ProcessGroup | None = None, strict: bool = True,
+        group: dist.ProcessGroup | None = None, strict: bool = True, optional: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._tables = tables
         self._features = list(features)
+        self._needed = [name for name in features if name not in optional]
         self._depth = depth
         self._staleness = staleness
         self._strict, self._ended = strict, False
@@ -72,7 +74,7 @@ class Prefetcher:
         Raises:
             RuntimeError: If ``depth`` batches are on their way.
         """
-        if not self._strict and (self._ended or any(name not in batch for name in self._features)):
+        if not self._strict and (self._ended or any(name not in batch for name in self._needed)):
             return
         if len(self._ahead) >= self._depth:
             raise RuntimeError(

@@ -16,7 +16,7 @@ from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall
 from recis_hybrid.features.op import Column, Form
 from recis_hybrid.features.plan import Plan, compile_plan
 from recis_hybrid.features.reading import split_features
-from recis_hybrid.ragged import Batch, RaggedTensor, checks
+from recis_hybrid.ragged import Batch, RaggedTensor, arrays, checks
 
 _Known: TypeAlias = "tuple[tuple[int, Form], ...]"
 
@@ -26,6 +26,7 @@ _Known: TypeAlias = "tuple[tuple[int, Form], ...]"
 # of another form.
 _NUMBERS: dict[_Known, int] = {}
 _LINKING = threading.RLock()
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class FeatureEngine:
@@ -170,7 +171,8 @@ class FeatureEngine:
         """Makes the features of a batch.
 
         Args:
-            batch: Columns by name, among them those of ``columns``; left as it is.
+            batch: Columns by name, among them those of ``columns``; left as it is. Columns that features read may be
+                arrays of numpy, pandas, JAX and others, too, and lists of numbers (see :class:`EmbeddingEngine`).
 
         Returns:
             The features, then the columns that no feature reads.
@@ -197,7 +199,8 @@ class FeatureEngine:
         features: Batch = {}
         for name, register in self._plan.outputs.items():
             as_it_was = register < len(self._names)
-            features[name] = batch[self._names[register]] if as_it_was else registers[register].pack()
+            as_given = as_it_was and isinstance(batch[self._names[register]], Tensor | RaggedTensor)
+            features[name] = batch[self._names[register]] if as_given else registers[register].pack()
         for name in self._keep:
             if name not in batch and name not in self._may_lack:
                 raise ValueError(
@@ -333,18 +336,16 @@ class FeatureEngine:
         return f"feature {self._plan.columns[name][0]!r}, column {name!r}"
 
     def _column(self, batch: Mapping[str, Tensor | RaggedTensor], name: str) -> Tensor | RaggedTensor:
-        if name in batch and isinstance(batch[name], Tensor | RaggedTensor):
-            return batch[name]
+        column = batch.get(name)
+        if isinstance(column, Tensor | RaggedTensor) and column.dtype not in _UNSIGNED:
+            return column
         where = f"feature {self._plan.columns[name][0]!r}"
         if name not in batch:
             raise ValueError(
                 f"{where}: {_has_not(batch, name)}. Have the reader give that column, set source= to the one to read, "
                 f"or declare the feature optional=True"
             )
-        raise TypeError(
-            f"{where}: column {name!r} must be a Tensor or a RaggedTensor, got {type(batch[name]).__name__}; "
-            f"lists of numbers become one by RaggedTensor.from_lists, strings by RaggedTensor.from_strings"
-        )
+        return arrays.as_column(f"{where}: column {name!r}", column)
 
 
 def _has_not(batch: Mapping[str, Any], name: str) -> str:

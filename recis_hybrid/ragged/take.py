@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import torch
 
 from recis_hybrid.ragged.checks import Parts
@@ -13,12 +15,92 @@ from recis_hybrid.ragged.dense import positions
 
 def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
     """See `RaggedTensor.__getitem__`."""
+    if not isinstance(which, tuple):
+        return _rows(parts, slice(None) if which is Ellipsis else which)
+    values, _, _, outer = parts
+    dims = 1 + len(outer) + values.dim()
+    which = _without_ellipsis(which, dims)
+    if len(which) > dims:
+        raise IndexError(f"RaggedTensor: takes at most {dims} indices, for rows, lists and values, got {len(which)}")
+    made = _rows(parts, which[0] if which else slice(None))
+    inner = which[1:]
+    if not inner:
+        return made
+    if isinstance(made, torch.Tensor):
+        return _of_tensor(made, inner, 0)
+    if _number(which[0]) is not None:
+        return rows(made, inner)
+    return _within(made, inner, 0)
+
+
+def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
+    places = [place for place, one in enumerate(which) if one is Ellipsis]
+    if not places:
+        return which
+    if len(places) > 1:
+        raise IndexError("RaggedTensor: takes one ... at most")
+    full = (slice(None),) * max(dims - len(which) + 1, 0)
+    return (*which[: places[0]], *full, *which[places[0] + 1 :])
+
+
+def _number(which: Any) -> int | None:
+    """Returns the number that an index is: an int, or an integer of numpy or in a tensor without dimensions."""
+    if isinstance(which, bool | np.bool_) or isinstance(which, slice | str | bytes):
+        return None
+    if isinstance(which, torch.Tensor | np.ndarray) and (which.ndim or not _whole(which)):
+        return None
+    return operator.index(which) if hasattr(which, "__index__") else None
+
+
+def _whole(which: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    if isinstance(which, torch.Tensor):
+        return not (which.is_floating_point() or which.is_complex() or which.dtype == torch.bool)
+    return which.dtype.kind in "iu"
+
+
+def _refused(which: Any) -> TypeError:
+    return TypeError(
+        f"RaggedTensor: an index must be a number, a slice, a mask of bool or a list of numbers, got {which!r}; new "
+        f"axes and other types are not taken"
+    )
+
+
+def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Tensor:
+    """Takes from the dimensions of a tensor, `dim` first; of slices those of steps below 0, too."""
+    for index in which:
+        size = tensor.shape[dim]
+        number = _number(index)
+        if number is not None:
+            if not -size <= number < size:
+                raise IndexError(f"RaggedTensor: there is no item {number} among {size}")
+            tensor = tensor.select(dim, number)
+        elif isinstance(index, slice):
+            start, stop, step = index.indices(size)
+            if step == 1:
+                tensor = tensor.narrow(dim, start, max(stop - start, 0))
+            else:
+                chosen = torch.tensor(range(start, stop, step), dtype=torch.int64, device=tensor.device)
+                tensor = tensor.index_select(dim, chosen)
+            dim += 1
+        else:
+            raise _no_list(index)
+    return tensor
+
+
+def _no_list(which: Any) -> Exception:
+    if isinstance(which, torch.Tensor | np.ndarray | list | tuple):
+        return IndexError("RaggedTensor: a list or a mask is taken for rows alone, within them a number or a slice")
+    return _refused(which)
+
+
+def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
     values, offsets, weights, outer = parts
     count = (outer[0] if outer else offsets).shape[0] - 1
-    if isinstance(which, int):
-        if not -count <= which < count:
-            raise IndexError(f"RaggedTensor: there is no row {which} among {count}")
-        row = which % count
+    row = _number(which)
+    if row is not None:
+        if not -count <= row < count:
+            raise IndexError(f"RaggedTensor: there is no row {row} among {count}")
+        row %= count
         first = _between(parts, row, row + 1)
         if not outer:
             return first[0]
@@ -30,17 +112,110 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
         if step == 1:
             return _between(parts, start, max(start, stop))
         which = list(range(start, stop, step))
-    numbers = torch.as_tensor(which, device=values.device)
+    return _taken(parts, _numbers(which, count, values.device))
+
+
+def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
+    """Returns the rows that a mask or a list names, int64."""
+    if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
+        raise _refused(which)
+    try:
+        numbers = torch.as_tensor(which, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refused(which) from error
     if numbers.dtype == torch.bool:
         if numbers.shape != (count,):
             raise IndexError(f"RaggedTensor: a mask of rows must be [{count}], got {list(numbers.shape)}")
         numbers = numbers.nonzero().view(-1)
-    if numbers.is_floating_point() and numbers.numel():
+    if (numbers.is_floating_point() or numbers.is_complex()) and numbers.numel():
         raise TypeError(f"RaggedTensor: rows are numbered by integers, got {numbers.dtype}; convert them")
     numbers = numbers.to(torch.int64)
     if numbers.dim() != 1 or (numbers.numel() and not (-count <= int(numbers.min()) and int(numbers.max()) < count)):
         raise IndexError(f"RaggedTensor: rows must be a list of numbers from {-count} to {count - 1}, got {which}")
-    return _taken(parts, numbers % max(count, 1))
+    return numbers % max(count, 1)
+
+
+def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.Tensor:
+    """Takes from each list of a level, and then from what these hold.
+
+    Args:
+        parts: Rows.
+        which: An index for each level from `depth` on, and for the dimensions of values after them.
+        depth: The number of the level, 0 that of rows.
+    """
+    values, offsets, weights, outer = parts
+    levels = [*outer, offsets]
+    index, rest = which[0], which[1:]
+    if depth == len(levels):
+        return _of_tensor(values, which, 1), offsets, weights, outer
+    level = levels[depth]
+    number = _number(index)
+    if number is None and not isinstance(index, slice):
+        if isinstance(index, torch.Tensor | np.ndarray | list | tuple):
+            raise IndexError(
+                "RaggedTensor: within rows it takes a number or a slice, as rows differ in length, got a list"
+            )
+        raise _refused(index)
+    starts, lengths = level[:-1], level[1:] - level[:-1]
+    if number is not None:
+        short = lengths < (number + 1 if number >= 0 else -number)
+        if bool(short.any()):
+            row = int(short.nonzero()[0])
+            raise IndexError(f"RaggedTensor: list {row} of {int(lengths[row])} has no item {number}; take a slice")
+        taken = starts + (number if number >= 0 else lengths + number)
+        made = torch.arange(len(taken) + 1, device=level.device)
+    else:
+        first, kept, step = _slices(index, lengths)
+        made = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
+        list_of, place = positions(made, int(made[-1]))
+        taken = (starts + first)[list_of] + place * step
+    # What the level holds: lists of the next, or values.
+    of_strings = bool(outer) and values.dtype == torch.uint8
+    if depth + 1 == len(levels):
+        values = values[taken]
+        if weights is not None and not of_strings:
+            weights = weights[taken]
+    else:
+        alone = weights is not None and of_strings and depth + 2 == len(levels)  # strings, a weight each
+        below = tuple(levels[depth + 1 : -1])
+        values, inner, kept_weights, deeper = _taken((values, levels[-1], None if alone else weights, below), taken)
+        weights = weights[taken] if alone and weights is not None else kept_weights
+        levels = [*levels[:depth], made, *deeper, inner]
+    levels[depth] = made
+    if number is None:
+        result: Parts = (values, levels[-1], weights, tuple(levels[:-1]))
+        return _within(result, rest, depth + 1) if rest else result
+    # A list of one item each is that item.
+    del levels[depth]
+    if not levels:
+        return _of_tensor(values, rest, 1)
+    if len(levels) == 1 and values.dtype == torch.uint8:
+        weights = None  # strings that are rows themselves have none
+    result = (values, levels[-1], weights, tuple(levels[:-1]))
+    return _within(result, rest, depth) if rest else result
+
+
+def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns where a slice begins in lists of these lengths, how many items it takes, and the step."""
+    start, stop, step = (None if one is None else operator.index(one) for one in (which.start, which.stop, which.step))
+    step = 1 if step is None else step
+    if step == 0:
+        raise ValueError("RaggedTensor: the step of a slice must not be 0")
+    least = torch.zeros_like(lengths) if step > 0 else torch.full_like(lengths, -1)
+    most = lengths if step > 0 else lengths - 1
+
+    def bound(given: int | None, default: torch.Tensor) -> torch.Tensor:
+        if given is None:
+            return default
+        # Beyond all lengths is as good as any number beyond them.
+        given = max(min(given, 2**62), -(2**62))
+        return (lengths + given if given < 0 else torch.full_like(lengths, given)).clamp(least, most)
+
+    first = bound(start, least if step > 0 else most)
+    last = bound(stop, most if step > 0 else least)
+    step = max(min(step, 2**62), -(2**62))
+    span = last - first if step > 0 else first - last
+    return first, torch.div(span + abs(step) - 1, abs(step), rounding_mode="floor").clamp(min=0), step
 
 
 def _between(parts: Parts, start: int, stop: int) -> Parts:

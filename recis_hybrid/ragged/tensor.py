@@ -329,17 +329,27 @@ class RaggedTensor:
         checks.check_content(self.values.shape[0], self.offsets.cpu(), outer, tail=not self.values.is_cpu)
         return self
 
-    def __getitem__(self, which: int | slice | torch.Tensor | Sequence[int]) -> Any:
-        """Returns rows.
+    def __getitem__(self, which: Any) -> Any:
+        """Returns rows, or with several indices what they hold.
 
         Args:
             which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that
                 strings in it have (where the strings are rows themselves, none can). A slice, a tensor or a list
                 of numbers, or a bool tensor [B] give a RaggedTensor of those rows; a slice of step 1 views the values.
+                Of several, `r[1:3, :2]`, the second is for the items of each row, and so on for the levels of lists and
+                then the dimensions of values: a slice takes from each list what it has of it, a number one item, which
+                every list must have. `...` stands for all that is left. Indices after the first wait for a GPU.
 
         Raises:
-            IndexError: There is no such row.
-            TypeError: The numbers are no integers.
+            IndexError: There is no such row or item, there are more indices than levels and dimensions, or a list of
+                numbers is not the first.
+            TypeError: An index is none of these: None, a bool, a string, numbers that are no integers.
+            ValueError: The step of a slice is 0.
+
+        Example:
+            >>> clicks = RaggedTensor.from_lists([[7, 8, 9], [], [5]])
+            >>> clicks[:, :2].to_lists(), clicks[::-1, -1:].to_lists(), clicks[0, ::2].tolist(), clicks[[0, 2], 0]
+            ([[7, 8], [], [5]], [[5], [], [9]], [7, 9], tensor([7, 5]))
         """
         made = take.rows((self.values, self.offsets, self.weights, self.outer), which)
         return made if isinstance(made, torch.Tensor) else RaggedTensor(*made)

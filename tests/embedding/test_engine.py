@@ -371,3 +371,46 @@ def test_devices_that_tables_cannot_go_to_are_refused() -> None:
 def test_a_batch_that_is_no_dict_is_named() -> None:
     with pytest.raises(TypeError, match="feature 'user': a batch must be a dict of columns by name, got a list"):
         EmbeddingEngine(CONFIGS)([batch_on("cpu")])  # type: ignore[arg-type]
+
+
+def test_optional_features_and_other_columns() -> None:
+    """As without the features that a batch lacks; nothing of theirs is looked up, inserted or updated."""
+    configs = {
+        "user": EmbeddingConfig(dim=4),
+        "item": EmbeddingConfig(dim=4, optional=True, combiner="mean", weights="w"),
+        "tiled": EmbeddingConfig(dim=4, optional=True, combiner="tile", max_length=2),
+        "each": EmbeddingConfig(dim=8, optional=True, combiner=None),
+    }
+    rows: dict[str, Any] = {
+        "user": torch.tensor([1, 2]), "item": torch.tensor([[1, 2], [2, 3]]), "w": torch.tensor([[1.0, 2], [3, 4]]),
+        "tiled": RaggedTensor.from_lists([[1], [2, 3]]), "each": torch.tensor([5, 6]), "label": torch.ones(2),
+    }  # fmt: skip
+    for coalesce in (True, False):
+        engine = EmbeddingEngine(configs, coalesce=coalesce, pass_through=True)
+        whole = engine(rows)
+        assert list(whole) == ["user", "item", "tiled", "each", "label"]
+        assert whole["label"] is rows["label"]
+        for lacking in (["item", "w"], ["tiled"], ["each", "tiled"], ["item", "w", "tiled", "each", "label"]):
+            engine = EmbeddingEngine(configs, coalesce=coalesce, pass_through=True)
+            batch = {name: column for name, column in rows.items() if name not in lacking}
+            made = engine(batch)
+            assert list(made) == [name for name in whole if name not in lacking]
+            assert all(torch.equal(made[name], whole[name]) for name in made)
+            sum(made[name].sum() for name in made if name in configs).backward()
+            optim.SGD(engine.parameters(), lr=1.0).step()
+            assert torch.equal(engine(batch)["user"], whole["user"] - 1)
+            known = {m.name: len(t.ids(k)) for t in engine.tables for k, m in enumerate(t.members)}
+            assert all(known[name] == 0 for name in lacking if name in configs)
+            values, found = engine.lookup(batch)
+            assert list(values) == [name for name in made if name in configs]
+            gradients = {name: torch.ones_like(value) for name, value in values.items()}
+            engine.apply_gradients(found, gradients, optim.SGD(engine.parameters(), lr=1.0))
+    with pytest.raises(KeyError, match="feature 'user': the batch has no column 'user'"):
+        engine({"item": rows["item"], "w": rows["w"]})
+    with pytest.raises(KeyError, match="feature 'item': the batch has no column 'w'"):
+        engine({"user": rows["user"], "item": rows["item"]})
+    assert "label" not in EmbeddingEngine(configs)(rows)
+    with pytest.raises(TypeError, match="optional must be True or False, got 1"):
+        EmbeddingConfig(dim=4, optional=1)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match=r"there are gradients of \['usr'\]"):
+        engine.apply_gradients(found, {**gradients, "usr": torch.ones(2, 4)}, optim.SGD(engine.parameters(), lr=1.0))

@@ -174,9 +174,9 @@ def test_weights_of_other_rows_are_refused(ids: Tensor | RaggedTensor, weights: 
     assert len(engine.tables[0]) == 0
 
 
-@pytest.mark.parametrize("column", [[1, 2], "x", torch.tensor([1, 2]).numpy()], ids=["list", "str", "array"])
+@pytest.mark.parametrize("column", ["x", {1, 2}, None], ids=["str", "set", "None"])
 def test_columns_that_are_no_tensors_are_refused(column: object) -> None:
-    got = f"must be a tensor or a RaggedTensor, got a {type(column).__name__}; make it one with torch.as_tensor"
+    got = f"must be a Tensor or a RaggedTensor, or an array of numpy, pandas or JAX, got {type(column).__name__};"
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
     with pytest.raises(TypeError, match=f"feature 'item': column 'item' {got}"):
         engine({"item": column, "w": torch.ones(2)})  # type: ignore[dict-item]

@@ -174,10 +174,11 @@ def test_a_missing_column_is_named(batch: Batch) -> None:
 
 
 def test_a_column_of_another_class_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match="feature 'a': column 'a' must be a Tensor or a RaggedTensor, got list; .*from_l"
-    ):
-        FeatureEngine([Feature("a")])({"a": [1, 2]})  # type: ignore[dict-item]
+    for column, says in ((None, "NoneType"), ({1}, "set"), (len, "builtin_function_or_method")):
+        with pytest.raises(
+            TypeError, match=f"feature 'a': column 'a' must be a Tensor or a RaggedTensor, or .* got {says}; .*from_l"
+        ):
+            FeatureEngine([Feature("a")])({"a": column})  # type: ignore[dict-item]
 
 
 def test_columns_of_a_batch_have_one_number_of_rows() -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to, checks
+from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to, build, checks
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -228,3 +230,113 @@ def test_columns_that_a_gpu_has_shortened_are_whole_on_the_cpu() -> None:
     column = RaggedTensor.unchecked(torch.arange(5, device="cuda"), offsets, torch.ones(5, device="cuda"))
     assert column.to("cpu").validate().to_lists() == [[0], [1, 2]]
     assert column.to("cuda") is column
+
+
+# Indices: what they give of Python's nested lists, item by item.
+
+
+def plain(made: Any) -> Any:
+    return made.to_lists() if isinstance(made, RaggedTensor) else made.tolist()
+
+
+def indexed(nested: Any, which: Sequence[Any]) -> Any:
+    if not which:
+        return nested
+    first, rest = which[0], which[1:]
+    if isinstance(first, int):
+        return indexed(nested[first], rest)
+    chosen = nested[first] if isinstance(first, slice) else [nested[row] for row in first]
+    return [indexed(item, rest) for item in chosen]
+
+
+bounds = st.one_of(st.none(), st.integers(-5, 5), st.sampled_from([2**63, -(2**63), 2**200]))
+slices = st.builds(slice, bounds, bounds, st.one_of(st.none(), st.sampled_from([1, 2, 3, -1, -2, 2**70, -(2**70)])))
+inner_index = st.one_of(slices, st.integers(-3, 3))
+
+
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=3), max_size=4),
+    st.one_of(slices, st.integers(-5, 4), st.lists(st.integers(0, 1), max_size=3)),
+    st.lists(inner_index, max_size=2),
+    st.booleans(),
+)
+def test_indices_are_those_of_nested_lists(rows: Any, first: Any, inner: list[Any], nested: bool) -> None:
+    values = torch.tensor([item for row in rows for part in row for item in part], dtype=torch.int64)
+    offsets = build.offsets_of([len(part) for row in rows for part in row])
+    outer = build.offsets_of([len(row) for row in rows])
+    column = RaggedTensor(values, offsets, values * 0.5, (outer,))
+    if not nested:
+        rows = [[item for part in row for item in part] for row in rows]
+        column = RaggedTensor(values, offsets[outer], column.weights)
+    which = (first, *inner)[: column.levels + 1]
+    try:
+        want = indexed(rows, which)
+    except IndexError:
+        with pytest.raises(IndexError):
+            column[which]
+        return
+    got = column[which]
+    assert plain(got) == want
+    if isinstance(got, RaggedTensor):
+        got.validate()
+        assert got.weights is not None
+        assert torch.equal(got.weights, got.values * 0.5)
+
+
+def test_indices_of_strings_and_of_values_of_more_dimensions() -> None:
+    words = RaggedTensor.from_strings([["abc", "de"], [], ["f"]])
+    weighted = RaggedTensor(words.values, words.offsets, torch.tensor([1.0, 2.0, 3.0]), words.outer)
+    assert weighted[:2, ::-1].to_strings() == [[b"de", b"abc"], []]
+    assert weighted[:2, ::-1].weights.tolist() == [2, 1]
+    assert weighted[:, :, 1:].to_strings() == [[b"bc", b"e"], [], [b""]]
+    assert weighted[:, :, 1:].weights.tolist() == [1, 2, 3]
+    assert weighted[[0, 2], 0].to_strings() == [b"abc", b"f"]
+    assert weighted[[0, 2], 0].weights is None
+    assert weighted[0, 1:].to_strings() == [b"de"]
+    assert weighted[..., :1].to_strings() == [[b"a", b"d"], [], [b"f"]]
+    assert words[:, :, 0].to_lists() == [[97, 100], [], [102]]
+    assert RaggedTensor.from_strings(["ab", "c"])[:, 0].tolist() == [97, 99]
+    vectors = RaggedTensor(torch.arange(8).view(4, 2), torch.tensor([0, 3, 4]))
+    assert vectors[:, :1, 1].to_lists() == [[1], [7]]
+    assert vectors[:, -1, ::-1].tolist() == [[5, 4], [7, 6]]
+    assert vectors[0, :, 0].tolist() == [0, 2, 4]
+    assert vectors[..., 0].to_lists() == [[0, 2, 4], [6]]
+    assert vectors[0, ...].tolist() == vectors[0].tolist()
+
+
+def test_other_ways_to_name_rows() -> None:
+    column = RaggedTensor.from_lists([[1, 2], [], [3]])
+    assert column[...].to_lists() == column[()].to_lists() == column[:, :].to_lists() == [[1, 2], [], [3]]
+    assert column[np.int64(2)].tolist() == column[torch.tensor(2)].tolist() == column[np.array(2)].tolist() == [3]
+    assert column[np.array([2, 0])].to_lists() == column[torch.tensor([2, 0], dtype=torch.uint8)].to_lists()
+    assert column[np.array([True, False, True])].to_lists() == column[[True, False, True]].to_lists()
+    assert column[[True, False, True], :1].to_lists() == [[1], [3]]
+    assert column[range(2)].to_lists() == [[1, 2], []]
+    assert column[[]].to_lists() == []
+    assert column[torch.tensor(0) : np.int64(1)].to_lists() == [[1, 2]]
+
+
+OTHER_TYPES: list[Any] = [
+    None, True, np.True_, "a", b"a", 1.0, {0}, {0: 1}, object(), (None,), (0, None), (0, True), (slice(None), None),
+    (slice(None), "a"), (slice(None), 1.5), slice(0.5), [0.5], [None], np.array(1.0), (slice(None), slice("a", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", OTHER_TYPES)
+def test_indices_of_other_types(which: Any) -> None:
+    with pytest.raises(TypeError):
+        RaggedTensor.from_lists([[1, 2], [3]])[which]
+
+
+@pytest.mark.parametrize("which", [2, -3, [2], [[0]], [True], [True] * 3, (0, 0, 0), (slice(None), 1), (0, 5), (0, -3),
+                                   (slice(None), [0]), (slice(None), torch.tensor([True])), (..., ..., 0),
+                                   (slice(None), slice(None), slice(None)), 2**70, torch.tensor(True)])  # fmt: skip
+def test_indices_that_name_nothing(which: Any) -> None:
+    with pytest.raises(IndexError):
+        RaggedTensor.from_lists([[1, 2], [3]])[which]
+
+
+def test_a_step_of_0() -> None:
+    for which in (slice(None, None, 0), (slice(None), slice(None, None, 0)), (0, slice(None, None, 0))):
+        with pytest.raises(ValueError, match="step"):
+            RaggedTensor.from_lists([[1]])[which]

@@ -1,0 +1,179 @@
+"""Columns of numpy, pandas, JAX and others: what is shared, what is copied, and what is refused by name."""
+
+import array
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.features import Clip, Feature, FeatureEngine, Hash, Mod
+from recis_hybrid.ragged import RaggedTensor
+from recis_hybrid.ragged.arrays import as_column
+
+IDS = np.array([3, -1, 2**63 - 1, 3], dtype=np.int64)
+
+
+def taken(value: Any) -> torch.Tensor:
+    made = as_column("column 'x'", value)
+    assert isinstance(made, torch.Tensor)
+    return made
+
+
+def read_only(values: Any) -> Any:
+    values = values.copy()
+    values.flags.writeable = False
+    return values
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.float16, np.float32,
+                                   np.float64])  # fmt: skip
+def test_numpy_arrays_share_their_memory(dtype: Any) -> None:
+    values = np.array([0, 1, 1], dtype=dtype)
+    for given in (values, read_only(values), np.stack([values, values])[:, ::2], values[:0]):
+        made = taken(given)
+        assert made.numpy().dtype == dtype
+        assert np.array_equal(made.numpy(), given)
+        assert not given.size or made.data_ptr() == given.ctypes.data
+
+
+def test_read_only_memory_lives_as_long_as_its_tensor() -> None:
+    made = taken(read_only(np.arange(1_000_000)))
+    filler = [np.zeros(1_000_000) for _ in range(3)]
+    assert made.sum() == 499_999_500_000
+    assert len(filler) == 3
+    assert taken(np.frombuffer(b"\x01\x00\x00\x00\x00\x00\x00\x00", dtype=np.int64)).tolist() == [1]
+
+
+def test_numpy_arrays_that_are_copied() -> None:
+    swapped = IDS.astype(IDS.dtype.newbyteorder(">"))
+    misaligned = np.frombuffer(b"\0" + IDS.tobytes(), dtype=np.uint8)[1:].view(np.int64)
+    for given in (swapped, misaligned, IDS[::-1][::-1][::-1]):
+        assert taken(given).tolist() == given.tolist()
+    assert taken(np.array([2**64 - 1, 2**63, 7], dtype=np.uint64)).tolist() == [-1, -(2**63), 7]
+    assert taken(np.array([2**32 - 1], dtype=np.uint32)).dtype == torch.int64
+    assert taken(np.array([2**16 - 1], dtype=np.uint16)).tolist() == [65_535]
+    assert taken(np.array([2**64 - 1], dtype=">u8")).tolist() == [-1]
+
+
+def test_tensors_are_themselves() -> None:
+    column, rows = torch.tensor([1]), RaggedTensor.from_lists([[1]])
+    assert as_column("x", column) is column
+    assert as_column("x", rows) is rows
+    unsigned = torch.tensor([-1]).view(torch.uint64)
+    assert taken(unsigned).tolist() == [-1]
+    assert taken(unsigned).data_ptr() == unsigned.data_ptr()
+    made = as_column("x", RaggedTensor(unsigned, torch.tensor([0, 1])))
+    assert isinstance(made, RaggedTensor)
+    assert made.to_lists() == [[-1]]
+
+
+def test_lists_of_numbers() -> None:
+    assert taken([1, -2]).dtype == taken((3,)).dtype == taken([]).dtype == torch.int64
+    assert taken([0.5]).tolist() == [0.5]
+    assert taken([2**64 - 1, 1]).tolist() == [-1, 1]
+    assert taken(np.array([1, 2], dtype=np.longlong)).tolist() == taken([np.int64(1), 2]).tolist() == [1, 2]
+    assert taken([True, False]).dtype == torch.bool
+
+
+def test_arrow_arrays_of_numbers() -> None:
+    assert taken(pa.array([1, 2])).tolist() == [1, 2]
+    assert taken(pa.chunked_array([[1], [2]])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [
+        (np.array(["a"]), TypeError, "must hold numbers, got a numpy.ndarray of <U1; .*from_strings"),
+        (np.array([b"a"]), TypeError, "from_strings"),
+        (np.array([1, None]), TypeError, "of object; .*missing values by a default"),
+        (np.array(["2024-01-01"], dtype="datetime64[D]"), TypeError, r"astype\('datetime64\[s\]'\)"),
+        (np.array([1j]), None, ""),
+        (np.array([(1, 2)], dtype=[("a", int), ("b", int)]), TypeError, "must hold numbers"),
+        (np.longdouble([1]), TypeError, "column 'x': can't convert"),
+        (["a"], TypeError, "must hold numbers, got a list of <U1"),
+        ([2**64], TypeError, "must hold integers of 64 bits, got a list with"),
+        ([2**63, -1], TypeError, "must hold integers of 64 bits, got a list with"),
+        ([[1], [2, 3]], ValueError, "must be a list of numbers, got a list of lists; write RaggedTensor.from_lists"),
+        ([torch.tensor([1])], ValueError, "must be a list of numbers"),
+        ("abc", TypeError, "must be a Tensor or a RaggedTensor, .* got str; "),
+        (5, TypeError, "got int;"),
+        (array.array("q", [1]), TypeError, "got array.array;"),
+        (pa.array([[1]]), TypeError, "cannot be taken by DLPack from a pyarrow.ListArray"),
+        (pa.array([1, None]), TypeError, "cannot be taken by DLPack"),
+    ],
+)
+def test_what_is_refused_by_name(value: Any, error: Any, says: str) -> None:
+    if error is None:
+        assert taken(value).is_complex()
+        return
+    with pytest.raises(error, match=says):
+        taken(value)
+
+
+def test_pandas() -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pd.DataFrame({"user": [5, -6, 5], "price": [0.5, 1, 2], "name": ["a", "b", None]}, index=[7, 8, 9])
+    assert taken(frame["user"]).tolist() == [5, -6, 5]
+    assert taken(frame["user"].astype("Int64")).dtype == torch.int64
+    assert taken(frame[["user", "user"]]).shape == (3, 2)
+    for given, says in (
+        (frame["name"], "must hold numbers, got a pandas.Series of object; strings"),
+        (pd.Series([1, None], dtype="Int64"), "has missing values, as a pandas.Series of Int64; give a default"),
+        (pd.Series([pd.Timestamp("2024-01-01")]), "count units by .astype"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            taken(given)
+
+
+@pytest.mark.jax
+def test_arrays_of_jax_share_their_memory() -> None:
+    jax = pytest.importorskip("jax")
+    ids = jax.numpy.arange(64, dtype=jax.numpy.int32)
+    made = taken(ids)
+    assert made.dtype == torch.int32
+    assert made.data_ptr() == ids.unsafe_buffer_pointer()
+    engine = EmbeddingEngine({"x": EmbeddingConfig(dim=4), "y": EmbeddingConfig(dim=4)})
+    same = engine({"x": ids, "y": np.arange(64)})
+    assert torch.equal(same["x"], engine({"x": torch.arange(64), "y": torch.arange(64)})["x"])
+    with jax.enable_x64(True):
+        wide = jax.numpy.array([2**62, -5])
+        assert taken(wide).tolist() == [2**62, -5]
+        assert taken(jax.numpy.array([2**64 - 1], dtype=jax.numpy.uint64)).tolist() == [-1]
+
+    def traced(ids: Any) -> Any:
+        with pytest.raises(TypeError, match="column 'x' must be a Tensor .* got jax"):
+            taken(ids)
+        return ids
+
+    jax.jit(traced)(ids)
+
+
+def test_engines_take_arrays() -> None:
+    weights = np.array([[1.0, 2.0], [0.5, 0.0]])
+    grid = np.array([[7, 8], [9, 7]], dtype=np.int32)
+    configs = {"plain": EmbeddingConfig(dim=4), "grid": EmbeddingConfig(dim=4, combiner="mean", weights="w")}
+    arrays = {"plain": read_only(IDS), "grid": grid.T.copy().T, "w": weights, "label": np.ones(4)}
+    tensors = {"plain": torch.tensor(IDS), "grid": torch.tensor(grid), "w": torch.tensor(weights)}
+    for train in (True, False):
+        engines = [EmbeddingEngine(configs).train(train) for _ in range(2)]
+        first, second = engines[0](arrays), engines[1](tensors)
+        assert all(torch.equal(first[name], second[name]) for name in configs)
+    first["plain"].detach()
+    features = FeatureEngine(
+        [Feature("id", ops=[Hash(), Mod(100)]), Feature("price", ops=[Clip(0, 1)]), Feature("raw")]
+    )
+    batch = {"id": np.array([1, 2], dtype=np.uint64), "price": [0.5, 3.0], "raw": np.array([True, False])}
+    made = features({**batch, "label": IDS})
+    want = features({"id": torch.tensor([1, 2]), "price": torch.tensor([0.5, 3.0], dtype=torch.float64),
+                     "raw": torch.tensor([True, False])})  # fmt: skip
+    assert all(torch.equal(made[name], want[name]) for name in want)
+    assert made["label"] is IDS
+    with pytest.raises(TypeError, match="feature 'id', hash.farm.: Hash takes integers, got torch.float32"):
+        features({**batch, "id": np.float32([1, 2])})
+    with pytest.raises(ValueError, match="column 'raw': it has 3 rows"):
+        features({**batch, "raw": np.zeros(3)})
+    with pytest.raises(TypeError, match="feature 'plain': ids must be int64 or int32, got torch.float64"):
+        EmbeddingEngine({"plain": EmbeddingConfig(dim=4)})({"plain": [0.5]})
