@@ -92,7 +92,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             neither ids nor weights of a feature.
 
     Raises:
-        TypeError: If a feature has no EmbeddingConfig, or the seed is no integer.
+        TypeError: If a feature has no EmbeddingConfig, or the seed or ``prefetch_depth`` is no integer.
         ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
             beyond the dtype, this rank is not in the group, or a setting is none of the choices.
 
@@ -123,6 +123,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if not configs:
             raise ValueError("EmbeddingEngine: give at least one feature")
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
+        if prefetch_depth is not None:
+            refuse_no_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, 2)
         self.configs = dict(configs)
         self.pass_through = pass_through
         """Whether :meth:`forward` hands on columns that no feature reads."""
