@@ -12,12 +12,59 @@ import jax
 
 from .tower import JaxTower
 
+_MODES = {
+    **dict.fromkeys(("train", "training", "is_training"), True),
+    **dict.fromkeys(("deterministic", "inference"), False),
+}
+"""Parameters by which models are told whether they train, and what they are while they do."""
+
+
+class _Call:
+    """What a model's `__call__` takes.
+
+    Args:
+        adapter: the function that errors begin with.
+        model: the model.
+    """
+
+    def __init__(self, adapter: str, model: Any) -> None:
+        self._signature = inspect.signature(type(model).__call__)
+        self._where = f"{adapter}: {type(model).__qualname__}"
+        self._modes = {name: means for name, means in _MODES.items() if name in self._signature.parameters}
+
+    def keywords(self, inputs: tuple[Any, ...], given: dict[str, Any], train: bool) -> dict[str, Any]:
+        """Adds to keywords those that say the mode.
+
+        Raises:
+            TypeError: if the model does not take the inputs with these keywords.
+        """
+        keywords = {name: train is means for name, means in self._modes.items()} | given
+        try:
+            self._signature.bind(None, *inputs, **keywords)
+        except TypeError as error:
+            supplied = list(self._modes) or f"none of {list(_MODES)}, which it does not take"
+            raise TypeError(
+                f"{self._where}.__call__{self._signature}: {error}. By its mode the tower supplies {supplied}; pass "
+                "what else it needs by keyword, as tower(x, name=value), and arrays alone by position"
+            ) from None
+        return keywords
+
+    def note(self, error: Exception) -> None:
+        """Adds to an error of a layer that was not told the mode how it is told."""
+        if any(name in str(error) for name in ("deterministic", "use_running_average")) and not self._modes:
+            error.add_note(
+                f"{self._where}: its __call__ takes none of {list(_MODES)}, by which the tower says its mode; give "
+                "it a parameter `train`, and hand it on: Dropout(..., deterministic=not train), "
+                "BatchNorm(use_running_average=not train)"
+            )
+
 
 def from_nnx(model: Any, **options: Any) -> JaxTower:
     """Makes a tower of a Flax nnx module.
 
     Its `Param`s become parameters; all other variables (batch statistics, random counters) mutable state. The module's
-    mode follows the tower's, by `train()` and `eval()`. Dropout draws from the tower's key.
+    mode follows the tower's, by `train()` and `eval()`, and by a parameter `train`, `training`, `is_training`,
+    `deterministic` or `inference` of its `__call__`. Dropout draws from the tower's key.
 
     Args:
         model: an `nnx.Module`; its arrays are copied.
@@ -38,6 +85,7 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     if not isinstance(model, nnx.Module):
         raise TypeError(f"from_nnx: takes a flax.nnx.Module, got {type(model).__qualname__}")
     definition, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    call = _Call("from_nnx", model)
     tags = sorted({variable.tag for _, variable in nnx.to_flat_state(streams)})
     has_state = bool(jax.tree.leaves(rest))
 
@@ -52,11 +100,11 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
         return rebuilt
 
     def plain(values: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
-        return rebuild(values, {}, key, train)(*inputs, **keywords)
+        return rebuild(values, {}, key, train)(*inputs, **call.keywords(inputs, keywords, train))
 
     def with_state(values: Any, *inputs: Any, state: Any, key: Any, train: bool, **keywords: Any) -> Any:
         rebuilt = rebuild(values, state, key, train)
-        outputs = rebuilt(*inputs, **keywords)
+        outputs = rebuilt(*inputs, **call.keywords(inputs, keywords, train))
         return outputs, nnx.to_pure_dict(nnx.split(rebuilt, nnx.Param, nnx.RngState, ...)[3])
 
     options.setdefault("name", type(model).__name__)
@@ -69,7 +117,8 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
     """Makes a tower of a Flax linen module.
 
     `variables["params"]` become parameters, other collections mutable state. If the module's `__call__` has a parameter
-    `train` or `deterministic`, it follows the tower's mode. Dropout draws from the tower's key.
+    `train`, `training`, `is_training`, `deterministic` or `inference`, it follows the tower's mode; another one is
+    passed to the tower by keyword. Dropout draws from the tower's key.
 
     Args:
         module: a `linen.Module`.
@@ -92,17 +141,18 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
         raise TypeError(f"from_linen: takes a flax.linen.Module, got {type(module).__qualname__}")
     if "params" not in variables:
         raise ValueError(f"from_linen: variables need a collection 'params', got {sorted(variables)}; pass module.init")
-    taken = inspect.signature(type(module).__call__).parameters
+    call = _Call("from_linen", module)
     state = {name: value for name, value in variables.items() if name != "params"}
 
     def apply(params: Any, inputs: Any, state: Any, key: Any, train: bool, keywords: Any) -> Any:
-        if "train" in taken:
-            keywords.setdefault("train", train)
-        if "deterministic" in taken:
-            keywords.setdefault("deterministic", not train)
+        keywords = call.keywords(inputs, keywords, train)
         rngs = None if key is None else {"dropout": key}
         mutable = list(state) if train and state else False
-        return module.apply({"params": params, **state}, *inputs, rngs=rngs, mutable=mutable, **keywords)
+        try:
+            return module.apply({"params": params, **state}, *inputs, rngs=rngs, mutable=mutable, **keywords)
+        except Exception as error:
+            call.note(error)
+            raise
 
     def plain(params: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
         return apply(params, inputs, {}, key, train, keywords)
@@ -121,7 +171,8 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
     """Makes a tower of an Equinox module.
 
     Floating arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and draws
-    from its key if the model's `__call__` has a parameter `key`.
+    from its key if the model's `__call__` has a parameter `key`. A parameter `train`, `training`, `is_training`,
+    `deterministic` or `inference` follows the mode, too.
 
     Args:
         model: an `equinox.Module` that can be called.
@@ -142,13 +193,15 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
     if not isinstance(model, equinox.Module) or not callable(model):
         raise TypeError(f"from_equinox: takes an equinox.Module with __call__, got {type(model).__qualname__}")
     takes_key = "key" in inspect.signature(type(model).__call__).parameters
+    signature = _Call("from_equinox", model)
     params, constant = equinox.partition(model, equinox.is_inexact_array)
 
     def apply(values: Any, *inputs: Any, key: Any, train: bool, **keywords: Any) -> Any:
         combined = equinox.nn.inference_mode(equinox.combine(values, constant), not train)
 
         def call(key: Any, *sample: Any) -> Any:
-            return combined(*sample, **({"key": key} if takes_key else {}), **keywords)
+            given = keywords | ({"key": key} if takes_key else {})
+            return combined(*sample, **signature.keywords(sample, given, train))
 
         if not batched:
             return call(key, *inputs)

@@ -205,6 +205,11 @@ class JaxTower(torch.nn.Module):
         try:
             program = caller.programs.forward(signature, arrays, kinds, inputs_tree, wanted, static)
         except Exception as error:
+            if isinstance(error, TypeError) and "missing" in str(error):
+                error.add_note(
+                    f"{caller.where}: a keyword of the function is passed to the call, as tower(x, training=True); "
+                    "what the tower supplies by itself is named key, train, masks and state"
+                )
             caller.note(error, "forward")
             raise
         self._check_outputs(program)

@@ -37,8 +37,8 @@ inline constexpr int64_t kDaySeconds = 86400;
 inline constexpr int64_t kCycleDays = 146097;   // of 400 years, after which days of the week come again, too
 inline constexpr int64_t kCycleShift = 719468;  // days from 0000-03-01 to 1970-01-01
 
-// A part of a time. A unit is 1 / per_second of a second, or a day where per_second is 0; local time is `offset` seconds
-// ahead of UTC, less than a day.
+// A part of a time. A unit is 1 / per_second of a second, or a day where per_second is 0; local time is `offset`
+// seconds ahead of UTC, less than a day.
 struct PartOfTime {
   int64_t part;
   int64_t per_second;

@@ -263,8 +263,8 @@ Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact,
     const int64_t bytes = exact ? data<int64_t>(made[k], "offsets")[counts[k]] : counts[k] * kMostDigits;
     results.push_back(made[k]);
     results.push_back(new_to_fill(ids[k], {bytes}, ScalarType::Byte));
-    parts.push_back({total, rules[k], data<int64_t>(made[k], "offsets"),
-                     static_cast<uint8_t*>(results.back().data_ptr()), bytes});
+    parts.push_back(
+        {total, rules[k], data<int64_t>(made[k], "offsets"), static_cast<uint8_t*>(results.back().data_ptr()), bytes});
     total += counts[k];
   }
   launch_rows(device, DecimalRows{}, parts, total, 1, parallel);

@@ -155,7 +155,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             raise ValueError("EmbeddingEngine: give at least one feature")
         state_fields("EmbeddingEngine: optimizer_state", optimizer_state, StateField)
         refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
-        for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate)):
+        for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate), ("pass_through", pass_through)):
             refuse_no_flag("EmbeddingEngine", name, flag)
         if prefetch_depth is not None:
             refuse_no_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, 2)

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Integral
+from typing import Any, TypeAlias
 
 from recis_hybrid.features.op import Op, missing_method
 
 Source: TypeAlias = "str | Feature"
 """The name of a column of the batch, or a feature that is made on the way and not given out."""
+
+
+def with_ints(op: Op) -> Op:
+    """Returns an operation whose integers are Python's, where some are numpy's."""
+    if isinstance(op, type) or not is_dataclass(op):
+        return op
+    given = {field.name: getattr(op, field.name) for field in fields(op) if field.init}
+    plain = {name: _plain(value) for name, value in given.items()}
+    changed = {name: value for name, value in plain.items() if value is not given[name]}
+    return replace(op, **changed) if changed else op
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        plain = tuple(_plain(one) for one in value)
+        return value if all(a is b for a, b in zip(plain, value, strict=True)) else plain
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Feature:
             raise TypeError(
                 f"Feature {self.name!r}: ops must be a list of operations, got {self.ops!r}; write ops=[...]"
             )
-        object.__setattr__(self, "ops", tuple(self.ops))
+        object.__setattr__(self, "ops", tuple(with_ints(op) for op in self.ops))
         for position, op in enumerate(self.ops):
             if isinstance(op, type) or missing_method(op) is not None:
                 raise TypeError(

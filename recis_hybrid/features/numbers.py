@@ -54,7 +54,9 @@ class Bucketize:
         object.__setattr__(self, "boundaries", tuple(listed) if isinstance(listed, Iterable) else listed)
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the boundaries, or None."""
+        """Returns what is wrong with its parameters, or None."""
+        if not isinstance(self.right, bool):
+            return f"right must be True or False, got {self.right!r}"
         if not isinstance(self.boundaries, tuple):
             return f"boundaries must be a list of numbers, got {self.boundaries!r}"
         if not self.boundaries:

@@ -180,7 +180,9 @@ class Truncate:
 
     def fault(self) -> str | None:
         """Returns what is wrong with its parameters, or None."""
-        level = None if self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        level = (
+            None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        )
         return _length_fault(self.length, 0) or _side_fault(self.side) or level
 
     @property
@@ -233,7 +235,9 @@ class Pad:
 
     def fault(self) -> str | None:
         """Returns what is wrong with its parameters, or None."""
-        level = None if self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        level = (
+            None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        )
         return _length_fault(self.length, 0) or _side_fault(self.side) or FillNan(self.value).fault() or level
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ class Vocabulary:
             lines = Path(self.source).read_bytes().split(b"\n")
             given = [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
         else:
-            given = list(self.source)
+            given = [_as_int(entry) for entry in self.source]
             # What it was made of is what it is compared by, and must be hashable.
             object.__setattr__(self, "source", tuple(given))
-        entries = tuple(entry.encode() if isinstance(entry, str) else entry for entry in given)
+        entries = tuple(entry.encode() if isinstance(entry, str) else _as_int(entry) for entry in given)
         object.__setattr__(self, "entries", entries)
 
     def fault(self) -> str | None:
@@ -71,7 +72,8 @@ class Vocabulary:
             seen: set[bytes | int] = set()
             twice = next(entry for entry in self.entries if entry in seen or seen.add(entry))  # type: ignore[func-returns-value]
             return f"entries must differ, got {twice!r} twice; drop one"
-        if self.unknown is not None and (not isinstance(self.unknown, int) or not 0 <= self.unknown <= MOST):
+        whole = isinstance(self.unknown, int) and not isinstance(self.unknown, bool)
+        if self.unknown is not None and not (whole and 0 <= self.unknown <= MOST):
             return f"unknown must be an int from 0, or None to refuse what is no entry, got {self.unknown!r}"
         return None
 
@@ -143,11 +145,15 @@ class Vocabulary:
         return f"vocabulary[{len(self.entries)} entries]"
 
 
+def _as_int(value: Any) -> Any:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
 def as_tuple(values: Any) -> Any:
     """Returns values as a tuple, strings as UTF-8 and each once; what is no list of values as it is."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         return values
-    return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else value for value in values))
+    return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else _as_int(value) for value in values))
 
 
 @dataclass(frozen=True)

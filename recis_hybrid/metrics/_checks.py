@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def whole(where: str, name: str, value: object, least: int) -> int:
+    """Returns a setting as an int.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below the least one.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:

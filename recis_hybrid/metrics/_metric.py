@@ -39,6 +39,8 @@ class Metric(ABC):
     """Whether ``update`` takes, after the labels, the group that each row belongs to."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
+        if not isinstance(sync, bool):
+            raise TypeError(f"{type(self).__name__}: sync must be True or False, got {sync!r}")
         self._process_group = process_group
         self._sync = sync
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid.metrics import _faults
-from recis_hybrid.metrics._checks import one_class
+from recis_hybrid.metrics._checks import one_class, whole
 from recis_hybrid.metrics._metric import SumMetric
 from recis_hybrid.metrics.auc import ordered_share
 
@@ -31,6 +31,7 @@ class BinnedAUC(SumMetric):
         sync: False computes the value of what this rank alone has seen.
 
     Raises:
+        TypeError: If bins is no integer.
         ValueError: If bins is less than 2.
 
     Example:
@@ -44,9 +45,7 @@ class BinnedAUC(SumMetric):
         self, bins: int = 65_536, *, process_group: dist.ProcessGroup | None = None, sync: bool = True
     ) -> None:
         super().__init__(process_group=process_group, sync=sync)
-        if bins < 2:
-            raise ValueError(f"BinnedAUC: bins must be at least 2, got {bins}")
-        self._bins = bins
+        self._bins = whole("BinnedAUC", "bins", bins, 2)
 
     def error_bound(self) -> float:
         """Returns how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid.metrics._checks import check_rows, undefined
+from recis_hybrid.metrics._checks import check_rows, undefined, whole
 from recis_hybrid.metrics._metric import GroupedLabels
 from recis_hybrid.metrics._sorted import Sorted
 
@@ -22,9 +22,7 @@ class _AtK(GroupedLabels):
 
     def __init__(self, k: int, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
-        if k < 1:
-            raise ValueError(f"{type(self).__name__}: k must be at least 1, got {k}")
-        self._k = k
+        self._k = whole(type(self).__name__, "k", k, 1)
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
@@ -75,6 +73,7 @@ class PrecisionAtK(_AtK):
         sync: False computes the value of what this rank alone has seen.
 
     Raises:
+        TypeError: If k is no integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -100,6 +99,7 @@ class RecallAtK(_AtK):
         sync: False computes the value of what this rank alone has seen.
 
     Raises:
+        TypeError: If k is no integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -125,6 +125,7 @@ class HitRateAtK(_AtK):
         sync: False computes the value of what this rank alone has seen.
 
     Raises:
+        TypeError: If k is no integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -159,6 +160,7 @@ class NDCGAtK(_AtK):
         sync: False computes the value of what this rank alone has seen.
 
     Raises:
+        TypeError: If k is no integer.
         ValueError: If k is less than 1.
 
     Example:

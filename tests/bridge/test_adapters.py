@@ -1,3 +1,4 @@
+import inspect
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,79 @@ def test_linen() -> None:
     check_dropout_and_training(tower)
     with pytest.raises(ValueError, match="collection 'params'"):
         from_linen(model, {})
+
+
+@pytest.mark.parametrize("name", ["train", "training", "is_training", "deterministic", "inference"])
+def test_a_linen_module_is_told_the_mode_by_any_name(name: str) -> None:
+    linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
+    trains = name not in ("deterministic", "inference")
+
+    class Model(linen.Module):  # type: ignore[name-defined, misc]
+        @linen.compact
+        def __call__(self, x: Any, **mode: bool) -> Any:
+            return linen.Dropout(0.5, deterministic=mode[name] is not trains)(linen.Dense(32)(x))
+
+    # A signature as if it were written out.
+    parameters = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in ("self", "x", name)]
+    Model.__call__.__signature__ = inspect.Signature(parameters)
+    model = Model()
+    variables = model.init(jax.random.key(0), X, **{name: not trains})
+    tower = from_linen(model, variables)
+    x = torch.from_numpy(X).clone()
+    assert (tower(x) == 0).any()
+    assert not (tower.eval()(x) == 0).any()
+
+
+def test_what_a_linen_module_lacks_is_named() -> None:
+    linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
+
+    class Other(linen.Module):  # type: ignore[name-defined, misc]
+        @linen.compact
+        def __call__(self, x: Any, heads: int, evaluation: bool) -> Any:
+            return linen.Dropout(0.5, deterministic=evaluation)(linen.Dense(heads)(x))
+
+    x = torch.from_numpy(X).clone()
+    tower = from_linen(Other(), Other().init(jax.random.key(0), X, 4, evaluation=True))
+    with pytest.raises(
+        TypeError, match=r"from_linen: .*Other.__call__\(self, x: .*: missing a required argument: 'heads'"
+    ) as e:
+        tower(x)
+    assert "pass what else it needs by keyword, as tower(x, name=value)" in str(e.value)
+    assert tower(x, heads=4, evaluation=True).shape == (len(X), 4)
+
+    class Silent(linen.Module):  # type: ignore[name-defined, misc]
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dropout(0.5)(linen.Dense(4)(x))
+
+    tower = from_linen(Silent(), {"params": Other().init(jax.random.key(0), X, 4, evaluation=True)["params"]})
+    with pytest.raises(Exception, match="deterministic") as caught:
+        tower(x)
+    assert any("give it a parameter `train`, and hand it on" in note for note in caught.value.__notes__)
+
+
+def test_other_adapters_tell_the_mode_by_name() -> None:
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed (pip install 'recis_hybrid[examples]')")
+
+    class Model(eqx.Module):  # type: ignore[name-defined, misc]
+        weight: Any
+
+        def __call__(self, x: Any, training: bool) -> Any:
+            return x @ self.weight * (1.0 if training else 2.0)
+
+    x = torch.from_numpy(X).clone()
+    tower = from_equinox(Model(jnp.ones((5, 1))))
+    torch.testing.assert_close(tower(x), x.sum(1, keepdim=True))
+    torch.testing.assert_close(tower.eval()(x), 2 * x.sum(1, keepdim=True))
+
+    def f(params: Any, x: Any, *, training: bool) -> Any:
+        return x * params["w"] * training
+
+    plain = JaxTower(f, {"w": np.ones(1, np.float32)})
+    with pytest.raises(TypeError, match="training") as caught:
+        plain(x)
+    assert any("passed to the call, as tower(x, training=True)" in note for note in caught.value.__notes__)
+    assert torch.equal(plain(x, training=True), x)
 
 
 def test_equinox() -> None:

@@ -1,9 +1,32 @@
+import dataclasses
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from recis_hybrid.features import Bucketize, Feature, Hash, Mod
+from recis_hybrid.features import (
+    Age,
+    Bucketize,
+    Cross,
+    DatePart,
+    Feature,
+    Hash,
+    Length,
+    Mask,
+    Mod,
+    MultiHash,
+    MultiHot,
+    OneHot,
+    Pad,
+    StringMultiHash,
+    Tile,
+    ToDense,
+    TopK,
+    Truncate,
+    Vocabulary,
+)
 
 
 def test_the_source_is_the_column_of_that_name() -> None:
@@ -65,3 +88,29 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
 def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"Feature 'price': {says}"):
         Feature("price", ops=[op])
+
+
+NO_INTEGERS: list[Any] = [2.0, 2.5, True, "2", np.float64(2), torch.tensor(2.5)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Mod, Truncate, Pad, ToDense, OneHot, MultiHot, Tile, TopK, Cross, Length, lambda n: MultiHash([n]),
+     lambda n: Truncate(3, level=n), lambda n: Pad(3, level=n), lambda n: StringMultiHash([n], ["farm"]),
+     lambda n: Vocabulary(["a", "b"], unknown=n), lambda n: DatePart("hour", missing=n), lambda n: Age(n)],
+)  # fmt: skip
+def test_integer_settings_take_integers_alone(make: Any) -> None:
+    for wrong in NO_INTEGERS:
+        with pytest.raises(ValueError, match="Feature 'x': "):
+            Feature("x", ops=[make(wrong)])
+    for right in (2, np.int64(2), np.int32(2), np.uint8(2)):
+        (op,) = Feature("x", ops=[make(right)]).ops
+        assert op == make(2)
+        assert all(not isinstance(getattr(op, field.name), np.integer) for field in dataclasses.fields(op))
+
+
+def test_vocabularies_and_masks_take_integers_of_numpy() -> None:
+    assert Vocabulary(np.array([3, 5])) == Vocabulary([3, 5])
+    assert Mask(np.array([3, 5])) == Mask([3, 5])
+    with pytest.raises(ValueError, match="right must be True or False, got 1"):
+        Feature("x", ops=[Bucketize([1], right=1)])  # type: ignore[arg-type]

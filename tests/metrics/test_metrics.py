@@ -1,10 +1,22 @@
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.metrics import AUC, LogLoss, auc, logloss
+from recis_hybrid.metrics import (
+    AUC,
+    BinnedAUC,
+    HitRateAtK,
+    LogLoss,
+    NDCGAtK,
+    PrecisionAtK,
+    RecallAtK,
+    auc,
+    logloss,
+)
 
 LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1])
 SCORES = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
@@ -129,3 +141,14 @@ def test_logloss_refuses_logits_and_nothing() -> None:
         logloss(torch.tensor([0, 1]), torch.tensor([-2.0, 3.0]))
     with pytest.raises(ValueError, match="there are no rows"):
         logloss(torch.tensor([]), torch.tensor([]))
+
+
+@pytest.mark.parametrize("make", [PrecisionAtK, RecallAtK, NDCGAtK, HitRateAtK, lambda k: BinnedAUC(bins=k)])
+def test_integer_settings_take_integers_alone(make: Any) -> None:
+    for wrong in (2.5, 2.0, True, "2", None, np.float64(2), torch.tensor(2.5)):
+        with pytest.raises(TypeError, match="must be an integer, got"):
+            make(wrong)
+    for right in (2, np.int64(2)):
+        make(right)
+    with pytest.raises(TypeError, match="sync must be True or False, got 'no'"):
+        AUC(sync="no")  # type: ignore[arg-type]
