@@ -74,7 +74,7 @@ class MemoryFile:
 
     @property
     def format(self) -> Format:
-        """How it is read."""
+        """The format of data in memory."""
         return memory
 
     def stamp(self) -> None:
