@@ -190,7 +190,7 @@ class PreparedConverter:
     """Arrays of a rare layout, or of nothing but nulls → what the converter of a plain type makes of them."""
 
     plain: Converter
-    """Of the plain type."""
+    """Converter of the plain type."""
     target: ArrowType
     """The plain type, with a type for what is of none."""
 

@@ -1,4 +1,4 @@
-"""CsvOptions: how CSV files are written, where it is not the usual way."""
+"""CsvOptions: the dialect of CSV files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 
 @dataclass(frozen=True)
 class CsvOptions:
-    r"""How CSV files are written, for `ColumnDataset(csv=)`.
+    r"""Dialect of CSV files, for `ColumnDataset(csv=)`.
 
     With options given, files whose names end in nothing that is known are read as CSV, and rows with another number of
     fields are an error of the options (a ValueError), not damage that `on_bad_file="skip"` leaves out.

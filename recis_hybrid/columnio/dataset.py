@@ -111,7 +111,7 @@ class ColumnDataset(IterableDataset[Batch]):
         decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
             groups as small take less still) and more time for each row; the order of the rows is the same, and so is
             what a state means.
-        csv: How CSV files are written, where it is not the usual way.
+        csv: Dialect of CSV files; None takes the usual one.
         partitions: Whether folders named `key=value` give their files a column.
 
     Raises:
@@ -175,6 +175,8 @@ class ColumnDataset(IterableDataset[Batch]):
                 raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
             one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
             one_of("on_bad_file", on_bad_file, ("raise", "skip"))
+            if not isinstance(csv, CsvOptions | None):
+                raise TypeError(f"ColumnDataset: csv must be a CsvOptions, got {csv!r}")
             self._drop_remainder, self._uneven = drop_remainder, uneven
             self._device = None if device is None else torch.device(device)
             block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None

@@ -193,7 +193,7 @@ class Files:
     converters: Mapping[str, Converter]
     """How each column is read, by name, in the order in which a batch has them."""
     cleaners: Mapping[tuple[str, ArrowType], Converter]
-    """How an array of each type that the files have for a column is brought to the column's layout."""
+    """Converters by column and by each type that the files have for it; all make the layout of `converters`."""
     row_filter: RowFilter | None
     """Which rows are wanted; None for all."""
     needed: Sequence[str]

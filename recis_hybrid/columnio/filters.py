@@ -1,22 +1,11 @@
-"""Which rows of files are wanted. Imports pyarrow.
-
-Conditions (column, operator, value) are computed exactly whatever the column's type: the value is brought to the type
-of the column, never the column to that of the value, and what no value of the type can be is known to hold or not.
-"""
+"""Conditions on the rows of files, and the pieces that footers and folders' names rule out. Imports pyarrow."""
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
-import math
-import operator
 import re
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,10 +15,9 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from .columns import UNITS
+from .comparisons import COMPARE, compiled, footer_decides
 from .layouts import field_type, nested_names, resolve
-from .numbers import ArrowType, is_text
-from .temporal import is_temporal, tick_ns
+from .numbers import ArrowType
 
 Filters: TypeAlias = Any
 """A `pyarrow.compute.Expression`, or a list of (column, operator, value) of which all must hold, or a list of such
@@ -37,16 +25,7 @@ lists of which one must."""
 
 Condition: TypeAlias = tuple[str, str, Any]
 
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_OPERATORS = ("=", *_COMPARE, "in", "not in")
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_OPERATORS = ("=", *COMPARE, "in", "not in")
 # What pyarrow raises for expressions that do not suit, or cannot be computed.
 _REFUSED = (pa.ArrowException, ValueError, TypeError, NotImplementedError, KeyError, OverflowError)
 
@@ -147,8 +126,8 @@ class RowFilter:
                 names[name] = None
                 arrow_type = opened.type_of(name)
                 # A field of a struct has no name of its own in the footer.
-                prunes &= name in opened.schema.names and _footer_decides(sign, value, arrow_type)
-                one = _compiled(name, sign, value, arrow_type)
+                prunes &= name in opened.schema.names and footer_decides(sign, value, arrow_type)
+                one = compiled(name, sign, value, arrow_type)
                 together = one if together is None else together & one
             made = together if made is None else made | together
         return BoundFilter(made, list(names), prunes, str(self))
@@ -285,265 +264,3 @@ def _shown(value: Any) -> str:
     if len(text) <= 200:
         return text
     return f"{text[:80]}... #{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-
-
-def _compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
-    """Returns a condition as an expression over a column of a plain type."""
-    column = pc.field(name)
-    if sign in ("in", "not in"):
-        found = _among(name, value, arrow_type)
-        return found if sign == "in" else ~found
-    if value is None:
-        if sign not in ("==", "!="):
-            raise ValueError(f"ColumnDataset: the filter ({name!r}, {sign!r}, None) orders a null; use == or !=")
-        return column.is_null() if sign == "==" else column.is_valid()
-    kind = _kind(name, arrow_type)
-    if kind is None:
-        # Of nothing but nulls, nothing is compared.
-        return pc.is_valid(column)
-    if isinstance(value, float) and math.isnan(value):
-        if kind.floats and sign in ("==", "!="):
-            return pc.is_nan(column) if sign == "==" else ~pc.is_nan(column)
-        raise ValueError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, nan) compares {arrow_type} with NaN, which nothing is "
-            f"less, greater or equal to; use == or != for floats that are NaN"
-        )
-    if not kind.ordered and sign not in ("==", "!="):
-        raise TypeError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, {value!r}) orders {arrow_type}; use ==, != or in"
-        )
-    scalars = [None if v is None else kind.array([v])[0] for v in _bounds(kind, name, sign, value, arrow_type)]
-    return _compare(_column(name, arrow_type), sign, *scalars)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How values are compared with a column."""
-
-    number: Callable[[Any], Any]
-    """Brings a Python value to what is compared; None where it is of another kind."""
-    array: Callable[[list[Any]], Any]
-    """Makes an array of the column's type of such numbers, strings or steps; of float64 for all floats."""
-    expected: str
-    """What a value must be, for messages."""
-    ordered: bool = True
-    floats: bool = False
-    """Whether the column may hold NaN."""
-    whole: tuple[int, int] | None = None
-    """The smallest and largest step of a type whose values are whole steps; None for others."""
-
-
-def _bounds(kind: _Kind, name: str, sign: str, value: Any, arrow_type: ArrowType) -> tuple[Any, Any, Any]:
-    """Returns what a value is in the type, or None; then its neighbours there, None where it has none."""
-    number = kind.number(value)
-    if number is None:
-        raise TypeError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, {value!r}) compares {arrow_type} with "
-            f"{type(value).__name__}; give it {kind.expected}"
-        )
-    if kind.floats:
-        return _float_bounds(number)
-    if kind.whole is None:
-        return number, None, None
-    least, most = kind.whole
-    if isinstance(number, float):
-        return None, *((most, None) if number > 0 else (None, least))
-    below, above = math.floor(number), math.ceil(number)
-    if below == above and least <= below <= most:
-        return below, None, None
-    if below == above:
-        below, above = below - 1, above + 1
-    return None, min(below, most) if below >= least else None, max(above, least) if above <= most else None
-
-
-def _float_bounds(number: Any) -> tuple[Any, Any, Any]:
-    if isinstance(number, float):
-        return number, None, None
-    try:
-        near = float(number)
-    except OverflowError:
-        near = math.inf if number > 0 else -math.inf
-    if math.isinf(near):
-        edge = math.copysign(sys.float_info.max, near)
-        return None, *((edge, near) if near > 0 else (near, edge))
-    if Fraction(near) == number:
-        return near, None, None
-    if near < number:
-        return None, near, math.nextafter(near, math.inf)
-    return None, math.nextafter(near, -math.inf), near
-
-
-def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
-    """Returns the comparison of a column with a scalar of its type, or with what lies between two of these."""
-    if exact is None:
-        if sign in ("==", "!="):
-            return pc.scalar(False) if sign == "==" else column.is_valid()
-        below = sign in ("<", "<=")
-        edge = low if below else high
-        if edge is None:
-            return pc.scalar(False)
-        return column <= edge if below else column >= edge
-    return _COMPARE[sign](column, exact)
-
-
-def _among(name: str, values: Sequence[Any], arrow_type: ArrowType) -> Any:
-    kind = _kind(name, arrow_type)
-    column, found = _column(name, arrow_type), pc.scalar(False)
-    if kind is not None:
-        wanted = []
-        for value in values:
-            if isinstance(value, float) and math.isnan(value):
-                wanted += [value] * kind.floats
-            elif value is not None:
-                exact, _, _ = _bounds(kind, name, "in", value, arrow_type)
-                wanted += [] if exact is None else [exact]
-        if wanted:
-            found = column.isin(kind.array(wanted))
-    return found | column.is_null() if None in values else found
-
-
-def _column(name: str, arrow_type: ArrowType) -> Any:
-    if pa.types.is_floating(arrow_type) and arrow_type != pa.float64():
-        # A narrow float is compared as the number that it is.
-        return pc.field(name).cast(pa.float64())
-    wide = _wide_decimal(arrow_type)
-    return pc.field(name) if wide == arrow_type else pc.field(name).cast(wide)
-
-
-def _wide_decimal(arrow_type: ArrowType) -> ArrowType:
-    """Returns the type in which decimals are compared: pyarrow does not look for the narrow ones in a list."""
-    narrow = pa.types.is_decimal32(arrow_type) or pa.types.is_decimal64(arrow_type)
-    return pa.decimal128(arrow_type.precision, arrow_type.scale) if narrow else arrow_type
-
-
-def _footer_decides(sign: str, value: Any, arrow_type: ArrowType) -> bool:
-    """Returns whether the smallest and largest value of a row group may rule it out.
-
-    Of floats they leave NaN out, which differs from everything, and do not tell 0.0 from -0.0.
-    """
-    if not pa.types.is_floating(arrow_type):
-        return True
-    nan = isinstance(value, float) and math.isnan(value)
-    return sign not in ("!=", "in", "not in") and not nan
-
-
-def _kind(name: str, arrow_type: ArrowType) -> _Kind | None:
-    types = pa.types
-    if types.is_null(arrow_type):
-        return None
-    if types.is_boolean(arrow_type):
-        return _Kind(lambda v: v if isinstance(v, bool) else None, pa.array, "True or False")
-    if types.is_integer(arrow_type):
-        signed, bits = types.is_signed_integer(arrow_type), arrow_type.bit_width
-        whole = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-        return _Kind(_number, lambda vs: pa.array(vs, arrow_type), "a number", whole=whole)
-    if types.is_floating(arrow_type):
-        return _Kind(_number, lambda vs: pa.array(vs, pa.float64()), "a number", floats=True)
-    if types.is_decimal(arrow_type):
-        scale, most, wide = arrow_type.scale, 10**arrow_type.precision - 1, _wide_decimal(arrow_type)
-        return _Kind(
-            lambda v: _times(_number(v), Fraction(10) ** scale),
-            lambda vs: pa.array([_CONTEXT.create_decimal(v).scaleb(-scale, _CONTEXT) for v in vs], wide),
-            "a number or decimal.Decimal",
-            whole=(-most, most),
-        )
-    if is_temporal(arrow_type):
-        raw = pa.int32() if types.is_date32(arrow_type) or types.is_time32(arrow_type) else pa.int64()
-        tick, most = tick_ns(arrow_type), 2 ** (raw.bit_width - 1) - 1
-        return _Kind(
-            lambda v: _times(_nanoseconds(v, arrow_type), Fraction(1, tick)),
-            lambda vs: pa.array(vs, raw).view(arrow_type),
-            _EXPECTED[_of(arrow_type)],
-            whole=(-most - 1, most),
-        )
-    if is_text(arrow_type):
-        strings = types.is_string(arrow_type) or types.is_large_string(arrow_type)
-        return _Kind(
-            _text if strings else _bytes, lambda vs: pa.array(vs, arrow_type), "a str" if strings else "bytes or a str"
-        )
-    raise TypeError(
-        f"ColumnDataset: filters compare columns of single values, and {name!r} is {arrow_type}; name a field of it, "
-        f"or give a pyarrow expression"
-    )
-
-
-_CONTEXT = decimal.Context(prec=100)
-_EXPECTED = {
-    "timestamp": "a datetime.date, datetime.datetime, numpy.datetime64 or a string of ISO 8601",
-    "time": "a datetime.time or a string of ISO 8601",
-    "duration": "a datetime.timedelta or numpy.timedelta64",
-}
-
-
-def _of(arrow_type: ArrowType) -> str:
-    if pa.types.is_time(arrow_type):
-        return "time"
-    return "duration" if pa.types.is_duration(arrow_type) else "timestamp"
-
-
-def _number(value: Any) -> Any:
-    """Returns a number exactly, floats that are finite as fractions."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return value if math.isinf(value) else Fraction(value)
-    if isinstance(value, decimal.Decimal | Fraction):
-        return Fraction(value) if not isinstance(value, decimal.Decimal) or value.is_finite() else float(value)
-    return None
-
-
-def _times(number: Any, factor: Fraction) -> Any:
-    return number if number is None or isinstance(number, float) else number * factor
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _bytes(value: Any) -> bytes | None:
-    if isinstance(value, uuid.UUID):
-        return value.bytes
-    if isinstance(value, str):
-        return value.encode()
-    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else None
-
-
-def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
-    """Returns a date, time or duration in nanoseconds; dates since 1970 in UTC, as which naive ones are taken."""
-    of = _of(arrow_type)
-    if isinstance(value, np.datetime64 | np.timedelta64):
-        if isinstance(value, np.datetime64) != (of == "timestamp") or of == "time":
-            return None
-        unit = np.datetime_data(value.dtype)[0]
-        steps = {"W": 7 * UNITS["D"], "h": 3600 * UNITS["s"], "m": 60 * UNITS["s"], **UNITS}
-        if unit not in steps:
-            value, unit = value.astype("datetime64[D]"), "D"
-        return int(value.astype(np.int64)) * np.datetime_data(value.dtype)[1] * steps[unit]
-    if isinstance(value, str) and of != "duration":
-        try:
-            value = (datetime.time if of == "time" else datetime.datetime).fromisoformat(value)
-        except ValueError:
-            return None
-    if of == "duration":
-        return _steps(value) if isinstance(value, datetime.timedelta) else None
-    if of == "time":
-        if not isinstance(value, datetime.time):
-            return None
-        return _steps(
-            datetime.timedelta(
-                hours=value.hour, minutes=value.minute, seconds=value.second, microseconds=value.microsecond
-            )
-        )
-    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-        value = datetime.datetime.combine(value, datetime.time())
-    if not isinstance(value, datetime.datetime):
-        return None
-    value = value if value.tzinfo is not None else value.replace(tzinfo=datetime.UTC)
-    return _steps(value - _EPOCH)
-
-
-def _steps(duration: datetime.timedelta) -> int:
-    micro = (duration.days * 86_400 + duration.seconds) * 1_000_000 + duration.microseconds
-    return micro * 1_000 + getattr(duration, "nanoseconds", 0)

@@ -74,7 +74,7 @@ class MemoryFile:
 
     @property
     def format(self) -> Format:
-        """How it is read."""
+        """The format of data in memory."""
         return memory
 
     def stamp(self) -> None:
@@ -162,7 +162,7 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
     if isinstance(data, Mapping | str | bytes) or _is_of(data, "pandas") or hasattr(data, "__arrow_c_array__"):
         return None
     if _is_of(data, "datasets") and hasattr(data, "with_format") and not hasattr(data, "flatten_indices"):
-        return lambda: data.with_format("arrow").iter(batch_size=_STREAMED)
+        return _Streamed(data)
     if hasattr(data, "__arrow_c_stream__") or hasattr(data, "flatten_indices"):
         return None
     if hasattr(data, "__next__"):
@@ -171,13 +171,18 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
             f"anew; give the function that makes it, from_arrow(lambda: batches()), or list(...) of it"
         )
     if callable(data) and not isinstance(data, type):
-        return _checked(data)
+        return _Function(data)
     return data.__iter__ if hasattr(data, "__iter__") and not isinstance(data, np.ndarray) else None
 
 
-def _checked(function: Callable[[], Any]) -> Callable[[], Iterable[Any]]:
-    def batches() -> Iterable[Any]:
-        made = function()
+@dataclass(frozen=True)
+class _Function:
+    """A function of the user's; an object, so that it goes to workers that are not forked if the function does."""
+
+    function: Callable[[], Any]
+
+    def __call__(self) -> Iterable[Any]:
+        made = self.function()
         if hasattr(made, "__arrow_c_stream__") and not hasattr(made, "__next__"):
             return [made]
         if isinstance(made, Mapping | str | bytes) or not hasattr(made, "__iter__"):
@@ -187,7 +192,16 @@ def _checked(function: Callable[[], Any]) -> Callable[[], Iterable[Any]]:
         found: Iterable[Any] = made
         return found
 
-    return batches
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A streamed dataset of Hugging Face."""
+
+    data: Any
+
+    def __call__(self) -> Iterable[Any]:
+        found: Iterable[Any] = self.data.with_format("arrow").iter(batch_size=_STREAMED)
+        return found
 
 
 def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:

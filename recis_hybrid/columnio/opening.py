@@ -46,7 +46,7 @@ def open_files(
         columns: The wanted columns; None instead of a spec takes what suits the column's type.
         row_filter: Which rows are wanted; None for all.
         skip: Whether to go on past damaged files.
-        csv: How CSV files are written; None takes the usual way.
+        csv: Dialect of CSV files; None takes the usual one.
 
     Raises:
         BadFileError: A file is damaged.

@@ -32,11 +32,11 @@ class File:
     partition: dict[str, int | str | None] = field(default_factory=dict)
     """The columns that the names of its folders hold, as `day=7` does."""
     csv: CsvOptions | None = None
-    """How it is written if it is a CSV file; None for the usual way."""
+    """Dialect of a CSV file; None for the usual one."""
 
     @property
     def format(self) -> Format:
-        """How it is read, by the end of its name; CSV where that says nothing and there are options for it."""
+        """Format by the end of the name; CSV where that says nothing and there are options for it."""
         return format_of(self.name, "parquet" if self.csv is None else "delimited")
 
     @property

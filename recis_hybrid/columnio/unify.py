@@ -47,6 +47,8 @@ def unified(one: ArrowType, other: ArrowType, *, asked: bool) -> ArrowType | Non
         TOO_LARGE in (one, other) or torch.bool in dtypes or dtypes[0].is_floating_point != dtypes[1].is_floating_point
     ):
         return None
+    if pa.types.is_decimal(one) and pa.types.is_decimal(other):
+        return one if one.scale >= other.scale else other
     joint = torch.promote_types(*dtypes)
     return pa.bool_() if joint == torch.bool else ARROW_OF[joint]
 

@@ -292,5 +292,7 @@ def test_options_that_cannot_be_meant_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             CsvOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"csv must be a CsvOptions, got \{'delimiter': ';'\}"):
+        ColumnDataset("a.csv", ["x"], 10, csv={"delimiter": ";"})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"null_values must be a sequence of strings, got a str; write \['NA'\]"):
         CsvOptions(null_values="NA")

@@ -144,6 +144,15 @@ def test_comparisons_are_exact(tmp_path: Path, arrow_type: Any, values: list[Any
             assert rows_of(path, [("x", "not in", [right, *more])]) == outside, (right, more)
 
 
+def test_booleans(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [True, False, None], pa.bool_())
+    true, false, null = [0, 1, 6, 9], [2, 3, 7, 10], [4, 5, 8, 11]
+    assert rows_of(path, [("x", "==", True)]) == rows_of(path, [("x", "!=", False)]) == true
+    assert rows_of(path, [("x", "==", np.bool_(False))]) == rows_of(path, [("x", "in", [False])]) == false
+    assert rows_of(path, [("x", "not in", [True])]) == sorted(false + null)
+    assert rows_of(path, [("x", "in", [True, None])]) == sorted(true + null)
+
+
 def test_nan_null_and_empty_lists(tmp_path: Path) -> None:
     values = [NAN, 1.0, None]
     path = write(tmp_path / "a.parquet", values, pa.float64())

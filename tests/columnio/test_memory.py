@@ -1,7 +1,6 @@
 """Data in memory: every kind of table gives the rows of a file, shuffled, shared, filtered and resumed as files are."""
 
 import datetime
-import multiprocessing
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -103,11 +102,10 @@ def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -
 
 @pytest.mark.slow
 def test_workers_that_are_not_forked_get_a_copy() -> None:
-    data = ColumnDataset.from_arrow(table(), ["row"], 10)
-    loader = DataLoader(
-        data, batch_size=None, num_workers=1, multiprocessing_context=multiprocessing.get_context("spawn")
-    )
-    assert [row for batch in loader for row in batch["row"].tolist()] == list(range(ROWS))
+    spawned: dict[str, Any] = {"batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
+    for data in (table(), batches):
+        loader = DataLoader(ColumnDataset.from_arrow(data, ["row"], 10), **spawned)
+        assert [row for batch in loader for row in batch["row"].tolist()] == list(range(ROWS))
 
 
 def test_tensors_share_the_memory() -> None:

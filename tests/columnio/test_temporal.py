@@ -207,6 +207,16 @@ def test_decimals_of_csv_keep_their_digits(tmp_path: Path) -> None:
     assert dense(batch, "x").tolist() == [115, 7, 1234567890123456]
 
 
+def test_decimals_of_several_files_go_together(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1.25\n")
+    pq.write_table(pa.table({"x": pa.array([Decimal("2.5")])}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"x": pa.array([Decimal("3")], pa.decimal64(9, 0))}), tmp_path / "c.parquet")
+    (batch,) = ColumnDataset(tmp_path, {"x": Dense(scale=2)}, 10)
+    assert dense(batch, "x").tolist() == [125, 250, 300]
+    (batch,) = ColumnDataset(tmp_path, {"x": Dense(torch.float64)}, 10)
+    assert dense(batch, "x").tolist() == [1.25, 2.5, 3.0]
+
+
 def test_dates_and_timestamps_of_several_files_go_together(tmp_path: Path) -> None:
     day = datetime.date(2024, 1, 1)
     moment = datetime.datetime(2024, 1, 1, 10, 0, 0, 500_000)

@@ -209,9 +209,9 @@ def _column(file: Any, types: Mapping[str, Any], message: str) -> str | None:
 def _refused(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> ValueError | None:
     """Returns the error for a value of another type than its column; None where the file is damaged."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
-        return other_type(
-            file, kinds[1], f"has values of JSON that are a {kinds[2]} and a {kinds[3]}", "write the file anew with one"
-        )
+        said = f"has values of JSON that are a {kinds[2]} and a {kinds[3]}"
+        text = "read it as Text() if all are strings, or " if kinds[3] == "string" else ""
+        return other_type(file, kinds[1], said, f"{text}write the file anew with one")
     if (found := _NO_VALUE.search(str(error))) is None:
         return None
     name = _column(file, {**types, **loose}, str(error))
