@@ -52,7 +52,7 @@ demo: setup  ## Trains a hybrid torch and JAX model on data it makes itself
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
 test: setup  ## Runs the tests: 8 to 14 minutes on two cores
-	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section in a fifth of it')
+	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section of them')
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-quick: setup  ## Runs a cross-section of the tests, in a fifth of their time at most
