@@ -151,20 +151,28 @@ class BuildNative(build_ext):
                 (target / "librecis_cuda.so", outputs, [nvcc, "-shared", "-cudart=static", *gencode, *link])
             )
 
-        def compile_one(job: tuple[Path, Path, list[str]]) -> None:
-            source, output, command = job
-            if not self.force and output.exists():
-                if output.stat().st_mtime > max(newest_header, source.stat().st_mtime):
-                    return
+        def is_stale(job: tuple[Path, Path, list[str]]) -> bool:
+            source, output, _ = job
+            return (
+                self.force or not output.exists()
+                or output.stat().st_mtime <= max(newest_header, source.stat().st_mtime)
+            )  # fmt: skip
+
+        def compile_one(numbered: tuple[int, tuple[Path, Path, list[str]]]) -> None:
+            number, (source, output, command) = numbered
             output.parent.mkdir(parents=True, exist_ok=True)
-            print(f"  {output.parent.name:8} {source.relative_to(ROOT)}", flush=True)
+            print(f"  {number}/{len(stale)} {output.parent.name:8} {source.relative_to(ROOT)}", flush=True)
             run(command)
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1) as pool:
-            list(pool.map(compile_one, jobs))
+        stale = [job for job in jobs if is_stale(job)]
+        workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+        if stale:
+            print(f"compiling {len(stale)} files of the native library, {workers} at a time (MAX_JOBS)", flush=True)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(compile_one, enumerate(stale, 1)))
         for library, outputs, command in libraries:
-            stale = not library.exists() or library.stat().st_mtime < max(o.stat().st_mtime for o in outputs)
-            if stale or self.force:
+            older = not library.exists() or library.stat().st_mtime < max(o.stat().st_mtime for o in outputs)
+            if older or self.force:
                 print(f"  link     {library.name}", flush=True)
                 # A new file, not the old one rewritten: a process that has it mapped keeps what it has.
                 fresh = library.with_suffix(".tmp")

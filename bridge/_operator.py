@@ -115,6 +115,12 @@ tower_forward.register_autograd(_backward, setup_context=_save)
 tower_backward.register_autograd(_refuse, setup_context=_keep_number)
 
 
+def traced() -> bool:
+    """Return whether torch.compile or torch.export is tracing, also where Dynamo calls a function as a whole."""
+    # Before torch 2.13, is_compiling() is true in code that Dynamo reads, and not in what it calls.
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 @functools.cache
 def nonstrict(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that dynamo calls and does not look into; this loads torch's compiler, as any torch optimizer does."""

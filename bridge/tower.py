@@ -13,7 +13,7 @@ import torch
 from . import _export
 from ._autograd import Apply, Caller
 from ._imports import Imports
-from ._operator import eager, nonstrict, number_of, structs, tower_forward
+from ._operator import eager, nonstrict, number_of, structs, tower_forward, traced
 from ._padding import Dims, Padding
 from ._parameters import Slot, dotted, gather, plant
 from ._programs import Forward, Programs, Remat
@@ -188,7 +188,7 @@ class JaxTower(torch.nn.Module):
         supplied = self._supply(static, training, found, padded, parameters[0].device if parameters else None)
         leaves, inputs_tree = jax.tree.flatten((inputs, supplied))
         tensors = parameters + leaves
-        compiling = torch.compiler.is_compiling()
+        compiling = traced()
         arrays, kinds = _structs(tensors) if compiling else self._share(tensors, inputs, supplied)
         if torch.is_grad_enabled():
             wanted = tuple(map(_requires_grad, tensors))

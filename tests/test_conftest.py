@@ -87,7 +87,7 @@ def test_the_cross_section_has_some_of_every_file_and_what_no_run_should_be_with
 def test_the_cross_section_takes_new_tests_up_and_one_set_of_parameters_of_each() -> None:
     names = [f"tests/a/test_{n % 20}.py::test_{n}[{case}]" for n in range(1000) for case in range(3)]
     chosen = cross_section(names, str, lambda name: set())
-    assert 0.3 * 1000 < len(chosen) < 0.4 * 1000
+    assert 0.2 * 1000 < len(chosen) < 0.32 * 1000
     assert len({name.partition("[")[0] for name in chosen}) == len(chosen)
     assert chosen == [name for name in names if name in set(chosen)]
     # As others come and go, who was drawn stays drawn, but for the one that stood for a file.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 from zlib import crc32
 
-SHARE = 0.35
+SHARE = 0.25
 """Of the test functions of a file that are not slow; at least one, whichever file."""
 
 T = TypeVar("T")

@@ -1,0 +1,45 @@
+"""What `make` says while it works: a line a package, what a run of the tests will take."""
+
+import os
+import subprocess
+from pathlib import Path
+
+
+def make(root: Path, *arguments: str, given: str = "") -> str:
+    # The tests may be run by a make with settings of its own, which hands them on.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTEST_ARGS")}
+    done = subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=root, input=given, capture_output=True, text=True,
+        check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_of_what_pip_says_a_line_a_package_is_left(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.mk").write_text("include Makefile\nshort:\n\t@$(PIP_SHORT)\n")
+    said = """\
+Looking in links: /wheels
+Collecting jaxlib==0.10.2 (from -c requirements/constraints.txt (line 38))
+  Downloading jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.4 MB)
+     ---------------------------------------- 85.4/85.4 MB 50.0 MB/s eta 0:00:00
+Requirement already satisfied: torch==2.13.0 in ./.venv/lib (2.13.0)
+  Using cached idna-3.20-py3-none-any.whl (70 kB)
+Processing /some wheels/six-1.17.0-py2.py3-none-any.whl (from -r requirements/dev.txt (line 5))
+Installing collected packages: six, idna, jaxlib
+Successfully installed idna-3.20 jaxlib-0.10.2 six-1.17.0
+"""
+    assert make(root, "-f", str(tmp_path / "short.mk"), "short", given=said).splitlines() == [
+        "  jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.4 MB)",
+        "  idna-3.20-py3-none-any.whl (70 kB)",
+        "  six-1.17.0-py2.py3-none-any.whl",
+        "  unpacking all of them",
+    ]
+
+
+def test_a_run_of_all_tests_says_first_how_long_it_takes(root: Path) -> None:
+    whole, some = make(root, "--dry-run", "test"), make(root, "--dry-run", "test", "PYTEST_ARGS=tests/ops")
+    assert "all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section" in whole
+    assert "14 minutes" not in some
+    assert "pytest tests/ops" in some
+    assert "pytest --quick" in make(root, "--dry-run", "test-quick")
