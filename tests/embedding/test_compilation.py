@@ -190,6 +190,7 @@ def test_lookup_and_apply_gradients_within_a_compiled_step() -> None:
     assert same(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_tables_alone_within_a_compiled_step() -> None:
     # Traced as far as dynamo can: numbers of combiners are symbols here.
     results = []
