@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ _REASON = (
 
 _methods: list[tuple[type, str]] = []
 _prepared = False
+_preparing = threading.Lock()
 
 
 def outside_graphs(*names: str) -> Callable[[_C], _C]:
@@ -48,7 +50,7 @@ def prepare() -> None:
     It loads torch's compiler, as any torch optimizer does; so it must not run when the package is imported.
     """
     global _prepared
-    if not _prepared:
+    with _preparing:
         _prepared = True
         _hide()
 

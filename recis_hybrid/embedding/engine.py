@@ -454,6 +454,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 "EmbeddingEngine: tables have no form on the meta device, and no sizes to be known before; move the "
                 "towers alone, as model.tower.to('meta')"
             )
+        if probe.is_cpu and probe.is_shared():
+            raise RuntimeError(
+                "EmbeddingEngine: tables cannot be shared with other processes by share_memory(); start ranks with "
+                "torchrun, which share tables by torch.distributed"
+            )
         if probe.device != self.device:
             raise RuntimeError(
                 f"EmbeddingEngine: tables cannot be moved from {self.device} to {probe.device}; "

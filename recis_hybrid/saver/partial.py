@@ -176,11 +176,20 @@ def _tables(
     return load
 
 
+def _state_columns(table: TableEntry) -> set[object]:
+    fields = table.meta.get("optimizer_state")
+    return {field[0] for field in fields if isinstance(field, list) and field} if isinstance(fields, list) else set()
+
+
 def _difference(saved: TableEntry, live: TableState, strict: bool) -> str | None:
-    """In what columns differ. Not strict: dtypes may, and either side may have columns that the other lacks."""
+    """In what columns differ. Not strict: dtypes may, and either side may have columns that the other lacks.
+
+    A live table that keeps no optimizer state, as a read-only one, does without that of the checkpoint either way.
+    """
     own = {column: TensorSpec.of(values, skip=1) for column, values in live.columns.items()}
     common = [column for column in saved.columns if column in own]
-    if strict and saved.columns.keys() != own.keys():
+    unneeded = _state_columns(saved) if live.meta.get("optimizer_state") == [] else set()
+    if strict and saved.columns.keys() - unneeded != own.keys():
         return f"checkpoint has the columns {list(saved.columns)}, live object {list(own)}"
     if common[:2] != list(own)[:2]:
         return f"checkpoint must have the columns {list(own)[:2]}, it has {list(saved.columns)}"

@@ -190,6 +190,7 @@ def test_lookup_and_apply_gradients_within_a_compiled_step() -> None:
     assert same(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_tables_alone_within_a_compiled_step() -> None:
     # Traced as far as dynamo can: numbers of combiners are symbols here.
     results = []
@@ -274,6 +275,7 @@ EXPORTERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:EmbeddingEngine. the rows of embedding tables are not in the state_dict")  # onnx
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_recording_a_model_with_tables_is_refused(name: str, mode: str) -> None:

@@ -361,6 +361,8 @@ def test_devices_that_tables_cannot_go_to_are_refused() -> None:
         model.to("meta")
     with pytest.raises(RuntimeError, match="tables have no form on the meta device"):
         model.to_empty(device="meta")
+    with pytest.raises(RuntimeError, match="tables cannot be shared with other processes"):
+        model.share_memory()
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'meta'"):
         EmbeddingEngine(CONFIGS, device="meta")
     with torch.device("meta"):  # as large models are built; tables are where their engine says

@@ -111,6 +111,17 @@ def test_a_trained_checkpoint_goes_into_a_read_only_table_and_back(tmp_path: Pat
     assert not torch.equal(embeddings(free)["old"], before)
 
 
+def test_some_tables_of_another_run_are_loaded_and_frozen(tmp_path: Path) -> None:
+    engine, optimizer = trained()
+    Saver(tmp_path).save(1, engine=engine, optimizer=optimizer)
+    frozen = engine_of(frozen=("old", "user"))
+    loaded = Saver(tmp_path).load_some(only=["old", "item"], engine=frozen)
+    assert len(loaded.loaded) == 2
+    for name in ("old", "item"):
+        assert torch.equal(embeddings(frozen)[name], embeddings(engine)[name])
+    assert torch.equal(rows_of(frozen)["item"]["exp_avg"], rows_of(engine)["item"]["exp_avg"])
+
+
 @pytest.mark.parametrize("frozen", [("old",), ()])
 def test_changes_after_a_change_of_layout_build_on_a_whole_part(tmp_path: Path, frozen: tuple[str, ...]) -> None:
     # A checkpoint of rows without moments cannot be put over one of rows with moments, nor the other way round.

@@ -279,21 +279,27 @@ def test_ranks_gather_all_rows_and_any_number_of_ranks_loads_them(ranks: Ranks) 
         assert sum(len(result["tables"]["user"]["ids"]) for result in loaded) == len(merged["user"]["ids"])
 
 
-def wrapped_in_ddp(group: dist.ProcessGroup) -> list[str]:
+def wrapped_in_ddp(group: dist.ProcessGroup, compiled: bool) -> list[str]:
     model = Model(group=group, rows_in_state_dict="record", prefetch_depth=0)
     leave_out_of_ddp(model)
-    ddp = DistributedDataParallel(model, process_group=group)
+    inner: Any = torch.compile(model, backend="eager") if compiled else model
+    ddp = DistributedDataParallel(inner, process_group=group)
     optimizers = optimizers_of(model)
     train(ddp, optimizers, range(2))  # type: ignore[arg-type]
     state = ddp.state_dict()
     before = everything(model)
     other = Model(group=group, seed=9, prefetch_depth=0)
     leave_out_of_ddp(other)
-    DistributedDataParallel(other, process_group=group).load_state_dict(state)
+    inner = torch.compile(other, backend="eager") if compiled else other
+    DistributedDataParallel(inner, process_group=group).load_state_dict(state)
     assert_equal(everything(other), before)
     return sorted(state)
 
 
-def test_a_model_in_ddp(ranks: Ranks) -> None:
-    for keys in ranks.run(2, wrapped_in_ddp):
-        assert {"module.tower.weight", "module.engine.tables", "module.engine.tables.user.exp_avg"} <= set(keys)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_ddp(ranks: Ranks, compiled: bool) -> None:
+    wrapper = "module._orig_mod" if compiled else "module"
+    for keys in ranks.run(2, wrapped_in_ddp, compiled):
+        assert {f"{wrapper}.{key}" for key in ("tower.weight", "engine.tables", "engine.tables.user.exp_avg")} <= set(
+            keys
+        )
