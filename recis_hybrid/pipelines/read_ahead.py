@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,8 @@ class _Group:
     """For each batch, its rows on each rank; none on one process."""
     stage_passes: int
     pass_batches: int
-    place: dict[str, Any]
-    """Of the reader."""
+    place: dict[str, Any] | None
+    """Of the reader; None where nothing is read ahead and a wait for a batch cannot be left."""
 
 
 class ReadAhead:
@@ -62,8 +63,10 @@ class ReadAhead:
         self._announced: tuple[list[Batch], Announcement, dict[str, Any]] | None = None
         self._failure: Exception | None = None
         self._agreed_rows: list[list[int]] = []
-        self._read_place: dict[str, Any] = {}
-        reader.hold(reader.state_dict())
+        self._read_place: dict[str, Any] | None = None
+        self._holds = self._together or depth > 0 or reader.can_be_left
+        if self._holds:
+            reader.hold(reader.state_dict())
 
     def __len__(self) -> int:
         """Steps whose batches were read and not taken."""
@@ -84,10 +87,11 @@ class ReadAhead:
         """
         if self._together:
             return self._read_together()
-        with self._interruption.waiting():
+        with self._interruption.waiting() if self._holds else nullcontext():
             batches, ended = self._read_own()
         self._count(len(batches), ended)
-        self._read_place = self._reader.state_dict(read=True)
+        if self._holds:
+            self._read_place = self._reader.state_dict(read=True)
         return batches
 
     def _read_own(self) -> tuple[list[Batch], bool]:
@@ -162,7 +166,8 @@ class ReadAhead:
         """Returns the batches whose turn it is, and moves the place on."""
         group = self._groups.popleft()
         self._place.stage_passes, self._place.pass_batches = group.stage_passes, group.pass_batches
-        self._reader.hold(group.place)
+        if group.place is not None:
+            self._reader.hold(group.place)
         self.rows = group.rows
         return group.batches
 

@@ -103,6 +103,11 @@ class Reader:
         if self._in_workers and hasattr(self._source, "set_epoch"):
             self._source.set_epoch(self._source.epoch + 1)
 
+    @property
+    def can_be_left(self) -> bool:
+        """Whether its place is so cheap to know that each wait for a batch may be left, and gone on from."""
+        return not self._stateful or type(self._source).__module__.startswith("recis_hybrid.")
+
     def hold(self, state: dict[str, Any]) -> None:
         """Has :meth:`state_dict` give a place that was read past, since what comes after it was not used yet."""
         self._held = state

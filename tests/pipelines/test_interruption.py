@@ -159,10 +159,17 @@ def test_a_signal_after_the_last_look_is_not_lost() -> None:
 
 def test_a_signal_that_a_launcher_repeats_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    with pytest.raises(Terminated), Interruption() as interruption:
-        for _ in range(2):  # a scheduler's own, and torchrun's
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.requested == signal.SIGTERM
+
+    def signalled() -> None:
+        with Interruption() as interruption:
+            for _ in range(2):  # a scheduler's own, and torchrun's
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(interruption.requested)
+
+    seen: list[signal.Signals | None] = []
+    with pytest.raises(Terminated):
+        signalled()
+    assert seen == [signal.SIGTERM]
 
 
 # In processes of their own

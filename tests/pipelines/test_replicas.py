@@ -224,6 +224,13 @@ def refusals(rank: int, folder: Path) -> None:
         model.head = nn.Linear(4, 2, bias=False)
     with pytest.raises(ValueError, match="towers have parameters or buffers of other names"):
         trainer(model, dealt(whole())).fit([Train()])
+    model = Model()
+    dense = torch.optim.Adam(dense_parameters(model), lr=0.1 * (1 + rank))
+    sparse = optim.SGD(model.engine.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=f"optimizers have other hyperparameters.* Rank {rank} has .*{dense.defaults['lr']}"
+    ):
+        Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), dealt(whole())).fit([Train()])
     for stage in (Train(), Evaluate(data="train")):
         given: list[Batch] = whole(3) if rank == 0 else []
         with pytest.raises(ValueError, match=r"the ranks \[1\] were given no batch at all"):
