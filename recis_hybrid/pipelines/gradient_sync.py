@@ -59,6 +59,10 @@ class GradientSync:
         )
         _broadcast([tensor.detach() for tensor in tensors.values()])
 
+    def clear(self) -> None:
+        """Forget gradients of a step that has not come to its end."""
+        self._sums, self._has = [], []
+
     def add(self, share: float) -> None:
         """Take this rank's gradients out of the parameters, for :meth:`finish` to put their mean back.
 
@@ -113,7 +117,7 @@ class GradientSync:
             for parameter, gradient, exists in zip(parameters, gradients, there, strict=True):
                 if exists:
                     parameter.grad = _like(gradient, parameter)
-        self._sums, self._has = [], []
+        self.clear()
         if buffers := list(self._named_buffers().values()):
             _broadcast(buffers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -120,6 +121,14 @@ class ReadAhead:
         (batches, announcement, self._read_place), self._announced = self._announced, None
         # Raised when its turn comes: the other ranks are at the steps before it until then, and so is this one.
         agreed = announcement.agreed(self._failure)
+        if agreed.alike and distributed.rank() == 0:
+            warnings.warn(
+                f"Trainer: all {distributed.world_size()} ranks were given the same first batch, so that each row "
+                f"seems to be trained on by every rank; give each its own, as batches[rank::world_size], or a "
+                f"ColumnDataset",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for _ in range(len(agreed.rows) - len(batches)):
             assert self._reader.empty is not None
             batches.append(self._reader.empty)
@@ -153,8 +162,9 @@ class ReadAhead:
         announcement = announce(
             batches, self._accumulate, ended=self._reader.ended, bare=self._reader.empty is None,
             failed=self._failure is not None,
-            interrupted=interrupted or self._interruption.requested is not None,
+            interrupted=interrupted or self._interruption.requested is not None, digest=self._reader.digest,
         )  # fmt: skip
+        self._reader.digest = 0
         self._announced = batches, announcement, self._reader.state_dict(read=True)
 
     def put(self, batches: list[Batch]) -> None:

@@ -142,6 +142,7 @@ class TorchStep:
         several, expected, self._expected = distributed.world_size() > 1, self._expected, None
         if several and not self._synchronised:
             self.synchronise()
+        self._sync.clear()
         rows = [sum(each) for each in expected] if expected else [batch_size(batch) for batch in batches]
         watched: dict[str, Tensor] = {}
         for number, (batch, own) in enumerate(zip(batches, rows, strict=True)):

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -323,6 +324,18 @@ def other_sources(rank: int, folder: Path) -> None:
     )
 
 
+def same_batches(rank: int) -> None:
+    """Ranks that all train on the same rows are told, once."""
+    model = Model()
+    optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
+    for given, times in ((whole(), 1 - rank), (dealt(whole()), 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), given).fit([Train(epochs=2)])
+        said = [each for each in caught if "were given the same first batch" in str(each.message)]
+        assert len(said) == times
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     return sha256(b"".join(value.contiguous().numpy().tobytes() for value in tensors.values())).hexdigest()
 
@@ -342,6 +355,7 @@ def on_rank(rank: int, port: int, folder: Path, expected: dict[str, dict[str, np
                 )
     refusals(rank, folder)
     other_sources(rank, folder)
+    same_batches(rank)
     dist.destroy_process_group()
 
 
