@@ -21,7 +21,12 @@ from recis_hybrid.pipelines.stages import (
     Stage as Stage,
     Train as Train,
 )
-from recis_hybrid.pipelines.step import Observer as Observer, Scored as Scored, Step as Step
+from recis_hybrid.pipelines.step import (
+    Observer as Observer,
+    Replicated as Replicated,
+    Scored as Scored,
+    Step as Step,
+)
 from recis_hybrid.pipelines.tensorboard import TensorBoard as TensorBoard
 from recis_hybrid.pipelines.torch_step import TorchStep as TorchStep
 from recis_hybrid.pipelines.trainer import Trainer as Trainer

@@ -44,13 +44,24 @@ class GradientSync:
         """Take over rank 0's parameters and buffers; all ranks call it together.
 
         Raises:
-            ValueError: The ranks have parameters or buffers of other names, shapes or dtypes.
+            ValueError: The ranks have parameters or buffers of other names, shapes or dtypes, or optimizers with other
+                hyperparameters.
         """
         self._parameters = self._named_parameters()
         tensors = {**self._parameters, **self._named_buffers()}
         described = [(name, list(t.shape), str(t.dtype), t.device.type) for name, t in tensors.items()]
-        _refuse_other(described)
+        _refuse_other(
+            "towers have parameters or buffers of other names, shapes or dtypes; build the model alike", described
+        )
+        _refuse_other(
+            "optimizers have other hyperparameters, so that towers would drift apart; give the same",
+            [_hyperparameters(optimizer) for optimizer in self._optimizers],
+        )
         _broadcast([tensor.detach() for tensor in tensors.values()])
+
+    def clear(self) -> None:
+        """Forget gradients of a step that has not come to its end."""
+        self._sums, self._has = [], []
 
     def add(self, share: float) -> None:
         """Take this rank's gradients out of the parameters, for :meth:`finish` to put their mean back.
@@ -106,7 +117,7 @@ class GradientSync:
             for parameter, gradient, exists in zip(parameters, gradients, there, strict=True):
                 if exists:
                     parameter.grad = _like(gradient, parameter)
-        self._sums, self._has = [], []
+        self.clear()
         if buffers := list(self._named_buffers().values()):
             _broadcast(buffers)
 
@@ -252,18 +263,30 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _refuse_other(described: Sequence[Any]) -> None:
-    digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "little", signed=True)
-    told = _sendable(torch.tensor([digest, -digest if digest > -(2**63) else 0]))
+def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Returns the numbers of an optimizer's parameter groups."""
+    groups = [
+        {key: repr(value) for key, value in group.items() if key != "params" and isinstance(value, _NUMBERS)}
+        for group in optimizer.param_groups
+    ]
+    return [type(optimizer).__name__, groups]
+
+
+_NUMBERS = (bool, int, float, tuple, Tensor, type(None))
+
+
+def _refuse_other(what: str, described: Sequence[Any]) -> None:
+    """Raises ValueError where ranks describe something otherwise."""
+    digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
+    told = _sendable(torch.tensor([digest, -digest]))
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    greatest, least = told.tolist()
-    if greatest != digest or -least != digest:
+    if told.tolist() != [digest, -digest]:
+        shown = repr(list(described))
         raise ValueError(
-            f"TorchStep: the ranks' towers have parameters or buffers of other names, shapes or dtypes; build the "
-            f"model alike on all ranks. Rank {distributed.rank()} has {_shown(described)}"
+            f"TorchStep: the ranks' {what} on all ranks. Rank {distributed.rank()} has "
+            f"{shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
         )
 
 
-def _shown(described: Sequence[Any]) -> str:
-    shown = ", ".join(f"{name} {shape} {dtype}" for name, shape, dtype, _ in described[:8])
-    return shown + (f" and {len(described) - 8} more" if len(described) > 8 else "")
+_SHOWN = 400
+"""Letters of a message."""

@@ -59,8 +59,9 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if error is None and self.requested is not None and not self._delivered:
-            raise self.error(self.requested)  # it came after the last look
+        requested, self.requested, self._before = self.requested, None, {}
+        if error is None and requested is not None and not self._delivered:
+            raise self.error(requested)  # it came after the last look
 
     def error(self, received: signal.Signals | None) -> BaseException:
         """Return what ends the training.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +27,8 @@ class _Group:
     """For each batch, its rows on each rank; none on one process."""
     stage_passes: int
     pass_batches: int
-    place: dict[str, Any]
-    """Of the reader."""
+    place: dict[str, Any] | None
+    """Of the reader; None where nothing is read ahead and a wait for a batch cannot be left."""
 
 
 class ReadAhead:
@@ -62,8 +64,10 @@ class ReadAhead:
         self._announced: tuple[list[Batch], Announcement, dict[str, Any]] | None = None
         self._failure: Exception | None = None
         self._agreed_rows: list[list[int]] = []
-        self._read_place: dict[str, Any] = {}
-        reader.hold(reader.state_dict())
+        self._read_place: dict[str, Any] | None = None
+        self._holds = self._together or depth > 0 or reader.can_be_left
+        if self._holds:
+            reader.hold(reader.state_dict())
 
     def __len__(self) -> int:
         """Steps whose batches were read and not taken."""
@@ -84,10 +88,11 @@ class ReadAhead:
         """
         if self._together:
             return self._read_together()
-        with self._interruption.waiting():
+        with self._interruption.waiting() if self._holds else nullcontext():
             batches, ended = self._read_own()
         self._count(len(batches), ended)
-        self._read_place = self._reader.state_dict(read=True)
+        if self._holds:
+            self._read_place = self._reader.state_dict(read=True)
         return batches
 
     def _read_own(self) -> tuple[list[Batch], bool]:
@@ -116,6 +121,14 @@ class ReadAhead:
         (batches, announcement, self._read_place), self._announced = self._announced, None
         # Raised when its turn comes: the other ranks are at the steps before it until then, and so is this one.
         agreed = announcement.agreed(self._failure)
+        if agreed.alike and distributed.rank() == 0:
+            warnings.warn(
+                f"Trainer: all {distributed.world_size()} ranks were given the same first batch, so that each row "
+                f"seems to be trained on by every rank; give each its own, as batches[rank::world_size], or a "
+                f"ColumnDataset",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for _ in range(len(agreed.rows) - len(batches)):
             assert self._reader.empty is not None
             batches.append(self._reader.empty)
@@ -149,8 +162,9 @@ class ReadAhead:
         announcement = announce(
             batches, self._accumulate, ended=self._reader.ended, bare=self._reader.empty is None,
             failed=self._failure is not None,
-            interrupted=interrupted or self._interruption.requested is not None,
+            interrupted=interrupted or self._interruption.requested is not None, digest=self._reader.digest,
         )  # fmt: skip
+        self._reader.digest = 0
         self._announced = batches, announcement, self._reader.state_dict(read=True)
 
     def put(self, batches: list[Batch]) -> None:
@@ -162,7 +176,8 @@ class ReadAhead:
         """Returns the batches whose turn it is, and moves the place on."""
         group = self._groups.popleft()
         self._place.stage_passes, self._place.pass_batches = group.stage_passes, group.pass_batches
-        self._reader.hold(group.place)
+        if group.place is not None:
+            self._reader.hold(group.place)
         self.rows = group.rows
         return group.batches
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from recis_hybrid.pipelines.turns import without_rows
+from recis_hybrid.pipelines.turns import digest_of, without_rows
 from recis_hybrid.ragged import Batch
 
 
@@ -29,6 +29,8 @@ class Reader:
         self.data = data
         self.empty: Batch | None = None
         """Where several ranks read, a batch without rows, of the columns of the first one; None before it."""
+        self.digest = 0
+        """Where several ranks read, of the first batch, until it is taken."""
         self._together, self._ended = together, False
         self.passes = 0
         """Passes that have come to their end."""
@@ -82,7 +84,7 @@ class Reader:
 
     def _keep_columns(self, batch: Batch) -> None:
         if self.empty is None:
-            self.empty = without_rows(batch)
+            self.empty, self.digest = without_rows(batch), digest_of(batch)
 
     def _begin(self) -> Iterator[Batch]:
         # A DataLoader draws a seed as it begins: from a fork of the generator, or a pass that is begun in its middle by
@@ -102,6 +104,11 @@ class Reader:
         self.passes, self.batches = self.passes + 1, 0
         if self._in_workers and hasattr(self._source, "set_epoch"):
             self._source.set_epoch(self._source.epoch + 1)
+
+    @property
+    def can_be_left(self) -> bool:
+        """Whether its place is so cheap to know that each wait for a batch may be left, and gone on from."""
+        return not self._stateful or type(self._source).__module__.startswith("recis_hybrid.")
 
     def hold(self, state: dict[str, Any]) -> None:
         """Has :meth:`state_dict` give a place that was read past, since what comes after it was not used yet."""

@@ -210,6 +210,7 @@ class TorchStep:
         several, expected, self._expected = distributed.world_size() > 1, self._expected, None
         if several and not self._synchronised:
             self.synchronise()
+        self._sync.clear()
         mine = [batch_size(batch) for batch in batches]
         rows = [sum(each) for each in expected] if expected else mine
         watched: dict[str, Tensor] = {}

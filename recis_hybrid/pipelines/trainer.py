@@ -44,8 +44,13 @@ from recis_hybrid.saver import Location, PerRank, Saver
 class Trainer:
     """Runs stages (train, evaluate, evict, save) one after another.
 
-    A step that is not logged waits for no device. Where torch.distributed is initialised, every rank runs the same
-    stages; logs are of all ranks, and rank 0 writes them.
+    A step that is not logged waits for no device.
+
+    Where torch.distributed is initialised, or a launcher such as torchrun has started several processes, which then
+    join here, every rank runs the same stages. Towers start as rank 0's and take the mean gradient over the samples of
+    all ranks, so that they stay bitwise the same, in DistributedDataParallel or not. Before each step the ranks agree
+    on it: one that has no batch left takes part with an empty one until all have come to the end of the pass. Logs are
+    of all ranks, and rank 0 writes them.
 
     Args:
         step: What is done with batches; or several by name, of which stages choose, a teacher and a student for
@@ -67,6 +72,7 @@ class Trainer:
         seed: Of all generators of the process, set when a training begins anew; None leaves them.
 
     Raises:
+        RuntimeError: If a launcher has started several processes and they cannot be joined.
         TypeError: If an argument is of another kind.
         ValueError: If accumulate or log_every is less than 1, or prefetch or seed negative.
 
@@ -185,10 +191,17 @@ class Trainer:
         Returns:
             By name of the evaluation, what it gave last.
 
+        The first Ctrl-C, SIGTERM or SIGUSR1 ends it between two steps, with a checkpoint if there is a saver; a second
+        one ends the process at once. Signals that have a handler of the program's own are left to it.
+
         Raises:
             CallbackError: A callback has raised; the state was saved.
+            ExchangeError: Another rank has failed or died.
+            KeyboardInterrupt: After Ctrl-C; the state was saved.
             NonFiniteLossError: The loss is no finite number; checkpoints stay as they are.
-            ValueError: There are checkpoints and ``resume`` is None, or a stage would never end.
+            SystemExit: After another signal, with the status 128 + its number; the state was saved.
+            ValueError: There are checkpoints and ``resume`` is None, or a stage would never end; or several ranks train
+                what they have each for themselves, or one of them has no batch.
         """
         with self._interruption:
             return self._fit(stages, resume)
@@ -511,7 +524,7 @@ class Trainer:
             if not isinstance(step, Replicated):
                 raise ValueError(
                     f"Trainer.fit: {ranks()} ranks train together, and {which} ({type(step).__name__}) has no "
-                    f"synchronise() and expect(), by which pipelines.Step says how the ranks' towers stay alike; add "
+                    f"synchronise() and expect(), by which pipelines.Replicated keeps the ranks' towers alike; add "
                     f"them, or train on one process"
                 )
             for engine in step.engines:

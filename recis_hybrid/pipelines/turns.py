@@ -7,7 +7,8 @@ until all ranks have come to the end of their pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class Agreed:
     """Whether all ranks have come to the end of their pass."""
     rows: list[list[int]]
     """For each batch of the turn, its rows on each rank."""
+    alike: bool
+    """Whether all ranks have said the digest of a batch, and the same one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +78,29 @@ class Announcement:
             raise ExchangeError(f"rank {rank}: the ranks {failed} could not read their next batch; see what they say")
         if any(line[0] & _INTERRUPTED for line in lines):
             raise RanksInterrupted
-        columns = [list(column) for column in zip(*(line[1:] for line in lines), strict=True)]
+        columns = [list(column) for column in zip(*(line[2:] for line in lines), strict=True)]
         rows = [column for column in columns if max(column) >= 0]
         lacking = [r for r, line in enumerate(lines) if line[0] & _BARE and any(column[r] < 0 for column in rows)]
         if lacking:
             raise ValueError(
                 f"the ranks {lacking} were given no batch at all, and others were; give every rank at least one"
             )
-        return Agreed(all(line[0] & _ENDED for line in lines), [[max(count, 0) for count in column] for column in rows])
+        return Agreed(
+            all(line[0] & _ENDED for line in lines),
+            [[max(count, 0) for count in column] for column in rows],
+            lines[0][1] != 0 and all(line[1] == lines[0][1] for line in lines),
+        )
 
 
 def announce(
-    batches: list[Batch], most: int, *, ended: bool, bare: bool = False, failed: bool = False, interrupted: bool = False
+    batches: list[Batch],
+    most: int,
+    *,
+    ended: bool,
+    bare: bool = False,
+    failed: bool = False,
+    interrupted: bool = False,
+    digest: int = 0,
 ) -> Announcement:
     """Tell the other ranks what this one has for a turn; all ranks call it alike.
 
@@ -97,9 +111,12 @@ def announce(
         bare: Whether this rank has met no batch yet.
         failed: Whether it could not read.
         interrupted: Whether a signal asks it to end.
+        digest: Of this rank's first batch, in its turn; 0 later.
     """
     flags = _ENDED * ended + _FAILED * failed + _BARE * bare + _INTERRUPTED * interrupted
-    sent = torch.tensor([flags, *map(_rows, batches), *[-1] * (most - len(batches))], dtype=torch.int64, device="cpu")
+    sent = torch.tensor(
+        [flags, digest, *map(_rows, batches), *[-1] * (most - len(batches))], dtype=torch.int64, device="cpu"
+    )
     received = torch.empty(distributed.world_size(), len(sent), dtype=torch.int64, device="cpu")
     parts = list(received.unbind(0))
     work = dist.all_gather(parts, sent, group=distributed.message_group(), async_op=True)
@@ -108,20 +125,21 @@ def announce(
 
 def _rows(batch: Any) -> int:
     """Returns the number of rows; the most where columns differ, which a transform may still change."""
-    if isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() > 0 else 1
     if isinstance(batch, RaggedTensor):
         return batch.batch_size
     if isinstance(batch, Mapping):
         return max(map(_rows, batch.values()), default=0)
-    return max(map(_rows, batch), default=0) if isinstance(batch, list | tuple) else 0
+    if isinstance(batch, list | tuple):
+        return max(map(_rows, batch), default=0) if _holds_columns(batch) else len(batch)
+    shape = getattr(batch, "shape", None)
+    return int(shape[0]) if shape else 0
 
 
 def without_rows(batch: Any) -> Any:
     """Return a batch of the same columns that has no row, in memory of its own.
 
     Args:
-        batch: Columns by name, or what a transform makes them from: tensors within lists and tuples.
+        batch: Columns by name, or what a transform makes them from: tensors, arrays and lists, within tuples.
     """
     if isinstance(batch, Tensor):
         return batch[:0].clone() if batch.dim() > 0 else batch
@@ -129,7 +147,40 @@ def without_rows(batch: Any) -> Any:
         return batch[torch.empty(0, dtype=torch.int64, device=batch.device)]
     if isinstance(batch, Mapping):
         return {name: without_rows(column) for name, column in batch.items()}
-    return type(batch)(map(without_rows, batch)) if type(batch) in (list, tuple) else batch
+    if isinstance(batch, list | tuple):
+        if not _holds_columns(batch):
+            return type(batch)()
+        columns = map(without_rows, batch)
+        return type(batch)(*columns) if hasattr(batch, "_fields") else type(batch)(columns)
+    if getattr(batch, "shape", None):
+        return batch[:0].copy() if hasattr(batch, "copy") else batch[:0]
+    return batch
+
+
+def _holds_columns(values: Sequence[Any]) -> bool:
+    """Whether a list has columns in it, as (inputs, labels), and is not one itself, as of strings."""
+    return any(isinstance(value, RaggedTensor | Mapping) or getattr(value, "shape", None) for value in values)
+
+
+def digest_of(batch: Any) -> int:
+    """Return a number above 0 that equal batches share and others, in all likelihood, do not."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, RaggedTensor):
+            add((value.values, value.offsets))
+        elif isinstance(value, Mapping):
+            add([*value.items()])
+        elif isinstance(value, list | tuple):
+            for each in value:
+                add(each)
+        else:
+            found.update(repr(value).encode())
+
+    add(batch)
+    return int.from_bytes(found.digest()[:7], "little") + 1
 
 
 def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) -> Iterator[Batch]:

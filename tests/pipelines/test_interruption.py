@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from recis_hybrid import cli
 from recis_hybrid.columnio import Windows
@@ -154,6 +157,21 @@ def test_a_signal_after_the_last_look_is_not_lost() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_that_a_launcher_repeats_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+
+    def signalled() -> None:
+        with Interruption() as interruption:
+            for _ in range(2):  # a scheduler's own, and torchrun's
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(interruption.requested)
+
+    seen: list[signal.Signals | None] = []
+    with pytest.raises(Terminated):
+        signalled()
+    assert seen == [signal.SIGTERM]
+
+
 # In processes of their own
 
 
@@ -229,38 +247,44 @@ def test_the_command_saves_and_says_so(tmp_path: Path, root: Path, capsys: pytes
     assert f"ended by SIGTERM after step {step}; the state is saved in {log.parent}" in said
 
 
-@pytest.mark.parametrize(
-    ("options", "saved_at"),
-    [
-        ({"where": "step2", "rank": 1}, 3),  # one rank gets it, and all save
-        ({"where": "evaluate", "rank": 1}, 4),
-        ({"where": "before_fit", "rank": 0}, None),
-    ],
-)
-def test_ranks_save_together(tmp_path: Path, root: Path, options: dict[str, Any], saved_at: int | None) -> None:
-    def on_two_ranks(folder: Path, **options: Any) -> list[tuple[int, str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        runs = [start(root, folder, {**shared, "RANK": str(rank)}, **options) for rank in range(2)]
-        said = [run.communicate(timeout=120)[1] for run in runs]
-        return [(run.returncode, text) for run, text in zip(runs, said, strict=True)]
+def fit_on_rank(folder: Path, where: str, rank: int = 0) -> int:
+    trainer = trainer_of(folder, where, signal.SIGTERM, rank=rank)
+    with pytest.raises(Terminated) if where != "nowhere" else nullcontext():
+        trainer.fit(STAGES, resume="latest")
+    assert trainer.saver is not None
+    trainer.saver.wait()
+    trainer.saver = None  # lets another save there
+    return trainer.steps_done
 
-    ended = on_two_ranks(tmp_path / "cut", **options)
-    assert [status for status, _ in ended] == [143, 143], ended
-    if saved_at is None:
-        assert not (tmp_path / "cut").exists()
-        return
-    assert Saver(tmp_path / "cut").latest() == saved_at
-    assert f"after step {saved_at}; the state is saved in" in ended[0][1]
-    for folder in ("cut", "whole"):
-        ended = on_two_ranks(tmp_path / folder, where="nowhere")
-        assert [status for status, _ in ended] == [0, 0], ended
-    last = f"step_{Saver(tmp_path / 'whole').latest():06d}"
+
+def on_rank(rank: int, port: int, folder: Path) -> None:
+    """One of two ranks gets a signal, and both save at the same step; what they go on with ends bitwise alike."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    assert fit_on_rank(folder / "whole", "nowhere") == 12  # rank 0 has 5 batches, rank 1 has 7, and an update takes 2
+    for where, saved_at in (("step2", {2, 3, 4}), ("evaluate", {4})):
+        cut = fit_on_rank(folder / where, where, rank=1)
+        assert cut in saved_at
+        steps = [0, 0]
+        dist.all_gather_object(steps, cut)
+        assert steps == [cut] * 2
+        assert Saver(folder / where).latest() == cut
+        fit_on_rank(folder / where, "nowhere")
+    fit_on_rank(folder / "before", "before_fit")
+    assert Saver(folder / "before").steps() == []
+    dist.destroy_process_group()
+
+
+def test_ranks_save_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
+    mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     files = [
         {path.relative_to(each).as_posix(): path.read_bytes() for path in each.rglob("*.safetensors")}
-        for each in (tmp_path / "cut" / last, tmp_path / "whole" / last)
+        for each in (tmp_path / name / "step_000012" for name in ("whole", "step2", "evaluate"))
     ]
     assert files[0]
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]

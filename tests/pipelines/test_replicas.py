@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -224,6 +225,13 @@ def refusals(rank: int, folder: Path) -> None:
         model.head = nn.Linear(4, 2, bias=False)
     with pytest.raises(ValueError, match="towers have parameters or buffers of other names"):
         trainer(model, dealt(whole())).fit([Train()])
+    model = Model()
+    dense = torch.optim.Adam(dense_parameters(model), lr=0.1 * (1 + rank))
+    sparse = optim.SGD(model.engine.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=f"optimizers have other hyperparameters.* Rank {rank} has .*{dense.defaults['lr']}"
+    ):
+        Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), dealt(whole())).fit([Train()])
     for stage in (Train(), Evaluate(data="train")):
         given: list[Batch] = whole(3) if rank == 0 else []
         with pytest.raises(ValueError, match=r"the ranks \[1\] were given no batch at all"):
@@ -316,6 +324,18 @@ def other_sources(rank: int, folder: Path) -> None:
     )
 
 
+def same_batches(rank: int) -> None:
+    """Ranks that all train on the same rows are told, once."""
+    model = Model()
+    optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
+    for given, times in ((whole(), 1 - rank), (dealt(whole()), 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), given).fit([Train(epochs=2)])
+        said = [each for each in caught if "were given the same first batch" in str(each.message)]
+        assert len(said) == times
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     return sha256(b"".join(value.contiguous().numpy().tobytes() for value in tensors.values())).hexdigest()
 
@@ -335,6 +355,7 @@ def on_rank(rank: int, port: int, folder: Path, expected: dict[str, dict[str, np
                 )
     refusals(rank, folder)
     other_sources(rank, folder)
+    same_batches(rank)
     dist.destroy_process_group()
 
 
