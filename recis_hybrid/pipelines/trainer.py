@@ -319,7 +319,6 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
-        self._recorder.means.fold()
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved = self.steps_done
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
@@ -357,7 +356,7 @@ class Trainer:
             known = {id(value) for value in parts.values()}
             own = {part: value for part, value in step.parts().items() if id(value) not in known}
             parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
-        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators())}
+        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators(self._recorder.means))}
         for name in mine.keys() & parts.keys():
             raise ValueError(f"Trainer: the part {name!r} is the trainer's own; save yours by another name")
         return parts | mine
@@ -371,7 +370,6 @@ class Trainer:
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
             "callbacks": self._hooks.state(),
-            "means": self._recorder.means.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -384,7 +382,6 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
-        self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         _refuse_no_stages(stages, resume)
@@ -430,7 +427,6 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
-                self._recorder.means.fold()
                 self.saver.save(self.steps_done, **self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"

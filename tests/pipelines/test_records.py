@@ -238,6 +238,21 @@ def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Pa
     assert resumed == whole[-len(resumed) :]
 
 
+def test_a_resumed_run_may_have_other_metrics_of_training(tmp_path: Path) -> None:
+    def fit(metrics: dict[str, Any], steps: int) -> Record:
+        shown, options = Records(), {"log_every": 3, "saver": Saver(tmp_path)}
+        trainer = Trainer(
+            make_step(metrics=metrics), make_batches(8), callbacks=[shown, Checkpoint(steps=2)], **options
+        )
+        trainer.fit([Train(steps=steps)], resume="latest")
+        trainer.saver = None
+        return shown.of("train")[-1]
+
+    assert "auc" not in fit({}, 2)
+    assert 0 < fit({"auc": AUC(), "loss_of_log": LogLoss()}, 4)["auc"] <= 1
+    assert "auc" not in fit({"mean": Calibration()}, 6)
+
+
 def test_a_training_that_begins_anew_forgets_the_last_steps_of_the_one_before() -> None:
     step, shown = own_figures(), Records()
     trainer = Trainer(step, make_batches(2), callbacks=[shown, Interrupt()], log_every=50)
