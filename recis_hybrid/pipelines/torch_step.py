@@ -155,7 +155,7 @@ class TorchStep:
         for module in modules_of("TorchStep", "compile", compile, "compile=[model.tower]"):
             module.compile()
 
-    def __call__(self, *batches: Batch) -> dict[str, Tensor | Metric]:
+    def __call__(self, *batches: Batch) -> dict[str, Any]:
         """Does one update from the mean gradient over the rows of the batches.
 
         Returns:

@@ -70,7 +70,7 @@ def step_of(model: Model, loss: Any = bce, **options: Any) -> TorchStep:
 
 def losses(model: Model, batch: Batch, loss: Any = bce, **options: Any) -> list[float]:
     step = step_of(model, loss, **options)
-    return [float(step(batch)["loss"]) for _ in range(3)]  # type: ignore[arg-type]
+    return [float(step(batch)["loss"]) for _ in range(3)]
 
 
 def binary(dtype: torch.dtype, shape: tuple[int, ...] = (ROWS,)) -> Tensor:
@@ -376,9 +376,9 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
 def test_a_step_without_labels() -> None:
     step = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
     batch = {"id": torch.arange(ROWS)}
-    first, *_, last = (float(step(batch)["loss"]) for _ in range(5))  # type: ignore[arg-type,call-overload]
+    first, *_, last = (float(step(batch)["loss"]) for _ in range(5))
     assert last < first
-    scored = step.predict(batch)[""]  # type: ignore[arg-type]
+    scored = step.predict(batch)[""]
     assert scored.labels is None
     assert scored.scores.shape == (ROWS,)
     with pytest.raises(
@@ -412,14 +412,14 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
     assert figures[0] == pytest.approx(figures[1])
     # A feature of the user's that is called mask is none of rows.
     lists = {**batch, "mask": torch.ones(ROWS, 5, dtype=torch.bool)}
-    assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0  # type: ignore[arg-type]
+    assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0
 
 
 def test_a_batch_of_one_row_that_the_model_squeezes() -> None:
     model = Model(shape=lambda logits, batch: logits.squeeze())
     one: Batch = {name: values[:1] for name, values in batch_of().items()}  # type: ignore[index]
     step = step_of(model)
-    assert float(step(one)["loss"]) > 0  # type: ignore[arg-type]
+    assert float(step(one)["loss"]) > 0
     assert step.predict(one)[""].scores.shape == (1,)
 
 
