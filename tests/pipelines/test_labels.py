@@ -351,7 +351,7 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
         trainer = Trainer(step_of(Model(shape=form), loss), [batch], [batch], metrics={"auc": AUC()})
         assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
         # Rows that only fill up count in none of them.
-        padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}  # type: ignore[index]
+        padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}
         first, second = (step_of(Model(shape=form), loss) for _ in range(2))
         torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])
         assert len(first.predict(padded)[""].scores) == 20
@@ -402,7 +402,7 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
     group = (torch.arange(ROWS, dtype=torch.int32) % 3).reshape(ROWS, 1)
     mask = (torch.arange(ROWS) < 28).reshape(ROWS, 1)
     batch = batch_of(binary(torch.int32), bought=bought, group=group, mask=mask)
-    cut: Batch = {name: values[:28] for name, values in batch.items() if name != "mask"}  # type: ignore[index]
+    cut: Batch = {name: values[:28] for name, values in batch.items() if name != "mask"}
     figures = []
     for data in (batch, cut):
         step = step_of(Model(2, heads), objectives, metrics={"auc": AUC()})
@@ -417,7 +417,7 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
 
 def test_a_batch_of_one_row_that_the_model_squeezes() -> None:
     model = Model(shape=lambda logits, batch: logits.squeeze())
-    one: Batch = {name: values[:1] for name, values in batch_of().items()}  # type: ignore[index]
+    one: Batch = {name: values[:1] for name, values in batch_of().items()}
     step = step_of(model)
     assert float(step(one)["loss"]) > 0
     assert step.predict(one)[""].scores.shape == (1,)
@@ -428,7 +428,7 @@ def test_labels_of_csv(tmp_path: Path) -> None:
     path.write_text("id,label\n" + "".join(f"{n % 7},{'true' if n % 7 % 2 else 'false'}\n" for n in range(ROWS)))
     data = ColumnDataset(path, ["id", "label"], ROWS)
     (batch,) = data
-    assert batch["label"].dtype is torch.bool  # type: ignore[union-attr]
+    assert batch["label"].dtype is torch.bool
     trainer = Trainer(step_of(Model()), data, data, metrics={"auc": AUC()})
     assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
 

@@ -138,7 +138,7 @@ def test_figures_and_metrics_of_the_models_own() -> None:
             outputs.append(float(found.detach().mean()))
         return found
 
-    step.model.forward = noted  # type: ignore[method-assign]
+    step.model.forward = noted
     trainer = Trainer(step, batches, batches, metrics={"auc": AUC()}, callbacks=[shown], log_every=2)
     trainer.fit([Train(), Evaluate()])
     for line, (a, b) in zip(shown.of("train"), ((0, 2), (2, 4), (4, 5)), strict=True):
@@ -149,7 +149,7 @@ def test_figures_and_metrics_of_the_models_own() -> None:
         assert line["rows"] == 64.0
     # What an evaluation would log is no figure of training.
     step.log("mean_output", torch.tensor(5.0))
-    assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)  # type: ignore[arg-type]
+    assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)
 
 
 def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
