@@ -1,12 +1,13 @@
 """Labels of any dtype and shape, and whatever models return, in training and in evaluation."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -277,12 +278,29 @@ def test_numbers_are_scored_as_they_are() -> None:
     assert torch.equal(chances.predict(batch_of())[""].scores, chances.model(batch_of()))
 
 
-def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
-    @dataclass
-    class Output:
-        loss: Tensor
-        logits: Tensor
+class Named(NamedTuple):
+    scores: Tensor
+    hidden: Tensor
 
+
+@dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
+
+
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """As those of transformers: a dictionary of what is there, and a dataclass."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
     def returned(logits: Tensor, batch: Batch) -> Any:
         loss = bce(logits[:, 0], batch["label"].float())  # type: ignore[union-attr]
         forms: dict[str, Callable[[], Any]] = {
@@ -291,6 +309,7 @@ def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
             "dict": lambda: {"loss": loss, "logits": logits, "hidden": batch["id"]},
             "one more": lambda: {"loss": loss, "scores": logits[:, 0]},
             "object": lambda: Output(loss, logits),
+            "hugging face": lambda: ModelOutput(loss, logits),
             "namespace": lambda: SimpleNamespace(loss=loss, logits=logits[:, 0]),
         }
         return forms[form]()
@@ -298,7 +317,7 @@ def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
     return returned
 
 
-@pytest.mark.parametrize("form", ["alone", "tuple", "dict", "one more", "object", "namespace"])
+@pytest.mark.parametrize("form", ["alone", "tuple", "dict", "one more", "object", "hugging face", "namespace"])
 def test_models_that_return_their_own_loss(form: str) -> None:
     model, batch = Model(shape=with_loss(form)), batch_of()
     assert losses(model, batch, None) == pytest.approx(expected(), rel=1e-6)
@@ -340,11 +359,23 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
     def one(logits: Tensor, batch: Batch) -> Any:
         return {"click": logits}
 
+    def several(logits: Tensor, batch: Batch) -> Any:
+        return Named(logits[:, 0], logits)
+
+    def object_of(logits: Tensor, batch: Batch) -> Any:
+        return Output(None, logits[:, 0])
+
+    def hugging_face(logits: Tensor, batch: Batch) -> Any:
+        return ModelOutput(logits=logits[:, 0])
+
     mask = torch.arange(ROWS) < 20
     for form, loss in (
         (pair, lambda outputs, labels: bce(outputs[0], labels)),
         (named, lambda outputs, labels: bce(outputs["logits"], labels)),
         (one, lambda outputs, labels: bce(outputs["click"], labels)),
+        (several, lambda outputs, labels: bce(outputs.scores, labels)),
+        (object_of, lambda outputs, labels: bce(outputs.logits, labels)),
+        (hugging_face, lambda outputs, labels: bce(outputs.logits, labels)),
     ):
         batch = batch_of()
         assert losses(Model(shape=form), batch, loss) == pytest.approx(expected(), rel=1e-6)
@@ -355,6 +386,8 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
         first, second = (step_of(Model(shape=form), loss) for _ in range(2))
         torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])
         assert len(first.predict(padded)[""].scores) == 20
+        # In lower precision a loss is given float32 all the same.
+        assert losses(Model(shape=form), batch, loss, precision="bfloat16") == pytest.approx(expected(), rel=0.02)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         step_of(Model(shape=pair))(batch_of())
     assert "the loss was given outputs a tuple of 2" in caught.value.__notes__[0]
