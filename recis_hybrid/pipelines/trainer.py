@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -113,7 +114,8 @@ class Trainer:
         for name, part, example in (("sources", sources, "{'ads': data}"), ("parts", parts, "{'stats': stats}")):
             refuse_other_than("Trainer", name, part, (Mapping, type(None)), f"a mapping by name, as {example}")
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
-        _refuse_kinds(self.steps, given, metrics, saver, callbacks)
+        _refuse_kinds(self.steps, given, metrics, saver)
+        callbacks = _callbacks(callbacks)
         for name, function in (("transform", transform), ("open_window", open_window)):
             if function is not None:
                 refuse_no_callable("Trainer", name, function, "a function, or None")
@@ -457,7 +459,6 @@ def _refuse_kinds(
     sources: Mapping[str, Any],
     metrics: Any,
     saver: Any,
-    callbacks: Any,
 ) -> None:
     """Raises TypeError for arguments of a Trainer that are of another kind."""
     for name, step in steps.items():
@@ -469,11 +470,17 @@ def _refuse_kinds(
         refuse_no_metrics("Trainer", metrics)
     if isinstance(saver, type) or not (saver is None or hasattr(saver, "latest")):
         raise TypeError(f"Trainer: saver must be a Saver, as Saver('run'), or None, got {described(saver)}")
+
+
+def _callbacks(callbacks: Any) -> list[Callback]:
+    """Returns callbacks as a list; raises TypeError unless they are a sequence of them."""
     if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
         hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
         raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {described(callbacks)}{hint}")
-    for number, callback in enumerate(callbacks):
+    given = list(callbacks)
+    for number, callback in enumerate(given):
         refuse_other_than("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
+    return given
 
 
 def _refuse_no_stages(stages: Any, resume: Any) -> None:
@@ -486,5 +493,5 @@ def _refuse_no_stages(stages: Any, resume: Any) -> None:
     for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
         if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
             raise TypeError(f"Trainer.fit: stages[{number}] must be a stage, as Train(), got {described(stage)}")
-    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, int)):
+    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, Integral)):
         raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')

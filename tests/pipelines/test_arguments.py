@@ -35,7 +35,7 @@ from recis_hybrid.pipelines import (
     seed_everything,
 )
 from recis_hybrid.saver import Saver
-from tests.support.small import Model, bce, make_batches, make_step
+from tests.support.small import Model, Records, bce, make_batches, make_step
 
 STEP, BATCHES = make_step(), make_batches(1)
 MODEL: Any = STEP.model
@@ -253,6 +253,16 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
 def test_a_value_out_of_range_is_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_can_be_gone_through_once_is_taken_whole() -> None:
+    shown = Records()
+    trainer = Trainer(make_step(), make_batches(2), callbacks=(each for each in [shown]))  # type: ignore[arg-type]
+    trainer.fit([Train(freeze=(module for module in [MODEL.tower]))])  # type: ignore[arg-type]
+    assert len(shown.of("train")) == 1
+    model = Model()
+    both = (each for each in [torch.optim.Adam(dense_parameters(model)), optim.Adam(model.engine.parameters())])
+    assert len(TorchStep(model, bce, both).optimizers) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.jax
