@@ -42,7 +42,8 @@ class OptaxOptimizer(torch.optim.Optimizer):
     The transformation sees one dictionary, from the parameters' dotted names to arrays, so that `optax.masked` and
     `optax.multi_transform` can choose by name. Learning rates, schedules and clipping are the transformation's, so
     that torch's schedulers do not work on it. A parameter without a gradient has one of zeros, where torch's optimizers
-    leave it alone: weight decay and momentum still move it; freeze it by `optax.multi_transform`, or leave it out.
+    leave it alone: weight decay and momentum still move it; freeze it by `optax.multi_transform`, or leave it out
+    and set `requires_grad_(False)`.
 
     Args:
         named_parameters: as `module.named_parameters()` gives them, of a `JaxTower` or of any torch module; on one

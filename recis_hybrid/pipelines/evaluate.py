@@ -56,6 +56,7 @@ def evaluate(
     refuse_no_metrics("evaluate", metrics)
     if not isinstance(transforms, Iterable):
         raise TypeError(f"evaluate: transforms must be a sequence of functions, got {described(transforms)}")
+    transforms = list(transforms)
     used: dict[str, dict[str, Metric]] | None = None
     for batch in in_turns(data, interruption):
         refuse_no_batch("evaluate", batch)

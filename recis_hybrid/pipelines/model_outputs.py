@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,7 +42,7 @@ def one_a_row(values: Tensor) -> Tensor:
 
 
 def kept(value: Any, mask: Tensor | None) -> Any:
-    """Return a tensor, or the tensors of a tuple, list or dict, without the rows that only fill the batch up."""
+    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, without the rows that fill the batch up."""
     if mask is None:
         return value
     rows = len(mask)
@@ -49,7 +50,7 @@ def kept(value: Any, mask: Tensor | None) -> Any:
 
 
 def in_float32(value: Any) -> Any:
-    """Return floating-point outputs of lower precision, also within a tuple, list or dict, as float32."""
+    """Return outputs of lower precision, also within a tuple, list, dict or dataclass, as float32."""
     return _mapped(value, lambda tensor: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
 
 
@@ -62,8 +63,11 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return value._make(_mapped(each, function) for each in value)
     if isinstance(value, Mapping):
         fields = {name: _mapped(each, function) for name, each in value.items()}
-        # The outputs of Hugging Face models are dictionaries with attributes, which are made by keywords.
-        return fields if type(value) is dict else type(value)(**fields)
+        # The outputs of Hugging Face models are dictionaries and dataclasses, which are made by keywords.
+        return type(value)(**fields) if dataclasses.is_dataclass(value) else fields
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: _mapped(getattr(value, name), function) for name in names})
     return value
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from recis_hybrid.pipelines.arguments import refuse_no_count
+from recis_hybrid.pipelines.records import RunningMeans
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:
@@ -36,15 +37,24 @@ def seed_everything(seed: int, *, rank: int = 0) -> None:
 
 
 class Generators:
-    """All of them, as a part of checkpoints: each rank has its own."""
+    """All of them, and the sums of a log, as a part of checkpoints: each rank has its own.
+
+    Args:
+        means: The sums.
+    """
+
+    def __init__(self, means: RunningMeans) -> None:
+        self._means = means
 
     def state_dict(self) -> dict[str, Any]:
         """Returns their states."""
-        return generator_states()
+        return {**generator_states(), "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         set_generator_states(state)
+        if "means" in state:
+            self._means.load_state_dict(state["means"])
 
 
 def generator_states() -> dict[str, Any]:

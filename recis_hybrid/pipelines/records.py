@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import sys
@@ -45,9 +46,9 @@ class RunningMeans:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._all: dict[str, tuple[float, int]] = {}
-        """Sum and count over all ranks, of what was added before the last :meth:`fold`."""
         self._metrics: dict[str, Metric] = {}
+        self._before: dict[str, Mapping[str, Tensor]] = {}
+        """States of metrics in a checkpoint, until the metrics are met."""
 
     def add(self, figures: Mapping[str, Tensor | Metric], rows: int) -> None:
         """Adds the figures of a step, one number each, and takes note of metrics.
@@ -60,17 +61,23 @@ class RunningMeans:
         for name, value in figures.items():
             if isinstance(value, Metric):
                 self._metrics[name] = value
+                if name in self._before:
+                    before = copy.copy(value)
+                    before.reset()
+                    before.load_state(self._before.pop(name))
+                    value.merge(before)
             elif rows == 0:
                 continue
             elif name in self._sums:
-                total = self._sums[name]
-                total.add_(value.detach().to(total.device), alpha=rows)
+                # Sums of a checkpoint are on the CPU.
+                total = self._sums[name] = self._sums[name].to(value.device)
+                total.add_(value.detach(), alpha=rows)
                 self._counts[name] += rows
             else:
                 self._sums[name], self._counts[name] = value.detach().to(torch.float64) * rows, rows
 
-    def fold(self) -> None:
-        """Brings the sums of all ranks together; waits for the device and, with all ranks, for the others.
+    def take(self) -> dict[str, float]:
+        """Returns the means, and the values of metrics, and begins anew; waits for the device, and for all ranks.
 
         Raises:
             ValueError: Ranks have other metrics.
@@ -82,34 +89,34 @@ class RunningMeans:
                 f"Trainer: the steps of all ranks must have the same metrics, which are computed together, got "
                 f"{[metrics for _, metrics in found]} by rank"
             )
+        totals: dict[str, tuple[float, int]] = {}
         for sums, _ in found:
             for name, (total, count) in sums.items():
-                before, counted = self._all.get(name, (0.0, 0))
-                self._all[name] = (before + total, counted + count)
-        self._sums, self._counts = {}, {}
-
-    def take(self) -> dict[str, float]:
-        """Returns the means, and the values of metrics, and begins anew; for all ranks together."""
-        self.fold()
-        means = {name: total / count for name, (total, count) in self._all.items()}
+                before, counted = totals.get(name, (0.0, 0))
+                totals[name] = before + total, counted + count
         values = {name: float(self._metrics[name].compute()) for name in sorted(self._metrics)}
         self.clear()
-        return {**means, **values}
+        return {name: total / count for name, (total, count) in totals.items()} | values
 
     def clear(self) -> None:
         """Forgets everything, and resets metrics."""
         for metric in self._metrics.values():
             metric.reset()
-        self._sums, self._counts, self._all, self._metrics = {}, {}, {}, {}
+        self._sums, self._counts, self._metrics, self._before = {}, {}, {}, {}
 
-    def state(self) -> dict[str, Any]:
-        """Returns what was added before the last :meth:`fold`, the same on all ranks, as JSON could hold it."""
-        return {name: [total, count] for name, (total, count) in self._all.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what this rank has added, and what metrics have seen."""
+        return {
+            "sums": {name: total.cpu() for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "metrics": {name: metric.state() for name, metric in self._metrics.items()} | self._before,
+        }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave; metrics follow as steps give them."""
         self.clear()
-        self._all = {name: (total, count) for name, (total, count) in state.items()}
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._before = dict(state["metrics"])
 
 
 class Recorder:

@@ -31,7 +31,6 @@ from recis_hybrid.pipelines.records import RESERVED, is_reserved
 from recis_hybrid.pipelines.step import NoObserver, Observer, Scored, column_of
 from recis_hybrid.pipelines.trainable import held_by, named_parameters, refuse_untrained
 from recis_hybrid.ragged import Batch, batch_size
-from recis_hybrid.saver import PerRank
 from recis_hybrid.saver.module_names import unwrapped, without_wrappers
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -187,7 +186,7 @@ class TorchStep:
             return 1 / distributed.world_size()
         return expected[number][distributed.rank()] / max(sum(expected[number]), 1)
 
-    def __call__(self, *batches: Batch) -> dict[str, Tensor | Metric]:
+    def __call__(self, *batches: Batch) -> dict[str, Any]:
         """Does one update from the mean gradient over the rows of the batches, of those of all ranks.
 
         Returns:
@@ -513,8 +512,6 @@ class TorchStep:
                 parts[f"loss.{name}".rstrip(".")] = objective.loss
         if self._scaler.is_enabled():
             parts["scaler"] = self._scaler
-        if self.metrics:
-            parts["metrics"] = PerRank(_MetricStates(self.metrics))
         if taken := sorted(parts.keys() & self.optimizers.keys()):
             raise ValueError(
                 f"TorchStep: checkpoints have other parts by the names {taken}; call the optimizers otherwise, as "
@@ -557,23 +554,6 @@ def _floating(outputs: Any) -> Any:
 def _device_of(model: nn.Module, engines: Sequence[EmbeddingEngine]) -> str:
     tensors = [engine.device.type for engine in engines] + [parameter.device.type for parameter in model.parameters()]
     return tensors[0] if tensors else "cpu"
-
-
-class _MetricStates:
-    """What metrics of training have seen since the last line of the log, as a part of checkpoints."""
-
-    def __init__(self, metrics: Mapping[str, Mapping[str, Metric]]) -> None:
-        self._metrics = metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each metric."""
-        return {o: {name: metric.state() for name, metric in of.items()} for o, of in self._metrics.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        for objective, metrics in self._metrics.items():
-            for name, metric in metrics.items():
-                metric.load_state(state[objective][name])
 
 
 def _objectives(loss: Any, label: str | None, groups: str | None) -> dict[str, Objective]:

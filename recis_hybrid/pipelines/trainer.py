@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor
@@ -125,7 +126,8 @@ class Trainer:
         for name, part, example in (("sources", sources, "{'ads': data}"), ("parts", parts, "{'stats': stats}")):
             refuse_other_than("Trainer", name, part, (Mapping, type(None)), f"a mapping by name, as {example}")
         given = {"train": train_data, "eval": eval_data, **(sources or {})}
-        _refuse_kinds(self.steps, given, metrics, saver, callbacks)
+        _refuse_kinds(self.steps, given, metrics, saver)
+        callbacks = _callbacks(callbacks)
         for name, function in (("transform", transform), ("open_window", open_window)):
             if function is not None:
                 refuse_no_callable("Trainer", name, function, "a function, or None")
@@ -414,7 +416,6 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, Save):
             self._place.finished = True
-        self._recorder.means.fold()
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved, self._saved_in = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
@@ -454,7 +455,7 @@ class Trainer:
             known = {id(value) for value in parts.values()}
             own = {part: value for part, value in step.parts().items() if id(value) not in known}
             parts |= {f"{name}.{part}" if name else part: value for part, value in own.items()}
-        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators())}
+        mine: dict[str, Any] = {"trainer": self, "generators": PerRank(Generators(self._recorder.means))}
         for name in mine.keys() & parts.keys():
             raise ValueError(f"Trainer: the part {name!r} is the trainer's own; save yours by another name")
         return parts | mine
@@ -468,7 +469,6 @@ class Trainer:
             "sources": self._sources.state_dict(),
             "stages": stream.state_dict() if hasattr(stream, "load_state_dict") else None,
             "callbacks": self._hooks.state(),
-            "means": self._recorder.means.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -481,7 +481,6 @@ class Trainer:
         if state["stages"] is not None and hasattr(stream, "load_state_dict"):
             stream.load_state_dict(state["stages"])
         self._hooks.load_state(state["callbacks"])
-        self._recorder.means.load_state(state.get("means", {}))
 
     def _begin(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
         _refuse_no_stages(stages, resume)
@@ -559,7 +558,6 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
-                self._recorder.means.fold()
                 self.saver.save(self.steps_done, **self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"
@@ -590,7 +588,6 @@ def _refuse_kinds(
     sources: Mapping[str, Any],
     metrics: Any,
     saver: Any,
-    callbacks: Any,
 ) -> None:
     """Raises TypeError for arguments of a Trainer that are of another kind."""
     for name, step in steps.items():
@@ -602,11 +599,17 @@ def _refuse_kinds(
         refuse_no_metrics("Trainer", metrics)
     if isinstance(saver, type) or not (saver is None or hasattr(saver, "latest")):
         raise TypeError(f"Trainer: saver must be a Saver, as Saver('run'), or None, got {described(saver)}")
+
+
+def _callbacks(callbacks: Any) -> list[Callback]:
+    """Returns callbacks as a list; raises TypeError unless they are a sequence of them."""
     if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
         hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
         raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {described(callbacks)}{hint}")
-    for number, callback in enumerate(callbacks):
+    given = list(callbacks)
+    for number, callback in enumerate(given):
         refuse_other_than("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
+    return given
 
 
 def _refuse_no_stages(stages: Any, resume: Any) -> None:
@@ -619,5 +622,5 @@ def _refuse_no_stages(stages: Any, resume: Any) -> None:
     for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
         if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
             raise TypeError(f"Trainer.fit: stages[{number}] must be a stage, as Train(), got {described(stage)}")
-    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, int)):
+    if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, Integral)):
         raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')

@@ -35,7 +35,7 @@ from recis_hybrid.pipelines import (
     seed_everything,
 )
 from recis_hybrid.saver import Saver
-from tests.support.small import Model, bce, make_batches, make_step
+from tests.support.small import Model, Records, bce, make_batches, make_step
 
 STEP, BATCHES = make_step(), make_batches(1)
 MODEL: Any = STEP.model
@@ -45,175 +45,175 @@ PLATEAU = ReduceLROnPlateau(DENSE)
 OF_ANOTHER = torch.optim.SGD(dense_parameters(Model()), lr=0.1)
 
 STEPS: list[tuple[Any, str]] = [
-    (lambda: TorchStep(Model, bce, BOTH), "TorchStep: model must be a torch.nn.Module, .* got the class Model"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, DENSE), "optimizers must be a sequence or a mapping .* got an Adam; put it into a"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, SPARSE), "optimizers must be .* got an Adam; put it into a list"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, DENSE, bce), "loss must be a function .* got an Adam"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, BOTH, bce), "loss must be a function .* got a list"),  # type: ignore[arg-type]
-    (lambda: TorchStep(bce, MODEL, BOTH), "model must be a torch.nn.Module, .* got a function"),  # type: ignore[arg-type]
+    (lambda: TorchStep(Model, bce, BOTH), "TorchStep: model must be a torch.nn.Module, .* got the class Model"),
+    (lambda: TorchStep(MODEL, bce, DENSE), "optimizers must be a sequence or a mapping .* got an Adam; put it into a"),
+    (lambda: TorchStep(MODEL, bce, SPARSE), "optimizers must be .* got an Adam; put it into a list"),
+    (lambda: TorchStep(MODEL, DENSE, bce), "loss must be a function .* got an Adam"),
+    (lambda: TorchStep(MODEL, BOTH, bce), "loss must be a function .* got a list"),
+    (lambda: TorchStep(bce, MODEL, BOTH), "model must be a torch.nn.Module, .* got a function"),
     (lambda: TorchStep(nn.BCEWithLogitsLoss(), MODEL, BOTH), "model is a BCEWithLogitsLoss, a loss; write TorchStep"),
     (
         lambda: TorchStep(MODEL, nn.BCEWithLogitsLoss, BOTH),
         "loss must be .* got the class BCEWithLogitsLoss .an instanc",
     ),
-    (lambda: TorchStep(MODEL, "bce", BOTH), "loss must be a function .* got 'bce'"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, [torch.optim.Adam, SPARSE]), "'optimizer0' must be an optimizer .* the class Adam"),  # type: ignore[list-item]
+    (lambda: TorchStep(MODEL, "bce", BOTH), "loss must be a function .* got 'bce'"),
+    (lambda: TorchStep(MODEL, bce, [torch.optim.Adam, SPARSE]), "'optimizer0' must be an optimizer .* the class Adam"),
     (lambda: TorchStep(MODEL, bce, [DENSE, MODEL.engine]), "'optimizer1' must be an optimizer .* an EmbeddingEngine"),
-    (lambda: TorchStep(MODEL, bce, {"dense": DENSE, "sparse": None}), "'sparse' must be an optimizer of .* got None"),  # type: ignore[dict-item]
-    (lambda: TorchStep(MODEL, bce, None), "optimizers must be a sequence or a mapping .* got None"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, {"a": bce}, BOTH), r"loss\['a'\] must be an Objective, got a function"),  # type: ignore[dict-item]
-    (lambda: TorchStep(MODEL, [Objective(loss=bce)], BOTH), "an Objective, objectives by name, .* got a list"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, BOTH, label=["a"]), "label must be the name of a column, or None, got a list"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, BOTH, groups=3), "groups must be the name of a column, or None, got 3"),  # type: ignore[arg-type]
-    (lambda: TorchStep(MODEL, bce, BOTH, clip_grad_norm="1"), "clip_grad_norm must be a number, got '1'"),  # type: ignore[arg-type]
+    (lambda: TorchStep(MODEL, bce, {"dense": DENSE, "sparse": None}), "'sparse' must be an optimizer of .* got None"),
+    (lambda: TorchStep(MODEL, bce, None), "optimizers must be a sequence or a mapping .* got None"),
+    (lambda: TorchStep(MODEL, {"a": bce}, BOTH), r"loss\['a'\] must be an Objective, got a function"),
+    (lambda: TorchStep(MODEL, [Objective(loss=bce)], BOTH), "an Objective, objectives by name, .* got a list"),
+    (lambda: TorchStep(MODEL, bce, BOTH, label=["a"]), "label must be the name of a column, or None, got a list"),
+    (lambda: TorchStep(MODEL, bce, BOTH, groups=3), "groups must be the name of a column, or None, got 3"),
+    (lambda: TorchStep(MODEL, bce, BOTH, clip_grad_norm="1"), "clip_grad_norm must be a number, got '1'"),
     (lambda: TorchStep(MODEL, bce, BOTH, clip_grad_norm=True), "clip_grad_norm must be a number, got True"),
     (
         lambda: TorchStep(MODEL, bce, BOTH, schedules=ExponentialLR(DENSE, 0.9)),
         "schedules must be .* put it into a list",
-    ),  # type: ignore[arg-type]
+    ),
     (
         lambda: TorchStep(MODEL, bce, BOTH, schedules=[lambda n: 0.1]),
         r"schedules\[0\] must be .* LrSchedule\(optimizer,",
-    ),  # type: ignore[list-item]
+    ),
     (
         lambda: TorchStep(MODEL, bce, BOTH, schedules=[ExponentialLR]),
         r"schedules\[0\] must be .* the class Exponential",
-    ),  # type: ignore[list-item]
-    (lambda: TorchStep(MODEL, bce, BOTH, schedules=[DENSE]), r"schedules\[0\] must be a schedule .* got an Adam"),  # type: ignore[list-item]
-    (lambda: TorchStep(MODEL, bce, BOTH, weighting=["a"]), "weighting must be UncertaintyWeights .* got a list"),  # type: ignore[arg-type]
+    ),
+    (lambda: TorchStep(MODEL, bce, BOTH, schedules=[DENSE]), r"schedules\[0\] must be a schedule .* got an Adam"),
+    (lambda: TorchStep(MODEL, bce, BOTH, weighting=["a"]), "weighting must be UncertaintyWeights .* got a list"),
     (
         lambda: TorchStep(MODEL, bce, BOTH, compile=MODEL.tower),
         "compile must be a sequence of modules, .* a Sequential",
     ),
-    (lambda: TorchStep(MODEL, bce, BOTH, compile=True), "compile must be a sequence of modules, .* got True"),  # type: ignore[arg-type]
+    (lambda: TorchStep(MODEL, bce, BOTH, compile=True), "compile must be a sequence of modules, .* got True"),
     (lambda: TorchStep(MODEL, bce, BOTH, freeze=MODEL.tower), "freeze must be a sequence of modules, .* a Sequential"),
-    (lambda: TorchStep(MODEL, bce, BOTH, loss_scale="x"), "loss_scale must be a number, got 'x'"),  # type: ignore[arg-type]
-    (lambda: STEP("rows"), "TorchStep: a batch must be a dict of columns by name, got 'rows'"),  # type: ignore[arg-type]
-    (lambda: Objective(loss="bce"), "Objective: loss must be a function .* got 'bce'"),  # type: ignore[arg-type]
+    (lambda: TorchStep(MODEL, bce, BOTH, loss_scale="x"), "loss_scale must be a number, got 'x'"),
+    (lambda: STEP("rows"), "TorchStep: a batch must be a dict of columns by name, got 'rows'"),
+    (lambda: Objective(loss="bce"), "Objective: loss must be a function .* got 'bce'"),
     (lambda: Objective(loss=nn.BCEWithLogitsLoss), "Objective: loss must be .* got the class BCEWithLogitsLoss"),
-    (lambda: Objective(loss=bce, label=1), "Objective: label must be the name of a column, or None, got 1"),  # type: ignore[arg-type]
+    (lambda: Objective(loss=bce, label=1), "Objective: label must be the name of a column, or None, got 1"),
     (
         lambda: Objective(loss=bce, link="sigmoid"),
         "Objective: link must be a function of the outputs, .* got 'sigmoid'",
-    ),  # type: ignore[arg-type]
-    (lambda: Objective(loss=bce, weight="1"), "Objective: weight must be a number, got '1'"),  # type: ignore[arg-type]
+    ),
+    (lambda: Objective(loss=bce, weight="1"), "Objective: weight must be a number, got '1'"),
     (lambda: UncertaintyWeights("click"), "UncertaintyWeights: names must be a sequence of names, got 'click'"),
-    (lambda: LrSchedule(lambda n: 0.1, DENSE), "LrSchedule: optimizer must be an optimizer, got a function"),  # type: ignore[arg-type]
-    (lambda: LrSchedule(torch.optim.Adam, lambda n: 0.1), "LrSchedule: optimizer must be .* got the class Adam"),  # type: ignore[arg-type]
-    (lambda: LrSchedule(DENSE, 0.1), "LrSchedule: rate must be a function from updates done .* got 0.1"),  # type: ignore[arg-type]
+    (lambda: LrSchedule(lambda n: 0.1, DENSE), "LrSchedule: optimizer must be an optimizer, got a function"),
+    (lambda: LrSchedule(torch.optim.Adam, lambda n: 0.1), "LrSchedule: optimizer must be .* got the class Adam"),
+    (lambda: LrSchedule(DENSE, 0.1), "LrSchedule: rate must be a function from updates done .* got 0.1"),
 ]
 TRAINERS: list[tuple[Any, str]] = [
     (
         lambda: Trainer(MODEL, BATCHES),
         r"Trainer: step must be a step, .* got a Model; make one of it, TorchStep\(model",
     ),
-    (lambda: Trainer(TorchStep, BATCHES), "Trainer: step must be a step, .* got the class TorchStep"),  # type: ignore[arg-type]
+    (lambda: Trainer(TorchStep, BATCHES), "Trainer: step must be a step, .* got the class TorchStep"),
     (lambda: Trainer({"a": STEP, "b": MODEL}, BATCHES), "Trainer: the step 'b' must be a step, .* got a Model"),
     (
         lambda: Trainer(STEP, "rows.parquet"),
         "train_data must be a source of batches, .* the path 'rows.parquet'; read it",
-    ),  # type: ignore[arg-type]
+    ),
     (lambda: Trainer(STEP, BATCHES[0]), "train_data must be a source .* got a dict; put a single batch into a list"),
-    (lambda: Trainer(STEP, BATCHES, 3), "eval_data must be a source of batches, .* got 3"),  # type: ignore[arg-type]
+    (lambda: Trainer(STEP, BATCHES, 3), "eval_data must be a source of batches, .* got 3"),
     (
         lambda: Trainer(STEP, sources={"ads": Path("a")}),
         "the source 'ads' must be a source of batches, .* the path 'a'",
-    ),  # type: ignore[dict-item]
-    (lambda: Trainer(STEP, BATCHES, sources=[BATCHES]), "Trainer: sources must be a mapping by name, .* got a list"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, parts=[MODEL]), "Trainer: parts must be a mapping by name, .* got a list"),  # type: ignore[arg-type]
+    ),
+    (lambda: Trainer(STEP, BATCHES, sources=[BATCHES]), "Trainer: sources must be a mapping by name, .* got a list"),
+    (lambda: Trainer(STEP, BATCHES, parts=[MODEL]), "Trainer: parts must be a mapping by name, .* got a list"),
     (
         lambda: Trainer(STEP, BATCHES, metrics=AUC()),
         r"metrics must be a mapping .*\{'auc': AUC\(\)\}.* an AUC; name it",
-    ),  # type: ignore[arg-type]
+    ),
     (
         lambda: Trainer(STEP, BATCHES, metrics=[AUC()]),
         "Trainer: metrics must be a mapping of metrics by name, .* a list",
-    ),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, metrics={"auc": AUC}), "the metric 'auc' must be a metric, .* got the class AUC"),  # type: ignore[dict-item]
-    (lambda: Trainer(STEP, BATCHES, saver="run"), r"Trainer: saver must be a Saver, as Saver\('run'\), .* got 'run'"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, saver=Saver), "Trainer: saver must be a Saver, .* got the class Saver"),  # type: ignore[arg-type]
+    ),
+    (lambda: Trainer(STEP, BATCHES, metrics={"auc": AUC}), "the metric 'auc' must be a metric, .* got the class AUC"),
+    (lambda: Trainer(STEP, BATCHES, saver="run"), r"Trainer: saver must be a Saver, as Saver\('run'\), .* got 'run'"),
+    (lambda: Trainer(STEP, BATCHES, saver=Saver), "Trainer: saver must be a Saver, .* got the class Saver"),
     (
         lambda: Trainer(STEP, BATCHES, callbacks=ProgressBar()),
         "callbacks must be a sequence .* ProgressBar; put it into",
-    ),  # type: ignore[arg-type]
+    ),
     (
         lambda: Trainer(STEP, BATCHES, callbacks=[ProgressBar]),
         r"callbacks\[0\] must be a Callback, .* the class Progress",
-    ),  # type: ignore[list-item]
-    (lambda: Trainer(STEP, BATCHES, callbacks=[print]), r"callbacks\[0\] must be a Callback, as .* got a builtin_func"),  # type: ignore[list-item]
-    (lambda: Trainer(STEP, BATCHES, accumulate=2.0), "Trainer: accumulate must be an integer, got 2.0"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, log_every="5"), "Trainer: log_every must be an integer, got '5'"),  # type: ignore[arg-type]
+    ),
+    (lambda: Trainer(STEP, BATCHES, callbacks=[print]), r"callbacks\[0\] must be a Callback, as .* got a builtin_func"),
+    (lambda: Trainer(STEP, BATCHES, accumulate=2.0), "Trainer: accumulate must be an integer, got 2.0"),
+    (lambda: Trainer(STEP, BATCHES, log_every="5"), "Trainer: log_every must be an integer, got '5'"),
     (lambda: Trainer(STEP, BATCHES, prefetch=True), "Trainer: prefetch must be an integer, got True"),
-    (lambda: Trainer(STEP, BATCHES, seed="a"), "Trainer: seed must be an integer, got 'a'"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, transform=[dict]), "Trainer: transform must be a function, or None, got a list"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES, open_window="x"), "Trainer: open_window must be a function, or None, got 'x'"),  # type: ignore[arg-type]
+    (lambda: Trainer(STEP, BATCHES, seed="a"), "Trainer: seed must be an integer, got 'a'"),
+    (lambda: Trainer(STEP, BATCHES, transform=[dict]), "Trainer: transform must be a function, or None, got a list"),
+    (lambda: Trainer(STEP, BATCHES, open_window="x"), "Trainer: open_window must be a function, or None, got 'x'"),
     (
         lambda: Trainer(STEP, BATCHES).fit(Train()),
         r"fit: stages must be a sequence of stages, .* a Train; put it into a",
-    ),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, BATCHES).fit([Train]), r"fit: stages\[0\] must be a stage, .* got the class Train"),  # type: ignore[list-item]
+    ),
+    (lambda: Trainer(STEP, BATCHES).fit([Train]), r"fit: stages\[0\] must be a stage, .* got the class Train"),
     (lambda: Trainer(STEP, BATCHES).fit([Train(), MODEL]), r"fit: stages\[1\] must be a stage, .* got a Model"),
-    (lambda: Trainer(STEP, BATCHES).fit("train"), "fit: stages must be a sequence of stages, .* got 'train'"),  # type: ignore[arg-type]
+    (lambda: Trainer(STEP, BATCHES).fit("train"), "fit: stages must be a sequence of stages, .* got 'train'"),
     (lambda: Trainer(STEP, BATCHES).fit([Train()], resume=True), 'resume must be "latest", the step of .* got True'),
-    (lambda: Trainer(STEP, BATCHES).fit([Train()], resume="last"), "resume must be \"latest\", .* got 'last'"),  # type: ignore[arg-type]
-    (lambda: Trainer(STEP, [BATCHES]).fit([Train()]), "a batch must be a dict of columns by name, got a list"),  # type: ignore[list-item]
+    (lambda: Trainer(STEP, BATCHES).fit([Train()], resume="last"), "resume must be \"latest\", .* got 'last'"),
+    (lambda: Trainer(STEP, [BATCHES]).fit([Train()]), "a batch must be a dict of columns by name, got a list"),
 ]
 OTHERS: list[tuple[Any, str]] = [
-    (lambda: Train(steps="3"), "Train: steps must be an integer, got '3'"),  # type: ignore[arg-type]
-    (lambda: Train(epochs=2.5), "Train: epochs must be an integer, got 2.5"),  # type: ignore[arg-type]
+    (lambda: Train(steps="3"), "Train: steps must be an integer, got '3'"),
+    (lambda: Train(epochs=2.5), "Train: epochs must be an integer, got 2.5"),
     (lambda: Train(freeze=MODEL.tower), "Train: freeze must be a sequence of modules, .* got a Sequential"),
     (lambda: Train(freeze=[MODEL.tower[2].weight]), r"Train: freeze\[0\] must be a torch.nn.Module, got a Parameter"),
-    (lambda: Train(transform="x"), "Train: transform must be a function of a batch, or None, got 'x'"),  # type: ignore[arg-type]
-    (lambda: Train(step=STEP), "Train: step must be the name of one of Trainer's steps, or None, got a TorchStep"),  # type: ignore[arg-type]
-    (lambda: Train(window="a"), "Train: window must be a Window, or None, got 'a'"),  # type: ignore[arg-type]
+    (lambda: Train(transform="x"), "Train: transform must be a function of a batch, or None, got 'x'"),
+    (lambda: Train(step=STEP), "Train: step must be the name of one of Trainer's steps, or None, got a TorchStep"),
+    (lambda: Train(window="a"), "Train: window must be a Window, or None, got 'a'"),
     (lambda: Train(data=BATCHES[0]), "Train: data must be a source of batches, .* got a dict"),
-    (lambda: Evaluate(metrics=AUC()), "Evaluate: metrics must be a mapping of metrics by name, .* got an AUC; name it"),  # type: ignore[arg-type]
-    (lambda: Evaluate(step=STEP), "Evaluate: step must be the name of one of Trainer's steps, or None, got a Torch"),  # type: ignore[arg-type]
-    (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),  # type: ignore[arg-type]
-    (lambda: Evict(3), r"Evict: rule must be an object with a method unwanted, as Unused\(steps=1000\), got 3"),  # type: ignore[arg-type]
-    (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),  # type: ignore[arg-type]
-    (lambda: Save(Saver), "Save: name must be a name; what is saved, and where, Trainer says, got the class Saver"),  # type: ignore[arg-type]
-    (lambda: Checkpoint(steps="3"), "Checkpoint: steps must be an integer, got '3'"),  # type: ignore[arg-type]
-    (lambda: Checkpoint(steps=2.5), "Checkpoint: steps must be an integer, got 2.5"),  # type: ignore[arg-type]
-    (lambda: Checkpoint(seconds="5"), "Checkpoint: seconds must be a number, got '5'"),  # type: ignore[arg-type]
-    (lambda: EarlyStop(AUC()), "EarlyStop: metric must be STAGE/METRIC, as 'eval/auc', got an AUC"),  # type: ignore[arg-type]
-    (lambda: EarlyStop("eval/auc", patience=1.5), "EarlyStop: patience must be an integer, got 1.5"),  # type: ignore[arg-type]
-    (lambda: EarlyStop("eval/auc", min_delta="x"), "EarlyStop: min_delta must be a number, got 'x'"),  # type: ignore[arg-type]
+    (lambda: Evaluate(metrics=AUC()), "Evaluate: metrics must be a mapping of metrics by name, .* got an AUC; name it"),
+    (lambda: Evaluate(step=STEP), "Evaluate: step must be the name of one of Trainer's steps, or None, got a Torch"),
+    (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),
+    (lambda: Evict(3), r"Evict: rule must be an object with a method unwanted, as Unused\(steps=1000\), got 3"),
+    (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),
+    (lambda: Save(Saver), "Save: name must be a name; what is saved, and where, Trainer says, got the class Saver"),
+    (lambda: Checkpoint(steps="3"), "Checkpoint: steps must be an integer, got '3'"),
+    (lambda: Checkpoint(steps=2.5), "Checkpoint: steps must be an integer, got 2.5"),
+    (lambda: Checkpoint(seconds="5"), "Checkpoint: seconds must be a number, got '5'"),
+    (lambda: EarlyStop(AUC()), "EarlyStop: metric must be STAGE/METRIC, as 'eval/auc', got an AUC"),
+    (lambda: EarlyStop("eval/auc", patience=1.5), "EarlyStop: patience must be an integer, got 1.5"),
+    (lambda: EarlyStop("eval/auc", min_delta="x"), "EarlyStop: min_delta must be a number, got 'x'"),
     (
         lambda: PlateauSchedule("eval/auc", PLATEAU),
         "schedules must be a sequence of .* ReduceLROnPlateau; put it into a",
-    ),  # type: ignore[arg-type]
+    ),
     (
         lambda: PlateauSchedule("eval/auc", [ExponentialLR(DENSE, 0.9)]),
         r"schedules\[0\] must be a .*ReduceLROnPlateau; o",
-    ),  # type: ignore[list-item]
-    (lambda: PlateauSchedule(PLATEAU, "eval/auc"), "PlateauSchedule: metric must be STAGE/METRIC, .* got a ReduceLROn"),  # type: ignore[arg-type]
-    (lambda: JsonLog(None), "JsonLog: path must be a path, got None"),  # type: ignore[arg-type]
-    (lambda: TensorBoard(3), "TensorBoard: path must be a path, got 3"),  # type: ignore[arg-type]
-    (lambda: Profile(3), "Profile: path must be a path, got 3"),  # type: ignore[arg-type]
-    (lambda: Profile("x", first="a"), "Profile: first must be an integer, got 'a'"),  # type: ignore[arg-type]
-    (lambda: Mixture([BATCHES], {"a": 1}), "Mixture: sources must be a mapping by name, .* got a list"),  # type: ignore[arg-type]
-    (lambda: Mixture({"a": BATCHES}, [1]), "Mixture: proportions must be a mapping by name, .* got a list"),  # type: ignore[arg-type]
-    (lambda: Mixture({"a": BATCHES}, {"a": "1"}), "Mixture: the proportion of 'a' must be a number, got '1'"),  # type: ignore[dict-item]
+    ),
+    (lambda: PlateauSchedule(PLATEAU, "eval/auc"), "PlateauSchedule: metric must be STAGE/METRIC, .* got a ReduceLROn"),
+    (lambda: JsonLog(None), "JsonLog: path must be a path, got None"),
+    (lambda: TensorBoard(3), "TensorBoard: path must be a path, got 3"),
+    (lambda: Profile(3), "Profile: path must be a path, got 3"),
+    (lambda: Profile("x", first="a"), "Profile: first must be an integer, got 'a'"),
+    (lambda: Mixture([BATCHES], {"a": 1}), "Mixture: sources must be a mapping by name, .* got a list"),
+    (lambda: Mixture({"a": BATCHES}, [1]), "Mixture: proportions must be a mapping by name, .* got a list"),
+    (lambda: Mixture({"a": BATCHES}, {"a": "1"}), "Mixture: the proportion of 'a' must be a number, got '1'"),
     (
         lambda: Mixture({"a": "rows"}, {"a": 1}),
         "Mixture: the source 'a' must be a source of batches, .* the path 'rows'",
-    ),  # type: ignore[dict-item]
-    (lambda: WindowStages(["a"], lambda day: []), "WindowStages: windows must be Windows, .* got a list"),  # type: ignore[arg-type]
+    ),
+    (lambda: WindowStages(["a"], lambda day: []), "WindowStages: windows must be Windows, .* got a list"),
     (
         lambda: WindowStages(Windows([["a"]]), [Train()]),
         "stages must be a function from a window to its stages, got a l",
-    ),  # type: ignore[arg-type]
-    (lambda: seed_everything("3"), "seed_everything: seed must be an integer, got '3'"),  # type: ignore[arg-type]
+    ),
+    (lambda: seed_everything("3"), "seed_everything: seed must be an integer, got '3'"),
     (lambda: evaluate(MODEL, BATCHES, {"auc": AUC()}), "evaluate: step must be a step, .* got a Model; make one of it"),
-    (lambda: evaluate(STEP, "rows", {"auc": AUC()}), "evaluate: data must be a source of batches, .* the path 'rows'"),  # type: ignore[arg-type]
+    (lambda: evaluate(STEP, "rows", {"auc": AUC()}), "evaluate: data must be a source of batches, .* the path 'rows'"),
     (lambda: evaluate(STEP, BATCHES[0], {"auc": AUC()}), "evaluate: data must be a source of batches, .* got a dict"),
     (
         lambda: evaluate(STEP, [BATCHES], {"auc": AUC()}),
         "evaluate: a batch must be a dict of columns by name, got a list",
-    ),  # type: ignore[list-item]
-    (lambda: evaluate(STEP, BATCHES, AUC()), "evaluate: metrics must be a mapping of metrics by name, .* got an AUC"),  # type: ignore[arg-type]
-    (lambda: evaluate(STEP, BATCHES, {}, transforms=dict), "evaluate: transforms must be a sequence of functions"),  # type: ignore[arg-type]
+    ),
+    (lambda: evaluate(STEP, BATCHES, AUC()), "evaluate: metrics must be a mapping of metrics by name, .* got an AUC"),
+    (lambda: evaluate(STEP, BATCHES, {}, transforms=dict), "evaluate: transforms must be a sequence of functions"),
 ]
 
 
@@ -235,11 +235,11 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
         (
             lambda: TorchStep(MODEL, bce, BOTH, precision=torch.float16),
             "precision must be one of .*, got torch.float16",
-        ),  # type: ignore[arg-type]
+        ),
         (
             lambda: TorchStep(MODEL, bce, BOTH, schedules=[PLATEAU]),
             r"ReduceLROnPlateau waits .*PlateauSchedule\('eval/auc', ",
-        ),  # type: ignore[list-item]
+        ),
         (
             lambda: TorchStep(MODEL, bce, BOTH, schedules=[ExponentialLR(OF_ANOTHER, 0.9)]),
             r"schedules\[0\] is of an optimizer that the step",
@@ -253,6 +253,16 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
 def test_a_value_out_of_range_is_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_can_be_gone_through_once_is_taken_whole() -> None:
+    shown = Records()
+    trainer = Trainer(make_step(), make_batches(2), callbacks=(each for each in [shown]))  # type: ignore[arg-type]
+    trainer.fit([Train(freeze=(module for module in [MODEL.tower]))])  # type: ignore[arg-type]
+    assert len(shown.of("train")) == 1
+    model = Model()
+    both = (each for each in [torch.optim.Adam(dense_parameters(model)), optim.Adam(model.engine.parameters())])
+    assert len(TorchStep(model, bce, both).optimizers) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.jax

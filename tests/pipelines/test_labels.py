@@ -1,12 +1,13 @@
 """Labels of any dtype and shape, and whatever models return, in training and in evaluation."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def step_of(model: Model, loss: Any = bce, **options: Any) -> TorchStep:
 
 def losses(model: Model, batch: Batch, loss: Any = bce, **options: Any) -> list[float]:
     step = step_of(model, loss, **options)
-    return [float(step(batch)["loss"]) for _ in range(3)]  # type: ignore[arg-type]
+    return [float(step(batch)["loss"]) for _ in range(3)]
 
 
 def binary(dtype: torch.dtype, shape: tuple[int, ...] = (ROWS,)) -> Tensor:
@@ -277,12 +278,29 @@ def test_numbers_are_scored_as_they_are() -> None:
     assert torch.equal(chances.predict(batch_of())[""].scores, chances.model(batch_of()))
 
 
-def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
-    @dataclass
-    class Output:
-        loss: Tensor
-        logits: Tensor
+class Named(NamedTuple):
+    scores: Tensor
+    hidden: Tensor
 
+
+@dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
+
+
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """As those of transformers: a dictionary of what is there, and a dataclass."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
     def returned(logits: Tensor, batch: Batch) -> Any:
         loss = bce(logits[:, 0], batch["label"].float())  # type: ignore[union-attr]
         forms: dict[str, Callable[[], Any]] = {
@@ -291,6 +309,7 @@ def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
             "dict": lambda: {"loss": loss, "logits": logits, "hidden": batch["id"]},
             "one more": lambda: {"loss": loss, "scores": logits[:, 0]},
             "object": lambda: Output(loss, logits),
+            "hugging face": lambda: ModelOutput(loss, logits),
             "namespace": lambda: SimpleNamespace(loss=loss, logits=logits[:, 0]),
         }
         return forms[form]()
@@ -298,7 +317,7 @@ def with_loss(form: str) -> Callable[[Tensor, Batch], Any]:
     return returned
 
 
-@pytest.mark.parametrize("form", ["alone", "tuple", "dict", "one more", "object", "namespace"])
+@pytest.mark.parametrize("form", ["alone", "tuple", "dict", "one more", "object", "hugging face", "namespace"])
 def test_models_that_return_their_own_loss(form: str) -> None:
     model, batch = Model(shape=with_loss(form)), batch_of()
     assert losses(model, batch, None) == pytest.approx(expected(), rel=1e-6)
@@ -340,21 +359,35 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
     def one(logits: Tensor, batch: Batch) -> Any:
         return {"click": logits}
 
+    def several(logits: Tensor, batch: Batch) -> Any:
+        return Named(logits[:, 0], logits)
+
+    def object_of(logits: Tensor, batch: Batch) -> Any:
+        return Output(None, logits[:, 0])
+
+    def hugging_face(logits: Tensor, batch: Batch) -> Any:
+        return ModelOutput(logits=logits[:, 0])
+
     mask = torch.arange(ROWS) < 20
     for form, loss in (
         (pair, lambda outputs, labels: bce(outputs[0], labels)),
         (named, lambda outputs, labels: bce(outputs["logits"], labels)),
         (one, lambda outputs, labels: bce(outputs["click"], labels)),
+        (several, lambda outputs, labels: bce(outputs.scores, labels)),
+        (object_of, lambda outputs, labels: bce(outputs.logits, labels)),
+        (hugging_face, lambda outputs, labels: bce(outputs.logits, labels)),
     ):
         batch = batch_of()
         assert losses(Model(shape=form), batch, loss) == pytest.approx(expected(), rel=1e-6)
         trainer = Trainer(step_of(Model(shape=form), loss), [batch], [batch], metrics={"auc": AUC()})
         assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
         # Rows that only fill up count in none of them.
-        padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}  # type: ignore[index]
+        padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}
         first, second = (step_of(Model(shape=form), loss) for _ in range(2))
         torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])
         assert len(first.predict(padded)[""].scores) == 20
+        # In lower precision a loss is given float32 all the same.
+        assert losses(Model(shape=form), batch, loss, precision="bfloat16") == pytest.approx(expected(), rel=0.02)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         step_of(Model(shape=pair))(batch_of())
     assert "the loss was given outputs a tuple of 2" in caught.value.__notes__[0]
@@ -376,9 +409,9 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
 def test_a_step_without_labels() -> None:
     step = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
     batch = {"id": torch.arange(ROWS)}
-    first, *_, last = (float(step(batch)["loss"]) for _ in range(5))  # type: ignore[arg-type,call-overload]
+    first, *_, last = (float(step(batch)["loss"]) for _ in range(5))
     assert last < first
-    scored = step.predict(batch)[""]  # type: ignore[arg-type]
+    scored = step.predict(batch)[""]
     assert scored.labels is None
     assert scored.scores.shape == (ROWS,)
     with pytest.raises(
@@ -402,7 +435,7 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
     group = (torch.arange(ROWS, dtype=torch.int32) % 3).reshape(ROWS, 1)
     mask = (torch.arange(ROWS) < 28).reshape(ROWS, 1)
     batch = batch_of(binary(torch.int32), bought=bought, group=group, mask=mask)
-    cut: Batch = {name: values[:28] for name, values in batch.items() if name != "mask"}  # type: ignore[index]
+    cut: Batch = {name: values[:28] for name, values in batch.items() if name != "mask"}
     figures = []
     for data in (batch, cut):
         step = step_of(Model(2, heads), objectives, metrics={"auc": AUC()})
@@ -412,14 +445,14 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
     assert figures[0] == pytest.approx(figures[1])
     # A feature of the user's that is called mask is none of rows.
     lists = {**batch, "mask": torch.ones(ROWS, 5, dtype=torch.bool)}
-    assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0  # type: ignore[arg-type]
+    assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0
 
 
 def test_a_batch_of_one_row_that_the_model_squeezes() -> None:
     model = Model(shape=lambda logits, batch: logits.squeeze())
-    one: Batch = {name: values[:1] for name, values in batch_of().items()}  # type: ignore[index]
+    one: Batch = {name: values[:1] for name, values in batch_of().items()}
     step = step_of(model)
-    assert float(step(one)["loss"]) > 0  # type: ignore[arg-type]
+    assert float(step(one)["loss"]) > 0
     assert step.predict(one)[""].scores.shape == (1,)
 
 
@@ -428,7 +461,7 @@ def test_labels_of_csv(tmp_path: Path) -> None:
     path.write_text("id,label\n" + "".join(f"{n % 7},{'true' if n % 7 % 2 else 'false'}\n" for n in range(ROWS)))
     data = ColumnDataset(path, ["id", "label"], ROWS)
     (batch,) = data
-    assert batch["label"].dtype is torch.bool  # type: ignore[union-attr]
+    assert batch["label"].dtype is torch.bool
     trainer = Trainer(step_of(Model()), data, data, metrics={"auc": AUC()})
     assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
 

@@ -138,7 +138,7 @@ def test_figures_and_metrics_of_the_models_own() -> None:
             outputs.append(float(found.detach().mean()))
         return found
 
-    step.model.forward = noted  # type: ignore[method-assign]
+    step.model.forward = noted
     trainer = Trainer(step, batches, batches, metrics={"auc": AUC()}, callbacks=[shown], log_every=2)
     trainer.fit([Train(), Evaluate()])
     for line, (a, b) in zip(shown.of("train"), ((0, 2), (2, 4), (4, 5)), strict=True):
@@ -149,7 +149,7 @@ def test_figures_and_metrics_of_the_models_own() -> None:
         assert line["rows"] == 64.0
     # What an evaluation would log is no figure of training.
     step.log("mean_output", torch.tensor(5.0))
-    assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)  # type: ignore[arg-type]
+    assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)
 
 
 def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +236,21 @@ def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Pa
     assert first == whole[: len(first)]
     assert [line["step"] for line in resumed] == {2: [12], 5: [8, 12]}[at]  # from the steps 8 and 5
     assert resumed == whole[-len(resumed) :]
+
+
+def test_a_resumed_run_may_have_other_metrics_of_training(tmp_path: Path) -> None:
+    def fit(metrics: dict[str, Any], steps: int) -> Record:
+        shown, options = Records(), {"log_every": 3, "saver": Saver(tmp_path)}
+        trainer = Trainer(
+            make_step(metrics=metrics), make_batches(8), callbacks=[shown, Checkpoint(steps=2)], **options
+        )
+        trainer.fit([Train(steps=steps)], resume="latest")
+        trainer.saver = None
+        return shown.of("train")[-1]
+
+    assert "auc" not in fit({}, 2)
+    assert 0 < fit({"auc": AUC(), "loss_of_log": LogLoss()}, 4)["auc"] <= 1
+    assert "auc" not in fit({"mean": Calibration()}, 6)
 
 
 def test_a_training_that_begins_anew_forgets_the_last_steps_of_the_one_before() -> None:

@@ -133,7 +133,7 @@ def test_steps_that_share_a_model_train_a_part_each() -> None:
     again = step_of(
         model, torch.optim.SGD(model.body.parameters(), lr=0.0), freeze=[model.engine, model.head], clip_grad_norm=1e9
     )(batch)["grad_norm"]
-    assert torch.equal(norm, again)  # type: ignore[arg-type]
+    assert torch.equal(norm, again)
     trainer = Trainer({"first": first, "second": second}, batches(2), batches(1), metrics={"auc": AUC()})
     trainer.fit([Train(step="first"), Train(step="second"), Evaluate()])
     with pytest.raises(
