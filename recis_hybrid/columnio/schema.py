@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from .columns import Column
 from .convert import converter
+from .csv_options import CsvOptions
 from .errors import not_whole
 from .files import DAMAGE
-from .formats import format_of
 from .numbers import Place
 from .paths import Paths, find_files
 
 
-def column_types(paths: Paths, filesystem: Any = None) -> dict[str, Any]:
+def column_types(paths: Paths, filesystem: Any = None, csv: CsvOptions | None = None) -> dict[str, Any]:
     """Return the columns of the first file that has any, with their Arrow types.
 
     Only a footer or the first lines of the file are read.
@@ -23,6 +24,7 @@ def column_types(paths: Paths, filesystem: Any = None) -> dict[str, Any]:
     Args:
         paths: As of `ColumnDataset`.
         filesystem: As of `ColumnDataset`.
+        csv: As of `ColumnDataset`.
 
     Returns:
         A `pyarrow.DataType` by name; ``key=value`` folders are columns, too.
@@ -31,8 +33,9 @@ def column_types(paths: Paths, filesystem: Any = None) -> dict[str, Any]:
         BadFileError: The file is damaged.
         FileNotFoundError: There is no such file.
     """
-    for file in find_files(paths, filesystem):
-        used = format_of(file.name)
+    for found_file in find_files(paths, filesystem):
+        file = replace(found_file, csv=csv)
+        used = file.format
         try:
             schema = used.inspect(file, {}).schema
         except (FileNotFoundError, PermissionError):

@@ -29,7 +29,7 @@ from recis_hybrid.pipelines.config_resume import (
     recorded_config,
     refuse_folder,
 )
-from recis_hybrid.pipelines.config_run import stages_of, trainer_of
+from recis_hybrid.pipelines.config_run import csv_of, stages_of, trainer_of
 from recis_hybrid.pipelines.guard import NonFiniteLossError
 from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.launch import joined
@@ -237,7 +237,8 @@ def _predict(args: argparse.Namespace) -> int:
     refuse_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
-    rows = write_predictions(args.out, run.predict(args.data, columns=columns), column_types(args.data))
+    types = column_types(args.data, csv=csv_of(run.config))
+    rows = write_predictions(args.out, run.predict(args.data, columns=columns), types)
     print(f"{args.out}: {rows:,} rows, by step {run.step} of {run.path}")
     return 0
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import yaml
 
+from recis_hybrid.columnio import CsvOptions
 from recis_hybrid.pipelines.config_yaml import read_yaml
 
 
@@ -62,6 +63,36 @@ class ColumnConfig:
     """Length that all lists of a column of lists have; empty lists count as missing where there is a default."""
     null_as_empty: bool = False
     """Whether a row without a list is read as an empty list; false: it is refused."""
+    unit: Literal["D", "s", "ms", "us", "ns"] | None = None
+    """Unit in which dates, times and durations are read as integers, days to nanoseconds; None: seconds."""
+    format: str | None = None
+    """How strings write dates or times, by the directives of strptime: ``%d/%m/%Y``; None: by ISO 8601, if ``unit`` is
+    given."""
+    scale: Annotated[int, Range(0, 39)] | None = None
+    """Makes integers of decimals: the value times 10**scale; None: floats, or integers where all are whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvConfig:
+    """How CSV files are written."""
+
+    delimiter: str | None = None
+    """Between fields, one character; None: a tab for ``.tsv``, a comma for others."""
+    quote: str | None = '"'
+    """Around fields that hold delimiters or line breaks; None: quotes are characters like any others."""
+    escape: str | None = None
+    """In front of a character that is meant as such, as a backslash; None: none."""
+    column_names: list[str] | None = None
+    """Of files without a header; None: those of the first line."""
+    comment: str | None = None
+    """What lines begin with that are left out; None: none."""
+    encoding: str = "utf-8"
+    """Of the text, a name that Python knows."""
+    null_values: list[str] | None = None
+    """What is written for a null, of text too; None: the empty field and the usual spellings, for nulls of numbers."""
+
+    def __post_init__(self) -> None:
+        CsvOptions(**vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +109,8 @@ class DataConfig:
     """Column of int64 groups, for the metric gauc."""
     columns: dict[str, ColumnConfig] = field(default_factory=dict)
     """Columns, by name, that are not read as their type says."""
+    csv: CsvConfig = CsvConfig()
+    """How CSV files are written."""
     batch_size: Count = 4096
     """Rows of a batch, on each rank."""
     shuffle: bool = True

