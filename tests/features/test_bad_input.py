@@ -268,7 +268,7 @@ def test_an_operation_must_be_hashable() -> None:
 
 FLAT_STRINGS = RaggedTensor(torch.zeros(4, 2, dtype=torch.uint8), torch.tensor([0, 2, 4]))
 FLOATS = RaggedTensor.from_lists([[1.5], []])
-UNSIGNED = RaggedTensor(torch.ones(2, dtype=torch.uint16), torch.tensor([0, 2]))
+COMPLEX = RaggedTensor(torch.ones(2, dtype=torch.complex64), torch.tensor([0, 2]))
 DEEP = RaggedTensor.from_lists([[[[1]]]])
 
 
@@ -281,8 +281,8 @@ DEEP = RaggedTensor.from_lists([[[[1]]]])
         (Pad(2, -math.inf), ROWS, "a column of torch.int64 cannot hold the value -inf"),
         (Pad(2, 1e39), FLOATS, "a column of torch.float32 cannot hold the value 1e+39"),
         (FillNull(-1e39), FLOATS, "a column of torch.float32 cannot hold the value -1e+39"),
-        (Truncate(1), UNSIGNED, "Truncate takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.u"),
-        (Tile(2), UNSIGNED, "Tile takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.uint16"),
+        (Truncate(1), COMPLEX, "Truncate takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.c"),
+        (Tile(2), COMPLEX, "Tile takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.complex64"),
         (Truncate(1), DEEP, "got 3 levels of lists; join levels where the column is read"),
     ],
 )
