@@ -16,11 +16,11 @@ _MODES = {
     **dict.fromkeys(("train", "training", "is_training"), True),
     **dict.fromkeys(("deterministic", "inference"), False),
 }
-"""Parameters by which models are told whether they train, and what they are while they do."""
+"""Mode parameters of models, with their values in training."""
 
 
 class _Call:
-    """What a model's `__call__` takes.
+    """The signature of a model's `__call__`.
 
     Args:
         adapter: the function that errors begin with.
@@ -33,7 +33,7 @@ class _Call:
         self._modes = {name: means for name, means in _MODES.items() if name in self._signature.parameters}
 
     def keywords(self, inputs: tuple[Any, ...], given: dict[str, Any], train: bool) -> dict[str, Any]:
-        """Adds to keywords those that say the mode.
+        """Adds the mode's keywords.
 
         Raises:
             TypeError: if the model does not take the inputs with these keywords.
@@ -50,7 +50,7 @@ class _Call:
         return keywords
 
     def note(self, error: Exception) -> None:
-        """Adds to an error of a layer that was not told the mode how it is told."""
+        """Adds to a layer's error about a missing mode how to pass it."""
         if any(name in str(error) for name in ("deterministic", "use_running_average")) and not self._modes:
             error.add_note(
                 f"{self._where}: its __call__ takes none of {list(_MODES)}, by which the tower says its mode; give "

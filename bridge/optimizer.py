@@ -111,7 +111,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether `step` averages the gradients over ranks, so that nothing else need do so."""
+        """Whether `step` itself averages the gradients over ranks."""
         return self._all_reduce is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

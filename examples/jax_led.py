@@ -93,7 +93,7 @@ class JaxStep:
         self._all_reduce: GradientAllReduce | None = None
 
     def synchronise(self) -> None:
-        """Where several ranks train together: begin with rank 0's parameters, and average gradients from then on."""
+        """Take rank 0's parameters, and average gradients over the ranks from now on."""
         if is_distributed():
             params, opt_state = self.state.tree
             self._all_reduce = GradientAllReduce(params)

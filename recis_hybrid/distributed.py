@@ -1,4 +1,4 @@
-"""The processes of a job: who this one is, and how they come together.
+"""Rank, world size and process group of a job.
 
 A launcher (torchrun, or a scheduler whose script exports the same variables) tells each process its ``RANK``, the
 ``WORLD_SIZE`` and where rank 0 is. What several ranks share, ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer``,
@@ -43,7 +43,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def launched(where: str) -> tuple[int, int]:
-    """Return the rank and the world size that the launcher has put into the environment; (0, 1) without one.
+    """Return the rank and world size from the launcher's environment variables; (0, 1) without a launcher.
 
     Args:
         where: What messages begin with.
@@ -67,7 +67,7 @@ def launched(where: str) -> tuple[int, int]:
 
 
 def join(where: str) -> None:
-    """Initialize the default group where a launcher has started several processes and the program has not done so.
+    """Initialize the default group if a launcher started several processes and the program has not done so.
 
     The backend is Gloo, and NCCL beside it for tensors on GPUs where there are any; the current GPU becomes that of
     ``LOCAL_RANK``. The group is left when the process ends. In workers of a DataLoader nothing happens.
@@ -103,7 +103,7 @@ def join(where: str) -> None:
 
 
 def message_group() -> dist.ProcessGroup:
-    """Return a group of Gloo, of all ranks, for small messages between training loops; all ranks call it alike."""
+    """Return a Gloo group of all ranks for small messages between training loops; collective."""
     world = dist.group.WORLD
     assert world is not None
     global _messages
@@ -119,18 +119,18 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 def attend() -> None:
-    """Note that towers are kept alike on all ranks: what ``Trainer`` and ``TorchStep`` do."""
+    """Record that towers are kept equal on all ranks, as ``Trainer`` and ``TorchStep`` do."""
     global _attended
     _attended = True
 
 
 def is_unattended() -> bool:
-    """Return whether ranks came together by :func:`join` and nothing is known to keep their towers alike."""
+    """Return whether :func:`join` initialized the group and nothing is known to keep towers equal."""
     return _joined and not _attended and is_initialized()
 
 
 def refuse_unattended(where: str) -> None:
-    """Raise where a loop written for one process is about to train a model of its own on each rank.
+    """Raise if a loop written for one process is about to train a separate model on each rank.
 
     Args:
         where: What the message begins with.

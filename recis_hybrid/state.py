@@ -52,7 +52,7 @@ _apart: ContextVar[bool] = ContextVar("recis_hybrid_tables_apart", default=False
 
 @contextmanager
 def tables_apart() -> Iterator[None]:
-    """Leave tables out of every module's ``state_dict`` and ``load_state_dict`` within: they are saved on their own."""
+    """Leave tables out of every ``state_dict`` and ``load_state_dict`` in the context: they are saved separately."""
     token = _apart.set(True)
     try:
         yield

@@ -27,7 +27,7 @@ def has_other_ranks() -> bool:
 
 @cache
 def warn_unattended() -> None:
-    """Warn, once, a loop written for one process that this rank has read its share of the rows and no more."""
+    """Warn once, in a loop written for one process, that this rank reads only its share of the rows."""
     if distributed.is_unattended():
         warnings.warn(
             f"ColumnDataset: rank {distributed.rank()} of {distributed.world_size()} was given its share of the rows, "

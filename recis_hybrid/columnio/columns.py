@@ -94,7 +94,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Text:
-    """A string (or bytes, of a fixed size too) for each row: a RaggedTensor of B rows, of all strings' bytes as uint8.
+    """Strings or bytes, one a row: a RaggedTensor of B rows of uint8.
 
     Lists of strings become a RaggedTensor of two levels, lists of these of three.
 

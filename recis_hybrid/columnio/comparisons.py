@@ -33,7 +33,7 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-"""The operators that compare with one value."""
+"""Operators that take one value."""
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _CONTEXT = decimal.Context(prec=100)
@@ -89,9 +89,9 @@ class _Kind:
     """Comparison of values with the columns of a type."""
 
     number: Callable[[Any], Any]
-    """Brings a Python value to what is compared; None where it is of another kind."""
+    """Converts a Python value for comparison; None if its kind does not fit the column."""
     array: Callable[[list[Any]], Any]
-    """Makes an array of the column's type of such numbers, strings or steps; of float64 for all floats."""
+    """Makes an array of converted values, in the column's type; float64 for all floats."""
     expected: str
     """Description of the values, for messages."""
     ordered: bool = True
@@ -102,7 +102,7 @@ class _Kind:
 
 
 def _bounds(kind: _Kind, name: str, sign: str, value: Any, arrow_type: ArrowType) -> tuple[Any, Any, Any]:
-    """Returns what a value is in the type, or None; then its neighbours there, None where it has none."""
+    """Returns a value in the type, None if it has no exact one; then its neighbours in the type, or None."""
     number = kind.number(value)
     if number is None:
         raise TypeError(
@@ -142,7 +142,7 @@ def _float_bounds(number: Any) -> tuple[Any, Any, Any]:
 
 
 def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
-    """Returns the comparison of a column with a scalar of its type, or with what lies between two of these."""
+    """Returns the comparison of a column with a scalar of its type, or with a value between two such scalars."""
     if exact is None:
         if sign in ("==", "!="):
             return pc.scalar(False) if sign == "==" else column.is_valid()
@@ -242,7 +242,7 @@ def _of(arrow_type: ArrowType) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Returns a number exactly, floats that are finite as fractions."""
+    """Returns a number exactly: finite floats as fractions."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -271,7 +271,7 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
-    """Returns a date, time or duration in nanoseconds; dates since 1970 in UTC, as which naive ones are taken."""
+    """Returns a date, time or duration in nanoseconds: dates since 1970 in UTC, naive ones as UTC."""
     of = _of(arrow_type)
     if isinstance(value, np.datetime64 | np.timedelta64):
         if isinstance(value, np.datetime64) != (of == "timestamp") or of == "time":

@@ -187,12 +187,12 @@ class ParallelConverter:
 
 @dataclass(frozen=True)
 class PreparedConverter:
-    """Arrays of a rare layout, or of nothing but nulls → what the converter of a plain type makes of them."""
+    """Converter of a rare layout, or of all nulls: casts to a plain type and converts that."""
 
     plain: Converter
     """Converter of the plain type."""
     target: ArrowType
-    """The plain type, with a type for what is of none."""
+    """The plain type, with the null type replaced."""
 
     @property
     def spec(self) -> Column:
@@ -280,7 +280,7 @@ def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) 
 
 
 def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
-    """Returns a plain type with the type that a spec says in the place of that of nothing but nulls."""
+    """Returns a plain type with its null types replaced by the spec's type."""
     inner: ArrowType = None
     nest = False
     if isinstance(spec, Dense | Ragged):

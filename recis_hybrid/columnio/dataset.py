@@ -215,7 +215,7 @@ class ColumnDataset(IterableDataset[Batch]):
     def from_arrow(
         cls, data: Any, columns: Sequence[str] | Mapping[str, Column | None], batch_size: int, **options: Any
     ) -> ColumnDataset:
-        """Reads data in memory as if it lay in a file, with all that goes for files.
+        """Reads data in memory like a file, with the same arguments.
 
         Tensors share the memory of `data` by the rules of files, so that neither these nor `data` may be written to.
         A reading position goes with data of as many rows, whose types and sampled values (up to 1,024 rows of every

@@ -38,7 +38,7 @@ class OpenedFile:
     stamp: tuple[int | None, int | None] | None = None
     """What `File.stamp` returned before its contents were looked at."""
     condition: BoundFilter | None = None
-    """Which of its rows are wanted; None for all."""
+    """Filter of its rows; None for all."""
 
     @property
     def format(self) -> Format:
@@ -74,7 +74,7 @@ class OpenedFile:
         return field_type(self.schema.field(place[0]).type, place[1])
 
     def type_for(self, name: str, spec: Column | None) -> ArrowType:
-        """Returns the plain type of what a spec reads: of two columns a struct.
+        """Returns the plain type that a spec reads; a struct for two columns.
 
         Raises:
             ValueError: There is no such column, or more than one.
@@ -116,7 +116,7 @@ class OpenedFile:
             yield pa.RecordBatch.from_arrays(arrays, names=list(columns)) if columns else batch
 
     def partition_value(self, name: str) -> Any:
-        """Returns the value of a column that a folder's name holds, as a scalar of the column's type.
+        """Returns a folder name's value of a column, as a scalar of the column's type.
 
         Raises:
             ValueError: The file has a column of that name and another type.

@@ -37,9 +37,9 @@ class BoundFilter:
     expression: Any
     """A `pyarrow.compute.Expression`."""
     columns: Sequence[str]
-    """The columns that it looks at."""
+    """Columns that it reads."""
     prunes: bool
-    """Whether what a footer says of the columns may rule rows out: never more rows than the condition does."""
+    """Whether a footer's statistics may rule rows out; they never exclude a row that the condition keeps."""
     text: str
     """The condition as it was given, for messages."""
 
@@ -65,7 +65,7 @@ class RowFilter:
     expression: Any
     """A `pyarrow.compute.Expression`; None where there are conditions."""
     conditions: Sequence[Sequence[Condition]]
-    """Of all conditions of one of these sequences each must hold."""
+    """A row is kept if all conditions of at least one sequence hold."""
 
     @classmethod
     def of(cls, filters: Filters) -> RowFilter | None:
@@ -97,7 +97,7 @@ class RowFilter:
         )
 
     def __str__(self) -> str:
-        """Returns the condition in words that tell it from every other one."""
+        """Returns a unique description of the condition."""
         if self.expression is not None:
             text = str(self.expression)
             if "..." in text:
@@ -188,7 +188,7 @@ class RowFilter:
 
 
 def _holds_only(footer: Any, name: str, value: Any) -> bool:
-    """Returns whether a Parquet footer says that all values of a column are the same one."""
+    """Returns whether all values of a column are equal by the Parquet footer."""
     if not isinstance(footer, pq.FileMetaData) or not value.is_valid:
         return False
     columns = [number for number in range(footer.num_columns) if footer.schema.column(number).path == name]

@@ -1,4 +1,4 @@
-"""Arrow's less common layouts as the plain ones, and fields inside structs. Imports pyarrow.
+"""Conversion of Arrow's less common layouts to plain ones, and fields of structs. Imports pyarrow.
 
 Plain are numbers, dates and times, strings, structs, and lists of these: dictionaries, runs, views and extension types
 are decoded, and a map is a list of structs of `key` and `value`. What is plain already is not copied.
@@ -42,7 +42,7 @@ def plain_type(arrow_type: ArrowType) -> ArrowType:
 
 
 def plain(array: Array) -> Array:
-    """Returns an array in the layout of `plain_type`: the array itself where that is its own."""
+    """Returns an array in the layout of `plain_type`; the array itself if it has it already."""
     own = array.type
     if not _differs(own):
         return array
@@ -71,13 +71,13 @@ def plain(array: Array) -> Array:
 
 
 def is_list(arrow_type: ArrowType) -> bool:
-    """Returns whether a plain type is one of lists."""
+    """Returns whether a plain type is a list type."""
     tests = (_types.is_list, _types.is_large_list, _types.is_fixed_size_list)
     return any(test(arrow_type) for test in tests)
 
 
 def has_null_type(arrow_type: ArrowType) -> bool:
-    """Returns whether a plain type is that of nothing but nulls, or has it inside lists and structs."""
+    """Returns whether a plain type is the null type, or contains it."""
     if is_list(arrow_type):
         return has_null_type(arrow_type.value_type)
     if _types.is_struct(arrow_type):
@@ -86,7 +86,7 @@ def has_null_type(arrow_type: ArrowType) -> bool:
 
 
 def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None:
-    """Returns the type that `field` gives, None where there is no such field."""
+    """Returns the type of the result of `field`; None if there is no such field."""
     if not path:
         return arrow_type
     if is_list(arrow_type):
@@ -100,7 +100,7 @@ def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None
 
 
 def field(array: Array, path: tuple[str, ...]) -> Array:
-    """Returns a field inside structs, or inside lists of them: of these, lists of the field.
+    """Returns a field of structs, or lists of the field for lists of structs.
 
     Args:
         array: Plain.
@@ -117,7 +117,7 @@ def field(array: Array, path: tuple[str, ...]) -> Array:
 
 
 def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Finds a column by its name, or a field of one by a dotted path.
+    """Finds a column by name, or a field by dotted path.
 
     Args:
         schema: Of plain types.
@@ -137,7 +137,7 @@ def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def nested_names(schema: Any) -> list[str]:
-    """Returns the dotted paths of all fields in structs that are in no list."""
+    """Returns the dotted paths of all fields of structs outside lists."""
     found: list[str] = []
 
     def below(prefix: str, arrow_type: ArrowType) -> None:
@@ -170,7 +170,7 @@ def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
 
 
 def _with_values(array: Array, change: Any) -> Array:
-    """Returns lists of the same lengths with other values, of which none is changed that no list holds."""
+    """Returns lists of the same lengths with other values; values outside all lists stay untouched."""
     own, mask = array.type, _mask(array)
     if _types.is_fixed_size_list(own):
         values = change(array.values.slice(array.offset * own.list_size, len(array) * own.list_size))

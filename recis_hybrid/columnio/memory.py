@@ -1,4 +1,4 @@
-"""Data in memory as a file: tables of Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
+"""Data in memory, as a file of a dataset: Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _STREAMED = 1024
 
 @dataclass(frozen=True, repr=False)
 class MemoryFile:
-    """A table, or batches that a function makes, where a dataset takes a file."""
+    """A table, or the batches of a function, in the role of a file."""
 
     table: Any
     """A `pyarrow.Table`; None for a function's batches."""
     batches: Callable[[], Iterable[Any]] | None
-    """Returns the batches from the first on, at each call."""
+    """Returns all batches, from the first, at each call."""
     fingerprint: str
-    """Tells the data from other data with as many rows, by their types and a sample of their values."""
+    """Fingerprint of the types and of a sample of the values."""
     partition: dict[str, Any] = field(default_factory=dict)
     """See `File`; always empty."""
     is_local: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class MemoryFile:
 
     @property
     def path(self) -> str:
-        """Where it stands in an order of files."""
+        """Its place in the order of files."""
         return f"data in memory {self.fingerprint}"
 
     @property
@@ -78,10 +78,10 @@ class MemoryFile:
         return memory
 
     def stamp(self) -> None:
-        """Returns None, since nobody else writes it."""
+        """Returns None: no other process writes it."""
 
     def tables(self) -> Iterator[Any]:
-        """Yields the table, or those of the batches of one more call, in the types of the first.
+        """Yields the table, or the tables of one more call's batches, in the types of the first batch.
 
         Raises:
             RuntimeError: The function failed to read something.
@@ -104,7 +104,7 @@ class MemoryFile:
 
 
 def as_table(data: Any) -> Any:
-    """Returns a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where Arrow needs none.
+    """Returns a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where possible.
 
     Raises:
         TypeError: It is none that is known, or a column cannot be one of Arrow's.
@@ -140,7 +140,7 @@ def as_table(data: Any) -> Any:
 
 
 def alike(table: Any, schema: Any) -> Any:
-    """Returns the columns of a batch in the order and types of the first one.
+    """Returns the columns of a batch in the first batch's order and types.
 
     Raises:
         ValueError: It has other columns, or values that those types do not hold.
@@ -158,7 +158,7 @@ def alike(table: Any, schema: Any) -> Any:
 
 
 def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
-    """Returns a function that makes batches anew at each call; None for what is a table as a whole."""
+    """Returns a function that yields the batches at each call; None for a single table."""
     if isinstance(data, Mapping | str | bytes) or _is_of(data, "pandas") or hasattr(data, "__arrow_c_array__"):
         return None
     if _is_of(data, "datasets") and hasattr(data, "with_format") and not hasattr(data, "flatten_indices"):
@@ -177,7 +177,7 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function of the user's; an object, so that it goes to workers that are not forked if the function does."""
+    """A user's function, wrapped so that it can be pickled for spawned workers if the function can."""
 
     function: Callable[[], Any]
 
@@ -205,7 +205,7 @@ class _Streamed:
 
 
 def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """Yields batches; what a function of the user's cannot read is no file of the dataset's."""
+    """Yields batches; errors of the user's function are not errors of the dataset's files."""
     try:
         yield from batches()
     except (OSError, pa.ArrowException) as error:

@@ -59,12 +59,12 @@ _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 
 
 def is_number(arrow_type: ArrowType) -> bool:
-    """Returns whether `Numbers` can read that type: numbers, decimals, dates and times."""
+    """Returns whether `Numbers` reads a type: numbers, decimals, dates and times."""
     return arrow_type in _DTYPE_OF or pa.types.is_decimal(arrow_type) or is_temporal(arrow_type)
 
 
 def is_text(arrow_type: ArrowType) -> bool:
-    """Returns whether a type is one of strings or bytes."""
+    """Returns whether a type is a string or binary type."""
     types = pa.types
     strings = (types.is_string, types.is_large_string, types.is_string_view)
     binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
@@ -72,7 +72,7 @@ def is_text(arrow_type: ArrowType) -> bool:
 
 
 def dtype_of(arrow_type: ArrowType) -> torch.dtype:
-    """Returns the dtype in which numbers of a type are read, unless their spec says another."""
+    """Returns the default dtype of numbers of a type."""
     if pa.types.is_decimal(arrow_type):
         return torch.int64 if arrow_type.scale <= 0 else torch.float64
     return torch.int64 if is_temporal(arrow_type) or is_text(arrow_type) else _DTYPE_OF[arrow_type]
@@ -103,11 +103,11 @@ class Numbers:
     remedy: str
     """A spec that would allow nulls, for messages."""
     unit: str = "s"
-    """Of dates and times."""
+    """Unit of dates and times."""
     format: str | None = None
-    """Of strings that are dates or times."""
+    """strptime format of strings of dates or times."""
     scale: int | None = None
-    """By which power of 10 decimals are multiplied; None for none."""
+    """Exponent of the power of 10 that decimals are multiplied by, or None."""
 
     def clean(self, array: Array, place: Place) -> Array:
         """Returns the numbers in their dtype, without nulls; the array itself where nothing is to be done.

@@ -152,7 +152,7 @@ def _each(work: Callable[[T], R], things: Sequence[T], bad: Callable[[T, Excepti
 def _types(
     opened: Sequence[OpenedFile], columns: Mapping[str, Column | None]
 ) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, File]]]:
-    """Returns the joint type of each column, and all types that files have for it, each with the first such file."""
+    """Returns the joint type of each column, and its types in the files, each with the first such file."""
     joint: dict[str, ArrowType] = {}
     found: dict[str, dict[ArrowType, File]] = {}
     for name, spec in columns.items():

@@ -75,7 +75,7 @@ class Batches:
 
     @cached_property
     def _shared(self) -> tuple[int, ...]:
-        """Rows of the last turns that have no full batch for every rank and are shared out evenly: none to two."""
+        """Rows of the last turns (at most two), which are split evenly for want of a full batch for every rank."""
         turn = self.batch_size * self.world_size
         full, rest = divmod(max(self.rows - self.start, 0), turn)
         if self.world_size == 1 or self.drop_remainder or self.uneven is not None or rest == 0:

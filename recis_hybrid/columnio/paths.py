@@ -32,11 +32,11 @@ class File:
     partition: dict[str, int | str | None] = field(default_factory=dict)
     """The columns that the names of its folders hold, as `day=7` does."""
     csv: CsvOptions | None = None
-    """Dialect of a CSV file; None for the usual one."""
+    """Dialect of a CSV file; None for the default."""
 
     @property
     def format(self) -> Format:
-        """Format by the end of the name; CSV where that says nothing and there are options for it."""
+        """Format by suffix; CSV for an unknown suffix if there are CSV options."""
         return format_of(self.name, "parquet" if self.csv is None else "delimited")
 
     @property

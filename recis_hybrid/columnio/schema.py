@@ -1,4 +1,4 @@
-"""The columns of files and how each is read if nothing else is said. Imports pyarrow."""
+"""The columns of files and their default specs. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def column_types(paths: Paths, filesystem: Any = None, csv: CsvOptions | None = 
 
 
 def spec_of(name: str, arrow_type: Any) -> Column | None:
-    """Return the spec by which a column of a type is read if nothing else is said; None where no tensor is made of it.
+    """Return the default spec of a column type; None if no tensor can be made of it.
 
     Args:
         name: Of the column.

@@ -1,4 +1,4 @@
-"""Dates, timestamps, times of day and durations as int64, and strings that write them. Imports pyarrow."""
+"""Dates, timestamps, times of day, durations, and strings of them as int64. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def is_temporal(arrow_type: ArrowType) -> bool:
-    """Returns whether a type is one of dates, timestamps, times of day or durations."""
+    """Returns whether a type is a date, timestamp, time or duration."""
     types = pa.types
     return bool(
         types.is_date(arrow_type)
@@ -33,14 +33,14 @@ def is_temporal(arrow_type: ArrowType) -> bool:
 
 
 def tick_ns(arrow_type: ArrowType) -> int:
-    """Returns the nanoseconds that 1 means in a temporal type."""
+    """Returns the nanoseconds of one unit of a temporal type."""
     if pa.types.is_date32(arrow_type):
         return UNITS["D"]
     return UNITS["ms" if pa.types.is_date64(arrow_type) else arrow_type.unit]
 
 
 def ticks(array: Array, unit: str) -> Array:
-    """Returns a temporal array as int64 in a unit, rounded down; a view of the same memory where the unit is its own.
+    """Returns a temporal array as int64 in a unit, rounded down; a view of the same memory for its own unit.
 
     Raises:
         pyarrow.ArrowInvalid: A value does not fit into int64.

@@ -1,4 +1,4 @@
-"""One type for a column that files hold in several. Imports pyarrow."""
+"""Joint types of columns whose types differ between files. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .temporal import is_temporal
 
 
 def unified(one: ArrowType, other: ArrowType, *, asked: bool) -> ArrowType | None:
-    """Returns a type whose tensors can hold the values of two plain types, None where there is none.
+    """Returns a type whose tensors hold the values of two plain types, or None.
 
     Integers go with integers, floats with floats, dates with timestamps, strings with bytes, lists with lists of any
     layout whose values go together, structs with those of the same fields, and nulls with everything.

@@ -99,7 +99,7 @@ class Windows:
         self._done = set(state["done"])
 
     def stop(self) -> None:
-        """End the stream instead of waiting for a further window; may be called by a signal handler.
+        """End the stream instead of waiting for another window; may be called by a signal handler.
 
         Where several ranks ask for windows together, the first one's call ends the stream on all.
         """

@@ -26,7 +26,7 @@ _preparing = threading.Lock()
 
 
 def outside_graphs(*names: str) -> Callable[[_C], _C]:
-    """Decorate a class whose methods torch.compile is to call between its graphs, and to refuse in a full graph.
+    """Mark methods of a class to run between torch.compile's graphs, and to be refused in a full graph.
 
     Neither the methods nor what they call is ever traced. Tables change in place, and they decide by Python integers:
     dynamo may replace these by symbols, which ``1 in [0, 1]`` then does not find (torch 2.13).
@@ -45,7 +45,7 @@ def outside_graphs(*names: str) -> Callable[[_C], _C]:
 
 
 def prepare() -> None:
-    """Hide the methods of decorated classes from dynamo; called before the first table can be compiled.
+    """Hide the methods of decorated classes from Dynamo; called before the first table can be compiled.
 
     It loads torch's compiler, as any torch optimizer does; so it must not run when the package is imported.
     """
@@ -70,7 +70,7 @@ def refuse_recording() -> None:
 
 
 def not_recorded(by: str) -> NotImplementedError:
-    """Return the error for what would record tables in a program to run elsewhere.
+    """Return the error for exporting a program with tables.
 
     Args:
         by: the function that would.

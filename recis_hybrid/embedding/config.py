@@ -69,7 +69,7 @@ class EmbeddingConfig:
     expected_rows: int | None = None
     """About how many ids the table will have; for ``sharding="auto"`` alone."""
     optional: bool = False
-    """Whether a batch may lack the feature's column: the engine then gives nothing under its name."""
+    """Whether a batch may lack the feature's column; the output then lacks it too."""
 
     def __post_init__(self) -> None:
         self._refuse_types()

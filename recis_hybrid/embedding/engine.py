@@ -165,7 +165,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             raise ValueError(f"EmbeddingEngine: staleness must be 0 or 1, got {staleness!r}")
         self.configs = dict(configs)
         self.pass_through = pass_through
-        """Whether :meth:`forward` hands on columns that no feature reads."""
+        """Whether :meth:`forward` returns columns that no feature reads."""
         self.device = device_of(device)
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
@@ -193,7 +193,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self._warned_of_dtype = self._warned_of_rows = False
         refuse_rows_in_state_dict(rows_in_state_dict)
         self.rows_in_state_dict = rows_in_state_dict
-        """What ``state_dict`` has of the rows; it may be set at any time."""
+        """Form of the rows in ``state_dict``; it may be set at any time."""
         told = prefetch_depth is not None
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
@@ -447,7 +447,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         raise not_recorded("torch.jit.script")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
-        """Leave tables where they are, as ``to()`` cannot take them along, and in the dtypes of their configs."""
+        """Apply a function to the module's tensors; tables keep their device and dtypes."""
         probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         if probe.device.type == "meta":
             raise RuntimeError(

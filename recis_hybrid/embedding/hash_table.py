@@ -74,7 +74,7 @@ class HashTable:
         self._empty()
         self.overrides: dict[str, Any] = {}
         self.built_alone = False
-        """Whether its engine was built where there were no other ranks, without being told that it has none."""
+        """Whether its engine was built without a process group, and not explicitly for one process."""
         """Hyperparameters of the optimizer that are others for this table."""
         self._anchor: weakref.ref[Anchor] | None = None
         self.watched: weakref.WeakSet[Changes] = weakref.WeakSet()

@@ -46,7 +46,7 @@ class TablesLoader:
         self.changes: list[str] = []
         """What is loaded in another way than it was saved, a text each."""
         self.unneeded: list[str] = []
-        """Those of the changes that leave out optimizer state of read-only tables, which keep none."""
+        """Changes that drop optimizer state of read-only tables, which keep none."""
         self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
         """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
         self._compare(tables_layout(tables).tables)
@@ -170,7 +170,7 @@ def load_tables_state(
 
 
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
-    """Replaces the rows of some member tables by those of another run's; the others stay, and so does the seed.
+    """Replaces the rows of some member tables with those of another run; the seed and other tables stay.
 
     A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
     on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has

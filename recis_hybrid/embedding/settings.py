@@ -19,7 +19,7 @@ def described(value: object) -> str:
 
 
 def refuse_no_number(owner: str, name: str, value: object) -> None:
-    """Raises TypeError if a setting is no number.
+    """Raises TypeError if a setting is not a number.
 
     Args:
         owner: What it is a setting of.

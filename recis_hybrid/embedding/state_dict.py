@@ -1,4 +1,4 @@
-"""Tables in a model's ``state_dict``: their rows where the user asks for them, else a key that stands for them.
+"""Tables in a model's ``state_dict``: their rows if the user asks for them, else a placeholder key.
 
 Keys of an engine ``engine``: ``engine.tables``, int64 ``[4]``, has the tables' steps, this process's rows, and the seed
 of first values in two words. With rows there are also, for each member table ``user``, ``engine.tables.user.ids``,
@@ -37,7 +37,7 @@ _REMEDY = (
 
 
 def refuse_rows_in_state_dict(value: object) -> None:
-    """Raises ValueError for what is none of the choices."""
+    """Raises ValueError unless a value is one of the choices."""
     if value is not None and value not in get_args(RowsInStateDict):
         raise ValueError(
             f"EmbeddingEngine: rows_in_state_dict must be one of {[None, *get_args(RowsInStateDict)]}, got {value!r}"
@@ -45,7 +45,7 @@ def refuse_rows_in_state_dict(value: object) -> None:
 
 
 def belongs_to_tables(key: str, prefix: str) -> bool:
-    """Returns whether a key of a state_dict is of tables; ``prefix`` is their engine's."""
+    """Returns whether a key of a state_dict belongs to tables; ``prefix`` is their engine's."""
     return key == f"{prefix}{_KEY}" or key.startswith((f"{prefix}{_KEY}.", f"{prefix}anchor"))
 
 
@@ -59,7 +59,7 @@ def warn_of_rows_left_out() -> None:
 
 
 def save_key(tables: Sequence[HashTable], destination: MutableMapping[str, Any], prefix: str) -> None:
-    """Writes the key that stands for tables.
+    """Writes the placeholder key of tables.
 
     Args:
         tables: This rank's.
@@ -75,7 +75,7 @@ def save_rows(
     tables: Sequence[HashTable], state: PartState, rows: RowsInStateDict, destination: MutableMapping[str, Any],
     prefix: str, exchange: Exchange | None,
 ) -> None:  # fmt: skip
-    """Writes rows; where ranks share the tables they call it together, and each gets the rows of all.
+    """Writes rows; collective where ranks share the tables, and each rank gets all rows.
 
     Args:
         tables: This rank's.
@@ -105,7 +105,7 @@ def load_rows(
     tables: Sequence[HashTable], state_dict: Mapping[str, Any], prefix: str, kept: Any, missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:  # fmt: skip
-    """Takes rows out of a state_dict; says what is missing where it has none, and the tables are not those it was of.
+    """Loads rows from a state_dict; reports missing keys if it has none and the tables are not at its step.
 
     Args:
         tables: This rank's.
@@ -178,7 +178,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
 
 
 def _of_all_ranks(columns: Mapping[str, Tensor], exchange: Exchange) -> dict[str, Tensor]:
-    """Returns columns ``[R, ...]`` of ``[n, ...]`` on each rank, in the order of ranks; all call it together."""
+    """Gathers columns ``[n, ...]`` of all ranks into ``[R, ...]``, in the order of ranks; collective."""
     counts = [n for (n,) in exchange.all([columns["ids"].numel()])]
     together = {}
     for column, values in columns.items():

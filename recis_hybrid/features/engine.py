@@ -230,7 +230,7 @@ class FeatureEngine:
     # As _link, for a trace.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _lacking(self, absent: tuple[str, ...]) -> str:
-        """Makes the engine of the features that need none of some columns; returns the attribute that it is."""
+        """Creates the engine of the features that need none of some columns; returns its attribute name."""
         if absent not in self._without:
             with _LINKING:
                 left = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]

@@ -155,7 +155,7 @@ class DecimalCall:
 
 @dataclass(frozen=True)
 class DecimalString:
-    """Ids → strings of their decimal digits, as :class:`str` has them; with a :class:`Hash` behind it, 7 is as "7".
+    """Ids → strings of their decimal digits, like :class:`str`; a :class:`Hash` after it treats 7 like "7".
 
     A column ``[B]`` becomes a string column, rows of ids become lists of strings, which keep their weights.
 
@@ -187,7 +187,7 @@ class DecimalString:
         return form._replace(dtype=torch.uint8, levels=form.levels + 1)
 
     def kernel(self) -> Kernel:
-        """Returns what writes digits."""
+        """Returns the kernel that writes digits."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:

@@ -76,7 +76,7 @@ class Cross:
         return None if isinstance(self.distinct, bool) else f"distinct must be True or False, got {self.distinct!r}"
 
     def parts(self) -> tuple[Distinct | None, Cross]:
-        """Returns what each column goes through before, and the cross without it."""
+        """Returns the operations on each column before the cross, and the cross without them."""
         return (Distinct(), replace(self, distinct=False)) if self.distinct else (None, self)
 
     def shape(self, forms: Sequence[Form]) -> Form:

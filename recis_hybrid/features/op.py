@@ -132,11 +132,11 @@ class Shaping(Protocol):
 
 @runtime_checkable
 class Joining(Protocol):
-    """An operation on all columns that a chain has at its place, which makes one of them, where ``joins`` is true."""
+    """An operation that joins all columns of a chain into one, if ``joins`` is true."""
 
     @property
     def joins(self) -> bool:
-        """Whether it does; else it works on each column."""
+        """Whether it joins columns; else it works on each."""
 
     def kernel(self) -> Callable[..., Column]:
         """Returns what runs, with a column for each input."""

@@ -110,7 +110,7 @@ class DistinctCall:
 
 @dataclass(frozen=True)
 class Distinct:
-    """Rows of ids → rows in which no id occurs twice: the first of each stays, in its place and with its weight.
+    """Rows of ids → rows of distinct ids: the first occurrence stays, in order, with its weight.
 
     A dense column ``[B]`` is left as it is. The time is that of every pair of ids of a row.
 
@@ -128,7 +128,7 @@ class Distinct:
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, unchanged but not the same where it is of rows."""
+        """Returns the same form."""
         form = one(forms)
         ids = integers("Distinct", form)
         if form.levels > 1 or form.dims != 1:
@@ -139,7 +139,7 @@ class Distinct:
         return form if form.levels == 0 else Form(*ids)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what drops repeated ids."""
+        """Returns the kernel that drops repeated ids."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class LengthsCall:
 
 @dataclass(frozen=True)
 class ListLengths:
-    """Lists → how many values (or lists) each holds: the part of :class:`Length` that looks at no value.
+    """Lists → their lengths: the part of :class:`Length` that reads no values.
 
     Args:
         level: Of the lists.
@@ -177,7 +177,7 @@ class ListLengths:
     kind: ClassVar[type[LengthsCall]] = LengthsCall
 
     def fault(self) -> str | None:
-        """Returns None: :class:`Length` has looked at it."""
+        """Returns None: :class:`Length` has checked it."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
@@ -192,7 +192,7 @@ class ListLengths:
         return Form(torch.int64, self.level - 1, False, 1, form.device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what subtracts offsets."""
+        """Returns the kernel that subtracts offsets."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -200,7 +200,7 @@ class ListLengths:
 
 
 class OnesCall:
-    """How many values of a mask are not 0, in each list."""
+    """Counts the nonzero values of a mask in each list."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None: ...
 
@@ -221,7 +221,7 @@ class OnesCall:
 
 @dataclass(frozen=True)
 class CountOnes:
-    """Masks → how many ones each list has: the part of :class:`Length` after :class:`Mask`."""
+    """Masks → the number of ones in each list: the part of :class:`Length` after :class:`Mask`."""
 
     kind: ClassVar[type[OnesCall]] = OnesCall
 
@@ -240,7 +240,7 @@ class CountOnes:
         return Form(torch.int64, max(form.levels - 1, 0), False, 1, form.device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what counts."""
+        """Returns the kernel that counts."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -249,7 +249,7 @@ class CountOnes:
 
 @dataclass(frozen=True)
 class Length:
-    """Rows → how many values each has, int64 ``[B]``.
+    """Rows → their numbers of values, int64 ``[B]``.
 
     Rows of lists have as many as lists; a string as many as bytes. With ``ignore``, values (or strings) that are one of
     these do not count: the real length of rows that were filled up, also of a dense column ``[B, L]``.

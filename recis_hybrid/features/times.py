@@ -24,7 +24,7 @@ PARTS: tuple[str, ...] = get_args(Part)
 """In the order of their numbers in ``csrc/core/times.h``."""
 
 Unit: TypeAlias = Literal["d", "s", "ms", "us", "ns"]
-"""What times count: days, seconds, or thousandths, millionths and billionths of a second."""
+"""Units of times: days, seconds, milliseconds, microseconds, nanoseconds."""
 
 _PER_SECOND: dict[str, int] = {"d": 0, "s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY, _CYCLE, _CYCLE_SHIFT = 86_400, 146_097, 719_468
@@ -110,7 +110,7 @@ class DatePart:
         return Lowered(_times("DatePart", one(forms)), (Step("time_part", numbers),))
 
     def kernel(self) -> Kernel:
-        """Returns what takes the part of a column's times, by torch: independent of the native code."""
+        """Returns the reference function, in torch, independent of the native code."""
 
         def kernel(column: Column) -> Column:
             _times("DatePart", Form.of(column))
@@ -164,7 +164,7 @@ def _floor(x: Tensor, by: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Age:
-    """Times → the whole seconds from each to another time, int64, below 0 where that lies before.
+    """Times → whole seconds from each to another time, int64; negative if that is earlier.
 
     The other time is that of a second column, ``source=[time, until]``, one fixed time, or now. A fraction of a second
     is rounded down, and what is beyond int64 becomes its end. A column with ``until`` keeps its form. Of two columns
@@ -236,7 +236,7 @@ class Age:
         return x
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Returns the instruction that subtracts; None where rows have to be looked at, or a clock."""
+        """Returns the instruction that subtracts; None if it needs row offsets or the clock."""
         form = self.check(forms)
         given = int(self.missing is not None), self.missing or 0
         if self.joins:
@@ -247,7 +247,7 @@ class Age:
         return Lowered(form, (Step("seconds_to", (_PER_SECOND[self.unit], self.until, *given)),))
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what subtracts, by torch: independent of the native code."""
+        """Returns the reference function, in torch, independent of the native code."""
 
         def of_one(column: Column) -> Column:
             self.check([Form.of(column)])
@@ -289,7 +289,7 @@ class Age:
 
 
 def _minus(x: Tensor, y: Tensor) -> Tensor:
-    """Returns the difference, or the end of int64 that it is beyond."""
+    """Returns the difference, clamped to int64."""
     wrapped = x - y
     over = ((x ^ y) & (x ^ wrapped)) < 0
     return torch.where(over, torch.where(x < 0, LEAST, MOST), wrapped)

@@ -1,4 +1,4 @@
-"""Vocabulary and Mask: strings or ids to their places in a list, and whether they are in one."""
+"""Vocabulary and Mask: positions of strings or ids in a list, and membership."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _as_int(value: Any) -> Any:
 
 
 def as_tuple(values: Any) -> Any:
-    """Returns values as a tuple, strings as UTF-8 and each once; what is no list of values as it is."""
+    """Returns distinct values as a tuple, strings as UTF-8; anything but a list of values unchanged."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         return values
     return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else _as_int(value) for value in values))
@@ -158,7 +158,7 @@ def as_tuple(values: Any) -> Any:
 
 @dataclass(frozen=True)
 class Mask:
-    """Values or strings → float32: 0 for what is one of the values given, 1 for what is not.
+    """Values or strings → float32: 0 for the listed values, 1 for all others.
 
     Numbers keep their form; a string column becomes ``[B]``, and lists of strings become lists of numbers. It is exact.
 
@@ -225,12 +225,12 @@ class Mask:
         return Lowered(made, steps)
 
     def _whole(self) -> tuple[int, ...]:
-        """The values that an int64 can be."""
+        """The values that fit int64."""
         whole = [int(value) for value in self.values if math.isfinite(value) and value == int(value)]  # type: ignore[arg-type]
         return tuple(dict.fromkeys(value for value in whole if LEAST <= value <= MOST))
 
     def kernel(self) -> Kernel:
-        """Returns what compares a column with each value in turn, by torch."""
+        """Returns the reference function, in torch: compares a column with each value in turn."""
 
         def kernel(column: Column) -> Column:
             form = Form.of(column)

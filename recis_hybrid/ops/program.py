@@ -74,7 +74,7 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
 
 
 def as_int64(word: int) -> int:
-    """Returns the int64 that has the bits of an unsigned number below 2^64."""
+    """Returns the int64 with the bits of an unsigned number below 2^64."""
     return word - 2**64 if word >= 2**63 else word
 
 

@@ -149,7 +149,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return self._update_in(group, anchor)
 
     def _refuse_unshared(self) -> None:
-        """Raises RuntimeError where each rank is about to train a model of its own."""
+        """Raises RuntimeError if each rank is about to train a separate model."""
         if distributed.world_size() == 1:
             return
         name = type(self).__name__
@@ -215,7 +215,7 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 
 
 def check_positive(owner: str, **values: float) -> None:
-    """Raises TypeError for a hyperparameter that is no number, and ValueError for one below zero."""
+    """Raises TypeError for a hyperparameter that is not a number, and ValueError for a negative one."""
     for name, value in values.items():
         refuse_no_number(owner, name, value)
         if not value >= 0:

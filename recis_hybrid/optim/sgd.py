@@ -72,7 +72,7 @@ class SGD(SparseOptimizer):
             ops.update.sgd_update(records, gradients, lr=group["lr"])
 
     def _keeps_buffer(self, table: HashTable, momentum: float) -> bool:
-        """Return whether rows have a buffer for a momentum that a schedule may have set; warn once if they have not."""
+        """Return whether rows have a momentum buffer; warn once if a schedule set a momentum without one."""
         if any(field.name == "momentum_buffer" for field in table.layout.state):
             return True
         if not self._has_warned:

@@ -1,4 +1,4 @@
-"""Argument validation: what pipelines say to a wrong kind of argument."""
+"""Argument validation."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _key_of_spec(text: str) -> str:
-    """Returns how a configuration says what a message about a column says in Python."""
+    """Returns the configuration key of a Python argument in a message about a column."""
     match = re.search(r"column '(.*?)' .*; give it \w+\((?:.*, )?(default|null_as_empty)=", text)
     return "" if match is None else f"; in a configuration it is data.columns.{match[1]}.{match[2]}"
 
@@ -106,7 +106,7 @@ def _init(args: argparse.Namespace) -> int:
 
 class _TrainParser(Parser):
     def error(self, message: str) -> Any:
-        """Says how keys are set, to who takes them for options."""
+        """Adds how to set keys if one was given as an option."""
         given = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-")
         keys = [line.split(":")[0].strip() for line in describe_keys().splitlines() if line[:3].strip()]
         names = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
@@ -163,7 +163,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _changes(config: Config, steps: Sequence[int]) -> Changes:
-    """Returns what changes in a run that is resumed, and says it."""
+    """Returns and prints the changes of a resumed run."""
     if not steps:
         _say(f"{config.run} has no checkpoint yet: training begins at step 0")
         return {}

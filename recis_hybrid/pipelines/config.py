@@ -55,21 +55,21 @@ Positive: TypeAlias = Annotated[float, Range(0)]
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnConfig:
-    """How a column of the files is read, where its type does not say it all."""
+    """Spec of a column, where its type does not determine it."""
 
     default: bool | int | float | str | None = None
-    """Stands for a null; null: nulls are refused."""
+    """Replaces nulls; null: nulls are refused."""
     length: Count | None = None
-    """Length that all lists of a column of lists have; empty lists count as missing where there is a default."""
+    """Length of all lists of the column; empty lists count as missing if there is a default."""
     null_as_empty: bool = False
-    """Whether a row without a list is read as an empty list; false: it is refused."""
+    """Whether null lists are read as empty lists; false: they are refused."""
     unit: Literal["D", "s", "ms", "us", "ns"] | None = None
-    """Unit in which dates, times and durations are read as integers, days to nanoseconds; None: seconds."""
+    """Unit of dates, times and durations, read as integers: days to nanoseconds; None: seconds."""
     format: str | None = None
     """How strings write dates or times, by the directives of strptime: ``%d/%m/%Y``; None: by ISO 8601, if ``unit`` is
     given."""
     scale: Annotated[int, Range(0, 39)] | None = None
-    """Makes integers of decimals: the value times 10**scale; None: floats, or integers where all are whole."""
+    """Reads decimals as integers, times 10**scale; None: as floats, or as integers if all are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +77,19 @@ class CsvConfig:
     """How CSV files are written."""
 
     delimiter: str | None = None
-    """Between fields, one character; None: a tab for ``.tsv``, a comma for others."""
+    """Delimiter of fields, one character; None: a tab for ``.tsv``, a comma for others."""
     quote: str | None = '"'
-    """Around fields that hold delimiters or line breaks; None: quotes are characters like any others."""
+    """Quote around fields with delimiters or line breaks; None: no quoting."""
     escape: str | None = None
-    """In front of a character that is meant as such, as a backslash; None: none."""
+    """Escape character, as a backslash; None: none."""
     column_names: list[str] | None = None
-    """Of files without a header; None: those of the first line."""
+    """Names of columns of files without a header; None: those of the first line."""
     comment: str | None = None
-    """What lines begin with that are left out; None: none."""
+    """Prefix of lines to skip; None: none."""
     encoding: str = "utf-8"
-    """Of the text, a name that Python knows."""
+    """Encoding, by Python's name."""
     null_values: list[str] | None = None
-    """What is written for a null, of text too; None: the empty field and the usual spellings, for nulls of numbers."""
+    """Spellings of nulls, also of text; None: the empty field and the usual spellings, for numbers only."""
 
     def __post_init__(self) -> None:
         CsvOptions(**vars(self))
@@ -108,7 +108,7 @@ class DataConfig:
     groups: str | None = None
     """Column of int64 groups, for the metric gauc."""
     columns: dict[str, ColumnConfig] = field(default_factory=dict)
-    """Columns, by name, that are not read as their type says."""
+    """Specs of columns, by name, that differ from the default of their type."""
     csv: CsvConfig = CsvConfig()
     """How CSV files are written."""
     batch_size: Count = 4096
@@ -143,7 +143,7 @@ class FeatureConfig:
     """Spread of the first values."""
 
     def sources(self, name: str) -> list[str]:
-        """Returns the columns that a feature of that name is made of."""
+        """Returns the columns that a feature reads."""
         return self.source if isinstance(self.source, list) else [self.source or name]
 
     def __post_init__(self) -> None:
@@ -324,7 +324,7 @@ def is_url(path: str) -> bool:
 
 
 def _resolve(tree: Mapping[str, Any], folder: Path) -> None:
-    """Has the paths in a tree lead from the current directory; what is of a wrong type is left for :func:`parse`."""
+    """Resolves relative paths in a tree; values of a wrong type are left for :func:`parse`."""
 
     def resolve(mapping: Any, key: str) -> None:
         if not isinstance(mapping, dict):
@@ -417,7 +417,7 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
 
 
 def _meant(name: str, cls: type) -> str | None:
-    """Returns the key that an unknown one was probably meant to be: of this section, or of one below."""
+    """Returns the nearest key to an unknown one, in this section or one below."""
     hints = typing.get_type_hints(cls)
     below = {
         key: f"{part}.{key}" for part, of in hints.items() if dataclasses.is_dataclass(of) for key in of.__annotations__

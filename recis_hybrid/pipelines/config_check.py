@@ -1,4 +1,4 @@
-"""--check: a configuration held against a sample of its data, before anything is trained."""
+"""--check: check a configuration against a sample of its data, before training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from recis_hybrid.pipelines.torch_step import TorchStep
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 ROWS = 100_000
-"""How many rows are looked at for a label that is not constant."""
+"""Number of rows searched for two different labels."""
 
 
 def check(config: Config) -> Iterator[str]:
-    """Hold a configuration against a sample of its data; nothing is written.
+    """Check a configuration against a sample of its data; nothing is written.
 
     A sample of every column is read, features are made of it, and the model takes it forward and back.
 
@@ -101,7 +101,7 @@ def _check_source(
 def _label_remark(
     config: Config, data: ColumnDataset, faults: list[str], rows: int, low: float, high: float
 ) -> str | None:
-    """Adds what is wrong with the labels to the faults, and returns what may be."""
+    """Adds errors of the labels to the faults; returns a warning or None."""
     label = config.data.label
     if faults:
         return None
@@ -129,7 +129,7 @@ def _column_faults(config: Config, sample: Batch) -> Iterator[str]:
 def _feature_fault(
     name: str, dim: int | None, made: Tensor | RaggedTensor, raw: list[Tensor | RaggedTensor]
 ) -> tuple[str | None, str | None]:
-    """Returns what is wrong with a feature, and what may be."""
+    """Returns an error and a warning about a feature, None each without one."""
     values = made.values if isinstance(made, RaggedTensor) else made
     strings = isinstance(made, RaggedTensor) and values.dtype == torch.uint8
     if dim is None:
@@ -157,7 +157,7 @@ def _feature_fault(
 
 
 def _raw(feature: FeatureConfig, name: str, sample: Batch, unsigned: set[str]) -> list[Tensor | RaggedTensor]:
-    """Returns the signed columns that are taken for ids as they are."""
+    """Returns the signed columns that are used as ids without an operation."""
     return [] if feature.ops else [sample[source] for source in feature.sources(name) if source not in unsigned]
 
 

@@ -35,7 +35,7 @@ class ConfigModel(nn.Module):
             for name, feature in config.features.items()
             if feature.dim is None
         }
-        """How many numbers of a row each feature without an embedding has."""
+        """Numbers a row of each feature without an embedding."""
         self.has_machine = config.model.kind == "deepfm"
         dims = [feature.dim for feature in config.features.values() if feature.dim is not None]
         if self.has_machine and (len(set(dims)) != 1 or dims[0] < 2):

@@ -1,4 +1,4 @@
-"""The configuration of a run that is resumed: what may change in it, and what the run records of itself."""
+"""The configuration of a resumed run: allowed changes, and the record in the run's folder."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _FIXED = {
     "optimizer.sparse": "tables hold the state of the other optimizer",
 }
 _OF_FEATURES = ("min_frequency", "std")
-"""What of a feature may change: it counts for ids that come later."""
+"""Keys of a feature that may change; they affect later ids only."""
 
 Changes = Mapping[str, tuple[Any, Any]]
-"""By key the value of the run, and the one that it goes on with."""
+"""By key, the old value and the new one."""
 
 
 def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -103,7 +103,7 @@ def recorded_config(run: str) -> Config:
 
 
 def refuse_folder(run: str, given: Path) -> None:
-    """Raise ConfigError for a run's folder that is a file, or where a configuration by hand would be written over.
+    """Raise ConfigError if a run's folder is a file, or a handwritten configuration would be overwritten.
 
     Args:
         run: The folder.
@@ -124,7 +124,7 @@ def refuse_folder(run: str, given: Path) -> None:
 
 @dataclass
 class RunRecord(Callback):
-    """Has a run go on by its configuration, and writes down what it is trained by.
+    """Applies the current configuration to a resumed run, and records it.
 
     Learning rates are those of the configuration, whatever the checkpoint says. Changes of a resumed run go into the
     log, too.
@@ -143,7 +143,7 @@ class RunRecord(Callback):
         self._written = False
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Sets learning rates, of which a checkpoint has brought others along."""
+        """Sets the configuration's learning rates, in place of the checkpoint's."""
         rates = {"dense": self.config.optimizer.dense_lr, "sparse": self.config.optimizer.sparse_lr}
         for name, part in trainer.parts().items():
             if isinstance(part, torch.optim.Optimizer) and name in rates:
@@ -151,7 +151,7 @@ class RunRecord(Callback):
                     group["lr"] = rates[name]
 
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        """Writes before the first step: where none is left, nothing was trained by the configuration."""
+        """Records the configuration before the first step; without a step, nothing was trained by it."""
         if self._written or rank() != 0:
             return
         self._written = True
@@ -174,7 +174,7 @@ class RunRecord(Callback):
 
 
 def changes_text(changes: Changes) -> str:
-    """Return changes for people."""
+    """Return changes as readable text."""
     return ", ".join(f"{key} from {_text(old)} to {_text(new)}" for key, (old, new) in changes.items())
 
 

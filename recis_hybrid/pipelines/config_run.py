@@ -74,7 +74,7 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
 
 
 def step_of(config: Config) -> TorchStep:
-    """Returns a new model of a configuration, and what trains it."""
+    """Returns a new model of a configuration, and its training step."""
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
@@ -88,7 +88,7 @@ def step_of(config: Config) -> TorchStep:
 
 
 def scoring_step_of(config: Config) -> TorchStep:
-    """Returns a frozen model of a configuration, whose tables hold no optimizer state, and what scores by it."""
+    """Returns a frozen model of a configuration, without optimizer state, and a step that scores."""
     model = ConfigModel(config, _engine(config, trainable=False)).to(config.train.device).requires_grad_(False)
     return _step(config, model.eval(), {})
 
@@ -212,7 +212,7 @@ def dataset_of(
 
 
 def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
-    """Returns how columns are read."""
+    """Returns the specs of columns."""
     from recis_hybrid.columnio.schema import column_types, spec_of
 
     types = column_types(paths, csv=csv_of(config))
@@ -232,7 +232,7 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
 
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
-    """Returns how a column of an Arrow type is read where the configuration says more than the type."""
+    """Returns the spec of a column from its Arrow type and the configuration."""
     from recis_hybrid.columnio.schema import spec_of
 
     own = None if kind is None else spec_of(name, kind)
@@ -266,7 +266,7 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
 
 
 def csv_of(config: Config) -> CsvOptions | None:
-    """Returns how CSV files are written; None for the usual way."""
+    """Returns the CSV dialect; None for the default."""
     return None if config.data.csv == CsvConfig() else CsvOptions(**vars(config.data.csv))
 
 

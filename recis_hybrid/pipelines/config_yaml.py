@@ -1,4 +1,4 @@
-"""YAML by the core schema of version 1.2, with what is silently wrong elsewhere refused.
+"""YAML 1.2 core schema, with silent mistakes of YAML 1.1 refused.
 
 References:
     YAML 1.2.2, chapter 10.3: the core schema. https://yaml.org/spec/1.2.2/
@@ -65,7 +65,7 @@ def read_yaml(text: str | bytes, name: str = "text") -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    r"""Return plain values as YAML that :func:`read_yaml` reads back as the same, and readers of YAML 1.1 too.
+    r"""Return plain values as YAML that reads back equal, by :func:`read_yaml` and by YAML 1.1 readers.
 
     Args:
         value: dicts with string keys, lists, strings, ints, floats, bools and None.
@@ -79,7 +79,7 @@ def write_yaml(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that would be something else in YAML 1.1 or in 1.2."""
+    """Quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -116,7 +116,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refuse_duplicates(node: MappingNode) -> None:
-    """Raise for a key that is no scalar, or that is written twice, before merge keys add others."""
+    """Raise for a key that is not a scalar, or a duplicate key, before merge keys are applied."""
     seen: dict[str, Any] = {}
     for key, _ in node.value:
         if not isinstance(key, ScalarNode):

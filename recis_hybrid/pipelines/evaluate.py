@@ -129,7 +129,7 @@ def refuse_no_metrics(where: str, metrics: object) -> None:
 
 
 def rehearse(metrics: Mapping[str, Metric], scored: Scored) -> None:
-    """Try metrics on predictions; nothing is computed, no rank asks another, and the metrics stay as they are.
+    """Try metrics on predictions, without collectives; the metrics stay unchanged.
 
     Raises:
         ValueError: A metric does not take the shapes or dtypes.

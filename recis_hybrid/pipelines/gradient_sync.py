@@ -1,4 +1,4 @@
-"""GradientSync: parameters that several ranks have each for themselves stay the same on all, bit by bit.
+"""GradientSync: keep replicated parameters bitwise equal on all ranks.
 
 What DistributedDataParallel does for a module that is wrapped in it, for all that is not: gradients are averaged in one
 collective for each dtype, after backward. Letters: W ranks, P parameters.
@@ -22,7 +22,7 @@ from recis_hybrid.embedding import Anchor
 
 
 class GradientSync:
-    """Averages the gradients of dense parameters over all ranks, and hands rank 0's buffers to all.
+    """Averages the gradients of dense parameters over all ranks, and broadcasts rank 0's buffers.
 
     Parameters that DistributedDataParallel or FSDP look after are left to them, and embedding tables, which exchange
     gradients themselves.
@@ -41,7 +41,7 @@ class GradientSync:
         self._has: list[list[bool]] = []
 
     def broadcast(self) -> None:
-        """Take over rank 0's parameters and buffers; all ranks call it together.
+        """Copy rank 0's parameters and buffers to all ranks; collective.
 
         Raises:
             ValueError: The ranks have parameters or buffers of other names, shapes or dtypes, or optimizers with other
@@ -60,7 +60,7 @@ class GradientSync:
         _broadcast([tensor.detach() for tensor in tensors.values()])
 
     def clear(self) -> None:
-        """Forget gradients of a step that has not come to its end."""
+        """Discard gradients of an unfinished step."""
         self._sums, self._has = [], []
 
     def add(self, share: float) -> None:
@@ -97,7 +97,7 @@ class GradientSync:
                 self._has.append(has)
 
     def finish(self) -> None:
-        """Give each parameter the sum of all ranks' gradients, None where no rank has one; all ranks call it together.
+        """Set each parameter's gradient to the sum over ranks, None if no rank has one; collective.
 
         Buffers become rank 0's.
         """
@@ -122,7 +122,7 @@ class GradientSync:
             _broadcast(buffers)
 
     def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """Returns what may have gradients, by dtype and device, in an order that is the same on all ranks."""
+        """Returns the parameters that may have gradients, by dtype and device, in the same order on all ranks."""
         found: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         if self._parameters is None:
             self._parameters = self._named_parameters()
@@ -160,7 +160,7 @@ class GradientSync:
         return result
 
     def _cared_for(self) -> set[int]:
-        """Returns the parameters that are somebody else's."""
+        """Returns the parameters that other wrappers synchronise."""
         known: set[int] = set()
         for wrapped in self._wrapped():
             ignored = getattr(wrapped, "parameters_to_ignore", ())
@@ -186,7 +186,7 @@ class GradientSync:
 def unscaled_together(
     scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer], has_gradients: Sequence[bool]
 ) -> list[bool]:
-    """Unscale gradients, and have all ranks leave an update out where those of one overflow; all call it together.
+    """Unscale gradients, and skip the update on all ranks if any overflows; collective.
 
     Ranks have other rows of a table, so that only some see an overflow; left alone, their scales would drift apart.
 
@@ -219,7 +219,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Returns a gradient in memory of its own, laid out as the parameter: JAX takes aligned memory without a copy."""
+    """Returns a gradient in its own memory, with the parameter's layout: JAX takes aligned memory without a copy."""
     gradient = torch.empty_like(parameter)
     shape = torch.view_as_real(gradient).shape if gradient.is_complex() else gradient.shape
     (torch.view_as_real(gradient) if gradient.is_complex() else gradient).copy_(flat.view(shape))
@@ -233,7 +233,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """Returns a tensor where the default group's backend takes it; contiguous."""
+    """Returns a contiguous tensor on a device of the default group's backend."""
     backend = dist.get_backend()
     if tensor.is_cuda and "nccl" not in backend:
         return tensor.cpu()
@@ -244,7 +244,7 @@ def _sendable(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors with rank 0's, as bytes: one collective for each device."""
+    """Overwrites tensors with rank 0's bytes, in one collective for each device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
@@ -276,7 +276,7 @@ _NUMBERS = (bool, int, float, tuple, Tensor, type(None))
 
 
 def _refuse_other(what: str, described: Sequence[Any]) -> None:
-    """Raises ValueError where ranks describe something otherwise."""
+    """Raises ValueError if the ranks' descriptions differ."""
     digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
     told = _sendable(torch.tensor([digest, -digest]))
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
@@ -289,4 +289,4 @@ def _refuse_other(what: str, described: Sequence[Any]) -> None:
 
 
 _SHOWN = 400
-"""Letters of a message."""
+"""Characters of a message."""

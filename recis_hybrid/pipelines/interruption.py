@@ -1,4 +1,4 @@
-"""Interruption: Ctrl-C, SIGTERM and SIGUSR1 end a training between two steps, with a checkpoint."""
+"""Interruption: end a training between two steps, with a checkpoint, on Ctrl-C, SIGTERM and SIGUSR1."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Terminated(SystemExit):
 
 
 class WaitInterrupted(KeyboardInterrupt):
-    """Is raised out of a wait for batches or stages, so that the training ends without what it waited for."""
+    """Raised in a wait for batches or stages, to end the training without them."""
 
 
 class Interruption:
-    """Notes the first signal that asks the process to end; a second one ends it at once.
+    """Records the first signal to end; a second one ends the process at once.
 
     Handlers are installed in the main thread only, and only for signals that have Python's default effect; they are
     taken back at the end of the ``with`` block.
@@ -36,9 +36,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
-        """The signal that this process has got."""
+        """The signal that this process received."""
         self.wake: Callable[[], object] | None = None
-        """Is called by the first signal, to end a wait that must not be left by an exception."""
+        """Called by the first signal, to end a wait that must not be left by an exception."""
         self._before: dict[signal.Signals, Any] = {}
         self._interruptible = False
         self._delivered = False
@@ -64,7 +64,7 @@ class Interruption:
             raise self.error(requested)  # it came after the last look
 
     def error(self, received: signal.Signals | None) -> BaseException:
-        """Return what ends the training.
+        """Return the exception that ends the training.
 
         Args:
             received: The signal; None where other ranks have got one, and not this one.
@@ -76,7 +76,7 @@ class Interruption:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a signal end what is done within by WaitInterrupted; its results must not count then."""
+        """Let a signal raise WaitInterrupted in the context, whose results are then discarded."""
         self._interruptible = bool(self._before)
         try:
             if self._interruptible and self.requested is not None:
@@ -108,5 +108,5 @@ class Interruption:
 
 
 def _is_interactive() -> bool:
-    """Whether a second Ctrl-C is to be raised as KeyboardInterrupt, as in a notebook, and not to end the process."""
+    """Return whether a second Ctrl-C raises KeyboardInterrupt, as in a notebook, instead of ending the process."""
     return hasattr(sys, "ps1") or "IPython" in sys.modules

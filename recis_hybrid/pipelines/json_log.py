@@ -54,7 +54,7 @@ class JsonLog(Callback):
             self._file.flush()
 
     def after_save(self, trainer: Trainer, path: Location) -> None:
-        """Writes the file anew where it lies in an object store."""
+        """Rewrites the file in an object store."""
         if isinstance(self._file, io.StringIO) and not isinstance(self._path, Path):
             self._path.write_bytes(self._file.getvalue().encode())
 

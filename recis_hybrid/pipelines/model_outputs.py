@@ -1,4 +1,4 @@
-"""What a model returns, and the labels that go with it. Letters: B rows, K outputs of a row."""
+"""Outputs of models, and their labels. Letters: B rows, K outputs a row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ELEMENTWISE = (*_BINARY, *_OF_NUMBERS)
 
 
 def row_mask(batch: Batch) -> Tensor | None:
-    """Return the bool column ``mask``, ``[B]``, that says which rows count; None where there is no such column.
+    """Return the bool column ``mask``, ``[B]``, of the rows that count; None without one.
 
     A column of that name of another dtype, or with more than a value a row, is a feature of the user's own.
     """
@@ -42,7 +42,7 @@ def one_a_row(values: Tensor) -> Tensor:
 
 
 def kept(value: Any, mask: Tensor | None) -> Any:
-    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, without the rows that fill the batch up."""
+    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, without padding rows."""
     if mask is None:
         return value
     rows = len(mask)
@@ -72,7 +72,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def own_loss(returned: Any) -> tuple[Tensor, Any]:
-    """Take apart what a model returns that computes its own loss.
+    """Return the loss and outputs of a model that computes its own loss.
 
     Args:
         returned: The loss alone; ``(loss, outputs, ...)``; a mapping, or an object with attributes, that has ``loss``
@@ -106,7 +106,7 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
 
 
 def main_output(outputs: Any) -> Tensor | None:
-    """Return the tensor that labels and metrics go with; None if that is not clear.
+    """Return the tensor that labels and metrics refer to; None if ambiguous.
 
     That is the outputs themselves; their ``logits``, by key or attribute; the first tensor of a tuple or list; or the
     one tensor that a dict has.
@@ -150,7 +150,7 @@ def scores_of(outputs: Any, link: Callable[[Any], Any] | None, loss: Callable[..
 
 
 def aligned(outputs: Any, labels: Tensor) -> Tensor:
-    """Return labels in the shape and dtype that losses take beside the outputs; nothing is broadcast.
+    """Return labels in the shape and dtype that losses expect for the outputs; nothing is broadcast.
 
     ======================  =====================================  ==========================
     outputs                 labels                                 become
@@ -201,7 +201,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def refuse_unfit(loss: Callable[..., Any], outputs: Any, labels: Tensor, column: str, *, first: bool) -> None:
-    """Check labels that one of torch's own losses is to take: shapes, and values where that waits for nothing.
+    """Check labels of torch's own losses: shapes, and values where no synchronisation is needed.
 
     Args:
         loss: A function, or a module.
@@ -232,7 +232,7 @@ def refuse_unfit(loss: Callable[..., Any], outputs: Any, labels: Tensor, column:
 
 
 def checked_loss(loss: Any, column: str | None) -> Tensor:
-    """Return a loss of one number.
+    """Return a loss as a scalar.
 
     Raises:
         TypeError: It is no tensor.
@@ -250,7 +250,7 @@ def checked_loss(loss: Any, column: str | None) -> Tensor:
 
 
 def shape_note(outputs: Any, labels: Tensor | None, column: str | None) -> str:
-    """Return the shapes and dtypes that a loss was given, for the note of an error that it raised."""
+    """Return the shapes and dtypes of a loss's arguments, for a note on its error."""
     said = f"; labels {column!r} {labels.dtype} {list(labels.shape)}" if labels is not None else ""
     return f"TorchStep: the loss was given outputs {_what(outputs)}{said}"
 

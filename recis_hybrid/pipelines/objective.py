@@ -29,7 +29,7 @@ class Objective:
     loss: Loss | None
     """(outputs, labels) → scalar, of the outputs in float32; None where the model returns its own loss."""
     label: str | None = "label"
-    """The column of labels; None: there are none, and the loss takes the outputs alone."""
+    """The column of labels; None: the loss takes the outputs alone."""
     weight: float | Callable[[int], float] = 1.0
     """What the loss counts in the sum: fixed, or by a function of the number of updates done."""
     link: Callable[[Any], Tensor] | None = None

@@ -1,4 +1,4 @@
-"""predict: the scores of a step on a data set, and files of them. Letters: B rows of a batch."""
+"""predict: scores of a step over data, and files of scores. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 SUFFIXES = (".parquet", ".csv")
-"""The files that :func:`write_predictions` writes."""
+"""Suffixes of the files that :func:`write_predictions` writes."""
 
 
 def predict(
@@ -141,7 +141,7 @@ def refuse_output(path: str | os.PathLike[str]) -> None:
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
-    """Returns a column as an Arrow array, by the type that it has in the files where that says more."""
+    """Returns a column as an Arrow array, with its type in the files where that is more specific."""
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):
@@ -155,7 +155,7 @@ def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
 
 
 def _as_in_files(array: Any, kind: Any) -> Any:
-    """Returns int64 as the unsigned integers, and bytes as the strings, that they were in the files."""
+    """Returns int64 as unsigned integers, and bytes as strings, as in the files."""
     import pyarrow as pa
 
     if kind is not None and pa.types.is_dictionary(kind):

@@ -37,7 +37,7 @@ def seed_everything(seed: int, *, rank: int = 0) -> None:
 
 
 class Generators:
-    """All of them, and the sums of a log, as a part of checkpoints: each rank has its own.
+    """All generators and log sums as a part of checkpoints, separate for each rank.
 
     Args:
         means: The sums.

@@ -28,7 +28,7 @@ class _Group:
     stage_passes: int
     pass_batches: int
     place: dict[str, Any] | None
-    """Of the reader; None where nothing is read ahead and a wait for a batch cannot be left."""
+    """Thread of the reader; None if nothing is read ahead and waits cannot be interrupted."""
 
 
 class ReadAhead:

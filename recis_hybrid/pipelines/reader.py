@@ -28,7 +28,7 @@ class Reader:
     def __init__(self, data: Iterable[Batch], *, together: bool = False) -> None:
         self.data = data
         self.empty: Batch | None = None
-        """Where several ranks read, a batch without rows, of the columns of the first one; None before it."""
+        """With several ranks, an empty batch with the first one's columns; None before it."""
         self.digest = 0
         """Where several ranks read, of the first batch, until it is taken."""
         self._together, self._ended = together, False
@@ -74,12 +74,12 @@ class Reader:
         return batch
 
     def skip(self) -> None:
-        """Counts a batch that other ranks have had after this rank's last one."""
+        """Counts a batch of other ranks after this rank's last one."""
         self.batches += 1
 
     @property
     def ended(self) -> bool:
-        """Whether this rank has had all batches of a pass that goes on on others."""
+        """Whether this rank has read its whole pass while others continue."""
         return self._ended
 
     def _keep_columns(self, batch: Batch) -> None:
@@ -99,7 +99,7 @@ class Reader:
         return iterator
 
     def end_pass(self) -> None:
-        """Goes on to the next pass."""
+        """Starts the next pass."""
         self._iterator, self._ended = None, False
         self.passes, self.batches = self.passes + 1, 0
         if self._in_workers and hasattr(self._source, "set_epoch"):
@@ -107,7 +107,7 @@ class Reader:
 
     @property
     def can_be_left(self) -> bool:
-        """Whether its place is so cheap to know that each wait for a batch may be left, and gone on from."""
+        """Whether the reading position is cheap enough to allow interrupting any wait for a batch."""
         return not self._stateful or type(self._source).__module__.startswith("recis_hybrid.")
 
     def hold(self, state: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ _RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/")
 
 
 def is_reserved(name: str) -> bool:
-    """Whether the lines of training steps use a name for something else than what a step logs of its own."""
+    """Return whether the log itself uses a name in the lines of training steps."""
     return name in RESERVED or name.startswith(_RESERVED_PREFIXES)
 
 
@@ -48,10 +48,10 @@ class RunningMeans:
         self._counts: dict[str, int] = {}
         self._metrics: dict[str, Metric] = {}
         self._before: dict[str, Mapping[str, Tensor]] = {}
-        """States of metrics in a checkpoint, until the metrics are met."""
+        """States of metrics from a checkpoint, until the metrics first occur."""
 
     def add(self, figures: Mapping[str, Tensor | Metric], rows: int) -> None:
-        """Adds the figures of a step, one number each, and takes note of metrics.
+        """Adds the figures of a step, one number each, and registers metrics.
 
         Args:
             figures: By name.
@@ -77,7 +77,7 @@ class RunningMeans:
                 self._sums[name], self._counts[name] = value.detach().to(torch.float64) * rows, rows
 
     def take(self) -> dict[str, float]:
-        """Returns the means, and the values of metrics, and begins anew; waits for the device, and for all ranks.
+        """Returns the means and the values of metrics, and resets; synchronises the device and the ranks.
 
         Raises:
             ValueError: Ranks have other metrics.
@@ -99,13 +99,13 @@ class RunningMeans:
         return {name: total / count for name, (total, count) in totals.items()} | values
 
     def clear(self) -> None:
-        """Forgets everything, and resets metrics."""
+        """Resets the sums and the metrics."""
         for metric in self._metrics.values():
             metric.reset()
         self._sums, self._counts, self._metrics, self._before = {}, {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what this rank has added, and what metrics have seen."""
+        """Returns this rank's sums, and the states of metrics."""
         return {
             "sums": {name: total.cpu() for name, total in self._sums.items()},
             "counts": dict(self._counts),
@@ -113,7 +113,7 @@ class RunningMeans:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave; metrics follow as steps give them."""
+        """Restores a :meth:`state_dict`; metrics follow when steps first return them."""
         self.clear()
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self._before = dict(state["metrics"])
@@ -137,7 +137,7 @@ class Recorder:
         self._last, self.waited, self._samples = time.perf_counter(), 0.0, samples
 
     def of_step(self, trainer: Trainer, phases: Mapping[str, float]) -> dict[str, Any]:
-        """Returns what is said of the steps since the last line; waits for the device, and for all ranks.
+        """Returns the figures of the steps since the last line; synchronises the device and the ranks.
 
         Args:
             trainer: Whose steps they were.
@@ -239,7 +239,7 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
 
 
 def exchanged(value: Any) -> list[Any]:
-    """Returns what every rank gave, in their order.
+    """Returns the values of all ranks, in their order.
 
     Args:
         value: What JSON can hold.

@@ -1,4 +1,4 @@
-"""load_run: what `recis-hybrid train` has trained, ready to score. Letters: B rows of a batch."""
+"""load_run: load a run of `recis-hybrid train` to score with it. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LoadedRun:
-    """A trained model with what its inputs are made of; :func:`load_run` makes it.
+    """A trained model with its features and data; :func:`load_run` creates it.
 
     Example:
         >>> run = load_run("first/run")  # doctest: +SKIP
@@ -45,17 +45,17 @@ class LoadedRun:
     step: int
     """The checkpoint's step."""
     config: Config
-    """What the run was trained by."""
+    """The run's configuration."""
     model: nn.Module
     """Batch of features → logits ``[B]``; frozen, in evaluation mode, without optimizer state."""
     features: FeatureEngine
-    """Makes features of a batch of columns."""
+    """Computes the features of a batch of columns."""
     scorer: TorchStep
     """The model as a step that evaluates and scores, and does not train."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the files that the model needs, without label and groups."""
+        """Columns that the model reads from files, without label and groups."""
         return self.features.columns
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -88,7 +88,7 @@ class LoadedRun:
         return dataset_of(self.config, features, _listed(paths), columns=columns, label=label, **options)
 
     def evaluate(self, paths: Paths | None = None, metrics: Metrics | None = None) -> dict[str, float]:
-        """Compute metrics; over the run's evaluation data they are bitwise those of its evaluation at this step.
+        """Compute metrics; on the run's evaluation data, bitwise those of its evaluation at this step.
 
         Args:
             paths: With the column of labels; None: the run's ``data.evaluate``.
@@ -123,7 +123,7 @@ class LoadedRun:
 def load_run(
     path: str | os.PathLike[str], *, step: int | Literal["latest"] = "latest", device: str | None = None
 ) -> LoadedRun:
-    """Load what ``recis-hybrid train`` has trained, ready to score.
+    """Load a run of ``recis-hybrid train`` to score with it.
 
     Where torch.distributed is initialised, the ranks share the tables, and all of them call this alike.
 
@@ -167,7 +167,7 @@ def load_run(
 
 
 def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
-    """Return the run that a path is of, and the step if it is that of a checkpoint."""
+    """Return the run of a path, and the step if the path is a checkpoint."""
     text = os.fspath(path)
     match = STEP.fullmatch(storage_of(text).root.name)
     if match is None:

@@ -16,7 +16,7 @@ from recis_hybrid.metrics import Metric
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
-"""By name, for each objective; or by objective and name."""
+"""Metrics by name, for each objective; or by objective and name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,10 @@ class Step(Protocol):
 
 @runtime_checkable
 class Rehearsing(Protocol):
-    """A step that tries the metrics of evaluations on the first batch that it trains on."""
+    """A step that tries the metrics of evaluations on its first training batch."""
 
     def rehearse(self, metrics: Metrics) -> None:
-        """Takes the metrics of evaluations, for the first step."""
+        """Receives the metrics of evaluations before the first step."""
 
 
 @runtime_checkable
@@ -74,13 +74,13 @@ class Prefetching(Protocol):
 
 @runtime_checkable
 class Replicated(Protocol):
-    """A step whose towers stay the same on several ranks, bit by bit; what a Trainer of several asks of its steps."""
+    """A step that keeps its towers bitwise equal on several ranks; a Trainer of several ranks requires it."""
 
     def synchronise(self) -> None:
-        """Takes over rank 0's parameters and buffers; all ranks call it together, before the first step."""
+        """Copies rank 0's parameters and buffers; collective, before the first step."""
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Is told before each step what ranks have of it, so that gradients can be averaged over the samples.
+        """Receives each rank's rows before each step, so that gradients can be averaged over the samples.
 
         A rank may have an empty batch, and no gradient.
 
@@ -137,7 +137,7 @@ def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
 
 
 def loss_of(watched: Mapping[str, Tensor | Metric]) -> Tensor:
-    """Return the loss among what a step says is to be watched.
+    """Return the loss among a step's figures.
 
     Raises:
         TypeError: There is none.

@@ -51,11 +51,11 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
-    """What the model returned for an objective."""
+    """The model's outputs for an objective."""
 
     outputs: Any
     loss: Tensor | None
-    """The model's own."""
+    """The loss that the model returned."""
 
 
 class TorchStep:
@@ -134,7 +134,7 @@ class TorchStep:
         self.schedules: list[Scheduler] = _schedules(schedules, self.optimizers)
         self.weighting = weighting
         self.metrics: dict[str, dict[str, Metric]] = _training_metrics(metrics, self.objectives)
-        """Of training, by objective and name."""
+        """Training metrics, by objective and name."""
         self.engines = [module for module in model.modules() if isinstance(module, EmbeddingEngine)]
         self.updates = 0
         """How many were done."""
@@ -161,7 +161,7 @@ class TorchStep:
             _compile(module)
 
     def synchronise(self) -> None:
-        """Takes over rank 0's parameters and buffers, those that DistributedDataParallel or FSDP have excepted.
+        """Copies rank 0's parameters and buffers, except those of DistributedDataParallel or FSDP.
 
         All ranks call it together. From then on each update takes the mean gradient over the samples of all ranks.
 
@@ -174,7 +174,7 @@ class TorchStep:
         self._synchronised = True
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Is told the rows that each rank has in each batch of the next update."""
+        """Receives the rows of each rank in each batch of the next update."""
         self._expected = rows
 
     def _share(self, number: int, expected: Sequence[Sequence[int]] | None) -> float:
@@ -187,7 +187,7 @@ class TorchStep:
         return expected[number][distributed.rank()] / max(sum(expected[number]), 1)
 
     def __call__(self, *batches: Batch) -> dict[str, Any]:
-        """Does one update from the mean gradient over the rows of the batches, of those of all ranks.
+        """Does one update from the mean gradient over the rows of the batches of all ranks.
 
         Returns:
             ``loss``; ``loss/NAME`` and, where it changes, ``weight/NAME`` by objective; ``grad_norm`` if it is clipped;
@@ -232,7 +232,7 @@ class TorchStep:
         return {**watched, **self._take_logged()}
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Add a figure of the model's own to the log of training, from a loss, a model or a callback.
+        """Log a figure of training, from a loss, a model or a callback.
 
         The log has its mean over the steps since the last line, without waiting for the device. What is logged while
         the step predicts is left out. Metrics are not logged, but given by ``metrics``.
@@ -271,7 +271,7 @@ class TorchStep:
         self._logged.setdefault(name, []).append(value.detach().reshape(()).float().clone())
 
     def rehearse(self, metrics: Metrics) -> None:
-        """Try metrics of evaluations on the first batch of training, so that labels which they cannot take fail there.
+        """Try metrics of evaluations on the first training batch, so that unsuitable labels fail there.
 
         Args:
             metrics: By name, for each objective; or by objective and name. Those of other objectives are left out.
@@ -322,7 +322,7 @@ class TorchStep:
         return model_outputs.checked_loss(loss, objective.label)
 
     def _answer(self, batch: Batch) -> dict[str, _Answer]:
-        """Returns what the model makes of a batch, by objective."""
+        """Returns the model's outputs for a batch, by objective."""
         with torch.autocast(self._device, self._dtype, enabled=self._dtype is not torch.float32):
             returned = self.model(batch)
         if list(self.objectives) == [""]:
@@ -339,7 +339,7 @@ class TorchStep:
         return {name: _Answer(_floating(returned[name]), None) for name in self.objectives}
 
     def _scores(self, name: str, outputs: Any, mask: Tensor | None) -> tuple[Any, Tensor]:
-        """Returns the outputs without rows that only fill the batch up, and scores."""
+        """Returns the outputs without padding rows, and the scores."""
         objective = self.objectives[name]
         where = "TorchStep" if name == "" else f"TorchStep: objective {name!r}"
         if outputs is None:
@@ -384,7 +384,7 @@ class TorchStep:
         return {**named, **means}
 
     def _look(self) -> None:
-        """Looks, after the first backward pass since an evaluation, whether what takes gradients has an optimizer."""
+        """Checks, after the first backward pass since an evaluation, that parameters with gradients have optimizers."""
         if not self._looked_at or any(parameter.requires_grad for parameter in self._asleep):
             self._fits_optimizers()
             self._asleep = [p for p in self._named_parameters().values() if not p.requires_grad]
@@ -398,14 +398,14 @@ class TorchStep:
         return named_parameters(self._modules())
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        """Returns all that may have parameters, with the prefix of their names."""
+        """Returns all modules that may have parameters, with the prefixes of their names."""
         losses = [(n, o.loss) for n, o in self.objectives.items() if isinstance(o.loss, nn.Module)]
         learnt = [] if self.weighting is None else [("weighting.", self.weighting)]
         return [("", self.model), *learnt, *((f"loss.{n}".rstrip(".") + ".", module) for n, module in losses)]
 
     @contextmanager
     def _freezing(self) -> Iterator[None]:
-        """Has the parameters that another step trains take no gradients."""
+        """Disables gradients of the parameters that another step trains."""
         awake = [parameter for parameter in self._left_alone if parameter.requires_grad]
         for parameter in awake:
             parameter.requires_grad_(False)
@@ -452,7 +452,7 @@ class TorchStep:
         return norm
 
     def _trained(self) -> list[nn.Parameter]:
-        """Returns the parameters that the optimizers have: others may hold gradients of another step."""
+        """Returns the parameters of the optimizers; others may hold gradients of another step."""
         groups = tuple((id(g), len(g["params"])) for o in self.optimizers.values() for g in o.param_groups)
         if self._held is None or self._held[0] != groups:
             held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
@@ -461,7 +461,7 @@ class TorchStep:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Tensor]:
-        """Return scores by objective, as metrics take them; the batch needs no labels.
+        """Return the scores for metrics, by objective; the batch needs no labels.
 
         The model stays in evaluation mode, and tables insert nothing.
 
@@ -529,7 +529,7 @@ class TorchStep:
 
 
 def _compile(module: nn.Module) -> None:
-    """Compile a module in place, also one of torch.nn, such as Sequential, of which ``compile()`` compiles nothing."""
+    """Compile a module in place, also containers such as Sequential, whose ``compile()`` compiles nothing."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
@@ -544,7 +544,7 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _floating(outputs: Any) -> Any:
-    """Returns outputs as losses take them: in float32, and of one row at least."""
+    """Returns outputs for losses: in float32, with at least one row."""
     if not isinstance(outputs, Tensor):
         return model_outputs.in_float32(outputs)
     # A model that squeezes its outputs leaves no axis of a batch of one row.

@@ -1,4 +1,4 @@
-"""Which parameters a step trains: every one has an optimizer, just one, or is frozen by name."""
+"""Checks that every parameter of a step has exactly one optimizer or is frozen explicitly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 6
 
 
 def named_parameters(modules: Iterable[tuple[str, nn.Module | None]]) -> dict[str, nn.Parameter]:
-    """Return the parameters of several modules by name, each once; names of wrappers are left out.
+    """Return the parameters of several modules by name, each once, without the names of wrappers.
 
     Args:
         modules: Prefix and module; None for one that there is not.
@@ -35,7 +35,7 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def refuse_untrained(
     parameters: Mapping[str, nn.Parameter], optimizers: Mapping[str, torch.optim.Optimizer], frozen: set[int]
 ) -> None:
-    """Check that optimizers and parameters fit each other.
+    """Check that every parameter has exactly one optimizer or is frozen.
 
     Args:
         parameters: All that the step could train, by name.

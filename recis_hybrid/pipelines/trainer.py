@@ -245,7 +245,7 @@ class Trainer:
             return next(remaining, None)
 
     def _end_interrupted(self) -> NoReturn:
-        """Saves after a signal, all ranks together, and ends the training by what the signal stands for."""
+        """Saves after a signal, on all ranks together, and raises the exception that ends the training."""
         for engine in self.engines:
             engine.drop_prefetched()
         error = self._interruption.error(self._interruption.requested)
@@ -432,7 +432,7 @@ class Trainer:
         self._hooks.wish_to_stop(reason)
 
     def _agree(self) -> None:
-        """Has what callbacks have raised, or callbacks and signals asked for, take its effect on all ranks at once."""
+        """Applies errors of callbacks, and requests of callbacks and signals, on all ranks at once."""
         reason, interrupted = self._hooks.agree(interrupted=self._interruption.requested is not None)
         if interrupted:
             raise RanksInterrupted
@@ -510,7 +510,7 @@ class Trainer:
                 step.synchronise()
 
     def _join(self) -> None:
-        """Checks that all that is trained is the same on all ranks, or shared by them.
+        """Checks that everything trained is equal on all ranks, or shared by them.
 
         Raises:
             ValueError: An engine is this process's own, or a step does not average gradients.
@@ -589,7 +589,7 @@ def _refuse_kinds(
     metrics: Any,
     saver: Any,
 ) -> None:
-    """Raises TypeError for arguments of a Trainer that are of another kind."""
+    """Raises TypeError for arguments of the wrong kind."""
     for name, step in steps.items():
         refuse_no_step("Trainer", f"the step {name!r}" if name else "step", step)
     for name, data in sources.items():
@@ -613,7 +613,7 @@ def _callbacks(callbacks: Any) -> list[Callback]:
 
 
 def _refuse_no_stages(stages: Any, resume: Any) -> None:
-    """Raises TypeError unless stages are a sequence or a stream, and ``resume`` says from where to go on."""
+    """Raises TypeError unless stages are a sequence or a stream, and ``resume`` names a checkpoint."""
     if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
         hint = "; put it into a list" if hasattr(stages, "run") else ""
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Turns: ranks agree on each step before it begins, so that none waits for one that has no batch left.
+"""Turns: ranks agree on each step before it starts, so that none waits for a rank without batches.
 
 What a rank has read for a step it announces, and it looks at what the others have announced once that step's turn
 comes: a step later, as a rule, when the answers are there. A rank that has no batch left takes part with an empty one
@@ -26,30 +26,30 @@ _ENDED, _FAILED, _BARE, _INTERRUPTED = 1, 2, 4, 8
 
 
 class RanksInterrupted(Exception):
-    """Some rank was asked by a signal to end; raised on all ranks at the same turn."""
+    """Some rank received a signal to end; raised on all ranks at the same turn."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks have announced of a turn."""
+    """The announcements of all ranks for a turn."""
 
     ended: bool
-    """Whether all ranks have come to the end of their pass."""
+    """Whether all ranks have reached the end of their pass."""
     rows: list[list[int]]
     """For each batch of the turn, its rows on each rank."""
     alike: bool
-    """Whether all ranks have said the digest of a batch, and the same one."""
+    """Whether all ranks announced the digest of a batch, and the same one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Announcement:
-    """What this rank has announced; the answers of the others are on their way."""
+    """This rank's announcement, with those of the others pending."""
 
     batches: int
     received: Tensor
     work: Any
     sent: Tensor
-    """Kept alive until they are there."""
+    """Kept alive until the exchange completes."""
 
     def agreed(self, failure: Exception | None = None) -> Agreed:
         """Wait for the other ranks.
@@ -102,7 +102,7 @@ def announce(
     interrupted: bool = False,
     digest: int = 0,
 ) -> Announcement:
-    """Tell the other ranks what this one has for a turn; all ranks call it alike.
+    """Announce this rank's batches of a turn to the others; collective.
 
     Args:
         batches: At most ``most``.
@@ -124,7 +124,7 @@ def announce(
 
 
 def _rows(batch: Any) -> int:
-    """Returns the number of rows; the most where columns differ, which a transform may still change."""
+    """Returns the number of rows; the largest if columns differ, which a transform may still change."""
     if isinstance(batch, RaggedTensor):
         return batch.batch_size
     if isinstance(batch, Mapping):
@@ -136,7 +136,7 @@ def _rows(batch: Any) -> int:
 
 
 def without_rows(batch: Any) -> Any:
-    """Return a batch of the same columns that has no row, in memory of its own.
+    """Return an empty batch of the same columns, in its own memory.
 
     Args:
         batch: Columns by name, or what a transform makes them from: tensors, arrays and lists, within tuples.
@@ -158,12 +158,12 @@ def without_rows(batch: Any) -> Any:
 
 
 def _holds_columns(values: Sequence[Any]) -> bool:
-    """Whether a list has columns in it, as (inputs, labels), and is not one itself, as of strings."""
+    """Return whether a list contains columns, as (inputs, labels), and is not itself a column, as of strings."""
     return any(isinstance(value, RaggedTensor | Mapping) or getattr(value, "shape", None) for value in values)
 
 
 def digest_of(batch: Any) -> int:
-    """Return a number above 0 that equal batches share and others, in all likelihood, do not."""
+    """Return a positive digest of a batch."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -184,7 +184,7 @@ def digest_of(batch: Any) -> int:
 
 
 def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) -> Iterator[Batch]:
-    """Yield the batches of a pass, on all ranks equally many: once a rank has no more, empty ones.
+    """Yield the batches of a pass, equally many on all ranks: empty ones once a rank has no more.
 
     Args:
         data: This rank's batches.

@@ -58,7 +58,7 @@ class WindowStages:
                     yield stage
 
     def stop(self) -> None:
-        """End the stages instead of waiting for a further window; see :meth:`Windows.stop`."""
+        """End the stages instead of waiting for another window; see :meth:`Windows.stop`."""
         self._windows.stop()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Columns of other libraries: numpy, pandas, JAX and whatever else speaks DLPack, as tensors over the same memory."""
+"""Columns of numpy, pandas, JAX and other DLPack libraries as tensors that share their memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNSIGNED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 
 class _Lent:
-    """A read-only array as one that torch takes without a warning: columns are never written to."""
+    """A read-only array that torch takes without a warning; columns are never written to."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self._array = array  # keeps the memory
@@ -22,7 +22,7 @@ class _Lent:
 
 
 def as_column(where: str, value: Any) -> torch.Tensor | RaggedTensor:
-    """Returns what a batch holds under a name as a column.
+    """Returns a value of a batch as a column.
 
     Not copied are tensors, numpy arrays of this machine's byte order with steps above 0, read-only ones among them, and
     arrays that speak DLPack, as JAX's do; JAX holds ids of 64 bits only while ``jax_enable_x64`` is on, and has cut

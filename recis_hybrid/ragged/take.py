@@ -44,7 +44,7 @@ def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
 
 
 def _number(which: Any) -> int | None:
-    """Returns the number that an index is: an int, or an integer of numpy or in a tensor without dimensions."""
+    """Returns an index as an int; it may be numpy's or a zero-dimensional tensor."""
     if isinstance(which, bool | np.bool_) or isinstance(which, slice | str | bytes):
         return None
     if isinstance(which, torch.Tensor | np.ndarray) and (which.ndim or not _whole(which)):
@@ -66,7 +66,7 @@ def _refused(which: Any) -> TypeError:
 
 
 def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Tensor:
-    """Takes from the dimensions of a tensor, `dim` first; of slices those of steps below 0, too."""
+    """Indexes a tensor from dimension `dim` on; slices may have negative steps."""
     for index in which:
         size = tensor.shape[dim]
         number = _number(index)
@@ -116,7 +116,7 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
 
 
 def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
-    """Returns the rows that a mask or a list names, int64."""
+    """Returns the rows of a mask or a list of indices, int64."""
     if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
         raise _refused(which)
     try:
@@ -136,7 +136,7 @@ def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
 
 
 def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.Tensor:
-    """Takes from each list of a level, and then from what these hold.
+    """Indexes each list of a level, then their contents.
 
     Args:
         parts: Rows.
@@ -196,7 +196,7 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
 
 
 def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Returns where a slice begins in lists of these lengths, how many items it takes, and the step."""
+    """Returns a slice's start, number of items and step in lists of these lengths."""
     start, stop, step = (None if one is None else operator.index(one) for one in (which.start, which.stop, which.step))
     step = 1 if step is None else step
     if step == 0:

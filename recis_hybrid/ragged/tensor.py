@@ -330,7 +330,7 @@ class RaggedTensor:
         return self
 
     def __getitem__(self, which: Any) -> Any:
-        """Returns rows, or with several indices what they hold.
+        """Returns rows, or with several indices their items.
 
         Args:
             which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that

@@ -23,7 +23,7 @@ from recis_hybrid.saver.storage import storage_of
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command, whose errors say what there is instead.
+    """A parser of one command, whose errors list the valid options.
 
     Args:
         command: the name of the command.
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(list(arguments))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2, and say what there is in the place of options that there are not."""
+        """Exit with status 2; list the valid options if some are unknown."""
         options = [each for each in self._option_string_actions if each.startswith("--")]
         if message.startswith("unrecognized arguments: "):
             given = message.partition(": ")[2].split()[0]

@@ -26,7 +26,7 @@ def own_names(module: nn.Module) -> dict[str, str]:
 
 
 def without_wrappers(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return names of state, or of submodules, as they would be if nothing within a module were wrapped.
+    """Return names of state or submodules without the names of wrappers.
 
     Args:
         module: as for `own_names`.
@@ -50,14 +50,14 @@ def without_wrappers(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that wrappers hold; a module that is no wrapper itself."""
+    """Return the module inside wrappers; a module without wrappers itself."""
     while inner := _inner(module):
         module = module.get_submodule(inner)
     return module
 
 
 def _inner(module: nn.Module) -> str | None:
-    """Return under which name a wrapper holds its module; None where the module is no wrapper."""
+    """Return the attribute by which a wrapper holds its module; None if the module is not a wrapper."""
     if isinstance(module, DistributedDataParallel | DataParallel):
         return "module"
     # Its class is there as soon as anything was compiled; it is not loaded for this.

@@ -92,7 +92,7 @@ def _owner(name: str, part: SaveablePart) -> HasTables:
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters and buffers by the names that they have in checkpoints."""
+    """Return a module's parameters and buffers by their names in checkpoints."""
     with tables_apart():
         state = module.state_dict(keep_vars=True)
     return {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
@@ -182,7 +182,7 @@ def _state_columns(table: TableEntry) -> set[object]:
 
 
 def _difference(saved: TableEntry, live: TableState, strict: bool) -> str | None:
-    """In what columns differ. Not strict: dtypes may, and either side may have columns that the other lacks.
+    """Return how columns differ. Unless strict, dtypes may differ and either side may lack columns.
 
     A live table that keeps no optimizer state, as a read-only one, does without that of the checkpoint either way.
     """

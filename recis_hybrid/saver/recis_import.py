@@ -53,7 +53,7 @@ def import_recis(
     source: Path, to: Target, step: int = 0, *, slots: Mapping[str, str] | None = None, adam_step: int | None = None,
     tables_only: bool = False,
 ) -> Location:  # fmt: skip
-    """Write a checkpoint of what RecIS has saved: its tables as the part `engine`, its towers as the part `model`.
+    """Convert a checkpoint of RecIS: tables become the part `engine`, towers the part `model`.
 
     Optimizer state is named as torch.optim does where a slot's name ends so (`sparse_adamw_tf_exp_avg` becomes
     `exp_avg`); other slots are left out. The steps that the sparse optimizer has done become the steps of the tables,
@@ -106,7 +106,7 @@ def import_recis(
 
 
 def _read_towers(source: Path, found: _Read) -> None:
-    """Take dense tensors up from `model.safetensors`.
+    """Import dense tensors from `model.safetensors`.
 
     Raises:
         CheckpointError: they are in the pickle alone.
@@ -131,7 +131,7 @@ def _read_towers(source: Path, found: _Read) -> None:
 
 
 def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
-    """The steps that the sparse optimizers have done; None where none says so."""
+    """Steps of the sparse optimizers; None if unknown."""
     steps = {name: tensor for name, tensor in counters.items() if name.endswith("_step")}
     found: list[int] = []
     for name, tensor in steps.items():
@@ -146,7 +146,7 @@ def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
 
 
 def _notes(tables: Mapping[str, TableState], done: int | None, left_out: list[str]) -> Iterator[str]:
-    """What whoever goes on with the checkpoint has to know, a text each."""
+    """Notes for users of the checkpoint, one text each."""
     hashed: list[str] = []
     narrow: list[str] = []
     for name, table in tables.items():
@@ -228,7 +228,7 @@ def _index(source: Path) -> dict[Path, list[str]]:
 
 
 def _table(source: Path, name: str, found: _Read, names: Mapping[str, str], done: int) -> TableState:
-    """Put a table together: of each slot that is wanted the blocks of all ranks. Its rows are met in step `done`."""
+    """Assemble a table from the slots of all ranks. Its rows count as seen in step `done`."""
     where, ranks = f"{source}: table {name!r}", found.ranks[name]
     columns: dict[str, Tensor] = {}
     for slot, state in _wanted(found.tables[name], names):

@@ -122,7 +122,7 @@ class Selection:
         return found
 
     def refuse_unmatched(self, where: str, saved: Iterable[str], live: Iterable[str]) -> None:
-        """Raise if a pattern matches no name at all, or no name is selected.
+        """Raise if a pattern matches no name, or no name is selected.
 
         Args:
             where: what is loaded, for the message.
@@ -186,7 +186,7 @@ def _listed(argument: str, patterns: str | Iterable[str]) -> list[str]:
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """Names that may have been meant, as the end of a sentence; a name's beginnings up to a dot count like the name."""
+    """Return near names as the end of a sentence; prefixes of a name up to a dot count too."""
     wanted = pattern.lower().rstrip("*.")
     beginnings: dict[str, list[str]] = {}
     for name in names:

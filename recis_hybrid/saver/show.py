@@ -103,7 +103,7 @@ def _json_differences(where: str, a: Any, b: Any) -> Iterator[str]:
 
 
 def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[str]:
-    """Cut differences to what a screen of 80 columns and 24 lines shows.
+    """Cut differences to a screen of 80 columns and 24 lines.
 
     Args:
         found: what :func:`differences` returned.
@@ -134,7 +134,7 @@ _NAMED = {
 
 
 def _grouped(texts: Sequence[str], kind: str, width: int) -> list[str]:
-    """Put differences of one kind in a part together, in the place of the first."""
+    """Merge differences of one kind in a part, at the place of the first."""
     pattern, several = _NAMED[kind]
     groups: dict[str, list[tuple[str, str]]] = {}
     for text in texts:

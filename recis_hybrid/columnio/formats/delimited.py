@@ -108,7 +108,7 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
 
 
 def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
-    """Returns strings as numbers: integers also where they are written as `1.0`, and true and false as 1 and 0.
+    """Returns strings as numbers; `1.0` may be an integer, and true and false are 1 and 0.
 
     Args:
         file: For messages.
@@ -232,7 +232,7 @@ def _is_too_long(error: Exception) -> bool:
 
 
 def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int, error: Exception) -> Exception:
-    """Returns the error with the number of its row, which pyarrow knows only where it reads in one thread."""
+    """Returns the error with its row number, which pyarrow knows only when it reads in one thread."""
     if _ROW.search(str(error)) is None:
         try:
             with _Reader(file, types, columns, block=block) as reader:
@@ -254,7 +254,7 @@ def _other_type(file: Any, names: Sequence[str], error: Exception) -> ValueError
 
 
 def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
-    """Returns what to raise for what cannot be parsed: the error of the options, or of damage."""
+    """Returns the error for text that cannot be parsed: of the options, or of a damaged file."""
     if (found := _NO_TEXT.search(str(error))) is not None:
         return _other_encoding(file, names[int(found[1])] if names else None, error)
     said = " ".join(str(error).split())
@@ -349,7 +349,7 @@ class _Text:
         self.closed = True
 
     def read(self, size: int = -1) -> bytes:
-        """Returns at most `size` bytes, fewer at the end alone (or one, for a line's end)."""
+        """Returns at most `size` bytes, fewer only at the end (or one, for a line's end)."""
         wanted = size if size > 0 else _BLOCKS[0]
         parts, length = [self._held], len(self._held)
         while length < wanted and not self._ended:
@@ -387,7 +387,7 @@ class _Text:
 
 
 def _decoder(begins: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
-    """Returns what decodes a file, None for UTF-8, of which pyarrow leaves out the byte order mark."""
+    """Returns the decoder of a file; None for UTF-8, whose byte order mark pyarrow skips."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
         return codecs.getincrementaldecoder(encoding)()
     for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"), ((b"\xff\xfe", b"\xfe\xff"), "utf-16")):

@@ -98,7 +98,7 @@ def _batches(file: Any, types: Mapping[str, Any], threads: bool = False, block: 
 
 
 def _loose(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> dict[str, Any] | None:
-    """Returns another type for a column of numbers: one for integers written as 1.0, or for true and false."""
+    """Returns a looser type for a column of numbers, for integers written as 1.0 or for true and false."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
         name, made = kinds[1], pa.bool_()
         if {kinds[2], kinds[3]} != {"number", "boolean"}:
@@ -125,7 +125,7 @@ def _with_numbers(arrow_type: Any, made: Any) -> Any:
 
 
 def _strict(file: Any, name: str, array: Any, arrow_type: Any) -> Any:
-    """Returns numbers that were read by a type of `_loose` in their own.
+    """Casts numbers from the type of `_loose` to their own.
 
     Raises:
         ValueError: One is no such number.

@@ -1,4 +1,4 @@
-"""Tables in memory, in pieces of some rows; batches that a function makes, whole. Imports pyarrow."""
+"""Tables in memory, read in slices; batches of a function, read whole. Imports pyarrow."""
 
 from __future__ import annotations
 

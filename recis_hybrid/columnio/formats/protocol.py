@@ -23,16 +23,16 @@ _MODULES = {
 }
 
 SUFFIXES = tuple(suffix for suffixes in _MODULES.values() for suffix in suffixes)
-"""The ends of names that are known, in small letters."""
+"""Known suffixes, in lower case."""
 
 
 def is_known(name: str) -> bool:
-    """Returns whether a file's name says its format, in small letters or large ones."""
+    """Returns whether a file name has a known suffix, in lower or upper case."""
     return name.lower().endswith(SUFFIXES)
 
 
 def compression_of(name: str) -> str | None:
-    """Returns how a file is compressed by the end of its name, as pyarrow calls it; None where it is not."""
+    """Returns pyarrow's name of a file's compression, by its suffix; None if uncompressed."""
     return next((codec for end, codec in _COMPRESSIONS.items() if name.lower().endswith(end)), None)
 
 
@@ -47,7 +47,7 @@ class Contents:
     footer: Any = None
     """What the format wants to be handed again with each read, so that it is not read from the file once more."""
     absent: frozenset[str] = frozenset()
-    """Columns that no row was seen to have, where a format can leave them out of a row; they are read as nulls."""
+    """Columns absent from all sampled rows, in formats whose rows may lack columns; read as nulls."""
 
 
 class Format(Protocol):
@@ -90,7 +90,7 @@ class Format(Protocol):
 
 
 def format_of(name: str, unknown: str = "parquet") -> Format:
-    """Returns the format of a file by the end of its name.
+    """Returns the format of a file by its suffix.
 
     Args:
         name: A file's name or path.
