@@ -28,7 +28,7 @@ class _Group:
     stage_passes: int
     pass_batches: int
     place: dict[str, Any] | None
-    """Thread of the reader; None if nothing is read ahead and waits cannot be interrupted."""
+    """Reading position of the reader; None if nothing is read ahead and waits cannot be interrupted."""
 
 
 class ReadAhead:
@@ -123,8 +123,8 @@ class ReadAhead:
         agreed = announcement.agreed(self._failure)
         if agreed.alike and distributed.rank() == 0:
             warnings.warn(
-                f"Trainer: all {distributed.world_size()} ranks were given the same first batch, so that each row "
-                f"seems to be trained on by every rank; give each its own, as batches[rank::world_size], or a "
+                f"Trainer: all {distributed.world_size()} ranks have the same first batch, so that each row "
+                f"seems to be trained on by every rank; give each rank its own batches, as batches[rank::world_size], or a "
                 f"ColumnDataset",
                 RuntimeWarning,
                 stacklevel=2,
