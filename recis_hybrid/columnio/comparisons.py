@@ -73,7 +73,7 @@ def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
         if kind.floats and sign in ("==", "!="):
             return pc.is_nan(column) if sign == "==" else ~pc.is_nan(column)
         raise ValueError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, nan) compares {arrow_type} with NaN, which nothing is "
+            f"ColumnDataset: the filter ({name!r}, {sign!r}, nan) compares {arrow_type} with NaN, to which nothing is "
             f"less, greater or equal to; use == or != for floats that are NaN"
         )
     if not kind.ordered and sign not in ("==", "!="):

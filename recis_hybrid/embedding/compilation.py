@@ -75,7 +75,9 @@ def not_recorded(by: str) -> NotImplementedError:
     Args:
         by: the function that would.
     """
-    return NotImplementedError(f"{by} cannot record embedding tables, whose rows lie in this process; {_INSTEAD}")
+    return NotImplementedError(
+        f"{by} cannot record embedding tables, whose rows are in this process's memory; {_INSTEAD}"
+    )
 
 
 def _hide() -> None:

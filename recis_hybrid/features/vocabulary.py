@@ -200,7 +200,7 @@ class Mask:
         if form.strings != isinstance(self.values[0], bytes):
             raise TypeError(
                 f"Mask has {'strings' if isinstance(self.values[0], bytes) else 'numbers'}, and the column "
-                f"{'strings' if form.strings else f'{form.dtype}'}; list the values as the column has them"
+                f"{'strings' if form.strings else f'{form.dtype}'}; list values of the column's type"
             )
         made = hashed("Mask", form) if form.strings else numbers("Mask", form)
         return made._replace(dtype=torch.float32)

@@ -98,7 +98,7 @@ class Interruption:
                 signal.signal(each, self._before[each] if _is_interactive() else signal.SIG_DFL)
         if distributed.rank() == 0:
             # Not by print: the signal may have come in the middle of one.
-            text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; once more ends at once\n"
+            text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; a second signal ends at once\n"
             os.write(2, text.encode())
         if self.wake is not None:
             self.wake()

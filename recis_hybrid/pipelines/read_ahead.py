@@ -124,7 +124,7 @@ class ReadAhead:
         if agreed.alike and distributed.rank() == 0:
             warnings.warn(
                 f"Trainer: all {distributed.world_size()} ranks have the same first batch, so that each row "
-                f"seems to be trained on by every rank; give each rank its own batches, as batches[rank::world_size], or a "
+                f"seems to be trained on by every rank; give each rank its own, as batches[rank::world_size], or a "
                 f"ColumnDataset",
                 RuntimeWarning,
                 stacklevel=2,

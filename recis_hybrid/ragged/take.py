@@ -72,7 +72,7 @@ def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Te
         number = _number(index)
         if number is not None:
             if not -size <= number < size:
-                raise IndexError(f"RaggedTensor: there is no item {number} among {size}")
+                raise IndexError(f"RaggedTensor: item {number} is out of range for {size} items")
             tensor = tensor.select(dim, number)
         elif isinstance(index, slice):
             start, stop, step = index.indices(size)
@@ -99,7 +99,7 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
     row = _number(which)
     if row is not None:
         if not -count <= row < count:
-            raise IndexError(f"RaggedTensor: there is no row {row} among {count}")
+            raise IndexError(f"RaggedTensor: row {row} is out of range for {count} rows")
         row %= count
         first = _between(parts, row, row + 1)
         if not outer:

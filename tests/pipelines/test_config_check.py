@@ -11,7 +11,6 @@ from recis_hybrid import cli
 from tests.support.configs import COLUMNS, small_config, write_csv
 
 HASHED = {"ops": [{"hash": {"kind": "farm"}}], "dim": 4}
-SOUND: dict[str, Any] = {"user": {"dim": 4}, "site": HASHED, "price": {}}
 
 
 def check(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[int, str]:

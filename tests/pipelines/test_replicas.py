@@ -332,7 +332,7 @@ def same_batches(rank: int) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), given).fit([Train(epochs=2)])
-        said = [each for each in caught if "were given the same first batch" in str(each.message)]
+        said = [each for each in caught if "have the same first batch" in str(each.message)]
         assert len(said) == times
 
 
