@@ -168,7 +168,7 @@ def _changes(config: Config, steps: Sequence[int]) -> Changes:
         _say(f"{config.run} has no checkpoint yet: training begins at step 0")
         return {}
     if not (storage_of(config.run).root / NAME).is_file():
-        _say(f"{config.run} has lost its {NAME}: what changes since it was begun is not known")
+        _say(f"{config.run} has no {NAME}: changes since its start are not known")
         return {}
     try:
         recorded = recorded_config(config.run)

@@ -262,7 +262,7 @@ class Config:
             if name not in read:
                 close = difflib.get_close_matches(name, read, 1)
                 hint = f"did you mean {close[0]}? " if close else ""
-                raise ValueError(f"data.columns.{name} is read by nothing; {hint}Columns are {sorted(read)}")
+                raise ValueError(f"data.columns.{name} is not used; {hint}Columns are {sorted(read)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

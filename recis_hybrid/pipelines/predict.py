@@ -118,7 +118,7 @@ def write_predictions(
             writer.write_batch(table)
             rows += table.num_rows
         if writer is None:
-            raise ValueError(f"{out}: there is nothing to write; the data gave no batch")
+            raise ValueError(f"{out}: there is nothing to write; the data has no batches")
         writer.close()
         os.replace(partial, out)
     except BaseException:
@@ -133,9 +133,9 @@ def refuse_output(path: str | os.PathLike[str]) -> None:
     """Raise as :func:`write_predictions` does for a file that it cannot write."""
     out = Path(path)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out}: the ending must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
+        raise ValueError(f"{out}: the suffix must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
     if out.exists():
-        raise FileExistsError(f"{out} is there already; remove it, or name another file")
+        raise FileExistsError(f"{out} already exists; remove it, or name another file")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
 

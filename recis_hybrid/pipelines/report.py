@@ -93,7 +93,7 @@ def _no_log(run: Location, log: Location) -> str:
     if not run.is_dir():
         return f"{run}: must be the folder of a run, which holds log.jsonl, this is a file"
     below = sorted(path.parent for path in run.glob("*/log.jsonl"))
-    hint = f"; did you mean {below[0]}?" if below else ": it is none of a run, or its training has not begun"
+    hint = f"; did you mean {below[0]}?" if below else ": it is not a run, or its training has not started"
     return f"{log}: {run} has no log{hint}"
 
 

@@ -98,7 +98,7 @@ def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
     config = folder / "config.yaml"
     for path in (config, folder / "clicks"):
         if path.exists():
-            raise FileExistsError(f"{path} is there already; name another folder, or remove it first")
+            raise FileExistsError(f"{path} already exists; name another folder, or remove it first")
     (folder / "clicks").mkdir(parents=True, exist_ok=True)
     drawn = random.Random(0)
     tastes = [drawn.gauss(0, 1) for _ in range(400)]

@@ -195,7 +195,7 @@ def _near(pattern: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(wanted, beginnings, n=_MOST)
     near = list(dict.fromkeys(name for beginning in close for name in beginnings[beginning]))
     if near:
-        return f"; near it: {_shown(near)}"
+        return f"; similar names: {_shown(near)}"
     return f"; there are {_shown(names)}" if names else "; there are none"
 
 

@@ -52,7 +52,7 @@ def test_the_starter_is_commented_runs_and_learns(config: Path, capsys: pytest.C
     assert cli.main(["train", str(config), "train.epochs=1", "--quiet", "--resume"]) == 0
     assert last(capsys) == longer
     assert cli.main(["init", str(config.parent)]) == 1
-    assert "is there already; name another folder" in capsys.readouterr().err
+    assert "already exists; name another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_missing_run_is_named(config: Path, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "empty" / "log.jsonl").write_text("")
     for path, message in (
         (tmp_path / "nowhere", "nowhere/log.jsonl: there is no folder"),
-        (config.parent, "has no log: it is none of a run, or its training has not begun"),
+        (config.parent, "has no log: it is not a run, or its training has not started"),
         (config, "must be the folder of a run"),
         (tmp_path / "empty", "there is no line in it; train first"),
         (tmp_path, "tmp has no log; did you mean".replace("tmp", str(tmp_path))),

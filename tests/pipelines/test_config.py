@@ -75,7 +75,7 @@ def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_cur
         ("features.price={table: t}", "features.price: table is of an embedding"),
         ("features.label={dim: 2}", "features.label reads the label column 'label'"),
         ("features.x={source: [user, label], dim: 2}", "features.x reads the label column"),
-        ("data.columns={usr: {default: 0}}", "data.columns.usr is read by nothing; did you mean user"),
+        ("data.columns={usr: {default: 0}}", "data.columns.usr is not used; did you mean user"),
         ("data.columns.user.default=[1]", "data.columns.user.default must be true or false, an integer, a number or a"),
         ("train.metrics=[auc, auc]", "train: metrics must differ"),
         ("train={metrics: [], patience: 2}", "train.patience waits for the first of train.metrics"),

@@ -248,7 +248,7 @@ def test_resuming_what_has_no_checkpoint_says_so(config: Path, capsys: pytest.Ca
 def test_a_run_that_has_lost_its_record_goes_on(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (first_epoch.parent / "run" / "config.yaml").unlink()
     assert train(first_epoch, "--resume", "train.epochs=2") == 0
-    assert "has lost its config.yaml" in capsys.readouterr().err
+    assert "has no config.yaml: changes" in capsys.readouterr().err
     assert (first_epoch.parent / "run" / "config.yaml").is_file()
 
 

@@ -176,8 +176,8 @@ def test_what_cannot_be_predicted_is_named_and_leaves_no_file(
     (tmp_path / "there.csv").write_text("mine")
     lists = str(tmp_path / "lists.parquet")
     for arguments, status, message in (
-        ([data, "--out", "a.txt"], 1, "the ending must be one of .parquet, .csv, got '.txt'"),
-        ([data, "--out", str(tmp_path / "there.csv")], 1, "is there already; remove it, or name another file"),
+        ([data, "--out", "a.txt"], 1, "the suffix must be one of .parquet, .csv, got '.txt'"),
+        ([data, "--out", str(tmp_path / "there.csv")], 1, "already exists; remove it, or name another file"),
         ([data, "--out", str(tmp_path / "no" / "a.csv")], 1, "there is no folder"),
         ([data, "--out", str(tmp_path / "a.csv"), "--columns", "usr"], 1, "has no column 'usr'"),
         (

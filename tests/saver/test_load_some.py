@@ -215,13 +215,13 @@ def test_any_pattern_is_one(pattern: str, name: str) -> None:
 
 
 UNMATCHED: list[tuple[dict[str, Any], str]] = [
-    ({"only": ["usr"]}, r"only='usr' matches no name .*; near it: 'user'"),
-    ({"only": ["user", "itm*"]}, r"only='itm\*' matches no name .*; near it: 'item'"),
-    ({"only": "USER"}, "only='USER' matches no name .* near it: 'user'"),
+    ({"only": ["usr"]}, r"only='usr' matches no name .*; similar names: 'user'"),
+    ({"only": ["user", "itm*"]}, r"only='itm\*' matches no name .*; similar names: 'item'"),
+    ({"only": "USER"}, "only='USER' matches no name .* similar names: 'user'"),
     ({"only": ""}, "only='' matches no name .*; there are 'item', 'shop', 'user', 'ctr.0.bias' and [0-9]+ more"),
     ({"only": []}, "only: must have at least one pattern, got none"),
-    ({"exclude": ["shop", "usr"]}, r"exclude='usr' matches no name .*; near it: 'user'"),
-    ({"rename": {"usr": "member"}}, r"rename='usr' matches no name in the checkpoint; near it: 'user'"),
+    ({"exclude": ["shop", "usr"]}, r"exclude='usr' matches no name .*; similar names: 'user'"),
+    ({"rename": {"usr": "member"}}, r"rename='usr' matches no name in the checkpoint; similar names: 'user'"),
     ({"rename": {"ctr.1.*": "x.*", "*": "*", "user": "member"}}, "rename='user' renames nothing"),
     ({"only": "user", "exclude": ["u*"]}, "select none of"),
     ({"only": 3}, "only: must be a pattern or a list of patterns"),
@@ -252,7 +252,7 @@ def test_patterns_that_match_nothing_in_pretrained_files(tmp_path: Path) -> None
     for arguments, message in (
         ({"only": "encoder.*"}, r"only='encoder\.\*' matches no name"),
         ({"exclude": "cls.*"}, "exclude='cls"),
-        ({"rename": {"brt.*": "*"}}, r"rename='brt\.\*' matches no name in the checkpoint; near it: 'bert\.enc"),
+        ({"rename": {"brt.*": "*"}}, r"rename='brt\.\*' matches no name in the checkpoint; similar names: 'bert\.enc"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_pretrained(model, tmp_path, strict=False, **arguments)  # type: ignore[arg-type]
