@@ -14,6 +14,7 @@ from torch import Tensor
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
 from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged.arrays import as_column
 
 Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
 """Metrics by name, for each objective; or by objective and name."""
@@ -111,7 +112,7 @@ class NoObserver:
 
 
 def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
-    """Return a dense column, ``[B]`` or ``[B, ...]``; an array of numpy or JAX is copied into a tensor.
+    """Return a dense column, ``[B]`` or ``[B, ...]``; an array of numpy or JAX, or a list, is copied into a tensor.
 
     Args:
         batch: Columns by name.
@@ -120,12 +121,17 @@ def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
 
     Raises:
         KeyError: The batch has no such column.
-        TypeError: Its rows are lists or text.
+        TypeError: Its rows are lists, text or complex numbers.
+        ValueError: It is a list of lists.
     """
     column: Any = batch.get(name)
+    if isinstance(column, list | tuple):
+        column = as_column(f"the {what} column {name!r}", column)
     if hasattr(column, "__array__") and not isinstance(column, Tensor):
         column = torch.from_numpy(np.array(column))
     if isinstance(column, Tensor):
+        if column.is_complex():
+            raise TypeError(f"the {what} column {name!r} must hold real numbers, got {column.dtype}; take a part of it")
         return column
     if name not in batch:
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")

@@ -216,13 +216,21 @@ class TorchStep:
         with self._freezing():
             for number, (batch, own) in enumerate(zip(batches, rows, strict=True)):
                 share = own / max(sum(rows), 1)
+                # Beside others a batch without rows tells nothing: means over its rows are 0/0.
+                counts, logged = mine[number] > 0 or sum(mine) == 0, self._logged
+                if not counts:
+                    self._logged = {}
                 with self.observer.phase("towers"):
                     loss, seen = self._forward(batch)
-                    self.observer.backward("before")
-                    self._scaler.scale(loss if len(batches) == 1 else loss * share).backward()
-                    self.observer.backward("after")
+                    if counts or several:  # other ranks may wait for this one's tables
+                        self.observer.backward("before")
+                        self._scaler.scale(loss if len(batches) == 1 else loss * share).backward()
+                        self.observer.backward("after")
                     if several:
                         self._sync.add(self._share(number, expected))
+                if not counts:
+                    self._logged = logged
+                    continue
                 for name, value in seen.items():
                     part = value if len(batches) == 1 else value * (mine[number] / max(sum(mine), 1))
                     watched[name] = watched[name] + part if name in watched else part

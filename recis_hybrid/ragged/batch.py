@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,6 +20,7 @@ def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
         batch: Columns by name.
 
     Raises:
+        TypeError: A column has no rows, as a single number.
         ValueError: The batch has no columns, or they disagree.
 
     Example:
@@ -27,12 +28,22 @@ def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
         2
     """
     sizes = {
-        name: column.batch_size if isinstance(column, RaggedTensor) else column.shape[0]
+        name: column.batch_size if isinstance(column, RaggedTensor) else _rows(name, column)
         for name, column in batch.items()
     }
     if len(set(sizes.values())) != 1:
         raise ValueError(f"batch: its columns must have one number of rows, got {sizes or 'no columns'}")
     return next(iter(sizes.values()))
+
+
+def _rows(name: str, column: Any) -> int:
+    shape = column.shape if hasattr(column, "shape") else (len(column),) if isinstance(column, list | tuple) else ()
+    if not shape:
+        raise TypeError(
+            f"batch: column {name!r} must have one value or list a row, as a tensor [B, ...] or a RaggedTensor, got a "
+            f"{type(column).__name__} without rows"
+        )
+    return int(shape[0])
 
 
 def batch_to(

@@ -491,3 +491,35 @@ def test_a_step_of_ones_own_may_return_labels_in_a_column() -> None:
     batch = batch_of(binary(torch.int64, (ROWS, 1)))
     reference = evaluate(TorchStep(model, bce, [], groups="user"), [batch], {"auc": AUC(), "gauc": GAUC()})
     assert evaluate(step, [batch], {"auc": AUC(), "gauc": GAUC()}) == reference
+
+
+def test_an_accumulated_batch_without_rows_changes_nothing() -> None:
+    batch: Batch = {"id": torch.arange(6), "label": torch.arange(6) % 2}
+    empty: Batch = {name: column[:0] for name, column in batch.items()}  # type: ignore[misc]
+    results = []
+    for batches in ([batch, batch], [batch, empty, batch]):
+        model = Model(shape=lambda logits, batch: (bce(logits[:, 0], batch["label"].float()), logits[:, 0]))  # type: ignore[union-attr]
+        dense = torch.optim.SGD(dense_parameters(model), lr=0.5)
+        step = TorchStep(model, None, [dense, optim.SGD(model.engine.parameters(), lr=0.5)])
+        model.engine.register_forward_hook(lambda module, args, out, step=step: step.log("mean", out["id"].mean()))
+        watched = step(*batches)
+        tensors = [watched["loss"], watched["mean"], *(p.detach() for p in dense_parameters(model))]
+        results.append([*tensors, step.score(batch)[""]])
+    assert all(bool(value.isfinite().all()) for value in results[1])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_lists_of_numbers_are_columns_and_others_are_refused_by_name() -> None:
+    losses = []
+    for ids, label in ((torch.arange(4), torch.tensor([0, 1, 1, 0])), ([0, 1, 2, 3], [0, 1, 1, 0])):
+        model = Model()
+        step = TorchStep(
+            model, bce, [torch.optim.SGD(dense_parameters(model)), optim.SGD(model.engine.parameters(), lr=0.1)]
+        )
+        losses.append(float(step({"id": ids, "label": label})["loss"]))  # type: ignore[dict-item]
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError, match="'label' must have one value or list a row"):
+        step({"id": torch.arange(4), "label": torch.tensor(1)})
+    with pytest.raises(TypeError, match="'label' must hold real numbers, got torch.complex64"):
+        step({"id": torch.arange(4), "label": torch.zeros(4, dtype=torch.complex64)})
