@@ -95,8 +95,10 @@ class Batches:
     def _range(self, turn: int) -> tuple[int, int]:
         if turn >= self.turns - len(self._shared):
             low = self.after(turn)
-            rows = self.after(turn + 1) - low
-            return low + rows * self.rank // self.world_size, low + rows * (self.rank + 1) // self.world_size
+            each, more = divmod(self.after(turn + 1) - low, self.world_size)
+            # The first ranks have one row more.
+            first = low + each * self.rank + min(self.rank, more)
+            return first, first + each + (self.rank < more)
         first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
         return first, min(first + self.batch_size, self.rows)
 

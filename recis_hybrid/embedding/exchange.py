@@ -165,7 +165,10 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
         TypeError: If it is none of these.
         ValueError: If this rank is not in the group.
     """
-    if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
+    # `new_group` gives a number to the ranks that are not in the group.
+    kinds = (dist.ProcessGroup,) if dist.is_available() else ()
+    outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
+    if not (group is None or group is False or outside or isinstance(group, kinds)):
         raise TypeError(
             f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
             f"got {described(group)}"

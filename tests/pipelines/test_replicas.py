@@ -44,6 +44,7 @@ from recis_hybrid.pipelines import (
     WindowStages,
 )
 from recis_hybrid.ragged import Batch
+from recis_hybrid.state import tables_apart
 from tests.support.small import bce
 
 ROWS, SIZE = 16, 9  # rows of a batch on each rank, batches
@@ -90,6 +91,18 @@ class Model(nn.Module):
         if bool((ids > 34).any()):
             outputs = outputs + self.sometimes
         return {"a": outputs[:, 0], "b": outputs[:, 1]}
+
+
+class Loose(nn.Module):
+    """A loss with a parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(2))
+        self.register_buffer("constant", torch.rand(()))
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return bce(outputs * self.factor[0] + self.constant, labels)
 
 
 def whole(batches: int = SIZE, seed: int = 0) -> list[Batch]:
@@ -170,21 +183,19 @@ def run(case: Case) -> dict[str, Tensor]:
     model = Model(**case.model)
     options = dict(case.step)
     weights = UncertaintyWeights(["a", "b"])
+    learnt = []
     if options.pop("weighting", False):
-        options["weighting"] = weights
-    loose = nn.Parameter(torch.randn(2))  # belongs to no module
+        options["weighting"], learnt = weights, [*weights.parameters()]
+    loose = Loose()  # belongs to no model
     if case.prefetch and model.engine.prefetch_depth:
         model.engine.prefetch_depth = (case.prefetch + 1) * case.accumulate
         model.engine._prefetcher._depth = model.engine.prefetch_depth  # type: ignore[union-attr]
     wrapped = case.ddp(model)
 
-    def with_loose(outputs: Tensor, labels: Tensor) -> Tensor:
-        return bce(outputs * loose[0], labels)
-
-    dense = torch.optim.SGD([*dense_parameters(model), *weights.parameters(), loose], lr=0.5, weight_decay=case.decay)
+    dense = torch.optim.SGD([*dense_parameters(model), *learnt, *loose.parameters()], lr=0.5, weight_decay=case.decay)
     sparse = optim.SGD(model.engine.parameters(), lr=0.5)
     step = TorchStep(
-        wrapped, {"a": Objective(loss=with_loose), "b": Objective(loss=bce, label="other", weight=0.5)},
+        wrapped, {"a": Objective(loss=loose), "b": Objective(loss=bce, label="other", weight=0.5)},
         {"dense": dense, "sparse": sparse}, **options,
     )  # fmt: skip
     trainer = Trainer(
@@ -198,9 +209,14 @@ def run(case: Case) -> dict[str, Tensor]:
         dist.all_reduce(counted)
     assert int(counted) == 2 * rows
     assert trainer.steps_done == 2 * math.ceil(math.ceil(SIZE / RANKS) / case.accumulate)
-    names = {name.replace("module.", ""): value for name, value in model.state_dict().items()}
+    with tables_apart():
+        names = {name.replace("module.", ""): value for name, value in model.state_dict().items()}
     found = {name: value for name, value in names.items() if isinstance(value, Tensor)}
-    found |= {"loose": loose.detach(), "weights": weights.log_variances.detach(), "scale": step._scaler.state_dict()}  # type: ignore[dict-item]
+    found |= {
+        "loose": loose.factor.detach(),
+        "weights": weights.log_variances.detach(),
+        "scale": step._scaler.state_dict(),
+    }  # type: ignore[dict-item]
     found |= {name: torch.tensor(value) for name, value in figures["eval"].items()}
     if options.get("precision") == "float16":
         found["scale"] = torch.tensor(step._scaler.get_scale())
