@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from .columns import Column
 
@@ -35,14 +36,20 @@ def specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Col
     """Returns the spec of each column, None for one that follows from the file.
 
     Raises:
-        TypeError: It is a single name.
+        TypeError: They are not names, or a single one.
         ValueError: There is none, or one twice.
     """
     if isinstance(columns, str):
         raise TypeError(f"ColumnDataset: columns must be names or specs by name, got a str; write [{columns!r}]")
-    found = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns)
+    names = list(columns) if isinstance(columns, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"ColumnDataset: columns must be names, or specs by name, got {reprlib.repr(columns)}; name the columns to "
+            f"read"
+        )
+    found = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(names)
     if not found:
         raise ValueError("ColumnDataset: columns must name at least one column, got none")
-    if len(found) != len(columns):
-        raise ValueError(f"ColumnDataset: columns must be named once each, got {list(columns)}")
+    if len(found) != len(names):
+        raise ValueError(f"ColumnDataset: columns must be named once each, got {names}")
     return found

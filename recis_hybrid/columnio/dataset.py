@@ -250,6 +250,14 @@ class ColumnDataset(IterableDataset[Batch]):
         source: Any = MemoryFile.of(data)
         return cls(source, columns, batch_size, **options)
 
+    def __copy__(self) -> ColumnDataset:
+        """Return a dataset of the same rows, at the start of this epoch; each has a reading position of its own."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._shared, made._in_worker = SharedPosition(), False
+        made._next(Position(self._position.epoch, 0))
+        return made
+
     def _refuse_nothing(self, paths: Paths, filters: Filters) -> None:
         """Raises where there is nothing to read."""
         if self._num_rows == 0:

@@ -16,7 +16,9 @@ from .numbers import Place
 from .paths import Paths, find_files
 
 
-def column_types(paths: Paths, filesystem: Any = None, csv: CsvOptions | None = None) -> dict[str, Any]:
+def column_types(
+    paths: Paths, filesystem: Any = None, csv: CsvOptions | None = None, partitions: bool = True
+) -> dict[str, Any]:
     """Return the columns of the first file that has any, with their Arrow types.
 
     Only a footer or the first lines of the file are read.
@@ -25,6 +27,7 @@ def column_types(paths: Paths, filesystem: Any = None, csv: CsvOptions | None = 
         paths: As of `ColumnDataset`.
         filesystem: As of `ColumnDataset`.
         csv: As of `ColumnDataset`.
+        partitions: As of `ColumnDataset`.
 
     Returns:
         A `pyarrow.DataType` by name; ``key=value`` folders are columns, too.
@@ -33,7 +36,7 @@ def column_types(paths: Paths, filesystem: Any = None, csv: CsvOptions | None = 
         BadFileError: The file is damaged.
         FileNotFoundError: There is no such file.
     """
-    for found_file in find_files(paths, filesystem):
+    for found_file in find_files(paths, filesystem, partitions):
         file = replace(found_file, csv=csv)
         used = file.format
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -101,6 +103,7 @@ def make_op(name: str, **parameters: Any) -> Any:
         parameters: Its parameters.
 
     Raises:
+        TypeError: If the operation has no such parameter, or lacks one.
         ValueError: If there is no such name.
 
     Example:
@@ -109,4 +112,11 @@ def make_op(name: str, **parameters: Any) -> Any:
     """
     if name not in _REGISTERED:
         raise ValueError(f"make_op: there is no operation {name!r}; there are {sorted(_REGISTERED)}")
+    known = list(inspect.signature(_REGISTERED[name]).parameters.values())
+    names = [each.name for each in known if each.kind is not each.VAR_KEYWORD]
+    unknown = [each for each in parameters if each not in names]
+    if unknown and len(names) == len(known):
+        close = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise TypeError(f"make_op: {name!r} takes no {unknown[0]!r}{hint} Its parameters are {names}")
     return _REGISTERED[name](**parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ Part: TypeAlias = Literal[
 PARTS: tuple[str, ...] = get_args(Part)
 """In the order of their numbers in ``csrc/core/times.h``."""
 
-Unit: TypeAlias = Literal["d", "s", "ms", "us", "ns"]
-"""Units of times: days, seconds, milliseconds, microseconds, nanoseconds."""
+Unit: TypeAlias = Literal["d", "D", "s", "ms", "us", "ns"]
+"""Units of times: days (``"d"`` or ``"D"``), seconds, milliseconds, microseconds, nanoseconds."""
 
 _PER_SECOND: dict[str, int] = {"d": 0, "s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY, _CYCLE, _CYCLE_SHIFT = 86_400, 146_097, 719_468
@@ -82,6 +83,7 @@ class DatePart:
     missing: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", "d" if self.unit == "D" else self.unit)
         # As seconds, so that equal offsets are equal.
         match = re.fullmatch(r"([+-])(\d\d):?(\d\d)", self.utc_offset) if isinstance(self.utc_offset, str) else None
         if match is not None and int(match[3]) < 60:
@@ -171,9 +173,10 @@ class Age:
     both are dense or ragged in the same rows, or one of them is ``[B]`` and counts for every value of the other's row.
 
     Args:
-        until: None: the second column. An integer in the unit of the times, or a :class:`datetime.datetime` with a time
-            zone. ``"now"``: when the batch is made, so that no two runs are alike; for a training that can be repeated
-            give a column.
+        until: None: the second column. An integer in the unit of the times, a :class:`datetime.datetime` with a time
+            zone, or text of a date or a time in ISO 8601, in UTC unless it has an offset: ``"2024-02-29"``,
+            ``"2024-02-29T12:00+08:00"``. ``"now"``: when the batch is made, so that no two runs are alike; for a
+            training that can be repeated give a column.
         unit: What times count since 1970-01-01 00:00:00 UTC: ``"d"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
         missing: A value that stands for no time, in either column; it is left as it is. None: there is none.
 
@@ -183,11 +186,16 @@ class Age:
         {'age': tensor([86400,    -1])}
     """
 
-    until: int | datetime | Literal["now"] | None = None
+    until: int | datetime | str | None = None
     unit: Unit = "s"
     missing: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", "d" if self.unit == "D" else self.unit)
+        if isinstance(self.until, str) and self.until != "now":
+            with contextlib.suppress(ValueError):  # else fault() says it
+                moment = datetime.fromisoformat(self.until)
+                object.__setattr__(self, "until", moment if moment.tzinfo else moment.replace(tzinfo=UTC))
         if isinstance(self.until, datetime) and self.until.tzinfo is not None and _unit_fault(self.unit) is None:
             nanoseconds = (self.until - _EPOCH) // timedelta(microseconds=1) * 1000
             object.__setattr__(self, "until", self._in_units(nanoseconds))
@@ -210,7 +218,7 @@ class Age:
             return _int_fault("missing", self.missing)
         fault = _int_fault("until", self.until)
         if fault is not None:
-            return f"{fault}; give a datetime or 'now', or a column as the second source"
+            return f"{fault}; give a datetime, a date as '2024-02-29', or 'now', or a column as the second source"
         return _int_fault("missing", self.missing)
 
     def check(self, forms: Sequence[Form]) -> Form:

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recis_hybrid.pipelines.callback import CallbackError, rank, ranks
 from recis_hybrid.pipelines.config import Config, ConfigError, load_config
 from recis_hybrid.pipelines.config_check import check
@@ -34,6 +36,7 @@ from recis_hybrid.pipelines.guard import NonFiniteLossError
 from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.launch import joined
 from recis_hybrid.pipelines.predict import refuse_output, write_predictions
+from recis_hybrid.pipelines.records import summed
 from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.pipelines.scoring import load_run, run_and_step
 from recis_hybrid.pipelines.starter import write_starter
@@ -154,10 +157,11 @@ def _train(args: argparse.Namespace) -> int:
             )
         trainer = trainer_of(here, quiet=args.quiet, changes=changes)
         figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
+        samples = int(summed(torch.tensor(trainer.samples)))
         if rank() == 0:
             if steps and steps[-1] == trainer.steps_done:
                 _say(_finished(config, trainer))
-            last = {"steps": trainer.steps_done, "samples": trainer.samples, "stopped": trainer.stopped}
+            last = {"steps": trainer.steps_done, "samples": samples, "stopped": trainer.stopped}
             print(_json({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
     return 0
 
@@ -237,7 +241,7 @@ def _predict(args: argparse.Namespace) -> int:
     refuse_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
-    types = column_types(args.data, csv=csv_of(run.config))
+    types = column_types(args.data, csv=csv_of(run.config), partitions=run.config.data.partitions)
     rows = write_predictions(args.out, run.predict(args.data, columns=columns), types)
     print(f"{args.out}: {rows:,} rows, by step {run.step} of {run.path}")
     return 0

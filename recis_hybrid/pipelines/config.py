@@ -111,6 +111,8 @@ class DataConfig:
     """Specs of columns, by name, that differ from the default of their type."""
     csv: CsvConfig = CsvConfig()
     """How CSV files are written."""
+    partitions: bool = True
+    """Whether folders named ``key=value`` give their files a column."""
     batch_size: Count = 4096
     """Rows of a batch, on each rank."""
     shuffle: bool = True

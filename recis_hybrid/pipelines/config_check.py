@@ -55,7 +55,11 @@ def _check_source(
 
     engine = FeatureEngine(features, keep=_kept(config), parallel=False)
     data = dataset_of(config, features, paths, transforms=_as_it_is, prefetch=0)
-    unsigned = {name for name, kind in column_types(paths, csv=csv_of(config)).items() if "uint64" in str(kind)}
+    unsigned = {
+        name
+        for name, kind in column_types(paths, csv=csv_of(config), partitions=config.data.partitions).items()
+        if "uint64" in str(kind)
+    }
     label = config.data.label
     faults: list[str] = []
     sample: Batch | None = None

@@ -36,6 +36,7 @@ class ConfigModel(nn.Module):
             if feature.dim is None
         }
         """Numbers a row of each feature without an embedding."""
+        self.embedded = [name for name, feature in config.features.items() if feature.dim is not None]
         self.has_machine = config.model.kind == "deepfm"
         dims = [feature.dim for feature in config.features.values() if feature.dim is not None]
         if self.has_machine and (len(set(dims)) != 1 or dims[0] < 2):
@@ -45,6 +46,14 @@ class ConfigModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch → logits [B]."""
+        for name in self.embedded:
+            column = batch.get(name)
+            if isinstance(column, RaggedTensor) and column.levels > 1 and column.values.dtype != torch.uint8:
+                # Its vectors are those of the inner lists, which only by chance are as many as the rows.
+                raise TypeError(
+                    f"features.{name} has {column.levels} levels of lists: a row must be one list of ids; write the "
+                    f"column flat"
+                )
         embeddings = list(self.engine(batch).values())
         numbers = [_numbers(batch, name, width) for name, width in self.numbers.items()]
         logits: Tensor = self.bias + self.tower(torch.cat([*embeddings, *numbers], dim=1)).squeeze(1)

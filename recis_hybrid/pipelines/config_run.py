@@ -204,7 +204,7 @@ def dataset_of(
     return ColumnDataset(
         paths, _specs(config, paths, read, label), **{
             "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
-            "transforms": transforms or engine, "csv": csv_of(config),
+            "transforms": transforms or engine, "csv": csv_of(config), "partitions": data.partitions,
             "device": None if config.train.device == "cpu" else config.train.device,
             **options,
         },
@@ -215,7 +215,7 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
     """Returns the specs of columns."""
     from recis_hybrid.columnio.schema import column_types, spec_of
 
-    types = column_types(paths, csv=csv_of(config))
+    types = column_types(paths, csv=csv_of(config), partitions=config.data.partitions)
     specs: dict[str, Column | None] = {}
     for name in read:
         is_label = label and name == config.data.label
@@ -249,6 +249,8 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
     if text:
         return Text(said.default if isinstance(said.default, str) else None, null_as_empty=said.null_as_empty)
     if isinstance(own, Weighted):
+        if said.length is not None or said.scale is not None or times:
+            raise ConfigError(f"{key}: length, unit, format and scale do not suit ids with weights; leave them out")
         return replace(own, dtype=None, default=_number(said), null_as_empty=said.null_as_empty)
     made: dict[str, Any] = {
         "dtype": dtype,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from recis_hybrid import distributed
-from recis_hybrid.columnio import Window
+from recis_hybrid.columnio import ColumnDataset, Window
 from recis_hybrid.pipelines.reader import Reader, is_endless
 from recis_hybrid.pipelines.stages import Evaluate, Train
 from recis_hybrid.ragged import Batch
@@ -46,6 +49,21 @@ class Sources:
                 f"to Trainer"
             )
         return self._named[stage.data]
+
+    def whole_pass(self, stage: Evaluate) -> Iterable[Batch]:
+        """Return the source of a stage, read from its start; where training is in that source stays as it is.
+
+        Raises:
+            ValueError: There is no such source.
+        """
+        data = self.data(stage)
+        if isinstance(data, ColumnDataset):
+            return copy.copy(data)
+        if isinstance(data, DataLoader) and isinstance(data.dataset, ColumnDataset) and not data.persistent_workers:
+            loader = copy.copy(data)
+            object.__setattr__(loader, "dataset", copy.copy(data.dataset))  # which a DataLoader does not let be set
+            return loader
+        return data
 
     def reader(self, stage: Train) -> Reader:
         """Returns the reader of a stage, where its source was left if it is a named one.

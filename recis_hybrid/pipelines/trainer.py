@@ -350,7 +350,7 @@ class Trainer:
         begin = time.perf_counter()
         metrics = self.metrics if stage.metrics is None else stage.metrics
         transforms = [function for function in (self.transform, stage.transform) if function is not None]
-        step, data, generators = self._step(stage.step), self._sources.data(stage), generator_states()
+        step, data, generators = self._step(stage.step), self._sources.whole_pass(stage), generator_states()
         try:
             figures = evaluate(step, data, metrics, transforms=transforms, interruption=self._interruption)
         except (WaitInterrupted, RanksInterrupted):
@@ -376,7 +376,7 @@ class Trainer:
             KeyError: A batch lacks one of the columns.
             ValueError: There is no such source or step.
         """
-        source = self._sources.data(Evaluate(data=data))
+        source = self._sources.whole_pass(Evaluate(data=data))
         return predict(self._step(step), source, columns=columns, transforms=[self.transform] if self.transform else [])
 
     def evict(self, stage: Evict) -> None:

@@ -443,6 +443,9 @@ def test_arguments_of_wrong_types_are_refused(folder: Path) -> None:
     wrong: Any = 2.5
     with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
         open_rows(folder, wrong)
+    for wrong in (None, 3, [1, 2], [pa.array([1])], {1: None}):
+        with pytest.raises(TypeError, match="ColumnDataset: columns must be names, or specs by name, got"):
+            ColumnDataset.from_arrow({"row": [1]}, wrong, 4)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"columns must be names or specs by name, got a str; write \['row'\]"):
         ColumnDataset(folder, "row", 6)
     with pytest.raises(ValueError, match="columns must name at least one column, got none"):

@@ -296,6 +296,8 @@ def test_operations_by_name() -> None:
     assert registered_ops()["cross"] is Cross
     with pytest.raises(ValueError, match="make_op: there is no operation 'hsah'; there are"):
         make_op("hsah")
+    with pytest.raises(TypeError, match=r"'hash' takes no 'knd'; did you mean 'kind'\? Its parameters are \['kind'\]"):
+        make_op("hash", knd="farm")
     with pytest.raises(ValueError, match="Cross has that name; choose another"):
         register_op("cross")(Truncate)
     with pytest.raises(TypeError, match=r"Lacks needs a method fault\(\)"):

@@ -161,6 +161,11 @@ def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Age(moment, "ms").until == int(moment.timestamp() * 1000)
     assert Age(moment, "d").until == (date(2024, 2, 29) - date(1970, 1, 1)).days
     assert apply(Age(moment), torch.tensor([int(moment.timestamp()) - 7])) == [7]
+    assert Age("2024-02-29T12:00+08:00", "ms") == Age(moment, "ms")
+    midnight = datetime(2024, 2, 29, tzinfo=UTC)
+    assert Age("2024-02-29") == Age("2024-02-29T00:00") == Age(midnight)
+    assert Age("2024-02-29", "D") == Age(midnight, "d")
+    assert apply(DatePart("month", "D"), torch.tensor([31])) == [2]
     engine = FeatureEngine([Feature("age", ops=[Age("now", "ms")], source="x")])
     for seconds in (1_000, 2_000):  # the clock is read for each batch
         monkeypatch.setattr(times.time, "time_ns", lambda seconds=seconds: seconds * 10**9 + 1)
@@ -182,7 +187,10 @@ def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
         (DatePart("hour", missing=1.0), "missing must be an int of 64 bits"),  # type: ignore[arg-type]
         (Age(unit="h"), "unit must be one of"),  # type: ignore[arg-type]
         (Age(datetime(2024, 1, 1)), "until must have a time zone"),  # noqa: DTZ001
-        (Age("today"), "until must be an int of 64 bits, or None, got 'today'; give a datetime or 'now'"),  # type: ignore[arg-type]
+        (
+            Age("today"),
+            "until must be an int of 64 bits, or None, got 'today'; give a datetime, a date as '2024-02-29', or 'now'",
+        ),  # type: ignore[arg-type]
         (Age(True), "until must be an int of 64 bits"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from pyarrow import parquet
 
 from recis_hybrid.pipelines.config import Config, ConfigError, load_config
-from recis_hybrid.pipelines.config_run import dataset_of, features_of
+from recis_hybrid.pipelines.config_run import dataset_of, features_of, step_of
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 
@@ -239,3 +239,29 @@ def test_dates_and_decimals_are_read_in_the_unit_of_the_configuration(tmp_path: 
     assert dense(batch, "cost").tolist() == [125, -1, 200]
     with pytest.raises(ConfigError, match="data.columns.day: unit, format and scale make numbers"):
         batch_of(tmp_path, columns, {**specs, "day": {"unit": "D", "default": "never"}})
+
+
+def test_partitions_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "p" / "user=7").mkdir(parents=True)
+    parquet.write_table(pa.table({"user": [1, 2], "label": [0.0, 1.0]}), tmp_path / "p" / "user=7" / "a.parquet")
+    config = load(tmp_path, data={"train": "p"})
+    with pytest.raises(ValueError, match="the name of its folder says 7"):
+        next(iter(dataset_of(config, features_of(config), config.data.train)))
+    config = load(tmp_path, ["data.partitions=false"], data={"train": "p"})
+    (batch,) = dataset_of(config, features_of(config), config.data.train)
+    assert dense(batch, "user").tolist() == [1, 2]
+
+
+def test_settings_that_do_not_suit_weights_are_refused(tmp_path: Path) -> None:
+    column = pa.array([[(1, 0.5)], [], [(3, 1.0)]], pa.map_(pa.int64(), pa.float32()))
+    for said in ({"length": 2}, {"unit": "s"}, {"scale": 1}):
+        with pytest.raises(ConfigError, match="data.columns.x: length, unit, format and scale do not suit ids with"):
+            batch_of(tmp_path, {"x": column}, {"x": said})
+
+
+def test_lists_of_lists_are_refused_also_where_there_are_as_many_as_rows(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"user": [[[1], [2]], []], "label": [0.0, 1.0]}), tmp_path / "n.parquet")
+    config = load(tmp_path, data={"train": "n.parquet"})
+    (batch,) = dataset_of(config, features_of(config), config.data.train)
+    with pytest.raises(TypeError, match=r"features.user has 2 levels of lists: a row must be one list of ids"):
+        step_of(config)(batch)

@@ -212,18 +212,12 @@ def run(case: Case) -> dict[str, Tensor]:
     with tables_apart():
         names = {name.replace("module.", ""): value for name, value in model.state_dict().items()}
     found = {name: value for name, value in names.items() if isinstance(value, Tensor)}
-    found |= {
-        "loose": loose.factor.detach(),
-        "weights": weights.log_variances.detach(),
-        "scale": step._scaler.state_dict(),
-    }  # type: ignore[dict-item]
+    found |= {"loose": loose.factor.detach(), "weights": weights.log_variances.detach()}
     found |= {name: torch.tensor(value) for name, value in figures["eval"].items()}
     if options.get("precision") == "float16":
         found["scale"] = torch.tensor(step._scaler.get_scale())
         # Some updates were left out, and others not.
         assert 2.0**-30 < float(found["scale"]) < options["loss_scale"]
-    else:
-        del found["scale"]
     return found
 
 

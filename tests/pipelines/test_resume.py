@@ -1,5 +1,6 @@
 """Runs that were interrupted or stopped end bitwise where undisturbed ones do."""
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -229,3 +230,28 @@ def step_of(trainer: Trainer) -> TorchStep:
     (step,) = trainer.steps.values()
     assert isinstance(step, TorchStep)
     return step
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_evaluating_the_training_data_leaves_the_place_of_training_alone(tmp_path: Path, wrapped: bool) -> None:
+    ids = torch.randint(0, 40, (320,), generator=torch.Generator().manual_seed(0))
+    pq.write_table(pa.table({"id": ids.numpy(), "label": (ids % 2).float().numpy()}), tmp_path / "a.parquet")
+
+    def run(stages: list[Stage], folder: str, resume: str | None = None) -> Trainer:
+        data: Any = ColumnDataset(str(tmp_path / "a.parquet"), ["id", "label"], 16, shuffle=True)
+        data = DataLoader(data, batch_size=None) if wrapped else data
+        trainer = training(tmp_path / folder, data, checkpoint=Checkpoint(steps=1000))
+        trainer.fit(stages, resume="latest" if resume else None)  # type: ignore[arg-type]
+        return trainer
+
+    train, look = Train(steps=13), Evaluate(data="train", name="train")
+    plain = run([look, train, look, Save(), look, train, look, train, Save()], "a")
+    bare = run([train, Save(), train, train, Save()], "b")
+    assert_same(state_of(plain.steps[""]), state_of(bare.steps[""]))  # type: ignore[arg-type]
+    run([look, train, look, Save()], "c")
+    gc.collect()  # the saver of the first half, or it would hold the folder
+    resumed = run([look, train, look, Save(), look, train, look, train, Save()], "c", "latest")
+    assert_same(state_of(plain.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures["train"] == plain.figures["train"]
+    list(plain.predict("train"))
+    assert_same(state_of(plain.steps[""]), state_of(bare.steps[""]))  # type: ignore[arg-type]
