@@ -312,6 +312,9 @@ class TorchStep:
         objective, outputs = self.objectives[name], answer.outputs
         if objective.loss is None:
             assert answer.loss is not None
+            main = None if outputs is None else model_outputs.main_output(outputs)
+            if main is not None and main.dim() > 0 and main.shape[0] == 0:
+                return main.sum()  # the model's own mean over no rows is not a number
             return model_outputs.checked_loss(answer.loss, None)
         outputs = model_outputs.kept(outputs, mask)
         main = model_outputs.main_output(outputs)

@@ -510,6 +510,18 @@ def test_an_accumulated_batch_without_rows_changes_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_a_step_without_rows_has_no_loss_and_no_gradient() -> None:
+    empty: Batch = {"id": torch.arange(0), "label": torch.zeros(0)}
+    for with_own_loss in (True, False):
+        model = Model(shape=with_loss("tuple")) if with_own_loss else Model()
+        before = [parameter.detach().clone() for parameter in dense_parameters(model)]
+        dense = torch.optim.SGD(dense_parameters(model), lr=0.5)
+        optimizers = [dense, optim.SGD(model.engine.parameters(), lr=0.5)]
+        step = TorchStep(model, None if with_own_loss else bce, optimizers)
+        assert float(step(empty)["loss"]) == 0
+        assert all(torch.equal(p, q) for p, q in zip(dense_parameters(model), before, strict=True))
+
+
 def test_lists_of_numbers_are_columns_and_others_are_refused_by_name() -> None:
     losses = []
     for ids, label in ((torch.arange(4), torch.tensor([0, 1, 1, 0])), ([0, 1, 2, 3], [0, 1, 1, 0])):
