@@ -37,6 +37,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "data.batch_size": (8, True),
     "data.shuffle": (False, False),
     "data.threads": (2, True),
+    "data.partitions": (False, True),
     "features.NAME.source": ("site", False),
     "features.NAME.ops": ([{"mod": {"n": 5}}], False),
     "features.NAME.dim": (8, False),
