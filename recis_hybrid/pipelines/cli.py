@@ -69,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"recis-hybrid: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; `train --resume` goes on from the latest checkpoint" if name == "train" else ""
-        print(f"recis-hybrid: interrupted{hint}", file=sys.stderr)
+        print(f"recis-hybrid: interrupted{_resume_hint(name)}", file=sys.stderr)
         return 130
     except Terminated as error:
+        print(f"recis-hybrid: terminated{_resume_hint(name)}", file=sys.stderr)
         return int(error.code or 1)
     except (
         CheckpointError, CallbackError, NonFiniteLossError, ImportError, OSError, ValueError, TypeError, KeyError
@@ -81,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"recis-hybrid: {text}{_key_of_spec(text)}{notes}", file=sys.stderr)
         return 1
+
+
+def _resume_hint(command: str) -> str:
+    return "; `train --resume` continues from the latest checkpoint" if command == "train" else ""
 
 
 def _key_of_spec(text: str) -> str:
