@@ -204,8 +204,8 @@ def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytes
         return read(self, piece, *how)
 
     monkeypatch.setattr(Files, "read", watched)
-    # 23 and 24 rows to two ranks: the first needs only the row groups that begin before row 23.
-    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(23))]
+    # 24 and 23 rows to two ranks: the first needs only the row groups that begin before row 24.
+    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
     assert sum(piece.rows for piece in pieces) == 25
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
+from tests.support.workers import FEW_CORES, FORKED
 
 ROWS = 53
 
@@ -68,6 +69,8 @@ KINDS: dict[str, Any] = {
 }
 
 
+@FORKED
+@FEW_CORES
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -> None:
