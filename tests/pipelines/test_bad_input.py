@@ -81,7 +81,7 @@ def test_sources_without_batches_are_named() -> None:
     once = iter(make_batches(2))
     with pytest.raises(ValueError, match="gave no batch in pass 2; give one that has batches each time"):
         Trainer(make_step(), once).fit([Train(epochs=2)])
-    with pytest.raises(ValueError, match="the data has no batches"):
+    with pytest.raises(ValueError, match="the data gave no batch"):
         Trainer(make_step(), eval_data=[]).fit([Evaluate()])
     with pytest.raises(ValueError, match=r"Train: there is no source 'clicks', there are \['train'\]"):
         Trainer(make_step(), make_batches(1)).fit([Train(data="clicks")])

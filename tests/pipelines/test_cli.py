@@ -159,7 +159,7 @@ def test_an_interrupted_training_says_how_to_go_on(
 
     monkeypatch.setattr(Trainer, "fit", interrupted)
     assert cli.main(["train", str(config), "--quiet"]) == 130
-    assert "`train --resume` goes on" in capsys.readouterr().err
+    assert "`train --resume` continues" in capsys.readouterr().err
 
 
 COMMANDS = (
