@@ -76,7 +76,7 @@ class Ragged:
 
     Raises:
         TypeError: The default is not of a number's type.
-        ValueError: The unit, format or scale is none; see `Dense`.
+        ValueError: The unit, format or scale is invalid; see `Dense`.
     """
 
     dtype: torch.dtype | None = None

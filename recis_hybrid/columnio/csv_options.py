@@ -28,7 +28,8 @@ class CsvOptions:
 
     Raises:
         TypeError: The names or null values are a single string.
-        ValueError: A character is none, two of them are the same, a name is there twice, or the encoding is unknown.
+        ValueError: A delimiter, quote, escape or comment is not one character, two of them are equal, a name occurs
+            twice, or the encoding is unknown.
 
     Example:
         >>> CsvOptions(delimiter="|", column_names=["user", "item"]).delimiter

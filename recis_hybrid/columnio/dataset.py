@@ -237,7 +237,7 @@ class ColumnDataset(IterableDataset[Batch]):
             options: The other arguments of `ColumnDataset`.
 
         Raises:
-            TypeError: `data` is none of these, or an iterator, which can be read only once.
+            TypeError: `data` is of another kind, or an iterator, which can be read only once.
             ValueError: Columns have different lengths, or batches differ in their columns.
 
         Example:

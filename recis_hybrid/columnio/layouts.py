@@ -124,7 +124,7 @@ def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
         name: A column's name, or `"column.field"`, to any depth.
 
     Returns:
-        The column and the path in it; None where there is none.
+        The column and the path in it; None if there is no such column.
     """
     if name in schema.names:
         return name, ()

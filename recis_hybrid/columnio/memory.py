@@ -40,7 +40,7 @@ class MemoryFile:
         """Takes what `ColumnDataset.from_arrow` takes.
 
         Raises:
-            TypeError: It is none of these.
+            TypeError: The data is of another kind.
             ValueError: It has no columns, or columns of different lengths.
         """
         if isinstance(data, list | tuple):
@@ -107,7 +107,7 @@ def as_table(data: Any) -> Any:
     """Returns a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where possible.
 
     Raises:
-        TypeError: It is none that is known, or a column cannot be one of Arrow's.
+        TypeError: The data is of an unknown kind, or a column has no Arrow type.
         ValueError: Its columns have different lengths.
     """
     if isinstance(data, pa.Table):

@@ -194,7 +194,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         refuse_rows_in_state_dict(rows_in_state_dict)
         self.rows_in_state_dict = rows_in_state_dict
         """Form of the rows in ``state_dict``; it may be set at any time."""
-        told = prefetch_depth is not None
+        explicit = prefetch_depth is not None
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
         self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
@@ -203,7 +203,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
                 self._sharded, list(configs), depth=self.prefetch_depth, staleness=staleness, group=prefetch_group,
-                strict=told, optional=self._optional,
+                strict=explicit, optional=self._optional,
             )  # fmt: skip
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
