@@ -33,10 +33,20 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 
 # No -ffast-math (it changes the whole process) and no contraction: a*b+c rounds alike on every CPU level and on CUDA.
 CXX_FLAGS = [
     # GCC's unroll-and-jam mixes the loop over gradients into the loop over elements, and then vectorises neither.
-    "-std=c++20", "-O3", "-fno-loop-unroll-and-jam", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++20",
+    "-O3",
+    "-fno-loop-unroll-and-jam",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
     "-ffp-contract=off",
-    "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-pthread",
-]  # fmt: skip
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unknown-pragmas",
+    "-pthread",
+]
 LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -54,8 +64,10 @@ def torch_paths() -> tuple[Path, Path, bool]:
     try:
         import torch
     except ImportError:
-        fail("torch is not installed in this environment; install it first, e.g. `pip install torch==2.13.0`, "
-             "and build with `pip install --no-build-isolation -e .`")  # fmt: skip
+        fail(
+            "torch is not installed in this environment; install it first, e.g. `pip install torch==2.13.0`, "
+            "and build with `pip install --no-build-isolation -e .`"
+        )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MIN_TORCH:
         fail(f"torch {torch.__version__} is too old; this library needs torch 2.11 or newer: `pip install -U torch`")
@@ -95,8 +107,10 @@ def cuda_wanted(torch_has_cuda: bool) -> str | None:
     named = os.environ.get("NVCC")
     nvcc = shutil.which(named) if named else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if choice == "1" and nvcc is None:
-        fail(f"RECIS_CUDA=1 asks for the CUDA library, but {named or 'nvcc'} was not found; put nvcc on PATH, "
-             "set NVCC, or build with RECIS_CUDA=0")  # fmt: skip
+        fail(
+            f"RECIS_CUDA=1 asks for the CUDA library, but {named or 'nvcc'} was not found; put nvcc on PATH, "
+            "set NVCC, or build with RECIS_CUDA=0"
+        )
     return nvcc if choice == "1" or (choice == "auto" and torch_has_cuda) else None
 
 
@@ -137,9 +151,18 @@ class BuildNative(build_ext):
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "--fmad=false", "--extended-lambda",
-                     "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", f"-Xcompiler={prefix}",
-                     "-diag-suppress=20012,20013,20015", *gencode]  # fmt: skip
+            flags = [
+                "-std=c++20",
+                "-O3",
+                "-DUSE_CUDA",
+                "--fmad=false",
+                "--extended-lambda",
+                "-Xcompiler=-fPIC",
+                "-Xcompiler=-fvisibility=hidden",
+                f"-Xcompiler={prefix}",
+                "-diag-suppress=20012,20013,20015",
+                *gencode,
+            ]
             outputs = []
             for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
                 output = objects / "cuda" / (source.stem + ".o")
@@ -154,9 +177,10 @@ class BuildNative(build_ext):
         def is_stale(job: tuple[Path, Path, list[str]]) -> bool:
             source, output, _ = job
             return (
-                self.force or not output.exists()
+                self.force
+                or not output.exists()
                 or output.stat().st_mtime <= max(newest_header, source.stat().st_mtime)
-            )  # fmt: skip
+            )
 
         def compile_one(numbered: tuple[int, tuple[Path, Path, list[str]]]) -> None:
             number, (source, output, command) = numbered

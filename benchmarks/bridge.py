@@ -62,9 +62,15 @@ def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]
     for name, peer in peers.items():
         there = rate.get(name)
         harness.Result(
-            "bridge", case, metric, unit, round(factor / rate["ours"], 3), there and round(factor / there, 3), peer,
+            "bridge",
+            case,
+            metric,
+            unit,
+            round(factor / rate["ours"], 3),
+            there and round(factor / there, 3),
+            peer,
             there and round(rate["ours"] / there, 3),
-        ).print()  # fmt: skip
+        ).print()
 
 
 def interop(f: Callable[..., Any], params: Any, x: torch.Tensor) -> dict[str, Callable[[], None]]:

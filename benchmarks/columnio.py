@@ -128,9 +128,15 @@ def checked(step: Callable[[], int], rows: int) -> Callable[[], None]:
 def report(case: str, rate: dict[str, float], peer: str) -> None:
     rate = {name: value / 1e6 for name, value in rate.items()}
     harness.Result(
-        "columnio", case, "rows", "M rows/s", round(rate["ours"], 3), round(rate["peer"], 3), peer,
+        "columnio",
+        case,
+        "rows",
+        "M rows/s",
+        round(rate["ours"], 3),
+        round(rate["peer"], 3),
+        peer,
         round(rate["ours"] / rate["peer"], 2),
-    ).print()  # fmt: skip
+    ).print()
 
 
 def number_cases(folder: Path, args: Any, rounds: int) -> None:
@@ -197,9 +203,10 @@ def ragged_case(folder: Path, args: Any, rounds: int) -> None:
     }
     harness.progress(f"ragged_strings, {args.threads} thread(s)")
     report(
-        "ragged_strings", harness.rates(dict(steps), rows, rounds, torch.device("cpu")),
+        "ragged_strings",
+        harness.rates(dict(steps), rows, rounds, torch.device("cpu")),
         "pyarrow scan + pandas.util.hash_array",
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

@@ -174,16 +174,26 @@ def torchrec(stack: ExitStack, work: workload.Workload, sharding: str, threads: 
     workers = [
         stack.enter_context(
             Worker(
-                "torchrec", work, sharding, lr=LR, threads=threads, clock="wall", device=torch.device("cpu"),
+                "torchrec",
+                work,
+                sharding,
+                lr=LR,
+                threads=threads,
+                clock="wall",
+                device=torch.device("cpu"),
                 home="fbgemm",
                 variables={
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-                    "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(RANKS),
+                    "LOCAL_WORLD_SIZE": str(RANKS),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
                 },
             )
         )
         for rank in range(RANKS)
-    ]  # fmt: skip
+    ]
     for worker in workers:
         worker.wait()
 

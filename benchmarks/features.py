@@ -62,15 +62,27 @@ def hash_case(rounds: int) -> None:
     rate = {name: r / 1e6 for name, r in harness.rates(steps, len(listed), rounds, torch.device("cpu")).items()}
     pandas = rate.get("pandas")
     harness.Result(
-        "features", "hash", "strings", "M strings/s", round(rate["ours"], 2), pandas and round(pandas, 2),
-        "pandas.util.hash_array", pandas and round(rate["ours"] / pandas, 2),
-    ).print()  # fmt: skip
+        "features",
+        "hash",
+        "strings",
+        "M strings/s",
+        round(rate["ours"], 2),
+        pandas and round(pandas, 2),
+        "pandas.util.hash_array",
+        pandas and round(rate["ours"] / pandas, 2),
+    ).print()
     copied = copy_rate(rounds) / 1e9
     gigabytes = rate["ours"] * 1e6 * moved / len(listed) / 1e9
     harness.Result(
-        "features", "hash", "bandwidth", "GB/s", round(gigabytes, 2), round(copied, 2), "memory bandwidth of one core",
+        "features",
+        "hash",
+        "bandwidth",
+        "GB/s",
+        round(gigabytes, 2),
+        round(copied, 2),
+        "memory bandwidth of one core",
         round(gigabytes / copied, 2),
-    ).print()  # fmt: skip
+    ).print()
 
 
 def _drop(_: object) -> None:
@@ -139,9 +151,15 @@ def engine_cases(wanted: list[str], rounds: int) -> None:
     rate = {name: r / 1e6 for name, r in harness.rates(steps, ROWS, rounds, torch.device("cpu")).items()}
     for case in wanted:
         harness.Result(
-            "features", case, "rows of 40 features", "M rows/s", round(rate["ours"], 3), round(rate[case], 3),
-            peers[case][0], round(rate["ours"] / rate[case], 2),
-        ).print()  # fmt: skip
+            "features",
+            case,
+            "rows of 40 features",
+            "M rows/s",
+            round(rate["ours"], 3),
+            round(rate[case], 3),
+            peers[case][0],
+            round(rate["ours"] / rate[case], 2),
+        ).print()
 
 
 def main() -> None:

@@ -81,23 +81,47 @@ class Workload:
 
 
 H100 = Machine(
-    ranks_per_host=8, memory=0.5 * 3.35e12, flops=0.35 * 990e12, in_host=0.7 * 450e9, between=0.8 * 50e9,
-    collective_s=25e-6, peer_s=0.5e-6, launch_s=2e-6, ingest=1.5e9,
-)  # fmt: skip
+    ranks_per_host=8,
+    memory=0.5 * 3.35e12,
+    flops=0.35 * 990e12,
+    in_host=0.7 * 450e9,
+    between=0.8 * 50e9,
+    collective_s=25e-6,
+    peer_s=0.5e-6,
+    launch_s=2e-6,
+    ingest=1.5e9,
+)
 """A DGX H100: HBM3 3.35 TB/s, 990 TFLOPS in bfloat16, NVLink 450 GB/s, a 400 Gb/s adapter a GPU. The shares of these
 peaks, latencies and ingest are assumptions: no such machine was at hand."""
 
 DCNV2 = Workload(
-    samples=1056, features=26, ids=214, distinct=0.5, dim=128, state_bytes=4, parameters=16.0e6, flops=32.1e6,
-    kernels=150, input_bytes=214 * 4 + 13 * 4 + 4, pooled=True,
-)  # fmt: skip
+    samples=1056,
+    features=26,
+    ids=214,
+    distinct=0.5,
+    dim=128,
+    state_bytes=4,
+    parameters=16.0e6,
+    flops=32.1e6,
+    kernels=150,
+    input_bytes=214 * 4 + 13 * 4 + 4,
+    pooled=True,
+)
 """MLPerf's DLRM-DCNv2: 26 features of 214 ids, bottom 512-256-128, three cross layers of rank 512, top
 1024-1024-512-256-1. The share of distinct ids is assumed."""
 
 CLICKS = Workload(
-    samples=4096, features=100, ids=300, distinct=0.4, dim=64, state_bytes=4, parameters=10e6, flops=20e6,
-    kernels=150, input_bytes=300 * 8 + 400,
-)  # fmt: skip
+    samples=4096,
+    features=100,
+    ids=300,
+    distinct=0.4,
+    dim=64,
+    state_bytes=4,
+    parameters=10e6,
+    flops=20e6,
+    kernels=150,
+    input_bytes=300 * 8 + 400,
+)
 """A click model of 100 features, three ids each, exchanged as this package does."""
 
 
@@ -194,11 +218,16 @@ def this_machine(constants: dict[str, float], ranks: int) -> Machine:
     """
     share = min(1.0, constants["cores"] / ranks)
     return Machine(
-        ranks_per_host=1 << 20, memory=constants["memory"] * share, flops=constants["flops"] * share,
-        in_host=constants["in_host"] * min(1.0, 2 / ranks), between=1.0, collective_s=constants["collective_s"],
-        peer_s=0.0, launch_s=constants["call_s"] if ranks == 1 else constants["shared_call_s"] * max(1.0, ranks / 2),
+        ranks_per_host=1 << 20,
+        memory=constants["memory"] * share,
+        flops=constants["flops"] * share,
+        in_host=constants["in_host"] * min(1.0, 2 / ranks),
+        between=1.0,
+        collective_s=constants["collective_s"],
+        peer_s=0.0,
+        launch_s=constants["call_s"] if ranks == 1 else constants["shared_call_s"] * max(1.0, ranks / 2),
         ingest=math.inf,
-    )  # fmt: skip
+    )
 
 
 def measured_work(point: dict[str, Any]) -> Workload:
@@ -268,9 +297,17 @@ def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
         rate = gpus * work.samples / found.seconds
         base = base or found.ahead
         parts = (
-            found.ids, found.rows, found.gradients, found.memory, found.tower, found.all_reduce, found.launches,
-            found.host, found.serial, found.ahead,
-        )  # fmt: skip
+            found.ids,
+            found.rows,
+            found.gradients,
+            found.memory,
+            found.tower,
+            found.all_reduce,
+            found.launches,
+            found.host,
+            found.serial,
+            found.ahead,
+        )
         lines.append(
             f"| {gpus:,} | {' | '.join(f'{1e3 * part:.2f}' for part in parts)} | {rate / 1e6:.1f} "
             f"| {base / found.ahead:.0%} |"

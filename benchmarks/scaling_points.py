@@ -101,14 +101,20 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
 
     distinct = [work.ids[f][work.rows[number][f]].unique().numel() for number in range(8) for f in range(len(names))]
     found = {
-        "ranks": ranks, "samples": samples, "features": len(names), "dim": DIM,
+        "ranks": ranks,
+        "samples": samples,
+        "features": len(names),
+        "dim": DIM,
         "distinct": sum(distinct) / (8 * len(names) * samples),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "flops": 2 * sum(parameter.numel() for parameter in parameters),
-    }  # fmt: skip
+    }
     steps: dict[str, tuple[Callable[[], object], int]] = {
-        "step": (whole, times), "tables": (tables, times), "tower": (dense, times), "tiny": (tiny, 100),
-    }  # fmt: skip
+        "step": (whole, times),
+        "tables": (tables, times),
+        "tower": (dense, times),
+        "tiny": (tiny, 100),
+    }
     if ranks > 1:
         steps |= {"small": (exchange(ranks * 16), 100), "large": (exchange(BYTES // 4), times)}
     for name, (step, count) in steps.items():
@@ -126,9 +132,16 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     """Returns the constants, from a point of one rank and one of two."""
     work = scaling.measured_work(one)
     unit = scaling.Machine(
-        ranks_per_host=1, memory=1.0, flops=1.0, in_host=1.0, between=1.0, collective_s=0, peer_s=0, launch_s=0,
+        ranks_per_host=1,
+        memory=1.0,
+        flops=1.0,
+        in_host=1.0,
+        between=1.0,
+        collective_s=0,
+        peer_s=0,
+        launch_s=0,
         ingest=1.0,
-    )  # fmt: skip
+    )
     alone = scaling.step(work, unit, 1)
     small = two["small_s"]
     return {

@@ -71,11 +71,15 @@ def main() -> None:
         columns = [*IDS, "history", "site", *NUMBERS, "label"]
         train, test = (
             ColumnDataset(
-                log / split, columns, args.batch_size, shuffle=split == "train", seed=args.seed,
+                log / split,
+                columns,
+                args.batch_size,
+                shuffle=split == "train",
+                seed=args.seed,
                 transforms=FeatureEngine(FEATURES),
             )
             for split in ("train", "test")
-        )  # fmt: skip
+        )
 
         model = make_model(args.tower, args.seed)
         engine = model.lookup
@@ -102,11 +106,18 @@ def main() -> None:
     print(f"{'best possible':<28}{best['bayes_auc']:>9.4f}{best['bayes_logloss']:>9.4f}")
     print(f"{rate:,.0f} samples/s with tower {args.tower}, {seconds:.0f} s in all\n")
     print(
-        json.dumps({
-            "auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best["bayes_auc"],
-            "reload_exact": reloaded == figures, "samples_per_s": rate, "seconds": seconds, "tower": args.tower,
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "auc": figures["auc"],
+                "logloss": figures["logloss"],
+                "bayes_auc": best["bayes_auc"],
+                "reload_exact": reloaded == figures,
+                "samples_per_s": rate,
+                "seconds": seconds,
+                "tower": args.tower,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

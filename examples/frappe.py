@@ -205,9 +205,15 @@ def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: b
     if not args.quiet:
         callbacks.append(ProgressBar())
     trainer = Trainer(
-        step, data["train"], sources=data, metrics={"auc": AUC(), "logloss": LogLoss()}, saver=saver,
-        callbacks=callbacks, log_every=10, seed=args.seed,
-    )  # fmt: skip
+        step,
+        data["train"],
+        sources=data,
+        metrics={"auc": AUC(), "logloss": LogLoss()},
+        saver=saver,
+        callbacks=callbacks,
+        log_every=10,
+        seed=args.seed,
+    )
     figures = trainer.fit(stages(trainer, args), resume="latest" if args.resume and saver is not None else None)
     rate = (trainer.samples - stopwatch.already) / max(stopwatch.seconds, 1e-9)
     epochs = trainer.samples // data["train"].num_rows

@@ -43,9 +43,11 @@ def init_params(width: int, seed: int) -> dict[str, Any]:
     first, second = jax.random.split(jax.random.key(seed))
     glorot = jax.nn.initializers.glorot_normal()
     return {
-        "w1": glorot(first, (width, HIDDEN)), "b1": jnp.zeros(HIDDEN),
-        "w2": glorot(second, (HIDDEN, 1)), "b2": jnp.zeros(1),
-    }  # fmt: skip
+        "w1": glorot(first, (width, HIDDEN)),
+        "b1": jnp.zeros(HIDDEN),
+        "w2": glorot(second, (HIDDEN, 1)),
+        "b2": jnp.zeros(1),
+    }
 
 
 def tower(params: dict[str, Any], embeddings: list[Any]) -> Any:
@@ -161,19 +163,29 @@ def main() -> None:
         columns = [*demo.IDS, "history", "site", *demo.NUMBERS, "label"]
         train, test = (
             ColumnDataset(
-                Path(folder) / split, columns, args.batch_size, shuffle=split == "train", seed=args.seed,
-                drop_remainder=split == "train", transforms=FeatureEngine(demo.FEATURES),
+                Path(folder) / split,
+                columns,
+                args.batch_size,
+                shuffle=split == "train",
+                seed=args.seed,
+                drop_remainder=split == "train",
+                transforms=FeatureEngine(demo.FEATURES),
             )
             for split in ("train", "test")
-        )  # fmt: skip
+        )
         saver = Saver(args.run) if args.run else None
         callbacks = [] if args.quiet else [ProgressBar()]
         if saver is not None:
             callbacks += [Checkpoint(steps=20), JsonLog(f"{args.run}/log.jsonl")]
         trainer = Trainer(
-            make_step(args.seed, args.epochs * len(train)), train, test, metrics={"auc": AUC(), "logloss": LogLoss()},
-            saver=saver, callbacks=callbacks, log_every=10,
-        )  # fmt: skip
+            make_step(args.seed, args.epochs * len(train)),
+            train,
+            test,
+            metrics={"auc": AUC(), "logloss": LogLoss()},
+            saver=saver,
+            callbacks=callbacks,
+            log_every=10,
+        )
         start = time.perf_counter()
         stages = [Train(epochs=args.epochs), *([Save()] if saver is not None else []), Evaluate()]
         figures = trainer.fit(stages, resume="latest" if args.resume else None)["eval"]
@@ -181,11 +193,16 @@ def main() -> None:
 
     print(f"\nAUC {figures['auc']:.4f} of {best['bayes_auc']:.4f} that is possible, {rate:,.0f} samples/s\n")
     print(
-        json.dumps({
-            "auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best["bayes_auc"],
-            "samples_per_s": rate, "seconds": time.perf_counter() - begin,
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "auc": figures["auc"],
+                "logloss": figures["logloss"],
+                "bayes_auc": best["bayes_auc"],
+                "samples_per_s": rate,
+                "seconds": time.perf_counter() - begin,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -140,11 +140,15 @@ def main() -> None:
         columns = [*demo.IDS, "history", "site", *demo.NUMBERS, "label"]
         train, test = (
             ColumnDataset(
-                Path(folder) / split, columns, args.batch_size, shuffle=split == "train", seed=args.seed,
+                Path(folder) / split,
+                columns,
+                args.batch_size,
+                shuffle=split == "train",
+                seed=args.seed,
                 transforms=FeatureEngine(demo.FEATURES),
             )
             for split in ("train", "test")
-        )  # fmt: skip
+        )
         model = Model(args.tower, args.seed)
         sparse = optim.Adam(model.lookup.parameters(), lr=2e-3)
         dense = torch.optim.Adam(dense_parameters(model), lr=1e-3)
@@ -160,12 +164,18 @@ def main() -> None:
     print(f"\ntower in {args.tower}: AUC {figures['auc']:.4f} of {best['bayes_auc']:.4f} that is possible")
     print(f"{rate:,.0f} samples/s, {compiled} programs compiled\n")
     print(
-        json.dumps({
-            "auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best["bayes_auc"],
-            "samples_per_s": rate, "seconds": time.perf_counter() - begin, "tower": args.tower,
-            "compilations": compiled,
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "auc": figures["auc"],
+                "logloss": figures["logloss"],
+                "bayes_auc": best["bayes_auc"],
+                "samples_per_s": rate,
+                "seconds": time.perf_counter() - begin,
+                "tower": args.tower,
+                "compilations": compiled,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         sys.exit(0)
     if given in (["-V"], ["--version"], ["version"]):
-        print(f"recis-hybrid {metadata.version('recis_hybrid')} (Python {platform.python_version()}, torch "
-              f"{metadata.version('torch')})")  # fmt: skip
+        print(
+            f"recis-hybrid {metadata.version('recis_hybrid')} (Python {platform.python_version()}, torch "
+            f"{metadata.version('torch')})"
+        )
         return 0
     if given[0] not in rooms:
         what = "option" if given[0].startswith("-") else "command"

@@ -82,17 +82,37 @@ class Hosts:
     def start(self, number: int, ranks: int, timeout_s: float, log: Path) -> subprocess.Popen[bytes]:
         """Starts torchrun on a host."""
         torchrun = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(ranks),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv-id", "rehearsal",
-            "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", ADDRESSES[number],
-            str(Path(__file__).resolve()), "--rank-of", str(timeout_s),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            str(ranks),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"{ADDRESSES[0]}:{PORT}",
+            "--rdzv-id",
+            "rehearsal",
+            "--rdzv-conf",
+            f"is_host={int(number == 0)}",
+            "--local-addr",
+            ADDRESSES[number],
+            str(Path(__file__).resolve()),
+            "--rank-of",
+            str(timeout_s),
+        ]
         variables = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
         with log.open("wb") as out:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.names[number], *torchrun], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                env={**os.environ, **variables}, start_new_session=True,
-            )  # fmt: skip
+                ["ip", "netns", "exec", self.names[number], *torchrun],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                start_new_session=True,
+            )
 
 
 def rank_of(timeout_s: float) -> None:
@@ -155,7 +175,7 @@ def rehearse(ranks: int, timeout_s: float) -> int:
                 "said": said,
                 "as_it_must_be": good,
             }
-        )  # fmt: skip
+        )
     )
     return 0 if good else 1
 

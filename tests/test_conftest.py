@@ -51,9 +51,10 @@ def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str,
 def marked(node: ast.AST) -> set[str]:
     """Returns the names of the markers in these expressions."""
     return {
-        each.attr for each in ast.walk(node)
+        each.attr
+        for each in ast.walk(node)
         if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Attribute) and each.value.attr == "mark"
-    }  # fmt: skip
+    }
 
 
 def functions(root: Path) -> dict[str, set[str]]:

@@ -35,17 +35,23 @@ def make_trainer(folder: Path) -> object:
 
 
 WHO: dict[str, Callable[[Path], object]] = {
-    "EmbeddingEngine": build_engine, "ColumnDataset": open_dataset, "Trainer": make_trainer
-}  # fmt: skip
+    "EmbeddingEngine": build_engine,
+    "ColumnDataset": open_dataset,
+    "Trainer": make_trainer,
+}
 
 
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize(
     ("environment", "available", "error", "said"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, True, RuntimeError,
-         r"process 0 of 2 .* MASTER_ADDR and MASTER_PORT must be set; start the ranks with torchrun, or call "
-         r"torch.distributed.init_process_group"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            True,
+            RuntimeError,
+            r"process 0 of 2 .* MASTER_ADDR and MASTER_PORT must be set; start the ranks with torchrun, or call "
+            r"torch.distributed.init_process_group",
+        ),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, True, RuntimeError, "others: MASTER_PORT must be"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, False, RuntimeError, "this build of torch has no torch.distributed"),
         ({"RANK": "2"}, True, ValueError, "RANK=2 and WORLD_SIZE=None, of which both must be integers"),
@@ -53,11 +59,16 @@ WHO: dict[str, Callable[[Path], object]] = {
         ({"RANK": "2", "WORLD_SIZE": "2"}, True, ValueError, "RANK from 0 to WORLD_SIZE - 1"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, True, ValueError, "WORLD_SIZE=two"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_joined_is_refused_by_all_in_the_same_terms(
-    who: str, environment: dict[str, str], available: bool, error: type[Exception], said: str, tmp_path: Path,
+    who: str,
+    environment: dict[str, str],
+    available: bool,
+    error: type[Exception],
+    said: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -107,18 +118,24 @@ def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Pat
         (tmp_path / "clicks" / split).mkdir(parents=True)
         users, sites = draw.integers(0, 40, rows), draw.integers(0, 5, rows)
         columns = {
-            "user": users, "site": [f"site{n}" for n in sites], "age": draw.uniform(10, 80, rows).astype(np.float32),
+            "user": users,
+            "site": [f"site{n}" for n in sites],
+            "age": draw.uniform(10, 80, rows).astype(np.float32),
             "label": (users % 2).astype(np.float32),
-        }  # fmt: skip
+        }
         pq.write_table(pa.table(columns), tmp_path / "clicks" / split / "part.parquet")
     code = page(root)
     assert "4096" in code
     program = f"import os\nos.chdir({str(tmp_path)!r})\n" + code.replace("4096", str(batch)) + ASKED
     (tmp_path / "alone.py").write_text(program.replace('"checkpoints"', '"alone"'))
     alone = subprocess.run(
-        [sys.executable, str(tmp_path / "alone.py")], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, str(tmp_path / "alone.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     together = on_two_ranks(program, tmp_path, root)
     assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
 

@@ -64,8 +64,16 @@ def plan_tables(
         _refuse_disagreement(table, other, configs[other], name, config)
         state = _state_of(config, optimizer_state)
         overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
-        key = (config.dim, config.dtype, _state_dtype(config), config.trainable, config.admission, overrides,
-               config.placement, sharding_of(config, ranks, state))  # fmt: skip
+        key = (
+            config.dim,
+            config.dtype,
+            _state_dtype(config),
+            config.trainable,
+            config.admission,
+            overrides,
+            config.placement,
+            sharding_of(config, ranks, state),
+        )
         groups.setdefault(key if coalesce else (*key, table), []).append(name)
 
     plans = []

@@ -98,7 +98,7 @@ class Collector:
 
     def __init__(
         self, table: HashTable, exchange: Exchange, *, wire_dtype: torch.dtype, reduce: Reduce, asks: Asks, dim: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.table = table
         self.exchange = exchange
         self.wire_dtype = wire_dtype

@@ -17,9 +17,17 @@ from recis_hybrid.embedding.settings import described, refuse_no_integer, refuse
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")
 TABLE_SETTINGS = (
-    "dim", "dtype", "state_dtype", "initializer", "admission", "trainable", "optimizer", "placement",
-    "sharding", "expected_rows",
-)  # fmt: skip
+    "dim",
+    "dtype",
+    "state_dtype",
+    "initializer",
+    "admission",
+    "trainable",
+    "optimizer",
+    "placement",
+    "sharding",
+    "expected_rows",
+)
 """What features that share a table must agree on."""
 
 

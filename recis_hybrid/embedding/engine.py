@@ -66,9 +66,17 @@ class EngineLookup:
 
 
 @outside_graphs(
-    "forward", "lookup", "apply_gradients", "prefetch", "prefetch_rows", "drop_prefetched", "evict", "compact",
-    "memory", "describe",
-)  # fmt: skip
+    "forward",
+    "lookup",
+    "apply_gradients",
+    "prefetch",
+    "prefetch_rows",
+    "drop_prefetched",
+    "evict",
+    "compact",
+    "memory",
+    "describe",
+)
 class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
@@ -186,9 +194,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self._sharded: ShardedTables | None = None
         if shared is not None:
             self._sharded = shard(
-                self.tables, self.plans, [reader.unknown for reader in self._readers],
-                Exchange(shared, self.device), wire_dtype=wire_dtype, reduce=reduce, deduplicate=deduplicate, seed=seed,
-            )  # fmt: skip
+                self.tables,
+                self.plans,
+                [reader.unknown for reader in self._readers],
+                Exchange(shared, self.device),
+                wire_dtype=wire_dtype,
+                reduce=reduce,
+                deduplicate=deduplicate,
+                seed=seed,
+            )
         self._samples: list[int] = []
         self._warned_of_dtype = self._warned_of_rows = False
         refuse_rows_in_state_dict(rows_in_state_dict)
@@ -202,18 +216,28 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self._prefetcher: Prefetcher | None = None
         if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
-                self._sharded, list(configs), depth=self.prefetch_depth, staleness=staleness, group=prefetch_group,
-                strict=explicit, optional=self._optional,
-            )  # fmt: skip
+                self._sharded,
+                list(configs),
+                depth=self.prefetch_depth,
+                staleness=staleness,
+                group=prefetch_group,
+                strict=explicit,
+                optional=self._optional,
+            )
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
 
     def _table(self, plan: TablePlan, seed: int, rank: int, ranks: int) -> HashTable:
         config = plan.config
         table = HashTable(
-            plan.members, layout_on(plan, rank, ranks), self.device, seed, placement=config.placement,
-            admission=config.admission, read_only=not config.trainable,
-        )  # fmt: skip
+            plan.members,
+            layout_on(plan, rank, ranks),
+            self.device,
+            seed,
+            placement=config.placement,
+            admission=config.admission,
+            read_only=not config.trainable,
+        )
         table.overrides = dict(config.optimizer or {})
         return table
 
@@ -389,9 +413,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """
         if self._sharded is not None and self._prefetcher is not None:
             self._sharded.router.agree()
-            self._prefetcher.send(
-                batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled()
-            )  # fmt: skip
+            self._prefetcher.send(batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled())
 
     def drop_prefetched(self) -> None:
         """Waits for the batches that are on their way, and forgets them; all ranks call it together."""
@@ -495,9 +517,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             warn_of_rows_left_out()
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # Anchors mean nothing: neither is one that is there loaded, nor one that is not there missed.
         rest = {key: value for key, value in state_dict.items() if not belongs_to_tables(key, prefix)}
         missed: list[str] = []

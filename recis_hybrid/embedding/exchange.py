@@ -98,9 +98,12 @@ class Exchange:
         return sent, came
 
     def start(
-        self, what: Literal["sizes", "ids", "counts", "rows", "gradients"], values: Tensor, send: Sequence[int],
+        self,
+        what: Literal["sizes", "ids", "counts", "rows", "gradients"],
+        values: Tensor,
+        send: Sequence[int],
         receive: Sequence[int],
-    ) -> Sending:  # fmt: skip
+    ) -> Sending:
         """Begins to send each rank some of the first dimension, rank 0 the first of it.
 
         Args:
@@ -115,9 +118,7 @@ class Exchange:
         remote = sum(send) - send[self.rank]
         setattr(self.traffic, what, getattr(self.traffic, what) + remote * each * values.element_size())
         with self.explained(what):
-            work = dist.all_to_all_single(
-                received, values, list(receive), list(send), group=self.group, async_op=True
-            )  # fmt: skip
+            work = dist.all_to_all_single(received, values, list(receive), list(send), group=self.group, async_op=True)
         return Sending(what, received, work, self, values)
 
     def sum(self, value: Tensor) -> Tensor:

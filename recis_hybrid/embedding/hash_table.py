@@ -47,9 +47,16 @@ class HashTable:
     """
 
     def __init__(
-        self, members: Sequence[MemberTable], layout: RecordLayout, device: torch.device, seed: int = 0, *,
-        placement: Placement | None = None, admission: Admission | None = None, read_only: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        members: Sequence[MemberTable],
+        layout: RecordLayout,
+        device: torch.device,
+        seed: int = 0,
+        *,
+        placement: Placement | None = None,
+        admission: Admission | None = None,
+        read_only: bool = False,
+    ) -> None:
         if not 0 < len(members) <= MAX_MEMBERS:
             raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
         self.members = tuple(members)
@@ -177,9 +184,14 @@ class HashTable:
         if sees:
             self._unseen = None
         return ops.update.Table(
-            self.blocks.handle, layout.element, layout.state_element, layout.dim, self.step + 1, sees,
+            self.blocks.handle,
+            layout.element,
+            layout.state_element,
+            layout.dim,
+            self.step + 1,
+            sees,
             self.rounding_seed,
-        )  # fmt: skip
+        )
 
     def gather(self, lookup: Lookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
         """Writes each feature's vectors.
@@ -193,9 +205,18 @@ class HashTable:
         self.check(lookup)
         ids, members, bags, unknown, *_ = lookup.request
         ops.gather.gather_bags(
-            self.blocks.handle, self.layout.element, self.layout.dim, lookup.rows, bags,
-            [] if lookup.complete else ids, unknown, self.initializers, out, starts, winners,
-        )  # fmt: skip
+            self.blocks.handle,
+            self.layout.element,
+            self.layout.dim,
+            lookup.rows,
+            bags,
+            [] if lookup.complete else ids,
+            unknown,
+            self.initializers,
+            out,
+            starts,
+            winners,
+        )
 
     def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns tensors on the device of the IDMap."""
@@ -234,9 +255,15 @@ class HashTable:
         """Keeps the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
         self.check(lookup)
         part = part_of(
-            self._name, lookup.rows, lookup.request.members, lookup.row_bound, lookup.sources, lookup.groups,
-            gradients, self.layout.dim,
-        )  # fmt: skip
+            self._name,
+            lookup.rows,
+            lookup.request.members,
+            lookup.row_bound,
+            lookup.sources,
+            lookup.groups,
+            gradients,
+            self.layout.dim,
+        )
         if part is not None:
             self.pending.add(part)
 

@@ -105,9 +105,12 @@ class IdMap:
         self._late.exact()
 
     def find_or_insert(
-        self, ids: Sequence[Tensor], members: Sequence[int], admitted: Tensor | None = None,
+        self,
+        ids: Sequence[Tensor],
+        members: Sequence[int],
+        admitted: Tensor | None = None,
         used: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Finds each id or gives it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
 
         Args:
@@ -123,7 +126,7 @@ class IdMap:
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
         ops.id_map.find_or_insert(
             self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
-        )  # fmt: skip
+        )
         self.inserted(total)
         return rows, fresh
 

@@ -103,9 +103,14 @@ class FeatureReader:
         return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (*shape, config.dim)
 
     def _ids(
-        self, ids: Tensor, vectors: int, offsets: Tensor | None = None, weights: Tensor | None = None, tile: int = 0,
+        self,
+        ids: Tensor,
+        vectors: int,
+        offsets: Tensor | None = None,
+        weights: Tensor | None = None,
+        tile: int = 0,
         used: Tensor | None = None,
-    ) -> FeatureIds:  # fmt: skip
+    ) -> FeatureIds:
         kind, zeros = _KINDS[self.config.combiner], self.config.unknown == "zeros"
         if offsets is None and weights is None:
             kind = ops.gather.SUM  # of one id each: all combiners agree
@@ -237,9 +242,7 @@ class TableReader:
             bags = [column.numel() for column in columns if _is_plain(column, device)]
             if len(bags) == len(self._names):
                 ids: list[Tensor] = columns  # type: ignore[assignment]
-                request = Request(
-                    ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self.unknown
-                )  # fmt: skip
+                request = Request(ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self.unknown)
                 return request, [(count, self._dim) for count in bags]
         read = [reader(batch, device) for reader in self._readers]
         return Request.of([ids for ids, _ in read]), [shape for _, shape in read]

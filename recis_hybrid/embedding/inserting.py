@@ -37,10 +37,22 @@ def insert_grouped(table: HashTable, request: Request, out: Tensor | None, start
         # Rows that something advances before they are read, and bags of several ids, are gathered later.
         gathered = out if table.before_read is None and request.bags.plain else None
         rows, groups = ops.gather.insert_grouped(
-            table.id_map.slots, table.id_map.counters, table.id_map.free_rows, table.blocks.handle, layout.element,
-            layout.dim, table.initializers, layout.state_args, ids, members, bound, gradient_bags(request.bags),
-            used=request.used, out=gathered, starts=() if gathered is None else starts,
-        )  # fmt: skip
+            table.id_map.slots,
+            table.id_map.counters,
+            table.id_map.free_rows,
+            table.blocks.handle,
+            layout.element,
+            layout.dim,
+            table.initializers,
+            layout.state_args,
+            ids,
+            members,
+            bound,
+            gradient_bags(request.bags),
+            used=request.used,
+            out=gathered,
+            starts=() if gathered is None else starts,
+        )
         table.id_map.inserted(rows.numel())
     return Lookup(
         request, rows, table.id_map.row_bound, table.generation, table.gate is None, table.step + 1, groups, gathered
@@ -48,9 +60,13 @@ def insert_grouped(table: HashTable, request: Request, out: Tensor | None, start
 
 
 def insert_rows(
-    table: HashTable, ids: Sequence[Tensor], members: list[int], gate: Gate | None, used: Sequence[Tensor] = (),
+    table: HashTable,
+    ids: Sequence[Tensor],
+    members: list[int],
+    gate: Gate | None,
+    used: Sequence[Tensor] = (),
     counts: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Gives ids rows that have none, with first values.
 
     Args:
@@ -78,9 +94,17 @@ def insert_rows(
         rows, fresh = table.on_blocks(new_rows), table.on_blocks(new)
         if table.id_map.may_have_fresh:
             ops.blocks.init_fresh(
-                table.blocks.handle, table.layout.element, table.on_blocks(table.id_map.counters), rows, fresh, ids,
-                members, table.initializers, table.layout.dim, table.layout.state_args,
-            )  # fmt: skip
+                table.blocks.handle,
+                table.layout.element,
+                table.on_blocks(table.id_map.counters),
+                rows,
+                fresh,
+                ids,
+                members,
+                table.initializers,
+                table.layout.dim,
+                table.layout.state_args,
+            )
     except BaseException:
         # An interrupt, or no memory for a copy: the new ids go again, for their records hold nothing.
         table.id_map.withdraw(near, members, new)

@@ -184,9 +184,15 @@ def _joined(lists: list[list[Tensor]], bags: list[Bags]) -> list[Tensor]:
 
 
 def part_of(
-    where: str, rows: Tensor, members: list[int], row_bound: int, bags: Bags, groups: RowGroups | None,
-    gradients: Sequence[Tensor | None], dim: int,
-) -> Part | None:  # fmt: skip
+    where: str,
+    rows: Tensor,
+    members: list[int],
+    row_bound: int,
+    bags: Bags,
+    groups: RowGroups | None,
+    gradients: Sequence[Tensor | None],
+    dim: int,
+) -> Part | None:
     """Returns the gradients of a lookup as a part; None where no feature has one.
 
     Args:

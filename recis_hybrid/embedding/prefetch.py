@@ -51,9 +51,16 @@ class Prefetcher:
     """
 
     def __init__(
-        self, tables: ShardedTables, features: Sequence[str], *, depth: int, staleness: int,
-        group: dist.ProcessGroup | None = None, strict: bool = True, optional: Collection[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        tables: ShardedTables,
+        features: Sequence[str],
+        *,
+        depth: int,
+        staleness: int,
+        group: dist.ProcessGroup | None = None,
+        strict: bool = True,
+        optional: Collection[str] = (),
+    ) -> None:
         self._tables = tables
         self._features = list(features)
         self._needed = [name for name in features if name not in optional]

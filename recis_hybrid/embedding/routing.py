@@ -179,9 +179,15 @@ class Router:
             )
 
     def _send_ids(
-        self, exchange: Exchange, requests: Sequence[tuple[Request, Shapes]], found: Sequence[Distinct],
-        sent: list[list[int]], came: list[list[int]], *, train: bool,
-    ) -> list[Route]:  # fmt: skip
+        self,
+        exchange: Exchange,
+        requests: Sequence[tuple[Request, Shapes]],
+        found: Sequence[Distinct],
+        sent: list[list[int]],
+        came: list[list[int]],
+        *,
+        train: bool,
+    ) -> list[Route]:
         at = 3 + len(self._asks)
         waiting: list[tuple[list[int], list[int], list[int], Sending, Sending | None]] = []
         for number, (table, each) in enumerate(zip(self._asks, found, strict=True)):
@@ -198,9 +204,11 @@ class Router:
                 narrow = each.counts[:distinct].to(_count_dtype(mine)).repeat(copies).view(torch.uint8)
                 width = _count_dtype(mine).itemsize
                 counts = exchange.start(
-                    "counts", narrow, [width * n for n in send],
+                    "counts",
+                    narrow,
+                    [width * n for n in send],
                     [_count_dtype(most).itemsize * n for most, n in zip(theirs, receive, strict=True)],
-                )  # fmt: skip
+                )
             waiting.append((send, receive, lengths, ids, counts))
         routes = []
         for number, (send, receive, lengths, ids, counts) in enumerate(waiting):

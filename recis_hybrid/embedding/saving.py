@@ -56,11 +56,17 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
         table.see()
     sources = [
         _Source(
-            table, table.id_map.slots, len(table), table.blocks.handle, tuple(table.blocks.blocks), table.device,
-            _counts(table), _handed(table, shares, place),
+            table,
+            table.id_map.slots,
+            len(table),
+            table.blocks.handle,
+            tuple(table.blocks.blocks),
+            table.device,
+            _counts(table),
+            _handed(table, shares, place),
         )
         for place, table in _unsplit(tables, shares)
-    ]  # fmt: skip
+    ]
     return _state(sources, _split(tables, shares), tables_meta(tables))
 
 
@@ -122,9 +128,7 @@ def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -
     slots = memory.take(flat.numel(), pinned=pinned)
     _copy([*pairs, (slots, flat)])
     copies = tuple(target for target, _ in pairs)
-    return _Source(
-        table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), handed
-    )  # fmt: skip
+    return _Source(table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), handed)
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

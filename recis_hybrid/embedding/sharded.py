@@ -98,9 +98,17 @@ class ShardedTable:
     """
 
     def __init__(
-        self, table: HashTable, kinds: list[Kind], kind_of: list[int], *, everywhere: bool,
-        columns: list[int] | None, exchange: Exchange, wire_dtype: torch.dtype, reduce: Reduce,
-    ) -> None:  # fmt: skip
+        self,
+        table: HashTable,
+        kinds: list[Kind],
+        kind_of: list[int],
+        *,
+        everywhere: bool,
+        columns: list[int] | None,
+        exchange: Exchange,
+        wire_dtype: torch.dtype,
+        reduce: Reduce,
+    ) -> None:
         self.table = table
         self.asks = Asks(kinds, kind_of, everywhere, columns, not table.read_only, table.device)
         self.replicated = everywhere and columns is None
@@ -121,9 +129,12 @@ class ShardedTable:
         members, unknown = [kind.member for kind in self.asks.kinds], [kind.unknown for kind in self.asks.kinds]
         zeros = [0] * len(lengths)
         request = Request(
-            list(route.ids.split(lengths)), members * ranks, Bags(lengths, lengths, [], [], zeros, zeros),
-            unknown * ranks, counts=route.counts,
-        )  # fmt: skip
+            list(route.ids.split(lengths)),
+            members * ranks,
+            Bags(lengths, lengths, [], [], zeros, zeros),
+            unknown * ranks,
+            counts=route.counts,
+        )
         owned = self.table.find(request, train=train)
         asked = Asked(owned, route.send, route.receive, weight, route.groups)
         if self.replicated:
@@ -142,9 +153,11 @@ class ShardedTable:
             return exchange.start("rows", begun.rows, receive, send)
         mine = columns[exchange.rank]
         return exchange.start(
-            "rows", begun.rows.view(-1), [n * mine for n in receive],
+            "rows",
+            begun.rows.view(-1),
+            [n * mine for n in receive],
             [n * width for n, width in zip(send, columns, strict=True)],
-        )  # fmt: skip
+        )
 
     def lookup(self, begun: Begun, rows: Sending | None) -> ShardedLookup:
         """Returns the lookup of this rank's positions, once its rows are here."""
@@ -159,9 +172,7 @@ class ShardedTable:
         first = sum(route.receive[:rank])
         # One row more, which stands for no id: places are -1 there.
         mine = torch.cat([owned.rows[first : first + route.receive[rank]], owned.rows.new_tensor([-1])])
-        own = Lookup(
-            route.request, mine[route.places], owned.row_bound, owned.generation, owned.complete, owned.step
-        )  # fmt: skip
+        own = Lookup(route.request, mine[route.places], owned.row_bound, owned.generation, owned.complete, owned.step)
         return ShardedLookup(route.request, route.shapes, route.places, asked, mine, own)
 
     def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
@@ -174,9 +185,18 @@ class ShardedTable:
         address = torch.tensor([received.data_ptr()], dtype=torch.int64, device=self.device)
         blocks = Blocks(address, 40, 16, received.stride(0) * received.element_size())
         ops.gather.gather_bags(
-            blocks, ELEMENTS[self.wire_dtype], dim, lookup.places, bags, [], unknown, _none(self.device), out, starts,
+            blocks,
+            ELEMENTS[self.wire_dtype],
+            dim,
+            lookup.places,
+            bags,
+            [],
+            unknown,
+            _none(self.device),
+            out,
+            starts,
             winners,
-        )  # fmt: skip
+        )
         lookup.received = received.new_empty(0)  # the outputs hold what it was needed for
 
     def watch(self, lookup: ShardedLookup) -> None:
@@ -186,9 +206,15 @@ class ShardedTable:
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
         """Keeps the gradients of a training lookup until they are exchanged; None for a feature without one."""
         part = part_of(
-            self._name, lookup.places, self.asks.kind_of, lookup.asked.distinct(self.asks.everywhere),
-            gradient_bags(lookup.request.bags), lookup.asked.groups, gradients, self.layout.dim,
-        )  # fmt: skip
+            self._name,
+            lookup.places,
+            self.asks.kind_of,
+            lookup.asked.distinct(self.asks.everywhere),
+            gradient_bags(lookup.request.bags),
+            lookup.asked.groups,
+            gradients,
+            self.layout.dim,
+        )
         if part is not None:
             lookup.asked.add(part, full=all(gradient is not None for gradient in gradients))
 
@@ -281,9 +307,16 @@ def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:
 
 
 def shard(
-    tables: Sequence[HashTable], plans: Sequence[TablePlan], unknown: Sequence[Sequence[int]], exchange: Exchange, *,
-    wire_dtype: torch.dtype, reduce: Reduce, deduplicate: bool, seed: int,
-) -> ShardedTables:  # fmt: skip
+    tables: Sequence[HashTable],
+    plans: Sequence[TablePlan],
+    unknown: Sequence[Sequence[int]],
+    exchange: Exchange,
+    *,
+    wire_dtype: torch.dtype,
+    reduce: Reduce,
+    deduplicate: bool,
+    seed: int,
+) -> ShardedTables:
     """Puts tables on the ranks of a group.
 
     Args:
@@ -296,8 +329,9 @@ def shard(
         deduplicate: False sends the id of every position.
         seed: Of the tables.
     """
-    whole = [(number, k) for number, plan in enumerate(plans) if plan.sharding == "table"
-             for k in range(len(plan.members))]  # fmt: skip
+    whole = [
+        (number, k) for number, plan in enumerate(plans) if plan.sharding == "table" for k in range(len(plan.members))
+    ]
     loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in whole]
     owners: dict[tuple[int, int], int | None] = dict(zip(whole, deal(loads, exchange.size), strict=True))
     sharded = []
@@ -318,13 +352,19 @@ def shard(
                 exchange=exchange,
                 wire_dtype=wire_dtype,
                 reduce=reduce,
-            )  # fmt: skip
+            )
         )
     told = [
-        ([(member.name, _told(member.initializer)) for member in plan.members], plan.layout, plan.features,
-         plan.sharding, _told(plan.config.admission), plan.config.trainable)
+        (
+            [(member.name, _told(member.initializer)) for member in plan.members],
+            plan.layout,
+            plan.features,
+            plan.sharding,
+            _told(plan.config.admission),
+            plan.config.trainable,
+        )
         for plan in plans
-    ]  # fmt: skip
+    ]
     digest = hashlib.sha256(repr((told, seed, wire_dtype, reduce, deduplicate)).encode()).digest()
     settings = [int.from_bytes(digest[:8], "little", signed=True)]
     router = Router([table.asks for table in sharded], exchange, deduplicate=deduplicate, settings=settings)

@@ -72,9 +72,13 @@ def save_key(tables: Sequence[HashTable], destination: MutableMapping[str, Any],
 
 
 def save_rows(
-    tables: Sequence[HashTable], state: PartState, rows: RowsInStateDict, destination: MutableMapping[str, Any],
-    prefix: str, exchange: Exchange | None,
-) -> None:  # fmt: skip
+    tables: Sequence[HashTable],
+    state: PartState,
+    rows: RowsInStateDict,
+    destination: MutableMapping[str, Any],
+    prefix: str,
+    exchange: Exchange | None,
+) -> None:
     """Writes rows; collective where ranks share the tables, and each rank gets all rows.
 
     Args:
@@ -102,9 +106,13 @@ def save_rows(
 
 
 def load_rows(
-    tables: Sequence[HashTable], state_dict: Mapping[str, Any], prefix: str, kept: Any, missing_keys: list[str],
+    tables: Sequence[HashTable],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    kept: Any,
+    missing_keys: list[str],
     error_msgs: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Loads rows from a state_dict; reports missing keys if it has none and the tables are not at its step.
 
     Args:

@@ -93,8 +93,10 @@ class Cross:
             raise TypeError(f"Cross takes columns on one device, got {x.device} and {y.device}")
         levels = max(x.levels, y.levels)
         if x.levels == y.levels == 1 and x.device.type != "cpu" and self.limit is None:
-            raise TypeError("Cross of two ragged columns on a GPU needs limit=, the most pairs of a row; or cross them "
-                            "in the reader")  # fmt: skip
+            raise TypeError(
+                "Cross of two ragged columns on a GPU needs limit=, the most pairs of a row; or cross them "
+                "in the reader"
+            )
         return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
@@ -177,8 +179,10 @@ class Concat:
         """Returns the form of the whole."""
         dtypes = {torch.int64 if form.dtype in INTEGERS else form.dtype for form in forms}
         if len(dtypes) > 1 or not dtypes <= {torch.int64, *FLOATS}:
-            raise TypeError(f"Concat takes columns of integers, or of one float dtype, got {[f.dtype for f in forms]}; "
-                            "put a Cast or a Hash before it")  # fmt: skip
+            raise TypeError(
+                f"Concat takes columns of integers, or of one float dtype, got {[f.dtype for f in forms]}; "
+                "put a Cast or a Hash before it"
+            )
         if len({form.device for form in forms}) > 1:
             raise TypeError(f"Concat takes columns on one device, got {[str(form.device) for form in forms]}")
         for form in forms:

@@ -111,9 +111,15 @@ class ProgramCall:
                 raise TypeError(f"{self.nodes[0].label}: its program reads {plane} of {dtype}, got {tensor.dtype}")
             inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
         made = ops.program.run(
-            inputs, self._code, self._params, self._parts, self._like, self._dtypes, self._labels,
+            inputs,
+            self._code,
+            self._params,
+            self._parts,
+            self._like,
+            self._dtypes,
+            self._labels,
             self._parallel,
-        )  # fmt: skip
+        )
         if self._device.type != "cpu":
             self._faults = made[-1]
         for values, (register, root, strings) in zip(made, self._outputs, strict=False):

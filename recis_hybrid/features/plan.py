@@ -167,5 +167,7 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
 def _differ(names: Any) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"FeatureEngine: features need different names, {twice} occur twice; use source= to read one "
-                         f"column for several features")  # fmt: skip
+        raise ValueError(
+            f"FeatureEngine: features need different names, {twice} occur twice; use source= to read one "
+            f"column for several features"
+        )

@@ -74,9 +74,17 @@ class ResizeCall:
                 planes.append(column.weights.contiguous())
         exact = exact_on(offsets[0].device)
         made = torch.ops.recis.ragged_resize(
-            offsets, planes, self._owner, self._least, self._most, self._flags, self._fills, self._labels, exact,
+            offsets,
+            planes,
+            self._owner,
+            self._least,
+            self._most,
+            self._flags,
+            self._fills,
+            self._labels,
+            exact,
             self._parallel,
-        )  # fmt: skip
+        )
         results, at = [], len(columns)
         for k, (column,) in enumerate(columns):
             values, at = made[at], at + 1
@@ -107,9 +115,15 @@ class ResizeCall:
         # A list is taken once at most, so that there are no more values than before.
         bounds = [] if exact else [columns[k][0].values.shape[0] for k in which]
         made = torch.ops.recis.ragged_take(
-            offsets, [results[k].values for k in which], planes, self._taken_owner, bounds, self._taken_labels, exact,
+            offsets,
+            [results[k].values for k in which],
+            planes,
+            self._taken_owner,
+            bounds,
+            self._taken_labels,
+            exact,
             self._parallel,
-        )  # fmt: skip
+        )
         at = len(which)
         for number, k in enumerate(which):
             values, at = made[at], at + 1

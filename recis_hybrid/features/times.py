@@ -134,9 +134,12 @@ class DatePart:
         weekdays = (days + _CYCLE + 3) % 7  # 1970-01-01 was a Thursday
         if self.part in PARTS[:5]:
             simple = {
-                "second": seconds % 60, "minute": _floor(seconds, 60) % 60, "hour": _floor(seconds, 3600),
-                "day_of_week": weekdays, "is_weekend": (weekdays >= 5).long(),
-            }  # fmt: skip
+                "second": seconds % 60,
+                "minute": _floor(seconds, 60) % 60,
+                "hour": _floor(seconds, 3600),
+                "day_of_week": weekdays,
+                "is_weekend": (weekdays >= 5).long(),
+            }
             return simple[self.part]
         # Years from March on, so that a leap day is the last of its year.
         since = days + _CYCLE_SHIFT

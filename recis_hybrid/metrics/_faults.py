@@ -16,9 +16,13 @@ def counts(
     # A NaN is counted as that alone.
     outside = (scores < 0) | (scores > 1) if probabilities else scores.isinf()
     masks = [
-        torch.ones_like(labels_fault), weights > 0, labels_fault, scores.isnan(), outside,
+        torch.ones_like(labels_fault),
+        weights > 0,
+        labels_fault,
+        scores.isnan(),
+        outside,
         ~(weights >= 0) | weights.isinf(),
-    ]  # fmt: skip
+    ]
     return torch.stack([mask.sum() for mask in masks]).double()
 
 

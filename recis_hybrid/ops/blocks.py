@@ -15,9 +15,16 @@ from torch import Tensor
 from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
-    "blocks_init_fresh", "blocks_read", "blocks_write", "blocks_read_meta", "blocks_write_meta", "blocks_copy_records",
-    "blocks_see_rows", "blocks_list_touched", "blocks_export",
-)  # fmt: skip
+    "blocks_init_fresh",
+    "blocks_read",
+    "blocks_write",
+    "blocks_read_meta",
+    "blocks_write_meta",
+    "blocks_copy_records",
+    "blocks_see_rows",
+    "blocks_list_touched",
+    "blocks_export",
+)
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The element types of records, by the number that kernels know them by."""
@@ -51,9 +58,17 @@ class StateArgs:
 
 
 def init_fresh(
-    blocks: Blocks, element: int, counters: Tensor, rows: Tensor, fresh: Tensor, ids: Sequence[Tensor],
-    members: Sequence[int], initializers: Tensor, dim: int, state: StateArgs,
-) -> None:  # fmt: skip
+    blocks: Blocks,
+    element: int,
+    counters: Tensor,
+    rows: Tensor,
+    fresh: Tensor,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    initializers: Tensor,
+    dim: int,
+    state: StateArgs,
+) -> None:
     """Gives the rows handed out since the last commit their first values.
 
     Args:
@@ -69,9 +84,20 @@ def init_fresh(
         state: First values of the optimizer state.
     """
     torch.ops.recis.blocks_init_fresh(
-        *blocks, element, counters, rows, fresh, ids, members, initializers, dim,
-        state.offsets, state.widths, state.sizes, state.first_values,
-    )  # fmt: skip
+        *blocks,
+        element,
+        counters,
+        rows,
+        fresh,
+        ids,
+        members,
+        initializers,
+        dim,
+        state.offsets,
+        state.widths,
+        state.sizes,
+        state.first_values,
+    )
 
 
 def read(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:

@@ -62,9 +62,18 @@ class RowGroups:
 
 
 def gather_bags(
-    blocks: Blocks, element: int, dim: int, rows: Tensor, bags: Bags, ids: Sequence[Tensor], members: Sequence[int],
-    initializers: Tensor, out: Tensor, starts: Sequence[int], winners: Tensor | None,
-) -> None:  # fmt: skip
+    blocks: Blocks,
+    element: int,
+    dim: int,
+    rows: Tensor,
+    bags: Bags,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    initializers: Tensor,
+    out: Tensor,
+    starts: Sequence[int],
+    winners: Tensor | None,
+) -> None:
     """Writes the combined embeddings of each bag.
 
     Args:
@@ -80,9 +89,7 @@ def gather_bags(
         starts: For each feature, where in ``out`` its ``[V, D]`` begin.
         winners: int32, as ``out``: where a feature's combiner is MAX, which id of the bag each element is of; or None.
     """
-    torch.ops.recis.gather_bags(
-        *blocks, element, dim, rows, *bags, ids, members, initializers, out, starts, winners
-    )  # fmt: skip
+    torch.ops.recis.gather_bags(*blocks, element, dim, rows, *bags, ids, members, initializers, out, starts, winners)
 
 
 def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags) -> RowGroups:
@@ -104,10 +111,23 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
 
 
 def insert_grouped(
-    slots: Tensor, counters: Tensor, free_rows: Tensor, blocks: Blocks, element: int, dim: int, initializers: Tensor,
-    state: StateArgs, ids: Sequence[Tensor], members: Sequence[int], row_bound: int, bags: Bags, *,
-    used: Sequence[Tensor] = (), out: Tensor | None = None, starts: Sequence[int] = (),
-) -> tuple[Tensor, RowGroups]:  # fmt: skip
+    slots: Tensor,
+    counters: Tensor,
+    free_rows: Tensor,
+    blocks: Blocks,
+    element: int,
+    dim: int,
+    initializers: Tensor,
+    state: StateArgs,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    row_bound: int,
+    bags: Bags,
+    *,
+    used: Sequence[Tensor] = (),
+    out: Tensor | None = None,
+    starts: Sequence[int] = (),
+) -> tuple[Tensor, RowGroups]:
     """Finds each id or gives it a row with its first values, and groups the positions by row: a training lookup.
 
     As ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows` one after another,
@@ -138,9 +158,27 @@ def insert_grouped(
     rows = torch.empty(n, dtype=torch.int64, device=slots.device)
     groups = _room(n, bags, slots.device)
     torch.ops.recis.insert_grouped(
-        slots, counters, free_rows, *blocks, element, dim, initializers, state.offsets, state.widths, state.sizes,
-        state.first_values, ids, members, used, row_bound, *bags, rows, *_parts(groups), out, starts,
-    )  # fmt: skip
+        slots,
+        counters,
+        free_rows,
+        *blocks,
+        element,
+        dim,
+        initializers,
+        state.offsets,
+        state.widths,
+        state.sizes,
+        state.first_values,
+        ids,
+        members,
+        used,
+        row_bound,
+        *bags,
+        rows,
+        *_parts(groups),
+        out,
+        starts,
+    )
     return rows, groups
 
 

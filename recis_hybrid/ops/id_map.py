@@ -15,9 +15,19 @@ from torch import Tensor
 from recis_hybrid.ops._fake import nothing_returned
 
 nothing_returned(
-    "id_map_find", "id_map_find_or_insert", "id_map_commit", "id_map_rehash", "id_map_list", "id_map_erase",
-    "id_map_set", "id_map_move", "id_map_count", "id_map_admit", "bucket_ids", "file_order",
-)  # fmt: skip
+    "id_map_find",
+    "id_map_find_or_insert",
+    "id_map_commit",
+    "id_map_rehash",
+    "id_map_list",
+    "id_map_erase",
+    "id_map_set",
+    "id_map_move",
+    "id_map_count",
+    "id_map_admit",
+    "bucket_ids",
+    "file_order",
+)
 
 FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
 """What each counter counts: rows handed out since the last commit, rows ever made, free rows, slots that are
@@ -25,9 +35,14 @@ full or erased, ids that have a row; and how many counters there are."""
 
 
 def find(
-    slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, *, used: Sequence[Tensor] = (),
+    slots: Tensor,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    rows: Tensor,
+    *,
+    used: Sequence[Tensor] = (),
     numbers: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the row of each id into ``rows``, -1 for an id that has none.
 
     Args:
@@ -43,9 +58,17 @@ def find(
 
 
 def find_or_insert(
-    slots: Tensor, counters: Tensor, free_rows: Tensor, admitted: Tensor | None, ids: Sequence[Tensor],
-    members: Sequence[int], rows: Tensor, fresh: Tensor, *, used: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
+    slots: Tensor,
+    counters: Tensor,
+    free_rows: Tensor,
+    admitted: Tensor | None,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    rows: Tensor,
+    fresh: Tensor,
+    *,
+    used: Sequence[Tensor] = (),
+) -> None:
     """Like :func:`find`, and gives every id that has no row one: a free one, else the next. :func:`commit` must follow.
 
     Args:
@@ -106,17 +129,28 @@ def move(slots: Tensor, moved: Tensor) -> None:
 
 
 def count(
-    slots: Tensor, counters: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, *,
+    slots: Tensor,
+    counters: Tensor,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    rows: Tensor,
+    *,
     used: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Counts ids whose row (int64 ``[N]``) is below 0, in a map whose entries hold counts in place of rows."""
     torch.ops.recis.id_map_count(slots, counters, ids, members, used, rows)
 
 
 def admit(
-    slots: Tensor, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, least: int, admitted: Tensor, *,
+    slots: Tensor,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    rows: Tensor,
+    least: int,
+    admitted: Tensor,
+    *,
     used: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Writes (uint8 ``[N]``) whether each id has a row or was counted ``least`` times by :func:`count`."""
     torch.ops.recis.id_map_admit(slots, ids, members, used, rows, least, admitted)
 

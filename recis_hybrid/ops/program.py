@@ -15,12 +15,41 @@ import torch
 from torch import Tensor
 
 STEPS = (
-    "widen_8", "widen_16", "widen_32", "widen_u8", "hash_string", "hash_id", "mod", "multi_hash", "bucket_i64",
-    "bucket_f32", "bucket_f64", "cross", "log_f32", "log_f64", "clip_i64", "clip_f32", "clip_f64", "normalize_f32",
-    "normalize_f64", "fill_f32", "fill_f64", "i64_to_f32", "i64_to_f64", "f32_to_f64", "f64_to_f32", "f32_to_i64",
-    "f64_to_i64", "i64_to_i32", "vocabulary_id", "vocabulary_string", "wrap_32",
-    "time_part", "seconds_to", "seconds_between",
-)  # fmt: skip
+    "widen_8",
+    "widen_16",
+    "widen_32",
+    "widen_u8",
+    "hash_string",
+    "hash_id",
+    "mod",
+    "multi_hash",
+    "bucket_i64",
+    "bucket_f32",
+    "bucket_f64",
+    "cross",
+    "log_f32",
+    "log_f64",
+    "clip_i64",
+    "clip_f32",
+    "clip_f64",
+    "normalize_f32",
+    "normalize_f64",
+    "fill_f32",
+    "fill_f64",
+    "i64_to_f32",
+    "i64_to_f64",
+    "f32_to_f64",
+    "f64_to_f32",
+    "f32_to_i64",
+    "f64_to_i64",
+    "i64_to_i32",
+    "vocabulary_id",
+    "vocabulary_string",
+    "wrap_32",
+    "time_part",
+    "seconds_to",
+    "seconds_between",
+)
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
 SCRATCH_TILES = 8

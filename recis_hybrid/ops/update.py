@@ -81,9 +81,17 @@ def rowwise_adagrad_update(table: Table, gradients: Gradients, *, sum_offset: in
 
 
 def adam_update(
-    table: Table, gradients: Gradients, *, exp_avg_offset: int, exp_avg_sq_offset: int, lr: float,
-    betas: tuple[float, float], eps: float, decay: float, t: int,
-) -> None:  # fmt: skip
+    table: Table,
+    gradients: Gradients,
+    *,
+    exp_avg_offset: int,
+    exp_avg_sq_offset: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    t: int,
+) -> None:
     """Reduces row gradients and applies Adam to rows that have one; weights are first multiplied by ``decay``.
 
     ``t`` counts from 1; ``eps`` is added to the root of the second moment before its bias is corrected.
@@ -100,5 +108,11 @@ def _records(table: Table) -> tuple[object, ...]:
 def _parts(gradients: Gradients) -> tuple[object, ...]:
     groups = gradients.groups
     return (
-        gradients.values, groups.count, groups.unique, groups.offsets, groups.sources, groups.scales, gradients.factor
-    )  # fmt: skip
+        gradients.values,
+        groups.count,
+        groups.unique,
+        groups.offsets,
+        groups.sources,
+        groups.scales,
+        gradients.factor,
+    )

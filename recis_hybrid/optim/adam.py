@@ -86,9 +86,13 @@ class AdamW(SparseOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
         weight_decay: float = 1e-2,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @staticmethod
@@ -116,14 +120,27 @@ _MOMENTS = (StateField("exp_avg"), StateField("exp_avg_sq"))
 
 
 def _adam(
-    table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int, *, eps: float,
+    table: HashTable,
+    records: ops.update.Table,
+    gradients: Gradients,
+    group: dict[str, Any],
+    step: int,
+    *,
+    eps: float,
     decay: float,
-) -> None:  # fmt: skip
+) -> None:
     layout = table.layout
     ops.update.adam_update(
-        records, gradients, exp_avg_offset=layout.offset("exp_avg"), exp_avg_sq_offset=layout.offset("exp_avg_sq"),
-        lr=group["lr"], betas=group["betas"], eps=eps, decay=decay, t=step,
-    )  # fmt: skip
+        records,
+        gradients,
+        exp_avg_offset=layout.offset("exp_avg"),
+        exp_avg_sq_offset=layout.offset("exp_avg_sq"),
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=eps,
+        decay=decay,
+        t=step,
+    )
 
 
 def _check_betas(owner: str, betas: tuple[float, float]) -> None:

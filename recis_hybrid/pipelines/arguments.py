@@ -151,9 +151,12 @@ def optimizers_of(where: str, value: Any) -> dict[str, torch.optim.Optimizer]:
         if _is_optax(optimizer):
             raise TypeError(f"{where}: {name!r} must be a torch optimizer, got a transformation of optax; {_OPTAX}")
         refuse_other_than(
-            where, f"the optimizer {name!r}", optimizer, torch.optim.Optimizer,
+            where,
+            f"the optimizer {name!r}",
+            optimizer,
+            torch.optim.Optimizer,
             "an optimizer of torch.optim or recis_hybrid.optim",
-        )  # fmt: skip
+        )
     if len({id(optimizer) for optimizer in named.values()}) < len(named):
         raise ValueError(f"{where}: an optimizer comes twice among {sorted(named)}, and would update twice a step")
     return named

@@ -75,8 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"recis-hybrid: terminated{_resume_hint(name)}", file=sys.stderr)
         return int(error.code or 1)
     except (
-        CheckpointError, CallbackError, NonFiniteLossError, ImportError, OSError, ValueError, TypeError, KeyError
-    ) as error:  # fmt: skip
+        CheckpointError,
+        CallbackError,
+        NonFiniteLossError,
+        ImportError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         print(f"recis-hybrid: {text}{_key_of_spec(text)}{notes}", file=sys.stderr)
@@ -126,11 +133,12 @@ class _TrainParser(Parser):
 
 def _train_parser() -> Parser:
     parser = _TrainParser(
-        "train", "train what a configuration says; the last line on stdout is JSON",
+        "train",
+        "train what a configuration says; the last line on stdout is JSON",
         epilog=f"Paths in a configuration are relative to its folder, those in KEY=VALUE to the current one.\n\n"
         f"keys of a configuration, what they take, and (what they are if nothing is said):\n{describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")

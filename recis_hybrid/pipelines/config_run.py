@@ -39,12 +39,20 @@ from recis_hybrid.saver import Saver
 from recis_hybrid.saver.storage import storage_of
 
 METRICS: dict[str, type[Metric]] = {
-    "auc": AUC, "binned_auc": BinnedAUC, "gauc": GAUC, "logloss": LogLoss, "normalized_entropy": NormalizedEntropy,
-    "calibration": Calibration, "mse": MSE,
-}  # fmt: skip
+    "auc": AUC,
+    "binned_auc": BinnedAUC,
+    "gauc": GAUC,
+    "logloss": LogLoss,
+    "normalized_entropy": NormalizedEntropy,
+    "calibration": Calibration,
+    "mse": MSE,
+}
 SPARSE: Mapping[str, Any] = {
-    "adam": optim.Adam, "adagrad": optim.Adagrad, "rowwise_adagrad": optim.RowwiseAdagrad, "sgd": optim.SGD
-}  # fmt: skip
+    "adam": optim.Adam,
+    "adagrad": optim.Adagrad,
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "sgd": optim.SGD,
+}
 LOWER_IS_BETTER = {"logloss", "normalized_entropy", "mse"}
 
 
@@ -65,12 +73,16 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
     log = JsonLog(storage_of(config.run).root / "log.jsonl")
     data, evaluated = config.data, config.data.evaluate
     return Trainer(
-        step, dataset_of(config, features, data.train, shuffle=data.shuffle),
+        step,
+        dataset_of(config, features, data.train, shuffle=data.shuffle),
         None if evaluated is None else dataset_of(config, features, evaluated),
-        metrics=metrics_of(config), saver=Saver(config.run, keep=config.train.keep),
+        metrics=metrics_of(config),
+        saver=Saver(config.run, keep=config.train.keep),
         callbacks=[log, RunRecord(config, changes or {}, log), *_callbacks(config, quiet)],
-        accumulate=config.train.accumulate, log_every=config.train.log_every, seed=config.seed,
-    )  # fmt: skip
+        accumulate=config.train.accumulate,
+        log_every=config.train.log_every,
+        seed=config.seed,
+    )
 
 
 def step_of(config: Config) -> TorchStep:
@@ -79,12 +91,13 @@ def step_of(config: Config) -> TorchStep:
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
     return _step(
-        config, model,
+        config,
+        model,
         {
             "dense": torch.optim.Adam(dense_parameters(model), lr=config.optimizer.dense_lr),
             "sparse": kind(model.engine.parameters(), lr=config.optimizer.sparse_lr),
         },
-    )  # fmt: skip
+    )
 
 
 def scoring_step_of(config: Config) -> TorchStep:
@@ -95,10 +108,15 @@ def scoring_step_of(config: Config) -> TorchStep:
 
 def _step(config: Config, model: ConfigModel, optimizers: dict[str, torch.optim.Optimizer]) -> TorchStep:
     return TorchStep(
-        model, torch.nn.functional.binary_cross_entropy_with_logits, optimizers,
-        label=config.data.label, groups=config.data.groups, precision=config.train.precision,
-        clip_grad_norm=config.optimizer.clip_grad_norm, compile=[model.tower] if config.model.compile else [],
-    )  # fmt: skip
+        model,
+        torch.nn.functional.binary_cross_entropy_with_logits,
+        optimizers,
+        label=config.data.label,
+        groups=config.data.groups,
+        precision=config.train.precision,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        compile=[model.tower] if config.model.compile else [],
+    )
 
 
 def metrics_of(config: Config) -> dict[str, Metric]:
@@ -131,13 +149,16 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
     try:
         embeddings = {
             name: EmbeddingConfig(
-                dim=feature.dim, table=feature.table, combiner=feature.combiner,
-                initializer=Normal(0.0, feature.std), trainable=trainable,
+                dim=feature.dim,
+                table=feature.table,
+                combiner=feature.combiner,
+                initializer=Normal(0.0, feature.std),
+                trainable=trainable,
                 admission=MinFrequency(feature.min_frequency) if feature.min_frequency and trainable else None,
             )
             for name, feature in config.features.items()
             if feature.dim is not None
-        }  # fmt: skip
+        }
         if not embeddings:
             raise ConfigError("features: at least one must have a dim, which is that of its embedding")
         state = SPARSE[config.optimizer.sparse].row_state() if trainable else ()
@@ -175,9 +196,16 @@ def _feature(name: str, config: FeatureConfig) -> Feature:
 
 
 def dataset_of(
-    config: Config, features: list[Feature], paths: str | list[str], *, shuffle: bool = False, label: bool = True,
-    columns: Sequence[str] = (), transforms: Callable[[Batch], Batch] | None = None, **options: Any,
-) -> ColumnDataset:  # fmt: skip
+    config: Config,
+    features: list[Feature],
+    paths: str | list[str],
+    *,
+    shuffle: bool = False,
+    label: bool = True,
+    columns: Sequence[str] = (),
+    transforms: Callable[[Batch], Batch] | None = None,
+    **options: Any,
+) -> ColumnDataset:
     """Returns a dataset of the columns that a configuration reads.
 
     Args:
@@ -202,13 +230,20 @@ def dataset_of(
     keep = [data.groups] if label and data.groups in wanted and data.groups not in config.features else []
     engine = FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False)
     return ColumnDataset(
-        paths, _specs(config, paths, read, label), **{
-            "batch_size": data.batch_size, "shuffle": shuffle, "seed": config.seed, "num_threads": data.threads,
-            "transforms": transforms or engine, "csv": csv_of(config), "partitions": data.partitions,
+        paths,
+        _specs(config, paths, read, label),
+        **{
+            "batch_size": data.batch_size,
+            "shuffle": shuffle,
+            "seed": config.seed,
+            "num_threads": data.threads,
+            "transforms": transforms or engine,
+            "csv": csv_of(config),
+            "partitions": data.partitions,
             "device": None if config.train.device == "cpu" else config.train.device,
             **options,
         },
-    )  # fmt: skip
+    )
 
 
 def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:

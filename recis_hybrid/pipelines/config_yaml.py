@@ -123,9 +123,11 @@ def _refuse_duplicates(node: MappingNode) -> None:
             raise ConstructorError(None, None, "a key must be a string, this is a list or a mapping", key.start_mark)
         if key.value in seen:
             raise ConstructorError(
-                f"the key {key.value!r} is written twice in a mapping, first", seen[key.value],
-                "and again here; remove one", key.start_mark,
-            )  # fmt: skip
+                f"the key {key.value!r} is written twice in a mapping, first",
+                seen[key.value],
+                "and again here; remove one",
+                key.start_mark,
+            )
         seen[key.value] = key.start_mark
 
 

@@ -19,8 +19,15 @@ _LOGITS = "logits"
 _OF_LOGITS = (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss)
 _OF_PROBABILITIES = (F.binary_cross_entropy, nn.BCELoss)
 _OF_NUMBERS = (
-    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss
-)  # fmt: skip
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+)
 _BINARY = (*_OF_LOGITS, *_OF_PROBABILITIES)
 _ELEMENTWISE = (*_BINARY, *_OF_NUMBERS)
 

@@ -117,9 +117,12 @@ class PlateauSchedule(_OnMetric):
         self._schedules = list(schedules)
         for number, schedule in enumerate(self._schedules):
             refuse_other_than(
-                "PlateauSchedule", f"schedules[{number}]", schedule, ReduceLROnPlateau,
+                "PlateauSchedule",
+                f"schedules[{number}]",
+                schedule,
+                ReduceLROnPlateau,
                 "a torch.optim.lr_scheduler.ReduceLROnPlateau; others step with updates, TorchStep(schedules=[...])",
-            )  # fmt: skip
+            )
 
     def seen(self, trainer: Trainer, value: float) -> None:
         """Steps the schedules."""

@@ -67,11 +67,13 @@ def generator_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": cuda,
         "numpy": {
-            "keys": torch.from_numpy(keys.astype(np.int64)), "position": int(position), "has_gauss": int(has_gauss),
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
-    }  # fmt: skip
+    }
 
 
 def set_generator_states(states: dict[str, Any]) -> None:

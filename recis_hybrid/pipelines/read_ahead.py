@@ -160,10 +160,14 @@ class ReadAhead:
         except Exception as error:
             batches, self._failure = [], error
         announcement = announce(
-            batches, self._accumulate, ended=self._reader.ended, bare=self._reader.empty is None,
+            batches,
+            self._accumulate,
+            ended=self._reader.ended,
+            bare=self._reader.empty is None,
             failed=self._failure is not None,
-            interrupted=interrupted or self._interruption.requested is not None, digest=self._reader.digest,
-        )  # fmt: skip
+            interrupted=interrupted or self._interruption.requested is not None,
+            digest=self._reader.digest,
+        )
         self._reader.digest = 0
         self._announced = batches, announcement, self._reader.state_dict(read=True)
 

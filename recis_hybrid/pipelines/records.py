@@ -25,9 +25,19 @@ if TYPE_CHECKING:
 
 
 RESERVED = (
-    "event", "step", "name", "loss", "weight", "grad_norm", "samples", "samples_per_s", "seconds", "admitted",
-    "evicted", "tables",
-)  # fmt: skip
+    "event",
+    "step",
+    "name",
+    "loss",
+    "weight",
+    "grad_norm",
+    "samples",
+    "samples_per_s",
+    "seconds",
+    "admitted",
+    "evicted",
+    "tables",
+)
 """Names that the log itself uses in the lines of training steps."""
 _RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/")
 
@@ -160,8 +170,11 @@ class Recorder:
         record: dict[str, Any] = {**means, "samples": int(sums.pop("samples")), "seconds": now - self._begin}
         record["samples_per_s"] = sums.pop("new_samples") / seconds
         record["time/data"] = self.waited / steps
-        record |= {f"time/{name}": phases[name] for name in ("features", "lookup", "exchange", "towers", "update")
-                   if name in phases}  # fmt: skip
+        record |= {
+            f"time/{name}": phases[name]
+            for name in ("features", "lookup", "exchange", "towers", "update")
+            if name in phases
+        }
         record |= {name: int(count) for name, count in sums.items()}
         record |= _rates(trainer)
         record |= _memory(trainer.engines)

@@ -106,15 +106,17 @@ def _page(name: str, records: Sequence[dict[str, Any]]) -> str:
         ("Samples/s", svg.lines(_series(train, ["samples_per_s"]), from_zero=True)),
         ("Where a step's time goes", _time_split(train)),
         ("Rows of tables", svg.lines(_series(train, _names(train, "rows/"), cut="rows/"), from_zero=True)),
-        ("Rows admitted and evicted, between two lines of the log",
-         svg.lines(_series(train, ["admitted", "evicted"]), from_zero=True)),
+        (
+            "Rows admitted and evicted, between two lines of the log",
+            svg.lines(_series(train, ["admitted", "evicted"]), from_zero=True),
+        ),
         ("Memory", svg.lines(_series(train, _names(train, "memory/"), cut="memory/"), y_format=_bytes, from_zero=True)),
         ("Learning rate", svg.lines(_series(train, _names(train, "lr/"), cut="lr/"), from_zero=True)),
         ("Norm of gradients", svg.lines(_series(train, ["grad_norm"]), from_zero=True)),
         ("Weights of objectives", svg.lines(_series(train, _names(train, "weight/"), cut="weight/"))),
         *((name, svg.lines(_series(train, [name]))) for name in _names(train) if not is_reserved(name)),
         *_frequencies(records),
-    ]  # fmt: skip
+    ]
     cards = [f"<section><h2>{escape(title)}</h2>{chart}</section>" for title, chart in charts if chart]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
@@ -152,9 +154,10 @@ def _tiles(train: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
         rates = sorted(record["samples_per_s"] for record in train)
         tiles += [
             ("loss", f"{last['loss']:.4f}" if last["loss"] is not None else "NaN"),
-            ("samples", svg.short(last["samples"])), ("samples/s, median", svg.short(rates[len(rates) // 2])),
+            ("samples", svg.short(last["samples"])),
+            ("samples/s, median", svg.short(rates[len(rates) // 2])),
             ("rows in tables", svg.short(rows)),
-        ]  # fmt: skip
+        ]
     latest: dict[str, Any] = {}
     for record in evaluations:
         latest |= {name: value for name, value in record.items() if name.startswith(f"{record['name']}/")}

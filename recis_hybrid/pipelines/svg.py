@@ -69,9 +69,12 @@ class _Plane:
 
 
 def lines(
-    series: Mapping[str, Points], *, x_label: str = "step", y_format: Callable[[float], str] = short,
+    series: Mapping[str, Points],
+    *,
+    x_label: str = "step",
+    y_format: Callable[[float], str] = short,
     from_zero: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """Returns a chart of a line for each series."""
     values = [(x, y) for points in series.values() for x, y in points if y is not None]
     if not values:

@@ -113,9 +113,13 @@ class Checkpoint:
         return sum(min(item.rows, item.file.size // width) for layer in layers for item in layer.ranges)
 
     def read(
-        self, name: str, tables: Collection[str] | None = None, *,
-        wanted: Callable[[str], tuple[int, int]] = lambda _: (0, BUCKETS), reads: Reads | None = None,
-    ) -> PartState:  # fmt: skip
+        self,
+        name: str,
+        tables: Collection[str] | None = None,
+        *,
+        wanted: Callable[[str], tuple[int, int]] = lambda _: (0, BUCKETS),
+        reads: Reads | None = None,
+    ) -> PartState:
         """Read a part; what is read is compared with its checksums.
 
         Args:

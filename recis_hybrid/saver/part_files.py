@@ -93,11 +93,14 @@ def write_part_of_each(
 
     return {
         each: PartEntry(
-            kind, meta, {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
-            None if file is None else FileEntry(file[0], file[1], tuple(file[2])), {},
+            kind,
+            meta,
+            {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
+            None if file is None else FileEntry(file[0], file[1], tuple(file[2])),
+            {},
         )
         for each, meta, specs, file in ranks.together(write)
-    }  # fmt: skip
+    }
 
 
 def _words(spec: TensorSpec) -> tuple[str, list[JSON]]:

@@ -136,9 +136,14 @@ def tensors_into(
 
 
 def _tables(
-    checkpoint: Checkpoint, ranks: Ranks, name: str, part: SaveablePart, selection: Selection, strict: bool,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    name: str,
+    part: SaveablePart,
+    selection: Selection,
+    strict: bool,
     result: Loaded,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     owner, entry = _owner(name, part), checkpoint.manifest.parts[name]
     live = owner.checkpoint_layout().tables
     names = selection.live_names(entry.tables)

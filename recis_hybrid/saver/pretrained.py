@@ -20,9 +20,14 @@ _MOST_BYTES = 2**30
 
 @torch.inference_mode(False)
 def load_pretrained(
-    module: torch.nn.Module, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
-) -> Loaded:  # fmt: skip
+    module: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    strict: bool = True,
+) -> Loaded:
     """Load tensors into a module's parameters and buffers of the same names.
 
     All is read and compared before anything is changed. Dtypes are converted to the module's.

@@ -50,9 +50,14 @@ class _Read:
 
 
 def import_recis(
-    source: Path, to: Target, step: int = 0, *, slots: Mapping[str, str] | None = None, adam_step: int | None = None,
+    source: Path,
+    to: Target,
+    step: int = 0,
+    *,
+    slots: Mapping[str, str] | None = None,
+    adam_step: int | None = None,
     tables_only: bool = False,
-) -> Location:  # fmt: skip
+) -> Location:
     """Convert a checkpoint of RecIS: tables become the part `engine`, towers the part `model`.
 
     Optimizer state is named as torch.optim does where a slot's name ends so (`sparse_adamw_tf_exp_avg` becomes

@@ -227,9 +227,12 @@ class _File:
             if found != self._pages[page + at]:
                 place = at * PAGE_BYTES
                 check_sum(
-                    self._path, self._where, self._start + begin + place, f"{self._pages[page + at]:08x}",
+                    self._path,
+                    self._where,
+                    self._start + begin + place,
+                    f"{self._pages[page + at]:08x}",
                     data[place : place + PAGE_BYTES],
-                )  # fmt: skip
+                )
         return data[first - begin : stop - begin]
 
     def _check_pages(self, head: bytes) -> None:

@@ -75,9 +75,13 @@ class Saver:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, keep: int | None = 5, async_save: bool = False,
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keep: int | None = 5,
+        async_save: bool = False,
         group: dist.ProcessGroup | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if keep is not None and (type(keep) is not int or keep < 1):
             raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
         self._storage = storage_of(path)
@@ -270,10 +274,15 @@ class Saver:
 
     @torch.inference_mode(False)
     def load_some(
-        self, step: int | Literal["latest"] = "latest", *, only: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (), rename: Mapping[str, str] | None = None, strict: bool = True,
+        self,
+        step: int | Literal["latest"] = "latest",
+        *,
+        only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
         **parts: object,
-    ) -> Loaded:  # fmt: skip
+    ) -> Loaded:
         """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
 
         Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is

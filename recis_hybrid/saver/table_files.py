@@ -65,9 +65,13 @@ def write_tables(
 
 
 def read_table(
-    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int] = (0, BUCKETS),
+    root: Location,
+    part: str,
+    name: str,
+    entry: TableEntry,
+    wanted: tuple[int, int] = (0, BUCKETS),
     reads: Reads | None = None,
-) -> TableState:  # fmt: skip
+) -> TableState:
     """Read the rows of some buckets of a table, and compare what is read with its checksums.
 
     Args:
@@ -150,9 +154,14 @@ class _Writer:
     """Writes this rank's files of a plan; a failure is raised only after all that others wait for has been sent."""
 
     def __init__(
-        self, root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], plan: Sequence[PlannedFile],
+        self,
+        root: Location,
+        ranks: Ranks,
+        part: str,
+        tables: Sequence[LocalTable],
+        plan: Sequence[PlannedFile],
         above: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._above = above
         self._root, self._ranks, self._part, self._tables, self._plan = root, ranks, part, tables, plan
         counts = Counter(file.table for file in plan)

@@ -75,11 +75,14 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
     """
     about: list[JSON] = [
         [
-            table.name, table.ids.numel(), table.present[[0, -1]].tolist() if table.ids.numel() else None,
-            table.meta, [[name, str(spec)] for name, spec in table.specs.items()],
+            table.name,
+            table.ids.numel(),
+            table.present[[0, -1]].tolist() if table.ids.numel() else None,
+            table.meta,
+            [[name, str(spec)] for name, spec in table.specs.items()],
         ]
         for table in tables
-    ]  # fmt: skip
+    ]
     answers = ranks.exchange(about)
     _refuse_unlike(part, answers)
     totals = [sum(answer[number][1] for answer in answers) for number in range(len(tables))]

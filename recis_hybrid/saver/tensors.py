@@ -165,9 +165,13 @@ class TensorFile:
 
 
 def check_contents(
-    path: object, where: str, found_tag: Any, found: dict[str, TensorSpec], tag: dict[str, JSON],
+    path: object,
+    where: str,
+    found_tag: Any,
+    found: dict[str, TensorSpec],
+    tag: dict[str, JSON],
     specs: dict[str, TensorSpec],
-) -> None:  # fmt: skip
+) -> None:
     """Compare what a file says it holds with what it must hold.
 
     Args:

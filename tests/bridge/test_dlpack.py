@@ -8,9 +8,18 @@ jax = pytest.importorskip("jax")
 from recis_hybrid.bridge import copies, to_jax, to_torch  # noqa: E402
 
 NARROW = [
-    torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
-    torch.uint8, torch.uint16, torch.uint32, torch.bool, torch.complex64,
-]  # fmt: skip
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.bool,
+    torch.complex64,
+]
 WIDE = [torch.int64, torch.float64]
 
 

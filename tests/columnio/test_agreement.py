@@ -117,10 +117,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _RANK, str(root), str(rank)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         every = [process.communicate(timeout=90) for process in ranks]
     finally:

@@ -32,9 +32,12 @@ def ragged(batch: Batch, name: str = "negatives") -> RaggedTensor:
 
 
 @given(
-    table=st.lists(ids, min_size=12, max_size=40, unique=True), seed=st.integers(0, 9), count=st.integers(1, 5),
-    in_batch=st.booleans(), data=st.data(),
-)  # fmt: skip
+    table=st.lists(ids, min_size=12, max_size=40, unique=True),
+    seed=st.integers(0, 9),
+    count=st.integers(1, 5),
+    in_batch=st.booleans(),
+    data=st.data(),
+)
 def test_a_rows_own_items_are_never_drawn(table: list[int], seed: int, count: int, in_batch: bool, data: Any) -> None:
     size = data.draw(st.integers(12, 20)) if in_batch else data.draw(st.integers(0, 6))
     item = st.sampled_from(table)
@@ -67,9 +70,13 @@ def test_items_are_drawn_by_frequency_to_a_power(power: float, in_batch: bool) -
         positives = torch.tensor([item for item, count in frequencies.items() for _ in range(count)])
     else:
         sampler = NegativeSampler(
-            "item", 400, power=power, exclude=["seen"],
-            items=torch.tensor([10, 7, 9, 8]), frequencies=torch.tensor([80, 1, 3, 16]),
-        )  # fmt: skip
+            "item",
+            400,
+            power=power,
+            exclude=["seen"],
+            items=torch.tensor([10, 7, 9, 8]),
+            frequencies=torch.tensor([80, 1, 3, 16]),
+        )
         positives = torch.full((100,), 7)
     batch = {"item": positives, "seen": torch.full_like(positives, 8)}
     rows = (positives == 7).nonzero().view(-1)

@@ -58,9 +58,16 @@ def test_padded_batches_hold_every_row_once(
 ) -> None:
     def opened(rank: int, size: int) -> ColumnDataset:
         return ColumnDataset(
-            folder, ["row"], batch_size, shuffle=shuffle, seed=5, rank=rank, world_size=size, uneven="pad",
+            folder,
+            ["row"],
+            batch_size,
+            shuffle=shuffle,
+            seed=5,
+            rank=rank,
+            world_size=size,
+            uneven="pad",
             num_threads=threads,
-        )  # fmt: skip
+        )
 
     seen: list[int] = []
     states = []
@@ -106,9 +113,12 @@ def test_wrapped_batches_go_on_from_the_beginning(folder: Path, shuffle: bool, w
 
 
 @given(
-    rows=st.integers(1, 200), batch_size=st.integers(1, 9), world_size=st.integers(2, 6), start=st.integers(0, 199),
+    rows=st.integers(1, 200),
+    batch_size=st.integers(1, 9),
+    world_size=st.integers(2, 6),
+    start=st.integers(0, 199),
     workers=st.integers(1, 3),
-)  # fmt: skip
+)
 def test_ranks_get_equally_many_batches_of_about_one_size(
     rows: int, batch_size: int, world_size: int, start: int, workers: int
 ) -> None:
@@ -164,9 +174,15 @@ def test_filled_columns_of_every_kind(folder: Path) -> None:
 
 
 @given(
-    rows=st.integers(1, 60), batch_size=st.integers(1, 9), start=st.integers(0, 60), world_size=st.integers(1, 5),
-    uneven=st.sampled_from([None, "wrap", "drop"]), drop=st.booleans(), workers=st.integers(1, 4), data=st.data(),
-)  # fmt: skip
+    rows=st.integers(1, 60),
+    batch_size=st.integers(1, 9),
+    start=st.integers(0, 60),
+    world_size=st.integers(1, 5),
+    uneven=st.sampled_from([None, "wrap", "drop"]),
+    drop=st.booleans(),
+    workers=st.integers(1, 4),
+    data=st.data(),
+)
 def test_what_is_wanted_is_what_batches_hold(
     rows: int, batch_size: int, start: int, world_size: int, uneven: Any, drop: bool, workers: int, data: st.DataObject
 ) -> None:
@@ -215,10 +231,12 @@ def test_ranks_of_torch_distributed_share_all_rows_and_no_collective_hangs(folde
     started = [
         subprocess.Popen(
             [sys.executable, "-c", _DISTRIBUTED, str(folder), str(number), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     seen: list[int] = []
     for number, process in enumerate(started):
         out, err = process.communicate(timeout=120)

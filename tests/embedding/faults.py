@@ -47,9 +47,11 @@ def train(
     """
     rank, steps = dist.get_rank(group), 0
     configs = {
-        "user": EmbeddingConfig(dim=8), "item": EmbeddingConfig(dim=16, admission=MinFrequency(2)),
-        "page": EmbeddingConfig(dim=12, sharding="column"), "day": EmbeddingConfig(dim=4, sharding="replicated"),
-    }  # fmt: skip
+        "user": EmbeddingConfig(dim=8),
+        "item": EmbeddingConfig(dim=16, admission=MinFrequency(2)),
+        "page": EmbeddingConfig(dim=12, sharding="column"),
+        "day": EmbeddingConfig(dim=4, sharding="replicated"),
+    }
     engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), group=group, prefetch_depth=prefetch)
     optimizer = optim.Adam(engine.parameters(), lr=0.01)
     exchanges = [engine._sharded.exchange]  # type: ignore[union-attr]

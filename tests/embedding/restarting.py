@@ -25,9 +25,13 @@ SAMPLES, EVERY, DIM = 24, 3, 18
 
 
 def train(
-    group: dist.ProcessGroup, folder: str, steps: int, save_group: dist.ProcessGroup | None = None,
-    die_after: int | None = None, sharding: str = "row",
-) -> dict[str, Any]:  # fmt: skip
+    group: dist.ProcessGroup,
+    folder: str,
+    steps: int,
+    save_group: dist.ProcessGroup | None = None,
+    die_after: int | None = None,
+    sharding: str = "row",
+) -> dict[str, Any]:
     """Trains up to a step, from the latest checkpoint if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
@@ -62,9 +66,12 @@ def train(
         if (step + 1) % EVERY == 0:
             saver.save(step + 1, **parts)
     return {
-        "losses": [], "tables": sharded.rows_of(engine), "predictions": sharded.predictions(model, rank, ranks),
-        "tower": model.tower.weight.detach(), "begun": begun,
-    }  # fmt: skip
+        "losses": [],
+        "tables": sharded.rows_of(engine),
+        "predictions": sharded.predictions(model, rank, ranks),
+        "tower": model.tower.weight.detach(),
+        "begun": begun,
+    }
 
 
 def main() -> None:
@@ -79,12 +86,14 @@ def main() -> None:
     assert group is not None
     found = train(group, args.folder, args.steps, die_after=args.die_after)
     listed = {
-        **found, "predictions": found["predictions"].tolist(), "tower": found["tower"].tolist(),
+        **found,
+        "predictions": found["predictions"].tolist(),
+        "tower": found["tower"].tolist(),
         "tables": {
             name: {column: values.tolist() for column, values in columns.items()}
             for name, columns in found["tables"].items()
         },
-    }  # fmt: skip
+    }
     Path(args.folder, f"end.{dist.get_rank()}.json").write_text(json.dumps(listed))
     dist.destroy_process_group()
 

@@ -22,10 +22,17 @@ def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> Non
     assert touched_rows(table, 0)[0].numel() == len(EDGE_IDS) + 3
     # An update marks rows of an earlier lookup, too.
     table.step = 9
-    table.insert(0, torch.tensor([1], device=device), {
-        "embedding": torch.zeros(1, 4, device=device),
-        **{name: torch.tensor([n], device=device) for n, name in enumerate(("seen_step", "frequency", "updated_step"))},
-    })  # fmt: skip
+    table.insert(
+        0,
+        torch.tensor([1], device=device),
+        {
+            "embedding": torch.zeros(1, 4, device=device),
+            **{
+                name: torch.tensor([n], device=device)
+                for n, name in enumerate(("seen_step", "frequency", "updated_step"))
+            },
+        },
+    )
     assert [part.tolist() for part in touched_rows(table, 4)] == [[], []]
     rows = table.rows(0, torch.tensor([1], device=device))
     assert rows.tolist()[0] >= 0

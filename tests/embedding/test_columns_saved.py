@@ -19,7 +19,7 @@ DIM = 18
 def parts_of(group: dist.ProcessGroup, sharding: str) -> dict[str, object]:
     engine = EmbeddingEngine(
         sharded.configs(sharding, DIM), optimizer_state=sharded.STATES["Adam"], seed=3, group=group
-    )  # fmt: skip
+    )
     return {"engine": engine, "sparse": optim.Adam(engine.parameters(), lr=0.1)}
 
 

@@ -49,9 +49,15 @@ def reference(weight: Tensor, column: RaggedTensor, combiner: str | None, max_le
 
 CASES = [
     *[(combiner, None, weighted) for combiner in ("sum", "mean", "sqrtn") for weighted in (False, True)],
-    ("sum", 2, True), ("mean", 2, False), ("max", None, False), ("max", 3, False), ("tile", 4, False),
-    ("tile", 1, False), (None, None, False), (None, 2, False),
-]  # fmt: skip
+    ("sum", 2, True),
+    ("mean", 2, False),
+    ("max", None, False),
+    ("max", 3, False),
+    ("tile", 4, False),
+    ("tile", 1, False),
+    (None, None, False),
+    (None, 2, False),
+]
 
 
 @on_devices
@@ -120,11 +126,15 @@ def test_max_of_unknown_ids_and_of_nan() -> None:
 @pytest.mark.parametrize(
     ("settings", "column", "error", "message"),
     [
-        ({"combiner": "max"}, RaggedTensor(torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1.0])), ValueError,
-         "feature 'item': the combiner 'max' takes no weights, and the column carries some"),
+        (
+            {"combiner": "max"},
+            RaggedTensor(torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1.0])),
+            ValueError,
+            "feature 'item': the combiner 'max' takes no weights, and the column carries some",
+        ),
         ({"weights": "w"}, torch.tensor([[1, 2]]), KeyError, "feature 'item': the batch has no column 'w'"),
     ],
-)  # fmt: skip
+)
 def test_bad_weights_are_refused(settings: dict, column: object, error: type[Exception], message: str) -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, **settings)})
     with pytest.raises(error, match=message):

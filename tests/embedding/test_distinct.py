@@ -72,8 +72,10 @@ def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], r
 @pytest.mark.parametrize("threads", [1, 2])
 def test_many_ids_are_dealt_alike_whatever_the_threads(device: str, threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    keys = [torch.randint(-(2**63), 2**63 - 1, (9000,), generator=generator)[torch.randint(0, 9000, (20_000,))]
-            for _ in range(3)]  # fmt: skip
+    keys = [
+        torch.randint(-(2**63), 2**63 - 1, (9000,), generator=generator)[torch.randint(0, 9000, (20_000,))]
+        for _ in range(3)
+    ]
     request = Request.of([feature(part, member=k % 2, device=device) for k, part in enumerate(keys)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

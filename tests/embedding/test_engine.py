@@ -51,10 +51,16 @@ def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, batch: Batc
 @on_devices
 @pytest.mark.parametrize(
     "more",
-    [{"combiner": "mean"}, {"combiner": "max"}, {"combiner": None}, {"combiner": "tile", "max_length": 2},
-     {"combiner": "sum", "max_length": 1}, {"admission": MinFrequency(2)}],
+    [
+        {"combiner": "mean"},
+        {"combiner": "max"},
+        {"combiner": None},
+        {"combiner": "tile", "max_length": 2},
+        {"combiner": "sum", "max_length": 1},
+        {"admission": MinFrequency(2)},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_values_beyond_the_last_list_are_none(device: str, more: dict[str, Any]) -> None:
     # What shortens lists on a GPU leaves as many values as there were, of which the first count.
     offsets = torch.tensor([0, 2, 2, 3], device=device)
@@ -384,9 +390,13 @@ def test_optional_features_and_other_columns() -> None:
         "each": EmbeddingConfig(dim=8, optional=True, combiner=None),
     }
     rows: dict[str, Any] = {
-        "user": torch.tensor([1, 2]), "item": torch.tensor([[1, 2], [2, 3]]), "w": torch.tensor([[1.0, 2], [3, 4]]),
-        "tiled": RaggedTensor.from_lists([[1], [2, 3]]), "each": torch.tensor([5, 6]), "label": torch.ones(2),
-    }  # fmt: skip
+        "user": torch.tensor([1, 2]),
+        "item": torch.tensor([[1, 2], [2, 3]]),
+        "w": torch.tensor([[1.0, 2], [3, 4]]),
+        "tiled": RaggedTensor.from_lists([[1], [2, 3]]),
+        "each": torch.tensor([5, 6]),
+        "label": torch.ones(2),
+    }
     for coalesce in (True, False):
         engine = EmbeddingEngine(configs, coalesce=coalesce, pass_through=True)
         whole = engine(rows)

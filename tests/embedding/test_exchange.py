@@ -90,9 +90,12 @@ def wired(group: dist.ProcessGroup, wire: torch.dtype) -> dict[str, torch.Tensor
     optimizer.step()
     after = sharded.rows_of(engine)["user"]
     return {
-        "values": values.detach(), "gradient": gradient, "ids": after["ids"],
-        "stored": before["user"], "applied": before["user"] - after["embedding"],
-    }  # fmt: skip
+        "values": values.detach(),
+        "gradient": gradient,
+        "ids": after["ids"],
+        "stored": before["user"],
+        "applied": before["user"] - after["embedding"],
+    }
 
 
 @pytest.mark.parametrize(("wire", "error"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)

@@ -18,16 +18,21 @@ def test_every_part_is_padded_to_16_bytes(dim: int, meta: int, first: int, secon
 
 
 def test_narrow_types_take_half() -> None:
-    layout = RecordLayout(20, (*MOMENTS, StateField("sum", width=1, dtype=torch.float32)), torch.bfloat16,
-                          torch.bfloat16)  # fmt: skip
+    layout = RecordLayout(
+        20, (*MOMENTS, StateField("sum", width=1, dtype=torch.float32)), torch.bfloat16, torch.bfloat16
+    )
     assert [layout.offset(part) for part in layout.parts] == [0, 64, 112, 160]
     assert layout.record_bytes == 176
     assert RecordLayout(20, MOMENTS, torch.float16).record_bytes == 48 + 16 + 80 + 80
 
 
 def test_first_values_as_they_lie_in_memory() -> None:
-    layout = RecordLayout(4, (StateField("a", first_value=1.0), StateField("b", width=1, first_value=-2.0)),
-                          torch.bfloat16, torch.bfloat16)  # fmt: skip
+    layout = RecordLayout(
+        4,
+        (StateField("a", first_value=1.0), StateField("b", width=1, first_value=-2.0)),
+        torch.bfloat16,
+        torch.bfloat16,
+    )
     args = layout.state_args
     assert (args.offsets, args.widths, args.sizes) == ([32, 48], [4, 1], [2, 2])
     assert args.first_values == [0x3F80, 0xC000]

@@ -116,7 +116,7 @@ class Answering:
         (Answering(lambda rows: torch.ones(2, 1, dtype=torch.bool)), ValueError, r"got bool \[2, 1\]"),
         (None, TypeError, r"a rule must have a method unwanted\(rows\), as Unused\(steps=1000\) has, got None"),
     ],
-)  # fmt: skip
+)
 def test_rules_that_do_not_say_which_rows_evict_none(rule: Any, error: type[Exception], message: str) -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     engine({"x": torch.tensor([1, 2]), "y": torch.tensor([1, 2])})
@@ -155,18 +155,33 @@ def test_a_rule_is_asked_about_all_tables_before_rows_go() -> None:
 @pytest.mark.parametrize(
     ("ids", "weights", "message"),
     [
-        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[1.0], [2.0, 3.0]]),
-         "row 0 has 1, and 2 ids"),
-        (RaggedTensor.from_lists([[1, 2], [3], [4]]), RaggedTensor.from_lists([[1.0, 2.0], [], [3.0, 4.0]]),
-         "row 1 has 0, and 1 ids"),
-        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[1.0, 2.0, 3.0]]),
-         "they have 1 rows and 1 levels, the ids 2 and 1"),
-        (RaggedTensor.from_lists([[1, 2], [3]]), RaggedTensor.from_lists([[[1.0, 2.0], [3.0]]]),
-         "they have 1 rows and 2 levels, the ids 2 and 1"),
-        (torch.tensor([1, 2, 3]), RaggedTensor.from_lists([[1.0, 2.0], [3.0]]),
-         r"'w' is ragged and the ids are \[3\]; give the weights in the ids' shape"),
+        (
+            RaggedTensor.from_lists([[1, 2], [3]]),
+            RaggedTensor.from_lists([[1.0], [2.0, 3.0]]),
+            "row 0 has 1, and 2 ids",
+        ),
+        (
+            RaggedTensor.from_lists([[1, 2], [3], [4]]),
+            RaggedTensor.from_lists([[1.0, 2.0], [], [3.0, 4.0]]),
+            "row 1 has 0, and 1 ids",
+        ),
+        (
+            RaggedTensor.from_lists([[1, 2], [3]]),
+            RaggedTensor.from_lists([[1.0, 2.0, 3.0]]),
+            "they have 1 rows and 1 levels, the ids 2 and 1",
+        ),
+        (
+            RaggedTensor.from_lists([[1, 2], [3]]),
+            RaggedTensor.from_lists([[[1.0, 2.0], [3.0]]]),
+            "they have 1 rows and 2 levels, the ids 2 and 1",
+        ),
+        (
+            torch.tensor([1, 2, 3]),
+            RaggedTensor.from_lists([[1.0, 2.0], [3.0]]),
+            r"'w' is ragged and the ids are \[3\]; give the weights in the ids' shape",
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_of_other_rows_are_refused(ids: Tensor | RaggedTensor, weights: RaggedTensor, message: str) -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
     with pytest.raises(ValueError, match="feature 'item': .*" + message):
@@ -228,27 +243,54 @@ def test_settings_of_another_type_are_refused(settings: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: EmbeddingEngine({"id": 8}), TypeError,  # type: ignore[dict-item]
-         "feature 'id': it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got 8"),
-        (lambda: EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, seed=1.5), TypeError,  # type: ignore[arg-type]
-         "EmbeddingEngine: seed must be an integer, as seed=0, got 1.5"),
-        (lambda: StateField("sum", width=-5), ValueError,
-         "StateField 'sum': width must be at least 1, or None for that of the row, got -5"),
-        (lambda: StateField("sum", width=1.0), TypeError,  # type: ignore[arg-type]
-         "StateField 'sum': width must be an integer, as width=1, got 1.0"),
-        (lambda: StateField("sum", first_value=float("inf")), ValueError,
-         "StateField 'sum': first_value must be a finite number, got inf"),
-        (lambda: RecordLayout(2, (StateField("sum", first_value=1e39),)), ValueError,
-         "RecordLayout: sum: first_value must be a number of torch.float32, which end at 3.40282e+38, got 1e+39"),
-        (lambda: RecordLayout(2.0), TypeError,  # type: ignore[arg-type]
-         "RecordLayout: dim must be an integer, as dim=16, got 2.0"),
-        (lambda: MinFrequency(1.5), TypeError,  # type: ignore[arg-type]
-         "MinFrequency: count must be an integer, as count=3, got 1.5"),
+        (
+            lambda: EmbeddingEngine({"id": 8}),
+            TypeError,  # type: ignore[dict-item]
+            "feature 'id': it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got 8",
+        ),
+        (
+            lambda: EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, seed=1.5),
+            TypeError,  # type: ignore[arg-type]
+            "EmbeddingEngine: seed must be an integer, as seed=0, got 1.5",
+        ),
+        (
+            lambda: StateField("sum", width=-5),
+            ValueError,
+            "StateField 'sum': width must be at least 1, or None for that of the row, got -5",
+        ),
+        (
+            lambda: StateField("sum", width=1.0),
+            TypeError,  # type: ignore[arg-type]
+            "StateField 'sum': width must be an integer, as width=1, got 1.0",
+        ),
+        (
+            lambda: StateField("sum", first_value=float("inf")),
+            ValueError,
+            "StateField 'sum': first_value must be a finite number, got inf",
+        ),
+        (
+            lambda: RecordLayout(2, (StateField("sum", first_value=1e39),)),
+            ValueError,
+            "RecordLayout: sum: first_value must be a number of torch.float32, which end at 3.40282e+38, got 1e+39",
+        ),
+        (
+            lambda: RecordLayout(2.0),
+            TypeError,  # type: ignore[arg-type]
+            "RecordLayout: dim must be an integer, as dim=16, got 2.0",
+        ),
+        (
+            lambda: MinFrequency(1.5),
+            TypeError,  # type: ignore[arg-type]
+            "MinFrequency: count must be an integer, as count=3, got 1.5",
+        ),
         (lambda: MinFrequency(2**40), ValueError, "MinFrequency: count must be below 2**40, where counts end, got"),
-        (lambda: Unused(1.5), TypeError,  # type: ignore[arg-type]
-         "Unused: steps must be an integer, as steps=1000, got 1.5"),
+        (
+            lambda: Unused(1.5),
+            TypeError,  # type: ignore[arg-type]
+            "Unused: steps must be an integer, as steps=1000, got 1.5",
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_settings_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + re.escape(message)):
         make()
@@ -267,15 +309,22 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 @pytest.mark.parametrize(
     ("initializer", "dtype", "greatest"),
     [
-        (Constant(1e300), F32, "1e+300"), (Constant(3.4028236e38), F32, "3.40282e+38"), (Constant(1e6), F16, "1e+06"),
-        (Constant(-65520.0), F16, "65520"), (Constant(3.4e38), BF16, "3.4e+38"),
-        (Uniform(-3e38, 3e38), F32, "6e+38"), (Uniform(0.0, 1e5), F16, "100000"),
-        (Normal(0.0, 1e39), F32, "5.7682e+39"), (Normal(0.0, 12_000.0), F16, "69218.4"),
-        (TruncatedNormal(0.0, 2e38, -2.0, 2.0), F32, "4e+38"), (TruncatedNormal(3e38, 1e38, -4.0, -3.9), F32, "4e+38"),
-        (XavierUniform(gain=1e39), F32, "1.22474e+39"), (KaimingNormal(gain=1e300), F32, "4.07873e+300"),
+        (Constant(1e300), F32, "1e+300"),
+        (Constant(3.4028236e38), F32, "3.40282e+38"),
+        (Constant(1e6), F16, "1e+06"),
+        (Constant(-65520.0), F16, "65520"),
+        (Constant(3.4e38), BF16, "3.4e+38"),
+        (Uniform(-3e38, 3e38), F32, "6e+38"),
+        (Uniform(0.0, 1e5), F16, "100000"),
+        (Normal(0.0, 1e39), F32, "5.7682e+39"),
+        (Normal(0.0, 12_000.0), F16, "69218.4"),
+        (TruncatedNormal(0.0, 2e38, -2.0, 2.0), F32, "4e+38"),
+        (TruncatedNormal(3e38, 1e38, -4.0, -3.9), F32, "4e+38"),
+        (XavierUniform(gain=1e39), F32, "1.22474e+39"),
+        (KaimingNormal(gain=1e300), F32, "4.07873e+300"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_first_values_beyond_the_dtype_are_refused(initializer: Initializer, dtype: torch.dtype, greatest: str) -> None:
     message = re.escape(f"{initializer!r} makes numbers up to {greatest}, and those of torch.")
     with pytest.raises(ValueError, match="feature 'id': " + message):
@@ -287,12 +336,16 @@ def test_first_values_beyond_the_dtype_are_refused(initializer: Initializer, dty
 @pytest.mark.parametrize(
     ("initializer", "dtype"),
     [
-        (Constant(3.4028235e38), F32), (Constant(65519.0), F16), (Constant(3.39e38), BF16),
-        (Uniform(-1.7e38, 1.7e38), F32), (Normal(0.0, 5.8e37), F32),
-        (Normal(0.0, 11_300.0), F16), (TruncatedNormal(0.0, 16_000.0, -4.0, 4.0), F16),
+        (Constant(3.4028235e38), F32),
+        (Constant(65519.0), F16),
+        (Constant(3.39e38), BF16),
+        (Uniform(-1.7e38, 1.7e38), F32),
+        (Normal(0.0, 5.8e37), F32),
+        (Normal(0.0, 11_300.0), F16),
+        (TruncatedNormal(0.0, 16_000.0, -4.0, 4.0), F16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_first_values_within_the_dtype_are_finite(initializer: Initializer, dtype: torch.dtype) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=64, initializer=initializer, dtype=dtype)})
     assert bool(engine({"id": torch.arange(20_000)})["id"].isfinite().all())
@@ -320,9 +373,13 @@ def test_torch_optimizers_refuse_tables_before_anything_changes(make: type[torch
 
 @pytest.mark.parametrize(
     ("table", "column", "value", "bits"),
-    [("id", "updated_step", -1, 40), ("id", "seen_step", 2**40, 40), ("id", "frequency", 2**48, 48),
-     ("id.admission", "count", 2**40, 40)],
-)  # fmt: skip
+    [
+        ("id", "updated_step", -1, 40),
+        ("id", "seen_step", 2**40, 40),
+        ("id", "frequency", 2**48, 48),
+        ("id.admission", "count", 2**40, 40),
+    ],
+)
 def test_a_checkpoint_of_numbers_that_rows_cannot_hold_changes_nothing(
     table: str, column: str, value: int, bits: int
 ) -> None:

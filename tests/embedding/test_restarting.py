@@ -26,16 +26,37 @@ def in_ranks(group: dist.ProcessGroup, folder: str, steps: int, sharding: str = 
 
 def torchrun(root: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--monitor-interval", "0.1", "-m", "tests.embedding.restarting", str(folder), str(STEPS), *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "--monitor-interval",
+        "0.1",
+        "-m",
+        "tests.embedding.restarting",
+        str(folder),
+        str(STEPS),
+        *more,
+    ]
     done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False, timeout=120,
+        command,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         # Else ranks find the addresses of those that ended in the store that torchrun keeps (docs/distributed.md).
         env={
-            **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"end.{rank}.json").read_text()) for rank in range(2)]
 

@@ -81,11 +81,16 @@ def test_ragged_ids_of_two_levels(device: str, combiner: Any, weighted: bool | s
     bags = [
         (bag, shares) for row, each in zip(LISTS, WEIGHTS, strict=True) for bag, shares in zip(row, each, strict=True)
     ]
-    expected = torch.stack([
-        pooled(weight[torch.tensor(bag, dtype=torch.int64)], combiner,
-               torch.tensor(shares if weighted else [1.0] * len(bag)))
-        for bag, shares in bags
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            pooled(
+                weight[torch.tensor(bag, dtype=torch.int64)],
+                combiner,
+                torch.tensor(shares if weighted else [1.0] * len(bag)),
+            )
+            for bag, shares in bags
+        ]
+    )
     assert outputs.shape == (5, 4)
     torch.testing.assert_close(outputs.cpu(), expected)
 
@@ -176,10 +181,13 @@ def test_from_files_through_operations_to_vectors(tmp_path: Path) -> None:
         {"plain": EmbeddingConfig(dim=4, combiner="mean"), "ids": EmbeddingConfig(dim=4, combiner="sum", weights="w")}
     )
     found = engine(features(batch))
-    direct = engine({
-        "plain": RaggedTensor.from_lists(LISTS), "ids": RaggedTensor.from_lists(LISTS),
-        "w": RaggedTensor.from_lists(WEIGHTS, dtype=torch.float32),
-    })  # fmt: skip
+    direct = engine(
+        {
+            "plain": RaggedTensor.from_lists(LISTS),
+            "ids": RaggedTensor.from_lists(LISTS),
+            "w": RaggedTensor.from_lists(WEIGHTS, dtype=torch.float32),
+        }
+    )
     for name in ("plain", "ids"):
         assert found[name].shape == (5, 4)
         assert torch.equal(found[name], direct[name])
@@ -190,8 +198,10 @@ def sequences(group: dist.ProcessGroup) -> dict[str, Any]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         {"cube": EmbeddingConfig(dim=4, combiner="mean"), "lists": EmbeddingConfig(dim=4, combiner="sqrtn")},
-        group=group, reduce="sum", prefetch_depth=0,
-    )  # fmt: skip
+        group=group,
+        reduce="sum",
+        prefetch_depth=0,
+    )
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     lists = RaggedTensor.from_lists(LISTS, weights=WEIGHTS)
     own = slice(4 * rank // ranks, 4 * (rank + 1) // ranks)

@@ -60,12 +60,20 @@ def test_a_hundred_steps_agree_with_one_process(
 
 @pytest.mark.parametrize(
     "more",
-    [{"uneven": True}, {"clip": 0.05}, {"accumulate": 3, "clip": 0.05}, {"uneven": True, "accumulate": 2},
-     {"sharding": "table"}, {"sharding": "replicated", "clip": 0.05}, {"sharding": "replicated", "uneven": True},
-     {"sharding": "column", "dim": 18, "clip": 0.05}, {"sharding": "column", "dim": 16, "uneven": True},
-     {"rule": "RowwiseAdagrad", "uneven": True}],
+    [
+        {"uneven": True},
+        {"clip": 0.05},
+        {"accumulate": 3, "clip": 0.05},
+        {"uneven": True, "accumulate": 2},
+        {"sharding": "table"},
+        {"sharding": "replicated", "clip": 0.05},
+        {"sharding": "replicated", "uneven": True},
+        {"sharding": "column", "dim": 18, "clip": 0.05},
+        {"sharding": "column", "dim": 16, "uneven": True},
+        {"rule": "RowwiseAdagrad", "uneven": True},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[str, Any]) -> None:
     job = Job(**{"rule": "Adagrad", "steps": 3, **more})
     one = ranks.run(1, train, job)
@@ -296,9 +304,12 @@ def misused(group: dist.ProcessGroup) -> list[str]:
 def too_old(group: dist.ProcessGroup) -> str:
     """Two steps between the rows of a batch and its turn."""
     engine = EmbeddingEngine(
-        {"id": EmbeddingConfig(dim=2)}, group=group, prefetch_depth=1, staleness=1,
+        {"id": EmbeddingConfig(dim=2)},
+        group=group,
+        prefetch_depth=1,
+        staleness=1,
         prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)),
-    )  # fmt: skip
+    )
     optimizer = optim.SGD(engine.parameters(), lr=0.1)
     batch = {"id": torch.arange(3)}
     for steps in (1, 2):
@@ -452,9 +463,10 @@ def saved(
     for table in found.tables.values():
         assert torch.equal(table.buckets, bucket_of(table.columns["ids"]))
     return found, {
-        "losses": [], "tables": {name: table.columns for name, table in found.tables.items()},
+        "losses": [],
+        "tables": {name: table.columns for name, table in found.tables.items()},
         "predictions": torch.zeros(0),
-    }  # fmt: skip
+    }
 
 
 def whole(states: list[PartState]) -> PartState:

@@ -159,8 +159,10 @@ def test_embeddings_alone_predict_the_same_and_start_optimizer_state_anew() -> N
     model, _ = trained(rows_in_state_dict="embedding")
     state = model.state_dict()
     assert sorted(key.rpartition(".")[2] for key in state if key.startswith("engine.tables.wide")) == [
-        "embedding", "ids", "step",
-    ]  # fmt: skip
+        "embedding",
+        "ids",
+        "step",
+    ]
     restored = Model(coalesce=False)
     restored.load_state_dict(state)
     model.eval()

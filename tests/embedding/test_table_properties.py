@@ -129,5 +129,6 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTables = TableMachine.TestCase
-TestTables.settings = settings(max_examples=60, stateful_step_count=25, deadline=None,
-                               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+TestTables.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

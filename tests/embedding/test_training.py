@@ -251,9 +251,11 @@ def test_no_grad_in_training_mode_inserts_and_takes_no_gradient() -> None:
 
 def test_a_frozen_table_beside_a_trained_one() -> None:
     engine = EmbeddingEngine(
-        {"a": EmbeddingConfig(dim=2, initializer=Constant(1.0)),
-         "b": EmbeddingConfig(dim=2, initializer=Constant(1.0), trainable=False)}
-    )  # fmt: skip
+        {
+            "a": EmbeddingConfig(dim=2, initializer=Constant(1.0)),
+            "b": EmbeddingConfig(dim=2, initializer=Constant(1.0), trainable=False),
+        }
+    )
     assert len(engine.tables) == 2
     optimizer = optim.SGD(engine.parameters(), lr=0.5)
     batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
@@ -270,10 +272,12 @@ def test_a_frozen_table_beside_a_trained_one() -> None:
 
 def test_hyperparameters_of_a_table_have_a_group_that_schedules_reach() -> None:
     engine = EmbeddingEngine(
-        {"a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
-         "b": EmbeddingConfig(dim=2, initializer=Constant(0.0), optimizer={"lr": 10.0}),
-         "c": EmbeddingConfig(dim=2, initializer=Constant(0.0))}
-    )  # fmt: skip
+        {
+            "a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
+            "b": EmbeddingConfig(dim=2, initializer=Constant(0.0), optimizer={"lr": 10.0}),
+            "c": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
+        }
+    )
     assert len(engine.tables) == 2
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)

@@ -32,9 +32,20 @@ def test_demo_learns_and_reloads_exactly(root: Path) -> None:
 @pytest.mark.parametrize(("folder", "tower"), [("x1", "torch"), ("strings", "jax")])
 def test_frappe_learns_in_one_epoch(root: Path, data_dir: Path, folder: str, tower: str, tmp_path: Path) -> None:
     figures = run(
-        root, "examples/frappe.py", "--data", str(data_dir / "frappe" / folder), "--tower", tower, "--epochs", "1",
-        "--batch-size", "1024", "--quiet", "--run", str(tmp_path),
-    )  # fmt: skip
+        root,
+        "examples/frappe.py",
+        "--data",
+        str(data_dir / "frappe" / folder),
+        "--tower",
+        tower,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "1024",
+        "--quiet",
+        "--run",
+        str(tmp_path),
+    )
     assert figures["auc"] > 0.93
     assert list(tmp_path.glob("step_*/manifest.json"))
 

@@ -34,7 +34,7 @@ from recis_hybrid.features import (
     make_op,
     register_op,
     registered_ops,
-)  # fmt: skip
+)
 from recis_hybrid.features.link import run_alone
 from recis_hybrid.features.plan import compile_plan
 from recis_hybrid.ragged import RaggedTensor

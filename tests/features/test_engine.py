@@ -33,12 +33,14 @@ def native_calls(built: FeatureEngine) -> list[object]:
 @on_devices
 def test_features_of_every_kind_of_column(device: str, batch: Batch) -> None:
     batch = {name: column.to(device) for name, column in batch.items()}
-    made = FeatureEngine([
-        Feature("name", ops=[Hash("murmur")]),
-        Feature("clicks", ops=[Hash(), Mod(100)]),
-        Feature("user", ops=[Mod(3)]),
-        Feature("age_group", ops=[Bucketize([18, 65])], source="age"),
-    ])(batch)  # fmt: skip
+    made = FeatureEngine(
+        [
+            Feature("name", ops=[Hash("murmur")]),
+            Feature("clicks", ops=[Hash(), Mod(100)]),
+            Feature("user", ops=[Mod(3)]),
+            Feature("age_group", ops=[Bucketize([18, 65])], source="age"),
+        ]
+    )(batch)
     assert list(made) == ["name", "clicks", "user", "age_group", "label"]
     name, clicks, user, group = (made[key] for key in list(made)[:4])
     assert isinstance(name, torch.Tensor)
@@ -293,11 +295,13 @@ def test_a_kept_column_of_a_features_name_is_refused() -> None:
 
 
 def test_compiled_without_a_graph_break(batch: Batch) -> None:
-    built = FeatureEngine([
-        Feature("name", ops=[Hash(), Mod(10)]),
-        Feature("clicks", ops=[Hash("murmur"), Mod(10)]),
-        Feature("age", ops=[Bucketize([18, 65])]),
-    ])  # fmt: skip
+    built = FeatureEngine(
+        [
+            Feature("name", ops=[Hash(), Mod(10)]),
+            Feature("clicks", ops=[Hash("murmur"), Mod(10)]),
+            Feature("age", ops=[Bucketize([18, 65])]),
+        ]
+    )
     want = built(batch)
     got = torch.compile(built.__call__, fullgraph=True, backend="aot_eager")(batch)
     assert list(got) == list(want)
@@ -323,9 +327,12 @@ OPTIONAL = [
 def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) -> None:
     engine = FeatureEngine(OPTIONAL, fuse=fuse)
     whole: Batch = {
-        "user": torch.tensor([11, 12]), "item": torch.tensor([5, 6]), "city": torch.tensor([1, 2]),
-        "clicks": RaggedTensor.from_lists([[1, 2], []]), "label": torch.tensor([0.0, 1.0]),
-    }  # fmt: skip
+        "user": torch.tensor([11, 12]),
+        "item": torch.tensor([5, 6]),
+        "city": torch.tensor([1, 2]),
+        "clicks": RaggedTensor.from_lists([[1, 2], []]),
+        "label": torch.tensor([0.0, 1.0]),
+    }
     made = engine(whole)
     assert list(made) == ["user", "pair", "town", "clicks", "label"]
     for missing in (["item"], ["city", "clicks"], ["item", "city", "clicks"]):

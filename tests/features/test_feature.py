@@ -95,10 +95,26 @@ NO_INTEGERS: list[Any] = [2.0, 2.5, True, "2", np.float64(2), torch.tensor(2.5)]
 
 @pytest.mark.parametrize(
     "make",
-    [Mod, Truncate, Pad, ToDense, OneHot, MultiHot, Tile, TopK, Cross, Length, lambda n: MultiHash([n]),
-     lambda n: Truncate(3, level=n), lambda n: Pad(3, level=n), lambda n: StringMultiHash([n], ["farm"]),
-     lambda n: Vocabulary(["a", "b"], unknown=n), lambda n: DatePart("hour", missing=n), lambda n: Age(n)],
-)  # fmt: skip
+    [
+        Mod,
+        Truncate,
+        Pad,
+        ToDense,
+        OneHot,
+        MultiHot,
+        Tile,
+        TopK,
+        Cross,
+        Length,
+        lambda n: MultiHash([n]),
+        lambda n: Truncate(3, level=n),
+        lambda n: Pad(3, level=n),
+        lambda n: StringMultiHash([n], ["farm"]),
+        lambda n: Vocabulary(["a", "b"], unknown=n),
+        lambda n: DatePart("hour", missing=n),
+        lambda n: Age(n),
+    ],
+)
 def test_integer_settings_take_integers_alone(make: Any) -> None:
     for wrong in NO_INTEGERS:
         with pytest.raises(ValueError, match="Feature 'x': "):

@@ -39,7 +39,7 @@ from recis_hybrid.features import (
     Truncate,
     Vocabulary,
     link,
-)  # fmt: skip
+)
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
 
@@ -113,9 +113,14 @@ def feature(draw: st.DrawFn, name: str) -> Feature:
     if kind == "rows":
         mixed = st.lists(st.one_of(ids_to_ids, rows_to_rows), max_size=5)
         last: list[list[Any]] = [
-            [], [Mod(6), MultiHot(6)], [Length()], [Length(ignore=[0, 3])], [Mask([2, 0])], [DecimalString(), Hash()],
+            [],
+            [Mod(6), MultiHot(6)],
+            [Length()],
+            [Length(ignore=[0, 3])],
+            [Mask([2, 0])],
+            [DecimalString(), Hash()],
             [Truncate(3), ToDense(3, -1, "left")],
-        ]  # fmt: skip
+        ]
         tops = [] if draw(st.booleans()) else [TopK(2)]
         weighted = draw(st.booleans())
         end = draw(st.sampled_from(last[:-1] if weighted else last))

@@ -166,5 +166,8 @@ def test_weights_on_strings_are_not_dropped_in_silence() -> None:
 
 def test_names_in_the_plan() -> None:
     assert [str(op) for op in (Hash("murmur"), Mod(7), Bucketize([1, 2]), Bucketize([1], right=False))] == [
-        "hash[murmur]", "mod[7]", "bucketize[2 boundaries]", "bucketize[1 boundaries, right=False]",
-    ]  # fmt: skip
+        "hash[murmur]",
+        "mod[7]",
+        "bucketize[2 boundaries]",
+        "bucketize[1 boundaries, right=False]",
+    ]

@@ -4,19 +4,27 @@ from recis_hybrid.features import Bucketize, Feature, FeatureEngine, Hash, Mod
 
 
 def test_equal_operations_on_equal_inputs_occur_once() -> None:
-    plan = FeatureEngine([
-        Feature("a", ops=[Hash(), Mod(10)], source="user"),
-        Feature("b", ops=[Hash(), Mod(20)], source="user"),
-        Feature("c", ops=[Hash(), Mod(10)], source="user"),
-        Feature("d", ops=[Hash(), Mod(10)], source="item"),
-        Feature("e", ops=[Mod(10)], source="user"),
-        Feature("f", ops=[Hash("murmur"), Mod(10)], source="user"),
-    ]).plan  # fmt: skip
+    plan = FeatureEngine(
+        [
+            Feature("a", ops=[Hash(), Mod(10)], source="user"),
+            Feature("b", ops=[Hash(), Mod(20)], source="user"),
+            Feature("c", ops=[Hash(), Mod(10)], source="user"),
+            Feature("d", ops=[Hash(), Mod(10)], source="item"),
+            Feature("e", ops=[Mod(10)], source="user"),
+            Feature("f", ops=[Hash("murmur"), Mod(10)], source="user"),
+        ]
+    ).plan
     lines = [(str(line.op), line.sources[0]) for line in plan.instructions]
     assert lines == [
-        ("hash[farm]", 0), ("mod[10]", 2), ("mod[20]", 2), ("hash[farm]", 1), ("mod[10]", 5), ("mod[10]", 0),
-        ("hash[murmur]", 0), ("mod[10]", 8),
-    ]  # fmt: skip
+        ("hash[farm]", 0),
+        ("mod[10]", 2),
+        ("mod[20]", 2),
+        ("hash[farm]", 1),
+        ("mod[10]", 5),
+        ("mod[10]", 0),
+        ("hash[murmur]", 0),
+        ("mod[10]", 8),
+    ]
     assert plan.outputs == {"a": 3, "b": 4, "c": 3, "d": 6, "e": 7, "f": 9}
     assert plan.columns == {"user": ("a", "b", "c", "e", "f"), "item": ("d",)}
     assert [line.features for line in plan.instructions[:3]] == [("a", "b", "c"), ("a", "c"), ("b",)]
@@ -35,12 +43,14 @@ def test_the_order_of_operations_is_that_of_their_inputs() -> None:
 
 
 def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FeatureEngine([
-        Feature("age"),
-        Feature("decade", ops=[Bucketize([20, 30, 40])], source="age"),
-        Feature("user", ops=[Hash(), Mod(100)]),
-        Feature("member", ops=[Hash(), Mod(100)], source="user"),
-    ])  # fmt: skip
+    engine = FeatureEngine(
+        [
+            Feature("age"),
+            Feature("decade", ops=[Bucketize([20, 30, 40])], source="age"),
+            Feature("user", ops=[Hash(), Mod(100)]),
+            Feature("member", ops=[Hash(), Mod(100)], source="user"),
+        ]
+    )
     engine.explain()
     printed = capsys.readouterr().out
     assert printed == str(engine.plan) + "\n"

@@ -179,9 +179,13 @@ def test_masks_of_other_columns() -> None:
     assert plain(apply(Mask(["b"]), RaggedTensor.from_strings(["a", "b"]))) == [1, 0]
     assert plain(apply([Mask([7]), Cast(torch.int64)], ragged([[7, 8], []], [[1, 2], []]))) == [[0, 1], []]
     for bad, says in (
-        (Mask([]), "at least one value"), (Mask("a"), "values must be a list"), (Mask([1, "a"]), "got b'a' at 1"),
-        (Mask([True]), "got True at 0"), (Mask([float("nan")]), "got NaN at 0"), (Mask(5), "got 5"),
-    ):  # fmt: skip
+        (Mask([]), "at least one value"),
+        (Mask("a"), "values must be a list"),
+        (Mask([1, "a"]), "got b'a' at 1"),
+        (Mask([True]), "got True at 0"),
+        (Mask([float("nan")]), "got NaN at 0"),
+        (Mask(5), "got 5"),
+    ):
         with pytest.raises(ValueError, match=says):
             Feature("x", ops=[bad])
     for length in (Length(level=3), Length(level=True), Length(ignore=[True]), Length(ignore=5)):  # type: ignore[arg-type]
@@ -201,12 +205,14 @@ def test_decimal_strings_are_pythons(values: list[int]) -> None:
 @on_devices
 def test_decimal_strings_in_rows(device: str) -> None:
     rows = RaggedTensor.from_lists([[7, -12], [], [345]], weights=[[1, 2], [], [3]]).to(device)
-    engine = FeatureEngine([
-        Feature("strings", ops=[DecimalString()], source="x"),
-        Feature("hashed", ops=[Truncate(1), DecimalString(), Hash("farm")], source="x"),
-        Feature("place", ops=[DecimalString(), Vocabulary(["7", "345"], unknown=9)], source="x"),
-        Feature("multi", ops=[DecimalString(), StringMultiHash([100, 100], ["djb2", "sdbm"])], source="x"),
-    ])  # fmt: skip
+    engine = FeatureEngine(
+        [
+            Feature("strings", ops=[DecimalString()], source="x"),
+            Feature("hashed", ops=[Truncate(1), DecimalString(), Hash("farm")], source="x"),
+            Feature("place", ops=[DecimalString(), Vocabulary(["7", "345"], unknown=9)], source="x"),
+            Feature("multi", ops=[DecimalString(), StringMultiHash([100, 100], ["djb2", "sdbm"])], source="x"),
+        ]
+    )
     made: Any = engine({"x": rows})
     assert made["strings"].to_strings() == [[b"7", b"-12"], [], [b"345"]]
     assert made["strings"].weights.tolist() == [1, 2, 3]
@@ -225,11 +231,13 @@ def test_decimal_strings_in_rows(device: str) -> None:
 
 
 def test_rows_compile() -> None:
-    engine = FeatureEngine([
-        Feature("pair", ops=[Cross(distinct=True)], source=["x", "y"]),
-        Feature("real", ops=[Length(ignore=[0])], source="x"),
-        Feature("text", ops=[DecimalString(), Hash()], source="y"),
-    ])  # fmt: skip
+    engine = FeatureEngine(
+        [
+            Feature("pair", ops=[Cross(distinct=True)], source=["x", "y"]),
+            Feature("real", ops=[Length(ignore=[0])], source="x"),
+            Feature("text", ops=[DecimalString(), Hash()], source="y"),
+        ]
+    )
     batch: Any = {"x": ragged([[1, 1, 0], []]), "y": torch.tensor([5, 6])}
     made, want = torch.compile(engine, fullgraph=True, backend="eager")(batch), engine(batch)
     assert {name: plain(column) for name, column in made.items()} == {

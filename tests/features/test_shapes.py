@@ -31,7 +31,7 @@ from recis_hybrid.features import (
     joins,
     resize,
     rows,
-)  # fmt: skip
+)
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices

@@ -38,10 +38,16 @@ def apply(op: Any, *columns: Any) -> list[Any]:
 
 def by_datetime(part: str, moment: datetime) -> int:
     return {
-        "second": moment.second, "minute": moment.minute, "hour": moment.hour, "day_of_week": moment.weekday(),
-        "is_weekend": int(moment.weekday() >= 5), "day_of_month": moment.day, "month": moment.month,
-        "year": moment.year, "day_of_year": moment.timetuple().tm_yday,
-    }[part]  # fmt: skip
+        "second": moment.second,
+        "minute": moment.minute,
+        "hour": moment.hour,
+        "day_of_week": moment.weekday(),
+        "is_weekend": int(moment.weekday() >= 5),
+        "day_of_month": moment.day,
+        "month": moment.month,
+        "year": moment.year,
+        "day_of_year": moment.timetuple().tm_yday,
+    }[part]
 
 
 moments = st.datetimes(datetime(1, 1, 3), datetime(9999, 12, 29), timezones=st.just(UTC))  # noqa: DTZ001
@@ -50,8 +56,12 @@ offsets = st.integers(-86_399, 86_399)
 
 @given(st.lists(moments, min_size=1, max_size=8), st.sampled_from(sorted(PER_SECOND)), parts, offsets)
 @example([EPOCH, EPOCH - timedelta(microseconds=1), datetime(1968, 2, 29, 23, tzinfo=UTC)], "us", "day_of_year", 3600)
-@example([datetime(y, m, d, tzinfo=UTC) for y in (1900, 2000, 2023, 2024) for m, d in ((2, 28), (3, 1), (12, 31))], "s",
-         "day_of_year", 0)  # fmt: skip
+@example(
+    [datetime(y, m, d, tzinfo=UTC) for y in (1900, 2000, 2023, 2024) for m, d in ((2, 28), (3, 1), (12, 31))],
+    "s",
+    "day_of_year",
+    0,
+)
 def test_parts_are_those_of_datetime(listed: list[datetime], unit: str, part: str, offset: int) -> None:
     per_second = PER_SECOND[unit]
     counted = [(moment - EPOCH) // timedelta(microseconds=1) * per_second // 10**6 for moment in listed]
@@ -221,11 +231,13 @@ def test_columns_that_are_no_times() -> None:
 
 
 def test_times_compile() -> None:
-    engine = FeatureEngine([
-        Feature("hour", ops=[DatePart("hour", "ms", utc_offset=3600)], source="x"),
-        Feature("age", ops=[Age()], source=["x", "y"]),
-        Feature("ages", ops=[Age()], source=["rows", "y"]),
-    ])  # fmt: skip
+    engine = FeatureEngine(
+        [
+            Feature("hour", ops=[DatePart("hour", "ms", utc_offset=3600)], source="x"),
+            Feature("age", ops=[Age()], source=["x", "y"]),
+            Feature("ages", ops=[Age()], source=["rows", "y"]),
+        ]
+    )
     batch: Any = {"x": torch.tensor([5, -7]), "y": torch.tensor([8, 9]), "rows": RaggedTensor.from_lists([[1, 2], []])}
     made, want = torch.compile(engine, fullgraph=True, backend="eager")(batch), engine(batch)
     assert torch.equal(made["hour"], want["hour"])

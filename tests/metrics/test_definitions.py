@@ -140,9 +140,10 @@ def test_precision_recall_and_hit_rate_are_scikit_learns() -> None:
             PrecisionAtK: (some, sklearn.precision_score(some.numpy(), chosen, average="samples")),
             RecallAtK: (some, sklearn.recall_score(some.numpy(), chosen, average="samples")),
             HitRateAtK: (
-                one, sklearn.top_k_accuracy_score(one.argmax(1).numpy(), scores.numpy(), k=k, labels=range(8))
+                one,
+                sklearn.top_k_accuracy_score(one.argmax(1).numpy(), scores.numpy(), k=k, labels=range(8)),
             ),
-        }  # fmt: skip
+        }
         for kind, (labels, value) in expected.items():
             metric = kind(k)
             metric.update(scores.flatten(), labels.flatten(), groups)

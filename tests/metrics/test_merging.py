@@ -25,9 +25,18 @@ from recis_hybrid.metrics import (
 )
 
 KINDS: list[Callable[..., Metric]] = [
-    AUC, BinnedAUC, Calibration, GAUC, partial(HitRateAtK, 2), LogLoss, MSE, partial(NDCGAtK, 3), NormalizedEntropy,
-    partial(PrecisionAtK, 2), partial(RecallAtK, 2),
-]  # fmt: skip
+    AUC,
+    BinnedAUC,
+    Calibration,
+    GAUC,
+    partial(HitRateAtK, 2),
+    LogLoss,
+    MSE,
+    partial(NDCGAtK, 3),
+    NormalizedEntropy,
+    partial(PrecisionAtK, 2),
+    partial(RecallAtK, 2),
+]
 
 
 def update(metric: Metric, begin: int, end: int) -> None:

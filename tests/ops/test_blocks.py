@@ -198,9 +198,22 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     check(torch.ops.recis.blocks_list_touched.default, (*blocks, table.id_map.slots, 0, marks, found, members, count))
     check(
         torch.ops.recis.blocks_init_fresh.default,
-        (*blocks, 0, table.id_map.counters.clone(), rows, torch.zeros(3, dtype=torch.int64), [ids], [0], initializers,
-         4, [], [], [], []),
-    )  # fmt: skip
+        (
+            *blocks,
+            0,
+            table.id_map.counters.clone(),
+            rows,
+            torch.zeros(3, dtype=torch.int64),
+            [ids],
+            [0],
+            initializers,
+            4,
+            [],
+            [],
+            [],
+            [],
+        ),
+    )
     winners, gradient = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4)
     check(torch.ops.recis.spread_max.default, (torch.tensor([0, 1, 3]), winners, gradient, torch.empty(3, 4)))
     check(torch.ops.recis.huge_empty.default, (1 << 21,), test_utils=["test_schema"])

@@ -10,9 +10,12 @@ from tests.support.devices import on_devices
 
 
 def code(*rows: tuple[str, int, int, int, tuple[int, ...]]) -> torch.Tensor:
-    return torch.tensor([
-        [program.STEPS.index(step), out, a, b, *numbers, *[0] * (4 - len(numbers))] for step, out, a, b, numbers in rows
-    ])  # fmt: skip
+    return torch.tensor(
+        [
+            [program.STEPS.index(step), out, a, b, *numbers, *[0] * (4 - len(numbers))]
+            for step, out, a, b, numbers in rows
+        ]
+    )
 
 
 def test_instructions_have_the_numbers_of_native_code(root: Path) -> None:

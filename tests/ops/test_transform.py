@@ -10,9 +10,12 @@ from tests.support.devices import EDGE_IDS, on_devices
 
 any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
 any_modulus = st.one_of(
-    st.integers(1, 2**64 - 1), st.integers(1, 1000), st.integers(0, 63).map(lambda bits: 2**bits),
-    st.integers(1, 64).map(lambda bits: 2**bits - 1), st.integers(1, 63).map(lambda bits: 2**bits + 1),
-)  # fmt: skip
+    st.integers(1, 2**64 - 1),
+    st.integers(1, 1000),
+    st.integers(0, 63).map(lambda bits: 2**bits),
+    st.integers(1, 64).map(lambda bits: 2**bits - 1),
+    st.integers(1, 63).map(lambda bits: 2**bits + 1),
+)
 
 
 def signed(word: int) -> int:

@@ -182,10 +182,32 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
     words = [torch.empty(9, dtype=torch.int64) for _ in range(4)]
     with pytest.raises(RuntimeError, match="lengths of 3 together"):
         torch.ops.recis.insert_grouped(
-            table.id_map.slots, table.id_map.counters, table.id_map.free_rows, *table.blocks.handle, 0, 4,
-            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.arange(3)], [0] * len(lengths), [], 8,
-            lengths, lengths, [], [], zeros, zeros, torch.empty(3, dtype=torch.int64), *words[:3], None, words[3][:1],
-        )  # fmt: skip
+            table.id_map.slots,
+            table.id_map.counters,
+            table.id_map.free_rows,
+            *table.blocks.handle,
+            0,
+            4,
+            torch.zeros(1, 5, dtype=torch.int64),
+            [],
+            [],
+            [],
+            [],
+            [torch.arange(3)],
+            [0] * len(lengths),
+            [],
+            8,
+            lengths,
+            lengths,
+            [],
+            [],
+            zeros,
+            zeros,
+            torch.empty(3, dtype=torch.int64),
+            *words[:3],
+            None,
+            words[3][:1],
+        )
     assert len(table) == 0
 
 
@@ -277,19 +299,45 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     check(
         torch.ops.recis.distinct_ids.default,
         (
-            [torch.tensor([1, 7, 1])], [0], [-1], 2, *singles(3), *words[:3], None, words[3][:1], torch.ones(3).long(),
-            torch.ones(3).long(), torch.zeros(2, 1).long(),
+            [torch.tensor([1, 7, 1])],
+            [0],
+            [-1],
+            2,
+            *singles(3),
+            *words[:3],
+            None,
+            words[3][:1],
+            torch.ones(3).long(),
+            torch.ones(3).long(),
+            torch.zeros(2, 1).long(),
         ),
-    )  # fmt: skip
+    )
     table.blocks.reserve(10)
     check(
         torch.ops.recis.insert_grouped.default,
         (
-            table.id_map.slots, table.id_map.counters, table.id_map.free_rows, *table.blocks.handle, 0, 4,
-            torch.zeros(1, 5, dtype=torch.int64), [], [], [], [], [torch.tensor([1, 7, 1])], [0], [], 10, *singles(3),
-            torch.empty(3, dtype=torch.int64), *words[:3], None, words[3][:1],
+            table.id_map.slots,
+            table.id_map.counters,
+            table.id_map.free_rows,
+            *table.blocks.handle,
+            0,
+            4,
+            torch.zeros(1, 5, dtype=torch.int64),
+            [],
+            [],
+            [],
+            [],
+            [torch.tensor([1, 7, 1])],
+            [0],
+            [],
+            10,
+            *singles(3),
+            torch.empty(3, dtype=torch.int64),
+            *words[:3],
+            None,
+            words[3][:1],
         ),
-    )  # fmt: skip
+    )
     check(torch.ops.recis.reduce_rows.default, (*grouped, torch.zeros(3, 4)))
     check(torch.ops.recis.sgd_update.default, (*records, *grouped, 0.1))
     check(torch.ops.recis.momentum_update.default, (*records, *grouped, 0, 0.1, 0.9))

@@ -109,8 +109,9 @@ DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("case", DENSE)
 def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: int, device: str) -> None:
     ours, state, settings, theirs = DENSE[case]
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer_state=state,
-                             device=device)  # fmt: skip
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer_state=state, device=device
+    )
     every = torch.arange(IDS, device=device)
     twin = torch.nn.Embedding(IDS, dim)
     twin.weight.data.copy_(engine({"id": every})["id"].detach())
@@ -136,9 +137,11 @@ def test_narrow_rows_follow_wide_ones(rule: str, narrow_state: bool, dtype: torc
     make, values = getattr(optim, rule), []
     for narrow in (False, True):
         config = EmbeddingConfig(
-            dim=32, initializer=Normal(0, 1), dtype=dtype if narrow else torch.float32,
+            dim=32,
+            initializer=Normal(0, 1),
+            dtype=dtype if narrow else torch.float32,
             state_dtype=dtype if narrow and narrow_state else None,
-        )  # fmt: skip
+        )
         engine = EmbeddingEngine({"id": config}, optimizer_state=make.row_state(), device=device)
         optimizer, generator = make(engine.parameters(), lr=0.01), torch.Generator().manual_seed(1)
         for _ in range(30):

@@ -71,10 +71,15 @@ def trainer_of(folder: Path, where: str, number: int, *, rank: int = 0, saver: b
     step = make_step()
     step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
     return Trainer(
-        step, data, evaluated, metrics={"auc": AUC()}, seed=3, accumulate=2,
+        step,
+        data,
+        evaluated,
+        metrics={"auc": AUC()},
+        seed=3,
+        accumulate=2,
         saver=Saver(folder, keep=None, async_save=where == "save") if saver else None,
         callbacks=[Checkpoint(steps=4), Signals(where, number, rank)],
-    )  # fmt: skip
+    )
 
 
 STAGES: list[Stage] = [Train(epochs=1), Evaluate(), Save()] * 3
@@ -84,7 +89,10 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     distributed.join("test")
     trainer = trainer_of(
-        Path(sys.argv[1]), options["where"], signal.Signals[options.get("signal", "SIGTERM")],
-        rank=options.get("rank", 0), saver=options.get("saver", True),
-    )  # fmt: skip
+        Path(sys.argv[1]),
+        options["where"],
+        signal.Signals[options.get("signal", "SIGTERM")],
+        rank=options.get("rank", 0),
+        saver=options.get("saver", True),
+    )
     trainer.fit(STAGES, resume="latest" if options.get("saver", True) else None)

@@ -105,9 +105,18 @@ def test_arguments_out_of_range(call: Any, message: str) -> None:
 
 
 HOOKS = [
-    "before_fit", "before_stage", "before_step", "before_backward", "after_backward", "after_step", "on_log",
-    "after_stage", "before_save", "after_save", "after_fit",
-]  # fmt: skip
+    "before_fit",
+    "before_stage",
+    "before_step",
+    "before_backward",
+    "after_backward",
+    "after_step",
+    "on_log",
+    "after_stage",
+    "before_save",
+    "after_save",
+    "after_fit",
+]
 
 
 def raises_in(hook: str, at: int) -> Callback:

@@ -46,9 +46,19 @@ def test_the_order_of_calls(tmp_path: Path) -> None:
     trainer = Trainer(make_step(), make_batches(1), saver=Saver(tmp_path), callbacks=[noter])
     trainer.fit([Train(), Save()])
     assert calls == [
-        "before_fit", "before_stage", "before_step", "before_backward", "after_backward", "after_step", "after_stage",
-        "before_stage", "before_save", "after_save", "after_stage", "after_fit",
-    ]  # fmt: skip
+        "before_fit",
+        "before_stage",
+        "before_step",
+        "before_backward",
+        "after_backward",
+        "after_step",
+        "after_stage",
+        "before_stage",
+        "before_save",
+        "after_save",
+        "after_stage",
+        "after_fit",
+    ]
     assert set(calls) == set(hooks)
 
 
@@ -56,8 +66,12 @@ def test_the_log_is_json(tmp_path: Path) -> None:
     trainer = run([JsonLog(tmp_path / "run" / "log.jsonl")])
     records = lines(tmp_path / "run" / "log.jsonl")
     assert [(record["event"], record["step"]) for record in records] == [
-        ("train", 2), ("train", 4), ("train", 5), ("eval", 5), ("tables", 5)
-    ]  # fmt: skip
+        ("train", 2),
+        ("train", 4),
+        ("train", 5),
+        ("eval", 5),
+        ("tables", 5),
+    ]
     assert records[3]["eval/auc"] == trainer.figures["eval"]["auc"]
     assert math.isfinite(records[0]["loss"])
 
@@ -124,9 +138,20 @@ def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
     assert log is not None
     tags = set(found.Tags()["scalars"])
     assert {
-        "train/loss", "train/samples_per_s", "time/data", "time/lookup", "time/towers", "time/update", "rows/id",
-        "train/admitted", "train/evicted", "memory/tables", "memory/process", "eval/auc", "lr/sparse",
-    } <= tags  # fmt: skip
+        "train/loss",
+        "train/samples_per_s",
+        "time/data",
+        "time/lookup",
+        "time/towers",
+        "time/update",
+        "rows/id",
+        "train/admitted",
+        "train/evicted",
+        "memory/tables",
+        "memory/process",
+        "eval/auc",
+        "lr/sparse",
+    } <= tags
     logged = [r["loss"] for r in lines(tmp_path / "log.jsonl") if r["event"] == "train"]
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged)
     assert [event.step for event in found.Scalars("train/loss")] == [2, 4, 5]

@@ -163,8 +163,18 @@ def test_an_interrupted_training_says_how_to_go_on(
 
 
 COMMANDS = (
-    "init", "train", "evaluate", "predict", "report", "inspect", "verify", "diff", "compact", "export", "import-recis"
-)  # fmt: skip
+    "init",
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "inspect",
+    "verify",
+    "diff",
+    "compact",
+    "export",
+    "import-recis",
+)
 
 
 def test_one_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,8 +123,12 @@ def test_sections_of_which_nothing_is_said(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for text, message in (("", "the file is empty; `recis-hybrid init`"), ("a: [", "cannot be read as YAML"),
-                          ("a:\n\tb: 1", "indent by spaces"), ("a: 1\na: 1", "written twice")):  # fmt: skip
+    for text, message in (
+        ("", "the file is empty; `recis-hybrid init`"),
+        ("a: [", "cannot be read as YAML"),
+        ("a:\n\tb: 1", "indent by spaces"),
+        ("a: 1\na: 1", "written twice"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(path)
@@ -143,16 +147,24 @@ def test_nulls_have_defaults_by_configuration(tmp_path: Path) -> None:
     batch = batch_of(
         tmp_path,
         {
-            "whole": pa.array([3, None, 5]), "part": pa.array([0.5, None, 1.5]), "flag": pa.array([True, None, False]),
-            "text": pa.array(["a", None, ""]), "vector": pa.array([[1.0, 2.0], None, [5.0, None]]),
-            "bag": pa.array([[7, None], None, []]), "halves": pa.array([1, None, 2]),
+            "whole": pa.array([3, None, 5]),
+            "part": pa.array([0.5, None, 1.5]),
+            "flag": pa.array([True, None, False]),
+            "text": pa.array(["a", None, ""]),
+            "vector": pa.array([[1.0, 2.0], None, [5.0, None]]),
+            "bag": pa.array([[7, None], None, []]),
+            "halves": pa.array([1, None, 2]),
         },
         {
-            "whole": {"default": 9}, "part": {"default": 0}, "flag": {"default": True}, "text": {"default": "none"},
-            "vector": {"default": -1, "length": 2}, "bag": {"default": 4, "null_as_empty": True},
+            "whole": {"default": 9},
+            "part": {"default": 0},
+            "flag": {"default": True},
+            "text": {"default": "none"},
+            "vector": {"default": -1, "length": 2},
+            "bag": {"default": 4, "null_as_empty": True},
             "halves": {"default": 0.5},
         },
-    )  # fmt: skip
+    )
     assert dense(batch, "whole").tolist() == [3, 9, 5]
     assert dense(batch, "whole").dtype == torch.int64
     assert dense(batch, "part").tolist() == [0.5, 0.0, 1.5]
@@ -207,9 +219,12 @@ def test_csv_of_another_dialect_is_read(tmp_path: Path) -> None:
     text = "# a log\n1;\u00e9;0,5;1\n2;-;;0\n"
     (tmp_path / "d.csv").write_bytes(text.replace("0,5", "0.5").encode("latin-1"))
     csv = {
-        "delimiter": ";", "encoding": "latin-1", "comment": "#", "null_values": ["-", ""],
+        "delimiter": ";",
+        "encoding": "latin-1",
+        "comment": "#",
+        "null_values": ["-", ""],
         "column_names": ["id", "name", "price", "label"],
-    }  # fmt: skip
+    }
     columns = {"name": {"default": "?"}, "price": {"default": 0.25}}
     features = {"id": {"dim": 2}, "name": {}, "price": {}}
     config = load(tmp_path, data={"train": "d.csv", "csv": csv, "columns": columns}, features=features)
@@ -225,13 +240,17 @@ def test_csv_of_another_dialect_is_read(tmp_path: Path) -> None:
 
 def test_dates_and_decimals_are_read_in_the_unit_of_the_configuration(tmp_path: Path) -> None:
     columns = {
-        "day": pa.array(["1970-01-03", None, "1970-01-01"]), "german": pa.array(["03.01.1970", "01.01.1970", None]),
-        "at": pa.array([1500, None, 0], pa.timestamp("ms")), "cost": pa.array([Decimal("1.25"), None, Decimal("2.00")]),
-    }  # fmt: skip
+        "day": pa.array(["1970-01-03", None, "1970-01-01"]),
+        "german": pa.array(["03.01.1970", "01.01.1970", None]),
+        "at": pa.array([1500, None, 0], pa.timestamp("ms")),
+        "cost": pa.array([Decimal("1.25"), None, Decimal("2.00")]),
+    }
     specs = {
-        "day": {"unit": "D", "default": -1}, "german": {"unit": "D", "format": "%d.%m.%Y", "default": -1},
-        "at": {"unit": "ms", "default": -1}, "cost": {"scale": 2, "default": -1},
-    }  # fmt: skip
+        "day": {"unit": "D", "default": -1},
+        "german": {"unit": "D", "format": "%d.%m.%Y", "default": -1},
+        "at": {"unit": "ms", "default": -1},
+        "cost": {"scale": 2, "default": -1},
+    }
     batch = batch_of(tmp_path, columns, specs)
     assert dense(batch, "day").tolist() == [2, -1, 0]
     assert dense(batch, "german").tolist() == [2, 0, -1]

@@ -88,8 +88,13 @@ def test_a_wrong_label_is_named(tmp_path: Path, label: Any, message: str, capsys
 
 
 def test_labels_that_training_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for label in (lambda row: row % 2, lambda row: row % 2 == 1, lambda row: f"{bool(row % 2)}".lower(),
-                  lambda row: row % 3 / 2, lambda row: int(row == 63)):  # fmt: skip
+    for label in (
+        lambda row: row % 2,
+        lambda row: row % 2 == 1,
+        lambda row: f"{bool(row % 2)}".lower(),
+        lambda row: row % 3 / 2,
+        lambda row: int(row == 63),
+    ):
         write_csv(tmp_path / "train.csv", {**COLUMNS, "label": label})
         assert check(tmp_path, capsys, data={"train": "train.csv", "batch_size": 16})[0] == 0
 

@@ -195,10 +195,20 @@ def test_learning_rates_of_a_resumed_run_take_effect(first_epoch: Path, frozen: 
 def test_other_settings_of_a_resumed_run_take_effect(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = first_epoch.parent / "run"
     changes = [
-        "train.epochs=2", "data.batch_size=8", "train.accumulate=2", "train.checkpoint_steps=1", "train.keep=3",
-        "train.metrics=[mse]", "optimizer.clip_grad_norm=0.5", "train.log_every=2", "data.evaluate=train.csv",
-        "train.precision=bfloat16", "model.dropout=0.5", "data.threads=2", "data.groups=user",
-    ]  # fmt: skip
+        "train.epochs=2",
+        "data.batch_size=8",
+        "train.accumulate=2",
+        "train.checkpoint_steps=1",
+        "train.keep=3",
+        "train.metrics=[mse]",
+        "optimizer.clip_grad_norm=0.5",
+        "train.log_every=2",
+        "data.evaluate=train.csv",
+        "train.precision=bfloat16",
+        "model.dropout=0.5",
+        "data.threads=2",
+        "data.groups=user",
+    ]
     changes = [each.replace("train.csv", str(first_epoch.parent / "train.csv")) for each in changes]
     assert train(first_epoch, "--resume", *changes) == 0
     said = capsys.readouterr()

@@ -22,13 +22,36 @@ from recis_hybrid.pipelines.config_yaml import read_yaml, write_yaml
         *[
             (text, text)
             for text in (
-                "1_000", "1:30", "1:30:00", "0b11", "-0x1F", "yes", "no", "on", "off", "Yes", "NO", "y", "n", "tRUE",
-                "2024-01-01", "2024-01-01T10:00:00Z", "1e", "e3", ".", "+", ".Nan", "inf", "nan", "=", "<<",
+                "1_000",
+                "1:30",
+                "1:30:00",
+                "0b11",
+                "-0x1F",
+                "yes",
+                "no",
+                "on",
+                "off",
+                "Yes",
+                "NO",
+                "y",
+                "n",
+                "tRUE",
+                "2024-01-01",
+                "2024-01-01T10:00:00Z",
+                "1e",
+                "e3",
+                ".",
+                "+",
+                ".Nan",
+                "inf",
+                "nan",
+                "=",
+                "<<",
             )
         ],
         *[("'012'", "012"), ('"true"', "true"), ("!!str 012", "012"), ("!!int '12'", 12), ("!!float 1", 1.0)],
     ],
-)  # fmt: skip
+)
 def test_scalars_are_of_the_core_schema(text: str, value: Any) -> None:
     for document, expected in (
         (f"a: {text}", {"a": value}),
@@ -125,9 +148,16 @@ def test_encodings() -> None:
     assert [read_yaml(text) for text in ("", "# nothing\n", "---\n")] == [None] * 3
 
 
-_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(
-    ["1e3", "08", "0o7", "~", "1:30", "<<", "=", "no", "2024-01-01", ".5", "-.inf", "null", "", " x", "# c", "1_0"]
-)  # fmt: skip
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.sampled_from(
+        ["1e3", "08", "0o7", "~", "1:30", "<<", "=", "no", "2024-01-01", ".5", "-.inf", "null", "", " x", "# c", "1_0"]
+    )
+)
 _PRINTABLE = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 
 

@@ -113,9 +113,11 @@ def test_a_wait_for_a_window_ends(tmp_path: Path) -> None:
     def run(*callbacks: Callback, **options: Any) -> Trainer:
         days = Windows(tmp_path / "days", poll_s=600 if callbacks else 0.01, idle_s=None if callbacks else 0.0)
         trainer = Trainer(
-            make_step(), saver=Saver(tmp_path / "run"), callbacks=callbacks,
+            make_step(),
+            saver=Saver(tmp_path / "run"),
+            callbacks=callbacks,
             open_window=lambda day: opened.append(day.name) or make_batches(2),  # type: ignore[func-returns-value]
-        )  # fmt: skip
+        )
         trainer.fit(WindowStages(days, lambda day: [Train(window=day)]), **options)
         return trainer
 
@@ -182,8 +184,12 @@ def environment(root: Path, **more: str) -> dict[str, str]:
 def start(root: Path, folder: Path, more: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.pipelines.interrupted_run", str(folder), json.dumps(options)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(root, **(more or {})), cwd=root,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(root, **(more or {})),
+        cwd=root,
+    )
 
 
 def test_a_signal_ends_a_wait_for_a_batch(tmp_path: Path, root: Path, undisturbed: Trainer) -> None:
@@ -222,9 +228,13 @@ Trainer(make_step(), make_batches(2), saver=Slow(sys.argv[2]), callbacks=[Signal
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(tmp_path: Path, root: Path, number: int) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-c", SECOND, str(int(number)), str(tmp_path)], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, env=environment(root), cwd=root,
-    )  # fmt: skip
+        [sys.executable, "-c", SECOND, str(int(number)), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+        env=environment(root),
+        cwd=root,
+    )
     assert run.stdout is not None
     assert run.stdout.readline() == "saves\n"
     run.send_signal(number)

@@ -56,17 +56,27 @@ def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
     sparse = optim.AdamW(model.engine.parameters(), lr=0.05, weight_decay=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(dense, "max", patience=0, threshold=0.5)
     step = TorchStep(
-        model, lambda outputs, labels: bce(outputs, labels) + model.penalty, {"dense": dense, "sparse": sparse},
-        clip_grad_norm=1.0, precision="float16", loss_scale=1024.0,
+        model,
+        lambda outputs, labels: bce(outputs, labels) + model.penalty,
+        {"dense": dense, "sparse": sparse},
+        clip_grad_norm=1.0,
+        precision="float16",
+        loss_scale=1024.0,
         schedules=[
-            torch.optim.lr_scheduler.CosineAnnealingLR(dense, 40), LrSchedule(sparse, lambda n: 0.05 / (1 + n / 20))
+            torch.optim.lr_scheduler.CosineAnnealingLR(dense, 40),
+            LrSchedule(sparse, lambda n: 0.05 / (1 + n / 20)),
         ],
-    )  # fmt: skip
+    )
     trainer = Trainer(
-        step, data, data, metrics={"auc": AUC()}, seed=1, accumulate=2,
+        step,
+        data,
+        data,
+        metrics={"auc": AUC()},
+        seed=1,
+        accumulate=2,
         saver=Saver(folder / "run", keep=2, async_save=True),
         callbacks=[Checkpoint(steps=3), PlateauSchedule("eval/auc", [plateau]), Tell()],
-    )  # fmt: skip
+    )
     stages: list[Stage] = [Train(steps=8, freeze=[model.tower])]
     for _ in range(5):
         stages += [Train(epochs=1), Evaluate(), Evict(Unused(steps=5)), Save()]

@@ -36,9 +36,17 @@ from tests.support.small import bce
 
 ROWS = 32
 KINDS = [
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 
 
 class Model(nn.Module):
@@ -115,9 +123,15 @@ def test_binary_labels_of_any_dtype_and_shape_train_and_are_evaluated(dtype: tor
 def test_every_metric_takes_labels_of_every_dtype(dtype: torch.dtype) -> None:
     scores, groups = torch.linspace(0.1, 0.9, ROWS), torch.arange(ROWS) % 3
     makers: list[Callable[[], Any]] = [
-        AUC, every_metric.BinnedAUC, GAUC, LogLoss, every_metric.NormalizedEntropy, every_metric.Calibration, MSE,
+        AUC,
+        every_metric.BinnedAUC,
+        GAUC,
+        LogLoss,
+        every_metric.NormalizedEntropy,
+        every_metric.Calibration,
+        MSE,
         *(partial(getattr(every_metric, name), 2) for name in ("PrecisionAtK", "RecallAtK", "NDCGAtK", "HitRateAtK")),
-    ]  # fmt: skip
+    ]
     for make in makers:
         values = []
         for labels in (binary(torch.float32), binary(dtype)):

@@ -56,9 +56,14 @@ def train(rank: int, ranks: int, folder: Path) -> tuple[Trainer, nn.Module]:
     step = TorchStep(wrapped, bce, [torch.optim.SGD(model.parameters(), lr=0.5)], clip_grad_norm=1.0)
     batches = make_batches(rank, ranks)
     trainer = Trainer(
-        step, batches, batches, metrics={"auc": AUC(), "logloss": LogLoss()}, log_every=2, seed=0,
+        step,
+        batches,
+        batches,
+        metrics={"auc": AUC(), "logloss": LogLoss()},
+        log_every=2,
+        seed=0,
         callbacks=[JsonLog(folder / f"{ranks}" / "log.jsonl")],
-    )  # fmt: skip
+    )
     trainer.fit([Train(epochs=2), Evaluate()])
     return trainer, model
 
@@ -124,9 +129,7 @@ def figures_are_means_over_ranks(rank: int, folder: Path) -> None:
     model, shown = Notes(rank), Records()
     model.step = TorchStep(model, bce, [torch.optim.SGD(model.parameters(), lr=0.0)], metrics={"auc": AUC()})
     batches = make_batches(rank, 2)
-    trainer = Trainer(
-        model.step, batches, callbacks=[shown, Checkpoint(steps=4)], log_every=6, saver=Saver(folder)
-    )  # fmt: skip
+    trainer = Trainer(model.step, batches, callbacks=[shown, Checkpoint(steps=4)], log_every=6, saver=Saver(folder))
     trainer.fit([Train()])
     (line,) = shown.of("train")
     rows = [batch for r in range(2) for batch in make_batches(r, 2)]
@@ -202,8 +205,15 @@ def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
 def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_starter(tmp_path)
     torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recis_hybrid.cli"
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "recis_hybrid.cli",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

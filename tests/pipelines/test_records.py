@@ -52,9 +52,23 @@ def test_a_line_of_the_log() -> None:
     lines = seen.of("train")
     assert [line["step"] for line in lines] == [2, 4, 5]
     expected = {
-        "event", "step", "name", "loss", "grad_norm", "samples", "samples_per_s", "seconds", "time/data", "admitted",
-        "evicted", "rows/id", "lr/dense", "lr/sparse", "memory/tables", "memory/process",
-    }  # fmt: skip
+        "event",
+        "step",
+        "name",
+        "loss",
+        "grad_norm",
+        "samples",
+        "samples_per_s",
+        "seconds",
+        "time/data",
+        "admitted",
+        "evicted",
+        "rows/id",
+        "lr/dense",
+        "lr/sparse",
+        "memory/tables",
+        "memory/process",
+    }
     phases = {"time/features", "time/lookup", "time/towers", "time/update"}
     assert set(lines[0]) == expected | phases
     assert set(lines[2]) == expected  # the stage's end, which was not a step to be logged
@@ -219,9 +233,13 @@ def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Pa
     def fit(folder: str, *callbacks: Callback, **options: Any) -> list[Record]:
         shown = Records()
         trainer = Trainer(
-            own_figures(), make_batches(4), saver=Saver(tmp_path / folder, keep=None), log_every=4, seed=1,
+            own_figures(),
+            make_batches(4),
+            saver=Saver(tmp_path / folder, keep=None),
+            log_every=4,
+            seed=1,
             callbacks=[Checkpoint(steps=at), shown, *callbacks],
-        )  # fmt: skip
+        )
         try:
             trainer.fit([Train(epochs=3)], **options)
         except KeyboardInterrupt:

@@ -195,13 +195,20 @@ def run(case: Case) -> dict[str, Tensor]:
     dense = torch.optim.SGD([*dense_parameters(model), *learnt, *loose.parameters()], lr=0.5, weight_decay=case.decay)
     sparse = optim.SGD(model.engine.parameters(), lr=0.5)
     step = TorchStep(
-        wrapped, {"a": Objective(loss=loose), "b": Objective(loss=bce, label="other", weight=0.5)},
-        {"dense": dense, "sparse": sparse}, **options,
-    )  # fmt: skip
+        wrapped,
+        {"a": Objective(loss=loose), "b": Objective(loss=bce, label="other", weight=0.5)},
+        {"dense": dense, "sparse": sparse},
+        **options,
+    )
     trainer = Trainer(
-        step, dealt(whole()), dealt(whole(3, seed=1)), accumulate=case.accumulate, log_every=2, prefetch=case.prefetch,
+        step,
+        dealt(whole()),
+        dealt(whole(3, seed=1)),
+        accumulate=case.accumulate,
+        log_every=2,
+        prefetch=case.prefetch,
         metrics={"a": {"loss": LogLoss(), "auc": AUC(), "calibration": Calibration()}},
-    )  # fmt: skip
+    )
     figures = trainer.fit([Train(epochs=2), Evaluate()])
     rows = (SIZE - 1) * ROWS + 5
     counted = torch.tensor(trainer.samples)

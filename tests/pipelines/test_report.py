@@ -42,9 +42,13 @@ class Parser(html.parser.HTMLParser):
 def run(tmp_path: Path) -> Path:
     batches = make_batches()
     trainer = Trainer(
-        make_step(clip_grad_norm=1.0), batches, batches, metrics={"auc": AUC()},
-        callbacks=[JsonLog(tmp_path / "log.jsonl")], log_every=2,
-    )  # fmt: skip
+        make_step(clip_grad_norm=1.0),
+        batches,
+        batches,
+        metrics={"auc": AUC()},
+        callbacks=[JsonLog(tmp_path / "log.jsonl")],
+        log_every=2,
+    )
     trainer.fit([stage for name in ("one", "<two>") for stage in (Train(), Evaluate(name=name))])
     return tmp_path
 
@@ -55,9 +59,14 @@ def test_the_page_has_what_the_log_has(run: Path) -> None:
     parser.feed(page)
     assert parser.open == []
     for title in (
-        "Loss", "auc", "Samples/s", "Where a step's time goes", "Rows of tables", "Memory",
+        "Loss",
+        "auc",
+        "Samples/s",
+        "Where a step's time goes",
+        "Rows of tables",
+        "Memory",
         "id: 20 ids by how often they were met",
-    ):  # fmt: skip
+    ):
         assert title in parser.titles
     assert parser.polylines[0] == 8  # 16 steps, a line of the log every second one
     assert "&lt;two&gt;" in page
@@ -96,9 +105,15 @@ def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("there is no chromium on PATH to look at the page with (apt-get install chromium)")
     command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1280,2000", f"--screenshot={tmp_path / 'page.png'}", write_report(run).as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1280,2000",
+        f"--screenshot={tmp_path / 'page.png'}",
+        write_report(run).as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     from PIL import Image

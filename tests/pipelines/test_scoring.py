@@ -38,12 +38,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A folder with a run of two epochs, and what its training has printed."""
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(
-        folder, features=FEATURES, model={"hidden": []}, optimizer={"sparse": "adam", "sparse_lr": 0.05},
+        folder,
+        features=FEATURES,
+        model={"hidden": []},
+        optimizer={"sparse": "adam", "sparse_lr": 0.05},
         train={
-            "epochs": 2, "checkpoint_steps": 3, "keep": 5, "precision": "bfloat16",
+            "epochs": 2,
+            "checkpoint_steps": 3,
+            "keep": 5,
+            "precision": "bfloat16",
             "metrics": ["auc", "logloss", "mse"],
         },
-    )  # fmt: skip
+    )
     figures: dict[str, Any] = {}
     for epochs in (1, 2):
         gc.collect()
@@ -143,13 +149,18 @@ def test_predictions_keep_the_order_of_the_rows(
 def test_columns_of_every_kind_are_handed_on_as_they_were(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
     columns = {
-        "user": pa.array([1, 2, 3]), "site": pa.array(["s0", "s1", "é"]), "price": pa.array([0.5, 1.5, 2.5]),
-        "big": pa.array([2**63, 2**64 - 1, 5], pa.uint64()), "bag": pa.array([[1, 2], [], [3]]),
-        "words": pa.array([["a", "b"], [], ["é"]]), "raw": pa.array([b"\xff", b"", b"x"]),
+        "user": pa.array([1, 2, 3]),
+        "site": pa.array(["s0", "s1", "é"]),
+        "price": pa.array([0.5, 1.5, 2.5]),
+        "big": pa.array([2**63, 2**64 - 1, 5], pa.uint64()),
+        "bag": pa.array([[1, 2], [], [3]]),
+        "words": pa.array([["a", "b"], [], ["é"]]),
+        "raw": pa.array([b"\xff", b"", b"x"]),
         "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
         "bigs": pa.array([[2**63], [], [1]], pa.list_(pa.uint64())),
-        "flag": pa.array([True, False, True]), "pair": pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float32(), 2)),
-    }  # fmt: skip
+        "flag": pa.array([True, False, True]),
+        "pair": pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float32(), 2)),
+    }
     parquet.write_table(pa.table(columns), tmp_path / "d.parquet")
     out = tmp_path / "out.parquet"
     names = list(columns)

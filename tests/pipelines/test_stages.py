@@ -40,12 +40,15 @@ def test_a_student_learns_from_its_teacher() -> None:
         return {**batch, "taught": teacher.predict(batch)[""].scores}
 
     trainer = Trainer({"teacher": teacher, "student": student}, batches, batches)
-    trainer.fit([
-        Train(epochs=10, step="teacher"), Evaluate(name="teacher", step="teacher", metrics={"auc": AUC()}),
-        Evaluate(name="before", step="student", transform=taught, metrics={"mse": MSE()}),
-        Train(epochs=10, step="student", transform=taught),
-        Evaluate(name="after", step="student", transform=taught, metrics={"mse": MSE()}),
-    ])  # fmt: skip
+    trainer.fit(
+        [
+            Train(epochs=10, step="teacher"),
+            Evaluate(name="teacher", step="teacher", metrics={"auc": AUC()}),
+            Evaluate(name="before", step="student", transform=taught, metrics={"mse": MSE()}),
+            Train(epochs=10, step="student", transform=taught),
+            Evaluate(name="after", step="student", transform=taught, metrics={"mse": MSE()}),
+        ]
+    )
     assert trainer.figures["teacher"]["auc"] > 0.99
     assert trainer.figures["after"]["mse"] < 0.01 < 0.1 < trainer.figures["before"]["mse"]
     assert {"teacher.model", "teacher.engine", "student.dense", "trainer"} <= set(trainer.parts())

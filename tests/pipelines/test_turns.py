@@ -17,10 +17,15 @@ class Pair(NamedTuple):
 def test_an_empty_batch_has_the_columns_of_the_first() -> None:
     lists = RaggedTensor.from_lists([[[1], [2, 3]], [[4]]])
     batch = {
-        "id": torch.tensor([1, 2]), "matrix": torch.zeros(2, 3), "lists": lists, "text": ["a", "b"],
-        "array": np.arange(2.0), "nested": (torch.zeros(2, 1), [torch.ones(2)]), "epoch": 3,
+        "id": torch.tensor([1, 2]),
+        "matrix": torch.zeros(2, 3),
+        "lists": lists,
+        "text": ["a", "b"],
+        "array": np.arange(2.0),
+        "nested": (torch.zeros(2, 1), [torch.ones(2)]),
+        "epoch": 3,
         "scalar": torch.tensor(1.0),
-    }  # fmt: skip
+    }
     empty = without_rows(batch)
     assert _rows(batch) == 2
     assert list(empty) == list(batch)

@@ -28,8 +28,9 @@ def read_only(values: Any) -> Any:
     return values
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.float16, np.float32,
-                                   np.float64])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype", [np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.float16, np.float32, np.float64]
+)
 def test_numpy_arrays_share_their_memory(dtype: Any) -> None:
     values = np.array([0, 1, 1], dtype=dtype)
     for given in (values, read_only(values), np.stack([values, values])[:, ::2], values[:0]):
@@ -167,8 +168,13 @@ def test_engines_take_arrays() -> None:
     )
     batch = {"id": np.array([1, 2], dtype=np.uint64), "price": [0.5, 3.0], "raw": np.array([True, False])}
     made = features({**batch, "label": IDS})
-    want = features({"id": torch.tensor([1, 2]), "price": torch.tensor([0.5, 3.0], dtype=torch.float64),
-                     "raw": torch.tensor([True, False])})  # fmt: skip
+    want = features(
+        {
+            "id": torch.tensor([1, 2]),
+            "price": torch.tensor([0.5, 3.0], dtype=torch.float64),
+            "raw": torch.tensor([True, False]),
+        }
+    )
     assert all(torch.equal(made[name], want[name]) for name in want)
     assert made["label"] is IDS
     with pytest.raises(TypeError, match="feature 'id', hash.farm.: Hash takes integers, got torch.float32"):

@@ -317,9 +317,27 @@ def test_other_ways_to_name_rows() -> None:
 
 
 OTHER_TYPES: list[Any] = [
-    None, True, np.True_, "a", b"a", 1.0, {0}, {0: 1}, object(), (None,), (0, None), (0, True), (slice(None), None),
-    (slice(None), "a"), (slice(None), 1.5), slice(0.5), [0.5], [None], np.array(1.0), (slice(None), slice("a", None)),
-]  # fmt: skip
+    None,
+    True,
+    np.True_,
+    "a",
+    b"a",
+    1.0,
+    {0},
+    {0: 1},
+    object(),
+    (None,),
+    (0, None),
+    (0, True),
+    (slice(None), None),
+    (slice(None), "a"),
+    (slice(None), 1.5),
+    slice(0.5),
+    [0.5],
+    [None],
+    np.array(1.0),
+    (slice(None), slice("a", None)),
+]
 
 
 @pytest.mark.parametrize("which", OTHER_TYPES)
@@ -328,9 +346,27 @@ def test_indices_of_other_types(which: Any) -> None:
         RaggedTensor.from_lists([[1, 2], [3]])[which]
 
 
-@pytest.mark.parametrize("which", [2, -3, [2], [[0]], [True], [True] * 3, (0, 0, 0), (slice(None), 1), (0, 5), (0, -3),
-                                   (slice(None), [0]), (slice(None), torch.tensor([True])), (..., ..., 0),
-                                   (slice(None), slice(None), slice(None)), 2**70, torch.tensor(True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "which",
+    [
+        2,
+        -3,
+        [2],
+        [[0]],
+        [True],
+        [True] * 3,
+        (0, 0, 0),
+        (slice(None), 1),
+        (0, 5),
+        (0, -3),
+        (slice(None), [0]),
+        (slice(None), torch.tensor([True])),
+        (..., ..., 0),
+        (slice(None), slice(None), slice(None)),
+        2**70,
+        torch.tensor(True),
+    ],
+)
 def test_indices_that_name_nothing(which: Any) -> None:
     with pytest.raises(IndexError):
         RaggedTensor.from_lists([[1, 2], [3]])[which]

@@ -71,9 +71,14 @@ class Run(nn.Module):
 
 
 def train(
-    root: Path, data: Path, end: Path, tell: Callable[[str], object], *, asynchronous: bool = False,
+    root: Path,
+    data: Path,
+    end: Path,
+    tell: Callable[[str], object],
+    *,
+    asynchronous: bool = False,
     latest: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Goes on from the latest checkpoint (or `latest`), and leaves the last state in `end`."""
     run, saver = Run(data), Saver(root, keep=4, async_save=asynchronous)
     tell("l")

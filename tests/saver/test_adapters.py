@@ -256,8 +256,11 @@ def test_names_do_not_depend_on_distributed_data_parallel(tmp_path: Path, alone:
         assert torch.equal(own, value), name
         assert torch.equal(whole.state_dict()[f"module.{name}"], value), name
     assert saver.load_some(only="tower.*", model=whole).loaded == [
-        "model: tower.0.bias", "model: tower.0.weight", "model: tower.1.bias", "model: tower.1.weight",
-    ]  # fmt: skip
+        "model: tower.0.bias",
+        "model: tower.0.weight",
+        "model: tower.1.bias",
+        "model: tower.1.weight",
+    ]
 
 
 def test_the_kind_of_a_saveable_is_one_that_can_be_read_back(tmp_path: Path) -> None:

@@ -108,8 +108,11 @@ def test_errors_are_told(command: str, as_json: bool, tmp_path: Path, capsys: py
 def test_an_error_ends_the_process_without_a_traceback(tmp_path: Path, root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "recis_hybrid.saver.cli", "verify", str(tmp_path)],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith(f"recis-hybrid: {tmp_path} holds no complete checkpoint")
@@ -145,9 +148,11 @@ def test_differences_fit_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(shown) <= 23
     assert max(map(len, shown)) < 80
     assert [line.partition("differ: ")[0] for line in shown] == [
-        "part 'model': 99 tensors ", "part 'note': 30 values of meta ", "part 'other': meta.value: [0] and [1]",
+        "part 'model': 99 tensors ",
+        "part 'note': 30 values of meta ",
+        "part 'other': meta.value: [0] and [1]",
         "--all shows all",
-    ]  # fmt: skip
+    ]
     # The fourth parameter, 1.bias, is the same.
     assert shown[0].startswith("part 'model': 99 tensors differ: '0.bias', '0.weight', '1.weight', ")
     assert main(["diff", str(first), str(second), "--json"]) == 1

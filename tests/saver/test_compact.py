@@ -106,9 +106,13 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
     for _ in range(2):
         engine({"id": torch.tensor([3, 9, 9])})
     Saver(tmp_path / "run").save(
-        5, engine=engine, tower=tower, dense=torch.optim.Adam(tower.parameters()), note={"v": 1},
+        5,
+        engine=engine,
+        tower=tower,
+        dense=torch.optim.Adam(tower.parameters()),
+        note={"v": 1},
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out")] + (["--dtype", dtype] if dtype else [])
     assert main(arguments) == 0
     assert "step_000005 is written" in capsys.readouterr().out
@@ -116,8 +120,10 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["inspect", "--json", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: part["kind"] for name, part in found["parts"].items()} == {
-        "engine": "saveable", "tower": "module", "note": "json",
-    }  # fmt: skip
+        "engine": "saveable",
+        "tower": "module",
+        "note": "json",
+    }
     tables = found["parts"]["engine"]["tables"]
     assert {name: table["columns"] for name, table in tables.items()} == {
         "id": {"ids": "int64 []", "embedding": f"{dtype or 'float32'} [2]"}

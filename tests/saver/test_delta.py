@@ -26,9 +26,11 @@ NAMES = ("a", "b", "counted")
 def engine_of(seed: int = 0, coalesce: bool = True) -> EmbeddingEngine:
     plain, counted = EmbeddingConfig(dim=3), EmbeddingConfig(dim=3, admission=MinFrequency(2))
     return EmbeddingEngine(
-        {"a": plain, "b": plain, "counted": counted}, optimizer_state=optim.Adam.row_state(), seed=seed,
+        {"a": plain, "b": plain, "counted": counted},
+        optimizer_state=optim.Adam.row_state(),
+        seed=seed,
         coalesce=coalesce,
-    )  # fmt: skip
+    )
 
 
 def rows_of(state: PartState) -> dict[str, Any]:
@@ -128,8 +130,9 @@ class DeltaMachine(RuleBasedStateMachine):
 
 
 TestDeltas = DeltaMachine.TestCase
-TestDeltas.settings = settings(max_examples=40, stateful_step_count=20, deadline=None,
-                               suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+TestDeltas.settings = settings(
+    max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:

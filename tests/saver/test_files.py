@@ -98,9 +98,16 @@ def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("head", "data"),
-    [(96, 0), (96, 1), (104, 3 * PAGE_BYTES + 5), (104, CHUNK_BYTES - 104), (PAGE_BYTES, CHUNK_BYTES),
-     (2 * PAGE_BYTES, 2 * CHUNK_BYTES + 77), (PAGE_BYTES, 2 * CHUNK_BYTES - PAGE_BYTES)],
-)  # fmt: skip
+    [
+        (96, 0),
+        (96, 1),
+        (104, 3 * PAGE_BYTES + 5),
+        (104, CHUNK_BYTES - 104),
+        (PAGE_BYTES, CHUNK_BYTES),
+        (2 * PAGE_BYTES, 2 * CHUNK_BYTES + 77),
+        (PAGE_BYTES, 2 * CHUNK_BYTES - PAGE_BYTES),
+    ],
+)
 def test_checksums_of_chunks_follow_from_those_of_pages(head: int, data: int) -> None:
     file = os.urandom(head + data)
     pages = page_sums(torch.frombuffer(bytearray(file), dtype=torch.uint8)[head:])

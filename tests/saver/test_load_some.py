@@ -239,9 +239,13 @@ def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEn
     assert equal(rows(other, "user"), before)
     # A name may be one of any of the parts, of the checkpoint, or of the live objects.
     loaded = Saver(saved[0]).load_some(
-        only=["user", "ctr.*", "member"], exclude=["ctr.1.*"], rename={"item": "member"}, strict=False, engine=other,
+        only=["user", "ctr.*", "member"],
+        exclude=["ctr.1.*"],
+        rename={"item": "member"},
+        strict=False,
+        engine=other,
         model=tower,
-    )  # fmt: skip
+    )
     assert loaded.loaded == ["engine: user", "model: ctr.0.bias", "model: ctr.0.weight"]
 
 

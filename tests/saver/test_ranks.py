@@ -241,13 +241,22 @@ print("done", rank)
 def run_job(root: Path, size: int, port: int, *arguments: str) -> list[tuple[int, str, str]]:
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", JOB, *arguments], cwd=root, text=True, stdout=subprocess.PIPE,
+            [sys.executable, "-c", JOB, *arguments],
+            cwd=root,
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         for rank in range(size)
-    ]  # fmt: skip
+    ]
     try:
         return [(job.wait(60), *job.communicate()) for job in jobs]
     finally:

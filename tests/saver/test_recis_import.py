@@ -55,9 +55,13 @@ def write(folder: Path, files: list[dict[str, Tensor]]) -> Path:
 def tables() -> dict[str, Tensor]:
     torch.manual_seed(0)
     return {
-        "ids": IDS, "embedding": torch.randn(5, 4), "exp_avg": torch.randn(5, 4), "exp_avg_sq": torch.rand(5, 4),
-        "w": torch.randn(2, 4), "b": torch.randn(2),
-    }  # fmt: skip
+        "ids": IDS,
+        "embedding": torch.randn(5, 4),
+        "exp_avg": torch.randn(5, 4),
+        "exp_avg_sq": torch.rand(5, 4),
+        "w": torch.randn(2, 4),
+        "b": torch.randn(2),
+    }
 
 
 @pytest.fixture
@@ -67,9 +71,12 @@ def source(tmp_path: Path) -> Path:
 
     def blocks(table: str, rank: int, rows: slice) -> dict[str, Tensor]:
         slots = {
-            "id": "ids", "embedding": "embedding", "sparse_adamw_tf_exp_avg": "exp_avg",
-            "sparse_adamw_tf_exp_avg_sq": "exp_avg_sq", "step": "ids",
-        }  # fmt: skip
+            "id": "ids",
+            "embedding": "embedding",
+            "sparse_adamw_tf_exp_avg": "exp_avg",
+            "sparse_adamw_tf_exp_avg_sq": "exp_avg_sq",
+            "step": "ids",
+        }
         return {f"{table}.{slot}/part_{rank}_2": t[column][rows] for slot, column in slots.items()}
 
     one, two = blocks("emb.user", 0, slice(0, 3)), blocks("emb.user", 1, slice(3, 5))

@@ -33,8 +33,11 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "expected.safetensors")],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     # Optimizer state came along: training on gives what the undisturbed run gives.
     toy.train_steps(3)

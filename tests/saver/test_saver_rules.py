@@ -17,8 +17,11 @@ from tests.saver.fakes import Shelf, edit_manifest, empty_shelf, entries, exampl
 def test_json_values_are_read_back(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     values: dict[str, Any] = {
-        "reader": {"file": 3, "row": 2**40, "shuffle": [0.1, -0.0]}, "nothing": None, "yes": True, "text": "城\n",
-    }  # fmt: skip
+        "reader": {"file": 3, "row": 2**40, "shuffle": [0.1, -0.0]},
+        "nothing": None,
+        "yes": True,
+        "text": "城\n",
+    }
     saver.save(1, **values)
     saver.save(2, text="later")
     assert {name: saver.read_json(name, step=1) for name in values} == values

@@ -58,8 +58,10 @@ def test_chains_say_what_changed(runs: dict[int, tuple[str, Path]]) -> None:
         assert len(Checkpoint(root / "whole", 3).manifest.parts["engine"].tables["user"].ranges) >= 4
         tables = Checkpoint(root / "run", 2).manifest.parts["engine"].tables
         whole = Checkpoint(root / "run", 1).manifest.parts["engine"].tables
-        assert all((table.removed is None) == (name in ("frozen", "frozen.admission")) or table.removed is not None
-                   for name, table in tables.items())  # fmt: skip
+        assert all(
+            (table.removed is None) == (name in ("frozen", "frozen.admission")) or table.removed is not None
+            for name, table in tables.items()
+        )
         assert tables["user"].removed is not None
         assert tables["user"].removed.rows >= len(EDGE_IDS)
         assert all(table.removed is None for table in whole.values())
@@ -135,9 +137,15 @@ def test_some_tables_go_to_ranks_that_share_them_otherwise(
     check_some(source, tmp_path)
 
 
-@pytest.mark.parametrize(("writers", "sharding", "readers", "others"), [
-    (1, "row", 2, "column"), (2, "row", 3, "column"), (3, "column", 2, "column"), (2, "column", 2, "mixed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("writers", "sharding", "readers", "others"),
+    [
+        (1, "row", 2, "column"),
+        (2, "row", 3, "column"),
+        (3, "column", 2, "column"),
+        (2, "column", 2, "mixed"),
+    ],
+)
 def test_some_tables_go_to_ranks_that_split_rows_by_column(
     eight: Ranks, tmp_path: Path, writers: int, sharding: str, readers: int, others: str
 ) -> None:

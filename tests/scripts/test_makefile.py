@@ -9,9 +9,14 @@ def make(root: Path, *arguments: str, given: str = "") -> str:
     # The tests may be run by a make with settings of its own, which hands them on.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTEST_ARGS")}
     done = subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=root, input=given, capture_output=True, text=True,
-        check=False, env=environment,
-    )  # fmt: skip
+        ["make", "--no-print-directory", *arguments],
+        cwd=root,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -49,8 +49,13 @@ def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls
     """
     global _left
     for owner, name in [
-        (os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "mkdir"), (pathlib.Path, "rename"), *calls,
-    ]:  # fmt: skip
+        (os, "fsync"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (pathlib.Path, "mkdir"),
+        (pathlib.Path, "rename"),
+        *calls,
+    ]:
         _counted(owner, name)
     moment, ends = 0, list[int]()
     while not ends or os.WIFSIGNALED(ends[-1]):
@@ -78,9 +83,13 @@ def killed(program: str, repository: Path, *arguments: str) -> int:
         How many runs there were; all were killed but the last, which ended well.
     """
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=repository, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", program, *arguments],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
         timeout=200,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     ends: list[int] = json.loads(done.stdout)
     assert all(os.WTERMSIG(end) == signal.SIGKILL for end in ends[:-1])

@@ -54,10 +54,18 @@ def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
     item = lists(5)
     weight = torch.rand(item.values.numel(), generator=generator) + 0.5
     return {
-        "user": draw(samples), "item": item, "item_weight": RaggedTensor(weight, item.offsets), "item_too": lists(3),
-        "best": lists(4), "tiled": lists(4), "each": draw(samples, 2), "narrow": draw(samples), "rare": draw(samples),
-        "frozen": draw(samples), "label": torch.rand(samples, generator=generator),
-    }  # fmt: skip
+        "user": draw(samples),
+        "item": item,
+        "item_weight": RaggedTensor(weight, item.offsets),
+        "item_too": lists(3),
+        "best": lists(4),
+        "tiled": lists(4),
+        "each": draw(samples, 2),
+        "narrow": draw(samples),
+        "rare": draw(samples),
+        "frozen": draw(samples),
+        "label": torch.rand(samples, generator=generator),
+    }
 
 
 def part_of(batch: Batch, begin: int, end: int) -> Batch:
@@ -113,9 +121,13 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Trains, and returns losses and this rank's rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        configs(job.sharding, job.dim), optimizer_state=STATES[job.rule], seed=3, group=group,
-        prefetch_group=rank_processes.AHEAD.get(ranks), **job.engine,
-    )  # fmt: skip
+        configs(job.sharding, job.dim),
+        optimizer_state=STATES[job.rule],
+        seed=3,
+        group=group,
+        prefetch_group=rank_processes.AHEAD.get(ranks),
+        **job.engine,
+    )
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
     model = Model(engine, width)
     sparse = getattr(optim, job.rule)(engine.parameters(), lr=job.lr)

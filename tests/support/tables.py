@@ -27,9 +27,15 @@ def make_table(
 
 
 def feature(
-    ids: Sequence[int] | Tensor, offsets: list[int] | None = None, member: int = 0, combiner: int = 0,
-    device: str = "cpu", weights: Tensor | None = None, tile: int = 0, unknown_zeros: bool = False,
-) -> FeatureIds:  # fmt: skip
+    ids: Sequence[int] | Tensor,
+    offsets: list[int] | None = None,
+    member: int = 0,
+    combiner: int = 0,
+    device: str = "cpu",
+    weights: Tensor | None = None,
+    tile: int = 0,
+    unknown_zeros: bool = False,
+) -> FeatureIds:
     tensor = torch.as_tensor(ids, dtype=torch.int64).to(device)
     starts = torch.tensor(offsets, dtype=torch.int64, device=device) if offsets else None
     vectors = (len(offsets) - 1) * max(tile, 1) if offsets else tensor.numel()

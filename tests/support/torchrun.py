@@ -12,6 +12,10 @@ def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.Com
     path.write_text(program)
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)],
-        cwd=repository, capture_output=True, text=True, timeout=300, check=False,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(repository)},
-    )  # fmt: skip
+    )
