@@ -5,6 +5,8 @@ The bridge can be used on its own. It never copies unless told to: `to_jax` and 
 owns. README.md beside this file holds the contract of lifetime and mutation.
 """
 
+from __future__ import annotations
+
 if __name__ != "recis_hybrid.bridge":
     # The folder lies at the top of the repository, so that `import bridge` from there would load a second copy.
     raise ImportError(
@@ -20,18 +22,18 @@ except ModuleNotFoundError as _error:
         f"recis_hybrid.bridge: needs JAX, and there is no module {_error.name!r}; run `pip install recis_hybrid[jax]`"
     ) from _error
 
-from .adapters import (
+from recis_hybrid.bridge.adapters import (
     from_equinox as from_equinox,
     from_haiku as from_haiku,
     from_linen as from_linen,
     from_nnx as from_nnx,
 )
-from .all_reduce import GradientAllReduce as GradientAllReduce
-from .dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
-from .launch import init as init
-from .optimizer import OptaxOptimizer as OptaxOptimizer
-from .state import JaxState as JaxState
-from .tower import JaxTower as JaxTower
+from recis_hybrid.bridge.all_reduce import GradientAllReduce as GradientAllReduce
+from recis_hybrid.bridge.dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
+from recis_hybrid.bridge.launch import init as init
+from recis_hybrid.bridge.optimizer import OptaxOptimizer as OptaxOptimizer
+from recis_hybrid.bridge.state import JaxState as JaxState
+from recis_hybrid.bridge.tower import JaxTower as JaxTower
 
 del _jax
 

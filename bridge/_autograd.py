@@ -1,5 +1,7 @@
 """What happens in a call of a tower: arrays in, a program, tensors out, and torch's autograd told about it."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -7,9 +9,9 @@ from typing import Any, cast
 import jax
 import torch
 
-from ._imports import Imports
-from ._programs import Forward, Jitted, Programs
-from .dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
+from recis_hybrid.bridge._imports import Imports
+from recis_hybrid.bridge._programs import Forward, Jitted, Programs
+from recis_hybrid.bridge.dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
 
 
 class Caller:

@@ -6,6 +6,8 @@ small tensor, and used only if they do what is expected; otherwise the public fu
 take the public road, which is the one that hands over streams.
 """
 
+from __future__ import annotations
+
 import functools
 import os
 from collections.abc import Callable, Iterable

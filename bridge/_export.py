@@ -1,5 +1,7 @@
 """A tower written down for serving: its function as `jax.export` keeps it, and its parameters beside it."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +13,8 @@ import jax.numpy as jnp
 import safetensors.torch
 import torch
 
-from ._padding import Dims
-from .dlpack import DTYPES, WIDE, x64_is_on
+from recis_hybrid.bridge._padding import Dims
+from recis_hybrid.bridge.dlpack import DTYPES, WIDE, x64_is_on
 
 PROGRAM: Final = "program.jax_export"
 PARAMETERS: Final = "params.safetensors"

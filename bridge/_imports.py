@@ -6,13 +6,15 @@ runs; and a call returns when its program has ended, so that none runs while tor
 JAX's stream wait for torch's, so there each call imports anew.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import torch
 
-from .dlpack import WIDE, share
+from recis_hybrid.bridge.dlpack import WIDE, share
 
 Kind = tuple[torch.Size, torch.dtype]
 
@@ -31,10 +33,10 @@ class Imports:
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Imports":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Imports:
         return Imports()
 
-    def __reduce__(self) -> tuple[type["Imports"], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Imports], tuple[()]]:
         return Imports, ()
 
     def clear(self) -> None:

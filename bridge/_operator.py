@@ -4,6 +4,8 @@ Dynamo traces torch, not JAX. So a tower's forward is called as a whole (`nonstr
 that finds the program for their shapes, gives it a number, and puts one operator with that number into the graph.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -12,8 +14,8 @@ from typing import Any, cast
 import jax
 import torch
 
-from ._autograd import Caller, twice, under_x64
-from ._programs import Forward
+from recis_hybrid.bridge._autograd import Caller, twice, under_x64
+from recis_hybrid.bridge._programs import Forward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Sizes that vary, padded to a few classes of sizes, so that a run compiles a bounded number of times."""
 
+from __future__ import annotations
+
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast

@@ -5,13 +5,15 @@ optimizers, `.to` and wrappers find what they expect. A key that has dots itself
 same nesting. Leaves of integers or booleans, which have no gradient, become buffers.
 """
 
+from __future__ import annotations
+
 from typing import Any, Final
 
 import jax
 import numpy as np
 import torch
 
-from .dlpack import DTYPES, WIDE, to_torch, x64_is_on
+from recis_hybrid.bridge.dlpack import DTYPES, WIDE, to_torch, x64_is_on
 
 ROOT_NAME: Final = "param"
 """What a parameter is called when it is the whole pytree."""

@@ -9,6 +9,8 @@ Legend: a leaf is one tensor of the parameters or inputs, in their order; the po
 outputs, then its other residuals.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -22,9 +24,9 @@ import numpy as np
 import torch
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from ._imports import Kind
-from ._supplied import as_key
-from .dlpack import ALIGNMENT, x64_is_on
+from recis_hybrid.bridge._imports import Kind
+from recis_hybrid.bridge._supplied import as_key
+from recis_hybrid.bridge.dlpack import ALIGNMENT, x64_is_on
 
 _STACKED_FROM, _STACKED_BYTES = 4, 16384
 
@@ -146,7 +148,7 @@ class Programs:
         self.compilations = 0
         self._forwards: dict[Hashable, Forward] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Programs":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         # A copy of a module computes the same function, so it shares what has been compiled.
         return self
 

@@ -1,5 +1,7 @@
 """What a tower hands its function besides parameters and inputs: a random key, its mode, static values."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any

@@ -4,13 +4,15 @@ Each takes a model that exists, with its parameters, and returns a `JaxTower`; o
 libraries are loaded when they are first used.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from .tower import JaxTower
+from recis_hybrid.bridge.tower import JaxTower
 
 _MODES = {
     **dict.fromkeys(("train", "training", "is_training"), True),

@@ -8,6 +8,8 @@ nothing is copied at the border, and every rank adds the same elements in the sa
 Letters: W ranks.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .dlpack import to_jax, to_torch
+from recis_hybrid.bridge.dlpack import to_jax, to_torch
 
 _BUCKET_BYTES = 25 << 20
 """As DistributedDataParallel's."""

@@ -4,6 +4,8 @@ JAX's own import copies in silence when memory is not aligned, and cuts int64 to
 is an error that names the cause and the remedy. The contract of lifetime and mutation is in README.md.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Sequence
 from typing import Any, Final, cast, overload
@@ -11,7 +13,7 @@ from typing import Any, Final, cast, overload
 import jax
 import torch
 
-from ._capsules import PUBLIC, cpu_roads
+from recis_hybrid.bridge._capsules import PUBLIC, cpu_roads
 
 ALIGNMENT: Final = 64
 """Where a buffer must start, in bytes, for XLA to use it as it is."""

@@ -1,5 +1,7 @@
 """What must be set before JAX starts its backend: the device, the memory, the threads of one rank."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from typing import Any, cast
@@ -7,7 +9,7 @@ from typing import Any, cast
 import jax
 import torch
 
-from ._capsules import backend_has_started
+from recis_hybrid.bridge._capsules import backend_has_started
 
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 

@@ -5,6 +5,8 @@ the way in or out. So JAX owns what a tower trains from the first step on, while
 parameters (`state_dict`, DDP, clipping, gradient scaling) goes on as before.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast, overload
 
@@ -13,8 +15,8 @@ import jax.numpy as jnp
 import torch
 import torch.distributed as dist
 
-from .all_reduce import GradientAllReduce
-from .dlpack import ALIGNMENT, count_copy, share, to_jax, unshare
+from recis_hybrid.bridge.all_reduce import GradientAllReduce
+from recis_hybrid.bridge.dlpack import ALIGNMENT, count_copy, share, to_jax, unshare
 
 
 class GradientTransformation(Protocol):

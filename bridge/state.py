@@ -1,12 +1,14 @@
 """A pytree of JAX arrays as an object with a state_dict: what a JAX-led program keeps, for a checkpoint."""
 
+from __future__ import annotations
+
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import torch
 
-from .dlpack import to_jax, to_torch
+from recis_hybrid.bridge.dlpack import to_jax, to_torch
 
 
 class JaxState:

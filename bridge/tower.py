@@ -1,5 +1,7 @@
 """JaxTower: a JAX function as an ordinary `torch.nn.Module`."""
 
+from __future__ import annotations
+
 import itertools
 import operator
 import weakref
@@ -10,18 +12,18 @@ from typing import Any, cast
 import jax
 import torch
 
-from . import _export
-from ._autograd import Apply, Caller
-from ._imports import Imports
-from ._operator import eager, nonstrict, number_of, structs, tower_forward, traced
-from ._padding import Dims, Padding
-from ._parameters import Slot, dotted, gather, plant
-from ._programs import Forward, Programs, Remat
-from ._supplied import draw_key, keywords, static_signature
-from .dlpack import share
+from recis_hybrid.bridge import _export
+from recis_hybrid.bridge._autograd import Apply, Caller
+from recis_hybrid.bridge._imports import Imports
+from recis_hybrid.bridge._operator import eager, nonstrict, number_of, structs, tower_forward, traced
+from recis_hybrid.bridge._padding import Dims, Padding
+from recis_hybrid.bridge._parameters import Slot, dotted, gather, plant
+from recis_hybrid.bridge._programs import Forward, Programs, Remat
+from recis_hybrid.bridge._supplied import draw_key, keywords, static_signature
+from recis_hybrid.bridge.dlpack import share
 
 _next_number = itertools.count()
-_towers: "weakref.WeakValueDictionary[int, JaxTower]" = weakref.WeakValueDictionary()
+_towers: weakref.WeakValueDictionary[int, JaxTower] = weakref.WeakValueDictionary()
 _requires_grad = operator.attrgetter("requires_grad")
 _functorch_is_active = cast(Any, torch._C)._are_functorch_transforms_active
 

@@ -1,5 +1,7 @@
 """How Sphinx makes the documentation: `make docs`."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -22,6 +22,8 @@ against.
 The same rows and seed give the same log. All effects come from the seed alone, so logs of other lengths share them.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
@@ -127,7 +129,7 @@ class World:
     pairs: Floats  # [slots, devices]
 
     @classmethod
-    def of(cls, seed: int) -> "World":
+    def of(cls, seed: int) -> World:
         rng = np.random.default_rng([seed, 0])
         effects = {name: drawn_effects(field, rng) for name, field in (FIELDS | {"site": SITES}).items()}
         taste = rng.integers(0, KINDS, FIELDS["user_id"].ids)

@@ -1,5 +1,7 @@
 """What all tests share: who runs where, the data folder, hypothesis profiles."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 from pathlib import Path

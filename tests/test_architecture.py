@@ -1,5 +1,7 @@
 """The import graph, the public names and what an import may do; the checkers are tested on sources that break them."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

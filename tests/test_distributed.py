@@ -1,5 +1,7 @@
 """A program written for one process under a launcher: it trains right, or is refused in the same terms everywhere."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess

@@ -1,5 +1,7 @@
 """The documentation names what is there: pages in the navigation, links, files, rooms. `make docs` builds it."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

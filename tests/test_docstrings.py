@@ -1,5 +1,7 @@
 """The examples in the docstrings run, and every public name has a docstring."""
 
+from __future__ import annotations
+
 import doctest
 import importlib
 import inspect

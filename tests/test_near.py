@@ -1,5 +1,7 @@
 """Tolerances by scale: what rounding can do passes, and what it cannot is named."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

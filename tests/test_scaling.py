@@ -1,5 +1,7 @@
 """docs/scaling.md holds what benchmarks/scaling.py prints; the model counts the bytes that are sent."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from .columns import Column
+from recis_hybrid.columnio.columns import Column
 
 
 def integer(name: str, value: int, least: int) -> int:

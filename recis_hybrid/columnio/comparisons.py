@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .columns import UNITS
-from .numbers import ArrowType, is_text
-from .temporal import is_temporal, tick_ns
+from recis_hybrid.columnio.columns import UNITS
+from recis_hybrid.columnio.numbers import ArrowType, is_text
+from recis_hybrid.columnio.temporal import is_temporal, tick_ns
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,

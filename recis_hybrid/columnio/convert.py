@@ -17,13 +17,11 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from recis_hybrid.ragged import RaggedTensor
-
-from .columns import Column, Dense, Ragged, Text, Weighted
-from .formats.text import TOO_LARGE
-from .layouts import has_null_type, is_list, plain, plain_type
-from .leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
-from .numbers import (
+from recis_hybrid.columnio.columns import Column, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio.formats.text import TOO_LARGE
+from recis_hybrid.columnio.layouts import has_null_type, is_list, plain, plain_type
+from recis_hybrid.columnio.leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
+from recis_hybrid.columnio.numbers import (
     ARROW_OF,
     Array,
     ArrowType,
@@ -35,7 +33,8 @@ from .numbers import (
     nulls_refused,
     numbers,
 )
-from .temporal import is_temporal
+from recis_hybrid.columnio.temporal import is_temporal
+from recis_hybrid.ragged import RaggedTensor
 
 
 class Converter(Protocol):

@@ -11,22 +11,28 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recis_hybrid import distributed
+from recis_hybrid.columnio.agreement import agreement, has_other_ranks, warn_unattended
+from recis_hybrid.columnio.arguments import integer, one_of, specs
+from recis_hybrid.columnio.columns import Column
+from recis_hybrid.columnio.csv_options import CsvOptions
+from recis_hybrid.columnio.delivery import Delivery, check_delivery
+from recis_hybrid.columnio.order import Batches, Uneven
+from recis_hybrid.columnio.position import (
+    Position,
+    SharedPosition,
+    loaded,
+    order_settings,
+    saved,
+    settings_of_all_ranks,
+)
+from recis_hybrid.columnio.prefetch import prefetched
+from recis_hybrid.columnio.ranks import rank_and_world_size
 from recis_hybrid.ragged import Batch, batch_to
 
-from .agreement import agreement, has_other_ranks, warn_unattended
-from .arguments import integer, one_of, specs
-from .columns import Column
-from .csv_options import CsvOptions
-from .delivery import Delivery, check_delivery
-from .order import Batches, Uneven
-from .position import Position, SharedPosition, loaded, order_settings, saved, settings_of_all_ranks
-from .prefetch import prefetched
-from .ranks import rank_and_world_size
-
 if TYPE_CHECKING:
-    from .errors import Skipped
-    from .filters import Filters
-    from .paths import Paths
+    from recis_hybrid.columnio.errors import Skipped
+    from recis_hybrid.columnio.filters import Filters
+    from recis_hybrid.columnio.paths import Paths
 
 MASK = "mask"
 """The column that `uneven="pad"` adds."""
@@ -155,11 +161,11 @@ class ColumnDataset(IterableDataset[Batch]):
         partitions: bool = True,
     ) -> None:
         # pyarrow comes with the first dataset, not with the package.
-        from .filters import RowFilter
-        from .memory import MemoryFile
-        from .opening import open_files
-        from .paths import find_files
-        from .reader import Reader
+        from recis_hybrid.columnio.filters import RowFilter
+        from recis_hybrid.columnio.memory import MemoryFile
+        from recis_hybrid.columnio.opening import open_files
+        from recis_hybrid.columnio.paths import find_files
+        from recis_hybrid.columnio.reader import Reader
 
         # Given by hand, a rank may be alone in opening this.
         self._by_itself = rank is None and world_size is None
@@ -245,7 +251,7 @@ class ColumnDataset(IterableDataset[Batch]):
             >>> [batch["item"].tolist() for batch in data]
             [[7, 8], [9]]
         """
-        from .memory import MemoryFile
+        from recis_hybrid.columnio.memory import MemoryFile
 
         source: Any = MemoryFile.of(data)
         return cls(source, columns, batch_size, **options)

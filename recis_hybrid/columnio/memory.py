@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from recis_hybrid.columnio.formats import Format, memory
 from recis_hybrid.ragged import RaggedTensor
-
-from .formats import Format, memory
 
 # Rows of which the values go into a fingerprint.
 _SAMPLE = 1024

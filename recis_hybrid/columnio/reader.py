@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from .files import Files, Piece
-from .order import Batches, permutation
-from .paths import places
-from .prefetch import chained
-from .rows import Rows, joined
+from recis_hybrid.columnio.files import Files, Piece
+from recis_hybrid.columnio.order import Batches, permutation
+from recis_hybrid.columnio.paths import places
+from recis_hybrid.columnio.prefetch import chained
+from recis_hybrid.columnio.rows import Rows, joined
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1

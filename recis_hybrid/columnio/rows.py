@@ -10,10 +10,9 @@ from itertools import pairwise
 import pyarrow as pa
 import torch
 
+from recis_hybrid.columnio.convert import Converter
+from recis_hybrid.columnio.numbers import Array
 from recis_hybrid.ragged import Batch
-
-from .convert import Converter
-from .numbers import Array
 
 
 class _Split:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from .columns import Column
-from .convert import converter
-from .csv_options import CsvOptions
-from .errors import not_whole
-from .files import DAMAGE
-from .numbers import Place
-from .paths import Paths, find_files
+from recis_hybrid.columnio.columns import Column
+from recis_hybrid.columnio.convert import converter
+from recis_hybrid.columnio.csv_options import CsvOptions
+from recis_hybrid.columnio.errors import not_whole
+from recis_hybrid.columnio.files import DAMAGE
+from recis_hybrid.columnio.numbers import Place
+from recis_hybrid.columnio.paths import Paths, find_files
 
 
 def column_types(

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .columns import UNITS
+from recis_hybrid.columnio.columns import UNITS
 
 Array = Any
 ArrowType = Any

@@ -1,5 +1,7 @@
 """Embedding Engine: growing, collision-free tables behind named features."""
 
+from __future__ import annotations
+
 from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gate, MinFrequency as MinFrequency
 from recis_hybrid.embedding.anchor import Anchor as Anchor
 from recis_hybrid.embedding.blocks import EmbeddingBlocks as EmbeddingBlocks

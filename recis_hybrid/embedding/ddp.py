@@ -1,6 +1,8 @@
 """Tables beside DistributedDataParallel, which averages the gradients of towers."""
 
 # DDP looks at a hook's annotations as objects: none may be a string here.
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

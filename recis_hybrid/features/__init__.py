@@ -1,5 +1,7 @@
 """Feature Engine: raw columns of a batch to ids, buckets and rows that a model takes, Batch → Batch."""
 
+from __future__ import annotations
+
 from recis_hybrid.features.engine import FeatureEngine as FeatureEngine
 from recis_hybrid.features.feature import Feature as Feature
 from recis_hybrid.features.ids import (

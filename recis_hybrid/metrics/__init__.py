@@ -4,6 +4,8 @@ Accumulators merge, give and take their state as tensors, and compute over all r
 initialised. What is not defined (an AUC of one class only) is NaN, with a RuntimeWarning that names it.
 """
 
+from __future__ import annotations
+
 from recis_hybrid.metrics._metric import Metric as Metric
 from recis_hybrid.metrics.auc import AUC as AUC, auc as auc
 from recis_hybrid.metrics.binned_auc import BinnedAUC as BinnedAUC

@@ -3,6 +3,8 @@
 Importing this package loads the native library.
 """
 
+from __future__ import annotations
+
 from recis_hybrid.ops import (
     blocks as blocks,
     checksum as checksum,

@@ -1,5 +1,7 @@
 """Sparse optimizers: torch.optim.Optimizer subclasses over an EmbeddingEngine's parameters."""
 
+from __future__ import annotations
+
 from recis_hybrid.optim.adagrad import Adagrad as Adagrad, RowwiseAdagrad as RowwiseAdagrad
 from recis_hybrid.optim.adam import Adam as Adam, AdamW as AdamW
 from recis_hybrid.optim.clip import clip_row_norm_ as clip_row_norm_

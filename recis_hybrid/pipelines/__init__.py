@@ -1,5 +1,7 @@
 """Pipelines: training in stages, evaluation, and what is called as they go on."""
 
+from __future__ import annotations
+
 from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError as CallbackError, Record as Record
 from recis_hybrid.pipelines.checkpoint import Checkpoint as Checkpoint
 from recis_hybrid.pipelines.evaluate import evaluate as evaluate

@@ -1,5 +1,7 @@
 """Checkpoints in safetensors and JSON: atomic, verified, never executed."""
 
+from __future__ import annotations
+
 from recis_hybrid.saver.errors import (
     CheckpointError as CheckpointError,
     CheckpointMismatch as CheckpointMismatch,

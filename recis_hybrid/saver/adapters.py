@@ -1,5 +1,7 @@
 """Turns what a user passes to the saver into states and back."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Protocol
 

@@ -1,5 +1,7 @@
 """Work in a thread of its own, whose failure is not lost."""
 
+from __future__ import annotations
+
 import atexit
 import sys
 import threading
@@ -59,13 +61,13 @@ class Background:
 
 
 @cache
-def _report_at_exit() -> "weakref.WeakSet[Background]":
+def _report_at_exit() -> weakref.WeakSet[Background]:
     alive: weakref.WeakSet[Background] = weakref.WeakSet()
     # Python joins threads first, and then calls what is registered here.
     atexit.register(_report, alive)
     return alive
 
 
-def _report(alive: "weakref.WeakSet[Background]") -> None:
+def _report(alive: weakref.WeakSet[Background]) -> None:
     for each in list(alive):
         each.report()

@@ -1,5 +1,7 @@
 """A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
 
+from __future__ import annotations
+
 import difflib
 import hashlib
 import math
@@ -37,7 +39,7 @@ class Checkpoint:
         self._listed = listed
         self._previous: Checkpoint | None = None
 
-    def previous(self) -> "Checkpoint":
+    def previous(self) -> Checkpoint:
         """The checkpoint that this one builds on.
 
         Returns:
@@ -170,7 +172,7 @@ class Checkpoint:
             state = put_over(TableState(rows.columns, rows.buckets, {}), part)
             yield Rows(state.columns, state.buckets)
 
-    def _below(self, name: str, table: str) -> Iterator[tuple["Checkpoint", TableEntry]]:
+    def _below(self, name: str, table: str) -> Iterator[tuple[Checkpoint, TableEntry]]:
         """The earlier states of a table that are needed, newest first."""
         at, entry = self, self.manifest.parts[name].tables[table]
         while entry.removed is not None:

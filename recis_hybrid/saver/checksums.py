@@ -5,6 +5,8 @@ length of the second (a linear map of 32 bits), xor that of the second. R. Willi
 detection algorithms", 1993.
 """
 
+from __future__ import annotations
+
 import zlib
 from functools import lru_cache
 

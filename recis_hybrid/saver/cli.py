@@ -3,6 +3,8 @@
 Exit status: 0 if all is well, 1 if a checkpoint is damaged, differs or cannot be written, 2 for a wrong call.
 """
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import json

@@ -1,5 +1,7 @@
 """Makes whole checkpoints of incremental ones, and exports for serving."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Compares a saved state with the live object it is to be loaded into."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping
 from typing import TypeVar

@@ -1,5 +1,7 @@
 """The directory of one checkpoint: its name, and what must lie in it."""
 
+from __future__ import annotations
+
 import re
 
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint

@@ -1,5 +1,7 @@
 """The errors of the saver. Each message says where, which rule, the values found, and what to do."""
 
+from __future__ import annotations
+
 OTHER_STEP = "The checkpoint is damaged or was changed after it was written: load another step."
 """The remedy for damage, which nothing can undo."""
 

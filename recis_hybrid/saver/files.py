@@ -1,5 +1,7 @@
 """File names, paths, checksums and durability."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import os

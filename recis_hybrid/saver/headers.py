@@ -4,6 +4,8 @@ As the safetensors library writes it, so that the bytes are the same whoever wro
 without white space, padded with blanks; tensors by their dtype, then by name. What it holds is checked, not believed.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """JSON with nothing lost: what is written reads back equal, or is refused."""
 
+from __future__ import annotations
+
 import json
 from typing import cast
 

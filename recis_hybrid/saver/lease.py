@@ -1,5 +1,7 @@
 """Who may save in a directory: one saver at a time."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import socket

@@ -5,6 +5,8 @@ read once for their checksums; tables without rows take them as they are read an
 file turns out to be damaged.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

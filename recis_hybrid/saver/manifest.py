@@ -3,6 +3,8 @@
 `parse.py` reads them back. docs/format.md specifies the file.
 """
 
+from __future__ import annotations
+
 import json
 import zlib
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor, skip: int = 0) -> "TensorSpec":
+    def of(cls, tensor: Tensor, skip: int = 0) -> TensorSpec:
         """Describe a tensor.
 
         Args:
@@ -88,7 +90,7 @@ class RemovedEntry:
     ranges: tuple[RangeEntry, ...]
     """In bucket order, together all buckets."""
 
-    def as_table(self) -> "TableEntry":
+    def as_table(self) -> TableEntry:
         """Return them as a table of one column, which is how their files are written."""
         return TableEntry(self.rows, {"ids": TensorSpec("int64", ())}, {}, self.ranges)
 

@@ -4,6 +4,8 @@ Legend: n rows of the earlier state, m rows that changed, r ids that went, k row
 sorted by (bucket, id).
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Names of a module's parameters and buffers, the same whether or not the module is wrapped."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 

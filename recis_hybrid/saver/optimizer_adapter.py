@@ -4,6 +4,8 @@ Parameters are matched by their order in the groups, as in torch's own state_dic
 of the parameter with index 3, `groups.0.lr` is a hyperparameter that is a tensor, of group 0.
 """
 
+from __future__ import annotations
+
 from typing import Any, cast
 
 import torch

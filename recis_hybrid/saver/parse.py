@@ -1,5 +1,7 @@
 """Reads `manifest.json`, believing nothing: every type, range, sum and path is checked before it is used."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -135,13 +137,13 @@ class _Reader:
                 _Reader({}, self.path, self.at(key)).fail("must hold integers from 0 to 2**63 - 1", found)
         return found
 
-    def child(self, key: str) -> "_Reader":
+    def child(self, key: str) -> _Reader:
         return _Reader(self.value(key), self.path, self.at(key))
 
-    def children(self) -> "list[tuple[str, _Reader]]":
+    def children(self) -> list[tuple[str, _Reader]]:
         return [(key, self.child(key)) for key in self.document]
 
-    def items(self, key: str) -> "list[_Reader]":
+    def items(self, key: str) -> list[_Reader]:
         return [_Reader(item, self.path, f"{self.at(key)}[{i}]") for i, item in enumerate(self.array(key))]
 
 

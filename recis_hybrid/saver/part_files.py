@@ -1,5 +1,7 @@
 """Writes and reads the files of one part."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 

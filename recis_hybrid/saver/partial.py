@@ -1,5 +1,7 @@
 """Loads some of a checkpoint into live objects that need not be those that were saved."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping
 
 import torch

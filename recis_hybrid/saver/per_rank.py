@@ -1,5 +1,7 @@
 """Parts that are not the same on every rank."""
 
+from __future__ import annotations
+
 import warnings
 
 from recis_hybrid.saver.errors import CheckpointMismatch

@@ -1,5 +1,7 @@
 """Loads safetensors files as the Hugging Face hub has them into torch modules."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -3,6 +3,8 @@
 What it hands out is `recis_hybrid.state`, which rooms below the saver can import.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 

@@ -12,6 +12,8 @@ of a sparse optimizer are a dense tensor of the index (`sparse_adamw_tf_step`), 
 Letters: n rows of a table, D dim.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import shlex

@@ -1,5 +1,7 @@
 """`Saver`: checkpoints that appear whole or not at all, and are verified before anything is changed."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

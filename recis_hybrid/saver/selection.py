@@ -1,5 +1,7 @@
 """Which names of a checkpoint are loaded, and under which names of the live object."""
 
+from __future__ import annotations
+
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Whether all ranks see the same directory: one that is each machine's own would lose most of a checkpoint."""
 
+from __future__ import annotations
+
 import secrets
 import socket
 import time

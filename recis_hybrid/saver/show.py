@@ -1,5 +1,7 @@
 """What a checkpoint holds, and how two differ, as plain data and as text."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence

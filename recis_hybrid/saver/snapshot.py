@@ -1,5 +1,7 @@
 """A state that nobody changes any more, in memory that is used again for the next one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 

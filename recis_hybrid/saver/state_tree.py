@@ -5,6 +5,8 @@ are no strings), `{"list": [...]}`, `{"tuple": [...]}`; a tensor is `{"tensor": 
 `{"float": "inf"}`, `"-inf"` or `"nan"`.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Objects with a `state_dict` (learning-rate schedulers, scalers, reading positions) and torch generators as parts."""
 
+from __future__ import annotations
+
 from collections import Counter
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,5 +1,7 @@
 """Writes and reads one safetensors file of whole tensors, with what it is of in its header."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain

@@ -1,5 +1,7 @@
 """What a saver remembers between saves, for the next one to write just what has changed."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from recis_hybrid.saver.adapters import Part, SaveablePart

@@ -1,5 +1,7 @@
 """A few threads that work through what they are handed."""
 
+from __future__ import annotations
+
 import queue
 import threading
 from collections.abc import Callable
@@ -22,7 +24,7 @@ class Workers:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work) for _ in range(count)]
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Workers:
         for thread in self._threads:
             thread.start()
         return self
@@ -33,7 +35,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, work: Callable[[], T]) -> "Future[T]":
+    def submit(self, work: Callable[[], T]) -> Future[T]:
         """Hand out work.
 
         Args:

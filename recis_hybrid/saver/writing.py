@@ -1,5 +1,7 @@
 """Writes a whole checkpoint, all ranks together: apart from the others, forced to the disk, then put in its place."""
 
+from __future__ import annotations
+
 import datetime
 import importlib.metadata
 import platform

@@ -1,5 +1,7 @@
 """Two Gloo ranks train parameters that JAX owns, with unequal batches, and agree with one process."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

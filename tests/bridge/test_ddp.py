@@ -1,5 +1,7 @@
 """Two Gloo ranks under torchrun train a torch tower beside a JAX tower, by DDP and FSDP, and agree with one process."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Arrays over parameters are kept from call to call, and never show anything but what the parameter holds now."""
 
+from __future__ import annotations
+
 import copy
 import gc
 import weakref

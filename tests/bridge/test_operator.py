@@ -1,5 +1,7 @@
 """Towers inside torch.compile."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

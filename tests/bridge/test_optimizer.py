@@ -1,5 +1,7 @@
 """OptaxOptimizer beside the same transformation in plain JAX, and beside torch's optimizers."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

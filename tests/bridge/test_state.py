@@ -1,5 +1,7 @@
 """JaxState: pytrees into checkpoints and back."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -3,6 +3,8 @@
 On the CPU, where nothing is queued, these tests show that the same program is right there.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Keys, modes, state, static keywords and remat: what a tower hands its function, and what it does with it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The table of README.md: every dtype, both directions, shared or refused."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What training programs do to modules, done to a tower: each beside the torch twin."""
 
+from __future__ import annotations
+
 import threading
 from typing import Any
 

@@ -1,5 +1,7 @@
 """DataLoader workers beside a JAX that has started: they give batches, and where JAX would hang they say so."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Ranks that see other files: all raise, and none hangs; and ranks take the same windows."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

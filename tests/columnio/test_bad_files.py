@@ -1,5 +1,7 @@
 """Damage in every format: refused with its place, or skipped, counted and reported."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import warnings

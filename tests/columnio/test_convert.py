@@ -1,5 +1,7 @@
 """Arrow arrays by their specs; what they hold is compared with pyarrow's own to_pylist."""
 
+from __future__ import annotations
+
 import gc
 from typing import Any
 

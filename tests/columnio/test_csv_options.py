@@ -1,5 +1,7 @@
 """CSV as people write it: line breaks in values, delimiters, encodings, comments, nulls, compression, bad rows."""
 
+from __future__ import annotations
+
 import bz2
 import csv
 import gzip

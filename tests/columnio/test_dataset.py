@@ -1,5 +1,7 @@
 """The order of rows, resuming, zero-copy, threads, and the real data."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

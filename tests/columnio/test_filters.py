@@ -1,5 +1,7 @@
 """Filters of any type are exact, also where footers and folders' names rule pieces out; what cannot be is said so."""
 
+from __future__ import annotations
+
 import datetime
 import decimal
 import math

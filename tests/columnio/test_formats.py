@@ -1,5 +1,7 @@
 """Every format gives the same rows; columns out of folders' names; filters; text formats' own ways."""
 
+from __future__ import annotations
+
 import gzip
 import json
 from collections.abc import Callable

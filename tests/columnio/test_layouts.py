@@ -1,5 +1,7 @@
 """Rare layouts of Arrow, maps, fields of structs, nulls without a type, and types that differ from file to file."""
 
+from __future__ import annotations
+
 import re
 import uuid
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Resuming and epochs under torch.utils.data.DataLoader, in this process, in workers, and in workers that live on."""
 
+from __future__ import annotations
+
 import copy
 from itertools import chain, islice
 from pathlib import Path

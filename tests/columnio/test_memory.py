@@ -1,5 +1,7 @@
 """Data in memory: every kind of table gives the rows of a file, shuffled, shared, filtered and resumed as files are."""
 
+from __future__ import annotations
+
 import datetime
 from collections.abc import Iterator
 from itertools import chain
@@ -272,7 +274,7 @@ class Selected:
     def __init__(self, whole: Any, rows: list[int]) -> None:
         self.whole, self.rows, self.format = whole, rows, "python"
 
-    def with_format(self, name: str) -> "Selected":
+    def with_format(self, name: str) -> Selected:
         made = Selected(self.whole, self.rows)
         made.format = name
         return made

@@ -1,5 +1,7 @@
 """No accidental hits, the distribution, and that the same is drawn again."""
 
+from __future__ import annotations
+
 import copy
 from collections import Counter
 from pathlib import Path

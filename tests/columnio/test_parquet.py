@@ -1,5 +1,7 @@
 """Files that are damaged, or not what they should be."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

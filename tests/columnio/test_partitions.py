@@ -1,5 +1,7 @@
 """Columns out of folders' names: one source for their values, whatever the files hold beside them."""
 
+from __future__ import annotations
+
 import datetime
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """How rows are shared: equal numbers of batches, ranks of torch.distributed, workers of a DataLoader."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from itertools import chain

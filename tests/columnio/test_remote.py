@@ -1,5 +1,7 @@
 """Files that lie elsewhere: a real S3 server on this machine, fsspec, and file systems handed in."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Dates, timestamps, times, durations and decimals as numbers; the values are computed by datetime and decimal."""
 
+from __future__ import annotations
+
 import datetime
 import decimal
 from pathlib import Path

@@ -1,5 +1,7 @@
 """CSV and JSON lines: values of another type than the first rows, and integers that int64 does not hold."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from itertools import chain

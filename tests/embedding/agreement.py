@@ -8,6 +8,8 @@ greatest difference of a weight, absolute and in roundings (tests/support/near.p
 same bits.
 """
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import sys

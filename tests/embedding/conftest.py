@@ -1,5 +1,7 @@
 """The ranks of the tests of sharded tables."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import pytest

@@ -7,6 +7,8 @@ killed from outside at any time, or stopped, so that it neither answers nor clos
 ExchangeError within the timeout of their group.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

@@ -6,6 +6,8 @@
 FOLDER/end.<rank>.json.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

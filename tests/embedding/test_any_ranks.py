@@ -1,5 +1,7 @@
 """Any ranks, with any share of the samples, also none, take part in one exchange for each logical table."""
 
+from __future__ import annotations
+
 import random
 from typing import Any
 

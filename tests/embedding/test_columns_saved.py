@@ -1,5 +1,7 @@
 """Checkpoints of tables whose rows are split by column over the ranks."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

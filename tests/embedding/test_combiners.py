@@ -1,5 +1,7 @@
 """What bags become, and their gradients, against plain torch on a table of ready rows."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor

@@ -1,5 +1,7 @@
 """Tables under torch.compile, torch.export and TorchScript."""
 
+from __future__ import annotations
+
 import io
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Which distinct ids a rank asks whom for: the native operator, and the same in torch, against plain Python."""
 
+from __future__ import annotations
+
 import hypothesis.strategies as st
 import pytest
 import torch

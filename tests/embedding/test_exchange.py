@@ -1,5 +1,7 @@
 """What ranks send each other: how much, in which types, and what happens when one of them fails."""
 
+from __future__ import annotations
+
 import os
 import signal
 import time

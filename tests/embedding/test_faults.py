@@ -1,5 +1,7 @@
 """Each way of losing a rank once; `make faults` does each twenty times."""
 
+from __future__ import annotations
+
 import random
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The code of docs/frameworks.md runs, and does what the page says."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from pathlib import Path

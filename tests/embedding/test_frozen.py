@@ -1,5 +1,7 @@
 """Read-only tables: rows without optimizer state, beside tables that are trained, and through checkpoints."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

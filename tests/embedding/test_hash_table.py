@@ -1,5 +1,7 @@
 """A table's rows: metadata, erasing, eviction, compaction, admission, placement, memory, dtypes."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import pytest

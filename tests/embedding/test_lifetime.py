@@ -1,5 +1,7 @@
 """A table's memory goes with the last that holds it: it does not wait for the garbage collector."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Iterator

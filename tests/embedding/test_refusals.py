@@ -1,5 +1,7 @@
 """What tables and engines refuse, before anything is changed: each message names thing, value and remedy."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import io

@@ -1,5 +1,7 @@
 """A job that comes back: torchrun starts it anew when a rank is killed, and a launch on other ranks goes on."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """Sequences of bags: ids [B, L, K], and RaggedTensors of two levels."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

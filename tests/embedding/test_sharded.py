@@ -1,5 +1,7 @@
 """Tables on two and four ranks against the same on one process."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Callable

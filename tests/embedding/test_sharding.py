@@ -1,5 +1,7 @@
 """On which ranks tables lie."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

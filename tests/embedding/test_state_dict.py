@@ -1,5 +1,7 @@
 """Tables in the state_dict of a model: by choice their rows, else a key that stands for them."""
 
+from __future__ import annotations
+
 import copy
 import io
 import pickle

@@ -1,5 +1,7 @@
 """An engine against a Python dict, over random sequences of everything that changes tables."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings, strategies as st

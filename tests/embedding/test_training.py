@@ -1,5 +1,7 @@
 """Gradients on their way into tables: accumulation, clipping, scaling, several losses, overrides, coalescing."""
 
+from __future__ import annotations
+
 import hypothesis.strategies as st
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """The examples, run as a user would."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

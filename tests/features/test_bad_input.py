@@ -1,5 +1,7 @@
 """Every refusal names the feature and says what to do."""
 
+from __future__ import annotations
+
 import math
 import re
 from typing import Any

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pickle
 import threading
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Fused and unfused make the same bits, in few native calls, compiled or not."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

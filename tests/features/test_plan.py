@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 
 from recis_hybrid.features import Bucketize, Feature, FeatureEngine, Hash, Mod

@@ -1,5 +1,7 @@
 """What a reader may make in its threads, and what is left."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Distinct, Length, Mask, DecimalString, and Cross(distinct=True): rows against Python's lists, strings and sets."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Operations on numbers and rows, beside plain Python."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Parts of times and ages, against Python's and numpy's calendars."""
 
+from __future__ import annotations
+
 from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Values that RecIS makes, by which models trained there keep their ids."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

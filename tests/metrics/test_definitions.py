@@ -1,5 +1,7 @@
 """Every metric against scikit-learn, or against its definition written out."""
 
+from __future__ import annotations
+
 import math
 from itertools import permutations
 

@@ -1,5 +1,7 @@
 """Accumulators that are merged, saved, and computed over ranks, see what one accumulator of all rows would."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Callable
 from functools import partial

@@ -1,5 +1,7 @@
 """What holds of every native operator, so that none is added without it."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The operators on ragged columns have right schemas and fakes; what they do is tested where features use them."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

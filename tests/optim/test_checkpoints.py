@@ -1,5 +1,7 @@
 """Sparse optimizers in checkpoints: by member table, so that tables may be coalesced otherwise."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ class Run:
         self.engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), seed=1, coalesce=coalesce)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=lr)
 
-    def train(self, steps: range) -> "Run":
+    def train(self, steps: range) -> Run:
         for step in steps:
             batch = {name: torch.arange(step, step + 5) for name in self.engine.configs}
             sum(value.square().sum() for value in self.engine(batch).values()).backward()  # type: ignore[union-attr]

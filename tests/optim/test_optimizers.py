@@ -1,5 +1,7 @@
 """Sparse optimizers against torch.optim over 50 steps with repeating ids."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

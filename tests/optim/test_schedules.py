@@ -1,5 +1,7 @@
 """Learning-rate schedules of torch on sparse optimizers: as on torch's own, and saved with them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

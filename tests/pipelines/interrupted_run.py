@@ -1,5 +1,7 @@
 """A training that signals itself, or is signalled, at a given point; what test_interruption starts as a process."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

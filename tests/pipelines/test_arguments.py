@@ -1,5 +1,7 @@
 """A wrong kind of argument is named where it is given, with what was expected."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Where a step's time goes, and that a step which is not logged waits for nothing."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """`recis-hybrid train --check`: what it finds in a configuration and its data."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The code blocks of docs/training.md run, one after another."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 from typing import Any

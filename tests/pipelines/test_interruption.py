@@ -1,5 +1,7 @@
 """Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training; resumed, it ends bitwise as an undisturbed one."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

@@ -1,5 +1,7 @@
 """Runs that are killed by SIGKILL, and resumed, end bitwise where undisturbed ones do."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

@@ -1,5 +1,7 @@
 """Labels of any dtype and shape, and whatever models return, in training and in evaluation."""
 
+from __future__ import annotations
+
 import math
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A Trainer on two ranks that is killed goes on from its checkpoint, bitwise; one or two ranks go on from it, too."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket

@@ -1,5 +1,7 @@
 """A Trainer on two ranks: the same steps as one rank of all rows, one log of both, written and shown by rank 0."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket

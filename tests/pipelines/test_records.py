@@ -1,5 +1,7 @@
 """What the lines of the log say."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

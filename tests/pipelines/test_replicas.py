@@ -1,5 +1,7 @@
 """Ranks without DistributedDataParallel: towers are bitwise the same, and those of one process on all rows."""
 
+from __future__ import annotations
+
 import importlib.util
 import math
 import socket

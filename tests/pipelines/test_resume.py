@@ -1,5 +1,7 @@
 """Runs that were interrupted or stopped end bitwise where undisturbed ones do."""
 
+from __future__ import annotations
+
 import gc
 import json
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,7 @@
 """What was trained scores: load_run, Trainer.predict, and the commands evaluate and predict."""
 
+from __future__ import annotations
+
 import csv
 import gc
 import json

@@ -1,5 +1,7 @@
 """A Trainer over tables that two ranks share: one rank's numbers, one log of both, and the time of the exchange."""
 
+from __future__ import annotations
+
 import json
 import re
 import socket

@@ -1,5 +1,7 @@
 """Trainings of other orders: warm-up, teacher and student, several sources."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

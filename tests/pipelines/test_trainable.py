@@ -1,5 +1,7 @@
 """A step trains every parameter and table of its model, each by one optimizer, or is told which are frozen."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,5 +1,7 @@
 """What a rank without a batch takes part with: a batch of the same columns, without rows, whatever they are."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import numpy as np

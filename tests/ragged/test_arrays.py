@@ -1,5 +1,7 @@
 """Columns of numpy, pandas, JAX and others: what is shared, what is copied, and what is refused by name."""
 
+from __future__ import annotations
+
 import array
 from typing import Any
 

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,7 +152,7 @@ class FakeJagged:
     def weights_or_none(self) -> torch.Tensor | None:
         return self.parts.get("weights")
 
-    def to_dict(self) -> dict[str, "FakeJagged"]:
+    def to_dict(self) -> dict[str, FakeJagged]:
         lengths = self.parts["lengths"].view(len(self.parts["keys"]), -1)
         found, begin = {}, 0
         for key, mine in zip(self.parts["keys"], lengths, strict=True):

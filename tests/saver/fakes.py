@@ -1,5 +1,7 @@
 """A Saveable of given state, and edits of checkpoints that keep their checksums right."""
 
+from __future__ import annotations
+
 import json
 import zlib
 from collections.abc import Callable

@@ -7,6 +7,8 @@ disturbed, begun again by loading the latest checkpoint, and must end in the byt
 Each run is forked from this process, which never uses threads, so that torch is imported once.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os

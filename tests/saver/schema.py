@@ -1,5 +1,7 @@
 """The few words of JSON Schema that docs/manifest.schema.json uses; any other word is an error, not ignored."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Whole checkpoints of incremental ones, and exports, by the command."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

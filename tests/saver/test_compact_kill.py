@@ -1,5 +1,7 @@
 """SIGKILL at every moment of a compaction, and of an incremental save, at which something on the disk changes."""
 
+from __future__ import annotations
+
 import textwrap
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Incremental checkpoints: base and deltas load exactly as the table was."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from pathlib import Path

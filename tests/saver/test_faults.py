@@ -1,5 +1,7 @@
 """Every fault once; `make faults` does each twenty times."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

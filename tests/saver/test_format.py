@@ -1,5 +1,7 @@
 """Pins the format: docs/format.md, the schema and the bytes on disk are one."""
 
+from __future__ import annotations
+
 import copy
 import json
 import struct

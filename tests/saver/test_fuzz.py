@@ -1,5 +1,7 @@
 """Whatever the bytes of a checkpoint are, a load ends with an error of the saver or with a state, and soon."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """Some tables and towers, other names, other models, and files of the Hugging Face hub."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Tables take rows of tables that are not quite their own; a damaged file leaves them as they were."""
 
+from __future__ import annotations
+
 import resource
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Ranks fail alike: whatever goes wrong on one of them, all raise, nobody hangs, and no checkpoint is left."""
 
+from __future__ import annotations
+
 import errno
 import os
 import signal

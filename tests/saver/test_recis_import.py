@@ -1,5 +1,7 @@
 """What RecIS saves, written here in its layout: names of blocks, blanks and all, by hand."""
 
+from __future__ import annotations
+
 import json
 import re
 import struct

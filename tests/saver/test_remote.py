@@ -1,5 +1,7 @@
 """Object stores: a file system in memory, and a real S3 server on this machine."""
 
+from __future__ import annotations
+
 import io
 import json
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """SIGKILL at every moment of a save at which something on the disk changes."""
 
+from __future__ import annotations
+
 import shutil
 import textwrap
 from pathlib import Path

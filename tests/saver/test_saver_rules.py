@@ -1,5 +1,7 @@
 """What the saver does around the parts: which checkpoint, what is kept, what is written when, what is refused."""
 
+from __future__ import annotations
+
 import errno
 import os
 import shutil

@@ -1,5 +1,7 @@
 """The numpy reader beside the engine whose export it reads."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import struct

@@ -1,5 +1,7 @@
 """Checkpoints of tables that ranks share: from any number of ranks, and any sharding, to any other."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from pathlib import Path

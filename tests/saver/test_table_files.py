@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import zlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Any number of ranks writes the same bytes, and any other number reads them, each its own rows."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """scripts/gpu_check.sh on a machine that is all stand-ins: what it reports must be what happened."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

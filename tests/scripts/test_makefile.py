@@ -1,5 +1,7 @@
 """What `make` says while it works: a line a package, what a run of the tests will take."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 from pathlib import Path

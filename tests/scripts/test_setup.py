@@ -1,5 +1,7 @@
 """What setup.py says, in one line, to a user whose machine cannot build."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """What a user reads who lacks something: one sentence with the remedy, never a trace."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import os

@@ -1,5 +1,7 @@
 """The rehearsal of two hosts, of which one is cut off."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """The rules of the architecture, as functions from sources to the places that break them."""
 
+from __future__ import annotations
+
 import ast
 import re
 import sys

@@ -1,5 +1,7 @@
 """Columns of batches, known to be of their kind."""
 
+from __future__ import annotations
+
 import torch
 
 from recis_hybrid.ragged import Batch

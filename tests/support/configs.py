@@ -1,5 +1,7 @@
 """A small log and its configuration, for tests of the commands."""
 
+from __future__ import annotations
+
 import csv
 import json
 import random

@@ -1,5 +1,7 @@
 """What becomes of a test that needs a GPU: it runs, it is skipped, or it fails because a GPU is there but unusable."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

@@ -1,5 +1,7 @@
 """The hashes in plain Python: slow, and independent of the native code."""
 
+from __future__ import annotations
+
 MASK = 2**64 - 1
 K0, K1, K2 = 0xC3A5C85C97CB3127, 0xB492B66FBE98F273, 0x9AE16A3B2F90404F
 SPREAD = 0xC6A4A7935BD1E995

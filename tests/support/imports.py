@@ -1,5 +1,7 @@
 """Reads Python sources for what they import and call, without running them."""
 
+from __future__ import annotations
+
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ The parent forks, so that torch is imported once. A child counts its way through
 kills itself at the given one, before it or, of a call that writes a file, half way through.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import pathlib

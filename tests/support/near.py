@@ -5,6 +5,8 @@ Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A toleranc
 the sum itself, holds on one processor and fails on the next.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

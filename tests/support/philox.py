@@ -1,5 +1,7 @@
 """The random numbers of first values, written down once more in numpy."""
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,5 +1,7 @@
 """Which tests `make test-quick` runs: a cross-section that new tests join by themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 from zlib import crc32

@@ -1,5 +1,7 @@
 """Processes that are ranks of a Gloo group, kept for all tests that ask for them."""
 
+from __future__ import annotations
+
 import tempfile
 import traceback
 from collections.abc import Callable

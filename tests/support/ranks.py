@@ -1,5 +1,7 @@
 """Ranks of a job as threads of this process, joined by real gloo groups."""
 
+from __future__ import annotations
+
 import datetime
 import threading
 from collections.abc import Callable

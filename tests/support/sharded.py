@@ -1,5 +1,7 @@
 """What ranks do in tests of sharded tables: train on their share of the same global batches."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

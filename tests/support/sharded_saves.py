@@ -1,5 +1,7 @@
 """What ranks do in tests of checkpoints of tables that they share."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

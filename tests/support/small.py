@@ -1,5 +1,7 @@
 """A small hybrid model and batches for it, which pipelines are tested with."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Shorthands for tests of tables."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

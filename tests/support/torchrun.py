@@ -1,5 +1,7 @@
 """A program on two ranks, started by torchrun."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

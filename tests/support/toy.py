@@ -1,5 +1,7 @@
 """A small hybrid-shaped model that checkpoints are taken of."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 

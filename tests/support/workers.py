@@ -1,5 +1,7 @@
 """Warnings that tests which start workers of a DataLoader do not heed."""
 
+from __future__ import annotations
+
 import pytest
 
 FORKED = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")

@@ -1,6 +1,8 @@
 """One file for each format of files, all behind the protocol `Format`."""
 
-from .protocol import (
+from __future__ import annotations
+
+from recis_hybrid.columnio.formats.protocol import (
     SUFFIXES as SUFFIXES,
     Contents as Contents,
     Format as Format,

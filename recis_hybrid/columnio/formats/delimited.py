@@ -14,9 +14,8 @@ import pyarrow.compute as compute
 import pyarrow.csv as pc
 
 from recis_hybrid.columnio.csv_options import CsvOptions
-
-from .protocol import Contents
-from .text import TOO_LARGE, needs_uint64, other_type, remedy
+from recis_hybrid.columnio.formats.protocol import Contents
+from recis_hybrid.columnio.formats.text import TOO_LARGE, needs_uint64, other_type, remedy
 
 NAME, PIECE = "CSV", "block"
 

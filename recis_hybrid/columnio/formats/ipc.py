@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from .protocol import Contents
+from recis_hybrid.columnio.formats.protocol import Contents
 
 NAME, PIECE = "Arrow", "record batch"
 

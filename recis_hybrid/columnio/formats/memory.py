@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .protocol import Contents
+from recis_hybrid.columnio.formats.protocol import Contents
 
 NAME, PIECE = "in-memory", "piece"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.orc as po
 
-from .protocol import Contents
+from recis_hybrid.columnio.formats.protocol import Contents
 
 NAME, PIECE = "ORC", "stripe"
 

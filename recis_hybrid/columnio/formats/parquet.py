@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from .protocol import Contents
+from recis_hybrid.columnio.formats.protocol import Contents
 
 NAME, PIECE = "Parquet", "row group"
 
