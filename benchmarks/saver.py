@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import harness
 from recis_hybrid import optim
+from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import Saver
-from recis_hybrid.state import rank_of_bucket
 
 DIM = 64
 WRITERS, READERS = 2, 3

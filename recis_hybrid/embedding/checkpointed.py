@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from recis_hybrid.checkpointing import HostMemory, PartState, TableState
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.loading import TablesLoader, load_some_tables, load_tables_state
@@ -11,7 +12,6 @@ from recis_hybrid.embedding.saving import rows_state, snapshot
 from recis_hybrid.embedding.sharded import ShardedTables
 from recis_hybrid.embedding.shares import Buckets, Shares
 from recis_hybrid.embedding.state import tables_changes, tables_layout, tables_state, watch_tables
-from recis_hybrid.state import HostMemory, PartState, TableState
 
 
 class CheckpointedTables:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.embedding.lookup import Request, gradient_bags
 from recis_hybrid.ops.gather import Distinct
-from recis_hybrid.state import rank_of_bucket
 
 
 @dataclass(frozen=True)

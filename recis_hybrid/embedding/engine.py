@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recis_hybrid.checkpointing import are_tables_apart
 from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.checkpointed import CheckpointedTables
 from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
@@ -47,7 +48,6 @@ from recis_hybrid.embedding.state_dict import (
     warn_of_rows_left_out,
 )
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import are_tables_apart
 
 
 class RowOptimizer(Protocol):

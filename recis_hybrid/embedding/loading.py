@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import PartState, TableState
 from recis_hybrid.embedding.checks import refuse_meta
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.columns import own_columns
@@ -18,7 +19,6 @@ from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.protocols import META
 from recis_hybrid.embedding.shares import ALL, Buckets, within
 from recis_hybrid.embedding.state import tables_layout
-from recis_hybrid.state import PartState, TableState
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.id_map import list_entries
@@ -20,7 +21,6 @@ from recis_hybrid.embedding.protocols import META
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.embedding.shares import ALL, Buckets, Shares, within
 from recis_hybrid.embedding.state import table_meta, table_state, tables_meta
-from recis_hybrid.state import JSON, HostMemory, PartState, TableState
 
 _CPU = torch.device("cpu")
 _COPIERS = 2

@@ -15,10 +15,10 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from recis_hybrid.checkpointing import BUCKETS, owned_buckets
 from recis_hybrid.embedding.columns import whole_rows
 from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.routing import Asks
-from recis_hybrid.state import BUCKETS, owned_buckets
 
 Buckets: TypeAlias = tuple[int, int]
 """The first bucket of a range, and the one after its last."""

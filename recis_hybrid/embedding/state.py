@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import JSON, PartState, TableState
 from recis_hybrid.embedding.changes import Changes, changed_known, changed_rows
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.record_layout import RecordLayout
 from recis_hybrid.embedding.shares import ALL, Buckets, Shares, within
-from recis_hybrid.state import JSON, PartState, TableState
 
 
 def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import PartState, TableState
 from recis_hybrid.embedding.coalesce import COUNTS
 from recis_hybrid.embedding.exchange import Exchange
 from recis_hybrid.embedding.hash_table import HashTable
 from recis_hybrid.embedding.loading import TablesLoader
 from recis_hybrid.embedding.protocols import META
-from recis_hybrid.state import PartState, TableState
 
 RowsInStateDict: TypeAlias = Literal["embedding", "record"]
 

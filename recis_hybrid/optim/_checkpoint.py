@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recis_hybrid.state import JSON, PartState
+from recis_hybrid.checkpointing import JSON, PartState
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:

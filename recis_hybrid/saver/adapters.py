@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.saver.compare import named_differences, refuse_differences, state_differences
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.json_values import checked_json
@@ -18,7 +19,6 @@ from recis_hybrid.saver.protocol import HasLayout, HasRows, PartState, RowLoader
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.snapshot import Memory, snapshot
 from recis_hybrid.saver.stateful import GeneratorPart, Stateful, StatefulPart
-from recis_hybrid.state import tables_apart
 
 
 class Part(Protocol):

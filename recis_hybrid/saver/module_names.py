@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from recis_hybrid.state import tables_apart
+from recis_hybrid.checkpointing import tables_apart
 
 
 def own_names(module: nn.Module) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.saver.adapters import ModulePart, Part, SaveablePart
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.errors import CheckpointError
@@ -15,7 +16,6 @@ from recis_hybrid.saver.module_names import own_names
 from recis_hybrid.saver.protocol import HasTables, TableState
 from recis_hybrid.saver.ranks import Ranks
 from recis_hybrid.saver.selection import Loaded, Selection
-from recis_hybrid.state import tables_apart
 
 
 def load_some(

@@ -1,6 +1,6 @@
 """What an object does to be saved and loaded: the seam between the saver and everything that has state.
 
-What it hands out is `recis_hybrid.state`, which rooms below the saver can import.
+What it hands out is `recis_hybrid.checkpointing`, which rooms below the saver can import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from recis_hybrid.state import (
+from recis_hybrid.checkpointing import (
     BUCKETS as BUCKETS,
     JSON as JSON,
     HostMemory as HostMemory,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recis_hybrid.checkpointing import owned_buckets
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.protocol import JSON
-from recis_hybrid.state import owned_buckets
 
 _ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointMismatch, CorruptCheckpoint)}
 

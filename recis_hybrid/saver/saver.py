@@ -43,8 +43,8 @@ class Saver:
     One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
 
     In a job of several processes all of them call `save` and `load` alike, and read and write in parallel: each its own
-    buckets of tables (`recis_hybrid.state.owned_buckets`), or what the sharding of an `EmbeddingEngine` gives it,
-    whatever the world size and the sharding were when they were saved. All other parts are the same on all ranks, and
+    buckets of tables (`recis_hybrid.checkpointing.owned_buckets`), or what the sharding of an `EmbeddingEngine` gives
+    it, whatever the world size and the sharding were when they were saved. All other parts are the same on all ranks, and
     rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
     The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
 

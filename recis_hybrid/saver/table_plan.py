@@ -126,6 +126,7 @@ def _refuse_unlike(part: str, answers: Sequence[Any]) -> None:
                 raise CheckpointError(
                     f"Saver.save: part {part!r}, table {name!r}: a rank must hold rows of later buckets than those "
                     f"before it, rank {last[0]} has buckets {last[1][0]} to {last[1][1]}, rank {rank} {span[0]} to "
-                    f"{span[1]}. Shard the table by recis_hybrid.state.owned_buckets, or hand it out on one rank."
+                    f"{span[1]}. Shard the table by recis_hybrid.checkpointing.owned_buckets, or hand it out on one "
+                    f"rank."
                 )
             last = rank, span

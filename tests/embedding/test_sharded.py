@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import optim
+from recis_hybrid.checkpointing import PartState, TableState
 from recis_hybrid.embedding import (
     Constant,
     EmbeddingConfig,
@@ -23,7 +24,6 @@ from recis_hybrid.embedding import (
     mean_over_samples,
 )
 from recis_hybrid.ops.id_map import bucket_of
-from recis_hybrid.state import PartState, TableState
 from tests.support import rank_processes, sharded
 from tests.support.near import OF_ADAM, ROUNDINGS
 from tests.support.rank_processes import Ranks

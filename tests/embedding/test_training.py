@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from recis_hybrid import optim
+from recis_hybrid.checkpointing import PartState
 from recis_hybrid.embedding import (
     Constant,
     EmbeddingConfig,
@@ -19,7 +20,6 @@ from recis_hybrid.embedding import (
 )
 from recis_hybrid.ops.gather import RowGroups
 from recis_hybrid.ragged import Batch, RaggedTensor
-from recis_hybrid.state import PartState
 from tests.support.devices import on_devices
 from tests.support.near import assert_near
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from recis_hybrid import distributed, optim
+from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.columnio import ColumnDataset, Windows
 from recis_hybrid.embedding import (
     Constant,
@@ -46,7 +47,6 @@ from recis_hybrid.pipelines import (
     WindowStages,
 )
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import tables_apart
 from tests.support.small import bce
 
 ROWS, SIZE = 16, 9  # rows of a batch on each rank, batches

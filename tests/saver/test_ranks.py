@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import (
     CheckpointError,
@@ -29,7 +30,6 @@ from recis_hybrid.saver import (
     table_files,
     table_plan,
 )
-from recis_hybrid.state import rank_of_bucket
 from tests.saver.fakes import Shelf, entries
 from tests.support.ranks import all_of, in_ranks
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, TableState
-from recis_hybrid.state import tables_apart
 from tests.saver.fakes import Shelf, entries
 from tests.support.devices import EDGE_IDS
 from tests.support.toy import Toy

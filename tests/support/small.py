@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from recis_hybrid import optim
+from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.pipelines import Callback, Record, TorchStep, Trainer
 from recis_hybrid.ragged import Batch
-from recis_hybrid.state import tables_apart
 
 bce = nn.functional.binary_cross_entropy_with_logits
 
