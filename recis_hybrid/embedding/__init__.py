@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gate, MinFrequency as MinFrequency
-from recis_hybrid.embedding.anchor import Anchor as Anchor
-from recis_hybrid.embedding.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.config import EmbeddingConfig as EmbeddingConfig
 from recis_hybrid.embedding.ddp import leave_out_of_ddp as leave_out_of_ddp, mean_over_samples as mean_over_samples
+from recis_hybrid.embedding.distributed.exchange import ExchangeError as ExchangeError, Traffic as Traffic
 from recis_hybrid.embedding.engine import (
     EmbeddingEngine as EmbeddingEngine,
     EngineLookup as EngineLookup,
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
-from recis_hybrid.embedding.exchange import ExchangeError as ExchangeError, Traffic as Traffic
-from recis_hybrid.embedding.hash_table import HashTable as HashTable
-from recis_hybrid.embedding.id_map import IdMap as IdMap
 from recis_hybrid.embedding.initializers import (
     Constant as Constant,
     Initializer as Initializer,
@@ -27,12 +23,16 @@ from recis_hybrid.embedding.initializers import (
     XavierNormal as XavierNormal,
     XavierUniform as XavierUniform,
 )
-from recis_hybrid.embedding.lookup import FeatureIds as FeatureIds, Lookup as Lookup
 from recis_hybrid.embedding.placement import Placement as Placement
-from recis_hybrid.embedding.protocols import (
+from recis_hybrid.embedding.planner.sharding import sharding_of as sharding_of
+from recis_hybrid.embedding.table.anchor import Anchor as Anchor
+from recis_hybrid.embedding.table.blocks import EmbeddingBlocks as EmbeddingBlocks
+from recis_hybrid.embedding.table.hash_table import HashTable as HashTable
+from recis_hybrid.embedding.table.id_map import IdMap as IdMap
+from recis_hybrid.embedding.table.lookup import FeatureIds as FeatureIds, Lookup as Lookup
+from recis_hybrid.embedding.table.protocols import (
     BeforeRead as BeforeRead,
     MemberTable as MemberTable,
     RowUpdate as RowUpdate,
 )
-from recis_hybrid.embedding.record_layout import RecordLayout as RecordLayout, StateField as StateField
-from recis_hybrid.embedding.sharding import sharding_of as sharding_of
+from recis_hybrid.embedding.table.record_layout import RecordLayout as RecordLayout, StateField as StateField

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.id_map import MAX_ROWS, IdCounts
-from recis_hybrid.embedding.settings import refuse_no_integer
+from recis_hybrid.embedding.table.id_map import MAX_ROWS, IdCounts
+from recis_hybrid.embedding.validation import refuse_no_integer
 
 
 class Gate(Protocol):

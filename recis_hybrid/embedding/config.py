@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.embedding.settings import described, refuse_no_integer, refuse_no_rule
+from recis_hybrid.embedding.validation import described, refuse_no_integer, refuse_no_rule
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")

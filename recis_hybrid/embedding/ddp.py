@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recis_hybrid.embedding.anchor import Anchor
 from recis_hybrid.embedding.engine import EmbeddingEngine
-from recis_hybrid.embedding.settings import described
+from recis_hybrid.embedding.table.anchor import Anchor
+from recis_hybrid.embedding.validation import described
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:

@@ -13,32 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid.checkpointing import are_tables_apart
-from recis_hybrid.embedding.anchor import Anchor
-from recis_hybrid.embedding.checkpointed import CheckpointedTables
-from recis_hybrid.embedding.coalesce import TablePlan, layout_on, plan_tables
-from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
-from recis_hybrid.embedding.config import EmbeddingConfig
-from recis_hybrid.embedding.describe import describe
-from recis_hybrid.embedding.devices import device_of
-from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.exchange import Exchange, Traffic, group_of
-from recis_hybrid.embedding.gather import AnyTable, Outputs, differentiable, gather, spread
-from recis_hybrid.embedding.hash_table import HashTable
-from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
-from recis_hybrid.embedding.lookup import Lookup, Request
-from recis_hybrid.embedding.prefetch import Prefetcher
-from recis_hybrid.embedding.protocols import RowUpdate
-from recis_hybrid.embedding.reclaiming import erase_evicted, evicted_by
-from recis_hybrid.embedding.record_layout import StateField
-from recis_hybrid.embedding.settings import (
-    described,
-    refuse_no_configs,
-    refuse_no_flag,
-    refuse_no_integer,
-    state_fields,
-)
-from recis_hybrid.embedding.sharded import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.state_dict import (
+from recis_hybrid.embedding.checkpoint.mixin import CheckpointedTables
+from recis_hybrid.embedding.checkpoint.state_dict import (
     RowsInStateDict,
     belongs_to_tables,
     load_rows,
@@ -46,6 +22,30 @@ from recis_hybrid.embedding.state_dict import (
     save_key,
     save_rows,
     warn_of_rows_left_out,
+)
+from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
+from recis_hybrid.embedding.config import EmbeddingConfig
+from recis_hybrid.embedding.devices import device_of
+from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
+from recis_hybrid.embedding.distributed.prefetch import Prefetcher
+from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
+from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
+from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, plan_tables
+from recis_hybrid.embedding.planner.describe import describe
+from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
+from recis_hybrid.embedding.table.anchor import Anchor
+from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.lookup import Lookup, Request
+from recis_hybrid.embedding.table.protocols import RowUpdate
+from recis_hybrid.embedding.table.reclaiming import erase_evicted, evicted_by
+from recis_hybrid.embedding.table.record_layout import StateField
+from recis_hybrid.embedding.validation import (
+    described,
+    refuse_no_configs,
+    refuse_no_flag,
+    refuse_no_integer,
+    state_fields,
 )
 from recis_hybrid.ragged import Batch
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from recis_hybrid.embedding.settings import refuse_no_integer
+from recis_hybrid.embedding.validation import refuse_no_integer
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from recis_hybrid.embedding.settings import beyond, refuse_no_integer, refuse_no_number
+from recis_hybrid.embedding.validation import beyond, refuse_no_integer, refuse_no_number
 
 QUAD = 4
 """Elements that are drawn together."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.compilation import not_recorded
 from recis_hybrid.embedding.config import EmbeddingConfig
-from recis_hybrid.embedding.lookup import FeatureIds, Request
+from recis_hybrid.embedding.table.lookup import FeatureIds, Request
 from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ragged import Batch, RaggedTensor, arrays
 

@@ -13,7 +13,7 @@ from recis_hybrid import distributed, ops
 from recis_hybrid.checkpointing import PartState
 from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
-from recis_hybrid.embedding.settings import described, refuse_no_number
+from recis_hybrid.embedding.validation import described, refuse_no_number
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.embedding import Anchor
-from recis_hybrid.embedding.settings import described, refuse_no_number
+from recis_hybrid.embedding.validation import described, refuse_no_number
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import Eviction
-from recis_hybrid.embedding.settings import refuse_no_rule
+from recis_hybrid.embedding.validation import refuse_no_rule
 from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.arguments import (
     modules_of,

@@ -44,8 +44,8 @@ class Saver:
 
     In a job of several processes all of them call `save` and `load` alike, and read and write in parallel: each its own
     buckets of tables (`recis_hybrid.checkpointing.owned_buckets`), or what the sharding of an `EmbeddingEngine` gives
-    it, whatever the world size and the sharding were when they were saved. All other parts are the same on all ranks, and
-    rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
+    it, whatever the world size and the sharding were when they were saved. All other parts are the same on all ranks,
+    and rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
     The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
-from recis_hybrid.embedding.changes import _FEW, Changes, changed_known, changed_rows, touched_rows
+from recis_hybrid.embedding.table.change_log import _FEW, Changes, changed_known, changed_rows, touched_rows
 from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.tables import feature, make_table
 

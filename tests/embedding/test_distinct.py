@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from recis_hybrid.embedding.distinct import Distinct, Kind, distinct_by_sorting, distinct_ids, rank_of
-from recis_hybrid.embedding.lookup import FeatureIds, Request
+from recis_hybrid.embedding.distributed.dedup import Distinct, Kind, distinct_by_sorting, distinct_ids, rank_of
+from recis_hybrid.embedding.table.lookup import FeatureIds, Request
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.ops.update import Gradients, reduce_rows
 from tests.support.devices import EDGE_IDS, on_devices

@@ -10,7 +10,7 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
-from recis_hybrid.embedding.coalesce import plan_tables
+from recis_hybrid.embedding.planner.coalesce import plan_tables
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.sharded import rows_of

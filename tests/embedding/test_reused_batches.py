@@ -9,8 +9,8 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine
-from recis_hybrid.embedding.hash_table import HashTable
-from recis_hybrid.embedding.lookup import FeatureIds, Lookup
+from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup
 from recis_hybrid.ragged import RaggedTensor
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from recis_hybrid import ops
 from recis_hybrid.embedding import IdMap
-from recis_hybrid.embedding.id_map import IdCounts
+from recis_hybrid.embedding.table.id_map import IdCounts
 from tests.support.devices import EDGE_IDS, on_devices
 
 any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))

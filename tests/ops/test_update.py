@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.lookup import Request
-from recis_hybrid.embedding.pending import Part, Pending
+from recis_hybrid.embedding.table.gradients import Part, Pending
+from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 from tests.support.devices import on_devices

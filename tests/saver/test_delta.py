@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
-from recis_hybrid.embedding.changes import _FEW
+from recis_hybrid.embedding.table.change_log import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
 from recis_hybrid.saver.chain import Checkpoint
 from recis_hybrid.saver.merge import combined, put_over

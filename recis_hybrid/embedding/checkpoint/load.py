@@ -1,0 +1,269 @@
+"""Rows of tables on their way from files: in pieces, straight into the records.
+
+Letters: n rows of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.checkpointing import PartState, TableState
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, within
+from recis_hybrid.embedding.checkpoint.state import tables_layout
+from recis_hybrid.embedding.distributed.column_split import own_columns
+from recis_hybrid.embedding.planner.coalesce import COUNTS
+from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.protocols import META
+from recis_hybrid.embedding.table.row_validation import refuse_meta
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TablesLoader:
+    """Replaces the rows of tables by those of a checkpoint, piece by piece.
+
+    Placement, coalescing, dtype and optimizer may be others than they were: values are converted, optimizer state is
+    kept where name and width agree, and what the checkpoint lacks starts with its first value.
+
+    Args:
+        tables: Logical tables.
+        saved: What the checkpoint holds, its tables without rows.
+
+    Raises:
+        ValueError: If the checkpoint's seed or steps are none.
+    """
+
+    def __init__(self, tables: Sequence[HashTable], saved: PartState) -> None:
+        self._tables = tables
+        self._saved = saved
+        self._members = {m.name: (table, number) for table in tables for number, m in enumerate(table.members)}
+        self.differences: list[str] = []
+        """What keeps the checkpoint from being loaded, a text each."""
+        self.changes: list[str] = []
+        """What is loaded in another way than it was saved, a text each."""
+        self.unneeded: list[str] = []
+        """Changes that drop optimizer state of read-only tables, which keep none."""
+        self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
+        """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
+        self._compare(tables_layout(tables).tables)
+        _refuse_meta(saved, self._members.keys() & saved.tables.keys())
+
+    def begin(self, rows: Mapping[str, int]) -> None:
+        """Removes all rows and makes room for others.
+
+        Args:
+            rows: By table, about how many will come.
+        """
+        for table in self._tables:
+            table.discard()
+            coming = sum(rows.get(member.name, 0) for member in table.members)
+            table.id_map.reserve(coming)
+            table.blocks.reserve(coming)
+
+    def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Looks at rows that are to be loaded.
+
+        Args:
+            name: Of the table in the checkpoint.
+            columns: As for :meth:`load`.
+
+        Raises:
+            ValueError: If steps or counts are negative, or too large for a row.
+        """
+        refuse_counts(name, columns)
+
+    def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Takes rows.
+
+        Args:
+            name: Of the table in the checkpoint.
+            columns: Of one first dimension n, on the CPU; "ids" (int64 ``[n]``) are distinct and new.
+
+        Raises:
+            ValueError: As :meth:`check`.
+        """
+        if columns["ids"].numel() == 0:
+            return
+        self.check(name, columns)
+        if name in self._members:
+            _load_rows(*self._members[name], columns)
+        elif (counted := self._members.get(name.removesuffix(COUNTS))) is not None:
+            table, number = counted
+            if table.gate is not None:
+                table.gate.load(number, dict(columns))
+
+    def end(self) -> None:
+        """Takes over seed and steps: the last thing, when all rows have come."""
+        seed, steps = self._saved.meta.get("seed"), self._saved.meta.get("steps")
+        for table in self._tables:
+            if isinstance(seed, int):
+                table.reseed(seed)
+            done = [steps.get(member.name, 0) for member in table.members] if isinstance(steps, dict) else []
+            table.step = max((step for step in done if isinstance(step, int)), default=0)
+
+    def abandon(self) -> None:
+        """Leaves the tables without rows: the rest of them will not come."""
+        for table in self._tables:
+            table.discard()
+
+    def _compare(self, live: Mapping[str, TableState]) -> None:
+        saved = self._saved.tables
+        for name in sorted(saved.keys() ^ live.keys()):
+            text = _described((saved.get(name) or live[name]).columns)
+            where = f"in the {'checkpoint' if name in saved else 'live object'} only"
+            if name.endswith(COUNTS) and name.removesuffix(COUNTS) in saved.keys() & live.keys():
+                self.changes.append(f"table {name!r} is {where}")
+            else:
+                self.differences.append(f"table {name!r} is {where} ({text})")
+        for name in sorted(saved.keys() & live.keys()):
+            member = self._members.get(name)
+            read_only = member is not None and member[0].read_only
+            self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns, read_only)
+
+    def _compare_columns(
+        self, where: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor], read_only: bool
+    ) -> None:
+        for column in sorted(saved.keys() | live.keys()):
+            a, b = saved.get(column), live.get(column)
+            if a is None or b is None:
+                text = f"{where} {column!r} is in the {'live object' if a is None else 'checkpoint'} only"
+                essential = column in ("ids", "embedding", "count")
+                (self.differences if essential else self.changes).append(text)
+                if read_only and b is None and not essential:
+                    self.unneeded.append(text)
+            elif a.shape[1:] != b.shape[1:] or (a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(_FLOATS)):
+                text = f"{where} {column!r}: checkpoint {_spec(a)}, live object {_spec(b)}"
+                essential = column in ("ids", "embedding", "count", *META)
+                (self.differences if essential else self.changes).append(text)
+            elif a.dtype != b.dtype:
+                self.changes.append(f"{where} {column!r}: checkpoint {_spec(a)}, live object {_spec(b)}")
+
+
+def load_tables_state(
+    tables: Sequence[HashTable], state: PartState, kept: Callable[[str], Buckets | None] = lambda _: None
+) -> None:
+    """Replaces the rows of every member table.
+
+    Args:
+        tables: This rank's.
+        state: The rows.
+        kept: By name of a table of the state, of which buckets this rank takes rows; None for all.
+
+    Raises:
+        ValueError: If tables are missing or too many, their width or optimizer state differ, or steps and counts are
+            none; nothing is changed.
+    """
+    loader = TablesLoader(tables, state)
+    changes = [text for text in loader.changes if text not in loader.unneeded]
+    if loader.differences or changes:
+        raise ValueError(f"the state is of other tables: {'; '.join([*loader.differences, *changes])}")
+    for name, table in state.tables.items():
+        loader.check(name, table.columns)
+    loader.begin({})
+    for name, table in state.tables.items():
+        loader.load(name, within(table.buckets, kept(name) or ALL, table.columns))
+    loader.end()
+
+
+def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
+    """Replaces the rows of some member tables with those of another run; the seed and other tables stay.
+
+    A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
+    on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has
+    done, at most, as if the rows had just been met. Optimizer state that is missing starts as in a new row.
+
+    Args:
+        tables: Where the member tables are.
+        states: By name of the member table, or that name and ``.admission``.
+
+    Raises:
+        ValueError: If there is no such member table, or counts are negative or too large; nothing is changed.
+    """
+    members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
+    counted = {name + COUNTS: place for name, place in members.items() if place[0].gate is not None}
+    unknown = sorted(set(states) - set(members) - set(counted))
+    if unknown:
+        raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
+    for name, state in states.items():
+        refuse_counts(name, state.columns)
+    fresh = [table for table in tables if table.step == 0]
+    for name, state in states.items():
+        done = state.meta.get("step")
+        if name in members and members[name][0] in fresh and isinstance(done, int):
+            table, _ = members[name]
+            table.see()
+            table.step = max(table.step, done)
+    for name, state in states.items():
+        if name in members:
+            table, number = members[name]
+            columns = {column: values for column, values in state.columns.items() if column != "ids"}
+            for column in META[:2]:
+                if column in columns:
+                    columns[column] = columns[column].clamp(max=table.step)
+            table.discard(number)
+            table.load(number, state.columns["ids"], own_columns(columns, table.layout))
+    for name, (table, number) in counted.items():
+        if name in states:
+            assert table.gate is not None
+            table.gate.clear(number)
+            table.gate.load(number, states[name].columns)
+
+
+def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a table's rows have no room for their steps or counts (int64 ``[n]``)."""
+    for column in (*META, "count"):
+        if column in columns:
+            refuse_meta(f"table {name!r}", column, columns[column])
+
+
+def _refuse_meta(saved: PartState, names: Collection[str]) -> None:
+    seed, steps = saved.meta.get("seed"), saved.meta.get("steps")
+    if type(seed) is not int:
+        raise ValueError(f"the state must have a seed that is an integer, it has {seed!r}")
+    if not isinstance(steps, dict) or not all(_is_step(steps.get(name)) for name in names):
+        raise ValueError(f"the state must have the steps of {sorted(names)}, each from 0 to 2**40 - 1")
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 40
+
+
+def _counts(table: HashTable) -> int:
+    gate = table.gate
+    return 0 if gate is None else sum(gate.state(number)["ids"].numel() for number in range(len(table.members)))
+
+
+def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:
+    layout = table.layout
+    # Whatever has another width is no state of this optimizer, even if its name is the same.
+    widths = {part: (layout.whole.width(part),) for part in layout.parts}
+    held = [part for part, width in widths.items() if part in columns and tuple(columns[part].shape[1:]) == width]
+    columns = own_columns(
+        {name: values for name, values in columns.items() if name in held or name not in widths}, layout
+    )
+    ids = columns["ids"].to(table.map_device).contiguous()
+    table.id_map.reserve(ids.numel())
+    table.blocks.reserve(table.id_map.row_bound + ids.numel())
+    if len(held) == len(layout.parts):
+        rows, _ = table.id_map.find_or_insert([ids], [number])
+        table.id_map.commit()
+        rows = rows.to(table.device)
+    else:
+        rows = table.load(number, ids, {})
+    for part in held:
+        table.blocks.write(rows, part, columns[part])
+    if set(META) <= columns.keys():
+        meta = torch.stack([columns[name] for name in META]).to(table.device)
+        ops.blocks.write_meta(table.blocks.handle, rows, meta)
+
+
+def _described(columns: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {_spec(values)}" for name, values in columns.items())
+
+
+def _spec(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape[1:])}"

@@ -1,0 +1,201 @@
+"""Rows of tables on their way to files: in the order of checkpoints, read from the records as they are written.
+
+Letters: n rows of a member table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, Shares, within
+from recis_hybrid.embedding.checkpoint.state import table_meta, table_state, tables_meta
+from recis_hybrid.embedding.planner.coalesce import COUNTS
+from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.id_map import list_entries
+from recis_hybrid.embedding.table.protocols import META
+from recis_hybrid.embedding.table.record_layout import RecordLayout
+
+_CPU = torch.device("cpu")
+_COPIERS = 2
+_MANY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The records of one logical table, live or copied, and the slots that say whose they are."""
+
+    table: HashTable
+    slots: Tensor
+    live: int
+    handle: ops.blocks.Blocks
+    memory: tuple[Tensor, ...]
+    """What `handle` points into, which must live as long."""
+    device: torch.device
+    """Whose kernels read the records."""
+    counts: tuple[dict[str, Tensor], ...]
+    """What admission knows, by member table; empty without admission."""
+    handed: tuple[Buckets, ...]
+    """By member table, of which buckets rows are handed out."""
+
+
+def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
+    """Returns the rows of every member table, to be read from the live records: nothing may change them meanwhile.
+
+    Args:
+        tables: This rank's.
+        shares: What of them is handed out, where there are several ranks.
+    """
+    for table in tables:
+        table.see()
+    sources = [
+        _Source(
+            table,
+            table.id_map.slots,
+            len(table),
+            table.blocks.handle,
+            tuple(table.blocks.blocks),
+            table.device,
+            _counts(table),
+            _handed(table, shares, place),
+        )
+        for place, table in _unsplit(tables, shares)
+    ]
+    return _state(sources, _split(tables, shares), tables_meta(tables))
+
+
+def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | None = None) -> Callable[[], PartState]:
+    """Copies records and slots into host memory, as they lie.
+
+    Args:
+        tables: This rank's.
+        memory: Where the copies go.
+        shares: What of the tables is handed out, where there are several ranks.
+
+    Returns:
+        Puts the copied rows in order, which may take its time, and hands them out as :func:`rows_state` does.
+    """
+    sources = [_copied(table, memory, _handed(table, shares, place)) for place, table in _unsplit(tables, shares)]
+    split = _split(tables, shares)
+    meta = tables_meta(tables)
+    for table in tables:
+        if table.device.type == "cuda":
+            torch.cuda.synchronize(table.device)  # the copies were begun without waiting
+    return lambda: _state(sources, split, meta)
+
+
+def _unsplit(tables: Sequence[HashTable], shares: Shares | None) -> list[tuple[int, HashTable]]:
+    """Returns the tables whose rows this rank has whole, and their places."""
+    return [(place, table) for place, table in enumerate(tables) if shares is None or not shares.splits(place)]
+
+
+def _split(tables: Sequence[HashTable], shares: Shares | None) -> dict[str, TableState]:
+    """Returns, in host memory, the rows of tables of which each rank has some columns."""
+    states: dict[str, TableState] = {}
+    for place, table in enumerate(tables):
+        if shares is not None and shares.splits(place):
+            for name, state in table_state(place, table, shares).items():
+                columns = {column: values.cpu() for column, values in state.columns.items()}
+                states[name] = TableState(columns, state.buckets.cpu(), state.meta)
+    return states
+
+
+def _handed(table: HashTable, shares: Shares | None, place: int) -> tuple[Buckets, ...]:
+    return tuple(ALL if shares is None else shares.handed(place, member) for member in range(len(table.members)))
+
+
+def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -> _Source:
+    table.see()
+    layout, blocks, used = table.layout, table.blocks, table.id_map.row_bound
+    pinned = table.device.type == "cuda"
+
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for number, block in enumerate(blocks.blocks):
+        rows = min(max(used - number * blocks.block_rows, 0), blocks.block_rows)
+        # The memory is for the whole block, so that it fits the next time too.
+        target = memory.take(blocks.block_rows * layout.record_bytes, pinned=pinned)
+        bytes_used = rows * layout.record_bytes
+        pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
+    addresses = torch.tensor([target.data_ptr() for target, _ in pairs], dtype=torch.int64)
+    handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
+    flat = table.id_map.slots.view(-1).view(torch.uint8)
+    slots = memory.take(flat.numel(), pinned=pinned)
+    _copy([*pairs, (slots, flat)])
+    copies = tuple(target for target, _ in pairs)
+    return _Source(table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), handed)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies from the second of each pair to the first; from a GPU without waiting."""
+    if pairs[0][1].is_cuda or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+        return
+    # The caller waits for this: one thread alone does not use all of the memory's bandwidth.
+    with ThreadPoolExecutor(_COPIERS) as pool:
+        list(pool.map(lambda pair: pair[0].copy_(pair[1]), pairs))
+
+
+def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
+    return () if table.gate is None else tuple(table.gate.state(number) for number in range(len(table.members)))
+
+
+def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:
+    states = dict(split)
+    for source in sources:
+        table, layout = source.table, source.table.layout
+        entries = list_entries(source.slots, source.live)
+        ids, members, rows = entries.ids.cpu(), entries.members.cpu(), entries.rows.cpu()
+        counts = members.bincount(minlength=len(table.members)).tolist()
+        ordered = ops.id_map.file_order(ids, members, rows, len(table.members))
+        parts = zip(*(values.split(counts) for values in ordered), strict=True)
+        for number, (member, (own_ids, own_rows, own_buckets)) in enumerate(zip(table.members, parts, strict=True)):
+            first, last = torch.searchsorted(own_buckets, torch.tensor(source.handed[number])).tolist()
+            own_ids, own_rows, own_buckets = own_ids[first:last], own_rows[first:last], own_buckets[first:last]
+            columns = {"ids": own_ids, **_no_rows(layout)}
+            reader = _RecordReader(source, own_rows.to(source.device))
+            states[member.name] = TableState(columns, own_buckets, table_meta(layout), reader=reader)
+            if source.counts:
+                known = {name: values.cpu() for name, values in source.counts[number].items()}
+                buckets = ops.id_map.bucket_of(known["ids"].contiguous())
+                known = within(buckets, source.handed[number], {**known, "buckets": buckets})
+                states[member.name + COUNTS] = TableState(known, known.pop("buckets"), {})
+    return PartState(tables=states, meta=meta, owned=True)
+
+
+def _no_rows(layout: RecordLayout) -> dict[str, Tensor]:
+    parts = {part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts}
+    return {**parts, **{name: torch.empty(0, dtype=torch.int64) for name in META}}
+
+
+class _RecordReader:
+    """Reads records of rows (int64 ``[n]``, in the order of the files)."""
+
+    def __init__(self, source: _Source, rows: Tensor) -> None:
+        self._source = source
+        self._rows = rows
+
+    def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
+        """Writes rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
+        source, layout = self._source, self._source.table.layout
+        rows = self._rows[first:stop]
+        if rows.is_cpu and {*layout.parts, *META} <= out.keys():
+            offsets = [layout.offset(part) for part in layout.parts]
+            parts = [out[part] for part in layout.parts]
+            ops.blocks.export(source.handle, rows, offsets, parts, [out[name] for name in META])
+            return
+        for part in layout.parts:
+            if part in out:
+                values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)
+                ops.blocks.read(source.handle, rows, layout.offset(part), values)
+                if not rows.is_cpu:
+                    out[part].copy_(values)
+        if META[0] in out:
+            for name, values in zip(META, ops.blocks.read_meta(source.handle, rows), strict=True):
+                out[name].copy_(values)

@@ -1,0 +1,4 @@
+"""Tables sharded over ranks: deduplicated ids out, rows back, gradients to their owners.
+
+The engine may import it; it builds on ``embedding.table`` and ``embedding.planner``.
+"""

@@ -1,0 +1,88 @@
+"""What a rank asks its group for: the distinct ids of a batch, by the rank that owns them.
+
+Letters: N positions (ids of a call over all features), U distinct ids, W ranks, K kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.checkpointing import rank_of_bucket
+from recis_hybrid.embedding.table.lookup import Request, gradient_bags
+from recis_hybrid.ops.gather import Distinct
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ids that are looked up alike: equal ones of a kind are one."""
+
+    member: int
+    """Number of the member table."""
+    unknown: int
+    """The member table whose first values stand for those without a row; -1: zeros."""
+    owner: int | None
+    """The rank that owns them all; None: the owner of each one's bucket."""
+
+
+def rank_of(ids: Tensor, ranks: int) -> Tensor:
+    """Returns the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): each has a contiguous range of buckets."""
+    return rank_of_bucket(ops.id_map.bucket_of(ids), ranks)
+
+
+def distinct_ids(
+    request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
+) -> Distinct:
+    """Finds the distinct ids of a request, without waiting for the device.
+
+    Args:
+        request: The ids of all features.
+        kind_of: For each feature, the number of its kind.
+        kinds: All kinds.
+        ranks: W.
+        deduplicate: False takes every position for an id of its own.
+    """
+    if request.ids[0].is_cpu and deduplicate:
+        owners = [-1 if kind.owner is None else kind.owner for kind in kinds]
+        return ops.gather.distinct_ids(request.ids, kind_of, owners, ranks, gradient_bags(request.bags))
+    return distinct_by_sorting(request, kind_of, kinds, ranks, deduplicate=deduplicate)
+
+
+def distinct_by_sorting(
+    request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
+) -> Distinct:
+    """As :func:`distinct_ids`, in torch's operations: on a GPU, and for every position by itself."""
+    ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
+    n, device = ids.numel(), ids.device
+    lengths = torch.tensor(request.bags.lengths, device=device)
+    feature = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths, output_size=n)
+    kind = torch.tensor(kind_of, device=device)[feature]
+    owners = [kind.owner for kind in kinds]
+    if all(owner is None for owner in owners):
+        owner = rank_of(ids, ranks)
+    else:
+        fixed = torch.tensor([-1 if owner is None else owner for owner in owners], device=device)[kind]
+        owner = torch.where(fixed < 0, rank_of(ids, ranks), fixed)
+    share, shares = owner * len(kinds) + kind, ranks * len(kinds)
+    if request.used:
+        bounds = [part[-1:] if part.numel() else lengths[f : f + 1] for f, part in enumerate(request.used)]
+        within = torch.arange(n, device=device) - (lengths.cumsum(0) - lengths)[feature]
+        share = torch.where(within < torch.cat(bounds)[feature], share, shares)
+
+    order = ids.argsort(stable=True) if deduplicate else torch.arange(n, device=device)
+    order = order[share[order].argsort(stable=True)]
+    ids, share = ids[order], share[order]
+    first = torch.ones(n, dtype=torch.bool, device=device)
+    if deduplicate:
+        first[1:] = (ids[1:] != ids[:-1]) | (share[1:] != share[:-1])
+    place = first.cumsum(0) - 1
+    # Into buffers of N, since the host does not know U: equal ids write the same.
+    found = torch.empty_like(ids).scatter_(0, place, ids)
+    counts = torch.zeros_like(ids).scatter_add_(0, place, torch.ones_like(ids))
+    sizes = torch.zeros(shares + 1, dtype=torch.int64, device=device).scatter_add_(0, share, first.to(torch.int64))
+    places = torch.empty_like(place).scatter_(0, order, torch.where(share < shares, place, -1))
+    return Distinct(found, counts, places, sizes[:-1].view(ranks, len(kinds)), None)

@@ -1,0 +1,136 @@
+"""Coalescing: which member tables share one HashTable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
+from recis_hybrid.embedding.distributed.column_split import columns_of
+from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
+from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
+from recis_hybrid.embedding.table.protocols import MemberTable
+from recis_hybrid.embedding.table.record_layout import RecordLayout, StateField
+
+COUNTS = ".admission"
+"""Ends the name under which checkpoints keep what admission knows of a member table's ids."""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One logical table: its record layout, its member tables, and the features that read each."""
+
+    layout: RecordLayout
+    """Of whole rows."""
+    members: tuple[MemberTable, ...]
+    features: dict[str, int]
+    """Feature name → number of its member table."""
+    config: EmbeddingConfig
+    """Of one of its features: what belongs to the table is the same in all."""
+    sharding: Sharding
+    """Where its rows lie, if there are several ranks."""
+
+
+def plan_tables(
+    configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool, ranks: int = 1
+) -> list[TablePlan]:
+    """Groups features by member table, and member tables that agree in all but the initializer into logical tables.
+
+    Args:
+        configs: By feature.
+        optimizer_state: What the optimizer keeps for every row; rows of read-only tables have none.
+        coalesce: False makes every member table a logical table.
+        ranks: How many have the tables together.
+
+    Raises:
+        TypeError: If a feature has no EmbeddingConfig.
+        ValueError: If features that share a member table disagree about it, first values are beyond the dtype, or rows
+            cannot be split by column.
+    """
+    first_of: dict[str, str] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, config in configs.items():
+        if not isinstance(config, EmbeddingConfig):
+            raise TypeError(
+                f"feature {name!r}: it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got {config!r}"
+            )
+        refuse_unrepresentable(f"feature {name!r}", config.initializer, config.dim, config.dtype)
+        table = config.table or name
+        if table.endswith(COUNTS):
+            raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")
+        other = first_of.setdefault(table, name)
+        _refuse_disagreement(table, other, configs[other], name, config)
+        state = _state_of(config, optimizer_state)
+        overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
+        key = (
+            config.dim,
+            config.dtype,
+            _state_dtype(config),
+            config.trainable,
+            config.admission,
+            overrides,
+            config.placement,
+            sharding_of(config, ranks, state),
+        )
+        groups.setdefault(key if coalesce else (*key, table), []).append(name)
+
+    plans = []
+    for names in groups.values():
+        members: dict[str, MemberTable] = {}
+        features = {}
+        for name in names:
+            table = configs[name].table or name
+            members.setdefault(table, MemberTable(table, configs[name].initializer))
+            features[name] = list(members).index(table)
+        config = configs[names[0]]
+        state = _state_of(config, optimizer_state)
+        layout = RecordLayout(config.dim, state, config.dtype, _state_dtype(config))
+        sharding = sharding_of(config, ranks, state)
+        if sharding == "column":
+            _refuse_columns(", ".join(members), layout, ranks)
+        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding))
+    return plans
+
+
+def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
+    """Returns the layout of what a rank has of a table's rows."""
+    if plan.sharding != "column":
+        return plan.layout
+    widths = columns_of(plan.layout.dim, ranks)
+    return plan.layout.columns(sum(widths[:rank]), widths[rank])
+
+
+def _state_of(config: EmbeddingConfig, optimizer_state: tuple[StateField, ...]) -> tuple[StateField, ...]:
+    return optimizer_state if config.trainable else ()
+
+
+def _state_dtype(config: EmbeddingConfig) -> torch.dtype:
+    return config.state_dtype or torch.float32
+
+
+def _refuse_columns(names: str, layout: RecordLayout, ranks: int) -> None:
+    if layout.dim < QUAD * ranks:
+        raise ValueError(
+            f"table {names}: sharding='column' gives each of {ranks} ranks at least {QUAD} elements of a row, and "
+            f"dim={layout.dim}; use sharding='row'"
+        )
+    shared = [field.name for field in layout.state if field.width is not None]
+    if shared:
+        raise ValueError(
+            f"table {names}: sharding='column' needs optimizer state for each element, and {shared} are of a whole "
+            f"row, which no rank has; use another sharding, or optim.Adagrad in place of optim.RowwiseAdagrad"
+        )
+
+
+def _refuse_disagreement(table: str, a: str, first: EmbeddingConfig, b: str, second: EmbeddingConfig) -> None:
+    differ = [name for name in TABLE_SETTINGS if getattr(first, name) != getattr(second, name)]
+    if _state_dtype(first) == _state_dtype(second):
+        differ = [name for name in differ if name != "state_dtype"]
+    if differ:
+        ours, theirs = (", ".join(f"{n}={getattr(c, n)}" for n in differ) for c in (first, second))
+        raise ValueError(
+            f"features {a!r} and {b!r} share the table {table!r} but want different ones: {ours} against {theirs}; "
+            f"give them equal settings or tables of their own"
+        )

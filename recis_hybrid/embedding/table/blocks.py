@@ -1,0 +1,88 @@
+"""EmbeddingBlocks: the rows' storage, growing without ever moving a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.table.record_layout import RecordLayout
+
+_BLOCK_BYTES = 32 << 20
+
+
+class EmbeddingBlocks:
+    """A growing list of equal blocks of a power of two of records.
+
+    Args:
+        layout: How a record lies in memory.
+        device: Whose kernels work on the blocks.
+        pinned: Keeps the blocks in pinned host memory, which kernels of a CUDA device read and write there.
+        block_rows: Rows of a block, a power of two; by default what fits 32 MiB.
+    """
+
+    def __init__(
+        self, layout: RecordLayout, device: torch.device, *, pinned: bool = False, block_rows: int | None = None
+    ) -> None:
+        if block_rows is None:
+            block_rows = 1 << max(10, (_BLOCK_BYTES // layout.record_bytes).bit_length() - 1)
+        if block_rows <= 0 or block_rows & (block_rows - 1):
+            raise ValueError(f"block_rows must be a power of two, got {block_rows}")
+        if pinned and device.type != "cuda":
+            raise ValueError(f"pinned blocks are for kernels of a CUDA device, got {device}; use blocks on 'cpu'")
+        self.layout = layout
+        self.device = device
+        self.pinned = pinned
+        self.block_rows = block_rows
+        self.blocks: list[Tensor] = []
+        """uint8 ``[block_rows, record_bytes]`` each."""
+        self._set([])
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is memory for."""
+        return len(self.blocks) * self.block_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.capacity * self.layout.record_bytes
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for rows 0 to ``rows`` - 1. If memory runs out, the blocks are as before."""
+        if rows > self.capacity:
+            more = -(-(rows - self.capacity) // self.block_rows)
+            self._set([*self.blocks, *(self._block() for _ in range(more))])
+
+    def truncate(self, rows: int) -> None:
+        """Gives up the blocks that lie wholly above the first ``rows`` rows."""
+        self._set(self.blocks[: -(-rows // self.block_rows)])
+
+    def read(self, rows: Tensor, part: str) -> Tensor:
+        """Returns a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` of the part's dtype."""
+        layout = self.layout
+        values = torch.empty(rows.numel(), layout.width(part), dtype=layout.part_dtype(part), device=self.device)
+        ops.blocks.read(self.handle, rows, layout.offset(part), values)
+        return values
+
+    def write(self, rows: Tensor, part: str, values: Tensor) -> None:
+        """Overwrites a part of the records of ``rows`` (int64 ``[n]``, distinct) with ``[n, width]``."""
+        expected = (rows.numel(), self.layout.width(part))
+        if tuple(values.shape) != expected:
+            raise ValueError(f"{part}: values must have shape {expected}, got {tuple(values.shape)}")
+        values = values.to(device=self.device, dtype=self.layout.part_dtype(part)).contiguous()
+        ops.blocks.write(self.handle, rows, self.layout.offset(part), values)
+
+    def _block(self) -> Tensor:
+        size = self.layout.record_bytes
+        if self.pinned:
+            return torch.empty(self.block_rows, size, dtype=torch.uint8, pin_memory=True)
+        return ops.memory.empty_bytes(self.block_rows * size, self.device).view(self.block_rows, size)
+
+    def _set(self, blocks: list[Tensor]) -> None:
+        addresses = torch.tensor([block.data_ptr() for block in blocks], dtype=torch.int64, device=self.device)
+        self.blocks = blocks
+        self.handle = ops.blocks.Blocks(
+            addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes
+        )
+        """What kernels take."""

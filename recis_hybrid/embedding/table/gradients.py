@@ -1,0 +1,240 @@
+"""Pending: gradients that backward has left at a table for the optimizer's next step.
+
+Letters: N positions, U distinct rows, D dim.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.compilation import outside_graphs
+from recis_hybrid.embedding.table.lookup import select
+from recis_hybrid.ops.gather import Bags, RowGroups
+from recis_hybrid.ops.update import Gradients
+
+_MARK = 2.0**-500  # its square does not count beside that of any norm of float32 numbers
+
+
+@dataclass
+class Part:
+    """The gradients of one lookup."""
+
+    rows: Tensor
+    """int64 ``[N]``; -1 where there is none."""
+    members: list[int]
+    """For each feature its member table, or one number for all: where numbers differ, no row is common."""
+    row_bound: int
+    bags: Bags
+    """How gradients belong to positions."""
+    values: list[Tensor]
+    """For each feature, float32 ``[V, D]``."""
+    groups: RowGroups | None
+    """Of all its features, if they were grouped already."""
+
+
+@dataclass
+class Reduced:
+    """Summed row gradients, and their norm as torch's tools see and scale it."""
+
+    groups: RowGroups
+    sums: Tensor
+    """float32 ``[N, D]``: of the rows ``groups.unique``; zeros beyond them."""
+    row_bound: int
+    shown: Tensor
+    """float64 ``[2]``: their norm, and a mark too small to count in a norm. It is handed out as the anchor's ``grad``;
+    what is multiplied into it is read off the mark, exactly and also where the norm is not finite. In float64, torch
+    adds norms of tables up in it, too: which tables share one is then nothing that float32 gradients see."""
+
+    @property
+    def factor(self) -> Tensor:
+        """float32 ``[1]``: what the sums are to be multiplied by."""
+        return (self.shown[1:] / _MARK).to(torch.float32)
+
+
+class Remote(Protocol):
+    """What a table with rows on several ranks has beside its own: gradients that are still to be exchanged."""
+
+    def __bool__(self) -> bool:
+        """Whether this rank has some."""
+
+    def fetch(self) -> None:
+        """Exchanges them, and adds those of this rank's rows to the table's; all ranks call it together."""
+
+    def clear(self) -> None:
+        """Forgets those of this rank."""
+
+    def norm(self, own: Tensor) -> Tensor:
+        """Returns the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
+
+
+@outside_graphs("reduced", "replace_sums")
+class Pending:
+    """Gradients of any number of lookups, reduced once: when they are used, or when their norm is asked for."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._reduced: Reduced | None = None
+        # The remote holds the table: were that so the other way round, too, its memory would wait for the collector.
+        self._remote: weakref.ref[Remote] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parts) or self._reduced is not None or bool(self.remote)
+
+    @property
+    def remote(self) -> Remote | None:
+        """What is still to be exchanged with other ranks; None where the table is on one."""
+        return None if self._remote is None else self._remote()
+
+    @remote.setter
+    def remote(self, remote: Remote) -> None:
+        self._remote = weakref.ref(remote)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._parts = []
+        self._reduced = None
+        if (remote := self.remote) is not None:
+            remote.clear()
+
+    def fetch(self) -> None:
+        """Takes over what other ranks have; all ranks call it together."""
+        if (remote := self.remote) is not None:
+            remote.fetch()
+
+    def add(self, part: Part) -> None:
+        """Appends the gradients of one lookup."""
+        if self._reduced is not None:
+            self._parts = [self._as_part(self._reduced)]
+            self._reduced = None
+        self._parts.append(part)
+
+    def gradients(self) -> Gradients:
+        """Returns all of them, for one update."""
+        if self._reduced is not None:
+            return Gradients([self._reduced.sums], self._reduced.groups, self._reduced.factor)
+        part = self._parts[0]
+        if len(self._parts) > 1:
+            part = _merged(self._parts)
+        groups = part.groups or ops.gather.group_rows(part.rows, part.members, part.row_bound, part.bags)
+        return Gradients(part.values, groups)
+
+    def reduced(self, dim: int) -> Reduced | None:
+        """Sums the gradients of each row, unless that was done; None if there are none."""
+        self.fetch()
+        if self._reduced is None and self._parts:
+            gradients = self.gradients()
+            n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
+            sums = torch.zeros(n, dim, dtype=torch.float32, device=device)
+            ops.update.reduce_rows(gradients, sums)
+            each = torch.arange(n + 1, dtype=torch.int64, device=device)
+            groups = RowGroups(gradients.groups.count, gradients.groups.unique, each, each[:n], None)
+            bound = max(part.row_bound for part in self._parts)
+            self._parts = []
+            self.replace_sums(groups, sums, bound)
+        return self._reduced
+
+    def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
+        """Takes other summed gradients for those of the rows of ``groups``."""
+        norm = torch.linalg.vector_norm(sums, dtype=torch.float64)
+        norm = norm if (remote := self.remote) is None else remote.norm(norm)
+        self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
+
+    def _as_part(self, reduced: Reduced) -> Part:
+        n = reduced.sums.size(0)
+        in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
+        rows = torch.where(in_use, reduced.groups.unique, -1)
+        return Part(
+            rows, [0], reduced.row_bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None
+        )
+
+
+def _merged(parts: list[Part]) -> Part:
+    """Returns several parts as one, their features in order."""
+    bags = [part.bags for part in parts]
+    return Part(
+        torch.cat([part.rows for part in parts]),
+        [0] * sum(len(part.members) for part in parts),
+        max(part.row_bound for part in parts),
+        Bags(
+            [n for each in bags for n in each.lengths],
+            [v for each in bags for v in each.vectors],
+            _joined([each.offsets for each in bags], bags),
+            _joined([each.weights for each in bags], bags),
+            [c for each in bags for c in each.combiners],
+            [t for each in bags for t in each.tiles],
+        ),
+        [value for part in parts for value in part.values],
+        None,
+    )
+
+
+def _joined(lists: list[list[Tensor]], bags: list[Bags]) -> list[Tensor]:
+    present = next((part for parts in lists for part in parts), None)
+    if present is None:
+        return []
+    none = present.new_empty(0)
+    return [p for parts, each in zip(lists, bags, strict=True) for p in (parts or [none] * len(each.lengths))]
+
+
+def part_of(
+    where: str,
+    rows: Tensor,
+    members: list[int],
+    row_bound: int,
+    bags: Bags,
+    groups: RowGroups | None,
+    gradients: Sequence[Tensor | None],
+    dim: int,
+) -> Part | None:
+    """Returns the gradients of a lookup as a part; None where no feature has one.
+
+    Args:
+        where: The table, for messages.
+        rows: int64 ``[N]``.
+        members: For each feature its member table.
+        row_bound: Greater than every row.
+        bags: How gradients belong to positions.
+        groups: The positions grouped by row, if they were.
+        gradients: For each feature, float32 ``[V, D]``; None where it has none.
+        dim: D.
+
+    Raises:
+        ValueError: If a gradient is not float32 ``[V, D]``.
+    """
+    values = usable(where, bags.vectors, gradients, dim, rows.device)
+    used = [number for number, gradient in enumerate(gradients) if gradient is not None]
+    if len(used) < len(gradients):
+        parts = rows.split(bags.lengths)
+        rows = torch.cat([parts[number] for number in used]) if used else rows[:0]
+        bags, groups = select(bags, used), None
+    return Part(rows, [members[number] for number in used], row_bound, bags, values, groups) if used else None
+
+
+def usable(
+    where: str, vectors: Sequence[int], gradients: Sequence[Tensor | None], dim: int, device: torch.device
+) -> list[Tensor]:
+    """Returns the gradients that there are as kernels take them: on the device, any stride between rows, none within.
+
+    Raises:
+        ValueError: If one is not float32 ``[V, D]``.
+    """
+    found = []
+    for count, gradient in zip(vectors, gradients, strict=True):
+        if gradient is None:
+            continue
+        fits = gradient.ndim == 2 and gradient.size(0) == count and gradient.size(1) == dim  # as .shape, sooner
+        if not fits or gradient.dtype is not torch.float32:
+            raise ValueError(
+                f"table {where}: a gradient must be float32 {[count, dim]}, got {gradient.dtype} {list(gradient.shape)}"
+            )
+        if gradient.device != device:
+            gradient = gradient.to(device)
+        found.append(gradient if dim == 1 or gradient.stride(1) == 1 else gradient.contiguous())
+    return found

@@ -1,0 +1,195 @@
+"""RecordLayout: how one row's record lies in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.validation import beyond, refuse_no_integer, state_fields
+
+MAX_STATE_FIELDS = 8
+_ALIGN = 16
+_META_BYTES = 16
+_LINE = 64
+_LONG = 256
+
+
+@dataclass(frozen=True)
+class StateField:
+    """One tensor of optimizer state that every row carries."""
+
+    name: str
+    """By torch.optim's name: ``exp_avg``, ``sum``, …"""
+    width: int | None = None
+    """Elements; None for as many as the embedding has."""
+    first_value: float = 0.0
+    """What it starts as."""
+    dtype: torch.dtype | None = None
+    """None for the layout's ``state_dtype``."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"StateField: name must be a string, as 'exp_avg', got {self.name!r}")
+        where = f"StateField {self.name!r}"
+        if not isinstance(self.dtype, torch.dtype | None):
+            raise TypeError(f"{where}: dtype must be a torch.dtype, as torch.float32, or None, got {self.dtype!r}")
+        if self.width is not None:
+            refuse_no_integer(where, "width", self.width, 1)
+            if self.width < 1:
+                raise ValueError(f"{where}: width must be at least 1, or None for that of the row, got {self.width}")
+        if not isinstance(self.first_value, int | float) or not math.isfinite(self.first_value):
+            raise ValueError(f"{where}: first_value must be a finite number, got {self.first_value!r}")
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """Embedding first, then the row's metadata, then optimizer state; each part and the whole padded to 16 bytes.
+
+    A record of 256 bytes or more is padded to 64, so that embeddings start at cache lines.
+
+    The metadata, 16 bytes, are the steps of the last update and of the last training lookup, and the frequency.
+
+    Example:
+        >>> layout = RecordLayout(dim=10, state=(StateField("exp_avg"), StateField("exp_avg_sq")))
+        >>> layout.offset("exp_avg"), layout.record_bytes
+        (64, 160)
+    """
+
+    dim: int
+    """Elements of the embedding."""
+    state: tuple[StateField, ...] = ()
+    """Optimizer state, in order."""
+    dtype: torch.dtype = torch.float32
+    """Of the embedding: float32, bfloat16 or float16."""
+    state_dtype: torch.dtype = torch.float32
+    """Of the optimizer state where a field does not say: float32, or as the embedding."""
+    first: int = 0
+    """Of a row that is split by column, which of its elements is the first one here."""
+    whole_dim: int | None = None
+    """Of a row that is split by column, how many elements it has everywhere together; None: it is whole."""
+
+    def __post_init__(self) -> None:
+        refuse_no_integer("RecordLayout", "dim", self.dim, 16)
+        object.__setattr__(self, "state", state_fields("RecordLayout: state", self.state, StateField))
+        if self.dim <= 0:
+            raise ValueError(f"RecordLayout: dim must be positive, got {self.dim}")
+        if self.dtype not in ops.blocks.ELEMENTS:
+            raise ValueError(f"RecordLayout: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
+        if self.state_dtype not in (torch.float32, self.dtype):
+            raise ValueError(
+                f"RecordLayout: state_dtype must be torch.float32 or the embedding's {self.dtype}, "
+                f"got {self.state_dtype}"
+            )
+        for field in self.state:
+            if field.dtype not in (None, torch.float32, self.dtype):
+                raise ValueError(
+                    f"RecordLayout: {field.name}: dtype must be torch.float32 or the embedding's {self.dtype}, "
+                    f"got {field.dtype}"
+                )
+            dtype = field.dtype or self.state_dtype
+            if abs(field.first_value) >= beyond(dtype):
+                raise ValueError(
+                    f"RecordLayout: {field.name}: first_value must be a number of {dtype}, which end at "
+                    f"{torch.finfo(dtype).max:g}, got {field.first_value}"
+                )
+        if len(self.state) > MAX_STATE_FIELDS:
+            raise ValueError(
+                f"RecordLayout: a row has at most {MAX_STATE_FIELDS} parts of state, got {len(self.state)}"
+            )
+        names = [field.name for field in self.state]
+        if len(set(names)) != len(names) or "embedding" in names:
+            raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
+
+    def columns(self, first: int, count: int) -> RecordLayout:
+        """Returns the layout of some of a row's elements, and of the optimizer state that they have."""
+        return replace(self, dim=count, first=first, whole_dim=self.dim)
+
+    @property
+    def whole(self) -> RecordLayout:
+        """The layout of the whole row, of which this may be some columns."""
+        return self if self.whole_dim is None else replace(self, dim=self.whole_dim, first=0, whole_dim=None)
+
+    def width(self, name: str) -> int:
+        """Returns the number of elements of a part: ``"embedding"`` or a state's name."""
+        field = self._field(name)
+        return self.dim if field is None or field.width is None else field.width
+
+    def part_dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a part."""
+        field = self._field(name)
+        return self.dtype if field is None else field.dtype or self.state_dtype
+
+    def offset(self, name: str) -> int:
+        """Returns the byte offset of a part within the record."""
+        self._field(name)
+        return self._offsets[name]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of all parts, in order."""
+        return ("embedding", *(field.name for field in self.state))
+
+    @property
+    def meta_offset(self) -> int:
+        """The byte offset of the row's metadata."""
+        return self._offsets[""]
+
+    @property
+    def record_bytes(self) -> int:
+        """The size of a record."""
+        return self._offsets["end"]
+
+    @property
+    def element(self) -> int:
+        """The embedding's dtype, as kernels know it."""
+        return ops.blocks.ELEMENTS[self.dtype]
+
+    @property
+    def state_element(self) -> int:
+        """The optimizer state's dtype, as kernels know it."""
+        return ops.blocks.ELEMENTS[self.state_dtype]
+
+    @cached_property
+    def state_args(self) -> ops.blocks.StateArgs:
+        """The optimizer state, as kernels take it."""
+        dtypes = [self.part_dtype(field.name) for field in self.state]
+        return ops.blocks.StateArgs(
+            [self.offset(field.name) for field in self.state],
+            [self.width(field.name) for field in self.state],
+            [dtype.itemsize for dtype in dtypes],
+            [_bits(field.first_value, dtype) for field, dtype in zip(self.state, dtypes, strict=True)],
+        )
+
+    def _field(self, name: str) -> StateField | None:
+        if name == "embedding":
+            return None
+        field = next((field for field in self.state if field.name == name), None)
+        if field is None:
+            known = [field.name for field in self.state]
+            raise KeyError(f"the record has no optimizer state {name!r}; it has {known}")
+        return field
+
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        offsets, at = {"embedding": 0}, _padded(self.dim * self.dtype.itemsize)
+        offsets[""] = at
+        at += _META_BYTES
+        for field in self.state:
+            offsets[field.name] = at
+            at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
+        # No vector of a longer record straddles a cache line more than it must.
+        offsets["end"] = at if at < _LONG else -(-at // _LINE) * _LINE
+        return offsets
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _bits(value: float, dtype: torch.dtype) -> int:
+    as_integers = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return int(torch.tensor([value], dtype=dtype).view(as_integers)) & (1 << 8 * dtype.itemsize) - 1

@@ -1,0 +1,87 @@
+"""What bulk changes of a table refuse, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.embedding.table.protocols import META, META_BITS, MemberTable
+
+
+def checked_member(what: str, members: int, member: int) -> None:
+    """Raises ValueError if ``member`` is none of 0 to ``members`` - 1."""
+    if not isinstance(member, Integral) or isinstance(member, bool) or not 0 <= member < members:
+        raise ValueError(f"{what}: member must be 0 to {members - 1}, the number of a table, got {member!r}")
+
+
+def checked_ids(what: str, members: Sequence[MemberTable], member: int, ids: Tensor) -> Tensor:
+    """Returns ids as kernels take them, contiguous.
+
+    Raises:
+        TypeError: If ids are no tensor.
+        ValueError: If there is no such member table, or ids are not int64 ``[n]``.
+    """
+    checked_member(what, len(members), member)
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"table {members[member].name!r}: {what}: ids must be a tensor, got a {type(ids).__name__}; "
+            f"make it one with torch.tensor(ids)"
+        )
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(
+            f"table {members[member].name!r}: {what}: ids must be int64 [n], got {ids.dtype} {list(ids.shape)}; "
+            f"convert them with .to(torch.int64).flatten()"
+        )
+    return ids.contiguous()
+
+
+def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    """Refuses columns that the rows of ``ids`` (int64 ``[n]``) cannot hold; waits for the device.
+
+    Args:
+        table: Name of the member table.
+        ids: Whose rows they are.
+        columns: By name.
+        widths: Of the parts of a record.
+
+    Raises:
+        TypeError: If a column is no tensor, or metadata are no integers.
+        ValueError: If columns are unknown or of another shape, metadata are out of range, or ids come twice.
+    """
+    where, n = f"table {table!r}: insert", ids.numel()
+    expected = {part: [n, width] for part, width in widths.items()} | dict.fromkeys(META, [n])
+    unknown = sorted(set(columns) - set(expected))
+    if unknown:
+        raise ValueError(f"{where}: no such columns: {unknown}; a row has {list(expected)}")
+    if 0 < sum(name in columns for name in META) < len(META):
+        raise ValueError(f"{where}: {list(META)} come together or not at all, got {sorted(columns)}")
+    for name, values in columns.items():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got a {type(values).__name__}")
+        if list(values.shape) != expected[name]:
+            raise ValueError(f"{where}: {name} must have shape {expected[name]}, got {list(values.shape)}")
+        if name in META:
+            refuse_meta(where, name, values)
+    if columns and ids.unique().numel() < n:
+        raise ValueError(f"{where}: ids must be distinct where columns say what they hold; drop repeated ones")
+
+
+def refuse_meta(where: str, name: str, values: Tensor) -> None:
+    """Refuses metadata (``[n]``), or ``count`` of admission, that there is no room for; waits for the device.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If they are out of range.
+    """
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{where}: {name} must be integers, got {values.dtype}; convert them with .to(torch.int64)")
+    if values.numel() == 0:
+        return
+    least, greatest = (int(end) for end in values.aminmax())
+    bits = META_BITS.get(name, 40)
+    if least < 0 or greatest >> bits:
+        got = least if least < 0 else greatest
+        raise ValueError(f"{where}: {name} must be 0 to 2**{bits} - 1, got {got}")
