@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from recis_hybrid.pipelines.arguments import path_of
 from recis_hybrid.pipelines.callback import Callback, Record, rank
 from recis_hybrid.saver import Location
-from recis_hybrid.saver.remote import RemotePath
+from recis_hybrid.saver.storage.remote import RemotePath
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer

@@ -31,7 +31,7 @@ from recis_hybrid.pipelines.records import RESERVED, is_reserved
 from recis_hybrid.pipelines.step import NoObserver, Observer, Scored, column_of
 from recis_hybrid.pipelines.trainable import held_by, named_parameters, refuse_untrained
 from recis_hybrid.ragged import Batch, batch_size
-from recis_hybrid.saver.module_names import unwrapped, without_wrappers
+from recis_hybrid.saver.parts.module_names import unwrapped, without_wrappers
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 

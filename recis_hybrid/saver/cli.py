@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.actions.recis_import import import_recis
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
-from recis_hybrid.saver.directory import STEP
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import Location
-from recis_hybrid.saver.recis_import import import_recis
-from recis_hybrid.saver.show import differences, size_text, summarized, summary, summary_text
-from recis_hybrid.saver.storage import storage_of
+from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.inspect import differences, size_text, summarized, summary, summary_text
+from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.step_directory import STEP
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,15 +10,15 @@ from typing import TypeAlias
 
 import torch
 
-from recis_hybrid.saver.chain import Checkpoint
-from recis_hybrid.saver.directory import read_manifest, step_name
+from recis_hybrid.saver.actions.write import write_checkpoint
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.files import Location
-from recis_hybrid.saver.protocol import PartState, TableState
-from recis_hybrid.saver.ranks import Ranks
-from recis_hybrid.saver.remote import RemotePath
-from recis_hybrid.saver.storage import Storage, storage_of
-from recis_hybrid.saver.writing import write_checkpoint
+from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.parts.protocol import PartState, TableState
+from recis_hybrid.saver.runtime.ranks import Ranks
+from recis_hybrid.saver.storage.local import Storage, storage_of
+from recis_hybrid.saver.storage.remote import RemotePath
+from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 EXPORT_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """The dtypes that embeddings can be exported in."""

@@ -10,25 +10,25 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from recis_hybrid.saver.adapters import Part, copied, part_of
-from recis_hybrid.saver.background import Background
-from recis_hybrid.saver.chain import Checkpoint, other_steps, superfluous
-from recis_hybrid.saver.directory import step_name
+from recis_hybrid.saver.actions.load import load_parts
+from recis_hybrid.saver.actions.load_partial import load_some
+from recis_hybrid.saver.actions.selection import Loaded, Selection
+from recis_hybrid.saver.actions.write import Work, write_checkpoint
+from recis_hybrid.saver.checkpoint.chain import Checkpoint, other_steps, superfluous
+from recis_hybrid.saver.checkpoint.change_tracking import Tracking
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.files import Location
-from recis_hybrid.saver.loading import load_parts
-from recis_hybrid.saver.manifest import Link, PartEntry
-from recis_hybrid.saver.partial import load_some
-from recis_hybrid.saver.per_rank import PerRank, name_of_rank
-from recis_hybrid.saver.protocol import JSON, PartState
-from recis_hybrid.saver.ranks import Ranks
-from recis_hybrid.saver.row_files import Reads
-from recis_hybrid.saver.selection import Loaded, Selection
-from recis_hybrid.saver.shared import refuse_unshared
-from recis_hybrid.saver.snapshot import Memory, snapshot
-from recis_hybrid.saver.storage import storage_of
-from recis_hybrid.saver.tracking import Tracking
-from recis_hybrid.saver.writing import Work, write_checkpoint
+from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.manifest import Link, PartEntry
+from recis_hybrid.saver.format.row_file import Reads
+from recis_hybrid.saver.parts.part import Part, copied, part_of
+from recis_hybrid.saver.parts.per_rank import PerRank, name_of_rank
+from recis_hybrid.saver.parts.protocol import JSON, PartState
+from recis_hybrid.saver.parts.snapshot import Memory, snapshot
+from recis_hybrid.saver.runtime.background import Background
+from recis_hybrid.saver.runtime.ranks import Ranks
+from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.shared_check import refuse_unshared
+from recis_hybrid.saver.storage.step_directory import step_name
 
 _LARGEST_STEP = 10**18 - 1
 

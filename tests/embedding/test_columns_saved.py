@@ -11,7 +11,7 @@ import torch.distributed as dist
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingEngine, Unused
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from tests.support import rank_processes, sharded
 from tests.support.rank_processes import Ranks
 

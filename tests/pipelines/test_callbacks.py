@@ -22,7 +22,7 @@ from recis_hybrid.pipelines import (
     Trainer,
 )
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.directory import step_name
+from recis_hybrid.saver.storage.step_directory import step_name
 from tests.support.small import make_batches, make_step
 
 

@@ -30,7 +30,7 @@ from recis_hybrid.pipelines import (
 )
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.directory import step_name
+from recis_hybrid.saver.storage.step_directory import step_name
 from tests.support.small import assert_same, make_batches, make_step, state_of
 from tests.support.workers import FORKED
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from recis_hybrid.saver import PartState, TableState
-from recis_hybrid.saver.lease import LEASE
+from recis_hybrid.saver.storage.lease import LEASE
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 

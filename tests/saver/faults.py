@@ -36,8 +36,8 @@ from recis_hybrid import optim
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused, dense_parameters
 from recis_hybrid.saver import CheckpointError, Saver
-from recis_hybrid.saver.chain import Checkpoint
-from recis_hybrid.saver.lease import LEASE
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.storage.lease import LEASE
 from tests.saver.fakes import edit_manifest
 
 STEPS, BATCH, EVERY = 16, 64, 2

@@ -10,7 +10,7 @@ import torch
 
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.cli import main
-from recis_hybrid.saver.show import summarized
+from recis_hybrid.saver.inspect import summarized
 from tests.support.toy import Toy
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
-from recis_hybrid.saver import Saver, storage
+from recis_hybrid.saver import Saver
 from recis_hybrid.saver.cli import main
+from recis_hybrid.saver.storage import local as storage
 from tests.saver.fakes import entries
 from tests.support.toy import Toy
 

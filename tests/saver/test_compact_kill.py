@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from tests.saver.fakes import entries
 from tests.support.kills import killed
 from tests.support.toy import Toy
@@ -19,7 +19,7 @@ PROGRAM = textwrap.dedent(
     import pathlib, shutil, sys
     import torch
     from recis_hybrid.saver import Saver, compact, row_files, storage, tensors
-    from recis_hybrid.saver.chain import Checkpoint
+    from recis_hybrid.saver.checkpoint.chain import Checkpoint
     from tests.support.kills import kill_at_every_moment
     from tests.support.toy import Toy
 

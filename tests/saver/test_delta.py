@@ -17,8 +17,8 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
 from recis_hybrid.embedding.table.change_log import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
-from recis_hybrid.saver.chain import Checkpoint
-from recis_hybrid.saver.merge import combined, put_over
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.delta import combined, put_over
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 

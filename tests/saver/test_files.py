@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, strategies as st
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
-from recis_hybrid.saver.files import (
+from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
+from recis_hybrid.saver.format.file_io import (
     ChunkSums,
     check_size,
     encode_name,

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recis_hybrid.saver import CheckpointError, Saver, writing
-from recis_hybrid.saver.manifest import Link, dump_manifest
-from recis_hybrid.saver.parse import parse_manifest
+from recis_hybrid.saver import CheckpointError, Saver
+from recis_hybrid.saver.actions import write as writing
+from recis_hybrid.saver.format.manifest import Link, dump_manifest
+from recis_hybrid.saver.format.manifest_reader import parse_manifest
 from tests.saver.fakes import HIGHEST, LOWEST, example_shelf, sealed
 from tests.saver.schema import faults
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
-from recis_hybrid.saver.files import CHUNK_BYTES
+from recis_hybrid.saver.format.file_io import CHUNK_BYTES
 from recis_hybrid.serving import Reader, ServingError
 from tests.saver.fakes import edit_manifest, sealed
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.saver import CheckpointError
-from recis_hybrid.saver.json_values import checked_json, checked_object
+from recis_hybrid.saver.format.json_values import checked_json, checked_object
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))

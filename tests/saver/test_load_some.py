@@ -15,8 +15,8 @@ from torch import nn
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, Saver, load_pretrained
+from recis_hybrid.saver.actions.selection import Selection
 from recis_hybrid.saver.cli import main
-from recis_hybrid.saver.selection import Selection
 from tests.saver.fakes import Shelf, example_shelf
 
 

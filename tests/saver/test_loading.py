@@ -12,7 +12,8 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Placement
-from recis_hybrid.saver import CheckpointMismatch, CorruptCheckpoint, Saver, table_plan
+from recis_hybrid.saver import CheckpointMismatch, CorruptCheckpoint, Saver
+from recis_hybrid.saver.checkpoint import table_plan
 from tests.saver.fakes import edit_manifest
 from tests.saver.test_world_sizes import member, rows_of, sharded
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
-from recis_hybrid.saver.parse import parse_manifest
+from recis_hybrid.saver.format.manifest_reader import parse_manifest
 from tests.saver.fakes import example_shelf, sealed
 
 PATH = Path("run/step_000003/manifest.json")

@@ -18,18 +18,10 @@ from torch import Tensor
 
 from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.ops.id_map import bucket_of
-from recis_hybrid.saver import (
-    CheckpointError,
-    CheckpointMismatch,
-    PartState,
-    PerRank,
-    Saver,
-    TableState,
-    row_files,
-    shared,
-    table_files,
-    table_plan,
-)
+from recis_hybrid.saver import CheckpointError, CheckpointMismatch, PartState, PerRank, Saver, TableState
+from recis_hybrid.saver.checkpoint import table_files, table_plan
+from recis_hybrid.saver.format import row_file as row_files
+from recis_hybrid.saver.storage import shared_check as shared
 from tests.saver.fakes import Shelf, entries
 from tests.support.ranks import all_of, in_ranks
 

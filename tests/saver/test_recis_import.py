@@ -20,8 +20,8 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
+from recis_hybrid.saver.actions.recis_import import import_recis
 from recis_hybrid.saver.cli import main
-from recis_hybrid.saver.recis_import import import_recis
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
 IDS = torch.tensor([-(2**62), 0, 7, 123456789, 5])

@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver, table_plan
-from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
+from recis_hybrid.saver.checkpoint import table_plan
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from recis_hybrid.saver.cli import main
-from recis_hybrid.saver.remote import RemotePath
+from recis_hybrid.saver.storage.remote import RemotePath
 from recis_hybrid.serving import Reader, ServingError
 from tests.saver.fakes import empty_shelf, example_shelf
 from tests.saver.test_world_sizes import large, member, own, rows_of, sharded
@@ -186,7 +187,7 @@ def test_damage_is_found(memory: Any, harm: str) -> None:
 
 
 def test_a_store_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recis_hybrid.saver import shared
+    from recis_hybrid.saver.storage import shared_check as shared
 
     monkeypatch.setattr(shared, "PATIENCE_S", 0.2)
 

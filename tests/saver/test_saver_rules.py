@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, part_files
+from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver
+from recis_hybrid.saver.checkpoint import part_files
 from tests.saver.fakes import Shelf, edit_manifest, empty_shelf, entries, example_shelf
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from recis_hybrid import ops, optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
-from recis_hybrid.saver import Saver, table_plan
+from recis_hybrid.saver import Saver
+from recis_hybrid.saver.checkpoint import table_plan
 from recis_hybrid.saver.cli import main
 from recis_hybrid.serving import Reader, ServingError, bucket_of
 from tests.saver.fakes import edit_manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recis_hybrid.saver.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 from tests.support.rank_processes import Ranks

@@ -11,7 +11,7 @@ from torch import nn
 
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, Saver
-from recis_hybrid.saver.state_tree import pack, unpack
+from recis_hybrid.saver.parts.state_tree import pack, unpack
 
 schedulers = torch.optim.lr_scheduler
 SCHEDULERS = [

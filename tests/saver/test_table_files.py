@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState, table_plan
-from recis_hybrid.saver.local_table import local_table
-from recis_hybrid.saver.manifest import FileEntry, TableEntry
-from recis_hybrid.saver.ranks import Ranks
-from recis_hybrid.saver.table_files import read_table, write_tables
-from recis_hybrid.saver.table_plan import range_count
-from recis_hybrid.saver.tensors import DTYPES
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState
+from recis_hybrid.saver.checkpoint import table_plan
+from recis_hybrid.saver.checkpoint.local_table import local_table
+from recis_hybrid.saver.checkpoint.table_files import read_table, write_tables
+from recis_hybrid.saver.checkpoint.table_plan import range_count
+from recis_hybrid.saver.format.manifest import FileEntry, TableEntry
+from recis_hybrid.saver.format.tensor_file import DTYPES
+from recis_hybrid.saver.runtime.ranks import Ranks
 from tests.saver.fakes import HIGHEST, LOWEST, example_table
 
 SORTED_IDS = [-1, 0, 5, LOWEST, HIGHEST]  # buckets 0, 7, 7, 65535, 65535

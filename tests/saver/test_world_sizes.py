@@ -15,7 +15,8 @@ from recis_hybrid import optim
 from recis_hybrid.checkpointing import owned_buckets, rank_of_bucket
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
 from recis_hybrid.ops.id_map import bucket_of
-from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, PerRank, Saver, TableState, table_plan
+from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, PerRank, Saver, TableState
+from recis_hybrid.saver.checkpoint import table_plan
 from tests.saver.fakes import Shelf, entries
 from tests.support.devices import EDGE_IDS
 from tests.support.ranks import all_of, in_ranks

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingEngine, Unused
-from recis_hybrid.saver import CorruptCheckpoint, Saver, table_plan
+from recis_hybrid.saver import CorruptCheckpoint, Saver
+from recis_hybrid.saver.checkpoint import table_plan
 from tests.support import rank_processes, sharded
 from tests.support.devices import EDGE_IDS
 

@@ -1,0 +1,159 @@
+"""Loads parts of a checkpoint: everything is found sound and fitting before anything is changed.
+
+Rows of large tables are not held in memory for that. Tables that hold rows are replaced only after all files have been
+read once for their checksums; tables without rows take them as they are read and checked, and are emptied again if a
+file turns out to be damaged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.part_files import read_dense
+from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
+from recis_hybrid.saver.format.manifest import MANIFEST, PartEntry, TableEntry
+from recis_hybrid.saver.format.row_file import Reads, Rows
+from recis_hybrid.saver.parts.compare import refuse_differences
+from recis_hybrid.saver.parts.part import Part, SaveablePart
+from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, PartState, RowLoader, TableState
+from recis_hybrid.saver.runtime.ranks import Ranks
+
+
+@dataclass
+class _Ready:
+    """A part that fits, and what is to be loaded into it."""
+
+    name: str
+    part: Part
+    entry: PartEntry
+    state: PartState
+    loader: RowLoader | None
+
+
+def load_parts(
+    checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
+) -> set[str]:
+    """Load parts, all ranks together.
+
+    Args:
+        checkpoint: what to load from.
+        ranks: this rank and the others.
+        parts: by the name under which the user passed it: the adapter, the name in the checkpoint, and its entry.
+        reads: counts the bytes that are read.
+
+    Returns:
+        The parts that are not as they were saved, by the names under which the user passed them: what changes in them
+        from here on cannot be put over the checkpoint.
+
+    Raises:
+        CorruptCheckpoint: a file is changed.
+        CheckpointMismatch: the checkpoint is one of another model.
+    """
+    ready: list[_Ready] = []
+
+    def prepare() -> list[JSON]:
+        for part, name, entry in parts.values():
+            ready.append(_prepared(checkpoint, ranks, part, name, entry, reads))
+        return [each.name for each in ready if each.loader is not None and each.loader.holds_rows]
+
+    # Where one rank has rows to lose, no rank's files may turn out to be damaged later.
+    holding = {name for answer in ranks.together(prepare) for name in answer}
+
+    def verify() -> None:
+        for each in ready:
+            if each.loader is not None and each.name in holding:
+                for table, rows in _pieces(checkpoint, ranks, each, reads):
+                    _told(checkpoint, each, partial(each.loader.check, table, rows.columns))
+
+    def stream() -> None:
+        for each in ready:
+            if each.loader is not None:
+                each.loader.begin(_expected(checkpoint, ranks, each))
+                for table, rows in _pieces(checkpoint, ranks, each, reads):
+                    _told(checkpoint, each, partial(each.loader.load, table, rows.columns))
+
+    if holding:
+        ranks.together(verify)
+    try:
+        ranks.together(stream)
+    except BaseException:
+        for each in ready:
+            if each.loader is not None:
+                each.loader.abandon()
+        raise
+    for each in ready:
+        if each.loader is None:
+            each.part.load(each.state)
+        else:
+            each.loader.end()
+    loaders = zip(parts, (each.loader for each in ready), strict=True)
+    return {name for name, loader in loaders if loader is not None and loader.changes}
+
+
+def _prepared(checkpoint: Checkpoint, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads) -> _Ready:
+    where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
+    if entry.file is not None:
+        reads.add(entry.file.size)
+    if not isinstance(part, SaveablePart) or not part.streams:
+        state = checkpoint.read(name, wanted=partial(_wanted, part, ranks), reads=reads)
+        part.check(where, state)
+        return _Ready(name, part, entry, state, None)
+    tables = {table: _without_rows(rows) for table, rows in entry.tables.items()}
+    saved = PartState(tables, read_dense(checkpoint.directory, name, entry), entry.meta)
+    try:
+        loader = part.loader(saved)
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{where}: {error}. {OTHER_STEP}") from error
+    refuse_differences(where, loader.differences)
+    if loader.changes and ranks.rank == 0:
+        more = f" and {len(loader.changes) - 8} more" if len(loader.changes) > 8 else ""
+        warnings.warn(
+            f"{where} is loaded into tables of another kind: {'; '.join(loader.changes[:8])}{more}. Values are "
+            "converted, and what the checkpoint lacks starts with its first value.",
+            stacklevel=5,
+        )
+    return _Ready(name, part, entry, saved, loader)
+
+
+def _pieces(checkpoint: Checkpoint, ranks: Ranks, ready: _Ready, reads: Reads) -> Iterator[tuple[str, Rows]]:
+    """What this rank takes of the tables of a part, piece by piece."""
+    for table in ready.entry.tables:
+        for rows in checkpoint.pieces(ready.name, table, _wanted(ready.part, ranks, table), reads):
+            yield table, rows
+
+
+def _wanted(part: Part, ranks: Ranks, table: str) -> tuple[int, int]:
+    return part.buckets(table, ranks) if isinstance(part, SaveablePart) else ranks.buckets
+
+
+def _expected(checkpoint: Checkpoint, ranks: Ranks, ready: _Ready) -> dict[str, int]:
+    """By table, about how many rows this rank takes."""
+    rows: dict[str, int] = {}
+    for table in ready.entry.tables:
+        first, stop = _wanted(ready.part, ranks, table)
+        # Buckets differ by chance in how many rows they have.
+        share = min(1.02 * (stop - first) / BUCKETS, 1)
+        rows[table] = int(checkpoint.rows(ready.name, table) * share)
+    return rows
+
+
+def _told(checkpoint: Checkpoint, ready: _Ready, work: Callable[[], None]) -> None:
+    """Has rows looked at or loaded; what the loader refuses is no good checkpoint."""
+    try:
+        work()
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{checkpoint.directory}: part {ready.name!r}: {error}. {OTHER_STEP}") from error
+
+
+def _without_rows(table: TableEntry) -> TableState:
+    columns: dict[str, Tensor] = {
+        name: torch.empty((0, *spec.shape), dtype=getattr(torch, spec.dtype)) for name, spec in table.columns.items()
+    }
+    return TableState(columns, torch.empty(0, dtype=torch.int64), table.meta)

@@ -1,0 +1,207 @@
+"""Loads some of a checkpoint into live objects that need not be those that were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.checkpointing import tables_apart
+from recis_hybrid.saver.actions.selection import Loaded, Selection
+from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.format.manifest import TableEntry, TensorSpec
+from recis_hybrid.saver.parts.module_names import own_names
+from recis_hybrid.saver.parts.part import ModulePart, Part, SaveablePart
+from recis_hybrid.saver.parts.protocol import HasTables, TableState
+from recis_hybrid.saver.runtime.ranks import Ranks
+
+
+def load_some(
+    checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, Part], selection: Selection, strict: bool
+) -> Loaded:
+    """Load the selected tables and tensors.
+
+    Only files of selected tables are read. All is verified and compared before anything is changed.
+
+    Args:
+        checkpoint: what to load from; holds all the parts, of these kinds.
+        ranks: this rank and the others; each takes the rows of its buckets.
+        parts: what to load into: modules, and Saveables that can take some tables.
+        selection: which names, and what the live objects call them.
+        strict: whether each selected name must have a counterpart of the same form.
+
+    Returns:
+        What was loaded and what not.
+
+    Raises:
+        CorruptCheckpoint: a file has changed.
+        CheckpointMismatch: strict, and something selected does not fit.
+        CheckpointError: a part cannot take some of a state, or a pattern matches no name.
+    """
+    result = Loaded(checkpoint.manifest.step)
+    actions: list[Callable[[], None]] = []
+
+    def prepare() -> None:
+        saved: list[str] = []
+        live: list[str] = []
+        dense: dict[str, Mapping[str, Tensor]] = {}
+        for name, part in parts.items():
+            live += _live_names(name, part)
+            if isinstance(part, ModulePart):
+                dense[name] = checkpoint.read(name).tensors
+            saved += dense.get(name, checkpoint.manifest.parts[name].tables)
+        selection.refuse_unmatched(str(checkpoint.directory), saved, live)
+        for name, part in parts.items():
+            if isinstance(part, ModulePart):
+                actions.append(tensors_into(f"{name}: ", part.module, dense[name], selection, result))
+            else:
+                assert isinstance(part, SaveablePart)
+                actions.append(_tables(checkpoint, ranks, name, part, selection, strict, result))
+        if strict:
+            result.refuse(str(checkpoint.directory))
+
+    ranks.together(prepare)
+    for act in actions:
+        act()
+    return result
+
+
+def _live_names(name: str, part: Part) -> Iterable[str]:
+    """Names of a live object's tables or tensors.
+
+    Raises:
+        CheckpointError: it cannot take some of a state.
+    """
+    if isinstance(part, ModulePart):
+        return live_tensors(part.module)
+    if isinstance(part, SaveablePart):
+        return _owner(name, part).checkpoint_layout().tables
+    raise CheckpointError(
+        f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it with "
+        "Saver.load."
+    )
+
+
+def _owner(name: str, part: SaveablePart) -> HasTables:
+    if not isinstance(part.value, HasTables):
+        raise CheckpointError(
+            f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, so that it "
+            "cannot take some tables. Load it whole with Saver.load."
+        )
+    return part.value
+
+
+def live_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and buffers by their names in checkpoints."""
+    with tables_apart():
+        state = module.state_dict(keep_vars=True)
+    return {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
+
+
+def tensors_into(
+    prefix: str, module: torch.nn.Module, tensors: Mapping[str, Tensor], selection: Selection, result: Loaded
+) -> Callable[[], None]:
+    """Compare tensors with a module's parameters and buffers.
+
+    Args:
+        prefix: of the names in the result.
+        module: what to load into.
+        tensors: by their names in the checkpoint.
+        selection: which of them.
+        result: takes what is found.
+
+    Returns:
+        What copies them: shapes are the same, dtypes are converted.
+    """
+    live = live_tensors(module)
+    names = selection.live_names(tensors)
+    fitting: list[tuple[Tensor, Tensor]] = []
+    for name, saved in names.items():
+        if name not in live:
+            result.unused.append(f"{prefix}{saved}")
+        elif live[name].shape != tensors[saved].shape:
+            a, b = TensorSpec.of(tensors[saved]), TensorSpec.of(live[name])
+            result.unfit.append(f"{prefix}{name}: checkpoint {a}, live object {b}")
+        else:
+            fitting.append((live[name], tensors[saved]))
+            result.loaded.append(f"{prefix}{name}")
+    result.missing.extend(f"{prefix}{name}" for name in live if name not in names and selection.takes(name))
+
+    def copy() -> None:
+        with torch.no_grad():
+            for own, value in fitting:
+                own.copy_(value)
+
+    return copy
+
+
+def _tables(
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    name: str,
+    part: SaveablePart,
+    selection: Selection,
+    strict: bool,
+    result: Loaded,
+) -> Callable[[], None]:
+    owner, entry = _owner(name, part), checkpoint.manifest.parts[name]
+    live = owner.checkpoint_layout().tables
+    names = selection.live_names(entry.tables)
+    fitting: dict[str, str] = {}
+    for live_name, saved in names.items():
+        if live_name not in live:
+            result.unused.append(f"{name}: {saved}")
+            continue
+        difference = _difference(entry.tables[saved], live[live_name], strict)
+        if difference:
+            result.unfit.append(f"{name}: table {live_name}: {difference}")
+        else:
+            fitting[live_name] = saved
+            result.loaded.append(f"{name}: {live_name}")
+    result.missing.extend(f"{name}: {table}" for table in live if table not in names and selection.takes(table))
+    if strict and (result.missing or result.unused or result.unfit):
+        return lambda: None
+    tables = set(fitting.values())
+    # The ranks share a table as it is called here.
+    live_names = {saved: live_name for live_name, saved in fitting.items()}
+    state = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks))
+    states, steps = state.tables, state.meta.get("steps")
+
+    def load() -> None:
+        taken = {}
+        for live_name, saved in fitting.items():
+            rows, kept = states.pop(saved), live[live_name].columns
+            columns = {column: values for column, values in rows.columns.items() if column in kept}
+            step = steps.get(saved) if isinstance(steps, dict) else None
+            if type(step) is not int or not 0 <= step < 1 << 40:
+                step = None
+            taken[live_name] = TableState(columns, rows.buckets, rows.meta | {"step": step})
+        owner.load_checkpoint_tables(taken)
+
+    return load
+
+
+def _state_columns(table: TableEntry) -> set[object]:
+    fields = table.meta.get("optimizer_state")
+    return {field[0] for field in fields if isinstance(field, list) and field} if isinstance(fields, list) else set()
+
+
+def _difference(saved: TableEntry, live: TableState, strict: bool) -> str | None:
+    """Return how columns differ. Unless strict, dtypes may differ and either side may lack columns.
+
+    A live table that keeps no optimizer state, as a read-only one, does without that of the checkpoint either way.
+    """
+    own = {column: TensorSpec.of(values, skip=1) for column, values in live.columns.items()}
+    common = [column for column in saved.columns if column in own]
+    unneeded = _state_columns(saved) if live.meta.get("optimizer_state") == [] else set()
+    if strict and saved.columns.keys() - unneeded != own.keys():
+        return f"checkpoint has the columns {list(saved.columns)}, live object {list(own)}"
+    if common[:2] != list(own)[:2]:
+        return f"checkpoint must have the columns {list(own)[:2]}, it has {list(saved.columns)}"
+    for column in common:
+        a, b = saved.columns[column], own[column]
+        if a.shape != b.shape or (strict and a.dtype != b.dtype):
+            return f"column {column}: checkpoint {a}, live object {b}"
+    return None

@@ -1,0 +1,282 @@
+"""A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+from recis_hybrid.saver.checkpoint.delta import between, combined, put_over
+from recis_hybrid.saver.checkpoint.part_files import read_dense
+from recis_hybrid.saver.checkpoint.table_files import read_pieces, read_table, whole_table
+from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
+from recis_hybrid.saver.format.row_file import Reads, Rows
+from recis_hybrid.saver.parts.protocol import BUCKETS, PartState, TableState
+from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
+
+
+class Checkpoint:
+    """One checkpoint, whose manifest has been read and held against the folder.
+
+    Args:
+        root: the directory in which it and those it builds on lie.
+        step: its step.
+        listed: whether to list its files, and those of what it builds on, which one rank does for all.
+
+    Raises:
+        CorruptCheckpoint: the manifest is damaged, or a file is missing, unknown or of another size.
+        CheckpointError: it is not there, or has another format version.
+    """
+
+    def __init__(self, root: Location, step: int, *, listed: bool = True) -> None:
+        self.root = root
+        self.directory = root / step_name(step)
+        self.manifest: Manifest = read_manifest(self.directory, step, listed=listed)
+        self._listed = listed
+        self._previous: Checkpoint | None = None
+
+    def previous(self) -> Checkpoint:
+        """The checkpoint that this one builds on.
+
+        Returns:
+            It, of an incremental checkpoint.
+
+        Raises:
+            CorruptCheckpoint: it is missing, damaged, or another than when this one was written.
+        """
+        link = self.manifest.previous
+        assert link is not None
+        if self._previous is None:
+            path = self.root / step_name(link.step) / MANIFEST
+            where = f"{self.directory}: holds what changed since step {link.step}, which"
+            if not path.is_file():
+                raise CorruptCheckpoint(f"{where} is missing in {self.root}. Put it back, or load another step.")
+            found = link_to(self.root, link.step)
+            if found != link:
+                raise CorruptCheckpoint(
+                    f"{where} has changed: the SHA-256 of {path} must be {link.sha256}, is {found.sha256}. {OTHER_STEP}"
+                )
+            self._previous = Checkpoint(self.root, link.step, listed=self._listed)
+        return self._previous
+
+    def part(self, name: str, kind: str) -> PartEntry:
+        """Find a part of a kind.
+
+        Args:
+            name: its name.
+            kind: one of `manifest.KINDS`.
+
+        Returns:
+            What the manifest says of it.
+
+        Raises:
+            CheckpointMismatch: there is no such part, or it is of another kind.
+        """
+        parts = self.manifest.parts
+        where = f"{self.directory / MANIFEST}: part {name!r}"
+        if name not in parts:
+            near = difflib.get_close_matches(name, parts, n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise CheckpointMismatch(
+                f"{where} must be in the checkpoint, which has {sorted(parts)}{meant}. Leave it out, or save it first."
+            )
+        found = parts[name].kind
+        if found != kind:
+            remedy = "Use Saver.read_json." if found == "json" else "Pass the object that was saved under this name."
+            raise CheckpointMismatch(f"{where} was saved from a {found}, but a {kind} was asked for. {remedy}")
+        return parts[name]
+
+    def verify(self, name: str, reads: Reads | None = None) -> None:
+        """Read all files that a part needs, those of earlier checkpoints among them, and look whether they are sound.
+
+        Args:
+            name: name of the part.
+            reads: counts the bytes of tables that are read.
+
+        Raises:
+            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing or
+                another one.
+        """
+        entry = self.manifest.parts[name]
+        read_dense(self.directory, name, entry)
+        for table in entry.tables:
+            for _ in self.pieces(name, table, (0, BUCKETS), reads or Reads()):
+                pass
+
+    def rows(self, name: str, table: str) -> int:
+        """About how many rows a table has, but never more than its files can hold, whatever the manifest says."""
+        entry = self.manifest.parts[name].tables[table]
+        layers = [entry, *(below for _, below in self._below(name, table))]
+        width = sum(math.prod(spec.shape) * spec.itemsize for spec in entry.columns.values())
+        return sum(min(item.rows, item.file.size // width) for layer in layers for item in layer.ranges)
+
+    def read(
+        self,
+        name: str,
+        tables: Collection[str] | None = None,
+        *,
+        wanted: Callable[[str], tuple[int, int]] = lambda _: (0, BUCKETS),
+        reads: Reads | None = None,
+    ) -> PartState:
+        """Read a part; what is read is compared with its checksums.
+
+        Args:
+            name: name of the part.
+            tables: the tables to read; None for all.
+            wanted: by the name of each, the first bucket to read of it, and the one after the last.
+            reads: counts the bytes of tables that are read.
+
+        Returns:
+            The state, tables whole, in memory of its own.
+
+        Raises:
+            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
+        """
+        entry = self.manifest.parts[name]
+        whole = {
+            table: whole_table(rows, list(self.pieces(name, table, wanted(table), reads or Reads())))
+            for table, rows in entry.tables.items()
+            if tables is None or table in tables
+        }
+        return PartState(whole, read_dense(self.directory, name, entry), entry.meta)
+
+    def pieces(self, name: str, table: str, wanted: tuple[int, int], reads: Reads) -> Iterator[Rows]:
+        """Read the rows of some buckets of a table in pieces, with what this checkpoint and others changed in them.
+
+        Args:
+            name: name of the part.
+            table: name of the table.
+            wanted: the first bucket to read, and the one after the last.
+            reads: counts the bytes that are read.
+
+        Yields:
+            Rows, in order of (bucket, id).
+
+        Raises:
+            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
+        """
+        layers = [(self, self.manifest.parts[name].tables[table]), *self._below(name, table)]
+        (base, entry), later = layers[-1], layers[-2::-1]
+        pieces = read_pieces(base.directory, name, table, entry, wanted, reads)
+        if not later:
+            yield from pieces
+            return
+        change = combined([_change(at.directory, name, table, rows, wanted, reads) for at, rows in later])
+        items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
+        for item, rows in zip(items, pieces, strict=True):
+            part = between(change, max(item.first_bucket, wanted[0]), min(item.last_bucket + 1, wanted[1]))
+            state = put_over(TableState(rows.columns, rows.buckets, {}), part)
+            yield Rows(state.columns, state.buckets)
+
+    def _below(self, name: str, table: str) -> Iterator[tuple[Checkpoint, TableEntry]]:
+        """The earlier states of a table that are needed, newest first."""
+        at, entry = self, self.manifest.parts[name].tables[table]
+        while entry.removed is not None:
+            at = at.previous()
+            part = at.manifest.parts.get(name)
+            below = None if part is None else part.tables.get(table)
+            if below is None or below.columns != entry.columns or below.meta != entry.meta:
+                raise CorruptCheckpoint(
+                    f"{at.directory}: part {name!r} must have the table {table!r} with the columns "
+                    f"{list(entry.columns)}, which {self.directory} builds on. {OTHER_STEP}"
+                )
+            entry = below
+            yield at, entry
+
+
+def _change(
+    root: Location, name: str, table: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
+) -> TableState:
+    """What an incremental checkpoint says of some buckets of a table: rows, and ids that went."""
+    assert entry.removed is not None
+    rows = read_table(root, name, table, entry, wanted, reads)
+    return replace(rows, removed=read_table(root, name, table, entry.removed.as_table(), wanted, reads))
+
+
+def link_to(root: Location, step: int) -> Link:
+    """Return what an incremental checkpoint says of the one it builds on.
+
+    Args:
+        root: the directory of both.
+        step: of the earlier one.
+
+    Returns:
+        Its step, and the SHA-256 of its manifest.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return Link(step, hashlib.sha256((root / step_name(step) / MANIFEST).read_bytes()).hexdigest())
+
+
+def superfluous(root: Location, steps: list[int], keep: int, links: dict[int, int | None]) -> list[int]:
+    """Find the checkpoints that are to be given up.
+
+    Args:
+        root: the directory.
+        steps: the checkpoints in it, ascending.
+        keep: how many of the newest to keep, and those that they build on.
+        links: by step what it builds on, as far as it has been read; filled up.
+
+    Returns:
+        Their steps, each before those that it builds on: at no moment is there one that lacks what it needs.
+    """
+    if len(steps) <= keep:
+        return []
+    try:
+        needed = _needed(root, steps[-keep:], links)
+    except CheckpointError:
+        # What a damaged one builds on is not known: nothing goes until it has left the newest.
+        return []
+    return [step for step in reversed(steps[:-keep]) if step not in needed]
+
+
+def _needed(root: Location, steps: list[int], links: dict[int, int | None]) -> set[int]:
+    """The steps of checkpoints that are to be loadable, and of those that they build on."""
+    needed: set[int] = set()
+    for step in steps:
+        at: int | None = step
+        while at is not None and at not in needed and (root / step_name(at) / MANIFEST).is_file():
+            needed.add(at)
+            if at not in links:
+                link = read_manifest(root / step_name(at), at).previous
+                links[at] = None if link is None else link.step
+            at = links[at]
+    return needed
+
+
+def other_steps(root: Location, steps: list[int], step: int, error: str) -> str:
+    """Say which other checkpoints there are than a damaged one.
+
+    Args:
+        root: the directory.
+        steps: the checkpoints in it.
+        step: of the damaged one.
+        error: what is wrong with it, with the path of the file.
+
+    Returns:
+        A text, which names the newest of the others that has all its files and all that it builds on; checksums are not
+        looked at.
+    """
+    others = [other for other in steps if other != step]
+    if not others:
+        return f"There is no other step in {root}."
+    # A file that the message names may be of an earlier one, on which others build too.
+    whole = (other for other in sorted(others, reverse=True) if f"{root / step_name(other)}/" not in error)
+    last = next((other for other in whole if _is_complete(root, other)), None)
+    offer = "none of them has all its files" if last is None else f"the last one with all its files is {last}"
+    return f"Other steps in {root}: {others}. Of these, {offer}."
+
+
+def _is_complete(root: Location, step: int) -> bool:
+    try:
+        at = Checkpoint(root, step)
+        while at.manifest.previous is not None:
+            at = at.previous()
+    except (CheckpointError, OSError):
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""This rank's rows of a table, checked and in the order of files: by (bucket, id).
+
+Legend: n rows of this rank, K buckets that have rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.format.json_values import checked_object
+from recis_hybrid.saver.format.manifest import TensorSpec
+from recis_hybrid.saver.format.row_file import INDEX, in_order
+from recis_hybrid.saver.format.tensor_file import check_tensor
+from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, RowReader, TableState
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+@dataclass(frozen=True)
+class LocalTable:
+    """This rank's rows of a table."""
+
+    name: str
+    specs: dict[str, TensorSpec]
+    """Dtype and shape of one row, by column; "ids" first."""
+    meta: dict[str, JSON]
+    ids: Tensor
+    """int64 ``[n]``, in order."""
+    present: Tensor
+    """int64 ``[K]``, ascending: the buckets that have rows."""
+    offsets: Tensor
+    """int64 ``[K + 1]``: rows ``offsets[k]`` to ``offsets[k + 1]`` are of ``present[k]``."""
+    reader: RowReader
+    """Reads the other columns."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all columns."""
+        return sum(math.prod(spec.shape) * spec.itemsize for spec in self.specs.values())
+
+    def cuts(self, count: int) -> tuple[list[int], list[int]]:
+        """Where `count` equal ranges of buckets begin, and the last ends: in rows, and in buckets that have some."""
+        edges = torch.arange(0, BUCKETS + 1, BUCKETS // count)
+        places = torch.searchsorted(self.present, edges)
+        return self.offsets[places].tolist(), places.tolist()
+
+    def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
+        """Write rows `first` to `stop` of all columns into `out`."""
+        out["ids"].copy_(self.ids[first:stop])
+        others = {name: out[name] for name in self.specs if name != "ids"}
+        if stop > first and others:
+            self.reader.read(first, stop, others)
+
+
+def local_table(where: str, name: str, state: TableState) -> LocalTable:
+    """Check a table's rows and put them in order.
+
+    Args:
+        where: what it is, for messages.
+        name: its name.
+        state: the rows.
+
+    Returns:
+        The rows in order; nothing is copied but what must be to sort.
+
+    Raises:
+        CheckpointError: the state breaks the rules of `TableState`, or holds an id twice.
+    """
+    _check(where, state)
+    if state.buckets.numel():
+        least, most = (int(bucket) for bucket in state.buckets.aminmax())
+        if not 0 <= least <= most < BUCKETS:
+            raise CheckpointError(
+                f"{where}: buckets must be from 0 to {BUCKETS - 1}, got {least} to {most}. Hand out the bucket of each "
+                "id."
+            )
+    specs = {column: TensorSpec.of(tensor, skip=1) for column, tensor in state.columns.items()}
+    meta = checked_object(f"{where}, meta", state.meta)
+    ids, buckets, reader = state.columns["ids"].detach().cpu(), state.buckets.cpu(), state.reader
+    ordered = in_order(ids, buckets)
+    # In order by reader means strictly so: such ids are distinct, for an id has one bucket.
+    if reader is None or not ordered:
+        _refuse_twice(where, ids)
+    if reader is None:
+        order = None
+        if not ordered:
+            by_id = ids.argsort()
+            buckets, by_bucket = buckets[by_id].sort(stable=True)
+            order = by_id[by_bucket]
+            ids = ids[order]
+        reader = _Columns(state.columns, order)
+    elif not ordered:
+        raise CheckpointError(f"{where}: rows must be in order, by (bucket, id), where a reader reads them.")
+    present, sizes = torch.unique_consecutive(buckets, return_counts=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return LocalTable(name, specs, meta, ids, present, offsets, reader)
+
+
+class _Columns:
+    """Rows of columns that are in memory."""
+
+    def __init__(self, columns: Mapping[str, Tensor], order: Tensor | None) -> None:
+        self._columns = columns
+        self._order = order
+
+    def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
+        for name, target in out.items():
+            column = self._columns[name].detach()
+            if self._order is None:
+                target.copy_(column[first:stop])
+                continue
+            signed = _SIGNED.get(column.dtype, column.dtype)  # torch cannot pick unsigned words
+            chosen = self._order[first:stop].to(column.device)
+            target.copy_(column.view(signed).index_select(0, chosen).view(column.dtype))
+
+
+def _refuse_twice(where: str, ids: Tensor) -> None:
+    # numpy sorts plain numbers in vectors.
+    ascending = torch.from_numpy(np.sort(ids.numpy()))
+    twice = ascending[1:] == ascending[:-1]
+    if bool(twice.any()):
+        example = int(ascending[1:][twice][0])
+        raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
+
+
+def _check(where: str, state: TableState) -> None:
+    names = list(state.columns)
+    if names[:1] != ["ids"]:
+        raise CheckpointError(f"{where}: the first column must be 'ids', got the columns {names}. Put 'ids' first.")
+    for column, tensor in state.columns.items():
+        check_tensor(where, column, tensor)
+    ids = state.columns["ids"]
+    rows = ids.shape[0] if ids.dim() == 1 else -1
+    for tensor_name, tensor in (("ids", ids), ("buckets", state.buckets)):
+        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (rows,):
+            raise CheckpointError(
+                f"{where}: {tensor_name} must be int64 [n], one for each row, got {TensorSpec.of(tensor)} beside ids "
+                f"{TensorSpec.of(ids)}. Hand out one per row."
+            )
+    for column, tensor in state.columns.items():
+        if column in INDEX:
+            raise CheckpointError(f"{where}: a column must not be named {column!r}, files use it. Rename it.")
+        expected = 0 if state.reader is not None and column != "ids" else rows
+        if tensor.dim() == 0 or tensor.shape[0] != expected:
+            raise CheckpointError(
+                f"{where}: column {column!r} must have {expected} rows as 'ids' has, got {TensorSpec.of(tensor)}. Hand "
+                "out one per row."
+            )

@@ -1,0 +1,273 @@
+"""Writes the rows of tables, which all ranks hold together, to files as planned by `table_plan`; reads them back.
+
+A file is written by one rank, to which the others send what they have of it: at most W - 1 files of a table have rows
+of several of W ranks once there are more files than ranks, and neither several writers of one file, which file systems
+of several machines keep apart by whole pages only, nor object stores, which know no writing at a place, get in the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recis_hybrid.saver.checkpoint.local_table import LocalTable
+from recis_hybrid.saver.checkpoint.table_plan import PlannedFile, plan_files
+from recis_hybrid.saver.format.file_io import Location, encode_name
+from recis_hybrid.saver.format.header import Place, places, views
+from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry
+from recis_hybrid.saver.format.row_file import Reads, Rows, file_specs, read_rows, row_tag, write_rows
+from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, TableState
+from recis_hybrid.saver.runtime.ranks import Ranks
+from recis_hybrid.saver.runtime.workers import Workers
+
+WRITERS = 2
+"""Threads that put files together and write them, and as many that wait for the disk: it is never without work."""
+
+
+def write_tables(
+    root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], above: str = "sparse"
+) -> dict[str, TableEntry]:
+    """Write the tables of a part, all ranks together, and force them to the disk.
+
+    Args:
+        root: directory of the checkpoint.
+        ranks: this rank and the others.
+        part: name of the part.
+        tables: this rank's rows of each table.
+        above: the folder below which they go.
+
+    Returns:
+        What the manifest says of each table.
+
+    Raises:
+        CheckpointError: the ranks hold other tables, or a file cannot be written by one of them.
+    """
+    if not tables:
+        return {}
+    plan = plan_files(ranks, part, tables)
+    written = ranks.together(lambda: _Writer(root, ranks, part, tables, plan, above).write())
+    entries = {
+        number: FileEntry(path, size, tuple(sums)) for of_rank in written for number, path, size, sums in of_rank
+    }
+    ranges: list[list[RangeEntry]] = [[] for _ in tables]
+    for file in plan:
+        ranges[file.table].append(RangeEntry(file.first_bucket, file.last_bucket, sum(file.rows), entries[file.number]))
+    return {
+        table.name: TableEntry(sum(item.rows for item in of_table), table.specs, table.meta, tuple(of_table))
+        for table, of_table in zip(tables, ranges, strict=True)
+    }
+
+
+def read_table(
+    root: Location,
+    part: str,
+    name: str,
+    entry: TableEntry,
+    wanted: tuple[int, int] = (0, BUCKETS),
+    reads: Reads | None = None,
+) -> TableState:
+    """Read the rows of some buckets of a table, and compare what is read with its checksums.
+
+    Args:
+        root: directory of the checkpoint.
+        part: name of the part.
+        name: name of the table.
+        entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
+
+    Returns:
+        The rows, sorted by (bucket, id), in memory of their own; each column starts at a multiple of 64 bytes.
+
+    Raises:
+        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+    """
+    return whole_table(entry, list(read_pieces(root, part, name, entry, wanted, reads or Reads())))
+
+
+def whole_table(entry: TableEntry, parts: Sequence[Rows]) -> TableState:
+    """Put pieces of a table together.
+
+    Args:
+        entry: what the manifest says of the table.
+        parts: its rows, in order.
+
+    Returns:
+        The rows, in memory of their own; each column starts at a multiple of 64 bytes.
+    """
+    columns: dict[str, Tensor] = {}
+    for column, spec in entry.columns.items():
+        # Whole numbers of bytes: torch cannot put every dtype together.
+        pieces = [piece.columns[column].reshape(-1).view(torch.uint8) for piece in parts]
+        size = sum(piece.numel() for piece in pieces)
+        data = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+        rows = size // max(math.prod(spec.shape) * spec.itemsize, 1) if size else sum(p.buckets.numel() for p in parts)
+        columns[column] = data.view(getattr(torch, spec.dtype)).view(rows, *spec.shape)
+    buckets = torch.cat([piece.buckets for piece in parts]) if parts else torch.empty(0, dtype=torch.int64)
+    return TableState(columns, buckets, entry.meta)
+
+
+def read_pieces(
+    root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
+) -> Iterator[Rows]:
+    """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
+
+    Args:
+        root: directory of the checkpoint.
+        part: name of the part.
+        name: name of the table.
+        entry: what the manifest says of it.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts the bytes that are read.
+
+    Yields:
+        Rows, in order of (bucket, id).
+
+    Raises:
+        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+    """
+    items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
+
+    def read(item: RangeEntry) -> Rows:
+        return read_rows(root / item.file.path, part, name, entry, item, wanted, reads)
+
+    with Workers(1) as pool:
+        ahead: Future[Rows] | None = None
+        try:
+            for number, item in enumerate(items):
+                rows = (ahead or pool.submit(partial(read, item))).result()
+                ahead = pool.submit(partial(read, items[number + 1])) if number + 1 < len(items) else None
+                yield rows
+                del rows  # so that the memory is used again
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
+
+class _Writer:
+    """Writes this rank's files of a plan; a failure is raised only after all that others wait for has been sent."""
+
+    def __init__(
+        self,
+        root: Location,
+        ranks: Ranks,
+        part: str,
+        tables: Sequence[LocalTable],
+        plan: Sequence[PlannedFile],
+        above: str,
+    ) -> None:
+        self._above = above
+        self._root, self._ranks, self._part, self._tables, self._plan = root, ranks, part, tables, plan
+        counts = Counter(file.table for file in plan)
+        self._cuts = [table.cuts(counts[number]) for number, table in enumerate(tables)]
+        self._written: list[JSON] = []
+        self._syncing: list[Future[None]] = []
+
+    def write(self) -> list[JSON]:
+        """Write the files.
+
+        Returns:
+            Number in the plan, path, size and checksums of each.
+        """
+        failures: list[BaseException] = []
+        running: list[Future[None]] = []
+        with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
+            # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
+            for file in sorted(self._plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
+                if file.writer == self._ranks.rank:
+                    received = self._received(file)
+                    if not failures:
+                        running.append(pool.submit(partial(self._write_file, file, received, disk)))
+                    if len(running) > WRITERS:
+                        failures += _failed([running.pop(0)])
+                elif file.rows[self._ranks.rank]:
+                    failures += self._send(file)
+            failures += _failed(running)
+        failures += _failed(self._syncing)
+        try:
+            if failures:
+                raise failures[0]
+        finally:  # or the error and this frame would keep each other, and the saver's lease with them
+            failures.clear()
+            running.clear()
+            self._syncing.clear()
+        return self._written
+
+    def _received(self, file: PlannedFile) -> dict[int, Tensor]:
+        """What other ranks have of a file, by rank."""
+        others = [rank for rank, rows in enumerate(file.rows) if rows and rank != self._ranks.rank]
+        return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
+
+    def _send(self, file: PlannedFile) -> list[BaseException]:
+        """Sends what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
+        found, failures = self._packed(file, self._ranks.rank), []
+        data = torch.zeros(_size(found), dtype=torch.uint8)
+        try:
+            self._read(file, views(data, found))
+        except BaseException as error:
+            failures.append(error)
+        self._ranks.send(data, file.writer, file.number)
+        return failures
+
+    def _write_file(self, file: PlannedFile, received: dict[int, Tensor], disk: Workers) -> None:
+        table = self._tables[file.table]
+        relative = _path(self._above, self._part, table.name, file)
+        path = self._root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        specs = file_specs(table.specs, sum(file.rows), sum(file.present))
+        tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
+        size, sums, sync = write_rows(path, specs, tag, partial(self._put, file, received))
+        self._syncing.append(disk.submit(sync))
+        if len(self._syncing) > 4 * WRITERS:
+            self._syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
+        self._written.append([file.number, relative, size, list(sums)])
+
+    def _put(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
+        """Writes the rows of all ranks, one after the other, and their index."""
+        row = bucket = 0
+        out["bucket_offsets"][:1] = 0
+        for rank, (rows, present) in enumerate(zip(file.rows, file.present, strict=True)):
+            if not rows:
+                continue
+            part = {name: out[name][row : row + rows] for name in self._tables[file.table].specs}
+            part["buckets"] = out["buckets"][bucket : bucket + present]
+            part["bucket_offsets"] = out["bucket_offsets"][bucket : bucket + present + 1]
+            if rank == self._ranks.rank:
+                self._read(file, part)
+            else:
+                for name, values in views(received[rank], self._packed(file, rank)).items():
+                    part[name].copy_(values)
+            part["bucket_offsets"] += row  # counted from the rank's own first row until now
+            row, bucket = row + rows, bucket + present
+
+    def _read(self, file: PlannedFile, out: dict[str, Tensor]) -> None:
+        """Writes this rank's rows of a file, and their index."""
+        table, (rows, present) = self._tables[file.table], self._cuts[file.table]
+        first, begin, end = rows[file.range], present[file.range], present[file.range + 1]
+        table.read(first, rows[file.range + 1], out)
+        out["buckets"].copy_(table.present[begin:end])
+        out["bucket_offsets"].copy_(table.offsets[begin : end + 1] - first)
+
+    def _packed(self, file: PlannedFile, rank: int) -> dict[str, Place]:
+        """How a rank's rows of a file lie in what it sends."""
+        return places(file_specs(self._tables[file.table].specs, file.rows[rank], file.present[rank]))
+
+
+def _failed(futures: Sequence[Future[None]]) -> list[BaseException]:
+    errors = [future.exception() for future in futures]
+    return [error for error in errors if error is not None]
+
+
+def _size(found: dict[str, Place]) -> int:
+    return max(place.stop for place in found.values())
+
+
+def _path(above: str, part: str, table: str, file: PlannedFile) -> str:
+    folder = f"{above}/{encode_name(part)}/{encode_name(table)}"
+    return f"{folder}/{file.first_bucket:05d}-{file.last_bucket:05d}.safetensors"

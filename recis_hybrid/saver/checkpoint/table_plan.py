@@ -1,0 +1,132 @@
+"""Decides which files the rows of a table go into, and which rank writes each: on every rank the same.
+
+Legend: R ranges.
+
+Where a file begins and ends depends on the whole table alone, so that equal tables give equal bytes on any number of
+ranks, wherever their rows lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recis_hybrid.saver.checkpoint.local_table import LocalTable
+from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.parts.protocol import BUCKETS, JSON
+from recis_hybrid.saver.runtime.ranks import Ranks
+
+RANGE_BYTES = 64 * 2**20
+MOST_RANGES = 1024
+
+
+def range_count(rows: int, row_bytes: int) -> int:
+    """The number of files of a table: a function of the table alone, whatever the world size.
+
+    It is the least power of two that leaves at most 64 MiB of columns to a file on average, and at most 1024.
+
+    Args:
+        rows: rows of the whole table.
+        row_bytes: bytes of one row in all columns.
+
+    Returns:
+        A power of two; each file takes 65536 / that many buckets.
+
+    Example:
+        >>> range_count(1000, 776), range_count(5_000_000, 776)
+        (1, 64)
+    """
+    count = 1
+    while count < MOST_RANGES and rows * row_bytes > count * RANGE_BYTES:
+        count *= 2
+    return count
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file, as all ranks plan it alike."""
+
+    number: int
+    table: int
+    range: int
+    first_bucket: int
+    last_bucket: int
+    rows: tuple[int, ...]
+    """Of each rank."""
+    present: tuple[int, ...]
+    """Of each rank: buckets that have rows. No bucket has rows of two ranks."""
+    writer: int
+
+
+def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[PlannedFile]:
+    """Plan the files of some tables.
+
+    Args:
+        ranks: this rank and the others.
+        part: name of the part.
+        tables: this rank's rows of each table.
+
+    Returns:
+        The files, table by table and in the order of buckets.
+
+    Raises:
+        CheckpointError: the ranks hold other tables, or rows of the same buckets.
+    """
+    about: list[JSON] = [
+        [
+            table.name,
+            table.ids.numel(),
+            table.present[[0, -1]].tolist() if table.ids.numel() else None,
+            table.meta,
+            [[name, str(spec)] for name, spec in table.specs.items()],
+        ]
+        for table in tables
+    ]
+    answers = ranks.exchange(about)
+    _refuse_unlike(part, answers)
+    totals = [sum(answer[number][1] for answer in answers) for number in range(len(tables))]
+    counts = [range_count(total, table.row_bytes) for total, table in zip(totals, tables, strict=True)]
+    mine: list[JSON] = []
+    for table, count in zip(tables, counts, strict=True):
+        rows, present = table.cuts(count)
+        mine.append(
+            [[i, rows[i + 1] - rows[i], present[i + 1] - present[i]] for i in range(count) if rows[i + 1] > rows[i]]
+        )
+    shares = ranks.exchange(mine)
+    plan: list[PlannedFile] = []
+    for number, count in enumerate(counts):
+        of_ranks = [{i: (rows, present) for i, rows, present in share[number]} for share in shares]
+        for i in range(count):
+            first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
+            of_each, held = zip(*(of_rank.get(i, (0, 0)) for of_rank in of_ranks), strict=True)
+            # Those who have rows of it take turns, or all: the files of many small tables are not all rank 0's.
+            able = [rank for rank, rows in enumerate(of_each) if rows] or list(range(ranks.size))
+            writer = able[len(plan) % len(able)]
+            plan.append(PlannedFile(len(plan), number, i, first, last, of_each, held, writer))
+    return plan
+
+
+def _refuse_unlike(part: str, answers: Sequence[Any]) -> None:
+    """Raise if ranks hold other tables, or rows that are not each in the buckets after those of the rank before."""
+    for rank, answer in enumerate(answers):
+        if [[name, *rest] for name, _, _, *rest in answer] != [[name, *rest] for name, _, _, *rest in answers[0]]:
+            raise CheckpointError(
+                f"Saver.save: part {part!r}: all ranks must hold the same tables with the same columns and meta, rank "
+                f"{rank} differs from rank 0: {[name for name, *_ in answer]} and {[name for name, *_ in answers[0]]}. "
+                "Build the object alike on all ranks."
+            )
+    for number, (name, *_) in enumerate(answers[0]):
+        last = None
+        for rank, answer in enumerate(answers):
+            span = answer[number][2]
+            if span is None:
+                continue
+            if last is not None and span[0] <= last[1][1]:
+                raise CheckpointError(
+                    f"Saver.save: part {part!r}, table {name!r}: a rank must hold rows of later buckets than those "
+                    f"before it, rank {last[0]} has buckets {last[1][0]} to {last[1][1]}, rank {rank} {span[0]} to "
+                    f"{span[1]}. Shard the table by recis_hybrid.checkpointing.owned_buckets, or hand it out on one "
+                    f"rank."
+                )
+            last = rank, span

@@ -1,0 +1,273 @@
+"""Writes and reads one sparse file: the rows of a contiguous range of buckets, whole or some of them.
+
+Legend: m rows of the file, K buckets of it that have rows.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
+from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
+from recis_hybrid.saver.format.file_io import Location, check_size, check_sum, fill, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.header import (
+    LONGEST_HEADER,
+    Place,
+    buffer,
+    data_bytes,
+    header,
+    parse_header,
+    places,
+    typed,
+    views,
+)
+from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
+from recis_hybrid.saver.format.tensor_file import check_contents
+from recis_hybrid.saver.parts.protocol import JSON
+
+INDEX = ("buckets", "bucket_offsets")
+_CPU = torch.device("cpu")
+
+
+class Reads:
+    """Counts the bytes that a load reads."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count bytes that were read."""
+        with self._lock:
+            self.bytes += count
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one file, sorted by (bucket, id)."""
+
+    columns: dict[str, Tensor]
+    """``[m, ...]`` each, "ids" among them."""
+    buckets: Tensor
+    """int64 ``[m]``."""
+
+
+def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
+    """What a sparse file is of."""
+    return {"part": part, "table": table, "buckets": [first, last]}
+
+
+def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> dict[str, TensorSpec]:
+    """The tensors of a file of `rows` rows in `present` buckets."""
+    specs = {name: TensorSpec(spec.dtype, (rows, *spec.shape)) for name, spec in columns.items()}
+    specs["buckets"] = TensorSpec("int32", (present,))
+    specs["bucket_offsets"] = TensorSpec("int64", (present + 1,))
+    return specs
+
+
+def write_rows(
+    path: Location, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
+) -> tuple[int, tuple[str, ...], Callable[[], None]]:
+    """Write a file of rows.
+
+    The file is put together in memory first, which is used again for the next: no more than one pass over its bytes
+    checksums them.
+
+    Args:
+        path: the file.
+        specs: as `file_specs` gives them.
+        tag: as `row_tag` gives it.
+        write: called once, writes the tensors.
+
+    Returns:
+        Its size in bytes, the CRC-32 of each chunk of 4 MiB, and what forces it to the disk.
+    """
+    found = places(specs)
+    data = ops.memory.empty_bytes(data_bytes(found), _CPU)
+    write(views(data, found))
+    pages = page_sums(data)
+    head = header(found, tag, pages)
+    size = len(head) + data.numel()
+    sync = write_file(path, [memoryview(head), buffer(data)])
+    return size, chunk_sums(head, pages, size), sync
+
+
+def read_rows(
+    path: Location, part: str, table: str, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int], reads: Reads
+) -> Rows:
+    """Read the rows of some buckets, and compare what is read with its checksums.
+
+    Args:
+        path: the file.
+        part: name of the part.
+        table: name of the table.
+        entry: what the manifest says of the table.
+        item: what it says of the file.
+        wanted: the first bucket to read, and the one after the last.
+        reads: counts.
+
+    Returns:
+        The rows; in memory that nothing else holds.
+
+    Raises:
+        CorruptCheckpoint: the file does not hold what the manifest says, or its rows are not in order.
+    """
+    where = f"part {part!r}, table {table!r}"
+    file = _File(path, where, item.file, reads)
+    tag = row_tag(part, table, item.first_bucket, item.last_bucket)
+    whole = wanted[0] <= item.first_bucket and item.last_bucket < wanted[1]
+    with open_file(path) as handle:
+        file.open(handle, whole)
+        present = file.places["buckets"].spec.shape[:1] if "buckets" in file.places else ()
+        specs = file_specs(entry.columns, item.rows, *(present or (0,)))
+        check_contents(path, where, file.tag, {name: place.spec for name, place in file.places.items()}, tag, specs)
+        rows = file.all(entry) if whole else file.some(entry, item, wanted)
+    found, offsets = rows.pop("buckets").long(), rows.pop("bucket_offsets")
+    inside = not found.numel() or item.first_bucket <= int(found[0]) <= int(found[-1]) <= item.last_bucket
+    ascending = bool((found[1:] > found[:-1]).all()) and bool((offsets[1:] > offsets[:-1]).all())
+    count = rows["ids"].numel()
+    if not inside or not ascending or int(offsets[0]) != 0 or int(offsets[-1]) != count:
+        raise CorruptCheckpoint(
+            f"{path} ({where}): buckets must ascend from {item.first_bucket} to {item.last_bucket} at most, and "
+            f"bucket_offsets from 0 to {item.rows}; they do not. {OTHER_STEP}"
+        )
+    buckets = found.repeat_interleave(offsets.diff(), output_size=count)
+    if not in_order(rows["ids"], buckets):
+        raise CorruptCheckpoint(f"{path} ({where}): rows must be sorted by (bucket, id), they are not. {OTHER_STEP}")
+    return Rows(rows, buckets)
+
+
+def in_order(ids: Tensor, buckets: Tensor) -> bool:
+    """Whether rows ascend strictly by (bucket, id)."""
+    above = buckets[1:] > buckets[:-1]
+    return bool((above | ((buckets[1:] == buckets[:-1]) & (ids[1:] > ids[:-1]))).all())
+
+
+class _File:
+    """An open sparse file; what is read of it is compared with its checksums at once."""
+
+    def __init__(self, path: Location, where: str, entry: FileEntry, reads: Reads) -> None:
+        self._path = path
+        self._where = where
+        self._entry = entry
+        self._reads = reads
+        self.tag: Any = None
+        self.places: dict[str, Place] = {}
+
+    def open(self, handle: io.RawIOBase, whole: bool) -> None:
+        """Read the header, and all the rest too if it is wanted `whole`."""
+        self._handle, size = handle, self._entry.size
+        check_size(self._path, self._where, size, handle)
+        if whole:
+            self._image = ops.memory.empty_bytes(size, _CPU)
+            for number, (expected, chunk) in enumerate(
+                zip(self._entry.crc32, self._image.split(CHUNK_BYTES), strict=True)
+            ):
+                read_chunk(handle, self._path, self._where, number, expected, chunk)
+            self._reads.add(size)
+            head = self._image[: self._length(bytes(self._image[:8].tolist()))].numpy().tobytes()
+        else:
+            head = self._pread(0, min(size, PAGE_BYTES)).numpy().tobytes()
+            length = self._length(head[:8])
+            if length > len(head):
+                head += self._pread(len(head), length - len(head)).numpy().tobytes()
+            head = head[:length]
+        self._start = len(head)
+        try:
+            self.tag, self.places = parse_header(head[8:], size - self._start)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self._fail(f"must be a safetensors file, but {error}", error)
+        if not whole:
+            self._check_pages(head)
+
+    def all(self, entry: TableEntry) -> dict[str, Tensor]:
+        """Everything, as views of the file as it lies in memory."""
+        return views(self._image[self._start :], self.places)
+
+    def some(self, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int]) -> dict[str, Tensor]:
+        """The rows of the wanted buckets, and their index."""
+        count = self.places["buckets"].spec.shape[0]
+        # A bucket comes as late as all before it have rows, and as early as all after it have.
+        lead = max(wanted[0] - item.first_bucket, 0)
+        first = max(0, count - (item.last_bucket - item.first_bucket + 1 - lead))
+        stop = min(count, wanted[1] - item.first_bucket)
+        buckets = self._slice("buckets", first, max(first, stop))
+        begin, end = torch.searchsorted(buckets, torch.tensor(wanted, dtype=buckets.dtype)).tolist()
+        offsets = self._slice("bucket_offsets", first + begin, first + end + 1)
+        from_row, to_row = int(offsets[0]), int(offsets[-1])
+        if not 0 <= from_row <= to_row <= item.rows or (item.rows and not count):
+            self._fail(f"bucket_offsets must ascend from 0 to {item.rows}; they do not")
+        rows = {name: self._slice(name, from_row, to_row) for name in entry.columns}
+        return rows | {"buckets": buckets[begin:end], "bucket_offsets": offsets - from_row}
+
+    def _slice(self, name: str, first: int, stop: int) -> Tensor:
+        place = self.places[name]
+        shape = (stop - first, *place.spec.shape[1:])
+        width = (place.stop - place.first) // max(place.spec.shape[0], 1)
+        spec = TensorSpec(place.spec.dtype, shape)
+        return typed(self._data(place.first + first * width, place.first + stop * width), spec)
+
+    def _data(self, first: int, stop: int) -> Tensor:
+        """Bytes `first` to `stop` after the header, uint8, in whole pages that are compared with their checksums."""
+        page = first // PAGE_BYTES
+        begin, end = page * PAGE_BYTES, min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self._entry.size - self._start)
+        if first == stop:
+            return torch.empty(0, dtype=torch.uint8)
+        data = self._pread(self._start + begin, end - begin)
+        for at, found in enumerate(page_sums(data).tolist()):
+            if found != self._pages[page + at]:
+                place = at * PAGE_BYTES
+                check_sum(
+                    self._path,
+                    self._where,
+                    self._start + begin + place,
+                    f"{self._pages[page + at]:08x}",
+                    data[place : place + PAGE_BYTES],
+                )
+        return data[first - begin : stop - begin]
+
+    def _check_pages(self, head: bytes) -> None:
+        """Compare the checksums of the pages, which the header has, with those of the chunks that they make."""
+        text = self.tag.get("pages") if isinstance(self.tag, dict) else None
+        size = self._entry.size
+        try:
+            self._pages = np.frombuffer(bytes.fromhex(text or ""), ">u4").astype(np.uint32)
+        except (TypeError, ValueError) as error:
+            self._fail("must have the checksums of its pages in its metadata", error)
+        if len(self._pages) != -(-(size - self._start) // PAGE_BYTES):
+            self._fail(f"must have {-(-(size - self._start) // PAGE_BYTES)} checksums of pages in its metadata")
+        if len(self._entry.crc32) > 1 and self._start % PAGE_BYTES:
+            self._fail("must have a header of whole pages")
+        for chunk, (found, expected) in enumerate(
+            zip(chunk_sums(head, self._pages, size), self._entry.crc32, strict=True)
+        ):
+            if found != expected:
+                self._fail(
+                    f"chunk {chunk} must have the CRC-32 {expected} by the manifest, by its pages it has {found}"
+                )
+
+    def _length(self, prefix: bytes) -> int:
+        """The bytes of the header and of its length."""
+        length = int.from_bytes(prefix, "little") + 8
+        if len(prefix) < 8 or not 8 < length <= min(self._entry.size, LONGEST_HEADER):
+            self._fail("must be a safetensors file, but its header is longer than the file")
+        return length
+
+    def _pread(self, offset: int, size: int) -> Tensor:
+        data = ops.memory.empty_bytes(size, _CPU)
+        self._handle.seek(offset)
+        fill(self._handle, buffer(data))
+        self._reads.add(size)
+        return data
+
+    def _fail(self, rule: str, error: BaseException | None = None) -> None:
+        raise CorruptCheckpoint(f"{self._path} ({self._where}): {rule}. {OTHER_STEP}") from error

@@ -1,0 +1,232 @@
+"""Writes and reads one safetensors file of whole tensors, with what it is of in its header."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
+from recis_hybrid.saver.format.checksums import CHUNK_BYTES
+from recis_hybrid.saver.format.file_io import ChunkSums, Location, check_size, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.header import (
+    DTYPES as DTYPES,
+    LONGEST_HEADER,
+    Place,
+    buffer,
+    header,
+    parse_header,
+    places,
+)
+from recis_hybrid.saver.format.manifest import FORMAT_VERSION, TensorSpec
+from recis_hybrid.saver.parts.protocol import JSON
+
+
+def check_tensor(where: str, name: str, tensor: object) -> None:
+    """Check that a tensor can be saved.
+
+    Args:
+        where: what the tensor belongs to, for the message.
+        name: its name.
+        tensor: the tensor.
+
+    Raises:
+        CheckpointError: it is no dense tensor, or its name or dtype is one that safetensors does not take.
+    """
+    if not isinstance(name, str) or name in ("", "__metadata__") or not _is_unicode(name):
+        raise CheckpointError(
+            f"{where}: a tensor's name must be a string of valid Unicode, not empty and not '__metadata__', got "
+            f"{name!r}. Rename it."
+        )
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{where}: {name!r} must be a tensor, got {type(tensor).__name__}. Put JSON into `meta`.")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} must be dense and have memory, got layout {tensor.layout} on {tensor.device}. "
+            "Make it dense, or initialise it, before saving."
+        )
+    if DTYPES.get(TensorSpec.of(tensor).dtype) != tensor.dtype:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} must have a dtype of {sorted(DTYPES)}, got {tensor.dtype}. Convert it."
+        )
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order of its elements, without a copy where it lies so on the CPU."""
+    # A lazy conjugate or negative is resolved: files hold the memory as it lies.
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return buffer(plain.view(-1).view(torch.uint8))
+
+
+def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
+    """Write tensors to a new file and force it to the disk.
+
+    Args:
+        path: the file.
+        tensors: tensors by name.
+        tag: what the file is of; the format version is put before it.
+
+    Returns:
+        Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
+    """
+    found = places({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
+    sums = ChunkSums()
+    head = memoryview(header(found, tag))
+    write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
+    return sums.size, sums.sums
+
+
+def read_tensors(
+    path: Location, where: str, size: int, sums: tuple[str, ...], specs: dict[str, TensorSpec], tag: dict[str, JSON]
+) -> dict[str, Tensor]:
+    """Read a file in one pass, each chunk compared with its checksum before anything is believed of it.
+
+    Args:
+        path: the file.
+        where: what it is of, for messages.
+        size: its bytes, by the manifest.
+        sums: the CRC-32 of each chunk.
+        specs: dtype and shape of every tensor that it must hold.
+        tag: what it must be of.
+
+    Returns:
+        By name, new tensors on the CPU, starting at multiples of 64 bytes.
+
+    Raises:
+        CorruptCheckpoint: a checksum differs, or the file does not hold what it must.
+    """
+    tensors: dict[str, Tensor] = {}
+    left: list[tuple[Place, Tensor]] = []
+    head, at = b"", 0
+    with open_file(path) as file:
+        check_size(path, where, size, file)
+        chunk = torch.empty(min(CHUNK_BYTES, size), dtype=torch.uint8)
+        for number, expected in enumerate(sums):
+            data = chunk[: min(CHUNK_BYTES, size - number * CHUNK_BYTES)]
+            read_chunk(file, path, where, number, expected, data)
+            if not tensors and not left:
+                head += data.numpy().tobytes()
+                length = int.from_bytes(head[:8], "little") + 8
+                if length > len(head) and length <= min(size, LONGEST_HEADER):
+                    continue
+                found = _header(path, where, head, length, size)
+                check_contents(path, where, found[0], {n: place.spec for n, place in found[1].items()}, tag, specs)
+                tensors = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+                flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
+                left = sorted(((place, flat[name]) for name, place in found[1].items()), key=lambda item: item[0].first)
+                data = torch.frombuffer(bytearray(head[length:]), dtype=torch.uint8) if head[length:] else data[:0]
+            end = at + data.numel()
+            for place, target in left:
+                first, stop = max(place.first, at), min(place.stop, end)
+                if first < stop:
+                    target[first - place.first : stop - place.first] = data[first - at : stop - at]
+            left = [item for item in left if item[0].stop > end] or left[-1:]
+            at = end
+    return tensors
+
+
+def _header(path: object, where: str, head: bytes, length: int, size: int) -> tuple[Any, dict[str, Place]]:
+    try:
+        if not 8 < length <= len(head):
+            raise ValueError("its header is longer than the file")
+        return parse_header(head[8:length], size - length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
+
+
+class TensorFile:
+    """A safetensors file open for reading."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in order."""
+        return sorted(self._handle.keys())
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor into memory of its own.
+
+        The library's tensors are views of the mapped file, 24 bytes past a multiple of 64: no framework could take
+        them over without a copy, and they would change with the file.
+
+        Args:
+            name: its name.
+
+        Returns:
+            A new tensor on the CPU, starting at a multiple of 64 bytes.
+        """
+        mapped = self._handle.get_tensor(name)
+        return torch.empty_like(mapped).copy_(mapped)
+
+
+def check_contents(
+    path: object,
+    where: str,
+    found_tag: Any,
+    found: dict[str, TensorSpec],
+    tag: dict[str, JSON],
+    specs: dict[str, TensorSpec],
+) -> None:
+    """Compare what a file says it holds with what it must hold.
+
+    Args:
+        path: the file.
+        where: what it is of, for the message.
+        found_tag: what the file says that it is of.
+        found: dtype and shape of its tensors.
+        tag: what it must be of.
+        specs: dtype and shape of every tensor that it must hold.
+
+    Raises:
+        CorruptCheckpoint: they differ.
+    """
+    expected_tag = {"format_version": FORMAT_VERSION, **tag}
+    if isinstance(found_tag, dict) and "pages" in found_tag:
+        found_tag = {key: value for key, value in found_tag.items() if key != "pages"}
+    if found_tag != expected_tag:
+        rule = f"its metadata must be {expected_tag}, is {found_tag}"
+    elif found != specs:
+        rule = f"must hold {_listed(specs)}, holds {_listed(found)}"
+    else:
+        return
+    raise CorruptCheckpoint(f"{path} ({where}): {rule}. {OTHER_STEP}")
+
+
+@contextmanager
+def open_tensors(path: Path, where: str) -> Iterator[TensorFile]:
+    """Open a file for reading.
+
+    Args:
+        path: the file.
+        where: what it is of, for messages.
+
+    Yields:
+        The open file.
+
+    Raises:
+        CorruptCheckpoint: it is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield TensorFile(handle)
+    except SafetensorError as error:
+        raise CorruptCheckpoint(f"{path} ({where}): must be a safetensors file, but {error}. {OTHER_STEP}") from error
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _listed(specs: dict[str, TensorSpec]) -> str:
+    return ", ".join(f"{name} {spec}" for name, spec in sorted(specs.items()))

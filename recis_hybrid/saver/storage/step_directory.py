@@ -1,0 +1,68 @@
+"""The directory of one checkpoint: its name, and what must lie in it."""
+
+from __future__ import annotations
+
+import re
+
+from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
+from recis_hybrid.saver.format.file_io import Location, file_size, list_files
+from recis_hybrid.saver.format.manifest import MANIFEST, Manifest
+from recis_hybrid.saver.format.manifest_reader import parse_manifest, part_files
+
+STEP = re.compile(r"step_(\d{6,18})")
+"""The name of a checkpoint's directory."""
+
+
+_MOST_BYTES = 2**30
+"""Of a manifest; thousands of tables of a thousand files each have less."""
+
+
+def step_name(step: int) -> str:
+    """Return the name of the directory of a step."""
+    return f"step_{step:06d}"
+
+
+def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Manifest:
+    """Read the manifest and hold it against the files that are there.
+
+    Args:
+        directory: of the checkpoint.
+        step: its step.
+        listed: whether to list the files, which one rank does for all.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CorruptCheckpoint: it is damaged, of another step, or a file is missing, of another size or not named in it.
+        CheckpointError: it has another format version.
+    """
+    path = directory / MANIFEST
+    if (length := file_size(path)) > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path}: must have at most {_MOST_BYTES} bytes, has {length}. {OTHER_STEP}")
+    manifest = parse_manifest(path.read_bytes(), path)
+    if manifest.step != step:
+        raise CorruptCheckpoint(
+            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
+            f"{step_name(manifest.step)}, or load another step."
+        )
+    if not listed:
+        return manifest
+    found = list_files(directory)
+    del found[MANIFEST]
+    for name, part in manifest.parts.items():
+        for file in part_files(part):
+            size = found.pop(file.path, None)
+            if size is None:
+                raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
+            if size != file.size:
+                raise CorruptCheckpoint(
+                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
+                    f"{size}. {OTHER_STEP}"
+                )
+    if found:
+        raise CorruptCheckpoint(
+            f"{directory}: must hold only what its manifest names, but also holds {sorted(found)}. Remove these files "
+            "if they are not the checkpoint's, or load another step."
+        )
+    return manifest
