@@ -32,7 +32,7 @@ from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC, LogLoss
 from recis_hybrid.pipelines import Checkpoint, Evaluate, JsonLog, ProgressBar, Save, Scored, Train, Trainer
-from recis_hybrid.pipelines.step import NoObserver, Observer
+from recis_hybrid.pipelines.steps.step import NoObserver, Observer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 

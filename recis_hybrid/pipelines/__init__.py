@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from recis_hybrid.app.scoring import LoadedRun as LoadedRun, load_run as load_run
 from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError as CallbackError, Record as Record
-from recis_hybrid.pipelines.checkpoint import Checkpoint as Checkpoint
+from recis_hybrid.pipelines.callbacks.checkpoint import Checkpoint as Checkpoint
+from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
+from recis_hybrid.pipelines.callbacks.json_log import JsonLog as JsonLog
+from recis_hybrid.pipelines.callbacks.lr_schedule import LrSchedule as LrSchedule
+from recis_hybrid.pipelines.callbacks.profile import Profile as Profile
+from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar as ProgressBar
+from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard as TensorBoard
+from recis_hybrid.pipelines.data.mixture import Mixture as Mixture
+from recis_hybrid.pipelines.data.window_stages import WindowStages as WindowStages
 from recis_hybrid.pipelines.evaluate import evaluate as evaluate
-from recis_hybrid.pipelines.guard import NonFiniteLossError as NonFiniteLossError
-from recis_hybrid.pipelines.json_log import JsonLog as JsonLog
-from recis_hybrid.pipelines.lr_schedule import LrSchedule as LrSchedule
-from recis_hybrid.pipelines.mixture import Mixture as Mixture
-from recis_hybrid.pipelines.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
-from recis_hybrid.pipelines.on_metric import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
 from recis_hybrid.pipelines.predict import predict as predict, write_predictions as write_predictions
-from recis_hybrid.pipelines.profile import Profile as Profile
-from recis_hybrid.pipelines.progress_bar import ProgressBar as ProgressBar
-from recis_hybrid.pipelines.randomness import seed_everything as seed_everything
-from recis_hybrid.pipelines.scoring import LoadedRun as LoadedRun, load_run as load_run
+from recis_hybrid.pipelines.rng import seed_everything as seed_everything
 from recis_hybrid.pipelines.stages import (
     Evaluate as Evaluate,
     Evict as Evict,
@@ -23,13 +23,13 @@ from recis_hybrid.pipelines.stages import (
     Stage as Stage,
     Train as Train,
 )
-from recis_hybrid.pipelines.step import (
+from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError as NonFiniteLossError
+from recis_hybrid.pipelines.steps.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
+from recis_hybrid.pipelines.steps.step import (
     Observer as Observer,
     Replicated as Replicated,
     Scored as Scored,
     Step as Step,
 )
-from recis_hybrid.pipelines.tensorboard import TensorBoard as TensorBoard
-from recis_hybrid.pipelines.torch_step import TorchStep as TorchStep
+from recis_hybrid.pipelines.steps.torch_step import TorchStep as TorchStep
 from recis_hybrid.pipelines.trainer import Trainer as Trainer
-from recis_hybrid.pipelines.window_stages import WindowStages as WindowStages

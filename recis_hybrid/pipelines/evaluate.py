@@ -17,8 +17,8 @@ from recis_hybrid.pipelines.arguments import (
     refuse_other_than,
 )
 from recis_hybrid.pipelines.interruption import Interruption
-from recis_hybrid.pipelines.model_outputs import one_a_row
-from recis_hybrid.pipelines.step import Metrics as Metrics, Scored, Step
+from recis_hybrid.pipelines.steps.model_outputs import one_a_row
+from recis_hybrid.pipelines.steps.step import Metrics as Metrics, Scored, Step
 from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch
 

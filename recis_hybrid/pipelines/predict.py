@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recis_hybrid.pipelines.step import Step
+from recis_hybrid.pipelines.steps.step import Step
 from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch, RaggedTensor
 

@@ -24,19 +24,19 @@ from recis_hybrid.pipelines.arguments import (
     refuse_other_than,
 )
 from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
-from recis_hybrid.pipelines.clock import Clock
+from recis_hybrid.pipelines.data.read_ahead import ReadAhead, steps_ahead
+from recis_hybrid.pipelines.data.sources import Sources
+from recis_hybrid.pipelines.dispatch import Hooks, Watcher
 from recis_hybrid.pipelines.evaluate import Metrics, evaluate, refuse_no_metrics
-from recis_hybrid.pipelines.guard import LossGuard
-from recis_hybrid.pipelines.hooks import Hooks, Watcher
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
-from recis_hybrid.pipelines.place import Place
+from recis_hybrid.pipelines.metrics_record import Recorder
 from recis_hybrid.pipelines.predict import predict
-from recis_hybrid.pipelines.randomness import Generators, generator_states, seed_everything, set_generator_states
-from recis_hybrid.pipelines.read_ahead import ReadAhead, steps_ahead
-from recis_hybrid.pipelines.records import Recorder
-from recis_hybrid.pipelines.sources import Sources
+from recis_hybrid.pipelines.progress import Place
+from recis_hybrid.pipelines.rng import Generators, generator_states, seed_everything, set_generator_states
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Source, Stage, Train
-from recis_hybrid.pipelines.step import Prefetching, Rehearsing, Replicated, Step, loss_of
+from recis_hybrid.pipelines.step_timer import Clock
+from recis_hybrid.pipelines.steps.loss_guard import LossGuard
+from recis_hybrid.pipelines.steps.step import Prefetching, Rehearsing, Replicated, Step, loss_of
 from recis_hybrid.pipelines.turns import RanksInterrupted
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver import Location, PerRank, Saver

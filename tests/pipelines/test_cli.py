@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from recis_hybrid import cli
+from recis_hybrid.app import cli
+from recis_hybrid.app.config import Config, ConfigError, load_config, parse
+from recis_hybrid.app.config_run import METRICS, SPARSE, trainer_of
 from recis_hybrid.pipelines import Trainer
-from recis_hybrid.pipelines.config import Config, ConfigError, load_config, parse
-from recis_hybrid.pipelines.config_run import METRICS, SPARSE, trainer_of
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
 def test_every_choice_of_the_schema_can_be_made() -> None:
     from typing import get_args, get_type_hints
 
-    from recis_hybrid.pipelines.config import OptimizerConfig, TrainConfig
+    from recis_hybrid.app.config import OptimizerConfig, TrainConfig
 
     assert set(get_args(get_type_hints(OptimizerConfig)["sparse"])) == set(SPARSE)
     assert set(get_args(get_args(get_type_hints(TrainConfig)["metrics"])[0])) == set(METRICS)

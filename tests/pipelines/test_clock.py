@@ -61,8 +61,8 @@ def test_a_step_that_does_not_log_fetches_nothing(monkeypatch: pytest.MonkeyPatc
     step.optimizers["dense"] = torch.optim.SGD(dense_parameters(step.model), lr=0.1)
     trainer = Trainer(step, make_batches(6), callbacks=[Records()], log_every=3)
     # On a CPU, where nothing has to be waited for, the loss and the range of labels are read at once; not on a GPU.
-    monkeypatch.setattr("recis_hybrid.pipelines.guard.LossGuard.watch", lambda *args: None)
-    monkeypatch.setattr("recis_hybrid.pipelines.model_outputs.refuse_unfit", lambda *args, **kwargs: None)
+    monkeypatch.setattr("recis_hybrid.pipelines.steps.loss_guard.LossGuard.watch", lambda *args: None)
+    monkeypatch.setattr("recis_hybrid.pipelines.steps.model_outputs.refuse_unfit", lambda *args, **kwargs: None)
 
     def counted(function: Any) -> Any:
         def count(self: torch.Tensor, *args: Any) -> Any:

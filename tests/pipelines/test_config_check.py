@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from recis_hybrid import cli
+from recis_hybrid.app import cli
 from tests.support.configs import COLUMNS, small_config, write_csv
 
 HASHED = {"ops": [{"hash": {"kind": "farm"}}], "dim": 4}

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from recis_hybrid import cli
+from recis_hybrid.app import cli
 from recis_hybrid.columnio import Windows
 from recis_hybrid.pipelines import Callback, Stage, Train, Trainer, WindowStages
 from recis_hybrid.pipelines.interruption import Interruption, Terminated
@@ -248,7 +248,7 @@ def test_the_command_saves_and_says_so(tmp_path: Path, root: Path, capsys: pytes
     assert cli.main(["init", str(tmp_path / "first")]) == 0
     config, log = tmp_path / "first" / "config.yaml", tmp_path / "first" / "run" / "log.jsonl"
     arguments = [str(config), "--quiet", "train.epochs=200", "train.patience=null", "train.log_every=5"]
-    command = [sys.executable, "-m", "recis_hybrid.cli", "train", *arguments, f"run={log.parent}"]
+    command = [sys.executable, "-m", "recis_hybrid.app.cli", "train", *arguments, f"run={log.parent}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(root)) as run:
         while run.poll() is None and not (log.exists() and log.read_text()):
             threading.Event().wait(0.01)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from recis_hybrid import cli, optim
+from recis_hybrid import optim
+from recis_hybrid.app import cli
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import Unused, dense_parameters
 from recis_hybrid.metrics import AUC
@@ -131,7 +132,15 @@ def test_a_killed_command_is_resumed_bitwise(tmp_path: Path, root: Path, capsys:
     config, log = tmp_path / "first" / "config.yaml", tmp_path / "killed" / "log.jsonl"
     assert cli.main(["init", str(config.parent)]) == 0
     settings = ["--quiet", "train.epochs=4", "train.checkpoint_steps=7", "train.patience=null", "model.dropout=0.2"]
-    command = [sys.executable, "-m", "recis_hybrid.cli", "train", str(config), *settings, f"run={tmp_path / 'killed'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "recis_hybrid.app.cli",
+        "train",
+        str(config),
+        *settings,
+        f"run={tmp_path / 'killed'}",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment(root)) as run:
         while run.poll() is None and not (log.exists() and '"step": 60' in log.read_text()):
             time.sleep(0.005)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recis_hybrid import metrics as every_metric, optim
+from recis_hybrid.app.config import load_config
+from recis_hybrid.app.config_run import stages_of, trainer_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.metrics import AUC, GAUC, MSE, LogLoss
@@ -30,9 +32,7 @@ from recis_hybrid.pipelines import (
     Trainer,
     evaluate,
 )
-from recis_hybrid.pipelines.config import load_config
-from recis_hybrid.pipelines.config_run import stages_of, trainer_of
-from recis_hybrid.pipelines.model_outputs import aligned, main_output, own_loss
+from recis_hybrid.pipelines.steps.model_outputs import aligned, main_output, own_loss
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.small import bce
 

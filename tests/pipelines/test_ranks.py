@@ -17,13 +17,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recis_hybrid import cli
+from recis_hybrid.app import cli
+from recis_hybrid.app.config import load_config
+from recis_hybrid.app.config_run import trainer_of
+from recis_hybrid.app.launch import joined
+from recis_hybrid.app.template import write_starter
 from recis_hybrid.metrics import AUC, LogLoss, auc
 from recis_hybrid.pipelines import Callback, CallbackError, Checkpoint, Evaluate, JsonLog, TorchStep, Train, Trainer
-from recis_hybrid.pipelines.config import load_config
-from recis_hybrid.pipelines.config_run import trainer_of
-from recis_hybrid.pipelines.launch import joined
-from recis_hybrid.pipelines.starter import write_starter
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.near import assert_near
@@ -214,7 +214,7 @@ def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.C
         "--nproc-per-node",
         "2",
         "-m",
-        "recis_hybrid.cli",
+        "recis_hybrid.app.cli",
     ]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recis_hybrid.app.report import write_report
 from recis_hybrid.embedding import Unused
 from recis_hybrid.metrics import AUC, GAUC, Calibration, LogLoss, auc
 from recis_hybrid.pipelines import (
@@ -23,7 +24,6 @@ from recis_hybrid.pipelines import (
     Train,
     Trainer,
 )
-from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.small import Records, bce, make_batches, make_step

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from recis_hybrid.app.report import write_report
+from recis_hybrid.app.svg import ticks
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import Evaluate, JsonLog, Train, Trainer
-from recis_hybrid.pipelines.report import write_report
-from recis_hybrid.pipelines.svg import ticks
 from tests.support.small import make_batches, make_step
 
 

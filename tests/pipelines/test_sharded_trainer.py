@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid import optim
+from recis_hybrid.app.report import write_report
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
@@ -31,7 +32,6 @@ from recis_hybrid.pipelines import (
     Train,
     Trainer,
 )
-from recis_hybrid.pipelines.report import write_report
 from recis_hybrid.ragged import Batch
 from tests.support.near import assert_near
 from tests.support.small import bce

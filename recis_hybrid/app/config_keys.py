@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 
 import yaml
 
-from recis_hybrid.pipelines.config import Config
+from recis_hybrid.app.config import Config
 
 _KINDS = {int: "integer", float: "number", bool: "true | false", str: "string", types.NoneType: "null"}
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from recis_hybrid import optim
+from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
+from recis_hybrid.app.config_model import ConfigModel
+from recis_hybrid.app.config_resume import Changes, RunRecord
 from recis_hybrid.columnio import Column, ColumnDataset, CsvOptions, Dense, Ragged, Text, Weighted
 from recis_hybrid.embedding import (
     EmbeddingConfig,
@@ -22,17 +25,14 @@ from recis_hybrid.embedding import (
 from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
 from recis_hybrid.pipelines.callback import Callback
-from recis_hybrid.pipelines.checkpoint import Checkpoint
-from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
-from recis_hybrid.pipelines.config_model import ConfigModel
-from recis_hybrid.pipelines.config_resume import Changes, RunRecord
-from recis_hybrid.pipelines.json_log import JsonLog
-from recis_hybrid.pipelines.on_metric import EarlyStop
-from recis_hybrid.pipelines.progress_bar import ProgressBar
-from recis_hybrid.pipelines.randomness import seed_everything
+from recis_hybrid.pipelines.callbacks.checkpoint import Checkpoint
+from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop
+from recis_hybrid.pipelines.callbacks.json_log import JsonLog
+from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar
+from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
+from recis_hybrid.pipelines.rng import seed_everything
 from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
-from recis_hybrid.pipelines.tensorboard import TensorBoard
-from recis_hybrid.pipelines.torch_step import TorchStep
+from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recis_hybrid import distributed
+from recis_hybrid.pipelines.data.resumable_source import Reader
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
-from recis_hybrid.pipelines.place import Place
-from recis_hybrid.pipelines.reader import Reader
+from recis_hybrid.pipelines.progress import Place
 from recis_hybrid.pipelines.stages import Train
-from recis_hybrid.pipelines.step import Prefetching, Step
+from recis_hybrid.pipelines.steps.step import Prefetching, Step
 from recis_hybrid.pipelines.turns import Announcement, announce
 from recis_hybrid.ragged import Batch
 

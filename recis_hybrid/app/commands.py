@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
-from recis_hybrid.pipelines.callback import CallbackError, rank, ranks
-from recis_hybrid.pipelines.config import Config, ConfigError, load_config
-from recis_hybrid.pipelines.config_check import check
-from recis_hybrid.pipelines.config_keys import describe_keys
-from recis_hybrid.pipelines.config_resume import (
+from recis_hybrid.app.config import Config, ConfigError, load_config
+from recis_hybrid.app.config_check import check
+from recis_hybrid.app.config_keys import describe_keys
+from recis_hybrid.app.config_resume import (
     NAME,
     Changes,
     allowed_changes,
@@ -31,15 +30,16 @@ from recis_hybrid.pipelines.config_resume import (
     recorded_config,
     refuse_folder,
 )
-from recis_hybrid.pipelines.config_run import csv_of, stages_of, trainer_of
-from recis_hybrid.pipelines.guard import NonFiniteLossError
+from recis_hybrid.app.config_run import csv_of, stages_of, trainer_of
+from recis_hybrid.app.launch import joined
+from recis_hybrid.app.report import write_report
+from recis_hybrid.app.scoring import load_run, run_and_step
+from recis_hybrid.app.template import write_starter
+from recis_hybrid.pipelines.callback import CallbackError, rank, ranks
 from recis_hybrid.pipelines.interruption import Terminated
-from recis_hybrid.pipelines.launch import joined
+from recis_hybrid.pipelines.metrics_record import summed
 from recis_hybrid.pipelines.predict import refuse_output, write_predictions
-from recis_hybrid.pipelines.records import summed
-from recis_hybrid.pipelines.report import write_report
-from recis_hybrid.pipelines.scoring import load_run, run_and_step
-from recis_hybrid.pipelines.starter import write_starter
+from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.saver import CheckpointError, Saver
 from recis_hybrid.saver.cli import Parser

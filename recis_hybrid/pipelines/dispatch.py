@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from recis_hybrid.pipelines.callback import Callback, CallbackError, rank, ranks
-from recis_hybrid.pipelines.clock import Clock
-from recis_hybrid.pipelines.records import summed
+from recis_hybrid.pipelines.metrics_record import summed
+from recis_hybrid.pipelines.step_timer import Clock
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer

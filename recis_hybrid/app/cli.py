@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-_PIPELINES, _SAVER = "recis_hybrid.pipelines.cli", "recis_hybrid.saver.cli"
+_PIPELINES, _SAVER = "recis_hybrid.app.commands", "recis_hybrid.saver.cli"
 COMMANDS = {
     "train models without a script": {
         "init": (_PIPELINES, "write a configuration to begin with, and a small log that it runs on"),

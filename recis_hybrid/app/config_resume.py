@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recis_hybrid.app.config import Config, ConfigError, is_url, parse_config
+from recis_hybrid.app.config_yaml import write_yaml
 from recis_hybrid.pipelines.callback import Callback, rank
-from recis_hybrid.pipelines.config import Config, ConfigError, is_url, parse_config
-from recis_hybrid.pipelines.config_yaml import write_yaml
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver.storage.local import storage_of
 

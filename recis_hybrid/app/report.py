@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from recis_hybrid.pipelines import svg
-from recis_hybrid.pipelines.records import is_reserved
+from recis_hybrid.app import svg
+from recis_hybrid.pipelines.metrics_record import is_reserved
 from recis_hybrid.saver import Location
 from recis_hybrid.saver.storage.local import storage_of
 

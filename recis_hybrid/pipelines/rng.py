@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recis_hybrid.pipelines.arguments import refuse_no_count
-from recis_hybrid.pipelines.records import RunningMeans
+from recis_hybrid.pipelines.metrics_record import RunningMeans
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:

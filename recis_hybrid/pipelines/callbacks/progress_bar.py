@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from recis_hybrid.pipelines.callback import Callback, Record, rank
-from recis_hybrid.pipelines.records import is_reserved
+from recis_hybrid.pipelines.metrics_record import is_reserved
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.stages import Stage

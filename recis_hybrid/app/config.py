@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 import yaml
 
+from recis_hybrid.app.config_yaml import read_yaml
 from recis_hybrid.columnio import CsvOptions
-from recis_hybrid.pipelines.config_yaml import read_yaml
 
 
 class ConfigError(ValueError):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from recis_hybrid import distributed
 from recis_hybrid.columnio import ColumnDataset, Window
-from recis_hybrid.pipelines.reader import Reader, is_endless
+from recis_hybrid.pipelines.data.resumable_source import Reader, is_endless
 from recis_hybrid.pipelines.stages import Evaluate, Train
 from recis_hybrid.ragged import Batch
 

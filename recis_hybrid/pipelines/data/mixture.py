@@ -14,7 +14,7 @@ from recis_hybrid.pipelines.arguments import (
     refuse_no_number,
     refuse_other_than,
 )
-from recis_hybrid.pipelines.reader import Reader
+from recis_hybrid.pipelines.data.resumable_source import Reader
 from recis_hybrid.ragged import Batch
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from recis_hybrid.app.config import Config, ConfigError, FeatureConfig
+from recis_hybrid.app.config_run import csv_of, dataset_of, features_of, refuse_device, step_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import Feature, FeatureEngine
-from recis_hybrid.pipelines.config import Config, ConfigError, FeatureConfig
-from recis_hybrid.pipelines.config_run import csv_of, dataset_of, features_of, refuse_device, step_of
-from recis_hybrid.pipelines.guard import non_finite_columns
-from recis_hybrid.pipelines.step import loss_of
-from recis_hybrid.pipelines.tensorboard import TensorBoard
-from recis_hybrid.pipelines.torch_step import TorchStep
+from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
+from recis_hybrid.pipelines.steps.loss_guard import non_finite_columns
+from recis_hybrid.pipelines.steps.step import loss_of
+from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 ROWS = 100_000

@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, FeatureConfig, ModelConfig
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.pipelines.config import ColumnConfig, Config, ConfigError, FeatureConfig, ModelConfig
-from recis_hybrid.pipelines.step import column_of
+from recis_hybrid.pipelines.steps.step import column_of
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 

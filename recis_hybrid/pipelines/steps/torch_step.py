@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from recis_hybrid import distributed
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines import model_outputs
 from recis_hybrid.pipelines.arguments import (
     described,
     modules_of,
@@ -25,11 +24,12 @@ from recis_hybrid.pipelines.arguments import (
     refuse_other_than,
 )
 from recis_hybrid.pipelines.evaluate import Metrics, by_objective, rehearse, update
-from recis_hybrid.pipelines.gradient_sync import GradientSync, unscaled_together
-from recis_hybrid.pipelines.objective import Loss, Objective, UncertaintyWeights
-from recis_hybrid.pipelines.records import RESERVED, is_reserved
-from recis_hybrid.pipelines.step import NoObserver, Observer, Scored, column_of
-from recis_hybrid.pipelines.trainable import held_by, named_parameters, refuse_untrained
+from recis_hybrid.pipelines.metrics_record import RESERVED, is_reserved
+from recis_hybrid.pipelines.steps import model_outputs
+from recis_hybrid.pipelines.steps.gradient_sync import GradientSync, unscaled_together
+from recis_hybrid.pipelines.steps.objective import Loss, Objective, UncertaintyWeights
+from recis_hybrid.pipelines.steps.step import NoObserver, Observer, Scored, column_of
+from recis_hybrid.pipelines.steps.trainable import held_by, named_parameters, refuse_untrained
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver.parts.module_names import unwrapped, without_wrappers
 
