@@ -246,7 +246,7 @@ def _predict_parser() -> Parser:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from recis_hybrid.columnio.schema import column_types
+    from recis_hybrid.columnio.files.schema import column_types
 
     if ranks() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("predict writes one file in the order of the rows, by one process: start it without torchrun")

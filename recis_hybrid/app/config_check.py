@@ -51,7 +51,7 @@ def check(config: Config) -> Iterator[str]:
 def _check_source(
     config: Config, features: list[Feature], step: TorchStep, key: str, paths: str | list[str]
 ) -> Iterator[str]:
-    from recis_hybrid.columnio.schema import column_types
+    from recis_hybrid.columnio.files.schema import column_types
 
     engine = FeatureEngine(features, keep=_kept(config), parallel=False)
     data = dataset_of(config, features, paths, transforms=_as_it_is, prefetch=0)

@@ -248,7 +248,7 @@ def dataset_of(
 
 def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
     """Returns the specs of columns."""
-    from recis_hybrid.columnio.schema import column_types, spec_of
+    from recis_hybrid.columnio.files.schema import column_types, spec_of
 
     types = column_types(paths, csv=csv_of(config), partitions=config.data.partitions)
     specs: dict[str, Column | None] = {}
@@ -268,7 +268,7 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
     """Returns the spec of a column from its Arrow type and the configuration."""
-    from recis_hybrid.columnio.schema import spec_of
+    from recis_hybrid.columnio.files.schema import spec_of
 
     own = None if kind is None else spec_of(name, kind)
     if isinstance(said.default, float) and not said.default.is_integer():

@@ -14,10 +14,10 @@ from recis_hybrid import distributed
 from recis_hybrid.columnio.agreement import agreement, has_other_ranks, warn_unattended
 from recis_hybrid.columnio.arguments import integer, one_of, specs
 from recis_hybrid.columnio.columns import Column
+from recis_hybrid.columnio.convert.assembly import Delivery, check_delivery
 from recis_hybrid.columnio.csv_options import CsvOptions
-from recis_hybrid.columnio.delivery import Delivery, check_delivery
-from recis_hybrid.columnio.order import Batches, Uneven
-from recis_hybrid.columnio.position import (
+from recis_hybrid.columnio.ranks import rank_and_world_size
+from recis_hybrid.columnio.read.position import (
     Position,
     SharedPosition,
     loaded,
@@ -25,14 +25,14 @@ from recis_hybrid.columnio.position import (
     saved,
     settings_of_all_ranks,
 )
-from recis_hybrid.columnio.prefetch import prefetched
-from recis_hybrid.columnio.ranks import rank_and_world_size
+from recis_hybrid.columnio.read.prefetch import prefetched
+from recis_hybrid.columnio.read.sampler import Batches, Uneven
 from recis_hybrid.ragged import Batch, batch_to
 
 if TYPE_CHECKING:
     from recis_hybrid.columnio.errors import Skipped
-    from recis_hybrid.columnio.filters import Filters
-    from recis_hybrid.columnio.paths import Paths
+    from recis_hybrid.columnio.files.filters import Filters
+    from recis_hybrid.columnio.files.paths import Paths
 
 MASK = "mask"
 """The column that `uneven="pad"` adds."""
@@ -161,11 +161,11 @@ class ColumnDataset(IterableDataset[Batch]):
         partitions: bool = True,
     ) -> None:
         # pyarrow comes with the first dataset, not with the package.
-        from recis_hybrid.columnio.filters import RowFilter
-        from recis_hybrid.columnio.memory import MemoryFile
-        from recis_hybrid.columnio.opening import open_files
-        from recis_hybrid.columnio.paths import find_files
-        from recis_hybrid.columnio.reader import Reader
+        from recis_hybrid.columnio.files.filters import RowFilter
+        from recis_hybrid.columnio.files.in_memory import MemoryFile
+        from recis_hybrid.columnio.files.opening import open_files
+        from recis_hybrid.columnio.files.paths import find_files
+        from recis_hybrid.columnio.read.reader import Reader
 
         # Given by hand, a rank may be alone in opening this.
         self._by_itself = rank is None and world_size is None
@@ -251,7 +251,7 @@ class ColumnDataset(IterableDataset[Batch]):
             >>> [batch["item"].tolist() for batch in data]
             [[7, 8], [9]]
         """
-        from recis_hybrid.columnio.memory import MemoryFile
+        from recis_hybrid.columnio.files.in_memory import MemoryFile
 
         source: Any = MemoryFile.of(data)
         return cls(source, columns, batch_size, **options)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from recis_hybrid.columnio.agreement import first_rank_says, has_other_ranks
 
 if TYPE_CHECKING:
-    from recis_hybrid.columnio.paths import Paths
+    from recis_hybrid.columnio.files.paths import Paths
 
 _VERSION = 1
 
@@ -165,7 +165,7 @@ def _order(name: str) -> tuple[int, str]:
 def _complete_folders(source: str, marker: str, filesystem: Any) -> list[str]:
     import pyarrow.fs as pafs
 
-    from recis_hybrid.columnio.paths import as_filesystem, locate
+    from recis_hybrid.columnio.files.paths import as_filesystem, locate
 
     found, path = locate(source, None if filesystem is None else as_filesystem(filesystem))
     infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))

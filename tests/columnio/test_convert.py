@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.columnio import Column, Dense, Ragged, Text, Weighted
-from recis_hybrid.columnio.convert import Converter, converter
-from recis_hybrid.columnio.numbers import Place
+from recis_hybrid.columnio.convert.convert import Converter, converter
+from recis_hybrid.columnio.convert.numbers import Place
 from recis_hybrid.ragged import RaggedTensor
 
 PLACE = Place("x", "some.parquet", "row group 0, rows 0 to 9 of it")

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, CsvOptions, Dense, Text
+from recis_hybrid.columnio.files.paths import find_files
 from recis_hybrid.columnio.formats.delimited import _Text
-from recis_hybrid.columnio.paths import find_files
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 

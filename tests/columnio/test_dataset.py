@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, Text
-from recis_hybrid.columnio.files import Files, Piece
+from recis_hybrid.columnio.files.file_set import Files, Piece
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.columns import dense
 

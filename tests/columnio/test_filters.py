@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense
-from recis_hybrid.columnio.filters import RowFilter
-from recis_hybrid.columnio.opening import open_files
-from recis_hybrid.columnio.paths import find_files
+from recis_hybrid.columnio.files.filters import RowFilter
+from recis_hybrid.columnio.files.opening import open_files
+from recis_hybrid.columnio.files.paths import find_files
 from tests.support.columns import dense
 
 Decimal = decimal.Decimal

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ragged, Text, Weighted
-from recis_hybrid.columnio.files import OpenedFile
+from recis_hybrid.columnio.files.file_set import OpenedFile
 from recis_hybrid.columnio.formats import SUFFIXES, format_of
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.columns import dense

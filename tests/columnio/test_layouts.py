@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text, Weighted
-from recis_hybrid.columnio.convert import converter
-from recis_hybrid.columnio.layouts import field, field_type, plain, plain_type
-from recis_hybrid.columnio.numbers import Place
+from recis_hybrid.columnio.convert.convert import converter
+from recis_hybrid.columnio.convert.layouts import field, field_type, plain, plain_type
+from recis_hybrid.columnio.convert.numbers import Place
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 

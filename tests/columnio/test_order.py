@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from recis_hybrid.columnio.order import Batches, permutation
+from recis_hybrid.columnio.read.sampler import Batches, permutation
 
 counts = st.integers(0, 60)
 sizes = st.integers(1, 9)

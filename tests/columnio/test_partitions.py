@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Text
-from recis_hybrid.columnio.partitions import with_partitions
+from recis_hybrid.columnio.files.partitions import with_partitions
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 
@@ -136,9 +136,9 @@ def test_a_column_of_another_type_than_its_folder_is_refused(tmp_path: Path) -> 
 
 
 def test_a_folder_spares_reading_where_the_footer_agrees(tmp_path: Path) -> None:
-    from recis_hybrid.columnio.filters import RowFilter
-    from recis_hybrid.columnio.opening import open_files
-    from recis_hybrid.columnio.paths import find_files
+    from recis_hybrid.columnio.files.filters import RowFilter
+    from recis_hybrid.columnio.files.opening import open_files
+    from recis_hybrid.columnio.files.paths import find_files
 
     write(tmp_path, "day=7", row=[0, 1], day=pa.array([7, 7]))
     write(tmp_path, "day=8", row=[2, 3], day=pa.array([8, 8]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recis_hybrid.columnio.paths import File, find_files
+from recis_hybrid.columnio.files.paths import File, find_files
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import pytest
 
-from recis_hybrid.columnio.prefetch import chained, prefetched
+from recis_hybrid.columnio.read.prefetch import chained, prefetched
 
 
 def same(item: int) -> int:
@@ -243,7 +243,7 @@ def test_a_generator_that_is_collected_in_one_of_its_threads_ends() -> None:
 
 SHUTDOWN = """
 import threading, time
-from recis_hybrid.columnio.prefetch import prefetched
+from recis_hybrid.columnio.read.prefetch import prefetched
 
 def numbers():
     for number in range(10**9):

@@ -16,8 +16,8 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.columnio.order import Batches
 from recis_hybrid.columnio.ranks import rank_and_world_size
+from recis_hybrid.columnio.read.sampler import Batches
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.columns import dense

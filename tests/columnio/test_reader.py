@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.columnio import Dense
-from recis_hybrid.columnio.convert import converter
-from recis_hybrid.columnio.numbers import Place
-from recis_hybrid.columnio.reader import cut
-from recis_hybrid.columnio.rows import Rows, joined
+from recis_hybrid.columnio.convert.convert import converter
+from recis_hybrid.columnio.convert.numbers import Place
+from recis_hybrid.columnio.convert.row_slice import Rows, joined
+from recis_hybrid.columnio.read.reader import cut
 
 CONVERTERS = {"row": converter(Dense(), pa.int64(), Place("row", "x.parquet"))}
 

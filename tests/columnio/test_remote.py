@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from recis_hybrid.columnio import BadFileError, ColumnDataset, Windows
-from recis_hybrid.columnio.paths import find_files
+from recis_hybrid.columnio.files.paths import find_files
 
 moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from recis_hybrid.columnio.numbers import Array, Numbers, Place, a_few, nulls_refused
+from recis_hybrid.columnio.convert.numbers import Array, Numbers, Place, a_few, nulls_refused
 
 Parts: TypeAlias = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]
 """Values, the offsets of one more level if there is one, and weights if there are any."""

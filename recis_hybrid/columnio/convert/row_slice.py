@@ -10,8 +10,8 @@ from itertools import pairwise
 import pyarrow as pa
 import torch
 
-from recis_hybrid.columnio.convert import Converter
-from recis_hybrid.columnio.numbers import Array
+from recis_hybrid.columnio.convert.convert import Converter
+from recis_hybrid.columnio.convert.numbers import Array
 from recis_hybrid.ragged import Batch
 
 

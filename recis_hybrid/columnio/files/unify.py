@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
+from recis_hybrid.columnio.convert.layouts import is_list
+from recis_hybrid.columnio.convert.numbers import ARROW_OF, ArrowType, dtype_of, is_number, is_text
+from recis_hybrid.columnio.convert.temporal import is_temporal
 from recis_hybrid.columnio.formats.text import TOO_LARGE
-from recis_hybrid.columnio.layouts import is_list
-from recis_hybrid.columnio.numbers import ARROW_OF, ArrowType, dtype_of, is_number, is_text
-from recis_hybrid.columnio.temporal import is_temporal
 
 
 def unified(one: ArrowType, other: ArrowType, *, asked: bool) -> ArrowType | None:

@@ -10,15 +10,15 @@ from typing import TypeVar
 import pyarrow as pa
 
 from recis_hybrid.columnio.columns import Column, Dense, Ragged, Weighted
-from recis_hybrid.columnio.convert import converter
+from recis_hybrid.columnio.convert.convert import converter
+from recis_hybrid.columnio.convert.numbers import ArrowType, Place, a_few
 from recis_hybrid.columnio.csv_options import CsvOptions
 from recis_hybrid.columnio.errors import BadFileError, Skipped, not_whole
-from recis_hybrid.columnio.files import DAMAGE, Files, OpenedFile, Piece, leave_out, sources_of
-from recis_hybrid.columnio.filters import RowFilter
-from recis_hybrid.columnio.hints import type_hints
-from recis_hybrid.columnio.numbers import ArrowType, Place, a_few
-from recis_hybrid.columnio.paths import File
-from recis_hybrid.columnio.unify import unified
+from recis_hybrid.columnio.files.file_set import DAMAGE, Files, OpenedFile, Piece, leave_out, sources_of
+from recis_hybrid.columnio.files.filters import RowFilter
+from recis_hybrid.columnio.files.hints import type_hints
+from recis_hybrid.columnio.files.paths import File
+from recis_hybrid.columnio.files.unify import unified
 
 T = TypeVar("T")
 R = TypeVar("R")

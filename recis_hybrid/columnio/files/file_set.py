@@ -12,14 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recis_hybrid.columnio.columns import Column, Weighted
-from recis_hybrid.columnio.convert import Converter
+from recis_hybrid.columnio.convert.convert import Converter
+from recis_hybrid.columnio.convert.layouts import (
+    field as field_of,
+    field_type,
+    nested_names,
+    plain,
+    plain_type,
+    resolve,
+)
+from recis_hybrid.columnio.convert.numbers import Array, ArrowType, Place, a_few
+from recis_hybrid.columnio.convert.row_slice import Rows
 from recis_hybrid.columnio.errors import BadFileError, Skipped, cannot_be_read, changed, vanished
-from recis_hybrid.columnio.filters import BoundFilter, RowFilter
+from recis_hybrid.columnio.files.filters import BoundFilter, RowFilter
+from recis_hybrid.columnio.files.paths import File
 from recis_hybrid.columnio.formats import Contents, Format
-from recis_hybrid.columnio.layouts import field as field_of, field_type, nested_names, plain, plain_type, resolve
-from recis_hybrid.columnio.numbers import Array, ArrowType, Place, a_few
-from recis_hybrid.columnio.paths import File
-from recis_hybrid.columnio.rows import Rows
 
 DAMAGE = (OSError, pa.ArrowException)
 """What pyarrow raises for files that it cannot read."""

@@ -15,9 +15,9 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from recis_hybrid.columnio.comparisons import COMPARE, compiled, footer_decides
-from recis_hybrid.columnio.layouts import field_type, nested_names, resolve
-from recis_hybrid.columnio.numbers import ArrowType
+from recis_hybrid.columnio.convert.layouts import field_type, nested_names, resolve
+from recis_hybrid.columnio.convert.numbers import ArrowType
+from recis_hybrid.columnio.files.comparisons import COMPARE, compiled, footer_decides
 
 Filters: TypeAlias = Any
 """A `pyarrow.compute.Expression`, or a list of (column, operator, value) of which all must hold, or a list of such

@@ -11,8 +11,8 @@ import torch
 from recis_hybrid.ragged import Batch
 
 if TYPE_CHECKING:
-    from recis_hybrid.columnio.convert import Converter
-    from recis_hybrid.columnio.rows import Rows
+    from recis_hybrid.columnio.convert.convert import Converter
+    from recis_hybrid.columnio.convert.row_slice import Rows
 
 
 @dataclass(frozen=True)

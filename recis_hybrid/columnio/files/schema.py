@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 
 from recis_hybrid.columnio.columns import Column
-from recis_hybrid.columnio.convert import converter
+from recis_hybrid.columnio.convert.convert import converter
+from recis_hybrid.columnio.convert.numbers import Place
 from recis_hybrid.columnio.csv_options import CsvOptions
 from recis_hybrid.columnio.errors import not_whole
-from recis_hybrid.columnio.files import DAMAGE
-from recis_hybrid.columnio.numbers import Place
-from recis_hybrid.columnio.paths import Paths, find_files
+from recis_hybrid.columnio.files.file_set import DAMAGE
+from recis_hybrid.columnio.files.paths import Paths, find_files
 
 
 def column_types(

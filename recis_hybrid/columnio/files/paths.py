@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from recis_hybrid.columnio.csv_options import CsvOptions
+from recis_hybrid.columnio.files.partitions import with_partitions
 from recis_hybrid.columnio.formats import SUFFIXES, Format, compression_of, format_of, is_known
-from recis_hybrid.columnio.partitions import with_partitions
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a folder, a pattern or a URL of one, or a sequence of these."""

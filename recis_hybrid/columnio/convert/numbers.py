@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from recis_hybrid.columnio.temporal import is_temporal, parsed, ticks
+from recis_hybrid.columnio.convert.temporal import is_temporal, parsed, ticks
 
 # pyarrow ships no types.
 Array: TypeAlias = Any

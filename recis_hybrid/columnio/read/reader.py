@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from recis_hybrid.columnio.files import Files, Piece
-from recis_hybrid.columnio.order import Batches, permutation
-from recis_hybrid.columnio.paths import places
-from recis_hybrid.columnio.prefetch import chained
-from recis_hybrid.columnio.rows import Rows, joined
+from recis_hybrid.columnio.convert.row_slice import Rows, joined
+from recis_hybrid.columnio.files.file_set import Files, Piece
+from recis_hybrid.columnio.files.paths import places
+from recis_hybrid.columnio.read.prefetch import chained
+from recis_hybrid.columnio.read.sampler import Batches, permutation
 
 # The first number of a permutation's path.
 _PIECES, _BLOCKS = 0, 1

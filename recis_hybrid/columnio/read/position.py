@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from recis_hybrid.columnio.reader import Reader
+    from recis_hybrid.columnio.read.reader import Reader
 
 _VERSION = 3
 

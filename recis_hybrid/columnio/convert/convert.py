@@ -18,10 +18,9 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from recis_hybrid.columnio.columns import Column, Dense, Ragged, Text, Weighted
-from recis_hybrid.columnio.formats.text import TOO_LARGE
-from recis_hybrid.columnio.layouts import has_null_type, is_list, plain, plain_type
-from recis_hybrid.columnio.leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
-from recis_hybrid.columnio.numbers import (
+from recis_hybrid.columnio.convert.layouts import has_null_type, is_list, plain, plain_type
+from recis_hybrid.columnio.convert.leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
+from recis_hybrid.columnio.convert.numbers import (
     ARROW_OF,
     Array,
     ArrowType,
@@ -33,7 +32,8 @@ from recis_hybrid.columnio.numbers import (
     nulls_refused,
     numbers,
 )
-from recis_hybrid.columnio.temporal import is_temporal
+from recis_hybrid.columnio.convert.temporal import is_temporal
+from recis_hybrid.columnio.formats.text import TOO_LARGE
 from recis_hybrid.ragged import RaggedTensor
 
 

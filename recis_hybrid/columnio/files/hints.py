@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from recis_hybrid.columnio.columns import Column, Dense, Ragged, Text
-from recis_hybrid.columnio.numbers import ARROW_OF, ArrowType
+from recis_hybrid.columnio.convert.numbers import ARROW_OF, ArrowType
 
 
 def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recis_hybrid.columnio.columns import UNITS
-from recis_hybrid.columnio.numbers import ArrowType, is_text
-from recis_hybrid.columnio.temporal import is_temporal, tick_ns
+from recis_hybrid.columnio.convert.numbers import ArrowType, is_text
+from recis_hybrid.columnio.convert.temporal import is_temporal, tick_ns
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,

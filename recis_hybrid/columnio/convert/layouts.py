@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recis_hybrid.columnio.numbers import Array, ArrowType
+from recis_hybrid.columnio.convert.numbers import Array, ArrowType
 
 _types = pa.types
 

@@ -1,0 +1,4 @@
+"""Reading in an order that can be repeated and resumed: sampling, decoding, prefetch, position.
+
+``ColumnDataset`` may import it; it builds on ``columnio.files`` and ``columnio.convert``.
+"""
