@@ -9,7 +9,7 @@
 
 namespace recis {
 
-// The numbers are those of PARTS in recis_hybrid/features/times.py.
+// The numbers are those of PARTS in recis_hybrid/features/ops/times.py.
 enum class TimePart : int64_t {
   kSecond = 0,
   kMinute,

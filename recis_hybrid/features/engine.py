@@ -12,10 +12,18 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.link import OwnCall, ProgramCall, Segment, ShapesCall, link, run_alone, said_by_native
 from recis_hybrid.features.op import Column, Form
-from recis_hybrid.features.plan import Plan, compile_plan
-from recis_hybrid.features.reading import split_features
+from recis_hybrid.features.program.lowering import (
+    OwnCall,
+    ProgramCall,
+    Segment,
+    ShapesCall,
+    link,
+    run_alone,
+    said_by_native,
+)
+from recis_hybrid.features.program.plan import Plan, compile_plan
+from recis_hybrid.features.program.reader_split import split_features
 from recis_hybrid.ragged import Batch, RaggedTensor, arrays, checks
 
 _Known: TypeAlias = "tuple[tuple[int, Form], ...]"

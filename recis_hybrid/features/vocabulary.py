@@ -15,8 +15,8 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, LEAST, MOST, bits, ids_of, integers, numbers, one
-from recis_hybrid.features.ids import hashed, without_strings
 from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
+from recis_hybrid.features.ops.ids import hashed, without_strings
 from recis_hybrid.ragged import RaggedTensor
 
 

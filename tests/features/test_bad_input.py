@@ -37,8 +37,8 @@ from recis_hybrid.features import (
     register_op,
     registered_ops,
 )
-from recis_hybrid.features.link import run_alone
-from recis_hybrid.features.plan import compile_plan
+from recis_hybrid.features.program.lowering import run_alone
+from recis_hybrid.features.program.plan import compile_plan
 from recis_hybrid.ragged import RaggedTensor
 
 ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import features, ops
-from recis_hybrid.features import Bucketize, Column, Cross, Feature, FeatureEngine, Hash, Log, Mod, Op, Truncate, link
+from recis_hybrid.features import Bucketize, Column, Cross, Feature, FeatureEngine, Hash, Log, Mod, Op, Truncate
+from recis_hybrid.features.program import lowering as link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices

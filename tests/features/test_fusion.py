@@ -40,8 +40,8 @@ from recis_hybrid.features import (
     TopK,
     Truncate,
     Vocabulary,
-    link,
 )
+from recis_hybrid.features.program import lowering as link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
 

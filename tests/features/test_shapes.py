@@ -30,10 +30,8 @@ from recis_hybrid.features import (
     TopK,
     Truncate,
     Vocabulary,
-    joins,
-    resize,
-    rows,
 )
+from recis_hybrid.features.ops import joins, resize, rows
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import example, given, strategies as st
 
-from recis_hybrid.features import Age, Cast, Clip, DatePart, Feature, FeatureEngine, FillNull, times
+from recis_hybrid.features import Age, Cast, Clip, DatePart, Feature, FeatureEngine, FillNull
+from recis_hybrid.features.ops import times
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.devices import on_devices
 

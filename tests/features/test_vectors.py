@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recis_hybrid.features import Bucketize, Cross, Feature, FeatureEngine, Hash, Mod, MultiHash, StringMultiHash
-from recis_hybrid.features.primes import is_prime
+from recis_hybrid.features.ops.primes import is_prime
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices

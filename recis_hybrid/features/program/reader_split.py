@@ -7,7 +7,7 @@ from typing import Any
 
 from recis_hybrid.features.feature import Feature
 from recis_hybrid.features.op import Compound, Elementwise, Shaping
-from recis_hybrid.features.plan import compile_plan
+from recis_hybrid.features.program.plan import compile_plan
 
 
 def _may_run_there(op: Any) -> bool:

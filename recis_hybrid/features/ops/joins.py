@@ -11,8 +11,8 @@ import torch
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
-from recis_hybrid.features.rows import Distinct
-from recis_hybrid.features.tensors import TensorList, exact_on
+from recis_hybrid.features.ops.rows import Distinct
+from recis_hybrid.features.program.tensor_list import TensorList, exact_on
 from recis_hybrid.ops.ragged import NO_BOUND
 
 

@@ -1,7 +1,7 @@
 """From features to a program: columns, then operations in order, each on the results of earlier lines.
 
 The plan says what is computed; how it is, in few native calls, is decided once the forms of the columns are known
-(:mod:`recis_hybrid.features.link`).
+(:mod:`recis_hybrid.features.program.lowering`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import reduce
 from typing import Any
 
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.joins import Cross
 from recis_hybrid.features.op import Column, Compound, Joining
+from recis_hybrid.features.ops.joins import Cross
 
 
 @dataclass(frozen=True)
