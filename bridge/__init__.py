@@ -22,18 +22,18 @@ except ModuleNotFoundError as _error:
         f"recis_hybrid.bridge: needs JAX, and there is no module {_error.name!r}; run `pip install recis_hybrid[jax]`"
     ) from _error
 
-from recis_hybrid.bridge.adapters import (
-    from_equinox as from_equinox,
-    from_haiku as from_haiku,
-    from_linen as from_linen,
-    from_nnx as from_nnx,
-)
 from recis_hybrid.bridge.all_reduce import GradientAllReduce as GradientAllReduce
 from recis_hybrid.bridge.dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
 from recis_hybrid.bridge.launch import init as init
 from recis_hybrid.bridge.optimizer import OptaxOptimizer as OptaxOptimizer
 from recis_hybrid.bridge.state import JaxState as JaxState
-from recis_hybrid.bridge.tower import JaxTower as JaxTower
+from recis_hybrid.bridge.tower.adapters import (
+    from_equinox as from_equinox,
+    from_haiku as from_haiku,
+    from_linen as from_linen,
+    from_nnx as from_nnx,
+)
+from recis_hybrid.bridge.tower.tower import JaxTower as JaxTower
 
 del _jax
 

@@ -13,7 +13,7 @@ from typing import Any, Final, cast, overload
 import jax
 import torch
 
-from recis_hybrid.bridge._capsules import PUBLIC, cpu_roads
+from recis_hybrid.bridge.exchange._dlpack_fast import PUBLIC, cpu_roads
 
 ALIGNMENT: Final = 64
 """Where a buffer must start, in bytes, for XLA to use it as it is."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import torch
 
-from recis_hybrid.bridge._capsules import backend_has_started
+from recis_hybrid.bridge.exchange._dlpack_fast import backend_has_started
 
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 

@@ -16,7 +16,8 @@ from tests.support.near import assert_near
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-from recis_hybrid.bridge import JaxTower, _autograd  # noqa: E402
+from recis_hybrid.bridge import JaxTower
+from recis_hybrid.bridge.tower import _autograd
 
 
 def ones(*shape: int) -> np.ndarray[Any, Any]:

@@ -12,15 +12,15 @@ from typing import Any, cast
 import jax
 import torch
 
-from recis_hybrid.bridge import _export
-from recis_hybrid.bridge._autograd import Apply, Caller
-from recis_hybrid.bridge._imports import Imports
-from recis_hybrid.bridge._operator import eager, nonstrict, number_of, structs, tower_forward, traced
-from recis_hybrid.bridge._padding import Dims, Padding
-from recis_hybrid.bridge._parameters import Slot, dotted, gather, plant
-from recis_hybrid.bridge._programs import Forward, Programs, Remat
-from recis_hybrid.bridge._supplied import draw_key, keywords, static_signature
 from recis_hybrid.bridge.dlpack import share
+from recis_hybrid.bridge.exchange._array_cache import Imports
+from recis_hybrid.bridge.tower import _export
+from recis_hybrid.bridge.tower._autograd import Apply, Caller
+from recis_hybrid.bridge.tower._keywords import draw_key, keywords, static_signature
+from recis_hybrid.bridge.tower._operator import eager, nonstrict, number_of, structs, tower_forward, traced
+from recis_hybrid.bridge.tower._padding import Dims, Padding
+from recis_hybrid.bridge.tower._parameters import Slot, dotted, gather, plant
+from recis_hybrid.bridge.tower._programs import Forward, Programs, Remat
 
 _next_number = itertools.count()
 _towers: weakref.WeakValueDictionary[int, JaxTower] = weakref.WeakValueDictionary()

@@ -9,9 +9,9 @@ from typing import Any, cast
 import jax
 import torch
 
-from recis_hybrid.bridge._imports import Imports
-from recis_hybrid.bridge._programs import Forward, Jitted, Programs
 from recis_hybrid.bridge.dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
+from recis_hybrid.bridge.exchange._array_cache import Imports
+from recis_hybrid.bridge.tower._programs import Forward, Jitted, Programs
 
 
 class Caller:

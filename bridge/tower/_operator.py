@@ -14,8 +14,8 @@ from typing import Any, cast
 import jax
 import torch
 
-from recis_hybrid.bridge._autograd import Caller, twice, under_x64
-from recis_hybrid.bridge._programs import Forward
+from recis_hybrid.bridge.tower._autograd import Caller, twice, under_x64
+from recis_hybrid.bridge.tower._programs import Forward
 
 
 @dataclasses.dataclass(frozen=True)

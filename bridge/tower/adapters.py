@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from recis_hybrid.bridge.tower import JaxTower
+from recis_hybrid.bridge.tower.tower import JaxTower
 
 _MODES = {
     **dict.fromkeys(("train", "training", "is_training"), True),

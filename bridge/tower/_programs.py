@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from recis_hybrid.bridge._imports import Kind
-from recis_hybrid.bridge._supplied import as_key
 from recis_hybrid.bridge.dlpack import ALIGNMENT, x64_is_on
+from recis_hybrid.bridge.exchange._array_cache import Kind
+from recis_hybrid.bridge.tower._keywords import as_key
 
 _STACKED_FROM, _STACKED_BYTES = 4, 16384
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import safetensors.torch
 import torch
 
-from recis_hybrid.bridge._padding import Dims
 from recis_hybrid.bridge.dlpack import DTYPES, WIDE, x64_is_on
+from recis_hybrid.bridge.tower._padding import Dims
 
 PROGRAM: Final = "program.jax_export"
 PARAMETERS: Final = "params.safetensors"
