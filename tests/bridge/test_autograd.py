@@ -16,8 +16,8 @@ from tests.support.near import assert_near
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-from recis_hybrid.bridge import JaxTower
-from recis_hybrid.bridge.tower import _autograd
+from recis_hybrid.bridge import JaxTower  # noqa: E402
+from recis_hybrid.bridge.tower import _autograd  # noqa: E402
 
 
 def ones(*shape: int) -> np.ndarray[Any, Any]:

@@ -14,8 +14,8 @@ import torch
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
-from recis_hybrid.bridge import to_jax, to_torch
-from recis_hybrid.bridge.exchange import _dlpack_fast as _capsules
+from recis_hybrid.bridge import to_jax, to_torch  # noqa: E402
+from recis_hybrid.bridge.exchange import _dlpack_fast as _capsules  # noqa: E402
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tests.support.near import assert_near
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-from recis_hybrid.bridge import JaxTower, copies
-from recis_hybrid.bridge.tower import _operator
+from recis_hybrid.bridge import JaxTower, copies  # noqa: E402
+from recis_hybrid.bridge.tower import _operator  # noqa: E402
 
 
 def scaled(params: Any, x: Any) -> Any:
