@@ -10,7 +10,7 @@
 
 #include "core/group.h"
 #include "core/hash.h"
-#include "core/mix.h"
+#include "core/hash/mix.h"
 
 namespace recis {
 

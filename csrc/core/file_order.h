@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/mix.h"
+#include "core/hash/mix.h"
 
 namespace recis {
 

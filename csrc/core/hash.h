@@ -4,12 +4,12 @@
 #include <cassert>
 #include <cstdint>
 
-#include "core/byte_hash.h"
-#include "core/bytes.h"
-#include "core/farm.h"
-#include "core/murmur.h"
-#include "core/strings.h"
-#include "core/xxh64.h"
+#include "core/hash/byte_hash.h"
+#include "core/hash/bytes.h"
+#include "core/hash/farm.h"
+#include "core/hash/murmur.h"
+#include "core/hash/strings.h"
+#include "core/hash/xxh64.h"
 
 namespace recis {
 

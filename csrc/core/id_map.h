@@ -11,7 +11,7 @@
 #endif
 
 #include "core/atomics.h"
-#include "core/mix.h"
+#include "core/hash/mix.h"
 #include "core/segments.h"
 #include "core/table.h"
 

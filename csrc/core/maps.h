@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/bytes.h"
-#include "core/murmur.h"
+#include "core/hash/bytes.h"
+#include "core/hash/murmur.h"
 
 namespace recis {
 

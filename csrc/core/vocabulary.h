@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "core/bytes.h"
-#include "core/farm.h"
+#include "core/hash/bytes.h"
+#include "core/hash/farm.h"
+#include "core/hash/murmur.h"
 #include "core/macros.h"
-#include "core/murmur.h"
 
 namespace recis {
 

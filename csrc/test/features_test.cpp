@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/for_each.h"
-#include "core/mix.h"
+#include "core/hash/mix.h"
 #include "core/program.h"
 #include "core/ragged.h"
 

@@ -11,7 +11,7 @@
 
 #include "core/for_each.h"
 #include "core/hash.h"
-#include "core/mix.h"
+#include "core/hash/mix.h"
 
 namespace {
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from recis_hybrid.app.scoring import LoadedRun as LoadedRun, load_run as load_run
 from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError as CallbackError, Record as Record
 from recis_hybrid.pipelines.callbacks.checkpoint import Checkpoint as Checkpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule

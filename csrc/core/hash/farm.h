@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "core/bytes.h"
+#include "core/hash/bytes.h"
 
 namespace recis {
 

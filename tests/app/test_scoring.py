@@ -15,13 +15,13 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from recis_hybrid.app import cli
+from recis_hybrid.app import cli, load_run
 from recis_hybrid.app.config import Config, ConfigError
 from recis_hybrid.columnio import ColumnDataset, Dense
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC
-from recis_hybrid.pipelines import Objective, Trainer, load_run, predict, write_predictions
+from recis_hybrid.pipelines import Objective, Trainer, predict, write_predictions
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import CheckpointError
 from tests.support.columns import dense

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "core/bytes.h"
+#include "core/hash/bytes.h"
 
 namespace recis {
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from recis_hybrid.app import cli
+from recis_hybrid.app import cli, load_run
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config_keys import describe_keys
 from recis_hybrid.app.config_resume import allowed_changes
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.pipelines import load_run
 from tests.support.configs import small_config, write_csv
 
 # Every key with another value than `small_config` has, and whether a resumed run takes it.

@@ -206,7 +206,7 @@ def test_a_group_of_another_backend_is_refused(tmp_path: Path) -> None:
 JOB = """
 import sys, os, signal, torch, torch.distributed as dist
 from recis_hybrid.saver import Saver
-from tests.saver.test_ranks import shelf
+from tests.saver.runtime.test_ranks import shelf
 dist.init_process_group("gloo")
 rank, size, path, what = dist.get_rank(), dist.get_world_size(), sys.argv[1], sys.argv[2]
 saver = Saver(path, async_save=what == "async")

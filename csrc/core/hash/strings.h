@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "core/bytes.h"
+#include "core/hash/bytes.h"
 #include "core/macros.h"
 
 namespace recis {
