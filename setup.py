@@ -55,12 +55,12 @@ LEVELS = {
 
 
 def fail(message: str) -> None:
-    """Ends the build with one sentence instead of a trace."""
+    """End the build with one sentence instead of a trace."""
     sys.exit(f"recis_hybrid: {message}")
 
 
 def torch_paths() -> tuple[Path, Path, bool]:
-    """Returns torch's include folder, its library folder, and whether it is a CUDA build."""
+    """Return torch's include folder, its library folder, and whether it is a CUDA build."""
     try:
         import torch
     except ImportError:
@@ -76,7 +76,7 @@ def torch_paths() -> tuple[Path, Path, bool]:
 
 
 def cuda_link(lib: Path, objects: Path, cxx: str) -> list[str]:
-    """Returns the flags that link libtorch_cuda.
+    """Return the flags that link libtorch_cuda.
 
     A CPU build of torch has none; an empty library of that name then stands in for it, so that what is built names its
     dependency and finds it where it is loaded.
@@ -100,7 +100,7 @@ def cuda_link(lib: Path, objects: Path, cxx: str) -> list[str]:
 
 
 def cuda_wanted(torch_has_cuda: bool) -> str | None:
-    """Returns the path of nvcc if CUDA files are to be built, else None."""
+    """Return the path of nvcc if CUDA files are to be built, else None."""
     choice = os.environ.get("RECIS_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         fail(f"RECIS_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -212,7 +212,7 @@ class BuildNative(build_ext):
 
 
 def run(command: list[str]) -> None:
-    """Runs a compiler; on failure prints what it said and ends."""
+    """Run a compiler; on failure prints what it said and ends."""
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
     if done.returncode:

@@ -57,7 +57,7 @@ def fused(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]) -> None:
-    """Prints a line for each peer, in milliseconds or microseconds a step."""
+    """Print a line for each peer, in milliseconds or microseconds a step."""
     unit, factor = ("us", 1e6) if metric == "tensor" else ("ms", 1e3)
     for name, peer in peers.items():
         there = rate.get(name)

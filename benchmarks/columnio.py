@@ -116,7 +116,7 @@ def pandas_hashes(folder: Path) -> int:
 
 
 def checked(step: Callable[[], int], rows: int) -> Callable[[], None]:
-    """Returns the step; it raises unless all rows arrive: a race counts only between equals."""
+    """Return the step; it raises unless all rows arrive: a race counts only between equals."""
 
     def run() -> None:
         if (got := step()) != rows:
@@ -158,7 +158,7 @@ def number_cases(folder: Path, args: Any, rounds: int) -> None:
 
 
 def memory_case(folder: Path, threads: int) -> None:
-    """Holds what the data set keeps in Arrow's memory against what as many of pyarrow's decoders keep by themselves."""
+    """Hold what the data set keeps in Arrow's memory against what as many of pyarrow's decoders keep by themselves."""
     ours = ColumnDataset(folder, NUMBERS, BATCH, num_threads=threads, prefetch=PREFETCH, decoded_rows=BATCH)
     before, most, size = pa.total_allocated_bytes(), 0, 0
     for number, batch in enumerate(ours):
@@ -179,7 +179,7 @@ def memory_case(folder: Path, threads: int) -> None:
 
 
 def held_by_decoders(files: list[Path]) -> int:
-    """Returns the bytes that decoders hold which read a row group each at the same time, batch by batch."""
+    """Return the bytes that decoders hold which read a row group each at the same time, batch by batch."""
     before, most = pa.total_allocated_bytes(), 0
     readers = [pq.ParquetFile(file).iter_batches(BATCH, row_groups=[0], columns=NUMBERS) for file in files]
     for _ in zip(*readers, strict=True):

@@ -167,7 +167,7 @@ class Ours:
 
 
 def torchrec(stack: ExitStack, work: workload.Workload, sharding: str, threads: int) -> Callable[[], float]:
-    """Starts both ranks of TorchRec, and returns their step."""
+    """Start both ranks of TorchRec, and return their step."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]

@@ -95,7 +95,7 @@ def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
 
 
 def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
-    """Times ours and a peer in turn, in this process; a case of threads: ours with one thread."""
+    """Time ours and a peer in turn, in this process; a case of threads: ours with one thread."""
     size, width, rule, *threads = case.split("/")
     dim, device = int(width.removeprefix("d")), torch.device(args.device)
     one_core = args.threads == 1 and not threads and device.type == "cpu"

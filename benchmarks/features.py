@@ -33,7 +33,7 @@ def strings(count: int) -> list[str]:
 
 
 def copy_rate(rounds: int) -> float:
-    """Returns the bytes a second that one thread reads and writes."""
+    """Return the bytes a second that one thread reads and write."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source = torch.ones(2**25, dtype=torch.int64)
@@ -122,7 +122,7 @@ def in_eager_torch(batch: Batch) -> Batch:
 
 
 def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
-    """Raises unless a peer makes the same values: a race counts only between equals."""
+    """Raise unless a peer makes the same values: a race counts only between equals."""
     for name in theirs:
         a, b = ours[name], theirs[name]
         if isinstance(a, RaggedTensor) and isinstance(b, RaggedTensor):

@@ -29,7 +29,7 @@ class Result:
     ratio: float | None
 
     def print(self) -> None:
-        """Writes the line."""
+        """Write the line."""
         print(json.dumps(asdict(self)), flush=True)
 
 
@@ -41,7 +41,7 @@ def rates(
     burst: int = 1,
     clock: str = "wall",
 ) -> dict[str, float]:
-    """Runs the steps in turn, A B A B …, so that a machine whose speed drifts treats all alike.
+    """Run the steps in turn, A B A B …, so that a machine whose speed drifts treats all alike.
 
     Args:
         steps: By name, one step. A step that runs in another process returns its own seconds.
@@ -69,7 +69,7 @@ def rates(
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that every benchmark takes."""
+    """Return a parser with the options that every benchmark takes."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on two cores")
     result.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tables live")
@@ -79,7 +79,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def table(results: Iterable[Result]) -> str:
-    """Returns the results as a table for people."""
+    """Return the results as a table for people."""
     lines = [f"{'case':28} {'ours':>8}  {'peer':>8}  {'ratio':>6}  unit      peer's name"]
     for r in results:
         peer, ratio = ("absent", "") if r.peer is None or r.ratio is None else (f"{r.peer:.2f}", f"{r.ratio:.2f}")

@@ -52,7 +52,7 @@ def filled(rows: int, rank: int = 0, world_size: int = 1) -> EmbeddingEngine:
 
 
 def together(size: int, work: Callable[[int, dist.ProcessGroup], object]) -> None:
-    """Calls ``work(rank, group)`` in a thread a rank."""
+    """Call ``work(rank, group)`` in a thread a rank."""
     store, failures = dist.HashStore(), []
 
     def run(rank: int) -> None:

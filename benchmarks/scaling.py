@@ -161,7 +161,7 @@ class Step:
 
 
 def step(work: Workload, machine: Machine, ranks: int) -> Step:
-    """Returns the parts of a step."""
+    """Return the parts of a step."""
     n, vector, element = work.samples * work.ids, 4 * work.dim, work.wire_bytes * work.dim
     u = n * work.distinct
     outputs = work.samples * work.features
@@ -189,7 +189,7 @@ def step(work: Workload, machine: Machine, ranks: int) -> Step:
 
 
 def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
-    """Returns the seconds in which each rank sends others bytes, the same to each."""
+    """Return the seconds in which each rank sends others bytes, the same to each."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks) - 1
@@ -201,7 +201,7 @@ def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
 
 
 def all_reduce(size: float, machine: Machine, ranks: int) -> float:
-    """Returns the seconds in which ranks sum bytes: in rings, within hosts and then between them."""
+    """Return the seconds in which ranks sum bytes: in rings, within hosts and then between them."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks)
@@ -212,7 +212,7 @@ def all_reduce(size: float, machine: Machine, ranks: int) -> float:
 
 
 def this_machine(constants: dict[str, float], ranks: int) -> Machine:
-    """Returns what a rank has of the machine on which points were measured: cores and loopback, as others want them.
+    """Return what a rank has of the machine on which points were measured: cores and loopback, as others want them.
 
     What two ranks were needed for was measured with two.
     """
@@ -231,7 +231,7 @@ def this_machine(constants: dict[str, float], ranks: int) -> Machine:
 
 
 def measured_work(point: dict[str, Any]) -> Workload:
-    """Returns the workload of a measured point."""
+    """Return the workload of a measured point."""
     names = ("samples", "features", "distinct", "dim", "parameters", "flops")
     some = {name: point[name] for name in names}
     return Workload(**some, ids=point["features"], state_bytes=4, kernels=1, input_bytes=0, wire_bytes=4)

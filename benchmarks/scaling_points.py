@@ -39,7 +39,7 @@ RANKS = (1, 2, 4)
 
 
 def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
-    """Returns the least time of a step on the clock, and its median of the CPU's time, of this rank."""
+    """Return the least time of a step on the clock, and its median of the CPU's time, of this rank."""
     wall, cpu = [], []
     for number in range(times + 2):
         if dist.get_world_size() > 1:
@@ -129,7 +129,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
 
 
 def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    """Returns the constants, from a point of one rank and one of two."""
+    """Return the constants, from a point of one rank and one of two."""
     work = scaling.measured_work(one)
     unit = scaling.Machine(
         ranks_per_host=1,

@@ -36,13 +36,13 @@ class Workload:
         return FEATURES * self.gradients[0].size(0)
 
     def batch(self, number: int) -> dict[str, Tensor]:
-        """Returns a batch of 64-bit ids by feature."""
+        """Return a batch of 64-bit ids by feature."""
         rows = self.rows[number % BATCHES]
         return {name(f): self.ids[f][rows[f]] for f in range(FEATURES)}
 
 
 def name(feature: int) -> str:
-    """Returns the name of a feature."""
+    """Return the name of a feature."""
     return f"feature{feature:02d}"
 
 

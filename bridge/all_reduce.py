@@ -73,7 +73,7 @@ class GradientAllReduce:
         self._pack, self._unpack = jax.jit(self.pack), jax.jit(self.unpack)
 
     def __call__(self, gradients: Any, weight: float | None = None) -> Any:
-        """Sums weighted gradients; all ranks call it together, with gradients or not.
+        """Sum weighted gradients; all ranks call it together, with gradients or not.
 
         Args:
             gradients: a pytree as `params`; None on a rank that has none.
@@ -94,7 +94,7 @@ class GradientAllReduce:
         return self._unpack(self.sum(self._pack(gradients, self._weight(weight))))
 
     def pack(self, gradients: Any, weight: Any) -> list[jax.Array]:
-        """Writes weighted gradients into buckets; for use inside jit.
+        """Write weighted gradients into buckets; for use inside jit.
 
         Args:
             gradients: a pytree as `params`.
@@ -117,7 +117,7 @@ class GradientAllReduce:
         return [jnp.concatenate([weighted[number].reshape(-1) for number in bucket]) for bucket in self.buckets]
 
     def sum(self, buckets: Sequence[jax.Array]) -> list[jax.Array]:
-        """Sums buckets over all ranks, in their memory: the arrays must not be used any more.
+        """Sum buckets over all ranks, in their memory: the arrays must not be used any more.
 
         Args:
             buckets: from :meth:`pack`.
@@ -136,7 +136,7 @@ class GradientAllReduce:
         return [to_jax(tensor) for tensor in tensors]
 
     def unpack(self, buckets: Sequence[jax.Array]) -> Any:
-        """Takes buckets apart; for use inside jit.
+        """Take buckets apart; for use inside jit.
 
         Args:
             buckets: from :meth:`sum`.
@@ -153,7 +153,7 @@ class GradientAllReduce:
         return jax.tree.unflatten(self._tree, leaves)
 
     def broadcast(self, params: Any) -> Any:
-        """Returns the parameters of the group's first rank, on all: where training starts.
+        """Return the parameters of the group's first rank, on all: where training starts.
 
         Args:
             params: a pytree as the one that the layout is of.
@@ -185,7 +185,7 @@ class GradientAllReduce:
 
 
 def _buckets(shapes: Sequence[tuple[tuple[int, ...], Any]], most: int) -> list[list[int]]:
-    """Returns the numbers of the leaves of each bucket: of one dtype, in order, until the next is too many."""
+    """Return the numbers of the leaves of each bucket: of one dtype, in order, until the next is too many."""
     open_of: dict[Any, tuple[list[int], int]] = {}
     buckets = []
     for number, (shape, dtype) in enumerate(shapes):

@@ -59,7 +59,7 @@ def copies() -> int:
 
 
 def count_copy() -> None:
-    """Adds one to `copies()`."""
+    """Add one to `copies()`."""
     global _copies
     with _lock:
         _copies += 1

@@ -17,7 +17,7 @@ _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 def init(
     *, memory_fraction: float | None = None, threads: int | None = None, compilation_cache: str | None = None
 ) -> str:
-    """Sets JAX up for this process, and starts its backend.
+    """Set JAX up for this process, and start its backend.
 
     Under torchrun, which sets `LOCAL_RANK`, a rank sees the one GPU of that number, the same as torch's. To be called
     once, before JAX computes anything, and not in DataLoader workers.

@@ -141,7 +141,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates the parameters; without one gradient, it does nothing, unless there are several ranks.
+        """Update the parameters; without one gradient, it does nothing, unless there are several ranks.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -176,13 +176,13 @@ class OptaxOptimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns copies of the transformation's state: the leaves of its pytree, in their order, as tensors."""
+        """Return copies of the transformation's state: the leaves of its pytree, in their order, as tensors."""
         leaves = unshare([jnp.asarray(leaf) for leaf in jax.tree.leaves(self._state)])
         state = {f"leaf{number}": leaf.clone() for number, leaf in enumerate(leaves)}
         return {"state": {0: state} if state else {}, "param_groups": [{"params": list(range(len(self._named)))}]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over copies of what :meth:`state_dict` returned.
+        """Take over copies of what :meth:`state_dict` returned.
 
         Args:
             state_dict: of the same transformation, over the same parameters.

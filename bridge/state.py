@@ -37,11 +37,11 @@ class JaxState:
         self._named()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Returns copies of the leaves, by their paths in the pytree (`jax.tree_util.keystr`)."""
+        """Return copies of the leaves, by their paths in the pytree (`jax.tree_util.keystr`)."""
         return {name: to_torch(_plain(leaf), copy=True) for name, leaf in self._named().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Puts copies of saved leaves into `tree`, in its structure and on the devices of its leaves.
+        """Put copies of saved leaves into `tree`, in its structure and on the devices of its leaves.
 
         Args:
             state: what :meth:`state_dict` returned, for a pytree of the same structure, shapes and dtypes.

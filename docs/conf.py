@@ -24,7 +24,7 @@ docstring.GoogleDocstring._parse_attribute_docstring = lambda self: list(self._l
 
 
 def as_markdown(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Turns what docstrings have of Markdown into reStructuredText: `code` and $$formulas$$."""
+    """Turn what docstrings have of Markdown into reStructuredText: `code` and $$formulas$$."""
     text = "\n".join(lines)
     # What is a literal, or has a role before it, as :class:`Name`, stays.
     text = re.sub(

@@ -84,7 +84,7 @@ SITES = Field(400, 1.2, 0.55)
 
 
 def shares(field: Field) -> Floats:
-    """Returns the probability of every rank, from 0, the commonest, by Zipf's law: float64 [field.ids]."""
+    """Return the probability of every rank, from 0, the commonest, by Zipf's law: float64 [field.ids]."""
     weights: Floats = np.arange(1, field.ids + 1, dtype=np.float64) ** -field.exponent
     weights /= weights.sum()
     return weights
@@ -98,7 +98,7 @@ def zipf(field: Field, size: int, rng: np.random.Generator) -> Ints:
 
 
 def ids_of(name: str, seed: int) -> Ints:
-    """Returns the ids of a field by rank, no two alike and spread over all of int64: int64 [field.ids].
+    """Return the ids of a field by rank, no two alike and spread over all of int64: int64 [field.ids].
 
     The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) maps
     64-bit words one to one, so distinct words give distinct ids, in one field and over all of them.
@@ -116,7 +116,7 @@ def ids_of(name: str, seed: int) -> Ints:
 
 
 def site_names() -> list[str]:
-    """Returns the names of the sites by rank."""
+    """Return the names of the sites by rank."""
     return [f"{SITE_WORDS[rank % len(SITE_WORDS)]}-{rank:04d}.example" for rank in range(SITES.ids)]
 
 
@@ -169,7 +169,7 @@ def histories(taste: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
 def logits(
     world: World, ranks: Mapping[str, Ints], history: Ints, offsets: Ints, numbers: Mapping[str, NDArray[np.float32]]
 ) -> Floats:
-    """Returns the logit of the click's true probability: float64 [B]."""
+    """Return the logit of the click's true probability: float64 [B]."""
     kind = ranks["item_id"] % KINDS
     lengths = np.diff(offsets)
     alike = np.repeat(kind, lengths) == history % KINDS
@@ -183,7 +183,7 @@ def logits(
 
 
 def make_rows(rows: int, seed: int) -> pa.Table:
-    """Makes a log of so many rows, in the order of time; the columns are those named at the top of this file."""
+    """Make a log of so many rows, in the order of time; the columns are those named at the top of this file."""
     world = World.of(seed)
     rng = np.random.default_rng([seed, 1, rows])
     ranks = {name: zipf(field, rows, rng) for name, field in (FIELDS | {"site": SITES}).items()}
@@ -205,7 +205,7 @@ def make_rows(rows: int, seed: int) -> pa.Table:
 
 
 def auc(labels: NDArray[np.floating], scores: Floats) -> float:
-    """Returns the area under the ROC curve: the chance that a click scores above no click, a tie counting half."""
+    """Return the area under the ROC curve: the chance that a click scores above no click, a tie counting half."""
     _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[which]
     clicks = labels > 0.5
@@ -217,12 +217,12 @@ def auc(labels: NDArray[np.floating], scores: Floats) -> float:
 
 
 def logloss(labels: NDArray[np.floating], p_click: Floats) -> float:
-    """Returns the mean of -log of the probability given to what happened."""
+    """Return the mean of -log of the probability given to what happened."""
     return float(-np.log(np.where(labels > 0.5, p_click, 1 - p_click)).mean())
 
 
 def write_log(out: Path, rows: int = 300_000, seed: int = 0) -> dict[str, float]:
-    """Writes a log below ``out`` and returns the best figures that a model can reach on its test rows.
+    """Write a log below ``out`` and return the best figures that a model can reach on its test rows.
 
     Args:
         out: The folder, made if it is not there; files of an earlier log in it are replaced.

@@ -95,7 +95,7 @@ class JaxMlp(nn.Module):
 
 
 def make_towers(choice: str, width: int, dropout: float, seed: int) -> nn.ModuleList:
-    """Returns the towers of a choice; with "both" there are two, and their outputs are averaged."""
+    """Return the towers of a choice; with "both" there are two, and their outputs are averaged."""
     towers = nn.ModuleList()
     if choice in ("torch", "both"):
         towers.append(TorchTower(width, dropout))

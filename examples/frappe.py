@@ -143,7 +143,7 @@ class StaticTables(nn.Module):
 
 
 def datasets(args: argparse.Namespace) -> dict[str, ColumnDataset]:
-    """Opens the three splits; columns of strings are hashed in the reader's thread."""
+    """Open the three splits; columns of strings are hashed in the reader's thread."""
     first = next(iter(ColumnDataset(f"{args.data}/valid", FIELDS, 1)))
     strings = [field for field in FIELDS if isinstance(first[field], RaggedTensor)]
     features = FeatureEngine([Feature(field, ops=[Hash("farm")]) for field in strings]) if strings else None
@@ -161,7 +161,7 @@ def datasets(args: argparse.Namespace) -> dict[str, ColumnDataset]:
 
 
 def stages(trainer: Trainer, args: argparse.Namespace) -> Iterator[Stage]:
-    """Passes until the validation AUC has stopped growing; the best is tested."""
+    """Pass until the validation AUC has stopped growing; the best is tested."""
     best = 0.0
     for number in range(args.epochs):
         yield Train(epochs=1, name=f"epoch {number + 1}")
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: b
 
 
 def compare(ours: Trained, theirs: Trained, batches: list[Batch]) -> dict[str, float]:
-    """Times steps of both in turns: whole ones, and the sparse half alone (lookup, backward with the L2, update)."""
+    """Time steps of both in turns: whole ones, and the sparse half alone (lookup, backward with the L2, update)."""
     gradients = [torch.randn(len(batches[0]["label"]), 1 + FACTORS) for _ in FIELDS]
 
     def sparse(trained: Trained, batch: Batch) -> None:

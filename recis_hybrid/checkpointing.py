@@ -21,7 +21,7 @@ JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON
 
 
 def owned_buckets(rank: int, world_size: int) -> tuple[int, int]:
-    """Returns the contiguous range of buckets that a rank owns: the first, and the one after the last.
+    """Return the contiguous range of buckets that a rank owns: the first, and the one after the last.
 
     The inverse of :func:`rank_of_bucket`. Every bucket has one owner; ranges differ by one bucket at most.
 
@@ -38,7 +38,7 @@ def owned_buckets(rank: int, world_size: int) -> tuple[int, int]:
 
 
 def rank_of_bucket(buckets: Tensor, world_size: int) -> Tensor:
-    """Returns the rank that owns each bucket, int64 as ``buckets``: ``bucket * world_size // 65536``.
+    """Return the rank that owns each bucket, int64 as ``buckets``: ``bucket * world_size // 65536``.
 
     Example:
         >>> rank_of_bucket(torch.tensor([0, 21845, 21846, 65535]), 3)
@@ -69,14 +69,14 @@ class HostMemory(Protocol):
     """Host memory for copies of state, which is used again for the next."""
 
     def take(self, size: int, *, pinned: bool = False) -> Tensor:
-        """Returns uint8 ``[size]`` on the CPU, of any contents; ``pinned`` for copies from a GPU."""
+        """Return uint8 ``[size]`` on the CPU, of any contents; ``pinned`` for copies from a GPU."""
 
 
 class RowReader(Protocol):
     """Reads rows when they are written, so that a large table need not be in memory a second time."""
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
-        """Writes rows ``first`` to ``stop`` of some columns; called by several threads at once.
+        """Write rows ``first`` to ``stop`` of some columns; called by several threads at once.
 
         Args:
             first: Position of the first row in ``TableState.columns["ids"]``.

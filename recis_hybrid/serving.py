@@ -77,7 +77,7 @@ class Reader:
         return list(self._tables)
 
     def dim(self, table: str) -> int:
-        """Returns the width of a table's embeddings.
+        """Return the width of a table's embeddings.
 
         Args:
             table: its name.
@@ -91,7 +91,7 @@ class Reader:
         return self._table(table).dim
 
     def lookup(self, table: str, ids: npt.ArrayLike, default: npt.ArrayLike = 0.0) -> npt.NDArray[np.float32]:
-        """Returns the embeddings of ids.
+        """Return the embeddings of ids.
 
         Args:
             table: name of the table.
@@ -115,7 +115,7 @@ class Reader:
         return self._table(table).lookup(wanted, default)
 
     def dense(self, part: str) -> dict[str, Array]:
-        """Returns the dense tensors of a part, such as a tower's weights.
+        """Return the dense tensors of a part, such as a tower's weights.
 
         Args:
             part: name of the part.
@@ -198,7 +198,7 @@ class _Table:
 
 
 def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns which of the 65,536 buckets owns each id, as docs/format.md says.
+    """Return which of the 65,536 buckets owns each id, as docs/format.md says.
 
     Args:
         ids: int64 `[n]`.
@@ -254,7 +254,7 @@ def _step_folder(text: str) -> Path:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """Reads a manifest. Its CRC-32 holds, so what is in it is what was written; paths are looked at all the same."""
+    """Read a manifest. Its CRC-32 holds, so what is in it is what was written; paths are looked at all the same."""
     if path.stat().st_size > _MOST_MANIFEST:
         raise ServingError(f"{path}: must have at most {_MOST_MANIFEST} bytes, has {path.stat().st_size}.")
     raw = path.read_bytes()
@@ -284,7 +284,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _tensors(root: Path, file: dict[str, Any]) -> dict[str, _Tensor]:
-    """Maps a safetensors file and returns views of its tensors."""
+    """Map a safetensors file and return views of its tensors."""
     path = root / file["path"]
     try:
         with open(path, "rb") as opened:

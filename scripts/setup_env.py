@@ -30,7 +30,7 @@ int main() {}
 
 
 def python_fault(version: Tuple[int, ...]) -> Optional[str]:
-    """Returns what is wrong with this version of Python, or None."""
+    """Return what is wrong with this version of Python, or None."""
     low, high = PYTHONS
     if low <= tuple(version[:2]) <= high:
         return None
@@ -41,7 +41,7 @@ def python_fault(version: Tuple[int, ...]) -> Optional[str]:
 
 
 def venv_fault(version: Tuple[int, ...]) -> Optional[str]:
-    """Returns what is missing to make a virtual environment, or None."""
+    """Return what is missing to make a virtual environment, or None."""
     try:
         # Debian ships venv without ensurepip, and then `python -m venv` fails with a page of text.
         import ensurepip  # noqa: F401
@@ -55,7 +55,7 @@ def venv_fault(version: Tuple[int, ...]) -> Optional[str]:
 
 
 def compiler_fault(cxx: str) -> Optional[str]:
-    """Returns what is wrong with the C++ compiler of this name, or None."""
+    """Return what is wrong with the C++ compiler of this name, or None."""
     path = shutil.which(cxx)
     if path is None:
         return (
@@ -77,7 +77,7 @@ def compiler_fault(cxx: str) -> Optional[str]:
 
 
 def torch_fault(version: Optional[str]) -> Optional[str]:
-    """Returns what is wrong with the installed torch of this version (None: not installed), or None."""
+    """Return what is wrong with the installed torch of this version (None: not installed), or None."""
     low, high = TORCHES
     wanted = 'recis_hybrid needs {}.{} to {}.{}; install it first: `pip install "torch>={}.{},<{}.{}"`.'.format(
         low[0], low[1], high[0], high[1], low[0], low[1], high[0], high[1] + 1
@@ -96,7 +96,7 @@ def torch_fault(version: Optional[str]) -> Optional[str]:
 
 
 def installed_torch() -> Optional[str]:
-    """Returns the version of torch in the environment of the running Python, without importing it."""
+    """Return the version of torch in the environment of the running Python, without importing it."""
     import importlib.metadata as metadata
 
     try:
@@ -107,7 +107,7 @@ def installed_torch() -> Optional[str]:
 
 
 def faults(subject: str) -> List[str]:
-    """Returns every fault found, in the order in which they have to be mended."""
+    """Return every fault found, in the order in which they have to be mended."""
     version = tuple(sys.version_info[:3])
     found = [python_fault(version)]
     if found[0] is None:
@@ -119,7 +119,7 @@ def faults(subject: str) -> List[str]:
 
 
 def main(arguments: List[str]) -> int:
-    """Prints the faults; returns the exit status."""
+    """Print the faults; returns the exit status."""
     if len(arguments) != 1 or arguments[0] not in ("host", "torch"):
         print("usage: setup_env.py host|torch", file=sys.stderr)
         return 2

@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 def ip(*arguments: str) -> None:
-    """Runs `ip`; a failure is a Refused."""
+    """Run `ip`; a failure is a Refused."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Refused(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
@@ -76,11 +76,11 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
     def cut(self) -> None:
-        """Takes the second host off the network."""
+        """Take the second host off the network."""
         ip("-n", self.names[1], "link", "set", "cable", "down")
 
     def start(self, number: int, ranks: int, timeout_s: float, log: Path) -> subprocess.Popen[bytes]:
-        """Starts torchrun on a host."""
+        """Start torchrun on a host."""
         torchrun = [
             sys.executable,
             "-m",
@@ -181,7 +181,7 @@ def rehearse(ranks: int, timeout_s: float) -> int:
 
 
 def wait_for(happened, runs: list[subprocess.Popen[bytes]], logs: list[Path], seconds: float) -> None:  # type: ignore[no-untyped-def]
-    """Waits until something is in the logs.
+    """Wait until something is in the logs.
 
     Raises:
         SystemExit: With the logs, if it is not there in time.

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Notes the cross-section; with --quick nothing else runs."""
+    """Note the cross-section; with --quick nothing else runs."""
     kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
     config.stash[QUICK] = names = {item.nodeid for item in kept}
     if config.getoption("quick"):

@@ -51,7 +51,7 @@ def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str,
 
 
 def marked(node: ast.AST) -> set[str]:
-    """Returns the names of the markers in these expressions."""
+    """Return the names of the markers in these expressions."""
     return {
         each.attr
         for each in ast.walk(node)
@@ -60,7 +60,7 @@ def marked(node: ast.AST) -> set[str]:
 
 
 def functions(root: Path) -> dict[str, set[str]]:
-    """Returns every test function of the repository, as ``file::function``, with its markers."""
+    """Return every test function of the repository, as ``file::function``, with its markers."""
     found: dict[str, set[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         body = ast.parse(path.read_text()).body

@@ -95,7 +95,7 @@ def test_one_process_joins_nobody(
 
 
 def page(root: Path) -> str:
-    """Returns the README's page of code."""
+    """Return the README's page of code."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     return code  # type: ignore[no-any-return]
 

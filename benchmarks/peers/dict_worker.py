@@ -18,12 +18,12 @@ class DictTable:
         self.state = [torch.zeros(size, dim) for _ in range(2 if rule == "adam" else 1)]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Returns each id's row; a new id gets the next."""
+        """Return each id's row; a new id gets the next."""
         row_of = self.row_of
         return torch.tensor([row_of.setdefault(i, len(row_of)) for i in ids.tolist()])
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """Sums gradients by row and updates weight and state."""
+        """Sum gradients by row and updates weight and state."""
         unique, inverse = torch.unique(rows, return_inverse=True)
         g = torch.zeros(unique.numel(), gradient.size(1)).index_add_(0, inverse, gradient)
         if self.rule == "adagrad":

@@ -43,7 +43,7 @@ class Task:
         self._now = CLOCKS[args.clock]
 
     def serve(self, step: Callable[[int], object]) -> None:
-        """Runs ``step(batch)`` each time the parent asks, with one batch after another."""
+        """Run ``step(batch)`` each time the parent asks, with one batch after another."""
         print("ready", file=self._answers)
         for number, _ in enumerate(sys.stdin):
             begin = self._now()

@@ -80,7 +80,7 @@ class Worker:
         return line
 
     def wait(self) -> None:
-        """Waits until the tables are warm."""
+        """Wait until the tables are warm."""
         self._answer()
 
     def ask(self) -> None:
@@ -89,7 +89,7 @@ class Worker:
         self._process.stdin.write("step\n")
 
     def answer(self) -> float:
-        """Waits for the step; returns the seconds that the worker took for it."""
+        """Wait for the step; returns the seconds that the worker took for it."""
         return float(self._answer())
 
     def step(self) -> float:

@@ -59,7 +59,7 @@ PUBLIC = Roads(_public_to_jax, _public_to_torch, private=False)
 
 
 def _private() -> Roads:
-    """Builds the private roads; raises whatever it likes where JAX or torch has changed."""
+    """Build the private roads; raises whatever it likes where JAX or torch has changed."""
     native: Any = __import__("jax._src.lib", fromlist=["_jax"])._jax
     wrap, unwrap = native.dlpack_managed_tensor_to_buffer, native.buffer_to_dlpack_managed_tensor
     pack, unpack = cast(Any, torch._C)._to_dlpack, cast(Any, torch._C)._from_dlpack

@@ -34,11 +34,11 @@ class Caller:
         self.copies = 0
 
     def note(self, error: Exception, kind: str) -> None:
-        """Adds the tower's name to what its function, or its program, raised."""
+        """Add the tower's name to what its function, or its program, raised."""
         error.add_note(f"raised in the {kind} of {self.where}")
 
     def run(self, kind: str, program: Jitted, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-        """Runs a program and takes its results.
+        """Run a program and take its results.
 
         Taking a result waits for the whole program, so that torch may write to the arguments again afterwards; on a
         GPU it makes torch's stream wait. Until then `arrays` keeps them alive.

@@ -75,7 +75,7 @@ def write(
     platforms: Sequence[str] | None,
     where: str,
 ) -> None:
-    """Writes `function(named, *inputs)` and the tensors into a new folder, which appears when it is complete."""
+    """Write `function(named, *inputs)` and the tensors into a new folder, which appears when it is complete."""
     if path.exists():
         raise FileExistsError(f"{where}: {path} exists; export to a new folder")
     params = {

@@ -53,7 +53,7 @@ def number_of(caller: Caller, program: Forward, leaves: Sequence[jax.ShapeDtypeS
 
 @torch.library.custom_op("recis_bridge::tower_forward", mutates_args=())
 def tower_forward(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Runs a forward program: leaves → outputs and the residuals that are neither leaves nor outputs."""
+    """Run a forward program: leaves → outputs and the residuals that are neither leaves nor outputs."""
     call = _calls[number]
     with under_x64(call.program.x64):
         return call.caller.run("forward", call.program.run, _arrays(call.caller, tensors, "input"))
@@ -63,7 +63,7 @@ def tower_forward(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor
 def tower_backward(
     number: int, given: list[bool], saved: list[torch.Tensor], gradients: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Runs a backward program: what was saved, and the gradients that there are → gradients of wanted leaves."""
+    """Run a backward program: what was saved, and the gradients that there are → gradients of wanted leaves."""
     call = _calls[number]
     with under_x64(call.program.x64):
         arrays = _arrays(call.caller, saved, "saved tensor")

@@ -43,7 +43,7 @@ class Padding:
         self.where = where
 
     def pad(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, int], dict[str, int]]:
-        """Pads the inputs with zeros.
+        """Pad the inputs with zeros.
 
         Returns:
             The padded inputs, and by name the size that was found and the size that it has become.
@@ -100,7 +100,7 @@ class Padding:
     def name_axes(
         self, outputs: Callable[[dict[str, int]], dict[str, Any]], padded: dict[str, int]
     ) -> tuple[tuple[str | None, ...], ...]:
-        """Finds which axes of the outputs are padded.
+        """Find which axes of the outputs are padded.
 
         Args:
             outputs: sizes by name → pytrees of the shapes and dtypes of outputs, by what errors call them.

@@ -25,7 +25,7 @@ Slot = tuple[torch.nn.Module, str]
 def plant(
     module: torch.nn.Module, params: Any, where: str, kind: str = "params"
 ) -> tuple[tuple[Slot, ...], jax.tree_util.PyTreeDef]:
-    """Puts a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
+    """Put a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
 
     Args:
         module: the module to own them.

@@ -35,7 +35,7 @@ class _Call:
         self._modes = {name: means for name, means in _MODES.items() if name in self._signature.parameters}
 
     def keywords(self, inputs: tuple[Any, ...], given: dict[str, Any], train: bool) -> dict[str, Any]:
-        """Adds the mode's keywords.
+        """Add the mode's keywords.
 
         Raises:
             TypeError: if the model does not take the inputs with these keywords.
@@ -52,7 +52,7 @@ class _Call:
         return keywords
 
     def note(self, error: Exception) -> None:
-        """Adds to a layer's error about a missing mode how to pass it."""
+        """Add to a layer's error about a missing mode how to pass it."""
         if any(name in str(error) for name in ("deterministic", "use_running_average")) and not self._modes:
             error.add_note(
                 f"{self._where}: its __call__ takes none of {list(_MODES)}, by which the tower says its mode; give "
@@ -62,7 +62,7 @@ class _Call:
 
 
 def from_nnx(model: Any, **options: Any) -> JaxTower:
-    """Makes a tower of a Flax nnx module.
+    """Make a tower of a Flax nnx module.
 
     Its `Param`s become parameters; all other variables (batch statistics, random counters) mutable state. The module's
     mode follows the tower's, by `train()` and `eval()`, and by a parameter `train`, `training`, `is_training`,
@@ -116,7 +116,7 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
 
 
 def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
-    """Makes a tower of a Flax linen module.
+    """Make a tower of a Flax linen module.
 
     `variables["params"]` become parameters, other collections mutable state. If the module's `__call__` has a parameter
     `train`, `training`, `is_training`, `deterministic` or `inference`, it follows the tower's mode; another one is
@@ -170,7 +170,7 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
 
 
 def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTower:
-    """Makes a tower of an Equinox module.
+    """Make a tower of an Equinox module.
 
     Floating arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and draws
     from its key if the model's `__call__` has a parameter `key`. A parameter `train`, `training`, `is_training`,
@@ -216,7 +216,7 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
 
 
 def from_haiku(apply: Callable[..., Any], params: Any, **options: Any) -> JaxTower:
-    """Makes a tower of `apply(params, key, *inputs)`, the second of the pair that `haiku.transform` makes.
+    """Make a tower of `apply(params, key, *inputs)`, the second of the pair that `haiku.transform` makes.
 
     Args:
         apply: the function; it gets a key in train mode and None in eval mode.

@@ -125,7 +125,7 @@ class JaxTower(torch.nn.Module):
         _towers[self._number] = self
 
     def _meet_dynamo(self) -> None:
-        """Makes the two ways on which dynamo computes the tower, which it must find ready made."""
+        """Make the two ways on which dynamo computes the tower, which it must find ready made."""
         self._whole = nonstrict(_try_compute) if self._state_tree is None else None
         self._apart = eager(_compute)
 
@@ -144,7 +144,7 @@ class JaxTower(torch.nn.Module):
         return self._caller.copies
 
     def forward(self, *inputs: Any, **static: Any) -> Any:
-        """Computes the function.
+        """Compute the function.
 
         Args:
             *inputs: pytrees of tensors, contiguous and starting at multiples of 64 bytes, on the parameters' device.
@@ -240,7 +240,7 @@ class JaxTower(torch.nn.Module):
         platforms: Sequence[str] | None = None,
         **static: Any,
     ) -> None:
-        """Writes the tower, in eval mode, for a server that has JAX and neither torch nor this package.
+        """Write the tower, in eval mode, for a server that has JAX and neither torch nor this package.
 
         The folder holds `program.jax_export`, the function `(params, *inputs)` as `jax.export` writes it, and
         `params.safetensors`, the parameters and the state by their dotted names, so that new weights need no new

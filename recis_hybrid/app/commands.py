@@ -47,7 +47,7 @@ from recis_hybrid.saver.storage.local import storage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
         arguments: Of the command line; None takes the process's.
@@ -95,13 +95,13 @@ def _resume_hint(command: str) -> str:
 
 
 def _key_of_spec(text: str) -> str:
-    """Returns the configuration key of a Python argument in a message about a column."""
+    """Return the configuration key of a Python argument in a message about a column."""
     match = re.search(r"column '(.*?)' .*; give it \w+\((?:.*, )?(default|null_as_empty)=", text)
     return "" if match is None else f"; in a configuration it is data.columns.{match[1]}.{match[2]}"
 
 
 def _json(figures: dict[str, Any]) -> str:
-    """Returns figures as JSON, which has neither NaN nor infinities."""
+    """Return figures as JSON, which has neither NaN nor infinities."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
     return json.dumps(finite, allow_nan=False)
 
@@ -120,7 +120,7 @@ def _init(args: argparse.Namespace) -> int:
 
 class _TrainParser(Parser):
     def error(self, message: str) -> Any:
-        """Adds how to set keys if one was given as an option."""
+        """Add how to set keys if one was given as an option."""
         given = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-")
         keys = [line.split(":")[0].strip() for line in describe_keys().splitlines() if line[:3].strip()]
         names = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
@@ -179,7 +179,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _changes(config: Config, steps: Sequence[int]) -> Changes:
-    """Returns and prints the changes of a resumed run."""
+    """Return and print the changes of a resumed run."""
     if not steps:
         _say(f"{config.run} has no checkpoint yet: training begins at step 0")
         return {}

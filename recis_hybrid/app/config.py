@@ -36,7 +36,7 @@ class Range:
     """Whether it must be above ``least``."""
 
     def fault(self, number: float) -> str | None:
-        """Returns the rule that a number breaks, or None."""
+        """Return the rule that a number breaks, or None."""
         if not math.isfinite(number):
             return f"finite, {self}"
         if number >= self.below:
@@ -145,7 +145,7 @@ class FeatureConfig:
     """Spread of the first values."""
 
     def sources(self, name: str) -> list[str]:
-        """Returns the columns that a feature reads."""
+        """Return the columns that a feature reads."""
         return self.source if isinstance(self.source, list) else [self.source or name]
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration.
+    """Read a configuration.
 
     Paths in the file are relative to the folder that it lies in, those in overrides to the current directory; absolute
     paths and URLs stay as they are, and ``~`` is the home directory.
@@ -293,7 +293,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Returns the configuration that a file holds; see :func:`load_config`.
+    """Return the configuration that a file holds; see :func:`load_config`.
 
     Args:
         raw: What is in the file.
@@ -326,7 +326,7 @@ def is_url(path: str) -> bool:
 
 
 def _resolve(tree: Mapping[str, Any], folder: Path) -> None:
-    """Resolves relative paths in a tree; values of a wrong type are left for :func:`parse`."""
+    """Resolve relative paths in a tree; values of a wrong type are left for :func:`parse`."""
 
     def resolve(mapping: Any, key: str) -> None:
         if not isinstance(mapping, dict):
@@ -384,7 +384,7 @@ T = TypeVar("T")
 
 
 def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T:
-    """Makes a dataclass of a tree of plain values, checking types all the way down.
+    """Make a dataclass of a tree of plain values, checking types all the way down.
 
     Args:
         cls: The dataclass.
@@ -419,7 +419,7 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
 
 
 def _meant(name: str, cls: type) -> str | None:
-    """Returns the nearest key to an unknown one, in this section or one below."""
+    """Return the nearest key to an unknown one, in this section or one below."""
     hints = typing.get_type_hints(cls)
     below = {
         key: f"{part}.{key}" for part, of in hints.items() if dataclasses.is_dataclass(of) for key in of.__annotations__

@@ -105,7 +105,7 @@ def _check_source(
 def _label_remark(
     config: Config, data: ColumnDataset, faults: list[str], rows: int, low: float, high: float
 ) -> str | None:
-    """Adds errors of the labels to the faults; returns a warning or None."""
+    """Add errors of the labels to the faults; returns a warning or None."""
     label = config.data.label
     if faults:
         return None
@@ -133,7 +133,7 @@ def _column_faults(config: Config, sample: Batch) -> Iterator[str]:
 def _feature_fault(
     name: str, dim: int | None, made: Tensor | RaggedTensor, raw: list[Tensor | RaggedTensor]
 ) -> tuple[str | None, str | None]:
-    """Returns an error and a warning about a feature, None each without one."""
+    """Return an error and a warning about a feature, None each without one."""
     values = made.values if isinstance(made, RaggedTensor) else made
     strings = isinstance(made, RaggedTensor) and values.dtype == torch.uint8
     if dim is None:
@@ -161,7 +161,7 @@ def _feature_fault(
 
 
 def _raw(feature: FeatureConfig, name: str, sample: Batch, unsigned: set[str]) -> list[Tensor | RaggedTensor]:
-    """Returns the signed columns that are used as ids without an operation."""
+    """Return the signed columns that are used as ids without an operation."""
     return [] if feature.ops else [sample[source] for source in feature.sources(name) if source not in unsigned]
 
 

@@ -20,7 +20,7 @@ _KINDS = {int: "integer", float: "number", bool: "true | false", str: "string", 
 
 
 def describe_keys() -> str:
-    """Returns a line for each key, and what it means below.
+    """Return a line for each key, and what it means below.
 
     Example:
         >>> print(describe_keys().splitlines()[2])
@@ -34,7 +34,7 @@ def describe_keys() -> str:
 
 
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yields each key, what it takes, what it is if nothing is said ("" if it must be given), and what it means."""
+    """Yield each key, what it takes, what it is if nothing is said ("" if it must be given), and what it means."""
     hints, texts = typing.get_type_hints(cls, include_extras=True), _texts(cls)
     for each in dataclasses.fields(cls):
         hint = hints[each.name]
@@ -49,7 +49,7 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _texts(cls: type) -> dict[str, str]:
-    """Returns the docstrings under the fields of a dataclass, which Python drops."""
+    """Return the docstrings under the fields of a dataclass, which Python drops."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     found = {}

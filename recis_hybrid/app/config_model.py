@@ -71,7 +71,7 @@ def _width(name: str, feature: FeatureConfig, columns: Mapping[str, ColumnConfig
 
 
 def _numbers(batch: Batch, name: str, width: int) -> Tensor:
-    """Returns a feature's numbers, [B, width]."""
+    """Return a feature's numbers, [B, width]."""
     column = batch.get(name)
     if isinstance(column, RaggedTensor):
         what = "strings" if column.values.dtype == torch.uint8 else "lists of any length"

@@ -143,7 +143,7 @@ class RunRecord(Callback):
         self._written = False
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Sets the configuration's learning rates, in place of the checkpoint's."""
+        """Set the configuration's learning rates, in place of the checkpoint's."""
         rates = {"dense": self.config.optimizer.dense_lr, "sparse": self.config.optimizer.sparse_lr}
         for name, part in trainer.parts().items():
             if isinstance(part, torch.optim.Optimizer) and name in rates:
@@ -151,7 +151,7 @@ class RunRecord(Callback):
                     group["lr"] = rates[name]
 
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        """Records the configuration before the first step; without a step, nothing was trained by it."""
+        """Record the configuration before the first step; without a step, nothing was trained by it."""
         if self._written or rank() != 0:
             return
         self._written = True

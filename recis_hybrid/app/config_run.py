@@ -57,7 +57,7 @@ LOWER_IS_BETTER = {"logloss", "normalized_entropy", "mse"}
 
 
 def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None = None) -> Trainer:
-    """Returns the trainer of a configuration.
+    """Return the trainer of a configuration.
 
     Args:
         config: The configuration.
@@ -86,7 +86,7 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
 
 
 def step_of(config: Config) -> TorchStep:
-    """Returns a new model of a configuration, and its training step."""
+    """Return a new model of a configuration, and its training step."""
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
@@ -101,7 +101,7 @@ def step_of(config: Config) -> TorchStep:
 
 
 def scoring_step_of(config: Config) -> TorchStep:
-    """Returns a frozen model of a configuration, without optimizer state, and a step that scores."""
+    """Return a frozen model of a configuration, without optimizer state, and a step that scores."""
     model = ConfigModel(config, _engine(config, trainable=False)).to(config.train.device).requires_grad_(False)
     return _step(config, model.eval(), {})
 
@@ -120,12 +120,12 @@ def _step(config: Config, model: ConfigModel, optimizers: dict[str, torch.optim.
 
 
 def metrics_of(config: Config) -> dict[str, Metric]:
-    """Returns the metrics of a configuration, by name."""
+    """Return the metrics of a configuration, by name."""
     return {str(name): METRICS[name]() for name in config.train.metrics}
 
 
 def stages_of(config: Config) -> Iterator[Stage]:
-    """Yields the stages of a configuration: after each pass an evaluation, an eviction if asked for, a checkpoint."""
+    """Yield the stages of a configuration: after each pass an evaluation, an eviction if asked for, a checkpoint."""
     for number in range(config.train.epochs):
         yield Train(epochs=1, name=f"epoch {number + 1}")
         if config.data.evaluate is not None:
@@ -136,7 +136,7 @@ def stages_of(config: Config) -> Iterator[Stage]:
 
 
 def refuse_device(name: str) -> None:
-    """Raises ConfigError if there is no such device here."""
+    """Raise ConfigError if there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -168,7 +168,7 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
 
 
 def features_of(config: Config) -> list[Feature]:
-    """Returns the features of a configuration.
+    """Return the features of a configuration.
 
     Raises:
         ConfigError: An operation cannot be made as the configuration says.
@@ -206,7 +206,7 @@ def dataset_of(
     transforms: Callable[[Batch], Batch] | None = None,
     **options: Any,
 ) -> ColumnDataset:
-    """Returns a dataset of the columns that a configuration reads.
+    """Return a dataset of the columns that a configuration reads.
 
     Args:
         config: The configuration.
@@ -247,7 +247,7 @@ def dataset_of(
 
 
 def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
-    """Returns the specs of columns."""
+    """Return the specs of columns."""
     from recis_hybrid.columnio.files.schema import column_types, spec_of
 
     types = column_types(paths, csv=csv_of(config), partitions=config.data.partitions)
@@ -267,7 +267,7 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
 
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
-    """Returns the spec of a column from its Arrow type and the configuration."""
+    """Return the spec of a column from its Arrow type and the configuration."""
     from recis_hybrid.columnio.files.schema import spec_of
 
     own = None if kind is None else spec_of(name, kind)
@@ -303,7 +303,7 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
 
 
 def csv_of(config: Config) -> CsvOptions | None:
-    """Returns the CSV dialect; None for the default."""
+    """Return the CSV dialect; None for the default."""
     return None if config.data.csv == CsvConfig() else CsvOptions(**vars(config.data.csv))
 
 

@@ -14,7 +14,7 @@ from recis_hybrid import distributed
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun has started, for as long as it is open; without torchrun it does nothing.
+    """Join the processes that torchrun has started, for as long as it is open; without torchrun it does nothing.
 
     Args:
         device: Where models and tables are to be, ``cpu`` or ``cuda``.

@@ -53,7 +53,7 @@ th { color: var(--dim); font-weight: 500 } th:first-child, td:first-child { text
 
 
 def write_report(run: str | os.PathLike[str], out: Path | None = None) -> Path:
-    """Makes a page of the log of a run: curves, growth of tables, split of time, frequencies of ids.
+    """Make a page of the log of a run: curves, growth of tables, split of time, frequencies of ids.
 
     Args:
         run: Folder or URL with ``log.jsonl``, as JsonLog writes it.
@@ -175,7 +175,7 @@ def _series(records: Sequence[dict[str, Any]], names: Sequence[str], cut: str = 
 
 
 def _metrics(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, svg.Points]]]:
-    """Returns a chart for each metric, with a line for each evaluation that has it."""
+    """Return a chart for each metric, with a line for each evaluation that has it."""
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = defaultdict(lambda: defaultdict(list))
     for record in evaluations:
         stage = record["name"]

@@ -176,7 +176,7 @@ def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
 
 
 def _saver(place: str, folder: Location) -> Saver:
-    """Returns the saver of a run that has checkpoints."""
+    """Return the saver of a run that has checkpoints."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{place}: there is no such folder; name that of a run, which `recis-hybrid train` writes"

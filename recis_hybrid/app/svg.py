@@ -17,7 +17,7 @@ COLORS = 8
 
 
 def short(value: float) -> str:
-    """Returns a number as an axis shows it: 1.5k, 20M, 0.25."""
+    """Return a number as an axis shows it: 1.5k, 20M, 0.25."""
     size = abs(value)
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= bound:
@@ -26,7 +26,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about so many round numbers from low to high."""
+    """Return about so many round numbers from low to high."""
     span = high - low
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -75,7 +75,7 @@ def lines(
     y_format: Callable[[float], str] = short,
     from_zero: bool = False,
 ) -> str:
-    """Returns a chart of a line for each series."""
+    """Return a chart of a line for each series."""
     values = [(x, y) for points in series.values() for x, y in points if y is not None]
     if not values:
         return ""
@@ -99,7 +99,7 @@ def lines(
 def stacked(
     series: Mapping[str, Sequence[float]], xs: Sequence[float], *, y_format: Callable[[float], str] = short
 ) -> str:
-    """Returns a chart of areas one upon another; every series has a value for each x."""
+    """Return a chart of areas one upon another; every series has a value for each x."""
     if not xs or not series:
         return ""
     if len(xs) == 1:
@@ -122,7 +122,7 @@ def stacked(
 
 
 def bars(values: Mapping[str, float], *, what: str) -> str:
-    """Returns a chart of a bar for each name."""
+    """Return a chart of a bar for each name."""
     if not values:
         return ""
     plane = _Plane([0.0, float(len(values))], list(values.values()), from_zero=True)

@@ -83,7 +83,7 @@ train:
 
 
 def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
-    """Writes ``config.yaml`` and ``clicks/``, a log of made-up clicks, into a folder.
+    """Write ``config.yaml`` and ``clicks/``, a log of made-up clicks, into a folder.
 
     Args:
         folder: Made if it is not there.

@@ -20,7 +20,7 @@ _SHOWN, _LENGTH = 5, 80
 
 
 def has_other_ranks() -> bool:
-    """Returns whether this process can talk to other ranks: a DataLoader's worker has their group by name only."""
+    """Return whether this process can talk to other ranks: a DataLoader's worker has their group by name only."""
     initialized = dist.is_available() and dist.is_initialized()
     return initialized and get_worker_info() is None and dist.get_world_size() > 1
 
@@ -40,7 +40,7 @@ def warn_unattended() -> None:
 
 @contextmanager
 def agreement(together: bool) -> Iterator[dict[str, Any]]:
-    """Runs the same on all ranks, which either all come to the same or all raise.
+    """Run the same on all ranks, which either all come to the same or all raise.
 
     It yields a dictionary for what all ranks must find alike; what is under `"notes"` is only shown if they do not.
 
@@ -80,7 +80,7 @@ def agreement(together: bool) -> Iterator[dict[str, Any]]:
 
 
 def first_rank_says(say: Callable[[], T]) -> T:
-    """Returns what the first rank finds, on all ranks.
+    """Return what the first rank finds, on all ranks.
 
     Args:
         say: Called on rank 0 alone.

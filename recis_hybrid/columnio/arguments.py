@@ -9,7 +9,7 @@ from recis_hybrid.columnio.columns import Column
 
 
 def integer(name: str, value: int, least: int) -> int:
-    """Returns an integer that is at least `least`.
+    """Return an integer that is at least `least`.
 
     Raises:
         TypeError: It is no integer.
@@ -23,7 +23,7 @@ def integer(name: str, value: int, least: int) -> int:
 
 
 def one_of(name: str, value: str | None, allowed: Collection[str | None]) -> None:
-    """Checks a word.
+    """Check a word.
 
     Raises:
         ValueError: It is another one.
@@ -33,7 +33,7 @@ def one_of(name: str, value: str | None, allowed: Collection[str | None]) -> Non
 
 
 def specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Column | None]:
-    """Returns the spec of each column, None for one that follows from the file.
+    """Return the spec of each column, None for one that follows from the file.
 
     Raises:
         TypeError: They are not names, or a single one.

@@ -221,7 +221,7 @@ class ColumnDataset(IterableDataset[Batch]):
     def from_arrow(
         cls, data: Any, columns: Sequence[str] | Mapping[str, Column | None], batch_size: int, **options: Any
     ) -> ColumnDataset:
-        """Reads data in memory like a file, with the same arguments.
+        """Read data in memory like a file, with the same arguments.
 
         Tensors share the memory of `data` by the rules of files, so that neither these nor `data` may be written to.
         A reading position goes with data of as many rows, whose types and sampled values (up to 1,024 rows of every
@@ -265,7 +265,7 @@ class ColumnDataset(IterableDataset[Batch]):
         return made
 
     def _refuse_nothing(self, paths: Paths, filters: Filters) -> None:
-        """Raises where there is nothing to read."""
+        """Raise where there is nothing to read."""
         if self._num_rows == 0:
             among = "" if filters is None else f" that suits the filters {filters}"
             raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
@@ -277,7 +277,7 @@ class ColumnDataset(IterableDataset[Batch]):
             )
 
     def __len__(self) -> int:
-        """Returns the number of batches that this rank gets in a whole epoch."""
+        """Return the number of batches that this rank gets in a whole epoch."""
         return self._batches(0).turns
 
     @property
@@ -301,7 +301,7 @@ class ColumnDataset(IterableDataset[Batch]):
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next pass one of `epoch`: of the whole, unless a state of that very epoch is loaded.
+        """Make the next pass one of `epoch`: of the whole, unless a state of that very epoch is loaded.
 
         Args:
             epoch: Not negative.
@@ -317,7 +317,7 @@ class ColumnDataset(IterableDataset[Batch]):
             self._begun = replace(self._position)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Returns the reading position, between any two batches, as JSON could hold it.
+        """Return the reading position, between any two batches, as JSON could hold it.
 
         A batch counts as consumed once the loop over the dataset was handed it, however far the reader is ahead. The
         state is the same on all ranks that were handed as many batches.
@@ -336,7 +336,7 @@ class ColumnDataset(IterableDataset[Batch]):
         return saved(position, self._order)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes the next pass give exactly what was left when `state` was taken.
+        """Make the next pass give exactly what was left when `state` was taken.
 
         Batch size, number of ranks, columns, threads and prefetch may be others than they were then.
 

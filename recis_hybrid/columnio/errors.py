@@ -25,7 +25,7 @@ class Skipped:
 
 
 def not_whole(file: Any, name: str, error: Exception) -> BadFileError:
-    """Returns the error for a file that does not even open."""
+    """Return the error for a file that does not even open."""
     size = file.filesystem.get_file_info(file.path).size
     return BadFileError(
         f"columnio: {file} ({size or 0} bytes) is no whole {name} file ({error}); it was cut off while written or "
@@ -34,7 +34,7 @@ def not_whole(file: Any, name: str, error: Exception) -> BadFileError:
 
 
 def vanished(file: str, error: Exception) -> FileNotFoundError:
-    """Returns the error for a file that was there when the data set was made."""
+    """Return the error for a file that was there when the data set was made."""
     return FileNotFoundError(
         f"columnio: {file} was there when the data set was made and is not now ({error}); put it back, or leave it out "
         f'(on_bad_file="skip")'
@@ -42,7 +42,7 @@ def vanished(file: str, error: Exception) -> FileNotFoundError:
 
 
 def changed(file: str) -> BadFileError:
-    """Returns the error for a file that is no longer the one that was opened."""
+    """Return the error for a file that is no longer the one that was opened."""
     return BadFileError(
         f"columnio: {file} was written anew since the data set was opened (its size or time of change is another); "
         f'open the data set again, or go on without the rows that it had (on_bad_file="skip")'
@@ -50,7 +50,7 @@ def changed(file: str) -> BadFileError:
 
 
 def cannot_be_read(piece: str, file: str, error: Exception) -> BadFileError:
-    """Returns the error for a part of a file."""
+    """Return the error for a part of a file."""
     return BadFileError(
         f"columnio: {piece} of {file} cannot be read ({error}); the file is damaged: write it anew, or leave it out "
         f'(on_bad_file="skip")'

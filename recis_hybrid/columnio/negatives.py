@@ -114,7 +114,7 @@ class NegativeSampler:
         return made
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next draws those of `epoch`, in the workers of a DataLoader, too; call it between passes.
+        """Make the next draws those of `epoch`, in the workers of a DataLoader, too; call it between passes.
 
         Args:
             epoch: Not negative.
@@ -130,7 +130,7 @@ class NegativeSampler:
         self._epoch.fill_(epoch)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Returns the batch with the column of negatives.
+        """Return the batch with the column of negatives.
 
         Args:
             batch: On the CPU.
@@ -163,7 +163,7 @@ class NegativeSampler:
         return {**batch, self._name: made}
 
     def _pairs(self, batch: Batch, name: str) -> tuple[Ints, Ints]:
-        """Returns the row and the item of each value of a column."""
+        """Return the row and the item of each value of a column."""
         if name not in batch:
             raise ValueError(f"NegativeSampler: the batch has no column {name!r}, it has {', '.join(batch)}")
         column = batch[name]
@@ -177,7 +177,7 @@ class NegativeSampler:
         return np.repeat(np.arange(column.batch_size), column.lengths().numpy()), column.values.numpy()
 
     def _counts(self, batch: Batch, rows: Ints) -> Ints:
-        """Returns the number of negatives of each positive."""
+        """Return the number of negatives of each positive."""
         if isinstance(self._count, int):
             return np.full(len(rows), self._count)
         counts = batch.get(self._count)

@@ -6,7 +6,7 @@ from recis_hybrid import distributed
 
 
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Fills in this process's number and how many there are.
+    """Fill in this process's number and how many there are.
 
     Args:
         rank: As given.

@@ -82,11 +82,11 @@ class Windows:
         self._done: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the names of the windows that are done, as JSON could hold them."""
+        """Return the names of the windows that are done, as JSON could hold them."""
         return {"version": _VERSION, "done": sorted(self._done)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes the stream go on after the windows that were done when `state` was taken.
+        """Make the stream go on after the windows that were done when `state` was taken.
 
         Args:
             state: What `state_dict` returned.
@@ -111,7 +111,7 @@ class Windows:
             self._woken.get(timeout=seconds)
 
     def __iter__(self) -> Iterator[Window]:
-        """Yields the windows that are not done, waiting for them to appear.
+        """Yield the windows that are not done, waiting for them to appear.
 
         Raises:
             RuntimeError: The first rank, which chooses for all, failed.
@@ -137,7 +137,7 @@ class Windows:
             idle += self._poll_s
 
     def _look(self, idle: float) -> tuple[str | None, bool]:
-        """Returns the next window, or else whether there will be none."""
+        """Return the next window, or else whether there will be none."""
         if self._stopped:
             return None, True
         if isinstance(self._source, str | os.PathLike):

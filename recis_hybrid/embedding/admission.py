@@ -27,7 +27,7 @@ class Gate(Protocol):
     def admitted(
         self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Notes a training lookup and decides about it.
+        """Note a training lookup and decides about it.
 
         Args:
             ids: For each feature, int64 ``[n_f]``.
@@ -40,7 +40,7 @@ class Gate(Protocol):
         """
 
     def settle(self) -> None:
-        """Notes that all whom the last :meth:`admitted` let in have rows; not called where that failed."""
+        """Note that all whom the last :meth:`admitted` let in have rows; not called where that failed."""
 
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
@@ -49,17 +49,17 @@ class Gate(Protocol):
         """Forgets what it knows of the ids of a member table, or of all."""
 
     def state(self, member: int) -> dict[str, Tensor]:
-        """Returns what it knows of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
+        """Return what it knows of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
 
     def load(self, member: int, state: dict[str, Tensor]) -> None:
-        """Takes over what :meth:`state` gave."""
+        """Take over what :meth:`state` gave."""
 
 
 class Admission(Protocol):
     """A rule that says which ids get a row; hashable, so that tables with equal rules can be one."""
 
     def gate(self, device: torch.device) -> Gate:
-        """Returns a gate without a past."""
+        """Return a gate without a past."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class MinFrequency:
             raise ValueError(f"MinFrequency: count must be below 2**40, where counts end, got {self.count}")
 
     def gate(self, device: torch.device) -> Gate:
-        """Returns a gate that has counted nothing."""
+        """Return a gate that has counted nothing."""
         return FrequencyGate(self.count, device)
 
 
@@ -110,7 +110,7 @@ class FrequencyGate:
     def admitted(
         self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Counts the ids that have no row, and admits those that have been counted often enough."""
+        """Count the ids that have no row, and admits those that have been counted often enough."""
         counts = self._counts
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
@@ -139,14 +139,14 @@ class FrequencyGate:
         self._counts.erase_slots(entries.slots[entries.members == member])
 
     def state(self, member: int) -> dict[str, Tensor]:
-        """Returns ``ids``, ascending, and ``count``."""
+        """Return ``ids``, ascending, and ``count``."""
         entries = self._counts.entries()
         mine = entries.members == member
         ids, order = entries.ids[mine].sort()
         return {"ids": ids, "count": entries.rows[mine][order]}
 
     def load(self, member: int, state: dict[str, Tensor]) -> None:
-        """Takes over counts of ids that it knows nothing of."""
+        """Take over counts of ids that it knows nothing of."""
         device = self._counts.device
         self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())
 

@@ -6,7 +6,7 @@ import torch
 
 
 def device_of(device: torch.device | str, index: int | None = None) -> torch.device:
-    """Returns the device with its number, which tensors carry: the current one where ``index`` is None."""
+    """Return the device with its number, which tensors carry: the current one where ``index`` is None."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -54,7 +54,7 @@ class RowOptimizer(Protocol):
     """An optimizer, as the engine calls it without autograd."""
 
     def update_of(self, anchor: Tensor) -> RowUpdate:
-        """Counts a step for the anchor's table and returns the update to apply."""
+        """Count a step for the anchor's table and return the update to apply."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Looks a batch up, differentiably.
+        """Look a batch up, differentiably.
 
         Args:
             batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
@@ -278,7 +278,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
-        """Looks a batch up without autograd.
+        """Look a batch up without autograd.
 
         Returns:
             The values as :meth:`forward` gives them, and what :meth:`apply_gradients` needs.
@@ -293,7 +293,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
-        """Updates the rows of a lookup: one optimizer step.
+        """Update the rows of a lookup: one optimizer step.
 
         Args:
             ctx: From :meth:`lookup` in training mode.
@@ -333,7 +333,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             table.apply_gradients(summed, update)
 
     def _nothing(self, name: str) -> Tensor:
-        """Returns the gradient of a feature without vectors."""
+        """Return the gradient of a feature without vectors."""
         return torch.empty(0, self.configs[name].width, device=self.device)
 
     @property
@@ -342,7 +342,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return self.tables if self._sharded is None else self._sharded.tables
 
     def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
-        """Looks a batch up in one table after another."""
+        """Look a batch up in one table after another."""
         refuse_recording()
         if self._sharded is None:
             for table, reader in zip(self.tables, self._readers, strict=True):
@@ -358,7 +358,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             yield face, own, Outputs.of(own.request.bags.vectors, own.shapes, face, self.device)
 
     def _met(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
-        """Looks a batch up on all ranks, or takes what was prefetched of it."""
+        """Look a batch up on all ranks, or take what was prefetched of it."""
         ahead = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
         if ahead is None:
             sharded.router.agree()
@@ -368,7 +368,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return sharded.lookups(routed) if lookups is None else lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
-        """Returns the ids of all features by table, and how many samples there are."""
+        """Return the ids of all features by table, and how many samples there are."""
         requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
         return requests, samples_of(batch, self.configs)
 
@@ -416,12 +416,12 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._prefetcher.send(batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled())
 
     def drop_prefetched(self) -> None:
-        """Waits for the batches that are on their way, and forgets them; all ranks call it together."""
+        """Wait for the batches that are on their way, and forgets them; all ranks call it together."""
         if self._prefetcher is not None:
             self._prefetcher.drop()
 
     def prefetch_rows(self) -> None:
-        """Looks up the first batch that is on its way, and begins to send its rows.
+        """Look up the first batch that is on its way, and begins to send its rows.
 
         Called before ``optimizer.step()`` it hides that, too, and the batch is computed with rows that miss one update:
         the numbers are others. It is allowed where the engine was built with ``staleness=1``; where nothing is
@@ -434,7 +434,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names, in every table that is trained. Returns how many this process had.
+        """Give up the rows that a rule names, in every table that is trained. Returns how many this process had.
 
         Args:
             rule: Asked about each table.
@@ -449,19 +449,19 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return sum(erase_evicted(table, evicted) for table, evicted in asked)
 
     def compact(self) -> None:
-        """Moves the rows of every table together and gives memory back."""
+        """Move the rows of every table together and give memory back."""
         for table in self.tables:
             table.refuse_pending("compact")
         for table in self.tables:
             table.compact()
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
+        """Return the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
     def describe(self) -> str:
-        """Returns a table of what was coalesced: logical tables, their records, member tables, features and rows."""
+        """Return a table of what was coalesced: logical tables, their records, member tables, features and rows."""
         return describe(self.plans, self.tables)
 
     def __prepare_scriptable__(self) -> EmbeddingEngine:
@@ -536,7 +536,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of a module that are not embedding tables: what to give to torch.optim."""
+    """Return the parameters of a module that are not embedding tables: what to give to torch.optim."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"dense_parameters: module must be a torch.nn.Module, got {described(module)}")
     return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

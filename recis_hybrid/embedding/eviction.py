@@ -31,7 +31,7 @@ class Eviction(Protocol):
     """A rule that says which rows are given up."""
 
     def unwanted(self, rows: Rows) -> Tensor:
-        """Returns bool ``[n]``: True for the rows to give up."""
+        """Return bool ``[n]``: True for the rows to give up."""
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ class Unused:
             raise ValueError(f"Unused: steps must be at least 1, got {self.steps}")
 
     def unwanted(self, rows: Rows) -> Tensor:
-        """Returns which rows were last met ``steps`` or more steps ago."""
+        """Return which rows were last met ``steps`` or more steps ago."""
         return rows.seen_step <= rows.step - self.steps

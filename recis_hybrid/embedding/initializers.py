@@ -41,7 +41,7 @@ class Initializer(Protocol):
     """A distribution of first values."""
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know for rows of ``dim`` elements."""
+        """Return what kernels need to know for rows of ``dim`` elements."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Constant:
         _finite(self, self.value)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(0, self.value)
 
 
@@ -71,7 +71,7 @@ class Uniform:
             raise ValueError(f"Uniform: low must not exceed high, got low={self.low}, high={self.high}")
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(1, self.low, self.high)
 
 
@@ -87,7 +87,7 @@ class Normal:
         _not_negative(self, "std", self.std)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(2, self.mean, self.std)
 
 
@@ -115,7 +115,7 @@ class TruncatedNormal:
             )
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(3, self.mean, self.std, self.low, self.high)
 
 
@@ -135,7 +135,7 @@ class XavierUniform:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         bound = math.sqrt(3.0) * _xavier(self.gain, self.fan_in, self.fan_out, dim)
         return Draw(1, -bound, bound)
 
@@ -152,7 +152,7 @@ class XavierNormal:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(2, 0.0, _xavier(self.gain, self.fan_in, self.fan_out, dim))
 
 
@@ -171,7 +171,7 @@ class KaimingUniform:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         bound = self.gain * math.sqrt(3.0 / (self.fan_in or dim))
         return Draw(1, -bound, bound)
 
@@ -187,18 +187,18 @@ class KaimingNormal:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Returns what kernels need to know."""
+        """Return what kernels need to know."""
         return Draw(2, 0.0, self.gain / math.sqrt(self.fan_in or dim))
 
 
 def table_key(seed: int, table: str) -> int:
-    """Returns the signed 64-bit Philox key of a member table."""
+    """Return the signed 64-bit Philox key of a member table."""
     digest = hashlib.blake2b(f"{seed}/{table}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def initializer_words(initializer: Initializer, dim: int, seed: int, table: str, first: int = 0) -> tuple[int, ...]:
-    """Returns the five int64 of ``csrc/core/initializer.h`` for a member table.
+    """Return the five int64 of ``csrc/core/initializer.h`` for a member table.
 
     Args:
         initializer: Of its rows.
@@ -216,7 +216,7 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
 
 
 def refuse_unrepresentable(where: str, initializer: Initializer, dim: int, dtype: torch.dtype) -> None:
-    """Raises ValueError if first values, or what kernels compute on the way to them, may be infinite.
+    """Raise ValueError if first values, or what kernels compute on the way to them, may be infinite.
 
     Args:
         where: What has them, for the message.

@@ -38,7 +38,7 @@ class FeatureReader:
         return self.config.weights is None and self.config.combiner != "tile"
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
-        """Returns the ids, and the shape of what they give.
+        """Return the ids, and the shape of what they give.
 
         Args:
             batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; ``[B, L, K]``, L bags a row,
@@ -135,7 +135,7 @@ class FeatureReader:
         return self._as_weights(given.values, repr(name), ids, device)
 
     def _refuse_other_rows(self, column: Tensor | RaggedTensor, weights: RaggedTensor, name: str) -> None:
-        """Raises ValueError for ragged weights whose rows are not those of the ids."""
+        """Raise ValueError for ragged weights whose rows are not those of the ids."""
         if not isinstance(column, RaggedTensor):
             raise ValueError(
                 f"{self._where}: {name!r} is ragged and the ids are {list(column.shape)}; give the weights in the ids' "
@@ -176,7 +176,7 @@ class FeatureReader:
 
 
 def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Keeps the first ``most`` ids of each bag; on CUDA it waits for the device, which alone knows how many stay."""
+    """Keep the first ``most`` ids of each bag; on CUDA it waits for the device, which alone knows how many stay."""
     lengths = offsets.diff()
     place = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
     kept = place < most
@@ -235,7 +235,7 @@ class TableReader:
         self._zeros = [0] * len(readers)
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[Request, list[tuple[int, ...]]]:
-        """Returns the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
+        """Return the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
         if self._plain:
             # The most common case by far, and a step of few ids is short: without detours.
             columns = [batch[name] for name in self._names if name in batch]
@@ -249,7 +249,7 @@ class TableReader:
 
 
 def samples_of(batch: Batch, features: Iterable[str]) -> int:
-    """Returns how many samples a batch has: the most rows that the column of a feature has."""
+    """Return how many samples a batch has: the most rows that the column of a feature has."""
     columns = [arrays.as_column("batch", batch[name]) for name in features if name in batch]
     sizes = [column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns]
     return max(sizes, default=0)

@@ -33,15 +33,15 @@ class Placement:
 
     @staticmethod
     def on(device: torch.device) -> Placement:
-        """Returns the placement of both halves on one device."""
+        """Return the placement of both halves on one device."""
         if device.type == "cuda":
             return Placement(id_map="cuda", blocks="cuda")
         return Placement(id_map="cpu", blocks="cpu")
 
     def map_device(self, index: int | None = None) -> torch.device:
-        """Returns the IDMap's device; ``index`` is the GPU's number, by default the current one."""
+        """Return the IDMap's device; ``index`` is the GPU's number, by default the current one."""
         return device_of(self.id_map, index)
 
     def blocks_device(self, index: int | None = None) -> torch.device:
-        """Returns the device whose kernels work on the blocks."""
+        """Return the device whose kernels work on the blocks."""
         return device_of("cuda" if self.blocks == "pinned" else self.blocks, index)

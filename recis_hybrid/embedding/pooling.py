@@ -39,10 +39,10 @@ class AnyTable(Protocol):
         """The table's place in autograd."""
 
     def gather(self, lookup: Any, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
-        """Writes each feature's vectors."""
+        """Write each feature's vectors."""
 
     def add_gradients(self, lookup: Any, gradients: Sequence[Tensor | None]) -> None:
-        """Keeps gradients for the optimizer's step."""
+        """Keep gradients for the optimizer's step."""
 
 
 @dataclass
@@ -70,11 +70,11 @@ class Outputs:
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
     def room(self, table: AnyTable) -> Tensor:
-        """Returns a buffer of its size, float32, on the table's device."""
+        """Return a buffer of its size, float32, on the table's device."""
         return ops.memory.empty_bytes(4 * self.total, table.device).view(torch.float32)
 
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """Returns each feature's part of a buffer, in its shape.
+        """Return each feature's part of a buffer, in its shape.
 
         They are tensors of their own over its memory, not views of it: each may be changed in place under autograd.
         """
@@ -89,7 +89,7 @@ class Outputs:
 
 
 def gather(table: AnyTable, lookup: AnyLookup, outputs: Outputs, *, keep_winners: bool = False) -> tuple[Tensor, ...]:
-    """Returns each feature's vectors, in one new buffer."""
+    """Return each feature's vectors, in one new buffer."""
     buffer, lookup.gathered = lookup.gathered, None
     if buffer is None:
         buffer = outputs.room(table)
@@ -107,7 +107,7 @@ def differentiable(table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tupl
 def spread(
     table: AnyTable, lookup: AnyLookup, outputs: Outputs, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Returns gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
+    """Return gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
     dim, request = table.layout.dim, lookup.request
     if not request.bags.combiners.count(MAX) and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
         return list(gradients)

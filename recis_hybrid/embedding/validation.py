@@ -19,7 +19,7 @@ def described(value: object) -> str:
 
 
 def refuse_no_number(owner: str, name: str, value: object) -> None:
-    """Raises TypeError if a setting is not a number.
+    """Raise TypeError if a setting is not a number.
 
     Args:
         owner: What it is a setting of.
@@ -31,7 +31,7 @@ def refuse_no_number(owner: str, name: str, value: object) -> None:
 
 
 def refuse_no_flag(owner: str, name: str, value: object) -> None:
-    """Raises TypeError if a setting is neither True nor False.
+    """Raise TypeError if a setting is neither True nor False.
 
     Args:
         owner: What it is a setting of.
@@ -43,7 +43,7 @@ def refuse_no_flag(owner: str, name: str, value: object) -> None:
 
 
 def refuse_no_configs(configs: object) -> None:
-    """Raises TypeError if configs are not given by feature name."""
+    """Raise TypeError if configs are not given by feature name."""
     if not isinstance(configs, Mapping):
         raise TypeError(
             f"EmbeddingEngine: configs must be a mapping from features to configs, as "
@@ -55,7 +55,7 @@ def refuse_no_configs(configs: object) -> None:
 
 
 def state_fields(owner: str, fields: object, kind: type) -> tuple[object, ...]:
-    """Returns the parts of optimizer state that a row keeps.
+    """Return the parts of optimizer state that a row keeps.
 
     Args:
         owner: What they are a setting of.
@@ -73,7 +73,7 @@ def state_fields(owner: str, fields: object, kind: type) -> tuple[object, ...]:
 
 
 def refuse_no_integer(owner: str, name: str, value: object, example: int) -> None:
-    """Raises TypeError if a setting is no integer.
+    """Raise TypeError if a setting is no integer.
 
     Args:
         owner: What it is a setting of.
@@ -86,7 +86,7 @@ def refuse_no_integer(owner: str, name: str, value: object, example: int) -> Non
 
 
 def refuse_no_rule(owner: str, name: str, value: object, method: str, example: str) -> None:
-    """Raises TypeError if a setting is no object with a method.
+    """Raise TypeError if a setting is no object with a method.
 
     Args:
         owner: What it is a setting of.
@@ -100,6 +100,6 @@ def refuse_no_rule(owner: str, name: str, value: object, method: str, example: s
 
 
 def beyond(dtype: torch.dtype) -> float:
-    """Returns the least number that a floating-point dtype rounds to infinity."""
+    """Return the least number that a floating-point dtype rounds to infinity."""
     greatest, spacing = torch.finfo(dtype).max, torch.finfo(dtype).eps
     return greatest * ((2 - spacing / 2) / (2 - spacing))

@@ -20,7 +20,7 @@ MOVABLE = (torch.bool, torch.uint8, *INTEGERS, torch.float16, torch.bfloat16, *F
 
 
 def integers(where: str, form: Form) -> Form:
-    """Returns the form as int64 ids.
+    """Return the form as int64 ids.
 
     Raises:
         TypeError: If it holds something else.
@@ -34,7 +34,7 @@ def integers(where: str, form: Form) -> Form:
 
 
 def numbers(where: str, form: Form) -> Form:
-    """Returns the form, if it holds int8 to int64, float32 or float64.
+    """Return the form, if it holds int8 to int64, float32 or float64.
 
     Raises:
         TypeError: If it holds something else.
@@ -48,7 +48,7 @@ def numbers(where: str, form: Form) -> Form:
 
 
 def movable(where: str, form: Form) -> Form:
-    """Returns the form, if native code can move values of its dtype.
+    """Return the form, if native code can move values of its dtype.
 
     Raises:
         TypeError: If it cannot.
@@ -62,17 +62,17 @@ def movable(where: str, form: Form) -> Form:
 
 
 def ids_of(column: Column) -> Tensor:
-    """Returns a column's integers as int64."""
+    """Return a column's integers as int64."""
     return column.values.to(torch.int64)
 
 
 def bits(number: float) -> int:
-    """Returns the int64 of a float64's bits, as which it travels in a program."""
+    """Return the int64 of a float64's bits, as which it travels in a program."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def word(value: float, dtype: torch.dtype) -> int:
-    """Returns the bits of a value of a dtype, as an integer."""
+    """Return the bits of a value of a dtype, as an integer."""
     size = dtype.itemsize
     as_bits = torch.tensor([value], dtype=dtype).view(
         {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
@@ -91,7 +91,7 @@ def fits(value: Any, dtype: torch.dtype) -> bool:
 
 
 def shaping_kernel(op: Any) -> Callable[..., Column]:
-    """Returns the kernel of a shaping operation on its own: its native call, with this one job."""
+    """Return the kernel of a shaping operation on its own: its native call, with this one job."""
     calls: dict[tuple[Form, ...], Any] = {}
 
     def kernel(*columns: Column) -> Column:
@@ -109,6 +109,6 @@ def shaping_kernel(op: Any) -> Callable[..., Column]:
 
 
 def one(forms: Sequence[Form]) -> Form:
-    """Returns the form of an operation's only input."""
+    """Return the form of an operation's only input."""
     (form,) = forms
     return form

@@ -118,7 +118,7 @@ class FeatureEngine:
         return self._plan
 
     def explain(self, batch: Mapping[str, Tensor | RaggedTensor] | None = None) -> None:
-        """Prints the plan, a line for each column and operation; ``str(engine.plan)`` is the same text.
+        """Print the plan, a line for each column and operation; ``str(engine.plan)`` is the same text.
 
         Args:
             batch: Columns of the forms that the engine is to take: then the native calls are printed, too.
@@ -141,7 +141,7 @@ class FeatureEngine:
         print("\n".join([f"native calls: {len(lines)}", *[f"  {line}" for line in lines]]))
 
     def reading_part(self) -> FeatureEngine:
-        """Returns the engine of the features that a reader may make in its threads.
+        """Return the engine of the features that a reader may make in its threads.
 
         These are the features whose operations all say so: those that come with the package, and those of one's own
         that have ``in_reader = True``. Hand it to the reader (``ColumnDataset(..., transforms=engine.reading_part())``)
@@ -154,12 +154,12 @@ class FeatureEngine:
         return _remake(reading, self._fuse, False, kept, self._may_lack)
 
     def remaining_part(self) -> FeatureEngine:
-        """Returns the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
+        """Return the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
         _, remaining, _ = split_features(self._features)
         return _remake(remaining, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def check(self) -> None:
-        """Raises for what element-wise operations have refused of the last batch on a GPU; waits for it.
+        """Raise for what element-wise operations have refused of the last batch on a GPU; waits for it.
 
         That is NaN, wrong offsets of strings, and what is not in a vocabulary. Operations that change rows note nothing
         on a GPU: a row that they refuse becomes an empty one, and :class:`ToDense` cuts it. On the CPU the call itself
@@ -176,7 +176,7 @@ class FeatureEngine:
                     call.check()
 
     def __call__(self, batch: Mapping[str, Tensor | RaggedTensor]) -> Batch:
-        """Makes the features of a batch.
+        """Make the features of a batch.
 
         Args:
             batch: Columns by name, among them those of ``columns``; left as it is. Columns that features read may be
@@ -232,13 +232,13 @@ class FeatureEngine:
         return _remake, (self._features, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def _absent(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the columns of optional features that a batch lacks."""
+        """Return the columns of optional features that a batch lacks."""
         return tuple([name for name in self._may_lack if name not in batch])
 
     # As _link, for a trace.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _lacking(self, absent: tuple[str, ...]) -> str:
-        """Creates the engine of the features that need none of some columns; returns its attribute name."""
+        """Create the engine of the features that need none of some columns; returns its attribute name."""
         if absent not in self._without:
             with _LINKING:
                 left = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]
@@ -258,7 +258,7 @@ class FeatureEngine:
             segment.run(registers)
 
     def _next(self, registers: dict[int, Column]) -> Segment | None:
-        """Returns the native calls for what can be made next, None where all is."""
+        """Return the native calls for what can be made next, None where all is."""
         if all(register in registers for register in self._plan.outputs.values()):
             return None
         attribute = self._link(tuple((register, Form.of(column)) for register, column in registers.items()))
@@ -314,7 +314,7 @@ class FeatureEngine:
                 )
 
     def _check_offsets(self, columns: dict[int, Column]) -> None:
-        """Raises for offsets that are none any more; to look at a GPU's would mean to wait for it."""
+        """Raise for offsets that are none any more; to look at a GPU's would mean to wait for it."""
         offsets: list[Tensor] = []
         totals: list[int] = []
         owners: list[int] = []

@@ -14,7 +14,7 @@ Source: TypeAlias = "str | Feature"
 
 
 def with_ints(op: Op) -> Op:
-    """Returns an operation with numpy's integers replaced by Python's."""
+    """Return an operation with numpy's integers replaced by Python's."""
     if isinstance(op, type) or not is_dataclass(op):
         return op
     given = {field.name: getattr(op, field.name) for field in fields(op) if field.init}

@@ -31,13 +31,13 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, column: Tensor | RaggedTensor) -> Column:
-        """Takes a batch's column apart."""
+        """Take a batch's column apart."""
         if isinstance(column, RaggedTensor):
             return cls(column.values, column.offsets, column.weights, column.outer)
         return cls(column)
 
     def pack(self) -> Tensor | RaggedTensor:
-        """Puts it together again, as a batch has it."""
+        """Put it together again, as a batch has it."""
         if self.offsets is None:
             return self.values
         return RaggedTensor.unchecked(self.values, self.offsets, self.weights, self.outer)
@@ -56,7 +56,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, column: Column) -> Form:
-        """Returns the form of a column."""
+        """Return the form of a column."""
         values = column.values
         levels = 0 if column.offsets is None else 1 + len(column.outer)
         return cls(values.dtype, levels, column.weights is not None, values.dim(), values.device)
@@ -98,10 +98,10 @@ class Op(Protocol):
     """
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, with the remedy, or None."""
+        """Return what is wrong with its parameters, with the remedy, or None."""
 
     def kernel(self) -> Kernel:
-        """Returns what runs; called once for each place in a plan, and only where ``fault()`` is None."""
+        """Return what runs; called once for each place in a plan, and only where ``fault()`` is None."""
 
 
 @runtime_checkable
@@ -109,7 +109,7 @@ class Elementwise(Protocol):
     """An operation that makes one value of each value (or string), and that can be fused."""
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Returns the instructions for inputs of these forms; None where it changes rows there.
+        """Return the instructions for inputs of these forms; None where it changes rows there.
 
         Raises:
             TypeError: If it does not take them.
@@ -123,7 +123,7 @@ class Shaping(Protocol):
     kind: ClassVar[type[ShapeCall]]
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of what it makes of inputs of these forms; the same one where it leaves a column as it is.
+        """Return the form of what it makes of inputs of these forms; the same one where it leaves a column as it is.
 
         Raises:
             TypeError: If it does not take them.
@@ -139,7 +139,7 @@ class Joining(Protocol):
         """Whether it joins columns; else it works on each."""
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what runs, with a column for each input."""
+        """Return what runs, with a column for each input."""
 
 
 @runtime_checkable
@@ -147,11 +147,11 @@ class Compound(Protocol):
     """An operation that stands for others."""
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Returns chains of operations; each chain makes one column of the one that comes in."""
+        """Return chains of operations; each chain makes one column of the one that comes in."""
 
 
 def missing_method(op: Any) -> str | None:
-    """Returns the name of a method that an operation, or a class of them, needs and lacks; None if it has all.
+    """Return the name of a method that an operation, or a class of them, needs and lacks; None if it has all.
 
     It needs ``fault``, and ``kernel``; or ``expand`` in place of that, where it stands for others.
     """
@@ -174,4 +174,4 @@ class ShapeCall(Protocol):
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None: ...
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job of its input columns."""
+        """Make a column for each job of its input columns."""

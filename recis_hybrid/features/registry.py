@@ -44,7 +44,7 @@ _REGISTERED: dict[str, type] = {
 
 
 def register_op(name: str) -> Callable[[OpClass], OpClass]:
-    """Registers a class of operations by a name, by which configurations can ask for it (:func:`make_op`).
+    """Register a class of operations by a name, by which configurations can ask for it (:func:`make_op`).
 
     Unregistered classes can be used in features, too; registering checks the class where it is written.
 
@@ -92,12 +92,12 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
 
 
 def registered_ops() -> dict[str, type]:
-    """Returns the classes of operations by name."""
+    """Return the classes of operations by name."""
     return dict(_REGISTERED)
 
 
 def make_op(name: str, **parameters: Any) -> Any:
-    """Makes an operation by name, as a configuration in JSON might ask for it.
+    """Make an operation by name, as a configuration in JSON might ask for it.
 
     Args:
         name: Of a registered class.

@@ -59,7 +59,7 @@ class Vocabulary:
         object.__setattr__(self, "entries", entries)
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the entries, or None."""
+        """Return what is wrong with the entries, or None."""
         if not self.entries:
             return f"there must be at least one entry, got none in {self.source!r}"
         kind = bytes if isinstance(self.entries[0], bytes) else int
@@ -78,7 +78,7 @@ class Vocabulary:
         return None
 
     def check(self, form: Form) -> Form:
-        """Returns the form of the places.
+        """Return the form of the places.
 
         Raises:
             TypeError: If the column and the entries are not both strings or both integers.
@@ -91,7 +91,7 @@ class Vocabulary:
         return hashed("Vocabulary", form) if form.strings else integers("Vocabulary", form)
 
     def table(self) -> Tensor:
-        """Returns the words that ``csrc/core/vocabulary.h`` reads."""
+        """Return the words that ``csrc/core/vocabulary.h`` reads."""
         if isinstance(self.entries[0], bytes):
             strings = RaggedTensor.from_strings(self.entries)  # type: ignore[arg-type]
             keys = ops.hash.hash_bytes(strings.values, strings.offsets, "farm")
@@ -111,13 +111,13 @@ class Vocabulary:
         return torch.cat([header, slots, keys, offsets, words])
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that looks up."""
+        """Return the instruction that looks up."""
         form = one(forms)
         name = "vocabulary_string" if form.strings else "vocabulary_id"
         return Lowered(self.check(form), (Step(name, (), self.table()),))
 
     def kernel(self) -> Kernel:
-        """Returns what looks a column up, by a dict: slow, and independent of the native table."""
+        """Return what looks a column up, by a dict: slow, and independent of the native table."""
         places = {entry: place for place, entry in enumerate(self.entries)}
 
         def place_of(entry: bytes | int) -> int:
@@ -150,7 +150,7 @@ def _as_int(value: Any) -> Any:
 
 
 def as_tuple(values: Any) -> Any:
-    """Returns distinct values as a tuple, strings as UTF-8; anything but a list of values unchanged."""
+    """Return distinct values as a tuple, strings as UTF-8; anything but a list of values unchanged."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         return values
     return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else _as_int(value) for value in values))
@@ -178,7 +178,7 @@ class Mask:
         object.__setattr__(self, "values", as_tuple(self.values))
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the values, or None."""
+        """Return what is wrong with the values, or None."""
         if not isinstance(self.values, tuple):
             return f"values must be a list of numbers or of strings, got {self.values!r}"
         if not self.values:
@@ -192,7 +192,7 @@ class Mask:
         return None
 
     def check(self, form: Form) -> Form:
-        """Returns the form of the mask.
+        """Return the form of the mask.
 
         Raises:
             TypeError: If the column and the values are not both strings or both numbers.
@@ -206,7 +206,7 @@ class Mask:
         return made._replace(dtype=torch.float32)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Returns the instructions that look up; None for floats."""
+        """Return the instructions that look up; None for floats."""
         form = one(forms)
         made = self.check(form)
         if form.dtype in FLOATS:
@@ -230,7 +230,7 @@ class Mask:
         return tuple(dict.fromkeys(value for value in whole if LEAST <= value <= MOST))
 
     def kernel(self) -> Kernel:
-        """Returns the reference function, in torch: compares a column with each value in turn."""
+        """Return the reference function, in torch: compares a column with each value in turn."""
 
         def kernel(column: Column) -> Column:
             form = Form.of(column)

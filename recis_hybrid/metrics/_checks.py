@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def whole(where: str, name: str, value: object, least: int) -> int:
-    """Returns a setting as an int.
+    """Return a setting as an int.
 
     Raises:
         TypeError: If it is no integer.
@@ -26,7 +26,7 @@ def whole(where: str, name: str, value: object, least: int) -> int:
 
 
 def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:
-    """Raises ValueError unless labels, scores and whatever else is given are [N] each; waits for no device."""
+    """Raise ValueError unless labels, scores and whatever else is given are [N] each; waits for no device."""
     if labels.dim() != 1 or labels.shape != scores.shape:
         raise ValueError(
             f"{where}: labels and scores must be [N] each, got {list(labels.shape)} and {list(scores.shape)}"
@@ -41,7 +41,7 @@ def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | 
 def check_rows(
     where: str, labels: Tensor, scores: Tensor, weights: Tensor | None, *, binary: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns labels (bool, or float64 where not binary), scores and weights as float64, all [N] on the CPU.
+    """Return labels (bool, or float64 where not binary), scores and weights as float64, all [N] on the CPU.
 
     Raises:
         ValueError: If shapes differ, a label is not 0 or 1 (not a finite number of at least 0 where not binary), a
@@ -66,14 +66,14 @@ def check_rows(
 
 
 def undefined(where: str, why: str) -> float:
-    """Returns NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
+    """Return NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
         warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
     return math.nan
 
 
 def one_class(where: str, positives: int, negatives: int) -> float:
-    """Returns NaN with a warning that only one class was there."""
+    """Return NaN with a warning that only one class was there."""
     return undefined(
         where, f"it needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
     )

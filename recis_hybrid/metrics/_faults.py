@@ -11,7 +11,7 @@ COUNTS = 6
 def counts(
     scores: Tensor, labels: Tensor, weights: Tensor, *, binary: bool = True, probabilities: bool = True
 ) -> Tensor:
-    """Returns float64 [COUNTS]: rows, rows of weight above 0, bad labels, NaNs, scores outside [0, 1], bad weights."""
+    """Return float64 [COUNTS]: rows, rows of weight above 0, bad labels, NaNs, scores outside [0, 1], bad weights."""
     labels_fault = ~((labels == 0) | (labels == 1)) if binary else ~labels.isfinite()
     # A NaN is counted as that alone.
     outside = (scores < 0) | (scores > 1) if probabilities else scores.isinf()
@@ -27,7 +27,7 @@ def counts(
 
 
 def refuse(where: str, counted: Tensor, *, binary: bool = True, probabilities: bool = True) -> None:
-    """Raises ValueError for what :func:`counts` has found."""
+    """Raise ValueError for what :func:`counts` has found."""
     rows, weighty, labels, nans, outside, weights = (int(count) for count in counted)
     if labels:
         raise ValueError(f"{where}: labels must be {'0 or 1' if binary else 'finite'}, {labels} of {rows} are not")

@@ -46,7 +46,7 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> float:
-        """Returns the value of everything seen since the last reset, by all ranks."""
+        """Return the value of everything seen since the last reset, by all ranks."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -54,15 +54,15 @@ class Metric(ABC):
 
     @abstractmethod
     def merge(self: Self, other: Self) -> None:
-        """Adds everything that another accumulator of the same kind has seen."""
+        """Add everything that another accumulator of the same kind has seen."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Returns what this rank has seen, as tensors on the CPU."""
+        """Return what this rank has seen, as tensors on the CPU."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state` of an accumulator of the same kind gave."""
+        """Take over what :meth:`state` of an accumulator of the same kind gave."""
 
     def _alone(self) -> bool:
         return not self._sync or ranks_of(self._process_group) == 1
@@ -80,7 +80,7 @@ class SumMetric(Metric):
 
     @_outside_inference
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch without waiting for a device.
+        """Add a batch without waiting for a device.
 
         Args:
             scores: ``[B]``, floating.
@@ -94,7 +94,7 @@ class SumMetric(Metric):
         self._sums = terms if self._sums is None else self._sums.add_(terms.to(self._sums.device))
 
     def compute(self) -> float:
-        """Returns the value of everything seen since the last reset, by all ranks."""
+        """Return the value of everything seen since the last reset, by all ranks."""
         return self._value(self._total())
 
     def _total(self) -> Tensor:
@@ -108,7 +108,7 @@ class SumMetric(Metric):
 
     @_outside_inference
     def merge(self: SumSelf, other: SumSelf) -> None:
-        """Adds everything that another accumulator of the same kind has seen."""
+        """Add everything that another accumulator of the same kind has seen."""
         if other._sums is not None:
             self._sums = other._sums.clone() if self._sums is None else self._sums.add_(other._sums.to(self._sums))
 
@@ -118,12 +118,12 @@ class SumMetric(Metric):
 
     @_outside_inference
     def state(self) -> dict[str, Tensor]:
-        """Returns what this rank has seen: ``sums``, float64 ``[K]``."""
+        """Return what this rank has seen: ``sums``, float64 ``[K]``."""
         return {"sums": (self._zeros() if self._sums is None else self._sums).cpu().clone()}
 
     @_outside_inference
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state` gave."""
+        """Take over what :meth:`state` gave."""
         self._sums = state["sums"].clone()
 
     def _zeros(self) -> Tensor:
@@ -132,11 +132,11 @@ class SumMetric(Metric):
 
     @abstractmethod
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Returns the sums over rows, float64 [K]; all arguments are float64 [B]."""
+        """Return the sums over rows, float64 [K]; all arguments are float64 [B]."""
 
     @abstractmethod
     def _value(self, sums: Tensor) -> float:
-        """Returns the metric of sums over all rows, float64 [K] on the CPU."""
+        """Return the metric of sums over all rows, float64 [K] on the CPU."""
 
 
 SumSelf = TypeVar("SumSelf", bound=SumMetric)
@@ -159,7 +159,7 @@ class RowMetric(Metric):
         self._rows.append({name: None if rows[name] is None else rows[name].detach().clone() for name in rows})  # type: ignore[union-attr]
 
     def seen(self) -> dict[str, Tensor]:
-        """Returns all rows that all ranks have seen, ``[N]`` each.
+        """Return all rows that all ranks have seen, ``[N]`` each.
 
         Raises:
             ValueError: If there is none.
@@ -172,7 +172,7 @@ class RowMetric(Metric):
         return rows
 
     def merge(self: RowSelf, other: RowSelf) -> None:
-        """Adds everything that another accumulator of the same kind has seen."""
+        """Add everything that another accumulator of the same kind has seen."""
         self._rows.extend(other._rows)
 
     def reset(self) -> None:
@@ -181,13 +181,13 @@ class RowMetric(Metric):
 
     @_outside_inference
     def state(self) -> dict[str, Tensor]:
-        """Returns the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""
+        """Return the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""
         names = [*(["groups"] if self.takes_groups else []), "labels", "scores", "weights"]
         return {name: self._column(name).to(_DTYPES[name]) for name in names}
 
     @_outside_inference
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state` gave."""
+        """Take over what :meth:`state` gave."""
         self._rows = [dict(state)] if state["labels"].numel() else []
 
     def _column(self, name: str) -> Tensor:
@@ -209,7 +209,7 @@ class ScoredLabels(RowMetric):
     """Keeps every (score, label, weight)."""
 
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch without waiting for a device.
+        """Add a batch without waiting for a device.
 
         Args:
             scores: ``[B]``, floating.
@@ -225,7 +225,7 @@ class GroupedLabels(RowMetric):
     takes_groups = True
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
+        """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
 
         Args:
             scores: ``[B]``, floating.

@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def ranks_of(process_group: dist.ProcessGroup | None) -> int:
-    """Returns how many ranks share a metric: 1 where torch.distributed is not initialised."""
+    """Return how many ranks share a metric: 1 where torch.distributed is not initialised."""
     return dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def added(sums: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Returns the sum over all ranks of a tensor of one shape."""
+    """Return the sum over all ranks of a tensor of one shape."""
     total = sums.to(_device(process_group), copy=True)
     dist.all_reduce(total, group=process_group)
     return total
 
 
 def gathered(columns: dict[str, Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Returns the rows of all ranks, in the order of the ranks.
+    """Return the rows of all ranks, in the order of the ranks.
 
     Args:
         columns: ``[n]`` each; n may differ from rank to rank and be 0, names and dtypes may not.

@@ -43,9 +43,9 @@ class Sorted:
         return cls(order, group, len(sizes), tie, tie_group, begins - group_begins[tie_group], size)
 
     def by_tie(self, values: Tensor) -> Tensor:
-        """Returns sums over runs, float64 [T], of values of sorted rows, float64 [N]."""
+        """Return sums over runs, float64 [T], of values of sorted rows, float64 [N]."""
         return torch.zeros(len(self.size), dtype=torch.float64).index_add_(0, self.tie, values)
 
     def by_group(self, values: Tensor) -> Tensor:
-        """Returns sums over groups, float64 [G], of values of runs, float64 [T]."""
+        """Return sums over groups, float64 [G], of values of runs, float64 [T]."""
         return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.tie_group, values)

@@ -10,7 +10,7 @@ from recis_hybrid.metrics._metric import ScoredLabels
 
 
 def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
-    r"""Returns the probability that a positive's score exceeds a negative's, a tie counting half.
+    r"""Return the probability that a positive's score exceeds a negative's, a tie counting half.
 
     .. math:: \frac{\sum_{i \in pos} \sum_{j \in neg} w_i w_j \left([s_i > s_j] + \tfrac12 [s_i = s_j]\right)}
         {\sum_{i \in pos} w_i \sum_{j \in neg} w_j}
@@ -54,7 +54,7 @@ class AUC(ScoredLabels):
     """
 
     def compute(self) -> float:
-        """Returns the AUC of everything seen since the last reset, by all ranks; NaN for one class only."""
+        """Return the AUC of everything seen since the last reset, by all ranks; NaN for one class only."""
         rows = self.seen()
         return _auc("AUC", rows["labels"], rows["scores"], rows["weights"])
 
@@ -74,7 +74,7 @@ def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> 
 
 
 def ordered_share(positive: Tensor, negative: Tensor) -> float:
-    """Returns the AUC of the weights of positives and negatives, float64 [n] each, by ascending score."""
+    """Return the AUC of the weights of positives and negatives, float64 [n] each, by ascending score."""
     # What a positive of each score is above: all negatives of lower scores, and half of those of its own.
     above = negative.cumsum(0) - negative / 2
     # Divided last: whole numbers of pairs add up without an error.

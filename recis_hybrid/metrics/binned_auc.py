@@ -48,7 +48,7 @@ class BinnedAUC(SumMetric):
         self._bins = whole("BinnedAUC", "bins", bins, 2)
 
     def error_bound(self) -> float:
-        """Returns how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""
+        """Return how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""
         positive, negative = self._split(self._total())
         return float(positive @ negative / positive.sum() / negative.sum() / 2)
 

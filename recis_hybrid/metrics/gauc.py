@@ -18,7 +18,7 @@ Average: TypeAlias = Literal["groups", "rows", "positives"]
 def gauc(
     labels: Tensor, scores: Tensor, groups: Tensor, weights: Tensor | None = None, *, average: Average = "groups"
 ) -> float:
-    r"""Returns the mean of the groups' AUCs, over the groups that have both classes.
+    r"""Return the mean of the groups' AUCs, over the groups that have both classes.
 
     .. math:: \frac{\sum_g a_g \mathrm{AUC}_g}{\sum_g a_g}
 
@@ -74,7 +74,7 @@ class GAUC(GroupedLabels):
         self._average = _checked("GAUC", average)
 
     def compute(self) -> float:
-        """Returns the GAUC of everything seen since the last reset, by all ranks; NaN if no group has both classes."""
+        """Return the GAUC of everything seen since the last reset, by all ranks; NaN if no group has both classes."""
         rows = self.seen()
         return _gauc("GAUC", rows["labels"], rows["scores"], rows["groups"], rows["weights"], self._average)
 
@@ -111,6 +111,6 @@ def _gauc(
 
 
 def _first_of_group(rows: Sorted) -> Tensor:
-    """Returns the number of each group's first run, int64 [G]."""
+    """Return the number of each group's first run, int64 [G]."""
     runs = torch.bincount(rows.tie_group)
     return runs.cumsum(0) - runs

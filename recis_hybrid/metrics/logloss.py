@@ -13,7 +13,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> float:
-    r"""Returns :math:`-\sum_i w_i (y_i \log p_i + (1 - y_i) \log(1 - p_i)) / \sum_i w_i`, in float64.
+    r"""Return :math:`-\sum_i w_i (y_i \log p_i + (1 - y_i) \log(1 - p_i)) / \sum_i w_i`, in float64.
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
@@ -34,7 +34,7 @@ def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None
 
 
 def normalized_entropy(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> float:
-    r"""Returns the log loss over the entropy of the mean label: 1 for a model that knows the rate of clicks alone.
+    r"""Return the log loss over the entropy of the mean label: 1 for a model that knows the rate of clicks alone.
 
     .. math:: \frac{\mathrm{logloss}}{-(\bar y \log \bar y + (1 - \bar y) \log(1 - \bar y))}
 
@@ -113,7 +113,7 @@ def _sums(where: str, labels: Tensor, probabilities: Tensor, weights: Tensor | N
 
 
 def _of(where: str, sums: Tensor) -> tuple[float, float, float]:
-    """Returns the sums of losses, of labels and of weights."""
+    """Return the sums of losses, of labels and of weights."""
     _faults.refuse(where, sums[3:])
     return float(sums[0]), float(sums[1]), float(sums[2])
 

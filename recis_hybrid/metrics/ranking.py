@@ -25,7 +25,7 @@ class _AtK(GroupedLabels):
         self._k = whole(type(self).__name__, "k", k, 1)
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
+        """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
 
         Args:
             scores: ``[B]``, floating.
@@ -38,7 +38,7 @@ class _AtK(GroupedLabels):
         super().update(scores, labels, groups)
 
     def compute(self) -> float:
-        """Returns the mean over the groups that all ranks have seen since the last reset; NaN if none counts."""
+        """Return the mean over the groups that all ranks have seen since the last reset; NaN if none counts."""
         where = type(self).__name__
         rows = self.seen()
         labels, scores, _ = check_rows(where, rows["labels"], rows["scores"], None, binary=False)
@@ -50,14 +50,14 @@ class _AtK(GroupedLabels):
 
     @abstractmethod
     def _figures(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns each group's figure, float64 [G], and which groups count, bool [G]; labels are as sorted."""
+        """Return each group's figure, float64 [G], and which groups count, bool [G]; labels are as sorted."""
 
     def _among_first(self, rows: Sorted) -> Tensor:
-        """Returns the chance that a row of a run is among the first k, float64 [T]."""
+        """Return the chance that a row of a run is among the first k, float64 [T]."""
         return ((self._k - rows.first).double() / rows.size).clamp_(0.0, 1.0)
 
     def _hits(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns how many relevant rows each group has among its first k, and in all, float64 [G] each."""
+        """Return how many relevant rows each group has among its first k, and in all, float64 [G] each."""
         relevant = rows.by_tie((labels > 0).double())
         return rows.by_group(relevant * self._among_first(rows)), rows.by_group(relevant)
 

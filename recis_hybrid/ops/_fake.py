@@ -10,7 +10,7 @@ from recis_hybrid.ops import _library as _library  # operators must be there bef
 
 
 def nothing_returned(*names: str) -> None:
-    """Registers fakes for operators that only write into their arguments and return nothing."""
+    """Register fakes for operators that only write into their arguments and return nothing."""
 
     def fake(*args: Any, **kwargs: Any) -> None:
         return None

@@ -20,7 +20,7 @@ def _cpu_library() -> Path:
 
 
 def _load() -> None:
-    """Registers the operators of the best CPU library for this processor, and CUDA's where torch has a device.
+    """Register the operators of the best CPU library for this processor, and CUDA's where torch has a device.
 
     Raises:
         ImportError: If the CPU library is missing or cannot be loaded.

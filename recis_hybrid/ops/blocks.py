@@ -69,7 +69,7 @@ def init_fresh(
     dim: int,
     state: StateArgs,
 ) -> None:
-    """Gives the rows handed out since the last commit their first values.
+    """Give the rows handed out since the last commit their first values.
 
     Args:
         blocks: Written. Must hold every row that ``counters`` counts.
@@ -101,34 +101,34 @@ def init_fresh(
 
 
 def read(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copies one part of the records of ``rows`` (int64 ``[n]``) into ``values`` ``[n, width]`` of the part's dtype."""
+    """Copy one part of the records of ``rows`` (int64 ``[n]``) into ``values`` ``[n, width]`` of the part's dtype."""
     torch.ops.recis.blocks_read(*blocks, rows, offset, values)
 
 
 def write(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copies ``values`` ``[n, width]`` into one part of the records of ``rows`` (int64 ``[n]``, distinct)."""
+    """Copy ``values`` ``[n, width]`` into one part of the records of ``rows`` (int64 ``[n]``, distinct)."""
     torch.ops.recis.blocks_write(*blocks, rows, offset, values)
 
 
 def read_meta(blocks: Blocks, rows: Tensor) -> Tensor:
-    """Returns int64 ``[3, n]``: updated step, seen step and frequency of ``rows`` (int64 ``[n]``)."""
+    """Return int64 ``[3, n]``: updated step, seen step and frequency of ``rows`` (int64 ``[n]``)."""
     columns = torch.empty(3, rows.numel(), dtype=torch.int64, device=rows.device)
     torch.ops.recis.blocks_read_meta(*blocks, rows, columns)
     return columns
 
 
 def write_meta(blocks: Blocks, rows: Tensor, columns: Tensor) -> None:
-    """Overwrites what :func:`read_meta` reads. Steps are below 2^40; a frequency stops at 2^48 - 1."""
+    """Overwrite what :func:`read_meta` reads. Steps are below 2^40; a frequency stops at 2^48 - 1."""
     torch.ops.recis.blocks_write_meta(*blocks, rows, columns)
 
 
 def copy_records(blocks: Blocks, source: Tensor, target: Tensor) -> None:
-    """Copies whole records from the rows ``source`` to the distinct rows ``target``, none of which is a source."""
+    """Copy whole records from the rows ``source`` to the distinct rows ``target``, none of which is a source."""
     torch.ops.recis.blocks_copy_records(*blocks, source, target)
 
 
 def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, step: int) -> None:
-    """Marks rows as seen at ``step``, and adds to their frequencies how often they occur.
+    """Mark rows as seen at ``step``, and add to their frequencies how often they occur.
 
     Args:
         blocks: Written.
@@ -143,7 +143,7 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
 def list_touched(
     blocks: Blocks, slots: Tensor, step: int, marks: Tensor, ids: Tensor, members: Tensor, count: Tensor
 ) -> None:
-    """Writes the ids, and their member tables, whose rows an update or a training lookup has met after a step.
+    """Write the ids, and their member tables, whose rows an update or a training lookup has met after a step.
 
     Args:
         blocks: Must hold every row of the map.
@@ -160,7 +160,7 @@ def list_touched(
 def export(
     blocks: Blocks, rows: Tensor, offsets: Sequence[int], parts: Sequence[Tensor], meta: Sequence[Tensor]
 ) -> None:
-    """Copies all that is wanted of records into columns in one pass, in the calling thread; on the CPU alone.
+    """Copy all that is wanted of records into columns in one pass, in the calling thread; on the CPU alone.
 
     Args:
         blocks: Read.

@@ -11,7 +11,7 @@ nothing_returned("crc32_pages")
 
 
 def crc32_pages(data: Tensor, page_bytes: int) -> Tensor:
-    """Returns the CRC-32, as zlib has it, of each page of a buffer, the last one shorter; in the calling thread alone.
+    """Return the CRC-32, as zlib has it, of each page of a buffer, the last one shorter; in the calling thread alone.
 
     Args:
         data: uint8 ``[n]``, contiguous, on the CPU.

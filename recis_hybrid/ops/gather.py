@@ -74,7 +74,7 @@ def gather_bags(
     starts: Sequence[int],
     winners: Tensor | None,
 ) -> None:
-    """Writes the combined embeddings of each bag.
+    """Write the combined embeddings of each bag.
 
     Args:
         blocks: Read.
@@ -93,7 +93,7 @@ def gather_bags(
 
 
 def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags) -> RowGroups:
-    """Groups the positions of a lookup by row, keeping their order within a row.
+    """Group the positions of a lookup by row, keeping their order within a row.
 
     Args:
         rows: int64 ``[N]``, each below row_bound; where it is below 0, the position belongs to no group.
@@ -128,7 +128,7 @@ def insert_grouped(
     out: Tensor | None = None,
     starts: Sequence[int] = (),
 ) -> tuple[Tensor, RowGroups]:
-    """Finds each id or gives it a row with its first values, and groups the positions by row: a training lookup.
+    """Find each id or give it a row with its first values, and groups the positions by row: a training lookup.
 
     As ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows` one after another,
     for a map and blocks on one device. On the CPU ids are grouped first, and only distinct ones are looked for.
@@ -200,7 +200,7 @@ class Distinct(NamedTuple):
 def distinct_ids(
     ids: Sequence[Tensor], kinds: Sequence[int], owners: Sequence[int], ranks: int, bags: Bags
 ) -> Distinct:
-    """Finds the distinct ids of a lookup, and which rank owns each; on the CPU.
+    """Find the distinct ids of a lookup, and which rank owns each; on the CPU.
 
     Args:
         ids: For each feature, int64 ``[n_f]``, contiguous.
@@ -236,7 +236,7 @@ def _parts(groups: RowGroups) -> tuple[Tensor | None, ...]:
 
 
 def spread_max(offsets: Tensor, winners: Tensor, gradient: Tensor, out: Tensor) -> None:
-    """Gives every id of a bag the bag's gradient where it won, and zero elsewhere.
+    """Give every id of a bag the bag's gradient where it won, and zero elsewhere.
 
     Args:
         offsets: int64 ``[B + 1]``, or an empty tensor: one id a bag.

@@ -43,7 +43,7 @@ def find(
     used: Sequence[Tensor] = (),
     numbers: bool = False,
 ) -> None:
-    """Writes the row of each id into ``rows``, -1 for an id that has none.
+    """Write the row of each id into ``rows``, -1 for an id that has none.
 
     Args:
         slots: int64 ``[S, 2]``.
@@ -86,17 +86,17 @@ def find_or_insert(
 
 
 def commit(counters: Tensor) -> None:
-    """Counts the rows that a find-or-insert handed out as old, once they have their first values."""
+    """Count the rows that a find-or-insert handed out as old, once they have their first values."""
     torch.ops.recis.id_map_commit(counters)
 
 
 def rehash(slots: Tensor, fresh_slots: Tensor) -> None:
-    """Copies all entries of ``slots`` that are not erased into ``fresh_slots``, which is zeroed and large enough."""
+    """Copy all entries of ``slots`` that are not erased into ``fresh_slots``, which is zeroed and large enough."""
     torch.ops.recis.id_map_rehash(slots, fresh_slots)
 
 
 def list_ids(slots: Tensor, ids: Tensor, members: Tensor, rows: Tensor, numbers: Tensor, count: Tensor) -> None:
-    """Writes all ids, their member tables, rows and slots, in no particular order.
+    """Write all ids, their member tables, rows and slots, in no particular order.
 
     Args:
         slots: int64 ``[S, 2]``.
@@ -119,12 +119,12 @@ def erase(slots: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor | 
 
 
 def set_rows(slots: Tensor, numbers: Tensor, rows: Tensor) -> None:
-    """Gives the ids in the distinct slots ``numbers`` (int64 ``[n]``) the rows ``rows`` (int64 ``[n]``)."""
+    """Give the ids in the distinct slots ``numbers`` (int64 ``[n]``) the rows ``rows`` (int64 ``[n]``)."""
     torch.ops.recis.id_map_set(slots, numbers, rows)
 
 
 def move(slots: Tensor, moved: Tensor) -> None:
-    """Gives the id of each row another row: ``moved[row]`` (int64 ``[R]``)."""
+    """Give the id of each row another row: ``moved[row]`` (int64 ``[R]``)."""
     torch.ops.recis.id_map_move(slots, moved)
 
 
@@ -137,7 +137,7 @@ def count(
     *,
     used: Sequence[Tensor] = (),
 ) -> None:
-    """Counts ids whose row (int64 ``[N]``) is below 0, in a map whose entries hold counts in place of rows."""
+    """Count ids whose row (int64 ``[N]``) is below 0, in a map whose entries hold counts in place of rows."""
     torch.ops.recis.id_map_count(slots, counters, ids, members, used, rows)
 
 
@@ -151,12 +151,12 @@ def admit(
     *,
     used: Sequence[Tensor] = (),
 ) -> None:
-    """Writes (uint8 ``[N]``) whether each id has a row or was counted ``least`` times by :func:`count`."""
+    """Write (uint8 ``[N]``) whether each id has a row or was counted ``least`` times by :func:`count`."""
     torch.ops.recis.id_map_admit(slots, ids, members, used, rows, least, admitted)
 
 
 def bucket_of(ids: Tensor) -> Tensor:
-    """Returns which of the 65,536 buckets owns each id.
+    """Return which of the 65,536 buckets owns each id.
 
     Args:
         ids: int64 ``[N]``, contiguous.
@@ -170,7 +170,7 @@ def bucket_of(ids: Tensor) -> Tensor:
 
 
 def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Puts rows in the order in which they lie in files: by (member table, bucket, id).
+    """Put rows in the order in which they lie in files: by (member table, bucket, id).
 
     Args:
         ids: int64 ``[N]``, contiguous, on the CPU.

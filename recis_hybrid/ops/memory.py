@@ -18,7 +18,7 @@ def _huge_empty(size: int) -> Tensor:
 
 
 def empty_bytes(size: int, device: torch.device) -> Tensor:
-    """Returns an uninitialised uint8 tensor of ``size`` bytes, 64-byte aligned.
+    """Return an uninitialised uint8 tensor of ``size`` bytes, 64-byte aligned.
 
     Large host tensors lie on huge pages, and their memory is kept for the next request when they die.
     """
@@ -28,5 +28,5 @@ def empty_bytes(size: int, device: torch.device) -> Tensor:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns an uninitialised tensor in memory of :func:`empty_bytes`."""
+    """Return an uninitialised tensor in memory of :func:`empty_bytes`."""
     return empty_bytes(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)

@@ -88,7 +88,7 @@ torch.library.register_fake("recis::vocabulary_slots", _fake_vocabulary_slots)
 
 
 def divisor_words(divisor: int) -> tuple[int, int, int]:
-    """Returns the parameters by which native code takes remainders without dividing, as int64.
+    """Return the parameters by which native code takes remainders without dividing, as int64.
 
     Args:
         divisor: 1 to 2^64 - 1.
@@ -103,12 +103,12 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
 
 
 def as_int64(word: int) -> int:
-    """Returns the int64 with the bits of an unsigned number below 2^64."""
+    """Return the int64 with the bits of an unsigned number below 2^64."""
     return word - 2**64 if word >= 2**63 else word
 
 
 def vocabulary_slots(hashes: Tensor) -> Tensor:
-    """Returns the hash table of a vocabulary's entries.
+    """Return the hash table of a vocabulary's entries.
 
     Args:
         hashes: int64 ``[N]`` on the CPU, the hash of each entry.
@@ -130,7 +130,7 @@ def run(
     labels: str,
     parallel: bool = True,
 ) -> list[Tensor]:
-    """Runs a program.
+    """Run a program.
 
     Args:
         inputs: Contiguous tensors on one device.

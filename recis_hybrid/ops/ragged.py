@@ -195,7 +195,7 @@ for _name, _fake in (
 
 
 def first_bad_offsets(offsets: Sequence[Tensor], totals: Sequence[int]) -> int:
-    """Returns the number of the first offsets that are none, -1 if there are none such.
+    """Return the number of the first offsets that are none, -1 if there are none such.
 
     Args:
         offsets: At least one, int64 ``[lists + 1]`` each, contiguous, on the CPU. They begin with 0, do not decrease.

@@ -39,7 +39,7 @@ torch.library.register_fake("recis::cast_to_ids", _fake_cast)
 
 
 def mod_ids(ids: Tensor, modulus: int) -> Tensor:
-    """Returns ``ids`` modulo ``modulus``, the 64 bits of an id read as an unsigned number.
+    """Return ``ids`` modulo ``modulus``, the 64 bits of an id read as an unsigned number.
 
     So a hash, which is unsigned, keeps its even spread, and the result is never negative. For ids below 0 it differs
     from Python's and torch's ``%``: the id -1 counts as 2^64 - 1.
@@ -67,7 +67,7 @@ def mod_ids(ids: Tensor, modulus: int) -> Tensor:
 
 
 def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_nan: bool = False) -> Tensor:
-    """Returns between which boundaries each value lies.
+    """Return between which boundaries each value lies.
 
     The bucket of v is the number of boundaries b with b <= v (``right=True``) or b < v (``right=False``), as in
     :func:`torch.bucketize`. NaN goes to the last bucket, as there. Whether the boundaries are sorted is not checked,
@@ -103,7 +103,7 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
 
 
 def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Tensor:
-    """Returns ``(((ids * multiplier) % prime + prime) % prime) % buckets``, products wrapping at 64 bits.
+    """Return ``(((ids * multiplier) % prime + prime) % prime) % buckets``, products wrapping at 64 bits.
 
     Args:
         ids: int64, any shape.
@@ -129,7 +129,7 @@ def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Te
 
 
 def cross_ids(x: Tensor, y: Tensor) -> Tensor:
-    """Returns the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x and then those of y.
+    """Return the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x and then those of y.
 
     Args:
         x: int64, any shape.
@@ -157,7 +157,7 @@ def cross_ids(x: Tensor, y: Tensor) -> Tensor:
 
 
 def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0) -> Tensor:
-    """Maps each number to one of its dtype.
+    """Map each number to one of its dtype.
 
     Args:
         values: float32 or float64, any shape.
@@ -185,7 +185,7 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
 
 
 def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
-    """Returns the nearest integer within ``[least, most]``.
+    """Return the nearest integer within ``[least, most]``.
 
     Args:
         ids: int64, any shape.
@@ -207,7 +207,7 @@ def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
 
 
 def cast_to_ids(values: Tensor) -> Tensor:
-    """Returns the numbers without their fractions, as int64.
+    """Return the numbers without their fractions, as int64.
 
     Args:
         values: float32 or float64, any shape.

@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
 
 
 def reduce_rows(gradients: Gradients, out: Tensor) -> None:
-    """Sums the gradients of each row, in input order, in chunks of 256 whose sums are added in order.
+    """Sum the gradients of each row, in input order, in chunks of 256 whose sums are added in order.
 
     Args:
         gradients: What to sum.

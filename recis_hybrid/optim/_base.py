@@ -34,7 +34,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         super().__init__(_groups(type(self).__name__, params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds tables, each with hyperparameters of its own as a group of its own.
+        """Add tables, each with hyperparameters of its own as a group of its own.
 
         Raises:
             TypeError: If a parameter is not a table's anchor.
@@ -61,23 +61,23 @@ class SparseOptimizer(torch.optim.Optimizer):
     @staticmethod
     @abstractmethod
     def _check(group: dict[str, Any]) -> None:
-        """Raises ValueError for a hyperparameter that is out of range."""
+        """Raise ValueError for a hyperparameter that is out of range."""
 
     @staticmethod
     @abstractmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
-        """Returns what a row must keep under these hyperparameters."""
+        """Return what a row must keep under these hyperparameters."""
 
     @staticmethod
     def _row_state_call(group: dict[str, Any]) -> str:
-        """Returns the call of ``row_state`` by which an engine is built for these hyperparameters, as text."""
+        """Return the call of ``row_state`` by which an engine is built for these hyperparameters, as text."""
         return "row_state()"
 
     @abstractmethod
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
-        """Applies one step's gradients to a table; ``step`` counts from 1."""
+        """Apply one step's gradients to a table; ``step`` counts from 1."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -87,7 +87,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every table.
+        """Update every table.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -117,15 +117,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                 anchor.grad = None
 
     def checkpoint_state(self) -> PartState:
-        """Returns hyperparameters and steps, by member table: what Saver writes."""
+        """Return hyperparameters and steps, by member table: what Saver writes."""
         return optimizer_state(self)
 
     def checkpoint_loader(self, saved: PartState) -> OptimizerLoader:
-        """Returns what takes over a checkpoint, also of tables that were coalesced otherwise."""
+        """Return what takes over a checkpoint, also of tables that were coalesced otherwise."""
         return OptimizerLoader(self, saved)
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Takes over what :meth:`checkpoint_state` gave.
+        """Take over what :meth:`checkpoint_state` gave.
 
         Raises:
             ValueError: If it is of other tables, or another optimizer; nothing is changed.
@@ -136,7 +136,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         loader.end()
 
     def update_of(self, anchor: Tensor) -> RowUpdate:
-        """Counts a step for the anchor's table and returns the update to apply: what the engine calls."""
+        """Count a step for the anchor's table and return the update to apply: what the engine calls."""
         self._refuse_unshared()
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
@@ -149,7 +149,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return self._update_in(group, anchor)
 
     def _refuse_unshared(self) -> None:
-        """Raises RuntimeError if each rank is about to train a separate model."""
+        """Raise RuntimeError if each rank is about to train a separate model."""
         if distributed.world_size() == 1:
             return
         name = type(self).__name__
@@ -186,7 +186,7 @@ def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns a parameter group as several: one more for each table with hyperparameters of its own."""
+    """Return a parameter group as several: one more for each table with hyperparameters of its own."""
     if "params" not in group:
         raise ValueError(
             f"{owner}: a group of parameters must have 'params', as engine.parameters(), got {sorted(group)}"
@@ -215,7 +215,7 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 
 
 def check_positive(owner: str, **values: float) -> None:
-    """Raises TypeError for a hyperparameter that is not a number, and ValueError for a negative one."""
+    """Raise TypeError for a hyperparameter that is not a number, and ValueError for a negative one."""
     for name, value in values.items():
         refuse_no_number(owner, name, value)
         if not value >= 0:

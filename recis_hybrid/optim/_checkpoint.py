@@ -12,7 +12,7 @@ from recis_hybrid.checkpointing import JSON, PartState
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
-    """Returns hyperparameters of the groups, and the group and steps of each member table."""
+    """Return hyperparameters of the groups, and the group and steps of each member table."""
     groups: list[JSON] = []
     tables: dict[str, JSON] = {}
     for number, group in enumerate(optimizer.param_groups):
@@ -54,7 +54,7 @@ class OptimizerLoader:
             self._compare(sorted(_members(group) & self._tables.keys()))
 
     def _compare(self, members: list[str]) -> None:
-        """Looks whether tables that share a group here had the same hyperparameters."""
+        """Look whether tables that share a group here had the same hyperparameters."""
         for member in members[1:]:
             a, b = (self._groups[self._tables[name][0]] for name in (members[0], member))
             differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
@@ -74,7 +74,7 @@ class OptimizerLoader:
         """Nothing: there are no rows."""
 
     def end(self) -> None:
-        """Takes over hyperparameters and steps."""
+        """Take over hyperparameters and steps."""
         for group in self._optimizer.param_groups:
             for member in sorted(_members(group))[:1]:
                 for key, value in self._groups[self._tables[member][0]].items():

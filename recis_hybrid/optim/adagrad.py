@@ -36,7 +36,7 @@ class Adagrad(SparseOptimizer):
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
-        """Returns what a row keeps: ``sum``, starting at ``initial_accumulator_value``."""
+        """Return what a row keeps: ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("Adagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", first_value=initial_accumulator_value),)
 
@@ -81,7 +81,7 @@ class RowwiseAdagrad(SparseOptimizer):
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
-        """Returns what a row keeps: one ``sum``, starting at ``initial_accumulator_value``."""
+        """Return what a row keeps: one ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("RowwiseAdagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", width=1, first_value=initial_accumulator_value, dtype=torch.float32),)
 

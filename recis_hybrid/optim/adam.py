@@ -42,7 +42,7 @@ class Adam(SparseOptimizer):
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
-        """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        """Return what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
         return _MOMENTS
 
     @staticmethod
@@ -97,7 +97,7 @@ class AdamW(SparseOptimizer):
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
-        """Returns what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        """Return what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
         return _MOMENTS
 
     @staticmethod

@@ -42,7 +42,7 @@ class SGD(SparseOptimizer):
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
-        """Returns what a row keeps: ``momentum_buffer`` where there is momentum."""
+        """Return what a row keeps: ``momentum_buffer`` where there is momentum."""
         check_positive("SGD", momentum=momentum)
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
 

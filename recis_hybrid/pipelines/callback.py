@@ -63,7 +63,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it back."""
+        """Take it back."""
 
 
 class CallbackError(RuntimeError):
@@ -71,10 +71,10 @@ class CallbackError(RuntimeError):
 
 
 def rank() -> int:
-    """Returns this process's number among those of torch.distributed; 0 where that is not initialised."""
+    """Return this process's number among those of torch.distributed; 0 where that is not initialised."""
     return distributed.rank()
 
 
 def ranks() -> int:
-    """Returns how many processes train together; 1 where torch.distributed is not initialised."""
+    """Return how many processes train together; 1 where torch.distributed is not initialised."""
     return distributed.world_size()

@@ -37,7 +37,7 @@ class Hooks:
         self._deferred: tuple[Callback, str, Exception] | None = None
 
     def call(self, hook: str, *args: Any) -> None:
-        """Calls a method of all callbacks; raises CallbackError if one raises, on several ranks by :meth:`agree`."""
+        """Call a method of all callbacks; raises CallbackError if one raises, on several ranks by :meth:`agree`."""
         for each in self.callbacks:
             try:
                 getattr(each, hook)(self._trainer, *args)
@@ -58,13 +58,13 @@ class Hooks:
             self._within_step = False
 
     def settle(self) -> None:
-        """Raises CallbackError for what a callback has raised within the step before; on one process."""
+        """Raise CallbackError for what a callback has raised within the step before; on one process."""
         if self._deferred is not None and ranks() == 1:
             deferred, self._deferred = self._deferred, None
             raise self._error(*deferred) from deferred[2]
 
     def wish_to_stop(self, reason: str) -> None:
-        """Keeps the reason that a callback has for the training to end, until :meth:`agree`."""
+        """Keep the reason that a callback has for the training to end, until :meth:`agree`."""
         self._wish = self._wish or reason
 
     def agree(self, *, interrupted: bool = False) -> tuple[str | None, bool]:
@@ -99,7 +99,7 @@ class Hooks:
         return wish, bool(signalled.any())
 
     def finish(self, error: BaseException | None) -> None:
-        """Calls ``after_fit`` of every callback; what these raise does not hide an error before."""
+        """Call ``after_fit`` of every callback; what these raise does not hide an error before."""
         self._deferred = self._wish = None
         for each in self.callbacks:
             try:
@@ -110,11 +110,11 @@ class Hooks:
                 error.add_note(f"{type(each).__name__}.after_fit raised, too: {another!r}")
 
     def state(self) -> list[list[Any]]:
-        """Returns the class and state of each callback."""
+        """Return the class and state of each callback."""
         return [[type(each).__name__, each.state_dict()] for each in self.callbacks]
 
     def load_state(self, state: list[list[Any]]) -> None:
-        """Takes back what :meth:`state` gave, by class and order; callbacks may have come or gone."""
+        """Take back what :meth:`state` gave, by class and order; callbacks may have come or gone."""
         left = list(state)
         for each in self.callbacks:
             mine = next((entry for entry in left if entry[0] == type(each).__name__), None)
@@ -137,9 +137,9 @@ class Watcher:
     hooks: Hooks
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what is done within, in a step that is logged."""
+        """Time what is done within, in a step that is logged."""
         return self.clock.phase(name)
 
     def backward(self, when: Literal["before", "after"]) -> None:
-        """Calls the callbacks."""
+        """Call the callbacks."""
         self.hooks.call(f"{when}_backward")

@@ -31,7 +31,7 @@ def evaluate(
     transforms: Sequence[Callable[[Batch], Batch]] = (),
     interruption: Interruption | None = None,
 ) -> dict[str, float]:
-    """Feeds a step's predictions to metrics; tables insert nothing.
+    """Feed a step's predictions to metrics; tables insert nothing.
 
     All ranks call it together, each with batches of its own: every row counts once, also where a rank has more batches
     than others, who go on with empty ones.

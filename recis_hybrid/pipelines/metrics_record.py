@@ -61,7 +61,7 @@ class RunningMeans:
         """States of metrics from a checkpoint, until the metrics first occur."""
 
     def add(self, figures: Mapping[str, Tensor | Metric], rows: int) -> None:
-        """Adds the figures of a step, one number each, and registers metrics.
+        """Add the figures of a step, one number each, and registers metrics.
 
         Args:
             figures: By name.
@@ -87,7 +87,7 @@ class RunningMeans:
                 self._sums[name], self._counts[name] = value.detach().to(torch.float64) * rows, rows
 
     def take(self) -> dict[str, float]:
-        """Returns the means and the values of metrics, and resets; synchronises the device and the ranks.
+        """Return the means and the values of metrics, and resets; synchronises the device and the ranks.
 
         Raises:
             ValueError: Ranks have other metrics.
@@ -109,13 +109,13 @@ class RunningMeans:
         return {name: total / count for name, (total, count) in totals.items()} | values
 
     def clear(self) -> None:
-        """Resets the sums and the metrics."""
+        """Reset the sums and the metrics."""
         for metric in self._metrics.values():
             metric.reset()
         self._sums, self._counts, self._metrics, self._before = {}, {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's sums, and the states of metrics."""
+        """Return this rank's sums, and the states of metrics."""
         return {
             "sums": {name: total.cpu() for name, total in self._sums.items()},
             "counts": dict(self._counts),
@@ -147,7 +147,7 @@ class Recorder:
         self._last, self.waited, self._samples = time.perf_counter(), 0.0, samples
 
     def of_step(self, trainer: Trainer, phases: Mapping[str, float]) -> dict[str, Any]:
-        """Returns the figures of the steps since the last line; synchronises the device and the ranks.
+        """Return the figures of the steps since the last line; synchronises the device and the ranks.
 
         Args:
             trainer: Whose steps they were.
@@ -183,7 +183,7 @@ class Recorder:
         return record
 
     def frequencies(self, engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:
-        """Returns by member table how many rows it has, and how many of these were met 2**k to 2**(k+1) - 1 times.
+        """Return by member table how many rows it has, and how many of these were met 2**k to 2**(k+1) - 1 times.
 
         Over all ranks. The last entry of ``frequency`` is of the greatest k that occurs.
         """
@@ -212,7 +212,7 @@ class _Look:
 
 
 def _counts(table: HashTable) -> list[tuple[str, Tensor]]:
-    """Returns each member table's name, and how many of its rows were met 2**k to 2**(k+1) - 1 times, int64 [64]."""
+    """Return each member table's name, and how many of its rows were met 2**k to 2**(k+1) - 1 times, int64 [64]."""
     look = _Look()
     table.evict(look)
     assert look.seen is not None
@@ -252,7 +252,7 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
 
 
 def exchanged(value: Any) -> list[Any]:
-    """Returns the values of all ranks, in their order.
+    """Return the values of all ranks, in their order.
 
     Args:
         value: What JSON can hold.
@@ -272,7 +272,7 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """Returns the sum of a tensor over all ranks."""
+    """Return the sum of a tensor over all ranks."""
     if ranks() == 1:
         return values
     total = values.to("cpu" if "gloo" in dist.get_backend() else "cuda", copy=True)

@@ -141,7 +141,7 @@ def refuse_output(path: str | os.PathLike[str]) -> None:
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
-    """Returns a column as an Arrow array, with its type in the files where that is more specific."""
+    """Return a column as an Arrow array, with its type in the files where that is more specific."""
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):
@@ -155,7 +155,7 @@ def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
 
 
 def _as_in_files(array: Any, kind: Any) -> Any:
-    """Returns int64 as unsigned integers, and bytes as strings, as in the files."""
+    """Return int64 as unsigned integers, and bytes as strings, as in the files."""
     import pyarrow as pa
 
     if kind is not None and pa.types.is_dictionary(kind):

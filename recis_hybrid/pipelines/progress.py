@@ -34,7 +34,7 @@ class Place:
     """By number of the stage, what evaluations gave; not kept where stages come by window."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns it as JSON could hold it."""
+        """Return it as JSON could hold it."""
         return asdict(self)
 
     def begin(self, window: str | None) -> None:
@@ -43,7 +43,7 @@ class Place:
         self.stage_steps = self.stage_passes = self.pass_batches = 0
 
     def remaining(self, stages: Iterable[Stage], figures: dict[str, dict[str, float]]) -> Iterator[Stage]:
-        """Yields the stages that are still to run, and begins each, the one under way excepted.
+        """Yield the stages that are still to run, and begins each, the one under way excepted.
 
         A stream that was set to its place itself gives the last stage begun again, first of its window. Any other is
         gone through from its beginning, with ``figures`` as they were then.
@@ -76,7 +76,7 @@ class Place:
         return epochs is not None and self.stage_passes >= epochs
 
     def left(self, stage: Train, batches: int | None, accumulate: int) -> int:
-        """Returns how many steps the stage still has; 0 if that cannot be known.
+        """Return how many steps the stage still has; 0 if that cannot be known.
 
         Args:
             stage: The stage under way.

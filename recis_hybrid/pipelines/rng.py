@@ -47,18 +47,18 @@ class Generators:
         self._means = means
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns their states."""
+        """Return their states."""
         return {**generator_states(), "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave."""
         set_generator_states(state)
         if "means" in state:
             self._means.load_state_dict(state["means"])
 
 
 def generator_states() -> dict[str, Any]:
-    """Returns the state of all of them, as a checkpoint can hold it."""
+    """Return the state of all of them, as a checkpoint can hold it."""
     of_numpy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = of_numpy
     version, words, gauss = random.getstate()
@@ -77,7 +77,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generator_states(states: dict[str, Any]) -> None:
-    """Takes over what :func:`generator_states` gave."""
+    """Take over what :func:`generator_states` gave."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])

@@ -121,7 +121,7 @@ class Evaluate:
             raise ValueError("Evaluate: give data or a window, not both")
 
     def run(self, trainer: Trainer) -> None:
-        """Evaluates; see :meth:`Trainer.evaluate`."""
+        """Evaluate; see :meth:`Trainer.evaluate`."""
         trainer.evaluate(self)
 
 
@@ -166,7 +166,7 @@ class Save:
         refuse_other_than("Save", "name", self.name, str, "a name; what is saved, and where, Trainer says")
 
     def run(self, trainer: Trainer) -> None:
-        """Saves; see :meth:`Trainer.save`."""
+        """Save; see :meth:`Trainer.save`."""
         trainer.save()
 
 

@@ -25,7 +25,7 @@ class Clock:
         self._since = 0.0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what is done within, if the clock measures."""
+        """Time what is done within, if the clock measures."""
         return self._phase(name) if self.measures else _NOTHING
 
     @contextmanager

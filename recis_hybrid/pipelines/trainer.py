@@ -175,7 +175,7 @@ class Trainer:
     def fit(
         self, stages: Iterable[Stage], *, resume: Literal["latest"] | int | None = None
     ) -> dict[str, dict[str, float]]:
-        """Runs stages.
+        """Run stages.
 
         A run that is resumed is given the same stages: what was done before the checkpoint is left out, and the stage
         that was under way goes on where it was, so that it ends bitwise as if it had not been interrupted. A generator
@@ -245,7 +245,7 @@ class Trainer:
             return next(remaining, None)
 
     def _end_interrupted(self) -> NoReturn:
-        """Saves after a signal, on all ranks together, and raises the exception that ends the training."""
+        """Save after a signal, on all ranks together, and raise the exception that ends the training."""
         for engine in self.engines:
             engine.drop_prefetched()
         error = self._interruption.error(self._interruption.requested)
@@ -326,7 +326,7 @@ class Trainer:
         return watched
 
     def _next(self, ahead: ReadAhead, step: Step, stage: Train) -> Sequence[Batch]:
-        """Returns the batches of the next step; none where a pass has ended."""
+        """Return the batches of the next step; none where a pass has ended."""
         while ahead.wants_more():
             begin = time.perf_counter()
             batches = ahead.read()
@@ -346,7 +346,7 @@ class Trainer:
         return batches
 
     def evaluate(self, stage: Evaluate) -> None:
-        """Computes a stage's metrics: what ``Evaluate`` runs. They are kept in ``figures``."""
+        """Compute a stage's metrics: what ``Evaluate`` runs. They are kept in ``figures``."""
         begin = time.perf_counter()
         metrics = self.metrics if stage.metrics is None else stage.metrics
         transforms = [function for function in (self.transform, stage.transform) if function is not None]
@@ -380,7 +380,7 @@ class Trainer:
         return predict(self._step(step), source, columns=columns, transforms=[self.transform] if self.transform else [])
 
     def evict(self, stage: Evict) -> None:
-        """Gives rows up: what ``Evict`` runs."""
+        """Give rows up: what ``Evict`` runs."""
         evicted = 0
         for engine in self.engines:
             evicted += engine.evict(stage.rule)
@@ -390,7 +390,7 @@ class Trainer:
         self._log("evict", {"evicted": evicted})
 
     def save(self, *, delta: bool = False) -> Location | None:
-        """Writes a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
+        """Write a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
 
         Args:
             delta: Whether to write of tables just what changed since the last one; see :meth:`Saver.save`.
@@ -422,7 +422,7 @@ class Trainer:
         return path
 
     def stop(self, reason: str) -> None:
-        """Ends the training after the step under way, with a checkpoint if there is a saver; for callbacks.
+        """End the training after the step under way, with a checkpoint if there is a saver; for callbacks.
 
         Where one of several ranks asks for it, all end after the next step that is logged, or stage.
 
@@ -432,7 +432,7 @@ class Trainer:
         self._hooks.wish_to_stop(reason)
 
     def _agree(self) -> None:
-        """Applies errors of callbacks, and requests of callbacks and signals, on all ranks at once."""
+        """Apply errors of callbacks, and requests of callbacks and signals, on all ranks at once."""
         reason, interrupted = self._hooks.agree(interrupted=self._interruption.requested is not None)
         if interrupted:
             raise RanksInterrupted
@@ -441,14 +441,14 @@ class Trainer:
             self._log("stop", {"reason": reason})
 
     def steps_left(self, stage: Stage) -> int | None:
-        """Returns how many steps a training stage still has, 0 if that cannot be known; None for other stages."""
+        """Return how many steps a training stage still has, 0 if that cannot be known; None for other stages."""
         if not isinstance(stage, Train):
             return None
         data = None if stage.window is not None else self._sources.data(stage)
         return self._place.left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
 
     def parts(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds, by name: the steps' parts, further ones, the trainer itself, generators."""
+        """Return what a checkpoint holds, by name: the steps' parts, further ones, the trainer itself, generators."""
         parts = dict(self._parts)
         for name, step in self.steps.items():
             # What several steps share, as tables, is saved once.
@@ -461,7 +461,7 @@ class Trainer:
         return parts | mine
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place: steps, stage, reading positions, and the state of callbacks; the same on all ranks."""
+        """Return the place: steps, stage, reading positions, and the state of callbacks; the same on all ranks."""
         stream: Any = self._stages
         return {
             "place": self._place.state_dict(),
@@ -472,7 +472,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave; callbacks by their class and order."""
+        """Take over what :meth:`state_dict` gave; callbacks by their class and order."""
         self._place = Place(**state["place"])
         self.figures.clear()
         self.figures.update(state["figures"])
@@ -510,7 +510,7 @@ class Trainer:
                 step.synchronise()
 
     def _join(self) -> None:
-        """Checks that everything trained is equal on all ranks, or shared by them.
+        """Check that everything trained is equal on all ranks, or shared by them.
 
         Raises:
             ValueError: An engine is this process's own, or a step does not average gradients.
@@ -536,7 +536,7 @@ class Trainer:
                     )
 
     def _end(self, error: BaseException | None) -> None:
-        """Ends callbacks and a save in the background."""
+        """End callbacks and a save in the background."""
         self._sources.close()
         self._hooks.finish(error)
         if self.saver is None:
@@ -552,7 +552,7 @@ class Trainer:
             error.add_note("there is no checkpoint" if latest is None else f"the latest checkpoint is of step {latest}")
 
     def _rescue(self) -> str:
-        """Saves after a callback has raised, and says what came of it."""
+        """Save after a callback has raised, and says what came of it."""
         if self.saver is None:
             return "there is no saver, so nothing was saved"
         try:
@@ -589,7 +589,7 @@ def _refuse_kinds(
     metrics: Any,
     saver: Any,
 ) -> None:
-    """Raises TypeError for arguments of the wrong kind."""
+    """Raise TypeError for arguments of the wrong kind."""
     for name, step in steps.items():
         refuse_no_step("Trainer", f"the step {name!r}" if name else "step", step)
     for name, data in sources.items():
@@ -602,7 +602,7 @@ def _refuse_kinds(
 
 
 def _callbacks(callbacks: Any) -> list[Callback]:
-    """Returns callbacks as a list; raises TypeError unless they are a sequence of them."""
+    """Return callbacks as a list; raises TypeError unless they are a sequence of them."""
     if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
         hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
         raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {described(callbacks)}{hint}")
@@ -613,7 +613,7 @@ def _callbacks(callbacks: Any) -> list[Callback]:
 
 
 def _refuse_no_stages(stages: Any, resume: Any) -> None:
-    """Raises TypeError unless stages are a sequence or a stream, and ``resume`` names a checkpoint."""
+    """Raise TypeError unless stages are a sequence or a stream, and ``resume`` names a checkpoint."""
     if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
         hint = "; put it into a list" if hasattr(stages, "run") else ""
         raise TypeError(

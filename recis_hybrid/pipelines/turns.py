@@ -124,7 +124,7 @@ def announce(
 
 
 def _rows(batch: Any) -> int:
-    """Returns the number of rows; the largest if columns differ, which a transform may still change."""
+    """Return the number of rows; the largest if columns differ, which a transform may still change."""
     if isinstance(batch, RaggedTensor):
         return batch.batch_size
     if isinstance(batch, Mapping):

@@ -22,7 +22,7 @@ class _Lent:
 
 
 def as_column(where: str, value: Any) -> torch.Tensor | RaggedTensor:
-    """Returns a value of a batch as a column.
+    """Return a value of a batch as a column.
 
     Not copied are tensors, numpy arrays of this machine's byte order with steps above 0, read-only ones among them, and
     arrays that speak DLPack, as JAX's do; JAX holds ids of 64 bits only while ``jax_enable_x64`` is on, and has cut

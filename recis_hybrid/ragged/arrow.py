@@ -53,7 +53,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _opened(array: pa.Array) -> tuple[pa.Array, torch.Tensor]:
-    """Returns what lies in lists, and their offsets."""
+    """Return what lies in lists, and their offsets."""
     _no_nulls(array)
     if pa.types.is_fixed_size_list(array.type):
         return array.flatten(), torch.arange(len(array) + 1) * array.type.list_size

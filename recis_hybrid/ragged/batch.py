@@ -14,7 +14,7 @@ Batch: TypeAlias = dict[str, torch.Tensor | RaggedTensor]
 
 
 def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
-    """Returns the number of rows that all columns of a batch have.
+    """Return the number of rows that all columns of a batch have.
 
     Args:
         batch: Columns by name.
@@ -52,7 +52,7 @@ def batch_to(
     *,
     non_blocking: bool = False,
 ) -> Batch:
-    """Returns the batch with all of its columns on `device`; columns that are there already are not copied.
+    """Return the batch with all of its columns on `device`; columns that are there already are not copied.
 
     Args:
         batch: Columns by name.

@@ -12,7 +12,7 @@ from recis_hybrid.ragged.checks import Parts
 
 
 def offsets_of(lengths: Sequence[int]) -> torch.Tensor:
-    """Returns [B + 1] int64 offsets of rows of these lengths."""
+    """Return [B + 1] int64 offsets of rows of these lengths."""
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
     return offsets
@@ -23,7 +23,7 @@ def _is_list(item: object) -> bool:
 
 
 def _flatten(rows: Iterable[Any]) -> tuple[list[Any], list[list[int]]]:
-    """Returns the values, and for each level the lengths of its lists."""
+    """Return the values, and for each level the lengths of its lists."""
     flat = [list(row) for row in rows]
     lengths = [[len(row) for row in flat]]
     items: list[Any] = [item for row in flat for item in row]

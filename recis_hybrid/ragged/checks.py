@@ -12,14 +12,14 @@ Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """Returns a tensor's dtype and shape, as messages have it."""
+    """Return a tensor's dtype and shape, as messages have it."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def check_form(
     values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, outer: tuple[torch.Tensor, ...]
 ) -> None:
-    """Checks what can be known without looking at content.
+    """Check what can be known without looking at content.
 
     Raises:
         TypeError: An argument is no tensor, or of another dtype.
@@ -58,7 +58,7 @@ def _check_weights(values: torch.Tensor, offsets: torch.Tensor, weights: torch.T
 
 
 def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...], *, tail: bool = False) -> None:
-    """Checks offsets on the CPU of `count` values.
+    """Check offsets on the CPU of `count` values.
 
     With `tail` values (or lists) may lie after those that the offsets reach, as operations on a GPU leave them.
 
@@ -89,6 +89,6 @@ def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str, tail
 
 
 def one_level(where: str, outer: tuple[torch.Tensor, ...]) -> None:
-    """Raises ValueError where rows hold lists."""
+    """Raise ValueError where rows hold lists."""
     if outer:
         raise ValueError(f"RaggedTensor.{where}: rows must hold values, these hold lists ({1 + len(outer)} levels)")

@@ -10,7 +10,7 @@ from recis_hybrid.ragged.checks import Parts, describe, one_level
 
 
 def positions(offsets: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns for each of `count` values its row and its place in the row."""
+    """Return for each of `count` values its row and its place in the row."""
     lengths = offsets[1:] - offsets[:-1]
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=count)
     return rows, torch.arange(count, device=offsets.device) - offsets[:-1][rows]

@@ -44,7 +44,7 @@ def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
 
 
 def _number(which: Any) -> int | None:
-    """Returns an index as an int; it may be numpy's or a zero-dimensional tensor."""
+    """Return an index as an int; it may be numpy's or a zero-dimensional tensor."""
     if isinstance(which, bool | np.bool_) or isinstance(which, slice | str | bytes):
         return None
     if isinstance(which, torch.Tensor | np.ndarray) and (which.ndim or not _whole(which)):
@@ -116,7 +116,7 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
 
 
 def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
-    """Returns the rows of a mask or a list of indices, int64."""
+    """Return the rows of a mask or a list of indices, int64."""
     if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
         raise _refused(which)
     try:
@@ -196,7 +196,7 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
 
 
 def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Returns a slice's start, number of items and step in lists of these lengths."""
+    """Return a slice's start, number of items and step in lists of these lengths."""
     start, stop, step = (None if one is None else operator.index(one) for one in (which.start, which.stop, which.step))
     step = 1 if step is None else step
     if step == 0:
@@ -219,7 +219,7 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def _between(parts: Parts, start: int, stop: int) -> Parts:
-    """Returns the rows from start to stop, over the same values."""
+    """Return the rows from start to stop, over the same values."""
     values, offsets, weights, outer = parts
     levels = []
     for level in (*outer, offsets):

@@ -77,7 +77,7 @@ class RaggedTensor:
         weights: torch.Tensor | None = None,
         outer: tuple[torch.Tensor, ...] = (),
     ) -> RaggedTensor:
-        """Returns a RaggedTensor of tensors that are known to fit together, without checking them.
+        """Return a RaggedTensor of tensors that are known to fit together, without checking them.
 
         Checking costs more than a small transformation, and what is made of a valid RaggedTensor by its rules is valid.
         A GPU may not have made the tensors yet.
@@ -97,7 +97,7 @@ class RaggedTensor:
         dtype: torch.dtype | None = None,
         weights: Iterable[Sequence[Any]] | None = None,
     ) -> RaggedTensor:
-        """Builds a RaggedTensor on the CPU from a sequence of numbers for each row, or of sequences of them.
+        """Build a RaggedTensor on the CPU from a sequence of numbers for each row, or of sequences of them.
 
         Args:
             rows: B sequences of numbers, or of sequences as deep everywhere.
@@ -114,7 +114,7 @@ class RaggedTensor:
 
     @classmethod
     def from_strings(cls, strings: Iterable[str | bytes | Sequence[Any]]) -> RaggedTensor:
-        r"""Builds a column of strings, or of lists of strings, on the CPU; `str` is encoded as UTF-8.
+        r"""Build a column of strings, or of lists of strings, on the CPU; `str` is encoded as UTF-8.
 
         Args:
             strings: B strings, or B sequences of strings.
@@ -134,7 +134,7 @@ class RaggedTensor:
     def from_padded(
         cls, padded: torch.Tensor, lengths: torch.Tensor | None = None, *, padding: float | None = None
     ) -> RaggedTensor:
-        """Builds one level of rows of the first values of the rows of a dense tensor.
+        """Build one level of rows of the first values of the rows of a dense tensor.
 
         Args:
             padded: [B, L] or [B, L, ...].
@@ -152,7 +152,7 @@ class RaggedTensor:
 
     @classmethod
     def from_nested(cls, nested: torch.Tensor) -> RaggedTensor:
-        """Builds one level of rows of a nested tensor of the jagged layout, over its memory if it is packed.
+        """Build one level of rows of a nested tensor of the jagged layout, over its memory if it is packed.
 
         Args:
             nested: `torch.nested.nested_tensor(..., layout=torch.jagged)`, ragged in its second dimension.
@@ -164,7 +164,7 @@ class RaggedTensor:
 
     @classmethod
     def from_arrow(cls, array: pa.Array | pa.ChunkedArray) -> RaggedTensor:
-        """Builds a RaggedTensor on the CPU of an Arrow array of lists, lists of lists, strings, or lists of strings.
+        """Build a RaggedTensor on the CPU of an Arrow array of lists, lists of lists, strings, or lists of strings.
 
         Numbers that Arrow holds aligned are not copied.
 
@@ -181,14 +181,14 @@ class RaggedTensor:
 
     @classmethod
     def from_jagged(cls, jagged: Any) -> RaggedTensor:
-        """Builds one level of rows of a TorchRec JaggedTensor; weights become float32."""
+        """Build one level of rows of a TorchRec JaggedTensor; weights become float32."""
         from recis_hybrid.ragged import torchrec
 
         return cls(*torchrec.from_jagged(jagged))
 
     @classmethod
     def concat(cls, parts: Sequence[RaggedTensor]) -> RaggedTensor:
-        """Returns the rows of several RaggedTensors one after another; waits for a GPU.
+        """Return the rows of several RaggedTensors one after another; waits for a GPU.
 
         Args:
             parts: At least one; of the same levels, dtype and device, all weighted or none.
@@ -223,12 +223,12 @@ class RaggedTensor:
         return self.values.dtype
 
     def lengths(self) -> torch.Tensor:
-        """Returns the number of values (or of lists, where rows hold lists) of each row, [B] int64."""
+        """Return the number of values (or of lists, where rows hold lists) of each row, [B] int64."""
         offsets = self.outer[0] if self.outer else self.offsets
         return offsets[1:] - offsets[:-1]
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> RaggedTensor:
-        """Returns the same rows on `device`: itself where they are there already.
+        """Return the same rows on `device`: itself where they are there already.
 
         What an operation on a GPU has left after the last row stays there, unless `non_blocking` is True: how many
         values the rows have is only known when the copy has arrived.
@@ -244,7 +244,7 @@ class RaggedTensor:
         return moved._in_use() if looks else moved
 
     def pin_memory(self) -> RaggedTensor:
-        """Returns the same rows in pinned memory, from which a GPU copies without the host waiting."""
+        """Return the same rows in pinned memory, from which a GPU copies without the host waiting."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
@@ -252,11 +252,11 @@ class RaggedTensor:
         return all(tensor.is_pinned() for tensor in self._tensors())
 
     def to_lists(self) -> list[list[Any]]:
-        """Returns the values of each row as a list (of lists, where rows hold lists); waits for a GPU."""
+        """Return the values of each row as a list (of lists, where rows hold lists); waits for a GPU."""
         return build.listed(self.values.tolist(), [*self.outer, self.offsets])
 
     def to_strings(self) -> list[Any]:
-        """Returns each row of a column of strings as bytes, or as a list of bytes; waits for a GPU to deliver them.
+        """Return each row of a column of strings as bytes, or as a list of bytes; waits for a GPU to deliver them.
 
         Raises:
             TypeError: The values are not uint8 [N].
@@ -266,7 +266,7 @@ class RaggedTensor:
         return build.listed(self.values.cpu().numpy().tobytes(), [*self.outer, self.offsets])
 
     def to_padded(self, length: int | None = None, *, padding: float = 0, side: str = "right") -> torch.Tensor:
-        """Returns one level of rows as a dense tensor.
+        """Return one level of rows as a dense tensor.
 
         Args:
             length: L; None takes the longest row's, for which it waits for a GPU.
@@ -282,7 +282,7 @@ class RaggedTensor:
         return dense.to_padded(self.values, self.offsets, self.outer, length, padding, side)
 
     def to_nested(self) -> torch.Tensor:
-        """Returns one level of rows as a nested tensor of the jagged layout, over the same memory.
+        """Return one level of rows as a nested tensor of the jagged layout, over the same memory.
 
         Raises:
             ValueError: There are more levels, or weights, which it cannot hold.
@@ -290,7 +290,7 @@ class RaggedTensor:
         return dense.to_nested(self.values, self.offsets, self.weights, self.outer)
 
     def to_arrow(self) -> pa.Array:
-        """Returns the rows as an Arrow array of large lists, or of large binaries where they are strings.
+        """Return the rows as an Arrow array of large lists, or of large binaries where they are strings.
 
         On the CPU its numbers lie in the same memory.
 
@@ -302,7 +302,7 @@ class RaggedTensor:
         return arrow.to_arrow(self.values, self.offsets, self.weights, self.outer)
 
     def to_jagged(self) -> Any:
-        """Returns one level of rows as a TorchRec JaggedTensor over the same memory.
+        """Return one level of rows as a TorchRec JaggedTensor over the same memory.
 
         Raises:
             ImportError: TorchRec is not installed.
@@ -313,7 +313,7 @@ class RaggedTensor:
         return torchrec.to_jagged(self.values, self.offsets, self.weights, self.outer)
 
     def validate(self) -> RaggedTensor:
-        """Checks everything, the content of offsets on a GPU too (and then waits for it).
+        """Check everything, the content of offsets on a GPU too (and then wait for it).
 
         On a GPU values may lie after those that the offsets reach: what shortens rows there leaves them.
 
@@ -330,7 +330,7 @@ class RaggedTensor:
         return self
 
     def __getitem__(self, which: Any) -> Any:
-        """Returns rows, or with several indices their items.
+        """Return rows, or with several indices their items.
 
         Args:
             which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that
@@ -368,7 +368,7 @@ class RaggedTensor:
         )
 
     def _in_use(self) -> RaggedTensor:
-        """Returns the same rows without what lies after the last one."""
+        """Return the same rows without what lies after the last one."""
         outer, count = [], len(self)
         for level in self.outer:
             outer.append(level[: count + 1])
@@ -384,7 +384,7 @@ class RaggedTensor:
         return [self.values, self.offsets, *weights, *self.outer]
 
     def _each(self, move: Any) -> RaggedTensor:
-        """Returns the same rows with every tensor moved; itself where none was."""
+        """Return the same rows with every tensor moved; itself where none was."""
         values, offsets, outer = move(self.values), move(self.offsets), tuple(move(level) for level in self.outer)
         weights = None if self.weights is None else move(self.weights)
         before, after = (self.values, self.offsets, self.weights, *self.outer), (values, offsets, weights, *outer)

@@ -42,7 +42,7 @@ def from_jagged(jagged: Any) -> Parts:
 
 
 def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
-    """Returns columns of ids as a TorchRec KeyedJaggedTensor; waits for a GPU.
+    """Return columns of ids as a TorchRec KeyedJaggedTensor; waits for a GPU.
 
     Args:
         columns: RaggedTensors of one level, of one dtype and one number of rows, all weighted or none.
@@ -76,7 +76,7 @@ def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
 
 
 def from_keyed_jagged(keyed: Any) -> dict[str, RaggedTensor]:
-    """Returns the columns of a TorchRec KeyedJaggedTensor by name.
+    """Return the columns of a TorchRec KeyedJaggedTensor by name.
 
     Args:
         keyed: A KeyedJaggedTensor.

@@ -16,7 +16,7 @@ HASHED = {"ops": [{"hash": {"kind": "farm"}}], "dim": 4}
 
 
 def check(folder: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[int, str]:
-    """Writes a configuration that reads what is there and checks it; returns the status, and what was said."""
+    """Write a configuration that reads what is there and check it; returns the status, and what was said."""
     there = {path: path.read_bytes() for path in folder.glob("*.csv")}
     path = small_config(folder, **changes)
     for file, data in there.items():

@@ -60,7 +60,7 @@ def busy(device: str) -> None:
 
 
 def overwrite(device: str) -> list[torch.Tensor]:
-    """Takes what memory has become free, of a current stream too, and writes to it."""
+    """Take what memory has become free, of a current stream too, and write to it."""
     return [torch.full((SIZE,), -1.0, device=device) for _ in range(16)]
 
 

@@ -57,7 +57,7 @@ def cut_off(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Changes a byte of the fourth row group."""
+    """Change a byte of the fourth row group."""
     content = bytearray(path.read_bytes())
     content[pq.ParquetFile(path).metadata.row_group(3).column(1).data_page_offset + 2000] ^= 1
     path.write_bytes(content)
@@ -211,7 +211,7 @@ def test_a_file_that_lost_rows_while_open_is_refused(tmp_path: Path, suffix: str
 
 
 def write_anew(path: Path, **options: Any) -> None:
-    """Writes as many rows of as many bytes, some time later."""
+    """Write as many rows of as many bytes, some time later."""
     before = path.stat()
     write(path, **options)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))

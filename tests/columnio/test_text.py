@@ -23,7 +23,7 @@ BIG = 2**64 - 1
 
 
 def write(path: Path, values: list[Any]) -> Path:
-    """Writes a column x of values, and y of their numbers."""
+    """Write a column x of values, and y of their numbers."""
     if path.suffix == ".csv":
         lines = ["x,y", *(f"{value},{number}" for number, value in enumerate(values))]
     else:

@@ -45,7 +45,7 @@ def test_all_features_of_a_logical_table_go_in_one_exchange(ranks: Ranks) -> Non
 
 
 def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
-    """Samples dealt at random: ranks without any, features without ids, a batch that is empty everywhere."""
+    """Sample dealt at random: ranks without any, features without ids, a batch that is empty everywhere."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     draw = random.Random(seed)
     engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)

@@ -30,7 +30,7 @@ def saver_of(group: dist.ProcessGroup, folder: str, background: bool = False) ->
 
 
 def trained(group: dist.ProcessGroup, folder: str, background: bool) -> None:
-    """Saves all, and then what changed: rows, rows that went, and counts of ids that are not admitted."""
+    """Save all, and then what changed: rows, rows that went, and counts of ids that are not admitted."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     parts, saver = parts_of(group, "column"), saver_of(group, folder, background)
     engine, sparse = parts["engine"], parts["sparse"]

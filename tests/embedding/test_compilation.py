@@ -56,7 +56,7 @@ def configs(forms: list[tuple[str, Any]]) -> dict[str, EmbeddingConfig]:
 
 
 def trained(forms: list[tuple[str, Any]], compiled: Callable[[nn.Module], Any]) -> list[Tensor]:
-    """Returns outputs in training and in evaluation, and rows afterwards."""
+    """Return outputs in training and in evaluation, and rows afterwards."""
     engine = EmbeddingEngine(configs(forms))
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     call, seen = compiled(engine), []

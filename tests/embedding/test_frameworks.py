@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Runs the first section of the page and another one, and returns the names that they define."""
+    """Run the first section of the page and another one, and return the names that they define."""
     monkeypatch.chdir(tmp_path)
     text = (root / "docs" / "frameworks.md").read_text()
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
@@ -43,7 +43,7 @@ def page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Compares rows, optimizer state in them, and towers."""
+    """Compare rows, optimizer state in them, and towers."""
     assert a.engine.tables[0].step == b.engine.tables[0].step
     for name, columns in rows_of(a.engine).items():
         for column, values in columns.items():

@@ -43,7 +43,7 @@ def embeddings(engine: EmbeddingEngine) -> dict[str, torch.Tensor]:
 
 
 def same_but_state(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
-    """Compares what rows of b have with rows of a, which may have more."""
+    """Compare what rows of b have with rows of a, which may have more."""
     for name, columns in rows_of(b).items():
         for column, values in columns.items():
             assert torch.equal(values, rows_of(a)[name][column]), (name, column)

@@ -136,7 +136,7 @@ def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offset
 
 
 def run_kernels(ops: list[Any], *columns: Column) -> None:
-    """Runs a feature as torch.compile does, under which nobody looks at columns before."""
+    """Run a feature as torch.compile does, under which nobody looks at columns before."""
     names = [f"c{k}" for k in range(len(columns))]
     registers = list(columns)
     for instruction in compile_plan([Feature("a", ops=ops, source=names)]).instructions:

@@ -29,7 +29,7 @@ def batch() -> Batch:
 
 
 def native_calls(built: FeatureEngine) -> list[object]:
-    """Returns the native calls of an engine that has run, by what it keeps of them."""
+    """Return the native calls of an engine that has run, by what it keeps of them."""
     return [call for name in built._segments.values() for call in getattr(built, name).calls]
 
 

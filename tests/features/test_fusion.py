@@ -49,7 +49,7 @@ KINDS = ["farm", "murmur", "xxh64", "djb2", "sdbm"]
 
 
 def same(one: Batch, other: Batch) -> None:
-    """Asserts that two batches hold the same bits."""
+    """Assert that two batches hold the same bits."""
     assert list(one) == list(other)
     for name in one:
         a, b = Column.of(one[name]), Column.of(other[name])

@@ -21,7 +21,7 @@ any_modulus = st.one_of(
 
 
 def signed(word: int) -> int:
-    """Returns the int64 that has the bits of a number of 64 bits."""
+    """Return the int64 that has the bits of a number of 64 bits."""
     return (word + 2**63) % 2**64 - 2**63
 
 

@@ -45,7 +45,7 @@ class WithL2(Model):
 
 
 def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
-    """Passes over a file, saved in the background every third step."""
+    """Pass over a file, saved in the background every third step."""
     data = ColumnDataset(folder / "rows.csv", ["id", "label"], 16, shuffle=True, prefetch=2)
 
     class Tell(Callback):

@@ -122,7 +122,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def dealt(batches: list[Batch]) -> list[Batch]:
-    """Returns the batches of this rank, of which the last one has one less; one process takes each turn's as one."""
+    """Return the batches of this rank, of which the last one has one less; one process takes each turn's as one."""
     if distributed.world_size() == 1:
         return [joined(batches[turn : turn + RANKS]) for turn in range(0, len(batches), RANKS)]
     return batches[distributed.rank() :: RANKS]

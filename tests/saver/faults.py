@@ -141,7 +141,7 @@ class Child:
         self.ended()
 
     def ended(self) -> int:
-        """Waits for the end. Returns the exit status, below 0 for a signal."""
+        """Wait for the end. Returns the exit status, below 0 for a signal."""
         while self.wait_for("no such event"):
             pass
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -379,7 +379,7 @@ FAULTS = {
 
 
 def undisturbed(folder: Path, data: Path) -> dict[str, float]:
-    """Makes what all others are to end in. Returns the seconds that saves and loads take, for dice."""
+    """Make what all others are to end in. Returns the seconds that saves and load take, for dice."""
     times = {}
     for name, asynchronous in (("save", False), ("async", True)):
         child = Child(
@@ -399,7 +399,7 @@ def undisturbed(folder: Path, data: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Runs the faults. Returns 1 if one was not survived."""
+    """Run the faults. Returns 1 if one was not survived."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=20, help="trials of each fault")
     parser.add_argument("--seed", default="0", help="of the random moments")

@@ -24,7 +24,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, Toy]:
-    """Steps 2 (whole), 4 and 6; step 7 is 6 once more, whole, of another saver."""
+    """Step 2 (whole), 4 and 6; step 7 is 6 once more, whole, of another saver."""
     toy, saver = Toy(), Saver(tmp_path / "run")
     for step in (2, 4, 6):
         toy.train_steps(2)

@@ -74,7 +74,7 @@ def serve(root: Path) -> None:
 
 
 def reseal(directory: Path, path: Path) -> None:
-    """Gives a changed file the checksums and the size that the manifest says."""
+    """Give a changed file the checksums and the size that the manifest says."""
     data = path.read_bytes()
     sums = [f"{zlib.crc32(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES)]
     relative = path.relative_to(directory).as_posix()

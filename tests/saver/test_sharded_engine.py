@@ -30,7 +30,7 @@ SHARDINGS = ["row", "table", "replicated", "mixed"]
 
 @pytest.fixture(scope="module")
 def eight() -> Iterator[Ranks]:
-    """Processes that are ranks of a group."""
+    """Process that are ranks of a group."""
     started = Ranks(timeout_s=60, ranks=8)  # of which few have a core
     yield started
     started.close()

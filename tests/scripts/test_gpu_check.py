@@ -38,7 +38,7 @@ class Machine:
         path.chmod(0o755)
 
     def check(self) -> tuple[int, dict[str, tuple[str, str]]]:
-        """Runs the script; returns its exit status and the table: step → (result, detail)."""
+        """Run the script; returns its exit status and the table: step → (result, detail)."""
         steps = self.steps
         self.command(
             "python",

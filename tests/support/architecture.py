@@ -81,7 +81,7 @@ INCLUDES: dict[str, tuple[str, str]] = {
 
 
 def inner_room(item: Import) -> str | None:
-    """Returns the room of the package that an import reaches, or None if it reaches outside."""
+    """Return the room of the package that an import reaches, or None if it reaches outside."""
     if item.target.split(".")[0] != PACKAGE:
         return None
     # `from recis_hybrid import ops` names a room just as `import recis_hybrid.ops` does.
@@ -91,7 +91,7 @@ def inner_room(item: Import) -> str | None:
 
 
 def import_violations(source: Source) -> Iterator[str]:
-    """Yields the imports that go against ROOMS and OUTSIDE."""
+    """Yield the imports that go against ROOMS and OUTSIDE."""
     room = source.room
     if room not in ROOMS:
         yield f"{source.path}: the room {room!r} is not in ROOMS; decide there whom it may import"
@@ -109,7 +109,7 @@ def import_violations(source: Source) -> Iterator[str]:
 
 
 def name_violations(source: Source) -> Iterator[str]:
-    """Yields where a public name is not re-exported as such, or where a private one of another room is used."""
+    """Yield where a public name is not re-exported as such, or where a private one of another room is used."""
     for item in imports(source):
         where = f"{source.path}:{item.line}"
         reached = inner_room(item)
@@ -127,7 +127,7 @@ def name_violations(source: Source) -> Iterator[str]:
 
 
 def unsafe_violations(source: Source) -> Iterator[str]:
-    """Yields where a file could run what it reads."""
+    """Yield where a file could run what it reads."""
     known = aliases(source)
     for item in imports(source):
         if item.target.split(".")[0] in UNSAFE_MODULES or item.name in UNSAFE_MODULES:
@@ -143,7 +143,7 @@ def unsafe_violations(source: Source) -> Iterator[str]:
 
 
 def environment_violations(source: Source) -> Iterator[str]:
-    """Yields where a module reads an environment variable while it is imported."""
+    """Yield where a module reads an environment variable while it is imported."""
     known = aliases(source)
     for node in outside_functions(source.tree):
         if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in ("os.environ", "os.getenv"):
@@ -151,7 +151,7 @@ def environment_violations(source: Source) -> Iterator[str]:
 
 
 def include_violations(path: str, text: str) -> Iterator[str]:
-    """Yields what a file below csrc/ includes and may not."""
+    """Yield what a file below csrc/ includes and may not."""
     folder = path.split("/")[1]
     if folder not in INCLUDES:
         yield f"{path}: the folder csrc/{folder} is not in INCLUDES; decide there what it may include"

@@ -18,7 +18,7 @@ COLUMNS: dict[str, Callable[[int], Any]] = {
 
 
 def write_csv(path: Path, columns: dict[str, Callable[[int], Any]] | None = None, rows: int = 64) -> None:
-    """Writes a file whose cells are functions of the row's number."""
+    """Write a file whose cells are functions of the row's number."""
     columns = columns or COLUMNS
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
@@ -27,7 +27,7 @@ def write_csv(path: Path, columns: dict[str, Callable[[int], Any]] | None = None
 
 
 def small_config(folder: Path, **changes: Any) -> Path:
-    """Writes train.csv (64 rows, 4 batches), eval.csv (40 rows) and a configuration; returns the latter."""
+    """Write train.csv (64 rows, 4 batches), eval.csv (40 rows) and a configuration; returns the latter."""
     write_csv(folder / "train.csv")
     write_csv(folder / "eval.csv", rows=40)
     config = {

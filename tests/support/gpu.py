@@ -52,13 +52,13 @@ def verdict(needed: int, machine: Machine) -> Verdict:
 
 
 def count_listed(listing: str) -> int:
-    """Counts the GPUs in what ``nvidia-smi -L`` printed, one a line: "GPU 0: NAME (UUID: ...)"."""
+    """Count the GPUs in what ``nvidia-smi -L`` printed, one a line: "GPU 0: NAME (UUID: ...)"."""
     return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
 @cache
 def this_machine() -> Machine:
-    """Returns what is known of this machine."""
+    """Return what is known of this machine."""
     listing = ""
     if shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout

@@ -8,7 +8,7 @@ SPREAD = 0xC6A4A7935BD1E995
 
 
 def signed(x: int) -> int:
-    """Returns the int64 of the same 64 bits."""
+    """Return the int64 of the same 64 bits."""
     return x - 2**64 if x & 1 << 63 else x
 
 

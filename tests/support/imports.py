@@ -51,7 +51,7 @@ class Source:
 
 
 def parse(text: str, path: str) -> Source:
-    """Makes a Source of this text as if it lay at this path below the root of the repository."""
+    """Make a Source of this text as if it lay at this path below the root of the repository."""
     parts = list(Path(path).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
@@ -59,7 +59,7 @@ def parse(text: str, path: str) -> Source:
 
 
 def read_package(root: Path) -> list[Source]:
-    """Reads every file of the package, of bridge too, which is a symbolic link in it."""
+    """Read every file of the package, of bridge too, which is a symbolic link in it."""
     found: list[Source] = []
     folders = [root / PACKAGE]
     while folders:
@@ -72,13 +72,13 @@ def read_package(root: Path) -> list[Source]:
 
 
 def room_of(module: str) -> str:
-    """Returns the room of a module of the package: its name below the package, "" for the package itself."""
+    """Return the room of a module of the package: its name below the package, "" for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 def imports(source: Source) -> Iterator[Import]:
-    """Yields every import of a file: at its top, inside functions, for type checkers only, and by importlib."""
+    """Yield every import of a file: at its top, inside functions, for type checkers only, and by importlib."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             for item in node.names:
@@ -98,7 +98,7 @@ def imports(source: Source) -> Iterator[Import]:
 
 
 def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
-    """Returns "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" if it is no such name."""
+    """Return "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" if it is no such name."""
     if isinstance(node, ast.Name):
         return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -108,7 +108,7 @@ def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
 
 
 def aliases(source: Source) -> dict[str, str]:
-    """Maps the names that a file gives to imported things to what they are."""
+    """Map the names that a file gives to imported things to what they are."""
     found: dict[str, str] = {}
     for item in imports(source):
         if item.name is not None:
@@ -119,7 +119,7 @@ def aliases(source: Source) -> dict[str, str]:
 
 
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yields the nodes that run when a module is imported: all but the bodies of functions."""
+    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
     for child in ast.iter_child_nodes(tree):
         yield child
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):

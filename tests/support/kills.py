@@ -38,7 +38,7 @@ def _counted(owner: Any, name: str) -> None:
 
 
 def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls: list[tuple[Any, str]]) -> None:
-    """Runs `work` on a copy of `base` in `root` again and again, and prints how each run ended.
+    """Run `work` on a copy of `base` in `root` again and again, and print how each run ended.
 
     What a run leaves is copied to `base`.0, `base`.1 and so on; the last run is not killed.
 
@@ -79,7 +79,7 @@ def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls
 
 
 def killed(program: str, repository: Path, *arguments: str) -> int:
-    """Runs a program that calls `kill_at_every_moment` once, with these arguments.
+    """Run a program that calls `kill_at_every_moment` once, with these arguments.
 
     Returns:
         How many runs there were; all were killed but the last, which ended well.

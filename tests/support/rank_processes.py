@@ -49,7 +49,7 @@ class Ranks:
             connection.send((ranks, function, args))
 
     def results(self, ranks: int, timeout_s: float | None = None) -> list[Any]:
-        """Returns what each rank's call returned, or the text of what it raised as an exception."""
+        """Return what each rank's call returned, or the text of what it raised as an exception."""
         found = []
         timeout_s = 3 * self._timeout_s if timeout_s is None else timeout_s
         for rank, connection in enumerate(self.connections[:ranks]):
@@ -62,7 +62,7 @@ class Ranks:
         return found
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Returns what ``function(group, *args)`` returned on each of the first ranks."""
+        """Return what ``function(group, *args)`` returned on each of the first ranks."""
         self.start(ranks, function, *args)
         results = self.results(ranks)
         failures = [result for result in results if isinstance(result, Exception)]
@@ -71,7 +71,7 @@ class Ranks:
         return results
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         for process in self.processes:
             process.kill()
         for process in self.processes:

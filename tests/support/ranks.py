@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def in_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: float = 60) -> list[Any]:
-    """Calls `work(rank, group)` in a thread a rank; returns what each returned or raised.
+    """Call `work(rank, group)` in a thread a rank; returns what each returned or raised.
 
     Raises:
         TimeoutError: If one of them has not ended by then.

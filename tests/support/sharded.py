@@ -214,7 +214,7 @@ def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str,
 def assert_same(
     got: list[dict[str, Any]], expected: list[dict[str, Any]], allowed: float = ROUNDINGS, *, sharding: str = "row"
 ) -> None:
-    """Compares losses, rows and predictions, up to so many roundings of the numbers beside each one."""
+    """Compare losses, rows and predictions, up to so many roundings of the numbers beside each one."""
     assert_near(got[0]["losses"], expected[0]["losses"], allowed, where="losses")
     ours, theirs = merged(got, sharding=sharding), merged(expected)
     assert ours.keys() == theirs.keys()

@@ -52,7 +52,7 @@ class Run:
 
 
 def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Saves what changed, twice, and the last state whole, too."""
+    """Save what changed, twice, and the last state whole, too."""
     run = Run(sharding, group)
     saver = run.saver(f"{root}/run")
     for step in (1, 2, 3):
@@ -66,7 +66,7 @@ def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
-    """Loads the last of a chain, and saves it whole."""
+    """Load the last of a chain, and save it whole."""
     run = Run(sharding, group, seed=9)
     if filled:
         run.train(range(1))
@@ -105,7 +105,7 @@ def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
-    """Loads a damaged checkpoint into tables that hold rows. Returns what is said; nothing may have changed."""
+    """Load a damaged checkpoint into tables that hold rows. Returns what is said; nothing may have changed."""
     run = Run(sharding, group)
     run.train(range(2))
     before = run.engine.checkpoint_state()
@@ -120,7 +120,7 @@ def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
 
 
 def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
-    """Saves what changed, where one rank alone has lost track of a member table."""
+    """Save what changed, where one rank alone has lost track of a member table."""
     run = Run("mixed", group)
     run.train(range(2))
     saver = run.saver(f"{root}/run")
@@ -142,7 +142,7 @@ def saved_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
-    """Takes tables of another run under other names, into tables that ranks share otherwise."""
+    """Take tables of another run under other names, into tables that ranks share otherwise."""
     run = Run(sharding, group, seed=9, dim=dim)
     run.train(range(1))
     rename = {"user": "best", "narrow": "narrow", "item": "user"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
-    """Writes a program into a folder and runs it; returns how it ended, with what both ranks said."""
+    """Write a program into a folder and runs it; returns how it ended, with what both ranks said."""
     path = folder / "program.py"
     path.write_text(program)
     return subprocess.run(

@@ -29,7 +29,7 @@ class Delivery:
     """Whether tensors are to lie in pinned memory."""
 
     def __call__(self, cut: tuple[Rows, int]) -> Batch:
-        """Makes a batch of its rows and the number of those that are its own.
+        """Make a batch of its rows and the number of those that are its own.
 
         Raises:
             TypeError: The transforms return no batch.
@@ -46,7 +46,7 @@ class Delivery:
 
 
 def check_delivery(pin_memory: bool, columns: Mapping[str, object], mask: str | None) -> None:
-    """Checks that pinned memory can be had, and that the mask's name is free.
+    """Check that pinned memory can be had, and that the mask's name is free.
 
     Raises:
         ValueError: One is not so.

@@ -49,14 +49,14 @@ class Converter(Protocol):
         """Whether it makes one tensor, with a row for each."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Returns the array in the layout that `tensor` takes, without nulls.
+        """Return the array in the layout that `tensor` takes, without nulls.
 
         Raises:
             ValueError: The spec does not allow for what is in it.
         """
 
     def tensor(self, array: Array) -> torch.Tensor | RaggedTensor:
-        """Returns a clean array, or a slice of one, as what a batch holds, over the same memory."""
+        """Return a clean array, or a slice of one, as what a batch holds, over the same memory."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class PreparedConverter:
 
 
 def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: ArrowType | None = None) -> Converter:
-    """Finds how a column of `arrow_type` is read by `spec`.
+    """Find how a column of `arrow_type` is read by `spec`.
 
     Args:
         spec: How the user wants it; None takes what suits the type.
@@ -279,7 +279,7 @@ def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) 
 
 
 def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
-    """Returns a plain type with its null types replaced by the spec's type."""
+    """Return a plain type with its null types replaced by the spec's type."""
     inner: ArrowType = None
     nest = False
     if isinstance(spec, Dense | Ragged):
@@ -358,7 +358,7 @@ def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Con
 
 
 def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
-    """Returns which field of a struct of two is the id and which the weight: by name, else by type."""
+    """Return which field of a struct of two is the id and which the weight: by name, else by type."""
     names = [field.name for field in struct]
     wanted = ("id", "weight")
     ids = {number for number in (0, 1) if names[number] == "id" or names[1 - number] == "weight"}
@@ -410,7 +410,7 @@ def _remedy(depth: int, inner: ArrowType, column: str) -> str:
 
 
 def _opened(arrow_type: ArrowType) -> tuple[int, ArrowType]:
-    """Returns how deep lists lie in lists, and the type of what is in them."""
+    """Return how deep lists lie in lists, and the type of what is in them."""
     depth = 0
     while is_list(arrow_type):
         arrow_type, depth = arrow_type.value_type, depth + 1

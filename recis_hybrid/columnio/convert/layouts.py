@@ -19,7 +19,7 @@ _types = pa.types
 
 @lru_cache(maxsize=4096)
 def plain_type(arrow_type: ArrowType) -> ArrowType:
-    """Returns the type that `plain` gives an array of `arrow_type`."""
+    """Return the type that `plain` gives an array of `arrow_type`."""
     if isinstance(arrow_type, pa.BaseExtensionType):
         return pa.bool_() if _is_bool8(arrow_type) else plain_type(arrow_type.storage_type)
     if _types.is_dictionary(arrow_type) or _types.is_run_end_encoded(arrow_type):
@@ -42,7 +42,7 @@ def plain_type(arrow_type: ArrowType) -> ArrowType:
 
 
 def plain(array: Array) -> Array:
-    """Returns an array in the layout of `plain_type`; the array itself if it has it already."""
+    """Return an array in the layout of `plain_type`; the array itself if it has it already."""
     own = array.type
     if not _differs(own):
         return array
@@ -71,13 +71,13 @@ def plain(array: Array) -> Array:
 
 
 def is_list(arrow_type: ArrowType) -> bool:
-    """Returns whether a plain type is a list type."""
+    """Return whether a plain type is a list type."""
     tests = (_types.is_list, _types.is_large_list, _types.is_fixed_size_list)
     return any(test(arrow_type) for test in tests)
 
 
 def has_null_type(arrow_type: ArrowType) -> bool:
-    """Returns whether a plain type is the null type, or contains it."""
+    """Return whether a plain type is the null type, or contains it."""
     if is_list(arrow_type):
         return has_null_type(arrow_type.value_type)
     if _types.is_struct(arrow_type):
@@ -86,7 +86,7 @@ def has_null_type(arrow_type: ArrowType) -> bool:
 
 
 def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None:
-    """Returns the type of the result of `field`; None if there is no such field."""
+    """Return the type of the result of `field`; None if there is no such field."""
     if not path:
         return arrow_type
     if is_list(arrow_type):
@@ -100,7 +100,7 @@ def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None
 
 
 def field(array: Array, path: tuple[str, ...]) -> Array:
-    """Returns a field of structs, or lists of the field for lists of structs.
+    """Return a field of structs, or lists of the field for lists of structs.
 
     Args:
         array: Plain.
@@ -117,7 +117,7 @@ def field(array: Array, path: tuple[str, ...]) -> Array:
 
 
 def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Finds a column by name, or a field by dotted path.
+    """Find a column by name, or a field by dotted path.
 
     Args:
         schema: Of plain types.
@@ -137,7 +137,7 @@ def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def nested_names(schema: Any) -> list[str]:
-    """Returns the dotted paths of all fields of structs outside lists."""
+    """Return the dotted paths of all fields of structs outside lists."""
     found: list[str] = []
 
     def below(prefix: str, arrow_type: ArrowType) -> None:
@@ -170,7 +170,7 @@ def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
 
 
 def _with_values(array: Array, change: Any) -> Array:
-    """Returns lists of the same lengths with other values; values outside all lists stay untouched."""
+    """Return lists of the same lengths with other values; values outside all lists stay untouched."""
     own, mask = array.type, _mask(array)
     if _types.is_fixed_size_list(own):
         values = change(array.values.slice(array.offset * own.list_size, len(array) * own.list_size))

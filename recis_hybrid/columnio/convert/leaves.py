@@ -23,14 +23,14 @@ class Leaf(Protocol):
     """How the innermost values of a column become tensors."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Returns the array in the layout that `parts` takes, without nulls.
+        """Return the array in the layout that `parts` takes, without nulls.
 
         Raises:
             ValueError: The spec does not allow for what is in it.
         """
 
     def parts(self, array: Array) -> Parts:
-        """Returns a clean array, or a slice of one, as tensors over the same memory."""
+        """Return a clean array, or a slice of one, as tensors over the same memory."""
 
 
 @dataclass(frozen=True)
@@ -145,5 +145,5 @@ class PairTextLeaf:
 
 
 def paired(ids: Array, weights: Array) -> Array:
-    """Returns clean ids and clean weights as one array of structs over the same memory."""
+    """Return clean ids and clean weights as one array of structs over the same memory."""
     return pa.StructArray.from_arrays([ids, weights], names=["id", "weight"])

@@ -59,12 +59,12 @@ _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 
 
 def is_number(arrow_type: ArrowType) -> bool:
-    """Returns whether `Numbers` reads a type: numbers, decimals, dates and times."""
+    """Return whether `Numbers` reads a type: numbers, decimals, dates and times."""
     return arrow_type in _DTYPE_OF or pa.types.is_decimal(arrow_type) or is_temporal(arrow_type)
 
 
 def is_text(arrow_type: ArrowType) -> bool:
-    """Returns whether a type is a string or binary type."""
+    """Return whether a type is a string or binary type."""
     types = pa.types
     strings = (types.is_string, types.is_large_string, types.is_string_view)
     binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
@@ -72,14 +72,14 @@ def is_text(arrow_type: ArrowType) -> bool:
 
 
 def dtype_of(arrow_type: ArrowType) -> torch.dtype:
-    """Returns the default dtype of numbers of a type."""
+    """Return the default dtype of numbers of a type."""
     if pa.types.is_decimal(arrow_type):
         return torch.int64 if arrow_type.scale <= 0 else torch.float64
     return torch.int64 if is_temporal(arrow_type) or is_text(arrow_type) else _DTYPE_OF[arrow_type]
 
 
 def nulls_refused(count: int, total: int, place: Place, remedy: str, kind: str = "null") -> ValueError:
-    """Returns the error for nulls in a column whose spec says nothing of them."""
+    """Return the error for nulls in a column whose spec says nothing of them."""
     return ValueError(
         f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, and its spec does not allow for any; "
         f"give it {remedy}, or write the file without nulls"
@@ -87,7 +87,7 @@ def nulls_refused(count: int, total: int, place: Place, remedy: str, kind: str =
 
 
 def a_few(things: Collection[object]) -> str:
-    """Returns the first things of a collection, for messages."""
+    """Return the first things of a collection, for messages."""
     shown = ", ".join(str(thing) for thing in list(things)[:5])
     return shown + (f" and {len(things) - 5} more" if len(things) > 5 else "")
 
@@ -110,7 +110,7 @@ class Numbers:
     """Exponent of the power of 10 that decimals are multiplied by, or None."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Returns the numbers in their dtype, without nulls; the array itself where nothing is to be done.
+        """Return the numbers in their dtype, without nulls; the array itself where nothing is to be done.
 
         Raises:
             ValueError: There is a null and no default, or an integer does not fit into the dtype.
@@ -123,12 +123,12 @@ class Numbers:
         return array.fill_null(pa.scalar(self.default, array.type))
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """Returns clean numbers as a tensor [N] over the same memory, which it keeps alive."""
+        """Return clean numbers as a tensor [N] over the same memory, which it keeps alive."""
         tensor = from_dlpack(array)
         return tensor.view(torch.bool) if self.dtype == torch.bool else tensor
 
     def array(self, tensor: torch.Tensor) -> Array:
-        """Returns a tensor [N] of the dtype as clean numbers over the same memory."""
+        """Return a tensor [N] of the dtype as clean numbers over the same memory."""
         return pa.array((tensor.view(torch.uint8) if self.dtype == torch.bool else tensor).numpy())
 
     def _cast(self, array: Array, place: Place) -> Array:
@@ -214,7 +214,7 @@ def numbers(
     format: str | None = None,
     scale: int | None = None,
 ) -> Numbers:
-    """Finds how numbers of `arrow_type` are read as `dtype`.
+    """Find how numbers of `arrow_type` are read as `dtype`.
 
     Args:
         dtype: Of the tensor; None takes the file's.

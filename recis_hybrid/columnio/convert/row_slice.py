@@ -49,7 +49,7 @@ class Rows:
 
     @classmethod
     def of(cls, batch: Array, converters: Mapping[str, Converter]) -> Rows:
-        """Returns all rows of a clean RecordBatch."""
+        """Return all rows of a clean RecordBatch."""
         dense: dict[str, torch.Tensor] = {}
         for name, each in converters.items():
             if each.dense and isinstance(tensor := each.tensor(batch.column(name)), torch.Tensor):
@@ -57,7 +57,7 @@ class Rows:
         return cls(batch, _Split(dense, [batch.num_rows]), 0, 0, batch.num_rows)
 
     def slices(self, ranges: Sequence[tuple[int, int]]) -> list[Rows]:
-        """Returns parts of a whole RecordBatch.
+        """Return parts of a whole RecordBatch.
 
         Args:
             ranges: The first row of each, and the row after its last; none begins before the one before it ends.
@@ -69,11 +69,11 @@ class Rows:
         ]
 
     def arrow(self) -> Array:
-        """Returns these rows as a RecordBatch over the same memory."""
+        """Return these rows as a RecordBatch over the same memory."""
         return self.batch.slice(self.first, self.num_rows)
 
     def tensors(self, converters: Mapping[str, Converter]) -> Batch:
-        """Returns the columns as tensors over the same memory."""
+        """Return the columns as tensors over the same memory."""
         dense = self.split.parts
         return {
             name: dense[name][self.number]
@@ -84,7 +84,7 @@ class Rows:
 
 
 def joined(parts: Sequence[Rows], converters: Mapping[str, Converter]) -> Rows:
-    """Returns the rows of all parts: those of several in memory of their own.
+    """Return the rows of all parts: those of several in memory of their own.
 
     Args:
         parts: At least one.

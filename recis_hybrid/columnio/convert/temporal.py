@@ -22,7 +22,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def is_temporal(arrow_type: ArrowType) -> bool:
-    """Returns whether a type is a date, timestamp, time or duration."""
+    """Return whether a type is a date, timestamp, time or duration."""
     types = pa.types
     return bool(
         types.is_date(arrow_type)
@@ -33,14 +33,14 @@ def is_temporal(arrow_type: ArrowType) -> bool:
 
 
 def tick_ns(arrow_type: ArrowType) -> int:
-    """Returns the nanoseconds of one unit of a temporal type."""
+    """Return the nanoseconds of one unit of a temporal type."""
     if pa.types.is_date32(arrow_type):
         return UNITS["D"]
     return UNITS["ms" if pa.types.is_date64(arrow_type) else arrow_type.unit]
 
 
 def ticks(array: Array, unit: str) -> Array:
-    """Returns a temporal array as int64 in a unit, rounded down; a view of the same memory for its own unit.
+    """Return a temporal array as int64 in a unit, rounded down; a view of the same memory for its own unit.
 
     Raises:
         pyarrow.ArrowInvalid: A value does not fit into int64.
@@ -54,7 +54,7 @@ def ticks(array: Array, unit: str) -> Array:
 
 
 def parsed(texts: Array, unit: str, form: str | None) -> Array:
-    """Returns strings of dates or times as int64 in a unit, rounded down.
+    """Return strings of dates or times as int64 in a unit, rounded down.
 
     Args:
         texts: Strings; nulls stay nulls, and empty strings are.

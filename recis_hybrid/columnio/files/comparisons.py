@@ -45,7 +45,7 @@ _EXPECTED = {
 
 
 def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
-    """Returns a condition as an expression over a column of a plain type.
+    """Return a condition as an expression over a column of a plain type.
 
     Args:
         name: The column.
@@ -102,7 +102,7 @@ class _Kind:
 
 
 def _bounds(kind: _Kind, name: str, sign: str, value: Any, arrow_type: ArrowType) -> tuple[Any, Any, Any]:
-    """Returns a value in the type, None if it has no exact one; then its neighbours in the type, or None."""
+    """Return a value in the type, None if it has no exact one; then its neighbours in the type, or None."""
     number = kind.number(value)
     if number is None:
         raise TypeError(
@@ -142,7 +142,7 @@ def _float_bounds(number: Any) -> tuple[Any, Any, Any]:
 
 
 def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
-    """Returns the comparison of a column with a scalar of its type, or with a value between two such scalars."""
+    """Return the comparison of a column with a scalar of its type, or with a value between two such scalars."""
     if exact is None:
         if sign in ("==", "!="):
             return pc.scalar(False) if sign == "==" else column.is_valid()
@@ -179,13 +179,13 @@ def _column(name: str, arrow_type: ArrowType) -> Any:
 
 
 def _wide_decimal(arrow_type: ArrowType) -> ArrowType:
-    """Returns the type in which decimals are compared: pyarrow does not look for the narrow ones in a list."""
+    """Return the type in which decimals are compared: pyarrow does not look for the narrow ones in a list."""
     narrow = pa.types.is_decimal32(arrow_type) or pa.types.is_decimal64(arrow_type)
     return pa.decimal128(arrow_type.precision, arrow_type.scale) if narrow else arrow_type
 
 
 def footer_decides(sign: str, value: Any, arrow_type: ArrowType) -> bool:
-    """Returns whether the smallest and largest value of a row group may rule it out.
+    """Return whether the smallest and largest value of a row group may rule it out.
 
     Of floats they leave NaN out, which differs from everything, and do not tell 0.0 from -0.0.
     """
@@ -242,7 +242,7 @@ def _of(arrow_type: ArrowType) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Returns a number exactly: finite floats as fractions."""
+    """Return a number exactly: finite floats as fractions."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -271,7 +271,7 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
-    """Returns a date, time or duration in nanoseconds: dates since 1970 in UTC, naive ones as UTC."""
+    """Return a date, time or duration in nanoseconds: dates since 1970 in UTC, naive ones as UTC."""
     of = _of(arrow_type)
     if isinstance(value, np.datetime64 | np.timedelta64):
         if isinstance(value, np.datetime64) != (of == "timestamp") or of == "time":

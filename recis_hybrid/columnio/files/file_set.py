@@ -60,7 +60,7 @@ class OpenedFile:
         return pa.schema([*own, *(pa.field(*item) for item in self.partition.items() if item[0] not in names)])
 
     def type_of(self, name: str) -> ArrowType:
-        """Returns the plain type of a column, or of a field in one.
+        """Return the plain type of a column, or of a field in one.
 
         Raises:
             ValueError: There is none of that name, or more than one.
@@ -81,7 +81,7 @@ class OpenedFile:
         return field_type(self.schema.field(place[0]).type, place[1])
 
     def type_for(self, name: str, spec: Column | None) -> ArrowType:
-        """Returns the plain type that a spec reads; a struct for two columns.
+        """Return the plain type that a spec reads; a struct for two columns.
 
         Raises:
             ValueError: There is no such column, or more than one.
@@ -90,7 +90,7 @@ class OpenedFile:
         return pa.struct([("id", own), ("weight", other[0])]) if other else own
 
     def read(self, piece: int, columns: Sequence[str], rows: int, threads: bool) -> Iterator[Array]:
-        """Yields the rows of a piece with columns of the file, fields in them, and those of its folders' names.
+        """Yield the rows of a piece with columns of the file, fields in them, and those of its folders' names.
 
         Raises:
             BadFileError: The file was written anew since it was opened; no row that was read later is yielded.
@@ -123,7 +123,7 @@ class OpenedFile:
             yield pa.RecordBatch.from_arrays(arrays, names=list(columns)) if columns else batch
 
     def partition_value(self, name: str) -> Any:
-        """Returns a folder name's value of a column, as a scalar of the column's type.
+        """Return a folder name's value of a column, as a scalar of the column's type.
 
         Raises:
             ValueError: The file has a column of that name and another type.
@@ -151,7 +151,7 @@ class OpenedFile:
         )
 
     def _unchanged(self, decoded: Iterator[Array]) -> Iterator[Array]:
-        """Yields what is decoded while the file is the one that was opened.
+        """Yield what is decoded while the file is the one that was opened.
 
         Another file's bytes, read by the places and types of this one, may come out as numbers like any others.
         """
@@ -213,7 +213,7 @@ class Files:
     """What was damaged and left out."""
 
     def read(self, piece: Piece, rows: int, threads: bool = False) -> Iterator[Rows]:
-        """Yields the wanted rows of a piece in order, about `rows` of them at a time.
+        """Yield the wanted rows of a piece in order, about `rows` of them at a time.
 
         Args:
             piece: Which.
@@ -245,7 +245,7 @@ class Files:
             leave_out(self.skipped, Skipped(str(piece.opened.file), str(piece), max(piece.rows - done, 0), str(error)))
 
     def empty(self) -> Rows:
-        """Returns no rows."""
+        """Return no rows."""
         opened = self.pieces[0].opened
         none = pa.RecordBatch.from_arrays(
             [pa.array([], opened.type_of(name)) for name in self.needed], names=list(self.needed)
@@ -278,7 +278,7 @@ class Files:
             raise cannot_be_read(str(piece), str(piece.opened.file), error) from error
 
     def count(self, piece: Piece) -> int:
-        """Reads a piece for the number of its wanted rows, and no more of it than that takes.
+        """Read a piece for the number of its wanted rows, and no more of it than that takes.
 
         Raises:
             BadFileError: The file is damaged.
@@ -288,7 +288,7 @@ class Files:
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:
-    """Returns the columns of a file that a column of a batch is made of."""
+    """Return the columns of a file that a column of a batch is made of."""
     return [name, spec.weights] if isinstance(spec, Weighted) and spec.weights is not None else [name]
 
 
@@ -298,6 +298,6 @@ def _source(batch: Array, name: str, spec: Column) -> Array:
 
 
 def leave_out(skipped: list[Skipped], what: Skipped) -> None:
-    """Notes and reports what is left out."""
+    """Note and reports what is left out."""
     skipped.append(what)
     warnings.warn(f"columnio: left out {what.piece} of {what.file}: {what.reason}", RuntimeWarning, stacklevel=3)

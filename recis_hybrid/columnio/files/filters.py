@@ -44,7 +44,7 @@ class BoundFilter:
     """The condition as it was given, for messages."""
 
     def __call__(self, batch: Any, file: str) -> Any:
-        """Returns the rows of a RecordBatch for which the condition holds.
+        """Return the rows of a RecordBatch for which the condition holds.
 
         Raises:
             ValueError: It cannot be computed.
@@ -69,7 +69,7 @@ class RowFilter:
 
     @classmethod
     def of(cls, filters: Filters) -> RowFilter | None:
-        """Reads what a user wrote.
+        """Read what a user wrote.
 
         Args:
             filters: See `Filters`; None for all rows.
@@ -97,7 +97,7 @@ class RowFilter:
         )
 
     def __str__(self) -> str:
-        """Returns a unique description of the condition."""
+        """Return a unique description of the condition."""
         if self.expression is not None:
             text = str(self.expression)
             if "..." in text:
@@ -109,7 +109,7 @@ class RowFilter:
         return " or ".join(groups)
 
     def bound(self, opened: Any) -> BoundFilter:
-        """Returns the condition on the columns of an OpenedFile.
+        """Return the condition on the columns of an OpenedFile.
 
         Raises:
             TypeError: A value cannot be compared with its column.
@@ -154,7 +154,7 @@ class RowFilter:
         return BoundFilter(self.expression, names, prunes, str(self))
 
     def possible(self, opened: Any, pieces: int) -> list[int]:
-        """Returns the pieces which may hold such rows, by what the names of folders and a Parquet footer say of them.
+        """Return the pieces which may hold such rows, by what the names of folders and a Parquet footer say of them.
 
         Args:
             opened: An OpenedFile with this condition.
@@ -188,7 +188,7 @@ class RowFilter:
 
 
 def _holds_only(footer: Any, name: str, value: Any) -> bool:
-    """Returns whether all values of a column are equal by the Parquet footer."""
+    """Return whether all values of a column are equal by the Parquet footer."""
     if not isinstance(footer, pq.FileMetaData) or not value.is_valid:
         return False
     columns = [number for number in range(footer.num_columns) if footer.schema.column(number).path == name]

@@ -12,7 +12,7 @@ from recis_hybrid.columnio.convert.numbers import ARROW_OF, ArrowType
 
 
 def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
-    """Returns the types by column, of those columns whose specs say them.
+    """Return the types by column, of those columns whose specs say them.
 
     Args:
         columns: Specs by column.

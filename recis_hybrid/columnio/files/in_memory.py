@@ -36,7 +36,7 @@ class MemoryFile:
 
     @classmethod
     def of(cls, data: Any) -> MemoryFile:
-        """Takes what `ColumnDataset.from_arrow` takes.
+        """Take what `ColumnDataset.from_arrow` takes.
 
         Raises:
             TypeError: The data is of another kind.
@@ -77,10 +77,10 @@ class MemoryFile:
         return memory
 
     def stamp(self) -> None:
-        """Returns None: no other process writes it."""
+        """Return None: no other process writes it."""
 
     def tables(self) -> Iterator[Any]:
-        """Yields the table, or the tables of one more call's batches, in the types of the first batch.
+        """Yield the table, or the tables of one more call's batches, in the types of the first batch.
 
         Raises:
             RuntimeError: The function failed to read something.
@@ -103,7 +103,7 @@ class MemoryFile:
 
 
 def as_table(data: Any) -> Any:
-    """Returns a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where possible.
+    """Return a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where possible.
 
     Raises:
         TypeError: The data is of an unknown kind, or a column has no Arrow type.
@@ -139,7 +139,7 @@ def as_table(data: Any) -> Any:
 
 
 def alike(table: Any, schema: Any) -> Any:
-    """Returns the columns of a batch in the first batch's order and types.
+    """Return the columns of a batch in the first batch's order and types.
 
     Raises:
         ValueError: It has other columns, or values that those types do not hold.
@@ -157,7 +157,7 @@ def alike(table: Any, schema: Any) -> Any:
 
 
 def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
-    """Returns a function that yields the batches at each call; None for a single table."""
+    """Return a function that yields the batches at each call; None for a single table."""
     if isinstance(data, Mapping | str | bytes) or _is_of(data, "pandas") or hasattr(data, "__arrow_c_array__"):
         return None
     if _is_of(data, "datasets") and hasattr(data, "with_format") and not hasattr(data, "flatten_indices"):
@@ -204,7 +204,7 @@ class _Streamed:
 
 
 def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """Yields batches; errors of the user's function are not errors of the dataset's files."""
+    """Yield batches; errors of the user's function are not errors of the dataset's files."""
     try:
         yield from batches()
     except (OSError, pa.ArrowException) as error:

@@ -35,7 +35,7 @@ def open_files(
     skip: bool = False,
     csv: CsvOptions | None = None,
 ) -> Files:
-    """Finds the columns and pieces of all files.
+    """Find the columns and pieces of all files.
 
     Of Parquet only footers are read for that. What has to be read for the number of its rows is: the columns that a
     filter looks at, wherever footers and folders' names do not rule a piece out; and one column of Arrow, CSV, JSON and
@@ -136,7 +136,7 @@ def _pieces(opened: Sequence[OpenedFile], files: Files) -> list[Piece]:
 
 
 def _each(work: Callable[[T], R], things: Sequence[T], bad: Callable[[T, Exception], None] | None) -> list[R]:
-    """Returns what work makes of each thing, in order, but of those that are damaged; None for bad lets none be."""
+    """Return what work makes of each thing, in order, but of those that are damaged; None for bad lets none be."""
     made = []
     with ThreadPoolExecutor(_OPENERS, thread_name_prefix="recis-columnio-open") as pool:
         for thing, future in [(thing, pool.submit(work, thing)) for thing in things]:
@@ -152,7 +152,7 @@ def _each(work: Callable[[T], R], things: Sequence[T], bad: Callable[[T, Excepti
 def _types(
     opened: Sequence[OpenedFile], columns: Mapping[str, Column | None]
 ) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, File]]]:
-    """Returns the joint type of each column, and its types in the files, each with the first such file."""
+    """Return the joint type of each column, and its types in the files, each with the first such file."""
     joint: dict[str, ArrowType] = {}
     found: dict[str, dict[ArrowType, File]] = {}
     for name, spec in columns.items():

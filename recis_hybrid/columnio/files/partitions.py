@@ -13,7 +13,7 @@ _NULLS = {"__HIVE_DEFAULT_PARTITION__", ""}
 
 
 def with_partitions(paths: Sequence[str]) -> list[Partition]:
-    """Returns the columns that the folders of each path hold.
+    """Return the columns that the folders of each path hold.
 
     A column is of int64 where every file's value is written as such a number, and of strings otherwise. An empty value
     is a null, as `__HIVE_DEFAULT_PARTITION__` is. Keys and values are url-decoded, and keys that differ by case are

@@ -45,7 +45,7 @@ class File:
         return self.path.rpartition("/")[2]
 
     def open(self) -> Any:
-        """Opens the file for reading at any place.
+        """Open the file for reading at any place.
 
         Raises:
             OSError: It is not there, or cannot be read.
@@ -53,7 +53,7 @@ class File:
         return self.filesystem.open_input_file(self.path)
 
     def stream(self) -> Any:
-        """Opens the file for reading from its beginning to its end, decompressed if its name says so.
+        """Open the file for reading from its beginning to its end, decompressed if its name says so.
 
         Raises:
             OSError: It is not there, or cannot be read.
@@ -61,7 +61,7 @@ class File:
         return self.filesystem.open_input_stream(self.path, compression=compression_of(self.name))
 
     def stamp(self) -> tuple[int | None, int | None] | None:
-        """Returns size [bytes] and time of change [ns], None where the file system has none; None for no such file.
+        """Return size [bytes] and time of change [ns], None where the file system has none; None for no such file.
 
         Raises:
             OSError: It cannot be looked at.
@@ -79,7 +79,7 @@ class File:
 
 
 def find_files(paths: Paths, filesystem: Any = None, partitions: bool = True) -> list[File]:
-    """Returns the files that `paths` names.
+    """Return the files that `paths` names.
 
     A folder gives all files below it whose ends are in `formats.SUFFIXES`, by name. A pattern as of `glob` (with `**`
     for any depth; in a URL `*` and `[...]`) gives the files and folders that match, by name. Both leave out names that
@@ -129,7 +129,7 @@ def find_files(paths: Paths, filesystem: Any = None, partitions: bool = True) ->
 
 
 def places(files: Sequence[File]) -> list[str]:
-    """Returns where each file lies from the folder on that all have in common, and the columns of folders above it.
+    """Return where each file lies from the folder on that all have in common, and the columns of folders above it.
 
     It is the same wherever the data is mounted or copied to.
 
@@ -147,7 +147,7 @@ def places(files: Sequence[File]) -> list[str]:
 
 
 def as_filesystem(filesystem: Any) -> Any:
-    """Returns a file system of pyarrow or fsspec as pyarrow's.
+    """Return a file system of pyarrow or fsspec as pyarrow's.
 
     Raises:
         TypeError: It is neither.
@@ -165,7 +165,7 @@ def as_filesystem(filesystem: Any) -> Any:
 
 
 def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
-    """Returns the file system that a path or URL without a pattern lies in, and its path there.
+    """Return the file system that a path or URL without a pattern lies in, and its path there.
 
     Raises:
         ValueError: Nothing is known to read such a URL.
@@ -214,7 +214,7 @@ def _expand(entry: str, filesystem: Any) -> list[File]:
 
 
 def _split_pattern(entry: str) -> tuple[str, str]:
-    """Splits before the first part that is a pattern; a URL's query stays with what comes before it."""
+    """Split before the first part that is a pattern; a URL's query stays with what comes before it."""
     query = ""
     if "://" in entry and "?" in entry:
         entry, query = entry.split("?", 1)
@@ -283,7 +283,7 @@ def _is_local(filesystem: Any) -> bool:
 
 
 def _hides(match: str, pattern: str) -> bool:
-    """Returns whether a match has a hidden part that the pattern does not itself name."""
+    """Return whether a match has a hidden part that the pattern does not itself name."""
     return any(_is_hidden(part) for part in set(match.split("/")) - set(pattern.split("/")))
 
 

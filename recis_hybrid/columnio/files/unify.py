@@ -12,7 +12,7 @@ from recis_hybrid.columnio.formats.text import TOO_LARGE
 
 
 def unified(one: ArrowType, other: ArrowType, *, asked: bool) -> ArrowType | None:
-    """Returns a type whose tensors hold the values of two plain types, or None.
+    """Return a type whose tensors hold the values of two plain types, or None.
 
     Integers go with integers, floats with floats, dates with timestamps, strings with bytes, lists with lists of any
     layout whose values go together, structs with those of the same fields, and nulls with everything.

@@ -107,7 +107,7 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
 
 
 def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
-    """Returns strings as numbers; `1.0` may be an integer, and true and false are 1 and 0.
+    """Return strings as numbers; `1.0` may be an integer, and true and false are 1 and 0.
 
     Args:
         file: For messages.
@@ -163,7 +163,7 @@ def _number(text: str, arrow_type: Any) -> Any:
 
 
 def _is_of_another_form(wanted: str, value: str) -> bool:
-    """Returns whether a value may be a number that `numbers_of` reads and pyarrow does not."""
+    """Return whether a value may be a number that `numbers_of` reads and pyarrow does not."""
     if wanted in ("float", "double", "halffloat"):
         return value.strip().lower() in _BOOLEANS
     if not wanted.startswith(("int", "uint")):
@@ -186,7 +186,7 @@ def _with_type(schema: Any, name: str, arrow_type: Any) -> Any:
 
 
 def _exact(file: Any, schema: Any, types: Mapping[str, Any], block: int) -> Any:
-    """Returns the schema with other types for integers that were taken for floats, being too large for int64."""
+    """Return the schema with other types for integers that were taken for floats, being too large for int64."""
     floats = [
         name
         for name in schema.names
@@ -218,7 +218,7 @@ def _names(file: Any, block: int) -> list[str]:
 
 
 def _value(error: Exception) -> tuple[int, str, str] | None:
-    """Returns the column's number, its type and the value which is not of it; None where a file is damaged."""
+    """Return the column's number, its type and the value which is not of it; None where a file is damaged."""
     found = _NO_VALUE.search(str(error))
     # Bytes that are no text were not written so.
     if found is None or not found[3].isprintable() or "\ufffd" in found[3]:
@@ -231,7 +231,7 @@ def _is_too_long(error: Exception) -> bool:
 
 
 def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int, error: Exception) -> Exception:
-    """Returns the error with its row number, which pyarrow knows only when it reads in one thread."""
+    """Return the error with its row number, which pyarrow knows only when it reads in one thread."""
     if _ROW.search(str(error)) is None:
         try:
             with _Reader(file, types, columns, block=block) as reader:
@@ -253,7 +253,7 @@ def _other_type(file: Any, names: Sequence[str], error: Exception) -> ValueError
 
 
 def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
-    """Returns the error for text that cannot be parsed: of the options, or of a damaged file."""
+    """Return the error for text that cannot be parsed: of the options, or of a damaged file."""
     if (found := _NO_TEXT.search(str(error))) is not None:
         return _other_encoding(file, names[int(found[1])] if names else None, error)
     said = " ".join(str(error).split())
@@ -348,7 +348,7 @@ class _Text:
         self.closed = True
 
     def read(self, size: int = -1) -> bytes:
-        """Returns at most `size` bytes, fewer only at the end (or one, for a line's end)."""
+        """Return at most `size` bytes, fewer only at the end (or one, for a line's end)."""
         wanted = size if size > 0 else _BLOCKS[0]
         parts, length = [self._held], len(self._held)
         while length < wanted and not self._ended:
@@ -386,7 +386,7 @@ class _Text:
 
 
 def _decoder(begins: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
-    """Returns the decoder of a file; None for UTF-8, whose byte order mark pyarrow skips."""
+    """Return the decoder of a file; None for UTF-8, whose byte order mark pyarrow skips."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
         return codecs.getincrementaldecoder(encoding)()
     for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"), ((b"\xff\xfe", b"\xfe\xff"), "utf-16")):

@@ -98,7 +98,7 @@ def _batches(file: Any, types: Mapping[str, Any], threads: bool = False, block: 
 
 
 def _loose(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> dict[str, Any] | None:
-    """Returns a looser type for a column of numbers, for integers written as 1.0 or for true and false."""
+    """Return a looser type for a column of numbers, for integers written as 1.0 or for true and false."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
         name, made = kinds[1], pa.bool_()
         if {kinds[2], kinds[3]} != {"number", "boolean"}:
@@ -152,7 +152,7 @@ def _is_too_long(error: Exception) -> bool:
 
 
 def _exact(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
-    """Returns the schema with other types for integers that were taken for floats, being too large for int64."""
+    """Return the schema with other types for integers that were taken for floats, being too large for int64."""
     block = b""
 
     def exact(name: str, made: Any, way: tuple[str, ...]) -> Any:
@@ -186,7 +186,7 @@ def _first_rows(file: Any, size: int) -> list[Any]:
 
 
 def _has_floats(block: bytes, way: tuple[str, ...]) -> bool:
-    """Returns whether one of the values at that place is no integer."""
+    """Return whether one of the values at that place is no integer."""
     values = [json.loads(line) for line in block.splitlines() if line.strip()]
     for step in way:
         there = (value for value in values if value is not None)
@@ -195,7 +195,7 @@ def _has_floats(block: bytes, way: tuple[str, ...]) -> bool:
 
 
 def _column(file: Any, types: Mapping[str, Any], message: str) -> str | None:
-    """Returns the column that an error is of, which does not name it."""
+    """Return the column that an error is of, which does not name it."""
     for name, arrow_type in types.items():
         try:
             for _ in _batches(file, {name: arrow_type}):
@@ -207,7 +207,7 @@ def _column(file: Any, types: Mapping[str, Any], message: str) -> str | None:
 
 
 def _refused(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> ValueError | None:
-    """Returns the error for a value of another type than its column; None where the file is damaged."""
+    """Return the error for a value of another type than its column; None where the file is damaged."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
         said = f"has values of JSON that are a {kinds[2]} and a {kinds[3]}"
         text = "read it as Text() if all are strings, or " if kinds[3] == "string" else ""

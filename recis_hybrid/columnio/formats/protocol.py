@@ -27,12 +27,12 @@ SUFFIXES = tuple(suffix for suffixes in _MODULES.values() for suffix in suffixes
 
 
 def is_known(name: str) -> bool:
-    """Returns whether a file name has a known suffix, in lower or upper case."""
+    """Return whether a file name has a known suffix, in lower or upper case."""
     return name.lower().endswith(SUFFIXES)
 
 
 def compression_of(name: str) -> str | None:
-    """Returns pyarrow's name of a file's compression, by its suffix; None if uncompressed."""
+    """Return pyarrow's name of a file's compression, by its suffix; None if uncompressed."""
     return next((codec for end, codec in _COMPRESSIONS.items() if name.lower().endswith(end)), None)
 
 
@@ -59,7 +59,7 @@ class Format(Protocol):
     """What a piece is, for messages."""
 
     def inspect(self, file: Any, types: Mapping[str, Any]) -> Contents:
-        """Reads what a file says of itself.
+        """Read what a file says of itself.
 
         Args:
             file: With `open()`, `stream()` and `path`.
@@ -73,7 +73,7 @@ class Format(Protocol):
     def read(
         self, file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool
     ) -> Iterator[Any]:
-        """Yields the rows of a piece in order.
+        """Yield the rows of a piece in order.
 
         Args:
             file: With `open()`, `stream()` and `path`.
@@ -90,7 +90,7 @@ class Format(Protocol):
 
 
 def format_of(name: str, unknown: str = "parquet") -> Format:
-    """Returns the format of a file by its suffix.
+    """Return the format of a file by its suffix.
 
     Args:
         name: A file's name or path.

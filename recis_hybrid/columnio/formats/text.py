@@ -15,17 +15,17 @@ _WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 
 
 def is_whole(value: str) -> bool:
-    """Returns whether a value is written as an integer."""
+    """Return whether a value is written as an integer."""
     return _WHOLE.fullmatch(value) is not None
 
 
 def needs_uint64(value: str) -> bool:
-    """Returns whether a value is an integer that uint64 holds and int64 does not."""
+    """Return whether a value is an integer that uint64 holds and int64 does not."""
     return is_whole(value) and 2**63 <= int(value) < 2**64
 
 
 def replaced(arrow_type: Any, old: Any, choose: Callable[[Any, tuple[str, ...]], Any]) -> Any:
-    """Returns a type with other types for those values, at any depth, that are of one type.
+    """Return a type with other types for those values, at any depth, that are of one type.
 
     Args:
         arrow_type: A type, perhaps of lists and structs.
@@ -61,7 +61,7 @@ def _replaced(
 
 
 def other_type(file: Any, column: str, said: str, remedy: str) -> ValueError:
-    """Returns the error for a column with values of several types: the file is whole, and is not to be left out.
+    """Return the error for a column with values of several types: the file is whole, and is not to be left out.
 
     Args:
         file: For its path.
@@ -76,7 +76,7 @@ def other_type(file: Any, column: str, said: str, remedy: str) -> ValueError:
 
 
 def remedy(wanted: str, value: str, *, lists: bool = False, quoted: bool = True) -> str:
-    """Returns what to do about a value that is not of a column's type.
+    """Return what to do about a value that is not of a column's type.
 
     Args:
         wanted: The type, as Arrow writes it.

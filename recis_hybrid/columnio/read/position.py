@@ -39,7 +39,7 @@ class SharedPosition:
         self._numbers.copy_(torch.tensor([position.epoch, position.row]))
 
     def get(self) -> Position:
-        """Returns what was said last."""
+        """Return what was said last."""
         return Position(*self._numbers.tolist())
 
     def __getstate__(self) -> torch.Tensor:
@@ -51,7 +51,7 @@ class SharedPosition:
 
 
 def order_settings(reader: Reader) -> dict[str, Any]:
-    """Returns what, with the epoch, decides the order of the rows."""
+    """Return what, with the epoch, decides the order of the rows."""
     # By the files' places below their common folder: the data may lie elsewhere when a job is resumed.
     pieces = [
         (place, piece.number, piece.rows) for place, piece in zip(reader.places, reader.files.pieces, strict=True)
@@ -67,7 +67,7 @@ def order_settings(reader: Reader) -> dict[str, Any]:
 
 
 def settings_of_all_ranks(reader: Reader, **more: Any) -> dict[str, Any]:
-    """Returns what must be the same on all ranks, in words for messages.
+    """Return what must be the same on all ranks, in words for messages.
 
     Args:
         reader: What was opened.
@@ -83,12 +83,12 @@ def settings_of_all_ranks(reader: Reader, **more: Any) -> dict[str, Any]:
 
 
 def saved(position: Position, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a position with what its order depends on."""
+    """Return a position with what its order depends on."""
     return {"version": _VERSION, "epoch": position.epoch, "row": position.row, "order": dict(order)}
 
 
 def loaded(state: Mapping[str, Any], order: Mapping[str, Any]) -> Position:
-    """Returns the position of a state.
+    """Return the position of a state.
 
     Args:
         state: What `saved` returned.

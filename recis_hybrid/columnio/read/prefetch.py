@@ -18,7 +18,7 @@ _DECODER = "recis-columnio-decode"
 def prefetched(
     source: Generator[S, None, None], work: Callable[[S], T], depth: int, threads: int = 1
 ) -> Generator[T, None, None]:
-    """Yields what `work` makes of the items of `source`, up to `depth` items ahead, in their order.
+    """Yield what `work` makes of the items of `source`, up to `depth` items ahead, in their order.
 
     The consumer orders items one by one and threads never have more than `depth` of them to make, so that none waits
     with an item in its hands: nothing has to be woken when the consumer leaves early, nor when the interpreter ends.
@@ -90,7 +90,7 @@ class _Line(Generic[S, T]):
         self._taking, self._counting = threading.Lock(), threading.Lock()
 
     def order(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
-        """Returns where the next item will be put, or a _Failed, or `end`."""
+        """Return where the next item will be put, or a _Failed, or `end`."""
         # As the pool says by itself where an order begins a thread; without it the end of the interpreter, which waits
         # for the threads, would wait for a consumer that is a thread, too.
         if getattr(futures, "_shutdown", False):
@@ -131,7 +131,7 @@ class _Line(Generic[S, T]):
 
 
 def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Generator[T, None, None]:
-    """Yields the items of each source, one source after the other, while threads work at the following ones.
+    """Yield the items of each source, one source after the other, while threads work at the following ones.
 
     As many sources as there are threads are open at a time, and of each at most one item waits. A thread that comes to
     the end of a source begins the next one by itself: were that left to the consumer, which has the source's last items
@@ -186,7 +186,7 @@ class _Chain(Generic[T]):
         self._sources, self._beginning = sources, threading.Lock()
 
     def begin(self) -> tuple[Generator[T, None, None], SimpleQueue[Any]] | None:
-        """Opens the next source, whose first item is still to be made; None where there is none, or no more wanted."""
+        """Open the next source, whose first item is still to be made; None where there is none, or no more wanted."""
         with self._beginning:
             if self.closed or (source := next(self._sources, None)) is None:
                 return None
@@ -195,7 +195,7 @@ class _Chain(Generic[T]):
             return begun
 
     def make(self, source: Generator[T, None, None], place: SimpleQueue[Any]) -> None:
-        """Makes the next item of a source; where it has ended, the first of the next source."""
+        """Make the next item of a source; where it has ended, the first of the next source."""
         begun: tuple[Generator[T, None, None], SimpleQueue[Any]] | None = (source, place)
         while begun is not None:
             source, place = begun

@@ -51,7 +51,7 @@ class Reader:
         return [found[piece.opened.file.path] for piece in self.files.pieces]
 
     def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
-        """Yields the rows of each batch, without reading the pieces that none of them needs.
+        """Yield the rows of each batch, without reading the pieces that none of them needs.
 
         Yields:
             The rows, and how many of them are the batch's own; those after them fill it up.

@@ -19,7 +19,7 @@ Uneven: TypeAlias = Literal["wrap", "drop", "pad"] | None
 
 
 def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:
-    """Returns a random order of `count` things that only the arguments decide.
+    """Return a random order of `count` things that only the arguments decide.
 
     It sorts raw 64-bit words of PCG64, which numpy keeps the same in all versions; what its samplers make of such words
     may change with a version.
@@ -103,13 +103,13 @@ class Batches:
         return first, min(first + self.batch_size, self.rows)
 
     def after(self, turns: int) -> int:
-        """Returns the first row that no rank has taken once each has had that many turns."""
+        """Return the first row that no rank has taken once each has had that many turns."""
         if len(self._shared) == 2 and turns == self.turns - 1:
             return self.rows - self._shared[1]
         return min(self.start + turns * self.world_size * self.batch_size, self.rows)
 
     def filling(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """Yields the ranges of rows that fill a batch up where batches are to be full: others of the same order.
+        """Yield the ranges of rows that fill a batch up where batches are to be full: others of the same order.
 
         In a last turn all missing rows are counted through, so that ranks are filled with rows that differ, from the
         first of the epoch on, and again from there where the epoch has too few.
@@ -132,7 +132,7 @@ class Batches:
             row = stop
 
     def wants(self, first: int, stop: int) -> bool:
-        """Returns whether a batch of this rank holds one of the rows `first` to `stop` - 1."""
+        """Return whether a batch of this rank holds one of the rows `first` to `stop` - 1."""
         stop = min(stop, self.rows)
         if stop <= max(self.start, first):
             return False

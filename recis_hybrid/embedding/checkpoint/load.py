@@ -53,7 +53,7 @@ class TablesLoader:
         _refuse_meta(saved, self._members.keys() & saved.tables.keys())
 
     def begin(self, rows: Mapping[str, int]) -> None:
-        """Removes all rows and makes room for others.
+        """Remove all rows and make room for others.
 
         Args:
             rows: By table, about how many will come.
@@ -65,7 +65,7 @@ class TablesLoader:
             table.blocks.reserve(coming)
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Looks at rows that are to be loaded.
+        """Look at rows that are to be loaded.
 
         Args:
             name: Of the table in the checkpoint.
@@ -77,7 +77,7 @@ class TablesLoader:
         refuse_counts(name, columns)
 
     def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Takes rows.
+        """Take rows.
 
         Args:
             name: Of the table in the checkpoint.
@@ -97,7 +97,7 @@ class TablesLoader:
                 table.gate.load(number, dict(columns))
 
     def end(self) -> None:
-        """Takes over seed and steps: the last thing, when all rows have come."""
+        """Take over seed and steps: the last thing, when all rows have come."""
         seed, steps = self._saved.meta.get("seed"), self._saved.meta.get("steps")
         for table in self._tables:
             if isinstance(seed, int):
@@ -146,7 +146,7 @@ class TablesLoader:
 def load_tables_state(
     tables: Sequence[HashTable], state: PartState, kept: Callable[[str], Buckets | None] = lambda _: None
 ) -> None:
-    """Replaces the rows of every member table.
+    """Replace the rows of every member table.
 
     Args:
         tables: This rank's.
@@ -170,7 +170,7 @@ def load_tables_state(
 
 
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
-    """Replaces the rows of some member tables with those of another run; the seed and other tables stay.
+    """Replace the rows of some member tables with those of another run; the seed and other tables stay.
 
     A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
     on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has
@@ -214,7 +214,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
 
 
 def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if a table's rows have no room for their steps or counts (int64 ``[n]``)."""
+    """Raise ValueError if a table's rows have no room for their steps or counts (int64 ``[n]``)."""
     for column in (*META, "count"):
         if column in columns:
             refuse_meta(f"table {name!r}", column, columns[column])

@@ -22,23 +22,23 @@ class CheckpointedTables:
     """The tables as ranks share them; None where this process has them alone."""
 
     def checkpoint_state(self) -> PartState:
-        """Returns every member table's rows: what Saver writes; of several ranks each hands out some, each row once."""
+        """Return every member table's rows: what Saver writes; of several ranks each hands out some, each row once."""
         return tables_state(self.tables, self._shares)
 
     def checkpoint_layout(self) -> PartState:
-        """Returns :meth:`checkpoint_state` without its rows."""
+        """Return :meth:`checkpoint_state` without its rows."""
         return tables_layout(self.tables)
 
     def checkpoint_rows(self) -> PartState:
-        """Returns :meth:`checkpoint_state` with rows to be read as they are written; none may change before."""
+        """Return :meth:`checkpoint_state` with rows to be read as they are written; none may change before."""
         return rows_state(self.tables, self._shares)
 
     def checkpoint_snapshot(self, memory: HostMemory) -> Callable[[], PartState]:
-        """Copies every row into host memory; what it returns hands the copies out, in any thread."""
+        """Copy every row into host memory; what it returns hands the copies out, in any thread."""
         return snapshot(self.tables, memory, self._shares)
 
     def checkpoint_loader(self, saved: PartState) -> TablesLoader:
-        """Returns what takes the rows of a checkpoint in pieces; ``saved`` says what it holds, without rows."""
+        """Return what takes the rows of a checkpoint in pieces; ``saved`` says what it holds, without rows."""
         return TablesLoader(self.tables, saved)
 
     def watch_checkpoint_changes(self) -> object:
@@ -46,11 +46,11 @@ class CheckpointedTables:
         return watch_tables(self.tables)
 
     def checkpoint_changes(self, since: object, whole: Collection[str] = ()) -> PartState | None:
-        """Returns :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
+        """Return :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
         return tables_changes(self.tables, since, whole, self._shares)
 
     def checkpoint_buckets(self, table: str) -> Buckets | None:
-        """Returns of which buckets this rank takes a member table's rows from a checkpoint.
+        """Return of which buckets this rank takes a member table's rows from a checkpoint.
 
         Args:
             table: Name in the checkpoint.
@@ -68,7 +68,7 @@ class CheckpointedTables:
         return (0, 0) if place is None else self._shares.kept(*place)
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Replaces every member table's rows; of several ranks each takes its own of a state that has them all."""
+        """Replace every member table's rows; of several ranks each takes its own of a state that has them all."""
         load_tables_state(self.tables, state, self.checkpoint_buckets)
 
     @property
@@ -79,5 +79,5 @@ class CheckpointedTables:
         return Shares(self._sharded.exchange, [table.asks for table in self._sharded.tables])
 
     def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
-        """Replaces the rows of some member tables; see :func:`load_some_tables`."""
+        """Replace the rows of some member tables; see :func:`load_some_tables`."""
         load_some_tables(self.tables, tables)

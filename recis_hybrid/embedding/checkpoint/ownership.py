@@ -44,7 +44,7 @@ class Shares:
         return self._asks[table].columns is not None
 
     def whole(self, table: int, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns rows that are to be handed out; all ranks call it together where rows are split by column.
+        """Return rows that are to be handed out; all ranks call it together where rows are split by column.
 
         Args:
             table: Number of the logical table.
@@ -54,12 +54,12 @@ class Shares:
         return columns if widths is None else whole_rows(columns, widths, self._exchange)
 
     def handed(self, table: int, member: int) -> Buckets:
-        """Returns of which buckets this rank hands out the rows of a member table, and the ids that went."""
+        """Return of which buckets this rank hands out the rows of a member table, and the ids that went."""
         # A row that other ranks have, too, is of the owner of its bucket.
         return self._own if self._asks[table].everywhere else self.kept(table, member)
 
     def kept(self, table: int, member: int) -> Buckets:
-        """Returns of which buckets this rank has the rows of a member table."""
+        """Return of which buckets this rank has the rows of a member table."""
         asks = self._asks[table]
         if asks.everywhere:
             return ALL
@@ -68,7 +68,7 @@ class Shares:
 
 
 def within(buckets: Tensor, wanted: Buckets, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns those rows whose buckets (int64 ``[n]``) are in a range."""
+    """Return those rows whose buckets (int64 ``[n]``) are in a range."""
     if wanted == ALL:
         return columns
     chosen = (buckets >= wanted[0]) & (buckets < wanted[1])

@@ -46,7 +46,7 @@ class _Source:
 
 
 def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
-    """Returns the rows of every member table, to be read from the live records: nothing may change them meanwhile.
+    """Return the rows of every member table, to be read from the live records: nothing may change them meanwhile.
 
     Args:
         tables: This rank's.
@@ -71,7 +71,7 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
 
 
 def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | None = None) -> Callable[[], PartState]:
-    """Copies records and slots into host memory, as they lie.
+    """Copy records and slots into host memory, as they lie.
 
     Args:
         tables: This rank's.
@@ -91,7 +91,7 @@ def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | N
 
 
 def _unsplit(tables: Sequence[HashTable], shares: Shares | None) -> list[tuple[int, HashTable]]:
-    """Returns the tables whose rows this rank has whole, and their places."""
+    """Return the tables whose rows this rank has whole, and their places."""
     return [(place, table) for place, table in enumerate(tables) if shares is None or not shares.splits(place)]
 
 
@@ -132,7 +132,7 @@ def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copies from the second of each pair to the first; from a GPU without waiting."""
+    """Copy from the second of each pair to the first; from a GPU without waiting."""
     if pairs[0][1].is_cuda or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
@@ -182,7 +182,7 @@ class _RecordReader:
         self._rows = rows
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
-        """Writes rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
+        """Write rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
         source, layout = self._source, self._source.table.layout
         rows = self._rows[first:stop]
         if rows.is_cpu and {*layout.parts, *META} <= out.keys():

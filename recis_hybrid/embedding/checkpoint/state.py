@@ -16,7 +16,7 @@ from recis_hybrid.embedding.table.record_layout import RecordLayout
 
 
 def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
-    """Returns the rows of every member table, what admission knows, steps done, and the seed of first values.
+    """Return the rows of every member table, what admission knows, steps done, and the seed of first values.
 
     Args:
         tables: This rank's.
@@ -29,7 +29,7 @@ def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> P
 
 
 def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str, TableState]:
-    """Returns what :func:`tables_state` has of one logical table, which has that place among the others."""
+    """Return what :func:`tables_state` has of one logical table, which has that place among the others."""
     states: dict[str, TableState] = {}
     for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
         handed = ALL
@@ -42,7 +42,7 @@ def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str
 
 
 def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
-    """Returns what :func:`tables_state` has beside rows: the seed of first values, and the steps of each member."""
+    """Return what :func:`tables_state` has beside rows: the seed of first values, and the steps of each member."""
     steps: dict[str, JSON] = {member.name: table.step for table in tables for member in table.members}
     return {"seed": tables[0].seed, "steps": steps}
 
@@ -55,7 +55,7 @@ def watch_tables(tables: Sequence[HashTable]) -> list[Changes]:
 def tables_changes(
     tables: Sequence[HashTable], since: object, whole: Collection[str] = (), shares: Shares | None = None
 ) -> PartState | None:
-    """Returns :func:`tables_state` of the rows that changed since :func:`watch_tables`, and the ids that went.
+    """Return :func:`tables_state` of the rows that changed since :func:`watch_tables`, and the ids that went.
 
     Args:
         tables: The tables.
@@ -100,7 +100,7 @@ def _state(
 
 
 def tables_layout(tables: Sequence[HashTable]) -> PartState:
-    """Returns :func:`tables_state` without its rows: which tables and columns there are."""
+    """Return :func:`tables_state` without its rows: which tables and columns there are."""
     states: dict[str, TableState] = {}
     for table in tables:
         columns = table.export_none()
@@ -113,7 +113,7 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
 
 
 def table_meta(layout: RecordLayout) -> dict[str, JSON]:
-    """Returns what a member table is, beside its rows."""
+    """Return what a member table is, beside its rows."""
     layout = layout.whole
     state: list[JSON] = [
         [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state

@@ -37,7 +37,7 @@ _REMEDY = (
 
 
 def refuse_rows_in_state_dict(value: object) -> None:
-    """Raises ValueError unless a value is one of the choices."""
+    """Raise ValueError unless a value is one of the choices."""
     if value is not None and value not in get_args(RowsInStateDict):
         raise ValueError(
             f"EmbeddingEngine: rows_in_state_dict must be one of {[None, *get_args(RowsInStateDict)]}, got {value!r}"
@@ -45,7 +45,7 @@ def refuse_rows_in_state_dict(value: object) -> None:
 
 
 def belongs_to_tables(key: str, prefix: str) -> bool:
-    """Returns whether a key of a state_dict belongs to tables; ``prefix`` is their engine's."""
+    """Return whether a key of a state_dict belongs to tables; ``prefix`` is their engine's."""
     return key == f"{prefix}{_KEY}" or key.startswith((f"{prefix}{_KEY}.", f"{prefix}anchor"))
 
 
@@ -59,7 +59,7 @@ def warn_of_rows_left_out() -> None:
 
 
 def save_key(tables: Sequence[HashTable], destination: MutableMapping[str, Any], prefix: str) -> None:
-    """Writes the placeholder key of tables.
+    """Write the placeholder key of tables.
 
     Args:
         tables: This rank's.
@@ -79,7 +79,7 @@ def save_rows(
     prefix: str,
     exchange: Exchange | None,
 ) -> None:
-    """Writes rows; collective where ranks share the tables, and each rank gets all rows.
+    """Write rows; collective where ranks share the tables, and each rank gets all rows.
 
     Args:
         tables: This rank's.
@@ -113,7 +113,7 @@ def load_rows(
     missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Loads rows from a state_dict; reports missing keys if it has none and the tables are not at its step.
+    """Load rows from a state_dict; reports missing keys if it has none and the tables are not at its step.
 
     Args:
         tables: This rank's.

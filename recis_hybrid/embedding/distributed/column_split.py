@@ -19,7 +19,7 @@ from recis_hybrid.ops.id_map import bucket_of
 
 
 def columns_of(dim: int, ranks: int) -> list[int]:
-    """Returns how many elements of each row a rank has where rows are split by column.
+    """Return how many elements of each row a rank has where rows are split by column.
 
     First values are drawn four at a time: so each rank has a multiple of four, the last one what is left, too.
     """
@@ -31,13 +31,13 @@ def columns_of(dim: int, ranks: int) -> list[int]:
 
 
 def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:
-    """Returns rows ``[rows, sum(widths)]`` from some columns of all of them after another, in one dimension."""
+    """Return rows ``[rows, sum(widths)]`` from some columns of all of them after another, in one dimension."""
     each = parts.split([rows * width for width in widths])
     return torch.cat([part.view(rows, width) for part, width in zip(each, widths, strict=True)], 1)
 
 
 def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str, Tensor]:
-    """Returns of whole rows ``[n, ...]`` what a layout has: some of their elements, where they are split.
+    """Return of whole rows ``[n, ...]`` what a layout has: some of their elements, where they are split.
 
     Raises:
         ValueError: If a part of the record has another width.
@@ -55,7 +55,7 @@ def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str
 
 
 def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exchange) -> dict[str, Tensor]:
-    """Returns whole rows, those of this rank's buckets, by (bucket, id); all ranks call it together.
+    """Return whole rows, those of this rank's buckets, by (bucket, id); all ranks call it together.
 
     Args:
         columns: Of the same rows on all ranks: ``ids`` int64 ``[n]``; ``[n]`` of what is one number a row, and the same

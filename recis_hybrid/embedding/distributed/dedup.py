@@ -30,14 +30,14 @@ class Kind:
 
 
 def rank_of(ids: Tensor, ranks: int) -> Tensor:
-    """Returns the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): each has a contiguous range of buckets."""
+    """Return the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): each has a contiguous range of buckets."""
     return rank_of_bucket(ops.id_map.bucket_of(ids), ranks)
 
 
 def distinct_ids(
     request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
 ) -> Distinct:
-    """Finds the distinct ids of a request, without waiting for the device.
+    """Find the distinct ids of a request, without waiting for the device.
 
     Args:
         request: The ids of all features.

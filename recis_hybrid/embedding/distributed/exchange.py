@@ -61,7 +61,7 @@ class Sending:
     """Kept alive until then."""
 
     def wait(self) -> Tensor:
-        """Returns what came in, from rank 0 first."""
+        """Return what came in, from rank 0 first."""
         with self.exchange.watched(), self.exchange.explained(self.what):
             if self.work is not None:
                 self.work.wait()
@@ -87,7 +87,7 @@ class Exchange:
         """Around each wait for other ranks: who times them sets it."""
 
     def sizes(self, send: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Sends each rank a row of int64 ``[W, n]``; n is the same on all ranks. Waits.
+        """Send each rank a row of int64 ``[W, n]``; n is the same on all ranks. Waits.
 
         Returns:
             What was sent, and what came in: by rank, n numbers.
@@ -122,19 +122,19 @@ class Exchange:
         return Sending(what, received, work, self, values)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Returns the sum of a tensor over all ranks."""
+        """Return the sum of a tensor over all ranks."""
         total = value.detach().to(self.device, copy=True)
         with self.watched(), self.explained("norms"):
             dist.all_reduce(total, group=self.group)
         return total.to(value.device)
 
     def all(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Returns the numbers of every rank, as many on each."""
+        """Return the numbers of every rank, as many on each."""
         return self.sizes(torch.tensor(numbers, dtype=torch.int64).expand(self.size, -1))[1]
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Turns what a backend raises into an ExchangeError that says what was under way."""
+        """Turn what a backend raises into an ExchangeError that says what was under way."""
         try:
             yield
         except ExchangeError:
@@ -148,14 +148,14 @@ class Exchange:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """Returns after which time a group's collectives give up, for a group like it; None, torch's default."""
+    """Return after which time a group's collectives give up, for a group like it; None, torch's default."""
     device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", None)
 
 
 def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGroup | None:
-    """Returns the group whose ranks share an engine's tables; None where one process has them all.
+    """Return the group whose ranks share an engine's tables; None where one process has them all.
 
     Args:
         group: A process group; None, all ranks, whom this process joins if a launcher has started several; False, this

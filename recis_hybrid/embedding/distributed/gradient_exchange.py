@@ -53,11 +53,11 @@ class Asked:
     """What backward would find it by."""
 
     def distinct(self, everywhere: bool) -> int:
-        """Returns U."""
+        """Return U."""
         return self.send[0] if everywhere else sum(self.send)
 
     def add(self, part: Part, *, full: bool) -> None:
-        """Keeps gradients."""
+        """Keep gradients."""
         self.local.add(part)
         self.full = self.full or full
 
@@ -117,11 +117,11 @@ class Collector:
             asked.clear()
 
     def norm(self, own: Tensor) -> Tensor:
-        """Returns the norm over all rows of the table, from that over this rank's."""
+        """Return the norm over all rows of the table, from that over this rank's."""
         return own if self.everywhere and self.columns is None else self.exchange.sum(own.square()).sqrt()
 
     def watch(self, asked: Asked, user: object) -> None:
-        """Expects gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
+        """Expect gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
         if len(self._asked) >= _MANY:
             self.fetch()  # finds out which of them are gone everywhere
         asked.user = weakref.ref(user)
@@ -173,7 +173,7 @@ class Collector:
         self.table.pending.add(Part(rows, [0], asked.owned.row_bound, Bags([n], [n], [], [], [0], [0]), [values], None))
 
     def _positions(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> Tensor:
-        """Returns int64: of each gradient that came in, which of the R ids asked of this rank it belongs to."""
+        """Return int64: of each gradient that came in, which of the R ids asked of this rank it belongs to."""
         ranks, device = self.exchange.size, self.table.device
         told = [torch.arange(n, device=device) for n in counts]
         if states.count(_SOME):
@@ -191,7 +191,7 @@ class Collector:
         return torch.cat([first + part for first, part in zip(firsts, told, strict=True)])
 
     def _sums(self, asked: Asked) -> Sums:
-        """Sums this rank's gradients, in the order in which ids were sent."""
+        """Sum this rank's gradients, in the order in which ids were sent."""
         dim, ranks = self.dim, self.exchange.size
         n, state = asked.distinct(self.everywhere), asked.state
         sums = ops.memory.empty((n if state != _NONE else 0, dim), torch.float32, self.table.device)

@@ -92,7 +92,7 @@ class Router:
         self._agreed = False
 
     def agree(self) -> None:
-        """Finds out, once, whether all ranks were told the same.
+        """Find out, once, whether all ranks were told the same.
 
         Raises:
             ExchangeError: If not.
@@ -110,7 +110,7 @@ class Router:
     def route(
         self, read: Callable[[], Read], *, train: bool, grad: bool, exchange: Exchange | None = None
     ) -> RoutedBatch:
-        """Sends the ids of a batch to where they are to be looked up; touches no table.
+        """Send the ids of a batch to where they are to be looked up; touches no table.
 
         Args:
             read: Returns the requests to all tables, and how many samples the batch has.
@@ -230,7 +230,7 @@ def _count_dtype(most: int) -> torch.dtype:
 
 
 def _wide(counts: Tensor, receive: Sequence[int], most: Sequence[int]) -> Tensor:
-    """Returns the counts that came in, int64, from bytes as wide as each rank's need."""
+    """Return the counts that came in, int64, from bytes as wide as each rank's need."""
     widths = [_count_dtype(number).itemsize * n for number, n in zip(most, receive, strict=True)]
     parts = zip(counts.split(widths), most, strict=True)
     # A copy of each, since it may not start at a multiple of its width.

@@ -95,7 +95,7 @@ class Prefetcher:
         self._ahead.append(Ahead(batch, (train, grad), self._thread.submit(route)))
 
     def look_up(self) -> None:
-        """Looks the next batch up now, and begins to send its rows; all ranks call it together.
+        """Look the next batch up now, and begins to send its rows; all ranks call it together.
 
         Raises:
             RuntimeError: If no batch is on its way, or rows may not be stale.
@@ -114,7 +114,7 @@ class Prefetcher:
             first.lookups = self._thread.submit(lambda: self._tables.finish(begun, self.exchange))
 
     def take(self, batch: Batch, *, train: bool, grad: bool) -> tuple[RoutedBatch, list[ShardedLookup] | None] | None:
-        """Returns what was done for a batch, after waiting for it; None if no batch is on its way.
+        """Return what was done for a batch, after waiting for it; None if no batch is on its way.
 
         Raises:
             RuntimeError: If it is not the batch whose turn it is, or was prefetched in another mode, or its rows are
@@ -147,7 +147,7 @@ class Prefetcher:
         return first.routed.result(), first.lookups.result()
 
     def drop(self) -> None:
-        """Waits for what is on its way, and forgets it; all ranks call it together."""
+        """Wait for what is on its way, and forgets it; all ranks call it together."""
         while self._ahead:
             first = self._ahead.popleft()
             for waiting in (first.routed, first.lookups):
@@ -155,12 +155,12 @@ class Prefetcher:
                     waiting.exception()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Returns another group of the same ranks."""
+    """Return another group of the same ranks."""
     if dist.get_world_size(group) < dist.get_world_size():
         raise ValueError(
             "EmbeddingEngine: prefetch needs a process group of its own, and torch makes one of some ranks only where "

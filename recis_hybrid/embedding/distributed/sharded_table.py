@@ -124,7 +124,7 @@ class ShardedTable:
         table.pending.remote = self.collector
 
     def look_up(self, route: Route, weight: float, *, train: bool) -> Begun:
-        """Looks up what came in, and reads its rows, unless the table is replicated."""
+        """Look up what came in, and read its rows, unless the table is replicated."""
         ranks, lengths = self.exchange.size, route.lengths
         members, unknown = [kind.member for kind in self.asks.kinds], [kind.unknown for kind in self.asks.kinds]
         zeros = [0] * len(lengths)
@@ -160,7 +160,7 @@ class ShardedTable:
         )
 
     def lookup(self, begun: Begun, rows: Sending | None) -> ShardedLookup:
-        """Returns the lookup of this rank's positions, once its rows are here."""
+        """Return the lookup of this rank's positions, once its rows are here."""
         route, asked = begun.route, begun.asked
         if rows is not None:
             received = rows.wait().to(self.device)
@@ -176,7 +176,7 @@ class ShardedTable:
         return ShardedLookup(route.request, route.shapes, route.places, asked, mine, own)
 
     def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
-        """Writes each feature's vectors, as :meth:`HashTable.gather`."""
+        """Write each feature's vectors, as :meth:`HashTable.gather`."""
         if lookup.own is not None:
             self.table.gather(lookup.own, out, starts, winners)
             return
@@ -200,11 +200,11 @@ class ShardedTable:
         lookup.received = received.new_empty(0)  # the outputs hold what it was needed for
 
     def watch(self, lookup: ShardedLookup) -> None:
-        """Expects gradients of a lookup, from this rank or others, as long as it lives somewhere."""
+        """Expect gradients of a lookup, from this rank or others, as long as it lives somewhere."""
         self.collector.watch(lookup.asked, lookup)
 
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
-        """Keeps the gradients of a training lookup until they are exchanged; None for a feature without one."""
+        """Keep the gradients of a training lookup until they are exchanged; None for a feature without one."""
         part = part_of(
             self._name,
             lookup.places,
@@ -229,7 +229,7 @@ class ShardedTable:
         return self.table.gradients(lookup.asked.owned, came)
 
     def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
-        """Updates rows: one step of an optimizer."""
+        """Update rows: one step of an optimizer."""
         self.table.apply_gradients(gradients, update)
 
     @property
@@ -247,7 +247,7 @@ class ShardedTables:
     reduce: Reduce
 
     def lookups(self, routed: RoutedBatch) -> list[ShardedLookup]:
-        """Looks up what came in, in every table, and brings the rows of this rank's ids."""
+        """Look up what came in, in every table, and brings the rows of this rank's ids."""
         begun, sending = [], []
         for number, table in enumerate(self.tables):
             begun.append(self._begin(routed, number))
@@ -255,7 +255,7 @@ class ShardedTables:
         return self._finish(begun, sending)
 
     def begin(self, routed: RoutedBatch) -> list[Begun]:
-        """Looks up what came in, in every table."""
+        """Look up what came in, in every table."""
         return [self._begin(routed, number) for number in range(len(self.tables))]
 
     def finish(self, begun: Sequence[Begun], exchange: Exchange) -> list[ShardedLookup]:
@@ -278,7 +278,7 @@ class ShardedTables:
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Returns rows so that each starts at a multiple of 16 bytes and takes at least 32: what kernels ask of records."""
+    """Return rows so that each starts at a multiple of 16 bytes and take at least 32: what kernels ask of records."""
     width, size = rows.size(1), rows.element_size()
     record = max(-(-width * size // 16) * 16, 32)
     if record == width * size:
@@ -299,7 +299,7 @@ def _none(device: torch.device) -> Tensor:
 
 
 def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:
-    """Raises ValueError for what is none of the choices."""
+    """Raise ValueError for what is none of the choices."""
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(f"EmbeddingEngine: wire_dtype must be one of {list(WIRE_DTYPES)}, got {wire_dtype}")
     if reduce not in get_args(Reduce):
@@ -317,7 +317,7 @@ def shard(
     deduplicate: bool,
     seed: int,
 ) -> ShardedTables:
-    """Puts tables on the ranks of a group.
+    """Put tables on the ranks of a group.
 
     Args:
         tables: This rank's.
@@ -372,5 +372,5 @@ def shard(
 
 
 def _told(rule: object) -> str:
-    """Returns a rule as text that is the same on all ranks."""
+    """Return a rule as text that is the same on all ranks."""
     return repr(rule) if rule is None or dataclasses.is_dataclass(rule) else type(rule).__qualname__

@@ -36,7 +36,7 @@ class TablePlan:
 def plan_tables(
     configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool, ranks: int = 1
 ) -> list[TablePlan]:
-    """Groups features by member table, and member tables that agree in all but the initializer into logical tables.
+    """Group features by member table, and member tables that agree in all but the initializer into logical tables.
 
     Args:
         configs: By feature.
@@ -95,7 +95,7 @@ def plan_tables(
 
 
 def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
-    """Returns the layout of what a rank has of a table's rows."""
+    """Return the layout of what a rank has of a table's rows."""
     if plan.sharding != "column":
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)

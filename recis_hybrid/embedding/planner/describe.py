@@ -9,7 +9,7 @@ from recis_hybrid.embedding.table.hash_table import HashTable
 
 
 def describe(plans: Sequence[TablePlan], tables: Sequence[HashTable]) -> str:
-    """Returns a line for each logical table: width, dtype, record, rows, bytes, member tables and their features."""
+    """Return a line for each logical table: width, dtype, record, rows, bytes, member tables and their features."""
     lines = [f"{'table':<6}{'dim':>5}  {'dtype':<9}{'record':>8}{'rows':>13}{'memory':>10}  members (features)"]
     for number, (plan, table) in enumerate(zip(plans, tables, strict=True)):
         readers: dict[int, list[str]] = {}

@@ -26,7 +26,7 @@ REPLICA_BYTES = 64 << 20
 
 
 def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[StateField, ...] = ()) -> Sharding:
-    """Returns how a table is sharded: what its config says, or for ``auto`` what takes least time.
+    """Return how a table is sharded: what its config says, or for ``auto`` what takes least time.
 
     The estimate is of a batch that has every id of the table on every rank, the dearest one, and of the busiest rank.
     With vectors of v bytes, c seconds for a collective, b bytes a second and l seconds for a lookup:
@@ -82,7 +82,7 @@ def _seconds(collectives: int, sent: float, lookups: float) -> float:
 
 
 def deal(loads: Sequence[float], ranks: int) -> list[int]:
-    """Returns a rank for each load: the heaviest first, to the rank that has least."""
+    """Return a rank for each load: the heaviest first, to the rank that has least."""
     owners, totals = [0] * len(loads), [0.0] * ranks
     for number in sorted(range(len(loads)), key=lambda k: (-loads[k], k)):
         owners[number] = totals.index(min(totals))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def refused_copy() -> TypeError:
-    """Returns the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
+    """Return the error for whoever copies or pickles a table: records lie at addresses that a copy would share."""
     return TypeError(
         "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or build "
         "the engine with rows_in_state_dict='record', take the model's state_dict() and load it into a new one; to "
@@ -38,7 +38,7 @@ class Anchor(nn.Parameter):
     table: HashTable
 
     def __new__(cls, table: HashTable) -> Anchor:
-        """Makes the anchor of a table."""
+        """Make the anchor of a table."""
         _watch_steps()
         prepare()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)

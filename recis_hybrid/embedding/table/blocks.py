@@ -49,24 +49,24 @@ class EmbeddingBlocks:
         return self.capacity * self.layout.record_bytes
 
     def reserve(self, rows: int) -> None:
-        """Makes room for rows 0 to ``rows`` - 1. If memory runs out, the blocks are as before."""
+        """Make room for rows 0 to ``rows`` - 1. If memory runs out, the blocks are as before."""
         if rows > self.capacity:
             more = -(-(rows - self.capacity) // self.block_rows)
             self._set([*self.blocks, *(self._block() for _ in range(more))])
 
     def truncate(self, rows: int) -> None:
-        """Gives up the blocks that lie wholly above the first ``rows`` rows."""
+        """Give up the blocks that lie wholly above the first ``rows`` rows."""
         self._set(self.blocks[: -(-rows // self.block_rows)])
 
     def read(self, rows: Tensor, part: str) -> Tensor:
-        """Returns a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` of the part's dtype."""
+        """Return a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` of the part's dtype."""
         layout = self.layout
         values = torch.empty(rows.numel(), layout.width(part), dtype=layout.part_dtype(part), device=self.device)
         ops.blocks.read(self.handle, rows, layout.offset(part), values)
         return values
 
     def write(self, rows: Tensor, part: str, values: Tensor) -> None:
-        """Overwrites a part of the records of ``rows`` (int64 ``[n]``, distinct) with ``[n, width]``."""
+        """Overwrite a part of the records of ``rows`` (int64 ``[n]``, distinct) with ``[n, width]``."""
         expected = (rows.numel(), self.layout.width(part))
         if tuple(values.shape) != expected:
             raise ValueError(f"{part}: values must have shape {expected}, got {tuple(values.shape)}")

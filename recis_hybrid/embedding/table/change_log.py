@@ -42,7 +42,7 @@ class Changes:
         self._limits: dict[int, int] = {}
 
     def note(self, member: int, ids: Tensor, rows: int) -> None:
-        """Notes that ids (int64 ``[m]``) of a member table got, changed or lost rows; the table has ``rows`` now."""
+        """Note that ids (int64 ``[m]``) of a member table got, changed or lost rows; the table has ``rows`` now."""
         if member in self.whole or ids.numel() == 0:
             return
         parts = self._ids.setdefault(member, [])
@@ -56,18 +56,18 @@ class Changes:
             self._limits[member] = max(_FEW, 2 * distinct.numel())
 
     def note_whole(self, member: int) -> None:
-        """Notes that every row of a member table may have changed."""
+        """Note that every row of a member table may have changed."""
         self.whole.add(member)
         self._ids.pop(member, None)
 
     def ids(self, member: int) -> Tensor:
-        """Returns the ids of a member table that were noted, int64 ``[m]``, ascending."""
+        """Return the ids of a member table that were noted, int64 ``[m]``, ascending."""
         noted: Tensor = torch.cat([torch.empty(0, dtype=torch.int64), *self._ids.get(member, [])]).unique()
         return noted
 
 
 def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-    """Returns what of a table changed.
+    """Return what of a table changed.
 
     Args:
         table: The table that handed out ``since``.
@@ -92,7 +92,7 @@ def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tenso
 
 
 def touched_rows(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after a step."""
+    """Return ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after a step."""
     table.see()
     ids, members = torch.empty(2, len(table), dtype=torch.int64, device=table.device).unbind()
     count = torch.zeros(1, dtype=torch.int64, device=table.device)
@@ -103,7 +103,7 @@ def touched_rows(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
 
 
 def changed_known(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Compares what admission knew with what it knows.
+    """Compare what admission knew with what it knows.
 
     Args:
         before: Columns ``[n]``, ``ids`` ascending.

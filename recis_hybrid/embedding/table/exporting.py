@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def export_rows(table: HashTable, member: int, ids: Tensor | None) -> dict[str, Tensor]:
-    """Returns the records of ids (int64 ``[n]``; None for all, ascending): see :meth:`HashTable.export`."""
+    """Return the records of ids (int64 ``[n]``; None for all, ascending): see :meth:`HashTable.export`."""
     table.see()
     ids = table.ids(member) if ids is None else ids.to(table.device)
     rows = table.rows(member, ids)
@@ -28,7 +28,7 @@ def export_rows(table: HashTable, member: int, ids: Tensor | None) -> dict[str, 
 
 
 def export_members(table: HashTable) -> list[dict[str, Tensor]]:
-    """Returns the records of each member table, rows by (bucket, id)."""
+    """Return the records of each member table, rows by (bucket, id)."""
     table.see()
     entries = table.id_map.entries()
     order = entries.ids.argsort()
@@ -42,6 +42,6 @@ def export_members(table: HashTable) -> list[dict[str, Tensor]]:
 
 
 def columns_of(table: HashTable, rows: Tensor) -> dict[str, Tensor]:
-    """Returns every part of the records of rows (int64 ``[n]``), and their metadata."""
+    """Return every part of the records of rows (int64 ``[n]``), and their metadata."""
     parts = {part: table.blocks.read(rows, part) for part in table.layout.parts}
     return {**parts, **dict(zip(META, ops.blocks.read_meta(table.blocks.handle, rows), strict=True))}

@@ -71,7 +71,7 @@ class Remote(Protocol):
         """Forgets those of this rank."""
 
     def norm(self, own: Tensor) -> Tensor:
-        """Returns the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
+        """Return the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
 
 
 @outside_graphs("reduced", "replace_sums")
@@ -104,19 +104,19 @@ class Pending:
             remote.clear()
 
     def fetch(self) -> None:
-        """Takes over what other ranks have; all ranks call it together."""
+        """Take over what other ranks have; all ranks call it together."""
         if (remote := self.remote) is not None:
             remote.fetch()
 
     def add(self, part: Part) -> None:
-        """Appends the gradients of one lookup."""
+        """Append the gradients of one lookup."""
         if self._reduced is not None:
             self._parts = [self._as_part(self._reduced)]
             self._reduced = None
         self._parts.append(part)
 
     def gradients(self) -> Gradients:
-        """Returns all of them, for one update."""
+        """Return all of them, for one update."""
         if self._reduced is not None:
             return Gradients([self._reduced.sums], self._reduced.groups, self._reduced.factor)
         part = self._parts[0]
@@ -126,7 +126,7 @@ class Pending:
         return Gradients(part.values, groups)
 
     def reduced(self, dim: int) -> Reduced | None:
-        """Sums the gradients of each row, unless that was done; None if there are none."""
+        """Sum the gradients of each row, unless that was done; None if there are none."""
         self.fetch()
         if self._reduced is None and self._parts:
             gradients = self.gradients()
@@ -141,7 +141,7 @@ class Pending:
         return self._reduced
 
     def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
-        """Takes other summed gradients for those of the rows of ``groups``."""
+        """Take other summed gradients for those of the rows of ``groups``."""
         norm = torch.linalg.vector_norm(sums, dtype=torch.float64)
         norm = norm if (remote := self.remote) is None else remote.norm(norm)
         self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
@@ -156,7 +156,7 @@ class Pending:
 
 
 def _merged(parts: list[Part]) -> Part:
-    """Returns several parts as one, their features in order."""
+    """Return several parts as one, their features in order."""
     bags = [part.bags for part in parts]
     return Part(
         torch.cat([part.rows for part in parts]),
@@ -193,7 +193,7 @@ def part_of(
     gradients: Sequence[Tensor | None],
     dim: int,
 ) -> Part | None:
-    """Returns the gradients of a lookup as a part; None where no feature has one.
+    """Return the gradients of a lookup as a part; None where no feature has one.
 
     Args:
         where: The table, for messages.
@@ -220,7 +220,7 @@ def part_of(
 def usable(
     where: str, vectors: Sequence[int], gradients: Sequence[Tensor | None], dim: int, device: torch.device
 ) -> list[Tensor]:
-    """Returns the gradients that there are as kernels take them: on the device, any stride between rows, none within.
+    """Return the gradients that there are as kernels take them: on the device, any stride between rows, none within.
 
     Raises:
         ValueError: If one is not float32 ``[V, D]``.

@@ -109,7 +109,7 @@ class HashTable:
         return anchor
 
     def reseed(self, seed: int) -> None:
-        """Sets the seed of first values, for rows that are not there yet."""
+        """Set the seed of first values, for rows that are not there yet."""
         self.seed = seed
         dim, first = self.layout.whole.dim, self.layout.first
         words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
@@ -124,7 +124,7 @@ class HashTable:
     # Lookups
 
     def lookup(self, features: Sequence[FeatureIds], *, train: bool) -> Lookup:
-        """Finds the rows of all features' ids.
+        """Find the rows of all features' ids.
 
         Args:
             features: The ids, on the table's device.
@@ -162,7 +162,7 @@ class HashTable:
         return lookup
 
     def see(self) -> None:
-        """Notes in the rows' metadata what the last training lookup met.
+        """Note in the rows' metadata what the last training lookup met.
 
         An update of the same rows does this along with its own work; it is done here for lookups that none follows, and
         before anything looks at metadata or moves rows.
@@ -173,7 +173,7 @@ class HashTable:
             ops.blocks.see_rows(self.blocks.handle, groups.count, groups.unique, lookup.occurrences(), lookup.step)
 
     def records(self, gradients: Gradients) -> ops.update.Table:
-        """Returns the records as an update by these gradients sees them; the update must follow."""
+        """Return the records as an update by these gradients sees them; the update must follow."""
         unseen, layout = self._unseen, self.layout
         sees = (
             unseen is not None
@@ -194,7 +194,7 @@ class HashTable:
         )
 
     def gather(self, lookup: Lookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
-        """Writes each feature's vectors.
+        """Write each feature's vectors.
 
         Args:
             lookup: Of this table.
@@ -219,17 +219,17 @@ class HashTable:
         )
 
     def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns tensors on the device of the IDMap."""
+        """Return tensors on the device of the IDMap."""
         return ids if self.map_device == self.device else [part.to(self.map_device) for part in ids]
 
     def on_blocks(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor on the device of the blocks."""
+        """Return a tensor on the device of the blocks."""
         return tensor if self.map_device == self.device else tensor.to(self.device)
 
     # Gradients
 
     def gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> Gradients:
-        """Returns the gradients of a training lookup as :meth:`apply_gradients` takes them, after checking them.
+        """Return the gradients of a training lookup as :meth:`apply_gradients` takes them, after checking them.
 
         Args:
             lookup: From :meth:`lookup`.
@@ -247,12 +247,12 @@ class HashTable:
         )
 
     def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
-        """Updates rows: one step of an optimizer."""
+        """Update rows: one step of an optimizer."""
         update(self, gradients)
         self.step += 1
 
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
-        """Keeps the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
+        """Keep the gradients of a training lookup until :meth:`apply_pending`; None for a feature without one."""
         self.check(lookup)
         part = part_of(
             self._name,
@@ -292,14 +292,14 @@ class HashTable:
         return changes in self.watched
 
     def note(self, member: int, ids: Tensor) -> None:
-        """Notes for whoever watches that ids (int64 ``[m]``) of a member table got, changed or lost rows."""
+        """Note for whoever watches that ids (int64 ``[m]``) of a member table got, changed or lost rows."""
         for changes in self.watched:
             changes.note(member, ids, len(self))
 
     # Rows in bulk; all of it waits for the device
 
     def insert(self, member: int, ids: Tensor, columns: dict[str, Tensor] | None = None) -> Tensor:
-        """Gives ids rows, whatever admission says.
+        """Give ids rows, whatever admission says.
 
         Args:
             member: Number of the member table.
@@ -343,17 +343,17 @@ class HashTable:
         return rows
 
     def ids(self, member: int) -> Tensor:
-        """Returns the ids of a member table that have a row, int64 ``[n]``, ascending."""
+        """Return the ids of a member table that have a row, int64 ``[n]``, ascending."""
         self._ids("ids", member)
         entries = self.id_map.entries()
         return entries.ids[entries.members == member].sort().values.to(self.device)
 
     def rows(self, member: int, ids: Tensor) -> Tensor:
-        """Returns the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
+        """Return the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
         return self.on_blocks(self.id_map.find([self._ids("rows", member, ids).to(self.map_device)], [member]))
 
     def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
-        """Returns the records of ids.
+        """Return the records of ids.
 
         Args:
             member: Number of the member table.
@@ -368,11 +368,11 @@ class HashTable:
         return export_rows(self, member, ids)
 
     def export_all(self) -> list[dict[str, Tensor]]:
-        """Returns what :meth:`export` gives for each member table, rows by (bucket, id), as checkpoints have them."""
+        """Return what :meth:`export` gives for each member table, rows by (bucket, id), as checkpoints have them."""
         return export_members(self)
 
     def export_none(self) -> dict[str, Tensor]:
-        """Returns what :meth:`export` would give of no ids, and of whole rows: its columns."""
+        """Return what :meth:`export` would give of no ids, and of whole rows: its columns."""
         none, layout = torch.empty(0, dtype=torch.int64, device=self.device), self.layout.whole
         parts = {
             part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part), device=self.device)
@@ -381,18 +381,18 @@ class HashTable:
         return {"ids": none, **parts, **dict.fromkeys(META, none)}
 
     def erase(self, member: int, ids: Tensor) -> int:
-        """Gives up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
+        """Give up the rows of ids (int64 ``[n]``); those that have none are passed over. Returns how many it had."""
         ids = self._ids("erase", member, ids).to(self.map_device)
         erased = self.erase_slots("erase", self.id_map.slots_of([ids], [member]))
         self.note(member, ids)
         return erased
 
     def evict(self, rule: Eviction) -> int:
-        """Gives up the rows that a rule names. Returns how many."""
+        """Give up the rows that a rule names. Returns how many."""
         return erase_evicted(self, evicted_by(self, rule))
 
     def clear(self, member: int | None = None) -> None:
-        """Removes every row of a member table, or of all, and what admission knows of their ids."""
+        """Remove every row of a member table, or of all, and what admission knows of their ids."""
         self.refuse_read_only("clear")
         self.discard(member)
 
@@ -413,11 +413,11 @@ class HashTable:
         self.generation = next_generation()
 
     def compact(self) -> None:
-        """Moves rows together, so that blocks at the end can be given back; the only thing that moves rows."""
+        """Move rows together, so that blocks at the end can be given back; the only thing that moves rows."""
         compact_rows(self)
 
     def memory(self) -> dict[str, int]:
-        """Returns the bytes that each part holds: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
+        """Return the bytes that each part holds: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
 
         Beside them are gradients that wait for a step, and for the whole process up to 1 GiB of host memory that tables
         and batches gave back, which is kept for the next that ask for as much.
@@ -441,7 +441,7 @@ class HashTable:
         self._unseen = None
 
     def erase_slots(self, what: str, slots: Tensor, *, loading: bool = False) -> int:
-        """Gives up the rows of slots (int64 ``[n]``), for ``what``, which is named where it is refused."""
+        """Give up the rows of slots (int64 ``[n]``), for ``what``, which is named where it is refused."""
         if not loading:
             self.refuse_read_only(what)
         self.refuse_pending(what)
@@ -456,7 +456,7 @@ class HashTable:
         return ", ".join(member.name for member in self.members)
 
     def refuse_read_only(self, what: str) -> None:
-        """Raises RuntimeError if nothing may change the rows."""
+        """Raise RuntimeError if nothing may change the rows."""
         if self.read_only:
             raise RuntimeError(
                 f"table {self._name}: {what} would change it, and it is read-only; "
@@ -464,7 +464,7 @@ class HashTable:
             )
 
     def refuse_pending(self, what: str) -> None:
-        """Raises RuntimeError if gradients wait for rows that would go or move."""
+        """Raise RuntimeError if gradients wait for rows that would go or move."""
         if self.pending:
             raise RuntimeError(
                 f"table {self._name}: {what} would part gradients that wait here from their rows; "
@@ -472,7 +472,7 @@ class HashTable:
             )
 
     def check(self, lookup: Lookup) -> None:
-        """Raises RuntimeError for a lookup of another generation."""
+        """Raise RuntimeError for a lookup of another generation."""
         if lookup.generation != self.generation:
             raise RuntimeError(
                 f"table {self._name}: this lookup is of generation {lookup.generation} and the table is in generation "

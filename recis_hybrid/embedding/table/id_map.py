@@ -79,13 +79,13 @@ class IdMap:
         return int(self.counters[ops.id_map.LIVE])
 
     def find(self, ids: Sequence[Tensor], members: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
-        """Returns the row of each id, int64 ``[N]``, -1 for an id that has none; ``used`` as in ``ops.id_map.find``."""
+        """Return the row of each id, int64 ``[N]``, -1 for an id that has none; ``used`` as in ``ops.id_map.find``."""
         rows = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
         ops.id_map.find(self.slots, ids, members, rows, used=used)
         return rows
 
     def reserve(self, more: int) -> None:
-        """Makes room for ``more`` further ids. If memory runs out, the map is as before."""
+        """Make room for ``more`` further ids. If memory runs out, the map is as before."""
         if self._late.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
         exact = self._late.exact()
@@ -97,7 +97,7 @@ class IdMap:
             self.rehash(min((exact[ops.id_map.LIVE] + more) * 5 // 4, MAX_ROWS))
 
     def rehash(self, ids: int) -> None:
-        """Makes the slots anew, as many as ``ids`` need."""
+        """Make the slots anew, as many as ``ids`` need."""
         slots = _empty_slots(_power_of_two(max(int(ids / MAX_LOAD) + 1, 16)), self.device)
         ops.id_map.rehash(self.slots, slots)
         self.slots = slots
@@ -111,7 +111,7 @@ class IdMap:
         admitted: Tensor | None = None,
         used: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Finds each id or gives it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
+        """Find each id or give it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
 
         Args:
             ids: For each feature, int64 ``[n_f]``, contiguous.
@@ -131,22 +131,22 @@ class IdMap:
         return rows, fresh
 
     def inserted(self, at_most: int) -> None:
-        """Notes that an operator may have inserted as many ids."""
+        """Note that an operator may have inserted as many ids."""
         self._late.inserted(at_most)
 
     def commit(self) -> None:
-        """Counts the rows of :meth:`find_or_insert` as old, once they have their first values."""
+        """Count the rows of :meth:`find_or_insert` as old, once they have their first values."""
         ops.id_map.commit(self.counters)
 
     def withdraw(self, ids: Sequence[Tensor], members: Sequence[int], fresh: Tensor) -> None:
-        """Takes back the rows of a :meth:`find_or_insert` that was not committed; waits for the device."""
+        """Take back the rows of a :meth:`find_or_insert` that was not committed; waits for the device."""
         count = self._late.exact()[ops.id_map.FRESH]
         slots = self.slots_of(ids, members)[fresh[:count]]
         self.commit()
         self.erase_slots(slots)
 
     def entries(self) -> Entries:
-        """Returns all ids; waits for the device."""
+        """Return all ids; waits for the device."""
         return list_entries(self.slots, len(self))
 
     def erase_slots(self, slots: Tensor) -> None:
@@ -160,13 +160,13 @@ class IdMap:
         self._late.exact()
 
     def slots_of(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-        """Returns the number of each id's slot, int64 ``[N]``, -1 for an id that has none."""
+        """Return the number of each id's slot, int64 ``[N]``, -1 for an id that has none."""
         slots = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
         ops.id_map.find(self.slots, ids, members, slots, numbers=True)
         return slots
 
     def move(self, moved: Tensor, rows: int) -> None:
-        """Gives the id of each row the row ``moved[row]`` (int64), all below ``rows``; no row is free then."""
+        """Give the id of each row the row ``moved[row]`` (int64), all below ``rows``; no row is free then."""
         ops.id_map.move(self.slots, moved)
         self.counters[ops.id_map.ROWS] = rows
         self.counters[ops.id_map.FREE] = 0
@@ -178,13 +178,13 @@ class IdCounts(IdMap):
     """A map whose entries hold counts in place of rows: exact counters of ids."""
 
     def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
-        """Counts each id whose row (int64 ``[N]``) is below 0."""
+        """Count each id whose row (int64 ``[N]``) is below 0."""
         self.reserve(rows.numel())
         ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
         self._late.inserted(rows.numel())
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
-        """Sets the counts of distinct ids; int64 ``[n]`` both."""
+        """Set the counts of distinct ids; int64 ``[n]`` both."""
         if ids.numel() > 0:
             self.reserve(ids.numel())
             self.find_or_insert([ids], [member])
@@ -197,7 +197,7 @@ class IdCounts(IdMap):
 
 
 def list_entries(slots: Tensor, live: int) -> Entries:
-    """Returns all ids of slots (int64 ``[S, 2]``), of which there are ``live``."""
+    """Return all ids of slots (int64 ``[S, 2]``), of which there are ``live``."""
     entries = Entries(*torch.empty(4, live, dtype=torch.int64, device=slots.device).unbind())
     count = torch.zeros(1, dtype=torch.int64, device=slots.device)
     ops.id_map.list_ids(slots, entries.ids, entries.members, entries.rows, entries.slots, count)
@@ -220,7 +220,7 @@ class LateCounters:
         self._since_copy = 0
 
     def bound(self, counter: int) -> int:
-        """Returns an upper bound of a counter, without waiting; on the CPU the counter itself."""
+        """Return an upper bound of a counter, without waiting; on the CPU the counter itself."""
         if self._view is not None:
             return int(self._view[counter])
         if self._copy is not None and self._copy[1].query():
@@ -231,14 +231,14 @@ class LateCounters:
         return int(self._counted[counter]) + self._since
 
     def exact(self) -> list[int]:
-        """Returns the counters; waits for the device."""
+        """Return the counters; waits for the device."""
         self._counted = self._counters.tolist()
         self._since = 0
         self._copy = None
         return [int(count) for count in self._counted]
 
     def inserted(self, at_most: int) -> None:
-        """Notes that a call may have inserted as many ids."""
+        """Note that a call may have inserted as many ids."""
         if self._view is not None:
             return
         self._since += at_most

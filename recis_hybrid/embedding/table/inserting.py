@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def insert_grouped(table: HashTable, request: Request, out: Tensor | None, starts: Sequence[int]) -> Lookup:
-    """Looks features up in training: gives ids rows as far as they are admitted, and groups positions by row.
+    """Look features up in training: gives ids rows as far as they are admitted, and groups positions by row.
 
     Args:
         table: The table.
@@ -67,7 +67,7 @@ def insert_rows(
     used: Sequence[Tensor] = (),
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Gives ids rows that have none, with first values.
+    """Give ids rows that have none, with first values.
 
     Args:
         table: The table.
@@ -116,7 +116,7 @@ def insert_rows(
 
 
 def _reserve(table: HashTable, more: int) -> int:
-    """Makes room for more ids; whatever may run out of memory, before anything is changed."""
+    """Make room for more ids; whatever may run out of memory, before anything is changed."""
     bound = table.id_map.row_bound + more
     table.blocks.reserve(bound)
     table.id_map.reserve(more)

@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
     @staticmethod
     def of(features: Sequence[FeatureIds]) -> Request:
-        """Puts features side by side."""
+        """Put features side by side."""
         ids, vectors, members, offsets, weights, combiners, tiles, zeros, used = map(list, zip(*features, strict=True))
         return Request(
             ids,
@@ -64,7 +64,7 @@ class Request(NamedTuple):
         )
 
     def kept(self) -> Request:
-        """Returns it with offsets and weights of its own.
+        """Return it with offsets and weights of its own.
 
         A reader may use the memory of the batch's for the next one, and gradients may be summed after that.
         """
@@ -82,7 +82,7 @@ _generations = itertools.count()
 
 
 def next_generation() -> int:
-    """Returns a number for a table's generation that no table of this process has had."""
+    """Return a number for a table's generation that no table of this process has had."""
     return next(_generations)
 
 
@@ -144,7 +144,7 @@ class Lookup:
         return gradient_bags(self.request.bags)
 
     def occurrences(self) -> Tensor:
-        """Returns int64 ``[N + 1]``: row ``unique[u]`` was met ``[u + 1] - [u]`` times."""
+        """Return int64 ``[N + 1]``: row ``unique[u]`` was met ``[u + 1] - [u]`` times."""
         counts, groups = self.request.counts, self.groups
         if counts is None:
             return groups.offsets
@@ -159,7 +159,7 @@ class Lookup:
 
 
 def select(bags: Bags, numbers: list[int]) -> Bags:
-    """Returns the bags of some of the features, by number."""
+    """Return the bags of some of the features, by number."""
     lengths, vectors, offsets, weights, combiners, tiles = bags
     return Bags(
         [lengths[n] for n in numbers],
@@ -172,7 +172,7 @@ def select(bags: Bags, numbers: list[int]) -> Bags:
 
 
 def gradient_bags(bags: Bags) -> Bags:
-    """Returns how the gradients of these bags belong to positions."""
+    """Return how the gradients of these bags belong to positions."""
     if not bags.combiners.count(MAX):
         return bags
     greatest = [combiner == MAX for combiner in bags.combiners]

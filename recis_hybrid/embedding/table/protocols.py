@@ -31,7 +31,7 @@ class RowUpdate(Protocol):
     """An optimizer's step on one table: updates the records that ``gradients`` belong to."""
 
     def __call__(self, table: HashTable, gradients: Gradients | None) -> None:
-        """Updates the table, and counts the step; without gradients it only counts."""
+        """Update the table, and counts the step; without gradients it only counts."""
 
 
 class BeforeRead(Protocol):
@@ -42,4 +42,4 @@ class BeforeRead(Protocol):
     """
 
     def __call__(self, table: HashTable, groups: RowGroups) -> None:
-        """Changes the records of the rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid."""
+        """Change the records of the rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid."""

@@ -24,7 +24,7 @@ class Evicted(NamedTuple):
 
 
 def evicted_by(table: HashTable, rule: Eviction) -> Evicted:
-    """Returns the rows of a table that a rule names, and leaves them there.
+    """Return the rows of a table that a rule names, and leaves them there.
 
     Raises:
         RuntimeError: If the table is read-only, or gradients wait for its rows.
@@ -56,7 +56,7 @@ def evicted_by(table: HashTable, rule: Eviction) -> Evicted:
 
 
 def erase_evicted(table: HashTable, evicted: Evicted) -> int:
-    """Gives up what :func:`evicted_by` returned; nothing may have changed the table since. Returns how many rows."""
+    """Give up what :func:`evicted_by` returned; nothing may have changed the table since. Returns how many rows."""
     count = table.erase_slots("evict", evicted.slots)
     if table.watched:
         for member in evicted.members.unique().tolist():
@@ -65,7 +65,7 @@ def erase_evicted(table: HashTable, evicted: Evicted) -> int:
 
 
 def compact_rows(table: HashTable) -> None:
-    """Moves the rows of a table together, and gives blocks at the end back."""
+    """Move the rows of a table together, and give blocks at the end back."""
     table.refuse_pending("compact")
     table.see()
     table.generation = next_generation()

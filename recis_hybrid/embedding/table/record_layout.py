@@ -105,7 +105,7 @@ class RecordLayout:
             raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
 
     def columns(self, first: int, count: int) -> RecordLayout:
-        """Returns the layout of some of a row's elements, and of the optimizer state that they have."""
+        """Return the layout of some of a row's elements, and of the optimizer state that they have."""
         return replace(self, dim=count, first=first, whole_dim=self.dim)
 
     @property
@@ -114,17 +114,17 @@ class RecordLayout:
         return self if self.whole_dim is None else replace(self, dim=self.whole_dim, first=0, whole_dim=None)
 
     def width(self, name: str) -> int:
-        """Returns the number of elements of a part: ``"embedding"`` or a state's name."""
+        """Return the number of elements of a part: ``"embedding"`` or a state's name."""
         field = self._field(name)
         return self.dim if field is None or field.width is None else field.width
 
     def part_dtype(self, name: str) -> torch.dtype:
-        """Returns the dtype of a part."""
+        """Return the dtype of a part."""
         field = self._field(name)
         return self.dtype if field is None else field.dtype or self.state_dtype
 
     def offset(self, name: str) -> int:
-        """Returns the byte offset of a part within the record."""
+        """Return the byte offset of a part within the record."""
         self._field(name)
         return self._offsets[name]
 

@@ -12,13 +12,13 @@ from recis_hybrid.embedding.table.protocols import META, META_BITS, MemberTable
 
 
 def checked_member(what: str, members: int, member: int) -> None:
-    """Raises ValueError if ``member`` is none of 0 to ``members`` - 1."""
+    """Raise ValueError if ``member`` is none of 0 to ``members`` - 1."""
     if not isinstance(member, Integral) or isinstance(member, bool) or not 0 <= member < members:
         raise ValueError(f"{what}: member must be 0 to {members - 1}, the number of a table, got {member!r}")
 
 
 def checked_ids(what: str, members: Sequence[MemberTable], member: int, ids: Tensor) -> Tensor:
-    """Returns ids as kernels take them, contiguous.
+    """Return ids as kernels take them, contiguous.
 
     Raises:
         TypeError: If ids are no tensor.

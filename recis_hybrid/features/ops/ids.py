@@ -21,7 +21,7 @@ _WIDENINGS = (29, 47, 67, 83)
 
 
 def hashed(where: str, form: Form) -> Form:
-    """Returns the form of the ids that strings or integers become.
+    """Return the form of the ids that strings or integers become.
 
     Raises:
         TypeError: If it holds neither.
@@ -45,7 +45,7 @@ def hashed(where: str, form: Form) -> Form:
 
 
 def without_strings(column: Column, ids: torch.Tensor) -> Column:
-    """Returns the column of the ids that a column's strings have become."""
+    """Return the column of the ids that a column's strings have become."""
     if not column.outer:
         return Column(ids)
     return Column(ids, column.outer[-1], column.weights, column.outer[:-1])
@@ -72,19 +72,19 @@ class Hash:
     kind: HashKind = "farm"
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the kind, or None."""
+        """Return what is wrong with the kind, or None."""
         if not isinstance(self.kind, str) or self.kind not in HASH_KINDS:
             return f"kind must be one of {list(HASH_KINDS)}, got {self.kind!r}"
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that hashes strings, or ids."""
+        """Return the instruction that hashes strings, or ids."""
         form = one(forms)
         name = "hash_string" if form.strings else "hash_id"
         return Lowered(hashed("Hash", form), (Step(name, (HASH_KINDS[self.kind],)),))
 
     def kernel(self) -> Kernel:
-        """Returns what hashes a column."""
+        """Return what hashes a column."""
         return self._hash
 
     def _hash(self, column: Column) -> Column:
@@ -114,17 +114,17 @@ class Mod:
     n: int
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the modulus, or None."""
+        """Return what is wrong with the modulus, or None."""
         if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n < 2**64:
             return f"n must be an int from 1 to {2**64 - 1}, got {self.n!r}; n is the number of different ids to keep"
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that takes remainders."""
+        """Return the instruction that takes remainders."""
         return Lowered(integers("Mod", one(forms)), (Step("mod", divisor_words(self.n)),))
 
     def kernel(self) -> Kernel:
-        """Returns what reduces a column."""
+        """Return what reduces a column."""
         return self._reduce
 
     def _reduce(self, column: Column) -> Column:
@@ -143,7 +143,7 @@ class DecimalCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         ids = [ids_of(column).contiguous() for (column,) in columns]
         made = torch.ops.recis.decimal_strings(ids, self._unsigned, exact_on(ids[0].device), self._parallel)
         results = []
@@ -173,11 +173,11 @@ class DecimalString:
     kind: ClassVar[type[DecimalCall]] = DecimalCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with ``unsigned``, or None."""
+        """Return what is wrong with ``unsigned``, or None."""
         return None if isinstance(self.unsigned, bool) else f"unsigned must be True or False, got {self.unsigned!r}"
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the strings."""
+        """Return the form of the strings."""
         form = integers("DecimalString", one(forms))
         if form.dims != 1:
             raise TypeError(
@@ -187,7 +187,7 @@ class DecimalString:
         return form._replace(dtype=torch.uint8, levels=form.levels + 1)
 
     def kernel(self) -> Kernel:
-        """Returns the kernel that writes digits."""
+        """Return the kernel that writes digits."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -210,7 +210,7 @@ class MultiHashPart:
     which: int
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         most = MOST // max(_WIDENINGS)
         if not isinstance(self.buckets, int) or isinstance(self.buckets, bool) or not 1 <= self.buckets <= most:
             return f"buckets must be ints from 1 to {most}, got {self.buckets!r}; each is a number of ids to keep"
@@ -219,17 +219,17 @@ class MultiHashPart:
         return None
 
     def parameters(self) -> tuple[int, int]:
-        """Returns the multiplier and the prime."""
+        """Return the multiplier and the prime."""
         return _MULTIPLIERS[self.which], largest_prime_up_to(_WIDENINGS[self.which] * self.buckets)
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that hashes."""
+        """Return the instruction that hashes."""
         multiplier, prime = self.parameters()
         table = torch.tensor([multiplier, *divisor_words(prime), *divisor_words(self.buckets)])
         return Lowered(integers("MultiHash", one(forms)), (Step("multi_hash", (), table),))
 
     def kernel(self) -> Kernel:
-        """Returns what hashes a column."""
+        """Return what hashes a column."""
         multiplier, prime = self.parameters()
 
         def kernel(column: Column) -> Column:
@@ -267,13 +267,13 @@ class MultiHash:
             object.__setattr__(self, "buckets", tuple(self.buckets))
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the buckets, or None."""
+        """Return what is wrong with the buckets, or None."""
         if not isinstance(self.buckets, tuple) or not 1 <= len(self.buckets) <= len(_WIDENINGS):
             return f"buckets must be a list of one to {len(_WIDENINGS)} ints, got {self.buckets!r}"
         return next((fault for chain in self.expand() if (fault := chain[0].fault()) is not None), None)
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Returns a chain for each hash."""
+        """Return a chain for each hash."""
         return [[MultiHashPart(buckets, which)] for which, buckets in enumerate(self.buckets)]
 
 
@@ -304,7 +304,7 @@ class StringMultiHash:
                 object.__setattr__(self, name, tuple(given))
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         if not isinstance(self.kinds, tuple) or not self.kinds:
             return f"kinds must be a list of at least one of {list(HASH_KINDS)}, got {self.kinds!r}"
         if not isinstance(self.buckets, tuple) or len(self.buckets) != len(self.kinds):
@@ -312,7 +312,7 @@ class StringMultiHash:
         return next((fault for chain in self.expand() for op in chain if (fault := op.fault()) is not None), None)
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Returns a chain for each hash."""
+        """Return a chain for each hash."""
         chains: list[list[Any]] = []
         for kind, buckets in zip(self.kinds, self.buckets, strict=True):
             chains.append([Hash(kind)] if buckets is None else [Hash(kind), Mod(buckets)])

@@ -26,7 +26,7 @@ class CrossCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         tensors = TensorList()
         for pair in columns:
             for column in pair:
@@ -69,18 +69,18 @@ class Cross:
     kind: ClassVar[type[CrossCall]] = CrossCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         whole = isinstance(self.limit, int) and not isinstance(self.limit, bool)
         if self.limit is not None and not (whole and 1 <= self.limit < 2**31):
             return f"limit must be an int from 1 to {2**31 - 1}, or None, got {self.limit!r}"
         return None if isinstance(self.distinct, bool) else f"distinct must be True or False, got {self.distinct!r}"
 
     def parts(self) -> tuple[Distinct | None, Cross]:
-        """Returns the operations on each column before the cross, and the cross without them."""
+        """Return the operations on each column before the cross, and the cross without them."""
         return (Distinct(), replace(self, distinct=False)) if self.distinct else (None, self)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the pairs."""
+        """Return the form of the pairs."""
         for form in forms:
             integers("Cross", form)
             if form.levels > 1 or form.dims != 1:
@@ -100,12 +100,12 @@ class Cross:
         return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Returns the instruction that crosses dense columns; None where one is ragged."""
+        """Return the instruction that crosses dense columns; None where one is ragged."""
         form = self.shape(forms)
         return Lowered(form, (Step("cross"),)) if form.levels == 0 else None
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what crosses two columns."""
+        """Return what crosses two columns."""
         ragged = shaping_kernel(self)
         first = Distinct().kernel() if self.distinct else None
 
@@ -138,7 +138,7 @@ class ConcatCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         tensors = TensorList()
         for inputs, count, dtype in zip(columns, self._counts, self._dtypes, strict=True):
             tensors.index.append(count)
@@ -172,11 +172,11 @@ class Concat:
     kind: ClassVar[type[ConcatCall]] = ConcatCall
 
     def fault(self) -> str | None:
-        """Returns None: it has no parameters."""
+        """Return None: it has no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the whole."""
+        """Return the form of the whole."""
         dtypes = {torch.int64 if form.dtype in INTEGERS else form.dtype for form in forms}
         if len(dtypes) > 1 or not dtypes <= {torch.int64, *FLOATS}:
             raise TypeError(
@@ -193,7 +193,7 @@ class Concat:
         return Form(dtypes.pop(), levels, weighted, 2 if levels == 0 else 1, forms[0].device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what puts columns together."""
+        """Return what puts columns together."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:

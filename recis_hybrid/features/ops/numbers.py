@@ -19,7 +19,7 @@ from recis_hybrid.ops.transform import MapKind
 
 
 def _as_written(value: Any) -> str | None:
-    """Returns what is wrong with a number that a user has written, or None."""
+    """Return what is wrong with a number that a user has written, or None."""
     if not isinstance(value, kinds_of_numbers.Real) or isinstance(value, bool):
         return f"must be a number, got {value!r}"
     return "must be a number, got NaN" if math.isnan(value) else None
@@ -54,7 +54,7 @@ class Bucketize:
         object.__setattr__(self, "boundaries", tuple(listed) if isinstance(listed, Iterable) else listed)
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         if not isinstance(self.right, bool):
             return f"right must be True or False, got {self.right!r}"
         if not isinstance(self.boundaries, tuple):
@@ -72,12 +72,12 @@ class Bucketize:
         return None
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        """Returns the boundaries for values of a dtype, in it: int64, float32 or float64."""
+        """Return the boundaries for values of a dtype, in it: int64, float32 or float64."""
         listed = _first_above(self) if dtype == torch.int64 else [float(boundary) for boundary in self.boundaries]
         return torch.tensor(listed, dtype=dtype, device="cpu")
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that finds buckets."""
+        """Return the instruction that finds buckets."""
         form = numbers("Bucketize", one(forms))
         dtype = form.dtype if form.dtype in FLOATS else torch.int64
         table = self.table(dtype)
@@ -89,7 +89,7 @@ class Bucketize:
         return Lowered(form._replace(dtype=torch.int64), (step,))
 
     def kernel(self) -> Kernel:
-        """Returns what puts a column into buckets."""
+        """Return what puts a column into buckets."""
         tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
         def kernel(column: Column) -> Column:
@@ -108,7 +108,7 @@ class Bucketize:
 
 
 def _first_above(spec: Bucketize) -> list[int]:
-    """Returns for each boundary the least int64 above it (as ``right`` says); without those that none is above."""
+    """Return for each boundary the least int64 above it (as ``right`` says); without those that none is above."""
     firsts: list[int] = []
     for boundary in spec.boundaries:
         if boundary == math.inf:
@@ -129,7 +129,7 @@ def _mapped(column: Column, where: str, kind: MapKind, first: float, second: flo
 
 
 def _map_steps(where: str, kind: str, form: Form, *given: float) -> Lowered:
-    """Returns the instructions of a map of floats; integers become float32 before it."""
+    """Return the instructions of a map of floats; integers become float32 before it."""
     numbers(where, form)
     dtype = form.dtype if form.dtype in FLOATS else torch.float32
     given = _held(where, dtype, *given)
@@ -139,7 +139,7 @@ def _map_steps(where: str, kind: str, form: Form, *given: float) -> Lowered:
 
 
 def _held(where: str, dtype: torch.dtype, *given: float) -> tuple[float, ...]:
-    """Returns numbers as a column's dtype holds them: bounds beyond its range become its ends, others are refused.
+    """Return numbers as a column's dtype holds them: bounds beyond its range become its ends, others are refused.
 
     Raises:
         TypeError: If it would hold infinity, or 0 in place of a divisor.
@@ -171,16 +171,16 @@ class Log:
     plus: float = 0.0
 
     def fault(self) -> str | None:
-        """Returns what is wrong with ``plus``, or None."""
+        """Return what is wrong with ``plus``, or None."""
         fault = _as_written(self.plus)
         return None if fault is None else f"plus {fault}"
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that takes logarithms."""
+        """Return the instruction that takes logarithms."""
         return _map_steps("Log", "log", one(forms), self.plus)
 
     def kernel(self) -> Kernel:
-        """Returns what takes logarithms of a column."""
+        """Return what takes logarithms of a column."""
 
         def kernel(column: Column) -> Column:
             numbers("Log", Form.of(column))
@@ -207,7 +207,7 @@ class Clip:
     most: float
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the bounds, or None."""
+        """Return what is wrong with the bounds, or None."""
         for name, bound in (("least", self.least), ("most", self.most)):
             fault = _as_written(bound)
             if fault is not None:
@@ -217,7 +217,7 @@ class Clip:
         return None
 
     def whole(self) -> tuple[int, int]:
-        """Returns the bounds for integers.
+        """Return the bounds for integers.
 
         Raises:
             TypeError: If they are fractions or outside of int64, or there are none between.
@@ -230,14 +230,14 @@ class Clip:
         return least, most
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that clips."""
+        """Return the instruction that clips."""
         form = numbers("Clip", one(forms))
         if form.dtype in FLOATS:
             return _map_steps("Clip", "clip", form, self.least, self.most)
         return Lowered(form._replace(dtype=torch.int64), (Step("clip_i64", self.whole()),))
 
     def kernel(self) -> Kernel:
-        """Returns what clips a column."""
+        """Return what clips a column."""
 
         def kernel(column: Column) -> Column:
             if numbers("Clip", Form.of(column)).dtype in FLOATS:
@@ -265,7 +265,7 @@ class Normalize:
     std: float
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the numbers, or None."""
+        """Return what is wrong with the numbers, or None."""
         for name, number in (("mean", self.mean), ("std", self.std)):
             fault = _as_written(number)
             if fault is not None:
@@ -275,11 +275,11 @@ class Normalize:
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that normalizes."""
+        """Return the instruction that normalizes."""
         return _map_steps("Normalize", "normalize", one(forms), self.mean, self.std)
 
     def kernel(self) -> Kernel:
-        """Returns what normalizes a column."""
+        """Return what normalizes a column."""
 
         def kernel(column: Column) -> Column:
             numbers("Normalize", Form.of(column))
@@ -302,12 +302,12 @@ class FillNan:
     value: float
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the value, or None."""
+        """Return what is wrong with the value, or None."""
         fault = _as_written(self.value)
         return None if fault is None else f"value {fault}"
 
     def check(self, form: Form) -> Form:
-        """Returns the form, if it has nulls that can be filled.
+        """Return the form, if it has nulls that can be filled.
 
         Raises:
             TypeError: If nothing in it can be null.
@@ -321,12 +321,12 @@ class FillNan:
         return form
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that fills."""
+        """Return the instruction that fills."""
         form = self.check(one(forms))
         return _map_steps("FillNull", "fill", form, self.value) if form.dtype in FLOATS else Lowered(form, ())
 
     def kernel(self) -> Kernel:
-        """Returns what fills a column."""
+        """Return what fills a column."""
 
         def kernel(column: Column) -> Column:
             return (
@@ -355,13 +355,13 @@ class Cast:
     dtype: torch.dtype
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the dtype, or None."""
+        """Return what is wrong with the dtype, or None."""
         if self.dtype not in (torch.int32, torch.int64, *FLOATS):
             return f"dtype must be torch.int32, int64, float32 or float64, got {self.dtype!r}"
         return None
 
     def check(self, form: Form) -> Form:
-        """Returns the form that a column gets.
+        """Return the form that a column gets.
 
         Raises:
             TypeError: If it holds no numbers.
@@ -371,7 +371,7 @@ class Cast:
         return form._replace(dtype=self.dtype)
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instructions that cast."""
+        """Return the instructions that cast."""
         form = one(forms)
         made = self.check(form)
         names = {torch.float32: "f32", torch.float64: "f64"}
@@ -381,7 +381,7 @@ class Cast:
         return Lowered(made, (*steps, Step("wrap_32")) if self.dtype == torch.int32 else steps)
 
     def kernel(self) -> Kernel:
-        """Returns what casts a column."""
+        """Return what casts a column."""
 
         def kernel(column: Column) -> Column:
             self.check(Form.of(column))

@@ -34,7 +34,7 @@ def is_prime(n: int) -> bool:
 
 
 def largest_prime_up_to(n: int) -> int:
-    """Returns the largest prime that is at most n, which is at least 2.
+    """Return the largest prime that is at most n, which is at least 2.
 
     Example:
         >>> largest_prime_up_to(29_000)

@@ -59,7 +59,7 @@ class ResizeCall:
                 taken += 1
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         offsets, planes = [], []
         for (column,), inner, resized in zip(columns, self._inner, self._weights_resized, strict=True):
             assert column.offsets is not None
@@ -101,7 +101,7 @@ class ResizeCall:
         return self._take(columns, results, exact) if self._taken_owner else results
 
     def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
-        """Takes the lists whose numbers are the values of what was made."""
+        """Take the lists whose numbers are the values of what was made."""
         which = [k for k, inner in enumerate(self._inner) if inner]
         offsets, planes = [], []
         for k in which:
@@ -135,7 +135,7 @@ class ResizeCall:
 
 
 def _no_list_in_tail(numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Returns numbers of lists with -1, no list, after those that the offsets reach: 0 would be the first list."""
+    """Return numbers of lists with -1, no list, after those that the offsets reach: 0 would be the first list."""
     places = torch.arange(numbers.shape[0], device=numbers.device)
     return torch.where(places < offsets[-1], numbers, -1)
 
@@ -193,7 +193,7 @@ class Truncate:
     weight: ClassVar[float] = 0
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         level = (
             None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
         )
@@ -210,11 +210,11 @@ class Truncate:
         return DROP_FIRST if self.side == "left" else 0
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, unchanged but not the same: rows are."""
+        """Return the form, unchanged but not the same: rows are."""
         return Form(*_ragged("Truncate", one(forms), self.level))
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what shortens a column."""
+        """Return what shortens a column."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -248,7 +248,7 @@ class Pad:
     weight: ClassVar[float] = 0
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         level = (
             None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
         )
@@ -265,14 +265,14 @@ class Pad:
         return PAD_FIRST if self.side == "left" else 0
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, unchanged but not the same: rows are."""
+        """Return the form, unchanged but not the same: rows are."""
         form = _ragged("Pad", one(forms), self.level)
         if form.levels == self.level:
             _value_fault("Pad", self.value, form)
         return Form(*form)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what makes the rows of a column longer."""
+        """Return what makes the rows of a column longer."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -299,11 +299,11 @@ class FillEmpty:
     flags: ClassVar[int] = 0
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the value, or None."""
+        """Return what is wrong with the value, or None."""
         return FillNan(self.value).fault()
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, the same one where it is dense."""
+        """Return the form, the same one where it is dense."""
         form = one(forms)
         if form.levels == 0:
             return form
@@ -314,7 +314,7 @@ class FillEmpty:
         return Form(*form)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what fills the empty rows of a column."""
+        """Return what fills the empty rows of a column."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -337,11 +337,11 @@ class FillNull:
     value: float
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the value, or None."""
+        """Return what is wrong with the value, or None."""
         return FillNan(self.value).fault()
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Returns the two operations that it stands for."""
+        """Return the two operations that it stands for."""
         return [[FillNan(self.value), FillEmpty(self.value)]]
 
     def __str__(self) -> str:
@@ -376,7 +376,7 @@ class ToDense:
     level: ClassVar[int] = 1
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         return _length_fault(self.length, 1) or _side_fault(self.side) or FillNan(self.value).fault()
 
     @property
@@ -395,7 +395,7 @@ class ToDense:
         return FIXED | STRICT | (PAD_FIRST if self.side == "left" else 0)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the dense form."""
+        """Return the dense form."""
         form = _ragged("ToDense", one(forms))
         if form.levels > 1:
             raise TypeError("ToDense takes rows of values, got rows of lists; make one level of them first")
@@ -405,7 +405,7 @@ class ToDense:
         return form._replace(levels=0, dims=form.dims + 1)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what makes a column dense."""
+        """Return what makes a column dense."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:

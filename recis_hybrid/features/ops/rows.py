@@ -29,7 +29,7 @@ class TopKCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         values, offsets, weights = [], [], []
         for (column,) in columns:
             assert column.offsets is not None
@@ -64,18 +64,18 @@ class TopK:
     kind: ClassVar[type[TopKCall]] = TopKCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with k, or None."""
+        """Return what is wrong with k, or None."""
         return _count_fault("k", self.k)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, unchanged but not the same: rows are."""
+        """Return the form, unchanged but not the same: rows are."""
         form = one(forms)
         if form.levels != 1 or not form.weighted or form.dims != 1:
             raise TypeError("TopK takes rows of weighted values: a RaggedTensor of one level with weights")
         return Form(*movable("TopK", form))
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what chooses values."""
+        """Return what chooses values."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class DistinctCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         ids, offsets = [], []
         weights = TensorList()
         for (column,) in columns:
@@ -124,11 +124,11 @@ class Distinct:
     kind: ClassVar[type[DistinctCall]] = DistinctCall
 
     def fault(self) -> str | None:
-        """Returns None: it has no parameters."""
+        """Return None: it has no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the same form."""
+        """Return the same form."""
         form = one(forms)
         ids = integers("Distinct", form)
         if form.levels > 1 or form.dims != 1:
@@ -139,7 +139,7 @@ class Distinct:
         return form if form.levels == 0 else Form(*ids)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns the kernel that drops repeated ids."""
+        """Return the kernel that drops repeated ids."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -153,7 +153,7 @@ class LengthsCall:
         self._levels = [job.op.level for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         made = []
         for (column,), level in zip(columns, self._levels, strict=True):
             assert column.offsets is not None
@@ -177,11 +177,11 @@ class ListLengths:
     kind: ClassVar[type[LengthsCall]] = LengthsCall
 
     def fault(self) -> str | None:
-        """Returns None: :class:`Length` has checked it."""
+        """Return None: :class:`Length` has checked it."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the lengths."""
+        """Return the form of the lengths."""
         form = one(forms)
         if form.levels == 0:
             raise TypeError(
@@ -192,7 +192,7 @@ class ListLengths:
         return Form(torch.int64, self.level - 1, False, 1, form.device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns the kernel that subtracts offsets."""
+        """Return the kernel that subtracts offsets."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -205,7 +205,7 @@ class OnesCall:
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None: ...
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         made = []
         for (column,) in columns:
             ones = (column.values != 0).long()
@@ -226,11 +226,11 @@ class CountOnes:
     kind: ClassVar[type[OnesCall]] = OnesCall
 
     def fault(self) -> str | None:
-        """Returns None: it has no parameters."""
+        """Return None: it has no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the counts."""
+        """Return the form of the counts."""
         form = one(forms)
         if form.levels + form.dims < 2 or (form.levels and form.dims != 1) or form.dims > 2:
             raise TypeError(
@@ -240,7 +240,7 @@ class CountOnes:
         return Form(torch.int64, max(form.levels - 1, 0), False, 1, form.device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns the kernel that counts."""
+        """Return the kernel that counts."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -276,13 +276,13 @@ class Length:
         object.__setattr__(self, "ignore", as_tuple(self.ignore))
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         if type(self.level) is not int or self.level not in (1, 2):
             return f"level must be 1 or 2, got {self.level!r}"
         return None if self.ignore == () else Mask(self.ignore).fault()
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Returns its parts."""
+        """Return its parts."""
         return [[ListLengths(self.level)] if self.ignore == () else [Mask(self.ignore), CountOnes()]]
 
     def __str__(self) -> str:
@@ -298,7 +298,7 @@ class MultiHotCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(ids_of(column), column.offsets, column.weights)
@@ -327,11 +327,11 @@ class MultiHot:
     kind: ClassVar[type[MultiHotCall]] = MultiHotCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the number of classes, or None."""
+        """Return what is wrong with the number of classes, or None."""
         return _count_fault("classes", self.classes)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the dense form."""
+        """Return the dense form."""
         form = integers(type(self).__name__, one(forms))
         if form.levels > 1 or form.dims > (2 if form.levels == 0 else 1):
             raise TypeError(
@@ -341,7 +341,7 @@ class MultiHot:
         return Form(torch.float32, 0, False, 2, form.device)
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what makes a column of rows of classes."""
+        """Return what makes a column of rows of classes."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:
@@ -359,7 +359,7 @@ class OneHot(MultiHot):
     """
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the dense form."""
+        """Return the dense form."""
         form = one(forms)
         if form.levels or form.dims != 1:
             raise TypeError("OneHot takes one id a row, a dense [B]; MultiHot takes several")
@@ -380,7 +380,7 @@ class TileCall:
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Makes a column for each job."""
+        """Make a column for each job."""
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(column.values, column.offsets, column.weights)
@@ -411,11 +411,11 @@ class Tile:
     kind: ClassVar[type[TileCall]] = TileCall
 
     def fault(self) -> str | None:
-        """Returns what is wrong with the number of times, or None."""
+        """Return what is wrong with the number of times, or None."""
         return _count_fault("times", self.times)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Returns the form, unchanged but not the same: rows are."""
+        """Return the form, unchanged but not the same: rows are."""
         form = one(forms)
         if form.levels > 1:
             remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
@@ -423,7 +423,7 @@ class Tile:
         return Form(*movable("Tile", form))
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns what repeats rows."""
+        """Return what repeats rows."""
         return shaping_kernel(self)
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ class DatePart:
             object.__setattr__(self, "utc_offset", -seconds if match[1] == "-" else seconds)
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         if not isinstance(self.part, str) or self.part not in PARTS:
             return f"part must be one of {list(PARTS)}, got {self.part!r}"
         offset = self.utc_offset
@@ -105,14 +105,14 @@ class DatePart:
         return _unit_fault(self.unit) or _int_fault("missing", self.missing)
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Returns the instruction that takes the part."""
+        """Return the instruction that takes the part."""
         assert isinstance(self.utc_offset, int)
         flagged = self.utc_offset << 1 | int(self.missing is not None)
         numbers = PARTS.index(self.part), _PER_SECOND[self.unit], flagged, self.missing or 0
         return Lowered(_times("DatePart", one(forms)), (Step("time_part", numbers),))
 
     def kernel(self) -> Kernel:
-        """Returns the reference function, in torch, independent of the native code."""
+        """Return the reference function, in torch, independent of the native code."""
 
         def kernel(column: Column) -> Column:
             _times("DatePart", Form.of(column))
@@ -209,7 +209,7 @@ class Age:
         return self.until is None
 
     def fault(self) -> str | None:
-        """Returns what is wrong with its parameters, or None."""
+        """Return what is wrong with its parameters, or None."""
         unit = _unit_fault(self.unit)
         if unit is not None:
             return unit
@@ -225,7 +225,7 @@ class Age:
         return _int_fault("missing", self.missing)
 
     def check(self, forms: Sequence[Form]) -> Form:
-        """Returns the form of the ages.
+        """Return the form of the ages.
 
         Raises:
             TypeError: If a column holds no integers, or two do not go together.
@@ -247,7 +247,7 @@ class Age:
         return x
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Returns the instruction that subtracts; None if it needs row offsets or the clock."""
+        """Return the instruction that subtracts; None if it needs row offsets or the clock."""
         form = self.check(forms)
         given = int(self.missing is not None), self.missing or 0
         if self.joins:
@@ -258,7 +258,7 @@ class Age:
         return Lowered(form, (Step("seconds_to", (_PER_SECOND[self.unit], self.until, *given)),))
 
     def kernel(self) -> Callable[..., Column]:
-        """Returns the reference function, in torch, independent of the native code."""
+        """Return the reference function, in torch, independent of the native code."""
 
         def of_one(column: Column) -> Column:
             self.check([Form.of(column)])
@@ -300,14 +300,14 @@ class Age:
 
 
 def _minus(x: Tensor, y: Tensor) -> Tensor:
-    """Returns the difference, clamped to int64."""
+    """Return the difference, clamped to int64."""
     wrapped = x - y
     over = ((x ^ y) & (x ^ wrapped)) < 0
     return torch.where(over, torch.where(x < 0, LEAST, MOST), wrapped)
 
 
 def _side_by_side(x: Column, y: Column) -> tuple[Tensor, Tensor]:
-    """Returns the times of two columns value by value.
+    """Return the times of two columns value by value.
 
     Raises:
         ValueError: If their rows are not equally many, or equally long.

@@ -23,12 +23,12 @@ from recis_hybrid.ragged import checks
 
 
 def said_by_native(error: RuntimeError) -> str:
-    """Returns what a native operator says, without the place in its source that torch puts before it."""
+    """Return what a native operator says, without the place in its source that torch puts before it."""
     return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
 
 
 def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
-    """Returns what an operation's own kernel makes of columns.
+    """Return what an operation's own kernel makes of columns.
 
     Raises:
         TypeError: If it raises one, or returns what is no column; the message names the feature.
@@ -51,7 +51,7 @@ def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
 
 
 def _check_own(made: Any) -> None:
-    """Raises for what native code cannot follow: it reads columns without looking at their form again."""
+    """Raise for what native code cannot follow: it reads columns without looking at their form again."""
     if not isinstance(made, Column):
         raise TypeError(f"its kernel must return a Column, got {type(made).__name__}")
     values, offsets, weights, outer = made
@@ -95,7 +95,7 @@ class ProgramCall:
         self._parallel = parallel
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Makes the registers of the nodes that others need."""
+        """Make the registers of the nodes that others need."""
         for one, other, label in self._same_length:
             rows, more = registers[one], registers[other]
             if _strings_or_values(rows) != _strings_or_values(more):
@@ -132,7 +132,7 @@ class ProgramCall:
                 registers[register] = without_strings(base, values) if strings else base._replace(values=values)
 
     def check(self) -> None:
-        """Raises for what a GPU has refused in the last run; waits for it."""
+        """Raise for what a GPU has refused in the last run; waits for it."""
         if self._faults is None:
             return
         labels = self._labels.split("\n")
@@ -169,7 +169,7 @@ class ShapesCall:
         self._call = self.kind([job for _, _, job in jobs], parallel=parallel)
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Makes their registers."""
+        """Make their registers."""
         made = self._call([tuple([registers[source] for source in sources]) for sources in self._sources])
         for register, column in zip(self.registers, made, strict=True):
             registers[register] = column
@@ -182,7 +182,7 @@ class OwnCall:
         self.register, self.instruction, self._sources = register, instruction, sources
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Makes its register."""
+        """Make its register."""
         registers[self.register] = run_alone(self.instruction, [registers[source] for source in self._sources])
 
 
@@ -193,7 +193,7 @@ class Segment:
         self.calls, self._aliases = list(calls), list(aliases)
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Makes the registers of its operations that others need."""
+        """Make the registers of its operations that others need."""
         self._alias(registers)  # where nothing is to be computed, no call follows
         for call in self.calls:
             call.run(registers)
@@ -217,7 +217,7 @@ class _Linker:
         self.needed = self._needed()
 
     def _needed(self) -> set[int]:
-        """Returns the registers that are still to be made; what was needed on the way to those known is not."""
+        """Return the registers that are still to be made; what was needed on the way to those known is not."""
         first = len(self.plan.columns)
         needed: set[int] = set()
         ahead = list(self.plan.outputs.values())
@@ -264,7 +264,7 @@ class _Linker:
             self.own.append((stage, OwnCall(register, instruction, sources)))
 
     def kept(self, nodes: Sequence[Node]) -> set[int]:
-        """Returns the registers of nodes that something outside of them reads."""
+        """Return the registers of nodes that something outside of them reads."""
         inside = {node.register for node in nodes}
         given = {self.alias.get(register, register) for register in self.plan.outputs.values()}
         waiting = {
@@ -283,7 +283,7 @@ class _Linker:
 
 
 def link(plan: Plan, known: dict[int, Form], *, parallel: bool, grouped: bool = False) -> Segment:
-    """Makes native calls of all operations of a plan that can be linked.
+    """Make native calls of all operations of a plan that can be linked.
 
     Args:
         plan: The plan.
@@ -310,7 +310,7 @@ def link(plan: Plan, known: dict[int, Form], *, parallel: bool, grouped: bool = 
 
 
 def _program_calls(linker: _Linker, nodes: Sequence[Node], parallel: bool) -> list[ProgramCall]:
-    """Returns a call for each device that the nodes' columns lie on."""
+    """Return a call for each device that the nodes' columns lie on."""
     by_device: dict[torch.device, list[Node]] = {}
     for node in nodes:
         by_device.setdefault(node.lowered.form.device, []).append(node)

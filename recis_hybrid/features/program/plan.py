@@ -71,7 +71,7 @@ def _line(register: int, what: str, names: dict[int, list[str]]) -> str:
 
 
 def _negative_zeros(op: Any) -> tuple[str, ...]:
-    """Returns the parameters that are -0.0: operations that have 0.0 there are equal, and give other bits."""
+    """Return the parameters that are -0.0: operations that have 0.0 there are equal, and give other bits."""
     if not is_dataclass(op):
         return ()
     given = ((field.name, getattr(op, field.name)) for field in fields(op))
@@ -127,7 +127,7 @@ class _Compiler:
 
 
 def compile_plan(features: Sequence[Feature]) -> Plan:
-    """Makes one program of all features, in which equal operations on equal inputs occur once.
+    """Make one program of all features, in which equal operations on equal inputs occur once.
 
     Args:
         features: With names that differ.

@@ -92,11 +92,11 @@ class Program:
     """Pairs of registers that must have equally many rows, and the operation that says so."""
 
     def input(self, register: int, plane: str) -> int:
-        """Returns the number of a bound tensor."""
+        """Return the number of a bound tensor."""
         return self.inputs.setdefault((register, plane), len(self.inputs))
 
     def encode(self) -> tuple[Tensor, Tensor, str]:
-        """Returns the instructions, the tables, and a line for each instruction."""
+        """Return the instructions, the tables, and a line for each instruction."""
         tables: dict[int, int] = {}
         words: list[Tensor] = []
         size = 0
@@ -122,7 +122,7 @@ class Program:
 
 
 def build_program(nodes: Sequence[Node], forms: dict[int, Form], kept: set[int]) -> Program:
-    """Makes a program of nodes.
+    """Make a program of nodes.
 
     Args:
         nodes: In an order in which each comes after its sources.
@@ -136,7 +136,7 @@ def build_program(nodes: Sequence[Node], forms: dict[int, Form], kept: set[int])
 
 
 def _parts(nodes: Sequence[Node]) -> list[list[Node]]:
-    """Puts together the nodes that are connected by registers."""
+    """Put together the nodes that are connected by registers."""
     parent: dict[int, int] = {}
 
     def find(register: int) -> int:
@@ -197,7 +197,7 @@ class _Part:
         self.values[node.register] = value._replace(place=place)
 
     def operand(self, register: int, label: str) -> _Value:
-        """Returns what a register is: 64-bit integers where it holds narrower ones; strings are not kept as a value."""
+        """Return what a register is: 64-bit integers where it holds narrower ones; strings are not kept as a value."""
         if register in self.values:
             return self.values[register]
         form = self.forms[register]
@@ -232,7 +232,7 @@ class _Part:
         return Place("out", len(outputs) - 1)
 
     def scratch(self) -> dict[int, Place]:
-        """Gives each tile scratch space for as long as it is read; where there is none left, a tensor."""
+        """Give each tile scratch space for as long as it is read; where there is none left, a tensor."""
         last = {tile: at for at, one in enumerate(self.emitted) for tile in one.tiles()}
         free = list(range(SCRATCH_TILES))
         placed: dict[int, Place] = {}
@@ -261,5 +261,5 @@ def _result_dtype(name: str) -> torch.dtype:
 
 
 def numbers_of(dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Returns the numbers of dtypes in native code."""
+    """Return the numbers of dtypes in native code."""
     return [DTYPES[dtype] for dtype in dtypes]

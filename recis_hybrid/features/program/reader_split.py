@@ -23,7 +23,7 @@ def _in_reader(feature: Feature) -> bool:
 
 
 def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature], list[str]]:
-    """Splits features into those that a reader makes and those that are left.
+    """Split features into those that a reader makes and those that are left.
 
     A feature is left, too, where it would take the name of a column that a feature which is left reads.
 

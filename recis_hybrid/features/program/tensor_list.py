@@ -19,7 +19,7 @@ class TensorList:
         self.index: list[int] = []
 
     def add(self, *tensors: Tensor | None) -> None:
-        """Adds tensors to the end."""
+        """Add tensors to the end."""
         for tensor in tensors:
             if tensor is None:
                 self.index.append(-1)

@@ -43,13 +43,13 @@ class Checkpoint(Callback):
         self._last = time.monotonic()
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Counts from here; ranks, which save together, cannot go by their clocks."""
+        """Count from here; ranks, which save together, cannot go by their clocks."""
         if self._seconds is not None and ranks() > 1:
             raise ValueError("Checkpoint: ranks save at the same step; give steps in the place of seconds")
         self._last = time.monotonic()
 
     def after_step(self, trainer: Trainer) -> None:
-        """Saves if it is time to."""
+        """Save if it is time to."""
         due = self._steps is not None and trainer.steps_done % self._steps == 0
         if due or (self._seconds is not None and time.monotonic() - self._last >= self._seconds):
             # Counted over the whole training, so that a job that is often begun anew has whole ones.
@@ -62,5 +62,5 @@ class Checkpoint(Callback):
         return {"saves": self._saves}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it back."""
+        """Take it back."""
         self._saves = int(state["saves"])

@@ -27,7 +27,7 @@ class _OnMetric(Callback):
         self._stage, self._name = stage, name
 
     def after_stage(self, trainer: Trainer, stage: Stage) -> None:
-        """Looks at the metric after the evaluation that it is of."""
+        """Look at the metric after the evaluation that it is of."""
         if not isinstance(stage, Evaluate) or stage.name != self._stage:
             return
         figures = trainer.figures[stage.name]
@@ -77,16 +77,16 @@ class EarlyStop(_OnMetric):
         self.before_fit(trainer)
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Stops a run that is resumed after it was stopped."""
+        """Stop a run that is resumed after it was stopped."""
         if self.bad >= self._patience:
             trainer.stop(f"{self.metric} has not been better than {self.best:.6g} for {self.bad} evaluations")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best value and the evaluations since."""
+        """Return the best value and the evaluations since."""
         return {"best": self.best, "bad": self.bad}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave."""
         self.best, self.bad = state["best"], state["bad"]
 
 
@@ -125,15 +125,15 @@ class PlateauSchedule(_OnMetric):
             )
 
     def seen(self, trainer: Trainer, value: float) -> None:
-        """Steps the schedules."""
+        """Step the schedules."""
         for schedule in self._schedules:
             schedule.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of each schedule."""
+        """Return the state of each schedule."""
         return {"schedules": [schedule.state_dict() for schedule in self._schedules]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave."""
         for schedule, saved in zip(self._schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)

@@ -34,7 +34,7 @@ class JsonLog(Callback):
         self._file: IO[str] | None = None
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Opens the file."""
+        """Open the file."""
         if rank() != 0:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class JsonLog(Callback):
             self._file.write(kept)
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
-        """Writes a line."""
+        """Write a line."""
         if self._file is not None:
             self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -59,7 +59,7 @@ class JsonLog(Callback):
             self._path.write_bytes(self._file.getvalue().encode())
 
     def after_fit(self, trainer: Trainer) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self._file is not None:
             self.after_save(trainer, self._path)
             self._file.close()

@@ -48,16 +48,16 @@ class LrSchedule:
         self._set()
 
     def step(self) -> None:
-        """Counts an update and sets the learning rate for the next."""
+        """Count an update and set the learning rate for the next."""
         self._steps += 1
         self._set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of updates."""
+        """Return the number of updates."""
         return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave."""
         self._steps = state_dict["steps"]
         self._set()
 

@@ -40,12 +40,12 @@ class Profile(Callback):
             self._profiler.start()
 
     def after_step(self, trainer: Trainer) -> None:
-        """Writes the trace after the last step."""
+        """Write the trace after the last step."""
         if self._profiler is not None and trainer.steps_done >= self._steps.stop - 1:
             self._write()
 
     def after_fit(self, trainer: Trainer) -> None:
-        """Writes what was recorded where training ended before."""
+        """Write what was recorded where training ended before."""
         if self._profiler is not None:
             self._write()
 

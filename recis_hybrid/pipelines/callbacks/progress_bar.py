@@ -24,19 +24,19 @@ class ProgressBar(Callback):
         self._bar: Any = None
 
     def before_stage(self, trainer: Trainer, stage: Stage) -> None:
-        """Opens the bar of a training stage."""
+        """Open the bar of a training stage."""
         steps = trainer.steps_left(stage)
         if steps is not None and rank() == 0:
             name = getattr(stage, "name", "train")
             self._bar = tqdm(desc=name, total=steps or None, unit="step", dynamic_ncols=True)
 
     def after_step(self, trainer: Trainer) -> None:
-        """Moves on."""
+        """Move on."""
         if self._bar is not None:
             self._bar.update()
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
-        """Shows what is logged."""
+        """Show what is logged."""
         if rank() != 0:
             return
         if self._bar is not None and record["event"] == "train":
@@ -49,11 +49,11 @@ class ProgressBar(Callback):
             tqdm.write(f"step {record['step']}, {name}: {shown}", file=_stderr())
 
     def after_stage(self, trainer: Trainer, stage: Stage) -> None:
-        """Closes the bar."""
+        """Close the bar."""
         self._close()
 
     def after_fit(self, trainer: Trainer) -> None:
-        """Closes the bar where the stage did not end."""
+        """Close the bar where the stage did not end."""
         self._close()
 
     def _close(self) -> None:

@@ -37,12 +37,12 @@ class TensorBoard(Callback):
         self._writer: Any = None
 
     def before_fit(self, trainer: Trainer) -> None:
-        """Opens the event file; what an interrupted run has written of later steps is dropped."""
+        """Open the event file; what an interrupted run has written of later steps is dropped."""
         if rank() == 0:
             self._writer = self._make(trainer.steps_done + 1)
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
-        """Writes the numbers of a record."""
+        """Write the numbers of a record."""
         if self._writer is None:
             return
         for name, value in record.items():
@@ -51,7 +51,7 @@ class TensorBoard(Callback):
                 self._writer.add_scalar(tag, value, record["step"])
 
     def after_fit(self, trainer: Trainer) -> None:
-        """Closes the event file."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

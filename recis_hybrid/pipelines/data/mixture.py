@@ -76,12 +76,12 @@ class Mixture:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the places of the sources, and of the draws."""
+        """Return the places of the sources, and of the draws."""
         readers = {name: reader.state_dict() for name, reader in self._readers.items()}
         return {"generator": self._generator.get_state(), "readers": readers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the stream go on from where it was when the state was taken."""
+        """Make the stream go on from where it was when the state was taken."""
         self._generator.set_state(state["generator"])
         for name, reader in self._readers.items():
             reader.load_state_dict(state["readers"][name])

@@ -70,7 +70,7 @@ class ReadAhead:
             reader.hold(reader.state_dict())
 
     def __len__(self) -> int:
-        """Steps whose batches were read and not taken."""
+        """Step whose batches were read and not taken."""
         return len(self._groups)
 
     def wants_more(self) -> bool:
@@ -78,7 +78,7 @@ class ReadAhead:
         return len(self._groups) <= self.depth and not self._last.reached(self._stage)
 
     def read(self) -> list[Batch]:
-        """Returns the batches of a step, equally many on all ranks; fewer where a pass ends, none where it had already.
+        """Return the batches of a step, equally many on all ranks; fewer where a pass ends, none where it had already.
 
         Raises:
             ExchangeError: Another rank has failed or died.
@@ -96,7 +96,7 @@ class ReadAhead:
         return batches
 
     def _read_own(self) -> tuple[list[Batch], bool]:
-        """Returns this rank's batches of a step, and whether its pass has ended."""
+        """Return this rank's batches of a step, and whether its pass has ended."""
         batches: list[Batch] = []
         while len(batches) < self._accumulate:
             batch = self._reader.next()
@@ -149,7 +149,7 @@ class ReadAhead:
         return batches
 
     def _announce(self) -> None:
-        """Reads this rank's batches of one more step, and tells the other ranks."""
+        """Read this rank's batches of one more step, and tells the other ranks."""
         batches: list[Batch] = []
         interrupted = False
         try:
@@ -172,12 +172,12 @@ class ReadAhead:
         self._announced = batches, announcement, self._reader.state_dict(read=True)
 
     def put(self, batches: list[Batch]) -> None:
-        """Keeps what was read, until its turn comes."""
+        """Keep what was read, until its turn comes."""
         last = self._last
         self._groups.append(_Group(batches, self._agreed_rows, last.stage_passes, last.pass_batches, self._read_place))
 
     def take(self) -> list[Batch]:
-        """Returns the batches whose turn it is, and moves the place on."""
+        """Return the batches whose turn it is, and move the place on."""
         group = self._groups.popleft()
         self._place.stage_passes, self._place.pass_batches = group.stage_passes, group.pass_batches
         if group.place is not None:
@@ -187,7 +187,7 @@ class ReadAhead:
 
 
 def steps_ahead(step: Step, wanted: int | None, accumulate: int) -> int:
-    """Returns how many steps ahead batches are read.
+    """Return how many steps ahead batches are read.
 
     Args:
         step: Sends ids ahead, if it can.

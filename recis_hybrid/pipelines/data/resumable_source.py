@@ -46,7 +46,7 @@ class Reader:
         self._stateful = hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
 
     def next(self) -> Batch | None:
-        """Returns the next batch; None once at the end of each pass.
+        """Return the next batch; None once at the end of each pass.
 
         Raises:
             ValueError: The pass had no batch.
@@ -74,7 +74,7 @@ class Reader:
         return batch
 
     def skip(self) -> None:
-        """Counts a batch of other ranks after this rank's last one."""
+        """Count a batch of other ranks after this rank's last one."""
         self.batches += 1
 
     @property
@@ -99,7 +99,7 @@ class Reader:
         return iterator
 
     def end_pass(self) -> None:
-        """Starts the next pass."""
+        """Start the next pass."""
         self._iterator, self._ended = None, False
         self.passes, self.batches = self.passes + 1, 0
         if self._in_workers and hasattr(self._source, "set_epoch"):
@@ -115,7 +115,7 @@ class Reader:
         self._held = state
 
     def state_dict(self, *, read: bool = False) -> dict[str, Any]:
-        """Returns the place: the one that is held, unless asked for what was read."""
+        """Return the place: the one that is held, unless asked for what was read."""
         if self._held is not None and not read:
             return self._held
         place = None
@@ -126,7 +126,7 @@ class Reader:
         return {"passes": self.passes, "batches": self.batches, "place": place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes :meth:`next` give what was next when the state was taken."""
+        """Make :meth:`next` give what was next when the state was taken."""
         self.close()
         self._held, self._ended = None, False
         self.passes, self.batches = state["passes"], state["batches"]

@@ -34,7 +34,7 @@ class Sources:
         self._own_state: dict[str, Any] | None = None
 
     def data(self, stage: Train | Evaluate) -> Iterable[Batch]:
-        """Returns the source of a stage; raises ValueError if there is none."""
+        """Return the source of a stage; raises ValueError if there is none."""
         if stage.window is not None:
             if self._open_window is None:
                 raise ValueError(
@@ -66,7 +66,7 @@ class Sources:
         return data
 
     def reader(self, stage: Train) -> Reader:
-        """Returns the reader of a stage, where its source was left if it is a named one.
+        """Return the reader of a stage, where its source was left if it is a named one.
 
         Raises:
             ValueError: There is no such source, or the stage would never end.
@@ -86,7 +86,7 @@ class Sources:
         return Reader(data, together=distributed.world_size() > 1)
 
     def leave(self, reader: Reader) -> None:
-        """Closes the reader of a stage that has ended, if the stage brought its source along."""
+        """Close the reader of a stage that has ended, if the stage brought its source along."""
         if reader is self._own:
             reader.close()
             self._own = None
@@ -99,12 +99,12 @@ class Sources:
         self._own = self._own_state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the places of all readers."""
+        """Return the places of all readers."""
         readers = {name: reader.state_dict() for name, reader in self._readers.items()}
         return {"named": readers, "own": None if self._own is None else self._own.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes readers go on where they were."""
+        """Make readers go on where they were."""
         for name, place in state["named"].items():
             if name in self._named:
                 self._readers[name] = self._new_reader(self._named[name])

@@ -62,7 +62,7 @@ class WindowStages:
         self._windows.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns which windows are done, and which stage was given last."""
+        """Return which windows are done, and which stage was given last."""
         return {"windows": self._windows.state_dict(), "window": self._window, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class GradientSync:
             _broadcast(buffers)
 
     def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """Returns the parameters that may have gradients, by dtype and device, in the same order on all ranks."""
+        """Return the parameters that may have gradients, by dtype and device, in the same order on all ranks."""
         found: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         if self._parameters is None:
             self._parameters = self._named_parameters()
@@ -160,7 +160,7 @@ class GradientSync:
         return result
 
     def _cared_for(self) -> set[int]:
-        """Returns the parameters that other wrappers synchronise."""
+        """Return the parameters that other wrappers synchronise."""
         known: set[int] = set()
         for wrapped in self._wrapped():
             ignored = getattr(wrapped, "parameters_to_ignore", ())
@@ -219,7 +219,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Returns a gradient in its own memory, with the parameter's layout: JAX takes aligned memory without a copy."""
+    """Return a gradient in its own memory, with the parameter's layout: JAX takes aligned memory without a copy."""
     gradient = torch.empty_like(parameter)
     shape = torch.view_as_real(gradient).shape if gradient.is_complex() else gradient.shape
     (torch.view_as_real(gradient) if gradient.is_complex() else gradient).copy_(flat.view(shape))
@@ -233,7 +233,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """Returns a contiguous tensor on a device of the default group's backend."""
+    """Return a contiguous tensor on a device of the default group's backend."""
     backend = dist.get_backend()
     if tensor.is_cuda and "nccl" not in backend:
         return tensor.cpu()
@@ -244,7 +244,7 @@ def _sendable(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors with rank 0's bytes, in one collective for each device."""
+    """Overwrite tensors with rank 0's bytes, in one collective for each device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
@@ -264,7 +264,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Returns the numbers of an optimizer's parameter groups."""
+    """Return the numbers of an optimizer's parameter groups."""
     groups = [
         {key: repr(value) for key, value in group.items() if key != "params" and isinstance(value, _NUMBERS)}
         for group in optimizer.param_groups
@@ -276,7 +276,7 @@ _NUMBERS = (bool, int, float, tuple, Tensor, type(None))
 
 
 def _refuse_other(what: str, described: Sequence[Any]) -> None:
-    """Raises ValueError if the ranks' descriptions differ."""
+    """Raise ValueError if the ranks' descriptions differ."""
     digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
     told = _sendable(torch.tensor([digest, -digest]))
     dist.all_reduce(told, op=dist.ReduceOp.MAX)

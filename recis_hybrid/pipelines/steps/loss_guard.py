@@ -37,7 +37,7 @@ class LossGuard:
         self._waiting: deque[_Watched] = deque()
 
     def watch(self, step: int, loss: Tensor, batches: Sequence[Batch]) -> None:
-        """Looks at the losses that are there; raises NonFiniteLossError for one that is not finite."""
+        """Look at the losses that are there; raises NonFiniteLossError for one that is not finite."""
         if loss.device.type == "cpu":
             _check(_Watched(step, batches, loss, None))
             return
@@ -49,7 +49,7 @@ class LossGuard:
         self.look()
 
     def look(self, *, wait: bool = False) -> None:
-        """Looks at the losses that have arrived; at all of them, if it is to wait."""
+        """Look at the losses that have arrived; at all of them, if it is to wait."""
         while self._waiting and (wait or self._waiting[0].copied.query()):
             watched = self._waiting.popleft()
             watched.copied.synchronize()
@@ -71,7 +71,7 @@ def _check(watched: _Watched) -> None:
 
 
 def non_finite_columns(batch: Batch) -> list[str]:
-    """Returns the columns of a batch that hold NaN or infinities, each with how many of how many values."""
+    """Return the columns of a batch that hold NaN or infinities, each with how many of how many values."""
     found = []
     for name, column in batch.items():
         values = column.values if isinstance(column, RaggedTensor) else column

@@ -49,7 +49,7 @@ class Objective:
             refuse_no_number("Objective", "weight", self.weight)
 
     def weight_at(self, update: int) -> float:
-        """Returns what the loss counts in an update.
+        """Return what the loss counts in an update.
 
         Args:
             update: How many were done before it.
@@ -99,5 +99,5 @@ class UncertaintyWeights(nn.Module):
         return ((-self.log_variances).exp() * values + self.log_variances / 2).sum()
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns what each loss counts now."""
+        """Return what each loss counts now."""
         return dict(zip(self.names, (-self.log_variances.detach()).exp(), strict=True))

@@ -48,10 +48,10 @@ class Step(Protocol):
         """
 
     def predict(self, batch: Batch) -> Mapping[str, Scored]:
-        """Returns predictions by objective (``""`` where there is only one); changes nothing."""
+        """Return predictions by objective (``""`` where there is only one); changes nothing."""
 
     def parts(self) -> Mapping[str, object]:
-        """Returns what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
+        """Return what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ class Replicated(Protocol):
     """A step that keeps its towers bitwise equal on several ranks; a Trainer of several ranks requires it."""
 
     def synchronise(self) -> None:
-        """Copies rank 0's parameters and buffers; collective, before the first step."""
+        """Copy rank 0's parameters and buffers; collective, before the first step."""
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
         """Receives each rank's rows before each step, so that gradients can be averaged over the samples.
@@ -94,7 +94,7 @@ class Observer(Protocol):
     """Who looks on while a step runs; a step that has an attribute ``observer`` is given one."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what is done within as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
+        """Time what is done within as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
 
     def backward(self, when: Literal["before", "after"]) -> None:
         """Is told of each backward pass."""
@@ -104,7 +104,7 @@ class NoObserver:
     """Looks away."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times nothing."""
+        """Time nothing."""
         return nullcontext()
 
     def backward(self, when: Literal["before", "after"]) -> None:

@@ -46,7 +46,7 @@ class Scheduler(Protocol):
         """Hands out the state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Takes the state back."""
+        """Take the state back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class TorchStep:
             _compile(module)
 
     def synchronise(self) -> None:
-        """Copies rank 0's parameters and buffers, except those of DistributedDataParallel or FSDP.
+        """Copy rank 0's parameters and buffers, except those of DistributedDataParallel or FSDP.
 
         All ranks call it together. From then on each update takes the mean gradient over the samples of all ranks.
 
@@ -178,7 +178,7 @@ class TorchStep:
         self._expected = rows
 
     def _share(self, number: int, expected: Sequence[Sequence[int]] | None) -> float:
-        """Returns this rank's share of the samples of a batch, as its tables count it."""
+        """Return this rank's share of the samples of a batch, as its tables count it."""
         shared = [engine for engine in self.engines if engine.group is not None]
         if shared:
             return shared[0].share
@@ -333,7 +333,7 @@ class TorchStep:
         return model_outputs.checked_loss(loss, objective.label)
 
     def _answer(self, batch: Batch) -> dict[str, _Answer]:
-        """Returns the model's outputs for a batch, by objective."""
+        """Return the model's outputs for a batch, by objective."""
         with torch.autocast(self._device, self._dtype, enabled=self._dtype is not torch.float32):
             returned = self.model(batch)
         if list(self.objectives) == [""]:
@@ -350,7 +350,7 @@ class TorchStep:
         return {name: _Answer(_floating(returned[name]), None) for name in self.objectives}
 
     def _scores(self, name: str, outputs: Any, mask: Tensor | None) -> tuple[Any, Tensor]:
-        """Returns the outputs without padding rows, and the scores."""
+        """Return the outputs without padding rows, and the scores."""
         objective = self.objectives[name]
         where = "TorchStep" if name == "" else f"TorchStep: objective {name!r}"
         if outputs is None:
@@ -370,7 +370,7 @@ class TorchStep:
         return Scored(scores, labels, groups)
 
     def _measure(self, answer: Mapping[str, _Answer], batch: Batch, mask: Tensor | None) -> None:
-        """Updates the metrics of training and, in the first batch, tries those of evaluations."""
+        """Update the metrics of training and, in the first batch, tries those of evaluations."""
         if batch_size(batch) == 0:  # other ranks alone have data left
             return
         tried = {} if self._rehearsed else by_objective(self._to_rehearse, list(self.objectives), others="ignore")
@@ -409,7 +409,7 @@ class TorchStep:
         return named_parameters(self._modules())
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        """Returns all modules that may have parameters, with the prefixes of their names."""
+        """Return all modules that may have parameters, with the prefixes of their names."""
         losses = [(n, o.loss) for n, o in self.objectives.items() if isinstance(o.loss, nn.Module)]
         learnt = [] if self.weighting is None else [("weighting.", self.weighting)]
         return [("", self.model), *learnt, *((f"loss.{n}".rstrip(".") + ".", module) for n, module in losses)]
@@ -463,7 +463,7 @@ class TorchStep:
         return norm
 
     def _trained(self) -> list[nn.Parameter]:
-        """Returns the parameters of the optimizers; others may hold gradients of another step."""
+        """Return the parameters of the optimizers; others may hold gradients of another step."""
         groups = tuple((id(g), len(g["params"])) for o in self.optimizers.values() for g in o.param_groups)
         if self._held is None or self._held[0] != groups:
             held = {id(parameter) for optimizer in self.optimizers.values() for parameter in held_by(optimizer)}
@@ -485,7 +485,7 @@ class TorchStep:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Scored]:
-        """Returns scores, labels and groups by objective.
+        """Return scores, labels and groups by objective.
 
         The model stays in evaluation mode, and tables insert nothing.
 
@@ -507,7 +507,7 @@ class TorchStep:
             self._predicts = False
 
     def parts(self) -> dict[str, object]:
-        """Returns engines, model, optimizers, schedules and scale, by name."""
+        """Return engines, model, optimizers, schedules and scale, by name."""
         model = unwrapped(self.model)
         named = [name for name, module in model.named_modules() if isinstance(module, EmbeddingEngine)]
         names = ["engine"] if len(named) == 1 else [f"engine.{name}" for name in without_wrappers(model, named)]
@@ -531,11 +531,11 @@ class TorchStep:
         return parts | self.optimizers
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how many updates were done."""
+        """Return how many updates were done."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave."""
         self.updates = state_dict["updates"]
 
 
@@ -555,7 +555,7 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _floating(outputs: Any) -> Any:
-    """Returns outputs for losses: in float32, with at least one row."""
+    """Return outputs for losses: in float32, with at least one row."""
     if not isinstance(outputs, Tensor):
         return model_outputs.in_float32(outputs)
     # A model that squeezes its outputs leaves no axis of a batch of one row.

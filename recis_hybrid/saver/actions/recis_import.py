@@ -138,7 +138,7 @@ def _read_towers(source: Path, found: _Read) -> None:
 
 
 def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
-    """Steps of the sparse optimizers; None if unknown."""
+    """Step of the sparse optimizers; None if unknown."""
     steps = {name: tensor for name, tensor in counters.items() if name.endswith("_step")}
     found: list[int] = []
     for name, tensor in steps.items():
@@ -153,7 +153,7 @@ def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
 
 
 def _notes(tables: Mapping[str, TableState], done: int | None, left_out: list[str]) -> Iterator[str]:
-    """Notes for users of the checkpoint, one text each."""
+    """Note for users of the checkpoint, one text each."""
     hashed: list[str] = []
     narrow: list[str] = []
     for name, table in tables.items():

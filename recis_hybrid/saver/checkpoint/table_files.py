@@ -205,7 +205,7 @@ class _Writer:
         return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
 
     def _send(self, file: PlannedFile) -> list[BaseException]:
-        """Sends what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
+        """Send what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
         found, failures = self._packed(file, self._ranks.rank), []
         data = torch.zeros(_size(found), dtype=torch.uint8)
         try:
@@ -229,7 +229,7 @@ class _Writer:
         self._written.append([file.number, relative, size, list(sums)])
 
     def _put(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
-        """Writes the rows of all ranks, one after the other, and their index."""
+        """Write the rows of all ranks, one after the other, and their index."""
         row = bucket = 0
         out["bucket_offsets"][:1] = 0
         for rank, (rows, present) in enumerate(zip(file.rows, file.present, strict=True)):
@@ -247,7 +247,7 @@ class _Writer:
             row, bucket = row + rows, bucket + present
 
     def _read(self, file: PlannedFile, out: dict[str, Tensor]) -> None:
-        """Writes this rank's rows of a file, and their index."""
+        """Write this rank's rows of a file, and their index."""
         table, (rows, present) = self._tables[file.table], self._cuts[file.table]
         first, begin, end = rows[file.range], present[file.range], present[file.range + 1]
         table.read(first, rows[file.range + 1], out)

@@ -32,7 +32,7 @@ def read(array: Any, spec: Column | None = None) -> Any:
 
 
 def write(path: Path, table: Any) -> Path:
-    """Writes an Arrow file, which keeps every type."""
+    """Write an Arrow file, which keeps every type."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return path

@@ -51,14 +51,14 @@ def rows_of(path: Path, filters: Any, **options: Any) -> list[int]:
 
 
 def write(path: Path, values: list[Any], arrow_type: Any) -> Path:
-    """Writes every value into a row group of its own, and then all of them into one of two."""
+    """Write every value into a row group of its own, and then all of them into one of two."""
     array = pa.array([value for value in values for _ in range(2)] + values * 2, arrow_type)
     pq.write_table(pa.table({"x": array, "row": range(len(array))}), path, row_group_size=2)
     return path
 
 
 def exact(value: Any) -> Any:
-    """Returns a value that Python compares without rounding."""
+    """Return a value that Python compares without rounding."""
     if isinstance(value, datetime.datetime):
         return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)) - EPOCH
     if isinstance(value, datetime.date):

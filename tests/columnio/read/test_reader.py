@@ -24,7 +24,7 @@ def join(parts: list[Rows]) -> Rows:
 
 
 def numbers(part: Rows) -> list[int]:
-    """Returns the rows, of which the tensor and the array must agree."""
+    """Return the rows, of which the tensor and the array must agree."""
     column = part.tensors(CONVERTERS)["row"]
     assert isinstance(column, torch.Tensor)
     assert column.tolist() == part.arrow().column("row").to_pylist()

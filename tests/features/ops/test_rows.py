@@ -33,7 +33,7 @@ rows_of_ids = st.lists(st.lists(ids, max_size=7), max_size=6)
 
 
 def apply(ops: Any, *columns: Any) -> Any:
-    """Applies operations fused and not; both must give the same."""
+    """Apply operations fused and not; both must give the same."""
     chain = ops if isinstance(ops, list) else [ops]
     batch = {f"x{number}": column for number, column in enumerate(columns)}
     made = [

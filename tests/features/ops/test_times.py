@@ -23,7 +23,7 @@ parts = st.sampled_from(times.PARTS)
 
 
 def apply(op: Any, *columns: Any) -> list[Any]:
-    """Applies an operation fused and not; both must give the same."""
+    """Apply an operation fused and not; both must give the same."""
     batch = {f"x{number}": column for number, column in enumerate(columns)}
     made = [
         FeatureEngine([Feature("made", ops=[op], source=list(batch))], fuse=fuse)(batch)["made"]

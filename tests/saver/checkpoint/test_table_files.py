@@ -196,7 +196,7 @@ def sealed(root: Path, entry: TableEntry) -> TableEntry:
 
 
 def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> TableEntry:
-    """Puts other tensors into the file, the metadata as it was, and seals it."""
+    """Put other tensors into the file, the metadata as it was, and seals it."""
     path = root / entry.ranges[0].file.path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -280,7 +280,7 @@ def towers(seed: int) -> nn.ModuleDict:
 
 
 def wrapped_in(how: str, model: nn.ModuleDict) -> nn.Module:
-    """Wraps the model, or its tower (lower case), or what is in that, inner ones first."""
+    """Wrap the model, or its tower (lower case), or what is in that, inner ones first."""
     for letter in how:
         wrap = {"c": lambda each: torch.compile(each, backend="eager"), "d": DistributedDataParallel}[letter.lower()]
         if letter.isupper():
