@@ -29,6 +29,46 @@ def test_imports_go_one_way(package: list[Source]) -> None:
     assert [fault for source in package for fault in rules.import_violations(source)] == []
 
 
+# The circles that stand; the list may only shrink.
+CIRCLES = [
+    [
+        "recis_hybrid.embedding.table.anchor",
+        "recis_hybrid.embedding.table.change_log",
+        "recis_hybrid.embedding.table.exporting",
+        "recis_hybrid.embedding.table.hash_table",
+        "recis_hybrid.embedding.table.inserting",
+        "recis_hybrid.embedding.table.protocols",
+        "recis_hybrid.embedding.table.reclaiming",
+        "recis_hybrid.embedding.table.row_validation",
+    ],
+    [
+        "recis_hybrid.pipelines.callback",
+        "recis_hybrid.pipelines.data.read_ahead",
+        "recis_hybrid.pipelines.data.sources",
+        "recis_hybrid.pipelines.dispatch",
+        "recis_hybrid.pipelines.metrics_record",
+        "recis_hybrid.pipelines.progress",
+        "recis_hybrid.pipelines.rng",
+        "recis_hybrid.pipelines.stages",
+        "recis_hybrid.pipelines.trainer",
+    ],
+    ["recis_hybrid.ragged.tensor", "recis_hybrid.ragged.torchrec"],
+]
+
+
+def test_no_circles(package: list[Source]) -> None:
+    allowed = [set(circle) for circle in CIRCLES]
+    assert [circle for circle in rules.circles(package) if not any(set(circle) <= one for one in allowed)] == []
+
+
+def test_sub_packages_are_in_order(package: list[Source]) -> None:
+    assert list(rules.package_violations(package)) == []
+
+
+def test_folders(package: list[Source]) -> None:
+    assert list(rules.folder_violations(package)) == []
+
+
 def test_public_names(package: list[Source]) -> None:
     assert [fault for source in package for fault in rules.name_violations(source)] == []
 
@@ -139,6 +179,69 @@ def test_a_forbidden_import_is_found(path: str, text: str, fault: str) -> None:
 def test_an_allowed_import_passes(path: str, text: str) -> None:
     source = parse(text, path)
     assert [*rules.import_violations(source), *rules.name_violations(source)] == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "circles"),
+    [
+        ({"a": "from recis_hybrid.ops.b import x", "b": "from recis_hybrid.ops import a"}, [["a", "b"]]),
+        ({"a": "from .b import x", "b": "def later():\n  import recis_hybrid.ops.a"}, [["a", "b"]]),
+        (
+            {"a": "import recis_hybrid.ops.b", "b": "if TYPE_CHECKING:\n  from recis_hybrid.ops.a import x"},
+            [["a", "b"]],
+        ),
+        ({"a": "from .b import x", "b": "from .c import x", "c": "from .a import x"}, [["a", "b", "c"]]),
+        ({"__init__": "from .a import x as x", "a": "from recis_hybrid.ops import x"}, [["", "a"]]),
+        (
+            {"a": "from . import b", "b": "from . import a", "c": "from . import d, a", "d": "from . import c"},
+            [["a", "b"], ["c", "d"]],
+        ),
+        ({"a": "from . import b, c", "b": "from . import d", "c": "from . import d", "d": "import torch"}, []),
+        ({"a": "from recis_hybrid.ops.a import x"}, []),
+    ],
+)
+def test_a_circle_is_found(texts: dict[str, str], circles: list[list[str]]) -> None:
+    sources = [parse(text, f"recis_hybrid/ops/{name}.py") for name, text in texts.items()]
+    full = [[f"recis_hybrid.ops.{name}".rstrip(".") for name in circle] for circle in circles]
+    assert rules.circles(sources) == full
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fault"),
+    [
+        (
+            "embedding/table/x.py",
+            "from recis_hybrid.embedding.checkpoint.save import y",
+            "table may not import embedding.checkpoint",
+        ),
+        ("embedding/table/__init__.py", "from recis_hybrid.embedding import checkpoint", "embedding.checkpoint"),
+        ("pipelines/steps/x.py", "if TYPE_CHECKING:\n  import recis_hybrid.pipelines.callbacks.y", "callbacks"),
+        ("saver/attic/x.py", "", "saver.attic is not in PACKAGES"),
+        ("metrics/attic/__init__.py", "", "metrics.attic is not in PACKAGES"),
+    ],
+)
+def test_a_sub_package_out_of_order_is_found(path: str, text: str, fault: str) -> None:
+    (found,) = rules.package_violations([parse(text, f"recis_hybrid/{path}")])
+    assert fault in found
+
+
+def test_sub_packages_in_order_pass() -> None:
+    allowed = "from recis_hybrid.embedding.table.y import z\nfrom recis_hybrid.embedding import config, planner"
+    inside = parse(allowed, "recis_hybrid/embedding/checkpoint/x.py")
+    above = parse("from recis_hybrid.embedding.checkpoint import y", "recis_hybrid/embedding/engine.py")
+    assert list(rules.package_violations([inside, above])) == []
+
+
+def test_a_full_folder_and_a_silent_package_are_found() -> None:
+    modules = [parse("", f"recis_hybrid/ops/m{number}.py") for number in range(16)]
+    room = parse('"""One sentence is enough for a room."""', "recis_hybrid/ops/__init__.py")
+    good = parse('"""Files.\n\nThe reader may import it."""', "recis_hybrid/columnio/files/__init__.py")
+    short = parse('"""Files of format v1.2 only."""', "recis_hybrid/columnio/read/__init__.py")
+    silent = parse("", "recis_hybrid/columnio/convert/__init__.py")
+    assert list(rules.folder_violations([*modules[1:], room, good])) == []
+    found = list(rules.folder_violations([*modules, short, silent]))
+    assert [fault.partition(":")[0] for fault in found] == [short.path, silent.path, "recis_hybrid/ops"]
+    assert "has 16 modules" in found[-1]
 
 
 @pytest.mark.parametrize(

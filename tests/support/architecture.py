@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from tests.support.imports import PACKAGE, Import, Source, aliases, dotted, imports, outside_functions, room_of
 
@@ -56,6 +57,35 @@ ROOMS: dict[str, set[str]] = {
         "pipelines",
     },
 }
+# Who may import whom inside a room: sub-package to sub-package. The modules of the room itself are not listed: the
+# search for circles covers them.
+PACKAGES: dict[str, dict[str, set[str]]] = {
+    "columnio": {
+        "formats": set(),
+        "convert": {"formats"},
+        "files": {"convert", "formats"},
+        "read": {"files", "convert"},
+    },
+    "features": {"ops": {"program"}, "program": {"ops"}},
+    "embedding": {
+        "table": set(),
+        "planner": {"table", "distributed"},
+        "distributed": {"planner", "table"},
+        "checkpoint": {"distributed", "planner", "table"},
+    },
+    "saver": {
+        "runtime": {"parts"},
+        "format": {"parts", "runtime", "storage"},
+        "storage": {"format", "runtime"},
+        "parts": {"format", "runtime"},
+        "checkpoint": {"parts", "storage", "format", "runtime"},
+        "actions": {"checkpoint", "parts", "storage", "format", "runtime"},
+    },
+    "pipelines": {"callbacks": set(), "steps": set(), "data": {"steps"}},
+    "bridge": {"exchange": set(), "tower": {"exchange"}},
+}
+# A folder of more modules than this is cut into sub-packages.
+MODULES_IN_A_FOLDER = 15
 # What a room may import from elsewhere, beside the standard library and torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
@@ -109,6 +139,96 @@ def import_violations(source: Source) -> Iterator[str]:
                 yield f"{where}: {room or PACKAGE} may not import {top}"
         elif reached != room and reached not in ROOMS[room]:
             yield f"{where}: {room or PACKAGE} may not import {PACKAGE}{'.' + reached if reached else ''}"
+
+
+def circles(sources: Iterable[Source]) -> list[list[str]]:
+    """Return the groups of modules that import each other, imports for type checkers included, each group sorted.
+
+    A module that takes a name from a package depends on the package's ``__init__``, or on the sub-module of that name.
+
+    References:
+        R. Tarjan: Depth-first search and linear graph algorithms. SIAM Journal on Computing, 1972.
+    """
+    edges = _edges(sources)
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in edges[module]:
+            if target not in index:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], index[target])
+        if low[module] == index[module]:
+            start = stack.index(module)
+            found.append(sorted(stack[start:]))
+            del stack[start:]
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return sorted(group for group in found if len(group) > 1)
+
+
+def _edges(sources: Iterable[Source]) -> dict[str, set[str]]:
+    """Map each module to the modules of the same sources that it imports."""
+    by_name = {source.module: source for source in sources}
+    edges: dict[str, set[str]] = {}
+    for module, source in by_name.items():
+        targets = {f"{item.target}.{item.name}": item.target for item in imports(source)}
+        reached = {full if full in by_name else target for full, target in targets.items()}
+        edges[module] = {name for name in reached if name in by_name and name != module}
+    return edges
+
+
+def package_violations(sources: Iterable[Source]) -> Iterator[str]:
+    """Yield the imports between sub-packages of a room that PACKAGES does not allow."""
+    for source in sources:
+        room, package = source.room, _package_of(source.module, source.is_package)
+        if package is None:
+            continue
+        if package not in PACKAGES.get(room, {}):
+            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; decide there whom it may import"
+            continue
+        for item in imports(source):
+            parts = item.target.split(".")
+            reached = parts[2] if parts[:2] == [PACKAGE, room] and len(parts) > 2 else None
+            if reached is None and parts == [PACKAGE, room]:
+                reached = item.name
+            if reached in PACKAGES[room] and reached != package and reached not in PACKAGES[room][package]:
+                yield f"{source.path}:{item.line}: {room}.{package} may not import {room}.{reached}"
+
+
+def _package_of(module: str, is_package: bool) -> str | None:
+    """Return the sub-package of its room that a module lies in, or None."""
+    parts = module.split(".")
+    return parts[2] if len(parts) > 3 or (len(parts) == 3 and is_package) else None
+
+
+def folder_violations(sources: Iterable[Source]) -> Iterator[str]:
+    """Yield the folders of too many modules, and the sub-packages whose docstring does not introduce them.
+
+    The docstring of a sub-package's ``__init__`` has two sentences: its purpose, and who may import it.
+    """
+    modules: Counter[str] = Counter()
+    for source in sources:
+        folder = source.path.rpartition("/")[0]
+        if not source.is_package:
+            modules[folder] += 1
+        elif source.module.count(".") >= 2 and not _has_two_sentences(ast.get_docstring(source.tree) or ""):
+            yield f"{source.path}: say in a docstring of two sentences what the package is for and who may import it"
+    for folder, count in modules.items():
+        if count > MODULES_IN_A_FOLDER:
+            yield f"{folder}: has {count} modules, more than {MODULES_IN_A_FOLDER}; group them in sub-packages"
+
+
+def _has_two_sentences(text: str) -> bool:
+    return len(re.findall(r"\.(?=\s|$)", text)) >= 2
 
 
 def name_violations(source: Source) -> Iterator[str]:

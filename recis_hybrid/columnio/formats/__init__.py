@@ -1,4 +1,7 @@
-"""One file for each format of files, all behind the protocol `Format`."""
+"""File formats, one module each, behind the protocol ``Format``.
+
+``columnio.files`` and ``columnio.convert`` may import it; it knows no batch and no tensor.
+"""
 
 from __future__ import annotations
 
