@@ -57,12 +57,12 @@ class Metric(ABC):
         """Add everything that another accumulator of the same kind has seen."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Return what this rank has seen, as tensors on the CPU."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what this rank has accumulated since the last reset, as tensors on the CPU."""
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` of an accumulator of the same kind gave."""
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace what has been accumulated by the :meth:`state_dict` of a metric of the same kind."""
 
     def _alone(self) -> bool:
         return not self._sync or ranks_of(self._process_group) == 1
@@ -117,14 +117,14 @@ class SumMetric(Metric):
         self._sums = None
 
     @_outside_inference
-    def state(self) -> dict[str, Tensor]:
-        """Return what this rank has seen: ``sums``, float64 ``[K]``."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return this rank's ``sums``, float64 ``[K]`` on the CPU."""
         return {"sums": (self._zeros() if self._sums is None else self._sums).cpu().clone()}
 
     @_outside_inference
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
-        self._sums = state["sums"].clone()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace the sums by those of a :meth:`state_dict`."""
+        self._sums = state_dict["sums"].clone()
 
     def _zeros(self) -> Tensor:
         none = torch.zeros(0, dtype=torch.float64)
@@ -164,7 +164,7 @@ class RowMetric(Metric):
         Raises:
             ValueError: If there is none.
         """
-        rows = self.state()
+        rows = self.state_dict()
         if not self._alone():
             rows = gathered(rows, self._process_group)
         if rows["labels"].numel() == 0:
@@ -180,15 +180,15 @@ class RowMetric(Metric):
         self._rows = []
 
     @_outside_inference
-    def state(self) -> dict[str, Tensor]:
-        """Return the rows that this rank has seen: ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]``."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return this rank's ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]`` each, on the CPU."""
         names = [*(["groups"] if self.takes_groups else []), "labels", "scores", "weights"]
         return {name: self._column(name).to(_DTYPES[name]) for name in names}
 
     @_outside_inference
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
-        self._rows = [dict(state)] if state["labels"].numel() else []
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace the rows by those of a :meth:`state_dict`."""
+        self._rows = [dict(state_dict)] if state_dict["labels"].numel() else []
 
     def _column(self, name: str) -> Tensor:
         if not self._rows:

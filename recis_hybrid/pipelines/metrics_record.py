@@ -74,7 +74,7 @@ class RunningMeans:
                 if name in self._before:
                     before = copy.copy(value)
                     before.reset()
-                    before.load_state(self._before.pop(name))
+                    before.load_state_dict(self._before.pop(name))
                     value.merge(before)
             elif rows == 0:
                 continue
@@ -119,7 +119,7 @@ class RunningMeans:
         return {
             "sums": {name: total.cpu() for name, total in self._sums.items()},
             "counts": dict(self._counts),
-            "metrics": {name: metric.state() for name, metric in self._metrics.items()} | self._before,
+            "metrics": {name: metric.state_dict() for name, metric in self._metrics.items()} | self._before,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

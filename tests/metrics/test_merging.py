@@ -58,7 +58,7 @@ def test_merge_state_and_reset(kind: Callable[..., Metric]) -> None:
     update(second, 20, 60)
     first.merge(second)
     assert first.compute() == pytest.approx(whole.compute(), rel=1e-14)
-    again.load_state(first.state())
+    again.load_state_dict(first.state_dict())
     assert again.compute() == first.compute()
     again.merge(kind())
     assert again.compute() == first.compute()
@@ -84,11 +84,11 @@ def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
         update(first, 20, 30)
         update(second, 30, 40)
         fresh.merge(second)
-        state = first.state()
-        first.load_state(state)
+        state = first.state_dict()
+        first.load_state_dict(state)
     update(fresh, 40, 50)
     second = kind()
-    second.load_state(state)
+    second.load_state_dict(state)
     update(second, 50, 60)
     second.merge(fresh)
     assert second.compute() == pytest.approx(whole.compute(), rel=1e-14)
@@ -98,7 +98,7 @@ def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
         update(second, 0, 30)
     update(second, 30, 60)
     assert second.compute() == pytest.approx(whole.compute(), rel=1e-14)
-    assert not any(tensor.is_inference() for tensor in second.state().values())
+    assert not any(tensor.is_inference() for tensor in second.state_dict().values())
 
 
 def on_rank(rank: int, port: int, wanted: list[float]) -> None:
