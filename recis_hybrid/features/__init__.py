@@ -30,10 +30,10 @@ from recis_hybrid.features.ops.rows import (
     TopK as TopK,
 )
 from recis_hybrid.features.ops.times import Age as Age, DatePart as DatePart
+from recis_hybrid.features.ops.vocabulary import Mask as Mask, Vocabulary as Vocabulary
 from recis_hybrid.features.program.plan import Plan as Plan
 from recis_hybrid.features.registry import (
     make_op as make_op,
     register_op as register_op,
     registered_ops as registered_ops,
 )
-from recis_hybrid.features.vocabulary import Mask as Mask, Vocabulary as Vocabulary

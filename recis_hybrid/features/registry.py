@@ -7,9 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from recis_hybrid.features import vocabulary
 from recis_hybrid.features.op import missing_method
-from recis_hybrid.features.ops import ids, joins, numbers, resize, rows, times
+from recis_hybrid.features.ops import ids, joins, numbers, resize, rows, times, vocabulary
 
 OpClass = TypeVar("OpClass", bound=type)
 

@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.features.common import MOST, ids_of, integers, one, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job, Kernel, Lowered, Step
 from recis_hybrid.features.ops.primes import largest_prime_up_to
-from recis_hybrid.features.program.tensor_list import exact_on
+from recis_hybrid.features.ops.tensor_list import exact_on
 from recis_hybrid.ops.hash import HASH_KINDS, HashKind
 from recis_hybrid.ops.program import divisor_words
 

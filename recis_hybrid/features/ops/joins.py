@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
 from recis_hybrid.features.ops.rows import Distinct
-from recis_hybrid.features.program.tensor_list import TensorList, exact_on
+from recis_hybrid.features.ops.tensor_list import TensorList, exact_on
 from recis_hybrid.ops.ragged import NO_BOUND
 
 

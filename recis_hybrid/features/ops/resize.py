@@ -11,7 +11,7 @@ import torch
 from recis_hybrid.features.common import fits, movable, one, shaping_kernel, word
 from recis_hybrid.features.op import Column, Form, Job
 from recis_hybrid.features.ops.numbers import FillNan
-from recis_hybrid.features.program.tensor_list import exact_on
+from recis_hybrid.features.ops.tensor_list import exact_on
 from recis_hybrid.ops.ragged import DROP_FIRST, FIXED, NO_BOUND, PAD_FIRST, STRICT
 
 SIDES = ("left", "right")

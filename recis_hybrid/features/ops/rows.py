@@ -10,8 +10,8 @@ import torch
 
 from recis_hybrid.features.common import ids_of, integers, movable, one, shaping_kernel
 from recis_hybrid.features.op import Column, Form, Job
-from recis_hybrid.features.program.tensor_list import TensorList, exact_on
-from recis_hybrid.features.vocabulary import Mask, as_tuple
+from recis_hybrid.features.ops.tensor_list import TensorList, exact_on
+from recis_hybrid.features.ops.vocabulary import Mask, as_tuple
 
 
 def _count_fault(name: str, count: object) -> str | None:
