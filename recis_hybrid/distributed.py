@@ -1,30 +1,51 @@
-"""Rank, world size and process group of a job.
+"""Rank and world size of a job, and what its ranks do together.
 
-A launcher (torchrun, or a scheduler whose script exports the same variables) tells each process its ``RANK``, the
-``WORLD_SIZE`` and where rank 0 is. What several ranks share, ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer``,
-calls :func:`join` as it is built, so that a program written for one process needs no line of its own for several.
+A launcher (torchrun, or a scheduler whose script exports the same variables) gives each process its ``RANK``, the
+``WORLD_SIZE`` and the address of rank 0. ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer`` call :func:`join` when
+they are built, so that a program written for one process runs on several without changes.
+
+All rooms take ranks, sums over ranks and the rule "all ranks succeed or all raise" from here. A function that takes a
+``group`` uses the default process group if it is None; without torch.distributed a process is rank 0 of 1.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 _ADVICE = (
     "start the ranks with torchrun, or call torch.distributed.init_process_group(...) first; a process that trains by "
     "itself has no WORLD_SIZE, or WORLD_SIZE=1"
 )
-# Whether this module has made the default group, and whether something keeps the towers of the ranks alike.
-_joined = _attended = False
-# The default group that there was when it was made, and the group of messages.
+# Whether this module initialized the default group, and whether something averages the gradients of towers.
+_joined = _averages_gradients = False
+# The default group and the group for messages that was made beside it.
 _messages: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed in work that all ranks do together.
+
+    Args:
+        rank: The rank that failed.
+        world_size: Number of ranks.
+        kind: Class name of its exception.
+        text: Message of its exception.
+    """
+
+    def __init__(self, rank: int, world_size: int, kind: str, text: str) -> None:
+        super().__init__(f"rank {rank} of {world_size} failed: {text or kind}")
+        self.rank, self.kind, self.text = rank, kind, text
 
 
 def is_initialized() -> bool:
@@ -32,24 +53,109 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
-    """Return the rank of this process in the default group; 0 without one."""
-    return dist.get_rank() if is_initialized() else 0
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return the rank of this process in a group; 0 without torch.distributed."""
+    return dist.get_rank(group) if is_initialized() else 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Return the number of processes in a group, None for the default one; 1 without one."""
+    """Return the number of processes of a group; 1 without torch.distributed."""
     return dist.get_world_size(group) if is_initialized() else 1
 
 
-def launched(where: str) -> tuple[int, int]:
+def sendable(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return a tensor, contiguous and on a device that the group's backend sends from.
+
+    It stays where it is if the backend allows that; otherwise it is copied: to the CPU for Gloo, to the GPU for NCCL.
+    """
+    backend = dist.get_backend(group)
+    if tensor.is_cuda and "nccl" not in backend:
+        return tensor.cpu()
+    if not tensor.is_cuda and "gloo" not in backend and "mpi" not in backend:
+        return tensor.cuda()
+    return tensor.contiguous()
+
+
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a tensor over all ranks, on its device; collective.
+
+    Args:
+        values: Of the same shape and dtype on all ranks; unchanged.
+        group: The ranks.
+    """
+    if world_size(group) == 1:
+        return values
+    total = sendable(values.clone(), group)
+    dist.all_reduce(total, group=group)
+    return total.to(values.device)
+
+
+def exchange(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks, by rank; collective.
+
+    Values travel as JSON, so that nothing received is executed.
+
+    Args:
+        value: Anything that JSON can hold.
+        group: The ranks.
+    """
+    if world_size(group) == 1:
+        return [value]
+    data = sendable(torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8), group)
+    sizes = [torch.empty(1, dtype=torch.int64, device=data.device) for _ in range(world_size(group))]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=data.device), group=group)
+    counts = [int(size) for size in sizes]
+    padded = data.new_zeros(max(counts))
+    padded[: data.numel()] = data
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return [json.loads(bytes(part[:count].cpu().numpy())) for part, count in zip(parts, counts, strict=True)]
+
+
+def all_succeed_or_raise(
+    failure: BaseException | None, value: Any = None, group: dist.ProcessGroup | None = None
+) -> list[Any]:
+    """Return the results of all ranks, or raise on all ranks if one of them failed; collective.
+
+    Each rank does its part, catches what it raises, and calls this with the outcome; so no rank waits for one that
+    failed.
+
+    Args:
+        failure: The exception of this rank, raised again here; None if it succeeded.
+        value: The result of this rank: anything that JSON can hold.
+        group: The ranks.
+
+    Returns:
+        The values by rank.
+
+    Raises:
+        OtherRankError: Another rank failed, and this one did not.
+
+    Example:
+        >>> all_succeed_or_raise(None, {"rows": 3})
+        [{'rows': 3}]
+    """
+    error = None if failure is None else [type(failure).__name__, str(failure)]
+    try:
+        outcomes = exchange([value if failure is None else None, error], group)
+        if failure is not None:
+            raise failure
+    finally:
+        failure = None  # else the exception and this frame would refer to each other
+    for number, (_, error) in enumerate(outcomes):
+        if error is not None:
+            raise OtherRankError(number, len(outcomes), *error)
+    return [result for result, _ in outcomes]
+
+
+def launcher_rank_and_size(where: str) -> tuple[int, int]:
     """Return the rank and world size from the launcher's environment variables; (0, 1) without a launcher.
 
     Args:
-        where: What messages begin with.
+        where: The caller, for messages.
 
     Raises:
-        ValueError: Only one of the two is there, or they are no rank and world size.
+        ValueError: One of the two is missing, or they are not a rank and a world size.
     """
     texts = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if texts == (None, None):
@@ -60,7 +166,7 @@ def launched(where: str) -> tuple[int, int]:
         rank, size = -1, -1
     if not 0 <= rank < size:
         raise ValueError(
-            f"{where}: the environment has RANK={texts[0]} and WORLD_SIZE={texts[1]}, of which both must be integers, "
+            f"{where}: the environment has RANK={texts[0]} and WORLD_SIZE={texts[1]}, but both must be integers, "
             f"RANK from 0 to WORLD_SIZE - 1; {_ADVICE}"
         )
     return rank, size
@@ -69,26 +175,30 @@ def launched(where: str) -> tuple[int, int]:
 def join(where: str) -> None:
     """Initialize the default group if a launcher started several processes and the program has not done so.
 
-    The backend is Gloo, and NCCL beside it for tensors on GPUs where there are any; the current GPU becomes that of
-    ``LOCAL_RANK``. The group is left when the process ends. In workers of a DataLoader nothing happens.
+    The backend is Gloo, with NCCL beside it for tensors on GPUs if there are any; the current GPU becomes that of
+    ``LOCAL_RANK``. The group is destroyed when the process ends. In workers of a DataLoader nothing happens.
 
     Args:
-        where: What messages begin with.
+        where: The caller, for messages.
 
     Raises:
-        RuntimeError: The environment is that of several processes, and they cannot be joined.
-        ValueError: The environment holds no rank and world size.
+        RuntimeError: The launcher started several processes, but they cannot be joined.
+        ValueError: The environment holds no valid rank and world size.
     """
     if is_initialized() or get_worker_info() is not None:
         return
-    rank, size = launched(where)
+    rank, size = launcher_rank_and_size(where)
     if size == 1:
         return
-    said = f"{where}: the environment says that this is process {rank} of {size} (RANK, WORLD_SIZE)"
+    process = f"{where}: by the environment (RANK, WORLD_SIZE) this is process {rank} of {size}"
     if not dist.is_available():
-        raise RuntimeError(f"{said}, and this build of torch has no torch.distributed; install another, or start one")
+        raise RuntimeError(
+            f"{process}, but this build of torch has no torch.distributed; install another build, or start one process"
+        )
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise RuntimeError(f"{said}, and not how to reach the others: {' and '.join(missing)} must be set; {_ADVICE}")
+        raise RuntimeError(
+            f"{process}, but the address of rank 0 is missing: {' and '.join(missing)} must be set; {_ADVICE}"
+        )
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -98,8 +208,8 @@ def join(where: str) -> None:
     dist.init_process_group(backend)
     global _joined
     _joined = True
-    atexit.register(_leave)
-    logging.getLogger(__name__).info("rank %d of %d has joined the others by %s", rank, size, backend)
+    atexit.register(_destroy_group)
+    logging.getLogger(__name__).info("rank %d of %d joined the default group (%s)", rank, size, backend)
 
 
 def message_group() -> dist.ProcessGroup:
@@ -118,37 +228,37 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     return getattr(options, "_timeout", None)
 
 
-def attend() -> None:
-    """Record that towers are kept equal on all ranks, as ``Trainer`` and ``TorchStep`` do."""
-    global _attended
-    _attended = True
+def mark_gradients_averaged() -> None:
+    """Record that the gradients of towers are averaged over the ranks, as ``Trainer`` and ``TorchStep`` do."""
+    global _averages_gradients
+    _averages_gradients = True
 
 
-def is_unattended() -> bool:
-    """Return whether :func:`join` initialized the group and nothing is known to keep towers equal."""
-    return _joined and not _attended and is_initialized()
+def averages_no_gradients() -> bool:
+    """Return whether :func:`join` initialized the group and nothing is known to average the gradients of towers."""
+    return _joined and not _averages_gradients and is_initialized()
 
 
-def refuse_unattended(where: str) -> None:
+def check_gradients_averaged(where: str) -> None:
     """Raise if a loop written for one process is about to train a separate model on each rank.
 
     Args:
-        where: What the message begins with.
+        where: The caller, for the message.
 
     Raises:
-        RuntimeError: If so.
+        RuntimeError: Nothing is known to average the gradients of towers over the ranks.
     """
-    if is_unattended():
+    if averages_no_gradients():
         raise RuntimeError(
-            f"{where}: {world_size()} processes were started together, and nothing averages the gradients of this "
+            f"{where}: {world_size()} processes were started together, but nothing averages the gradients of this "
             f"loop's towers over them; train with pipelines.Trainer, which does, or wrap the towers in "
-            f"DistributedDataParallel and say so by torch.distributed.init_process_group(...) at the program's start"
+            f"DistributedDataParallel and call torch.distributed.init_process_group(...) when the program starts"
         )
 
 
-def _leave() -> None:
-    # A process of Gloo's that ends with its groups is aborted. NCCL, after an error, would wait here for a collective
-    # that others are in.
+def _destroy_group() -> None:
+    # A process that ends with its Gloo groups open is aborted. NCCL, after an error, would wait here for a collective
+    # that other ranks are in.
     failed = getattr(sys, "last_value", None) is not None
     if is_initialized() and not (failed and "nccl" in dist.get_backend()):
         dist.destroy_process_group()

@@ -51,13 +51,13 @@ WHO: dict[str, Callable[[Path], object]] = {
             {"RANK": "0", "WORLD_SIZE": "2"},
             True,
             RuntimeError,
-            r"process 0 of 2 .* MASTER_ADDR and MASTER_PORT must be set; start the ranks with torchrun, or call "
+            r"process 0 of 2.* MASTER_ADDR and MASTER_PORT must be set; start the ranks with torchrun, or call "
             r"torch.distributed.init_process_group",
         ),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, True, RuntimeError, "others: MASTER_PORT must be"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, True, RuntimeError, "missing: MASTER_PORT must be"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, False, RuntimeError, "this build of torch has no torch.distributed"),
-        ({"RANK": "2"}, True, ValueError, "RANK=2 and WORLD_SIZE=None, of which both must be integers"),
-        ({"WORLD_SIZE": "2"}, True, ValueError, "RANK=None and WORLD_SIZE=2, of which both must be integers"),
+        ({"RANK": "2"}, True, ValueError, "RANK=2 and WORLD_SIZE=None, but both must be integers"),
+        ({"WORLD_SIZE": "2"}, True, ValueError, "RANK=None and WORLD_SIZE=2, but both must be integers"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, True, ValueError, "RANK from 0 to WORLD_SIZE - 1"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, True, ValueError, "WORLD_SIZE=two"),
     ],
@@ -182,7 +182,7 @@ loop = training()  # joins
 for name, (engine, optimizer) in {"loop": loop, "early": early}.items():
     try:
         if name == "early":
-            distributed.attend()
+            distributed.mark_gradients_averaged()
         step(engine, optimizer)
     except RuntimeError as error:
         say(name, error)
@@ -208,7 +208,7 @@ def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         for said in (
-            "loop: RuntimeError: SGD: 2 processes were started together, and nothing averages the gradients",
+            "loop: RuntimeError: SGD: 2 processes were started together, but nothing averages the gradients",
             "early: RuntimeError: SGD: the table id was built before torch.distributed was initialised",
             f"data: RuntimeWarning: ColumnDataset: rank {rank} of 2 was given its share of the rows",
             f"early data: RuntimeError: ColumnDataset: it was opened as rank 0 of 1, before torch.distributed was "
@@ -219,3 +219,45 @@ def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -
         "SAID rows 5",
         "SAID rows 6",
     ]
+
+
+TOGETHER = """
+import torch
+import torch.distributed as dist
+from recis_hybrid import distributed
+
+distributed.join("program")
+rank = distributed.rank()
+own = dist.new_group([1], backend="gloo")
+assert distributed.exchange({"rank": rank, "text": "\u00e9" * (3 * rank)}) == [
+    {"rank": 0, "text": ""},
+    {"rank": 1, "text": "\u00e9\u00e9\u00e9"},
+]
+values = torch.tensor([1.0, rank])
+assert distributed.sum_over_ranks(values).tolist() == [2.0, 1.0]
+assert values.tolist() == [1.0, rank]
+assert distributed.all_succeed_or_raise(None, rank) == [0, 1]
+if rank == 1:
+    assert (distributed.rank(own), distributed.world_size(own)) == (0, 1)
+    assert distributed.all_succeed_or_raise(None, "alone", own) == ["alone"]
+try:
+    distributed.all_succeed_or_raise(KeyError("lost") if rank == 0 else None)
+except (KeyError, distributed.OtherRankError) as error:
+    print("RAISED", rank, repr(error), getattr(error, "rank", None), getattr(error, "kind", None), flush=True)
+"""
+
+
+def test_ranks_exchange_values_and_fail_together(tmp_path: Path, root: Path) -> None:
+    done = on_two_ranks(TOGETHER, tmp_path, root)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("RAISED")) == [
+        "RAISED 0 KeyError('lost') None None",
+        "RAISED 1 OtherRankError(\"rank 0 of 2 failed: 'lost'\") 0 KeyError",
+    ]
+
+
+def test_a_process_alone_is_all_ranks() -> None:
+    assert distributed.exchange(float("inf")) == [float("inf")]
+    assert distributed.all_succeed_or_raise(None, 3) == [3]
+    with pytest.raises(OSError, match="disk is full"):
+        distributed.all_succeed_or_raise(OSError("disk is full"))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from recis_hybrid import distributed
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config_check import check
 from recis_hybrid.app.config_keys import describe_keys
@@ -35,9 +36,8 @@ from recis_hybrid.app.launch import joined
 from recis_hybrid.app.report import write_report
 from recis_hybrid.app.scoring import load_run, run_and_step
 from recis_hybrid.app.template import write_starter
-from recis_hybrid.pipelines.callback import CallbackError, rank, ranks
+from recis_hybrid.pipelines.callback import CallbackError
 from recis_hybrid.pipelines.interruption import Terminated
-from recis_hybrid.pipelines.metrics_record import summed
 from recis_hybrid.pipelines.predict import refuse_output, write_predictions
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
@@ -159,7 +159,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.check:
             for line in check(here):
                 _say(line)
-            if rank() == 0:
+            if distributed.rank() == 0:
                 print(f"{args.config}: sound")
             return 0
         if steps and not args.resume:
@@ -169,8 +169,8 @@ def _train(args: argparse.Namespace) -> int:
             )
         trainer = trainer_of(here, quiet=args.quiet, changes=changes)
         figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
-        samples = int(summed(torch.tensor(trainer.samples)))
-        if rank() == 0:
+        samples = int(distributed.sum_over_ranks(torch.tensor(trainer.samples)))
+        if distributed.rank() == 0:
             if steps and steps[-1] == trainer.steps_done:
                 _say(_finished(config, trainer))
             last = {"steps": trainer.steps_done, "samples": samples, "stopped": trainer.stopped}
@@ -204,7 +204,7 @@ def _finished(config: Config, trainer: Trainer) -> str:
 
 
 def _say(text: str) -> None:
-    if rank() == 0:
+    if distributed.rank() == 0:
         print(f"recis-hybrid: {text}", file=sys.stderr)
 
 
@@ -230,7 +230,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with joined(device) as here:
         run = load_run(args.run, step="latest" if args.step is None else args.step, device=here)
         figures = run.evaluate(args.data or None)
-        if rank() == 0:
+        if distributed.rank() == 0:
             print(_json({"step": run.step, **{f"eval/{name}": value for name, value in figures.items()}}))
     return 0
 
@@ -248,7 +248,7 @@ def _predict_parser() -> Parser:
 def _predict(args: argparse.Namespace) -> int:
     from recis_hybrid.columnio.files.schema import column_types
 
-    if ranks() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("predict writes one file in the order of the rows, by one process: start it without torchrun")
     refuse_output(args.out)
     columns = [name for name in args.columns.split(",") if name]

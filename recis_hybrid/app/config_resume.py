@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recis_hybrid import distributed
 from recis_hybrid.app.config import Config, ConfigError, is_url, parse_config
 from recis_hybrid.app.config_yaml import write_yaml
-from recis_hybrid.pipelines.callback import Callback, rank
+from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver.storage.local import storage_of
 
@@ -152,7 +153,7 @@ class RunRecord(Callback):
 
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         """Record the configuration before the first step; without a step, nothing was trained by it."""
-        if self._written or rank() != 0:
+        if self._written or distributed.rank() != 0:
             return
         self._written = True
         data = self.config.data

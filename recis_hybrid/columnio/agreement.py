@@ -28,7 +28,7 @@ def has_other_ranks() -> bool:
 @cache
 def warn_unattended() -> None:
     """Warn once, in a loop written for one process, that this rank reads only its share of the rows."""
-    if distributed.is_unattended():
+    if distributed.averages_no_gradients():
         warnings.warn(
             f"ColumnDataset: rank {distributed.rank()} of {distributed.world_size()} was given its share of the rows, "
             f"and nothing is known to average what it learns from them over the ranks; train with pipelines.Trainer, "

@@ -30,4 +30,4 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     distributed.join("ColumnDataset")
     if distributed.is_initialized():
         return distributed.rank(), distributed.world_size()
-    return distributed.launched("ColumnDataset")
+    return distributed.launcher_rank_and_size("ColumnDataset")

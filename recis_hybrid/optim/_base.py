@@ -153,7 +153,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if distributed.world_size() == 1:
             return
         name = type(self).__name__
-        distributed.refuse_unattended(name)
+        distributed.check_gradients_averaged(name)
         for group in self.param_groups:
             for anchor in group["params"]:
                 if anchor.table.built_alone and not anchor.table.read_only:

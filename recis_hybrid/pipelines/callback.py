@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recis_hybrid import distributed
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
 
@@ -68,13 +67,3 @@ class Callback:
 
 class CallbackError(RuntimeError):
     """A callback has raised; the message names it, when it was called, and what was saved."""
-
-
-def rank() -> int:
-    """Return this process's number among those of torch.distributed; 0 where that is not initialised."""
-    return distributed.rank()
-
-
-def ranks() -> int:
-    """Return how many processes train together; 1 where torch.distributed is not initialised."""
-    return distributed.world_size()

@@ -7,10 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from recis_hybrid.pipelines.callback import Callback, CallbackError, rank, ranks
-from recis_hybrid.pipelines.metrics_record import summed
+from recis_hybrid import distributed
+from recis_hybrid.pipelines.callback import Callback, CallbackError
 from recis_hybrid.pipelines.step_timer import Clock
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ class Hooks:
             except CallbackError:
                 raise
             except Exception as error:
-                if not self._within_step and ranks() == 1:
+                if not self._within_step and distributed.world_size() == 1:
                     raise self._error(each, hook, error) from error
                 self._deferred = self._deferred or (each, hook, error)
 
@@ -59,7 +57,7 @@ class Hooks:
 
     def settle(self) -> None:
         """Raise CallbackError for what a callback has raised within the step before; on one process."""
-        if self._deferred is not None and ranks() == 1:
+        if self._deferred is not None and distributed.world_size() == 1:
             deferred, self._deferred = self._deferred, None
             raise self._error(*deferred) from deferred[2]
 
@@ -80,23 +78,24 @@ class Hooks:
             CallbackError: A callback of some rank has raised; all ranks have saved.
         """
         wish, self._wish = self._wish, None
-        if ranks() == 1:
+        if distributed.world_size() == 1:
             return wish, interrupted
-        flags = torch.zeros(ranks(), 3, dtype=torch.int64)
-        flags[rank()] = torch.tensor([self._deferred is not None, wish is not None, interrupted])
-        raised, wished, signalled = summed(flags).unbind(1)
         deferred, self._deferred = self._deferred, None
-        if deferred is not None:
-            raise self._error(*deferred) from deferred[2]
-        if bool(raised.any()):
-            others = raised.nonzero().view(-1).tolist()
+        try:
+            requests = distributed.all_succeed_or_raise(deferred and deferred[2], [wish, interrupted])
+        except distributed.OtherRankError as error:
             raise CallbackError(
-                f"a callback raised on the ranks {others}, at step {self._trainer.steps_done} or before; "
-                f"{self._rescue()}"
-            )
-        if wish is None and bool(wished.any()):
-            wish = f"asked for by the ranks {wished.nonzero().view(-1).tolist()}"
-        return wish, bool(signalled.any())
+                f"a callback on rank {error.rank} raised {error.kind} at step {self._trainer.steps_done} or before: "
+                f"{error.text}; {self._rescue()}"
+            ) from None
+        except Exception as error:
+            if deferred is None or error is not deferred[2]:
+                raise
+            raise self._error(*deferred) from error
+        ranks = [rank for rank, (reason, _) in enumerate(requests) if reason is not None]
+        if wish is None and ranks:
+            wish = f"requested by the ranks {ranks}"
+        return wish, any(signalled for _, signalled in requests)
 
     def finish(self, error: BaseException | None) -> None:
         """Call ``after_fit`` of every callback; what these raise does not hide an error before."""

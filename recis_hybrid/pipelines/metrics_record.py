@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import sys
 import time
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from recis_hybrid import distributed
 from recis_hybrid.embedding import EmbeddingEngine, HashTable, Rows
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines.callback import rank, ranks
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -93,7 +91,7 @@ class RunningMeans:
             ValueError: Ranks have other metrics.
         """
         mine = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
-        found = exchanged([mine, sorted(self._metrics)])
+        found = distributed.exchange([mine, sorted(self._metrics)])
         if any(metrics != found[0][1] for _, metrics in found):
             raise ValueError(
                 f"Trainer: the steps of all ranks must have the same metrics, which are computed together, got "
@@ -165,7 +163,13 @@ class Recorder:
             "evicted": float(self.evicted),
             **{f"rows/{name}": float(count) for name, count in tables.items()},
         }
-        sums = dict(zip(sums, summed(torch.tensor([*sums.values()], dtype=torch.float64)).tolist(), strict=True))
+        sums = dict(
+            zip(
+                sums,
+                distributed.sum_over_ranks(torch.tensor([*sums.values()], dtype=torch.float64)).tolist(),
+                strict=True,
+            )
+        )
         seconds = max(now - self._last, 1e-9)
         record: dict[str, Any] = {**means, "samples": int(sums.pop("samples")), "seconds": now - self._begin}
         record["samples_per_s"] = sums.pop("new_samples") / seconds
@@ -192,7 +196,7 @@ class Recorder:
         ]
         if not found:
             return {}
-        counts = summed(torch.stack([counts for _, counts in found]))
+        counts = distributed.sum_over_ranks(torch.stack([counts for _, counts in found]))
         result = {}
         for (name, _), row in zip(found, counts.tolist(), strict=True):
             levels = max((level for level, count in enumerate(row) if count), default=-1) + 1
@@ -249,32 +253,3 @@ def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:
     if torch.cuda.is_initialized():
         result["memory/cuda"] = torch.cuda.memory_allocated()
     return result
-
-
-def exchanged(value: Any) -> list[Any]:
-    """Return the values of all ranks, in their order.
-
-    Args:
-        value: What JSON can hold.
-    """
-    if ranks() == 1:
-        return [value]
-    device = "cpu" if "gloo" in dist.get_backend() else "cuda"
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = torch.zeros(ranks(), dtype=torch.int64, device=device)
-    sizes[rank()] = data.numel()
-    dist.all_reduce(sizes)
-    parts = [torch.zeros(int(sizes.max()), dtype=torch.uint8, device=device) for _ in range(ranks())]
-    padded = torch.zeros_like(parts[0])
-    padded[: data.numel()] = data
-    dist.all_gather(parts, padded)
-    return [json.loads(bytes(part[:size].cpu().numpy())) for part, size in zip(parts, sizes.tolist(), strict=True)]
-
-
-def summed(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks."""
-    if ranks() == 1:
-        return values
-    total = values.to("cpu" if "gloo" in dist.get_backend() else "cuda", copy=True)
-    dist.all_reduce(total)
-    return total.cpu()

@@ -23,7 +23,7 @@ from recis_hybrid.pipelines.arguments import (
     refuse_no_step,
     refuse_other_than,
 )
-from recis_hybrid.pipelines.callback import Callback, Record, rank, ranks
+from recis_hybrid.pipelines.callback import Callback, Record
 from recis_hybrid.pipelines.data.read_ahead import ReadAhead, steps_ahead
 from recis_hybrid.pipelines.data.sources import Sources
 from recis_hybrid.pipelines.dispatch import Hooks, Watcher
@@ -241,7 +241,7 @@ class Trainer:
 
     def _next_stage(self, remaining: Iterator[Stage]) -> Stage | None:
         # Several ranks may be waiting for each other there, as for the next window, and leave that together.
-        with self._interruption.waiting() if ranks() == 1 else nullcontext():
+        with self._interruption.waiting() if distributed.world_size() == 1 else nullcontext():
             return next(remaining, None)
 
     def _end_interrupted(self) -> NoReturn:
@@ -257,7 +257,7 @@ class Trainer:
         self._end(error)
         name = "a signal to another rank" if self._interruption.requested is None else self._interruption.requested.name
         said = f"ended by {name} after step {self.steps_done}; {said}"
-        if rank() == 0:
+        if distributed.rank() == 0:
             print(f"recis_hybrid: {said}", file=sys.stderr, flush=True)
         error.add_note(said)
         raise error from None
@@ -301,7 +301,7 @@ class Trainer:
                 self._log_train(stage, self._clock.seconds)
             self._hooks.settle()
             self._hooks.call("after_step")
-            if logs or ranks() == 1:
+            if logs or distributed.world_size() == 1:
                 self._agree()
         if len(ahead) > 0:  # a callback has stopped the training
             for engine in step.engines:
@@ -501,10 +501,12 @@ class Trainer:
             )
         resumes = self.saver is not None and resume is not None and bool(existing or resume != "latest")
         if self.seed is not None and (resumes or self.steps_done == 0):
-            seed_everything(self.seed, rank=rank())  # which a rank keeps that was not there when it was saved
+            seed_everything(
+                self.seed, rank=distributed.rank()
+            )  # which a rank keeps that was not there when it was saved
         if resumes and self.saver is not None and resume is not None:
             self._saved = self.saver.load(resume, **self.parts())
-        if ranks() > 1:
+        if distributed.world_size() > 1:
             for step in self.steps.values():
                 assert isinstance(step, Replicated)
                 step.synchronise()
@@ -515,23 +517,24 @@ class Trainer:
         Raises:
             ValueError: An engine is this process's own, or a step does not average gradients.
         """
-        distributed.attend()
-        if ranks() == 1:
+        distributed.mark_gradients_averaged()
+        ranks = distributed.world_size()
+        if ranks == 1:
             return
         for name, step in self.steps.items():
             which = f"the step {name!r}" if name else "the step"
             if not isinstance(step, Replicated):
                 raise ValueError(
-                    f"Trainer.fit: {ranks()} ranks train together, and {which} ({type(step).__name__}) has no "
-                    f"synchronise() and expect(), by which pipelines.Replicated keeps the ranks' towers alike; add "
+                    f"Trainer.fit: {ranks} ranks train together, but {which} ({type(step).__name__}) has no "
+                    f"synchronise() and expect(), which keep the towers of the ranks equal (pipelines.Replicated); add "
                     f"them, or train on one process"
                 )
             for engine in step.engines:
                 shared = 1 if engine.group is None else distributed.world_size(engine.group)
-                if shared < ranks() and any(not table.read_only for table in engine.tables):
+                if shared < ranks and any(not table.read_only for table in engine.tables):
                     raise ValueError(
-                        f"Trainer.fit: {ranks()} ranks train together, and the tables of {which} are shared by "
-                        f"{shared}, so that ranks would train other tables; build the EmbeddingEngine after "
+                        f"Trainer.fit: {ranks} ranks train together, but the tables of {which} are shared by {shared}, "
+                        f"so that ranks would train different tables; build the EmbeddingEngine after "
                         f"init_process_group, and without group="
                     )
 
@@ -575,7 +578,7 @@ class Trainer:
 
     def _log_tables(self) -> None:
         # Ranks may have other callbacks, but look at their tables together.
-        if self._hooks.callbacks or ranks() > 1:
+        if self._hooks.callbacks or distributed.world_size() > 1:
             self._log("tables", {"tables": self._recorder.frequencies(self.engines)})
 
     def _log(self, event: str, figures: Mapping[str, Any]) -> None:

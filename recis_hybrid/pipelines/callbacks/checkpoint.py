@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import refuse_no_count, refuse_no_number
-from recis_hybrid.pipelines.callback import Callback, ranks
+from recis_hybrid.pipelines.callback import Callback
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -44,7 +45,7 @@ class Checkpoint(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         """Count from here; ranks, which save together, cannot go by their clocks."""
-        if self._seconds is not None and ranks() > 1:
+        if self._seconds is not None and distributed.world_size() > 1:
             raise ValueError("Checkpoint: ranks save at the same step; give steps in the place of seconds")
         self._last = time.monotonic()
 

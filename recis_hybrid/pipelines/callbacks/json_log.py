@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import path_of
-from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid.pipelines.callback import Callback, Record
 from recis_hybrid.saver import Location
 from recis_hybrid.saver.storage.remote import RemotePath
 
@@ -35,7 +36,7 @@ class JsonLog(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         """Open the file."""
-        if rank() != 0:
+        if distributed.rank() != 0:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.read_bytes().decode().splitlines() if self._path.exists() else []

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
+from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import path_of, refuse_no_count
-from recis_hybrid.pipelines.callback import Callback, rank
+from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.ragged import Batch
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Profile(Callback):
 
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         """Begins to record before the first step."""
-        if self._profiler is None and rank() == 0 and trainer.steps_done + 1 == self._steps.start:
+        if self._profiler is None and distributed.rank() == 0 and trainer.steps_done + 1 == self._steps.start:
             activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
             self._profiler = profile(activities=activities)
             self._profiler.start()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid import distributed
+from recis_hybrid.pipelines.callback import Callback, Record
 from recis_hybrid.pipelines.metrics_record import is_reserved
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class ProgressBar(Callback):
     def before_stage(self, trainer: Trainer, stage: Stage) -> None:
         """Open the bar of a training stage."""
         steps = trainer.steps_left(stage)
-        if steps is not None and rank() == 0:
+        if steps is not None and distributed.rank() == 0:
             name = getattr(stage, "name", "train")
             self._bar = tqdm(desc=name, total=steps or None, unit="step", dynamic_ncols=True)
 
@@ -37,7 +38,7 @@ class ProgressBar(Callback):
 
     def on_log(self, trainer: Trainer, record: Record) -> None:
         """Show what is logged."""
-        if rank() != 0:
+        if distributed.rank() != 0:
             return
         if self._bar is not None and record["event"] == "train":
             own = "".join(f", {name} {value:.4g}" for name, value in record.items() if not is_reserved(name))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import path_of
-from recis_hybrid.pipelines.callback import Callback, Record, rank
+from recis_hybrid.pipelines.callback import Callback, Record
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -38,7 +39,7 @@ class TensorBoard(Callback):
 
     def before_fit(self, trainer: Trainer) -> None:
         """Open the event file; what an interrupted run has written of later steps is dropped."""
-        if rank() == 0:
+        if distributed.rank() == 0:
             self._writer = self._make(trainer.steps_done + 1)
 
     def on_log(self, trainer: Trainer, record: Record) -> None:

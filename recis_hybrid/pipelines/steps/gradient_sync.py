@@ -103,7 +103,7 @@ class GradientSync:
         """
         works = []
         for number, flat in enumerate(self._sums):
-            self._sums[number] = flat = _sendable(flat)
+            self._sums[number] = flat = distributed.sendable(flat)
             works.append(dist.all_reduce(flat, async_op=True))
         for work in works:
             work.wait()
@@ -205,7 +205,7 @@ def unscaled_together(
             scaler.unscale_(optimizer)
         founds.append(state["found_inf_per_device"])
     overflows = [max((float(each) for each in found.values()), default=0.0) for found in founds]
-    flags = _sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
+    flags = distributed.sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     has, overflows = flags.tolist()
     for optimizer, found, overflow in zip(optimizers, founds, overflows, strict=True):
@@ -232,16 +232,6 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _sendable(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor on a device of the default group's backend."""
-    backend = dist.get_backend()
-    if tensor.is_cuda and "nccl" not in backend:
-        return tensor.cpu()
-    if not tensor.is_cuda and "gloo" not in backend and "mpi" not in backend:
-        return tensor.cuda()
-    return tensor.contiguous()
-
-
 @torch.no_grad()
 def _broadcast(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors with rank 0's bytes, in one collective for each device."""
@@ -249,7 +239,7 @@ def _broadcast(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
     for device, group in by_device.items():
-        flat = _sendable(torch.cat([_bytes(tensor) for tensor in group]))
+        flat = distributed.sendable(torch.cat([_bytes(tensor) for tensor in group]))
         dist.broadcast(flat, src=0)
         if distributed.rank() == 0:
             continue
@@ -278,7 +268,7 @@ _NUMBERS = (bool, int, float, tuple, Tensor, type(None))
 def _refuse_other(what: str, described: Sequence[Any]) -> None:
     """Raise ValueError if the ranks' descriptions differ."""
     digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
-    told = _sendable(torch.tensor([digest, -digest]))
+    told = distributed.sendable(torch.tensor([digest, -digest]))
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
     if told.tolist() != [digest, -digest]:
         shown = repr(list(described))

@@ -168,7 +168,7 @@ class TorchStep:
         Raises:
             ValueError: The ranks' towers have parameters of other names, shapes or dtypes.
         """
-        distributed.attend()
+        distributed.mark_gradients_averaged()
         if distributed.world_size() > 1:
             self._sync.broadcast()
         self._synchronised = True
