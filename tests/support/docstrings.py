@@ -1,0 +1,66 @@
+"""The form of docstrings, as functions from sources to the places that break it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.support.imports import Source
+
+# A first line says what a function does or what a thing is; these words open a clause that does neither.
+OPENINGS = ("What", "Whose", "How", "Of", "Which", "Whether", "That", "Whoever", "Where", "When", "Who")
+SECTIONS = (
+    "Args",
+    "Attributes",
+    "Example",
+    "Examples",
+    "Note",
+    "Raises",
+    "References",
+    "Returns",
+    "Warns",
+    "Yields",
+)
+# Literals, and roles and links of reStructuredText, hold backticks that are none of Markdown's code.
+_LITERALS = re.compile(r"``.+?``|:\w+(?::\w+)*:`[^`]+`|`[^`]+`_", re.DOTALL)
+_HEADER = re.compile(r"^ *([A-Za-z]+):$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """A docstring of a module, a class, a function or an attribute, and the line where it begins."""
+
+    line: int
+    text: str
+
+
+def docstrings(source: Source) -> Iterator[Docstring]:
+    """Yield the docstrings of a file; a string below an assignment of a module or a class is an attribute's."""
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        documented = not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for before, statement in zip([None, *node.body], node.body, strict=False):
+            first = before is None
+            attribute = documented and isinstance(before, ast.Assign | ast.AnnAssign)
+            if (first or attribute) and isinstance(statement, ast.Expr):
+                value = statement.value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield Docstring(statement.lineno, value.value)
+
+
+def form_violations(source: Source) -> Iterator[str]:
+    """Yield the docstrings that break the form: their opening word, their section headers, their backticks."""
+    for docstring in docstrings(source):
+        where = f"{source.path}:{docstring.line}"
+        text = docstring.text.strip()
+        opening = re.match(r"\w+", text)
+        if opening and opening[0] in OPENINGS:
+            yield f"{where}: opens with {opening[0]!r}; say what the function does or what the thing is"
+        if "`" in _LITERALS.sub("", text):
+            yield f"{where}: has code in single backticks; use double ones"
+        for header in _HEADER.findall(text):
+            if header not in SECTIONS and header.capitalize() in SECTIONS:
+                yield f"{where}: capitalise the section {header!r}"
