@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says after a whole run what share of its time `make test-quick` would have taken."""
+    """Says after a whole run what share of its time ``make test-quick`` would have taken."""
     reports = [each for kind in terminalreporter.stats.values() for each in kind if isinstance(each, pytest.TestReport)]
     of_all = sum(report.duration for report in reports)
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not of_all:

@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, and every public name has a docstring."""
+"""The examples in the docstrings run, every public name has a docstring, and all docstrings keep to one form."""
 
 from __future__ import annotations
 
@@ -10,10 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.imports import imports, read_package
+from tests.support.docstrings import form_violations
+from tests.support.imports import imports, parse, read_package
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = read_package(ROOT)
+
+
+# Rooms and folders with docstrings of another form; the list may only shrink.
+UNMENDED = {
+    "app",
+    "benchmarks",
+    "bridge",
+    "checkpointing",
+    "columnio",
+    "embedding",
+    "examples",
+    "features",
+    "metrics",
+    "ops",
+    "optim",
+    "pipelines",
+    "ragged",
+    "saver",
+    "scripts",
+    "serving",
+    "tests",
+}
 
 
 def of_bridge(module: str) -> list[pytest.MarkDecorator]:
@@ -46,3 +69,48 @@ def test_public_names_are_documented(module: str, name: str) -> None:
     thing = getattr(importlib.import_module(module), name)
     if inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isroutine(thing):
         assert (inspect.getdoc(thing) or "").strip(), f"{module}.{name} has no docstring"
+
+
+def test_the_form_of_the_package() -> None:
+    faults = [list(form_violations(source)) for source in SOURCES if source.room not in UNMENDED]
+    assert [fault for found in faults for fault in found] == []
+
+
+def test_the_form_of_programs_and_tests() -> None:
+    folders = sorted({"benchmarks", "examples", "scripts", "tests"} - UNMENDED)
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    faults = [list(form_violations(parse(path.read_text(), str(path.relative_to(ROOT))))) for path in paths]
+    assert [fault for found in faults for fault in found] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('"""What is read."""', ":1: opens with 'What'"),
+        ('class C:\n    """Whose rows these are."""', ":2: opens with 'Whose'"),
+        ('def f():\n    """How to read.\n\n    More."""', ":2: opens with 'How'"),
+        ('async def f():\n    """Whether it is read."""', ":2: opens with 'Whether'"),
+        ('class C:\n    x: int\n    """Of the rows."""', ":3: opens with 'Of'"),
+        ('X = 1\n"""That which is read."""', ":2: opens with 'That'"),
+        ('def f():\n    class C:\n        """Which rows."""', ":3: opens with 'Which'"),
+        ('"""Read `path`."""', ":1: has code in single backticks"),
+        ('"""Read ``path`` of `file`, not ``other``."""', ":1: has code in single backticks"),
+        ('def f():\n    """Read.\n\n    returns:\n        Rows.\n    """', ":2: capitalise the section 'returns'"),
+    ],
+)
+def test_a_docstring_of_another_form_is_found(text: str, fault: str) -> None:
+    (found,) = form_violations(parse(text, "recis_hybrid/ops/x.py"))
+    assert fault in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""Return whether ``x`` is what :class:`Reader` and `the manual <https://example.org>`_ say."""',
+        'class C:\n    """Rows.\n\n    Args:\n        x: Whether to read.\n    """\n    x = 1\n    """Whatever."""',
+        'def f():\n    """Read.\n\n    Returns:\n        Rows.\n    """\n    x = 1\n    "What is no docstring"',
+        "x = f(1)\nprint(x)",
+    ],
+)
+def test_docstrings_in_the_form_pass(text: str) -> None:
+    assert list(form_violations(parse(text, "recis_hybrid/ops/x.py"))) == []
