@@ -60,7 +60,7 @@ class Rank:
     def make(self, name: str, options: dict[str, Any], tower: bool, delays: dict[str, float]) -> None:
         engine = EmbeddingEngine(
             {workload.name(f): EmbeddingConfig(dim=DIM) for f in range(workload.FEATURES)},
-            optimizer_state=optim.RowwiseAdagrad.row_state(),
+            optimizer=optim.RowwiseAdagrad,
             **{"prefetch_depth": 0, **options},
         )
         optimizer = optim.RowwiseAdagrad(engine.parameters(), lr=LR)

@@ -62,7 +62,7 @@ class FixedGradient(torch.autograd.Function):
 def ours(work: workload.Workload, dim: int, rule: str, device: torch.device) -> Callable[[], None]:
     engine = EmbeddingEngine(
         {workload.name(f): EmbeddingConfig(dim=dim) for f in range(workload.FEATURES)},
-        optimizer_state=OURS[rule].row_state(),
+        optimizer=OURS[rule],
         device=device,
     )
     optimizer = OURS[rule](engine.parameters(), lr=LR)

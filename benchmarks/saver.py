@@ -37,7 +37,7 @@ WRITERS, READERS = 2, 3
 
 
 def empty() -> EmbeddingEngine:
-    return EmbeddingEngine({"id": EmbeddingConfig(dim=DIM)}, optimizer_state=optim.Adam.row_state())
+    return EmbeddingEngine({"id": EmbeddingConfig(dim=DIM)}, optimizer=optim.Adam)
 
 
 def filled(rows: int, rank: int = 0, world_size: int = 1) -> EmbeddingEngine:

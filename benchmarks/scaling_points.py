@@ -58,9 +58,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     work = workload.make(size, DIM, torch.device("cpu"))
     names = [workload.name(feature) for feature in range(workload.FEATURES)]
-    engine = EmbeddingEngine(
-        {name: EmbeddingConfig(dim=DIM) for name in names}, optimizer_state=optim.RowwiseAdagrad.row_state()
-    )
+    engine = EmbeddingEngine({name: EmbeddingConfig(dim=DIM) for name in names}, optimizer=optim.RowwiseAdagrad)
     sparse = optim.RowwiseAdagrad(engine.parameters(), lr=LR)
     with torch.no_grad():
         for part in range(0, workload.IDS, 10_000):

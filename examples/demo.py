@@ -45,7 +45,7 @@ def make_engine(seed: int) -> EmbeddingEngine:
     first_values = Normal(0.0, 0.01)
     configs = {field: EmbeddingConfig(dim=1 + FACTORS, initializer=first_values) for field in FIELDS}
     configs["history"] = EmbeddingConfig(dim=1 + FACTORS, initializer=first_values, combiner="mean")
-    return EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), seed=seed)
+    return EmbeddingEngine(configs, optimizer=optim.Adam, seed=seed)
 
 
 def make_model(tower: str, seed: int) -> deepfm.DeepFM:

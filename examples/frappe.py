@@ -111,7 +111,7 @@ class GrowingTables(nn.Module):
             whole(field): EmbeddingConfig(dim=dim, initializer=first_values, table=field, combiner=None)
             for field in vocabularies
         }
-        self.engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), seed=seed)
+        self.engine = EmbeddingEngine(configs, optimizer=optim.Adam, seed=seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Batch → by field [B, dim]; in training also, by ``whole(field)``, [n, dim] of the list."""

@@ -126,7 +126,7 @@ def rank_of(timeout_s: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
-    engine = EmbeddingEngine({"user": EmbeddingConfig(dim=16)}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({"user": EmbeddingConfig(dim=16)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(rank)
     step = 0

@@ -166,7 +166,7 @@ def say(what, error):
     print(f"SAID {distributed.rank()} {what}: {type(error).__name__}: {error}\\n", flush=True)
 
 def training():
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.SGD.row_state())
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer=optim.SGD)
     return engine, optim.SGD(engine.parameters(), lr=1.0)
 
 def step(engine, optimizer):

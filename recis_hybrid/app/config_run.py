@@ -161,8 +161,8 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
         }
         if not embeddings:
             raise ConfigError("features: at least one must have a dim, which is that of its embedding")
-        state = SPARSE[config.optimizer.sparse].row_state() if trainable else ()
-        return EmbeddingEngine(embeddings, optimizer_state=state, seed=config.seed, device=config.train.device)
+        sparse = SPARSE[config.optimizer.sparse] if trainable else None
+        return EmbeddingEngine(embeddings, optimizer=sparse, seed=config.seed, device=config.train.device)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"features: {error}") from error
 

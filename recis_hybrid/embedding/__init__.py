@@ -23,6 +23,7 @@ from recis_hybrid.embedding.initializers import (
     XavierNormal as XavierNormal,
     XavierUniform as XavierUniform,
 )
+from recis_hybrid.embedding.optimizer_spec import OptimizerSpec as OptimizerSpec
 from recis_hybrid.embedding.placement import Placement as Placement
 from recis_hybrid.embedding.planner.sharding import sharding_of as sharding_of
 from recis_hybrid.embedding.table.anchor import Anchor as Anchor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.table.id_map import MAX_ROWS, IdCounts
-from recis_hybrid.embedding.validation import refuse_no_integer
+from recis_hybrid.validation import check_integer
 
 
 class Gate(Protocol):
@@ -48,11 +48,11 @@ class Gate(Protocol):
     def clear(self, member: int | None) -> None:
         """Forgets what it knows of the ids of a member table, or of all."""
 
-    def state(self, member: int) -> dict[str, Tensor]:
+    def state_dict(self, member: int) -> dict[str, Tensor]:
         """Return what it knows of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
 
-    def load(self, member: int, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
+    def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
 
 
 class Admission(Protocol):
@@ -82,9 +82,7 @@ class MinFrequency:
     """Lookups, at least 1; an id that occurs twice in a batch is looked up twice."""
 
     def __post_init__(self) -> None:
-        refuse_no_integer("MinFrequency", "count", self.count, 3)
-        if self.count < 1:
-            raise ValueError(f"MinFrequency: count must be at least 1, got {self.count}")
+        check_integer("MinFrequency", "count", self.count, low=1)
         if self.count >= MAX_ROWS:
             raise ValueError(f"MinFrequency: count must be below 2**40, where counts end, got {self.count}")
 
@@ -138,14 +136,14 @@ class FrequencyGate:
         entries = self._counts.entries()
         self._counts.erase_slots(entries.slots[entries.members == member])
 
-    def state(self, member: int) -> dict[str, Tensor]:
+    def state_dict(self, member: int) -> dict[str, Tensor]:
         """Return ``ids``, ascending, and ``count``."""
         entries = self._counts.entries()
         mine = entries.members == member
         ids, order = entries.ids[mine].sort()
         return {"ids": ids, "count": entries.rows[mine][order]}
 
-    def load(self, member: int, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:
         """Take over counts of ids that it knows nothing of."""
         device = self._counts.device
         self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())

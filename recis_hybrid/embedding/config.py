@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.embedding.validation import described, refuse_no_integer, refuse_no_rule
+from recis_hybrid.validation import check_choice, check_flag, check_integer, check_method, check_type
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")
@@ -23,7 +23,7 @@ TABLE_SETTINGS = (
     "initializer",
     "admission",
     "trainable",
-    "optimizer",
+    "optimizer_overrides",
     "placement",
     "sharding",
     "expected_rows",
@@ -65,8 +65,8 @@ class EmbeddingConfig:
     """Which ids get a row; None: every one that training meets."""
     trainable: bool = True
     """False: the table is read-only. Nothing is inserted, no gradient is taken, and rows keep no optimizer state."""
-    optimizer: Mapping[str, float | tuple[float, float]] | None = None
-    """Hyperparameters of the optimizer that are others for this table, e.g. ``{"lr": 0.1}``."""
+    optimizer_overrides: Mapping[str, float | tuple[float, float]] | None = None
+    """Hyperparameters of the optimizer for this table alone, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
     """Where the table lives; None: on the engine's device."""
     sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
@@ -81,10 +81,7 @@ class EmbeddingConfig:
 
     def __post_init__(self) -> None:
         self._refuse_types()
-        if self.dim <= 0:
-            raise ValueError(f"EmbeddingConfig: dim must be positive, got {self.dim}")
-        if self.combiner not in COMBINERS:
-            raise ValueError(f"EmbeddingConfig: combiner must be one of {list(COMBINERS)}, got {self.combiner!r}")
+        check_choice("EmbeddingConfig", "combiner", self.combiner, COMBINERS)
         if self.table == "":
             raise ValueError("EmbeddingConfig: table must not be an empty name; leave it out for one of its own")
         if self.dtype not in ops.blocks.ELEMENTS:
@@ -93,49 +90,38 @@ class EmbeddingConfig:
             raise ValueError(
                 f"EmbeddingConfig: state_dtype must be torch.float32 or the dtype {self.dtype}, got {self.state_dtype}"
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"EmbeddingConfig: max_length must be at least 1, or None for all, got {self.max_length}")
         if self.combiner == "tile" and self.max_length is None:
             raise ValueError(
                 "EmbeddingConfig: the combiner 'tile' needs max_length, the number of vectors side by side"
             )
         if self.weights is not None and self.combiner in ("max", "tile", None):
             raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; leave them out")
-        if self.optimizer is not None:
-            fixed = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer.items()}
-            object.__setattr__(self, "optimizer", fixed)
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"EmbeddingConfig: sharding must be one of {list(SHARDINGS)}, got {self.sharding!r}")
-        if self.expected_rows is not None and self.expected_rows < 1:
-            raise ValueError(f"EmbeddingConfig: expected_rows must be at least 1, got {self.expected_rows}")
-        if self.unknown not in ("first_value", "zeros"):
-            raise ValueError(f"EmbeddingConfig: unknown must be 'first_value' or 'zeros', got {self.unknown!r}")
+        if self.optimizer_overrides is not None:
+            fixed = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer_overrides.items()}
+            object.__setattr__(self, "optimizer_overrides", fixed)
+        check_choice("EmbeddingConfig", "sharding", self.sharding, SHARDINGS)
+        check_choice("EmbeddingConfig", "unknown", self.unknown, ("first_value", "zeros"))
 
     def _refuse_types(self) -> None:
         where = "EmbeddingConfig"
-        refuse_no_integer(where, "dim", self.dim, 16)
-        object.__setattr__(self, "dim", int(self.dim))  # numpy's are integers, too, and have fewer methods
+        object.__setattr__(self, "dim", check_integer(where, "dim", self.dim, low=1))  # numpy's become int
         for name in ("max_length", "expected_rows"):
             if getattr(self, name) is not None:
-                refuse_no_integer(where, name, getattr(self, name), 1000)
+                check_integer(where, name, getattr(self, name), low=1)
         for name in ("table", "weights"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{where}: {name} must be a name, or None, got {getattr(self, name)!r}")
         for name in ("trainable", "optional"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{where}: {name} must be True or False, got {getattr(self, name)!r}")
-        refuse_no_rule(where, "initializer", self.initializer, "draw", "Constant(0.5)")
+            check_flag(where, name, getattr(self, name))
+        check_method(where, "initializer", self.initializer, "draw", "Constant(0.5)")
         if self.admission is not None:
-            refuse_no_rule(where, "admission", self.admission, "gate", "MinFrequency(3)")
-        if not isinstance(self.optimizer, Mapping | None):
-            raise TypeError(
-                f"{where}: optimizer must be a mapping, as {{'lr': 0.1}}, or None, got {described(self.optimizer)}"
-            )
-        if not isinstance(self.placement, Placement | None):
-            raise TypeError(
-                f"{where}: placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, "
-                f"got {self.placement!r}"
-            )
+            check_method(where, "admission", self.admission, "gate", "MinFrequency(3)")
+        overrides, placement = self.optimizer_overrides, self.placement
+        if overrides is not None:
+            check_type(where, "optimizer_overrides", overrides, Mapping, "a mapping, as {'lr': 0.1}, or None")
+        if placement is not None:
+            expected = "a Placement, as Placement(id_map='cpu', blocks='cpu'), or None"
+            check_type(where, "placement", placement, Placement, expected)
 
     @property
     def width(self) -> int:

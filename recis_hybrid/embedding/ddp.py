@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.embedding.engine import EmbeddingEngine
 from recis_hybrid.embedding.table.anchor import Anchor
-from recis_hybrid.embedding.validation import described
+from recis_hybrid.validation import check_type
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
@@ -21,8 +21,7 @@ def leave_out_of_ddp(model: nn.Module) -> None:
     Args:
         model: What is to be wrapped.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"leave_out_of_ddp: model must be a torch.nn.Module, got {described(model)}")
+    check_type("leave_out_of_ddp", "model", model, nn.Module, "a torch.nn.Module")
     anchors = [name for name, parameter in model.named_parameters() if isinstance(parameter, Anchor)]
     anchors += [f"_orig_mod.{name}" for name in anchors]  # should torch.compile take the model before DDP does
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, anchors)
@@ -46,11 +45,8 @@ def mean_over_samples(
     Raises:
         ValueError: If the engine has no other ranks.
     """
-    if not isinstance(engine, EmbeddingEngine):
-        raise TypeError(
-            f"mean_over_samples: engine must be an EmbeddingEngine, as ddp.register_comm_hook(engine, "
-            f"mean_over_samples), got {described(engine)}"
-        )
+    expected = "an EmbeddingEngine, as ddp.register_comm_hook(engine, mean_over_samples)"
+    check_type("mean_over_samples", "engine", engine, EmbeddingEngine, expected)
     group = engine.group
     if group is None:
         raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")

@@ -31,6 +31,7 @@ from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
+from recis_hybrid.embedding.optimizer_spec import OptimizerSpec
 from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, plan_tables
 from recis_hybrid.embedding.planner.describe import describe
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
@@ -39,15 +40,8 @@ from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request
 from recis_hybrid.embedding.table.protocols import RowUpdate
 from recis_hybrid.embedding.table.reclaiming import erase_evicted, evicted_by
-from recis_hybrid.embedding.table.record_layout import StateField
-from recis_hybrid.embedding.validation import (
-    described,
-    refuse_no_configs,
-    refuse_no_flag,
-    refuse_no_integer,
-    state_fields,
-)
 from recis_hybrid.ragged import Batch
+from recis_hybrid.validation import check_choice, check_flag, check_integer, check_type, describe_value
 
 
 class RowOptimizer(Protocol):
@@ -97,8 +91,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     Args:
         configs: By feature name, the name of its column in the batch.
-        optimizer_state: What the optimizer keeps for every row of a table that is trained, e.g.
-            ``optim.Adam.row_state()``.
+        optimizer: The optimizer that trains the tables, which decides what state their rows keep: a class of
+            ``recis_hybrid.optim``, as ``optim.Adam``, or one with hyperparameters, as ``optim.SGD.spec(momentum=0.9)``;
+            :meth:`make_optimizer` makes it. None: rows keep embeddings alone, which is enough for lookups, evaluation
+            and serving, and for optimizers without state, as ``optim.SGD(engine.parameters(), lr=0.1)``.
         seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
         device: Where the outputs are, and the tables whose config does not say.
         coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
@@ -143,7 +139,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self,
         configs: Mapping[str, EmbeddingConfig],
         *,
-        optimizer_state: tuple[StateField, ...] = (),
+        optimizer: type[Any] | OptimizerSpec | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         coalesce: bool = True,
@@ -158,19 +154,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         pass_through: bool = False,
     ) -> None:
         super().__init__()
-        refuse_no_configs(configs)
-        if not configs:
-            raise ValueError("EmbeddingEngine: give at least one feature")
-        state_fields("EmbeddingEngine: optimizer_state", optimizer_state, StateField)
-        refuse_no_integer("EmbeddingEngine", "seed", seed, 0)
+        _check_configs(configs)
+        self.optimizer_spec = OptimizerSpec.of(optimizer)
+        """The optimizer that the rows keep state for; None: they keep none."""
+        seed = check_integer("EmbeddingEngine", "seed", seed)
         for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate), ("pass_through", pass_through)):
-            refuse_no_flag("EmbeddingEngine", name, flag)
+            check_flag("EmbeddingEngine", name, flag)
         if prefetch_depth is not None:
-            refuse_no_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, 2)
-            if prefetch_depth < 0:
-                raise ValueError(f"EmbeddingEngine: prefetch_depth must not be negative, got {prefetch_depth}")
-        if staleness not in (0, 1):
-            raise ValueError(f"EmbeddingEngine: staleness must be 0 or 1, got {staleness!r}")
+            check_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, low=0)
+        check_choice("EmbeddingEngine", "staleness", staleness, (0, 1))
         self.configs = dict(configs)
         self.pass_through = pass_through
         """Whether :meth:`forward` returns columns that no feature reads."""
@@ -182,9 +174,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         # By nobody's choice: it is an error once there are other ranks.
         alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
-        self.plans = plan_tables(self.configs, tuple(optimizer_state), coalesce=coalesce, ranks=ranks)
+        row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
+        self.plans = plan_tables(self.configs, row_state, coalesce=coalesce, ranks=ranks)
         self._optional = [name for name, config in self.configs.items() if config.optional]
-        self.tables = [self._table(plan, int(seed), rank, ranks) for plan in self.plans]
+        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
         for table in self.tables:
             table.built_alone = alone
         self._readers = [
@@ -227,6 +220,32 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
 
+    def make_optimizer(self, **hyperparameters: Any) -> Any:
+        """Return the optimizer that the engine was built for, over its tables.
+
+        The same as ``optim.Adam(engine.parameters(), **hyperparameters)`` for an engine with ``optimizer=optim.Adam``.
+
+        Args:
+            **hyperparameters: Arguments of the optimizer, as ``lr=0.01``; they take precedence over those of
+                ``optim.Adam.spec(...)``.
+
+        Raises:
+            RuntimeError: If the engine was built without an optimizer.
+
+        Example:
+            >>> from recis_hybrid import optim
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8)}, optimizer=optim.Adam)
+            >>> engine.make_optimizer(lr=0.01).param_groups[0]["lr"]
+            0.01
+        """
+        spec = self.optimizer_spec
+        if spec is None:
+            raise RuntimeError(
+                "make_optimizer: the engine was built without an optimizer; build it with "
+                "EmbeddingEngine(..., optimizer=optim.Adam), or one of the others of recis_hybrid.optim"
+            )
+        return spec.make(self.parameters(), **{**spec.hyperparameters, **hyperparameters})
+
     def _table(self, plan: TablePlan, seed: int, rank: int, ranks: int) -> HashTable:
         config = plan.config
         table = HashTable(
@@ -238,7 +257,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             admission=config.admission,
             read_only=not config.trainable,
         )
-        table.overrides = dict(config.optimizer or {})
+        table.overrides = dict(config.optimizer_overrides or {})
         return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -310,7 +329,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
             raise TypeError(
                 f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
-                f"got {described(optimizer)}"
+                f"got {describe_value(optimizer)}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         gradients = {**{name: self._nothing(name) for name in self._optional}, **gradients}
@@ -535,8 +554,21 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
 
 
+def _check_configs(configs: object) -> None:
+    """Raise TypeError or ValueError unless configs are given by feature name, at least one."""
+    if not isinstance(configs, Mapping):
+        raise TypeError(
+            f"EmbeddingEngine: configs must be a mapping from features to configs, as "
+            f"{{'item': EmbeddingConfig(dim=16)}}, got {describe_value(configs)}"
+        )
+    for name in configs:
+        if not isinstance(name, str):
+            raise TypeError(f"EmbeddingEngine: the names of features must be strings, got {name!r}")
+    if not configs:
+        raise ValueError("EmbeddingEngine: configs must have at least one feature, got none")
+
+
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module that are not embedding tables: what to give to torch.optim."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"dense_parameters: module must be a torch.nn.Module, got {described(module)}")
+    check_type("dense_parameters", "module", module, nn.Module, "a torch.nn.Module")
     return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from recis_hybrid.embedding.validation import refuse_no_integer
+from recis_hybrid.validation import check_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,7 @@ class Unused:
     """Steps of the optimizer, at least 1."""
 
     def __post_init__(self) -> None:
-        refuse_no_integer("Unused", "steps", self.steps, 1000)
-        if self.steps < 1:
-            raise ValueError(f"Unused: steps must be at least 1, got {self.steps}")
+        check_integer("Unused", "steps", self.steps, low=1)
 
     def unwanted(self, rows: Rows) -> Tensor:
         """Return which rows were last met ``steps`` or more steps ago."""

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from recis_hybrid.embedding.validation import beyond, refuse_no_integer, refuse_no_number
+from recis_hybrid.validation import check_integer, check_number
 
 QUAD = 4
 """Elements that are drawn together."""
@@ -247,7 +247,7 @@ def _xavier(gain: float, fan_in: int | None, fan_out: int | None, dim: int) -> f
 
 def _finite(owner: object, *values: float) -> None:
     for value in values:
-        refuse_no_number(type(owner).__name__, "values", value)
+        check_number(type(owner).__name__, "values", value)
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"{type(owner).__name__}: values must be finite, got {values}")
 
@@ -262,8 +262,10 @@ def _fans(owner: object, gain: float, *fans: int | None) -> None:
     _not_negative(owner, "gain", gain)
     for fan in fans:
         if fan is not None:
-            refuse_no_integer(type(owner).__name__, "a fan", fan, 64)
-    if any(fan is not None and fan < 1 for fan in fans):
-        raise ValueError(
-            f"{type(owner).__name__}: a fan must be at least 1, or None for the width of a row, got {fans}"
-        )
+            check_integer(type(owner).__name__, "a fan", fan, low=1)
+
+
+def beyond(dtype: torch.dtype) -> float:
+    """Return the least number that a floating-point dtype rounds to infinity."""
+    greatest, spacing = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    return greatest * ((2 - spacing / 2) / (2 - spacing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from recis_hybrid import distributed, ops
 from recis_hybrid.checkpointing import PartState
-from recis_hybrid.embedding import Anchor, HashTable, RowUpdate, StateField
+from recis_hybrid.embedding import Anchor, HashTable, OptimizerSpec, RowUpdate, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
-from recis_hybrid.embedding.validation import described, refuse_no_number
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
+from recis_hybrid.validation import check_number, describe_value
 
 
 @outside_graphs("step", "zero_grad", "update_of")
@@ -32,6 +33,37 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(_groups(type(self).__name__, params), defaults)
+
+    @staticmethod
+    @abstractmethod
+    def row_state() -> tuple[StateField, ...]:
+        """Return the state that every row keeps."""
+
+    @classmethod
+    def spec(cls, **hyperparameters: Any) -> OptimizerSpec:
+        """Return this optimizer with hyperparameters, for ``EmbeddingEngine(..., optimizer=)``.
+
+        Args:
+            **hyperparameters: Arguments of the class and of its ``row_state``.
+
+        Raises:
+            TypeError: If neither has such an argument.
+
+        Example:
+            >>> from recis_hybrid import optim
+            >>> [field.name for field in optim.SGD.spec(lr=0.1, momentum=0.9).row_state]
+            ['momentum_buffer']
+        """
+        of_state = set(inspect.signature(cls.row_state).parameters)
+        of_class = set(inspect.signature(cls).parameters) - {"params"}
+        unknown = sorted(set(hyperparameters) - of_state - of_class)
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.spec: no such hyperparameters: {unknown}; it has {sorted(of_state | of_class)}"
+            )
+        row_state = cls.row_state(**{name: value for name, value in hyperparameters.items() if name in of_state})
+        kept = {name: value for name, value in hyperparameters.items() if name in of_class}
+        return OptimizerSpec(cls, row_state, kept)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tables, each with hyperparameters of its own as a group of its own.
@@ -55,7 +87,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if not anchor.table.read_only and any(have.get(field) != form for field, form in want.items()):
             raise ValueError(
                 f"{name} keeps {want} for every row, but the engine was built with {have}: "
-                f"build it with EmbeddingEngine(..., optimizer_state={name}.{self._row_state_call(group)})"
+                f"build it with EmbeddingEngine(..., optimizer=optim.{name}{self._spec_call(group)})"
             )
 
     @staticmethod
@@ -69,9 +101,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Return what a row must keep under these hyperparameters."""
 
     @staticmethod
-    def _row_state_call(group: dict[str, Any]) -> str:
-        """Return the call of ``row_state`` by which an engine is built for these hyperparameters, as text."""
-        return "row_state()"
+    def _spec_call(group: dict[str, Any]) -> str:
+        """Return the call of ``spec``, as text, that these hyperparameters need; empty if the class alone will do."""
+        return ""
 
     @abstractmethod
     def _update(
@@ -179,7 +211,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
     if isinstance(params, Tensor | dict | str) or not isinstance(params, Iterable):
         raise TypeError(
-            f"{owner}: params must be engine.parameters(), or a list of groups of them, got {described(params)}"
+            f"{owner}: params must be engine.parameters(), or a list of groups of them, got {describe_value(params)}"
         )
     given = list(params)
     return given if given and isinstance(given[0], dict) else [{"params": given}]
@@ -217,6 +249,6 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 def check_positive(owner: str, **values: float) -> None:
     """Raise TypeError for a hyperparameter that is not a number, and ValueError for a negative one."""
     for name, value in values.items():
-        refuse_no_number(owner, name, value)
+        check_number(owner, name, value)
         if not value >= 0:
             raise ValueError(f"{owner}: {name} must not be negative, got {value}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.embedding import Anchor
-from recis_hybrid.embedding.validation import described, refuse_no_number
+from recis_hybrid.validation import check_number, describe_value
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         1.4142
     """
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise TypeError(f"clip_row_norm_: parameters must be engine.parameters(), got {described(parameters)}")
-    refuse_no_number("clip_row_norm_", "max_norm", max_norm)
+        raise TypeError(f"clip_row_norm_: parameters must be engine.parameters(), got {describe_value(parameters)}")
+    check_number("clip_row_norm_", "max_norm", max_norm)
     if not max_norm > 0:
         raise ValueError(f"clip_row_norm_: max_norm must be above 0, got {max_norm}")
     for anchor in parameters:

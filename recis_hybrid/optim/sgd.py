@@ -57,8 +57,8 @@ class SGD(SparseOptimizer):
         return SGD.row_state(group["momentum"])
 
     @staticmethod
-    def _row_state_call(group: dict[str, Any]) -> str:
-        return f"row_state(momentum={group['momentum']})"
+    def _spec_call(group: dict[str, Any]) -> str:
+        return f".spec(momentum={group['momentum']})" if group["momentum"] > 0 else ""
 
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
@@ -79,7 +79,7 @@ class SGD(SparseOptimizer):
             self._has_warned = True
             warnings.warn(
                 f"SGD: rows have no momentum_buffer, so that the momentum {momentum:g}, which a schedule has set, is "
-                f"left out; to have it build the engine with optimizer_state=SGD.row_state(momentum=0.9), else the "
+                f"left out; to have it build the engine with optimizer=optim.SGD.spec(momentum=0.9), else the "
                 f"schedule with cycle_momentum=False",
                 stacklevel=4,
             )

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid.embedding.validation import described as described, refuse_no_number as refuse_no_number
+from recis_hybrid.validation import check_number, describe_value
+
+described = describe_value
+refuse_no_number = check_number
 
 
 def refuse_other_than(where: str, name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:

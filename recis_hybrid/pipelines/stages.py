@@ -10,7 +10,6 @@ from torch import nn
 
 from recis_hybrid.columnio import Window
 from recis_hybrid.embedding import Eviction
-from recis_hybrid.embedding.validation import refuse_no_rule
 from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.arguments import (
     modules_of,
@@ -21,6 +20,7 @@ from recis_hybrid.pipelines.arguments import (
 )
 from recis_hybrid.pipelines.evaluate import refuse_no_metrics
 from recis_hybrid.ragged import Batch
+from recis_hybrid.validation import check_method
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
@@ -143,7 +143,7 @@ class Evict:
     """What logs call the stage."""
 
     def __post_init__(self) -> None:
-        refuse_no_rule("Evict", "rule", self.rule, "unwanted", "Unused(steps=1000)")
+        check_method("Evict", "rule", self.rule, "unwanted", "Unused(steps=1000)")
 
     def run(self, trainer: Trainer) -> None:
         """Evicts; see :meth:`Trainer.evict`."""

@@ -81,7 +81,7 @@ class Trainer:
         >>> from recis_hybrid import optim
         >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
         >>> from recis_hybrid.metrics import AUC
-        >>> engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer_state=optim.SGD.row_state())
+        >>> engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=optim.SGD)
         >>> class Model(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -49,7 +49,7 @@ def led_by_jax(group, begin, end, fused):
     """Tables and parameters take the mean over the samples of all ranks."""
     several = dist.get_world_size(group) > 1
     config = EmbeddingConfig(dim=8, initializer=Normal(0, 0.5))
-    engine = EmbeddingEngine({"id": config}, optimizer_state=optim.Adagrad.row_state(0.1), group=group)
+    engine = EmbeddingEngine({"id": config}, optimizer=optim.Adagrad.spec(initial_accumulator_value=0.1), group=group)
     sparse = optim.Adagrad(engine.parameters(), lr=0.1)
     held, optimizer = params(), optax.adagrad(0.1)
     if several:

@@ -54,7 +54,7 @@ def train(
         "page": EmbeddingConfig(dim=12, sharding="column"),
         "day": EmbeddingConfig(dim=4, sharding="replicated"),
     }
-    engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), group=group, prefetch_depth=prefetch)
+    engine = EmbeddingEngine(configs, optimizer=optim.Adam, group=group, prefetch_depth=prefetch)
     optimizer = optim.Adam(engine.parameters(), lr=0.01)
     exchanges = [engine._sharded.exchange]  # type: ignore[union-attr]
     if engine._prefetcher is not None:

@@ -37,7 +37,7 @@ def train(
     """Trains up to a step, from the latest checkpoint if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        sharded.configs(sharding, DIM), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group
+        sharded.configs(sharding, DIM), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group
     )
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
     model = sharded.Model(engine, width)

@@ -48,7 +48,7 @@ def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
     """Sample dealt at random: ranks without any, features without ids, a batch that is empty everywhere."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     draw = random.Random(seed)
-    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group)
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     losses = []
     for step in range(5):

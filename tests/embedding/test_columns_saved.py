@@ -19,9 +19,7 @@ DIM = 18
 
 
 def parts_of(group: dist.ProcessGroup, sharding: str) -> dict[str, object]:
-    engine = EmbeddingEngine(
-        sharded.configs(sharding, DIM), optimizer_state=sharded.STATES["Adam"], seed=3, group=group
-    )
+    engine = EmbeddingEngine(sharded.configs(sharding, DIM), optimizer=sharded.OPTIMIZERS["Adam"], seed=3, group=group)
     return {"engine": engine, "sparse": optim.Adam(engine.parameters(), lr=0.1)}
 
 

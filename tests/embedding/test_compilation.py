@@ -112,9 +112,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = FeatureEngine([Feature("f0", ops=[Mod(3)]), Feature("f1", ops=[Mod(5)])])
-        self.engine = EmbeddingEngine(
-            configs([("dense", "mean"), ("ragged", "max")]), optimizer_state=optim.Adam.row_state()
-        )
+        self.engine = EmbeddingEngine(configs([("dense", "mean"), ("ragged", "max")]), optimizer=optim.Adam)
         torch.manual_seed(0)
         self.tower = nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 1))
 

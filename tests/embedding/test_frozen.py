@@ -20,7 +20,7 @@ BATCH: Batch = {name: torch.arange(1, 6) for name in ("user", "item", "old")}
 
 def engine_of(frozen: tuple[str, ...] = (), dim: int = 64, **more: Any) -> EmbeddingEngine:
     configs = {name: EmbeddingConfig(dim=dim, trainable=name not in frozen) for name in BATCH}
-    return EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), **more)
+    return EmbeddingEngine(configs, optimizer=optim.Adam, **more)
 
 
 def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:

@@ -188,9 +188,7 @@ def test_offsets_that_the_caller_uses_again_do_no_harm() -> None:
 
 
 def test_gradients_that_do_not_fit_change_no_table_and_count_no_step() -> None:
-    engine = EmbeddingEngine(
-        {"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=3)}, optimizer_state=optim.Adam.row_state()
-    )
+    engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=3)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters())
     batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
     values, ctx = engine.lookup(batch)
@@ -215,7 +213,7 @@ def test_two_runs_are_bitwise_equal() -> None:
     before, results = torch.get_num_threads(), []
     torch.set_num_threads(2)
     for _ in range(2):
-        engine = EmbeddingEngine(MIXED, optimizer_state=optim.Adam.row_state())
+        engine = EmbeddingEngine(MIXED, optimizer=optim.Adam)
         optimizer = optim.Adam(engine.parameters(), lr=0.1)
         for step in range(6):
             torch.cat([v.flatten() for v in engine(mixed_batch(step, "cpu")).values()]).square().sum().backward()
@@ -276,7 +274,7 @@ def test_hyperparameters_of_a_table_have_a_group_that_schedules_reach() -> None:
     engine = EmbeddingEngine(
         {
             "a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
-            "b": EmbeddingConfig(dim=2, initializer=Constant(0.0), optimizer={"lr": 10.0}),
+            "b": EmbeddingConfig(dim=2, initializer=Constant(0.0), optimizer_overrides={"lr": 10.0}),
             "c": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
         }
     )
@@ -292,8 +290,8 @@ def test_hyperparameters_of_a_table_have_a_group_that_schedules_reach() -> None:
     engine.eval()
     outputs = engine({name: torch.tensor([1]) for name in "abc"})
     assert [outputs[name][0, 0].item() for name in "abc"] == [-1.5, -15.0, -1.5]
-    config = EmbeddingConfig(dim=2, optimizer={"betas": (0.5, 0.9)})
-    other = EmbeddingEngine({"x": config}, optimizer_state=optim.Adagrad.row_state())
+    config = EmbeddingConfig(dim=2, optimizer_overrides={"betas": (0.5, 0.9)})
+    other = EmbeddingEngine({"x": config}, optimizer=optim.Adagrad)
     with pytest.raises(ValueError, match=r"Adagrad has no hyperparameter \['betas'\].*table x sets; it has"):
         optim.Adagrad(other.parameters())
 
@@ -358,7 +356,7 @@ def trained_mixed(
 ) -> tuple[dict[str, torch.Tensor], PartState]:
     """Trains an engine and a tower for four steps; what they then give for a batch, and the engine's state."""
     make = getattr(optim, rule)
-    engine = EmbeddingEngine(MIXED, optimizer_state=make.row_state(), device=device, coalesce=coalesce, seed=seed)
+    engine = EmbeddingEngine(MIXED, optimizer=make, device=device, coalesce=coalesce, seed=seed)
     assert len(engine.tables) == (3 if coalesce else 9)
     optimizer = make(engine.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(seed)
@@ -381,7 +379,7 @@ def trained_mixed(
 
 @on_devices
 def test_all_state_goes_into_another_engine_and_on_from_there(device: str) -> None:
-    engines = [EmbeddingEngine(MIXED, optimizer_state=optim.Adam.row_state(), device=device) for _ in range(2)]
+    engines = [EmbeddingEngine(MIXED, optimizer=optim.Adam, device=device) for _ in range(2)]
     optimizers = [optim.Adam(engine.parameters(), lr=0.1) for engine in engines]
 
     def train(number: int, steps: range) -> None:
@@ -408,7 +406,7 @@ def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) 
     for threads in (1, 2):
         torch.set_num_threads(threads)
         config = EmbeddingConfig(dim=dim, dtype=torch.bfloat16 if dim % 2 else torch.float32)
-        engine = EmbeddingEngine({"id": config}, optimizer_state=make.row_state())
+        engine = EmbeddingEngine({"id": config}, optimizer=make)
         optimizer, generator = make(engine.parameters(), lr=0.1), torch.Generator().manual_seed(dim)
         for _ in range(3):
             # Several parts of 4,096 positions, so that threads insert at the same time.
@@ -455,7 +453,7 @@ def test_the_layout_of_a_checkpoint_is_its_state_without_rows() -> None:
             "b": EmbeddingConfig(dim=4, dtype=torch.bfloat16),
             "c": EmbeddingConfig(dim=2, admission=MinFrequency(2)),
         },
-        optimizer_state=optim.Adam.row_state(),
+        optimizer=optim.Adam,
     )
     engine({name: torch.tensor([1, 2, 2]) for name in "abc"})
     state, layout = engine.checkpoint_state(), engine.checkpoint_layout()

@@ -15,7 +15,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 generator = torch.Generator().manual_seed(0)
 engine = EmbeddingEngine(
     {n: EmbeddingConfig(dim=d, initializer=Normal(0, 1)) for n, d in (("a", 64), ("b", 10), ("c", 32))},
-    optimizer_state=optim.Adam.row_state(),
+    optimizer=optim.Adam,
 )
 optimizer = optim.Adam(engine.parameters(), lr=0.1)
 digest = hashlib.sha256()

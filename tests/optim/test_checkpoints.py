@@ -21,7 +21,7 @@ class Run:
     def __init__(
         self, configs: dict[str, EmbeddingConfig] = CONFIGS, *, coalesce: bool = True, lr: float = 0.1
     ) -> None:
-        self.engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), seed=1, coalesce=coalesce)
+        self.engine = EmbeddingEngine(configs, optimizer=optim.Adam, seed=1, coalesce=coalesce)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=lr)
 
     def train(self, steps: range) -> Run:
@@ -59,7 +59,7 @@ def test_steps_and_hyperparameters_follow_the_tables(tmp_path: Path, coalesce: b
 
 
 def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    own = {**CONFIGS, "b": replace(CONFIGS["b"], optimizer={"lr": 0.5})}
+    own = {**CONFIGS, "b": replace(CONFIGS["b"], optimizer_overrides={"lr": 0.5})}
     run = Run(own).train(range(2))
     Saver(tmp_path).save(1, **run.parts())
     sgd = optim.SGD(Run().engine.parameters(), lr=0.1)

@@ -33,24 +33,24 @@ class PlainRowwiseAdagrad(torch.optim.Optimizer):
 
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
-    "sgd": (optim.SGD, optim.SGD.row_state(), {"lr": 0.1}, lambda p: torch.optim.SGD(p, lr=0.1)),
-    "adagrad": (optim.Adagrad, optim.Adagrad.row_state(), {"lr": 0.1}, lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    "sgd": (optim.SGD, optim.SGD, {"lr": 0.1}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adagrad": (optim.Adagrad, optim.Adagrad, {"lr": 0.1}, lambda p: torch.optim.Adagrad(p, lr=0.1)),
     "adagrad_from_0.1": (
         optim.Adagrad,
-        optim.Adagrad.row_state(initial_accumulator_value=0.1),
+        optim.Adagrad.spec(initial_accumulator_value=0.1),
         {"lr": 0.1, "eps": 1e-8},
         lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-8, initial_accumulator_value=0.1),
     ),
-    "adam": (optim.Adam, optim.Adam.row_state(), {"lr": 0.01}, lambda p: torch.optim.SparseAdam(p, lr=0.01)),
+    "adam": (optim.Adam, optim.Adam, {"lr": 0.01}, lambda p: torch.optim.SparseAdam(p, lr=0.01)),
     "adagrad_rowwise": (
         optim.RowwiseAdagrad,
-        optim.RowwiseAdagrad.row_state(),
+        optim.RowwiseAdagrad,
         {"lr": 0.1},
         lambda p: PlainRowwiseAdagrad(p, lr=0.1, eps=1e-8),
     ),
     "adam_betas": (
         optim.Adam,
-        optim.Adam.row_state(),
+        optim.Adam,
         {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3},
         lambda p: torch.optim.SparseAdam(p, lr=0.01, betas=(0.5, 0.9), eps=1e-3),
     ),
@@ -62,9 +62,9 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> None:
-    ours, state, settings, theirs = CASES[case]
+    ours, spec, settings, theirs = CASES[case]
     config = EmbeddingConfig(dim=dim, initializer=Normal(0, 1))
-    engine = EmbeddingEngine({"id": config}, optimizer_state=state, device=device)
+    engine = EmbeddingEngine({"id": config}, optimizer=spec, device=device)
     every = torch.arange(IDS, device=device)
     twin = torch.nn.Embedding(IDS, dim, sparse=True)
     twin.weight.data.copy_(engine({"id": every})["id"].detach())
@@ -87,19 +87,19 @@ def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> No
 DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
     "momentum": (
         optim.SGD,
-        optim.SGD.row_state(momentum=0.9),
+        optim.SGD.spec(momentum=0.9),
         {"lr": 0.05, "momentum": 0.9},
         lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     ),
     "adamw": (
         optim.AdamW,
-        optim.AdamW.row_state(),
+        optim.AdamW,
         {"lr": 0.01, "weight_decay": 0.1},
         lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     ),
     "adamw_without_memory": (
         optim.AdamW,
-        optim.AdamW.row_state(),
+        optim.AdamW,
         {"lr": 0.01, "betas": (0.0, 0.0)},
         lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.0, 0.0)),
     ),
@@ -110,10 +110,8 @@ DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("dim", [1, 6, 16, 64, 80])
 @pytest.mark.parametrize("case", DENSE)
 def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: int, device: str) -> None:
-    ours, state, settings, theirs = DENSE[case]
-    engine = EmbeddingEngine(
-        {"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer_state=state, device=device
-    )
+    ours, spec, settings, theirs = DENSE[case]
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer=spec, device=device)
     every = torch.arange(IDS, device=device)
     twin = torch.nn.Embedding(IDS, dim)
     twin.weight.data.copy_(engine({"id": every})["id"].detach())
@@ -144,7 +142,7 @@ def test_narrow_rows_follow_wide_ones(rule: str, narrow_state: bool, dtype: torc
             dtype=dtype if narrow else torch.float32,
             state_dtype=dtype if narrow and narrow_state else None,
         )
-        engine = EmbeddingEngine({"id": config}, optimizer_state=make.row_state(), device=device)
+        engine = EmbeddingEngine({"id": config}, optimizer=make, device=device)
         optimizer, generator = make(engine.parameters(), lr=0.01), torch.Generator().manual_seed(1)
         for _ in range(30):
             ids = torch.randint(0, IDS, (60,), generator=generator).to(device)
@@ -165,20 +163,61 @@ def test_a_parameter_that_is_no_anchor_is_refused() -> None:
 
 def test_an_engine_without_the_state_is_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
-    with pytest.raises(ValueError, match=r"built with \{\}: build it with .*optimizer_state=Adagrad.row_state\(\)"):
+    with pytest.raises(ValueError, match=r"built with \{\}: build it with .*optimizer=optim.Adagrad"):
         optim.Adagrad(engine.parameters())
 
 
 @pytest.mark.parametrize("overrides", [None, {"momentum": 0.5}])
 def test_what_an_engine_is_to_keep_for_momentum_is_said_with_the_number(overrides: dict[str, float] | None) -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer=overrides)})
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer_overrides=overrides)})
     momentum = 0.5 if overrides else 0.9
-    with pytest.raises(ValueError, match=rf"optimizer_state=SGD\.row_state\(momentum={momentum}\)\)"):
+    with pytest.raises(ValueError, match=rf"optimizer=optim\.SGD\.spec\(momentum={momentum}\)\)"):
         optim.SGD(engine.parameters(), momentum=0.9)
     optim.SGD(
-        EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.SGD.row_state(momentum=0.9)).parameters(),
+        EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer=optim.SGD.spec(momentum=0.9)).parameters(),
         momentum=0.9,
     )
+
+
+def test_an_engine_makes_its_optimizer() -> None:
+    configs = {"id": EmbeddingConfig(dim=2)}
+    engine = EmbeddingEngine(configs, optimizer=optim.SGD.spec(momentum=0.9, lr=0.5))
+    optimizer = engine.make_optimizer()
+    assert type(optimizer) is optim.SGD
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert engine.make_optimizer(lr=0.1).param_groups[0]["lr"] == 0.1
+    assert EmbeddingEngine(configs, optimizer=optim.Adam).make_optimizer().param_groups[0]["lr"] == 1e-3
+
+
+def test_a_spec_splits_the_arguments_of_rows_from_those_of_the_class() -> None:
+    engine = EmbeddingEngine(
+        {"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adagrad.spec(initial_accumulator_value=0.5, lr=0.2)
+    )
+    assert engine.make_optimizer().param_groups[0]["lr"] == 0.2
+    engine({"id": torch.tensor([7])})
+    assert engine.tables[0].export(0)["sum"].tolist() == [[0.5]]
+    with pytest.raises(TypeError, match=r"Adagrad.spec: no such hyperparameters: \['momentum'\]; it has \['eps'"):
+        optim.Adagrad.spec(momentum=0.9)
+
+
+def test_an_engine_without_an_optimizer_takes_those_without_state() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=None)
+    with pytest.raises(RuntimeError, match="make_optimizer: the engine was built without an optimizer; build it with"):
+        engine.make_optimizer(lr=0.1)
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    before = engine({"id": torch.tensor([7])})["id"]
+    before.sum().backward()
+    optimizer.step()
+    assert torch.equal(engine({"id": torch.tensor([7])})["id"], before - 1)
+
+
+def test_an_optimizer_with_other_state_is_refused() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adam)
+    with pytest.raises(ValueError, match="Adagrad keeps .*'sum'.*, but the engine was built with .*'exp_avg'"):
+        optim.Adagrad(engine.parameters())
+    with pytest.raises(ValueError, match="optimizer=optim.SGD.spec"):
+        optim.SGD(engine.parameters(), momentum=0.9)
 
 
 def test_a_table_of_another_engine_is_refused() -> None:
@@ -189,10 +228,10 @@ def test_a_table_of_another_engine_is_refused() -> None:
 
 
 def test_state_of_another_form_is_refused() -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer_state=optim.Adagrad.row_state())
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adagrad)
     optim.RowwiseAdagrad(engine.parameters())  # one element, float32: the same form
     config = EmbeddingConfig(dim=1, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
-    narrow = EmbeddingEngine({"id": config}, optimizer_state=optim.Adagrad.row_state())
+    narrow = EmbeddingEngine({"id": config}, optimizer=optim.Adagrad)
     with pytest.raises(ValueError, match="RowwiseAdagrad keeps .*torch.float32.* built with .*torch.bfloat16"):
         optim.RowwiseAdagrad(narrow.parameters())
 
@@ -202,7 +241,7 @@ def test_state_of_another_form_is_refused() -> None:
     [({"lr": -1.0}, "SGD: lr must not be negative, got -1.0"), ({"momentum": 0.9}, "SGD keeps .*momentum_buffer")],
 )
 def test_bad_hyperparameters_of_a_table_are_refused(overrides: dict[str, float], message: str) -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer=overrides)})
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer_overrides=overrides)})
     with pytest.raises(ValueError, match=message):
         optim.SGD(engine.parameters())
 
@@ -214,13 +253,13 @@ def test_parameters_with_names_are_refused() -> None:
 
 @pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (1.0, 0.9)}, {"lr": float("nan")}])
 def test_bad_hyperparameters_are_refused(settings: dict[str, Any]) -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer=optim.Adam)
     with pytest.raises(ValueError, match="must"):
         optim.Adam(engine.parameters(), **settings)
 
 
 def test_state_dict_keeps_the_step_count() -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters())
     for _ in range(3):
         engine({"id": torch.tensor([1])})["id"].sum().backward()
@@ -249,7 +288,7 @@ def test_inference_mode_changes_nothing(rule: Any) -> None:
     found = []
     for within in (False, True):
         with torch.inference_mode(within):
-            engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=rule.row_state())
+            engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=rule)
             optimizer = rule(engine.parameters(), lr=0.1)
             engine({"id": torch.arange(IDS, IDS + 5000)})
             ids = torch.arange(IDS)

@@ -27,13 +27,12 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 
 
 def sgd(momentum: float, room: float) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
-    state = optim.SGD.row_state(momentum=room)
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer_state=state)
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer=optim.SGD.spec(momentum=room))
     return engine, optim.SGD(engine.parameters(), lr=0.1, momentum=momentum)
 
 
 def adam(kind: Any) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer_state=kind.row_state())
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer=kind)
     return engine, kind(engine.parameters(), lr=0.1)
 
 
@@ -106,7 +105,7 @@ def test_a_cycled_momentum_that_rows_have_no_room_for_is_left_out_with_a_warning
     }[schedule]
     expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, of)
     torch.testing.assert_close(rows(engine), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"SGD keeps .*momentum_buffer.*row_state\(momentum=0.9\)"):
+    with pytest.raises(ValueError, match=r"SGD keeps .*momentum_buffer.*spec\(momentum=0.9\)"):
         optim.SGD(engine.parameters(), momentum=0.9)  # what is asked for is not left out
 
 

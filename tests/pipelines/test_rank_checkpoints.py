@@ -40,7 +40,7 @@ class Model(nn.Module):
                 "item": EmbeddingConfig(dim=4, sharding="table", admission=MinFrequency(2)),
                 "country": EmbeddingConfig(dim=4, sharding="auto", expected_rows=20),
             },
-            optimizer_state=optim.Adam.row_state(),
+            optimizer=optim.Adam,
         )
         self.tower: nn.Module = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.3), nn.Linear(8, 1))
 

@@ -65,7 +65,7 @@ class Model(nn.Module):
         if overflows:
             configs["same"] = EmbeddingConfig(dim=4, initializer=Constant(0.0))
         self.overflows = overflows
-        self.engine = EmbeddingEngine(configs, optimizer_state=optim.SGD.row_state(), group=group)
+        self.engine = EmbeddingEngine(configs, optimizer=optim.SGD, group=group)
         hidden: nn.Module = nn.Linear(4, 4)
         if jax:
             import jax.numpy as jnp

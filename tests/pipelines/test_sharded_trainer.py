@@ -43,7 +43,7 @@ class Model(nn.Module):
         self.read = read
         torch.manual_seed(0)
         self.engine = EmbeddingEngine(
-            {"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.SGD.row_state(), prefetch_depth=prefetch_depth
+            {"id": EmbeddingConfig(dim=4)}, optimizer=optim.SGD, prefetch_depth=prefetch_depth
         )
         self.tower: nn.Module = nn.Linear(4, 1)
 

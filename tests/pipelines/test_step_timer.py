@@ -93,9 +93,7 @@ def test_a_step_on_a_gpu_does_not_wait() -> None:
     class OnGpu(Model):
         def __init__(self) -> None:
             super().__init__()
-            self.engine = EmbeddingEngine(
-                {"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state(), device="cuda"
-            )
+            self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam, device="cuda")
             self.tower.cuda()
 
     model = OnGpu()

@@ -51,7 +51,7 @@ class Run(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         configs = {"user": EmbeddingConfig(dim=8), "item": EmbeddingConfig(dim=8, admission=MinFrequency(2))}
-        self.engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state())
+        self.engine = EmbeddingEngine(configs, optimizer=optim.Adam)
         self.tower = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
         self.sparse = optim.Adam(self.engine.parameters(), lr=0.01)
         self.dense = torch.optim.Adam(dense_parameters(self), lr=0.01)

@@ -104,7 +104,7 @@ def test_inspect_tells_what_changed(run: tuple[Path, Toy], capsys: pytest.Captur
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None) -> None:
     config = EmbeddingConfig(dim=2, admission=MinFrequency(2))
-    engine = EmbeddingEngine({"id": config}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam)
     tower = nn.Linear(2, 1)
     for _ in range(2):
         engine({"id": torch.tensor([3, 9, 9])})

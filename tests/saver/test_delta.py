@@ -29,7 +29,7 @@ def engine_of(seed: int = 0, coalesce: bool = True) -> EmbeddingEngine:
     plain, counted = EmbeddingConfig(dim=3), EmbeddingConfig(dim=3, admission=MinFrequency(2))
     return EmbeddingEngine(
         {"a": plain, "b": plain, "counted": counted},
-        optimizer_state=optim.Adam.row_state(),
+        optimizer=optim.Adam,
         seed=seed,
         coalesce=coalesce,
     )

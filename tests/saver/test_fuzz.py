@@ -28,7 +28,7 @@ STRANGE = [None, True, -1, 0, 1, 1.5, 2**62, 2**63, "", "../x", "/x", "float16",
 
 def parts() -> dict[str, Any]:
     config = {"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=2, admission=MinFrequency(2))}
-    engine = EmbeddingEngine(config, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine(config, optimizer=optim.Adam)
     tower = torch.nn.Linear(2, 2)
     adam, sparse = torch.optim.Adam(tower.parameters()), optim.Adam(engine.parameters())
     return {"engine": engine, "tower": tower, "adam": adam, "sparse": sparse}

@@ -20,10 +20,9 @@ from recis_hybrid.saver.cli import main
 from tests.saver.fakes import Shelf, example_shelf
 
 
-def engine_of(*names: str, dim: int = 3, seed: int = 0, state: Any = None, **more: Any) -> EmbeddingEngine:
+def engine_of(*names: str, dim: int = 3, seed: int = 0, optimizer: Any = optim.Adam, **more: Any) -> EmbeddingEngine:
     config = EmbeddingConfig(dim=dim, **more)
-    state = optim.Adam.row_state() if state is None else state
-    return EmbeddingEngine(dict.fromkeys(names, config), optimizer_state=state, seed=seed)
+    return EmbeddingEngine(dict.fromkeys(names, config), optimizer=optimizer, seed=seed)
 
 
 def train(engine: EmbeddingEngine, steps: int, ids: torch.Tensor | None = None) -> None:
@@ -140,7 +139,7 @@ def test_a_model_of_other_optimizer_and_dtype_starts_warm(
         assert main(["export", str(root), str(root.parent / "out")]) == 0
         root = root.parent / "out"
     for dtype in (torch.float32, torch.bfloat16):
-        other = engine_of("user", state=optim.Adagrad.row_state(), dtype=dtype, seed=4)
+        other = engine_of("user", optimizer=optim.Adagrad, dtype=dtype, seed=4)
         with pytest.raises(CheckpointMismatch, match="checkpoint has the columns"):
             Saver(root).load_some(only="user", engine=other)
         loaded = Saver(root).load_some(only="user", strict=False, engine=other)
@@ -161,7 +160,7 @@ def test_counts_of_admission_come_when_they_are_named(tmp_path: Path) -> None:
         assert rows(other, "user")["ids"].tolist() == [2]
         gate = other.tables[0].gate
         assert gate is not None
-        assert gate.state(0)["ids"].numel() == known
+        assert gate.state_dict(0)["ids"].numel() == known
 
 
 def test_after_some_was_loaded_a_delta_is_exact(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:

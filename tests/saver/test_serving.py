@@ -32,7 +32,7 @@ def engine_of(dtype: torch.dtype = torch.float32) -> EmbeddingEngine:
         "a/b": EmbeddingConfig(dim=3, dtype=dtype),
         "none": EmbeddingConfig(dim=4, dtype=dtype),
     }
-    engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine(configs, optimizer=optim.Adam)
     ids = torch.cat([torch.tensor(EDGE_IDS), torch.arange(3000) * 7])
     engine({"user": ids, "a/b": ids[:100], "none": ids[:0]})
     return engine

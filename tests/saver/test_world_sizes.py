@@ -49,7 +49,7 @@ def sharded(rank: int, size: int, *, filled: bool = True, **options: Any) -> Emb
             "item": EmbeddingConfig(dim=4),
             "query": EmbeddingConfig(dim=3, admission=MinFrequency(3)),
         },
-        optimizer_state=optim.Adam.row_state(),
+        optimizer=optim.Adam,
         **options,
     )
     if filled:

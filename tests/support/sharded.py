@@ -16,11 +16,11 @@ from tests.support import rank_processes
 from tests.support.devices import EDGE_IDS
 from tests.support.near import ROUNDINGS, assert_near
 
-STATES: dict[str, Any] = {
-    "SGD": optim.SGD.row_state(),
-    "Adagrad": optim.Adagrad.row_state(0.1),
-    "Adam": optim.Adam.row_state(),
-    "RowwiseAdagrad": optim.RowwiseAdagrad.row_state(0.1),
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": optim.SGD,
+    "Adagrad": optim.Adagrad.spec(initial_accumulator_value=0.1),
+    "Adam": optim.Adam,
+    "RowwiseAdagrad": optim.RowwiseAdagrad.spec(initial_accumulator_value=0.1),
 }
 
 
@@ -124,7 +124,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         configs(job.sharding, job.dim),
-        optimizer_state=STATES[job.rule],
+        optimizer=OPTIMIZERS[job.rule],
         seed=3,
         group=group,
         prefetch_group=rank_processes.AHEAD.get(ranks),
@@ -238,7 +238,7 @@ def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4
     """Two parts of each batch with losses of their own: two ranks, or one process after another."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     named = {name: config for name, config in configs(sharding, dim).items() if name != "rare"}
-    engine = EmbeddingEngine(named, optimizer_state=STATES[rule], seed=3, group=group, reduce="sum")
+    engine = EmbeddingEngine(named, optimizer=OPTIMIZERS[rule], seed=3, group=group, reduce="sum")
     sparse = getattr(optim, rule)(engine.parameters(), lr=0.1)
     cuts = shares(24, 2, False)
     for step, uses in enumerate(USES):

@@ -22,7 +22,7 @@ def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int =
         others = {"best": "table", "tiled": "table", "narrow": "replicated", "rare": "replicated"}
         configs |= {name: replace(configs[name], sharding=other) for name, other in others.items()}
         configs["each"] = replace(configs["each"], sharding="auto", expected_rows=40)
-    return EmbeddingEngine(configs, optimizer_state=sharded.STATES["Adam"], seed=seed, group=group)
+    return EmbeddingEngine(configs, optimizer=sharded.OPTIMIZERS["Adam"], seed=seed, group=group)
 
 
 class Run:

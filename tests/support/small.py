@@ -22,7 +22,7 @@ class Model(nn.Module):
 
     def __init__(self, heads: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state())
+        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam)
         self.tower: nn.Module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, max(len(heads), 1)))
         self.heads = heads
 

@@ -16,9 +16,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         config = EmbeddingConfig(dim=dim, initializer=Normal(0, 0.1))
-        self.engine = EmbeddingEngine(
-            {"user": config, "item": config}, optimizer_state=optim.Adam.row_state(), seed=seed
-        )
+        self.engine = EmbeddingEngine({"user": config, "item": config}, optimizer=optim.Adam, seed=seed)
         self.tower = nn.Sequential(nn.Linear(2 * dim, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
         self.sparse = optim.Adam(self.engine.parameters(), lr=0.01)
         self.dense = torch.optim.Adam(dense_parameters(self), lr=0.01)

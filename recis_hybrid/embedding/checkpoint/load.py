@@ -94,7 +94,7 @@ class TablesLoader:
         elif (counted := self._members.get(name.removesuffix(COUNTS))) is not None:
             table, number = counted
             if table.gate is not None:
-                table.gate.load(number, dict(columns))
+                table.gate.load_state_dict(number, dict(columns))
 
     def end(self) -> None:
         """Take over seed and steps: the last thing, when all rows have come."""
@@ -210,7 +210,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         if name in states:
             assert table.gate is not None
             table.gate.clear(number)
-            table.gate.load(number, states[name].columns)
+            table.gate.load_state_dict(number, states[name].columns)
 
 
 def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
@@ -234,7 +234,7 @@ def _is_step(value: object) -> bool:
 
 def _counts(table: HashTable) -> int:
     gate = table.gate
-    return 0 if gate is None else sum(gate.state(number)["ids"].numel() for number in range(len(table.members)))
+    return 0 if gate is None else sum(gate.state_dict(number)["ids"].numel() for number in range(len(table.members)))
 
 
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:

@@ -143,7 +143,7 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
-    return () if table.gate is None else tuple(table.gate.state(number) for number in range(len(table.members)))
+    return () if table.gate is None else tuple(table.gate.state_dict(number) for number in range(len(table.members)))
 
 
 def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:

@@ -37,7 +37,7 @@ def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str
             handed, columns = shares.handed(place, number), shares.whole(place, columns)
         states[member.name] = _state(columns, table_meta(table.layout), handed)
         if table.gate is not None:
-            states[member.name + COUNTS] = _state(table.gate.state(number), {}, handed)
+            states[member.name + COUNTS] = _state(table.gate.state_dict(number), {}, handed)
     return states
 
 
@@ -82,7 +82,7 @@ def tables_changes(
                 handed, columns = shares.handed(place, number), shares.whole(place, columns)
             states[member.name] = _state(columns, table_meta(table.layout), handed, gone)
             if table.gate is not None:
-                known = table.gate.state(number)
+                known = table.gate.state_dict(number)
                 forgotten = None
                 if number not in changes.whole:
                     known, forgotten = changed_known(changes.known[number], known)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import distributed, ops
-from recis_hybrid.embedding.validation import described
+from recis_hybrid.validation import describe_value
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,7 +172,7 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
     if not (group is None or group is False or outside or isinstance(group, kinds)):
         raise TypeError(
             f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
-            f"got {described(group)}"
+            f"got {describe_value(group)}"
         )
     if group is None:
         distributed.join("EmbeddingEngine")

@@ -63,7 +63,7 @@ def plan_tables(
         other = first_of.setdefault(table, name)
         _refuse_disagreement(table, other, configs[other], name, config)
         state = _state_of(config, optimizer_state)
-        overrides = None if config.optimizer is None else tuple(sorted(config.optimizer.items()))
+        overrides = None if config.optimizer_overrides is None else tuple(sorted(config.optimizer_overrides.items()))
         key = (
             config.dim,
             config.dtype,

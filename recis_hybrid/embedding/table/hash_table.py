@@ -282,7 +282,7 @@ class HashTable:
         A copy of what admission knows is in it, 16 bytes an id.
         """
         self.see()
-        known = {} if self.gate is None else {m: self.gate.state(m) for m in range(len(self.members))}
+        known = {} if self.gate is None else {m: self.gate.state_dict(m) for m in range(len(self.members))}
         changes = Changes(self.step, known)
         self.watched.add(changes)
         return changes

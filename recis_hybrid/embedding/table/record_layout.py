@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.validation import beyond, refuse_no_integer, state_fields
+from recis_hybrid.embedding.initializers import beyond
+from recis_hybrid.validation import check_integer, describe_value
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
@@ -38,11 +39,22 @@ class StateField:
         if not isinstance(self.dtype, torch.dtype | None):
             raise TypeError(f"{where}: dtype must be a torch.dtype, as torch.float32, or None, got {self.dtype!r}")
         if self.width is not None:
-            refuse_no_integer(where, "width", self.width, 1)
-            if self.width < 1:
-                raise ValueError(f"{where}: width must be at least 1, or None for that of the row, got {self.width}")
+            check_integer(where, "width", self.width, low=1)
         if not isinstance(self.first_value, int | float) or not math.isfinite(self.first_value):
             raise ValueError(f"{where}: first_value must be a finite number, got {self.first_value!r}")
+
+
+def check_state_fields(where: str, fields: object) -> tuple[StateField, ...]:
+    """Return optimizer state fields as a tuple.
+
+    Raises:
+        TypeError: If they are not a tuple or list of StateField.
+    """
+    if not isinstance(fields, tuple | list) or not all(isinstance(field, StateField) for field in fields):
+        raise TypeError(
+            f"{where} must be a tuple of StateField, as optim.Adam.row_state(), got {describe_value(fields)}"
+        )
+    return tuple(fields)
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,8 @@ class RecordLayout:
     """Of a row that is split by column, how many elements it has everywhere together; None: it is whole."""
 
     def __post_init__(self) -> None:
-        refuse_no_integer("RecordLayout", "dim", self.dim, 16)
-        object.__setattr__(self, "state", state_fields("RecordLayout: state", self.state, StateField))
-        if self.dim <= 0:
-            raise ValueError(f"RecordLayout: dim must be positive, got {self.dim}")
+        check_integer("RecordLayout", "dim", self.dim, low=1)
+        object.__setattr__(self, "state", check_state_fields("RecordLayout: state", self.state))
         if self.dtype not in ops.blocks.ELEMENTS:
             raise ValueError(f"RecordLayout: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
         if self.state_dtype not in (torch.float32, self.dtype):

@@ -39,7 +39,7 @@ CONFIGS = {
 class Model(nn.Module):
     def __init__(self, *, seed: int = 1 << 90, configs: dict[str, EmbeddingConfig] = CONFIGS, **more: Any) -> None:
         super().__init__()
-        self.engine = EmbeddingEngine(configs, optimizer_state=optim.Adam.row_state(), seed=seed, **more)
+        self.engine = EmbeddingEngine(configs, optimizer=optim.Adam, seed=seed, **more)
         torch.manual_seed(0)
         self.tower = nn.Linear(sum(config.dim for config in configs.values()), 1)
 
@@ -76,7 +76,7 @@ def everything(model: Model) -> dict[str, Tensor]:
     found = {f"{t}.{column}": v for t, columns in rows_of(model.engine).items() for column, v in columns.items()}
     for table in model.engine.tables:
         for number in range(len(table.members) if table.gate is not None else 0):
-            state = table.gate.state(number)  # type: ignore[union-attr]
+            state = table.gate.state_dict(number)  # type: ignore[union-attr]
             found["counts"] = torch.stack(list(state.values()))[:, state["ids"].argsort()]
     return found | {name: parameter.detach() for name, parameter in model.tower.named_parameters()}
 
@@ -236,9 +236,7 @@ def test_copies_and_pickles_name_what_works() -> None:
 def on_ranks(group: dist.ProcessGroup, rows: Any, state: dict[str, Tensor] | None) -> dict[str, Any]:
     """Trains, or takes a state_dict; returns the state_dict and this rank's rows."""
     configs = sharded.configs()
-    engine = EmbeddingEngine(
-        configs, optimizer_state=optim.Adam.row_state(), group=group, rows_in_state_dict=rows, prefetch_depth=0
-    )
+    engine = EmbeddingEngine(configs, optimizer=optim.Adam, group=group, rows_in_state_dict=rows, prefetch_depth=0)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     model = nn.Sequential(engine)
     leave_out_of_ddp(model)

@@ -188,7 +188,7 @@ def test_admission_counts_what_all_ranks_met(ranks: Ranks) -> None:
 
 def functional(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group)
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     cuts = sharded.shares(24, ranks, uneven)
     for step in range(3):
@@ -371,7 +371,7 @@ def test_gradient_scaling_agrees_on_all_ranks(ranks: Ranks, broken: int) -> None
 
 def evicted(group: dist.ProcessGroup) -> dict[str, Any]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    engine = EmbeddingEngine(sharded.configs(), optimizer_state=sharded.STATES["Adagrad"], group=group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], group=group)
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     cuts = sharded.shares(24, ranks, False)
     for step in range(6):
@@ -449,7 +449,7 @@ def saved(
     """Trains two steps, from a state if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        sharded.configs(sharding, dim), optimizer_state=sharded.STATES["Adagrad"], seed=3, group=group
+        sharded.configs(sharding, dim), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group
     )
     optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
     if state is not None:

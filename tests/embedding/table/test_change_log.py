@@ -42,9 +42,7 @@ def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> Non
 
 @on_devices
 def test_changed_rows_by_member_table(device: str) -> None:
-    engine = EmbeddingEngine(
-        dict.fromkeys("ab", EmbeddingConfig(dim=2)), optimizer_state=optim.SGD.row_state(), device=device
-    )
+    engine = EmbeddingEngine(dict.fromkeys("ab", EmbeddingConfig(dim=2)), optimizer=optim.SGD, device=device)
     ids = torch.arange(6, device=device)
     engine({"a": ids, "b": ids})
     optim.SGD(engine.parameters(), lr=1.0).step()

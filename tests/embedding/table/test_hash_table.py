@@ -189,11 +189,11 @@ def test_admission_counts_survive_an_insert_that_fails(
     with pytest.raises(RuntimeError, match="out of memory"):
         table.lookup([feature([7, 8])], train=True)
     monkeypatch.undo()
-    known = table.gate.state(0)
+    known = table.gate.state_dict(0)
     assert (known["ids"].tolist(), known["count"].tolist(), len(table)) == ([7, 8], [3, 2], 0)
     table.lookup([feature([7, 8])], train=True)
     assert table.ids(0).tolist() == [7, 8]
-    assert table.gate.state(0)["ids"].tolist() == []
+    assert table.gate.state_dict(0)["ids"].tolist() == []
 
 
 def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped() -> None:
@@ -205,10 +205,10 @@ def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped()
         optimizer.step()
     engine.evict(Unused(1))
     assert table.gate is not None
-    assert table.gate.state(0)["ids"].numel() == 3000
+    assert table.gate.state_dict(0)["ids"].numel() == 3000
     assert 16 / 0.75 <= engine.memory()["admission"] / 3000 <= 2 * 5 / 4 * 16 / 0.75
     table.gate.clear(None)
-    assert table.gate.state(0)["ids"].numel() == 0
+    assert table.gate.state_dict(0)["ids"].numel() == 0
     assert engine.memory()["admission"] == empty
 
 
@@ -320,7 +320,7 @@ def test_admission_by_frequency_is_exact(device: str, unknown: str) -> None:
     assert torch.equal(after[:2], start[:2] - torch.tensor([[1.0], [2.0]]))
     assert torch.equal(after[2], first[2].cpu())
     assert table.gate is not None
-    known = table.gate.state(0)
+    known = table.gate.state_dict(0)
     assert (known["ids"].tolist(), known["count"].tolist()) == ([3], [2])
 
 
@@ -491,7 +491,7 @@ def test_rounding_is_seeded_and_needs_no_row_number() -> None:
     results = []
     for seed, order in ((1, [0, 1, 2, 3]), (1, [3, 1, 0, 2]), (2, [0, 1, 2, 3])):
         config = EmbeddingConfig(dim=32, dtype=torch.bfloat16, initializer=Normal(0, 1))
-        engine = EmbeddingEngine({"id": config}, seed=seed, optimizer_state=optim.Adam.row_state())
+        engine = EmbeddingEngine({"id": config}, seed=seed, optimizer=optim.Adam)
         engine({"id": torch.tensor(order)})
         # The same values with each seed: only the rounding differs.
         engine.tables[0].insert(0, torch.arange(4), {"embedding": torch.linspace(-1, 1, 128).view(4, 32)})
@@ -511,7 +511,7 @@ def test_every_placement_trains_to_the_same_values(id_map: str, blocks: str) -> 
     outputs = []
     for placement in (Placement(id_map="cuda", blocks="cuda"), Placement(id_map=id_map, blocks=blocks)):
         config = EmbeddingConfig(dim=16, placement=placement)
-        engine = EmbeddingEngine({"id": config}, optimizer_state=optim.Adam.row_state(), device="cuda")
+        engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam, device="cuda")
         optimizer = optim.Adam(engine.parameters(), lr=0.1)
         for step in range(4):
             ids = torch.arange(step, step + 3000, device="cuda") % 700

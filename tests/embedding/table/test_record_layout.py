@@ -43,7 +43,7 @@ def test_first_values_as_they_lie_in_memory() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dim": 0}, "dim must be positive, got 0"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"dim": 4, "dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
         ({"dim": 4, "state_dtype": torch.bfloat16}, "state_dtype must be torch.float32 or the embedding's"),
         ({"dim": 4, "state": (StateField("x"), StateField("x"))}, "state names must be distinct"),

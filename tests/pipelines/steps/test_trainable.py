@@ -28,7 +28,7 @@ class TwoTables(nn.Module):
         torch.manual_seed(0)
         self.engine = EmbeddingEngine(
             {"id": EmbeddingConfig(dim=4), "other_id": EmbeddingConfig(dim=2, **of_other)},
-            optimizer_state=optim.Adam.row_state(),
+            optimizer=optim.Adam,
         )
         self.body, self.head = nn.Linear(6, 3), nn.Linear(3, 1)
 

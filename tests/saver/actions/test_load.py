@@ -33,7 +33,7 @@ def engine(optimizer: Any = optim.Adam, **options: Any) -> EmbeddingEngine:
             "item": EmbeddingConfig(dim=4, **common),
             "query": EmbeddingConfig(dim=3, **common, **query),
         },
-        optimizer_state=optimizer.row_state(),
+        optimizer=optimizer,
         **options,
     )
 

@@ -92,7 +92,7 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
     assert main(["verify", str(tmp_path / "run")]) == 0
     t = tables()
     config = EmbeddingConfig(dim=4)
-    engine = EmbeddingEngine({"emb.user": config, "item": config}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({"emb.user": config, "item": config}, optimizer=optim.Adam)
     model = nn.ModuleDict({"tower": nn.Linear(4, 2)})
     assert Saver(tmp_path / "run").load(engine=engine, model=model) == 7
     assert torch.equal(model["tower"].weight, t["w"])
@@ -104,7 +104,7 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
         for column in ("embedding", "exp_avg", "exp_avg_sq"):
             assert torch.equal(found[column], t[column][rows])
     # Under another name, and for another optimizer.
-    other = EmbeddingEngine({"member": config}, optimizer_state=optim.Adagrad.row_state())
+    other = EmbeddingEngine({"member": config}, optimizer=optim.Adagrad)
     with pytest.raises(CheckpointError, match=r"rename='user' matches no name in the checkpoint; .* 'emb.user'"):
         Saver(tmp_path / "run").load_some(rename={"emb.*": "*", "user": "member"}, strict=False, engine=other)
     Saver(tmp_path / "run").load_some(rename={"emb.user": "member"}, only="member", strict=False, engine=other)
@@ -192,7 +192,7 @@ def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) ->
             import_recis(source, tmp_path / "without")
     import_recis(source, tmp_path / "run", adam_step=7 if way == "given" else None)
     name = "member" if way == "some" else "user"
-    engine = EmbeddingEngine({name: EmbeddingConfig(dim=4)}, optimizer_state=optim.Adam.row_state())
+    engine = EmbeddingEngine({name: EmbeddingConfig(dim=4)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters(), lr=0.01)
     if way == "some":
         Saver(tmp_path / "run").load_some(rename={"user": "member"}, engine=engine)
