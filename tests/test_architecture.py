@@ -52,7 +52,6 @@ CIRCLES = [
         "recis_hybrid.pipelines.stages",
         "recis_hybrid.pipelines.trainer",
     ],
-    ["recis_hybrid.ragged.tensor", "recis_hybrid.ragged.torchrec"],
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recis_hybrid.pipelines.steps.step import Step
 from recis_hybrid.pipelines.turns import in_turns
-from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged import Batch, RaggedTensor, to_arrow
 
 SUFFIXES = (".parquet", ".csv")
 """Suffixes of the files that :func:`write_predictions` writes."""
@@ -145,7 +145,7 @@ def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):
-        return _as_in_files(column.to_arrow(), kind)
+        return _as_in_files(to_arrow(column), kind)
     values = column.detach().cpu()
     values = values.float() if values.dtype is torch.bfloat16 else values
     array = pa.array(values.reshape(-1).contiguous().numpy())

@@ -66,7 +66,7 @@ def _of_others(where: str, value: Any) -> torch.Tensor:
         except Exception as error:  # whatever its library raises
             raise TypeError(
                 f"{where} cannot be taken by DLPack from a {kind}: {error}; give an array with values, of a dtype that "
-                f"torch has, on one device; Arrow arrays with lists or nulls by RaggedTensor.from_arrow"
+                f"torch has, on one device; convert Arrow arrays of lists by ragged.from_arrow"
             ) from error
     if hasattr(value, "to_numpy") and not isinstance(value, type):
         array = np.asarray(value.to_numpy())

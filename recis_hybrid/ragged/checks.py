@@ -91,4 +91,4 @@ def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str, tail
 def one_level(where: str, outer: tuple[torch.Tensor, ...]) -> None:
     """Raise ValueError where rows hold lists."""
     if outer:
-        raise ValueError(f"RaggedTensor.{where}: rows must hold values, these hold lists ({1 + len(outer)} levels)")
+        raise ValueError(f"{where}: rows must hold values, these hold lists ({1 + len(outer)} levels)")

@@ -25,7 +25,7 @@ def to_padded(
     side: str,
 ) -> torch.Tensor:
     """See `RaggedTensor.to_padded`."""
-    one_level("to_padded", outer)
+    one_level("RaggedTensor.to_padded", outer)
     if side not in ("left", "right"):
         raise ValueError(f"RaggedTensor.to_padded: side must be 'left' or 'right', got {side!r}")
     lengths = offsets[1:] - offsets[:-1]
@@ -75,7 +75,7 @@ def to_nested(
     values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, outer: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """See `RaggedTensor.to_nested`."""
-    one_level("to_nested", outer)
+    one_level("RaggedTensor.to_nested", outer)
     if weights is not None:
         raise ValueError("RaggedTensor.to_nested: a nested tensor cannot hold weights; make one of them, too")
     return torch.nested.nested_tensor_from_jagged(values, offsets)

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from recis_hybrid.ragged import build, checks, dense, take
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,30 +160,6 @@ class RaggedTensor:
         return cls(*dense.from_nested(nested))
 
     @classmethod
-    def from_arrow(cls, array: pa.Array | pa.ChunkedArray) -> RaggedTensor:
-        """Build a RaggedTensor on the CPU of an Arrow array of lists, lists of lists, strings, or lists of strings.
-
-        Numbers that Arrow holds aligned are not copied.
-
-        Args:
-            array: Without nulls.
-
-        Raises:
-            TypeError: Its type is another one.
-            ValueError: It has nulls.
-        """
-        from recis_hybrid.ragged import arrow
-
-        return cls(*arrow.from_arrow(array))
-
-    @classmethod
-    def from_jagged(cls, jagged: Any) -> RaggedTensor:
-        """Build one level of rows of a TorchRec JaggedTensor; weights become float32."""
-        from recis_hybrid.ragged import torchrec
-
-        return cls(*torchrec.from_jagged(jagged))
-
-    @classmethod
     def concat(cls, parts: Sequence[RaggedTensor]) -> RaggedTensor:
         """Return the rows of several RaggedTensors one after another; waits for a GPU.
 
@@ -288,29 +261,6 @@ class RaggedTensor:
             ValueError: There are more levels, or weights, which it cannot hold.
         """
         return dense.to_nested(self.values, self.offsets, self.weights, self.outer)
-
-    def to_arrow(self) -> pa.Array:
-        """Return the rows as an Arrow array of large lists, or of large binaries where they are strings.
-
-        On the CPU its numbers lie in the same memory.
-
-        Raises:
-            ValueError: There are weights, which it cannot hold, or values of more dimensions.
-        """
-        from recis_hybrid.ragged import arrow
-
-        return arrow.to_arrow(self.values, self.offsets, self.weights, self.outer)
-
-    def to_jagged(self) -> Any:
-        """Return one level of rows as a TorchRec JaggedTensor over the same memory.
-
-        Raises:
-            ImportError: TorchRec is not installed.
-            ValueError: There are more levels.
-        """
-        from recis_hybrid.ragged import torchrec
-
-        return torchrec.to_jagged(self.values, self.offsets, self.weights, self.outer)
 
     def validate(self) -> RaggedTensor:
         """Check everything, the content of offsets on a GPU too (and then wait for it).

@@ -1,77 +1,87 @@
-"""RaggedTensors and TorchRec's JaggedTensor and KeyedJaggedTensor.
+"""Conversions between RaggedTensors and TorchRec's JaggedTensor and KeyedJaggedTensor.
 
-TorchRec is found when it is first used.
+TorchRec is imported when a conversion first needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from recis_hybrid.ragged.checks import Parts, one_level
-
-if TYPE_CHECKING:
-    from recis_hybrid.ragged.tensor import RaggedTensor
+from recis_hybrid.ragged.checks import one_level
+from recis_hybrid.ragged.tensor import RaggedTensor
 
 
-def _sparse() -> Any:
+def _jagged_module(where: str) -> Any:
     try:
         from torchrec.sparse import jagged_tensor
     except ImportError as error:
         raise ImportError(
-            f"RaggedTensor: TorchRec cannot be imported ({error}); install it beside this torch, e.g. "
+            f"{where}: TorchRec cannot be imported ({error}); install it beside this torch, e.g. "
             f"`pip install --no-deps torchrec`"
         ) from error
     return jagged_tensor
 
 
-def to_jagged(
-    values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, outer: tuple[torch.Tensor, ...]
-) -> Any:
-    """See `RaggedTensor.to_jagged`."""
-    one_level("to_jagged", outer)
-    return _sparse().JaggedTensor(values=values, offsets=offsets, weights=weights)
+def to_jagged(ragged: RaggedTensor) -> Any:
+    """Return rows of one level as a TorchRec JaggedTensor that shares their memory.
+
+    Args:
+        ragged: B rows of values.
+
+    Raises:
+        ImportError: If TorchRec is not installed.
+        ValueError: If rows hold lists.
+    """
+    one_level("to_jagged", ragged.outer)
+    module = _jagged_module("to_jagged")
+    return module.JaggedTensor(values=ragged.values, offsets=ragged.offsets, weights=ragged.weights)
 
 
-def from_jagged(jagged: Any) -> Parts:
-    """See `RaggedTensor.from_jagged`."""
+def from_jagged(jagged: Any) -> RaggedTensor:
+    """Return the rows of a TorchRec JaggedTensor; weights become float32.
+
+    Args:
+        jagged: A JaggedTensor.
+    """
     weights = jagged.weights_or_none()
-    return jagged.values(), jagged.offsets().to(torch.int64), None if weights is None else weights.float(), ()
+    offsets = jagged.offsets().to(torch.int64)
+    return RaggedTensor(jagged.values(), offsets, None if weights is None else weights.float())
 
 
 def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
-    """Return columns of ids as a TorchRec KeyedJaggedTensor; waits for a GPU.
+    """Return columns of ids as one TorchRec KeyedJaggedTensor; waits for a GPU.
 
     Args:
-        columns: RaggedTensors of one level, of one dtype and one number of rows, all weighted or none.
+        columns: RaggedTensors of one level by name, with the same dtype and number of rows, all weighted or none.
 
     Raises:
-        ImportError: TorchRec is not installed.
-        ValueError: There is none, or they differ.
+        ImportError: If TorchRec is not installed.
+        ValueError: If there are no columns, or they differ.
     """
     if not columns:
-        raise ValueError("to_keyed_jagged: takes at least one column, got none")
+        raise ValueError("to_keyed_jagged: columns must hold at least one column, got none")
     for column in columns.values():
         one_level("to_keyed_jagged", column.outer)
     rows = {name: column.batch_size for name, column in columns.items()}
     weighted = {name: column.weights is not None for name, column in columns.items()}
     dtypes = {name: column.dtype for name, column in columns.items()}
-    for what in (rows, weighted, dtypes):
-        if len(set(what.values())) > 1:
+    for found in (rows, weighted, dtypes):
+        if len(set(found.values())) > 1:
             raise ValueError(
-                f"to_keyed_jagged: columns must have one number of rows and one dtype, and all weights or none, "
-                f"got {what}"
+                f"to_keyed_jagged: columns must hold one number of rows and one dtype, and all weights or none, "
+                f"got {found}"
             )
-    # What a GPU has made may have more values than its offsets reach; a slice has just those.
+    # Operations on a GPU may leave values after those that the offsets reach; a slice drops them.
     reached = [column[:] for column in columns.values()]
-    given = [column.weights for column in reached if column.weights is not None]
-    return _sparse().KeyedJaggedTensor(
+    weights = [column.weights for column in reached if column.weights is not None]
+    return _jagged_module("to_keyed_jagged").KeyedJaggedTensor(
         keys=list(columns),
         values=torch.cat([column.values for column in reached]),
         lengths=torch.cat([column.lengths() for column in columns.values()]),
-        weights=torch.cat(given) if given else None,
+        weights=torch.cat(weights) if weights else None,
     )
 
 
@@ -81,6 +91,4 @@ def from_keyed_jagged(keyed: Any) -> dict[str, RaggedTensor]:
     Args:
         keyed: A KeyedJaggedTensor.
     """
-    from recis_hybrid.ragged.tensor import RaggedTensor
-
-    return {name: RaggedTensor(*from_jagged(jagged)) for name, jagged in keyed.to_dict().items()}
+    return {name: from_jagged(jagged) for name, jagged in keyed.to_dict().items()}

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config_run import dataset_of, features_of, step_of
-from recis_hybrid.ragged import RaggedTensor
+from recis_hybrid.ragged import RaggedTensor, to_arrow
 from tests.support.columns import dense
 
 BASE: dict[str, Any] = {"run": "run", "data": {"train": "a.csv"}, "features": {"user": {"dim": 4}}}
@@ -174,7 +174,7 @@ def test_nulls_have_defaults_by_configuration(tmp_path: Path) -> None:
     assert batch["text"].to_strings() == [b"a", b"none", b""]
     assert dense(batch, "vector").tolist() == [[1, 2], [-1, -1], [5, -1]]
     assert isinstance(batch["bag"], RaggedTensor)
-    assert batch["bag"].to_arrow().to_pylist() == [[7, 4], [], []]
+    assert to_arrow(batch["bag"]).to_pylist() == [[7, 4], [], []]
     assert dense(batch, "halves").tolist() == [1.0, 0.5, 2.0]
 
 
@@ -183,8 +183,8 @@ def test_lists_in_which_only_lists_are_null(tmp_path: Path) -> None:
     batch = batch_of(
         tmp_path, columns, {"bag": {"null_as_empty": True}, "words": {"default": "", "null_as_empty": True}}
     )
-    assert batch["bag"].to_arrow().to_pylist() == [[7], [], [8, 9]]
-    assert batch["words"].to_arrow().to_pylist() == [[b"a"], [], [b"b", b""]]
+    assert to_arrow(batch["bag"]).to_pylist() == [[7], [], [8, 9]]
+    assert to_arrow(batch["words"]).to_pylist() == [[b"a"], [], [b"b", b""]]
 
 
 @pytest.mark.parametrize(

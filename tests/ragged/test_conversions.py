@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.ragged import RaggedTensor, from_keyed_jagged, to_keyed_jagged
+from recis_hybrid.ragged import (
+    RaggedTensor,
+    from_arrow,
+    from_jagged,
+    from_keyed_jagged,
+    to_arrow,
+    to_jagged,
+    to_keyed_jagged,
+)
 from tests.support.devices import on_devices
 
 ROWS = [[1, 2, 3], [], [4]]
@@ -102,39 +110,39 @@ def test_nested_tensors_share_memory() -> None:
 
 @given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4), max_size=4))
 def test_arrow_of_any_rows(rows: list[list[int]]) -> None:
-    array = RaggedTensor.from_lists(rows, dtype=torch.int64).to_arrow()
+    array = to_arrow(RaggedTensor.from_lists(rows, dtype=torch.int64))
     assert array.to_pylist() == rows
-    assert RaggedTensor.from_arrow(array).to_lists() == rows
-    assert RaggedTensor.from_arrow(pa.array([[0], *rows], pa.list_(pa.int64())).slice(1)).to_lists() == rows
+    assert from_arrow(array).to_lists() == rows
+    assert from_arrow(pa.array([[0], *rows], pa.list_(pa.int64())).slice(1)).to_lists() == rows
 
 
 def test_arrow_of_other_kinds() -> None:
     nested = RaggedTensor.from_lists(NESTED)
-    assert nested.to_arrow().to_pylist() == NESTED
-    assert RaggedTensor.from_arrow(nested.to_arrow()).to_lists() == NESTED
+    assert to_arrow(nested).to_pylist() == NESTED
+    assert from_arrow(to_arrow(nested)).to_lists() == NESTED
     words = pa.array([["a", "é"], [], [""]])
-    assert RaggedTensor.from_arrow(words).to_strings() == [[b"a", "é".encode()], [], [b""]]
-    assert RaggedTensor.from_arrow(pa.array(["x", "", "yz"]).slice(1)).to_strings() == [b"", b"yz"]
-    assert RaggedTensor.from_strings(["x", "yz"]).to_arrow().to_pylist() == [b"x", b"yz"]
-    assert RaggedTensor.from_arrow(pa.chunked_array([pa.array([[1]]), pa.array([[2, 3]])])).to_lists() == [[1], [2, 3]]
+    assert from_arrow(words).to_strings() == [[b"a", "é".encode()], [], [b""]]
+    assert from_arrow(pa.array(["x", "", "yz"]).slice(1)).to_strings() == [b"", b"yz"]
+    assert to_arrow(RaggedTensor.from_strings(["x", "yz"])).to_pylist() == [b"x", b"yz"]
+    assert from_arrow(pa.chunked_array([pa.array([[1]]), pa.array([[2, 3]])])).to_lists() == [[1], [2, 3]]
     for strings in (pa.array(["x", "yz"], pa.string_view()), pa.array(["x", "yz"]).dictionary_encode()):
-        assert RaggedTensor.from_arrow(strings).to_strings() == [b"x", b"yz"]
-    assert RaggedTensor.from_arrow(pa.array([b"ab", b"cd"], pa.binary(2))).to_strings() == [b"ab", b"cd"]
+        assert from_arrow(strings).to_strings() == [b"x", b"yz"]
+    assert from_arrow(pa.array([b"ab", b"cd"], pa.binary(2))).to_strings() == [b"ab", b"cd"]
     fixed = pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2))
-    assert RaggedTensor.from_arrow(fixed[1:]).to_lists() == [[3, 4], [5, 6]]
+    assert from_arrow(fixed[1:]).to_lists() == [[3, 4], [5, 6]]
     values = RaggedTensor.from_lists(ROWS)
-    assert values.to_arrow().values.buffers()[1].address == values.values.data_ptr()
+    assert to_arrow(values).values.buffers()[1].address == values.values.data_ptr()
 
 
 def test_arrow_refuses_what_it_cannot_hold() -> None:
-    with pytest.raises(ValueError, match="has 1 nulls among 2"):
-        RaggedTensor.from_arrow(pa.array([[1], None]))
-    with pytest.raises(TypeError, match="takes lists of numbers, strings, and lists of these, got int64"):
-        RaggedTensor.from_arrow(pa.array([1]))
+    with pytest.raises(ValueError, match="must have no nulls, got 1 among 2"):
+        from_arrow(pa.array([[1], None]))
+    with pytest.raises(TypeError, match="must hold lists of numbers, strings, or lists of these, got int64"):
+        from_arrow(pa.array([1]))
     with pytest.raises(ValueError, match="cannot hold weights"):
-        RaggedTensor.from_lists([[1]], weights=[[1]]).to_arrow()
+        to_arrow(RaggedTensor.from_lists([[1]], weights=[[1]]))
     with pytest.raises(ValueError, match=r"values must be \[N\]"):
-        RaggedTensor(torch.ones(2, 2), torch.tensor([0, 2])).to_arrow()
+        to_arrow(RaggedTensor(torch.ones(2, 2), torch.tensor([0, 2])))
 
 
 class FakeJagged:
@@ -168,7 +176,7 @@ def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchrec.sparse", SimpleNamespace(jagged_tensor=module))
     monkeypatch.setitem(__import__("sys").modules, "torchrec.sparse.jagged_tensor", module)
     rows = RaggedTensor.from_lists(ROWS, weights=[[0.5, 1, 2], [], [3]])
-    back = RaggedTensor.from_jagged(rows.to_jagged())
+    back = from_jagged(to_jagged(rows))
     assert (back.to_lists(), back.weights.tolist()) == (ROWS, [0.5, 1, 2, 3])  # type: ignore[union-attr]
     columns = {"a": RaggedTensor.from_lists(ROWS), "b": RaggedTensor.from_lists([[9], [8, 7], []])}
     found = from_keyed_jagged(to_keyed_jagged(columns))
@@ -185,7 +193,7 @@ def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrec_itself() -> None:
     pytest.importorskip("torchrec", reason="TorchRec is not installed")
     rows = RaggedTensor.from_lists(ROWS)
-    assert RaggedTensor.from_jagged(rows.to_jagged()).to_lists() == ROWS
+    assert from_jagged(to_jagged(rows)).to_lists() == ROWS
     found = from_keyed_jagged(to_keyed_jagged({"a": rows, "b": rows}))
     assert found["b"].to_lists() == ROWS
 
@@ -194,7 +202,7 @@ def test_torchrec_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     for module in ("torchrec", "torchrec.sparse"):  # the second may have been imported by now
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match="TorchRec cannot be imported .*pip install --no-deps torchrec"):
-        RaggedTensor.from_lists(ROWS).to_jagged()
+        to_jagged(RaggedTensor.from_lists(ROWS))
 
 
 def test_rows_by_number_and_slice() -> None:

@@ -78,7 +78,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
         "files": {"convert", "formats"},
         "read": {"files", "convert"},
     },
-    "features": {"ops": {"program"}, "program": {"ops"}},
+    "features": {"ops": set(), "program": set()},
     "embedding": {
         "table": set(),
         "planner": {"table", "distributed"},

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from recis_hybrid.columnio.formats import Format, memory
-from recis_hybrid.ragged import RaggedTensor
+from recis_hybrid.ragged import RaggedTensor, to_arrow
 
 # Rows of which the values go into a fingerprint.
 _SAMPLE = 1024
@@ -239,7 +239,7 @@ def _array(values: Any) -> Any:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
     if isinstance(values, RaggedTensor):
-        return values.to_arrow()
+        return to_arrow(values)
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     if isinstance(values, np.ndarray):
