@@ -66,6 +66,13 @@ def ids_of(column: Column) -> Tensor:
     return column.values.to(torch.int64)
 
 
+def without_strings(column: Column, ids: Tensor) -> Column:
+    """Return a column with each of its strings replaced by an id."""
+    if not column.outer:
+        return Column(ids)
+    return Column(ids, column.outer[-1], column.weights, column.outer[:-1])
+
+
 def bits(number: float) -> int:
     """Return the int64 of a float64's bits, as which it travels in a program."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -143,6 +143,14 @@ class Joining(Protocol):
 
 
 @runtime_checkable
+class Pairwise(Joining, Protocol):
+    """A joining operation on two columns; several are joined from the left, each with the result so far."""
+
+    def parts(self) -> tuple[Any | None, Any]:
+        """Return the operation on each column before the join, None for none, and the join without it."""
+
+
+@runtime_checkable
 class Compound(Protocol):
     """An operation that stands for others."""
 

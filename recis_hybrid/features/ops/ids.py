@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import MOST, ids_of, integers, one, shaping_kernel
+from recis_hybrid.features.common import MOST, ids_of, integers, one, shaping_kernel, without_strings
 from recis_hybrid.features.op import Column, Form, Job, Kernel, Lowered, Step
 from recis_hybrid.features.ops.primes import largest_prime_up_to
 from recis_hybrid.features.ops.tensor_list import exact_on
@@ -42,13 +42,6 @@ def hashed(where: str, form: Form) -> Form:
     if form.weighted and form.levels == 1:
         raise ValueError("weights on a string column would be one a byte; drop them")
     return form._replace(dtype=torch.int64, levels=form.levels - 1, dims=1)
-
-
-def without_strings(column: Column, ids: torch.Tensor) -> Column:
-    """Return the column of the ids that a column's strings have become."""
-    if not column.outer:
-        return Column(ids)
-    return Column(ids, column.outer[-1], column.weights, column.outer[:-1])
 
 
 @dataclass(frozen=True)

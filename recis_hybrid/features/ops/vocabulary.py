@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import FLOATS, LEAST, MOST, bits, ids_of, integers, numbers, one
+from recis_hybrid.features.common import FLOATS, LEAST, MOST, bits, ids_of, integers, numbers, one, without_strings
 from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
-from recis_hybrid.features.ops.ids import hashed, without_strings
+from recis_hybrid.features.ops.ids import hashed
 from recis_hybrid.ragged import RaggedTensor
 
 

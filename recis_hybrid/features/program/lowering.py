@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.features.common import without_strings
 from recis_hybrid.features.op import Column, Elementwise, Form, Job, Shaping
-from recis_hybrid.features.ops.ids import without_strings
 from recis_hybrid.features.program.plan import Instruction, Plan
 from recis_hybrid.features.program.program import Node, Program, build_program, numbers_of
 from recis_hybrid.ragged import checks

@@ -14,8 +14,7 @@ from functools import reduce
 from typing import Any
 
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.op import Column, Compound, Joining
-from recis_hybrid.features.ops.joins import Cross
+from recis_hybrid.features.op import Column, Compound, Joining, Pairwise
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class _Compiler:
                         f"feature {feature!r}: {op} joins two or more columns, and there is one; name them by "
                         f"source=[...]"
                     )
-                if isinstance(op, Cross):
+                if isinstance(op, Pairwise):
                     before, op = op.parts()
                     if before is not None:
                         registers = [self.emit((one,), before, feature) for one in registers]
