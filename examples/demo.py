@@ -23,7 +23,7 @@ from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal, dense_parameters
 from recis_hybrid.features import Bucketize, Feature, FeatureEngine, Hash
 from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import Evaluate, ProgressBar, Save, TorchStep, Train, Trainer, evaluate
+from recis_hybrid.pipelines import Evaluate, ProgressBar, SaveCheckpoint, TorchStep, Train, Trainer, evaluate
 from recis_hybrid.saver import Saver
 
 IDS = ["user_id", "item_id", "advertiser_id", "app_id", "city_id", "hour_id", "slot_id", "device_id"]
@@ -93,7 +93,7 @@ def main() -> None:
         trainer.fit([Train(epochs=args.epochs)])
         rate = trainer.samples / (time.perf_counter() - start)
         print(engine.describe())
-        figures = dict(trainer.fit([Evaluate(), Save()])["eval"])
+        figures = dict(trainer.fit([Evaluate(), SaveCheckpoint()])["eval"])
 
         again = make_model(args.tower, args.seed + 1)
         saver.load(engine=again.lookup, model=again)

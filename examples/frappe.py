@@ -30,13 +30,13 @@ from recis_hybrid.features import Feature, FeatureEngine, Hash
 from recis_hybrid.metrics import AUC, LogLoss
 from recis_hybrid.pipelines import (
     Callback,
-    Checkpoint,
     EarlyStop,
     Evaluate,
     JsonLog,
+    PeriodicCheckpoint,
     PlateauSchedule,
     ProgressBar,
-    Save,
+    SaveCheckpoint,
     Stage,
     TorchStep,
     Train,
@@ -170,7 +170,7 @@ def stages(trainer: Trainer, args: argparse.Namespace) -> Iterator[Stage]:
             best = trainer.figures["valid"]["auc"]
             yield Evaluate(data="test", name="test")
         if trainer.saver is not None:
-            yield Save()
+            yield SaveCheckpoint()
 
 
 def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: bool) -> Trained:
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: b
     saver = None
     if args.run and not baseline:
         saver = Saver(args.run, keep=2)
-        callbacks += [Checkpoint(seconds=30.0), JsonLog(f"{args.run}/log.jsonl")]
+        callbacks += [PeriodicCheckpoint(seconds=30.0), JsonLog(f"{args.run}/log.jsonl")]
     if not args.quiet:
         callbacks.append(ProgressBar())
     trainer = Trainer(

@@ -31,7 +31,16 @@ from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import Checkpoint, Evaluate, JsonLog, ProgressBar, Save, Scored, Train, Trainer
+from recis_hybrid.pipelines import (
+    Evaluate,
+    JsonLog,
+    PeriodicCheckpoint,
+    ProgressBar,
+    SaveCheckpoint,
+    Scored,
+    Train,
+    Trainer,
+)
 from recis_hybrid.pipelines.steps.step import NoObserver, Observer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
@@ -176,7 +185,7 @@ def main() -> None:
         saver = Saver(args.run) if args.run else None
         callbacks = [] if args.quiet else [ProgressBar()]
         if saver is not None:
-            callbacks += [Checkpoint(steps=20), JsonLog(f"{args.run}/log.jsonl")]
+            callbacks += [PeriodicCheckpoint(steps=20), JsonLog(f"{args.run}/log.jsonl")]
         trainer = Trainer(
             make_step(args.seed, args.epochs * len(train)),
             train,
@@ -187,7 +196,7 @@ def main() -> None:
             log_every=10,
         )
         start = time.perf_counter()
-        stages = [Train(epochs=args.epochs), *([Save()] if saver is not None else []), Evaluate()]
+        stages = [Train(epochs=args.epochs), *([SaveCheckpoint()] if saver is not None else []), Evaluate()]
         figures = trainer.fit(stages, resume="latest" if args.resume else None)["eval"]
         rate = trainer.samples / (time.perf_counter() - start)
 

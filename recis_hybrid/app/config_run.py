@@ -25,13 +25,13 @@ from recis_hybrid.embedding import (
 from recis_hybrid.features import Feature, FeatureEngine, make_op
 from recis_hybrid.metrics import AUC, GAUC, MSE, BinnedAUC, Calibration, LogLoss, Metric, NormalizedEntropy
 from recis_hybrid.pipelines.callback import Callback
-from recis_hybrid.pipelines.callbacks.checkpoint import Checkpoint
+from recis_hybrid.pipelines.callbacks.checkpoint import PeriodicCheckpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog
 from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
 from recis_hybrid.pipelines.rng import seed_everything
-from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Stage, Train
+from recis_hybrid.pipelines.stages import Evaluate, Evict, SaveCheckpoint, Stage, Train
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.ragged import Batch
@@ -132,7 +132,7 @@ def stages_of(config: Config) -> Iterator[Stage]:
             yield Evaluate()
         if config.train.evict_unused is not None:
             yield Evict(Unused(config.train.evict_unused))
-        yield Save()
+        yield SaveCheckpoint()
 
 
 def refuse_device(name: str) -> None:
@@ -317,7 +317,7 @@ def _callbacks(config: Config, quiet: bool) -> list[Callback]:
     if train.tensorboard:
         callbacks.append(TensorBoard(Path(config.run) / "tensorboard"))
     if train.checkpoint_steps is not None:
-        callbacks.append(Checkpoint(steps=train.checkpoint_steps, whole_every=train.checkpoint_whole_every))
+        callbacks.append(PeriodicCheckpoint(steps=train.checkpoint_steps, whole_every=train.checkpoint_whole_every))
     if train.patience is not None:
         first = train.metrics[0]
         callbacks.append(

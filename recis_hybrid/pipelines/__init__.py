@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError as CallbackError, Record as Record
-from recis_hybrid.pipelines.callbacks.checkpoint import Checkpoint as Checkpoint
+from recis_hybrid.pipelines.callbacks.checkpoint import PeriodicCheckpoint as PeriodicCheckpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog as JsonLog
 from recis_hybrid.pipelines.callbacks.lr_schedule import LrSchedule as LrSchedule
@@ -18,7 +18,7 @@ from recis_hybrid.pipelines.rng import seed_everything as seed_everything
 from recis_hybrid.pipelines.stages import (
     Evaluate as Evaluate,
     Evict as Evict,
-    Save as Save,
+    SaveCheckpoint as SaveCheckpoint,
     Stage as Stage,
     Train as Train,
 )

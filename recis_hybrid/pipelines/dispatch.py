@@ -114,7 +114,7 @@ class Hooks:
 
     def load_state(self, state: list[list[Any]]) -> None:
         """Take back what :meth:`state` gave, by class and order; callbacks may have come or gone."""
-        left = list(state)
+        left = [[_RENAMED.get(name, name), saved] for name, saved in state]
         for each in self.callbacks:
             mine = next((entry for entry in left if entry[0] == type(each).__name__), None)
             if mine is not None:
@@ -126,6 +126,10 @@ class Hooks:
             f"the callback {type(callback).__name__} raised in {hook} at step {self._trainer.steps_done}: "
             f"{type(error).__name__}: {error}; {self._rescue()}"
         )
+
+
+_RENAMED = {"Checkpoint": "PeriodicCheckpoint"}
+"""Class names of callbacks in the checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)

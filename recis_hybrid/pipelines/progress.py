@@ -69,10 +69,10 @@ class Place:
 
     def reached(self, stage: Train) -> bool:
         """Whether the stage under way has come to its bound."""
-        if stage.steps is not None and self.stage_steps >= stage.steps:
+        if stage.max_steps is not None and self.stage_steps >= stage.max_steps:
             return True
         # One pass where nothing is said.
-        epochs = stage.epochs or (None if stage.steps is not None or stage.endless else 1)
+        epochs = stage.epochs or (None if stage.max_steps is not None or stage.endless else 1)
         return epochs is not None and self.stage_passes >= epochs
 
     def left(self, stage: Train, batches: int | None, accumulate: int) -> int:
@@ -83,8 +83,8 @@ class Place:
             batches: How many a pass has; None if that is not known.
             accumulate: Batches of a step.
         """
-        bounds = [] if stage.steps is None else [stage.steps - self.stage_steps]
-        if batches is not None and not stage.endless and (stage.steps is None or stage.epochs is not None):
+        bounds = [] if stage.max_steps is None else [stage.max_steps - self.stage_steps]
+        if batches is not None and not stage.endless and (stage.max_steps is None or stage.epochs is not None):
             left = batches * ((stage.epochs or 1) - self.stage_passes) - self.pass_batches
             bounds.append(-(-left // accumulate))
         return max(min(bounds, default=0), 0)

@@ -47,13 +47,13 @@ class Train:
         ValueError: If a bound is less than 1, or there are both data and a window.
 
     Example:
-        >>> Train(steps=100).steps
+        >>> Train(max_steps=100).max_steps
         100
     """
 
     data: Source = "train"
     """Where batches come from."""
-    steps: int | None = None
+    max_steps: int | None = None
     """Updates, over as many passes as that takes."""
     epochs: int | None = None
     """Passes."""
@@ -71,7 +71,7 @@ class Train:
     """What logs call the stage."""
 
     def __post_init__(self) -> None:
-        for bound, value in (("steps", self.steps), ("epochs", self.epochs)):
+        for bound, value in (("max_steps", self.max_steps), ("epochs", self.epochs)):
             if value is not None:
                 refuse_no_count("Train", bound, value)
         _refuse_kinds(self)
@@ -151,11 +151,11 @@ class Evict:
 
 
 @dataclass(frozen=True)
-class Save:
+class SaveCheckpoint:
     """Writes a checkpoint, unless there is one of this step.
 
     Example:
-        >>> Save().name
+        >>> SaveCheckpoint().name
         'save'
     """
 
@@ -163,7 +163,9 @@ class Save:
     """What logs call the stage."""
 
     def __post_init__(self) -> None:
-        refuse_other_than("Save", "name", self.name, str, "a name; what is saved, and where, Trainer says")
+        refuse_other_than(
+            "SaveCheckpoint", "name", self.name, str, "a name; Trainer(saver=, parts=) decides what is saved and where"
+        )
 
     def run(self, trainer: Trainer) -> None:
         """Save; see :meth:`Trainer.save`."""

@@ -33,7 +33,7 @@ from recis_hybrid.pipelines.metrics_record import Recorder
 from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.pipelines.progress import Place
 from recis_hybrid.pipelines.rng import Generators, generator_states, seed_everything, set_generator_states
-from recis_hybrid.pipelines.stages import Evaluate, Evict, Save, Source, Stage, Train
+from recis_hybrid.pipelines.stages import Evaluate, Evict, SaveCheckpoint, Source, Stage, Train
 from recis_hybrid.pipelines.step_timer import Clock
 from recis_hybrid.pipelines.steps.loss_guard import LossGuard
 from recis_hybrid.pipelines.steps.step import Prefetching, Rehearsing, Replicated, Step, loss_of
@@ -390,7 +390,7 @@ class Trainer:
         self._log("evict", {"evicted": evicted})
 
     def save(self, *, delta: bool = False) -> Location | None:
-        """Write a checkpoint of everything, unless there is one of this step: what ``Save`` runs.
+        """Write a checkpoint of everything, unless there is one of this step: what ``SaveCheckpoint`` runs.
 
         Args:
             delta: Whether to write of tables just what changed since the last one; see :meth:`Saver.save`.
@@ -414,7 +414,7 @@ class Trainer:
     def _save(self, delta: bool) -> Location:
         assert self.saver is not None
         begin = time.perf_counter()
-        if isinstance(self._stage, Save):
+        if isinstance(self._stage, SaveCheckpoint):
             self._place.finished = True
         path = self.saver.save(self.steps_done, delta=delta, **self.parts())
         self._saved, self._saved_in = self.steps_done, path

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recis_hybrid.metrics import AUC
-from recis_hybrid.pipelines import Callback, Checkpoint, Evaluate, JsonLog, Train, Trainer
+from recis_hybrid.pipelines import Callback, Evaluate, JsonLog, PeriodicCheckpoint, Train, Trainer
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.saver import Saver
 
@@ -57,11 +57,11 @@ def test_a_step_led_by_jax_runs_in_the_same_stages_and_is_resumed_bitwise(progra
     lines = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert lines[-3]["loss"] < 0.6 < lines[0]["loss"]
     assert {"time/lookup", "time/towers", "time/update"} <= lines[0].keys()
-    _, cut = training(Checkpoint(steps=5), Interrupt())
+    _, cut = training(PeriodicCheckpoint(steps=5), Interrupt())
     with pytest.raises(KeyboardInterrupt):
         cut.fit(stages)
     cut.saver = None
-    resumed, again = training(Checkpoint(steps=5))
+    resumed, again = training(PeriodicCheckpoint(steps=5))
     again.fit(stages, resume="latest")
     assert again.steps_done == 32
     leaves = whole.state.state_dict()

@@ -15,7 +15,7 @@ import torch
 
 from recis_hybrid import distributed
 from recis_hybrid.metrics import AUC
-from recis_hybrid.pipelines import Callback, Checkpoint, Evaluate, Save, Stage, Train, Trainer
+from recis_hybrid.pipelines import Callback, Evaluate, PeriodicCheckpoint, SaveCheckpoint, Stage, Train, Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.small import make_batches, make_step
@@ -80,11 +80,11 @@ def trainer_of(folder: Path, where: str, number: int, *, rank: int = 0, saver: b
         seed=3,
         accumulate=2,
         saver=Saver(folder, keep=None, async_save=where == "save") if saver else None,
-        callbacks=[Checkpoint(steps=4), Signals(where, number, rank)],
+        callbacks=[PeriodicCheckpoint(steps=4), Signals(where, number, rank)],
     )
 
 
-STAGES: list[Stage] = [Train(epochs=1), Evaluate(), Save()] * 3
+STAGES: list[Stage] = [Train(epochs=1), Evaluate(), SaveCheckpoint()] * 3
 
 
 if __name__ == "__main__":

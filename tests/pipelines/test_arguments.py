@@ -15,7 +15,6 @@ from recis_hybrid.columnio import Windows
 from recis_hybrid.embedding import Unused, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
-    Checkpoint,
     EarlyStop,
     Evaluate,
     Evict,
@@ -23,10 +22,11 @@ from recis_hybrid.pipelines import (
     LrSchedule,
     Mixture,
     Objective,
+    PeriodicCheckpoint,
     PlateauSchedule,
     Profile,
     ProgressBar,
-    Save,
+    SaveCheckpoint,
     TensorBoard,
     TorchStep,
     Train,
@@ -161,7 +161,7 @@ TRAINERS: list[tuple[Any, str]] = [
     (lambda: Trainer(STEP, [BATCHES]).fit([Train()]), "a batch must be a dict of columns by name, got a list"),
 ]
 OTHERS: list[tuple[Any, str]] = [
-    (lambda: Train(steps="3"), "Train: steps must be an integer, got '3'"),
+    (lambda: Train(max_steps="3"), "Train: max_steps must be an integer, got '3'"),
     (lambda: Train(epochs=2.5), "Train: epochs must be an integer, got 2.5"),
     (lambda: Train(freeze=MODEL.tower), "Train: freeze must be a sequence of modules, .* got a Sequential"),
     (lambda: Train(freeze=[MODEL.tower[2].weight]), r"Train: freeze\[0\] must be a torch.nn.Module, got a Parameter"),
@@ -174,10 +174,13 @@ OTHERS: list[tuple[Any, str]] = [
     (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),
     (lambda: Evict(3), r"Evict: rule must be an object with a method unwanted, as Unused\(steps=1000\), got 3"),
     (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),
-    (lambda: Save(Saver), "Save: name must be a name; what is saved, and where, Trainer says, got the class Saver"),
-    (lambda: Checkpoint(steps="3"), "Checkpoint: steps must be an integer, got '3'"),
-    (lambda: Checkpoint(steps=2.5), "Checkpoint: steps must be an integer, got 2.5"),
-    (lambda: Checkpoint(seconds="5"), "Checkpoint: seconds must be a number, got '5'"),
+    (
+        lambda: SaveCheckpoint(Saver),
+        "SaveCheckpoint: name must be a name; Trainer.* decides what is saved and where, got the class",
+    ),
+    (lambda: PeriodicCheckpoint(steps="3"), "PeriodicCheckpoint: steps must be an integer, got '3'"),
+    (lambda: PeriodicCheckpoint(steps=2.5), "PeriodicCheckpoint: steps must be an integer, got 2.5"),
+    (lambda: PeriodicCheckpoint(seconds="5"), "PeriodicCheckpoint: seconds must be a number, got '5'"),
     (lambda: EarlyStop(AUC()), "EarlyStop: metric must be STAGE/METRIC, as 'eval/auc', got an AUC"),
     (lambda: EarlyStop("eval/auc", patience=1.5), "EarlyStop: patience must be an integer, got 1.5"),
     (lambda: EarlyStop("eval/auc", min_delta="x"), "EarlyStop: min_delta must be a number, got 'x'"),
@@ -249,7 +252,7 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
         (lambda: UncertaintyWeights(["a", "a"]), "names must be distinct, and one at least, got"),
         (lambda: Trainer(STEP, BATCHES, seed=-1), "Trainer: seed must be at least 0, got -1"),
         (lambda: seed_everything(-1), "seed_everything: seed must be at least 0, got -1"),
-        (lambda: Checkpoint(steps=0), "Checkpoint: steps must be at least 1, got 0"),
+        (lambda: PeriodicCheckpoint(steps=0), "PeriodicCheckpoint: steps must be at least 1, got 0"),
     ],
 )
 def test_a_value_out_of_range_is_named(call: Any, message: str) -> None:

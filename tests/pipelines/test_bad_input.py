@@ -14,12 +14,12 @@ from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
     CallbackError,
-    Checkpoint,
     Evaluate,
     JsonLog,
     Mixture,
     NonFiniteLossError,
-    Save,
+    PeriodicCheckpoint,
+    SaveCheckpoint,
     Train,
     Trainer,
 )
@@ -34,10 +34,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_columns(tmp_path: Path
     batches[4]["price"] = torch.tensor([1.0, math.inf, *[2.0] * 62])
     batches[4]["weights"] = RaggedTensor(torch.ones(64), torch.arange(65))
     step, saver = make_step(), Saver(tmp_path)
-    trainer = Trainer(step, batches, saver=saver, callbacks=[Checkpoint(steps=2)])
+    trainer = Trainer(step, batches, saver=saver, callbacks=[PeriodicCheckpoint(steps=2)])
     message = r"the loss is nan at step 5: .* columns 'label' \(64 of 64 values\), 'price' \(1 of 64 values\) are not"
     with pytest.raises(NonFiniteLossError, match=message) as caught:
-        trainer.fit([Train(), Save()])
+        trainer.fit([Train(), SaveCheckpoint()])
     assert caught.value.__notes__ == ["the latest checkpoint is of step 4"]
     assert saver.steps() == [2, 4]
 
@@ -59,7 +59,7 @@ def test_stages_that_would_never_end_are_refused() -> None:
         (itertools.cycle(batches), "cycle never ends"),
         (Mixture({"a": batches}, {"a": 1}), "Mixture never ends"),
     ):
-        with pytest.raises(ValueError, match=rf"the source {said}; give Train\(steps=\), or Train\(endless=True\)"):
+        with pytest.raises(ValueError, match=rf"the source {said}; give Train\(max_steps=\), or Train\(endless=True\)"):
             Trainer(make_step(), source).fit([Train()])
     with pytest.raises(ValueError, match="cycle never ends"):
         Trainer(make_step(), itertools.cycle(batches)).fit([Train(epochs=2)])
@@ -94,11 +94,11 @@ def test_sources_without_batches_are_named() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Train(steps=0), "Train: steps must be at least 1, got 0"),
+        (lambda: Train(max_steps=0), "Train: max_steps must be at least 1, got 0"),
         (lambda: Train(epochs=-1), "Train: epochs must be at least 1, got -1"),
         (lambda: Trainer(make_step(), accumulate=0), "accumulate must be at least 1, got 0"),
         (lambda: Trainer(make_step()).fit([Train(step="x")]), "there is no source 'train'|there is no step 'x'"),
-        (lambda: Checkpoint(), "give steps or seconds, above 0, got steps=None and seconds=None"),
+        (lambda: PeriodicCheckpoint(), "give steps or seconds, above 0, got steps=None and seconds=None"),
     ],
 )
 def test_arguments_out_of_range(call: Any, message: str) -> None:
@@ -136,7 +136,7 @@ def test_a_callback_that_raises_is_named_and_the_state_saved(tmp_path: Path, hoo
         callbacks = [JsonLog(tmp_path / f"{callback is None}.jsonl"), *([] if callback is None else [callback])]
         trainer = Trainer(step, make_batches(6), saver=Saver(tmp_path / hook), callbacks=callbacks, log_every=2, seed=1)
         try:
-            trainer.fit([Train(), Save(), Train()], **options)
+            trainer.fit([Train(), SaveCheckpoint(), Train()], **options)
         finally:
             trainer.saver = None
         return trainer

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
-    Checkpoint,
     Evaluate,
     JsonLog,
+    PeriodicCheckpoint,
     Profile,
     ProgressBar,
-    Save,
+    SaveCheckpoint,
     TensorBoard,
     Train,
     Trainer,
@@ -46,7 +46,7 @@ def test_the_order_of_calls(tmp_path: Path) -> None:
     hooks = [name for name in vars(Callback) if name.startswith(("before_", "after_"))]
     noter = type("Noter", (Callback,), {hook: noting(hook) for hook in hooks})()
     trainer = Trainer(make_step(), make_batches(1), saver=Saver(tmp_path), callbacks=[noter])
-    trainer.fit([Train(), Save()])
+    trainer.fit([Train(), SaveCheckpoint()])
     assert calls == [
         "before_fit",
         "before_stage",
@@ -95,7 +95,7 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     def trainer(*more: Callback) -> Trainer:
-        callbacks = [JsonLog(tmp_path / "log.jsonl"), Checkpoint(steps=4), *more]
+        callbacks = [JsonLog(tmp_path / "log.jsonl"), PeriodicCheckpoint(steps=4), *more]
         return Trainer(make_step(), make_batches(10), saver=Saver(tmp_path), callbacks=callbacks, log_every=1)
 
     crashed = trainer(Crash())
@@ -181,17 +181,17 @@ def is_delta(path: Path) -> bool:
 )
 def test_checkpoints_of_what_changed(tmp_path: Path, whole_every: int, deltas: dict[int, bool]) -> None:
     saver = Saver(tmp_path, keep=None)
-    callbacks = [Checkpoint(steps=2, whole_every=whole_every)]
+    callbacks = [PeriodicCheckpoint(steps=2, whole_every=whole_every)]
     trainer = Trainer(make_step(), make_batches(9), saver=saver, callbacks=callbacks)
-    trainer.fit([Train(), Save(), Train(steps=6)])
+    trainer.fit([Train(), SaveCheckpoint(), Train(max_steps=6)])
     assert {step: is_delta(tmp_path / step_name(step)) for step in saver.steps()} == deltas
 
 
 def test_checkpoints_by_time_are_counted_over_resumptions(tmp_path: Path) -> None:
     for number in range(1, 4):
-        callbacks = [Checkpoint(seconds=1e-9, whole_every=4)]
+        callbacks = [PeriodicCheckpoint(seconds=1e-9, whole_every=4)]
         trainer = Trainer(make_step(), make_batches(9), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
-        trainer.fit([Train(steps=3 * number)], resume="latest")
+        trainer.fit([Train(max_steps=3 * number)], resume="latest")
         assert trainer.steps_done == 3 * number
         trainer.saver = None
     # Whole are the fourth and the eighth, and the first, which has nothing to build on.
@@ -201,6 +201,6 @@ def test_checkpoints_by_time_are_counted_over_resumptions(tmp_path: Path) -> Non
 
 def test_checkpoints_by_time(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
-    callbacks = [Checkpoint(seconds=1e-9, whole_every=2)]
+    callbacks = [PeriodicCheckpoint(seconds=1e-9, whole_every=2)]
     Trainer(make_step(), make_batches(4), saver=saver, callbacks=callbacks).fit([Train()])
     assert [is_delta(tmp_path / step_name(step)) for step in saver.steps()] == [False, False, True, False]

@@ -80,7 +80,7 @@ def test_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytes
         assert not (tmp_path / where).exists() or Saver(tmp_path / where).steps() == []
     # In a notebook the trainer is as usable as before.
     steps = trainer.steps_done
-    trainer.fit([Train(steps=1)])
+    trainer.fit([Train(max_steps=1)])
     assert trainer.steps_done == steps + 1
 
 
@@ -92,7 +92,7 @@ def test_a_stage_before_the_first_step_is_saved(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     done: list[str] = []
-    stages = [Prepare(), Train(steps=2)]
+    stages = [Prepare(), Train(max_steps=2)]
     trainer = Trainer(make_step(), make_batches(3), saver=Saver(tmp_path))
     with pytest.raises(Terminated):
         trainer.fit(stages)

@@ -21,12 +21,12 @@ from recis_hybrid.embedding import Unused, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
-    Checkpoint,
     Evaluate,
     Evict,
     LrSchedule,
+    PeriodicCheckpoint,
     PlateauSchedule,
-    Save,
+    SaveCheckpoint,
     Stage,
     TorchStep,
     Train,
@@ -78,11 +78,11 @@ def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
         seed=1,
         accumulate=2,
         saver=Saver(folder / "run", keep=2, async_save=True),
-        callbacks=[Checkpoint(steps=3), PlateauSchedule("eval/auc", [plateau]), Tell()],
+        callbacks=[PeriodicCheckpoint(steps=3), PlateauSchedule("eval/auc", [plateau]), Tell()],
     )
-    stages: list[Stage] = [Train(steps=8, freeze=[model.tower])]
+    stages: list[Stage] = [Train(max_steps=8, freeze=[model.tower])]
     for _ in range(5):
-        stages += [Train(epochs=1), Evaluate(), Evict(Unused(steps=5)), Save()]
+        stages += [Train(epochs=1), Evaluate(), Evict(Unused(steps=5)), SaveCheckpoint()]
     trainer.fit(stages, resume="latest" if resume else None)
     return trainer
 

@@ -14,10 +14,10 @@ from recis_hybrid.embedding import Unused
 from recis_hybrid.metrics import AUC, GAUC, Calibration, LogLoss, auc
 from recis_hybrid.pipelines import (
     Callback,
-    Checkpoint,
     Evaluate,
     Evict,
     JsonLog,
+    PeriodicCheckpoint,
     ProgressBar,
     Record,
     TorchStep,
@@ -121,7 +121,7 @@ def test_figures_are_means_over_the_steps_since_the_last_line() -> None:
 def test_the_mean_of_accumulated_and_of_stages() -> None:
     step, shown = make_step(), Records()
     losses = watching(step)
-    Trainer(step, make_batches(6), callbacks=[shown], log_every=2, accumulate=2).fit([Train(), Train(steps=1)])
+    Trainer(step, make_batches(6), callbacks=[shown], log_every=2, accumulate=2).fit([Train(), Train(max_steps=1)])
     values = [each["loss"] for each in losses]
     updates = [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=True)]
     assert [line["loss"] for line in shown.of("train")] == [
@@ -240,7 +240,7 @@ def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Pa
             saver=Saver(tmp_path / folder, keep=None),
             log_every=4,
             seed=1,
-            callbacks=[Checkpoint(steps=at), shown, *callbacks],
+            callbacks=[PeriodicCheckpoint(steps=at), shown, *callbacks],
         )
         try:
             trainer.fit([Train(epochs=3)], **options)
@@ -262,9 +262,9 @@ def test_a_resumed_run_may_have_other_metrics_of_training(tmp_path: Path) -> Non
     def fit(metrics: dict[str, Any], steps: int) -> Record:
         shown, options = Records(), {"log_every": 3, "saver": Saver(tmp_path)}
         trainer = Trainer(
-            make_step(metrics=metrics), make_batches(8), callbacks=[shown, Checkpoint(steps=2)], **options
+            make_step(metrics=metrics), make_batches(8), callbacks=[shown, PeriodicCheckpoint(steps=2)], **options
         )
-        trainer.fit([Train(steps=steps)], resume="latest")
+        trainer.fit([Train(max_steps=steps)], resume="latest")
         trainer.saver = None
         return shown.of("train")[-1]
 
@@ -279,6 +279,6 @@ def test_a_training_that_begins_anew_forgets_the_last_steps_of_the_one_before() 
     with pytest.raises(KeyboardInterrupt):
         trainer.fit([Train(epochs=5)])
     losses = watching(step)
-    trainer.fit([Train(steps=2)])
+    trainer.fit([Train(max_steps=2)])
     (line,) = shown.of("train")
     assert line["loss"] == pytest.approx((losses[0]["loss"] + losses[1]["loss"]) / 2, rel=1e-12)

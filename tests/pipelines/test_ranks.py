@@ -23,7 +23,16 @@ from recis_hybrid.app.config_run import trainer_of
 from recis_hybrid.app.launch import joined
 from recis_hybrid.app.template import write_starter
 from recis_hybrid.metrics import AUC, LogLoss, auc
-from recis_hybrid.pipelines import Callback, CallbackError, Checkpoint, Evaluate, JsonLog, TorchStep, Train, Trainer
+from recis_hybrid.pipelines import (
+    Callback,
+    CallbackError,
+    Evaluate,
+    JsonLog,
+    PeriodicCheckpoint,
+    TorchStep,
+    Train,
+    Trainer,
+)
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.near import assert_near
@@ -134,7 +143,9 @@ def figures_are_means_over_ranks(rank: int, folder: Path) -> None:
     model, shown = Notes(rank), Records()
     model.step = TorchStep(model, bce, [torch.optim.SGD(model.parameters(), lr=0.0)], metrics={"auc": AUC()})
     batches = make_batches(rank, 2)
-    trainer = Trainer(model.step, batches, callbacks=[shown, Checkpoint(steps=4)], log_every=6, saver=Saver(folder))
+    trainer = Trainer(
+        model.step, batches, callbacks=[shown, PeriodicCheckpoint(steps=4)], log_every=6, saver=Saver(folder)
+    )
     trainer.fit([Train()])
     (line,) = shown.of("train")
     rows = [batch for r in range(2) for batch in make_batches(r, 2)]

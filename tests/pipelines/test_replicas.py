@@ -328,7 +328,7 @@ def other_sources(rank: int, folder: Path) -> None:
     ids = sorted(joined(whole())["id"].tolist())  # type: ignore[union-attr]
     loader: Any = DataLoader(dealt(whole()), batch_size=None)  # type: ignore[arg-type]
     assert trained(loader, [Train()]) == (5, ids)
-    steps, rows = trained(Mixture({"a": dealt(whole()), "b": whole(2)}, {"a": 1, "b": 1}, seed=1), [Train(steps=8)])
+    steps, rows = trained(Mixture({"a": dealt(whole()), "b": whole(2)}, {"a": 1, "b": 1}, seed=1), [Train(max_steps=8)])
     assert (steps, len(rows) > 0) == (8, True)
     days = WindowStages(
         Windows([["0"], ["1"]]), lambda day: [Evaluate(window=day, metrics={}), Train(window=day, epochs=1)]

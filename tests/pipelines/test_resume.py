@@ -18,10 +18,10 @@ from recis_hybrid.columnio import ColumnDataset, Window, Windows
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
-    Checkpoint,
     Evaluate,
     Mixture,
-    Save,
+    PeriodicCheckpoint,
+    SaveCheckpoint,
     Stage,
     TorchStep,
     Train,
@@ -41,7 +41,7 @@ def epochs(trainer: Trainer) -> Iterator[Stage]:
         yield Evaluate()
         if trainer.figures["eval"]["auc"] > 0.7:
             yield Evaluate(name="again")
-        yield Save()
+        yield SaveCheckpoint()
 
 
 class Interrupt(Callback):
@@ -56,7 +56,7 @@ class Interrupt(Callback):
 def training(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     step = make_step()
     saver = None if folder is None else Saver(folder, keep=None)
-    checkpoint = options.pop("checkpoint", None) or Checkpoint(steps=5)
+    checkpoint = options.pop("checkpoint", None) or PeriodicCheckpoint(steps=5)
     more = [] if folder is None else [checkpoint]
     step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
     options = {"metrics": {"auc": AUC()}, "seed": 3, **options}
@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: 
 
     whole = training(None, data())
     stages = [stage for stage in epochs_of(whole)]
-    whole.fit([stage for stage in stages if not isinstance(stage, Save)])
+    whole.fit([stage for stage in stages if not isinstance(stage, SaveCheckpoint)])
     cut = training(tmp_path / "run", data(), [Interrupt(at)], prefetch=prefetch)
     interrupted(cut, epochs(cut))
     resumed = training(tmp_path / "run", data(), prefetch=prefetch)
@@ -115,7 +115,7 @@ def epochs_of(trainer: Trainer) -> list[Stage]:
 
 def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
     def train(*callbacks: Callback) -> Trainer:
-        deltas = Checkpoint(steps=2, whole_every=50)
+        deltas = PeriodicCheckpoint(steps=2, whole_every=50)
         return training(tmp_path / "run", make_batches(9), callbacks, checkpoint=deltas)
 
     stages = [Train(epochs=4)]
@@ -132,11 +132,11 @@ def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
 
 def test_a_mixture_is_resumed_in_its_middle(tmp_path: Path) -> None:
     whole = training(None, mixture(tmp_path))
-    whole.fit([Train(steps=23)])
+    whole.fit([Train(max_steps=23)])
     cut = training(tmp_path / "run", mixture(tmp_path), [Interrupt(14)])
-    interrupted(cut, [Train(steps=23)])
+    interrupted(cut, [Train(max_steps=23)])
     resumed = training(tmp_path / "run", mixture(tmp_path))
-    resumed.fit([Train(steps=23)], resume="latest")
+    resumed.fit([Train(max_steps=23)], resume="latest")
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
@@ -152,7 +152,7 @@ def test_test_then_train_is_resumed_in_its_window(tmp_path: Path, at: int | None
         trainer = training(folder, None, callbacks, open_window=open_window)
         stages = WindowStages(
             Windows([["a"], ["b"], ["c"], ["d"]]),
-            lambda w: [Evaluate(window=w), Train(window=w), *([] if folder is None else [Save()])],
+            lambda w: [Evaluate(window=w), Train(window=w), *([] if folder is None else [SaveCheckpoint()])],
         )
         if callbacks:
             interrupted(trainer, stages)
@@ -197,25 +197,25 @@ def test_a_stopped_run_is_saved_and_goes_on_in_its_stage(tmp_path: Path, own: bo
 
 def test_resume_begins_anew_where_there_is_nothing_and_never_over_what_is_there(tmp_path: Path) -> None:
     trainer = training(tmp_path, make_batches(3))
-    trainer.fit([Train(), Save()], resume="latest")
+    trainer.fit([Train(), SaveCheckpoint()], resume="latest")
     assert trainer.saver is not None
     assert trainer.saver.steps() == [3]
     again = training(tmp_path, make_batches(3))
     with pytest.raises(ValueError, match=r'there are checkpoints of the steps \[3\] already; go on .* resume="latest"'):
-        again.fit([Train(), Save()])
-    again.fit([Train(), Save()], resume="latest")
+        again.fit([Train(), SaveCheckpoint()])
+    again.fit([Train(), SaveCheckpoint()], resume="latest")
     assert again.steps_done == 3
     with pytest.raises(ValueError, match="resume needs a saver"):
         training(None, make_batches(3)).fit([Train()], resume="latest")
     with pytest.raises(ValueError, match="there is no saver to save with"):
-        training(None, make_batches(3)).fit([Save()])
+        training(None, make_batches(3)).fit([SaveCheckpoint()])
 
 
 def test_a_resumed_trainer_goes_on_by_the_rates_of_the_checkpoint_unless_a_callback_sets_others(tmp_path: Path) -> None:
     def rates(lr: float, *callbacks: Callback) -> list[float]:
         step = make_step(lr=lr)
         trainer = Trainer(step, make_batches(2), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
-        trainer.fit([Train(), Save(), Train()], resume="latest")
+        trainer.fit([Train(), SaveCheckpoint(), Train()], resume="latest")
         return [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers.values()]
 
     class Rates(Callback):
@@ -242,17 +242,17 @@ def test_evaluating_the_training_data_leaves_the_place_of_training_alone(tmp_pat
     def run(stages: list[Stage], folder: str, resume: str | None = None) -> Trainer:
         data: Any = ColumnDataset(str(tmp_path / "a.parquet"), ["id", "label"], 16, shuffle=True)
         data = DataLoader(data, batch_size=None) if wrapped else data
-        trainer = training(tmp_path / folder, data, checkpoint=Checkpoint(steps=1000))
+        trainer = training(tmp_path / folder, data, checkpoint=PeriodicCheckpoint(steps=1000))
         trainer.fit(stages, resume="latest" if resume else None)  # type: ignore[arg-type]
         return trainer
 
-    train, look = Train(steps=13), Evaluate(data="train", name="train")
-    plain = run([look, train, look, Save(), look, train, look, train, Save()], "a")
-    bare = run([train, Save(), train, train, Save()], "b")
+    train, look = Train(max_steps=13), Evaluate(data="train", name="train")
+    plain = run([look, train, look, SaveCheckpoint(), look, train, look, train, SaveCheckpoint()], "a")
+    bare = run([train, SaveCheckpoint(), train, train, SaveCheckpoint()], "b")
     assert_same(state_of(plain.steps[""]), state_of(bare.steps[""]))  # type: ignore[arg-type]
-    run([look, train, look, Save()], "c")
+    run([look, train, look, SaveCheckpoint()], "c")
     gc.collect()  # the saver of the first half, or it would hold the folder
-    resumed = run([look, train, look, Save(), look, train, look, train, Save()], "c", "latest")
+    resumed = run([look, train, look, SaveCheckpoint(), look, train, look, train, SaveCheckpoint()], "c", "latest")
     assert_same(state_of(plain.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
     assert resumed.figures["train"] == plain.figures["train"]
     list(plain.predict("train"))

@@ -118,7 +118,7 @@ def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
     assert [ahead for _, ahead in others] == [{1, 2}, {1, 2, 3}, {1, 2}]
     for trainer, _ in others:
         assert trainer.figures == first.figures
-        trainer.fit([Train(steps=2), Evaluate()])  # nothing is left on its way by the stop
+        trainer.fit([Train(max_steps=2), Evaluate()])  # nothing is left on its way by the stop
         assert trainer.steps_done == 16
     # Models that make the columns of ids themselves: nothing is sent ahead, and all goes on.
     for read in (copied, renamed):

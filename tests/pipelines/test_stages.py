@@ -22,12 +22,12 @@ def test_frozen_towers_stand_still_while_tables_warm_up() -> None:
     step, batches = make_step(), make_batches()
     before = [p.detach().clone() for p in step.model.tower.parameters()]  # type: ignore[union-attr]
     trainer = Trainer(step, batches)
-    stages = [Train(steps=5, freeze=[step.model.tower])]  # type: ignore[list-item]
+    stages = [Train(max_steps=5, freeze=[step.model.tower])]  # type: ignore[list-item]
     trainer.fit(stages)
     after = list(step.model.tower.parameters())  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert int(step.engines[0].tables[0].export(0)["updated_step"].max()) == 5
-    trainer.fit([Train(steps=5)])
+    trainer.fit([Train(max_steps=5)])
     assert trainer.steps_done == 10
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -60,7 +60,7 @@ def test_sources_by_proportion() -> None:
     ads, organic = make_batches(3, seed=1), make_batches(5, seed=2)
     mixture = Mixture({"ads": ads, "organic": organic}, {"ads": 1, "organic": 3}, seed=4)
     seen = Records()
-    Trainer(make_step(), mixture, callbacks=[seen]).fit([Train(steps=400)])
+    Trainer(make_step(), mixture, callbacks=[seen]).fit([Train(max_steps=400)])
     of_ads = sum(any(batch is one for one in ads) for batch in seen.batches)
     assert abs(of_ads - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
     for name, share in (("organic", 0.0), ("organic", math.inf)):

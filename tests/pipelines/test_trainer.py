@@ -37,11 +37,11 @@ def test_evaluation_inserts_nothing() -> None:
     [
         ([Train()], [0, 1, 2, 3]),
         ([Train(epochs=2)], [0, 1, 2, 3] * 2),
-        ([Train(steps=6)], [0, 1, 2, 3, 0, 1]),
-        ([Train(steps=6, epochs=1)], [0, 1, 2, 3]),
-        ([Train(steps=3), Train(epochs=1)], [0, 1, 2, 3]),  # goes on with the pass begun
-        ([Train(steps=4), Train(epochs=1)], [0, 1, 2, 3] * 2),  # which is at its end
-        ([Train(steps=3), Train(steps=3)], [0, 1, 2, 3, 0, 1]),
+        ([Train(max_steps=6)], [0, 1, 2, 3, 0, 1]),
+        ([Train(max_steps=6, epochs=1)], [0, 1, 2, 3]),
+        ([Train(max_steps=3), Train(epochs=1)], [0, 1, 2, 3]),  # goes on with the pass begun
+        ([Train(max_steps=4), Train(epochs=1)], [0, 1, 2, 3] * 2),  # which is at its end
+        ([Train(max_steps=3), Train(max_steps=3)], [0, 1, 2, 3, 0, 1]),
     ],
 )
 @pytest.mark.parametrize("prefetch", [0, 1, 3, 9])

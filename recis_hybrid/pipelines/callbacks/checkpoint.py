@@ -1,4 +1,4 @@
-"""Checkpoint: saves within a training stage."""
+"""PeriodicCheckpoint: saves within a training stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer
 
 
-class Checkpoint(Callback):
+class PeriodicCheckpoint(Callback):
     """Saves every so many steps, or seconds; a run that is resumed goes on in the middle of its stage.
 
     Args:
@@ -29,15 +29,17 @@ class Checkpoint(Callback):
 
     def __init__(self, *, steps: int | None = None, seconds: float | None = None, whole_every: int = 1) -> None:
         if steps is not None:
-            refuse_no_count("Checkpoint", "steps", steps)
+            refuse_no_count("PeriodicCheckpoint", "steps", steps)
         if seconds is not None:
-            refuse_no_number("Checkpoint", "seconds", seconds)
+            refuse_no_number("PeriodicCheckpoint", "seconds", seconds)
         given = steps if seconds is None else seconds
         if (steps is None) == (seconds is None) or given is None or not given > 0:
-            raise ValueError(f"Checkpoint: give steps or seconds, above 0, got steps={steps} and seconds={seconds}")
+            raise ValueError(
+                f"PeriodicCheckpoint: give steps or seconds, above 0, got steps={steps} and seconds={seconds}"
+            )
         if type(whole_every) is not int or whole_every < 1:
             raise ValueError(
-                f"Checkpoint: whole_every must be an integer from 1, got {whole_every!r}; 1: all are whole"
+                f"PeriodicCheckpoint: whole_every must be an integer from 1, got {whole_every!r}; 1: all are whole"
             )
         self._steps, self._seconds, self._whole_every = steps, seconds, whole_every
         self._saves = 0
@@ -46,7 +48,7 @@ class Checkpoint(Callback):
     def before_fit(self, trainer: Trainer) -> None:
         """Count from here; ranks, which save together, cannot go by their clocks."""
         if self._seconds is not None and distributed.world_size() > 1:
-            raise ValueError("Checkpoint: ranks save at the same step; give steps in the place of seconds")
+            raise ValueError("PeriodicCheckpoint: ranks save at the same step; give steps in the place of seconds")
         self._last = time.monotonic()
 
     def after_step(self, trainer: Trainer) -> None:

@@ -113,12 +113,12 @@ class Sources:
 
 
 def _refuse_unbounded(stage: Train, data: Iterable[Batch]) -> None:
-    if stage.steps is not None or stage.endless:
+    if stage.max_steps is not None or stage.endless:
         return
     unknown = stage.epochs is None and stage.window is None and not hasattr(data, "__len__")
     if is_endless(data) or unknown:
         what = "never ends" if is_endless(data) else "has no length and may never end"
         raise ValueError(
-            f"Train: the source {type(data).__name__} {what}; give Train(steps=), or Train(endless=True) for a stage "
-            f"that a callback stops"
+            f"Train: the source {type(data).__name__} {what}; give Train(max_steps=), or Train(endless=True) for a "
+            f"stage that a callback stops"
         )

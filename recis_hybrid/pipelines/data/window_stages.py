@@ -23,9 +23,9 @@ class WindowStages:
     Example:
         >>> from recis_hybrid.columnio import Windows
         >>> days = Windows([["monday.parquet"], ["tuesday.parquet"]])
-        >>> test_then_train = WindowStages(days, lambda day: [Evaluate(window=day), Train(window=day), Save()])
+        >>> test_then_train = WindowStages(days, lambda day: [Evaluate(window=day), Train(window=day)])
         >>> [type(stage).__name__ for stage in test_then_train]
-        ['Evaluate', 'Train', 'Save', 'Evaluate', 'Train', 'Save']
+        ['Evaluate', 'Train', 'Evaluate', 'Train']
     """
 
     def __init__(self, windows: Windows, stages: Callable[[Window], Sequence[Stage]]) -> None:

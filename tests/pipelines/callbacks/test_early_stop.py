@@ -11,7 +11,7 @@ from recis_hybrid.pipelines import (
     EarlyStop,
     Evaluate,
     PlateauSchedule,
-    Save,
+    SaveCheckpoint,
     Train,
     Trainer,
 )
@@ -44,7 +44,7 @@ def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
         trainer = Trainer(
             make_step(), batches, batches, metrics={"auc": AUC()}, saver=Saver(tmp_path), callbacks=[stop]
         )
-        trainer.fit([stage for _ in range(5) for stage in (Train(), Evaluate(), Save())], **options)
+        trainer.fit([stage for _ in range(5) for stage in (Train(), Evaluate(), SaveCheckpoint())], **options)
         trainer.saver = None
         return trainer
 
