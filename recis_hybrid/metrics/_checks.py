@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from numbers import Integral
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-def whole(where: str, name: str, value: object, least: int) -> int:
-    """Return a setting as an int.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is below the least one.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{where}: {name} must be at least {least}, got {value}")
-    return int(value)
+from recis_hybrid.distributed import rank
 
 
 def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:
@@ -67,7 +53,7 @@ def check_rows(
 
 def undefined(where: str, why: str) -> float:
     """Return NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+    if rank() == 0:
         warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
     return math.nan
 

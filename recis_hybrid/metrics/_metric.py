@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recis_hybrid.distributed import sum_over_ranks, world_size
 from recis_hybrid.metrics._checks import check_shapes
-from recis_hybrid.metrics._ranks import added, gathered, ranks_of
+from recis_hybrid.metrics._ranks import gather_rows
+from recis_hybrid.validation import check_flag
 
 Self = TypeVar("Self", bound="Metric")
 
@@ -39,8 +41,7 @@ class Metric(ABC):
     """Whether ``update`` takes, after the labels, the group that each row belongs to."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
-        if not isinstance(sync, bool):
-            raise TypeError(f"{type(self).__name__}: sync must be True or False, got {sync!r}")
+        check_flag(type(self).__name__, "sync", sync)
         self._process_group = process_group
         self._sync = sync
 
@@ -65,7 +66,7 @@ class Metric(ABC):
         """Replace what has been accumulated by the :meth:`state_dict` of a metric of the same kind."""
 
     def _alone(self) -> bool:
-        return not self._sync or ranks_of(self._process_group) == 1
+        return not self._sync or world_size(self._process_group) == 1
 
     def _nothing(self) -> ValueError:
         return ValueError(f"{type(self).__name__}: nothing to compute; call update first")
@@ -98,13 +99,14 @@ class SumMetric(Metric):
         return self._value(self._total())
 
     def _total(self) -> Tensor:
-        sums = self._sums
+        sums = None if self._sums is None else self._sums.cpu()
         if not self._alone():
-            # A rank that has seen nothing takes part all the same.
-            sums = added(self._zeros() if sums is None else sums, self._process_group)
+            # A rank without rows takes part as well. All ranks send from the CPU: one without rows has no other device,
+            # and a group with backends for CPU and CUDA would not match the two.
+            sums = sum_over_ranks(self._zeros() if sums is None else sums, self._process_group)
         if sums is None:
             raise self._nothing()
-        return sums.cpu()
+        return sums
 
     @_outside_inference
     def merge(self: SumSelf, other: SumSelf) -> None:
@@ -166,7 +168,7 @@ class RowMetric(Metric):
         """
         rows = self.state_dict()
         if not self._alone():
-            rows = gathered(rows, self._process_group)
+            rows = gather_rows(rows, self._process_group)
         if rows["labels"].numel() == 0:
             raise self._nothing()
         return rows

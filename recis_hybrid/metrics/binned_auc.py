@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid.metrics import _faults
-from recis_hybrid.metrics._checks import one_class, whole
+from recis_hybrid.metrics._checks import one_class
 from recis_hybrid.metrics._metric import SumMetric
 from recis_hybrid.metrics.auc import ordered_share
+from recis_hybrid.validation import check_integer
 
 
 class BinnedAUC(SumMetric):
@@ -45,7 +46,7 @@ class BinnedAUC(SumMetric):
         self, bins: int = 65_536, *, process_group: dist.ProcessGroup | None = None, sync: bool = True
     ) -> None:
         super().__init__(process_group=process_group, sync=sync)
-        self._bins = whole("BinnedAUC", "bins", bins, 2)
+        self._bins = check_integer("BinnedAUC", "bins", bins, low=2)
 
     def error_bound(self) -> float:
         """Return how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""

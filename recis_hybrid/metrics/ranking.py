@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid.metrics._checks import check_rows, undefined, whole
+from recis_hybrid.metrics._checks import check_rows, undefined
 from recis_hybrid.metrics._metric import GroupedLabels
 from recis_hybrid.metrics._sorted import Sorted
+from recis_hybrid.validation import check_integer
 
 
 class _AtK(GroupedLabels):
@@ -22,7 +23,7 @@ class _AtK(GroupedLabels):
 
     def __init__(self, k: int, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
-        self._k = whole(type(self).__name__, "k", k, 1)
+        self._k = check_integer(type(self).__name__, "k", k, low=1)
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "embedding": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "optim": {"ops", "ragged", "checkpointing", "distributed", "validation", "embedding"},
     "saver": {"ops", "ragged", "checkpointing", "validation"},
-    "metrics": {"ops", "ragged", "checkpointing", "validation"},
+    "metrics": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "pipelines": {
         "ops",
         "ragged",
