@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recis_hybrid.features.op import Column, Form, Job
+from recis_hybrid.features.op import Column, Form
 
 LEAST, MOST = -(2**63), 2**63 - 1
 NARROW = (torch.int8, torch.int16, torch.int32)
@@ -95,24 +95,6 @@ def fits(value: Any, dtype: torch.dtype) -> bool:
         return False
     limits = torch.iinfo(torch.int8 if dtype == torch.bool else dtype)
     return bool(limits.min <= value <= limits.max)
-
-
-def shaping_kernel(op: Any) -> Callable[..., Column]:
-    """Return the kernel of a shaping operation on its own: its native call, with this one job."""
-    calls: dict[tuple[Form, ...], Any] = {}
-
-    def kernel(*columns: Column) -> Column:
-        forms = tuple(Form.of(column) for column in columns)
-        if forms not in calls:
-            form = op.shape(forms)
-            # A column that it leaves as it is needs no call.
-            calls[forms] = (
-                None if len(forms) == 1 and form is forms[0] else op.kind([Job(op, forms, "")], parallel=True)
-            )
-        call = calls[forms]
-        return columns[0] if call is None else call([columns])[0]
-
-    return kernel
 
 
 def one(forms: Sequence[Form]) -> Form:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import MOST, ids_of, integers, one, shaping_kernel, without_strings
+from recis_hybrid.features.common import MOST, ids_of, integers, one, without_strings
 from recis_hybrid.features.op import Column, Form, Job, Kernel, Lowered, Step
 from recis_hybrid.features.ops.primes import largest_prime_up_to
-from recis_hybrid.features.ops.tensor_list import exact_on
+from recis_hybrid.features.ops.shaping import ShapingOp, exact_on
 from recis_hybrid.ops.hash import HASH_KINDS, HashKind
 from recis_hybrid.ops.program import divisor_words
 
@@ -147,7 +147,7 @@ class DecimalCall:
 
 
 @dataclass(frozen=True)
-class DecimalString:
+class DecimalString(ShapingOp):
     """Ids → strings of their decimal digits, like :class:`str`; a :class:`Hash` after it treats 7 like "7".
 
     A column ``[B]`` becomes a string column, rows of ids become lists of strings, which keep their weights.
@@ -178,10 +178,6 @@ class DecimalString:
                 f"ids [B, L] as rows, by RaggedTensor.from_padded"
             )
         return form._replace(dtype=torch.uint8, levels=form.levels + 1)
-
-    def kernel(self) -> Kernel:
-        """Return the kernel that writes digits."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return "decimal_string[unsigned]" if self.unsigned else "decimal_string"

@@ -9,21 +9,20 @@ from typing import ClassVar
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers, shaping_kernel
+from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers
 from recis_hybrid.features.op import Column, Form, Job, Lowered, Step
 from recis_hybrid.features.ops.rows import Distinct
-from recis_hybrid.features.ops.tensor_list import TensorList, exact_on
+from recis_hybrid.features.ops.shaping import LabeledCall, ShapingOp, TensorList, exact_on, unpack
 from recis_hybrid.ops.ragged import NO_BOUND
 
 
-class CrossCall:
+class CrossCall(LabeledCall):
     """All crosses of ragged columns of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._most = [NO_BOUND if job.op.limit is None else job.op.limit for job in jobs]
         self._weighted = [any(form.weighted for form in job.forms) for job in jobs]
-        self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -35,15 +34,11 @@ class CrossCall:
         made = torch.ops.recis.ragged_cross(
             tensors.list, tensors.index, self._most, self._labels, exact, self._parallel
         )
-        results, at = [], 0
-        for weighted in self._weighted:
-            results.append(Column(made[at + 1], made[at], made[at + 2] if weighted else None))
-            at += 3 if weighted else 2
-        return results
+        return unpack(made, [True] * len(columns), self._weighted)
 
 
 @dataclass(frozen=True)
-class Cross:
+class Cross(ShapingOp):
     """Ids of two or more columns → an id for each pair of ids that a row has: MurmurHash64A of both, x before y.
 
     Where both are dense ``[B]`` the result is, too. Else a row has every pair of a value of one and one of the other,
@@ -106,7 +101,7 @@ class Cross:
 
     def kernel(self) -> Callable[..., Column]:
         """Return what crosses two columns."""
-        ragged = shaping_kernel(self)
+        ragged = super().kernel()
         first = Distinct().kernel() if self.distinct else None
 
         def kernel(x: Column, y: Column) -> Column:
@@ -126,16 +121,15 @@ class Cross:
         return "cross" if self.limit is None else f"cross[{self.limit}]"
 
 
-class ConcatCall:
+class ConcatCall(LabeledCall):
     """All concatenations of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._counts = [len(job.forms) for job in jobs]
         self._ragged = [any(form.levels for form in job.forms) for job in jobs]
         self._weighted = [any(form.weighted for form in job.forms) for job in jobs]
         self._dtypes = [torch.int64 if job.forms[0].dtype in INTEGERS else job.forms[0].dtype for job in jobs]
-        self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -145,17 +139,11 @@ class ConcatCall:
             for column in inputs:
                 tensors.add(column.values.to(dtype), column.offsets, column.weights)
         made = torch.ops.recis.ragged_concat(tensors.list, tensors.index, self._labels, self._parallel)
-        results, at = [], 0
-        for ragged, weighted in zip(self._ragged, self._weighted, strict=True):
-            offsets = made[at] if ragged else None
-            at += ragged
-            results.append(Column(made[at], offsets, made[at + 1] if weighted else None))
-            at += 1 + weighted
-        return results
+        return unpack(made, self._ragged, self._weighted)
 
 
 @dataclass(frozen=True)
-class Concat:
+class Concat(ShapingOp):
     """Two or more columns → one, row by row: the values of the first, then of the second, and so on.
 
     Dense columns ``[B]`` and ``[B, L]`` become ``[B, sum of L]``; where one is ragged the result is. Integers become
@@ -191,10 +179,6 @@ class Concat:
         levels = max(form.levels for form in forms)
         weighted = any(form.weighted for form in forms)
         return Form(dtypes.pop(), levels, weighted, 2 if levels == 0 else 1, forms[0].device)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return what puts columns together."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return "concat"

@@ -128,6 +128,16 @@ def _mapped(column: Column, where: str, kind: MapKind, first: float, second: flo
     return column._replace(values=ops.transform.map_values(values, kind, first, second))
 
 
+def _map_kernel(where: str, kind: MapKind, first: float, second: float = 0.0) -> Kernel:
+    """Return the kernel of a map of numbers; integers become float32 before it."""
+
+    def kernel(column: Column) -> Column:
+        numbers(where, Form.of(column))
+        return _mapped(column, where, kind, first, second)
+
+    return kernel
+
+
 def _map_steps(where: str, kind: str, form: Form, *given: float) -> Lowered:
     """Return the instructions of a map of floats; integers become float32 before it."""
     numbers(where, form)
@@ -181,12 +191,7 @@ class Log:
 
     def kernel(self) -> Kernel:
         """Return what takes logarithms of a column."""
-
-        def kernel(column: Column) -> Column:
-            numbers("Log", Form.of(column))
-            return _mapped(column, "Log", "log", self.plus)
-
-        return kernel
+        return _map_kernel("Log", "log", self.plus)
 
     def __str__(self) -> str:
         return f"log[x + {self.plus:g}]" if self.plus else "log"
@@ -280,12 +285,7 @@ class Normalize:
 
     def kernel(self) -> Kernel:
         """Return what normalizes a column."""
-
-        def kernel(column: Column) -> Column:
-            numbers("Normalize", Form.of(column))
-            return _mapped(column, "Normalize", "normalize", self.mean, self.std)
-
-        return kernel
+        return _map_kernel("Normalize", "normalize", self.mean, self.std)
 
     def __str__(self) -> str:
         return f"normalize[{self.mean:g}, {self.std:g}]"

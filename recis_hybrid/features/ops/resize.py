@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from recis_hybrid.features.common import fits, movable, one, shaping_kernel, word
+from recis_hybrid.features.common import fits, movable, one, word
 from recis_hybrid.features.op import Column, Form, Job
 from recis_hybrid.features.ops.numbers import FillNan
-from recis_hybrid.features.ops.tensor_list import exact_on
+from recis_hybrid.features.ops.shaping import LabeledCall, ShapingOp, count_fault, exact_on, level_fault
 from recis_hybrid.ops.ragged import DROP_FIRST, FIXED, NO_BOUND, PAD_FIRST, STRICT
 
 SIDES = ("left", "right")
 
 
-class ResizeCall:
+class ResizeCall(LabeledCall):
     """All such operations of a stage in one native call, and one more where lists of lists are among them.
 
     Where a row holds lists, the numbers of these are resized as if they were its values, and then the lists taken.
     """
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._parallel = parallel
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._inner = [job.forms[0].levels == 2 and job.op.level == 1 for job in jobs]
         self._taken_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
         self._dense = [bool(job.op.flags & FIXED) for job in jobs]
@@ -140,12 +139,6 @@ def _no_list_in_tail(numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tens
     return torch.where(places < offsets[-1], numbers, -1)
 
 
-def _length_fault(length: Any, least: int) -> str | None:
-    if not isinstance(length, int) or isinstance(length, bool) or not least <= length < 2**31:
-        return f"length must be an int from {least} to {2**31 - 1}, got {length!r}"
-    return None
-
-
 def _side_fault(side: Any) -> str | None:
     return None if side in SIDES else f"side must be one of {list(SIDES)}, got {side!r}"
 
@@ -168,7 +161,7 @@ def _value_fault(where: str, value: float, form: Form) -> None:
 
 
 @dataclass(frozen=True)
-class Truncate:
+class Truncate(ShapingOp):
     """Rows → rows of at most ``length`` values; weights go with them.
 
     Args:
@@ -194,10 +187,7 @@ class Truncate:
 
     def fault(self) -> str | None:
         """Return what is wrong with its parameters, or None."""
-        level = (
-            None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
-        )
-        return _length_fault(self.length, 0) or _side_fault(self.side) or level
+        return count_fault("length", self.length, least=0) or _side_fault(self.side) or level_fault(self.level)
 
     @property
     def most(self) -> int:
@@ -213,17 +203,13 @@ class Truncate:
         """Return the form, unchanged but not the same: rows are."""
         return Form(*_ragged("Truncate", one(forms), self.level))
 
-    def kernel(self) -> Callable[..., Column]:
-        """Return what shortens a column."""
-        return shaping_kernel(self)
-
     def __str__(self) -> str:
         level = "" if self.level == 1 else f", level {self.level}"
         return f"truncate[{self.length}, {self.side}{level}]"
 
 
 @dataclass(frozen=True)
-class Pad:
+class Pad(ShapingOp):
     """Rows → rows of at least ``length`` values.
 
     Args:
@@ -249,10 +235,12 @@ class Pad:
 
     def fault(self) -> str | None:
         """Return what is wrong with its parameters, or None."""
-        level = (
-            None if type(self.level) is int and self.level in (1, 2) else f"level must be 1 or 2, got {self.level!r}"
+        return (
+            count_fault("length", self.length, least=0)
+            or _side_fault(self.side)
+            or FillNan(self.value).fault()
+            or level_fault(self.level)
         )
-        return _length_fault(self.length, 0) or _side_fault(self.side) or FillNan(self.value).fault() or level
 
     @property
     def least(self) -> int:
@@ -271,17 +259,13 @@ class Pad:
             _value_fault("Pad", self.value, form)
         return Form(*form)
 
-    def kernel(self) -> Callable[..., Column]:
-        """Return what makes the rows of a column longer."""
-        return shaping_kernel(self)
-
     def __str__(self) -> str:
         level = "" if self.level == 1 else f", level {self.level}"
         return f"pad[{self.length}, {self.value:g}, {self.side}{level}]"
 
 
 @dataclass(frozen=True)
-class FillEmpty:
+class FillEmpty(ShapingOp):
     """Rows → rows of at least one value. It is the part of :class:`FillNull` that works on rows.
 
     Dense columns are left alone.
@@ -312,10 +296,6 @@ class FillEmpty:
         movable("FillNull", form)
         _value_fault("FillNull", self.value, form)
         return Form(*form)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return what fills the empty rows of a column."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return f"fill_empty[{self.value:g}]"
@@ -349,7 +329,7 @@ class FillNull:
 
 
 @dataclass(frozen=True)
-class ToDense:
+class ToDense(ShapingOp):
     """Rows → a dense tensor ``[B, length, ...]``, filled up with a value.
 
     A longer row is refused on the CPU: put a :class:`Truncate` before it.
@@ -377,7 +357,7 @@ class ToDense:
 
     def fault(self) -> str | None:
         """Return what is wrong with its parameters, or None."""
-        return _length_fault(self.length, 1) or _side_fault(self.side) or FillNan(self.value).fault()
+        return count_fault("length", self.length, least=1) or _side_fault(self.side) or FillNan(self.value).fault()
 
     @property
     def least(self) -> int:
@@ -403,10 +383,6 @@ class ToDense:
             raise TypeError("ToDense would drop the weights of the column; read it without weights")
         _value_fault("ToDense", self.value, form)
         return form._replace(levels=0, dims=form.dims + 1)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return what makes a column dense."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return f"to_dense[{self.length}, {self.value:g}, {self.side}]"

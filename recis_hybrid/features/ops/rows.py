@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from recis_hybrid.features.common import ids_of, integers, movable, one, shaping_kernel
+from recis_hybrid.features.common import ids_of, integers, movable, one
 from recis_hybrid.features.op import Column, Form, Job
-from recis_hybrid.features.ops.tensor_list import TensorList, exact_on
+from recis_hybrid.features.ops.shaping import (
+    LabeledCall,
+    ShapingOp,
+    TensorList,
+    count_fault,
+    exact_on,
+    level_fault,
+    unpack,
+)
 from recis_hybrid.features.ops.vocabulary import Mask, as_tuple
 
 
-def _count_fault(name: str, count: object) -> str | None:
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 2**31:
-        return f"{name} must be an int from 1 to {2**31 - 1}, got {count!r}"
-    return None
-
-
-class TopKCall:
-    """All such operations of a stage in one native call."""
+class TopKCall(LabeledCall):
+    """All :class:`TopK` of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._most = [job.op.k for job in jobs]
-        self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -39,11 +40,11 @@ class TopKCall:
             weights.append(column.weights.contiguous())
         exact = exact_on(values[0].device)
         made = torch.ops.recis.ragged_topk(values, offsets, weights, self._most, self._labels, exact, self._parallel)
-        return [Column(made[3 * k + 1], made[3 * k], made[3 * k + 2]) for k in range(len(columns))]
+        return unpack(made, [True] * len(columns), [True] * len(columns))
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(ShapingOp):
     """Rows of weighted values → the k values of the greatest weights of each, the greatest first.
 
     Of equal weights the first in the row goes first. A weight that is NaN is refused. The time is that of every pair of
@@ -65,7 +66,7 @@ class TopK:
 
     def fault(self) -> str | None:
         """Return what is wrong with k, or None."""
-        return _count_fault("k", self.k)
+        return count_fault("k", self.k)
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the form, unchanged but not the same: rows are."""
@@ -74,20 +75,12 @@ class TopK:
             raise TypeError("TopK takes rows of weighted values: a RaggedTensor of one level with weights")
         return Form(*movable("TopK", form))
 
-    def kernel(self) -> Callable[..., Column]:
-        """Return what chooses values."""
-        return shaping_kernel(self)
-
     def __str__(self) -> str:
         return f"top_k[{self.k}]"
 
 
-class DistinctCall:
-    """All such operations of a stage in one native call."""
-
-    def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
-        self._parallel = parallel
+class DistinctCall(LabeledCall):
+    """All :class:`Distinct` of a stage in one native call."""
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -101,15 +94,11 @@ class DistinctCall:
         made = torch.ops.recis.ragged_distinct(
             ids, offsets, weights.list, weights.index, self._labels, exact_on(ids[0].device), self._parallel
         )
-        results, at = [], 0
-        for number in weights.index:
-            results.append(Column(made[at + 1], made[at], None if number < 0 else made[at + 2]))
-            at += 2 if number < 0 else 3
-        return results
+        return unpack(made, [True] * len(columns), [number >= 0 for number in weights.index])
 
 
 @dataclass(frozen=True)
-class Distinct:
+class Distinct(ShapingOp):
     """Rows of ids → rows of distinct ids: the first occurrence stays, in order, with its weight.
 
     A dense column ``[B]`` is left as it is. The time is that of every pair of ids of a row.
@@ -138,10 +127,6 @@ class Distinct:
             )
         return form if form.levels == 0 else Form(*ids)
 
-    def kernel(self) -> Callable[..., Column]:
-        """Return the kernel that drops repeated ids."""
-        return shaping_kernel(self)
-
     def __str__(self) -> str:
         return "distinct"
 
@@ -166,7 +151,7 @@ class LengthsCall:
 
 
 @dataclass(frozen=True)
-class ListLengths:
+class ListLengths(ShapingOp):
     """Lists → their lengths: the part of :class:`Length` that reads no values.
 
     Args:
@@ -190,10 +175,6 @@ class ListLengths:
         if self.level > form.levels:
             raise TypeError(f"Length: level must be 1 to {form.levels} for this column, got {self.level}")
         return Form(torch.int64, self.level - 1, False, 1, form.device)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return the kernel that subtracts offsets."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return f"list_lengths[{self.level}]"
@@ -220,7 +201,7 @@ class OnesCall:
 
 
 @dataclass(frozen=True)
-class CountOnes:
+class CountOnes(ShapingOp):
     """Masks → the number of ones in each list: the part of :class:`Length` after :class:`Mask`."""
 
     kind: ClassVar[type[OnesCall]] = OnesCall
@@ -238,10 +219,6 @@ class CountOnes:
                 f"of {form.dims} dimensions"
             )
         return Form(torch.int64, max(form.levels - 1, 0), False, 1, form.device)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return the kernel that counts."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return "count_ones"
@@ -277,9 +254,7 @@ class Length:
 
     def fault(self) -> str | None:
         """Return what is wrong with its parameters, or None."""
-        if type(self.level) is not int or self.level not in (1, 2):
-            return f"level must be 1 or 2, got {self.level!r}"
-        return None if self.ignore == () else Mask(self.ignore).fault()
+        return level_fault(self.level) or (Mask(self.ignore).fault() if self.ignore != () else None)
 
     def expand(self) -> Sequence[Sequence[Any]]:
         """Return its parts."""
@@ -289,13 +264,12 @@ class Length:
         return f"length[{self.level}]"
 
 
-class MultiHotCall:
-    """All such operations of a stage in one native call."""
+class MultiHotCall(LabeledCall):
+    """All :class:`MultiHot` of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._classes = [job.op.classes for job in jobs]
-        self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -307,7 +281,7 @@ class MultiHotCall:
 
 
 @dataclass(frozen=True)
-class MultiHot:
+class MultiHot(ShapingOp):
     """Rows of ids → float32 ``[B, classes]``: how often each id occurs in a row, or the sum of its weights.
 
     An id outside ``[0, classes)`` is refused on the CPU: put a :class:`Mod` or a :class:`Vocabulary` before it.
@@ -328,7 +302,7 @@ class MultiHot:
 
     def fault(self) -> str | None:
         """Return what is wrong with the number of classes, or None."""
-        return _count_fault("classes", self.classes)
+        return count_fault("classes", self.classes)
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the dense form."""
@@ -339,10 +313,6 @@ class MultiHot:
                 f"values of {form.dims} dimensions"
             )
         return Form(torch.float32, 0, False, 2, form.device)
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return what makes a column of rows of classes."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return f"multi_hot[{self.classes}]"
@@ -369,15 +339,14 @@ class OneHot(MultiHot):
         return f"one_hot[{self.classes}]"
 
 
-class TileCall:
-    """All such operations of a stage in one native call."""
+class TileCall(LabeledCall):
+    """All :class:`Tile` of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
-        self._labels = "\n".join(job.label for job in jobs)
+        super().__init__(jobs, parallel=parallel)
         self._times = [job.op.times for job in jobs]
         self._ragged = [job.forms[0].levels > 0 for job in jobs]
         self._weighted = [job.forms[0].weighted for job in jobs]
-        self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Make a column for each job."""
@@ -385,17 +354,11 @@ class TileCall:
         for (column,) in columns:
             tensors.add(column.values, column.offsets, column.weights)
         made = torch.ops.recis.ragged_tile(tensors.list, tensors.index, self._times, self._labels, self._parallel)
-        results, at = [], 0
-        for ragged, weighted in zip(self._ragged, self._weighted, strict=True):
-            offsets = made[at] if ragged else None
-            at += ragged
-            results.append(Column(made[at], offsets, made[at + 1] if weighted else None))
-            at += 1 + weighted
-        return results
+        return unpack(made, self._ragged, self._weighted)
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(ShapingOp):
     """Rows → every row several times in succession, so that one user's row meets each of his candidates.
 
     Args:
@@ -412,7 +375,7 @@ class Tile:
 
     def fault(self) -> str | None:
         """Return what is wrong with the number of times, or None."""
-        return _count_fault("times", self.times)
+        return count_fault("times", self.times)
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the form, unchanged but not the same: rows are."""
@@ -421,10 +384,6 @@ class Tile:
             remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
             raise TypeError(f"Tile takes dense columns and rows of values, got rows of lists; {remedy}")
         return Form(*movable("Tile", form))
-
-    def kernel(self) -> Callable[..., Column]:
-        """Return what repeats rows."""
-        return shaping_kernel(self)
 
     def __str__(self) -> str:
         return f"tile[{self.times}]"

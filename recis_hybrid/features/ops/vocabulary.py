@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from os import PathLike
@@ -129,14 +129,10 @@ class Vocabulary:
         def kernel(column: Column) -> Column:
             form = Form.of(column)
             self.check(form)
-            device = column.values.device
             if form.strings:
-                assert column.offsets is not None
-                strings = RaggedTensor(column.values, column.offsets).to_strings()
-                listed = [place_of(string) for string in strings]
-                return without_strings(column, torch.tensor(listed, dtype=torch.int64, device=device))
+                return _of_each_string(column, place_of, torch.int64)
             listed = [place_of(number) for number in ids_of(column).flatten().tolist()]
-            found = torch.tensor(listed, dtype=torch.int64, device=device)
+            found = torch.tensor(listed, dtype=torch.int64, device=column.values.device)
             return column._replace(values=found.view(column.values.shape))
 
         return kernel
@@ -147,6 +143,14 @@ class Vocabulary:
 
 def _as_int(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
+def _of_each_string(column: Column, function: Callable[[bytes], int], dtype: torch.dtype) -> Column:
+    """Return a column with each of its strings replaced by a number."""
+    assert column.offsets is not None
+    strings = RaggedTensor(column.values, column.offsets).to_strings()
+    results = torch.tensor([function(string) for string in strings], dtype=dtype, device=column.values.device)
+    return without_strings(column, results)
 
 
 def as_tuple(values: Any) -> Any:
@@ -236,10 +240,7 @@ class Mask:
             form = Form.of(column)
             self.check(form)
             if form.strings:
-                assert column.offsets is not None
-                strings = RaggedTensor(column.values, column.offsets).to_strings()
-                listed = [float(string not in self.values) for string in strings]
-                return without_strings(column, torch.tensor(listed, dtype=torch.float32, device=column.values.device))
+                return _of_each_string(column, lambda string: string not in self.values, torch.float32)
             given = self.values if form.dtype in FLOATS else self._whole()
             values = column.values if form.dtype in FLOATS else ids_of(column)
             mask = torch.ones_like(values, dtype=torch.bool)
