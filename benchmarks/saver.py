@@ -106,11 +106,11 @@ class Cases:
         background = Saver(self.folder / "async", keep=1, async_save=True)
 
         def save() -> None:
-            saver.save(next(steps), engine=engine)
+            saver.save(next(steps), {"engine": engine})
 
         def stall() -> float:
             begin = time.perf_counter()
-            background.save(next(steps), engine=engine)
+            background.save(next(steps), {"engine": engine})
             seconds = time.perf_counter() - begin
             background.wait()
             return seconds
@@ -139,7 +139,7 @@ class Cases:
                 optimizer.step()
                 saver.wait()  # until the whole one before is deleted
                 begin = time.perf_counter()
-                changing.save(next(steps), delta=True, engine=engine)
+                changing.save(next(steps), {"engine": engine}, delta=True)
                 return time.perf_counter() - begin
 
             delta()  # the first is whole
@@ -151,7 +151,7 @@ class Cases:
         folder = self.folder / "ranks"
         together(
             WRITERS,
-            lambda rank, group: Saver(folder, group=group).save(1, engine=filled(self.rows, rank, WRITERS)),
+            lambda rank, group: Saver(folder, group=group).save(1, {"engine": filled(self.rows, rank, WRITERS)}),
         )
         files = saver_files(folder)
         size = sum(file.stat().st_size for file in files)
@@ -162,7 +162,7 @@ class Cases:
             def one(rank: int, group: dist.ProcessGroup) -> None:
                 saver, engine = Saver(folder, group=group), empty()
                 begin = time.perf_counter()
-                saver.load(engine=engine)
+                saver.load({"engine": engine})
                 seconds.append(time.perf_counter() - begin)
 
             together(READERS, one)

@@ -96,7 +96,7 @@ def main() -> None:
         figures = dict(trainer.fit([Evaluate(), SaveCheckpoint()])["eval"])
 
         again = make_model(args.tower, args.seed + 1)
-        saver.load(engine=again.lookup, model=again)
+        saver.load({"engine": again.lookup, "model": again})
         reloaded = evaluate(TorchStep(again, again.loss, []), test, metrics)
 
     seconds = time.perf_counter() - begin

@@ -159,7 +159,7 @@ def load_run(
         # The tables are read-only: optimizer state and counts of ids without a row are left out on purpose.
         warnings.filterwarnings("ignore", ".*is loaded into tables of another kind", UserWarning)
         parts = scorer.parts()
-        loaded = saver.load(step, **{name: parts[name] for name in ("engine", "model")})
+        loaded = saver.load({name: parts[name] for name in ("engine", "model")}, step)
     features = FeatureEngine(features_of(config), parallel=False)
     return LoadedRun(
         path=place, step=loaded, config=config, model=scorer.model.eval(), features=features, scorer=scorer

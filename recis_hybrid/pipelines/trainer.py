@@ -416,7 +416,7 @@ class Trainer:
         begin = time.perf_counter()
         if isinstance(self._stage, SaveCheckpoint):
             self._place.finished = True
-        path = self.saver.save(self.steps_done, delta=delta, **self.parts())
+        path = self.saver.save(self.steps_done, self.parts(), delta=delta)
         self._saved, self._saved_in = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - begin})
         return path
@@ -505,7 +505,7 @@ class Trainer:
                 self.seed, rank=distributed.rank()
             )  # which a rank keeps that was not there when it was saved
         if resumes and self.saver is not None and resume is not None:
-            self._saved = self.saver.load(resume, **self.parts())
+            self._saved = self.saver.load(self.parts(), resume)
         if distributed.world_size() > 1:
             for step in self.steps.values():
                 assert isinstance(step, Replicated)
@@ -561,7 +561,7 @@ class Trainer:
         try:
             if self._saved != self.steps_done:
                 self._saved = self.steps_done
-                self.saver.save(self.steps_done, **self.parts())
+                self.saver.save(self.steps_done, self.parts())
         except Exception as error:
             return f"the state could not be saved: {error}"
         return f"the state of step {self.steps_done} is saved"

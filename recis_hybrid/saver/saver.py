@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -68,9 +69,9 @@ class Saver:
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> saver = Saver(tempfile.mkdtemp(), keep=2)
-        >>> saver.save(100, model=model, optimizer=optimizer, note={"epoch": 1}).name
+        >>> saver.save(100, {"model": model, "optimizer": optimizer, "note": {"epoch": 1}}).name
         'step_000100'
-        >>> saver.load(model=model, optimizer=optimizer)
+        >>> saver.load({"model": model, "optimizer": optimizer})
         100
         >>> saver.read_json("note")
         {'epoch': 1}
@@ -84,11 +85,11 @@ class Saver:
         async_save: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if keep is not None and (type(keep) is not int or keep < 1):
+        if keep is not None and not (_is_integer(keep) and keep >= 1):
             raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
         self._storage = storage_of(path)
         self._root = self._storage.root
-        self._keep = keep
+        self._keep = None if keep is None else int(keep)
         self._async_save = async_save
         self._group = group
         self._ranks: Ranks | None = None
@@ -118,7 +119,7 @@ class Saver:
         return max(self.steps(), default=None)
 
     @torch.inference_mode(False)
-    def save(self, step: int, *, delta: bool = False, **parts: object) -> Location:
+    def save(self, step: int, parts: Mapping[str, object], *, delta: bool = False) -> Location:
         """Save the parts as one checkpoint.
 
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
@@ -132,8 +133,8 @@ class Saver:
         Args:
             step: number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
                 is the one that was written last.
+            parts: what to save, by name.
             delta: whether to write just what changed, where that is possible.
-            **parts: what to save, by name.
 
         Returns:
             Directory of the checkpoint; with `async_save` it may not be there yet.
@@ -145,17 +146,14 @@ class Saver:
         """
         ranks = self._together()
         ranks.together(self.wait)
+        step = int(step) if _is_integer(step) else step
         adapters: dict[str, Part] = {}
 
         def prepare() -> JSON:
             self._check_step(step)
             if type(delta) is not bool:
-                raise CheckpointError(
-                    f"Saver.save: delta must be True or False, got a {type(delta).__name__}. A part cannot have this "
-                    "name: give it another."
-                )
-            if not parts:
-                raise CheckpointError("Saver.save: there must be a part to save, got none. Pass parts by name.")
+                raise CheckpointError(f"Saver.save: delta must be True or False, got {delta!r}.")
+            _refuse_no_parts("Saver.save", parts)
             adapters.update({name: part_of(name, _value(part)) for name, part in parts.items()})
             if ranks.rank == 0:
                 self._storage.take()
@@ -220,7 +218,7 @@ class Saver:
         ranks.together(delete_oldest)
 
     @torch.inference_mode(False)
-    def load(self, step: int | Literal["latest"] = "latest", **parts: object) -> int:
+    def load(self, parts: Mapping[str, object], step: int | Literal["latest"] = "latest") -> int:
         """Load parts of a checkpoint into live objects.
 
         The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
@@ -234,8 +232,8 @@ class Saver:
         warning tells.
 
         Args:
+            parts: the objects to load into, by the names under which they were saved. JSON is read by `read_json`.
             step: which checkpoint; the highest complete step by default.
-            **parts: the objects to load into, by the names under which they were saved. JSON is read by `read_json`.
 
         Returns:
             The step that was loaded.
@@ -247,8 +245,7 @@ class Saver:
         """
         ranks = self._together()
         ranks.together(self.wait)
-        if not parts:
-            raise CheckpointError("Saver.load: there must be a part to load, got none. Pass parts by name.")
+        _refuse_no_parts("Saver.load", parts)
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         reads, opened = Reads(), list[Checkpoint]()
         chosen: dict[str, tuple[Part, str, PartEntry]] = {}
@@ -277,13 +274,13 @@ class Saver:
     @torch.inference_mode(False)
     def load_some(
         self,
+        parts: Mapping[str, object],
         step: int | Literal["latest"] = "latest",
         *,
         only: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
-        **parts: object,
     ) -> Loaded:
         """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
 
@@ -293,13 +290,13 @@ class Saver:
         table's own, as if they had just been met.
 
         Args:
+            parts: the engines and modules to load into, by the names under which they were saved.
             step: which checkpoint; the highest complete step by default.
             only: patterns of the names to load; None for all.
             exclude: patterns of names to leave out.
             rename: names in the checkpoint and in the live object, with `*`: `{"encoder.*": "tower.*"}`.
             strict: whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
                 of the same width whatever their dtype, with the optimizer state that both have.
-            **parts: the engines and modules to load into, by the names under which they were saved.
 
         Returns:
             What was loaded and what not.
@@ -312,8 +309,7 @@ class Saver:
         """
         ranks = self._together()
         ranks.together(self.wait)
-        if not parts:
-            raise CheckpointError("Saver.load_some: there must be a part to load, got none. Pass parts by name.")
+        _refuse_no_parts("Saver.load_some", parts)
         selection = Selection(only, exclude, rename)
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         adapters = {name: part_of(name, value) for name, value in parts.items()}
@@ -374,13 +370,26 @@ class Saver:
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
         steps = self.steps()
-        wanted = max(steps, default=None) if step == "latest" else step
+        wanted = max(steps, default=None) if step == "latest" else int(step) if _is_integer(step) else None
         if wanted is None or wanted not in steps:
             raise CheckpointError(
                 f"Saver.load: {self._root} must hold a complete checkpoint of step {step!r}, it holds {steps}. Save "
                 "first, or name one of these."
             )
         return wanted
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _refuse_no_parts(where: str, parts: object) -> None:
+    """Raise CheckpointError unless parts are a mapping from names to objects, of one at least."""
+    if not isinstance(parts, Mapping) or not parts or not all(isinstance(name, str) for name in parts):
+        got = list(parts) if isinstance(parts, Mapping) else type(parts).__name__
+        raise CheckpointError(
+            f"{where}: parts must be a mapping from one name or more to objects, as {{'model': model}}, got {got}."
+        )
 
 
 def _value(part: object) -> Any:

@@ -153,18 +153,18 @@ def test_state_goes_on_where_it_was(tmp_path: Path) -> None:
     optimizer = OptaxOptimizer(first.named_parameters(), TRANSFORMATIONS["adamw"])
     train(first, optimizer, range(12))
     saver = Saver(tmp_path)
-    saver.save(12, tower=first, optimizer=optimizer)
+    saver.save(12, {"tower": first, "optimizer": optimizer})
     train(first, optimizer, range(12, 14))  # what was saved is a copy
 
     second = JaxTower(mlp, PARAMS)
     again = OptaxOptimizer(second.named_parameters(), TRANSFORMATIONS["adamw"])
-    saver.load(tower=second, optimizer=again)
+    saver.load({"tower": second, "optimizer": again})
     train(second, again, range(12, 20))
     torch.testing.assert_close(weights(second), weights(whole), rtol=0, atol=0)
 
     other = JaxTower(lambda params, x: x * params["w"], {"w": np.ones(3, np.float32)})
     with pytest.raises(CheckpointMismatch):
-        saver.load(optimizer=OptaxOptimizer(other.named_parameters(), optax.sgd(0.1)))
+        saver.load({"optimizer": OptaxOptimizer(other.named_parameters(), optax.sgd(0.1))})
     with pytest.raises(ValueError, match="another transformation or other parameters"):
         again.load_state_dict(OptaxOptimizer(second.named_parameters(), optax.adagrad(0.1)).state_dict())
 

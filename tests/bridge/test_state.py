@@ -29,10 +29,10 @@ def make(scale: float) -> Any:
 def test_a_checkpoint_brings_a_pytree_back(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     held = JaxState(make(3.0))
-    saver.save(1, jax=held)
+    saver.save(1, {"jax": held})
     held.tree = jax.tree.map(lambda leaf: leaf, make(5.0))
     other = JaxState(make(7.0))
-    saver.load(jax=other)
+    saver.load({"jax": other})
     wanted, got = make(3.0), other.tree
     assert jax.tree.structure(wanted) == jax.tree.structure(got)
     assert jnp.array_equal(jax.random.key_data(got["key"]), jax.random.key_data(wanted["key"]))

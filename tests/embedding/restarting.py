@@ -45,7 +45,7 @@ def train(
     dense = torch.optim.SGD(model.tower.parameters(), lr=0.1, momentum=0.9)
     saver = Saver(folder, group=save_group)
     parts = {"engine": engine, "tower": model.tower, "sparse": sparse, "dense": dense}
-    done = 0 if saver.latest() is None else saver.load(**parts)
+    done = 0 if saver.latest() is None else saver.load(parts)
     begun = done
     cuts = sharded.shares(SAMPLES, ranks, False)
     for step in range(done, steps):
@@ -66,7 +66,7 @@ def train(
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         if (step + 1) % EVERY == 0:
-            saver.save(step + 1, **parts)
+            saver.save(step + 1, parts)
     return {
         "losses": [],
         "tables": sharded.rows_of(engine),

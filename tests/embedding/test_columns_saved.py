@@ -43,14 +43,14 @@ def trained(group: dist.ProcessGroup, folder: str, background: bool) -> None:
         sparse.step()
         if step == 3:
             assert engine.evict(Unused(1)) > 0
-        saver.save(step, delta=step > 1, **parts)
+        saver.save(step, parts, delta=step > 1)
     saver.wait()
 
 
 def saved_again(group: dist.ProcessGroup, sharding: str, source: str, target: str) -> None:
     parts = parts_of(group, sharding)
-    assert saver_of(group, source).load(**parts) == 3
-    saver_of(group, target).save(3, **parts)
+    assert saver_of(group, source).load(parts) == 3
+    saver_of(group, target).save(3, parts)
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -92,19 +92,19 @@ def test_training_beside_a_read_only_table_is_as_without_it() -> None:
 def test_a_trained_checkpoint_goes_into_a_read_only_table_and_back(tmp_path: Path) -> None:
     engine, optimizer = trained()
     saver = Saver(tmp_path)
-    saver.save(1, engine=engine, optimizer=optimizer)
+    saver.save(1, {"engine": engine, "optimizer": optimizer})
     frozen = engine_of(frozen=("old",))
     sparse = optim.Adam(frozen.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the checkpoint only"):
-        saver.load(engine=frozen, optimizer=sparse)
+        saver.load({"engine": frozen, "optimizer": sparse})
     same_but_state(engine, frozen)
-    saver.save(2, engine=frozen, optimizer=sparse)
+    saver.save(2, {"engine": frozen, "optimizer": sparse})
     again = engine_of(frozen=("old",))
-    saver.load(engine=again)  # as it was saved: nothing to warn of
+    saver.load({"engine": again})  # as it was saved: nothing to warn of
     same(again, frozen)
     free = engine_of()
     with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the live object only"):
-        saver.load(engine=free, optimizer=optim.Adam(free.parameters(), lr=0.1))
+        saver.load({"engine": free, "optimizer": optim.Adam(free.parameters(), lr=0.1)})
     assert torch.equal(embeddings(free)["old"], embeddings(engine)["old"])
     assert not rows_of(free)["old"]["exp_avg"].any()
     assert torch.equal(rows_of(free)["user"]["exp_avg"], rows_of(engine)["user"]["exp_avg"])
@@ -115,9 +115,9 @@ def test_a_trained_checkpoint_goes_into_a_read_only_table_and_back(tmp_path: Pat
 
 def test_some_tables_of_another_run_are_loaded_and_frozen(tmp_path: Path) -> None:
     engine, optimizer = trained()
-    Saver(tmp_path).save(1, engine=engine, optimizer=optimizer)
+    Saver(tmp_path).save(1, {"engine": engine, "optimizer": optimizer})
     frozen = engine_of(frozen=("old", "user"))
-    loaded = Saver(tmp_path).load_some(only=["old", "item"], engine=frozen)
+    loaded = Saver(tmp_path).load_some({"engine": frozen}, only=["old", "item"])
     assert len(loaded.loaded) == 2
     for name in ("old", "item"):
         assert torch.equal(embeddings(frozen)[name], embeddings(engine)[name])
@@ -129,18 +129,18 @@ def test_changes_after_a_change_of_layout_build_on_a_whole_part(tmp_path: Path, 
     # A checkpoint of rows without moments cannot be put over one of rows with moments, nor the other way round.
     engine, optimizer = trained(() if frozen else ("old",))
     saver = Saver(tmp_path)
-    saver.save(1, delta=True, engine=engine, optimizer=optimizer)
+    saver.save(1, {"engine": engine, "optimizer": optimizer}, delta=True)
     train(engine, optimizer, 1, first=2)
-    saver.save(2, delta=True, engine=engine, optimizer=optimizer)
+    saver.save(2, {"engine": engine, "optimizer": optimizer}, delta=True)
     other = engine_of(frozen)
     sparse = optim.Adam(other.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="loaded into tables of another kind"):
-        saver.load(engine=other, optimizer=sparse)
+        saver.load({"engine": other, "optimizer": sparse})
     for step in (3, 4):
         train(other, sparse, 1, first=step)
-        saver.save(step, delta=True, engine=other, optimizer=sparse)
+        saver.save(step, {"engine": other, "optimizer": sparse}, delta=True)
         restored = engine_of(frozen)
-        assert saver.load(step, engine=restored) == step
+        assert saver.load({"engine": restored}, step) == step
         same(other, restored)
 
 

@@ -44,9 +44,9 @@ class Run:
 def test_steps_and_hyperparameters_follow_the_tables(tmp_path: Path, coalesce: bool) -> None:
     run = Run(coalesce=coalesce, lr=0.2).train(range(3))
     run.optimizer.param_groups[0]["initial_lr"] = 0.5  # as schedulers leave it
-    Saver(tmp_path).save(1, **run.parts())
+    Saver(tmp_path).save(1, run.parts())
     other = Run(coalesce=not coalesce)
-    assert Saver(tmp_path).load(**other.parts()) == 1
+    assert Saver(tmp_path).load(other.parts()) == 1
     for group in other.optimizer.param_groups:
         assert (group["lr"], group["betas"], group["initial_lr"]) == (0.2, (0.9, 0.999), 0.5)
     assert [state["step"] for state in other.optimizer.state.values()] == [3] * len(other.engine.tables)
@@ -61,7 +61,7 @@ def test_steps_and_hyperparameters_follow_the_tables(tmp_path: Path, coalesce: b
 def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_path: Path) -> None:
     own = {**CONFIGS, "b": replace(CONFIGS["b"], optimizer_overrides={"lr": 0.5})}
     run = Run(own).train(range(2))
-    Saver(tmp_path).save(1, **run.parts())
+    Saver(tmp_path).save(1, run.parts())
     sgd = optim.SGD(Run().engine.parameters(), lr=0.1)
     fewer = Run({name: CONFIGS[name] for name in ("a", "b")})
     for optimizer, message in (
@@ -70,7 +70,7 @@ def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_pa
         (Run().optimizer, r"'a' and 'b' share a parameter group in the live object, and differ in \['lr'\]"),
     ):
         with pytest.raises(CheckpointMismatch, match=message):
-            Saver(tmp_path).load(sparse=optimizer)
+            Saver(tmp_path).load({"sparse": optimizer})
         with pytest.raises(ValueError, match=message):
             optimizer.load_checkpoint_state(run.optimizer.checkpoint_state())
         assert optimizer.param_groups[0]["lr"] == 0.1
@@ -91,10 +91,10 @@ def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_pa
 )
 def test_what_is_no_state_of_an_optimizer_is_refused(tmp_path: Path, change: Any) -> None:
     run = Run().train(range(2))
-    Saver(tmp_path).save(1, **run.parts())
+    Saver(tmp_path).save(1, run.parts())
     edit_manifest(tmp_path / "step_000001", lambda document: change(document["parts"]["sparse"]["meta"]))
     other = Run()
     with pytest.raises(CorruptCheckpoint, match="part 'sparse'"):
-        Saver(tmp_path).load(**other.parts())
+        Saver(tmp_path).load(other.parts())
     assert len(other.engine.tables[0]) == 0
     assert not other.optimizer.state

@@ -122,8 +122,8 @@ def test_a_schedule_goes_on_from_a_checkpoint(schedule: str, tmp_path: Path) -> 
     first, again = made(), made()
     train(*first, of[:4])
     names = ("engine", "optimizer", "schedule")
-    Saver(tmp_path).save(4, **dict(zip(names, first, strict=True)))
-    Saver(tmp_path).load(4, **dict(zip(names, again, strict=True)))
+    Saver(tmp_path).save(4, dict(zip(names, first, strict=True)))
+    Saver(tmp_path).load(dict(zip(names, again, strict=True)), 4)
     train(*again, of[4:])
     assert torch.equal(rows(again[0]), rows(whole[0]))
     assert again[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]

@@ -85,17 +85,17 @@ def train(
     run, saver = Run(data), Saver(root, keep=4, async_save=asynchronous)
     tell("l")
     wanted = saver.latest() if latest is None else latest
-    step = 0 if wanted is None else saver.load(wanted, **run.parts())
+    step = 0 if wanted is None else saver.load(run.parts(), wanted)
     tell("L")
     for batch in run.data:
         step += 1
         run.train_step(batch, step)
         if step % EVERY == 0:
             tell("s")
-            saver.save(step, delta=step % 8 != 2, **run.parts())
+            saver.save(step, run.parts(), delta=step % 8 != 2)
             tell("e")
     saver.wait()
-    Saver(end).save(step, **run.parts())
+    Saver(end).save(step, run.parts())
 
 
 def write_data(path: Path) -> None:
@@ -181,7 +181,9 @@ class Trial:
         assert self.child(**options).ended() == 0, "the run that went on failed"
         assert contents(self.end) == contents(self.expected), "the end is another"
         # Remains of a run that was killed after its last save are for the next one to remove.
-        assert Child(lambda _: Saver(self.root, keep=None).save(10**6, note=1)).ended() == 0, "nothing can be saved"
+        assert Child(lambda _: Saver(self.root, keep=None).save(10**6, {"note": 1})).ended() == 0, (
+            "nothing can be saved"
+        )
         assert {e.name for e in self.root.iterdir() if e.name != LEASE} == {
             f"step_{step:06d}" for step in Saver(self.root).steps()
         }
@@ -289,7 +291,7 @@ def damaged_file(t: Trial) -> None:
     else:
         path.write_bytes(t.draw.randbytes(len(data)))
     table = path.parent.name if path.parent.parent.name == "engine" else None
-    text = refusal(lambda: Saver(t.root).load(steps[-1], **Run(t.data).parts()))
+    text = refusal(lambda: Saver(t.root).load(Run(t.data).parts(), steps[-1]))
     assert text is not None, f"{path} was {harm}, and nobody minded"
     # A file is named, with its table; a chain by the link that does not hold.
     link = f"step {int(path.parent.name[5:])}, which" if path.name == "manifest.json" else path.name
@@ -340,7 +342,7 @@ def malicious_manifest(t: Trial) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run = Run(t.data)
     weights = run.tower[0].weight.detach().clone()
-    text = refusal(lambda: Saver(t.root).load(**run.parts()))
+    text = refusal(lambda: Saver(t.root).load(run.parts()))
     assert text is not None, "a lie was believed"
     assert "secret" not in text
     assert torch.equal(weights, run.tower[0].weight)
@@ -361,7 +363,7 @@ def two_jobs(t: Trial) -> None:
     os.kill(first.pid, signal.SIGSTOP)  # so that it does not end before the second has tried
 
     def second(_: Callable[[str], object]) -> None:
-        assert "another saver saves here" in (refusal(lambda: Saver(t.root).save(1000, note=1)) or "")
+        assert "another saver saves here" in (refusal(lambda: Saver(t.root).save(1000, {"note": 1})) or "")
         os._exit(7)
 
     assert Child(second).ended() == 7

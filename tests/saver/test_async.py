@@ -24,16 +24,16 @@ def test_a_save_in_the_background_has_the_state_of_its_call(tmp_path: Path, monk
         write(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Saver, "_write", held_up)
-    saver.save(3, **toy.parts(), note={"epoch": 1})
+    saver.save(3, {**toy.parts(), "note": {"epoch": 1}})
     assert saver.steps() == []
     toy.train_steps(3)
     go_on.set()
     saver.wait()
     assert saver.steps() == [3]
     again = Toy(seed=4)
-    assert saver.load(**again.parts()) == 3
+    assert saver.load(again.parts()) == 3
     assert torch.equal(again.predictions(), before)
-    Saver(tmp_path / "sync").save(3, **again.parts(), note={"epoch": 1})
+    Saver(tmp_path / "sync").save(3, {**again.parts(), "note": {"epoch": 1}})
     for file in (tmp_path / "sync" / "step_000003").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "run" / file.relative_to(tmp_path / "sync")).read_bytes()
 
@@ -52,27 +52,27 @@ def test_what_a_part_lends_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Saver, "_write", held_up)
     monkeypatch.setattr(shelf, "checkpoint_state", lambda: lent)
     saver = Saver(tmp_path, async_save=True)
-    saver.save(1, shelf=shelf)
+    saver.save(1, {"shelf": shelf})
     tensor.zero_()
     go_on.set()
     saver.wait()
     tensor.copy_(kept)
-    Saver(tmp_path / "sync").save(1, shelf=shelf)
+    Saver(tmp_path / "sync").save(1, {"shelf": shelf})
     for file in (tmp_path / "sync" / "step_000001").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / file.relative_to(tmp_path / "sync")).read_bytes()
 
 
 def test_a_failure_surfaces_at_the_next_call_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, async_save=True)
-    saver.save(1, shelf=example_shelf())
+    saver.save(1, {"shelf": example_shelf()})
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        saver.save(2, shelf=example_shelf())
+        saver.save(2, {"shelf": example_shelf()})
         with pytest.raises(CheckpointError, match=r"\.step_000002\.partial: could not be written .*No space left"):
-            saver.save(3, shelf=example_shelf())
+            saver.save(3, {"shelf": example_shelf()})
     assert saver.steps() == [1]
-    saver.save(3, shelf=example_shelf())
+    saver.save(3, {"shelf": example_shelf()})
     saver.wait()
     assert saver.steps() == [1, 3]
 
@@ -81,10 +81,10 @@ def test_a_failure_surfaces_at_the_next_call_once(tmp_path: Path, monkeypatch: p
 def test_the_end_of_the_process_waits_and_tells(kept: bool, tmp_path: Path, root: Path) -> None:
     code = (
         "import sys, time, pathlib\nfrom recis_hybrid.saver import Saver\nfrom tests.saver.fakes import example_shelf\n"
-        "saver = Saver(sys.argv[1], async_save=True)\nsaver.save(1, shelf=example_shelf())\nsaver.wait()\n"
+        "saver = Saver(sys.argv[1], async_save=True)\nsaver.save(1, {'shelf': example_shelf()})\nsaver.wait()\n"
         "def fail(*_):\n    time.sleep(0.3)\n    raise OSError(28, 'No space left on device')\n"
-        "saver.save(2, shelf=example_shelf())\nsaver.wait()\npathlib.Path.rename = fail\n"
-        "saver.save(3, shelf=example_shelf())\n" + ("" if kept else "del saver\n")
+        "saver.save(2, {'shelf': example_shelf()})\nsaver.wait()\npathlib.Path.rename = fail\n"
+        "saver.save(3, {'shelf': example_shelf()})\n" + ("" if kept else "del saver\n")
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False, timeout=120
@@ -97,7 +97,7 @@ def test_the_end_of_the_process_waits_and_tells(kept: bool, tmp_path: Path, root
 def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, root: Path) -> None:
     code = (
         "import sys\nfrom recis_hybrid.saver import Saver\nfrom tests.saver.fakes import example_shelf\n"
-        "saver = Saver(sys.argv[1])\nsaver.save(1, shelf=example_shelf())\nprint('saved', flush=True)\ninput()\n"
+        "saver = Saver(sys.argv[1])\nsaver.save(1, {'shelf': example_shelf()})\nprint('saved', flush=True)\ninput()\n"
     )
     job = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -106,10 +106,10 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, root: Pat
         assert job.stdout is not None
         assert job.stdout.readline() == "saved\n"
         with pytest.raises(CheckpointError, match=rf"another saver saves here \(process {job.pid} on "):
-            Saver(tmp_path).save(2, shelf=example_shelf())
-        assert Saver(tmp_path).load(shelf=example_shelf()) == 1  # reading is for all
+            Saver(tmp_path).save(2, {"shelf": example_shelf()})
+        assert Saver(tmp_path).load({"shelf": example_shelf()}) == 1  # reading is for all
     finally:
         job.kill()
         job.communicate()
-    Saver(tmp_path).save(2, shelf=example_shelf())
+    Saver(tmp_path).save(2, {"shelf": example_shelf()})
     assert Saver(tmp_path).steps() == [1, 2]

@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Path:
     toy = Toy()
     for step in (2, 4):
         toy.train_steps(2)
-        Saver(tmp_path / "run").save(step, **toy.parts(), note={"epoch": step})
+        Saver(tmp_path / "run").save(step, {**toy.parts(), "note": {"epoch": step}})
     return tmp_path / "run"
 
 
@@ -55,8 +55,8 @@ def test_diff_compares_content(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["diff", str(run), str(run / "step_000004")]) == 0
     assert "hold the same" in capsys.readouterr().out
     toy = Toy(seed=5)
-    Saver(run).load(2, **toy.parts())
-    Saver(tmp_path / "same").save(7, **toy.parts(), note={"epoch": 2})
+    Saver(run).load(toy.parts(), 2)
+    Saver(tmp_path / "same").save(7, {**toy.parts(), "note": {"epoch": 2}})
     assert main(["diff", str(run / "step_000002"), str(tmp_path / "same")]) == 0
     table = toy.engine.tables[0]
     table.insert(table.members.index(next(m for m in table.members if m.name == "item")), torch.tensor([12345]))
@@ -64,7 +64,7 @@ def test_diff_compares_content(run: Path, tmp_path: Path, capsys: pytest.Capture
         toy.tower[0].weight[0, 0] += 1
     parts = toy.parts()
     del parts["dense"]
-    Saver(tmp_path / "other").save(7, **parts, note={"epoch": 3})
+    Saver(tmp_path / "other").save(7, {**parts, "note": {"epoch": 3}})
     capsys.readouterr()
     assert main(["diff", "--json", str(run / "step_000002"), str(tmp_path / "other")]) == 1
     assert json.loads(capsys.readouterr().out)["differences"] == [
@@ -136,7 +136,7 @@ def test_differences_fit_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[
             for number, parameter in enumerate(tower.parameters()):
                 parameter.fill_(number + shift * (number != 3))
         notes = {f"key {number}": number + shift for number in range(30)}
-        Saver(tmp_path / name).save(1, model=tower, note={"deep": notes, "same": 1}, other=[shift])
+        Saver(tmp_path / name).save(1, {"model": tower, "note": {"deep": notes, "same": 1}, "other": [shift]})
         return tmp_path / name
 
     first, second = save("first", 0), save("second", 1)

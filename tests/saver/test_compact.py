@@ -30,8 +30,8 @@ def run(tmp_path: Path) -> tuple[Path, Toy]:
         toy.train_steps(2)
         toy.engine.tables[0].erase(step % 2, torch.tensor([-1, 2**52 + 1]))
         toy.engine.tables[0].insert(0, torch.tensor([step]))
-        saver.save(step, delta=True, **toy.parts(), note={"epoch": step})
-    Saver(tmp_path / "whole").save(6, **toy.parts(), note={"epoch": 6})
+        saver.save(step, {**toy.parts(), "note": {"epoch": step}}, delta=True)
+    Saver(tmp_path / "whole").save(6, {**toy.parts(), "note": {"epoch": 6}})
     return tmp_path / "run", toy
 
 
@@ -55,9 +55,9 @@ def test_compact_gives_the_bytes_of_a_whole_save(
     assert main(["compact", str(root)]) == 0  # nothing to do
     again = Toy(seed=4)
     saver = Saver(root, keep=1)
-    saver.load(**again.parts())
+    saver.load(again.parts())
     assert torch.equal(again.predictions(), run[1].predictions())
-    saver.save(7, **again.parts())
+    saver.save(7, again.parts())
     assert entries(root) == ["step_000007"]
 
 
@@ -66,7 +66,7 @@ def test_compact_elsewhere_and_of_a_step(run: tuple[Path, Toy], capsys: pytest.C
     assert main(["compact", str(root), "--step", "4"]) == 1
     assert "step 6 builds on it as it is" in capsys.readouterr().err
     saver = Saver(root, keep=None)
-    saver.save(8, note=1)
+    saver.save(8, {"note": 1})
     assert main(["compact", str(root)]) == 0  # it is whole as it is
     assert main(["compact", str(root), "--step", "6"]) == 1
     assert "another saver saves here" in capsys.readouterr().err
@@ -110,11 +110,13 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
         engine({"id": torch.tensor([3, 9, 9])})
     Saver(tmp_path / "run").save(
         5,
-        engine=engine,
-        tower=tower,
-        dense=torch.optim.Adam(tower.parameters()),
-        note={"v": 1},
-        generator=torch.Generator(),
+        {
+            "engine": engine,
+            "tower": tower,
+            "dense": torch.optim.Adam(tower.parameters()),
+            "note": {"v": 1},
+            "generator": torch.Generator(),
+        },
     )
     arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out")] + (["--dtype", dtype] if dtype else [])
     assert main(arguments) == 0

@@ -18,8 +18,10 @@ PROGRAM = textwrap.dedent(
     """
     import pathlib, shutil, sys
     import torch
-    from recis_hybrid.saver import Saver, compact, row_files, storage, tensors
+    from recis_hybrid.saver import Saver, compact
     from recis_hybrid.saver.checkpoint.chain import Checkpoint
+    from recis_hybrid.saver.format import row_file, tensor_file
+    from recis_hybrid.saver.storage import local
     from tests.support.kills import kill_at_every_moment
     from tests.support.toy import Toy
 
@@ -30,13 +32,13 @@ PROGRAM = textwrap.dedent(
         if what == "compact":
             compact.compact(Checkpoint(pathlib.Path(root), 4))
         else:
-            saver.save(5, delta=True, engine=toy.engine, note=1)
+            saver.save(5, {'engine': toy.engine, 'note': 1}, delta=True)
 
     toy, saver = Toy(seed=3), Saver(root, keep=1)
     shutil.copytree(base, root)
-    saver.load(4, engine=toy.engine)
+    saver.load({'engine': toy.engine}, 4)
     toy.train_steps(1)
-    calls = [(tensors, "write_file"), (row_files, "write_file"), (storage, "_exchange")]
+    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (local, "_exchange")]
     kill_at_every_moment(work, root, base, calls)
     """
 )
@@ -59,7 +61,7 @@ def test_a_kill_at_any_moment(what: str, tmp_path: Path, root: Path) -> None:
     for step in (2, 4):
         toy.train_steps(2)
         toy.engine.tables[0].erase(0, torch.tensor([step]))
-        saver.save(step, delta=True, engine=toy.engine, note=step)
+        saver.save(step, {"engine": toy.engine, "note": step}, delta=True)
     expected = {step: whole(base, step) for step in (2, 4)}
     runs = killed(PROGRAM, root, what, str(tmp_path / "run"), str(base))
     assert runs > 20
@@ -72,5 +74,5 @@ def test_a_kill_at_any_moment(what: str, tmp_path: Path, root: Path) -> None:
         assert found.steps() in ([2, 4], [2, 4, 5])
         for step in found.steps():
             assert whole(place, step) == expected[step], (moment, step)
-        found.save(6, note=1)
+        found.save(6, {"note": 1})
         assert entries(place) == [f"step_{step:06d}" for step in found.steps()]

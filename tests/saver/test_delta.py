@@ -49,7 +49,7 @@ def same(saver: Saver, engine: EmbeddingEngine, step: int) -> None:
     """Into another engine, whose own rows go."""
     other = engine_of(seed=9)
     other.train()({name: torch.tensor([5, 77]) for name in NAMES})
-    saver.load(step, engine=other)
+    saver.load({"engine": other}, step)
     assert rows_of(other.checkpoint_state()) == rows_of(engine.checkpoint_state())
 
 
@@ -115,7 +115,7 @@ class DeltaMachine(RuleBasedStateMachine):
     @rule(delta=st.sampled_from([True, True, True, False]))
     def save(self, delta: bool) -> None:
         self.step += 1
-        self.saver.save(self.step, delta=delta, engine=self.engine)
+        self.saver.save(self.step, {"engine": self.engine}, delta=delta)
         self.saver.wait()
         assert not delta or (Checkpoint(self.root, self.step).manifest.previous is not None) == (self.incremental > 0)
         self.incremental += delta or self.incremental > 0
@@ -126,7 +126,7 @@ class DeltaMachine(RuleBasedStateMachine):
     def load(self, data: Any) -> None:
         step = data.draw(st.sampled_from(self.saver.steps()))
         had = Checkpoint(self.root, step).manifest.previous is not None
-        self.saver.load(step, engine=self.engine)
+        self.saver.load({"engine": self.engine}, step)
         self.incremental += had
         same(self.reader, self.engine, step)
 
@@ -155,18 +155,18 @@ def written(root: Path, step: int, table: str, above: str = "sparse") -> list[in
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     trained(engine, 5)
-    saver.save(5, delta=True, engine=engine)  # the first is whole
+    saver.save(5, {"engine": engine}, delta=True)  # the first is whole
     assert written(tmp_path, 5, "a") == list(range(50))
     trained(engine, 1, first=5)
     engine.evict(Unused(4))  # what steps 1 and 2 met
     engine.tables[0].erase(0, torch.tensor([31, 999]))
     engine.tables[0].insert(0, torch.tensor([45]), {"embedding": torch.ones(1, 3)})
-    saver.save(6, delta=True, engine=engine)
+    saver.save(6, {"engine": engine}, delta=True)
     assert written(tmp_path, 6, "a") == [45, *range(50, 60)]
     assert written(tmp_path, 6, "a", "removed") == [*range(20), 31, 999]
     assert written(tmp_path, 6, "b", "removed") == list(range(20))
     same(Saver(tmp_path), engine, 6)
-    saver.save(7, delta=True, engine=engine)
+    saver.save(7, {"engine": engine}, delta=True)
     assert written(tmp_path, 7, "b") == []
     # Of the last step before a save, whose rows it has, none is written again.
     same(Saver(tmp_path), engine, 7)
@@ -180,25 +180,25 @@ def test_counts_of_admission_go_and_come(tmp_path: Path) -> None:
         engine.train()({"a": none, "b": none, "counted": torch.tensor(ids)})
 
     meet(1, 2, 3)
-    saver.save(1, delta=True, engine=engine)
+    saver.save(1, {"engine": engine}, delta=True)
     assert written(tmp_path, 1, "counted.admission") == [1, 2, 3]
     meet(2, 9)  # 2 gets its row
-    saver.save(2, delta=True, engine=engine)
+    saver.save(2, {"engine": engine}, delta=True)
     assert written(tmp_path, 2, "counted.admission") == [9]
     assert written(tmp_path, 2, "counted.admission", "removed") == [2]
     same(Saver(tmp_path), engine, 2)
     table = next(t for t in engine.tables if t.gate is not None)
     table.clear(0)
-    saver.save(3, delta=True, engine=engine)
+    saver.save(3, {"engine": engine}, delta=True)
     same(Saver(tmp_path), engine, 3)
 
 
 def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     table = engine.tables[0]
-    saver.save(1, engine=engine)
+    saver.save(1, {"engine": engine})
     assert len(table.watched) == 0
-    saver.save(2, delta=True, engine=engine)
+    saver.save(2, {"engine": engine}, delta=True)
     (noted,) = table.watched
     for _ in range(20):  # the same ids come and go
         table.insert(0, torch.arange(_FEW))
@@ -210,7 +210,7 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     assert noted.whole == {0}
     assert noted.ids(0).numel() == 0
     table.insert(0, torch.arange(5))
-    saver.save(3, delta=True, engine=engine)
+    saver.save(3, {"engine": engine}, delta=True)
     assert Checkpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
     same(Saver(tmp_path), engine, 3)
     del noted, saver
@@ -222,12 +222,12 @@ def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
     for step in range(1, 5):
         trained(engine, 1, first=step)
         engine.tables[0].erase(0, torch.tensor([10 * step]))
-        one.save(step, delta=True, engine=engine)
+        one.save(step, {"engine": engine}, delta=True)
         if step % 2:
-            two.save(step, delta=True, engine=engine)
+            two.save(step, {"engine": engine}, delta=True)
     same(one, engine, 4)  # replaces rows, in another engine
     same(Saver(tmp_path / "one"), engine, 4)
-    two.save(5, delta=True, engine=engine)
+    two.save(5, {"engine": engine}, delta=True)
     same(Saver(tmp_path / "two"), engine, 5)
     assert Checkpoint(tmp_path / "two", 5).manifest.previous is not None
 
@@ -237,17 +237,17 @@ def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.Monke
         root = tmp_path / str(asynchronous)
         engine, saver = engine_of(), Saver(root, async_save=asynchronous)
         trained(engine, 2)
-        saver.save(1, delta=True, engine=engine)
+        saver.save(1, {"engine": engine}, delta=True)
         saver.wait()
         engine.tables[0].erase(0, torch.tensor([3]))
         trained(engine, 1, first=2)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(CheckpointError, match="No space left"):  # noqa: PT012 - the one or the other
-                saver.save(2, delta=True, engine=engine)
+                saver.save(2, {"engine": engine}, delta=True)
                 saver.wait()
         trained(engine, 1, first=3)
-        saver.save(3, delta=True, engine=engine)
+        saver.save(3, {"engine": engine}, delta=True)
         saver.wait()
         link = Checkpoint(root, 3).manifest.previous
         assert link is not None
@@ -257,14 +257,14 @@ def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=2)
-    saver.save(1, note=1)
+    saver.save(1, {"note": 1})
     for step in range(2, 6):
         trained(engine, 1, first=step)
-        saver.save(step, delta=True, engine=engine)
+        saver.save(step, {"engine": engine}, delta=True)
     assert saver.steps() == [2, 3, 4, 5]
-    saver.save(6, engine=engine)
+    saver.save(6, {"engine": engine})
     assert saver.steps() == [2, 3, 4, 5, 6]
-    saver.save(7, delta=True, engine=engine)
+    saver.save(7, {"engine": engine}, delta=True)
     assert saver.steps() == [6, 7]
     assert entries(tmp_path) == ["step_000006", "step_000007"]
 
@@ -272,7 +272,7 @@ def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
 def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=1)
     for step in range(1, 4):
-        saver.save(step, delta=True, engine=engine)
+        saver.save(step, {"engine": engine}, delta=True)
     seen, rename = [], Path.rename
 
     def look(path: Path, target: Path) -> Path:
@@ -281,15 +281,15 @@ def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pyte
         return result
 
     monkeypatch.setattr(Path, "rename", look)
-    saver.save(4, engine=engine)
+    saver.save(4, {"engine": engine})
     assert seen == [[1, 2, 3, 4], [1, 2, 4], [1, 4], [4]]
 
 
 def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
     engine, other, saver = engine_of(), engine_of(seed=2), Saver(tmp_path)
     trained(engine), trained(other, 2)
-    saver.save(1, delta=True, engine=engine)
-    saver.save(2, delta=True, engine=other, more=engine)
+    saver.save(1, {"engine": engine}, delta=True)
+    saver.save(2, {"engine": other, "more": engine}, delta=True)
     assert all(t.removed is None for p in Checkpoint(tmp_path, 2).manifest.parts.values() for t in p.tables.values())
     same(Saver(tmp_path), other, 2)
 
@@ -297,18 +297,18 @@ def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", ["missing", "changed", "file", "truncated"])
 def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
-    saver.save(1, engine=engine)
+    saver.save(1, {"engine": engine})
     for step in (2, 3, 4):
         trained(engine, 1, first=step)
-        saver.save(step, delta=True, engine=engine, note=step)
+        saver.save(step, {"engine": engine, "note": step}, delta=True)
     middle = tmp_path / "step_000003"
     if harm == "missing":
         shutil.rmtree(middle)
     elif harm == "changed":  # by one of another run
         shutil.rmtree(middle)
         again = Saver(tmp_path / "other")
-        again.save(2, delta=True, engine=engine)
-        again.save(3, delta=True, engine=engine)
+        again.save(2, {"engine": engine}, delta=True)
+        again.save(3, {"engine": engine}, delta=True)
         (tmp_path / "other" / "step_000003").rename(middle)
     else:
         file = next((middle / "sparse" / "engine" / "a").iterdir())
@@ -317,7 +317,7 @@ def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
         file.write_bytes(data if harm == "file" else data[:-3])
     fresh = engine_of(seed=3)
     with pytest.raises(CorruptCheckpoint) as caught:
-        Saver(tmp_path).load(engine=fresh)
+        Saver(tmp_path).load({"engine": fresh})
     message = str(caught.value)
     assert {
         "missing": f"{tmp_path / 'step_000004'}: holds what changed since step 3, which is missing in",
@@ -328,23 +328,23 @@ def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
     assert "Of these, the last one with all its files is 2." in message
     assert len(fresh.tables[0]) == 0
     assert Saver(tmp_path).read_json("note", step=4) == 4  # what is whole needs no other
-    assert Saver(tmp_path).load(2, engine=fresh) == 2
+    assert Saver(tmp_path).load({"engine": fresh}, 2) == 2
 
 
 def test_after_a_load_deltas_go_on(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     for step in (1, 2):
         trained(engine, 1, first=step)
-        saver.save(step, delta=True, engine=engine)
+        saver.save(step, {"engine": engine}, delta=True)
     del saver
     engine, saver = engine_of(seed=4), Saver(tmp_path)
-    saver.load(engine=engine)
+    saver.load({"engine": engine})
     trained(engine, 1, first=3)
-    saver.save(3, delta=True, engine=engine)
+    saver.save(3, {"engine": engine}, delta=True)
     assert written(tmp_path, 3, "a") == list(range(30, 40))
     same(Saver(tmp_path), engine, 3)
     shutil.rmtree(tmp_path / "step_000003")
-    saver.save(4, delta=True, engine=engine)  # what it would build on is gone
+    saver.save(4, {"engine": engine}, delta=True)  # what it would build on is gone
     assert Checkpoint(tmp_path, 4).manifest.previous is None
 
 
@@ -380,14 +380,14 @@ def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
 
 def test_a_step_that_is_saved_anew_may_build_on_another(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=1)
-    saver.save(1, delta=True, engine=engine)
-    saver.save(2, engine=engine)
-    saver.save(3, engine=engine)
+    saver.save(1, {"engine": engine}, delta=True)
+    saver.save(2, {"engine": engine})
+    saver.save(3, {"engine": engine})
     shutil.rmtree(tmp_path / "step_000003")
-    Saver(tmp_path / "aside").save(2, engine=engine)
+    Saver(tmp_path / "aside").save(2, {"engine": engine})
     (tmp_path / "aside" / "step_000002").rename(tmp_path / "step_000002")
-    saver.load(2, engine=engine)
-    saver.save(3, delta=True, engine=engine)  # before, it built on nothing
+    saver.load({"engine": engine}, 2)
+    saver.save(3, {"engine": engine}, delta=True)  # before, it built on nothing
     saver.wait()
     assert saver.steps() == [2, 3]
     same(Saver(tmp_path), engine, 3)

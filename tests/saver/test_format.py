@@ -37,7 +37,7 @@ def schema(root: Path) -> dict[str, Any]:
 def checkpoint(tmp_path: Path, documented: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint that docs/format.md shows, written on the documented day."""
     monkeypatch.setattr(writing, "_about", lambda: json.loads(documented)["meta"])
-    return Saver(tmp_path).save(123, engine=example_shelf(), note={"epoch": 1})
+    return Saver(tmp_path).save(123, {"engine": example_shelf(), "note": {"epoch": 1}})
 
 
 def safetensors_file(header: str, *data: bytes) -> bytes:
@@ -117,7 +117,9 @@ def test_the_schema_fits_what_is_written(tmp_path: Path, schema: dict[str, Any],
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    directory = Saver(tmp_path).save(1, module=module, optimizer=optimizer, none=torch.nn.ReLU(), note=[1, None])
+    directory = Saver(tmp_path).save(
+        1, {"module": module, "optimizer": optimizer, "none": torch.nn.ReLU(), "note": [1, None]}
+    )
     assert faults(schema, json.loads((directory / "manifest.json").read_text())) == []
 
 

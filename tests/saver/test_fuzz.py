@@ -45,7 +45,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         live["adam"].step()
         live["sparse"].step()
         live["engine"].tables[0].erase(0, torch.arange(5 * step))
-        saver.save(step, delta=True, **live)
+        saver.save(step, live, delta=True)
     return root
 
 
@@ -57,7 +57,7 @@ def copied(chain: Path, tmp_path: Path) -> Path:
 
 def attempt(root: Path) -> bool:
     """Whether it loads; anything but an error of the saver goes through."""
-    for load in (lambda: Saver(root).load(**parts()), lambda: serve(root)):
+    for load in (lambda: Saver(root).load(parts()), lambda: serve(root)):
         try:
             load()
         except (CheckpointError, ServingError):
@@ -167,7 +167,7 @@ def test_any_bytes_as_a_manifest(tmp_path_factory: pytest.TempPathFactory, raw: 
     (root / "step_000001").mkdir()
     (root / "step_000001" / "manifest.json").write_bytes(raw)
     with pytest.raises(CheckpointError):
-        Saver(root).load(tower=torch.nn.Linear(1, 1))
+        Saver(root).load({"tower": torch.nn.Linear(1, 1)})
     with pytest.raises(ServingError):
         Reader(root)
 
@@ -177,7 +177,7 @@ def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "step_000001" / "manifest.json", "wb") as file:
         file.truncate(2**40)  # a hole
     with pytest.raises(CorruptCheckpoint, match="must have at most 1073741824 bytes"):
-        Saver(tmp_path).load(tower=torch.nn.Linear(1, 1))
+        Saver(tmp_path).load({"tower": torch.nn.Linear(1, 1)})
     with pytest.raises(ServingError, match="must have at most 1073741824 bytes"):
         Reader(tmp_path)
 
@@ -195,5 +195,5 @@ def test_a_state_that_tables_refuse_changes_nothing(copied: Path, change: Any, m
     live = parts()
     live["engine"]({"a": torch.tensor([7]), "b": torch.tensor([7])})
     with pytest.raises(CorruptCheckpoint, match=message):
-        Saver(copied).load(**live)
+        Saver(copied).load(live)
     assert len(live["engine"].tables[0]) == 1

@@ -53,9 +53,9 @@ def saved(tmp_path: Path) -> tuple[Path, EmbeddingEngine, nn.ModuleDict]:
     engine, model = engine_of("user", "item", "shop"), towers("ctr", "cvr")
     saver = Saver(tmp_path / "run")
     train(engine, 19)
-    saver.save(1, delta=True, engine=engine, model=model)
+    saver.save(1, {"engine": engine, "model": model}, delta=True)
     train(engine, 1, torch.arange(5, 15))
-    saver.save(2, delta=True, engine=engine, model=model)
+    saver.save(2, {"engine": engine, "model": model}, delta=True)
     return tmp_path / "run", engine, model
 
 
@@ -64,7 +64,7 @@ def test_one_table_and_one_tower(saved: tuple[Path, EmbeddingEngine, nn.ModuleDi
     other, tower = engine_of("user", "item", "brand", seed=4), towers("ctr", "new", seed=4)
     train(other, 2)
     before, kept = rows(other, "item"), {name: value.clone() for name, value in tower.state_dict().items()}
-    loaded = Saver(root).load_some(only=["user", "ctr.*"], engine=other, model=tower)
+    loaded = Saver(root).load_some({"engine": other, "model": tower}, only=["user", "ctr.*"])
     assert loaded.step == 2
     assert loaded.loaded == ["engine: user", *sorted(f"model: {name}" for name in kept if name.startswith("ctr."))]
     assert (loaded.missing, loaded.unused, loaded.unfit) == ([], [], [])
@@ -85,24 +85,24 @@ def test_only_files_that_are_needed_are_read(saved: tuple[Path, EmbeddingEngine,
         path = next((root / f"step_{step:06d}" / "sparse" / "engine" / "item").iterdir())
         path.write_bytes(bytes(path.stat().st_size))
     other = engine_of("user", "item", seed=4)
-    Saver(root).load_some(only="user", engine=other)
+    Saver(root).load_some({"engine": other}, only="user")
     with pytest.raises(CorruptCheckpoint, match="table 'item'.*There|table 'item'.*Other steps"):
-        Saver(root).load_some(only="item", engine=other)
+        Saver(root).load_some({"engine": other}, only="item")
 
 
 def test_other_names(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
     root, engine, model = saved
     other, tower = engine_of("member", "shop_v2", seed=4), nn.ModuleDict({"deep": towers("main", seed=5)})
     rename = {"user": "member", "ctr.0.*": "deep.main.0.*", "ctr.*": "deep.main.*", "*": "*_v2"}
-    loaded = Saver(root).load_some(rename=rename, exclude=["item", "cvr.*"], engine=other, model=tower)
+    loaded = Saver(root).load_some({"engine": other, "model": tower}, rename=rename, exclude=["item", "cvr.*"])
     assert [name for name in loaded.loaded if name.startswith("engine")] == ["engine: shop_v2", "engine: member"]
     assert equal(rows(other, "member"), rows(engine, "user"), "ids", "embedding", "exp_avg")
     assert equal(rows(other, "shop_v2"), rows(engine, "shop"), "ids", "embedding", "exp_avg")
     assert torch.equal(tower["deep"]["main"][0].weight, model["ctr"][0].weight)
     with pytest.raises(CheckpointError, match="'item' and 'user' both become 'member'"):
-        Saver(root).load_some(rename={"user": "member", "item": "member"}, only="member", engine=other)
+        Saver(root).load_some({"engine": other}, rename={"user": "member", "item": "member"}, only="member")
     with pytest.raises(CheckpointError, match="at most as many"):
-        Saver(root).load_some(rename={"user": "*"}, engine=other)
+        Saver(root).load_some({"engine": other}, rename={"user": "*"})
 
 
 def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
@@ -111,7 +111,7 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, E
     train(other, 1)
     before = rows(other, "user")
     with pytest.raises(CheckpointMismatch) as caught:
-        Saver(root).load_some(engine=other, model=tower)
+        Saver(root).load_some({"engine": other, "model": tower})
     text = str(caught.value)
     for expected in (
         "engine: table user: column embedding: checkpoint float32 [3], live object float32 [2]",
@@ -122,7 +122,7 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, E
     ):
         assert expected in text
     assert equal(rows(other, "user"), before)
-    loaded = Saver(root).load_some(strict=False, engine=other, model=tower)
+    loaded = Saver(root).load_some({"engine": other, "model": tower}, strict=False)
     assert loaded.unfit == ["engine: table user: column embedding: checkpoint float32 [3], live object float32 [2]"]
     assert loaded.unused[:2] == ["engine: item", "engine: shop"]
     assert loaded.missing[0] == "engine: brand"
@@ -141,8 +141,8 @@ def test_a_model_of_other_optimizer_and_dtype_starts_warm(
     for dtype in (torch.float32, torch.bfloat16):
         other = engine_of("user", optimizer=optim.Adagrad, dtype=dtype, seed=4)
         with pytest.raises(CheckpointMismatch, match="checkpoint has the columns"):
-            Saver(root).load_some(only="user", engine=other)
-        loaded = Saver(root).load_some(only="user", strict=False, engine=other)
+            Saver(root).load_some({"engine": other}, only="user")
+        loaded = Saver(root).load_some({"engine": other}, only="user", strict=False)
         assert loaded.loaded == ["engine: user"]
         mine, theirs = rows(other, "user"), rows(engine, "user")
         assert torch.equal(mine["embedding"], theirs["embedding"].to(dtype))
@@ -153,10 +153,10 @@ def test_a_model_of_other_optimizer_and_dtype_starts_warm(
 def test_counts_of_admission_come_when_they_are_named(tmp_path: Path) -> None:
     engine = engine_of("user", admission=MinFrequency(2))
     engine({"user": torch.tensor([1, 2, 2])})
-    Saver(tmp_path).save(1, engine=engine)
+    Saver(tmp_path).save(1, {"engine": engine})
     for only, known in (("user", 0), ("user*", 1)):
         other = engine_of("user", admission=MinFrequency(2), seed=4)
-        Saver(tmp_path).load_some(only=only, engine=other)
+        Saver(tmp_path).load_some({"engine": other}, only=only)
         assert rows(other, "user")["ids"].tolist() == [2]
         gate = other.tables[0].gate
         assert gate is not None
@@ -167,26 +167,24 @@ def test_after_some_was_loaded_a_delta_is_exact(saved: tuple[Path, EmbeddingEngi
     root = saved[0]
     other, saver = engine_of("user", "item", seed=4), Saver(root.parent / "mine")
     train(other, 3, torch.arange(100, 120))
-    saver.save(1, delta=True, engine=other)
-    Saver(root).load_some(only="user", engine=other)
-    saver.save(2, delta=True, engine=other)
+    saver.save(1, {"engine": other}, delta=True)
+    Saver(root).load_some({"engine": other}, only="user")
+    saver.save(2, {"engine": other}, delta=True)
     again = engine_of("user", "item", seed=5)
-    saver.load(engine=again)
+    saver.load({"engine": again})
     assert all(equal(rows(again, name), rows(other, name)) for name in ("user", "item"))
 
 
 def test_parts_that_cannot_take_some(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     adam = torch.optim.Adam(model.parameters())
-    Saver(tmp_path).save(1, shelf=example_shelf(), adam=adam, model=model)
+    Saver(tmp_path).save(1, {"shelf": example_shelf(), "adam": adam, "model": model})
     shelf = example_shelf()
     assert isinstance(shelf, Shelf)
     with pytest.raises(CheckpointError, match=r"part 'shelf' \(Shelf\) has no load_checkpoint_tables"):
-        Saver(tmp_path).load_some(shelf=shelf)
+        Saver(tmp_path).load_some({"shelf": shelf})
     with pytest.raises(CheckpointError, match="part 'adam' is of the kind optimizer, of which some cannot be loaded"):
-        Saver(tmp_path).load_some(adam=adam)
-    with pytest.raises(CheckpointError, match="must be a part to load"):
-        Saver(tmp_path).load_some()
+        Saver(tmp_path).load_some({"adam": adam})
 
 
 @pytest.mark.parametrize(
@@ -236,16 +234,15 @@ def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEn
     before = rows(other, "user")
     for number, (arguments, message) in enumerate(UNMATCHED):
         with pytest.raises(CheckpointError, match=message):
-            Saver(saved[0]).load_some(**arguments, strict=number % 2 == 0, engine=other, model=tower)
+            Saver(saved[0]).load_some({"engine": other, "model": tower}, strict=number % 2 == 0, **arguments)
     assert equal(rows(other, "user"), before)
     # A name may be one of any of the parts, of the checkpoint, or of the live objects.
     loaded = Saver(saved[0]).load_some(
+        {"engine": other, "model": tower},
         only=["user", "ctr.*", "member"],
         exclude=["ctr.1.*"],
         rename={"item": "member"},
         strict=False,
-        engine=other,
-        model=tower,
     )
     assert loaded.loaded == ["engine: user", "model: ctr.0.bias", "model: ctr.0.weight"]
 

@@ -19,7 +19,7 @@ from tests.support.toy import Toy
 def saved(path: Path, steps: int = 5) -> Toy:
     toy = Toy()
     toy.train_steps(steps)
-    Saver(path).save(steps, **toy.parts(), note={"epoch": 1})
+    Saver(path).save(steps, {**toy.parts(), "note": {"epoch": 1}})
     return toy
 
 
@@ -29,7 +29,7 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
     code = (
         "import sys, torch\nfrom safetensors.torch import load_file\n"
         "from recis_hybrid.saver import Saver\nfrom tests.support.toy import Toy\n"
-        "toy = Toy(seed=9)\nassert Saver(sys.argv[1]).load(**toy.parts()) == 5\n"
+        "toy = Toy(seed=9)\nassert Saver(sys.argv[1]).load(toy.parts()) == 5\n"
         "assert torch.equal(toy.predictions(), load_file(sys.argv[2])['predictions']), 'other predictions'\n"
         "toy.train_steps(3)\nprint(toy.predictions().sum().item())"
     )
@@ -49,7 +49,7 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
 def test_resuming_is_bitwise_the_undisturbed_run(tmp_path: Path) -> None:
     toy = saved(tmp_path)
     again = Toy(seed=3)
-    Saver(tmp_path).load(**again.parts())
+    Saver(tmp_path).load(again.parts())
     for each in (toy, again):
         each.train_steps(4)
     assert torch.equal(toy.predictions(), again.predictions())
@@ -71,8 +71,8 @@ def test_other_tools_read_the_files(tmp_path: Path) -> None:
 def test_rows_are_in_bucket_order_and_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
     toy = saved(tmp_path / "a")
     again = Toy(seed=3)
-    Saver(tmp_path / "a").load(**again.parts())
-    Saver(tmp_path / "b").save(5, **again.parts())
+    Saver(tmp_path / "a").load(again.parts())
+    Saver(tmp_path / "b").save(5, again.parts())
     assert toy.engine.tables[0].id_map.slots.data_ptr() != again.engine.tables[0].id_map.slots.data_ptr()
     for kind in ("sparse", "dense"):
         for file in (tmp_path / "a" / "step_000005" / kind).rglob("*.safetensors"):
@@ -89,10 +89,10 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     saver, module = Saver(tmp_path, keep=2), torch.nn.Linear(2, 1)
     (tmp_path / ".step_000000.partial").mkdir()
     for step in (1, 2, 3):
-        saver.save(step, module=module)
+        saver.save(step, {"module": module})
     assert entries(tmp_path) == ["step_000002", "step_000003"]
     assert saver.latest() == 3
-    assert saver.load(2, module=module) == 2
+    assert saver.load({"module": module}, 2) == 2
 
 
 def flip(path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_damaged_file_is_refused_by_name_and_nothing_changes(
     other = Toy(seed=7)
     before = other.predictions()
     with pytest.raises(CheckpointError) as caught:
-        Saver(tmp_path).load(**other.parts())
+        Saver(tmp_path).load(other.parts())
     if where != "manifest.json" or harm is not remove:
         assert isinstance(caught.value, CorruptCheckpoint)
         assert path.name in str(caught.value)
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, part: str, mes
     other = Toy(dim=4)
     before = other.predictions()
     with pytest.raises(CheckpointMismatch) as caught:
-        Saver(tmp_path).load(**{part: other.parts()[part]})
+        Saver(tmp_path).load({part: other.parts()[part]})
     for message in (*messages, f"step_000005/manifest.json: part '{part}'", "Build the object as it was when it was"):
         assert message in str(caught.value)
     assert torch.equal(other.predictions(), before)
@@ -152,12 +152,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, part: str, mes
 def test_a_part_that_was_not_saved_is_named_beside_those_that_were(tmp_path: Path) -> None:
     toy = saved(tmp_path)
     with pytest.raises(CheckpointMismatch, match=r"part 'other' must be in the checkpoint, which has \['dense', "):
-        Saver(tmp_path).load(other=toy)
+        Saver(tmp_path).load({"other": toy})
 
 
 def test_nothing_is_written_of_a_table_that_has_an_id_twice(tmp_path: Path) -> None:
     columns = {"ids": torch.tensor([4, 4]), "embedding": torch.zeros(2, 3)}
     state = PartState(tables={"t": TableState(columns, torch.tensor([1, 1]), {"dim": 3})})
     with pytest.raises(CheckpointError, match="part 'part', table 't'.* an id must have one row, 4 has more"):
-        Saver(tmp_path).save(1, part=Shelf(state))
+        Saver(tmp_path).save(1, {"part": Shelf(state)})
     assert entries(tmp_path) == []

@@ -19,7 +19,8 @@ PROGRAM = textwrap.dedent(
     import sys
     import torch
     from torch import nn
-    from recis_hybrid.saver import Saver, row_files, saver as saver_module, tensors
+    from recis_hybrid.saver import Saver, saver as saver_module
+    from recis_hybrid.saver.format import row_file, tensor_file
     from tests.saver.fakes import example_shelf
     from tests.support.kills import kill_at_every_moment
 
@@ -27,10 +28,10 @@ PROGRAM = textwrap.dedent(
 
     def work():
         saver = Saver(sys.argv[1], keep=2)
-        saver.save(30, engine=example_shelf(), model=nn.Linear(2, 2), note=30)
+        saver.save(30, {'engine': example_shelf(), 'model': nn.Linear(2, 2), 'note': 30})
         saver.wait()
 
-    calls = [(tensors, "write_file"), (row_files, "write_file"), (saver_module, "superfluous")]
+    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (saver_module, "superfluous")]
     kill_at_every_moment(work, *sys.argv[1:], calls)
     """
 )
@@ -40,7 +41,7 @@ def sound(root: Path, step: int) -> bool:
     model = nn.Linear(2, 2)
     engine = empty_shelf()
     saver = Saver(root)
-    saver.load(step, engine=engine, model=model)
+    saver.load({"engine": engine, "model": model}, step)
     assert engine.loaded is not None
     ids = engine.loaded.tables["user/country"].columns["ids"]
     return saver.read_json("note", step) == step and torch.equal(ids.sort().values, example_ids())
@@ -54,7 +55,7 @@ def example_ids() -> torch.Tensor:
 def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
     base = tmp_path / "base"
     for step in (10, 20):
-        Saver(base).save(step, engine=example_shelf(), model=nn.Linear(2, 2), note=step)
+        Saver(base).save(step, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": step})
     # Remains of an earlier crash, which the save is to remove.
     shutil.copytree(base / "step_000010", base / ".step_000025.partial")
     (base / ".step_000005.deleted").mkdir()
@@ -69,7 +70,7 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
         # Never fewer than before, never one that only looks whole.
         assert 20 in steps
         assert all(sound(tmp_path / f"base.{moment}", step) for step in steps), moment
-        found.save(31, engine=example_shelf(), model=nn.Linear(2, 2), note=31)
+        found.save(31, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": 31})
         found.wait()
         after = entries(tmp_path / f"base.{moment}")
         assert after == [f"step_{step:06d}" for step in found.steps()]

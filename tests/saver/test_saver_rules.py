@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,8 +27,8 @@ def test_json_values_are_read_back(tmp_path: Path) -> None:
         "yes": True,
         "text": "城\n",
     }
-    saver.save(1, **values)
-    saver.save(2, text="later")
+    saver.save(1, values)
+    saver.save(2, {"text": "later"})
     assert {name: saver.read_json(name, step=1) for name in values} == values
     assert saver.read_json("text") == "later"
     with pytest.raises(CheckpointMismatch, match=r"part 'reader' must be in the checkpoint, which has \['text'\]"):
@@ -34,23 +36,23 @@ def test_json_values_are_read_back(tmp_path: Path) -> None:
 
 
 def test_some_parts_are_loaded_and_others_left(tmp_path: Path) -> None:
-    directory = Saver(tmp_path).save(1, engine=example_shelf(), model=nn.Linear(2, 2), note=1)
+    directory = Saver(tmp_path).save(1, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": 1})
     # A part that is not asked for is not read: only its list of files and their sizes is held against the folder.
     path = directory / "dense" / "model.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
     engine = empty_shelf()
-    assert Saver(tmp_path).load(engine=engine) == 1
+    assert Saver(tmp_path).load({"engine": engine}) == 1
     assert engine.loaded is not None
     with pytest.raises(CorruptCheckpoint, match="model.safetensors"):
-        Saver(tmp_path).load(model=nn.Linear(2, 2))
+        Saver(tmp_path).load({"model": nn.Linear(2, 2)})
 
 
 def test_any_name_will_do(tmp_path: Path) -> None:
     names = ["a/b", "..", "城", "%2F", "~", "x" * 300, "self.x", " "]
     saved = {name: Shelf(PartState(tensors={"t": torch.tensor(float(i))})) for i, name in enumerate(names)}
-    Saver(tmp_path).save(1, **saved)
+    Saver(tmp_path).save(1, saved)
     live = {name: Shelf(PartState(tensors={"t": torch.tensor(0.0)})) for name in names}
-    Saver(tmp_path).load(**live)
+    Saver(tmp_path).load(live)
     assert [shelf.loaded.tensors["t"].item() for shelf in live.values() if shelf.loaded] == list(range(len(names)))
     assert entries(tmp_path) == ["step_000001"]
 
@@ -60,9 +62,9 @@ def test_the_highest_complete_step_is_the_latest(tmp_path: Path) -> None:
     assert saver.steps() == []
     assert saver.latest() is None
     with pytest.raises(CheckpointError, match=r"must hold a complete checkpoint of step 'latest', it holds \[\]"):
-        saver.load(x=nn.Linear(1, 1))
+        saver.load({"x": nn.Linear(1, 1)})
     for step in (0, 9, 1_000_000):
-        saver.save(step, note=step)
+        saver.save(step, {"note": step})
     root = tmp_path / "not" / "there"
     for name in ("step_2000000", "step_7", "step_0000012", "step_x", ".step_000300.partial", "other"):
         (root / name).mkdir()
@@ -80,21 +82,21 @@ def test_the_highest_complete_step_is_the_latest(tmp_path: Path) -> None:
 def test_all_are_kept_if_asked(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
     for step in range(8):
-        saver.save(step, note=step)
+        saver.save(step, {"note": step})
     assert saver.steps() == list(range(8))
     del saver  # who lives keeps others from saving
     saver = Saver(tmp_path, keep=1)
-    saver.save(8, note=8)
+    saver.save(8, {"note": 8})
     assert saver.steps() == [8]
 
 
 def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, keep=1)
-    saver.save(1, note=1)
+    saver.save(1, {"note": 1})
     seen: list[list[int]] = []
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **k: (seen.append(saver.steps()), rmtree(path, **k)))
-    saver.save(2, note=2)
+    saver.save(2, {"note": 2})
     assert saver.steps() == [2]
     saver.wait()
     assert seen == [[2]]
@@ -103,17 +105,17 @@ def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeyp
 
 def test_what_cannot_be_deleted_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, keep=1)
-    saver.save(1, note=1)
+    saver.save(1, {"note": 1})
 
     def refuse(path: Path, **_: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
-        saver.save(2, note=2)
+        saver.save(2, {"note": 2})
         with pytest.raises(CheckpointError, match=r"step_000001.deleted: could not be removed \(.*not permitted"):
             saver.wait()
-    saver.save(3, note=3)
+    saver.save(3, {"note": 3})
     saver.wait()
     assert entries(tmp_path) == ["step_000003"]
     assert not list(tmp_path.glob(".step*"))
@@ -122,15 +124,15 @@ def test_what_cannot_be_deleted_is_told_by_the_next_call(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("step", [-1, 1.0, True, "1", 10**18])
 def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
     with pytest.raises(CheckpointError, match="step must be an integer from 0 to"):
-        Saver(tmp_path).save(step, note=1)
+        Saver(tmp_path).save(step, {"note": 1})
 
 
 def test_steps_only_rise(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
-    saver.save(5, note=5)
+    saver.save(5, {"note": 5})
     for step in (5, 4):
         with pytest.raises(CheckpointError, match=rf"must be above the latest one in {tmp_path}, 5, got {step}"):
-            saver.save(step, note=0)
+            saver.save(step, {"note": 0})
     assert saver.read_json("note") == 5
 
 
@@ -146,11 +148,12 @@ def test_a_url_that_nothing_reads_is_refused() -> None:
 
 
 def test_nothing_is_refused_as_an_argument(tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, note=1)
-    with pytest.raises(CheckpointError, match="must be a part to save"):
-        Saver(tmp_path).save(2)
-    with pytest.raises(CheckpointError, match="must be a part to load"):
-        Saver(tmp_path).load()
+    Saver(tmp_path).save(1, {"note": 1})
+    parts: Any
+    for parts, got in (({}, r"\[\]"), (nn.Linear(2, 2), "Linear"), ({1: 1}, r"\[1\]"), (None, "NoneType")):
+        for call in (partial(Saver(tmp_path).save, 2), Saver(tmp_path).load, Saver(tmp_path).load_some):
+            with pytest.raises(CheckpointError, match=f"parts must be a mapping from .*got {got}"):
+                call(parts)  # type: ignore[operator]
 
 
 def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +161,7 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     saver = Saver("run")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    saver.save(1, note=1)
+    saver.save(1, {"note": 1})
     assert (tmp_path / "run" / "step_000001").is_dir()
 
 
@@ -171,19 +174,19 @@ class Failing(Shelf):
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path)
-    saver.save(1, note=1)
+    saver.save(1, {"note": 1})
     with pytest.raises(RuntimeError, match="out of luck"):
-        saver.save(2, model=nn.Linear(2, 2), engine=Failing(PartState()))
+        saver.save(2, {"model": nn.Linear(2, 2), "engine": Failing(PartState())})
 
     def full(path: Path, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(part_files, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device.*Make room"):
-        saver.save(2, model=nn.Linear(2, 2))
+        saver.save(2, {"model": nn.Linear(2, 2)})
     monkeypatch.undo()
     assert entries(tmp_path) == ["step_000001"]
-    saver.save(2, model=nn.Linear(2, 2))
+    saver.save(2, {"model": nn.Linear(2, 2)})
 
 
 def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +198,7 @@ def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "mkdir", no_folder)
     with pytest.raises(CheckpointError, match=r"could not be written .*dense/model.safetensors"):
-        Saver(tmp_path).save(1, model=nn.Linear(2, 2))
+        Saver(tmp_path).save(1, {"model": nn.Linear(2, 2)})
     assert entries(tmp_path) == []
 
 
@@ -214,7 +217,7 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
     root = tmp_path / "run"
-    directory = Saver(root).save(1, engine=example_shelf(), model=nn.Linear(2, 2), note=1)
+    directory = Saver(root).save(1, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": 1})
     partial = root / ".step_000001.partial"
     written = {str(partial / path.relative_to(directory)) for path in [directory, *directory.rglob("*")]}
     at = events.index("rename")
@@ -235,8 +238,8 @@ def files_of(directory: Path) -> list[Path]:
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
 def test_a_changed_byte_anywhere_is_refused(tmp_path: Path, number: int, place: float) -> None:
-    Saver(tmp_path).save(1, note=1)
-    directory = Saver(tmp_path).save(2, engine=example_shelf(), model=nn.Linear(2, 2))
+    Saver(tmp_path).save(1, {"note": 1})
+    directory = Saver(tmp_path).save(2, {"engine": example_shelf(), "model": nn.Linear(2, 2)})
     path = files_of(directory)[number]
     data = bytearray(path.read_bytes())
     data[int(place * (len(data) - 1))] ^= 1
@@ -244,7 +247,7 @@ def test_a_changed_byte_anywhere_is_refused(tmp_path: Path, number: int, place: 
     engine, model = empty_shelf(), nn.Linear(2, 2)
     before = model.weight.detach().clone()
     with pytest.raises(CorruptCheckpoint) as caught:
-        Saver(tmp_path).load(engine=engine, model=model)
+        Saver(tmp_path).load({"engine": engine, "model": model})
     message = str(caught.value)
     assert str(path) in message
     assert ("table 'user/country'" in message) == ("sparse" in str(path))
@@ -255,13 +258,13 @@ def test_a_changed_byte_anywhere_is_refused(tmp_path: Path, number: int, place: 
 
 
 def test_swapped_files_are_refused(tmp_path: Path) -> None:
-    directory = Saver(tmp_path).save(1, a=example_shelf(), b=example_shelf())
+    directory = Saver(tmp_path).save(1, {"a": example_shelf(), "b": example_shelf()})
     a, b = directory / "dense" / "a.safetensors", directory / "dense" / "b.safetensors"
     a.rename(tmp_path / "x")
     b.rename(a)
     (tmp_path / "x").rename(b)
     with pytest.raises(CorruptCheckpoint, match=r"a.safetensors \(part 'a'\): bytes 0 to \d+ must have the CRC-32"):
-        Saver(tmp_path).load(a=empty_shelf())
+        Saver(tmp_path).load({"a": empty_shelf()})
 
     # Named in each other's place by the manifest too, their own metadata tells.
     def swap(document: dict[str, Any]) -> None:
@@ -273,34 +276,46 @@ def test_swapped_files_are_refused(tmp_path: Path) -> None:
 
     edit_manifest(directory, swap)
     with pytest.raises(CorruptCheckpoint, match=r"a.safetensors .* its metadata must be .*'a'.* is .*'b'"):
-        Saver(tmp_path).load(a=empty_shelf())
+        Saver(tmp_path).load({"a": empty_shelf()})
 
 
 def test_a_renamed_folder_is_refused(tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, note=1).rename(tmp_path / "step_000002")
+    Saver(tmp_path).save(1, {"note": 1}).rename(tmp_path / "step_000002")
     with pytest.raises(CorruptCheckpoint, match="step_000002 has step 1. Rename it to step_000001"):
         Saver(tmp_path).read_json("note")
 
 
 def test_a_link_that_leads_outside_is_not_followed(tmp_path: Path) -> None:
-    directory = Saver(tmp_path / "run").save(1, model=nn.Linear(2, 2))
+    directory = Saver(tmp_path / "run").save(1, {"model": nn.Linear(2, 2)})
     path = directory / "dense" / "model.safetensors"
     path.rename(tmp_path / "outside.safetensors")
     path.symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(CorruptCheckpoint, match=r"dense/model.safetensors: .* plain files"):
-        Saver(tmp_path / "run").load(model=nn.Linear(2, 2))
+        Saver(tmp_path / "run").load({"model": nn.Linear(2, 2)})
 
 
 def test_foreign_files_are_named(tmp_path: Path) -> None:
-    directory = Saver(tmp_path).save(1, model=nn.Linear(2, 2))
+    directory = Saver(tmp_path).save(1, {"model": nn.Linear(2, 2)})
     (directory / "notes.txt").write_text("mine")
     (directory / ".hidden").write_text("mine")
     with pytest.raises(CorruptCheckpoint, match=r"but also holds \['.hidden', 'notes.txt'\]. Remove these files"):
-        Saver(tmp_path).load(model=nn.Linear(2, 2))
+        Saver(tmp_path).load({"model": nn.Linear(2, 2)})
 
 
-def test_a_part_cannot_be_called_delta(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="delta must be True or False, got a Linear. A part cannot have this name"
-    ):
-        Saver(tmp_path).save(1, **{"delta": nn.Linear(2, 2), "note": 1})  # type: ignore[arg-type]
+def test_a_part_may_have_the_name_of_an_option(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(1, {"delta": 1, "step": 2, "strict": 3})
+    assert [saver.read_json(name) for name in ("delta", "step", "strict")] == [1, 2, 3]
+
+
+def test_delta_must_be_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="delta must be True or False, got 1"):
+        Saver(tmp_path).save(1, {"note": 1}, delta=1)  # type: ignore[arg-type]
+
+
+def test_numpy_integers_are_integers(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=np.int64(2))  # type: ignore[arg-type]
+    for step in np.arange(1, 5):
+        saver.save(step, {"note": 1})
+    assert saver.steps() == [3, 4]
+    assert saver.read_json("note", np.int32(3)) == 1  # type: ignore[arg-type]

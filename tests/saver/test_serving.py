@@ -42,7 +42,7 @@ def engine_of(dtype: torch.dtype = torch.float32) -> EmbeddingEngine:
 def test_lookups_are_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 8192)  # several files
     engine, tower = engine_of(dtype), nn.Linear(5, 2).to(dtype)
-    Saver(tmp_path / "run").save(1, engine=engine, tower=tower, sparse=optim.Adam(engine.parameters()))
+    Saver(tmp_path / "run").save(1, {"engine": engine, "tower": tower, "sparse": optim.Adam(engine.parameters())})
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     reader = Reader(tmp_path / "out", verify=True)
     assert reader.step == 1
@@ -62,7 +62,7 @@ def test_lookups_are_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, engine=engine_of())
+    Saver(tmp_path).save(1, {"engine": engine_of()})
     reader = Reader(tmp_path)
     unknown = np.array([1, 7, 2**40, -9])
     found = reader.lookup("user", unknown)
@@ -87,7 +87,7 @@ def test_buckets_are_those_of_the_native_library(ids: list[int]) -> None:
 
 
 def test_neither_torch_nor_the_library_is_imported(tmp_path: Path, root: Path) -> None:
-    Saver(tmp_path).save(1, engine=engine_of())
+    Saver(tmp_path).save(1, {"engine": engine_of()})
     code = (
         "import sys\nfrom recis_hybrid.serving import Reader\n"
         "assert Reader(sys.argv[1]).lookup('user', [0, 5]).shape == (2, 5)\n"
@@ -103,8 +103,8 @@ def test_neither_torch_nor_the_library_is_imported(tmp_path: Path, root: Path) -
 
 def test_an_incremental_one_is_refused(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
-    saver.save(1, delta=True, engine=engine)
-    saver.save(2, delta=True, engine=engine)
+    saver.save(1, {"engine": engine}, delta=True)
+    saver.save(2, {"engine": engine}, delta=True)
     with pytest.raises(ServingError, match="holds just what changed since step 1. Export it with"):
         Reader(tmp_path)
     assert Reader(tmp_path / "step_000001").step == 1
@@ -131,14 +131,14 @@ def damage(directory: Path, change: Callable[[bytearray], object]) -> Path:
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, change: Callable[[bytearray], object], message: str) -> None:
-    path = damage(Saver(tmp_path).save(1, engine=engine_of()), change)
+    path = damage(Saver(tmp_path).save(1, {"engine": engine_of()}), change)
     with pytest.raises(ServingError, match=message) as caught:
         Reader(tmp_path).lookup("user", [1])
     assert str(path) in str(caught.value)
 
 
 def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path) -> None:
-    path = damage(Saver(tmp_path).save(1, engine=engine_of()), lambda d: d.__setitem__(-1, d[-1] ^ 1))
+    path = damage(Saver(tmp_path).save(1, {"engine": engine_of()}), lambda d: d.__setitem__(-1, d[-1] ^ 1))
     Reader(tmp_path)
     with pytest.raises(ServingError, match="has changed since it was written") as caught:
         Reader(tmp_path, verify=True)
@@ -146,7 +146,7 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_leads_outside_or_is_none(tmp_path: Path) -> None:
-    directory = Saver(tmp_path).save(1, engine=engine_of())
+    directory = Saver(tmp_path).save(1, {"engine": engine_of()})
     shutil.copy(directory / "manifest.json", tmp_path / "kept")
 
     def first(document: dict[str, dict[str, dict[str, dict[str, dict[str, list[dict[str, dict[str, str]]]]]]]]) -> None:

@@ -106,7 +106,9 @@ def write(path: Path, rank: int, size: int, group: dist.ProcessGroup) -> None:
     torch.nn.init.zeros_(model.bias)
     generator = torch.Generator().manual_seed(100 + rank)
     engine = sharded(rank, size)
-    Saver(path, group=group).save(1, engine=engine, model=model, note={"rank": "any"}, rng=PerRank(generator))
+    Saver(path, group=group).save(
+        1, {"engine": engine, "model": model, "note": {"rank": "any"}, "rng": PerRank(generator)}
+    )
 
 
 def test_equal_tables_give_equal_bytes_at_any_world_size(runs: Path) -> None:
@@ -138,10 +140,10 @@ def test_any_world_size_loads_what_any_other_wrote(runs: Path, writers: int, rea
             parts["rng"] = PerRank(rng)
         # Ranks name the same parts where all of them can have them.
         if readers <= writers:
-            assert Saver(runs / str(writers), group=group).load(**parts) == 1
+            assert Saver(runs / str(writers), group=group).load(parts) == 1
             assert torch.equal(rng.get_state(), torch.Generator().manual_seed(100 + rank).get_state())
         else:
-            assert Saver(runs / str(writers), group=group).load(engine=engine, model=model) == 1
+            assert Saver(runs / str(writers), group=group).load({"engine": engine, "model": model}) == 1
         assert model.weight.tolist() == [[1, 1]]
         assert all(table.step == 9 and table.seed == 0 for table in engine.tables)
         return engine
@@ -162,16 +164,16 @@ def test_a_rank_without_its_own_keeps_what_it_has(runs: Path) -> None:
     def read(rank: int, group: dist.ProcessGroup) -> None:
         saver = Saver(runs / "1", group=group)
         if rank == 0:
-            saver.load(rng=PerRank(torch.Generator()))
+            saver.load({"rng": PerRank(torch.Generator())})
         else:
             with pytest.warns(UserWarning, match="part 'rng' was saved by 1 ranks and is left as it is on rank 1"):
-                saver.load(rng=PerRank(rng))
+                saver.load({"rng": PerRank(rng)})
 
     all_of(2, read)
     assert torch.equal(rng.get_state(), state)
     with pytest.raises(CheckpointError, match="part 'rng' was saved of each rank, .*Pass it in a PerRank"):
-        Saver(runs / "2").load(rng=rng)
-    Saver(runs / "2").load(**{"rng[1]": rng})
+        Saver(runs / "2").load({"rng": rng})
+    Saver(runs / "2").load({"rng[1]": rng})
     assert torch.equal(rng.get_state(), torch.Generator().manual_seed(101).get_state())
 
 
@@ -187,14 +189,14 @@ def test_a_rank_reads_little_more_than_its_own_rows(
     tmp_path: Path, readers: int, range_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", range_bytes)
-    all_of(2, lambda rank, group: Saver(tmp_path, group=group).save(1, shelf=large(rank, 2)))
+    all_of(2, lambda rank, group: Saver(tmp_path, group=group).save(1, {"shelf": large(rank, 2)}))
     total = sum(map(len, files_of(tmp_path / "step_000001").values()))
     read: list[int] = []
 
     def load(rank: int, group: dist.ProcessGroup) -> None:
         shelf, saver = large(rank, 2**16), Saver(tmp_path, group=group)
         shelf.state.tables["t"].columns.update({k: v[:0] for k, v in shelf.state.tables["t"].columns.items()})
-        saver.load(shelf=shelf)
+        saver.load({"shelf": shelf})
         assert shelf.loaded is not None
         loaded, expected = shelf.loaded.tables["t"], large(rank, readers).state.tables["t"]
         order = expected.columns["ids"].argsort()[loaded.columns["ids"].argsort().argsort()]
@@ -213,7 +215,7 @@ def test_what_a_rank_reads_is_compared_with_its_checksums(
     tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One file of two chunks, of which each rank reads a part.
-    Saver(tmp_path).save(1, shelf=large(0, 1))
+    Saver(tmp_path).save(1, {"shelf": large(0, 1)})
     path = next((tmp_path / "step_000001").rglob("*.safetensors"))
     data = bytearray(path.read_bytes())
     at = {"page": len(data) // 2, "header": data.index(b'"pages') + 20, "other": len(data) - 100}[changed]
@@ -222,7 +224,7 @@ def test_what_a_rank_reads_is_compared_with_its_checksums(
 
     def load(rank: int, group: dist.ProcessGroup) -> None:
         shelf = large(0, 2**16)
-        Saver(tmp_path, group=group).load(shelf=shelf)
+        Saver(tmp_path, group=group).load({"shelf": shelf})
 
     results = in_ranks(3, load)
     assert all(isinstance(result, CorruptCheckpoint) for result in results)

@@ -61,8 +61,8 @@ def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
             run.engine.evict(Unused(1))
             # All ranks are told all ids, whoever has them.
             run.engine.tables[0].erase(0, torch.tensor([*EDGE_IDS, 100, 101, 10**6]))
-        saver.save(step, delta=True, **run.parts())
-    run.saver(f"{root}/whole").save(3, **run.parts())
+        saver.save(step, run.parts(), delta=True)
+    run.saver(f"{root}/whole").save(3, run.parts())
 
 
 def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
@@ -70,8 +70,8 @@ def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, fi
     run = Run(sharding, group, seed=9)
     if filled:
         run.train(range(1))
-    assert run.saver(root).load(**run.parts()) == 3
-    run.saver(out).save(3, **run.parts())
+    assert run.saver(root).load(run.parts()) == 3
+    run.saver(out).save(3, run.parts())
 
 
 def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
@@ -81,8 +81,8 @@ def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     first, background = Saver(f"{root}/first", group=group), run.saver(f"{root}/background", async_save=True)
     for step in (1, 2, 3):
         run.train(range(2 * step, 2 * step + 2))
-        first.save(step, **run.parts())
-        background.save(step, delta=step != 2, **run.parts())
+        first.save(step, run.parts())
+        background.save(step, run.parts(), delta=step != 2)
         run.engine.tables[0].erase(0, torch.tensor([100 + step]))
     background.wait()
     run.train(range(20, 22))
@@ -93,15 +93,15 @@ def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     run = Run(sharding, group)
     run.train(range(3))
     saver = run.saver(f"{root}/run")
-    saver.save(1, delta=True, **run.parts())
+    saver.save(1, run.parts(), delta=True)
     run.train(range(3, 6))
-    saver.save(2, delta=True, **run.parts())
+    saver.save(2, run.parts(), delta=True)
     run.train(range(6, 9))
-    run.saver(f"{root}/undisturbed").save(3, **run.parts())
+    run.saver(f"{root}/undisturbed").save(3, run.parts())
     again = Run(sharding, group, seed=8)
-    again.saver(f"{root}/run").load(**again.parts())
+    again.saver(f"{root}/run").load(again.parts())
     again.train(range(6, 9))
-    again.saver(f"{root}/resumed").save(3, **again.parts())
+    again.saver(f"{root}/resumed").save(3, again.parts())
 
 
 def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
@@ -110,7 +110,7 @@ def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
     run.train(range(2))
     before = run.engine.checkpoint_state()
     try:
-        run.saver(root).load(**run.parts())
+        run.saver(root).load(run.parts())
     except CorruptCheckpoint as error:
         after = run.engine.checkpoint_state()
         for name, table in before.tables.items():
@@ -124,21 +124,21 @@ def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
     run = Run("mixed", group)
     run.train(range(2))
     saver = run.saver(f"{root}/run")
-    saver.save(1, delta=True, **run.parts())
+    saver.save(1, run.parts(), delta=True)
     run.train(range(2, 4))
     if run.rank == 1:
         table = next(table for table in run.engine.tables if any(member.name == "user" for member in table.members))
         for changes in table.watched:
             changes.note_whole([member.name for member in table.members].index("user"))
-    saver.save(3, delta=True, **run.parts())
-    run.saver(f"{root}/whole").save(3, **run.parts())
+    saver.save(3, run.parts(), delta=True)
+    run.saver(f"{root}/whole").save(3, run.parts())
 
 
 def saved_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     """Trains tables whose rows are wide enough to be split among three ranks."""
     run = Run(sharding, group, dim=16)
     run.train(range(3))
-    run.saver(root).save(3, **run.parts())
+    run.saver(root).save(3, run.parts())
 
 
 def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
@@ -146,6 +146,6 @@ def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, ou
     run = Run(sharding, group, seed=9, dim=dim)
     run.train(range(1))
     rename = {"user": "best", "narrow": "narrow", "item": "user"}
-    found = run.saver(root).load_some(only=list(rename), rename=rename, strict=False, engine=run.engine)
+    found = run.saver(root).load_some({"engine": run.engine}, only=list(rename), rename=rename, strict=False)
     assert sorted(found.loaded) == ["engine: best", "engine: narrow", "engine: user"]
-    run.saver(out).save(3, **run.parts())
+    run.saver(out).save(3, run.parts())

@@ -21,7 +21,7 @@ class PerRank:
         >>> import tempfile, torch
         >>> from recis_hybrid.saver import Saver
         >>> generator = torch.Generator().manual_seed(3)
-        >>> directory = Saver(tempfile.mkdtemp()).save(1, generator=PerRank(generator))
+        >>> directory = Saver(tempfile.mkdtemp()).save(1, {"generator": PerRank(generator)})
     """
 
     def __init__(self, value: object) -> None:

@@ -279,11 +279,11 @@ def test_a_compiled_model_trains_and_is_saved_as_an_eager_one(engines: int, tmp_
     assert_near(others, scores)
     assert list(compiled_step.parts()) == list(eager.parts())
     saver = Saver(tmp_path)
-    saver.save(1, **eager.parts())
-    saver.load(**compiled_step.parts())
+    saver.save(1, eager.parts())
+    saver.load(compiled_step.parts())
     assert torch.equal(compiled_step.predict(make_batches(1)[0])[""].scores, scores)
-    saver.save(2, **compiled_step.parts())
-    saver.load(2, **eager.parts())
+    saver.save(2, compiled_step.parts())
+    saver.load(eager.parts(), 2)
     torch._dynamo.reset()
 
 

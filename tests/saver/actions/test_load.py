@@ -41,7 +41,7 @@ def engine(optimizer: Any = optim.Adam, **options: Any) -> EmbeddingEngine:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    Saver(path).save(1, engine=sharded(0, 1))
+    Saver(path).save(1, {"engine": sharded(0, 1)})
     return path
 
 
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_coalescing_seed_and_placement_do_not_matter(run: Path, options: dict[str, Any]) -> None:
     live = engine(**options)
-    Saver(run).load(engine=live)
+    Saver(run).load({"engine": live})
     assert rows_of(live) == rows_of(sharded(0, 1))
     # Ids that are new from here on start as they would have in the run that was saved.
     batch = {name: torch.tensor([777_777]) for name in ("user", "item", "query")}
@@ -60,7 +60,7 @@ def test_coalescing_seed_and_placement_do_not_matter(run: Path, options: dict[st
 def test_values_are_converted_to_another_dtype(run: Path) -> None:
     live, saved = engine(dtype=torch.bfloat16), sharded(0, 1)
     with pytest.warns(UserWarning, match="tables of another kind.*'embedding': checkpoint float32.*bfloat16") as caught:
-        Saver(run).load(engine=live)
+        Saver(run).load({"engine": live})
     assert len(caught) == 1
     for table in ("user", "item", "query"):
         assert torch.equal(column(live, table, "embedding"), column(saved, table, "embedding").bfloat16())
@@ -71,38 +71,38 @@ def test_values_are_converted_to_another_dtype(run: Path) -> None:
 def test_another_optimizer_keeps_what_it_knows_and_starts_the_rest(run: Path) -> None:
     live, saved = engine(optim.Adagrad), sharded(0, 1)
     with pytest.warns(UserWarning, match="'exp_avg' is in the checkpoint only.*'sum' is in the live object only"):
-        Saver(run).load(engine=live)
+        Saver(run).load({"engine": live})
     assert torch.equal(column(live, "user", "embedding"), column(saved, "user", "embedding"))
     assert torch.equal(column(live, "user", "seen_step"), column(saved, "user", "seen_step"))
     first = optim.Adagrad.row_state()[0].first_value
     assert (column(live, "user", "sum") == first).all()
     # And back: Adam's moments start anew, sums are dropped.
-    Saver(run / "adagrad").save(1, engine=live)
+    Saver(run / "adagrad").save(1, {"engine": live})
     again = engine()
     with pytest.warns(UserWarning, match="starts with its first value"):
-        Saver(run / "adagrad").load(engine=again)
+        Saver(run / "adagrad").load({"engine": again})
     assert torch.equal(column(again, "user", "embedding"), column(saved, "user", "embedding"))
     assert (column(again, "user", "exp_avg") == 0).all()
 
 
 def test_state_of_another_width_starts_anew(run: Path, tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, engine=engine(optim.RowwiseAdagrad))
+    Saver(tmp_path).save(1, {"engine": engine(optim.RowwiseAdagrad)})
     live = engine(optim.Adagrad)
     with pytest.warns(UserWarning, match="'sum': checkpoint float32 .1., live object float32 .4."):
-        Saver(tmp_path).load(engine=live)
+        Saver(tmp_path).load({"engine": live})
 
 
 def test_a_table_that_admits_otherwise_says_so(run: Path) -> None:
     live = engine(query={})
     with pytest.warns(UserWarning, match="table 'query.admission' is in the checkpoint only"):
-        Saver(run).load(engine=live)
+        Saver(run).load({"engine": live})
     assert torch.equal(column(live, "query", "embedding"), column(sharded(0, 1), "query", "embedding"))
 
 
 def test_another_width_is_refused(run: Path) -> None:
     live = EmbeddingEngine({"user": EmbeddingConfig(dim=5), "other": EmbeddingConfig(dim=3)})
     with pytest.raises(CheckpointMismatch) as caught:
-        Saver(run).load(engine=live)
+        Saver(run).load({"engine": live})
     for text in (
         "table 'user', column 'embedding': checkpoint float32 [4], live object float32 [5]",
         "table 'item' is in the checkpoint only (ids int64 []",
@@ -118,7 +118,7 @@ def test_a_damaged_file_leaves_the_tables_as_they_were(
     tmp_path: Path, filled: bool, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
-    Saver(tmp_path).save(1, engine=sharded(0, 1))
+    Saver(tmp_path).save(1, {"engine": sharded(0, 1)})
     path = sorted((tmp_path / "step_000001").rglob("*.safetensors"))[number]
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
@@ -129,7 +129,7 @@ def test_a_damaged_file_leaves_the_tables_as_they_were(
         table.insert(item, torch.tensor([5, 6]), {"embedding": torch.ones(2, 4)})
     before = rows_of(live)
     with pytest.raises(CorruptCheckpoint, match=path.name):
-        Saver(tmp_path).load(engine=live)
+        Saver(tmp_path).load({"engine": live})
     assert rows_of(live) == before
     assert (len(live.tables[0]), live.tables[0].seed) == (2 if filled else 0, 8)
 
@@ -146,7 +146,7 @@ def test_a_manifest_that_lies_about_rows_takes_no_memory(run: Path, tmp_path: Pa
     live = engine()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CorruptCheckpoint, match="part 'engine', table 'user'"):
-        Saver(tmp_path / "run").load(engine=live)
+        Saver(tmp_path / "run").load({"engine": live})
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
     assert all(len(table) == 0 for table in live.tables)
 
@@ -165,16 +165,16 @@ def test_what_is_loaded_in_inference_mode_trains_outside_of_it(tmp_path: Path) -
         saver = Saver(tmp_path / str(within), async_save=True)
         step(model, dense)
         with torch.inference_mode(within):
-            saver.save(1, model=model, dense=dense)
+            saver.save(1, {"model": model, "dense": dense})
         step(model, dense)
-        saver.save(2, model=model, dense=dense)  # into the memory of the copy before
+        saver.save(2, {"model": model, "dense": dense})  # into the memory of the copy before
         model = torch.nn.Linear(2, 2)
         dense = torch.optim.Adam(model.parameters())
         with torch.inference_mode(within):
-            assert saver.load(model=model, dense=dense) == 2
+            assert saver.load({"model": model, "dense": dense}) == 2
         step(model, dense)
         with torch.inference_mode(within):
-            saver.load_some(1, only="weight", model=model)
+            saver.load_some({"model": model}, 1, only="weight")
         step(model, dense)
         found.append(model.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -94,7 +94,7 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
     config = EmbeddingConfig(dim=4)
     engine = EmbeddingEngine({"emb.user": config, "item": config}, optimizer=optim.Adam)
     model = nn.ModuleDict({"tower": nn.Linear(4, 2)})
-    assert Saver(tmp_path / "run").load(engine=engine, model=model) == 7
+    assert Saver(tmp_path / "run").load({"engine": engine, "model": model}) == 7
     assert torch.equal(model["tower"].weight, t["w"])
     assert torch.equal(model["tower"].bias, t["b"])
     for table, rows in (("emb.user", slice(0, 5)), ("item", slice(1, 4))):
@@ -106,8 +106,8 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
     # Under another name, and for another optimizer.
     other = EmbeddingEngine({"member": config}, optimizer=optim.Adagrad)
     with pytest.raises(CheckpointError, match=r"rename='user' matches no name in the checkpoint; .* 'emb.user'"):
-        Saver(tmp_path / "run").load_some(rename={"emb.*": "*", "user": "member"}, strict=False, engine=other)
-    Saver(tmp_path / "run").load_some(rename={"emb.user": "member"}, only="member", strict=False, engine=other)
+        Saver(tmp_path / "run").load_some({"engine": other}, rename={"emb.*": "*", "user": "member"}, strict=False)
+    Saver(tmp_path / "run").load_some({"engine": other}, rename={"emb.user": "member"}, only="member", strict=False)
     assert torch.equal(other.tables[0].export(0, t["ids"])["embedding"], t["embedding"])
 
 
@@ -131,7 +131,7 @@ def test_towers_are_in_a_pickle_which_is_converted_first(source: Path, tmp_path:
     subprocess.run(["bash", "-c", command], check=True, timeout=300)
     assert main(["import-recis", str(source), str(tmp_path / "run")]) == 0
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(value), False) for name, value in towers.items()})
-    loaded = Saver(tmp_path / "run").load_some(exclude=["tower.*"], model=model)
+    loaded = Saver(tmp_path / "run").load_some({"model": model}, exclude=["tower.*"])
     assert loaded.loaded == [f"model: {name}" for name in sorted(towers)]
     assert all(torch.equal(model[name], value) for name, value in towers.items())
     # A name in both places is no towers of one model.
@@ -195,9 +195,9 @@ def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) ->
     engine = EmbeddingEngine({name: EmbeddingConfig(dim=4)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters(), lr=0.01)
     if way == "some":
-        Saver(tmp_path / "run").load_some(rename={"user": "member"}, engine=engine)
+        Saver(tmp_path / "run").load_some({"engine": engine}, rename={"user": "member"})
     else:
-        Saver(tmp_path / "run").load(engine=engine)
+        Saver(tmp_path / "run").load({"engine": engine})
     assert engine.tables[0].step == 7
     # Rows count as met when they came, so that the first eviction leaves them.
     assert engine.evict(Unused(1)) == 0
@@ -239,7 +239,7 @@ def test_hashed_ids_are_met_again_behind_a_modulus(tmp_path: Path, capsys: pytes
     assert "put Mod(2**52) last, behind the hash" in note
     features = FeatureEngine([Feature("user", ops=[Hash("murmur"), Mod(2**52)])])
     engine = EmbeddingEngine({"user": EmbeddingConfig(dim=4)}).eval()
-    Saver(tmp_path / "run").load(engine=engine)
+    Saver(tmp_path / "run").load({"engine": engine})
     assert torch.equal(engine(features({"user": strings}))["user"], torch.arange(800.0).view(200, 4))
 
 

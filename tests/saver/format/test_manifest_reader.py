@@ -18,7 +18,7 @@ PATH = Path("run/step_000003/manifest.json")
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    directory = Saver(tmp_path_factory.mktemp("run")).save(3, engine=example_shelf(), note={"epoch": 1})
+    directory = Saver(tmp_path_factory.mktemp("run")).save(3, {"engine": example_shelf(), "note": {"epoch": 1}})
     return (directory / "manifest.json").read_bytes()
 
 

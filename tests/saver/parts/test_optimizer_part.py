@@ -69,9 +69,9 @@ def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, name: str, steps: i
     train(live, restored, 2)  # what it has is replaced
     for group in restored.param_groups:
         group["lr"] = 77.0
-    Saver(tmp_path).save(1, net=net, optimizer=optimizer)
+    Saver(tmp_path).save(1, {"net": net, "optimizer": optimizer})
     expected = optimizer.state_dict()
-    Saver(tmp_path).load(net=live, optimizer=restored)
+    Saver(tmp_path).load({"net": live, "optimizer": restored})
     assert_same(restored.state_dict(), expected)
     assert {id(p) for p in restored.state} <= {id(p) for p in live.parameters()}
     train(net, optimizer, 4)
@@ -84,7 +84,7 @@ def test_files_have_torchs_names(tmp_path: Path) -> None:
     net = model()
     optimizer = Adam(net.parameters(), lr=torch.tensor(0.01))
     train(net, optimizer, 2)
-    directory = Saver(tmp_path).save(1, optimizer=optimizer)
+    directory = Saver(tmp_path).save(1, {"optimizer": optimizer})
     tensors = load_file(directory / "dense" / "optimizer.safetensors")
     state = {f"state.{i}.{key}" for i in range(4) for key in ("step", "exp_avg", "exp_avg_sq")}
     assert set(tensors) == state | {"groups.0.lr"}
@@ -101,8 +101,8 @@ def test_groups_keep_their_own_values(tmp_path: Path) -> None:
     optimizer.param_groups[1]["lr"] = 0.25
     optimizer.param_groups[0]["initial_lr"] = 0.5  # as schedulers leave it
     train(net, optimizer, 2)
-    Saver(tmp_path).save(1, net=net, optimizer=optimizer)
-    Saver(tmp_path).load(net=live, optimizer=restored)
+    Saver(tmp_path).save(1, {"net": net, "optimizer": optimizer})
+    Saver(tmp_path).load({"net": live, "optimizer": restored})
     assert [group["lr"] for group in restored.param_groups] == [0.5, 0.25]
     assert_same(restored.state_dict(), optimizer.state_dict())
 
@@ -114,8 +114,8 @@ def test_state_wider_than_its_parameter_stays_wide(tmp_path: Path) -> None:
     for parameter in nets[0].parameters():
         moments = {key: torch.full(parameter.shape, 1 / 3) for key in ("exp_avg", "exp_avg_sq")}
         optimizers[0].state[parameter] = {"step": torch.tensor(3.0), **moments}
-    Saver(tmp_path).save(1, optimizer=optimizers[0])
-    Saver(tmp_path).load(optimizer=optimizers[1])
+    Saver(tmp_path).save(1, {"optimizer": optimizers[0]})
+    Saver(tmp_path).load({"optimizer": optimizers[1]})
     assert optimizers[1].state[nets[1].weight]["exp_avg"].dtype == torch.float32
     assert_same(optimizers[1].state_dict(), optimizers[0].state_dict())
 
@@ -140,11 +140,11 @@ def test_another_optimizer_is_refused(tmp_path: Path, live: Callable[[nn.Sequent
     net = model()
     optimizer = Adam(net.parameters())
     train(net, optimizer, 2)
-    Saver(tmp_path).save(1, optimizer=optimizer)
+    Saver(tmp_path).save(1, {"optimizer": optimizer})
     other = live(model(1))
     before = other.state_dict()
     with pytest.raises(CheckpointMismatch, match=f"part 'optimizer' does not fit the live object: .*{message}"):
-        Saver(tmp_path).load(optimizer=other)
+        Saver(tmp_path).load({"optimizer": other})
     assert_same(other.state_dict(), before)
 
 
@@ -160,15 +160,15 @@ def test_state_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
 
     lbfgs.step(closure)
     with pytest.raises(CheckpointError, match=r"part 'optimizer', state of parameter 0 must be JSON"):
-        Saver(tmp_path).save(1, optimizer=lbfgs)
+        Saver(tmp_path).save(1, {"optimizer": lbfgs})
     adam = Adam(net.parameters())
     adam.param_groups[0]["limit"] = math.inf
     with pytest.raises(CheckpointError, match=r"part 'optimizer', parameter group 0 must be JSON"):
-        Saver(tmp_path).save(1, optimizer=adam)
+        Saver(tmp_path).save(1, {"optimizer": adam})
     adam = Adam(net.parameters())
     adam.state["all"] = {"x": 1}  # type: ignore[index]
     with pytest.raises(CheckpointError, match="must belong to parameters, got the key 'all'"):
-        Saver(tmp_path).save(1, optimizer=adam)
+        Saver(tmp_path).save(1, {"optimizer": adam})
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_forged_part_is_refused_before_anything_changes(tmp_path: Path, change
     net = model()
     optimizer = Adam(net.parameters())
     train(net, optimizer, 2)
-    directory = Saver(tmp_path).save(1, optimizer=optimizer, net=net)
+    directory = Saver(tmp_path).save(1, {"optimizer": optimizer, "net": net})
     edit_manifest(directory, lambda d: change(d["parts"]["optimizer"]["meta"]))
     live = model(1)
     before = live[0].weight.detach().clone()
@@ -201,5 +201,5 @@ def test_a_forged_part_is_refused_before_anything_changes(tmp_path: Path, change
         CorruptCheckpoint,
         match=r"part 'optimizer': (groups, state and tensors|meta.parameters must) .* There is no other step",
     ):
-        Saver(tmp_path).load(net=live, optimizer=Adam(live.parameters()))
+        Saver(tmp_path).load({"net": live, "optimizer": Adam(live.parameters())})
     assert torch.equal(live[0].weight, before)

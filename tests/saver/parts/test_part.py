@@ -50,9 +50,9 @@ def test_a_module_comes_back_bit_for_bit(tmp_path: Path) -> None:
         saved.first.view(torch.int32)[0, 0] = 0x7FC00123  # a NaN with a payload
         saved.first[0, 1] = -0.0
         saved.first[0, 2] = math.inf
-    directory = Saver(tmp_path).save(1, model=saved)
+    directory = Saver(tmp_path).save(1, {"model": saved})
     parameters = {name: (p, p.data_ptr()) for name, p in live.named_parameters()}
-    assert Saver(tmp_path).load(model=live) == 1
+    assert Saver(tmp_path).load({"model": live}) == 1
     for name, value in saved.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert bits(live.state_dict()[name]) == bits(value), name
@@ -70,21 +70,21 @@ class OtherExtra(Odd):
 
 def test_modules_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="part 'm', extra state of the module must be JSON"):
-        Saver(tmp_path).save(1, m=OtherExtra(1))
+        Saver(tmp_path).save(1, {"m": OtherExtra(1)})
     with pytest.raises(
         CheckpointError, match=r"part 'm': parameters and buffers must be initialised, \['weight', 'bias'\]"
     ):
-        Saver(tmp_path).save(1, m=nn.LazyLinear(3))
+        Saver(tmp_path).save(1, {"m": nn.LazyLinear(3)})
     with pytest.raises(CheckpointError, match=r"part 'm': tensor 'weight' must be dense and have memory"):
-        Saver(tmp_path).save(1, m=nn.Linear(2, 2, device="meta"))
+        Saver(tmp_path).save(1, {"m": nn.Linear(2, 2, device="meta")})
 
 
 def test_a_module_of_other_shape_names_both(tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, model=nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
+    Saver(tmp_path).save(1, {"model": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))})
     live = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1, bias=False).double(), nn.BatchNorm1d(1))
     before = [bits(value) for value in live.state_dict().values()]
     with pytest.raises(CheckpointMismatch) as caught:
-        Saver(tmp_path).load(model=live)
+        Saver(tmp_path).load({"model": live})
     message = str(caught.value)
     for part in (
         f"{tmp_path}/step_000001/manifest.json: part 'model' does not fit the live object",
@@ -101,8 +101,8 @@ def test_a_module_of_other_shape_names_both(tmp_path: Path) -> None:
 def test_a_saveable_gets_what_it_gave(tmp_path: Path) -> None:
     shelf, live = example_shelf(), empty_shelf()
     assert isinstance(shelf, Saveable)
-    Saver(tmp_path).save(1, engine=shelf)
-    Saver(tmp_path).load(engine=live)
+    Saver(tmp_path).save(1, {"engine": shelf})
+    Saver(tmp_path).load({"engine": live})
     assert live.loaded is not None
     table = live.loaded.tables["user/country"]
     assert table.columns["embedding"][:, 0].tolist() == [0, 1, 2, 3, 4]
@@ -113,7 +113,7 @@ def test_a_saveable_gets_what_it_gave(tmp_path: Path) -> None:
         assert tensor.data_ptr() % 64 == 0
     # Memory of its own: it neither changes the files nor changes with them.
     table.columns["embedding"].zero_()
-    Saver(tmp_path).load(engine=live)
+    Saver(tmp_path).load({"engine": live})
     assert live.loaded.tables["user/country"].columns["embedding"][4, 1] == 40
 
 
@@ -169,21 +169,21 @@ COUNTS = {"counts": torch.zeros(2, dtype=torch.int32)}
     ],
 )
 def test_tables_of_another_model_are_named(tmp_path: Path, live: PartState, messages: list[str]) -> None:
-    Saver(tmp_path).save(1, engine=example_shelf())
+    Saver(tmp_path).save(1, {"engine": example_shelf()})
     shelf = Shelf(live)
     with pytest.raises(CheckpointMismatch) as caught:
-        Saver(tmp_path).load(engine=shelf)
+        Saver(tmp_path).load({"engine": shelf})
     for message in messages:
         assert message in str(caught.value)
     assert shelf.loaded is None
 
 
 def test_one_part_that_does_not_fit_stops_all(tmp_path: Path) -> None:
-    Saver(tmp_path).save(1, a=example_shelf(), b=nn.Linear(2, 2), c=example_shelf())
+    Saver(tmp_path).save(1, {"a": example_shelf(), "b": nn.Linear(2, 2), "c": example_shelf()})
     first, second, third = empty_shelf(), nn.Linear(3, 2), empty_shelf()
     before = bits(second.weight)
     with pytest.raises(CheckpointMismatch, match="part 'b'"):
-        Saver(tmp_path).load(a=first, b=second, c=third)
+        Saver(tmp_path).load({"a": first, "b": second, "c": third})
     assert first.loaded is None
     assert third.loaded is None
     assert bits(second.weight) == before
@@ -202,37 +202,37 @@ class Both(nn.Linear):
 
 def test_what_is_saveable_is_not_taken_as_a_module(tmp_path: Path) -> None:
     saved, live = Both(2, 2), Both(2, 2)
-    directory = Saver(tmp_path).save(1, both=saved)
+    directory = Saver(tmp_path).save(1, {"both": saved})
     assert set(load_file(directory / "dense" / "both.safetensors")) == {"w"}
-    Saver(tmp_path).load(both=live)
+    Saver(tmp_path).load({"both": live})
     assert bits(live.weight) == bits(saved.weight)
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2), object(), nn.Linear, Shelf, (1, 2), b"bytes"])
 def test_what_is_no_part(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointError, match=r"part 'it' must be a Saveable .* got \w+"):
-        Saver(tmp_path).save(1, it=value)
+        Saver(tmp_path).save(1, {"it": value})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_part_of_another_kind(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    Saver(tmp_path).save(1, model=model, note=3)
+    Saver(tmp_path).save(1, {"model": model, "note": 3})
     with pytest.raises(CheckpointMismatch, match=r"part 'model' was saved from a module, but a saveable was asked for"):
-        Saver(tmp_path).load(model=example_shelf())
+        Saver(tmp_path).load({"model": example_shelf()})
     with pytest.raises(CheckpointMismatch, match=r"part 'note' was saved from a json, .* Use Saver.read_json"):
-        Saver(tmp_path).load(note=model)
+        Saver(tmp_path).load({"note": model})
     with pytest.raises(CheckpointMismatch, match="part 'model' was saved from a module, but a json was asked for"):
         Saver(tmp_path).read_json("model")
     with pytest.raises(CheckpointError, match=r"part 'note' is JSON, .* Use Saver.read_json"):
-        Saver(tmp_path).load(note=4)
+        Saver(tmp_path).load({"note": 4})
 
 
 def test_extra_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
-    directory = Saver(tmp_path).save(1, model=nn.Linear(2, 2))
+    directory = Saver(tmp_path).save(1, {"model": nn.Linear(2, 2)})
     edit_manifest(directory, lambda d: d["parts"]["model"]["meta"].update(extra=[1]))
     with pytest.raises(CheckpointError, match=r"meta.extra must be an object, got \[1\]"):
-        Saver(tmp_path).load(model=nn.Linear(2, 2))
+        Saver(tmp_path).load({"model": nn.Linear(2, 2)})
 
 
 @pytest.fixture
@@ -251,13 +251,13 @@ def test_names_do_not_depend_on_distributed_data_parallel(tmp_path: Path, alone:
         nn.ModuleDict({"tower": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), "bias": nn.Linear(1, 1)})
     )
     saver = Saver(tmp_path)
-    saver.save(1, model=wrapped)
+    saver.save(1, {"model": wrapped})
     for other in (plain, whole):
-        saver.load(model=other)
+        saver.load({"model": other})
     for own, (name, value) in zip(wrapped.state_dict().values(), plain.state_dict().items(), strict=True):
         assert torch.equal(own, value), name
         assert torch.equal(whole.state_dict()[f"module.{name}"], value), name
-    assert saver.load_some(only="tower.*", model=whole).loaded == [
+    assert saver.load_some({"model": whole}, only="tower.*").loaded == [
         "model: tower.0.bias",
         "model: tower.0.weight",
         "model: tower.1.bias",
@@ -271,7 +271,7 @@ def test_the_kind_of_a_saveable_is_one_that_can_be_read_back(tmp_path: Path) -> 
     with pytest.raises(
         CheckpointError, match="part 'shelf': checkpoint_kind must be one of .*'optimizer'.*, got 'shelf'"
     ):
-        Saver(tmp_path).save(1, shelf=shelf)
+        Saver(tmp_path).save(1, {"shelf": shelf})
 
 
 def towers(seed: int) -> nn.ModuleDict:
@@ -300,7 +300,7 @@ def test_names_do_not_depend_on_wrappers(tmp_path: Path, alone: None, first: str
     dense = torch.optim.Adam(whole.parameters(), lr=0.1)
     sum(parameter.square().sum() for parameter in whole.parameters()).backward()
     dense.step()
-    saver.save(1, model=whole, dense=dense)
+    saver.save(1, {"model": whole, "dense": dense})
     named = list(towers(1).state_dict())
     assert sorted(
         json.loads((tmp_path / "step_000001" / "manifest.json").read_text())["parts"]["model"]["tensors"]
@@ -309,11 +309,11 @@ def test_names_do_not_depend_on_wrappers(tmp_path: Path, alone: None, first: str
         inner = towers(2)
         other = wrapped_in(second, inner)
         again = torch.optim.Adam(other.parameters(), lr=0.5)
-        saver.load(model=other, dense=again)
+        saver.load({"model": other, "dense": again})
         for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b)
         assert again.param_groups[0]["lr"] == 0.1
         assert [each["step"] for each in again.state_dict()["state"].values()] == [1] * 6
-        assert saver.load_some(only="tower.*", model=other).loaded == [
+        assert saver.load_some({"model": other}, only="tower.*").loaded == [
             f"model: {name}" for name in sorted(named) if name.startswith("tower.")
         ]

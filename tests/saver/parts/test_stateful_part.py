@@ -43,9 +43,9 @@ def advance(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> lis
 @pytest.mark.parametrize("make", SCHEDULERS)
 def test_schedulers_go_on_where_they_were(make: Any, tmp_path: Path) -> None:
     optimizer, scheduler = made(make, 4)
-    Saver(tmp_path).save(4, optimizer=optimizer, scheduler=scheduler)
+    Saver(tmp_path).save(4, {"optimizer": optimizer, "scheduler": scheduler})
     again, other = made(make, 1)
-    Saver(tmp_path).load(optimizer=again, scheduler=other)
+    Saver(tmp_path).load({"optimizer": again, "scheduler": other})
     assert other.state_dict() == scheduler.state_dict()
     assert {k: type(v) for k, v in vars(other).items()} == {k: type(v) for k, v in vars(scheduler).items()}
     assert advance(again, other, 5) == advance(optimizer, scheduler, 5)
@@ -54,9 +54,9 @@ def test_schedulers_go_on_where_they_were(make: Any, tmp_path: Path) -> None:
 def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
     generator, other = torch.Generator().manual_seed(3), torch.Generator()
     torch.rand(5, generator=generator)
-    Saver(tmp_path).save(1, generator=generator)
+    Saver(tmp_path).save(1, {"generator": generator})
     expected = torch.rand(5, generator=generator)
-    Saver(tmp_path).load(generator=other)
+    Saver(tmp_path).load({"generator": other})
     assert torch.equal(torch.rand(5, generator=other), expected)
 
 
@@ -68,17 +68,17 @@ def test_a_reading_position_comes_back(tmp_path: Path) -> None:
     data, again = (ColumnDataset(tmp_path / "data.parquet", ["x"], 3, shuffle=True) for _ in range(2))
     batches = iter(data)
     next(batches)
-    Saver(tmp_path / "run").save(1, data=data)
-    Saver(tmp_path / "run").load(data=again)
+    Saver(tmp_path / "run").save(1, {"data": data})
+    Saver(tmp_path / "run").load({"data": again})
     for mine, other in zip(batches, again, strict=True):
         assert torch.equal(mine["x"], other["x"])  # type: ignore[arg-type]
 
 
 def test_another_class_is_refused(tmp_path: Path) -> None:
     _, scheduler = made(SCHEDULERS[0], 1)
-    Saver(tmp_path).save(1, scheduler=scheduler)
+    Saver(tmp_path).save(1, {"scheduler": scheduler})
     with pytest.raises(CheckpointMismatch, match="class: checkpoint StepLR, live object CosineAnnealingLR"):
-        Saver(tmp_path).load(scheduler=made(SCHEDULERS[2], 1)[1])
+        Saver(tmp_path).load({"scheduler": made(SCHEDULERS[2], 1)[1]})
 
 
 class Holder:
@@ -94,7 +94,7 @@ class Holder:
 
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="part 'it'.*a.1 cannot be saved"):
-        Saver(tmp_path).save(1, it=Holder({"a": [1, object()]}))
+        Saver(tmp_path).save(1, {"it": Holder({"a": [1, object()]})})
     assert Saver(tmp_path).steps() == []
 
 

@@ -20,8 +20,8 @@ from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, PartState, PerRank, Saver, TableState
 from recis_hybrid.saver.checkpoint import table_files, table_plan
-from recis_hybrid.saver.format import row_file as row_files
-from recis_hybrid.saver.storage import shared_check as shared
+from recis_hybrid.saver.format import row_file
+from recis_hybrid.saver.storage import shared_check
 from tests.saver.fakes import Shelf, entries
 from tests.support.ranks import all_of, in_ranks
 
@@ -54,7 +54,7 @@ def test_a_state_that_is_not_handed_out(tmp_path: Path, async_save: bool) -> Non
     def save(rank: int, group: dist.ProcessGroup) -> None:
         part = Failing(PartState()) if rank == 1 else shelf(rank, 3)
         saver = Saver(tmp_path, group=group, async_save=async_save)
-        saver.save(1, first=shelf(rank, 3), part=part)
+        saver.save(1, {"first": shelf(rank, 3), "part": part})
         saver.wait()
 
     refused(tmp_path, in_ranks(3, save), "out of luck")
@@ -64,7 +64,7 @@ def test_a_state_that_is_not_handed_out(tmp_path: Path, async_save: bool) -> Non
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_disk_that_is_full(tmp_path: Path, async_save: bool, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 1024)
-    write_file, plan, owners = row_files.write_file, table_files.plan_files, {}
+    write_file, plan, owners = row_file.write_file, table_files.plan_files, {}
 
     def planned(ranks: Any, *args: Any) -> Any:
         files = plan(ranks, *args)
@@ -77,17 +77,17 @@ def test_a_disk_that_is_full(tmp_path: Path, async_save: bool, failing: int, mon
         return write_file(path, pieces)
 
     monkeypatch.setattr(table_files, "plan_files", planned)
-    monkeypatch.setattr(row_files, "write_file", full)
+    monkeypatch.setattr(row_file, "write_file", full)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
         saver = Saver(tmp_path, group=group, async_save=async_save)
-        saver.save(1, shelf=shelf(rank, 3))
+        saver.save(1, {"shelf": shelf(rank, 3)})
         saver.wait()
 
     results = in_ranks(3, save)
     refused(tmp_path, results, "No space left on device", failing)
     assert "could not be written" in str(results[failing])
-    monkeypatch.setattr(row_files, "write_file", write_file)
+    monkeypatch.setattr(row_file, "write_file", write_file)
     all_of(3, save)
     assert entries(tmp_path) == ["step_000001"]
 
@@ -108,27 +108,27 @@ def test_rows_that_cannot_be_read_are_still_waited_for_by_nobody(tmp_path: Path,
             ids = table.columns["ids"][order]
             columns = {"ids": ids, "embedding": torch.empty(0, 1)}
             part.state.tables["t"] = TableState(columns, table.buckets[order], {}, reader=BadReader())
-        Saver(tmp_path, group=group).save(1, first=part)
+        Saver(tmp_path, group=group).save(1, {"first": part})
 
     refused(tmp_path, in_ranks(2, save), "a bad record", failing)
 
 
 def test_ranks_that_do_not_agree(tmp_path: Path) -> None:
     def steps(rank: int, group: dist.ProcessGroup) -> None:
-        Saver(tmp_path, group=group).save(1 + rank, shelf=shelf(rank, 2))
+        Saver(tmp_path, group=group).save(1 + rank, {"shelf": shelf(rank, 2)})
 
     def parts(rank: int, group: dist.ProcessGroup) -> None:
-        Saver(tmp_path, group=group).save(1, **{f"part{rank}": shelf(rank, 2)})
+        Saver(tmp_path, group=group).save(1, {f"part{rank}": shelf(rank, 2)})
 
     def tables(rank: int, group: dist.ProcessGroup) -> None:
         part = shelf(rank, 2)
         if rank:
             columns = part.state.tables["t"].columns
             columns["embedding"] = columns["embedding"].double()
-        Saver(tmp_path, group=group).save(1, shelf=part)
+        Saver(tmp_path, group=group).save(1, {"shelf": part})
 
     def foreign(rank: int, group: dist.ProcessGroup) -> None:
-        Saver(tmp_path, group=group).save(1, shelf=shelf(0, 1))
+        Saver(tmp_path, group=group).save(1, {"shelf": shelf(0, 1)})
 
     for work, message in (
         (steps, "all ranks must save the same step and parts"),
@@ -143,18 +143,21 @@ def test_ranks_that_do_not_agree(tmp_path: Path) -> None:
 
 
 def test_tables_are_no_parts_of_each_rank(tmp_path: Path) -> None:
-    results = in_ranks(2, lambda rank, group: Saver(tmp_path, group=group).save(1, t=PerRank(shelf(rank, 2))))
+    results = in_ranks(2, lambda rank, group: Saver(tmp_path, group=group).save(1, {"t": PerRank(shelf(rank, 2))}))
     assert all("tables are shared out among ranks. Pass it without PerRank" in str(result) for result in results)
 
 
 def test_a_model_of_another_shape_on_one_rank_stops_all(tmp_path: Path) -> None:
-    all_of(2, lambda rank, group: Saver(tmp_path, group=group).save(1, shelf=shelf(rank, 2), m=torch.nn.Linear(2, 1)))
+    all_of(
+        2,
+        lambda rank, group: Saver(tmp_path, group=group).save(1, {"shelf": shelf(rank, 2), "m": torch.nn.Linear(2, 1)}),
+    )
     loaded: list[Shelf] = []
 
     def load(rank: int, group: dist.ProcessGroup) -> None:
         part = shelf(rank, 2)
         loaded.append(part)
-        Saver(tmp_path, group=group).load(shelf=part, m=torch.nn.Linear(2 + rank, 1))
+        Saver(tmp_path, group=group).load({"shelf": part, "m": torch.nn.Linear(2 + rank, 1)})
 
     results = in_ranks(2, load)
     assert all(isinstance(result, CheckpointMismatch) for result in results)
@@ -163,12 +166,12 @@ def test_a_model_of_another_shape_on_one_rank_stops_all(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(shared_check, "PATIENCE_S", 0.2)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
         # The same path on another machine: there, another directory.
         (tmp_path / str(rank)).mkdir(exist_ok=True)
-        Saver(tmp_path / str(rank), group=group).save(1, shelf=shelf(rank, 3))
+        Saver(tmp_path / str(rank), group=group).save(1, {"shelf": shelf(rank, 3)})
 
     results = in_ranks(3, save)
     for rank, result in enumerate(results):
@@ -184,14 +187,14 @@ def test_one_lease_is_held_for_all(tmp_path: Path) -> None:
     def save(rank: int, group: dist.ProcessGroup) -> None:
         saver = Saver(tmp_path, group=group)
         savers.append(saver)
-        saver.save(1, shelf=shelf(rank, 2))
-        saver.save(2, shelf=shelf(rank, 2))
+        saver.save(1, {"shelf": shelf(rank, 2)})
+        saver.save(2, {"shelf": shelf(rank, 2)})
 
     all_of(2, save)
     with pytest.raises(CheckpointError, match="another saver saves here"):
-        Saver(tmp_path).save(3, note=1)
+        Saver(tmp_path).save(3, {"note": 1})
     savers.clear()
-    Saver(tmp_path).save(3, note=1)
+    Saver(tmp_path).save(3, {"note": 1})
 
 
 def test_a_group_of_another_backend_is_refused(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_group_of_another_backend_is_refused(tmp_path: Path) -> None:
             return "nccl"
 
     with pytest.raises(CheckpointError, match="group must be a gloo process group .*new_group"):
-        Saver(tmp_path, group=Nccl()).save(1, note=1)  # type: ignore[arg-type]
+        Saver(tmp_path, group=Nccl()).save(1, {"note": 1})  # type: ignore[arg-type]
 
 
 JOB = """
@@ -214,14 +217,14 @@ if what == "load":
     part = shelf(rank, size)
     rows = part.state.tables["t"]
     part.state.tables["t"] = type(rows)({k: v[:0] for k, v in rows.columns.items()}, rows.buckets[:0], {})
-    assert saver.load(shelf=part) == 1
+    assert saver.load({'shelf': part}) == 1
     ids = part.loaded.tables["t"].columns["ids"].sort().values
     assert torch.equal(ids, rows.columns["ids"].sort().values)
 else:
     part = shelf(rank, size)
     if what == "die" and rank == 1:
         part.checkpoint_state = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    saver.save(1, shelf=part)
+    saver.save(1, {'shelf': part})
     if what == "async":
         x = torch.ones(1)
         for _ in range(20):  # the training goes on with collectives of its own
@@ -268,7 +271,7 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_processes_of_torch_distributed(tmp_path: Path, root: Path) -> None:
-    Saver(tmp_path / "alone").save(1, shelf=shelf(0, 1))
+    Saver(tmp_path / "alone").save(1, {"shelf": shelf(0, 1)})
     run = tmp_path / "run"
     for size, what in ((2, "async"), (3, "load")):
         for code, _, err in run_job(root, size, free_port(), str(run), what):

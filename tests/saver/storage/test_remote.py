@@ -65,16 +65,16 @@ def test_a_run_is_saved_and_resumed(store: str, tmp_path: Path, request: pytest.
     saver = Saver(url, keep=2, async_save=store == "memory")
     for step in (1, 2, 3):
         toy.train_steps(2)
-        saver.save(step, **toy.parts(), note={"step": step})
+        saver.save(step, {**toy.parts(), "note": {"step": step}})
     saver.wait()
     assert saver.steps() == [2, 3]
     again = Toy(seed=3)
     reader = Saver(url)
-    assert reader.load(**again.parts()) == 3
+    assert reader.load(again.parts()) == 3
     assert torch.equal(again.predictions(), toy.predictions())
     assert reader.read_json("note", step=2) == {"step": 2}
     # The same bytes as on a disk, and nothing else.
-    Saver(tmp_path).save(3, **toy.parts(), note={"step": 3})
+    Saver(tmp_path).save(3, {**toy.parts(), "note": {"step": 3}})
     local, root = tmp_path / "step_000003", RemotePath.of(url)
     remote = (root / "step_000003").files()
     assert sorted(remote) == sorted(p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file())
@@ -88,11 +88,11 @@ def test_a_run_is_saved_and_resumed(store: str, tmp_path: Path, request: pytest.
 
 def test_ranks_share_a_store(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
-    all_of(3, lambda rank, group: Saver("memory://b/run", group=group).save(1, engine=sharded(rank, 3)))
+    all_of(3, lambda rank, group: Saver("memory://b/run", group=group).save(1, {"engine": sharded(rank, 3)}))
 
     def load(rank: int, group: dist.ProcessGroup) -> Any:
         engine = sharded(rank, 2, filled=False)
-        Saver("memory://b/run", group=group).load(engine=engine)
+        Saver("memory://b/run", group=group).load({"engine": engine})
         return rows_of(engine)
 
     parts = all_of(2, load)
@@ -101,13 +101,13 @@ def test_ranks_share_a_store(memory: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rank_fetches_little_more_than_its_own_rows(s3: str) -> None:
-    Saver(s3).save(1, shelf=large(0, 1))
+    Saver(s3).save(1, {"shelf": large(0, 1)})
     total = sum((RemotePath.of(s3) / "step_000001").files().values())
     read: list[int] = []
 
     def load(rank: int, group: dist.ProcessGroup) -> None:
         saver, shelf = Saver(s3, group=group), large(0, 2**16)
-        saver.load(shelf=shelf)
+        saver.load({"shelf": shelf})
         read.append(saver.bytes_read)
 
     all_of(3, load)
@@ -124,7 +124,7 @@ class Cut(io.BytesIO):
 @pytest.mark.parametrize("lost", ["manifest.json", "safetensors"])
 def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     url = "memory://b/run"
-    Saver(url).save(1, shelf=example_shelf())
+    Saver(url).save(1, {"shelf": example_shelf()})
     opened = RemotePath.open
 
     def cut(self: RemotePath, mode: str) -> Any:
@@ -133,13 +133,13 @@ def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(RemotePath, "open", cut)
         with pytest.raises(CheckpointError, match="could not be written .*connection lost"):
-            Saver(url).save(2, shelf=example_shelf())
+            Saver(url).save(2, {"shelf": example_shelf()})
     assert Saver(url).steps() == [1]
     assert (RemotePath.of(url) / "step_000002").files() == {}
     # What a crash leaves is removed by the next save, and no loader looks at it.
     (RemotePath.of(url) / "step_000005" / "dense" / "x.safetensors").write_bytes(b"half")
     assert Saver(url).latest() == 1
-    Saver(url).save(6, shelf=example_shelf())
+    Saver(url).save(6, {"shelf": example_shelf()})
     assert Saver(url).steps() == [1, 6]
     assert (RemotePath.of(url) / "step_000005").files() == {}
 
@@ -147,10 +147,10 @@ def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytes
 def test_the_manifest_goes_first_when_a_checkpoint_is_given_up(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, removed = "memory://b/run", []
     saver = Saver(url, keep=1)
-    saver.save(1, shelf=example_shelf())
+    saver.save(1, {"shelf": example_shelf()})
     unlink = RemotePath.unlink
     monkeypatch.setattr(RemotePath, "unlink", lambda self, **k: (removed.append(str(self)), unlink(self, **k)))
-    saver.save(2, shelf=example_shelf())
+    saver.save(2, {"shelf": example_shelf()})
     saver.wait()
     assert removed == ["memory://b/run/step_000001/manifest.json"]
     assert saver.steps() == [2]
@@ -159,18 +159,18 @@ def test_the_manifest_goes_first_when_a_checkpoint_is_given_up(memory: Any, monk
 
 def test_the_last_who_came_saves(memory: Any) -> None:
     first, second = Saver("memory://b/run"), Saver("memory://b/run")
-    first.save(1, shelf=example_shelf())
-    second.save(2, shelf=example_shelf())
+    first.save(1, {"shelf": example_shelf()})
+    second.save(2, {"shelf": example_shelf()})
     with pytest.raises(CheckpointError, match="another saver has taken over here .process .*end the other job"):
-        first.save(3, shelf=example_shelf())
-    second.save(3, shelf=example_shelf())
+        first.save(3, {"shelf": example_shelf()})
+    second.save(3, {"shelf": example_shelf()})
     assert second.steps() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "add"])
 def test_damage_is_found(memory: Any, harm: str) -> None:
     url = "memory://b/run"
-    Saver(url).save(1, shelf=example_shelf())
+    Saver(url).save(1, {"shelf": example_shelf()})
     path = RemotePath.of(url) / "step_000001" / "sparse/shelf/user%2Fcountry/00000-65535.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -182,17 +182,17 @@ def test_damage_is_found(memory: Any, harm: str) -> None:
         path.write_bytes(data if harm == "flip" else data[:-3])
     shelf = empty_shelf()
     with pytest.raises(CorruptCheckpoint, match="memory://b/run/step_000001"):
-        Saver(url).load(shelf=shelf)
+        Saver(url).load({"shelf": shelf})
     assert shelf.loaded is None
 
 
 def test_a_store_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recis_hybrid.saver.storage import shared_check as shared
+    from recis_hybrid.saver.storage import shared_check
 
-    monkeypatch.setattr(shared, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(shared_check, "PATIENCE_S", 0.2)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
-        Saver(f"file://{tmp_path}/{rank}", group=group).save(1, shelf=example_shelf())
+        Saver(f"file://{tmp_path}/{rank}", group=group).save(1, {"shelf": example_shelf()})
 
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
@@ -205,8 +205,8 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
     saver, local = Saver(url), Saver(tmp_path / "run")
     for step in (1, 2):
         toy.train_steps(1)
-        saver.save(step, delta=True, **toy.parts())
-        local.save(step, **toy.parts())
+        saver.save(step, toy.parts(), delta=True)
+        local.save(step, toy.parts())
     for arguments, status, said in (
         (["inspect", url], 0, "builds on step 1"),
         (["inspect", f"{url}/step_000001"], 0, "step 1, written by 1 process(es)"),
@@ -224,7 +224,7 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
         output = capsys.readouterr()
         assert said in output.out + output.err
     assert RemotePath.of(url).names() == [".lease", "step_000001", "step_000002"]
-    saver.save(3, **toy.parts())  # nobody has taken over here
+    saver.save(3, toy.parts())  # nobody has taken over here
     assert main(["diff", "memory://b/whole", str(tmp_path / "run")]) == 0
     with pytest.raises(ServingError, match="memory://b/out: files are mapped.*Copy the export to a directory"):
         Reader("memory://b/out")
@@ -239,12 +239,12 @@ def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, mon
     def save(rank: int, group: dist.ProcessGroup) -> Any:
         engine = sharded(rank, 3)
         saver = Saver(url, group=group, async_save=True)
-        saver.save(1, delta=True, engine=engine)
+        saver.save(1, {"engine": engine}, delta=True)
         table, number = member(engine, "user")
         kept = table.ids(number)
         table.erase(number, kept[::3].clone())
         table.insert(number, own(torch.arange(10**6, 10**6 + 50), rank, 3))
-        saver.save(2, delta=True, engine=engine)
+        saver.save(2, {"engine": engine}, delta=True)
         saver.wait()
         return rows_of(engine)
 
@@ -255,7 +255,7 @@ def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, mon
 
     def load(rank: int, group: dist.ProcessGroup) -> Any:
         engine = sharded(rank, 2, filled=False)
-        assert Saver(url, group=group).load(engine=engine) == 2
+        assert Saver(url, group=group).load({"engine": engine}) == 2
         return rows_of(engine)
 
     parts = all_of(2, load)
