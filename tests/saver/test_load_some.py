@@ -234,7 +234,7 @@ def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEn
     before = rows(other, "user")
     for number, (arguments, message) in enumerate(UNMATCHED):
         with pytest.raises(CheckpointError, match=message):
-            Saver(saved[0]).load_some(arguments, {"engine": other, "model": tower}, strict=number % 2 == 0)
+            Saver(saved[0]).load_some({"engine": other, "model": tower}, strict=number % 2 == 0, **arguments)
     assert equal(rows(other, "user"), before)
     # A name may be one of any of the parts, of the checkpoint, or of the live objects.
     loaded = Saver(saved[0]).load_some(
