@@ -1,11 +1,14 @@
-"""Trains DeepFM on Frappe (a public CTR benchmark) through hash tables, with a torch tower, a JAX tower, or both.
+"""Train DeepFM on Frappe (a public CTR benchmark) through hash tables, with a torch tower, a JAX tower, or both.
 
     python examples/frappe.py --data FOLDER --tower both [--baseline] [--run RUN]
 
 FOLDER holds train/, valid/ and test/ with Parquet files: ten categorical columns, of int64 ids or of strings (which are
 hashed while reading), and ``label``. ``--baseline`` then trains the same model with nn.Embedding, times the steps of
-both in turns, and prints them side by side. ``--run`` keeps checkpoints and a log there; started once more with
-``--resume``, a run that was interrupted goes on (``recis-hybrid report RUN`` shows the log). The last line is JSON.
+both in turns, and prints them side by side. ``--run`` keeps checkpoints and a log there; with ``--resume`` an
+interrupted run continues (``recis-hybrid report RUN`` shows the log). The last line is JSON.
+
+References:
+    Guo, Tang, Ye, Li, He: DeepFM: a factorization-machine based neural network for CTR prediction. IJCAI 2017.
 """
 
 from __future__ import annotations
@@ -17,37 +20,29 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
-import deepfm
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from recis_hybrid import optim
-from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal, dense_parameters
-from recis_hybrid.features import Feature, FeatureEngine, Hash
+import recis_hybrid as rh
 from recis_hybrid.metrics import AUC, LogLoss
 from recis_hybrid.pipelines import (
     Callback,
     EarlyStop,
-    Evaluate,
     JsonLog,
     PeriodicCheckpoint,
     PlateauSchedule,
     ProgressBar,
     SaveCheckpoint,
     Stage,
-    TorchStep,
-    Train,
-    Trainer,
 )
-from recis_hybrid.ragged import Batch, RaggedTensor
-from recis_hybrid.saver import Saver
 
-# The published recipe (BARS, DeepFM on Frappe x1). Its L2 is of whole tables at every step.
+# The published recipe (BARS, DeepFM on Frappe x1). Its L2 penalty covers whole tables at every step.
 FIELDS = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 FACTORS = 10
+HIDDEN = (400, 400, 400)
 DROPOUT = 0.2
 LR = 1e-3
 L2 = 0.05
@@ -55,73 +50,150 @@ STD = 1e-4
 CLIP = 10.0
 
 
+class TorchTower(nn.Module):
+    """Three times linear, batch norm, ReLU and dropout, then one number a sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inner, outer in pairwise((width, *HIDDEN)):
+            linear = nn.Linear(inner, outer)
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.BatchNorm1d(outer), nn.ReLU(), nn.Dropout(DROPOUT)]
+        self.layers = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def jax_tower(width: int, seed: int) -> nn.Module:
+    """Return the same tower in Flax nnx: its parameters and running statistics are torch's."""
+    import jax
+    from flax import nnx
+
+    rngs = nnx.Rngs(seed)
+    glorot = nnx.initializers.glorot_normal()
+    layers: list[object] = []
+    for inner, outer in pairwise((width, *HIDDEN)):
+        linear = nnx.Linear(inner, outer, kernel_init=glorot, rngs=rngs)
+        layers += [linear, nnx.BatchNorm(outer, momentum=0.9, rngs=rngs), jax.nn.relu, nnx.Dropout(DROPOUT, rngs=rngs)]
+    return rh.bridge.from_nnx(nnx.Sequential(*layers, nnx.Linear(HIDDEN[-1], 1, kernel_init=glorot, rngs=rngs)))
+
+
+def make_towers(choice: str, width: int, seed: int) -> nn.ModuleList:
+    """Return the towers of a choice; "both" are two, of which the model takes the mean."""
+    towers = nn.ModuleList()
+    if choice in ("torch", "both"):
+        towers.append(TorchTower(width))
+    if choice in ("jax", "both"):
+        towers.append(jax_tower(width, seed))
+    return towers
+
+
+class DeepFM(nn.Module):
+    """Logit = bias + first-order weights + factorization machine + mean of the towers.
+
+    The first element of an embedding is its first-order weight, the others are its factors.
+
+    Args:
+        lookup: Maps a batch to ``[B, 1 + FACTORS]`` by field, in training also to the rows of whole tables.
+        towers: Modules from ``[B, W]`` to ``[B, 1]``.
+    """
+
+    def __init__(self, lookup: nn.Module, towers: nn.ModuleList) -> None:
+        super().__init__()
+        self.lookup = lookup
+        self.towers = towers
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.penalty = torch.zeros(())
+
+    def forward(self, batch: rh.Batch) -> Tensor:
+        """Return the logits ``[B]``."""
+        embeddings = self.lookup(batch)
+        parts = [embeddings[field] for field in FIELDS]
+        both = torch.stack(parts, dim=1)
+        first_order, factors = both[:, :, 0].sum(1), both[:, :, 1:]
+        pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
+        self.penalty = both.new_zeros(())
+        if self.training:
+            self.penalty = L2 / 2 * torch.stack([embeddings[whole(field)].square().sum() for field in FIELDS]).sum()
+        x = torch.cat(parts, dim=1)
+        deep = torch.stack([tower(x)[:, 0] for tower in self.towers]).mean(0)
+        return self.bias + first_order + pairs + deep
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy plus the L2 penalty of the last forward pass."""
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels) + self.penalty
+
+
 @dataclass(frozen=True)
 class Figures:
-    """What a run reached."""
+    """Results of a run."""
 
     auc: float
     logloss: float
     samples_per_s: float
-    """Of its training stages."""
+    """Throughput of the training stages."""
     seconds: float
     epochs: int
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run, and what is needed to time more of its steps."""
+    """A finished run with the objects that time more of its steps."""
 
     figures: Figures
-    step: TorchStep
+    step: rh.TorchStep
     lookup: nn.Module
     sparse: torch.optim.Optimizer
 
 
 class Stopwatch(Callback):
-    """Seconds in training stages, and the samples that were trained on before a resumption."""
+    """Measures the seconds of training stages, and notes the samples that came before a resumption."""
 
     def __init__(self) -> None:
         self.seconds, self.already = 0.0, 0
 
-    def before_fit(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: rh.Trainer) -> None:
         self.already = trainer.samples
 
-    def before_stage(self, trainer: Trainer, stage: Stage) -> None:
+    def before_stage(self, trainer: rh.Trainer, stage: Stage) -> None:
         self.begin = time.perf_counter()
 
-    def after_stage(self, trainer: Trainer, stage: Stage) -> None:
-        if isinstance(stage, Train):
+    def after_stage(self, trainer: rh.Trainer, stage: Stage) -> None:
+        if isinstance(stage, rh.Train):
             self.seconds += time.perf_counter() - self.begin
 
 
 def whole(field: str) -> str:
-    """What a lookup calls all rows of a field's table."""
+    """Return the name of the output that holds all rows of a field's table."""
     return f"{field}, whole"
 
 
 class GrowingTables(nn.Module):
-    """An engine that, in training, looks up a list of ids beside those of the batch, for the L2 of whole tables."""
+    """An engine that in training also looks up all known ids, for the L2 penalty of whole tables."""
 
     def __init__(self, vocabularies: dict[str, Tensor], dim: int, seed: int) -> None:
         super().__init__()
         self.vocabularies = vocabularies
-        first_values = Normal(0.0, STD)
-        configs = {field: EmbeddingConfig(dim=dim, initializer=first_values) for field in vocabularies}
+        first_values = rh.embedding.Normal(0.0, STD)
+        configs = {field: rh.EmbeddingConfig(dim=dim, initializer=first_values) for field in vocabularies}
         configs |= {
-            whole(field): EmbeddingConfig(dim=dim, initializer=first_values, table=field, combiner=None)
+            whole(field): rh.EmbeddingConfig(dim=dim, initializer=first_values, table=field, combiner=None)
             for field in vocabularies
         }
-        self.engine = EmbeddingEngine(configs, optimizer=optim.Adam, seed=seed)
+        self.engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Batch → by field [B, dim]; in training also, by ``whole(field)``, [n, dim] of the list."""
+    def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
+        """Return ``[B, dim]`` by field and, in training, ``[n, dim]`` of the known ids by ``whole(field)``."""
         none = torch.empty(0, dtype=torch.int64)
         lists = {whole(field): ids if self.training else none for field, ids in self.vocabularies.items()}
         return self.engine({**batch, **lists})  # type: ignore[no-any-return]
 
 
 class StaticTables(nn.Module):
-    """nn.Embedding in the place of the engine: ids become row numbers by a sorted list of the training ids."""
+    """The same with nn.Embedding: ids become row numbers by a search in the sorted training ids."""
 
     def __init__(self, vocabularies: dict[str, Tensor], dim: int) -> None:
         super().__init__()
@@ -130,8 +202,8 @@ class StaticTables(nn.Module):
         for table in self.tables.values():
             nn.init.normal_(table.weight, std=STD)  # type: ignore[arg-type]
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Batch → by field [B, dim]; ids that training never met share the last row. By ``whole(field)`` all rows."""
+    def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
+        """Return ``[B, dim]`` by field, unknown ids sharing the last row, and all rows by ``whole(field)``."""
         outputs = {}
         for field, known in self.vocabularies.items():
             ids = batch[field]
@@ -142,13 +214,15 @@ class StaticTables(nn.Module):
         return outputs
 
 
-def datasets(args: argparse.Namespace) -> dict[str, ColumnDataset]:
-    """Open the three splits; columns of strings are hashed in the reader's thread."""
-    first = next(iter(ColumnDataset(f"{args.data}/valid", FIELDS, 1)))
-    strings = [field for field in FIELDS if isinstance(first[field], RaggedTensor)]
-    features = FeatureEngine([Feature(field, ops=[Hash("farm")]) for field in strings]) if strings else None
+def datasets(args: argparse.Namespace) -> dict[str, rh.ColumnDataset]:
+    """Return the three splits; columns of strings are hashed in the reader's thread."""
+    first = next(iter(rh.ColumnDataset(f"{args.data}/valid", FIELDS, 1)))
+    strings = [field for field in FIELDS if isinstance(first[field], rh.RaggedTensor)]
+    features = (
+        rh.FeatureEngine([rh.Feature(field, ops=[rh.features.Hash("farm")]) for field in strings]) if strings else None
+    )
     return {
-        split: ColumnDataset(
+        split: rh.ColumnDataset(
             f"{args.data}/{split}",
             [*FIELDS, "label"],
             args.batch_size,
@@ -160,51 +234,50 @@ def datasets(args: argparse.Namespace) -> dict[str, ColumnDataset]:
     }
 
 
-def stages(trainer: Trainer, args: argparse.Namespace) -> Iterator[Stage]:
-    """Pass until the validation AUC has stopped growing; the best is tested."""
+def stages(trainer: rh.Trainer, args: argparse.Namespace) -> Iterator[Stage]:
+    """Yield epochs, each followed by an evaluation; test the model whenever its validation AUC is the best so far."""
     best = 0.0
     for number in range(args.epochs):
-        yield Train(epochs=1, name=f"epoch {number + 1}")
-        yield Evaluate(data="valid", name="valid", metrics={"auc": AUC()})
+        yield rh.Train(epochs=1, name=f"epoch {number + 1}")
+        yield rh.Evaluate(data="valid", name="valid", metrics={"auc": AUC()})
         if trainer.figures["valid"]["auc"] > best:
             best = trainer.figures["valid"]["auc"]
-            yield Evaluate(data="test", name="test")
+            yield rh.Evaluate(data="test", name="test")
         if trainer.saver is not None:
             yield SaveCheckpoint()
 
 
-def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: bool) -> Trained:
-    """Trains a model."""
+def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline: bool) -> Trained:
+    """Train a model, with nn.Embedding in place of the engine if ``baseline``."""
     begin = time.perf_counter()
     dim = 1 + FACTORS
     torch.manual_seed(args.seed)
-    # Passes move a shuffled dataset on; one of its own leaves the order of training as it is.
-    ids: list[Batch] = list(datasets(args)["train"])
+    # Reading a shuffled dataset advances its order, so the ids come from a dataset of their own.
+    ids: list[rh.Batch] = list(datasets(args)["train"])
     seen = {field: torch.cat([batch[field] for batch in ids]).unique() for field in FIELDS}  # type: ignore[misc]
     if baseline:
         lookup: nn.Module = StaticTables(seen, dim)
         sparse: torch.optim.Optimizer = torch.optim.Adam(lookup.parameters(), lr=LR)
     else:
         lookup = GrowingTables(seen, dim, args.seed)
-        sparse = optim.Adam(lookup.parameters(), lr=LR)
+        sparse = rh.optim.Adam(lookup.parameters(), lr=LR)
     torch.manual_seed(args.seed)
-    towers = deepfm.make_towers(args.tower, len(FIELDS) * dim, DROPOUT, args.seed)
-    model = deepfm.DeepFM(lookup, FIELDS, towers, l2=L2, regularized=[whole(field) for field in FIELDS])
+    model = DeepFM(lookup, make_towers(args.tower, len(FIELDS) * dim, args.seed))
     inside = {id(parameter) for parameter in lookup.parameters()}
-    dense = torch.optim.Adam([p for p in dense_parameters(model) if id(p) not in inside], lr=LR)
-    step = TorchStep(model, model.loss, {"dense": dense, "sparse": sparse}, clip_grad_norm=CLIP)
+    dense = torch.optim.Adam([p for p in rh.dense_parameters(model) if id(p) not in inside], lr=LR)
+    step = rh.TorchStep(model, model.loss, {"dense": dense, "sparse": sparse}, clip_grad_norm=CLIP)
 
-    # A tenth of the learning rate after each epoch without a gain, and the end after two.
+    # Divide the learning rate by ten after each epoch without a gain, and stop after two.
     plateaus = [ReduceLROnPlateau(o, "max", factor=0.1, patience=0, threshold=0.0, eps=0.0) for o in (dense, sparse)]
     stopwatch = Stopwatch()
     callbacks = [stopwatch, PlateauSchedule("valid/auc", plateaus), EarlyStop("valid/auc", patience=2)]
     saver = None
     if args.run and not baseline:
-        saver = Saver(args.run, keep=2)
+        saver = rh.Saver(args.run, keep=2)
         callbacks += [PeriodicCheckpoint(seconds=30.0), JsonLog(f"{args.run}/log.jsonl")]
     if not args.quiet:
         callbacks.append(ProgressBar())
-    trainer = Trainer(
+    trainer = rh.Trainer(
         step,
         data["train"],
         sources=data,
@@ -223,11 +296,11 @@ def run(args: argparse.Namespace, data: dict[str, ColumnDataset], *, baseline: b
     )
 
 
-def compare(ours: Trained, theirs: Trained, batches: list[Batch]) -> dict[str, float]:
-    """Time steps of both in turns: whole ones, and the sparse half alone (lookup, backward with the L2, update)."""
+def compare(ours: Trained, theirs: Trained, batches: list[rh.Batch]) -> dict[str, float]:
+    """Time steps of both in turns: whole steps, and the sparse half alone (lookup, backward with L2, update)."""
     gradients = [torch.randn(len(batches[0]["label"]), 1 + FACTORS) for _ in FIELDS]
 
-    def sparse(trained: Trained, batch: Batch) -> None:
+    def sparse(trained: Trained, batch: rh.Batch) -> None:
         trained.sparse.zero_grad()
         outputs = trained.lookup(batch)
         tables = [outputs[whole(field)] for field in FIELDS]
@@ -256,13 +329,13 @@ def compare(ours: Trained, theirs: Trained, batches: list[Batch]) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
-    parser.add_argument("--tower", choices=deepfm.TOWERS, default="torch", help="where the deep part runs (torch)")
+    parser.add_argument("--tower", choices=("torch", "jax", "both"), default="torch", help="the towers (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
-    parser.add_argument("--epochs", type=int, default=100, help="at most this many; it stops by itself (100)")
+    parser.add_argument("--epochs", type=int, default=100, help="upper bound; training stops by itself (100)")
     parser.add_argument("--batch-size", type=int, default=4096, help="samples a step (4096)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
     parser.add_argument("--run", default="", help="folder for checkpoints and log.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --run")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
 

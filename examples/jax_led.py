@@ -1,9 +1,9 @@
-"""A training that JAX leads: a jitted step with optax, the tables of the engine beside it, in the same stages.
+"""Training led by JAX: a jitted step with optax beside the engine's tables, in the same stages as a torch step.
 
     python examples/jax_led.py [--run RUN [--resume]]
 
-The step is a class with what a pipeline asks of one (recis_hybrid.pipelines.Step); everything else, stages, metrics,
-checkpoints, is as for a torch step. The last line is JSON.
+The step is a class with the methods of ``recis_hybrid.pipelines.Step``; stages, metrics and checkpoints are those of a
+torch step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,36 +16,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ctr_log
-import demo
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.distributed import is_initialized as is_distributed
 
-from recis_hybrid import optim
+import recis_hybrid as rh
 from recis_hybrid.bridge import GradientAllReduce, JaxState, to_jax, to_torch
-from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.features import FeatureEngine
-from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import (
-    Evaluate,
-    JsonLog,
-    PeriodicCheckpoint,
-    ProgressBar,
-    SaveCheckpoint,
-    Scored,
-    Train,
-    Trainer,
-)
+from recis_hybrid.pipelines import Scored
 from recis_hybrid.pipelines.steps.step import NoObserver, Observer
-from recis_hybrid.ragged import Batch
-from recis_hybrid.saver import Saver
 
+FIELDS = ["user", "item", "site", "price_level"]
+FEATURES = [
+    *[rh.Feature(name) for name in ("user", "item")],
+    rh.Feature("site", ops=[rh.features.Hash("farm")]),
+    rh.Feature("price_level", source="price", ops=[rh.features.Bucketize([0.25, 0.5, 1, 2, 4])]),
+]
+DIM = 8
 HIDDEN = 128
+
+
+def write_clicks(folder: Path, rows: int, seed: int) -> float:
+    """Write ``train`` (90 % of the rows) and ``test`` in Parquet; return the best AUC possible on ``test``.
+
+    A click depends on the user, the item, whether the user likes the item's kind, and the price.
+    """
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(-(2**63), 2**63 - 1, (2, 1000))
+    liking, quality = rng.normal(0, 1, (2, 1000))
+    user, item = (1000 * rng.random((2, rows)) ** 2).astype(int)
+    price = rng.lognormal(0, 1, rows)
+    logit = liking[user] + quality[item] + 1.5 * (user % 4 == item % 4) - 0.5 * np.log(price) - 1.5
+    p_click = 1 / (1 + np.exp(-logit))
+    label = (rng.random(rows) < p_click).astype(np.float32)
+    sites = pa.array([f"site-{number}.example" for number in range(7)]).take(pa.array(item % 7))
+    log = {"user": users[user], "item": items[item], "site": sites, "price": price.astype(np.float32), "label": label}
+    table, cut = pa.table(log), rows * 9 // 10
+    pq.write_table(table.slice(0, cut), folder / "train.parquet")
+    pq.write_table(table.slice(cut), folder / "test.parquet")
+    return rh.metrics.auc(torch.tensor(label[cut:]), torch.tensor(p_click[cut:]))
 
 
 def init_params(width: int, seed: int) -> dict[str, Any]:
@@ -60,24 +73,24 @@ def init_params(width: int, seed: int) -> dict[str, Any]:
 
 
 def tower(params: dict[str, Any], embeddings: list[Any]) -> Any:
-    """[B, …] embeddings → logits [B]."""
+    """Return the logits ``[B]`` of embeddings ``[B, DIM]``."""
     x = jnp.concatenate(embeddings, axis=1)
     return (jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"])[:, 0]
 
 
 class JaxStep:
-    """One jitted call a step: loss, gradients of parameters and embeddings, and optax's update.
+    """One step: a jitted call for the loss and its gradients, another for optax's update, and the tables' update.
 
     Args:
         engine: The tables.
-        sparse: Their optimizer.
-        params: Of the tower.
-        optimizer: Optax's, of the tower.
+        sparse: The optimizer of the tables.
+        params: The parameters of the tower.
+        optimizer: The tower's optimizer.
     """
 
     def __init__(
         self,
-        engine: EmbeddingEngine,
+        engine: rh.EmbeddingEngine,
         sparse: torch.optim.Optimizer,
         params: Any,
         optimizer: optax.GradientTransformation,
@@ -105,15 +118,15 @@ class JaxStep:
 
     def synchronise(self) -> None:
         """Take rank 0's parameters, and average gradients over the ranks from now on."""
-        if is_distributed():
+        if torch.distributed.is_initialized():
             params, opt_state = self.state.tree
             self._all_reduce = GradientAllReduce(params)
             self.state.tree = self._all_reduce.broadcast(params), opt_state
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """The engine counts the samples of all ranks itself."""
+        """Do nothing: the engine counts the samples of all ranks itself."""
 
-    def __call__(self, *batches: Batch) -> dict[str, Tensor]:
+    def __call__(self, *batches: rh.Batch) -> dict[str, Tensor]:
         (batch,) = batches
         (engine,) = self.engines
         engine.train()
@@ -133,7 +146,7 @@ class JaxStep:
             engine.apply_gradients(context, by_field, self.sparse)  # type: ignore[arg-type]
         return {"loss": to_torch(loss)}
 
-    def predict(self, batch: Batch) -> dict[str, Scored]:
+    def predict(self, batch: rh.Batch) -> dict[str, Scored]:
         (engine,) = self.engines
         engine.eval()
         values, _ = engine.lookup(batch)
@@ -148,11 +161,12 @@ class JaxStep:
 
 
 def make_step(seed: int, steps: int) -> JaxStep:
-    """The tables of examples/demo.py under a JAX tower whose learning rate falls along a cosine."""
-    engine = demo.make_engine(seed)
-    params = init_params(len(demo.FIELDS) * (1 + demo.FACTORS), seed)
+    """Return a step over one table a field, with a learning rate that falls along a cosine."""
+    configs = {field: rh.EmbeddingConfig(dim=DIM) for field in FIELDS}
+    engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-    return JaxStep(engine, optim.Adam(engine.parameters(), lr=2e-3), params, optimizer)
+    sparse = rh.optim.Adam(engine.parameters(), lr=2e-3)
+    return JaxStep(engine, sparse, init_params(len(FIELDS) * DIM, seed), optimizer)
 
 
 def main() -> None:
@@ -160,58 +174,42 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the log (200000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
     parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
     parser.add_argument("--run", default="", help="folder for checkpoints and log.jsonl")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --run")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
 
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        best = ctr_log.write_log(Path(folder), args.rows, args.seed)
-        columns = [*demo.IDS, "history", "site", *demo.NUMBERS, "label"]
+        best = write_clicks(Path(folder), args.rows, args.seed)
         train, test = (
-            ColumnDataset(
-                Path(folder) / split,
-                columns,
+            rh.ColumnDataset(
+                f"{folder}/{split}.parquet",
+                ["user", "item", "site", "price", "label"],
                 args.batch_size,
                 shuffle=split == "train",
                 seed=args.seed,
-                drop_remainder=split == "train",
-                transforms=FeatureEngine(demo.FEATURES),
+                drop_remainder=split == "train",  # jit compiles once for each size of batch
+                transforms=rh.FeatureEngine(FEATURES),
             )
             for split in ("train", "test")
         )
-        saver = Saver(args.run) if args.run else None
-        callbacks = [] if args.quiet else [ProgressBar()]
+        saver = rh.Saver(args.run) if args.run else None
+        callbacks = [] if args.quiet else [rh.pipelines.ProgressBar()]
         if saver is not None:
-            callbacks += [PeriodicCheckpoint(steps=20), JsonLog(f"{args.run}/log.jsonl")]
-        trainer = Trainer(
-            make_step(args.seed, args.epochs * len(train)),
-            train,
-            test,
-            metrics={"auc": AUC(), "logloss": LogLoss()},
-            saver=saver,
-            callbacks=callbacks,
-            log_every=10,
-        )
+            callbacks += [rh.PeriodicCheckpoint(steps=20), rh.pipelines.JsonLog(f"{args.run}/log.jsonl")]
+        step = make_step(args.seed, args.epochs * len(train))
+        metrics = {"auc": rh.metrics.AUC(), "logloss": rh.metrics.LogLoss()}
+        trainer = rh.Trainer(step, train, test, metrics=metrics, saver=saver, callbacks=callbacks, log_every=10)
         start = time.perf_counter()
-        stages = [Train(epochs=args.epochs), *([SaveCheckpoint()] if saver is not None else []), Evaluate()]
+        stages = [rh.Train(epochs=args.epochs), *([rh.SaveCheckpoint()] if saver is not None else []), rh.Evaluate()]
         figures = trainer.fit(stages, resume="latest" if args.resume else None)["eval"]
         rate = trainer.samples / (time.perf_counter() - start)
 
-    print(f"\nAUC {figures['auc']:.4f} of {best['bayes_auc']:.4f} that is possible, {rate:,.0f} samples/s\n")
-    print(
-        json.dumps(
-            {
-                "auc": figures["auc"],
-                "logloss": figures["logloss"],
-                "bayes_auc": best["bayes_auc"],
-                "samples_per_s": rate,
-                "seconds": time.perf_counter() - begin,
-            }
-        )
-    )
+    print(f"\nAUC {figures['auc']:.4f}, best possible {best:.4f}, {rate:,.0f} samples/s\n")
+    last = {"auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best, "samples_per_s": rate}
+    print(json.dumps(last | {"seconds": time.perf_counter() - begin}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One model whose tower is written in torch, in Flax nnx or in Equinox: nothing else of the program changes.
+"""One model whose tower is written in torch, in Flax nnx or in Equinox; nothing else of the program changes.
 
     python examples/jax_tower.py --tower equinox
 
-All three start from the same weights, so that they learn the same but for rounding. The embeddings go into the JAX
-towers without a copy; their parameters are torch's, and one torch optimizer trains all. The last line is JSON.
+All three towers start from the same weights, so they learn the same up to rounding. Embeddings reach the JAX towers
+without a copy; the towers' parameters belong to torch, and one torch optimizer trains them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,26 +17,49 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ctr_log
-import demo
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid import optim
-from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.embedding import dense_parameters
-from recis_hybrid.features import FeatureEngine
-from recis_hybrid.metrics import AUC, LogLoss
-from recis_hybrid.pipelines import Evaluate, ProgressBar, TorchStep, Train, Trainer
-from recis_hybrid.ragged import Batch
+import recis_hybrid as rh
 
+FIELDS = ["user", "item", "site", "price_level"]
+FEATURES = [
+    *[rh.Feature(name) for name in ("user", "item", "price")],
+    rh.Feature("site", ops=[rh.features.Hash("farm")]),
+    rh.Feature("price_level", source="price", ops=[rh.features.Bucketize([0.5, 1, 2, 4])]),
+]
+DIM = 8
 HIDDEN = (128, 64)
 TOWERS = ("torch", "nnx", "equinox")
 Weights = Sequence[tuple[Tensor, Tensor]]  # (inner, outer) and (outer,) of each layer
 
 
+def write_clicks(folder: Path, rows: int, seed: int) -> float:
+    """Write ``train`` (90 % of the rows) and ``test`` in Parquet; return the best AUC possible on ``test``.
+
+    A click depends on the user, the item, whether the user likes the item's kind, and the price.
+    """
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(-(2**63), 2**63 - 1, (2, 1000))
+    liking, quality = rng.normal(0, 1, (2, 1000))
+    user, item = (1000 * rng.random((2, rows)) ** 2).astype(int)
+    price = rng.lognormal(0, 1, rows)
+    logit = liking[user] + quality[item] + 1.5 * (user % 4 == item % 4) - 0.5 * np.log(price) - 1.5
+    p_click = 1 / (1 + np.exp(-logit))
+    label = (rng.random(rows) < p_click).astype(np.float32)
+    sites = pa.array([f"site-{number}.example" for number in range(7)]).take(pa.array(item % 7))
+    log = {"user": users[user], "item": items[item], "site": sites, "price": price.astype(np.float32), "label": label}
+    table, cut = pa.table(log), rows * 9 // 10
+    pq.write_table(table.slice(0, cut), folder / "train.parquet")
+    pq.write_table(table.slice(cut), folder / "test.parquet")
+    return rh.metrics.auc(torch.tensor(label[cut:]), torch.tensor(p_click[cut:]))
+
+
 def draw_weights(width: int) -> Weights:
-    """First values, by torch's generator."""
+    """Draw initial weights by torch's generator."""
     sizes = (width, *HIDDEN, 1)
     return [(nn.init.xavier_normal_(torch.empty(inner, outer)), torch.zeros(outer)) for inner, outer in pairwise(sizes)]
 
@@ -56,28 +79,24 @@ def nnx_tower(weights: Weights) -> nn.Module:
     import jax
     from flax import nnx
 
-    from recis_hybrid.bridge import from_nnx, to_jax
-
     class Mlp(nnx.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             rngs = nnx.Rngs(0)
             self.layers = nnx.List([nnx.Linear(*w.shape, rngs=rngs) for w, _ in weights])
             for layer, (w, b) in zip(self.layers, weights, strict=True):
-                layer.kernel[...], layer.bias[...] = to_jax(w), to_jax(b)
+                layer.kernel[...], layer.bias[...] = rh.bridge.to_jax(w), rh.bridge.to_jax(b)
 
         def __call__(self, x: Any) -> Any:
             for layer in self.layers[:-1]:
                 x = jax.nn.relu(layer(x))
             return self.layers[-1](x)
 
-    return from_nnx(Mlp())
+    return rh.bridge.from_nnx(Mlp())
 
 
 def equinox_tower(weights: Weights) -> nn.Module:
     import equinox
     import jax
-
-    from recis_hybrid.bridge import from_equinox, to_jax
 
     class Mlp(equinox.Module):  # type: ignore[misc]
         layers: list[Any]
@@ -87,7 +106,7 @@ def equinox_tower(weights: Weights) -> nn.Module:
                 equinox.tree_at(
                     lambda linear: (linear.weight, linear.bias),
                     equinox.nn.Linear(*w.shape, key=jax.random.key(0)),
-                    (to_jax(w).T, to_jax(b)),
+                    (rh.bridge.to_jax(w).T, rh.bridge.to_jax(b)),
                 )
                 for w, b in weights
             ]
@@ -97,85 +116,74 @@ def equinox_tower(weights: Weights) -> nn.Module:
                 x = jax.nn.relu(layer(x))
             return self.layers[-1](x)
 
-    return from_equinox(Mlp())
+    return rh.bridge.from_equinox(Mlp())
 
 
 def make_tower(choice: str, width: int) -> nn.Module:
-    """(B, width) → (B, 1)."""
+    """Return a tower from ``[B, width]`` to ``[B, 1]``."""
     makers = {"torch": torch_tower, "nnx": nnx_tower, "equinox": equinox_tower}
     return makers[choice](draw_weights(width))
 
 
 class Model(nn.Module):
-    """Embeddings and plain numbers side by side, and a tower over them."""
+    """A tower over embeddings and the logarithm of the price."""
 
     def __init__(self, tower: str, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.lookup = demo.make_engine(seed)
-        self.tower = make_tower(tower, len(demo.FIELDS) * (1 + demo.FACTORS) + len(demo.NUMBERS))
+        configs = {field: rh.EmbeddingConfig(dim=DIM) for field in FIELDS}
+        self.engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
+        self.tower = make_tower(tower, len(FIELDS) * DIM + 1)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Batch → logits [B]."""
-        embeddings = self.lookup(batch)
-        numbers = torch.stack([batch[name] for name in demo.NUMBERS], dim=1)  # type: ignore[arg-type]
-        parts = [*(embeddings[field] for field in demo.FIELDS), numbers]
-        logits: Tensor = self.tower(torch.cat(parts, dim=1))
-        return logits.squeeze(1)
+    def forward(self, batch: rh.Batch) -> Tensor:
+        """Return the logits ``[B]``."""
+        log_price = batch["price"].log()[:, None]  # type: ignore[union-attr]
+        logits: Tensor = self.tower(torch.cat([*self.engine(batch).values(), log_price], dim=1))
+        return logits[:, 0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", choices=TOWERS, default="nnx", help="what the tower is written in (nnx)")
+    parser.add_argument("--tower", choices=TOWERS, default="nnx", help="the framework of the tower (nnx)")
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the log (200000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
     parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
 
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        best = ctr_log.write_log(Path(folder), args.rows, args.seed)
-        columns = [*demo.IDS, "history", "site", *demo.NUMBERS, "label"]
+        best = write_clicks(Path(folder), args.rows, args.seed)
         train, test = (
-            ColumnDataset(
-                Path(folder) / split,
-                columns,
+            rh.ColumnDataset(
+                f"{folder}/{split}.parquet",
+                ["user", "item", "site", "price", "label"],
                 args.batch_size,
                 shuffle=split == "train",
                 seed=args.seed,
-                transforms=FeatureEngine(demo.FEATURES),
+                transforms=rh.FeatureEngine(FEATURES),
             )
             for split in ("train", "test")
         )
         model = Model(args.tower, args.seed)
-        sparse = optim.Adam(model.lookup.parameters(), lr=2e-3)
-        dense = torch.optim.Adam(dense_parameters(model), lr=1e-3)
-        step = TorchStep(model, nn.functional.binary_cross_entropy_with_logits, [dense, sparse])
-        metrics, callbacks = {"auc": AUC(), "logloss": LogLoss()}, [] if args.quiet else [ProgressBar()]
-        trainer = Trainer(step, train, test, metrics=metrics, callbacks=callbacks)
+        sparse = rh.optim.Adam(model.engine.parameters(), lr=2e-3)
+        dense = torch.optim.Adam(rh.dense_parameters(model), lr=1e-3)
+        step = rh.TorchStep(model, nn.functional.binary_cross_entropy_with_logits, {"dense": dense, "sparse": sparse})
+        metrics = {"auc": rh.metrics.AUC(), "logloss": rh.metrics.LogLoss()}
+        callbacks = [] if args.quiet else [rh.pipelines.ProgressBar()]
+        trainer = rh.Trainer(step, train, test, metrics=metrics, callbacks=callbacks)
         start = time.perf_counter()
-        trainer.fit([Train(epochs=args.epochs)])
+        trainer.fit([rh.Train(epochs=args.epochs)])
         rate = trainer.samples / (time.perf_counter() - start)
-        figures = trainer.fit([Evaluate()])["eval"]
+        figures = trainer.fit([rh.Evaluate()])["eval"]
 
     compiled = getattr(model.tower, "compilations", 0)
-    print(f"\ntower in {args.tower}: AUC {figures['auc']:.4f} of {best['bayes_auc']:.4f} that is possible")
+    print(f"\ntower in {args.tower}: AUC {figures['auc']:.4f}, best possible {best:.4f}")
     print(f"{rate:,.0f} samples/s, {compiled} programs compiled\n")
-    print(
-        json.dumps(
-            {
-                "auc": figures["auc"],
-                "logloss": figures["logloss"],
-                "bayes_auc": best["bayes_auc"],
-                "samples_per_s": rate,
-                "seconds": time.perf_counter() - begin,
-                "tower": args.tower,
-                "compilations": compiled,
-            }
-        )
-    )
+    last = {"auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best, "samples_per_s": rate}
+    last |= {"seconds": time.perf_counter() - begin, "tower": args.tower, "compilations": compiled}
+    print(json.dumps(last))
 
 
 if __name__ == "__main__":

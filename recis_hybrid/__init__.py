@@ -30,7 +30,14 @@ if TYPE_CHECKING:
         dense_parameters as dense_parameters,
     )
     from recis_hybrid.features import Feature as Feature, FeatureEngine as FeatureEngine
-    from recis_hybrid.pipelines import Evaluate as Evaluate, TorchStep as TorchStep, Train as Train, Trainer as Trainer
+    from recis_hybrid.pipelines import (
+        Evaluate as Evaluate,
+        PeriodicCheckpoint as PeriodicCheckpoint,
+        SaveCheckpoint as SaveCheckpoint,
+        TorchStep as TorchStep,
+        Train as Train,
+        Trainer as Trainer,
+    )
     from recis_hybrid.ragged import Batch as Batch, RaggedTensor as RaggedTensor
     from recis_hybrid.saver import Saver as Saver
 
@@ -56,6 +63,8 @@ _NAMES = {
     "Feature": "features",
     "FeatureEngine": "features",
     "Evaluate": "pipelines",
+    "PeriodicCheckpoint": "pipelines",
+    "SaveCheckpoint": "pipelines",
     "TorchStep": "pipelines",
     "Train": "pipelines",
     "Trainer": "pipelines",
