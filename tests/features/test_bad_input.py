@@ -40,6 +40,7 @@ from recis_hybrid.features import (
 from recis_hybrid.features.program.lowering import run_alone
 from recis_hybrid.features.program.plan import compile_plan
 from recis_hybrid.ragged import RaggedTensor
+from tests.support.features import fused_or_not, run
 
 ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])
 WEIGHTED = RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, math.nan], [2]])
@@ -49,7 +50,7 @@ NAN = torch.tensor([1.0, math.nan])
 WORDS = RaggedTensor.from_strings(["a", "b"])
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 @pytest.mark.parametrize(
     ("ops", "columns", "error", "says"),
     [
@@ -112,13 +113,11 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
 def test_what_is_refused_names_the_feature(
     fuse: bool, ops: list[Any], columns: list[Any], error: type[Exception], says: str
 ) -> None:
-    names = [f"c{k}" for k in range(len(columns))]
-    engine = FeatureEngine([Feature("price", ops=ops, source=names)], fuse=fuse)
     with pytest.raises(error, match=f"^feature 'price', .*{re.escape(says)}"):
-        engine(dict(zip(names, columns, strict=True)))
+        run(ops, fuse, *columns, name="price")
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 @pytest.mark.parametrize("kind", ["numbers", "strings", "lists", "lists of strings"])
 @pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 1, 4], [-1, 1, 3], [0, 2**62, 3], [1, 2, 3], [0, 1, 2]])
 def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offsets: list[int]) -> None:
@@ -234,7 +233,7 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 @pytest.mark.parametrize(
     ("kernel", "error", "says"),
     [
@@ -274,7 +273,7 @@ COMPLEX = RaggedTensor(torch.ones(2, dtype=torch.complex64), torch.tensor([0, 2]
 DEEP = RaggedTensor.from_lists([[[[1]]]])
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 @pytest.mark.parametrize(
     ("op", "column", "says"),
     [

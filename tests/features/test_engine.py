@@ -3,7 +3,6 @@ from __future__ import annotations
 import pickle
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from recis_hybrid.features.program import lowering as link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
+from tests.support.features import assert_same, fused_or_not, plain
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
         FeatureEngine([Feature("a", ops=[Hash()])])({"a": weighted})
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
     strings = RaggedTensor.from_strings(["ab", "cd"])
     strings.offsets[1] = 9  # behind the back of the RaggedTensor, which has checked them
@@ -307,15 +307,7 @@ def test_compiled_without_a_graph_break(batch: Batch) -> None:
     )
     want = built(batch)
     got = torch.compile(built.__call__, fullgraph=True, backend="aot_eager")(batch)
-    assert list(got) == list(want)
-    for name in want:
-        a, b = Column.of(want[name]), Column.of(got[name])
-        assert torch.equal(a.values, b.values)
-        assert (a.offsets is None) == (b.offsets is None)
-
-
-def lists(column: Any) -> Any:
-    return column.to_lists() if isinstance(column, RaggedTensor) else column.tolist()
+    assert_same(got, want)
 
 
 OPTIONAL = [
@@ -326,7 +318,7 @@ OPTIONAL = [
 ]
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@fused_or_not
 def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) -> None:
     engine = FeatureEngine(OPTIONAL, fuse=fuse)
     whole: Batch = {
@@ -343,14 +335,14 @@ def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) ->
         got = engine(batch)
         gone = {"item": "pair", "city": "town"}
         assert list(got) == [name for name in made if name not in {gone.get(one, one) for one in missing}]
-        assert all(lists(got[name]) == lists(made[name]) for name in got)
+        assert all(plain(got[name]) == plain(made[name]) for name in got)
     # A column that was read for the feature alone is given up as ever; the user's is read by another.
     assert "item" not in FeatureEngine(OPTIONAL[1:2])({"item": torch.tensor([1]), "label": torch.tensor([1])})
     with pytest.raises(
         ValueError, match="feature 'user': the batch has no column 'user'.* or declare the feature optional"
     ):
         engine({"item": torch.tensor([1])})
-    assert lists(engine(whole)["pair"]) == lists(made["pair"])
+    assert plain(engine(whole)["pair"]) == plain(made["pair"])
 
 
 def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
@@ -375,7 +367,7 @@ def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
     for one in (batch, with_extra, batch):
         made, expected = compiled(one), FeatureEngine(OPTIONAL)(one)
         assert made.keys() == expected.keys()
-        assert all(lists(made[name]) == lists(expected[name]) for name in made)
+        assert all(plain(made[name]) == plain(expected[name]) for name in made)
 
 
 def test_what_keep_names_must_be_there(batch: Batch) -> None:

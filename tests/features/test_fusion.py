@@ -44,29 +44,9 @@ from recis_hybrid.features import (
 from recis_hybrid.features.program import lowering as link
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
+from tests.support.features import assert_same
 
 KINDS = ["farm", "murmur", "xxh64", "djb2", "sdbm"]
-
-
-def same(one: Batch, other: Batch) -> None:
-    """Assert that two batches hold the same bits."""
-    assert list(one) == list(other)
-    for name in one:
-        a, b = Column.of(one[name]), Column.of(other[name])
-        for left, right in zip(
-            (a.values, a.offsets, a.weights, *a.outer), (b.values, b.offsets, b.weights, *b.outer), strict=True
-        ):
-            assert (left is None) == (right is None), name
-            if left is not None and right is not None:
-                assert left.dtype == right.dtype, name
-                assert left.shape == right.shape, name
-                assert torch.equal(bits(left), bits(right)), name
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.view({4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
 ids_to_ids = st.one_of(
@@ -210,7 +190,7 @@ def test_fused_and_unfused_are_the_same_bits(data: st.DataObject) -> None:
             assert type(first) is type(other), (first, other)
         else:
             assert not isinstance(other, Exception), other
-            same(first, other)
+            assert_same(first, other)
 
 
 def large() -> tuple[list[Feature], Batch]:
@@ -244,8 +224,8 @@ def large() -> tuple[list[Feature], Batch]:
 
 def test_many_rows_over_many_threads() -> None:
     features, batch = large()
-    same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
-    same(FeatureEngine(features)(batch), FeatureEngine(features, parallel=False)(batch))
+    assert_same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
+    assert_same(FeatureEngine(features)(batch), FeatureEngine(features, parallel=False)(batch))
 
 
 def test_how_many_native_calls_there_are() -> None:
@@ -273,7 +253,7 @@ def test_more_intermediate_results_than_scratch_tiles() -> None:
         Feature(f"c{n}", ops=[Cross()], source=[sources[n], sources[19 - n], sources[(n * 7) % 20]]) for n in range(20)
     ]
     batch: Batch = {"id": torch.arange(-500, 500)}
-    same(FeatureEngine(crossed)(batch), FeatureEngine(crossed, fuse=False)(batch))
+    assert_same(FeatureEngine(crossed)(batch), FeatureEngine(crossed, fuse=False)(batch))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
@@ -285,9 +265,9 @@ def test_compiled_whole(backend: str) -> None:
     want = engine(batch)
     torch._dynamo.reset()
     compiled = torch.compile(engine.__call__, fullgraph=True, backend=backend)
-    same(compiled(batch), want)
+    assert_same(compiled(batch), want)
     smaller: Batch = {name: column[:77] for name, column in batch.items()}  # type: ignore[misc]
-    same(compiled(smaller), engine(smaller))
+    assert_same(compiled(smaller), engine(smaller))
 
 
 def test_compiled_with_what_comes_before_and_after() -> None:
@@ -330,7 +310,7 @@ def test_an_own_operation_between_native_ones() -> None:
         Feature("b", ops=chain(Hash(), Mod(3)), source="x"),
     ]
     batch: Batch = {"x": torch.arange(10)}
-    same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
+    assert_same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
 
 
 def test_what_is_made_before_an_own_operation_is_not_made_again() -> None:
@@ -358,7 +338,7 @@ def test_zeros_of_both_signs_are_filled_in() -> None:
     for column in (torch.tensor([math.nan]), RaggedTensor.from_lists([[]], dtype=torch.float32)):
         made = FeatureEngine(features)({"x": column})
         assert [Column.of(made[name]).values.signbit().tolist() for name in "ab"] == [[False], [True]]
-        same(made, FeatureEngine(features, fuse=False)({"x": column}))
+        assert_same(made, FeatureEngine(features, fuse=False)({"x": column}))
 
 
 def test_an_engine_forgets_nothing_between_forms() -> None:
@@ -369,7 +349,7 @@ def test_an_engine_forgets_nothing_between_forms() -> None:
         torch.tensor([33], dtype=torch.int8),
         torch.arange(4).view(2, 2),
     ):
-        same(engine({"x": column}), FeatureEngine([Feature("x", ops=[Mod(10)])], fuse=False)({"x": column}))
+        assert_same(engine({"x": column}), FeatureEngine([Feature("x", ops=[Mod(10)])], fuse=False)({"x": column}))
 
 
 @pytest.mark.parametrize("fuse", [True, False, "kind"])
@@ -399,7 +379,7 @@ def without_rest(batch: Batch) -> Batch:
 def test_devices_make_the_same_bits(device: str) -> None:
     features, batch = large()
     engine = FeatureEngine(features)
-    same(without_rest(engine(sent(batch, device))), FeatureEngine(features, fuse=False)(batch))
+    assert_same(without_rest(engine(sent(batch, device))), FeatureEngine(features, fuse=False)(batch))
     engine.check()
 
 
@@ -421,7 +401,7 @@ def test_a_fused_run_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode(before)
     assert not reached.query()  # native code did not wait either: the GPU has not come as far as the run
     engine.check()
-    same(without_rest(made), FeatureEngine(features)(batch))
+    assert_same(without_rest(made), FeatureEngine(features)(batch))
 
 
 def launched(engine: FeatureEngine, batch: Batch) -> list[str]:

@@ -27,30 +27,10 @@ from recis_hybrid.features import (
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.features import apply, plain
 
 ids = st.one_of(st.integers(-3, 3), st.sampled_from(EDGE_IDS))
 rows_of_ids = st.lists(st.lists(ids, max_size=7), max_size=6)
-
-
-def apply(ops: Any, *columns: Any) -> Any:
-    """Apply operations fused and not; both must give the same."""
-    chain = ops if isinstance(ops, list) else [ops]
-    batch = {f"x{number}": column for number, column in enumerate(columns)}
-    made = [
-        FeatureEngine([Feature("made", ops=chain, source=list(batch))], fuse=fuse)(batch)["made"]
-        for fuse in (True, False)
-    ]
-    shown = [(plain(one), None if not isinstance(one, RaggedTensor) else plain(one.weights)) for one in made]
-    assert shown[0] == shown[1]
-    return made[0]
-
-
-def plain(column: Any) -> Any:
-    if column is None:
-        return None
-    if isinstance(column, RaggedTensor):
-        return column.to_strings() if column.dtype == torch.uint8 else column.to_lists()
-    return column.tolist()
 
 
 def ragged(rows: Any, weights: Any = None) -> RaggedTensor:

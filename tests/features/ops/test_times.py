@@ -14,6 +14,7 @@ from recis_hybrid.features import Age, Cast, Clip, DatePart, Feature, FeatureEng
 from recis_hybrid.features.ops import times
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.devices import on_devices
+from tests.support.features import apply, plain
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -22,21 +23,10 @@ any_time = st.one_of(st.integers(LEAST, MOST), st.integers(-(10**11), 10**11), s
 parts = st.sampled_from(times.PARTS)
 
 
-def apply(op: Any, *columns: Any) -> list[Any]:
-    """Apply an operation fused and not; both must give the same."""
-    batch = {f"x{number}": column for number, column in enumerate(columns)}
-    made = [
-        FeatureEngine([Feature("made", ops=[op], source=list(batch))], fuse=fuse)(batch)["made"]
-        for fuse in (True, False)
-    ]
-    if isinstance(made[0], RaggedTensor):
-        assert isinstance(made[1], RaggedTensor)
-        assert made[0].to_lists() == made[1].to_lists()
-        return made[0].to_lists()
-    assert isinstance(made[1], torch.Tensor)
-    assert torch.equal(made[0], made[1])
-    assert made[0].dtype == torch.int64
-    return made[0].tolist()
+def applied(op: Any, *columns: Any) -> list[Any]:
+    made = apply(op, *columns)
+    assert made.dtype == torch.int64
+    return plain(made)  # type: ignore[no-any-return]
 
 
 def by_datetime(part: str, moment: datetime) -> int:
@@ -72,7 +62,7 @@ def test_parts_are_those_of_datetime(listed: list[datetime], unit: str, part: st
     zone = timezone(timedelta(seconds=offset))
     want = [by_datetime(part, (EPOCH + timedelta(seconds=count // per_second)).astimezone(zone)) for count in counted]
     op = DatePart(part, unit, utc_offset=offset)  # type: ignore[arg-type]
-    assert apply(op, torch.tensor(counted, dtype=torch.int64)) == want
+    assert applied(op, torch.tensor(counted, dtype=torch.int64)) == want
 
 
 @given(st.lists(any_time, min_size=1, max_size=8), st.sampled_from(["d", *PER_SECOND]), parts)
@@ -89,7 +79,7 @@ def test_every_int64_has_its_parts(listed: list[int], unit: str, part: str) -> N
         seconds = rest * 86_400 if unit == "d" else rest // PER_SECOND[unit]
         found = by_datetime(part, EPOCH + timedelta(seconds=seconds))
         want.append(found + 400 * cycles if part == "year" else found)
-    assert apply(DatePart(part, unit), torch.tensor(listed)) == want  # type: ignore[arg-type]
+    assert applied(DatePart(part, unit), torch.tensor(listed)) == want  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=1, max_size=20))
@@ -97,18 +87,18 @@ def test_dates_are_numpys(days: list[int]) -> None:
     dates = np.array(days, dtype="datetime64[D]")
     months, years = dates.astype("datetime64[M]"), dates.astype("datetime64[Y]")
     column = torch.tensor(days)
-    assert apply(DatePart("month", "d"), column) == (months.astype(int) % 12 + 1).tolist()
-    assert apply(DatePart("year", "d"), column) == (years.astype(int) + 1970).tolist()
-    assert apply(DatePart("day_of_month", "d"), column) == ((dates - months).astype(int) + 1).tolist()
-    assert apply(DatePart("day_of_year", "d"), column) == ((dates - years).astype(int) + 1).tolist()
-    assert apply(DatePart("day_of_week", "d"), column) == ((np.array(days) + 3) % 7).tolist()
+    assert applied(DatePart("month", "d"), column) == (months.astype(int) % 12 + 1).tolist()
+    assert applied(DatePart("year", "d"), column) == (years.astype(int) + 1970).tolist()
+    assert applied(DatePart("day_of_month", "d"), column) == ((dates - months).astype(int) + 1).tolist()
+    assert applied(DatePart("day_of_year", "d"), column) == ((dates - years).astype(int) + 1).tolist()
+    assert applied(DatePart("day_of_week", "d"), column) == ((np.array(days) + 3) % 7).tolist()
 
 
 def test_time_zones() -> None:
     moment = torch.tensor([1_700_000_000])  # 2023-11-14 22:13:20 UTC, a Tuesday
     for zone, hour, day in ((0, 22, 14), ("+08:00", 6, 15), ("-0330", 18, 14), (-3 * 3600, 19, 14), ("+00:00", 22, 14)):
-        assert apply(DatePart("hour", utc_offset=zone), moment) == [hour]
-        assert apply(DatePart("day_of_month", utc_offset=zone), moment) == [day]
+        assert applied(DatePart("hour", utc_offset=zone), moment) == [hour]
+        assert applied(DatePart("day_of_month", utc_offset=zone), moment) == [day]
     assert DatePart("hour", utc_offset="+08:00") == DatePart("hour", utc_offset=28_800)
 
 
@@ -120,18 +110,18 @@ def test_rows_of_times_keep_their_form(device: str) -> None:
     assert made.to_lists() == [[0, 1], [], [23]]
     assert made.weights is not None
     assert made.weights.tolist() == [1, 2, 3]
-    assert apply(DatePart("day_of_week"), RaggedTensor.from_lists([])) == []
+    assert applied(DatePart("day_of_week"), RaggedTensor.from_lists([])) == []
     nested = RaggedTensor.from_lists([[[0], []], [[86_400, 1]]])
-    assert apply(DatePart("day_of_week"), nested) == [[[3], []], [[4, 3]]]
-    assert apply(DatePart("month"), torch.zeros(2, 3, dtype=torch.int32)) == [[1] * 3] * 2
+    assert applied(DatePart("day_of_week"), nested) == [[[3], []], [[4, 3]]]
+    assert applied(DatePart("month"), torch.zeros(2, 3, dtype=torch.int32)) == [[1] * 3] * 2
 
 
 def test_missing_times() -> None:
     not_a_time = np.array(["NaT", "1970-01-01T05"], dtype="datetime64[s]").astype(np.int64)
-    assert apply(DatePart("hour", missing=LEAST), torch.from_numpy(not_a_time)) == [-1, 5]
-    assert apply(DatePart("hour", missing=0), torch.tensor([0, 3600])) == [-1, 1]
-    assert apply(Age(100, missing=0), torch.tensor([0, 90, 110])) == [0, 10, -10]
-    assert apply(Age(missing=-9), torch.tensor([-9, 5, 5]), torch.tensor([3, -9, 3])) == [-9, -9, -2]
+    assert applied(DatePart("hour", missing=LEAST), torch.from_numpy(not_a_time)) == [-1, 5]
+    assert applied(DatePart("hour", missing=0), torch.tensor([0, 3600])) == [-1, 1]
+    assert applied(Age(100, missing=0), torch.tensor([0, 90, 110])) == [0, 10, -10]
+    assert applied(Age(missing=-9), torch.tensor([-9, 5, 5]), torch.tensor([3, -9, 3])) == [-9, -9, -2]
     engine = FeatureEngine([Feature("hour", ops=[FillNull(-1), Cast(torch.int64), DatePart("hour", missing=-1)])])
     assert engine({"hour": torch.tensor([float("nan"), 7200.0])})["hour"].tolist() == [-1, 2]  # type: ignore[union-attr]
 
@@ -148,11 +138,11 @@ def exact_age(start: int, end: int, unit: str) -> int:
 def test_ages_are_exact(pairs: list[tuple[int, int]], unit: Any) -> None:
     start, end = (torch.tensor(column) for column in zip(*pairs, strict=True))
     want = [exact_age(*pair, unit) for pair in pairs]
-    assert apply(Age(unit=unit), start, end) == want
+    assert applied(Age(unit=unit), start, end) == want
     fixed = [exact_age(first, pairs[0][1], unit) for first, _ in pairs]
-    assert apply(Age(pairs[0][1], unit), start) == fixed
+    assert applied(Age(pairs[0][1], unit), start) == fixed
     rows = [RaggedTensor.from_lists([column.tolist(), []]) for column in (start, end)]
-    assert apply(Age(unit=unit), *rows) == [want, []]
+    assert applied(Age(unit=unit), *rows) == [want, []]
 
 
 @on_devices
@@ -165,20 +155,20 @@ def test_ages_of_rows_to_one_time_a_row(device: str) -> None:
     assert made.to_lists() == [[5000, 3600], [], [10]]
     assert made.weights is not None
     assert made.weights.tolist() == [1, 2, 3]
-    assert apply(Age(), seen.cpu(), clicks.to("cpu")) == [[-7200, -3600], [], [-10]]
-    assert apply(Age(), RaggedTensor.from_lists([]), torch.empty(0, dtype=torch.int64)) == []
+    assert applied(Age(), seen.cpu(), clicks.to("cpu")) == [[-7200, -3600], [], [-10]]
+    assert applied(Age(), RaggedTensor.from_lists([]), torch.empty(0, dtype=torch.int64)) == []
 
 
 def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
     moment = datetime(2024, 2, 29, 12, tzinfo=timezone(timedelta(hours=8)))
     assert Age(moment, "ms").until == int(moment.timestamp() * 1000)
     assert Age(moment, "d").until == (date(2024, 2, 29) - date(1970, 1, 1)).days
-    assert apply(Age(moment), torch.tensor([int(moment.timestamp()) - 7])) == [7]
+    assert applied(Age(moment), torch.tensor([int(moment.timestamp()) - 7])) == [7]
     assert Age("2024-02-29T12:00+08:00", "ms") == Age(moment, "ms")
     midnight = datetime(2024, 2, 29, tzinfo=UTC)
     assert Age("2024-02-29") == Age("2024-02-29T00:00") == Age(midnight)
     assert Age("2024-02-29", "D") == Age(midnight, "d")
-    assert apply(DatePart("month", "D"), torch.tensor([31])) == [2]
+    assert applied(DatePart("month", "D"), torch.tensor([31])) == [2]
     engine = FeatureEngine([Feature("age", ops=[Age("now", "ms")], source="x")])
     for seconds in (1_000, 2_000):  # the clock is read for each batch
         monkeypatch.setattr(times.time, "time_ns", lambda seconds=seconds: seconds * 10**9 + 1)
@@ -216,21 +206,21 @@ def test_columns_that_are_no_times() -> None:
     with pytest.raises(
         TypeError, match="feature 'made', .*DatePart takes times as integers, got torch.float32; put Fill"
     ):
-        apply(DatePart("hour"), torch.tensor([1.0]))
+        applied(DatePart("hour"), torch.tensor([1.0]))
     with pytest.raises(TypeError, match="DatePart takes integers, not the bytes of strings"):
-        apply(DatePart("hour"), RaggedTensor.from_strings(["2024-01-01"]))
+        applied(DatePart("hour"), RaggedTensor.from_strings(["2024-01-01"]))
     two = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(TypeError, match="Age takes a time and another one, got 3 columns"):
-        apply(Age(), two, two, two)
+        applied(Age(), two, two, two)
     with pytest.raises(ValueError, match="joins two or more columns, and there is one"):
-        apply(Age(), two)
+        applied(Age(), two)
     rows = RaggedTensor.from_lists([[1], [2, 3]])
     with pytest.raises(ValueError, match="the columns must have as many times in each row"):
-        apply(Age(), rows, RaggedTensor.from_lists([[1, 2], [3]]))
+        applied(Age(), rows, RaggedTensor.from_lists([[1, 2], [3]]))
     with pytest.raises(TypeError, match="Age takes two columns of the same form, or one of them"):
-        apply(Age(), rows, torch.zeros(2, 2, dtype=torch.int64))
+        applied(Age(), rows, torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="the columns must have as many times in each row"):
-        apply(Age(), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
+        applied(Age(), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_times_compile() -> None:

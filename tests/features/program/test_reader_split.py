@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.features import Column, Feature, FeatureEngine, Hash, Mod, MultiHash, Truncate
+from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod, MultiHash, Truncate
 from recis_hybrid.ragged import Batch, RaggedTensor
+from tests.support.features import assert_same
 
 
 class Double:
@@ -45,18 +46,11 @@ def features(in_reader: bool) -> list[Feature]:
     ]
 
 
-def same(one: Batch, other: Batch) -> None:
-    assert list(one) == list(other)
-    for name in one:
-        a, b = Column.of(one[name]), Column.of(other[name])
-        assert torch.equal(a.values, b.values)
-
-
 @pytest.mark.parametrize("in_reader", [True, False])
 def test_both_parts_make_what_the_whole_makes(in_reader: bool) -> None:
     engine = FeatureEngine(features(in_reader))
     reading, remaining = engine.reading_part(), engine.remaining_part()
-    same(remaining(reading(batch())), engine(batch()))
+    assert_same(remaining(reading(batch())), engine(batch()))
     names = [feature.name for feature in reading.features]
     # `item` would take the name of a column that the operation of one's own still has to read.
     assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
@@ -67,7 +61,7 @@ def test_both_parts_keep_what_the_whole_keeps() -> None:
     for declared in ([], [Feature("y", ops=[own], source="item")]):
         engine = FeatureEngine([Feature("x", ops=[Mod(3)], source="item"), *declared], keep=["item"])
         both = engine.remaining_part()(engine.reading_part()(batch()))
-        same(both, engine(batch()))
+        assert_same(both, engine(batch()))
         assert "item" in both
 
 
@@ -94,4 +88,4 @@ def test_a_reader_runs_its_part_in_its_threads(tmp_path: Path) -> None:
     read = list(ColumnDataset(tmp_path, ["user", "item", "clicks", "label"], 3, transforms=engine.reading_part()))
     whole = list(ColumnDataset(tmp_path, ["user", "item", "clicks", "label"], 3))
     for part, raw in zip(read, whole, strict=True):
-        same(engine.remaining_part()(part), engine(raw))
+        assert_same(engine.remaining_part()(part), engine(raw))

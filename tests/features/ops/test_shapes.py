@@ -16,8 +16,6 @@ from recis_hybrid.features import (
     Column,
     Concat,
     Cross,
-    Feature,
-    FeatureEngine,
     FillNull,
     Hash,
     Log,
@@ -35,23 +33,17 @@ from recis_hybrid.features.ops import joins, resize, rows
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
+from tests.support.features import fused_or_not, run
 from tests.support.near import assert_near
 
-both = pytest.mark.parametrize("fuse", [True, False])
 rows_of_ids = st.lists(st.lists(st.integers(-9, 9), max_size=6), min_size=1, max_size=6)
-
-
-def run(ops: list[Any], fuse: bool, *columns: Any) -> Any:
-    names = [f"c{k}" for k in range(len(columns))]
-    batch = FeatureEngine([Feature("made", ops=ops, source=names)], fuse=fuse)(dict(zip(names, columns, strict=True)))
-    return batch["made"]
 
 
 def dense(ops: list[Any], values: Any, fuse: bool = True) -> list[Any]:
     return run(ops, fuse, values).tolist()  # type: ignore[no-any-return]
 
 
-@both
+@fused_or_not
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_maps_of_floats_are_numpys(device: str, dtype: torch.dtype, fuse: bool) -> None:
@@ -65,7 +57,7 @@ def test_maps_of_floats_are_numpys(device: str, dtype: torch.dtype, fuse: bool) 
     assert np.array_equal(run([Normalize(0.7, 1.3)], fuse, values).cpu().numpy(), want)
 
 
-@both
+@fused_or_not
 def test_bounds_beyond_the_range_of_a_dtype_become_its_ends(fuse: bool) -> None:
     most = torch.finfo(torch.float32).max
     values = torch.tensor([-1.0, 5.0])
@@ -74,21 +66,21 @@ def test_bounds_beyond_the_range_of_a_dtype_become_its_ends(fuse: bool) -> None:
     assert run([Clip(-math.inf, 2)], fuse, torch.tensor([-math.inf, 5.0])).tolist() == [-math.inf, 2.0]
 
 
-@both
+@fused_or_not
 def test_integers_become_float32_for_logarithms(fuse: bool) -> None:
     made = run([Log(1)], fuse, torch.tensor([0, 1], dtype=torch.int16))
     assert made.dtype == torch.float32
     assert_near(made, torch.tensor([0.0, math.log(2)]), 1)
 
 
-@both
+@fused_or_not
 def test_clip_of_integers_is_exact(fuse: bool) -> None:
     ids = [2**53 + 1, -(2**63), 2**63 - 1, 0]
     assert dense([Clip(-(2**62), 2**53 + 1)], torch.tensor(ids), fuse) == [2**53 + 1, -(2**62), 2**53 + 1, 0]
     assert dense([Clip(-math.inf, math.inf)], torch.tensor(ids), fuse) == ids
 
 
-@both
+@fused_or_not
 def test_casts(fuse: bool) -> None:
     assert dense([Cast(torch.int64)], torch.tensor([1.9, -1.9, -0.0]), fuse) == [1, -1, 0]
     assert dense([Cast(torch.int32)], torch.tensor([2**32 + 5, -1]), fuse) == [5, -1]
@@ -99,7 +91,7 @@ def test_casts(fuse: bool) -> None:
     assert run([Cast(torch.int32)], fuse, torch.tensor([1.0])).dtype == torch.int32
 
 
-@both
+@fused_or_not
 def test_fill_null(fuse: bool) -> None:
     assert dense([FillNull(2.5)], torch.tensor([math.nan, 1.0]), fuse) == [2.5, 1.0]
     rows = RaggedTensor.from_lists([[1, 2], [], [3]], weights=[[0.5, 2], [], [4]])
@@ -110,7 +102,7 @@ def test_fill_null(fuse: bool) -> None:
     assert run([FillNull(0.5)], fuse, floats).to_lists() == [[0.5], [0.5]]
 
 
-@both
+@fused_or_not
 @given(rows=rows_of_ids, length=st.integers(0, 7))
 def test_truncate_and_pad(fuse: bool, rows: list[list[int]], length: int) -> None:
     column = RaggedTensor.from_lists(rows, dtype=torch.int64)
@@ -125,7 +117,7 @@ def test_truncate_and_pad(fuse: bool, rows: list[list[int]], length: int) -> Non
     ]
 
 
-@both
+@fused_or_not
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float32, torch.float64, torch.bool])
 def test_rows_of_every_size_of_value(fuse: bool, dtype: torch.dtype) -> None:
     rows = [[k % 2 for k in range(n)] for n in (0, 1, 3, 8, 40)]
@@ -135,7 +127,7 @@ def test_rows_of_every_size_of_value(fuse: bool, dtype: torch.dtype) -> None:
     ]
 
 
-@both
+@fused_or_not
 @on_devices
 def test_lists_in_rows(device: str, fuse: bool) -> None:
     sessions = RaggedTensor.from_lists([[[1, 2, 3], [], [4]], [], [[5]]]).to(device)
@@ -146,7 +138,7 @@ def test_lists_in_rows(device: str, fuse: bool) -> None:
     assert run([Pad(2, 7, level=2)], fuse, sessions).to_lists() == [[[1, 2, 3], [7, 7], [4, 7]], [], [[5, 7]]]
 
 
-@both
+@fused_or_not
 def test_weights_go_with_lists(fuse: bool) -> None:
     rows, weights = [[[1, 2], [3]], [[4]]], [[[0.5, 1], [2]], [[3]]]
     made = run([Truncate(1, "left")], fuse, RaggedTensor.from_lists(rows, weights=weights))
@@ -158,7 +150,7 @@ def test_weights_go_with_lists(fuse: bool) -> None:
     assert made.weights.tolist() == [2, 3]
 
 
-@both
+@fused_or_not
 @on_devices
 def test_cross_of_rows(device: str, fuse: bool) -> None:
     def pair(x: int, y: int) -> int:
@@ -177,7 +169,7 @@ def test_cross_of_rows(device: str, fuse: bool) -> None:
     assert both_weighted.weights[:5].tolist() == [0.25, 1, 1, 4, 9]
 
 
-@both
+@fused_or_not
 @given(
     rows=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, -1.0]), max_size=7), min_size=1, max_size=5),
     k=st.integers(1, 8),
@@ -190,7 +182,7 @@ def test_top_k(fuse: bool, rows: list[list[float]], k: int) -> None:
     assert made.weights.tolist() == [row[i] for row, best in zip(rows, want, strict=True) for i in best]
 
 
-@both
+@fused_or_not
 @on_devices
 def test_one_hot_and_multi_hot(device: str, fuse: bool) -> None:
     ids = torch.tensor([2, 0], device=device)
@@ -200,7 +192,7 @@ def test_one_hot_and_multi_hot(device: str, fuse: bool) -> None:
     assert run([MultiHot(2)], fuse, torch.tensor([[1, 1], [0, 1]], device=device)).tolist() == [[0, 2], [1, 1]]
 
 
-@both
+@fused_or_not
 @on_devices
 def test_concat(device: str, fuse: bool) -> None:
     a, b = torch.tensor([1, 2], device=device), torch.tensor([[3, 4], [5, 6]], device=device)
@@ -212,7 +204,7 @@ def test_concat(device: str, fuse: bool) -> None:
     assert run([Concat()], fuse, torch.tensor([1.0]), torch.tensor([2.0])).tolist() == [[1, 2]]
 
 
-@both
+@fused_or_not
 @on_devices
 def test_tile(device: str, fuse: bool) -> None:
     assert run([Tile(2)], fuse, torch.tensor([[1, 2], [3, 4]], device=device)).tolist() == [
@@ -227,7 +219,7 @@ def test_tile(device: str, fuse: bool) -> None:
     assert made.weights.tolist() == [0.5, 1] * 3 + [2] * 3
 
 
-@both
+@fused_or_not
 def test_to_dense(fuse: bool) -> None:
     rows = RaggedTensor.from_lists([[1.5], [2.0, 3.0]])
     assert run([ToDense(3, -1, "left")], fuse, rows).tolist() == [[-1, -1, 1.5], [-1, 2, 3]]
@@ -235,7 +227,7 @@ def test_to_dense(fuse: bool) -> None:
     assert run([ToDense(2)], fuse, vectors).tolist() == [[[0, 1], [0, 0]], [[2, 3], [4, 5]]]
 
 
-@both
+@fused_or_not
 def test_vocabulary(fuse: bool, tmp_path: Any) -> None:
     (tmp_path / "cities.txt").write_text("rome\noslo\n\nsão paulo\n")
     spec = Vocabulary(tmp_path / "cities.txt", unknown=4)
@@ -259,7 +251,7 @@ def test_lines_of_a_vocabulary_end_with_line_feeds_alone(tmp_path: Any) -> None:
         assert Vocabulary(path).entries == tuple(entry.encode() for entry in entries)
 
 
-@both
+@fused_or_not
 def test_no_rows(fuse: bool) -> None:
     empty = RaggedTensor.from_lists([])
     for op in (Truncate(2), Pad(2), FillNull(1), Tile(2)):
@@ -275,7 +267,7 @@ def test_a_column_of_a_kernel_is_a_column() -> None:
     assert made.values.tolist() == [1]
 
 
-@both
+@fused_or_not
 def test_weights_of_strings_in_lists_go_with_the_strings(fuse: bool) -> None:
     strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
     weighted = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from recis_hybrid.features import Bucketize, Cross, Feature, FeatureEngine, Hash, Mod, MultiHash, StringMultiHash
@@ -10,9 +9,9 @@ from recis_hybrid.features.ops.primes import is_prime
 from recis_hybrid.ragged import RaggedTensor
 from tests.support import hashes
 from tests.support.devices import on_devices
+from tests.support.features import fused_or_not
 
 STRINGS = RaggedTensor(torch.tensor([0, 1, 2, 5, 6, 7], dtype=torch.uint8), torch.tensor([0, 3, 6]))
-both = pytest.mark.parametrize("fuse", [True, False])
 
 
 def made(feature: Feature, fuse: bool, **columns: torch.Tensor | RaggedTensor) -> dict[str, list[int]]:
@@ -20,7 +19,7 @@ def made(feature: Feature, fuse: bool, **columns: torch.Tensor | RaggedTensor) -
     return {name: column.tolist() for name, column in batch.items() if isinstance(column, torch.Tensor)}
 
 
-@both
+@fused_or_not
 @on_devices
 def test_hashes_of_bytes(device: str, fuse: bool) -> None:
     strings = STRINGS.to(device)
@@ -30,14 +29,14 @@ def test_hashes_of_bytes(device: str, fuse: bool) -> None:
     }
 
 
-@both
+@fused_or_not
 @on_devices
 def test_cross(device: str, fuse: bool) -> None:
     x, y = torch.tensor([1001], device=device), torch.tensor([1], device=device)
     assert made(Feature("x", ops=[Cross()], source=["a", "b"]), fuse, a=x, b=y) == {"x": [-7808879811642834040]}
 
 
-@both
+@fused_or_not
 @on_devices
 def test_multi_hash(device: str, fuse: bool) -> None:
     ids = torch.tensor([1001, 1002, 1003], device=device)
@@ -45,7 +44,7 @@ def test_multi_hash(device: str, fuse: bool) -> None:
     assert made(Feature("m", ops=[MultiHash([1000] * 4)]), fuse, m=ids) == want
 
 
-@both
+@fused_or_not
 def test_multi_hash_of_any_ids_is_the_formula(fuse: bool) -> None:
     ids = [0, 1, -1, 2**63 - 1, -(2**63), 10**18, -(10**18), 12345]
     got = made(Feature("m", ops=[MultiHash([1000, 7, 2**31, 1])]), fuse, m=torch.tensor(ids))
@@ -56,17 +55,17 @@ def test_multi_hash_of_any_ids_is_the_formula(fuse: bool) -> None:
         assert got[f"m_{which}"] == [product % prime % buckets for product in products]
 
 
-@both
+@fused_or_not
 def test_mod_is_unsigned(fuse: bool) -> None:
     assert made(Feature("m", ops=[Mod(10)]), fuse, m=torch.tensor([12, -1])) == {"m": [2, (2**64 - 1) % 10]}
 
 
-@both
+@fused_or_not
 def test_a_value_on_a_boundary_goes_up(fuse: bool) -> None:
     assert made(Feature("b", ops=[Bucketize([18, 65])]), fuse, b=torch.tensor([17.0, 18.0, 65.5])) == {"b": [0, 1, 2]}
 
 
-@both
+@fused_or_not
 def test_string_multi_hash(fuse: bool) -> None:
     words = [b"", b"a", "é".encode(), b"x" * 40]
     got = made(Feature("w", ops=[StringMultiHash([None, 10, None, 7])]), fuse, w=RaggedTensor.from_strings(words))
