@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.features.feature import Feature
-from recis_hybrid.features.op import Column, Form
+from recis_hybrid.features.op import Column, Elementwise, Form
 from recis_hybrid.features.program.lowering import (
     OwnCall,
     ProgramCall,
@@ -70,6 +70,11 @@ class FeatureEngine:
         >>> batch = {"user": RaggedTensor.from_strings(["ann", "bob"]), "label": torch.tensor([0.0, 1.0])}
         >>> engine(batch)
         {'user': tensor([16, 13]), 'user_group': tensor([6, 3]), 'label': tensor([0., 1.])}
+        >>> engine
+        FeatureEngine(features=2, operations=3, fused=3
+          user: 'user' -> hash[farm] -> mod[100]
+          user_group: 'user' -> hash[farm] -> mod[10]
+        )
         >>> engine.explain(batch)
         features: 2, columns read: 1, operations: 3 (and 1 equal to one of them)
           %0 = column 'user'
@@ -226,6 +231,13 @@ class FeatureEngine:
                     )
                 features[name] = column
         return features
+
+    def __repr__(self) -> str:
+        operations = [instruction.op for instruction in self._plan.instructions]
+        fused = sum(isinstance(op, Elementwise) for op in operations) if self._fuse else 0
+        head = f"FeatureEngine(features={len(self._features)}, operations={len(operations)}, fused={fused}"
+        lines = [f"  {name}: {self._plan.describe(register)}" for name, register in self._plan.outputs.items()]
+        return "\n".join([head, *lines, ")"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.

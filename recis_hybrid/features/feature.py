@@ -51,7 +51,7 @@ class Feature:
 
     Example:
         >>> Feature("user_small", ops=[Hash("farm"), Mod(1000)], source="user")
-        Feature(name='user_small', ops=(Hash(kind='farm'), Mod(n=1000)), source='user', optional=False)
+        Feature('user_small', ops=[Hash(kind='farm'), Mod(n=1000)], source='user')
         >>> Feature("pair", ops=[Hash(), Cross()], source=["user", "item"]).columns
         ('user', 'item')
     """
@@ -102,6 +102,16 @@ class Feature:
                     f"Feature {self.name!r}: ops[{position}] must be hashable, as equal operations are computed once, "
                     f"got {type(op).__name__}; make it a @dataclass(frozen=True) of parameters that are hashable"
                 ) from None
+
+    def __repr__(self) -> str:
+        source = list(self.sources) if isinstance(self.source, tuple) else self.source
+        parts = [
+            repr(self.name),
+            f"ops={list(self.ops)!r}" if self.ops else "",
+            f"source={source!r}" if source != self.name else "",
+            "optional=True" if self.optional else "",
+        ]
+        return f"Feature({', '.join(filter(None, parts))})"
 
     @property
     def sources(self) -> tuple[Source, ...]:

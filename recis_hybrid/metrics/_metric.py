@@ -5,6 +5,7 @@ Letters: B rows of one update, N rows in all, K sums.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, TypeVar
@@ -64,6 +65,18 @@ class Metric(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace what has been accumulated by the :meth:`state_dict` of a metric of the same kind."""
+
+    def __repr__(self) -> str:
+        shown = {**self._settings(), **self._progress()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+    def _settings(self) -> dict[str, object]:
+        """Return the arguments to show in the repr."""
+        return {}
+
+    def _progress(self) -> dict[str, object]:
+        """Return what has been accumulated, to show in the repr: cheap to compute, and no collective."""
+        return {}
 
     def _alone(self) -> bool:
         return not self._sync or world_size(self._process_group) == 1
@@ -128,6 +141,17 @@ class SumMetric(Metric):
         """Replace the sums by those of a :meth:`state_dict`."""
         self._sums = state_dict["sums"].clone()
 
+    def _progress(self) -> dict[str, object]:
+        # The value of this rank alone would mislead, and sums on a GPU would have to be waited for.
+        if self._sums is None or not self._sums.is_cpu or not self._alone():
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # undefined as yet
+            try:
+                return {"value": f"{self._value(self._sums):.6g}"}
+            except ValueError:  # bad rows, which compute() reports
+                return {}
+
     def _zeros(self) -> Tensor:
         none = torch.zeros(0, dtype=torch.float64)
         return torch.zeros_like(self._terms(none, none, none))
@@ -191,6 +215,9 @@ class RowMetric(Metric):
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace the rows by those of a :meth:`state_dict`."""
         self._rows = [dict(state_dict)] if state_dict["labels"].numel() else []
+
+    def _progress(self) -> dict[str, object]:
+        return {"rows": sum(rows["labels"].numel() for rows in self._rows if rows["labels"] is not None)}
 
     def _column(self, name: str) -> Tensor:
         if not self._rows:

@@ -48,6 +48,9 @@ class BinnedAUC(SumMetric):
         super().__init__(process_group=process_group, sync=sync)
         self._bins = check_integer("BinnedAUC", "bins", bins, low=2)
 
+    def _settings(self) -> dict[str, object]:
+        return {"bins": self._bins}
+
     def error_bound(self) -> float:
         """Return how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""
         positive, negative = self._split(self._total())

@@ -73,6 +73,9 @@ class GAUC(GroupedLabels):
         super().__init__(process_group=process_group, sync=sync)
         self._average = _checked("GAUC", average)
 
+    def _settings(self) -> dict[str, object]:
+        return {"average": repr(self._average)}
+
     def compute(self) -> float:
         """Return the GAUC of everything seen since the last reset, by all ranks; NaN if no group has both classes."""
         rows = self.seen()

@@ -25,6 +25,9 @@ class _AtK(GroupedLabels):
         super().__init__(process_group=process_group, sync=sync)
         self._k = check_integer(type(self).__name__, "k", k, low=1)
 
+    def _settings(self) -> dict[str, object]:
+        return {"k": self._k}
+
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
 

@@ -97,6 +97,20 @@ def test_what_it_says_of_itself() -> None:
     assert built.columns == ("x", "a")
 
 
+def test_repr_lists_features_with_their_operations() -> None:
+    pair = Feature("pair", ops=[Hash(), Cross()], source=["user", "item"], optional=True)
+    declared = [Feature("age"), pair, Feature("clicks", ops=[Truncate(3)])]
+    assert repr(FeatureEngine(declared)).splitlines() == [
+        "FeatureEngine(features=3, operations=4, fused=3",
+        "  age: 'age'",
+        "  pair: ('user' -> hash[farm], 'item' -> hash[farm]) -> cross",
+        "  clicks: 'clicks' -> truncate[3, right]",
+        ")",
+    ]
+    assert repr(FeatureEngine(declared, fuse=False)).startswith("FeatureEngine(features=3, operations=4, fused=0\n")
+    assert repr(FeatureEngine(declared).plan) == "Plan(features=3, columns=4, operations=4, shared=0)"
+
+
 def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     hash_ids = ops.hash.hash_ids

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,20 @@ from recis_hybrid.features import (
 def test_the_source_is_the_column_of_that_name() -> None:
     assert Feature("user").columns == ("user",)
     assert Feature("user_small", source="user").columns == ("user",)
+
+
+def test_repr_omits_defaults() -> None:
+    assert repr(Feature("user")) == "Feature('user')"
+    assert repr(Feature("x", ops=[Mod(3)], source="user", optional=True)) == (
+        "Feature('x', ops=[Mod(n=3)], source='user', optional=True)"
+    )
+    assert repr(Feature("x", source=["a", Feature("b")])) == "Feature('x', source=['a', Feature('b')])"
+
+
+def test_repr_of_a_vocabulary_has_its_size(tmp_path: Path) -> None:
+    (tmp_path / "cities").write_text("rome\noslo\n")
+    assert repr(Vocabulary([7, 8, 9], unknown=3)) == "Vocabulary(3 entries, unknown=3)"
+    assert repr(Vocabulary(tmp_path / "cities")) == f"Vocabulary('{tmp_path}/cities', 2 entries, unknown=None)"
 
 
 def test_a_feature_is_a_value() -> None:

@@ -154,3 +154,22 @@ def test_integer_settings_take_integers_alone(make: Any) -> None:
         make(right)
     with pytest.raises(TypeError, match="sync must be True or False, got 'no'"):
         AUC(sync="no")  # type: ignore[arg-type]
+
+
+def test_repr_shows_settings_and_what_has_been_accumulated() -> None:
+    loss, ranking, bins = LogLoss(), NDCGAtK(5), BinnedAUC(10)
+    assert [repr(metric) for metric in (loss, ranking, bins)] == [
+        "LogLoss()",
+        "NDCGAtK(k=5, rows=0)",
+        "BinnedAUC(bins=10)",
+    ]
+    loss.update(torch.tensor([0.5]), torch.tensor([1]))
+    ranking.update(torch.tensor([0.5]), torch.tensor([1]), torch.tensor([7]))
+    bins.update(torch.tensor([0.5]), torch.tensor([1]))  # one class: undefined, and no warning
+    assert [repr(metric) for metric in (loss, ranking, bins)] == [
+        "LogLoss(value=0.693147)",
+        "NDCGAtK(k=5, rows=1)",
+        "BinnedAUC(bins=10, value=nan)",
+    ]
+    loss.update(torch.tensor([2.0]), torch.tensor([1]))  # refused by compute()
+    assert repr(loss) == "LogLoss()"

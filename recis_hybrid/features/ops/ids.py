@@ -59,7 +59,7 @@ class Hash:
 
     Example:
         >>> Feature("user", ops=[Hash("murmur")])
-        Feature(name='user', ops=(Hash(kind='murmur'),), source='user', optional=False)
+        Feature('user', ops=[Hash(kind='murmur')])
     """
 
     kind: HashKind = "farm"

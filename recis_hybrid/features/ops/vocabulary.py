@@ -137,6 +137,10 @@ class Vocabulary:
 
         return kernel
 
+    def __repr__(self) -> str:
+        path = f"{str(self.source)!r}, " if isinstance(self.source, str | PathLike) else ""
+        return f"Vocabulary({path}{len(self.entries)} entries, unknown={self.unknown!r})"
+
     def __str__(self) -> str:
         return f"vocabulary[{len(self.entries)} entries]"
 

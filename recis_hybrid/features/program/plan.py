@@ -46,6 +46,20 @@ class Plan:
     asked: int
     """Operations over all features before equal ones were made one."""
 
+    def describe(self, register: int) -> str:
+        """Return the operations that lead from columns to a register."""
+        if register < len(self.columns):
+            return repr(list(self.columns)[register])
+        instruction = self.instructions[register - len(self.columns)]
+        sources = [self.describe(source) for source in instruction.sources]
+        return f"{sources[0] if len(sources) == 1 else '(' + ', '.join(sources) + ')'} -> {instruction.op}"
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan(features={len(self.outputs)}, columns={len(self.columns)}, operations={len(self.instructions)}, "
+            f"shared={self.asked - len(self.instructions)})"
+        )
+
     def __str__(self) -> str:
         done = len(self.instructions)
         lines = [
