@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Both set up what is missing first.
+# The two main commands are `make demo` and `make test`. Both set up the environment first.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install $(PIP_OPTIONS)
-# Of what pip says about many packages, a line each as it comes; errors and warnings come beside it.
+# Cut pip's output to one line a package; errors and warnings pass on stderr.
 PIP_SHORT = sed -un -e 's/ (from .*//' -e 's/^ *\(Downloading\|Using cached\|Processing\) \(.*\/\)\?/  /p' \
   -e 's/^Installing collected packages.*/  unpacking all of them/p'
 STAMPS := $(VENV)/stamps
@@ -27,63 +27,63 @@ DEPENDENCIES := $(STAMPS)/dependencies
 EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
-# The wheels of TFRA are for Pythons up to 3.11; without one the benchmarks report it as absent.
+# TFRA has wheels for Python 3.11 and older only; without such a Python the benchmarks report it as absent.
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test test-quick faults agreement rehearsal lint format docs cuda-build sanitize bench bench-peers \
   wheel clean setup FORCE
 
-help:  ## Lists what can be made, and the settings
+help:  ## List the targets and settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
-	@printf '%s\n' '' 'Settings, as in `make test PYTHON=python3.12`:' \
-	  '  PYTHON           the Python to make the environment with, 3.11 to 3.14 (python3)' \
-	  '  VENV             where the environment is (.venv)' \
-	  '  TORCH            what to hand to pip for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
-	  '  TORCH_INDEX_URL  the index to take torch from; https://download.pytorch.org/whl/cpu has the small' \
-	  '                   builds for machines without a GPU, where the default brings CUDA along on Linux' \
-	  '  PIP_OPTIONS      more options for every `pip install`, e.g. --no-index --find-links=wheels' \
-	  '  RECIS_CUDA       0: no CUDA library; 1: build it; auto: build it where torch is a CUDA build (auto)' \
-	  '  TFRA_PYTHON      the Python for one of the peers of bench-peers, 3.11 or older (python3.11)' \
+	@printf '%s\n' '' 'Settings, as in `make test PYTHON=python3.12`, with defaults in parentheses:' \
+	  '  PYTHON           the Python of the environment, 3.11 to 3.14 (python3)' \
+	  '  VENV             the folder of the environment (.venv)' \
+	  '  TORCH            the requirement for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
+	  '  TORCH_INDEX_URL  the package index for torch; https://download.pytorch.org/whl/cpu has small' \
+	  '                   builds without CUDA, which the default on Linux includes' \
+	  '  PIP_OPTIONS      further options of every `pip install`, e.g. --no-index --find-links=wheels' \
+	  '  RECIS_CUDA       whether to build the CUDA library: 0, 1 or auto, where torch is a CUDA build (auto)' \
+	  '  TFRA_PYTHON      the Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
 	  '  CXX, NVCC        the compilers (g++, nvcc)' \
-	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   handed on to the programs'
+	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   arguments of the programs'
 
-demo: setup  ## Trains a hybrid torch and JAX model on data it makes itself
+demo: setup  ## Train a model with a torch and a JAX tower on a click log it writes
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
-test: setup  ## Runs the tests: 8 to 14 minutes on two cores
+test: setup  ## Run the tests: 8 to 14 minutes on two cores
 	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section of them')
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-quick: setup  ## Runs a cross-section of the tests, in a fifth of their time at most
+test-quick: setup  ## Run a cross-section of the tests, in at most a fifth of their time
 	$(PY) -m pytest --quick $(PYTEST_ARGS)
 
-faults: setup  ## Kills saves, loads and ranks, fills disks, damages checkpoints, 20 times each; prints what was survived
+faults: setup  ## Kill saves, loads and ranks, fill disks, damage checkpoints, 20 times each; count the survivals
 	$(PY) -m tests.saver.faults
 	$(PY) -m tests.embedding.faults
 
-agreement: setup  ## Trains on 2 and 4 ranks in every way, and prints how well they agree with one process
+agreement: setup  ## Train on 2 and 4 ranks in every mode, and print how well they agree with one process
 	$(PY) -m tests.embedding.agreement
 
-rehearsal: setup  ## Cuts one of two hosts off in mid-run, in network namespaces; needs root and iproute2
+rehearsal: setup  ## Cut off one of two hosts in mid-run, in network namespaces; needs root and iproute2
 	$(PY) scripts/two_hosts.py --ranks 2
 
-lint: $(DEPENDENCIES)  ## Checks format, rules and types; changes nothing
+lint: $(DEPENDENCIES)  ## Check format, lint rules and types; change nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
-docs: setup $(STAMPS)/docs  ## Builds the documentation into build/docs; a warning is an error
+docs: setup $(STAMPS)/docs  ## Build the documentation into build/docs; a warning is an error
 	$(PY) -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-format: $(DEPENDENCIES)  ## Formats Python, C++ and CUDA
+format: $(DEPENDENCIES)  ## Format Python, C++ and CUDA
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-cuda-build: $(DEPENDENCIES)  ## Compiles and links the CUDA library, where nvcc is
+cuda-build: $(DEPENDENCIES)  ## Compile and link the CUDA library, where nvcc is found
 	@if nvcc=$$(scripts/find_nvcc.sh); then \
 	  echo "with $$nvcc:"; RECIS_CUDA=1 NVCC="$$nvcc" $(PY) setup.py --quiet build_ext --inplace; \
 	  ls -l recis_hybrid/lib/librecis_cuda.so; \
@@ -91,17 +91,17 @@ cuda-build: $(DEPENDENCIES)  ## Compiles and links the CUDA library, where nvcc 
 	  echo "left out: the CUDA library, because nvcc is neither in NVCC nor on PATH nor in /usr/local/cuda/bin"; \
 	fi
 
-sanitize:  ## Runs the native tests under the thread, address and undefined-behaviour sanitizers
+sanitize:  ## Run the native tests under the thread, address and undefined-behaviour sanitizers
 	scripts/sanitize.sh
 
-bench: setup  ## Runs the benchmarks (BENCH_ARGS= for the full ones)
+bench: setup  ## Run the benchmarks (BENCH_ARGS= for the full ones)
 	@for program in $$(grep -l '__main__' benchmarks/*.py); do \
 	  echo "$$program $(BENCH_ARGS)"; PYTHONPATH=. $(PY) "$$program" $(BENCH_ARGS); done
 
-bench-peers: setup $(PEERS)  ## Installs the peers, each in an environment of its own, then runs the benchmarks
+bench-peers: setup $(PEERS)  ## Install the peers, each in an environment of its own, then run the benchmarks
 	@$(MAKE) --no-print-directory bench
 
-# The torch and numpy of FBGEMM are ours, by a .pth file.
+# FBGEMM uses our torch and numpy through a .pth file.
 build/peers/fbgemm/ready: requirements/peers-fbgemm.txt | $(DEPENDENCIES)
 	$(PY) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
@@ -118,21 +118,21 @@ build/peers/tfra/ready: requirements/peers-tfra.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
 	@touch $@
 
-# In a folder and no environment: it runs in our interpreter, beside our torch and jax.
+# A folder, not an environment: it runs in our interpreter, beside our torch and jax.
 build/peers/interop/ready: requirements/peers-interop.txt | $(DEPENDENCIES)
 	$(PIP_INSTALL) --quiet --no-deps --upgrade --target $(@D)/site -r $<
 	@touch $@
 
-wheel: setup  ## Makes an sdist, and from it a wheel, in dist/
+wheel: setup  ## Build an sdist, and a wheel from it, into dist/
 	$(PY) -m build --no-isolation
 
-clean:  ## Removes what was built and cached, not the environment
+clean:  ## Remove build outputs and caches, but not the environment
 	rm -rf build dist *.egg-info recis_hybrid/lib/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 setup: $(EDITABLE) $(NATIVE)
 
-# Alone and first: torch comes from an index of its own where one is given, and what follows finds it there.
+# torch is installed first and alone, because it may come from an index of its own.
 $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constraints.txt $(STAMPS)/torch-setting
 	@command -v $(PYTHON) >/dev/null || { echo "recis_hybrid: $(PYTHON) was not found; install Python 3.11 to 3.14" \
 	  "or name one, e.g. make demo PYTHON=python3.11" >&2; exit 1; }
@@ -149,7 +149,7 @@ $(STAMPS)/docs: requirements/docs.txt requirements/constraints.txt $(DEPENDENCIE
 	$(PIP_INSTALL) --quiet -r $< -c requirements/constraints.txt
 	@touch $@
 
-# Before the editable install, which would build the same, but with pip's trace around a compiler's message.
+# The editable install would build the library too, but wrap a compiler error in pip's trace; so build it first.
 $(NATIVE): $(NATIVE_SOURCES) $(STAMPS)/cuda-setting | $(DEPENDENCIES)
 	@echo '[3/4] building the native library; up to 2 minutes on two cores, more with CUDA'
 	$(PY) setup.py --quiet build_ext --inplace
@@ -160,7 +160,7 @@ $(EDITABLE): pyproject.toml setup.py $(DEPENDENCIES) | $(NATIVE)
 	$(PIP_INSTALL) --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-# A setting that changed makes what depends on it anew.
+# Changing a setting rebuilds what depends on it.
 $(STAMPS)/torch-setting: SETTING = $(TORCH)
 $(STAMPS)/cuda-setting: SETTING = $(RECIS_CUDA)
 $(STAMPS)/torch-setting $(STAMPS)/cuda-setting: FORCE

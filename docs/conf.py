@@ -1,4 +1,4 @@
-"""How Sphinx makes the documentation: `make docs`."""
+"""Configuration of Sphinx; ``make docs`` builds the documentation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ html_theme = "furo"
 html_title = "recis_hybrid"
 myst_heading_anchors = 3
 
-# Names are shown as rooms re-export them, with the docstrings as they are written (Google's style).
+# Show names as the packages re-export them, and docstrings as they are written (Google style).
 autodoc_default_options = {"members": True, "imported-members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-# Napoleon takes what stands before a colon in an attribute's docstring for its type; ours have none there.
+# Napoleon takes the words before a colon in an attribute's docstring for its type; our docstrings state no type there.
 docstring.GoogleDocstring._parse_attribute_docstring = lambda self: list(self._lines)  # type: ignore[method-assign]
 
 
@@ -38,5 +38,5 @@ def as_markdown(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
 
 
 def setup(app: Any) -> None:
-    """Is called by Sphinx."""
+    """Register the conversion with Sphinx."""
     app.connect("autodoc-process-docstring", as_markdown, priority=400)  # before Napoleon
