@@ -1,11 +1,11 @@
-"""The bridge beside fused JAX and pure torch, and DLPack beside the public functions.
+"""The bridge beside fused JAX and torch, and DLPack beside the public functions.
 
     python -m benchmarks.bridge [--quick] [--threads 2] [--cases mlp]
 
-``mlp/B1024``, ``mlp/B4096``: forward and backward of an MLP 1024 → 1024 → 512 → 1 through `JaxTower`, beside one jitted
-`jax.value_and_grad`, beside torch, and beside torch-jax-interop where `make bench-peers` has installed it.
-``leaves100``: the same of 100 small parameters, without torch. ``import``, ``export``: one tensor to JAX and one
-array to torch, beside the public functions.
+- ``mlp/B1024``, ``mlp/B4096``: forward and backward of an MLP 1024 → 1024 → 512 → 1 through ``JaxTower``, beside one
+  jitted ``jax.value_and_grad``, torch, and torch-jax-interop where ``make bench-peers`` has installed it.
+- ``leaves100``: the same with 100 small parameters, without torch.
+- ``import``, ``export``: one tensor to JAX and one array to torch, beside the public functions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def fused(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]) -> None:
-    """Print a line for each peer, in milliseconds or microseconds a step."""
+    """Print a line for each peer, in milliseconds a step or microseconds a tensor."""
     unit, factor = ("us", 1e6) if metric == "tensor" else ("ms", 1e3)
     for name, peer in peers.items():
         there = rate.get(name)
@@ -74,7 +74,7 @@ def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]
 
 
 def interop(f: Callable[..., Any], params: Any, x: torch.Tensor) -> dict[str, Callable[[], None]]:
-    """The step of torch-jax-interop, or nothing if it is not installed."""
+    """Return the step of torch-jax-interop, if it is installed."""
     if not installed("interop"):
         return {}
     if (site := str(ENVIRONMENTS / "interop" / "site")) not in sys.path:
@@ -98,7 +98,7 @@ def mlp_case(batch: int, rounds: int) -> None:
         "torch": lambda: train(lambda x: mlp_in_torch(own, x), list(own.values()), x),
         **interop(mlp, params, x),
     }
-    # Bursts, because the step after torch's finds the cores taken by torch's threads, which spin for a while.
+    # Bursts, because torch's threads spin for a while and slow the step after torch's.
     rate = harness.rates(steps, 1, rounds, CPU, burst=3)
     peers = {"jax": "fused jax.value_and_grad", "torch": "torch", "interop": "torch-jax-interop"}
     report(f"mlp/B{batch}", "forward + backward", rate, peers)
@@ -154,7 +154,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("these cases run on the CPU; --device cuda has nothing to measure")
+        parser.error("these cases run on the CPU only; leave out --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 7 if args.quick else 25
     cases: dict[str, Callable[[], None]] = {

@@ -2,13 +2,15 @@
 
     python -m benchmarks.columnio [--quick] [--threads 2] [--cases scan]
 
-``scan``: Parquet files of 26 int64 columns, 13 of float32 and a label, to tensors, beside pyarrow's own scan to
-RecordBatches, which is the limit. ``dataloader``: the same beside ``torch.utils.data.DataLoader`` with 2 workers, each
-of which reads its files by pandas and cuts batches out of the frame. ``ragged_strings``: lists of ids, lists of strings
-(20 a row on average) and two columns of strings, all hashed while they are read, beside a pyarrow scan with pandas'
-hash of their values. ``memory``: the bytes that Arrow holds at most while a slow consumer reads, in batches, less what
-as many of pyarrow's decoders hold by themselves (a row group's encoded columns, pages and dictionaries), beside
-prefetch + threads; ``memory/total`` is all of it. Their ratios are of bound to use.
+- ``scan``: Parquet files of 26 int64 columns, 13 of float32 and a label, to tensors, beside pyarrow's own scan to
+  RecordBatches, the upper limit.
+- ``dataloader``: the same beside ``torch.utils.data.DataLoader`` with 2 workers, which read files by pandas and slice
+  batches from the frames.
+- ``ragged_strings``: lists of ids, lists of strings (20 a row on average) and two columns of strings, all hashed while
+  reading, beside a pyarrow scan and pandas' hash of the values.
+- ``memory``: the peak of Arrow's memory under a slow consumer, in batches, beyond that of as many of pyarrow's decoders
+  alone (a row group's encoded columns, pages and dictionaries), beside prefetch + threads. ``memory/total`` is the
+  whole peak. The ratios are of bound to use.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def write(folder: Path, rows: int, make: Callable[[int, np.random.Generator], di
 
 
 def numbers(rows: int, generator: np.random.Generator) -> dict[str, Any]:
-    """Ids as skewed as those of a click log, over all 64 bits."""
+    """Draw ids as skewed as those of a click log, over all 64 bits."""
     columns: dict[str, Any] = {
         name: (generator.zipf(1.2, rows) % 1_000_003) * np.int64(0x1F83D9ABFB41BD6B) for name in IDS
     }
@@ -82,7 +84,7 @@ def consume(data: ColumnDataset) -> int:
 
 
 class Frames(IterableDataset[dict[str, torch.Tensor]]):
-    """Batches cut out of frames: the peer of ``dataloader``."""
+    """Batches sliced from pandas frames: the peer of ``dataloader``."""
 
     def __init__(self, folder: Path) -> None:
         self._files = sorted(folder.glob("*.parquet"))
@@ -116,11 +118,11 @@ def pandas_hashes(folder: Path) -> int:
 
 
 def checked(step: Callable[[], int], rows: int) -> Callable[[], None]:
-    """Return the step; it raises unless all rows arrive: a race counts only between equals."""
+    """Return the step with a check that all rows arrive, since only equal work may be compared."""
 
     def run() -> None:
         if (got := step()) != rows:
-            raise AssertionError(f"columnio: {got} rows of {rows} arrived")
+            raise AssertionError(f"columnio: {got} of {rows} rows arrived")
 
     return run
 
@@ -158,12 +160,12 @@ def number_cases(folder: Path, args: Any, rounds: int) -> None:
 
 
 def memory_case(folder: Path, threads: int) -> None:
-    """Hold what the data set keeps in Arrow's memory against what as many of pyarrow's decoders keep by themselves."""
+    """Compare the peak of Arrow's memory with that of as many of pyarrow's decoders alone."""
     ours = ColumnDataset(folder, NUMBERS, BATCH, num_threads=threads, prefetch=PREFETCH, decoded_rows=BATCH)
     before, most, size = pa.total_allocated_bytes(), 0, 0
     for number, batch in enumerate(ours):
         if number % 5 == 0:
-            # Time for the threads to come as far ahead as they may.
+            # Let the threads read as far ahead as they may.
             time.sleep(0.02)
         most = max(most, pa.total_allocated_bytes() - before)
         size = max(size, sum(c.nbytes for c in batch.values() if isinstance(c, torch.Tensor)))
@@ -171,7 +173,7 @@ def memory_case(folder: Path, threads: int) -> None:
     bound, ahead = PREFETCH + threads, (most - decoders) / size
     for case, used, peer, name in (
         ("memory", ahead, bound, "bound: prefetch + threads"),
-        ("memory/total", most / size, decoders / size, f"{threads} decoders of pyarrow by themselves"),
+        ("memory/total", most / size, decoders / size, f"{threads} decoders of pyarrow alone"),
     ):
         harness.Result(
             "columnio", case, "held at most", "batches", round(used, 1), round(peer, 1), name, round(peer / used, 2)
@@ -179,7 +181,7 @@ def memory_case(folder: Path, threads: int) -> None:
 
 
 def held_by_decoders(files: list[Path]) -> int:
-    """Return the bytes that decoders hold which read a row group each at the same time, batch by batch."""
+    """Return the peak of Arrow's memory while decoders read one row group each at the same time."""
     before, most = pa.total_allocated_bytes(), 0
     readers = [pq.ParquetFile(file).iter_batches(BATCH, row_groups=[0], columns=NUMBERS) for file in files]
     for _ in zip(*readers, strict=True):
@@ -214,7 +216,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("reading is done on the CPU; --device cuda has nothing to measure")
+        parser.error("reading runs on the CPU only; leave out --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:

@@ -2,16 +2,15 @@
 
     python -m benchmarks.distributed [--quick] [--cases 2ranks] [--threads 1]
 
-Each rank has the workload of `benchmarks.embedding` (width 64, row-wise Adagrad), its batches others than those of the
-other rank. The two sides step in turn.
+Each rank has the workload of ``benchmarks.embedding`` (width 64, row-wise Adagrad) with batches of its own. Ours and
+the peer step in turn.
 
-- `2ranks/...`: million ids a second of both ranks together, beside TorchRec's DistributedModelParallel with tables that
-  are sharded by row, as ours are, or by table. TorchRec takes ready row numbers of tables of fixed size.
-- `wire/...`: what a step sends to the other rank, in bytes for each distinct id sent, beside 8 + 2 · 4 · width; and how
-  many times as fast a step is as with float32.
-- `overlap/...`: 20 ms of delay are added to the exchange of ids (`rows`: to that of rows, too), between a forward and
-  backward pass of a tower, and batches are prefetched or not. `share_hidden` is the share of the delay by which a
-  prefetching step is shorter.
+- ``2ranks/...``: million ids a second of both ranks together, beside TorchRec's DistributedModelParallel with tables
+  sharded by row, like ours, or by table. TorchRec takes ready row numbers of tables of fixed size.
+- ``wire/...``: bytes sent to the other rank for each distinct id, beside 8 + 2 · 4 · width; and the speed of a step
+  relative to float32.
+- ``overlap/...``: the exchange of ids (``rows``: of rows, too) is delayed by 20 ms, with and without prefetching, in a
+  step with a tower. ``share_hidden`` is the share of the delay that prefetching hides.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ QUICK = ["2ranks/row", "wire/bfloat16", "overlap/ids"]
 
 
 class Rank:
-    """What a rank runs."""
+    """The engines and steps of one rank."""
 
     def __init__(self, rank: int, size: str) -> None:
         self.work = workload.make(size, DIM, torch.device("cpu"))
@@ -98,7 +97,7 @@ class Rank:
         return time.perf_counter() - begin
 
     def traffic(self, name: str) -> tuple[int, int]:
-        """Bytes that a step sends, and how many distinct ids go to the other rank in it."""
+        """Return the bytes that a step sends, and the number of distinct ids that it sends to the other rank."""
         engine = self.engines[name]
         before, ids = engine.traffic.total, engine.traffic.ids
         self.steps[name]()
@@ -109,7 +108,7 @@ class Rank:
 
 
 def delayed(exchange: Any, delays: dict[str, float]) -> None:
-    """Has what is sent leave later."""
+    """Delay the start of an exchange, by kind."""
     start = exchange.start
 
     def later(what: str, *args: Any) -> Any:
@@ -133,7 +132,7 @@ def serve(rank: int, store: str, size: str, threads: int, connection: Connection
 
 
 class Ours:
-    """Both ranks, seen from the benchmark."""
+    """The benchmark's handle of both ranks."""
 
     def __init__(self, size: str, threads: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="recis-bench-")

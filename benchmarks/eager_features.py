@@ -1,4 +1,4 @@
-"""What 40 features cost in eager torch: the peer of benchmarks/features.py, with the same values bit for bit."""
+"""Features in eager torch, bitwise equal to ours: the peer of ``benchmarks/features.py``."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def _finish(state: Tensor) -> Tensor:
 
 
 def murmur(ids: Tensor) -> Tensor:
-    """MurmurHash64A (seed 0) of the eight bytes of each id."""
+    """Return MurmurHash64A (seed 0) of the eight bytes of each id."""
     return _finish(_block(torch.full_like(ids, 8) * MULTIPLIER, ids))
 
 
 def cross(x: Tensor, y: Tensor) -> Tensor:
-    """MurmurHash64A (seed 0) of the sixteen bytes of each pair."""
+    """Return MurmurHash64A (seed 0) of the sixteen bytes of each pair."""
     return _finish(_block(_block(torch.full_like(x, 16) * MULTIPLIER, x), y))
 
 
 def mod(ids: Tensor, n: int) -> Tensor:
-    """The remainder of ids read as unsigned numbers."""
+    """Return the remainders of ids read as unsigned numbers."""
     rest = torch.remainder(ids, n)
     return torch.where(ids < 0, (rest + 2**64 % n) % n, rest)
 
 
 def truncate(rows: RaggedTensor, length: int) -> RaggedTensor:
-    """The first values of each row."""
+    """Return the first values of each row."""
     lengths = rows.lengths()
     kept = lengths.clamp(max=length)
     offsets = torch.zeros_like(rows.offsets)

@@ -1,12 +1,12 @@
-"""One warm training step of tables: lookup, backward from a fixed gradient, update; beside static and dynamic peers.
+"""One warm training step of tables, lookup, backward from a fixed gradient and update, beside static and dynamic peers.
 
     python -m benchmarks.embedding [--quick] [--threads 1] [--cases 65k/d64] [--clock wall]
 
-Ours takes random 64-bit ids and finds them in a growing hash table. Static peers take ready row numbers of tables of
-fixed size: ``fbgemm`` (SplitTableBatchedEmbeddingBagsCodegen) and ``nn.EmbeddingBag`` (26 of them, sparse gradients,
-torch.optim). Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to
-row with vectorised torch operations on the rows. A peer is held beside ours alone, and the two step in turn. The case
-``threads`` sets two threads of ours against one.
+Ours looks up random 64-bit ids in a growing hash table. Static peers take ready row numbers of tables of fixed size:
+``fbgemm`` (SplitTableBatchedEmbeddingBagsCodegen) and ``nn.EmbeddingBag`` (26 of them, sparse gradients, torch.optim).
+Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to row with
+vectorised torch operations on the rows. Ours and one peer step in turn. The case ``threads`` compares two threads of
+ours with one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad",
 
 
 class FixedGradient(torch.autograd.Function):
-    """A loss whose gradients are given: one root for all outputs, as a model's loss is."""
+    """A loss with fixed gradients: one root for all outputs, like a model's loss."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
 
 
 def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
-    """Time ours and a peer in turn, in this process; a case of threads: ours with one thread."""
+    """Time ours and a peer in turn; the peer of a case of threads is ours with one thread."""
     size, width, rule, *threads = case.split("/")
     dim, device = int(width.removeprefix("d")), torch.device(args.device)
     one_core = args.threads == 1 and not threads and device.type == "cpu"
@@ -106,14 +106,14 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
     work = workload.make(size, dim, device)
     step = ours(work, dim, rule, device)
-    # Bursts that outlast what the other left in the caches: what is measured is warm.
+    # Bursts are long enough to refill the caches after the other side's turn.
     rounds, burst = (7 if args.quick else 12, 6) if size == "65k" else (20 if args.quick else 50, 5)
 
     def rates(steps: dict[str, Callable[[], float | None]], clock: str) -> dict[str, float]:
         return {name: r / 1e6 for name, r in harness.rates(steps, work.step_ids, rounds, device, burst, clock).items()}
 
     if threads:
-        # CPU time would add the threads' up.
+        # CPU time would count both threads.
         rate = rates({"ours": with_threads(step, 2), peer: with_threads(step, 1)}, "wall")
     elif present(peer, device):
         where = set(cores[1:2] if one_core and len(cores) > 1 else cores)
@@ -138,14 +138,14 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
 
 
 def present(peer: str, device: torch.device) -> bool:
-    """Whether a peer can be measured; beside a GPU only nn.EmbeddingBag: the others here are builds for the CPU."""
+    """Return whether a peer can run on a device; on a GPU only nn.EmbeddingBag can, the others are CPU builds."""
     return installed(peer) and (peer == "nn.EmbeddingBag" or device.type == "cpu")
 
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument(
-        "--clock", default="wall", choices=list(harness.CLOCKS), help="cpu: CPU time, for a machine that others share"
+        "--clock", default="wall", choices=list(harness.CLOCKS), help="cpu: CPU time, for a shared machine"
     )
     args = parser.parse_args()
     if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):

@@ -2,11 +2,12 @@
 
     python -m benchmarks.features [--quick] [--threads 2] [--cases eager]
 
-``hash``: FarmHash of a million strings of 4 to 16 bytes, beside ``pandas.util.hash_array`` and beside what one core can
-copy. ``eager``: 40 features of a batch of 8,192 rows (ten each of hash → mod, bucketize, cross → mod of dense columns,
-and truncate → hash → mod of rows of 0 to 10 ids) beside the same values made in eager torch, feature by feature.
-``unfused``: the same beside our own operators, one call an operation. ``kind``: the same beside one call for each kind
-of element-wise operation, which is the other way to fuse.
+- ``hash``: FarmHash of a million strings of 4 to 16 bytes, beside ``pandas.util.hash_array`` and the copy bandwidth of
+  one core.
+- ``eager``: 40 features of a batch of 8,192 rows (ten each of hash → mod, bucketize, cross → mod of dense columns, and
+  truncate → hash → mod of rows of 0 to 10 ids) beside the same values in eager torch, feature by feature.
+- ``unfused``: the same beside our own operators, one call an operation.
+- ``kind``: the same beside one call for each kind of element-wise operation, the other way to fuse.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def strings(count: int) -> list[str]:
 
 
 def copy_rate(rounds: int) -> float:
-    """Return the bytes a second that one thread reads and write."""
+    """Return the bytes that one thread reads and writes a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source = torch.ones(2**25, dtype=torch.int64)
@@ -122,7 +123,7 @@ def in_eager_torch(batch: Batch) -> Batch:
 
 
 def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
-    """Raise unless a peer makes the same values: a race counts only between equals."""
+    """Raise unless a peer gives the same values, since only equal work may be compared."""
     for name in theirs:
         a, b = ours[name], theirs[name]
         if isinstance(a, RaggedTensor) and isinstance(b, RaggedTensor):
@@ -130,7 +131,7 @@ def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
         else:
             same = torch.equal(a, b)  # type: ignore[arg-type]
         if not same:
-            raise AssertionError(f"features: {peer} makes other values of {name}")
+            raise AssertionError(f"features: {peer} gives other values of {name}")
 
 
 def engine_cases(wanted: list[str], rounds: int) -> None:
@@ -167,7 +168,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("the peers here run on the CPU; --device cuda has nothing to measure")
+        parser.error("the peers run on the CPU only; leave out --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 9 if args.quick else 25
     if args.cases in "hash":

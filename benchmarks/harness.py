@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timing, and one JSON line a case."""
+"""Helpers of all benchmarks: interleaved timing, and one JSON line a case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Result:
-    """One line of output; ``ratio`` > 1 means that ours is better, None that the peer is absent."""
+    """One line of output; ``ratio`` > 1 means that ours is better, and None that the peer is absent."""
 
     bench: str
     case: str
@@ -29,7 +29,7 @@ class Result:
     ratio: float | None
 
     def print(self) -> None:
-        """Write the line."""
+        """Print the line as JSON."""
         print(json.dumps(asdict(self)), flush=True)
 
 
@@ -41,18 +41,18 @@ def rates(
     burst: int = 1,
     clock: str = "wall",
 ) -> dict[str, float]:
-    """Run the steps in turn, A B A B …, so that a machine whose speed drifts treats all alike.
+    """Run the steps in turn, A B A B …, so that drift of the machine's speed affects all alike.
 
     Args:
-        steps: By name, one step. A step that runs in another process returns its own seconds.
-        items: Items that a step handles.
-        rounds: Counted turns of each; three more come before them.
-        device: Waited for at the end of each step.
-        burst: Runs of a step in one turn, each timed, so that the median is of steps whose caches are warm.
-        clock: Of ``CLOCKS``.
+        steps: Functions by name, each running one step. A step that runs in another process returns its own seconds.
+        items: Number of items that a step handles.
+        rounds: Number of timed turns, after three turns of warm-up.
+        device: Device to synchronise at the end of each step.
+        burst: Number of timed steps in one turn, so that the median step has warm caches.
+        clock: A name in ``CLOCKS``.
 
     Returns:
-        By name, items a second at the median time.
+        Items a second at the median time, by name.
     """
     now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -69,17 +69,17 @@ def rates(
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark takes."""
+    """Return a parser with the options of every benchmark."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on two cores")
-    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tables live")
+    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device of the tables")
     result.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     result.add_argument("--cases", default="", help="only cases whose name contains this")
     return result
 
 
 def table(results: Iterable[Result]) -> str:
-    """Return the results as a table for people."""
+    """Return the results as a table to read."""
     lines = [f"{'case':28} {'ours':>8}  {'peer':>8}  {'ratio':>6}  unit      peer's name"]
     for r in results:
         peer, ratio = ("absent", "") if r.peer is None or r.ratio is None else (f"{r.peer:.2f}", f"{r.ratio:.2f}")
@@ -88,5 +88,5 @@ def table(results: Iterable[Result]) -> str:
 
 
 def progress(text: str) -> None:
-    """Says on stderr what is running; stdout is for results."""
+    """Print a line of progress to stderr; stdout is for results."""
     print(text, file=sys.stderr, flush=True)

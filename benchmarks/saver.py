@@ -1,13 +1,14 @@
-"""Checkpoints beside what a disk and the safetensors library do with the same bytes.
+"""Checkpoints beside the safetensors library and the disk with the same bytes.
 
     python -m benchmarks.saver [--quick] [--rows 5000000] [--threads 2] [--folder /data] [--cases save]
 
-A table of 5 million rows (200,000 with --quick) of width 64 with Adam's moments. ``save``: written, checksummed and
-forced to the disk, beside ``safetensors.torch.save_file`` of the same columns and an fsync. ``async_stall``: how long a
-save in the background keeps its caller, beside the whole save (the ratio says how many times longer that is).
-``delta``: what a save of 1 % of the rows takes, which were just trained, beside the whole save, likewise. ``load``:
-written by two ranks, read, verified and put into tables by three (threads of this process, joined by gloo), beside
-three threads that ``read()`` the same bytes into fresh memory.
+The table has 5 million rows (200,000 with --quick) of width 64 with Adam's moments.
+
+- ``save``: write, checksum and sync to disk, beside ``safetensors.torch.save_file`` of the same columns with fsync.
+- ``async_stall``: the time until a background save returns to its caller, beside the whole save.
+- ``delta``: a save of 1 % of the rows, just trained, beside the whole save.
+- ``load``: files of two ranks are read, verified and inserted into tables by three (threads of this process, joined by
+  Gloo), beside three threads that ``read()`` the same bytes into fresh memory.
 """
 
 from __future__ import annotations
@@ -137,12 +138,12 @@ class Cases:
                 touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
                 engine({"id": touched})["id"].sum().backward()
                 optimizer.step()
-                saver.wait()  # until the whole one before is deleted
+                saver.wait()  # until the previous whole checkpoint is deleted
                 begin = time.perf_counter()
                 changing.save(next(steps), {"engine": engine}, delta=True)
                 return time.perf_counter() - begin
 
-            delta()  # the first is whole
+            delta()  # the first is a whole checkpoint
             self.measure("delta", size, "the whole save", delta, save)
 
     def load(self) -> None:
@@ -189,8 +190,8 @@ class Cases:
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--rows", type=int, help="rows of the table; by default 5,000,000, with --quick 200,000")
-    parser.add_argument("--folder", help="where to write; by default the folder for temporary files")
+    parser.add_argument("--rows", type=int, help="rows of the table (5,000,000; 200,000 with --quick)")
+    parser.add_argument("--folder", help="folder to write to (the folder of temporary files)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = args.rows or (200_000 if args.quick else 5_000_000)

@@ -1,18 +1,18 @@
-"""A cost model of one training step on 1 to 1,024 ranks, beside what was measured and published.
+"""A cost model of one training step on 1 to 1,024 ranks, beside measured and published figures.
 
     python -m benchmarks.scaling [--points FILE] [--table NAME]
 
-Nothing is run: it computes, from the constants in this file and from what ``python -m benchmarks.scaling_points``
-measured on one machine (``benchmarks/scaling_points.json``). docs/scaling.md explains the model, and holds this output.
+Nothing is run: the model computes from the constants in this file and from the measurements of
+``python -m benchmarks.scaling_points`` on one machine (``benchmarks/scaling_points.json``). docs/scaling.md explains
+the model and holds this output.
 
-A step of each rank, of `samples` samples with `ids` ids each, n = samples · ids, of which u are distinct:
+The step of a rank has ``samples`` samples with ``ids`` ids each, n = samples · ids, of which u are distinct:
 
-- ids, rows, gradients: three all-to-alls of (W - 1) / W · u · (9 | v | v) bytes, v those of a vector on the wire;
-- memory: what is read and written of ids, slots, records and vectors, at the memory's speed for rows at random;
-- tower: three times its forward operations; its gradients are all-reduced while backward runs, as far as that is
-  longer;
-- launches: kernels, each of which costs the host some microseconds;
-- host: bytes of input at the speed at which a rank's share of the host delivers them, while the rest runs.
+- ids, rows, gradients: three all-to-alls of (W - 1) / W · u · (9 | v | v) bytes, with v bytes of a vector on the wire;
+- memory: reads and writes of ids, slots, records and vectors, at the memory's speed for random rows;
+- tower: three times the operations of its forward pass; the all-reduce of its gradients overlaps with backward;
+- launches: some microseconds of the host for each kernel;
+- host: bytes of input at the speed of a rank's share of the host, in parallel with the rest.
 """
 
 from __future__ import annotations
@@ -27,57 +27,57 @@ from typing import Any
 
 POINTS = Path(__file__).with_name("scaling_points.json")
 SLOT_BYTES = 64
-"""Of an id that is looked up: a cache line."""
+"""Bytes read to look up an id: a cache line."""
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a rank has; speeds are those that programs reach, in one direction."""
+    """Resources of a rank; speeds are those that programs reach, in one direction."""
 
     ranks_per_host: int
     memory: float
-    """Bytes a second, of rows of some hundred bytes met at random."""
+    """Bytes a second for random rows of some hundred bytes."""
     flops: float
-    """A second, of a tower's matrix products."""
+    """Operations a second of a tower's matrix products."""
     in_host: float
     """Bytes a second that a rank sends to others on its host."""
     between: float
     """Bytes a second that a rank sends to other hosts."""
     collective_s: float
-    """Of a collective, whatever its bytes."""
+    """Fixed seconds of a collective."""
     peer_s: float
-    """More of an all-to-all for each rank on another host."""
+    """Additional seconds of an all-to-all for each rank on another host."""
     launch_s: float
-    """Of a kernel."""
+    """Seconds of a kernel launch."""
     ingest: float
-    """Bytes a second of input that a rank's share of the host reads, decodes and hands over."""
+    """Bytes of input a second that a rank's share of the host reads and decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a rank does in a step."""
+    """Work of a rank in one step."""
 
     samples: int
     features: int
     ids: float
-    """Of a sample."""
+    """Ids of a sample."""
     distinct: float
     """Share of a rank's ids that are distinct."""
     dim: int
     state_bytes: int
-    """That the optimizer keeps for a row."""
+    """Bytes of optimizer state of a row."""
     parameters: float
-    """Of the tower."""
+    """Parameters of the tower."""
     flops: float
-    """Of its forward pass, a sample."""
+    """Operations of the tower's forward pass for a sample."""
     kernels: int
     input_bytes: float
-    """Of a sample."""
+    """Bytes of input of a sample."""
     wire_bytes: int = 2
-    """Of an element on the wire."""
+    """Bytes of an element on the wire."""
     pooled: bool = False
-    """Whether owners pool bags and send those, as TorchRec and HugeCTR do; else rows are sent once, as we do."""
+    """True if owners pool bags and send the sums, as TorchRec and HugeCTR do; False if rows are sent once, as here."""
 
 
 H100 = Machine(
@@ -92,7 +92,7 @@ H100 = Machine(
     ingest=1.5e9,
 )
 """A DGX H100: HBM3 3.35 TB/s, 990 TFLOPS in bfloat16, NVLink 450 GB/s, a 400 Gb/s adapter a GPU. The shares of these
-peaks, latencies and ingest are assumptions: no such machine was at hand."""
+peaks, the latencies and the ingest are assumptions, not measurements."""
 
 DCNV2 = Workload(
     samples=1056,
@@ -127,7 +127,7 @@ CLICKS = Workload(
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds."""
+    """Seconds of the parts of a step."""
 
     ids: float
     rows: float
@@ -140,23 +140,23 @@ class Step:
 
     @property
     def serial(self) -> float:
-        """With the ids' exchange in turn, and input ready."""
+        """Seconds of a step without prefetching, with input ready."""
         exposed = max(self.all_reduce - 2 / 3 * self.tower, 0.0)
         return self.ids + self.rows + self.gradients + self.memory + self.tower + self.launches + exposed
 
     @property
     def ahead(self) -> float:
-        """With ids sent ahead, and input ready."""
+        """Seconds of a step with prefetched ids, with input ready."""
         return self.serial - self.ids
 
     @property
     def seconds(self) -> float:
-        """With ids sent ahead, or as long as the host needs for the input."""
+        """Seconds of a step with prefetched ids, or of its input if that takes longer."""
         return max(self.ahead, self.host)
 
     @property
     def communication(self) -> float:
-        """Share of the exchanges of embeddings in a serial step."""
+        """Share of the embedding exchanges in a step without prefetching."""
         return (self.ids + self.rows + self.gradients) / self.serial
 
 
@@ -169,11 +169,11 @@ def step(work: Workload, machine: Machine, ranks: int) -> Step:
     record = vector + work.state_bytes
     if work.pooled:
         sent_ids, sent_vectors = 8 * n, outputs * element
-        # Owners read a slot and a row an id, write what is pooled; then read its gradient an id, and update rows.
+        # Owners read a slot and a row for each id and write pooled vectors; then read gradients and update rows.
         moved = n * (8 + SLOT_BYTES + vector) + outputs * 2 * element + n * element + u * 2 * record
     else:
         sent_ids, sent_vectors = 9 * u, u * element
-        # To find the distinct ids; to look them up, read rows and send them; to pool; and back.
+        # Find the distinct ids; look them up, read rows and send them; pool; and the same backwards.
         moved = n * (8 + SLOT_BYTES) + u * (8 + SLOT_BYTES + vector + element) + n * vector + outputs * vector
         moved += outputs * vector + n * vector + u * (vector + element) + u * (element + 2 * record)
     return Step(
@@ -189,7 +189,7 @@ def step(work: Workload, machine: Machine, ranks: int) -> Step:
 
 
 def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
-    """Return the seconds in which each rank sends others bytes, the same to each."""
+    """Return the seconds of an all-to-all in which each rank sends ``sent`` bytes, evenly to all others."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks) - 1
@@ -201,7 +201,7 @@ def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
 
 
 def all_reduce(size: float, machine: Machine, ranks: int) -> float:
-    """Return the seconds in which ranks sum bytes: in rings, within hosts and then between them."""
+    """Return the seconds of an all-reduce of ``size`` bytes, in rings within hosts and then between them."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks)
@@ -212,9 +212,9 @@ def all_reduce(size: float, machine: Machine, ranks: int) -> float:
 
 
 def this_machine(constants: dict[str, float], ranks: int) -> Machine:
-    """Return what a rank has of the machine on which points were measured: cores and loopback, as others want them.
+    """Return the resources of a rank on the measured machine, whose cores and loopback the ranks share.
 
-    What two ranks were needed for was measured with two.
+    The speeds of exchanges were measured with two ranks.
     """
     share = min(1.0, constants["cores"] / ranks)
     return Machine(
@@ -238,7 +238,7 @@ def measured_work(point: dict[str, Any]) -> Workload:
 
 
 def check_measured(points: dict[str, Any]) -> list[str]:
-    """Lines: measured steps of 1, 2 and 4 ranks beside the model's."""
+    """Return the lines that compare measured steps of 1, 2 and 4 ranks with the model."""
     cores = points["constants"]["cores"]
     lines = [
         f"Measured on {points['machine']}; a rank is a process with one thread, joined by Gloo.",
@@ -249,7 +249,7 @@ def check_measured(points: dict[str, Any]) -> list[str]:
     for point in points["points"]:
         ranks = point["ranks"]
         found = step(measured_work(point), this_machine(points["constants"], ranks), ranks)
-        # Nothing hides the all-reduce here: it comes after backward.
+        # Here the all-reduce follows backward, so nothing hides it.
         total = (
             found.ids + found.rows + found.gradients + found.memory + found.tower + found.all_reduce + found.launches
         )
@@ -264,7 +264,7 @@ def check_measured(points: dict[str, Any]) -> list[str]:
 
 
 def check_published() -> list[str]:
-    """Lines: published figures beside the model's."""
+    """Return the lines that compare published figures with the model."""
     lines = ["| figure | published | model |", "|---|---|---|"]
     record = step(DCNV2, H100, 128)
     lines.append(f"| DLRM-DCNv2, 128 H100, 135,168 samples a step | 2.08 ms | {1e3 * record.serial:.2f} ms |")
@@ -273,17 +273,17 @@ def check_published() -> list[str]:
         for name in ("ids", "rows", "gradients", "memory", "tower", "all_reduce", "launches")
     )
     lines.append(f"| of it, ms | | {parts} (the all-reduce partly hidden) |")
-    for gpus, told in ((8, 25), (128, 51)):
+    for gpus, published in ((8, 25), (128, 51)):
         for each in (512, 1056, 8192):
             share = step(replace(DCNV2, samples=each), H100, gpus).communication
             lines.append(
-                f"| embedding communication, {gpus} GPUs, if {each:,} samples a GPU | {told} % | {share:.0%} |"
+                f"| embedding communication, {gpus} GPUs, if {each:,} samples a GPU | {published} % | {share:.0%} |"
             )
     return lines
 
 
 def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
-    """Lines: the step on so many GPUs, each with its own samples."""
+    """Return the lines with the predicted step on each number of GPUs, with equal work a GPU."""
     lines = [
         f"{name}: {work.samples:,} samples a GPU, {work.ids:g} ids of {work.dim} elements a sample; ms",
         "",
@@ -316,7 +316,7 @@ def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
 
 
 def sensitivity() -> list[str]:
-    """Lines: what a click model's step on 128 GPUs, ids ahead, becomes where a constant is half, or twice, as large."""
+    """Return the lines with the click model's step on 128 GPUs for half and twice each constant."""
     lines = ["| constant | half | as assumed | twice |", "|---|---|---|---|"]
     now = step(CLICKS, H100, 128).ahead
     for name in ("memory", "flops", "in_host", "between", "collective_s", "peer_s", "launch_s"):
@@ -339,9 +339,9 @@ def tables(points: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=Path, default=POINTS, help="what benchmarks.scaling_points printed")
+    parser.add_argument("--points", type=Path, default=POINTS, help="output of benchmarks.scaling_points")
     parser.add_argument("--table", default="", help="only tables whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="as other benchmarks; it is quick anyway")
+    parser.add_argument("--quick", action="store_true", help="no effect; for symmetry with the other benchmarks")
     args = parser.parse_args()
     for name, lines in tables(json.loads(args.points.read_text())):
         if args.table in name:

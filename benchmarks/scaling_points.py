@@ -1,12 +1,12 @@
-"""Measures what the cost model of benchmarks/scaling.py takes from a machine, and steps to check it against.
+"""Measure the constants of the cost model in ``benchmarks/scaling.py``, and steps to check it against.
 
     python -m benchmarks.scaling_points [--quick] > benchmarks/scaling_points.json
 
-Constants, of one process with one thread, or of two joined by Gloo: the tower's operations a second, the bytes that the
-rest of a step moves a second (as the model counts them), bytes a second and seconds of an all-to-all, and of a step of
-almost no ids. Points: steps of 1, 2 and 4 ranks, tables, tower and the all-reduce of its gradients.
-Seconds are those of the CPU, a rank's, medians: they are the same beside other work, where those on the clock are not.
-What the clock said at least is written down, too.
+Constants, measured with one process of one thread, or two joined by Gloo: operations a second of the tower, bytes a
+second of the rest of a step (as the model counts them), bytes a second and latency of an all-to-all, and the seconds of
+a step with almost no ids. Points: steps of 1, 2 and 4 ranks with tables, tower and the all-reduce of its gradients.
+Seconds are medians of a rank's CPU time, which other work on the machine does not change; the least wall time is
+written too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANKS = (1, 2, 4)
 
 
 def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
-    """Return the least time of a step on the clock, and its median of the CPU's time, of this rank."""
+    """Return the least wall time of a step, and its median CPU time on this rank."""
     wall, cpu = [], []
     for number in range(times + 2):
         if dist.get_world_size() > 1:
@@ -53,7 +53,7 @@ def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
 
 
 def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
-    """What each rank does; the first writes what it found."""
+    """Measure one rank's share of all steps; the first rank writes the result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     work = workload.make(size, DIM, torch.device("cpu"))
@@ -127,7 +127,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
 
 
 def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    """Return the constants, from a point of one rank and one of two."""
+    """Return the constants, derived from a point of one rank and one of two."""
     work = scaling.measured_work(one)
     unit = scaling.Machine(
         ranks_per_host=1,
@@ -144,7 +144,7 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     small = two["small_s"]
     return {
         "cores": len(os.sched_getaffinity(0)),
-        # Of a whole step: beside a tower, tables find little of theirs in caches, and take longer than alone.
+        # From a whole step: beside a tower, tables miss the caches more often than alone.
         "memory": alone.memory / (one["step_s"] - one["tower_s"] - one["tiny_s"]),
         "flops": alone.tower / one["tower_s"],
         "in_host": BYTES / 2 / (two["large_s"] - small),
@@ -156,7 +156,7 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps, of 4,082 ids alone")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, only of 4,082 ids")
     args = parser.parse_args()
     points = []
     for size in ["4k"] if args.quick else ["65k", "4k"]:

@@ -1,7 +1,7 @@
-"""Workload W: what one training step of a click model asks of its tables.
+"""Workload W: the lookups and gradients of one training step of a click model.
 
-26 features of 100,000 ids each, spread over the 64-bit space, drawn by Zipf's law with exponent 1.05; a sample has
-one id a feature. 2,520 samples make 65,520 ids a step, 157 make 4,082.
+26 features of 100,000 ids each, spread over the 64-bit space and drawn by Zipf's law with exponent 1.05. A sample has
+one id a feature: 2,520 samples make 65,520 ids a step, 157 make 4,082.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SIZES = {"65k": 2520, "4k": 157}
 
 @dataclass(frozen=True)
 class Workload:
-    """Some batches, as ids and as ready row numbers."""
+    """Batches, as ids and as row numbers."""
 
     ids: list[Tensor]
-    """For each feature, all of its ids: int64 ``[IDS]``; the row number of an id is its place here."""
+    """All ids of each feature, int64 ``[IDS]``; an id's index here is its row number."""
     rows: list[list[Tensor]]
-    """For each batch and feature, int64 ``[samples]``."""
+    """Row numbers by batch and feature, int64 ``[samples]``."""
     gradients: list[Tensor]
-    """For each feature, float32 ``[samples, dim]``: a fixed gradient."""
+    """A fixed gradient for each feature, float32 ``[samples, dim]``."""
 
     @property
     def step_ids(self) -> int:
-        """Ids of one step."""
+        """Number of ids in one step."""
         return FEATURES * self.gradients[0].size(0)
 
     def batch(self, number: int) -> dict[str, Tensor]:
@@ -47,14 +47,14 @@ def name(feature: int) -> str:
 
 
 def make(size: str, dim: int, device: torch.device, seed: int = 0) -> Workload:
-    """Draws the workload; the same for the same arguments."""
+    """Draw the workload; the same arguments give the same one."""
     random = np.random.default_rng(seed)
     weights = 1 / np.arange(1, IDS + 1) ** EXPONENT
     weights /= weights.sum()
     samples = SIZES[size]
 
     def draw() -> Tensor:
-        # Ranks are dealt to places at random, so that hot ids do not lie together in a static table either.
+        # Hot ids are spread at random, so that they are not adjacent in a static table.
         return torch.from_numpy(random.choice(IDS, size=samples, p=weights)).to(device)
 
     ids = [torch.from_numpy(random.integers(-(2**63), 2**63 - 1, IDS)).to(device) for _ in range(FEATURES)]

@@ -95,7 +95,7 @@ def write_clicks(folder: Path, rows: int, seed: int) -> dict[str, float]:
 
 
 def jax_tower(width: int, seed: int) -> nn.Module:
-    """A layer of hidden units in JAX; its parameters are torch's, and the embeddings reach it in the same memory."""
+    """Return a JAX MLP as a module: its parameters belong to torch, and embeddings reach it in the same memory."""
     import jax
     import jax.numpy as jnp
 
@@ -110,7 +110,7 @@ def jax_tower(width: int, seed: int) -> nn.Module:
 
 
 class TorchTower(nn.Module):
-    """The same in torch."""
+    """The same MLP in torch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

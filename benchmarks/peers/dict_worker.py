@@ -1,4 +1,4 @@
-"""The table that a Python dict makes: rows by id, records in tensors of a fixed size, torch operations on the rows."""
+"""Tables of a Python dict: from ids to rows of tensors of fixed size, updated by torch operations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class DictTable:
         self.state = [torch.zeros(size, dim) for _ in range(2 if rule == "adam" else 1)]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return each id's row; a new id gets the next."""
+        """Return the rows of ids; a new id gets the next free row."""
         row_of = self.row_of
         return torch.tensor([row_of.setdefault(i, len(row_of)) for i in ids.tolist()])
 
     def update(self, rows: Tensor, gradient: Tensor, step: int) -> None:
-        """Sum gradients by row and updates weight and state."""
+        """Sum gradients by row and update weights and state."""
         unique, inverse = torch.unique(rows, return_inverse=True)
         g = torch.zeros(unique.numel(), gradient.size(1)).index_add_(0, inverse, gradient)
         if self.rule == "adagrad":

@@ -1,4 +1,4 @@
-"""torch's own: an nn.EmbeddingBag a feature with sparse gradients, ready row numbers, an optimizer of torch.optim."""
+"""torch's own modules: one ``nn.EmbeddingBag`` a feature with sparse gradients, row numbers, and ``torch.optim``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a peer's worker speaks, in the peer's own interpreter: neither torch nor tensorflow is imported here.
+"""Protocol between a benchmark and a worker in the peer's own interpreter; imports neither torch nor tensorflow.
 
-The parent hands the workload over as .npy files. The worker answers ``ready`` when its tables are warm, and then each
-line ``step`` with the seconds that its step took; it ends when its input does.
+The parent writes the workload as .npy files. The worker answers ``ready`` once its tables are warm, and then every line
+``step`` with the seconds of a step; it ends with its input.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Task:
-    """What to measure, from the command line: ids ``[features, n]``, rows ``[batches, features, samples]``."""
+    """The task of a worker, from its command line: ids ``[features, n]``, rows ``[batches, features, samples]``."""
 
     def __init__(self) -> None:
-        # Libraries print to stdout as they please; answers go to a stream of their own.
+        # Libraries may print to stdout, so answers have a stream of their own.
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         parser = argparse.ArgumentParser()
@@ -43,7 +43,7 @@ class Task:
         self._now = CLOCKS[args.clock]
 
     def serve(self, step: Callable[[int], object]) -> None:
-        """Run ``step(batch)`` each time the parent asks, with one batch after another."""
+        """Run ``step(batch)`` on request, with one batch after another."""
         print("ready", file=self._answers)
         for number, _ in enumerate(sys.stdin):
             begin = self._now()

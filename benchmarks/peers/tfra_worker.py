@@ -1,4 +1,4 @@
-"""TensorFlow Recommenders Addons on the CPU: a growing cuckoo table a feature, Adam, the step one tf.function."""
+"""TensorFlow Recommenders Addons on the CPU: a growing cuckoo table a feature, Adam, one ``tf.function`` a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from protocol import Task
 
 def main() -> None:
     task = Task()
-    tf.get_logger().setLevel("ERROR")  # the next import warns of what it does not find
+    tf.get_logger().setLevel("ERROR")  # the next import warns of missing libraries
     import tensorflow_recommenders_addons.dynamic_embedding as de
 
     tf.config.threading.set_intra_op_parallelism_threads(task.threads)
@@ -33,7 +33,7 @@ def main() -> None:
                 for shadow, one in zip(shadows, ids, strict=True)
             ]
         found = tape.gradient(outputs, shadows, output_gradients=gradients)
-        # A sum by row, then the dense rule on these rows: 7 % faster here than the optimizer's sparse rule.
+        # Summing by row and applying the dense rule is 7 % faster here than the optimizer's sparse rule.
         optimizer.apply_gradients(zip([tf.convert_to_tensor(one) for one in found], shadows, strict=True))
 
     @tf.function(input_signature=[ids_spec])
@@ -42,7 +42,7 @@ def main() -> None:
 
     states: list[list[de.Variable]] = [[] for _ in tables]
     if task.rule == "adam":
-        optimizer._create_all_weights(shadows)  # before it is traced: a function that makes variables is traced twice
+        optimizer._create_all_weights(shadows)  # before tracing: a function that creates variables is traced twice
         states = [shadow._optimizer_vars.value for shadow in shadows]
     for table, state, ids in zip(tables, states, task.ids, strict=True):
         table.upsert(tf.constant(ids), tf.random.uniform([size, dim], -0.01, 0.01))

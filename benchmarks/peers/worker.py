@@ -1,4 +1,4 @@
-"""A peer that runs in its own interpreter, seen from the benchmark."""
+"""The benchmark's handle of a peer that runs in its own interpreter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from benchmarks.workload import Workload
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
 OWN = {"nn.EmbeddingBag": "embedding_bag", "dict": "dict"}
-"""Peers that need nothing but torch, and so run in this environment."""
+"""Peers that only need torch, and so run in this environment."""
 
 
 def installed(peer: str) -> bool:
-    """Whether a peer can run; those that need more than torch do once `make bench-peers` has made their environment."""
+    """Return whether a peer can run: ``make bench-peers`` installs those that need more than torch."""
     return peer in OWN or (ENVIRONMENTS / peer / "ready").exists()
 
 
 class Worker:
-    """Starts at once and gets its tables ready while the parent does other things; waits on stdin between its steps.
+    """A process that fills its tables in the background and then waits for requests on stdin.
 
     Args:
-        cores: Where it may run: what a library's threads do after a step shall not be taken from the other's time.
-        home: The environment that it runs in, if that is not called as the peer.
-        variables: Of its environment, beside this process's.
+        cores: Cores that it may use, so that threads still busy after a step do not slow the other side.
+        home: Name of its environment, if it differs from the peer's.
+        variables: Further environment variables.
     """
 
     def __init__(
@@ -76,24 +76,26 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline().strip()
         if not line:
-            raise RuntimeError(f"the worker of {self.peer} ended with status {self._process.wait()}; see above")
+            raise RuntimeError(
+                f"the worker of {self.peer} ended with status {self._process.wait()}; its messages are above"
+            )
         return line
 
     def wait(self) -> None:
-        """Wait until the tables are warm."""
+        """Wait until the worker's tables are warm."""
         self._answer()
 
     def ask(self) -> None:
-        """Has the worker run one step, without waiting for it."""
+        """Request one step without waiting for it."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
 
     def answer(self) -> float:
-        """Wait for the step; returns the seconds that the worker took for it."""
+        """Wait for the requested step and return the seconds that it took."""
         return float(self._answer())
 
     def step(self) -> float:
-        """Has the worker run one step; returns the seconds that the worker took for it."""
+        """Run one step and return the seconds that it took."""
         self.ask()
         return self.answer()
 
