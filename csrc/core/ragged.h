@@ -1,11 +1,12 @@
-// Kernels that change how many values a row of a ragged column has.
+// Kernels that change how many values the rows of a ragged column have.
 //
-// Each works on many columns at once: segmented over the rows of all of them, or over the columns. New offsets come
-// first (rules of lengths, summed up by scan_rows of the device), then the values.
+// Each launch handles many columns: its items are the rows of all of them, or the columns. The new offsets come first
+// (a rule gives each row's new length, and the device's sum_rows adds the lengths up), then the values.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/macros.h"
 #include "core/maps.h"
@@ -14,7 +15,7 @@
 
 namespace recis {
 
-// The rows of a column of `total` values: by offsets, or where these are null `stride` values each.
+// The rows of a column of `total` values: given by offsets, or, where these are null, of `stride` values each.
 struct Rows {
   const int64_t* offsets;
   int64_t stride;
@@ -23,21 +24,22 @@ struct Rows {
   RECIS_HD int64_t begin(int64_t row) const { return offsets == nullptr ? row * stride : offsets[row]; }
   RECIS_HD int64_t size(int64_t row) const { return offsets == nullptr ? stride : offsets[row + 1] - offsets[row]; }
 
-  // Whether a row lies within the values; one that does not is never followed. Compared, not subtracted: offsets may be
-  // any numbers.
+  // Whether a row lies within the values; kernels never read a row that does not. Ends are compared, not subtracted,
+  // because offsets may hold any numbers.
   RECIS_HD bool good(int64_t row) const {
     const int64_t from = begin(row);
     const int64_t to = offsets == nullptr ? from + stride : offsets[row + 1];
     return from >= 0 && from <= to && to <= total;
   }
 
-  // Whether a row is good, and the first one starts with the first value: where places in a result are found from it.
+  // Whether a row is good and row 0 starts at value 0, which kernels need that derive places in the result from
+  // places in the source.
   RECIS_HD bool from_start(int64_t row) const { return good(row) && (row > 0 || begin(0) == 0); }
 };
 
-// Rules of lengths: size(row) is the number of values that a row of the result has, or -1 where that is refused.
+// Rules of lengths: size(row) is the number of values that a row of the result has, or -1 for a row that is refused.
 
-// At least `least` and at most `most`; a longer row is refused where `strict`.
+// At least `least` and at most `most` values; with `strict` a longer row is refused instead of shortened.
 struct ResizeRule {
   Rows rows;
   int64_t least;
@@ -53,7 +55,7 @@ struct ResizeRule {
   }
 };
 
-// Every pair of a value of x and one of y; more than `most` in a row are refused.
+// One value for each pair of a value of x and a value of y; a row with more than `most` pairs is refused.
 struct CrossRule {
   Rows x;
   Rows y;
@@ -66,15 +68,15 @@ struct CrossRule {
   }
 };
 
-// Row taken[i] of a column of `count` rows, or no values where it is below 0.
+// Row i of the result is row numbers[i] of a column of `count` rows, or empty where the number is negative.
 struct TakeRule {
   Rows rows;
   int64_t count;
-  const int64_t* taken;
+  const int64_t* numbers;
 
   RECIS_HD int64_t size(int64_t i) const {
-    if (taken[i] < 0) return 0;
-    return taken[i] < count && rows.good(taken[i]) ? rows.size(taken[i]) : -1;
+    if (numbers[i] < 0) return 0;
+    return numbers[i] < count && rows.good(numbers[i]) ? rows.size(numbers[i]) : -1;
   }
 };
 
@@ -97,7 +99,7 @@ struct DistinctRule {
   }
 };
 
-// The decimal digits of id i, and its sign.
+// The decimal digits of id i and its sign.
 struct DecimalRule {
   const int64_t* ids;
   int64_t is_unsigned;
@@ -116,8 +118,8 @@ struct DecimalRule {
   RECIS_HD int64_t size(int64_t i) const { return digits(magnitude(i)) + (negative(i) ? 1 : 0); }
 };
 
-// The new offsets of whole columns by a rule, a column an item: sums[0] is 0, sums[i + 1] the values of rows 0 .. i. A
-// refused row counts as empty and is noted: refused[column] becomes 1 + the row.
+// Computes new offsets by a rule, one whole column an item: sums[0] is 0, sums[i + 1] the number of values in rows
+// 0 .. i. A refused row counts as empty and is reported: refused[column] becomes 1 + the row.
 template <class Rule>
 struct SumPart {
   Rule rule;
@@ -144,7 +146,7 @@ struct SumRows {
   }
 };
 
-// Calls f with a word of `unit` bytes: values are moved as bits, whatever they are.
+// Calls f with a word of `unit` bytes: values are moved as bits, whatever their type.
 template <class F>
 RECIS_HD void with_word(int64_t unit, F&& f) {
   switch (unit) {
@@ -159,8 +161,8 @@ RECIS_HD void with_word(int64_t unit, F&& f) {
   }
 }
 
-// `n` words from `from` to `to`. Rows are short and their lengths vary, so that on the CPU few branches depend on them:
-// 32 bytes are copied at a time, the last of which may overlap the ones before, and up to three words as three.
+// Copies `n` words. Rows are short and their lengths vary, so on the CPU few branches depend on them: long rows are
+// copied 32 bytes at a time, the last copy overlapping the one before, and rows of up to three large words as three.
 template <class T, class Lanes>
 RECIS_HD void copy_words(const T* RECIS_RESTRICT from, T* RECIS_RESTRICT to, int64_t n, Lanes lanes) {
 #if !defined(__CUDA_ARCH__)
@@ -188,72 +190,100 @@ RECIS_HD void fill_words(T* to, T value, int64_t n, Lanes lanes) {
   for (int64_t k = lanes.rank; k < n; k += lanes.size) to[k] = value;
 }
 
-// In the kernels of values below, a row that is refused reads nothing, and a row of a result that has no room writes
-// nothing. On the CPU an operator has raised before; on CUDA nobody has looked, and rows that are good one by one may
-// come to more values than there are.
-
-// One plane (the values, or the weights) of one column, on its way into rows of other lengths: what does not fit is
-// dropped at one end, what is missing is filled at one end.
-struct CopyPart {
-  int64_t first;
-  Rows rows;
-  int64_t count;         // of them
-  const int64_t* taken;  // the source of each row, below 0 for an empty one; null: the row itself
-  Rows made;
+// One plane of a column (its values or its weights) and the plane that it becomes.
+struct Plane {
   const void* from;
   void* to;
   int64_t unit;   // bytes of a word: 1, 2, 4 or 8
   int64_t words;  // words of a value
-  int64_t fill;
+
+  // Calls f(from, to) with pointers to words.
+  template <class F>
+  RECIS_HD void typed(F&& f) const {
+    with_word(unit, [&](auto word) {
+      using T = decltype(word);
+      f(static_cast<const T*>(from), static_cast<T*>(to));
+    });
+  }
+
+  // Copies `count` values from place `source` of `from` to place `target` of `to`.
+  template <class Lanes>
+  RECIS_HD void copy(int64_t source, int64_t target, int64_t count, Lanes lanes) const {
+    typed([&](const auto* in, auto* out) {
+      copy_words(in + source * words, out + target * words, count * words, lanes);
+    });
+  }
+};
+
+// Writes the new offset at which a row ends; row 0 also writes the leading 0. Null offsets are not wanted.
+template <class Lanes>
+RECIS_HD void write_offset(int64_t* offsets, int64_t row, int64_t end, Lanes lanes) {
+  if (offsets == nullptr || lanes.rank != 0) return;
+  if (row == 0) offsets[0] = 0;
+  offsets[row + 1] = end;
+}
+
+// The kernels of values below read nothing of a refused row, and write nothing of a row for which the result has no
+// room. On the CPU the operator has raised before. On CUDA nobody has looked at the offsets, and rows that are good one
+// by one may add up to more values than there are.
+
+// Copies rows of one plane into rows of other lengths: values that do not fit are dropped at one end, and missing ones
+// filled in at one end.
+struct CopyPart {
+  int64_t first;
+  Rows rows;
+  int64_t count;           // of `rows`
+  const int64_t* numbers;  // the source of each new row, negative for an empty one; null: the row of the same number
+  Rows target;
+  Plane plane;
+  int64_t fill;        // the word that stands for a missing value
   int64_t drop_first;  // whether the first values are dropped, not the last
-  int64_t pad_first;
+  int64_t pad_first;   // whether filling precedes the values, not follows them
 };
 
 struct CopyRows {
   Segments<CopyPart> segments;
 
-  template <class T, class Lanes>
-  RECIS_HD static void copy(const CopyPart& part, int64_t row, int64_t source, Lanes lanes) {
-    if (!part.made.good(row)) return;
-    const bool there = source >= 0 && source < part.count && part.rows.good(source);
-    const int64_t size = there ? part.rows.size(source) : 0;
-    const int64_t made = part.made.size(row);
-    const int64_t kept = size < made ? size : made;
-    const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
-    const int64_t padded = made - kept;
-    T* to = static_cast<T*>(part.to) + part.made.begin(row) * part.words;
-    if (there) {
-      const T* from = static_cast<const T*>(part.from) + (part.rows.begin(source) + skipped) * part.words;
-      copy_words(from, to + (part.pad_first != 0 ? padded : 0) * part.words, kept * part.words, lanes);
-    }
-    if (padded > 0) {
-      fill_words(to + (part.pad_first != 0 ? 0 : kept) * part.words, static_cast<T>(part.fill), padded * part.words,
-                 lanes);
-    }
-  }
-
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const CopyPart& part = segments[number];
     const int64_t row = i - part.first;
-    const int64_t source = part.taken == nullptr ? row : part.taken[row];
-    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, source, lanes); });
+    if (!part.target.good(row)) return;
+    const int64_t source = part.numbers == nullptr ? row : part.numbers[row];
+    const bool exists = source >= 0 && source < part.count && part.rows.good(source);
+    const int64_t size = exists ? part.rows.size(source) : 0;
+    const int64_t wanted = part.target.size(row);
+    const int64_t kept = size < wanted ? size : wanted;
+    const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
+    const int64_t padded = wanted - kept;
+    const int64_t words = part.plane.words;
+    part.plane.typed([&](const auto* from, auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      to += part.target.begin(row) * words;
+      if (exists) {
+        copy_words(from + (part.rows.begin(source) + skipped) * words, to + (part.pad_first != 0 ? padded : 0) * words,
+                   kept * words, lanes);
+      }
+      if (padded > 0) {
+        fill_words(to + (part.pad_first != 0 ? 0 : kept) * words, static_cast<T>(part.fill), padded * words, lanes);
+      }
+    });
   }
 };
 
-// Pairs of the values of two columns, the pairs of x's first value first; weights are multiplied (none counts as 1).
+// Pairs the values of two columns, the pairs of x's first value first. Weights are multiplied; a missing one counts as
+// 1.
 struct CrossPart {
   int64_t first;
   Rows x;
   Rows y;
-  const int64_t* made;
+  Rows target;
   const uint64_t* x_ids;
   const uint64_t* y_ids;
-  const float* x_weights;
-  const float* y_weights;
+  const float* x_weights;  // or null
+  const float* y_weights;  // or null
   uint64_t* ids;
-  float* weights;
-  int64_t room;  // values that the result has
+  float* weights;  // null where neither column has weights
 };
 
 struct CrossRows {
@@ -263,15 +293,15 @@ struct CrossRows {
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const CrossPart& part = segments[number];
     const int64_t row = i - part.first;
-    const int64_t to = part.made[row];
-    const int64_t pairs = part.made[row + 1] - to;
-    if (pairs == 0 || to + pairs > part.room) return;
+    const int64_t to = part.target.begin(row);
+    const int64_t pairs = part.target.size(row);
+    if (pairs == 0 || !part.target.good(row)) return;
     const int64_t x = part.x.begin(row);
     const int64_t y = part.y.begin(row);
-    const int64_t wide = part.y.size(row);
+    const int64_t width = part.y.size(row);
     for (int64_t k = lanes.rank; k < pairs; k += lanes.size) {
-      const int64_t a = x + (wide == 1 ? k : k / wide);
-      const int64_t b = y + (wide == 1 ? 0 : k % wide);
+      const int64_t a = x + (width == 1 ? k : k / width);
+      const int64_t b = y + (width == 1 ? 0 : k % width);
       part.ids[to + k] = cross_ids(part.x_ids[a], part.y_ids[b]);
       if (part.weights == nullptr) continue;
       const float weight = part.x_weights == nullptr ? 1.0f : part.x_weights[a];
@@ -280,41 +310,33 @@ struct CrossRows {
   }
 };
 
-// The values of a row with the greatest weights, greatest first; of equal weights the first in the row.
+// Keeps the values of a row with the greatest weights, greatest first; of equal weights the first in the row.
 struct TopKPart {
   int64_t first;
   Rows rows;
-  const int64_t* made;
-  const void* from;
-  void* to;
-  int64_t unit;
+  Rows target;
+  Plane plane;  // of one word a value
   const float* weights;
   float* weights_out;
-  int64_t room;  // values that the result has
 };
 
 struct TopKRows {
   Segments<TopKPart> segments;
   int64_t* refused;  // 1 + an item whose row has a weight that is NaN
 
-  template <class T>
-  RECIS_HD static void put(const TopKPart& part, int64_t from, int64_t to) {
-    static_cast<T*>(part.to)[to] = static_cast<const T*>(part.from)[from];
-  }
-
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const TopKPart& part = segments[number];
     const int64_t row = i - part.first;
-    const int64_t to = part.made[row];
-    const int64_t kept = part.made[row + 1] - to;
-    if (kept == 0 || to + kept > part.room) return;
+    const int64_t to = part.target.begin(row);
+    const int64_t kept = part.target.size(row);
+    if (kept == 0 || !part.target.good(row)) return;
     const int64_t begin = part.rows.begin(row);
     const int64_t size = part.rows.size(row);
     for (int64_t k = lanes.rank; k < size; k += lanes.size) {
       const float mine = part.weights[begin + k];
       if (is_nan(mine)) refuse(refused, i);
-      // How many go before it: those above, and the equal ones to its left. NaN goes last.
+      // The rank of the value: how many weights are greater, or equal and further left. NaN comes last.
       int64_t before = 0;
       for (int64_t j = 0; j < size; ++j) {
         const float other = part.weights[begin + j];
@@ -324,35 +346,34 @@ struct TopKRows {
       }
       if (before >= kept) continue;
       part.weights_out[to + before] = mine;
-      with_word(part.unit, [&](auto word) { put<decltype(word)>(part, begin + k, to + before); });
+      part.plane.typed([&](const auto* in, auto* out) { out[to + before] = in[begin + k]; });
     }
   }
 };
 
-// The first of each distinct value of a row, with its weight, in their order.
+// Keeps the first of each distinct value of a row, with its weight, in their order.
 struct DistinctPart {
   int64_t first;
   Rows rows;
-  const int64_t* made;
+  Rows target;
   const int64_t* ids;
   const float* weights;  // or null
   int64_t* ids_out;
   float* weights_out;
-  int64_t room;  // values that the result has
 };
 
 struct DistinctRows {
   Segments<DistinctPart> segments;
 
-  // By one lane: where a value goes depends on those before it.
+  // By one lane: the place of a value depends on those before it.
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     if (lanes.rank != 0) return;
     const DistinctPart& part = segments[number];
     const int64_t row = i - part.first;
-    const int64_t to = part.made[row];
-    const int64_t end = part.made[row + 1];
-    if (to == end || end > part.room) return;
+    const int64_t to = part.target.begin(row);
+    const int64_t end = to + part.target.size(row);
+    if (to == end || !part.target.good(row)) return;
     const int64_t begin = part.rows.begin(row);
     int64_t next = to;
     for (int64_t k = begin; k < begin + part.rows.size(row); ++k) {
@@ -366,13 +387,12 @@ struct DistinctRows {
   }
 };
 
-// Ids as decimal digits, an id a row of bytes.
+// Writes ids as decimal digits, one id a row of bytes.
 struct DecimalPart {
   int64_t first;
   DecimalRule rule;
-  const int64_t* made;
+  Rows target;
   uint8_t* bytes;
-  int64_t room;
 };
 
 struct DecimalRows {
@@ -383,28 +403,25 @@ struct DecimalRows {
     if (lanes.rank != 0) return;
     const DecimalPart& part = segments[number];
     const int64_t id = i - part.first;
-    int64_t at = part.made[id + 1];
-    if (at > part.room) return;
-    uint64_t left = part.rule.magnitude(id);
+    if (!part.target.good(id)) return;
+    int64_t at = part.target.begin(id) + part.target.size(id);
+    uint64_t rest = part.rule.magnitude(id);
     do {
-      part.bytes[--at] = static_cast<uint8_t>('0' + left % 10);
-      left /= 10;
-    } while (left != 0);
+      part.bytes[--at] = static_cast<uint8_t>('0' + rest % 10);
+      rest /= 10;
+    } while (rest != 0);
     if (part.rule.negative(id)) part.bytes[--at] = '-';
   }
 };
 
-// Rows put together of the rows of several columns: row i of the result is row i of each of them in turn.
+// Joins the rows of several columns: row i of the result is row i of each of them in turn.
 struct ConcatPart {
   int64_t first;
   const Rows* inputs;  // of all columns
-  int64_t count;
-  int64_t which;     // the column that this part copies
-  const void* from;  // null: ones, of a column without weights
-  void* to;
-  int64_t unit;
-  int64_t words;
-  int64_t* made;  // the new offsets, written by the first column's part; or null
+  int64_t count;       // columns
+  int64_t which;       // the column that this part copies
+  Plane plane;         // `from` is null for the weights of a column without weights: ones
+  int64_t* offsets;    // the new offsets, written by the first column's part; or null
 
   RECIS_HD int64_t begin(int64_t row) const {
     int64_t sum = 0;
@@ -415,19 +432,7 @@ struct ConcatPart {
 
 struct ConcatRows {
   Segments<ConcatPart> segments;
-  int64_t* refused;
-
-  template <class T, class Lanes>
-  RECIS_HD static void copy(const ConcatPart& part, int64_t row, int64_t to, Lanes lanes) {
-    const Rows& rows = part.inputs[part.which];
-    T* out = static_cast<T*>(part.to) + to * part.words;
-    const int64_t n = rows.size(row) * part.words;
-    if (part.from == nullptr) {
-      fill_words(reinterpret_cast<float*>(out), 1.0f, n, lanes);
-    } else {
-      copy_words(static_cast<const T*>(part.from) + rows.begin(row) * part.words, out, n, lanes);
-    }
-  }
+  int64_t* refused;  // 1 + an item whose row lies outside the values of a column
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
@@ -436,30 +441,32 @@ struct ConcatRows {
     for (int64_t k = 0; k < part.count; ++k) {
       if (!part.inputs[k].from_start(row)) return refuse(refused, i);
     }
+    if (part.offsets != nullptr) write_offset(part.offsets, row, part.begin(row + 1), lanes);
+    if (part.plane.to == nullptr) return;
     int64_t to = part.begin(row);
-    if (part.made != nullptr && lanes.rank == 0) {
-      if (row == 0) part.made[0] = 0;
-      part.made[row + 1] = part.begin(row + 1);
-    }
     for (int64_t k = 0; k < part.which; ++k) to += part.inputs[k].size(row);
-    if (part.to == nullptr) return;
-    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, to, lanes); });
+    const Rows& rows = part.inputs[part.which];
+    if (part.plane.from == nullptr) {
+      fill_words(static_cast<float*>(part.plane.to) + to, 1.0f, rows.size(row), lanes);
+    } else {
+      part.plane.copy(rows.begin(row), to, rows.size(row), lanes);
+    }
   }
 };
 
-// out[row, id] += weight for each id of a row; out is zero before.
+// out[row, id] += weight for each id of a row; `out` must be zero before.
 struct MultiHotPart {
   int64_t first;
   Rows rows;
   const int64_t* ids;
-  const float* weights;
-  float* out;
+  const float* weights;  // null: ones
+  float* out;            // [rows, classes]
   int64_t classes;
 };
 
 struct MultiHotRows {
   Segments<MultiHotPart> segments;
-  int64_t* refused;  // 1 + an item whose row has an id out of range or lies outside
+  int64_t* refused;  // 1 + an item whose row lies outside the values or has an id that is not a class
 
   // By one lane, so that weights are added in the order of the row.
   template <class Lanes>
@@ -480,40 +487,29 @@ struct MultiHotRows {
   }
 };
 
-// Every row `times` times in a row.
+// Repeats every row `times` times, copies of one row adjacent.
 struct TilePart {
   int64_t first;
   Rows rows;
   int64_t times;
-  const void* from;
-  void* to;
-  int64_t unit;
-  int64_t words;
-  int64_t* made;  // the new offsets, or null
+  Plane plane;
+  int64_t* offsets;  // the new offsets, or null
 };
 
 struct TileRows {
   Segments<TilePart> segments;
-  int64_t* refused;
-
-  template <class T, class Lanes>
-  RECIS_HD static void copy(const TilePart& part, int64_t row, int64_t to, Lanes lanes) {
-    copy_words(static_cast<const T*>(part.from) + part.rows.begin(row) * part.words,
-               static_cast<T*>(part.to) + to * part.words, part.rows.size(row) * part.words, lanes);
-  }
+  int64_t* refused;  // 1 + an item whose row lies outside the values
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const TilePart& part = segments[number];
-    const int64_t made = i - part.first;
-    const int64_t row = made / part.times;
+    const int64_t target = i - part.first;
+    const int64_t row = target / part.times;
     if (!part.rows.from_start(row)) return refuse(refused, i);
-    const int64_t to = part.rows.begin(row) * part.times + made % part.times * part.rows.size(row);
-    if (part.made != nullptr && lanes.rank == 0) {
-      if (made == 0) part.made[0] = 0;
-      part.made[made + 1] = to + part.rows.size(row);
-    }
-    with_word(part.unit, [&](auto word) { copy<decltype(word)>(part, row, to, lanes); });
+    const int64_t size = part.rows.size(row);
+    const int64_t to = part.rows.begin(row) * part.times + target % part.times * size;
+    write_offset(part.offsets, target, to + size, lanes);
+    part.plane.copy(part.rows.begin(row), to, size, lanes);
   }
 };
 

@@ -1,4 +1,4 @@
-// Ragged columns on CUDA: the offsets of all columns come from one scan (CUB), where the CPU sums up each on its own.
+// Ragged columns on CUDA: one scan (CUB) computes the offsets of all columns, where the CPU sums each column by itself.
 #include "ops/ragged.h"
 
 #include <cub/cub.cuh>
@@ -14,7 +14,7 @@ struct LengthPart {
   SumPart<Rule> sum;
 };
 
-// lengths[i] = values of row i of all columns' rows end to end, a row of no values ending each column.
+// lengths[i] = the number of values in row i of all columns end to end; an empty row ends each column.
 template <class Rule>
 struct RowLengths {
   Segments<LengthPart<Rule>> segments;
@@ -29,7 +29,7 @@ struct RowLengths {
   }
 };
 
-// Each column's offsets are the sums less what came before the column.
+// The offsets of a column: the sums minus the sum before the column.
 template <class Rule>
 struct RowOffsets {
   Segments<LengthPart<Rule>> segments;

@@ -28,10 +28,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
 namespace recis {
 namespace {
 
-// The number [1] of the first offsets that do not begin with 0, decrease, or do not end with their total; -1 for none.
+// The number [1] of the first offsets that do not start at 0, decrease, or do not end at their total; -1 if there are
+// none.
 Tensor first_bad_offsets(const Tensors& offsets, const Ints& totals) {
   RECIS_CHECK(!offsets.empty() && offsets.size() == totals.size(),
-              "first_bad_offsets: a total for each of the offsets");
+              "first_bad_offsets: there must be one total for each list of offsets");
   const auto good = [&](size_t k) {
     const int64_t* at = data<int64_t>(offsets[k], "offsets");
     const int64_t lists = offsets[k].numel() - 1;

@@ -1,8 +1,8 @@
 // Operators that change how many values the rows of ragged columns have (kernels: core/ragged.h).
 //
-// Each takes many columns and handles them in one launch for offsets and one for values. Where the number of values of
-// a result depends on data, the CPU looks at the new offsets and makes it `exact`; CUDA would have to wait, so that
-// there the values come with an upper bound, and zeros after those that the offsets reach.
+// Each takes many columns and handles them in one launch for the offsets and one for the values. Where the number of
+// values in a result depends on data, the CPU reads the new offsets and makes the result `exact`. CUDA would have to
+// synchronise for that; there values get the size of an upper bound and are zero beyond what the offsets reach.
 #pragma once
 
 #include "ops/ragged_rows.h"
@@ -11,9 +11,21 @@ namespace recis {
 
 enum ResizeFlag : int64_t { kDropFirst = 1, kPadFirst = 2, kStrict = 4, kFixed = 8 };
 
-// Rows of at least `least` and at most `most` values (a pair for each of the offsets). A plane belongs to the column
-// owner[plane]; what it lacks becomes the word fills[plane]. Returns the new offsets, then the new planes; those of a
-// column whose flags say kFixed are [rows, most, ...].
+// The rows of each column, found from its planes, which must be equally long; total is -1 for a column without planes.
+inline std::vector<Rows> rows_of_planes(const Tensors& offsets, const Tensors& planes, const Ints& owner,
+                                        const char* name) {
+  std::vector<Rows> rows(offsets.size(), Rows{nullptr, 0, -1});
+  for (size_t p = 0; p < planes.size(); ++p) {
+    Rows& mine = rows.at(static_cast<size_t>(owner[p]));
+    RECIS_CHECK(mine.total < 0 || mine.total == planes[p].size(0), name, ": planes of unequal length");
+    mine = rows_of(planes[p], &offsets[static_cast<size_t>(owner[p])]);
+  }
+  return rows;
+}
+
+// Resizes rows to at least `least` and at most `most` values (one of each for each column). A plane belongs to the
+// column owner[plane]; its missing values become the word fills[plane]. Returns the new offsets, then the new planes;
+// the planes of a column with the flag kFixed are [rows, most, ...].
 template <class Device>
 Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints& owner, const Ints& least,
                       const Ints& most, const Ints& flags, const Ints& fills, const std::string& labels, bool exact,
@@ -23,191 +35,177 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   const size_t columns = offsets.size();
   RECIS_CHECK(least.size() == columns && most.size() == columns && flags.size() == columns &&
                   owner.size() == planes.size() && fills.size() == planes.size(),
-              "ragged_resize: arguments do not fit together");
-  std::vector<Rows> rows(columns, Rows{nullptr, 0, -1});
+              "ragged_resize: arguments of unequal length");
+  const std::vector<Rows> rows = rows_of_planes(offsets, planes, owner, "ragged_resize");
   Ints counts;
-  for (const Tensor& column : offsets) counts.push_back(row_count(column, &column));
-  for (size_t p = 0; p < planes.size(); ++p) {
-    Rows& mine = rows.at(static_cast<size_t>(owner[p]));
-    RECIS_CHECK(mine.total < 0 || mine.total == planes[p].size(0), "ragged_resize: planes of unequal length");
-    mine = rows_of(planes[p], &offsets[static_cast<size_t>(owner[p])]);
-  }
   std::vector<ResizeRule> rules;
-  for (size_t k = 0; k < columns; ++k) rules.push_back({rows[k], least[k], most[k], flags[k] & kStrict});
+  for (size_t k = 0; k < columns; ++k) {
+    counts.push_back(row_count(offsets[k], &offsets[k]));
+    rules.push_back({rows[k], least[k], most[k], flags[k] & kStrict});
+  }
   const auto why = [&](size_t k) {
     return (flags[k] & kStrict) == 0 ? kBadOffsets
                                      : "is longer than the length given (put Truncate before it), or its offsets "
                                        "decrease or lie outside the values";
   };
   Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
-  std::vector<CopyPart> parts;
-  int64_t total = 0;
+  RowParts<CopyPart> parts;
   int64_t width = 1;
   for (size_t p = 0; p < planes.size(); ++p) {
     const auto k = static_cast<size_t>(owner[p]);
-    const int64_t added = times(counts[k], least[k]);
-    const int64_t bound = least[k] == 0 ? min64(rows[k].total, times(counts[k], most[k])) : rows[k].total + added;
-    Tensor made = planes[p];
-    if ((flags[k] & kFixed) != 0) {
-      Ints sizes(made.sizes().begin(), made.sizes().end());
+    const bool fixed = (flags[k] & kFixed) != 0;
+    if (fixed) {
+      Ints sizes(planes[p].sizes().begin(), planes[p].sizes().end());
       sizes[0] = most[k];
       sizes.insert(sizes.begin(), counts[k]);
-      made = torch::stable::new_empty(planes[p], {sizes.data(), sizes.size()});
+      results.push_back(torch::stable::new_empty(planes[p], {sizes.data(), sizes.size()}));
     } else {
-      made = new_values(planes[p], results[k], bound, exact);
+      const int64_t added = times(counts[k], least[k]);
+      const int64_t bound = least[k] == 0 ? min64(rows[k].total, times(counts[k], most[k])) : rows[k].total + added;
+      results.push_back(new_values(planes[p], results[k], bound, exact));
     }
-    results.push_back(made);
-    // Rows of one length are where they are whatever the offsets say: a refused row counts as empty there.
-    const Rows placed = (flags[k] & kFixed) != 0 ? Rows{nullptr, most[k], times(counts[k], most[k])}
-                                                 : Rows{data<int64_t>(results[k], "offsets"), 0, made.size(0)};
-    parts.push_back({total, rows[k], counts[k], nullptr, placed, raw(planes[p]), made.data_ptr(), unit_of(planes[p]),
-                     words_of(planes[p]), fills[p], flags[k] & kDropFirst, flags[k] & kPadFirst});
+    // Rows of a fixed length have their places whatever the new offsets say, in which a refused row is empty.
+    const Rows target =
+        fixed ? Rows{nullptr, most[k], times(counts[k], most[k])} : target_of(results[k], results.back());
+    parts.add({0, rows[k], counts[k], nullptr, target, plane_of(planes[p], results.back()), fills[p],
+               flags[k] & kDropFirst, flags[k] & kPadFirst},
+              k, counts[k]);
     width = std::max(width, std::min<int64_t>(64, rows[k].total / std::max<int64_t>(counts[k], 1)));
-    total += counts[k];
   }
-  launch_rows(device, CopyRows{}, parts, total, width, parallel);
+  parts.launch(device, CopyRows{}, width, parallel);
   return results;
 }
 
-// Rows of columns by number: rows[k] names those of the column offsets[k], -1 a row of no values. Returns the new
-// offsets, then the new planes. `bounds` holds the most values that a column may come to, where not `exact`.
+// Takes rows of columns by number: rows[k] holds row numbers of column k, -1 for an empty row. Returns the new offsets,
+// then the new planes. Unless `exact`, `bounds` holds an upper bound of the values of each column.
 template <class Device>
 Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& planes, const Ints& owner,
                     const Ints& bounds, const std::string& labels, bool exact, bool parallel) {
   if (offsets.empty()) return {};
   Device device(offsets[0]);
-  RECIS_CHECK(
-      rows.size() == offsets.size() && owner.size() == planes.size() && (exact || bounds.size() == offsets.size()),
-      "ragged_take: arguments do not fit together");
-  std::vector<TakeRule> rules(offsets.size(), TakeRule{{nullptr, 0, -1}, 0, nullptr});
+  const size_t columns = offsets.size();
+  RECIS_CHECK(rows.size() == columns && owner.size() == planes.size() && (exact || bounds.size() == columns),
+              "ragged_take: arguments of unequal length");
+  const std::vector<Rows> sources = rows_of_planes(offsets, planes, owner, "ragged_take");
   Ints counts;
-  for (const Tensor& taken : rows) counts.push_back(taken.numel());
-  for (size_t p = 0; p < planes.size(); ++p) {
-    const auto k = static_cast<size_t>(owner[p]);
-    RECIS_CHECK(rules[k].rows.total < 0 || rules[k].rows.total == planes[p].size(0),
-                "ragged_take: planes of unequal length");
-    rules[k] = {rows_of(planes[p], &offsets[k]), row_count(planes[p], &offsets[k]), data<int64_t>(rows[k], "rows")};
+  std::vector<TakeRule> rules;
+  for (size_t k = 0; k < columns; ++k) {
+    counts.push_back(rows[k].numel());
+    rules.push_back({sources[k], row_count(offsets[k], &offsets[k]), data<int64_t>(rows[k], "rows")});
   }
-  const auto why = [](size_t) { return "is no row of the column, or its offsets decrease or lie outside the values"; };
+  const auto why = [](size_t) {
+    return "is not a row of the column, or its offsets decrease or lie outside the values";
+  };
   Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
-  std::vector<CopyPart> parts;
-  int64_t total = 0;
+  RowParts<CopyPart> parts;
   for (size_t p = 0; p < planes.size(); ++p) {
     const auto k = static_cast<size_t>(owner[p]);
     results.push_back(new_values(planes[p], results[k], exact ? 0 : bounds[k], exact));
-    const Rows placed{data<int64_t>(results[k], "offsets"), 0, results.back().size(0)};
-    parts.push_back({total, rules[k].rows, rules[k].count, rules[k].taken, placed, raw(planes[p]),
-                     results.back().data_ptr(), unit_of(planes[p]), words_of(planes[p]), 0, 0, 0});
-    total += counts[k];
+    parts.add({0, sources[k], rules[k].count, rules[k].numbers, target_of(results[k], results.back()),
+               plane_of(planes[p], results.back()), 0, 0, 0},
+              k, counts[k]);
   }
-  launch_rows(device, CopyRows{}, parts, total, 8, parallel);
+  parts.launch(device, CopyRows{}, 8, parallel);
   return results;
 }
 
-// Crosses of columns, six numbers of tensors each: ids, offsets (-1: one id a row) and weights (-1: none) of x, then of
-// y. At most `most` pairs a row. Returns for each the offsets, the ids, and the weights where x or y has them.
+// Crosses pairs of columns: `index` names x and then y, three tensor numbers each (ids; offsets or -1: one id a row;
+// weights or -1), and a row has at most `most` pairs. Returns for each pair of columns the offsets, the ids, and the
+// weights where x or y has some.
 template <class Device>
 Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const std::string& labels, bool exact,
                      bool parallel) {
   if (index.empty()) return {};
-  Device device(tensors.at(static_cast<size_t>(index[0])));
-  RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments do not fit together");
+  const Tensor& like = tensors.at(static_cast<size_t>(index[0]));
+  Device device(like);
+  RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments of unequal length");
   std::vector<CrossRule> rules;
   Ints counts;
   for (size_t k = 0; k < most.size(); ++k) {
-    const int64_t* at = index.data() + 6 * k;
-    const Tensor& x = *tensor_at(tensors, at[0]);
-    const Tensor& y = *tensor_at(tensors, at[3]);
-    rules.push_back({rows_of(x, tensor_at(tensors, at[1])), rows_of(y, tensor_at(tensors, at[4])), most[k]});
-    counts.push_back(row_count(x, tensor_at(tensors, at[1])));
-    RECIS_CHECK(counts.back() == row_count(y, tensor_at(tensors, at[4])), line_of(labels, k),
-                ": the columns have different numbers of rows, ", counts.back(), " and ",
-                row_count(y, tensor_at(tensors, at[4])));
+    const Column x(tensors, index, 6 * k);
+    const Column y(tensors, index, 6 * k + 3);
+    rules.push_back({x.rows(), y.rows(), most[k]});
+    counts.push_back(x.row_count());
+    RECIS_CHECK(counts[k] == y.row_count(), line_of(labels, k), ": the columns have different numbers of rows, ",
+                counts[k], " and ", y.row_count());
   }
   const auto why = [](size_t) {
     return "makes more pairs than the limit given, or has offsets that decrease or lie outside the values";
   };
-  const Tensors offsets =
-      sum_rows(device, tensors.at(static_cast<size_t>(index[0])), rules, counts, labels, why, parallel);
+  const Tensors offsets = sum_rows(device, like, rules, counts, labels, why, parallel);
   Tensors results;
-  std::vector<CrossPart> parts;
-  int64_t total = 0;
+  RowParts<CrossPart> parts;
   for (size_t k = 0; k < most.size(); ++k) {
-    const int64_t* at = index.data() + 6 * k;
-    const auto& [x, y, limit] = rules[k];
-    const int64_t bound = x.offsets == nullptr ? y.total : y.offsets == nullptr ? x.total : times(counts[k], limit);
+    const Column x(tensors, index, 6 * k);
+    const Column y(tensors, index, 6 * k + 3);
+    const int64_t bound = x.offsets == nullptr   ? y.values.size(0)
+                          : y.offsets == nullptr ? x.values.size(0)
+                                                 : times(counts[k], most[k]);
     results.push_back(offsets[k]);
-    results.push_back(new_values(*tensor_at(tensors, at[0]), offsets[k], bound, exact));
-    CrossPart part{total,
-                   x,
-                   y,
-                   data<int64_t>(offsets[k], "offsets"),
-                   reinterpret_cast<const uint64_t*>(data<int64_t>(*tensor_at(tensors, at[0]), "ids")),
-                   reinterpret_cast<const uint64_t*>(data<int64_t>(*tensor_at(tensors, at[3]), "ids")),
-                   weights_of(tensors, at[2], *tensor_at(tensors, at[0]), line_of(labels, k)),
-                   weights_of(tensors, at[5], *tensor_at(tensors, at[3]), line_of(labels, k)),
+    results.push_back(new_values(x.values, offsets[k], bound, exact));
+    CrossPart part{0,
+                   rules[k].x,
+                   rules[k].y,
+                   target_of(offsets[k], results.back()),
+                   reinterpret_cast<const uint64_t*>(data<int64_t>(x.values, "ids")),
+                   reinterpret_cast<const uint64_t*>(data<int64_t>(y.values, "ids")),
+                   weight_data(x.weights, x.values, line_of(labels, k)),
+                   weight_data(y.weights, y.values, line_of(labels, k)),
                    reinterpret_cast<uint64_t*>(data<int64_t>(results.back(), "ids")),
-                   nullptr,
-                   results.back().size(0)};
-    if (at[2] >= 0 || at[5] >= 0) {
-      results.push_back(new_values(*tensor_at(tensors, at[2] >= 0 ? at[2] : at[5]), offsets[k], bound, exact));
+                   nullptr};
+    if (x.weights != nullptr || y.weights != nullptr) {
+      results.push_back(new_values(x.weights != nullptr ? *x.weights : *y.weights, offsets[k], bound, exact));
       part.weights = data<float>(results.back(), "weights");
     }
-    parts.push_back(part);
-    total += counts[k];
+    parts.add(part, k, counts[k]);
   }
-  launch_rows(device, CrossRows{}, parts, total, 8, parallel);
+  parts.launch(device, CrossRows{}, 8, parallel);
   return results;
 }
 
-// The k values of the greatest weights of each row. Returns for each column the offsets, the values and the weights.
+// Keeps the `most` values of each row with the greatest weights. Returns for each column the offsets, the values and
+// the weights.
 template <class Device>
 Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors& weights, const Ints& most,
                     const std::string& labels, bool exact, bool parallel) {
   if (values.empty()) return {};
   Device device(values[0]);
   RECIS_CHECK(offsets.size() == values.size() && weights.size() == values.size() && most.size() == values.size(),
-              "ragged_topk: arguments do not fit together");
+              "ragged_topk: arguments of unequal length");
   std::vector<ResizeRule> rules;
   Ints counts;
   for (size_t k = 0; k < values.size(); ++k) {
-    RECIS_CHECK(values[k].dim() == 1 && values[k].numel() == weights[k].numel(), "ragged_topk takes [N] and weights");
+    RECIS_CHECK(values[k].dim() == 1 && values[k].numel() == weights[k].numel(),
+                "ragged_topk takes values [N] and weights [N]");
     rules.push_back({rows_of(values[k], &offsets[k]), 0, most[k], 0});
     counts.push_back(row_count(values[k], &offsets[k]));
   }
-  const Tensors made = sum_rows(device, values[0], rules, counts, labels, bad_offsets, parallel);
+  const Tensors new_offsets = sum_rows(device, values[0], rules, counts, labels, bad_offsets, parallel);
   Tensors results;
-  std::vector<TopKPart> parts;
-  Ints column;
-  int64_t total = 0;
+  RowParts<TopKPart> parts;
   for (size_t k = 0; k < values.size(); ++k) {
     const int64_t bound = min64(values[k].size(0), times(counts[k], most[k]));
-    results.push_back(made[k]);
-    results.push_back(new_values(values[k], made[k], bound, exact));
-    results.push_back(new_values(weights[k], made[k], bound, exact));
-    parts.push_back({total, rules[k].rows, data<int64_t>(made[k], "offsets"), raw(values[k]),
-                     results[results.size() - 2].data_ptr(), unit_of(values[k]), data<float>(weights[k], "weights"),
-                     data<float>(results.back(), "weights"), results.back().size(0)});
-    column.push_back(static_cast<int64_t>(k));
-    total += counts[k];
+    const Tensor kept = new_values(values[k], new_offsets[k], bound, exact);
+    const Tensor kept_weights = new_values(weights[k], new_offsets[k], bound, exact);
+    parts.add({0, rules[k].rows, target_of(new_offsets[k], kept), plane_of(values[k], kept),
+               data<float>(weights[k], "weights"), data<float>(kept_weights, "weights")},
+              k, counts[k]);
+    results.insert(results.end(), {new_offsets[k], kept, kept_weights});
   }
-  Refusals refusals(1, values[0].is_cpu());
-  TopKRows kernel{};
-  kernel.refused = refusals.data();
-  launch_rows(device, kernel, parts, total, 16, parallel);
-  refusals.raise_by_row(parts, column, labels, "has a weight that is NaN; drop it, or give it a weight");
+  parts.launch(device, TopKRows{}, 16, parallel, values[0].is_cpu(), labels,
+               "has a weight that is NaN; drop it, or give it a weight");
   return results;
 }
 
-// The distinct values of each row. For each column the offsets, the ids, and the weights where weights[k], a number of
-// one of `planes`, is not -1. Returns the same of the result.
+// Keeps the distinct ids of each row. weights[k] is the number among `planes` of the weights of column k, or -1.
+// Returns for each column the offsets, the ids, and the weights where it has some.
 template <class Device>
 Tensors ragged_distinct(const Tensors& ids, const Tensors& offsets, const Tensors& planes, const Ints& weights,
                         const std::string& labels, bool exact, bool parallel) {
   if (ids.empty()) return {};
   Device device(ids[0]);
   RECIS_CHECK(offsets.size() == ids.size() && weights.size() == ids.size(),
-              "ragged_distinct: arguments do not fit together");
+              "ragged_distinct: arguments of unequal length");
   std::vector<DistinctRule> rules;
   Ints counts;
   for (size_t k = 0; k < ids.size(); ++k) {
@@ -215,39 +213,37 @@ Tensors ragged_distinct(const Tensors& ids, const Tensors& offsets, const Tensor
     rules.push_back({rows_of(ids[k], &offsets[k]), data<int64_t>(ids[k], "ids")});
     counts.push_back(row_count(ids[k], &offsets[k]));
   }
-  const Tensors made = sum_rows(device, ids[0], rules, counts, labels, bad_offsets, parallel);
+  const Tensors new_offsets = sum_rows(device, ids[0], rules, counts, labels, bad_offsets, parallel);
   Tensors results;
-  std::vector<DistinctPart> parts;
-  int64_t total = 0;
+  RowParts<DistinctPart> parts;
   for (size_t k = 0; k < ids.size(); ++k) {
-    results.push_back(made[k]);
-    results.push_back(new_values(ids[k], made[k], ids[k].size(0), exact));
-    DistinctPart part{total,
+    const Tensor* mine = Column::optional(planes, weights[k]);
+    results.push_back(new_offsets[k]);
+    results.push_back(new_values(ids[k], new_offsets[k], ids[k].size(0), exact));
+    DistinctPart part{0,
                       rules[k].rows,
-                      data<int64_t>(made[k], "offsets"),
+                      target_of(new_offsets[k], results.back()),
                       rules[k].ids,
-                      weights_of(planes, weights[k], ids[k], line_of(labels, k)),
+                      weight_data(mine, ids[k], line_of(labels, k)),
                       data<int64_t>(results.back(), "ids"),
-                      nullptr,
-                      results.back().size(0)};
-    if (weights[k] >= 0) {
-      results.push_back(new_values(*tensor_at(planes, weights[k]), made[k], ids[k].size(0), exact));
+                      nullptr};
+    if (mine != nullptr) {
+      results.push_back(new_values(*mine, new_offsets[k], ids[k].size(0), exact));
       part.weights_out = data<float>(results.back(), "weights");
     }
-    parts.push_back(part);
-    total += counts[k];
+    parts.add(part, k, counts[k]);
   }
-  launch_rows(device, DistinctRows{}, parts, total, 16, parallel);
+  parts.launch(device, DistinctRows{}, 16, parallel);
   return results;
 }
 
-// The decimal digits of ids [N], with a sign where they are signed and below 0. Returns for each column the offsets
-// [N + 1] of its strings, and their bytes.
+// Writes ids [N] in decimal, with a sign where they are signed and negative. Returns for each column the offsets
+// [N + 1] of its strings and their bytes.
 template <class Device>
 Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact, bool parallel) {
   if (ids.empty()) return {};
   Device device(ids[0]);
-  RECIS_CHECK(is_unsigned.size() == ids.size(), "decimal_strings: arguments do not fit together");
+  RECIS_CHECK(is_unsigned.size() == ids.size(), "decimal_strings: arguments of unequal length");
   constexpr int64_t kMostDigits = 20;
   std::vector<DecimalRule> rules;
   Ints counts;
@@ -255,99 +251,90 @@ Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact,
     rules.push_back({data<int64_t>(ids[k], "ids"), is_unsigned[k]});
     counts.push_back(ids[k].numel());
   }
-  const Tensors made = sum_rows(device, ids[0], rules, counts, "", bad_offsets, parallel);
+  const Tensors offsets = sum_rows(device, ids[0], rules, counts, "", bad_offsets, parallel);
   Tensors results;
-  std::vector<DecimalPart> parts;
-  int64_t total = 0;
+  RowParts<DecimalPart> parts;
   for (size_t k = 0; k < ids.size(); ++k) {
-    const int64_t bytes = exact ? data<int64_t>(made[k], "offsets")[counts[k]] : counts[k] * kMostDigits;
-    results.push_back(made[k]);
-    results.push_back(new_to_fill(ids[k], {bytes}, ScalarType::Byte));
-    parts.push_back(
-        {total, rules[k], data<int64_t>(made[k], "offsets"), static_cast<uint8_t*>(results.back().data_ptr()), bytes});
-    total += counts[k];
+    const int64_t size = exact ? data<int64_t>(offsets[k], "offsets")[counts[k]] : counts[k] * kMostDigits;
+    results.push_back(offsets[k]);
+    results.push_back(new_to_fill(ids[k], {size}, ScalarType::Byte));
+    parts.add({0, rules[k], target_of(offsets[k], results.back()), static_cast<uint8_t*>(results.back().data_ptr())}, k,
+              counts[k]);
   }
-  launch_rows(device, DecimalRows{}, parts, total, 1, parallel);
+  parts.launch(device, DecimalRows{}, 1, parallel);
   return results;
 }
 
-// Columns put together row by row. `index` holds for each result how many columns, then three numbers of tensors for
-// each: values ([N], or [B, L] without offsets), offsets or -1, weights or -1. Returns for each the offsets, unless all
-// are dense, the values ([B, sum of L] where dense), and the weights where one has them (1 in those that have none).
+// Joins columns row by row. `index` holds for each result the number of columns, then three tensor numbers for each of
+// them: values ([N], or [B] or [B, L] without offsets), offsets or -1, weights or -1. Returns for each result the
+// offsets, unless all columns are dense; the values ([B, sum of L] where dense); and the weights where a column has
+// some (1 for the values of columns without).
 template <class Device>
 Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::string& labels, bool parallel) {
   if (index.empty()) return {};
-  const Tensor& like = tensors.at(static_cast<size_t>(index[1]));
+  const Tensor& like = tensors.at(static_cast<size_t>(index.at(1)));
   Device device(like);
   Tensors results;
-  std::vector<ConcatPart> parts;
+  RowParts<ConcatPart> parts;
+  std::vector<size_t> inputs_at;  // for each part: where its columns begin in `inputs`
   std::vector<Rows> inputs;
-  Ints column;
-  int64_t total = 0;
-  int64_t number = 0;
+  size_t number = 0;
   for (size_t at = 0; at < index.size(); at += 1 + 3 * static_cast<size_t>(index[at]), ++number) {
-    const auto count = static_cast<size_t>(index[at]);
-    const int64_t* first = index.data() + at + 1;
+    const std::string label = line_of(labels, number);
+    const size_t begin = inputs.size();
+    std::vector<Column> columns;
+    int64_t values = 0;
+    int64_t width = 0;
     bool dense = true;
     bool weighted = false;
-    int64_t values = 0;
-    int64_t rows = -1;
-    const Tensor& source = *tensor_at(tensors, first[0]);
-    const size_t rows_at = inputs.size();
-    for (size_t k = 0; k < count; ++k) {
-      const Tensor& mine = *tensor_at(tensors, first[3 * k]);
-      const Tensor* offsets = tensor_at(tensors, first[3 * k + 1]);
-      RECIS_CHECK(mine.dim() == 1 || (offsets == nullptr && mine.dim() == 2),
-                  line_of(labels, static_cast<size_t>(number)), ": columns must be [N] with offsets, [B] or [B, L]");
-      weights_of(tensors, first[3 * k + 2], mine, line_of(labels, static_cast<size_t>(number)));
-      check_all_reached(mine, offsets, line_of(labels, static_cast<size_t>(number)));
-      RECIS_CHECK(mine.scalar_type() == source.scalar_type(), "ragged_concat: columns of unequal dtypes");
-      const int64_t mine_rows = row_count(mine, offsets);
-      RECIS_CHECK(rows < 0 || rows == mine_rows, line_of(labels, static_cast<size_t>(number)),
-                  ": the columns have different numbers of rows, ", rows, " and ", mine_rows);
-      rows = mine_rows;
-      Rows column_rows = rows_of(mine, offsets);
-      if (offsets == nullptr) column_rows = {nullptr, mine.dim() == 2 ? mine.size(1) : 1, mine.numel()};
-      inputs.push_back(column_rows);
-      dense = dense && offsets == nullptr;
-      weighted = weighted || first[3 * k + 2] >= 0;
-      values += mine.numel();
+    for (size_t k = 0; k < static_cast<size_t>(index[at]); ++k) {
+      const Column& mine = columns.emplace_back(tensors, index, at + 1 + 3 * k);
+      RECIS_CHECK(mine.values.dim() == 1 || (mine.offsets == nullptr && mine.values.dim() == 2), label,
+                  ": columns must be [N] with offsets, [B] or [B, L]");
+      weight_data(mine.weights, mine.values, label);
+      check_all_reached(mine.values, mine.offsets, label);
+      RECIS_CHECK(mine.values.scalar_type() == columns[0].values.scalar_type(),
+                  "ragged_concat: columns of unequal dtypes");
+      RECIS_CHECK(mine.row_count() == columns[0].row_count(), label, ": the columns have different numbers of rows, ",
+                  columns[0].row_count(), " and ", mine.row_count());
+      inputs.push_back(mine.number_rows());
+      values += mine.values.numel();
+      width += inputs.back().stride;
+      dense = dense && mine.offsets == nullptr;
+      weighted = weighted || mine.weights != nullptr;
     }
-    int64_t* made = nullptr;
+    const int64_t rows = columns.at(0).row_count();
+    int64_t* offsets = nullptr;
     if (!dense) {
       results.push_back(new_to_fill(like, {rows + 1}, ScalarType::Long));
-      made = data<int64_t>(results.back(), "offsets");
+      offsets = data<int64_t>(results.back(), "offsets");
       if (rows == 0) torch::stable::zero_(results.back());
     }
-    int64_t wide = 0;
-    for (size_t k = 0; k < count; ++k) wide += inputs[rows_at + k].stride;
-    const Ints sizes = dense ? Ints{rows, wide} : Ints{values};
-    const size_t planes = weighted ? 2 : 1;
-    for (size_t plane = 0; plane < planes; ++plane) {
-      const ScalarType dtype = plane == 0 ? source.scalar_type() : ScalarType::Float;
+    const Ints sizes = dense ? Ints{rows, width} : Ints{values};
+    for (const bool is_weights : {false, true}) {
+      if (is_weights && !weighted) continue;
+      const ScalarType dtype = is_weights ? ScalarType::Float : columns[0].values.scalar_type();
       results.push_back(new_to_fill(like, sizes, dtype));
-      for (size_t k = 0; k < count; ++k) {
-        const Tensor* from = tensor_at(tensors, first[3 * k + 2 * plane]);
-        parts.push_back({total, reinterpret_cast<const Rows*>(rows_at), static_cast<int64_t>(count),
-                         static_cast<int64_t>(k), from == nullptr ? nullptr : raw(*from), results.back().data_ptr(),
-                         unit_of(results.back()), 1, plane == 0 && k == 0 ? made : nullptr});
-        column.push_back(number);
-        total += rows;
+      for (size_t k = 0; k < columns.size(); ++k) {
+        const Tensor* from = is_weights ? columns[k].weights : &columns[k].values;
+        const Plane plane{from == nullptr ? nullptr : raw(*from), results.back().data_ptr(), unit_of(results.back()),
+                          1};
+        parts.add({0, nullptr, static_cast<int64_t>(columns.size()), static_cast<int64_t>(k), plane,
+                   !is_weights && k == 0 ? offsets : nullptr},
+                  number, rows);
+        inputs_at.push_back(begin);
       }
     }
   }
-  const Rows* placed = device.upload(inputs);
-  for (ConcatPart& part : parts) part.inputs = placed + reinterpret_cast<size_t>(part.inputs);
-  Refusals refusals(1, like.is_cpu());
-  ConcatRows kernel{};
-  kernel.refused = refusals.data();
-  launch_rows(device, kernel, parts, total, 8, parallel);
-  refusals.raise_by_row(parts, column, labels, kBadOffsets);
+  const Rows* uploaded = device.upload(inputs);
+  for (size_t p = 0; p < inputs_at.size(); ++p) parts.parts[p].inputs = uploaded + inputs_at[p];
+  parts.launch(device, ConcatRows{}, 8, parallel, like.is_cpu(), labels, kBadOffsets);
   return results;
 }
 
-// For each column, three numbers of tensors (ids [N], or [B, L] without offsets; offsets or -1; weights or -1): the sum
-// of the weights (1 where there are none) of each of its classes in a row, float32 [B, classes].
+// Sums the weights of each class in a row (1 for each value of a column without weights): float32 [B, classes] for each
+// column. `index` holds three tensor numbers for each: ids ([N], or [B, L] without offsets), offsets or -1, weights or
+// -1.
 template <class Device>
 Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes, const std::string& labels,
                   bool parallel) {
@@ -355,34 +342,24 @@ Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes
   const Tensor& like = tensors.at(static_cast<size_t>(index[0]));
   Device device(like);
   Tensors results;
-  std::vector<MultiHotPart> parts;
-  Ints column;
-  int64_t total = 0;
+  RowParts<MultiHotPart> parts;
   for (size_t k = 0; k < classes.size(); ++k) {
-    const Tensor& ids = *tensor_at(tensors, index.at(3 * k));
-    const Tensor* offsets = tensor_at(tensors, index.at(3 * k + 1));
-    const int64_t rows = row_count(ids, offsets);
-    Rows mine = rows_of(ids, offsets);
-    if (offsets == nullptr) mine = {nullptr, words_of(ids), ids.numel()};
+    const Column ids(tensors, index, 3 * k);
+    const int64_t rows = ids.row_count();
     const int64_t sizes[] = {rows, classes[k]};
-    results.push_back(torch::stable::new_zeros(ids, {sizes, 2}, ScalarType::Float));
-    parts.push_back({total, mine, data<int64_t>(ids, "ids"),
-                     weights_of(tensors, index.at(3 * k + 2), ids, line_of(labels, k)),
-                     data<float>(results.back(), "out"), classes[k]});
-    column.push_back(static_cast<int64_t>(k));
-    total += rows;
+    results.push_back(torch::stable::new_zeros(ids.values, {sizes, 2}, ScalarType::Float));
+    parts.add(
+        {0, ids.number_rows(), data<int64_t>(ids.values, "ids"),
+         weight_data(ids.weights, ids.values, line_of(labels, k)), data<float>(results.back(), "out"), classes[k]},
+        k, rows);
   }
-  Refusals refusals(1, like.is_cpu());
-  MultiHotRows kernel{};
-  kernel.refused = refusals.data();
-  launch_rows(device, kernel, parts, total, 1, parallel);
-  refusals.raise_by_row(parts, column, labels,
-                        "has an id that is no class (put Mod or Clip before it), or offsets outside the values");
+  parts.launch(device, MultiHotRows{}, 1, parallel, like.is_cpu(), labels,
+               "has an id that is not a class (put Mod or Clip before it), or offsets outside the values");
   return results;
 }
 
-// For each column, three numbers of tensors (values, offsets or -1, weights or -1): every row `times` times in a row.
-// Returns for each the offsets, where it has some, the values, and the weights, where it has some.
+// Repeats every row of column k times[k] times. `index` holds three tensor numbers for each column: values, offsets or
+// -1, weights or -1. Returns for each the offsets where it has some, the values, and the weights where it has some.
 template <class Device>
 Tensors ragged_tile(const Tensors& tensors, const Ints& index, const Ints& times, const std::string& labels,
                     bool parallel) {
@@ -390,39 +367,30 @@ Tensors ragged_tile(const Tensors& tensors, const Ints& index, const Ints& times
   const Tensor& like = tensors.at(static_cast<size_t>(index[0]));
   Device device(like);
   Tensors results;
-  std::vector<TilePart> parts;
-  Ints column;
-  int64_t total = 0;
+  RowParts<TilePart> parts;
   for (size_t k = 0; k < times.size(); ++k) {
-    const Tensor& values = *tensor_at(tensors, index.at(3 * k));
-    const Tensor* offsets = tensor_at(tensors, index.at(3 * k + 1));
-    const int64_t rows = row_count(values, offsets) * times[k];
-    const Tensor* weights = tensor_at(tensors, index.at(3 * k + 2));
-    RECIS_CHECK(weights == nullptr || weights->size(0) == values.size(0), line_of(labels, k),
-                ": weights must be as many as the values");
-    check_all_reached(values, offsets, line_of(labels, k));
-    int64_t* made = nullptr;
-    if (offsets != nullptr) {
+    const Column column(tensors, index, 3 * k);
+    const int64_t rows = column.row_count() * times[k];
+    RECIS_CHECK(column.weights == nullptr || column.weights->size(0) == column.values.size(0), line_of(labels, k),
+                ": there must be one weight for each value");
+    check_all_reached(column.values, column.offsets, line_of(labels, k));
+    int64_t* offsets = nullptr;
+    if (column.offsets != nullptr) {
       const int64_t sizes[] = {rows + 1};
       results.push_back(torch::stable::new_zeros(like, {sizes, 1}, ScalarType::Long));
-      made = data<int64_t>(results.back(), "offsets");
+      offsets = data<int64_t>(results.back(), "offsets");
     }
-    for (const Tensor* plane : {&values, weights}) {
+    for (const Tensor* plane : {&column.values, column.weights}) {
       if (plane == nullptr) continue;
       Ints sizes(plane->sizes().begin(), plane->sizes().end());
       sizes[0] *= times[k];
       results.push_back(new_to_fill(*plane, sizes, plane->scalar_type()));
-      parts.push_back({total, rows_of(*plane, offsets), times[k], raw(*plane), results.back().data_ptr(),
-                       unit_of(*plane), words_of(*plane), plane == &values ? made : nullptr});
-      column.push_back(static_cast<int64_t>(k));
-      total += rows;
+      parts.add({0, rows_of(*plane, column.offsets), times[k], plane_of(*plane, results.back()),
+                 plane == &column.values ? offsets : nullptr},
+                k, rows);
     }
   }
-  Refusals refusals(1, like.is_cpu());
-  TileRows kernel{};
-  kernel.refused = refusals.data();
-  launch_rows(device, kernel, parts, total, 8, parallel);
-  refusals.raise_by_row(parts, column, labels, kBadOffsets);
+  parts.launch(device, TileRows{}, 8, parallel, like.is_cpu(), labels, kBadOffsets);
   return results;
 }
 

@@ -1,8 +1,8 @@
-// What operators on ragged columns share: tensors by number, launches over the rows of several columns, new offsets.
+// Helpers of the operators on ragged columns: columns named by tensor numbers, launches over the rows of several
+// columns, new offsets and values.
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "core/ragged.h"
 #include "ops/common.h"
@@ -11,6 +11,7 @@ namespace recis {
 
 inline constexpr int64_t kNoBound = std::numeric_limits<int64_t>::max();
 
+// The size of an element in bytes: 1, 2, 4 or 8.
 inline int64_t unit_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Byte:
@@ -33,7 +34,7 @@ inline int64_t unit_of(const Tensor& tensor) {
   }
 }
 
-// Numbers in one value of a tensor [N, ...].
+// The number of elements in one value of a tensor [N, ...].
 inline int64_t words_of(const Tensor& tensor) {
   int64_t words = 1;
   for (int64_t d = 1; d < tensor.dim(); ++d) words *= tensor.size(d);
@@ -45,12 +46,12 @@ inline const void* raw(const Tensor& tensor) {
   return tensor.data_ptr();
 }
 
-// Tensors by number, -1 for none.
-inline const Tensor* tensor_at(const Tensors& tensors, int64_t number) {
-  return number < 0 ? nullptr : &tensors.at(static_cast<size_t>(number));
+// A plane on its way into `to`, a tensor of the same dtype and value shape.
+inline Plane plane_of(const Tensor& from, const Tensor& to) {
+  return {raw(from), to.data_ptr(), unit_of(from), words_of(from)};
 }
 
-// The rows of `values`: by offsets, or where there are none as many as its first dimension has.
+// The rows of `values` by offsets, or, without them, one value a row.
 inline Rows rows_of(const Tensor& values, const Tensor* offsets) {
   if (offsets != nullptr) return {data<int64_t>(*offsets, "offsets"), 0, values.size(0)};
   return {nullptr, 1, values.size(0)};
@@ -62,20 +63,50 @@ inline int64_t row_count(const Tensor& values, const Tensor* offsets) {
   return offsets->numel() - 1;
 }
 
-// The weights of a column's values by number, null for none.
-inline const float* weights_of(const Tensors& tensors, int64_t number, const Tensor& values, const std::string& label) {
-  const Tensor* weights = tensor_at(tensors, number);
+// The rows of the values that an operator is about to write.
+inline Rows target_of(const Tensor& offsets, const Tensor& values) {
+  return {data<int64_t>(offsets, "offsets"), 0, values.size(0)};
+}
+
+// A column named by three tensor numbers: its values, its offsets and its weights, the latter two -1 for none.
+struct Column {
+  const Tensor& values;
+  const Tensor* offsets;
+  const Tensor* weights;
+
+  Column(const Tensors& tensors, const Ints& index, size_t at)
+      : values(tensors.at(static_cast<size_t>(index.at(at)))),
+        offsets(optional(tensors, index.at(at + 1))),
+        weights(optional(tensors, index.at(at + 2))) {}
+
+  static const Tensor* optional(const Tensors& tensors, int64_t number) {
+    return number < 0 ? nullptr : &tensors.at(static_cast<size_t>(number));
+  }
+
+  int64_t row_count() const { return recis::row_count(values, offsets); }
+
+  // Rows of values; without offsets one value a row, whatever its shape.
+  Rows rows() const { return rows_of(values, offsets); }
+
+  // Rows of numbers: values [N] by offsets, or [B, L] with L numbers a row.
+  Rows number_rows() const { return offsets != nullptr ? rows() : Rows{nullptr, words_of(values), values.numel()}; }
+};
+
+// The weights of values, or null for none.
+inline const float* weight_data(const Tensor* weights, const Tensor& values, const std::string& label) {
   if (weights == nullptr) return nullptr;
-  RECIS_CHECK(weights->numel() == values.numel(), label, ": weights must be as many as the values, ", values.numel(),
-              ", got ", weights->numel());
+  RECIS_CHECK(weights->numel() == values.numel(), label, ": there must be one weight for each of the ", values.numel(),
+              " values, got ", weights->numel());
   return data<float>(*weights, "weights");
 }
 
+// a * b, or kNoBound where it overflows.
 inline int64_t times(int64_t a, int64_t b) {
   int64_t product = 0;
   return __builtin_mul_overflow(a, b, &product) ? kNoBound : product;
 }
 
+// Labels are lines, one for each column.
 inline std::string line_of(const std::string& labels, size_t number) {
   size_t begin = 0;
   for (size_t k = 0; k < number && begin != std::string::npos; ++k) {
@@ -86,48 +117,11 @@ inline std::string line_of(const std::string& labels, size_t number) {
   return labels.substr(begin, labels.find('\n', begin) - begin);
 }
 
-// The launch of a segmented kernel over the rows of several columns.
-template <class Device, class Kernel, class Part>
-void launch_rows(Device& device, Kernel kernel, const std::vector<Part>& parts, int64_t total, int64_t width,
-                 bool parallel) {
-  device.place(kernel.segments, parts);
-  kernel.segments.total = total;
-  device.for_each(total, width, parallel, kernel);
-}
-
-// Where kernels note rows that they refuse, for the operator to raise. On CUDA nobody looks, and there it is null.
-struct Refusals {
-  Ints rows;
-  bool cpu;
-
-  Refusals(size_t count, bool on_cpu) : rows(count, 0), cpu(on_cpu) {}
-  int64_t* data() { return cpu ? rows.data() : nullptr; }
-
-  // For one word for each column; `why(k)` says what is wrong with a row of column k.
-  template <class Why>
-  void raise_by_column(const std::string& labels, Why&& why) const {
-    for (size_t k = 0; k < rows.size(); ++k) {
-      RECIS_CHECK(rows[k] == 0, line_of(labels, k), ": row ", rows[k] - 1, " ", why(k));
-    }
-  }
-
-  // For one word over the rows of all columns.
-  template <class Part>
-  void raise_by_row(const std::vector<Part>& parts, const Ints& column, const std::string& labels,
-                    const char* why) const {
-    if (rows[0] == 0) return;
-    size_t number = 0;
-    while (number + 1 < parts.size() && parts[number + 1].first < rows[0]) ++number;
-    RECIS_CHECK(false, line_of(labels, static_cast<size_t>(column[number])), ": row ",
-                rows[0] - 1 - parts[number].first, " ", why);
-  }
-};
-
 inline constexpr const char* kBadOffsets = "has offsets that decrease or lie outside the values";
 inline const char* bad_offsets(size_t) { return kBadOffsets; }
 
-// Raises (on CPU) for offsets that do not reach from the first value to the last, where a result has a place for each
-// value: those of values that no row has would never be written.
+// Raises on the CPU for offsets that do not run from the first value to the last: the result has a place for each
+// value, and the places of values that belong to no row would never be written.
 inline void check_all_reached(const Tensor& values, const Tensor* offsets, const std::string& label) {
   if (offsets == nullptr || !values.is_cpu()) return;
   const int64_t* at = data<int64_t>(*offsets, "offsets");
@@ -136,13 +130,49 @@ inline void check_all_reached(const Tensor& values, const Tensor* offsets, const
               kBadOffsets);
 }
 
-// A tensor for a kernel to fill: zeros on CUDA, where it leaves out what it refuses and what no row has.
+// The parts of a launch over the rows of several columns, end to end. `parts` must outlive the launch.
+template <class Part>
+struct RowParts {
+  std::vector<Part> parts;
+  std::vector<size_t> columns;  // of each part
+  int64_t total = 0;            // rows
+
+  void add(Part part, size_t column, int64_t rows) {
+    part.first = total;
+    parts.push_back(part);
+    columns.push_back(column);
+    total += rows;
+  }
+
+  // Runs a kernel that refuses nothing.
+  template <class Device, class Kernel>
+  void launch(Device& device, Kernel kernel, int64_t width, bool parallel) const {
+    device.place(kernel.segments, parts);
+    kernel.segments.total = total;
+    device.for_each(total, width, parallel, kernel);
+  }
+
+  // Runs a kernel that refuses rows; raises on the CPU if it did. On CUDA `refused` is null.
+  template <class Device, class Kernel>
+  void launch(Device& device, Kernel kernel, int64_t width, bool parallel, bool on_cpu, const std::string& labels,
+              const char* why) const {
+    int64_t refused = 0;
+    kernel.refused = on_cpu ? &refused : nullptr;
+    launch(device, kernel, width, parallel);
+    if (refused == 0) return;
+    size_t number = 0;
+    while (number + 1 < parts.size() && parts[number + 1].first < refused) ++number;
+    RECIS_CHECK(false, line_of(labels, columns[number]), ": row ", refused - 1 - parts[number].first, " ", why);
+  }
+};
+
+// A tensor for a kernel to fill. On CUDA it starts as zeros, because the kernel skips the rows that it refuses.
 inline Tensor new_to_fill(const Tensor& like, const Ints& sizes, ScalarType dtype) {
   if (like.is_cpu()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
   return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-// New offsets by a rule for each column; raises (on CPU) for a refused row.
+// New offsets by a rule for each column. Raises on the CPU for a refused row of column k, with the reason why(k).
 template <class Device, class Rule, class Why>
 Tensors sum_rows(Device& device, const Tensor& like, const std::vector<Rule>& rules, const Ints& rows,
                  const std::string& labels, Why&& why, bool parallel) {
@@ -153,13 +183,16 @@ Tensors sum_rows(Device& device, const Tensor& like, const std::vector<Rule>& ru
     offsets.push_back(torch::stable::new_empty(like, {sizes, 1}, ScalarType::Long));
     parts.push_back({rules[k], rows[k], data<int64_t>(offsets.back(), "offsets")});
   }
-  Refusals refusals(rules.size(), like.is_cpu());
-  device.sum_rows(parts, refusals.data(), parallel);
-  refusals.raise_by_column(labels, why);
+  Ints refused(rules.size(), 0);
+  device.sum_rows(parts, like.is_cpu() ? refused.data() : nullptr, parallel);
+  for (size_t k = 0; k < refused.size(); ++k) {
+    RECIS_CHECK(refused[k] == 0, line_of(labels, k), ": row ", refused[k] - 1, " ", why(k));
+  }
   return offsets;
 }
 
-// A tensor for the values of a result: exactly as many as the offsets say, or `bound` of which the last may be none.
+// A tensor for the values of a result: of exactly the number that the offsets give, or of `bound`, an upper bound of
+// it.
 inline Tensor new_values(const Tensor& like, const Tensor& offsets, int64_t bound, bool exact) {
   Ints sizes(like.sizes().begin(), like.sizes().end());
   sizes[0] = bound;
@@ -167,7 +200,7 @@ inline Tensor new_values(const Tensor& like, const Tensor& offsets, int64_t boun
     sizes[0] = data<int64_t>(offsets, "offsets")[offsets.numel() - 1];
     return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
   }
-  RECIS_CHECK(bound != kNoBound, "the size of this result has no bound; a GPU needs one");
+  RECIS_CHECK(bound != kNoBound, "the size of this result has no upper bound; a GPU needs one");
   return torch::stable::new_zeros(like, {sizes.data(), sizes.size()});
 }
 
