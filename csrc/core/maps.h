@@ -1,7 +1,7 @@
 // The arithmetic of element-wise feature operations, one value at a time.
 //
-// The kernels of single operators (transform.h) and those of fused programs (program.h) both call these, and are
-// compiled without contraction, so that fused and unfused results are equal bit for bit.
+// The kernels of single operators (transform.h) and of fused programs (program.h) both call these functions and are
+// compiled without contraction, so fused and unfused results are equal bit for bit.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 
 namespace recis {
 
-// Remainders by a divisor that stays the same: a multiplication and shifts in place of a division, exact for every
+// Remainders by a constant divisor, computed with a multiplication and shifts instead of a division; exact for every
 // 64-bit value (Granlund and Montgomery: Division by invariant integers using multiplication, 1994, figure 4.1).
 struct Divisor {
   uint64_t divisor;
@@ -20,7 +20,7 @@ struct Divisor {
   int32_t shift1;
   int32_t shift2;
 
-  // `by` is at least 1. Called on the host.
+  // For the host only. `by` must be at least 1.
   static Divisor of(uint64_t by) {
     int32_t bits = 0;  // the least number with 2^bits >= by
     while (bits < 64 && (static_cast<unsigned __int128>(1) << bits) < by) ++bits;
@@ -38,7 +38,7 @@ struct Divisor {
   }
 };
 
-// (((x * multiplier) % prime + prime) % prime) % buckets in signed arithmetic that wraps: 0 <= result < buckets.
+// (((x * multiplier) % prime + prime) % prime) % buckets in signed arithmetic that wraps; 0 <= result < buckets.
 struct MultiHash {
   uint64_t multiplier;
   Divisor prime;
@@ -46,10 +46,10 @@ struct MultiHash {
 
   RECIS_HD uint64_t operator()(uint64_t x) const {
     const uint64_t product = x * multiplier;
-    // Below 0, floor(v mod p) = p - 1 - (-1 - v) mod p, and -1 - v is v with its bits turned.
+    // For v < 0, floor(v mod p) = p - 1 - (-1 - v) mod p, and -1 - v is ~v.
     const uint64_t negative = 0 - (product >> 63);
-    const uint64_t rest = prime.remainder(product ^ negative);
-    return buckets.remainder(negative != 0 ? prime.divisor - 1 - rest : rest);
+    const uint64_t remainder = prime.remainder(product ^ negative);
+    return buckets.remainder(negative != 0 ? prime.divisor - 1 - remainder : remainder);
   }
 };
 
@@ -64,16 +64,17 @@ RECIS_HD bool is_nan(T value) {
   return value != value;
 }
 
-// Whether a sorted boundary counts for a value: it lies at or below it (kRight), or below it. Negated, so that NaN
-// counts every boundary.
+// Whether a value lies above a sorted boundary: at or above it (kRight), or strictly above. The comparison is negated
+// so that NaN lies above every boundary.
 template <bool kRight, class T>
 RECIS_HD bool above(T value, T boundary) {
   return kRight ? !(value < boundary) : !(value <= boundary);
 }
 
-// How many of the sorted boundaries count. The search takes the same steps for every value: no branch depends on data.
+// The number of sorted boundaries that a value lies above. The search takes the same steps for every value, so no
+// branch depends on data.
 template <bool kRight, class T>
-RECIS_HD int64_t bucket_of(T value, const T* boundaries, int64_t count) {
+RECIS_HD int64_t boundaries_below(T value, const T* boundaries, int64_t count) {
   int64_t below = 0;
   int64_t left = count;
   while (left > 1) {
@@ -85,7 +86,31 @@ RECIS_HD int64_t bucket_of(T value, const T* boundaries, int64_t count) {
   return below;
 }
 
-// Maps of one number to one of the same type. `bad(x)` says that there is no answer.
+// Maps of one number to another: f(x) is the result, and f.bad(x) says whether x has none.
+
+// x mod the divisor, the bits of x read as an unsigned number.
+struct ModOf {
+  Divisor divisor;
+  RECIS_HD bool bad(int64_t) const { return false; }
+  RECIS_HD int64_t operator()(int64_t x) const {
+    return static_cast<int64_t>(divisor.remainder(static_cast<uint64_t>(x)));
+  }
+};
+
+struct MultiHashOf {
+  MultiHash hash;
+  RECIS_HD bool bad(int64_t) const { return false; }
+  RECIS_HD int64_t operator()(int64_t x) const { return static_cast<int64_t>(hash(static_cast<uint64_t>(x))); }
+};
+
+// The number of sorted boundaries below x; see boundaries_below.
+template <class T, bool kRight>
+struct BucketOf {
+  const T* boundaries;
+  int64_t count;
+  RECIS_HD bool bad(T x) const { return is_nan(x); }
+  RECIS_HD int64_t operator()(T x) const { return boundaries_below<kRight>(x, boundaries, count); }
+};
 
 // log(x + plus), for x + plus > 0.
 template <class T>
@@ -121,8 +146,8 @@ struct FillOf {
   RECIS_HD T operator()(T x) const { return is_nan(x) ? value : x; }
 };
 
-// A number as one of another type. Floats lose their fraction on the way to integers; one that is NaN or outside the
-// range of an int64 is bad. Integers wrap on the way to narrower ones.
+// A number converted to another type. Floats are truncated towards zero on the way to integers; NaN and values outside
+// the range of int64 are bad. Integers wrap on the way to narrower ones.
 template <class From, class To>
 struct CastOf {
   RECIS_HD bool bad(From x) const {

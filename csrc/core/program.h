@@ -1,9 +1,9 @@
-// A program of element-wise operations over many columns, run in one pass.
+// Programs of element-wise operations over many columns, run in one pass.
 //
-// A part is a chain or a tree of instructions over columns of one length. Its elements are handled in tiles of W: each
-// instruction is a loop over a tile, so that reading it costs once for W elements, the loop is what the compiler makes
-// of it alone, and what one instruction leaves for the next stays in the first-level cache. On CUDA W is 1 and a thread
-// keeps a tile in its registers: all threads of a warp run the same instruction.
+// A part is a chain or a tree of instructions over columns of one length. Its elements are handled in tiles of W: an
+// instruction is a loop over a tile, so it is decoded once for W elements, its loop is compiled and vectorised by
+// itself, and intermediate results stay in the first-level cache. On CUDA W is 1 and a thread keeps its tile in
+// registers; all threads of a warp run the same instruction.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 
 namespace recis {
 
-// The numbers are those of STEPS in recis_hybrid/ops/program.py.
+// The order is that of STEPS in recis_hybrid/ops/program.py.
 enum class Step : int64_t {
   kWiden8 = 0,
   kWiden16,
@@ -58,8 +58,8 @@ enum class Step : int64_t {
   kSecondsBetween,
 };
 
-// An operand is a scratch tile where it is 0 or more, else the tensor bound as number -1 - operand. A string operand is
-// the tensor `a` of bytes with the tensor `b` of offsets.
+// An operand is the number of a scratch tile, or, if negative, bound tensor -1 - operand. A string operand is tensor
+// `a` of bytes with tensor `b` of offsets.
 struct Instruction {
   int64_t step;
   int64_t out;
@@ -71,9 +71,9 @@ struct Instruction {
 struct ProgramPart {
   int64_t first;  // the number of its first tile
   int64_t elements;
-  int64_t begin;  // its instructions
+  int64_t begin;  // its instructions: [begin, end)
   int64_t end;
-  const int64_t* used;  // where the number of rows in use is written, null: all are
+  const int64_t* used;  // [1]: the number of rows in use; null: all are
   int64_t width;        // elements of a row
 };
 
@@ -88,7 +88,7 @@ struct RunProgram {
   const int64_t* sizes;  // elements of each tensor
   int64_t* faults;       // for each instruction 1 + an element that it refused, or 0
 
-  // What one instruction works on: its tile begins at `start` of the part's elements.
+  // One instruction on one tile, which starts at element `start` of the part.
   struct Tile {
     const RunProgram& program;
     const Instruction& instruction;
@@ -114,7 +114,7 @@ struct RunProgram {
       return value;
     }
 
-    // What lies after the last list is nobody's: where lists were shortened on a GPU, it may be anything.
+    // Elements after the last row in use cause no fault: on a GPU they are unspecified where rows were shortened.
     RECIS_HD void fault(int64_t element) const {
       if (part.used != nullptr && start + element >= *part.used * part.width) return;
       refuse(program.faults + (&instruction - program.code), start + element);
@@ -139,7 +139,7 @@ struct RunProgram {
       if (bad != 0) report<In>([&](In value) { return f.bad(value); });
     }
 
-    // Looks for what a loop has only noticed.
+    // Finds the bad element of a tile in which a loop has noticed one, and reports it.
     template <class In, class F>
     RECIS_HD void report(F&& bad) const {
       const In* x = at<const In>(instruction.a);
@@ -161,8 +161,8 @@ struct RunProgram {
       for (int e = 0; e < count; ++e) bad |= is_nan(x[e]) ? 1 : 0;
       if (bad != 0) report<T>([](T value) { return is_nan(value); });
       if (W > 1 && buckets <= kFewBoundaries) {
-        // Every boundary against a whole tile: no step waits for the one before. Counters are as wide as values, so
-        // that what compares is what counts.
+        // Every boundary is compared with the whole tile, so no step waits for the one before. Counters are as wide as
+        // values, so that comparison masks are added without conversion.
         using Counter = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
         Counter below[W];
         for (int e = 0; e < W; ++e) below[e] = 0;
@@ -173,7 +173,7 @@ struct RunProgram {
         for (int e = 0; e < count; ++e) out[e] = below[e];
         return;
       }
-      for (int e = 0; e < count; ++e) out[e] = bucket_of<kRight>(x[e], boundaries, buckets);
+      for (int e = 0; e < count; ++e) out[e] = boundaries_below<kRight>(x[e], boundaries, buckets);
     }
 
     template <class T>
@@ -326,13 +326,13 @@ struct RunProgram {
         case Step::kWrap32:
           return each<int64_t, int64_t>([](int64_t x) { return static_cast<int64_t>(static_cast<int32_t>(x)); });
         case Step::kTimePart: {
-          // The part; units of a second; seconds ahead of UTC, and 1 where p[3] stands for no time, which has no part.
+          // p: the part; units a second; seconds ahead of UTC << 1 | whether p[3] stands for a missing time (part -1).
           const PartOfTime of{p[0], p[1], p[2] >> 1};
           if ((p[2] & 1) == 0) return each<int64_t, int64_t>([&](int64_t x) { return of(x); });
           return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? -1 : of(x); });
         }
         case Step::kSecondsTo: {
-          // Units of a second; the other time; whether p[3] stands for no time, which is left as it is.
+          // p: units a second; the other time; whether p[3] stands for a missing time, which is left as it is.
           const SecondsBetween seconds{p[0]};
           if (p[2] == 0) return each<int64_t, int64_t>([&](int64_t x) { return seconds(x, p[1]); });
           return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? x : seconds(x, p[1]); });
@@ -354,7 +354,7 @@ struct RunProgram {
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       Tile{*this, code[k], scratch, start, count, mine}.run();
 #if !defined(__CUDA_ARCH__)
-      // A scratch tile may hold numbers of another type from here on.
+      // The next instruction may use a scratch tile as another type.
       asm volatile("" ::: "memory");
 #endif
     }

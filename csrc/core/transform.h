@@ -8,8 +8,8 @@
 
 namespace recis {
 
-// Says that element i has no answer: *refused becomes 1 + i (one of those there are) for the operator to raise. A GPU
-// has nobody to tell without a synchronisation: there `refused` is null.
+// Reports that element i has no result: *refused becomes 1 + i for one of those elements, and the operator raises. On
+// CUDA `refused` may be null: the host could read it only by synchronising.
 RECIS_HD void refuse(int64_t* refused, int64_t i) {
 #if defined(__CUDA_ARCH__)
   if (refused != nullptr) *refused = i + 1;
@@ -18,60 +18,7 @@ RECIS_HD void refuse(int64_t* refused, int64_t i) {
 #endif
 }
 
-// out[i] = ids[i] mod the divisor, the id's 64 bits read as an unsigned number: 0 <= out[i] < divisor.
-struct ModIds {
-  const int64_t* ids;
-  Divisor divisor;
-  int64_t* out;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    out[i] = static_cast<int64_t>(divisor.remainder(static_cast<uint64_t>(ids[i])));
-  }
-};
-
-// out[i] = the hash that `hash` is of ids[i].
-struct MultiHashIds {
-  const int64_t* ids;
-  MultiHash hash;
-  int64_t* out;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    out[i] = static_cast<int64_t>(hash(static_cast<uint64_t>(ids[i])));
-  }
-};
-
-// out[i] = the id of the pair (x[i], y[i]).
-struct CrossIds {
-  const int64_t* x;
-  const int64_t* y;
-  int64_t* out;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    out[i] = static_cast<int64_t>(cross_ids(static_cast<uint64_t>(x[i]), static_cast<uint64_t>(y[i])));
-  }
-};
-
-// out[i] = how many of the sorted boundaries lie at or below values[i] (kRight), or below it. NaN is above all of them.
-template <class T, bool kRight>
-struct Bucketize {
-  const T* values;
-  const T* boundaries;
-  int64_t count;
-  int64_t* out;
-  int64_t* refused;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    const T value = values[i];
-    if (is_nan(value)) refuse(refused, i);
-    out[i] = bucket_of<kRight>(value, boundaries, count);
-  }
-};
-
-// out[i] = map(values[i])
+// out[i] = map(values[i]), for the maps of maps.h.
 template <class Map, class In, class Out>
 struct MapValues {
   const In* values;
@@ -84,6 +31,18 @@ struct MapValues {
     const In value = values[i];
     if (map.bad(value)) refuse(refused, i);
     out[i] = map(value);
+  }
+};
+
+// out[i] = the id of the pair (x[i], y[i]).
+struct CrossIds {
+  const int64_t* x;
+  const int64_t* y;
+  int64_t* out;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    out[i] = static_cast<int64_t>(cross_ids(static_cast<uint64_t>(x[i]), static_cast<uint64_t>(y[i])));
   }
 };
 

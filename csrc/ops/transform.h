@@ -9,15 +9,27 @@ namespace recis {
 template <>
 inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
 
-// The modulus is an unsigned number, of which the schema has the bits.
+// Applies a map of core/maps.h to every element. Where `why` is not null, raises on the CPU for an element that the map
+// refuses; on CUDA nothing is reported, because the host would have to wait for the kernel.
+template <class In, class Out, class Device, class Map>
+void apply_map(Device& device, const char* name, const Tensor& values, const Map& map, const Tensor& out,
+               const char* why) {
+  int64_t refused = 0;
+  device.for_each(values.numel(), 1,
+                  MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"),
+                                          why != nullptr && values.is_cpu() ? &refused : nullptr});
+  RECIS_CHECK(refused == 0, name, ": element ", refused - 1, " ", why == nullptr ? "" : why);
+}
+
+inline Tensor new_ids(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), ScalarType::Long); }
+
+// `modulus` holds the bits of an unsigned number.
 template <class Device>
 Tensor mod_ids(const Tensor& ids, int64_t modulus) {
   Device device(ids);
   RECIS_CHECK(modulus != 0, "mod_ids: the modulus must not be 0");
-  Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
-  device.for_each(
-      ids.numel(), 1,
-      ModIds{data<int64_t>(ids, "ids"), Divisor::of(static_cast<uint64_t>(modulus)), data<int64_t>(out, "out")});
+  Tensor out = new_ids(ids);
+  apply_map<int64_t, int64_t>(device, "mod_ids", ids, ModOf{Divisor::of(static_cast<uint64_t>(modulus))}, out, nullptr);
   return out;
 }
 
@@ -26,125 +38,106 @@ Tensor multi_hash_ids(const Tensor& ids, int64_t multiplier, int64_t prime, int6
   Device device(ids);
   RECIS_CHECK(prime > 0 && buckets > 0, "multi_hash_ids: prime and buckets must be positive, got ", prime, " and ",
               buckets);
-  Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
+  Tensor out = new_ids(ids);
   const MultiHash hash{static_cast<uint64_t>(multiplier), Divisor::of(static_cast<uint64_t>(prime)),
                        Divisor::of(static_cast<uint64_t>(buckets))};
-  device.for_each(ids.numel(), 1, MultiHashIds{data<int64_t>(ids, "ids"), hash, data<int64_t>(out, "out")});
+  apply_map<int64_t, int64_t>(device, "multi_hash_ids", ids, MultiHashOf{hash}, out, nullptr);
   return out;
 }
 
 template <class Device>
 Tensor cross_pairs(const Tensor& x, const Tensor& y) {
   Device device(x);
-  RECIS_CHECK(x.numel() == y.numel(), "cross_ids: x and y must be equally many, got ", x.numel(), " and ", y.numel());
-  Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Long);
+  RECIS_CHECK(x.numel() == y.numel(), "cross_ids: x and y must hold equally many ids, got ", x.numel(), " and ",
+              y.numel());
+  Tensor out = new_ids(x);
   device.for_each(x.numel(), 1, CrossIds{data<int64_t>(x, "x"), data<int64_t>(y, "y"), data<int64_t>(out, "out")});
   return out;
-}
-
-// Raises for the element that a kernel has refused; on CUDA there is none (ops/hash.h says why).
-template <class Device>
-void raise_refused(const Device& device, int64_t& refused, const char* what, const char* why) {
-  const int64_t element = device.items(&refused, 0);
-  RECIS_CHECK(element == 0, what, ": element ", element - 1, " ", why);
 }
 
 template <class Device>
 Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, bool refuse_nan) {
   Device device(values);
   RECIS_CHECK(boundaries.dim() == 1, "bucketize takes boundaries [buckets - 1]");
-  Tensor out = torch::stable::new_empty(values, values.sizes(), ScalarType::Long);
-  int64_t refused = 0;
-  const auto launch = [&]<class T, bool kRight>() {
-    device.for_each(
-        values.numel(), 1,
-        Bucketize<T, kRight>{data<T>(values, "values"), data<T>(boundaries, "boundaries"), boundaries.numel(),
-                             data<int64_t>(out, "out"), refuse_nan && values.is_cpu() ? &refused : nullptr});
-  };
-  const auto launch_side = [&]<class T>() {
-    right ? launch.template operator()<T, true>() : launch.template operator()<T, false>();
+  Tensor out = new_ids(values);
+  const char* why = refuse_nan ? "is NaN" : nullptr;
+  const auto launch = [&]<class T>() {
+    const T* at = data<T>(boundaries, "boundaries");
+    const int64_t count = boundaries.numel();
+    if (right) {
+      apply_map<T, int64_t>(device, "bucketize", values, BucketOf<T, true>{at, count}, out, why);
+    } else {
+      apply_map<T, int64_t>(device, "bucketize", values, BucketOf<T, false>{at, count}, out, why);
+    }
   };
   switch (values.scalar_type()) {
     case ScalarType::Long:
-      launch_side.template operator()<int64_t>();
+      launch.template operator()<int64_t>();
       break;
     case ScalarType::Float:
-      launch_side.template operator()<float>();
+      launch.template operator()<float>();
       break;
     default:
-      launch_side.template operator()<double>();
+      launch.template operator()<double>();
   }
-  raise_refused(device, refused, "bucketize", "is NaN");
   return out;
 }
 
 enum class MapKind : int64_t { kLog = 0, kClip = 1, kNormalize = 2, kFill = 3 };
 
-// One of the maps of core/maps.h over float32 or float64 (and int64 where it clips).
+// One of the maps of core/maps.h over float32 or float64.
 template <class Device>
 Tensor map_values(const Tensor& values, int64_t kind, double first, double second) {
   Device device(values);
   Tensor out = torch::stable::empty_like(values);
-  int64_t refused = 0;
-  const char* why = "is NaN";
-  const auto launch = [&]<class T>(auto map) {
-    device.for_each(values.numel(), 1,
-                    MapValues<decltype(map), T, T>{data<T>(values, "values"), map, data<T>(out, "out"),
-                                                   values.is_cpu() ? &refused : nullptr});
-  };
-  const auto launch_kind = [&]<class T>() {
+  const auto launch = [&]<class T>() {
     const T a = static_cast<T>(first);
     const T b = static_cast<T>(second);
+    const auto apply = [&](const auto& map, const char* why) {
+      apply_map<T, T>(device, "map_values", values, map, out, why);
+    };
     switch (static_cast<MapKind>(kind)) {
       case MapKind::kLog:
-        why = "has no logarithm";
-        return launch.template operator()<T>(LogOf<T>{a});
+        return apply(LogOf<T>{a}, "has no logarithm");
       case MapKind::kClip:
-        return launch.template operator()<T>(ClipOf<T>{a, b});
+        return apply(ClipOf<T>{a, b}, "is NaN");
       case MapKind::kNormalize:
-        return launch.template operator()<T>(NormalizeOf<T>{a, b});
+        return apply(NormalizeOf<T>{a, b}, "is NaN");
       case MapKind::kFill:
-        return launch.template operator()<T>(FillOf<T>{a});
+        return apply(FillOf<T>{a}, nullptr);
     }
     RECIS_CHECK(false, "map_values: unknown kind: ", kind);
-  };
-  if (values.scalar_type() == ScalarType::Float) {
-    launch_kind.template operator()<float>();
-  } else {
-    launch_kind.template operator()<double>();
-  }
-  raise_refused(device, refused, "map_values", why);
-  return out;
-}
-
-template <class Device>
-Tensor clip_ids(const Tensor& ids, int64_t least, int64_t most) {
-  Device device(ids);
-  Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
-  device.for_each(ids.numel(), 1,
-                  MapValues<ClipOf<int64_t>, int64_t, int64_t>{
-                      data<int64_t>(ids, "ids"), {least, most}, data<int64_t>(out, "out"), nullptr});
-  return out;
-}
-
-// float32 or float64 to int64, towards zero.
-template <class Device>
-Tensor cast_to_ids(const Tensor& values) {
-  Device device(values);
-  Tensor out = torch::stable::new_empty(values, values.sizes(), ScalarType::Long);
-  int64_t refused = 0;
-  const auto launch = [&]<class T>() {
-    device.for_each(
-        values.numel(), 1,
-        MapValues<CastOf<T, int64_t>, T, int64_t>{
-            data<T>(values, "values"), {}, data<int64_t>(out, "out"), values.is_cpu() ? &refused : nullptr});
   };
   if (values.scalar_type() == ScalarType::Float) {
     launch.template operator()<float>();
   } else {
     launch.template operator()<double>();
   }
-  raise_refused(device, refused, "cast_to_ids", "is NaN or outside the range of int64");
+  return out;
+}
+
+template <class Device>
+Tensor clip_ids(const Tensor& ids, int64_t least, int64_t most) {
+  Device device(ids);
+  Tensor out = new_ids(ids);
+  apply_map<int64_t, int64_t>(device, "clip_ids", ids, ClipOf<int64_t>{least, most}, out, nullptr);
+  return out;
+}
+
+// float32 or float64 to int64, truncated towards zero.
+template <class Device>
+Tensor cast_to_ids(const Tensor& values) {
+  Device device(values);
+  Tensor out = new_ids(values);
+  const auto launch = [&]<class T>() {
+    apply_map<T, int64_t>(device, "cast_to_ids", values, CastOf<T, int64_t>{}, out,
+                          "is NaN or outside the range of int64");
+  };
+  if (values.scalar_type() == ScalarType::Float) {
+    launch.template operator()<float>();
+  } else {
+    launch.template operator()<double>();
+  }
   return out;
 }
 
