@@ -1,5 +1,5 @@
-// Kernels of EmbeddingBlocks: first values of new rows, what rows keep of their past, plain reads and writes of one
-// part of the records.
+// Kernels of EmbeddingBlocks: first values of new rows, row metadata, plain reads and writes of one part of the
+// records.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +11,17 @@
 
 namespace recis {
 
-// One part of a record after the embedding: optimizer state that starts as a constant.
+// One part of a record after the embedding: optimizer state with a constant first value.
 struct StateField {
   int64_t offset;        // bytes from the record's start
   int64_t width;         // elements
   int32_t element_size;  // bytes: 4 for float32, 2 for bfloat16 and float16
-  uint32_t first_value;  // as it lies in memory
+  uint32_t first_value;  // its bits in memory
 };
 
 inline constexpr int kMaxStateFields = 8;
 
+// The first values of a record.
 struct RecordStart {
   int64_t dim;
   int32_t fields;
@@ -49,18 +50,18 @@ struct RecordStart {
   }
 };
 
-// Ids with the first values of their member table.
+// The ids of one feature, at positions first, first + 1, ...
 struct InitSpan {
   int64_t first;
   const int64_t* ids;
   int64_t member;
 };
 
-// Gives the rows that a find-or-insert has just handed out their first values. Launched over an upper bound of new
-// rows; how many there are is read from the counters, so that the host need not know.
+// Writes the first values of the rows that a find-or-insert has just allocated. Launched over an upper bound of new
+// rows; their number is read from the counters, so the host need not know it.
 template <class E>
 struct InitFreshRows {
-  Segments<InitSpan> spans;  // not named `segments`: items are new rows, not positions
+  Segments<InitSpan> spans;  // not named `segments`, because items are new rows, not positions
   BlocksRef blocks;
   const Initializer* initializers;  // by member table
   const int64_t* counters;
@@ -90,9 +91,7 @@ struct SeeRows {
   static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int64_t u) const {
-#if !defined(__CUDA_ARCH__)
-    if (u < *count) __builtin_prefetch(blocks.meta(unique[u]), 1, 3);
-#endif
+    if (u < *count) prefetch_bytes<true>(blocks.meta(unique[u]), 1);
   }
 
   template <class Lanes>
@@ -103,7 +102,7 @@ struct SeeRows {
   }
 };
 
-// marks[i] = whether an update or a training lookup has met row i after `step`; one item a row, in the order of memory.
+// marks[i] = whether row i was updated or seen after `step`; one item a row, in memory order.
 struct MarkTouched {
   BlocksRef blocks;
   int64_t n;  // rows
@@ -113,9 +112,7 @@ struct MarkTouched {
   static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int64_t i) const {
-#if !defined(__CUDA_ARCH__)
-    if (i < n) __builtin_prefetch(blocks.meta(i), 0, 3);
-#endif
+    if (i < n) prefetch_bytes<false>(blocks.meta(i), 1);
   }
 
   template <class Lanes>
@@ -126,7 +123,7 @@ struct MarkTouched {
   }
 };
 
-// Lists the ids, and their member tables, whose rows are marked, in no particular order. One item a slot of the map.
+// Lists the ids whose rows are marked, with their member tables, in no particular order. One item a slot of the map.
 struct ListMarked {
   const uint64_t* slots;
   const uint8_t* marks;
@@ -144,7 +141,7 @@ struct ListMarked {
   }
 };
 
-// out[0..2][i] = updated step, seen step and frequency of rows[i] (kRead), or the other way round.
+// out[0..2][i] = updated step, seen step and frequency of rows[i] (kRead), or the reverse.
 template <bool kRead>
 struct CopyMeta {
   BlocksRef blocks;
@@ -166,8 +163,8 @@ struct CopyMeta {
   }
 };
 
-// values[i] = part of the record of rows[i] (kRead), or the other way round. Rows are distinct where written. T has the
-// size of an element: bits are copied, not numbers.
+// values[i] = part of the record of rows[i] (kRead), or the reverse, for distinct rows. T has the size of an element:
+// bits are copied, not numbers.
 template <class T, bool kRead>
 struct CopyField {
   BlocksRef blocks;
@@ -179,11 +176,7 @@ struct CopyField {
   int64_t fetched_bytes() const { return width * static_cast<int64_t>(sizeof(T)); }
 
   RECIS_HD void prefetch(int64_t i) const {
-#if !defined(__CUDA_ARCH__)
-    const char* part = blocks.record(rows[i]) + offset;
-    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(part + at, kRead ? 0 : 1, 3);
-#endif
+    prefetch_bytes<!kRead>(blocks.record(rows[i]) + offset, width * static_cast<int64_t>(sizeof(T)));
   }
 
   template <class Lanes>
@@ -200,7 +193,7 @@ struct CopyField {
   }
 };
 
-// Copies whole records from rows `from` to rows `to`, which are distinct and not among `from`.
+// Copies whole records from rows `from` to rows `to`, which must be distinct and not among `from`.
 struct CopyRecords {
   BlocksRef blocks;
   const int64_t* from;

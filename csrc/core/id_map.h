@@ -1,7 +1,7 @@
 // Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
-// Open addressing with linear probing from the first slot of a cache line of four; the caller keeps the load, erased
-// slots included, at or below 0.75, so a probe always meets an empty slot.
+// Open addressing with linear probing from the first slot of a cache line of four. The caller keeps the load, erased
+// slots included, at or below 0.75, so a probe always reaches an empty slot.
 #pragma once
 
 #include <cstdint>
@@ -22,28 +22,28 @@ struct IdSpan {
   int64_t first;
   const int64_t* ids;
   int64_t member;
-  const int64_t* used;  // [1]: how many there are, where the host knows but a bound: others have no row; null: all
+  const int64_t* used;  // [1]: the number of ids where the host knows an upper bound only; null: all positions are used
 
   RECIS_HD bool has(int64_t i) const { return used == nullptr || i - first < *used; }
+  RECIS_HD int64_t id(int64_t i) const { return ids[i - first]; }
 };
 
 RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
   return (static_cast<uint64_t>(member) << kMemberShift) | (hash >> (64 - kTagBits));
 }
 
-// The number, before it is masked, of the slot that a probe starts from.
+// The unmasked number of the slot at which a probe starts.
 RECIS_HD uint64_t probe_start(uint64_t hash) { return hash & ~(kLineSlots - 1); }
 
 // The slot of a line that holds an id, or null.
 //
-// All four are compared without a branch: how far a probe goes is a toss-up, and a branch that is guessed wrong while
-// its slot is still on the way from memory keeps the processor from starting on the ids after it.
+// All four slots are compared without a branch: the length of a probe is unpredictable, and a branch mispredicted while
+// its slot is still being loaded keeps the processor from starting on the ids after it.
 RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
   const uint64_t full = make_entry(SlotState::kFull, key, 0);
   const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);  // both bits of the state, and the key
 #if defined(__AVX__) && !defined(__CUDACC__)
-  // Processors that have AVX read 16 aligned bytes at once, so that an entry comes with the id that it was published
-  // with.
+  // Processors with AVX read 16 aligned bytes at once, so an entry is read together with the id it was published with.
   const __m128i wanted = _mm_set_epi64x(static_cast<int64_t>(full), static_cast<int64_t>(id));
   const __m128i mask = _mm_set_epi64x(static_cast<int64_t>(compared), -1);
   const auto same = [&](int j) {
@@ -64,61 +64,32 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
 #endif
 }
 
-RECIS_HD void prefetch_slot(const IdMapRef& map, int64_t id, int64_t member) {
-#if !defined(__CUDA_ARCH__)
-  __builtin_prefetch(map.slots + 2 * (slot_hash(id, member) & map.mask), 0, 3);
-#endif
-}
-
-// The slot that holds an id, or null: for maps that nothing is inserted into meanwhile, or where an insert under way
-// may be missed.
+// The slot that holds an id, or null. A concurrent insert of the id may be missed.
 RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
   for (uint64_t at = probe_start(hash);; at += kLineSlots) {
     uint64_t* line = map.slots + 2 * (at & map.mask);
-    // A claimed slot is an insert still under way: its id is not there for us yet.
+    // A claimed slot does not match: its id is not published yet.
     if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key)) return slot;
-    // Slots of a line are filled in order, and never become empty again.
+    // The slots of a line are filled in order and never become empty again.
     if (entry_state(load_acquire(line + 2 * kLineSlots - 1)) == SlotState::kEmpty) return nullptr;
   }
 }
 
-// rows[i] = row of ids[i], or -1; with kSlots the number of its slot instead.
-template <bool kSlots>
-struct FindIds {
-  Segments<IdSpan> segments;
-  IdMapRef map;
-  int64_t* rows;
-
-  static constexpr int64_t fetched_bytes() { return 64; }
-
-  RECIS_HD void prefetch(int32_t part, int64_t i) const {
-    const IdSpan& span = segments[part];
-    prefetch_slot(map, span.ids[i - span.first], span.member);
-  }
-
-  template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
-    const IdSpan& span = segments[part];
-    const uint64_t* slot = span.has(i) ? find_slot(map, span.ids[i - span.first], span.member) : nullptr;
-    rows[i] = slot == nullptr ? -1 : kSlots ? (slot - map.slots) / 2 : entry_row(load_acquire(slot + 1));
-  }
-};
-
-// What find_or_claim met: the id's slot and entry, and whether it was put there just now; no slot: it is not there and
-// was not to be.
+// The result of find_or_claim: the id's slot and entry, and whether this call inserted it. No slot: the id is absent
+// and was not to be inserted.
 struct Probe {
   uint64_t* slot;
   uint64_t entry;
   bool claimed;
 };
 
-// Finds an id or claims a slot for it. Any number of threads may ask for the same id at once; one of them wins.
+// Finds an id or claims a slot for it. Any number of threads may look for the same id at once; one of them claims.
 //
-// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so that others go on
-// past it at once unless it is probably their own id; only then do they wait for the id to be published. `row` is
-// called by the winner alone and gives what the entry's row bits are to hold.
+// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so other threads pass it
+// at once unless it is probably their own id; only then do they wait for the id to be published. The claiming thread
+// alone calls row(), which returns the row bits of the new entry.
 template <class Row>
 RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row) {
   const uint64_t hash = slot_hash(id, member);
@@ -145,29 +116,51 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
   }
 }
 
-// The row that is handed out as number `number` since the last commit: from the free list first, then from the end.
+// The row that is allocated as number `number` since the last commit: from the free list first, then from the end.
 RECIS_HD int64_t fresh_row(const int64_t* counters, const int64_t* free_rows, int64_t number) {
   const int64_t reused = counters[kFree];
   return number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
 }
 
-// Finds each id or gives it a row. Each new row leaves the position that asked first in `fresh`, so that its record can
-// be given first values afterwards. CommitInserts has to follow.
-struct FindOrInsertIds {
+// The base of the kernels that look ids up: the ids of all features, and the map.
+struct LookUpIds {
   Segments<IdSpan> segments;
   IdMapRef map;
-  int64_t* counters;
-  const int64_t* free_rows;  // [counters[kFree]]
-  const uint8_t* admitted;   // [n]: whether an id without a row may have one; null: all may, and else row -1 is given
-  int64_t* rows;
-  int64_t* fresh;
 
   static constexpr int64_t fetched_bytes() { return 64; }
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     const IdSpan& span = segments[part];
-    prefetch_slot(map, span.ids[i - span.first], span.member);
+    prefetch_bytes<false>(map.slots + 2 * (slot_hash(span.id(i), span.member) & map.mask), 1);
   }
+
+  // The slot of the id at position i, or null.
+  RECIS_HD uint64_t* slot(int32_t part, int64_t i) const {
+    const IdSpan& span = segments[part];
+    return span.has(i) ? find_slot(map, span.id(i), span.member) : nullptr;
+  }
+};
+
+// rows[i] = row of ids[i], or -1; with kSlots the number of its slot instead.
+template <bool kSlots>
+struct FindIds : LookUpIds {
+  int64_t* rows;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+    const uint64_t* found = slot(part, i);
+    rows[i] = found == nullptr ? -1 : kSlots ? (found - map.slots) / 2 : entry_row(load_acquire(found + 1));
+  }
+};
+
+// rows[i] = row of ids[i]; an id without a row gets one. For each new row, `fresh` receives the position that inserted
+// it, whose record then needs first values. CommitInserts must follow.
+struct FindOrInsertIds : LookUpIds {
+  int64_t* counters;
+  const int64_t* free_rows;  // [counters[kFree]]
+  const uint8_t* admitted;   // [n]: whether an id without a row may get one, or stays at row -1; null: all may
+  int64_t* rows;
+  int64_t* fresh;
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
@@ -176,13 +169,12 @@ struct FindOrInsertIds {
       rows[i] = -1;
       return;
     }
-    const Probe met =
-        find_or_claim(map, span.ids[i - span.first], span.member, admitted == nullptr || admitted[i] != 0, [&] {
-          const int64_t number = fetch_add(counters + kFresh, 1);
-          fresh[number] = i;
-          return fresh_row(counters, free_rows, number);
-        });
-    rows[i] = met.slot == nullptr ? -1 : entry_row(met.entry);
+    const Probe probe = find_or_claim(map, span.id(i), span.member, admitted == nullptr || admitted[i] != 0, [&] {
+      const int64_t number = fetch_add(counters + kFresh, 1);
+      fresh[number] = i;
+      return fresh_row(counters, free_rows, number);
+    });
+    rows[i] = probe.slot == nullptr ? -1 : entry_row(probe.entry);
   }
 };
 
@@ -207,7 +199,7 @@ struct RehashSlots {
   }
 };
 
-// Closes a find-or-insert: the rows it handed out are old from now on. One item.
+// Ends a find-or-insert: its fresh rows become ordinary rows. One item.
 struct CommitInserts {
   int64_t* counters;
 
@@ -245,8 +237,8 @@ struct ListIds {
   }
 };
 
-// Erases the ids in the given slots (numbers below 0 are passed over, a repeated one counts once) and puts their rows
-// on the free list, which has room for every row; without a list they are forgotten.
+// Erases the ids in the given slots (negative numbers are skipped, a repeated one counts once) and puts their rows on
+// the free list, which must have room for every row. Without a list the rows are forgotten.
 struct EraseSlots {
   uint64_t* slots;
   const int64_t* numbers;
@@ -265,7 +257,7 @@ struct EraseSlots {
   }
 };
 
-// Gives the ids in the given, distinct slots the rows `rows`.
+// Sets the rows of the ids in the given, distinct slots.
 struct SetRows {
   uint64_t* slots;
   const int64_t* numbers;
@@ -278,7 +270,7 @@ struct SetRows {
   }
 };
 
-// Gives every id another row: moved[row] is where the record of `row` has gone.
+// Renumbers the rows of all ids: the record of `row` has moved to moved[row].
 struct MoveRows {
   uint64_t* slots;
   const int64_t* moved;
@@ -291,60 +283,49 @@ struct MoveRows {
   }
 };
 
-// An IDMap as an exact counter: the entry's row bits hold how often an id was counted. Counts the positions whose row
-// is below 0: ids that have none.
-struct CountIds {
-  Segments<IdSpan> segments;
-  IdMapRef map;
+// Counts the ids that have no row (rows[i] < 0). The IDMap serves as an exact counter: the row bits of an entry hold
+// the number of times that its id was counted.
+struct CountIds : LookUpIds {
   int64_t* counters;
   const int64_t* rows;
 
-  static constexpr int64_t fetched_bytes() { return 64; }
-
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
-    const IdSpan& span = segments[part];
-    if (rows[i] < 0) prefetch_slot(map, span.ids[i - span.first], span.member);
+    if (rows[i] < 0) LookUpIds::prefetch(part, i);
   }
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
     const IdSpan& span = segments[part];
     if (rows[i] >= 0 || !span.has(i)) return;
-    const Probe met = find_or_claim(map, span.ids[i - span.first], span.member, true, [] { return int64_t{1}; });
-    if (met.claimed) {
+    const Probe probe = find_or_claim(map, span.id(i), span.member, true, [] { return int64_t{1}; });
+    if (probe.claimed) {
       fetch_add(counters + kUsedSlots, 1);
       fetch_add(counters + kLive, 1);
     } else {
-      // 2^40 sightings of an id that has no row are out of reach: the sum stays within the row's bits.
-      fetch_add(reinterpret_cast<int64_t*>(met.slot + 1), int64_t{1} << kTagBits);
+      // The sum stays within the row bits: no id is counted 2^40 times.
+      fetch_add(reinterpret_cast<int64_t*>(probe.slot + 1), int64_t{1} << kTagBits);
     }
   }
 };
 
-// admitted[i] = whether ids[i] has a row or was counted `least` times.
-struct AdmitCounted {
-  Segments<IdSpan> segments;
-  IdMapRef map;
+// admitted[i] = whether ids[i] has a row or was counted at least `least` times.
+struct AdmitCounted : LookUpIds {
   const int64_t* rows;
   int64_t least;
   uint8_t* admitted;
 
-  static constexpr int64_t fetched_bytes() { return 64; }
-
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
-    const IdSpan& span = segments[part];
-    if (rows[i] < 0) prefetch_slot(map, span.ids[i - span.first], span.member);
+    if (rows[i] < 0) LookUpIds::prefetch(part, i);
   }
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
-    const IdSpan& span = segments[part];
     if (rows[i] >= 0) {
       admitted[i] = 1;
       return;
     }
-    const uint64_t* slot = span.has(i) ? find_slot(map, span.ids[i - span.first], span.member) : nullptr;
-    admitted[i] = slot != nullptr && entry_row(load_acquire(slot + 1)) >= least;
+    const uint64_t* found = slot(part, i);
+    admitted[i] = found != nullptr && entry_row(load_acquire(found + 1)) >= least;
   }
 };
 

@@ -1,10 +1,10 @@
-// Lookups of training on the CPU: ids are grouped first, and only the distinct ones go to the IDMap.
+// Training lookups on the CPU: ids are grouped first, and only the distinct ones are looked up in the IDMap.
 //
-// An id that a batch has many times is looked for once, and while a part of the ids is grouped the slots of its
-// distinct ones are on their way from memory. Where each id gives one vector, the part's vectors are written next,
-// while its records are in a near cache: all of them are asked for at once, by a loop that waits for none.
+// An id that occurs many times in a batch is looked up once, and while a part of the ids is being grouped, the slots of
+// its distinct ids are loaded. Where each id yields one vector, the vectors of the part are written next, while its
+// records are in a near cache: one loop prefetches all of them before the first is read.
 //
-// On CUDA every position looks for its id at once, and rows are grouped afterwards.
+// On CUDA every position is looked up at once, and rows are grouped afterwards.
 #pragma once
 
 #include <algorithm>
@@ -17,16 +17,16 @@
 
 namespace recis {
 
-// Where the vectors of a lookup go in which each id gives one.
+// The outputs of a lookup in which each id yields one vector.
 struct PlainOutputs {
-  float* const* parts;  // by feature, [ids, dim]; null: they are gathered later
+  float* const* parts;  // [ids, dim] for each feature; null: gathered later
   int64_t dim;
-  bool streams;  // as GatherBags has it
+  bool streams;  // as in GatherBags
 };
 
-inline constexpr int64_t kGathered = 256 << 10;  // bytes of embeddings on their way at once
+inline constexpr int64_t kGathered = 256 << 10;  // bytes of embeddings to prefetch at once
 
-// Ids as keys of group_cpu: they find their row or are given one, with its first values. CommitInserts has to follow.
+// Ids as keys of group_cpu: an id without a row gets one, with its first values. CommitInserts must follow.
 template <class E>
 struct InsertKeys {
   IdMapRef map;
@@ -39,7 +39,7 @@ struct InsertKeys {
 
   static uint64_t hash(int64_t id, int64_t member) { return slot_hash(id, member); }
 
-  void prefetch(uint64_t hash) const { __builtin_prefetch(map.slots + 2 * (hash & map.mask), 0, 3); }
+  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.slots + 2 * (hash & map.mask), 1); }
 
   int64_t row(int64_t id, int64_t member) const {
     const uint64_t* slot = find_slot(map, id, member);
@@ -47,18 +47,19 @@ struct InsertKeys {
     return entry_row(load_acquire(slot + 1));
   }
 
-  // How many records to ask for before the first is read; 0: nothing is gathered. All of them fit a second-level cache.
+  // The number of records to prefetch before the first is read, all of which fit a second-level cache; 0: nothing is
+  // gathered.
   int64_t gathered_at_once() const {
     if (outputs.parts == nullptr) return 0;
     return std::max<int64_t>(64, kGathered / (outputs.dim * static_cast<int64_t>(sizeof(E))));
   }
 
-  // Always inlined: a compiler takes a function that only prefetches for one without effect, and drops its calls.
+  // Always inlined: the compiler takes a function that only prefetches for one without effects and drops its calls.
   __attribute__((always_inline)) void fetch(int64_t row) const {
     const char* record = blocks.record(row);
     const int64_t bytes = outputs.dim * static_cast<int64_t>(sizeof(E));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(record + at, 0, 3);
-    __builtin_prefetch(record + bytes - 1, 0, 3);  // records of small ones do not start with a line
+    prefetch_bytes<false>(record, bytes);
+    prefetch_bytes<false>(record + bytes - 1, 1);  // small records do not start at a cache line
   }
 
   __attribute__((always_inline)) void gather(int64_t row, int64_t feature, int64_t i) const {
@@ -67,10 +68,10 @@ struct InsertKeys {
   }
 
   __attribute__((noinline)) int64_t insert(int64_t id, int64_t member) const {
-    const Probe met = find_or_claim(map, id, member, true,
-                                    [&] { return fresh_row(counters, free_rows, fetch_add(counters + kFresh, 1)); });
-    const int64_t row = entry_row(met.entry);
-    if (met.claimed) {
+    const Probe probe = find_or_claim(map, id, member, true,
+                                      [&] { return fresh_row(counters, free_rows, fetch_add(counters + kFresh, 1)); });
+    const int64_t row = entry_row(probe.entry);
+    if (probe.claimed) {
       start.template write<E>(blocks.record(row), blocks.meta(row), initializers[member], id, OneLane{});
     }
     return row;

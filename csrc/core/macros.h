@@ -1,4 +1,4 @@
-// Marks and small helpers that let one source serve g++ and nvcc.
+// Macros and small helpers that let one source serve g++ and nvcc.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 #define RECIS_RESTRICT __restrict__
 
-// Keeps a loop over 64-bit products from being vectorised where the machine has no such product in its vectors (below
-// AVX-512): made of 32-bit ones it takes half as long again as the scalar loop.
+// Keeps a loop over 64-bit products scalar where vectors have no such product (below AVX-512): assembled from 32-bit
+// products, it takes half as long again as the scalar loop.
 #if defined(__CUDACC__) || defined(__AVX512DQ__) || !defined(__GNUC__)
 #define RECIS_ONE_BY_ONE(word)
 #else
@@ -21,7 +21,7 @@
 
 namespace recis {
 
-// A compile-time count: loops over it unroll and vectorise; a plain int in its place serves tails.
+// A compile-time count, over which loops unroll and vectorise; a plain int in its place serves tails.
 template <int N>
 struct Const {
   static constexpr int value = N;
@@ -29,5 +29,14 @@ struct Const {
 };
 
 RECIS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Starts loading every cache line of `bytes` bytes, for writing if kWrite. CUDA has enough threads to wait for memory.
+template <bool kWrite>
+RECIS_HD void prefetch_bytes(const void* start, int64_t bytes) {
+#if !defined(__CUDA_ARCH__)
+  const char* line = static_cast<const char*>(start);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, kWrite ? 1 : 0, 3);
+#endif
+}
 
 }  // namespace recis

@@ -1,4 +1,4 @@
-// Ordered reduction of row gradients.
+// Reduction of row gradients, in input order.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace recis {
 
 // The gradients of one feature's vectors.
 struct GradientSpan {
-  int64_t first;  // unused; features are found by number
+  int64_t first;  // unused: features are found by number
   const float* values;
   int64_t stride;  // elements from one vector to the next; 0 for an expanded gradient
 };
@@ -24,15 +24,15 @@ struct GroupedGradients {
   const int64_t* unique;
   const int64_t* offsets;
   const int64_t* sources;
-  const float* scales;  // by group, as sources; or null
-  const float* factor;  // [1]: what summed gradients are multiplied by (unscaling, clipping); or null
+  const float* scales;  // in the order of `sources`; or null
+  const float* factor;  // [1]: multiplies the summed gradients (unscaling, clipping); or null
 
   RECIS_HD const float* source(int64_t k) const {
     const GradientSpan& feature = features[static_cast<int32_t>(sources[k] >> kSourceShift)];
     return feature.values + (sources[k] & kSourceVector) * feature.stride;
   }
 
-  // Starts loading the first gradients of a group; a longer group asks for the others as it goes.
+  // Gradients that prefetch starts loading; a longer group prefetches the rest as it is summed.
   static constexpr int64_t kAhead = 8;
 
   RECIS_HD void prefetch(int64_t u, int64_t dim) const {
@@ -41,14 +41,11 @@ struct GroupedGradients {
   }
 
   RECIS_HD void prefetch_source(int64_t k, int64_t dim) const {
-#if !defined(__CUDA_ARCH__)
-    const float* gradient = source(k);
-    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(gradient + d, 0, 3);
-#endif
+    prefetch_bytes<false>(source(k), dim * static_cast<int64_t>(sizeof(float)));
   }
 
-  // Gradients are added in input order, in chunks of kChunk whose sums are added in order: the same bits whatever the
-  // number of threads, and long groups can be summed by several of them.
+  // Gradients are added in input order, in chunks of kChunk whose sums are added in order: the result has the same bits
+  // for any number of threads, and several threads can sum one long group.
   static constexpr int64_t kChunk = 256;
 
   template <int W, class Count>
@@ -71,7 +68,7 @@ struct GroupedGradients {
 
   template <int W, class Count>
   RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
-    float sum[W];  // of its own, so that the compiler sees that nothing else points there
+    float sum[W];  // a local array, so that the compiler knows that no pointer aliases it
     for (int j = 0; j < n; ++j) sum[j] = 0.0f;
     for (int64_t k = begin; k < end; ++k) {
       const float* RECIS_RESTRICT gradient = source(k) + d;

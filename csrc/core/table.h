@@ -89,10 +89,7 @@ struct BlocksRef {
 // Starts loading a record, every line of it, for writing where `write`.
 template <bool write>
 RECIS_HD void prefetch_record(const BlocksRef& blocks, int64_t row, int64_t bytes) {
-#if !defined(__CUDA_ARCH__)
-  const char* record = blocks.record(row);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(record + at, write ? 1 : 0, 3);
-#endif
+  prefetch_bytes<write>(blocks.record(row), bytes);
 }
 
 }  // namespace recis

@@ -48,7 +48,6 @@ void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_o
     kernel.rows = data<int64_t>(rows, "rows");
     kernel.fresh = data<int64_t>(fresh, "fresh");
     kernel.start = start;
-    // CPU: the counters say how many rows are new. CUDA: launched over the bound, the kernel looks itself.
     device.for_each(device.items(count + kFresh, fresh.numel()), record_bytes / 4, kernel);
   });
 }
@@ -64,7 +63,7 @@ void copy_field(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, 
   const int64_t size = wide ? 4 : 2;
   RECIS_CHECK(values.size(0) == rows.numel() && values.is_contiguous(), "values must be [rows, width], contiguous");
   RECIS_CHECK(offset >= 0 && offset % size == 0 && offset + width * size <= record_bytes,
-              "the part lies outside the record");
+              "the part must lie within the record");
   const BlocksRef ref = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
   const auto copy = [&](auto element) {
     using T = decltype(element);
@@ -93,7 +92,7 @@ template <class Device>
 void copy_records(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
                   const Tensor& from, const Tensor& to) {
   Device device(from);
-  RECIS_CHECK(from.numel() == to.numel(), "from and to must have as many rows");
+  RECIS_CHECK(from.numel() == to.numel(), "source and target must have equally many rows");
   device.for_each(from.numel(), record_bytes / 8,
                   CopyRecords{blocks_ref(blocks, block_shift, meta_offset, record_bytes), data<int64_t>(from, "from"),
                               data<int64_t>(to, "to")});
@@ -109,13 +108,13 @@ void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, in
                           data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
-// Rows first, as they lie in memory, then slots: each row's line of metadata is read once, and no slot waits for one.
+// Marks rows first, in memory order, then scans the slots: each row's metadata is read once, and no slot waits for it.
 template <class Device>
 void list_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
                   const Tensor& slots, int64_t step, const Tensor& marks, const Tensor& ids, const Tensor& members,
                   const Tensor& count) {
   Device device(slots);
-  RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have room for as many");
+  RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have equal sizes");
   const int64_t rows = marks.numel();
   uint8_t* marked = data<uint8_t>(marks, "marks");
   device.for_each(rows, 1, MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step, marked});

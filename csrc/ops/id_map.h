@@ -6,25 +6,35 @@
 
 namespace recis {
 
-// The ids of all features, end to end; `used` as RECIS_IDS says. `spans` is the caller's, since a launch may read it in
-// place.
+// The ids of all features travel as lists, one element each: `ids`, `members` (member tables) and `used` (see
+// optional_data), whose last element is the number of ids in use; the positions after these have no id.
 #define RECIS_IDS "Tensor[] ids, int[] members, Tensor[] used"
 
+struct FeatureIds {
+  const Tensors& ids;
+  const Ints& members;
+  const Tensors& used;
+};
+
+// The ids to look up in a map; `rows` must hold one element for each. `spans` must outlive the launch.
 template <class Device>
-Segments<IdSpan> id_segments(Device& device, const Tensors& ids, const Ints& members, const Tensors& used,
-                             std::vector<IdSpan>& spans) {
-  RECIS_CHECK(ids.size() == members.size() && !ids.empty(), "one member table for each list of ids");
+LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& features, const Tensor& rows,
+                  std::vector<IdSpan>& spans) {
+  RECIS_CHECK(features.ids.size() == features.members.size() && !features.ids.empty(),
+              "there must be one member table for each list of ids");
   int64_t total = 0;
-  for (size_t f = 0; f < ids.size(); ++f) {
-    const int64_t* ends = optional_data<int64_t>(used, f, "used");
-    spans.push_back(
-        {total, data<int64_t>(ids[f], "ids"), members[f], ends == nullptr ? nullptr : ends + used[f].numel() - 1});
-    total += ids[f].numel();
+  for (size_t f = 0; f < features.ids.size(); ++f) {
+    const Tensor& ids = features.ids[f];
+    const int64_t* used = optional_data<int64_t>(features.used, f, "used");
+    spans.push_back({total, data<int64_t>(ids, "ids"), features.members[f],
+                     used == nullptr ? nullptr : used + features.used[f].numel() - 1});
+    total += ids.numel();
   }
-  Segments<IdSpan> segments;
-  device.place(segments, spans);
-  segments.total = total;
-  return segments;
+  RECIS_CHECK(rows.numel() == total, "rows must hold one element for each id");
+  LookUpIds lookup{{}, id_map_ref(slots)};
+  device.place(lookup.segments, spans);
+  lookup.segments.total = total;
+  return lookup;
 }
 
 inline int64_t* counter_data(const Tensor& counters) {
@@ -36,14 +46,12 @@ template <class Device>
 void id_map_find(const Tensor& slots, Tensors ids, Ints members, Tensors used, bool numbers, const Tensor& rows) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, used, spans);
-  RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
-  const IdMapRef map = id_map_ref(slots);
+  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
   int64_t* out = data<int64_t>(rows, "rows");
   if (numbers) {
-    device.for_each(segments.total, 1, FindIds<true>{segments, map, out});
+    device.for_each(rows.numel(), 1, FindIds<true>{lookup, out});
   } else {
-    device.for_each(segments.total, 1, FindIds<false>{segments, map, out});
+    device.for_each(rows.numel(), 1, FindIds<false>{lookup, out});
   }
 }
 
@@ -53,14 +61,13 @@ void id_map_find_or_insert(const Tensor& slots, const Tensor& counters, const Te
                            const Tensor& rows, const Tensor& fresh) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, used, spans);
-  RECIS_CHECK(rows.numel() == segments.total && fresh.numel() == segments.total,
-              "rows and fresh must hold one element for each id");
-  RECIS_CHECK(!admitted.has_value() || admitted->numel() == segments.total, "admitted must hold one element an id");
-  device.for_each(segments.total, 1,
-                  FindOrInsertIds{segments, id_map_ref(slots), counter_data(counters),
-                                  data<int64_t>(free_rows, "free_rows"), data_or_null<uint8_t>(admitted, "admitted"),
-                                  data<int64_t>(rows, "rows"), data<int64_t>(fresh, "fresh")});
+  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  RECIS_CHECK(fresh.numel() == rows.numel() && (!admitted.has_value() || admitted->numel() == rows.numel()),
+              "fresh and admitted must hold one element for each id");
+  device.for_each(rows.numel(), 1,
+                  FindOrInsertIds{lookup, counter_data(counters), data<int64_t>(free_rows, "free_rows"),
+                                  data_or_null<uint8_t>(admitted, "admitted"), data<int64_t>(rows, "rows"),
+                                  data<int64_t>(fresh, "fresh")});
 }
 
 template <class Device>
@@ -97,7 +104,7 @@ void id_map_erase(const Tensor& slots, const Tensor& numbers, const Tensor& coun
 template <class Device>
 void id_map_set(const Tensor& slots, const Tensor& numbers, const Tensor& rows) {
   Device device(slots);
-  RECIS_CHECK(numbers.numel() == rows.numel(), "one row for each slot");
+  RECIS_CHECK(numbers.numel() == rows.numel(), "there must be one row for each slot");
   device.for_each(numbers.numel(), 1,
                   SetRows{id_map_ref(slots).slots, data<int64_t>(numbers, "numbers"), data<int64_t>(rows, "rows")});
 }
@@ -113,10 +120,8 @@ void id_map_count(const Tensor& slots, const Tensor& counters, Tensors ids, Ints
                   const Tensor& rows) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, used, spans);
-  RECIS_CHECK(rows.numel() == segments.total, "rows must hold one element for each id");
-  device.for_each(segments.total, 1,
-                  CountIds{segments, id_map_ref(slots), counter_data(counters), data<int64_t>(rows, "rows")});
+  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  device.for_each(rows.numel(), 1, CountIds{lookup, counter_data(counters), data<int64_t>(rows, "rows")});
 }
 
 template <class Device>
@@ -124,12 +129,10 @@ void id_map_admit(const Tensor& slots, Tensors ids, Ints members, Tensors used, 
                   const Tensor& admitted) {
   Device device(slots);
   std::vector<IdSpan> spans;
-  const auto segments = id_segments(device, ids, members, used, spans);
-  RECIS_CHECK(rows.numel() == segments.total && admitted.numel() == segments.total,
-              "rows and admitted must hold one element for each id");
-  device.for_each(segments.total, 1,
-                  AdmitCounted{segments, id_map_ref(slots), data<int64_t>(rows, "rows"), least,
-                               data<uint8_t>(admitted, "admitted")});
+  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  RECIS_CHECK(admitted.numel() == rows.numel(), "admitted must hold one element for each id");
+  device.for_each(rows.numel(), 1,
+                  AdmitCounted{lookup, data<int64_t>(rows, "rows"), least, data<uint8_t>(admitted, "admitted")});
 }
 
 template <class Device>
