@@ -1,6 +1,6 @@
-// The distinct ids of a lookup, by the rank that owns them: what a rank asks the others for, on the CPU.
+// The distinct ids of a lookup, ordered by the rank that owns them: the requests to the other ranks. CPU only.
 //
-// Ids are grouped in parts as core/group.h does, and groups are then dealt to (owner, kind) in the order of their
+// Ids are grouped in parts as in core/group.h; the groups are then assigned to (owner, kind) in the order of their
 // parts. So the result depends on the input alone.
 #pragma once
 
@@ -9,12 +9,11 @@
 #include <vector>
 
 #include "core/group.h"
-#include "core/hash.h"
 #include "core/hash/mix.h"
 
 namespace recis {
 
-// Ids as keys that only have to be told apart; a feature's `member` is its kind.
+// Ids as keys that need no row. The `member` of a feature is its kind.
 struct IdsAsKeys {
   static uint64_t hash(int64_t id, int64_t) { return mix64(static_cast<uint64_t>(id)); }
   void prefetch(uint64_t) const {}
@@ -22,7 +21,7 @@ struct IdsAsKeys {
 
 struct DistinctInputs {
   GroupInputs positions;
-  std::vector<int64_t> owners;  // of each kind: a rank, or -1: the owner of each id's bucket
+  std::vector<int64_t> owners;  // the rank that owns each kind, or -1 where the bucket of an id decides
   int64_t ranks;
 
   int64_t owner(int64_t id, int64_t kind) const {
@@ -31,34 +30,33 @@ struct DistinctInputs {
 };
 
 struct DistinctOutputs {
-  int64_t* ids;      // [n] upper bound: by (owner, kind)
-  int64_t* counts;   // [n] upper bound: how many positions each has
-  int64_t* places;   // [n]: of each position, which of `ids` it is
-  int64_t* sizes;    // [ranks, kinds]
-  int64_t* offsets;  // [n + 1] upper bound: where each one's positions begin in what follows
-  int64_t* sources;  // [n]: by id, in input order
+  int64_t* ids;      // [n] upper bound: distinct ids by (owner, kind)
+  int64_t* counts;   // [n] upper bound: positions of each id
+  int64_t* places;   // [n]: the index into `ids` of each position
+  int64_t* sizes;    // [ranks, kinds]: ids of each (owner, kind)
+  int64_t* offsets;  // [n + 1] upper bound: where the positions of each id begin in `sources` and `scales`
+  int64_t* sources;  // [n]: grouped by id, in input order
   float* scales;     // [n], likewise; or null
   int64_t* count;    // [1]
 };
 
+// Finds the distinct ids of a lookup; `out` is the same for any executor.
 template <class Executor>
 void distinct_cpu(const Executor& executor, const DistinctInputs& in, const DistinctOutputs& out) {
   const GroupInputs& positions = in.positions;
   const int64_t n = positions.positions();
   const auto kinds = static_cast<int64_t>(in.owners.size());
   const detail::Parts parts(positions.features, n, IdsAsKeys{});
-  const bool plain = positions.sources == nullptr && parts.order == nullptr;
-  const auto written = positions.sources == nullptr && !plain ? detail::plain_sources(positions) : nullptr;
-  const int64_t* sources = positions.sources == nullptr ? written.get() : positions.sources;
+  const detail::Sources sources(positions, parts);
   const detail::PartGroups found(n);
   const auto owners = detail::room<int32_t>(n);            // of each group
-  std::vector<int64_t> groups(parts.count() * in.ranks);   // of each part and owner; then where they begin
-  std::vector<int64_t> members(parts.count() * in.ranks);  // positions in them, likewise
-  std::vector<int64_t> met(parts.count());
+  std::vector<int64_t> groups(parts.count() * in.ranks);   // groups of each part and owner; later where they begin
+  std::vector<int64_t> members(parts.count() * in.ranks);  // positions in these groups, likewise
+  std::vector<int64_t> counts(parts.count());              // groups of each part
 
   detail::group_parts(executor, parts, IdsAsKeys{}, found, [&](int64_t part, int32_t count) {
     const int64_t begin = parts.begins[part];
-    met[part] = count;
+    counts[part] = count;
     for (int64_t g = begin; g < begin + count; ++g) {
       const int64_t owner = in.owner(found.keys[g], parts.members[part]);
       owners[g] = static_cast<int32_t>(owner);
@@ -84,14 +82,14 @@ void distinct_cpu(const Executor& executor, const DistinctInputs& in, const Dist
   }
 
   executor(parts.count(), 1, [&](int64_t begin_part, int64_t end_part) {
-    std::vector<int64_t> next;    // of each group: where its next position goes
-    std::vector<int64_t> placed;  // of each group
+    std::vector<int64_t> next;    // the place of the next position of each group
+    std::vector<int64_t> placed;  // the index into out.ids of each group
     for (int64_t part = begin_part; part < end_part; ++part) {
       const int64_t begin = parts.begins[part];
       const int64_t length = parts.begins[part + 1] - begin;
-      next.resize(met[part]);
-      placed.resize(met[part]);
-      for (int64_t g = 0; g < met[part]; ++g) {
+      next.resize(counts[part]);
+      placed.resize(counts[part]);
+      for (int64_t g = 0; g < counts[part]; ++g) {
         const int64_t at = part * in.ranks + owners[begin + g];
         const int64_t to = placed[g] = groups[at]++;
         next[g] = members[at];
@@ -105,7 +103,7 @@ void distinct_cpu(const Executor& executor, const DistinctInputs& in, const Dist
         const int64_t position = parts.position(begin + i);
         const int64_t to = next[g]++;
         out.places[position] = placed[g];
-        out.sources[to] = plain ? part << kSourceShift | i : sources[position];
+        out.sources[to] = sources(part, i, position);
         if (positions.scales != nullptr) out.scales[to] = positions.scales[position];
       }
     }

@@ -1,4 +1,4 @@
-// Gather and pool: from rows to one vector a bag.
+// Gathering and pooling: from rows to one vector for each bag.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@
 
 namespace recis {
 
-// Copies past the caches, for outputs that these could not hold anyway: a plain store would first read the line that it
-// is about to overwrite. `to` is a multiple of 32 bytes.
+// Copies past the caches, for outputs too large for these anyway: a plain store would first read the line that it
+// overwrites. `to` must be aligned to 32 bytes.
 #if defined(__AVX__) && !defined(__CUDACC__)
 template <class E, class Count>
 inline constexpr bool kCanStream = std::is_same_v<E, float> && !std::is_same_v<Count, int>;
@@ -56,28 +56,28 @@ struct BagSpan {
   int64_t first;
   int64_t first_position;
   Bags bags;
-  const int64_t* ids;  // the feature's ids, for first values of unknown ones
+  const int64_t* ids;  // the feature's ids, needed for the first values of unknown ones
   float* out;          // [vectors, dim]
-  int32_t* winners;    // max: [vectors, dim], which id of the bag each element is of; -1 in an empty bag; may be null
+  int32_t* winners;  // max: [vectors, dim], the position in its bag of each element's id, -1 for an empty bag; or null
   const Initializer* init;  // null: an unknown id counts as zeros
 };
 
-// out[v] = the combined embeddings of a bag's ids; zeros for an empty bag. A row of -1 (an id that has none) counts
-// with the first value it would have, or as zeros.
+// out[v] = the combined embeddings of the ids of a bag, zeros for an empty bag. An id without a row (row -1) counts
+// with the first value that it would get, or as zeros.
 template <class E, int W>
 struct GatherBags {
   Segments<BagSpan> segments;
   BlocksRef blocks;
   const int64_t* rows;
   int64_t dim;
-  bool streams;  // the output is larger than caches and each vector aligned: see stream_copy
+  bool streams;  // whether to use stream_copy: the output is larger than the caches, and every vector aligned
 
   int64_t fetched_bytes() const { return dim * static_cast<int64_t>(sizeof(E)); }
 
   RECIS_HD void prefetch(int32_t part, int64_t v) const {
     const BagSpan& span = segments[part];
     const Range bag = span.bags.range(v - span.first);
-    // A long bag fetches as it goes; its beginning is enough here.
+    // A longer bag prefetches the rest as it is summed.
     for (int64_t p = bag.begin; p < min64(bag.end, bag.begin + 4); ++p) prefetch_row(rows[span.first_position + p]);
   }
 
@@ -138,7 +138,7 @@ struct GatherBags {
           for (int j = 0; j < n; ++j) x[j] = 0.0f;
         }
         for (int j = 0; j < n; ++j) {
-          // The first of equals wins, as in torch; NaN wins over all and is shown.
+          // The first of equal elements wins, as in torch; NaN wins over all numbers and propagates.
           const bool wins = x[j] > best[j] || (x[j] != x[j] && best[j] == best[j]);
           best[j] = wins ? x[j] : best[j];
           winner[j] = wins ? static_cast<int32_t>(p - bag.begin) : winner[j];
@@ -151,7 +151,7 @@ struct GatherBags {
     });
   }
 
-  // Elements d .. d + n - 1 of the first value of the id at position p, rounded as a record would hold them.
+  // Elements d .. d + n - 1 of the first value of the id at position p, rounded to the record's type.
   template <class Count>
   RECIS_HD void first(const BagSpan& span, int64_t p, int64_t d, Count n, float (&out)[W]) const {
     int64_t quad = -1;
@@ -168,7 +168,7 @@ struct GatherBags {
   }
 };
 
-// Backward of max: every id of a bag takes the bag's gradient where it won, else zero.
+// Backward of max: an id of a bag takes the gradient of the elements that it won, zero elsewhere.
 struct SpreadMax {
   const int64_t* offsets;  // [bags + 1]; null: one id a bag
   const int32_t* winners;  // [bags, dim]
@@ -188,26 +188,29 @@ struct SpreadMax {
   }
 };
 
-// Where the gradient of each position comes from: (feature, its vector) packed into one word, and its share of it.
+// The source of a position's gradient: a feature in the high bits and one of its vectors in the low ones.
+inline constexpr int kSourceShift = 40;
+inline constexpr int64_t kSourceVector = (int64_t{1} << kSourceShift) - 1;
+
+RECIS_HD int64_t source_of(int64_t feature, int64_t vector) { return feature << kSourceShift | vector; }
+
 struct SourceSpan {
   int64_t first;
   int64_t first_position;
   Bags bags;
 };
 
-inline constexpr int kSourceShift = 40;  // feature above, vector of the feature below
-inline constexpr int64_t kSourceVector = (int64_t{1} << kSourceShift) - 1;
-
+// Writes the source of each position, and the factor by which its bag multiplies the embedding.
 struct FillSources {
   Segments<SourceSpan> segments;
   int64_t* sources;  // [positions]
-  float* scales;     // [positions], or null where every share is 1
+  float* scales;     // [positions], or null where every factor is 1
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t v, Lanes lanes) const {
     const SourceSpan& span = segments[part];
     const Range bag = span.bags.range(v - span.first);
-    const int64_t source = (static_cast<int64_t>(part) << kSourceShift) | (v - span.first);
+    const int64_t source = source_of(part, v - span.first);
     const float norm = scales == nullptr ? 1.0f : span.bags.norm(bag);
     for (int64_t p = bag.begin + lanes.rank; p < bag.end; p += lanes.size) {
       sources[span.first_position + p] = source;

@@ -1,13 +1,12 @@
-// Groups equal keys on the CPU, keeping input order within a group: rows, or ids, of which only the distinct ones are
-// then looked up.
+// Groups equal keys on the CPU, keeping input order within a group. Keys are rows, or ids, of which only the distinct
+// ones are then looked up.
 //
-// CUDA has its own (cuda/group.cu, over CUB's radix sort): grouping is where one source would serve neither well.
+// CUDA has its own grouping (cuda/group.cu, over CUB's radix sort): one source would serve neither device well.
 //
-// Positions are dealt to parts that small hash tables in a near cache can group, one after another: by member table
-// (keys of two are never the same), and those of a large one by a hash of the key. A part's groups come in the order of
-// their first positions. So gradients are read nearly in the order in which they lie, and the result depends on the
-// input alone, not on the number of threads. (A radix sort by row took three times as long, and ordered the groups by
-// row, in which gradients are read at random.)
+// Positions are partitioned into parts small enough for a hash table in a near cache: by member table (keys of two are
+// never equal), and for a large table by a hash of the key. The groups of a part are ordered by their first positions.
+// So gradients are read nearly in memory order, and the result depends on the input alone, not on the number of
+// threads. (A radix sort by row took three times as long, and its order of groups made gradients be read at random.)
 #pragma once
 
 #include <algorithm>
@@ -28,7 +27,7 @@ struct KeySpan {
 
 struct GroupInputs {
   std::vector<KeySpan> features;  // end to end
-  const int64_t* sources;         // [n]; null: a position's feature, and which of its positions it is
+  const int64_t* sources;         // [n]; null: each position is its own source (feature, position in it)
   const float* scales;            // [n], or null
 
   int64_t positions() const {
@@ -39,16 +38,16 @@ struct GroupInputs {
 };
 
 struct GroupOutputs {
-  int64_t* rows;             // [n]: of each position; null: not wanted
-  int64_t* unique;           // [n] upper bound: distinct rows
+  int64_t* rows;             // [n]: the row of each position; null: not wanted
+  int64_t* unique;           // [n] upper bound: the distinct rows
   int64_t* offsets;          // [n + 1] upper bound
   int64_t* grouped_sources;  // [n]
   float* grouped_scales;     // [n], or null
   int64_t* count;            // [1]
 };
 
-// Keys that are rows themselves. Keys say how they are hashed and what row a distinct one has; positions of row -1
-// belong to no group. They may gather what belongs to a part's rows, once all of these are known.
+// Keys that are rows themselves. A type of keys says how a key is hashed and which row a distinct one has; positions of
+// row -1 belong to no group. It may gather the embeddings of a part once all rows of the part are known.
 struct RowsAsKeys {
   static uint64_t hash(int64_t row, int64_t) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ull; }
   void prefetch(uint64_t) const {}
@@ -62,23 +61,23 @@ namespace detail {
 
 inline constexpr int64_t kPartPositions = 4096;
 
-// Uninitialised on purpose: everything that is read was written.
+// Uninitialised on purpose: callers write every element before they read it.
 template <class T>
 std::unique_ptr<T[]> room(int64_t n) {
   return std::unique_ptr<T[]>(new T[std::max<int64_t>(n, 1)]);
 }
 
-// How positions are dealt to parts.
+// The partition of positions into parts.
 struct Parts {
   std::vector<int64_t> begins;          // [parts + 1] into the order
-  std::vector<const int64_t*> keys;     // of each part, in order
-  std::vector<int64_t> members;         // of each part
-  std::unique_ptr<int64_t[]> order;     // [n] positions, part after part; null where they are in order as they lie
+  std::vector<const int64_t*> keys;     // the keys of each part, in order
+  std::vector<int64_t> members;         // the member table of each part
+  std::unique_ptr<int64_t[]> order;     // [n] positions, part after part; null where that is input order
   std::unique_ptr<int64_t[]> in_order;  // [n] keys, likewise
 
   template <class Keys>
   Parts(const std::vector<KeySpan>& features, int64_t n, const Keys&) {
-    // Features of one member table make one part, or several of a size that is a power of two.
+    // The features of one member table make up 2^bits parts.
     std::vector<int64_t> sizes;
     std::vector<size_t> of_feature(features.size());
     std::vector<int64_t> seen;
@@ -93,17 +92,17 @@ struct Parts {
     }
     std::vector<int64_t> first(sizes.size() + 1, 0);
     std::vector<int> shift(sizes.size());
-    bool as_they_lie = sizes.size() == features.size();
+    bool in_input_order = sizes.size() == features.size();
     for (size_t m = 0; m < sizes.size(); ++m) {
       int bits = 0;
       while (sizes[m] > kPartPositions << bits) ++bits;
       shift[m] = 64 - bits;
       first[m + 1] = first[m] + (int64_t{1} << bits);
       members.insert(members.end(), size_t{1} << bits, seen[m]);
-      as_they_lie = as_they_lie && bits == 0;
+      in_input_order = in_input_order && bits == 0;
     }
     begins.assign(first.back() + 1, 0);
-    if (as_they_lie) {
+    if (in_input_order) {
       for (size_t f = 0; f < features.size(); ++f) {
         begins[f + 1] = begins[f] + features[f].length;
         keys.push_back(features[f].keys);
@@ -138,27 +137,42 @@ struct Parts {
   int64_t position(int64_t i) const { return order == nullptr ? i : order[i]; }
 };
 
-// What `sources` stands for where it is null, written out.
-inline std::unique_ptr<int64_t[]> plain_sources(const GroupInputs& in) {
-  auto sources = room<int64_t>(in.positions());
-  int64_t* at = sources.get();
-  for (size_t f = 0; f < in.features.size(); ++f) {
-    for (int64_t i = 0; i < in.features[f].length; ++i) *at++ = static_cast<int64_t>(f) << kSourceShift | i;
+// The source of each position, also where GroupInputs leaves it out.
+class Sources {
+ public:
+  Sources(const GroupInputs& in, const Parts& parts)
+      : plain_(in.sources == nullptr && parts.order == nullptr), sources_(in.sources) {
+    if (sources_ != nullptr || plain_) return;
+    written_ = room<int64_t>(in.positions());
+    int64_t* at = written_.get();
+    for (size_t f = 0; f < in.features.size(); ++f) {
+      for (int64_t i = 0; i < in.features[f].length; ++i) *at++ = source_of(static_cast<int64_t>(f), i);
+    }
+    sources_ = written_.get();
   }
-  return sources;
-}
 
-// What is found of each part's groups before they have a place among those of all parts: arrays of all parts, each
-// part's from its begin on.
+  // The source of position `position`, which is number i of its part.
+  int64_t operator()(int64_t part, int64_t i, int64_t position) const {
+    return plain_ ? source_of(part, i) : sources_[position];
+  }
+
+ private:
+  bool plain_;  // parts are features, so that sources follow from the numbers
+  const int64_t* sources_;
+  std::unique_ptr<int64_t[]> written_;
+};
+
+// The groups of each part before they are numbered across parts: arrays of all parts, where a part's elements start at
+// its begin.
 struct PartGroups {
   std::unique_ptr<int32_t[]> local;  // the group of each place in the order, within its part
   std::unique_ptr<int64_t[]> keys;   // of each group
-  std::unique_ptr<int32_t[]> sizes;  // how many positions each has
+  std::unique_ptr<int32_t[]> sizes;  // positions of each group
 
   explicit PartGroups(int64_t n) : local(room<int32_t>(n)), keys(room<int64_t>(n)), sizes(room<int32_t>(n)) {}
 };
 
-// Gathers what belongs to a part's positions. `local` is the group of each, groups numbered by their first position.
+// Gathers the vectors of a part's positions. `local` is the group of each, groups being numbered by first position.
 template <class Keys>
 void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, int64_t part, const int32_t* local,
                  const int64_t* rows, int64_t groups) {
@@ -179,11 +193,11 @@ void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, in
   }
 }
 
-// Groups the keys of each part; `met(part, count)` is called when a part's groups are known, by the thread that has
-// them in its caches.
-template <class Executor, class Keys, class Met>
+// Groups the keys of each part. finish(part, count) is called when the groups of a part are known, by the thread that
+// has them in its caches.
+template <class Executor, class Keys, class Finish>
 void group_parts(const Executor& executor, const Parts& parts, const Keys& keys, const PartGroups& out,
-                 const Met& met) {
+                 const Finish& finish) {
   executor(parts.count(), 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> table;
     std::vector<uint64_t> hashes;
@@ -204,7 +218,7 @@ void group_parts(const Executor& executor, const Parts& parts, const Keys& keys,
       for (int64_t i = 0; i < length; ++i) hashes[i] = Keys::hash(part_keys[i], member);
       for (int64_t i = 0; i < length; ++i) {
         const int64_t key = part_keys[i];
-        // Bits below those that dealt the parts.
+        // Lower bits than those that chose the part.
         for (uint64_t at = hashes[i] >> 20 & mask;; at = (at + 1) & mask) {
           const int32_t group = table[at];
           if (group < 0) {
@@ -221,31 +235,29 @@ void group_parts(const Executor& executor, const Parts& parts, const Keys& keys,
           }
         }
       }
-      met(part, count);
+      finish(part, count);
     }
   });
 }
 
 }  // namespace detail
 
+// Groups the positions of equal keys; `out` is the same for any executor.
 template <class Executor, class Keys>
 void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
   const int64_t n = in.positions();
   const detail::Parts parts(in.features, n, keys);
-  // Parts that lie in order are features, of which the source is known without looking.
-  const bool plain = in.sources == nullptr && parts.order == nullptr;
-  const auto written = in.sources == nullptr && !plain ? detail::plain_sources(in) : nullptr;
-  const int64_t* sources = in.sources == nullptr ? written.get() : in.sources;
+  const detail::Sources sources(in, parts);
   const detail::PartGroups found(n);
-  const auto& rows = found.keys;                      // of each group: its key, then its row
-  std::vector<int64_t> groups(parts.count() + 1, 0);  // with a row, of each part; then of the parts before it
-  std::vector<int64_t> places(parts.count() + 1, 0);  // positions in them, likewise
-  std::vector<int64_t> met(parts.count(), 0);         // groups with and without a row, of each part
+  const auto& rows = found.keys;                      // the key of each group, later its row
+  std::vector<int64_t> groups(parts.count() + 1, 0);  // groups with a row in each part; later in the parts before it
+  std::vector<int64_t> places(parts.count() + 1, 0);  // positions in these groups, likewise
+  std::vector<int64_t> counts(parts.count(), 0);      // groups of each part, with and without a row
 
   detail::group_parts(executor, parts, keys, found, [&](int64_t part, int32_t count) {
     int64_t* part_rows = rows.get() + parts.begins[part];
     const int32_t* part_sizes = found.sizes.get() + parts.begins[part];
-    met[part] = count;
+    counts[part] = count;
     for (int32_t g = 0; g < count; ++g) {
       part_rows[g] = keys.row(part_rows[g], parts.members[part]);
       if (part_rows[g] < 0) continue;
@@ -265,10 +277,10 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = parts.begins[part];
       const int64_t length = parts.begins[part + 1] - begin;
-      next.resize(met[part]);
+      next.resize(counts[part]);
       int64_t group = groups[part];
       int64_t place = places[part];
-      for (int64_t g = 0; g < met[part]; ++g) {
+      for (int64_t g = 0; g < counts[part]; ++g) {
         next[g] = place;
         if (rows[begin + g] < 0) continue;
         out.unique[group] = rows[begin + g];
@@ -282,7 +294,7 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         if (out.rows != nullptr) out.rows[position] = row;
         if (row < 0) continue;
         const int64_t to = next[g]++;
-        out.grouped_sources[to] = plain ? part << kSourceShift | i : sources[position];
+        out.grouped_sources[to] = sources(part, i, position);
         if (in.scales != nullptr) out.grouped_scales[to] = in.scales[position];
       }
     }

@@ -1,5 +1,5 @@
-// Groups equal rows on CUDA: CUB's radix sort is stable, so input order is kept within a row (core/group.h is the
-// CPU's).
+// Grouping of equal rows on CUDA; core/group.h is its CPU counterpart. CUB's radix sort is stable, so input order is
+// kept within a row.
 #include <cub/cub.cuh>
 
 #include "cuda/device.cuh"
@@ -9,7 +9,7 @@
 namespace recis {
 namespace {
 
-// Positions without a row sort to the end, as a last group.
+// Positions without a row are sorted to the end, as a last group.
 struct NumberPositions {
   const int64_t* rows;
   int64_t row_bound;
@@ -23,7 +23,7 @@ struct NumberPositions {
   }
 };
 
-// ... which is not counted.
+// Leaves that last group out of the count.
 struct DropLastGroup {
   const int64_t* unique;
   int64_t row_bound;
@@ -49,7 +49,7 @@ struct PermuteSources {
   }
 };
 
-// Lengths past the last group are zero, so that one scan over the bound gives every offset and the end.
+// Sets the lengths past the last group to zero, so that one scan over the upper bound yields every offset and the end.
 struct ClearTail {
   const int64_t* count;
   int64_t* lengths;
@@ -71,12 +71,10 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
   CudaDevice device(rows);
   const int64_t n = rows.numel();
-  RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
-              "group_rows: a buffer is smaller than its upper bound");
-  RECIS_CHECK(n < (int64_t{1} << 31), "group_rows: at most 2^31 - 1 positions, got ", n);  // cub counts runs in an int
+  check_groups(n, unique, starts, sources);
   int64_t* counted = data<int64_t>(count, "count");
   int64_t* begins = data<int64_t>(starts, "starts");
-  float* shares = data_or_null<float>(scales, "scales");
+  float* factors = data_or_null<float>(scales, "scales");
   if (n == 0) {
     RECIS_CUDA_CHECK(cudaMemsetAsync(counted, 0, sizeof(int64_t), device.stream()));
     RECIS_CUDA_CHECK(cudaMemsetAsync(begins, 0, sizeof(int64_t), device.stream()));
@@ -84,7 +82,7 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   }
   const auto words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8).data_ptr()); };
   int64_t* ungrouped = words(n);
-  float* ungrouped_scales = shares == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  float* ungrouped_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
   fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped, ungrouped_scales);
   int64_t* keys = words(n);
   int64_t* positions = words(n);
@@ -95,7 +93,7 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   const int bits = bits_for(row_bound + 1);
   const auto stream = device.stream();
 
-  // Keys are never negative, so the low bits alone order them.
+  // Keys are never negative, so their low bits determine the order.
   size_t sort_bytes = 0;
   size_t encode_bytes = 0;
   size_t scan_bytes = 0;
@@ -113,7 +111,7 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
       cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted, distinct, group_lengths, counted, n, stream));
   device.for_each(n + 1, 1, ClearTail{counted, group_lengths});
   RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, group_lengths, begins, n + 1, stream));
-  device.for_each(n, 1, PermuteSources{order, ungrouped, ungrouped_scales, data<int64_t>(sources, "sources"), shares});
+  device.for_each(n, 1, PermuteSources{order, ungrouped, ungrouped_scales, data<int64_t>(sources, "sources"), factors});
   device.for_each(1, 1, DropLastGroup{distinct, row_bound, counted});
 }
 

@@ -45,14 +45,8 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
                     Ints out_starts) {
   CpuDevice device(slots);
-  RECIS_CHECK(used.empty(), "on the CPU there are as many ids as a tensor holds");
+  RECIS_CHECK(used.empty(), "insert_grouped: on the CPU all ids of a tensor are in use; `used` must be empty");
   check_features(rows.numel(), members, lengths);
-  RECIS_CHECK(ids.size() == lengths.size(), "a length for each list of ids");
-  std::vector<KeySpan> features;
-  for (size_t f = 0; f < ids.size(); ++f) {
-    RECIS_CHECK(ids[f].numel() == lengths[f], "ids and their length differ");
-    features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});
-  }
   std::vector<float*> parts;
   bool streams = false;
   if (out.has_value()) {
@@ -60,7 +54,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     for (const int64_t start : out_starts) parts.push_back(data<float>(*out, "out") + start);
     streams = can_stream(*out, out_starts, rows.numel(), dim);
   }
-  // Every row that was handed out has its first values, whatever may end this early.
+  // Rows are committed even if an exception ends this call: every allocated row has its first values.
   struct Commit {
     int64_t* counters;
     ~Commit() { CommitInserts{counters}(0, OneLane{}); }
@@ -75,8 +69,8 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
         record_start(dim, field_offsets, field_widths, field_sizes, field_values),
         PlainOutputs{parts.empty() ? nullptr : parts.data(), dim, streams},
     };
-    group_positions(device, keys, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
-                    data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);
+    group_positions(device, keys, key_spans(ids, lengths, members), lengths, vectors, offsets, weights, combiners,
+                    tiles, data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);
   });
 }
 
@@ -88,24 +82,18 @@ void distinct_ids(Tensors ids, Ints kinds, Ints owners, int64_t ranks, Ints leng
   check_features(places.numel(), kinds, lengths);
   check_groups(places.numel(), distinct, starts, sources);
   const auto all = static_cast<int64_t>(owners.size());
-  RECIS_CHECK(ids.size() == lengths.size(), "a length for each list of ids");
   RECIS_CHECK(ranks > 0 && sizes.numel() == ranks * all, "sizes must be [ranks, kinds]");
   RECIS_CHECK(counts.numel() >= places.numel(), "counts: a buffer is smaller than its upper bound");
-  for (const int64_t owner : owners) RECIS_CHECK(owner < ranks, "an owner must be a rank, or -1, got ", owner);
-  std::vector<KeySpan> features;
-  for (size_t f = 0; f < ids.size(); ++f) {
-    RECIS_CHECK(ids[f].numel() == lengths[f], "ids and their length differ");
-    RECIS_CHECK(kinds[f] >= 0 && kinds[f] < all, "a kind must have an owner, got ", kinds[f]);
-    features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), kinds[f]});
-  }
-  float* shares = data_or_null<float>(scales, "scales");
-  Positions positions(device, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
-                      shares != nullptr);
+  for (const int64_t owner : owners) RECIS_CHECK(owner < ranks, "an owner must be a rank or -1, got ", owner);
+  for (const int64_t kind : kinds) RECIS_CHECK(kind >= 0 && kind < all, "a kind must have an owner, got ", kind);
+  float* factors = data_or_null<float>(scales, "scales");
+  Positions positions(device, key_spans(ids, lengths, kinds), lengths, vectors, offsets, weights, combiners, tiles,
+                      factors != nullptr);
   distinct_cpu(
       TorchPool{}, DistinctInputs{std::move(positions.in), std::move(owners), ranks},
       DistinctOutputs{data<int64_t>(distinct, "distinct"), data<int64_t>(counts, "counts"),
                       data<int64_t>(places, "places"), data<int64_t>(sizes, "sizes"), data<int64_t>(starts, "starts"),
-                      data<int64_t>(sources, "sources"), shares, data<int64_t>(count, "count")});
+                      data<int64_t>(sources, "sources"), factors, data<int64_t>(count, "count")});
 }
 
 }  // namespace recis

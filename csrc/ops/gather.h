@@ -1,4 +1,4 @@
-// Operators from rows to pooled vectors and back to positions (kernels: core/gather.h).
+// Operators that pool rows into vectors and spread gradients back to positions (kernels: core/gather.h).
 #pragma once
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 
 namespace recis {
 
-// The features of a lookup travel as lists, one element each: `lengths` (ids), `vectors` (what it gives), `offsets` and
-// `weights` (see optional_data), `combiners`, `tiles`.
+// The features of a lookup are passed as lists, one element each: `lengths` (number of ids), `vectors` (number of
+// output vectors), `offsets` and `weights` (see optional_data), `combiners`, `tiles`.
 #define RECIS_FEATURES "int[] lengths, int[] vectors, Tensor[] offsets, Tensor[] weights, int[] combiners, int[] tiles"
 
 inline void check_offsets(const Tensor& offsets, int64_t ids) {
@@ -18,38 +18,39 @@ inline void check_offsets(const Tensor& offsets, int64_t ids) {
   const int64_t* at = data<int64_t>(offsets, "offsets");
   const int64_t bags = offsets.numel() - 1;
   RECIS_CHECK(at[0] >= 0 && at[bags] <= ids && ascend(at, bags), "offsets must not decrease and must lie within the ",
-              ids, " ids that they are of; were they written to after the batch was made?");
+              ids, " ids of their feature; were they written to after the batch was made?");
 }
 
 inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& lengths, const Ints& vectors,
                     const Ints& combiners, const Ints& tiles, size_t f) {
   const int64_t* starts = optional_data<int64_t>(offsets, f, "offsets");
-  const float* shares = optional_data<float>(weights, f, "weights");
+  const float* factors = optional_data<float>(weights, f, "weights");
   const int64_t bags = tiles[f] == 0 ? vectors[f] : vectors[f] / tiles[f];
   RECIS_CHECK(starts == nullptr ? lengths[f] == vectors[f] && tiles[f] == 0 : offsets[f].numel() == bags + 1,
               "offsets or ids do not fit the number of bags");
-  RECIS_CHECK(shares == nullptr || weights[f].numel() == lengths[f], "one weight for each id");
+  RECIS_CHECK(factors == nullptr || weights[f].numel() == lengths[f], "there must be one weight for each id");
   if (starts != nullptr) check_offsets(offsets[f], lengths[f]);
-  return {starts, shares, static_cast<Combiner>(combiners[f]), tiles[f]};
+  return {starts, factors, static_cast<Combiner>(combiners[f]), tiles[f]};
 }
 
-// Outputs above this many bytes are written past the caches.
+// Outputs of more bytes than this are written past the caches.
 inline constexpr int64_t kStreamFrom = 4 << 20;
 
-// Whether vectors are to be written past the caches; each must start at a multiple of 32 bytes then.
+// Whether to write vectors past the caches, for which every vector must be aligned to 32 bytes.
 inline bool can_stream(const Tensor& out, const Ints& starts, int64_t vectors, int64_t dim) {
   bool aligned = dim % 16 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
   for (const int64_t start : starts) aligned = aligned && start % 8 == 0;
   return aligned && vectors * dim * 4 > kStreamFrom;
 }
 
-// What is to be gathered while ids are grouped must be one vector for each id.
+// Checks that vectors can be gathered while ids are grouped: one for each id, without weights.
 inline void check_plain(const Tensor& out, const Ints& starts, const Ints& lengths, const Ints& vectors,
                         const Tensors& offsets, const Tensors& weights, int64_t dim) {
   RECIS_CHECK(offsets.empty() && weights.empty(), "out: only for features of one id a vector, without weights");
-  RECIS_CHECK(starts.size() == lengths.size() && vectors.size() == lengths.size(), "out: a start for each feature");
+  RECIS_CHECK(starts.size() == lengths.size() && vectors.size() == lengths.size(),
+              "out: there must be one start for each feature");
   for (size_t f = 0; f < lengths.size(); ++f) {
-    RECIS_CHECK(vectors[f] == lengths[f], "out: a vector for each id");
+    RECIS_CHECK(vectors[f] == lengths[f], "out: there must be one vector for each id");
     RECIS_CHECK(starts[f] >= 0 && starts[f] + lengths[f] * dim <= out.numel(), "out is too small");
   }
 }
@@ -62,7 +63,7 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
   Device device(rows);
   const Initializer* inits = initializer_data(initializers);
   float* buffer = data<float>(out, "out");
-  int32_t* won = data_or_null<int32_t>(winners, "winners");
+  int32_t* winner_data = data_or_null<int32_t>(winners, "winners");
   std::vector<BagSpan> spans;
   spans.reserve(lengths.size());
   int64_t total = 0;
@@ -73,7 +74,7 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
     RECIS_CHECK(starts[f] >= 0 && starts[f] + vectors[f] * dim <= out.numel(), "out is too small");
     RECIS_CHECK(ids.empty() || ids[f].numel() == lengths[f], "ids must hold one element for each row");
     spans.push_back({total, positions, bags, ids.empty() ? nullptr : data<int64_t>(ids[f], "ids"), buffer + starts[f],
-                     bags.combiner == Combiner::kMax && won != nullptr ? won + starts[f] : nullptr,
+                     bags.combiner == Combiner::kMax && winner_data != nullptr ? winner_data + starts[f] : nullptr,
                      ids.empty() || members[f] < 0 ? nullptr : inits + members[f]});
     aligned = aligned && starts[f] % 4 == 0;
     total += vectors[f];
@@ -108,12 +109,22 @@ void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& grad
               "the gradient must be float32 [bags, dim] with contiguous rows");
   const int64_t bags = gradient.size(0);
   RECIS_CHECK(winners.numel() == bags * dim && (offsets.numel() == 0 ? out.size(0) : offsets.numel() - 1) == bags,
-              "winners, offsets and gradient must be of the same bags");
+              "winners, offsets and gradient must have the same number of bags");
   check_offsets(offsets, out.size(0));
   device.for_each(
       bags, dim,
       SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"), data<int32_t>(winners, "winners"),
                 static_cast<const float*>(gradient.data_ptr()), gradient.stride(0), dim, data<float>(out, "out")});
+}
+
+// The outputs of grouping; RECIS_GROUPS declares the tensors in a schema, from the letter `b` on.
+#define RECIS_GROUPS "Tensor(b!) unique, Tensor(c!) starts, Tensor(d!) sources, Tensor(e!)? scales, Tensor(f!) count"
+
+inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, const Tensor& sources) {
+  RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
+              "groups: a buffer is smaller than its upper bound");
+  // CUB counts runs in an int, and groups are numbered by int32 on the CPU.
+  RECIS_CHECK(n < (int64_t{1} << 31), "groups: at most 2^31 - 1 positions, got ", n);
 }
 
 template <class Device>
