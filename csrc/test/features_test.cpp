@@ -1,8 +1,8 @@
-// Fused programs and ragged kernels under the sanitizers: hashes of strings in bulk are the hashes themselves, no
-// offsets make a kernel read or write outside of what it was given, and tiles, threads and scratch space do not matter.
+// Fused programs and ragged kernels, to be run under the sanitizers: hashing strings in bulk yields the hashes of each
+// string; no offsets make a kernel read or write outside its buffers; results depend neither on tiles, nor on threads,
+// nor on the contents of scratch space.
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -11,21 +11,15 @@
 #include "core/hash/mix.h"
 #include "core/program.h"
 #include "core/ragged.h"
+#include "test/expect.h"
 
 namespace {
 
 using recis::Instruction;
 using recis::Step;
+using recis_test::expect;
 
-int failures = 0;
-
-void expect(bool good, const char* what, int64_t detail) {
-  if (good) return;
-  std::printf("features_test: %s (%lld)\n", what, static_cast<long long>(detail));
-  ++failures;
-}
-
-// Heap memory that ends with its last element, so that AddressSanitizer sees one too many.
+// Heap memory that ends with its last element, so that AddressSanitizer reports any access beyond it.
 template <class T>
 struct Exact {
   std::unique_ptr<T[]> memory;
@@ -37,7 +31,7 @@ struct Exact {
   T* data() const { return memory.get(); }
 };
 
-// Offsets of `rows` rows over `total` values; where not `good`, some are nonsense.
+// Offsets of `rows` rows over `total` values; unless `good`, some are invalid.
 std::vector<int64_t> offsets_of(int64_t rows, int64_t total, uint64_t seed, bool good) {
   std::vector<int64_t> offsets(static_cast<size_t>(rows) + 1);
   for (size_t i = 0; i < offsets.size(); ++i) offsets[i] = static_cast<int64_t>(i) * total / rows;
@@ -80,7 +74,7 @@ Instruction instruction(Step step, int64_t out, int64_t a, int64_t b, int64_t p0
   return {static_cast<int64_t>(step), out, a, b, {p0, p1, p2, 0}};
 }
 
-// Strings to farm to mod, and crossed with ids; the expected values come one by one.
+// A program that hashes strings, takes the remainder, and crosses the hash with ids; compared element by element.
 template <int W, class Executor>
 void check_program(const Executor& executor, int64_t rows, bool good) {
   const int64_t total = rows * 5;
@@ -130,7 +124,7 @@ void check_program(const Executor& executor, int64_t rows, bool good) {
   expect(faults[1] == 0 && faults[2] == 0, "a program reported what was right", faults[1]);
 }
 
-// Rows of any offsets to rows of 0 to `most` values: the sums refuse bad rows, and good columns are copied.
+// Resizes rows of good and of bad offsets: bad rows are refused, and good ones copied.
 template <class T>
 void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bool pad_first) {
   const int64_t total = rows * 3 + 1;
@@ -153,10 +147,7 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
                                               rows,
                                               nullptr,
                                               {sums.data(), 0, sums.data()[rows]},
-                                              values.data(),
-                                              out.data(),
-                                              sizeof(T),
-                                              1,
+                                              {values.data(), out.data(), sizeof(T), 1},
                                               77,
                                               drop_first ? 1 : 0,
                                               pad_first ? 1 : 0}};
@@ -166,7 +157,7 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     kernel.segments.far = parts.data();
     recis::for_each_cpu(recis::Threads{3}, rows, 8, kernel);
     for (int64_t row = 0; row < rows; ++row) {
-      // As on a GPU, which does not raise: what is refused is neither read nor written.
+      // A refused row is neither read nor written. Here, as on a GPU, nothing raises.
       if (!source.good(row)) {
         expect(sums.data()[row] == sums.data()[row + 1], "a refused row of values", row);
         continue;
@@ -203,8 +194,8 @@ Exact<int64_t> sums_of(const Rule& rule, int64_t rows) {
   return sums;
 }
 
-// Kernels of values after rows were refused, as on a GPU, in results of the bound that it gives them: nothing is read
-// or written outside, and rows of one length stay where they are.
+// Runs the kernels of values after rows were refused, as on a GPU, with results of the size of their upper bound:
+// nothing outside the buffers is read or written, and rows of a fixed length keep their places.
 void check_refused(int64_t rows, uint64_t seed) {
   const int64_t total = rows * 2;
   std::vector<int64_t> from(static_cast<size_t>(total));
@@ -216,7 +207,7 @@ void check_refused(int64_t rows, uint64_t seed) {
 
   const Exact<int64_t> dense(std::vector<int64_t>(static_cast<size_t>(rows * 3), -1));
   run_rows<recis::CopyRows>(
-      recis::CopyPart{0, source, rows, nullptr, {nullptr, 3, rows * 3}, values.data(), dense.data(), 8, 1, 77, 0, 0},
+      recis::CopyPart{0, source, rows, nullptr, {nullptr, 3, rows * 3}, {values.data(), dense.data(), 8, 1}, 77, 0, 0},
       rows);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = 0; k < 3; ++k) {
@@ -230,25 +221,23 @@ void check_refused(int64_t rows, uint64_t seed) {
   const int64_t bound = std::min(total, rows * most);
   const Exact<int64_t> short_sums = sums_of(recis::ResizeRule{source, 0, most, 0}, rows);
   const Exact<int64_t> kept(std::vector<int64_t>(static_cast<size_t>(bound), 0));
-  run_rows<recis::CopyRows>(
-      recis::CopyPart{
-          0, source, rows, nullptr, {short_sums.data(), 0, bound}, values.data(), kept.data(), 8, 1, 0, 0, 0},
-      rows);
+  const recis::Rows target{short_sums.data(), 0, bound};
+  const recis::Plane plane{values.data(), kept.data(), 8, 1};
+  run_rows<recis::CopyRows>(recis::CopyPart{0, source, rows, nullptr, target, plane, 0, 0, 0}, rows);
 
   const Exact<float> best_weights(std::vector<float>(static_cast<size_t>(bound), 0));
   int64_t nan = 0;
   recis::TopKRows top{};
   top.refused = &nan;
-  run_rows(recis::TopKPart{0, source, short_sums.data(), values.data(), kept.data(), 8, weights.data(),
-                           best_weights.data(), bound},
-           rows, top);
+  run_rows(recis::TopKPart{0, source, target, plane, weights.data(), best_weights.data()}, rows, top);
 
   const Exact<int64_t> pair_sums = sums_of(recis::CrossRule{source, source, 4}, rows);
   const Exact<uint64_t> pairs(std::vector<uint64_t>(static_cast<size_t>(rows * 4), 0));
   const Exact<float> pair_weights(std::vector<float>(static_cast<size_t>(rows * 4), 0));
   const auto* ids = reinterpret_cast<const uint64_t*>(values.data());
-  run_rows<recis::CrossRows>(recis::CrossPart{0, source, source, pair_sums.data(), ids, ids, weights.data(), nullptr,
-                                              pairs.data(), pair_weights.data(), rows * 4},
+  const recis::Rows pair_rows{pair_sums.data(), 0, rows * 4};
+  run_rows<recis::CrossRows>(recis::CrossPart{0, source, source, pair_rows, ids, ids, weights.data(), nullptr,
+                                              pairs.data(), pair_weights.data()},
                              rows);
 }
 
@@ -277,10 +266,5 @@ int main() {
     }
   }
   for (uint64_t seed = 0; seed < 200; ++seed) check_refused(1 + static_cast<int64_t>(seed % 40), seed);
-  if (failures != 0) {
-    std::printf("features_test: %d failures\n", failures);
-    return 1;
-  }
-  std::printf("features_test: strings, programs and rows with offsets good and bad: all right\n");
-  return 0;
+  return recis_test::finish("features_test", "strings, programs and rows, with good and with bad offsets");
 }

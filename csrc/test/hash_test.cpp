@@ -1,8 +1,7 @@
-// The hashes read exactly the bytes that they are given: every length at every alignment, each in a heap buffer that
-// ends with it, so that AddressSanitizer sees a read of one byte too many. And they are the right hashes: MurmurHash64A
-// is what GNU libstdc++ hashes strings by, FarmHash is pinned by a checksum over lengths.
+// Hashes: they read only the bytes of their string, at every length and alignment, each string in a heap buffer that
+// ends with it, so that AddressSanitizer reports any read beyond it. And they are the right hashes: MurmurHash64A is
+// compared with the hash of strings in GNU libstdc++, and FarmHash with a checksum over lengths.
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -12,22 +11,16 @@
 #include "core/for_each.h"
 #include "core/hash.h"
 #include "core/hash/mix.h"
+#include "test/expect.h"
 
 namespace {
 
 using recis::Bytes;
 using recis::Farm;
 using recis::Murmur;
+using recis_test::expect;
 
-int failures = 0;
-
-void expect(bool good, const char* what, int64_t detail) {
-  if (good) return;
-  std::printf("hash_test: %s (%lld)\n", what, static_cast<long long>(detail));
-  ++failures;
-}
-
-// Bytes i * 37 + 11: the strings by which the tests in Python pin both hashes too.
+// Bytes i * 37 + 11, the strings with which the tests in Python pin both hashes, too.
 std::vector<uint8_t> steps(int64_t size) {
   std::vector<uint8_t> bytes(static_cast<size_t>(size));
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
@@ -45,7 +38,7 @@ uint64_t hash(const std::vector<uint8_t>& bytes) {
   return Hasher{}(Bytes{bytes.data(), static_cast<int64_t>(bytes.size())});
 }
 
-// FarmHash's own Fingerprint64 over the same strings gave this sum.
+// Compares the checksum of the hashes with that of the original implementation over the same strings.
 template <class Hasher>
 void check_sum(uint64_t want, const char* what) {
   uint64_t sum = 0;
@@ -62,7 +55,7 @@ void check_lengths_and_alignments() {
     expect(murmur == std::_Hash_bytes(bytes.data(), bytes.size(), 0), "murmur is not libstdc++'s", size);
 #endif
     for (int64_t shift = 0; shift < 16; ++shift) {
-      // `new` aligns to 16, so that the shift is the alignment; the buffer ends where the string does.
+      // `new` aligns to 16, so the shift is the alignment. The buffer ends with the string.
       const std::unique_ptr<uint8_t[]> buffer(new uint8_t[static_cast<size_t>(shift + size)]);
       std::memset(buffer.get(), 0xa5, static_cast<size_t>(shift));
       if (size > 0) std::memcpy(buffer.get() + shift, bytes.data(), static_cast<size_t>(size));
@@ -84,7 +77,7 @@ void check_ids() {
   }
 }
 
-// Rows by offsets that are partly nonsense: good rows are hashed, and nothing outside the values is read.
+// Hashes rows of offsets some of which are invalid: good rows are hashed, and nothing outside the values is read.
 template <class Executor>
 void check_offsets(const Executor& executor) {
   constexpr int64_t kRows = 20'000;
@@ -103,7 +96,7 @@ void check_offsets(const Executor& executor) {
       const bool bad = begin < 0 || end < begin || end > kTotal;
       any_bad = any_bad || bad;
       const uint64_t want = bad ? ~uint64_t{0} : Farm{}(Bytes{values.get() + begin, end - begin});
-      expect(out[static_cast<size_t>(i)] == static_cast<int64_t>(want), "a row by offsets is wrong", i);
+      expect(out[static_cast<size_t>(i)] == static_cast<int64_t>(want), "a row has the wrong hash", i);
     }
     expect(any_bad == (refused != 0), "bad offsets were not reported", refused);
     if (refused != 0) {
@@ -129,17 +122,12 @@ void check_offsets(const Executor& executor) {
 }  // namespace
 
 int main() {
-  // fingerprint64 of PyPI's pyfarmhash 0.5.1, and libstdc++'s _Hash_bytes where this is another library.
+  // From fingerprint64 of pyfarmhash 0.5.1 (PyPI), and from libstdc++'s _Hash_bytes, which other libraries lack.
   check_sum<Farm>(0x7737a9fbe66d7165ull, "farm's checksum is not FarmHash's");
   check_sum<Murmur>(0x192e57bb0262cff6ull, "murmur's checksum is not MurmurHash64A's");
   check_lengths_and_alignments();
   check_ids();
   check_offsets(recis::Serial{});
   check_offsets(recis::Threads{4});
-  if (failures != 0) {
-    std::printf("hash_test: %d failures\n", failures);
-    return 1;
-  }
-  std::printf("hash_test: lengths 0 to 512 at 16 alignments, ids, and offsets good and bad: all right\n");
-  return 0;
+  return recis_test::finish("hash_test", "lengths 0 to 512 at 16 alignments, ids, and good and bad offsets");
 }

@@ -1,10 +1,6 @@
-// Tables under the sanitizers: many threads insert the same ids at once, gather and update their rows, erase them and
-// count them.
-//
-// Run as it is (scripts/sanitize.sh compiles it under ThreadSanitizer and under Address- and
-// UndefinedBehaviorSanitizer).
+// Tables, to be run under the sanitizers (scripts/sanitize.sh): many threads insert the same ids at once, gather and
+// update their rows, erase them and count them.
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
@@ -19,20 +15,13 @@
 #include "core/id_map.h"
 #include "core/insert.h"
 #include "core/update.h"
+#include "test/expect.h"
 
 namespace {
 
 using namespace recis;
 
-int failures = 0;
-
-#define CHECK(condition)                                          \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                 \
-    }                                                             \
-  } while (0)
+#define CHECK(condition) recis_test::expect(condition, #condition, __LINE__)
 
 constexpr int kThreads = 4;
 constexpr int64_t kDim = 20;
@@ -41,7 +30,7 @@ constexpr int64_t kSumOffset = kMetaOffset + 16;
 constexpr int64_t kRecordBytes = kSumOffset + kDim * 4;
 constexpr int kBlockShift = 7;
 
-// The host-side owner that Python's HashTable is in production, small.
+// The host-side owner of a table, in place of Python's HashTable.
 struct Table {
   explicit Table(int64_t capacity) : slots(2 * capacity, 0), capacity(capacity) {}
 
@@ -81,7 +70,7 @@ RecordStart record_start() {
   return start;
 }
 
-// Lookups of training: ids of many features, each asked for several times, some of them there before.
+// Training lookups: ids of many features, each several times, some of them inserted before.
 void grouped_inserts() {
   constexpr int64_t kFeatures = 9;
   constexpr int64_t kEach = 6000;  // more than one part
@@ -114,7 +103,7 @@ void grouped_inserts() {
     CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));
     for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
     CHECK(groups == static_cast<int64_t>(distinct.size()) && starts[groups] == n);
-    for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{segments(spans, n), table.map(), found.data()});
+    for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{{segments(spans, n), table.map()}, found.data()});
     CHECK(found == rows);
     for (int64_t i = 0; i < n; ++i) {
       const float* embedding = reinterpret_cast<const float*>(blocks.record(rows[i]));
@@ -126,7 +115,7 @@ void grouped_inserts() {
         CHECK(rows[position] == unique[u] && (k == starts[u] || sources[k - 1] < sources[k]));
       }
     }
-    CHECK(before.empty() || before == sources);  // whatever the number of threads
+    CHECK(before.empty() || before == sources);  // for any number of threads
     before = sources;
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -138,7 +127,7 @@ void grouped_inserts() {
   }
 }
 
-// Every thread gets every id: the slots are fought for as hard as can be.
+// Every thread inserts every id, for the most contention on slots.
 void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   Table table(1024);
   while (table.capacity * 3 < distinct * 4) table.capacity *= 2;
@@ -168,8 +157,12 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   std::vector<int64_t> rows(n), fresh(n), found(n);
   const Threads threads{kThreads};
   for_each_cpu(threads, n, 1,
-               FindOrInsertIds{segments(spans, n), table.map(), table.counters, table.free_rows.data(), nullptr,
-                               rows.data(), fresh.data()});
+               FindOrInsertIds{{segments(spans, n), table.map()},
+                               table.counters,
+                               table.free_rows.data(),
+                               nullptr,
+                               rows.data(),
+                               fresh.data()});
   const int64_t count = table.counters[kFresh];
   CHECK(count == static_cast<int64_t>(keys.size()));
 
@@ -189,7 +182,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     table.slots = std::move(larger);
     table.capacity *= 2;
   }
-  for_each_cpu(threads, n, 1, FindIds<false>{segments(spans, n), table.map(), found.data()});
+  for_each_cpu(threads, n, 1, FindIds<false>{{segments(spans, n), table.map()}, found.data()});
   CHECK(found == rows);
   std::vector<int64_t> listed(count), listed_members(count), listed_rows(count), listed_slots(count);
   int64_t listed_count = 0;
@@ -199,7 +192,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(listed_count == count);
   CHECK(std::set<int64_t>(listed_rows.begin(), listed_rows.end()).size() == static_cast<size_t>(count));
 
-  // Bags of three ids, gathered; then their gradients reduced and applied.
+  // Gather bags of three ids; then reduce and apply their gradients.
   const int64_t bags = n / 3;
   std::vector<int64_t> offsets;
   for (int64_t b = 0; b <= bags; ++b) offsets.push_back(b == bags ? n : 3 * b);
@@ -226,7 +219,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   const std::vector<SourceSpan> source_spans{{0, 0, mean}};
   for_each_cpu(threads, bags, 1, FillSources{segments(source_spans, bags), sources.data(), scales.data()});
 
-  // Ranks are dealt to rows by whoever comes first, so results are compared by id.
+  // Reduce and update on one thread and on several: the results must be equal.
   std::vector<std::vector<float>> updated;
   for (const int tasks : {1, kThreads}) {
     std::vector<int64_t> unique(n), starts(n + 1), grouped(n);
@@ -260,7 +253,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   }
   CHECK(updated[0] == updated[1]);
 
-  // Erased by all threads at once, each slot several times; then inserted again, into the same rows.
+  // Erase on all threads at once, each slot several times; then insert again, into the same rows.
   std::vector<int64_t> numbers;
   for (int t = 0; t < kThreads; ++t) numbers.insert(numbers.end(), listed_slots.begin(), listed_slots.end());
   table.free_rows.resize(count);
@@ -273,15 +266,19 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   table.slots = std::move(fresh_slots);
   const std::vector<uint8_t> admitted(n, 1);
   for_each_cpu(threads, n, 1,
-               FindOrInsertIds{segments(spans, n), table.map(), table.counters, table.free_rows.data(), admitted.data(),
-                               rows.data(), fresh.data()});
+               FindOrInsertIds{{segments(spans, n), table.map()},
+                               table.counters,
+                               table.free_rows.data(),
+                               admitted.data(),
+                               rows.data(),
+                               fresh.data()});
   for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
   CHECK(table.counters[kRows] == count && table.counters[kFree] == 0 && table.counters[kLive] == count);
 
-  // Counted by all threads at once, exactly.
+  // Count on all threads at once: the counts are exact.
   Table counts(table.capacity);
   const std::vector<int64_t> none(n, -1);
-  for_each_cpu(threads, n, 1, CountIds{segments(spans, n), counts.map(), counts.counters, none.data()});
+  for_each_cpu(threads, n, 1, CountIds{{segments(spans, n), counts.map()}, counts.counters, none.data()});
   CHECK(counts.counters[kLive] == count);
   int64_t total = 0;
   for (int64_t slot = 0; slot < counts.capacity; ++slot) {
@@ -291,7 +288,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(total == n);
 }
 
-// Distinct ids by owner: the same for any number of threads, each position where its id is.
+// Distinct ids by owner: the same for any number of threads, and each position has the place of its id.
 void distinct_by_owner() {
   constexpr int64_t n = 30000;
   constexpr int64_t kRanks = 3;
@@ -331,6 +328,5 @@ int main() {
     same_ids_at_once(50, 40, false);
     same_ids_at_once(5000, 1, round % 2 == 0);
   }
-  std::printf("table_test: %s\n", failures == 0 ? "passed" : "FAILED");
-  return failures == 0 ? 0 : 1;
+  return recis_test::finish("table_test", "inserts, lookups, updates, erasure and counts on several threads");
 }
