@@ -1,7 +1,7 @@
 // Atomic accesses to plain 64-bit words, the same on CPU and CUDA.
 //
-// State lives in torch tensors, so words are plain int64; every concurrent access goes through these functions.
-// Orders are stated at each access (acquire, release), never by fences, which ThreadSanitizer does not model.
+// State is held in torch tensors, so words are plain int64, and every concurrent access goes through these functions.
+// Memory order is stated at each access (acquire, release), never by fences, which ThreadSanitizer does not model.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ RECIS_HD void store_release(uint64_t* word, uint64_t value) {
 #endif
 }
 
-// Returns true if the word held `expected` and now holds `desired`; else `expected` becomes what it held.
+// Stores `desired` and returns true if the word holds `expected`; else loads the word into `expected`.
 RECIS_HD bool compare_exchange(uint64_t* word, uint64_t& expected, uint64_t desired) {
 #if defined(__CUDA_ARCH__)
   return cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).compare_exchange_strong(
@@ -41,7 +41,7 @@ RECIS_HD bool compare_exchange(uint64_t* word, uint64_t& expected, uint64_t desi
 #endif
 }
 
-// Counts: only the number matters, nothing is published by it.
+// Adds and returns the value before, with relaxed order: for counters, which publish nothing.
 RECIS_HD int64_t fetch_add(int64_t* word, int64_t value) {
 #if defined(__CUDA_ARCH__)
   return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*word).fetch_add(value, cuda::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// Bags: which positions of a feature's ids become one vector, and with which share.
+// Bags: the positions of a feature's ids that are combined into one vector, and their weights.
 #pragma once
 
 #include <cmath>
@@ -15,14 +15,14 @@ struct Range {
   int64_t end;
 };
 
-// What gathering and grouping both know of one feature. Positions count its ids from 0.
+// The bags of one feature. Positions count its ids from 0.
 struct Bags {
   const int64_t* offsets;  // [bags + 1]; null: one id a bag
   const float* weights;    // [ids], or null where every weight is 1
   Combiner combiner;
-  int64_t tile;  // 0, or k: a bag gives k vectors, of its first k ids each
+  int64_t tile;  // 0; or k: a bag yields k vectors, one for each of its first k ids
 
-  // Vector v of the feature: without a tile, of bag v.
+  // The positions of vector v; without a tile, of bag v.
   RECIS_HD Range range(int64_t v) const {
     if (offsets == nullptr) return {v, v + 1};
     if (tile == 0) return {offsets[v], offsets[v + 1]};
@@ -32,7 +32,7 @@ struct Bags {
 
   RECIS_HD float weight(int64_t position) const { return weights == nullptr ? 1.0f : weights[position]; }
 
-  // What the weighted sum of a bag is multiplied by. Weights that sum to zero have no mean: it is taken as zero.
+  // The factor of a bag's weighted sum. The mean under weights that sum to zero is defined as zero.
   RECIS_HD float norm(Range bag) const {
     if (combiner != Combiner::kMean && combiner != Combiner::kSqrtN) return 1.0f;
     float total = static_cast<float>(bag.end - bag.begin);

@@ -1,6 +1,6 @@
-// Elements of records: float32, bfloat16 and float16, read to float32 and written from it.
+// Elements of records: float32, bfloat16 and float16, converted to and from float32.
 //
-// Conversions are arithmetic on bits, the same on every CPU level and on CUDA, and free of branches so that loops over
+// Conversions are arithmetic on bits, the same on every CPU level and on CUDA, and without branches, so that loops over
 // them vectorise.
 #pragma once
 
@@ -44,7 +44,7 @@ RECIS_HD float load_element(Float16 x) {
   return float_of(sign | (exponent == 0 ? bits_of(subnormal) : magnitude + shift));
 }
 
-// Rounds to the nearest, ties to even.
+// Stores x rounded to the nearest, ties to even.
 RECIS_HD void store_element(float* at, float x) { *at = x; }
 
 RECIS_HD void store_element(BFloat16* at, float x) {
@@ -55,7 +55,7 @@ RECIS_HD void store_element(BFloat16* at, float x) {
 
 namespace detail {
 
-// The bits of a float16 of this magnitude, where `normal` and `subnormal` hold what rounding makes of each range.
+// The bits of a float16, given its rounded bits for the case of a normal and of a subnormal number.
 RECIS_HD uint16_t float16_bits(uint32_t bits, uint32_t normal, uint32_t subnormal) {
   const uint32_t magnitude = bits & 0x7fffffff;
   uint32_t half = magnitude < 0x38800000 ? subnormal : (normal - 0x38000000) >> 13;
@@ -69,20 +69,20 @@ RECIS_HD uint16_t float16_bits(uint32_t bits, uint32_t normal, uint32_t subnorma
 RECIS_HD void store_element(Float16* at, float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // Below 2^-14 the spacing is 2^-24: an addition of 0.5 leaves just these bits, rounded.
+  // Below 2^-14 the spacing is 2^-24: adding 0.5 leaves exactly these bits, rounded.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   at->bits = detail::float16_bits(bits, magnitude + 0xfff + (magnitude >> 13 & 1), subnormal);
 }
 
-// Rounds up or down at random, so that the mean over random bits is x itself: an update smaller than half the spacing
-// of the type is not lost but made now and then (Gupta et al.: Deep learning with limited numerical precision, ICML
-// 2015).
+// Stores x rounded up or down at random, so that the expected value is x: updates smaller than half the spacing of the
+// type are applied now and then instead of being lost (Gupta et al.: Deep learning with limited numerical precision,
+// ICML 2015).
 RECIS_HD void store_stochastic(float* at, float x, uint32_t) { *at = x; }
 
 RECIS_HD void store_stochastic(BFloat16* at, float x, uint32_t random) {
   const uint32_t bits = bits_of(x);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // Above the greatest finite number chance would make infinity of a finite one: there it is rounded to the nearest.
+  // Above the greatest finite number, rounding up would yield infinity: there x is rounded to the nearest.
   const uint32_t up = magnitude > 0x7f7f0000 ? 0x7fff + (bits >> 16 & 1) : random & 0xffff;
   const uint32_t rounded = (bits + up) >> 16;
   at->bits =
@@ -92,16 +92,16 @@ RECIS_HD void store_stochastic(BFloat16* at, float x, uint32_t random) {
 RECIS_HD void store_stochastic(Float16* at, float x, uint32_t random) {
   const uint32_t bits = bits_of(x);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // In units of 2^-24; cut off after a share of a unit was added. The select keeps large values out of the conversion.
+  // In units of 2^-24, truncated after a random fraction is added. The select keeps large values out of the conversion.
   const float units = (magnitude < 0x38800000 ? float_of(magnitude) : 0.0f) * 0x1p24f;
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(units + (random & 0x1fff) * 0x1p-13f));
-  // Above the greatest finite number, 65,504, it is rounded to the nearest, as in bfloat16.
+  // Above the greatest finite number, 65,504, x is rounded to the nearest, as for bfloat16.
   const uint32_t up = magnitude > 0x477fe000 ? 0xfff + (magnitude >> 13 & 1) : random & 0x1fff;
   at->bits = detail::float16_bits(bits, magnitude + up, subnormal);
 }
 
-// Random bits of an element that is about to be rounded: a function of what is rounded, of the step and of the
-// element's place, so that neither row numbers nor threads nor the order of arrival have a part in it.
+// Random bits for rounding an element: a function of its value, the step and its place in the row, so that results
+// depend neither on row numbers, nor on threads, nor on the order of arrival.
 RECIS_HD uint32_t rounding_bits(uint32_t seed, uint32_t element, float x) {
   uint32_t h = bits_of(x) ^ (seed + element * 0x9e3779b9u);
   h = (h ^ (h >> 16)) * 0x21f0aaadu;  // the "lowbias32" mix of C. Wellons' hash prospector

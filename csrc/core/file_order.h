@@ -1,7 +1,7 @@
-// The order in which rows lie in checkpoints: by (member table, bucket, id), the id as a signed number.
+// The order of rows in checkpoints: by (member table, bucket, id), ids as signed numbers.
 //
-// Buckets are as good as random and nearly equal, so that rows are counted into them, and each is sorted by itself.
-// For the CPU alone: it runs once a checkpoint, on what the host has listed.
+// Buckets are random and nearly equal in size, so rows are counted into buckets and each bucket is sorted by itself.
+// CPU only: it runs once a checkpoint, on a list that is on the host.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ inline constexpr int64_t kBuckets = 65536;
 
 using IdAndRow = std::pair<int64_t, int64_t>;
 
-// Rows of one member table, into `out` from its beginning on.
+// Orders the rows of one member table.
 template <class Executor>
 void order_member(const Executor& executor, int64_t n, const int64_t* ids, const int64_t* rows, FileRows out) {
   std::vector<int64_t> next(kBuckets + 1, 0);
@@ -53,7 +53,7 @@ void order_member(const Executor& executor, int64_t n, const int64_t* ids, const
   });
 }
 
-// As order_member, for so few rows that counting buckets would cost more.
+// Does the same for so few rows that counting buckets would cost more than sorting.
 inline void order_few(int64_t n, const int64_t* ids, const int64_t* rows, FileRows out) {
   std::vector<std::pair<int64_t, IdAndRow>> held;
   held.reserve(n);
@@ -68,7 +68,7 @@ inline void order_few(int64_t n, const int64_t* ids, const int64_t* rows, FileRo
 
 }  // namespace detail
 
-// Puts n rows in order. Members are 0 to members_count - 1.
+// Puts n rows in order. Members must be in 0 .. members_count - 1.
 template <class Executor>
 void file_order(const Executor& executor, int64_t n, const int64_t* ids, const int64_t* members, const int64_t* rows,
                 int64_t members_count, FileRows out) {

@@ -1,4 +1,4 @@
-// Kernels that hash: strings and ids to ids.
+// Kernels that hash strings and ids to ids; the hash functions are in core/hash/.
 #pragma once
 
 #include <cassert>
@@ -15,7 +15,7 @@ namespace recis {
 
 enum class HashKind : int64_t { kFarm = 0, kMurmur = 1, kXxh64 = 2, kDjb2 = 3, kSdbm = 4 };
 
-// Calls f with the hash function that `kind` names; f is not called, and the result false, where there is none.
+// Calls f with the hash function of a kind. Returns false, without a call, if there is no such kind.
 template <class F>
 RECIS_HD bool with_hasher(int64_t kind, F&& f) {
   switch (static_cast<HashKind>(kind)) {
@@ -40,9 +40,9 @@ RECIS_HD bool with_hasher(int64_t kind, F&& f) {
 
 // out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
 //
-// Offsets that would make a row lie outside the values are never followed. On CPU *refused becomes 1 + such a row (one
-// of them) and the operator raises; a GPU's kernel has nobody to tell without a synchronisation and stops, as indexing
-// out of bounds does in torch.
+// A row that would lie outside the values is never read. On the CPU *refused becomes 1 + one such row, and the operator
+// raises. On CUDA the host could learn of it only by synchronising, so the kernel traps, as indexing out of bounds does
+// in torch.
 template <class Hasher>
 struct HashBytes {
   const uint8_t* values;

@@ -1,4 +1,4 @@
-// A row's first values: a function of (seed, member table's name, id), whatever the order of arrival.
+// First values of rows: a function of (seed, name of the member table, id), whatever the order of arrival.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,21 @@ namespace recis {
 
 enum class InitKind : int32_t { kConstant = 0, kUniform = 1, kNormal = 2, kTruncatedNormal = 3 };
 
-// One member table's, as it lies in an int64 [members, 5] tensor.
+// The initializer of one member table, a row of an int64 [members, 5] tensor.
 struct Initializer {
   InitKind kind;
   float a;    // constant: the value; uniform: the low end; normal: the mean
   float b;    // uniform: the high end; normal: the standard deviation
-  float low;  // truncated normal: its ends
+  float low;  // truncated normal: its bounds
   float high;
-  float erf_low;  // truncated normal: erf of the ends as multiples of sqrt(2) standard deviations from the mean
+  float erf_low;  // truncated normal: erf of the bounds in units of sqrt(2) standard deviations from the mean
   float erf_high;
-  int32_t first_quad;  // where a row is split by column: which four of its elements are the first ones here
-  uint64_t key;        // of seed and member table's name
+  int32_t first_quad;  // for rows split by column: the number of the first four elements held here
+  uint64_t key;        // hash of the seed and the member table's name
 };
 static_assert(sizeof(Initializer) == 40, "Initializer is read from rows of five int64");
 
-// Elements 4 * quad .. 4 * quad + 3 of what is here of the row of `id`.
+// Elements 4 * quad .. 4 * quad + 3 of the row of `id`, counted from first_quad.
 RECIS_HD void first_values(const Initializer& init, int64_t id, int64_t quad, float (&out)[4]) {
   if (init.kind == InitKind::kConstant) {
     for (float& x : out) x = init.a;
@@ -42,7 +42,7 @@ RECIS_HD void first_values(const Initializer& init, int64_t id, int64_t quad, fl
     }
   } else {
     for (int j = 0; j < 4; ++j) {
-      // The inverse of the cumulative distribution, between the two ends' values of it.
+      // The inverse of the cumulative distribution function between its values at the bounds.
       const float u = init.erf_low + (init.erf_high - init.erf_low) * unit_float(random.x[j]);
       const float x = init.a + init.b * (1.41421356f * inverse_erf(u));
       out[j] = x < init.low ? init.low : x > init.high ? init.high : x;

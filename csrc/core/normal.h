@@ -1,9 +1,8 @@
-// Standard normal numbers from uniform bits by Box and Muller's transform, in float32 arithmetic of our own.
+// Standard normal numbers from uniform bits by the Box-Muller transform, in float32.
 //
-// log and sin/cos are polynomials written out here rather than the libraries' functions, which differ between libm and
-// CUDA: with contraction off, every step below rounds alike everywhere. Coefficients are Chebyshev fits in double
-// precision (log: below 2e-9 on [sqrt(1/2), sqrt(2)]; sin and cos within an
-// eighth of a turn: below 2e-10), well under float32's own rounding.
+// log, sin and cos are polynomials, because the library functions of libm and CUDA differ: without contraction, every
+// step below rounds alike everywhere. Coefficients are Chebyshev fits in double precision (error of log below 2e-9 on
+// [sqrt(1/2), sqrt(2)]; of sin and cos below 2e-10 within an eighth of a turn), well under the rounding of float32.
 #pragma once
 
 #include <cmath>
@@ -14,11 +13,11 @@
 
 namespace recis {
 
-// Natural logarithm of x > 0 (normal numbers only).
+// The natural logarithm of x > 0, for normal numbers.
 RECIS_HD float log_f32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  // Shifting by sqrt(1/2)'s bits splits x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
+  // Subtracting the bits of sqrt(1/2) splits x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
   const uint32_t shifted = bits - 0x3f3504f3u;
   const int32_t e = static_cast<int32_t>(shifted) >> 23;
   const uint32_t mantissa = (shifted & 0x007fffffu) + 0x3f3504f3u;
@@ -76,8 +75,8 @@ RECIS_HD Pair normal_pair(uint32_t bits_a, uint32_t bits_b) {
   return {radius * angle.a, radius * angle.b};
 }
 
-// The inverse of the error function; M. Giles: Approximating the erfinv function (GPU Computing Gems, 2011), single
-// precision. Arguments at and beyond the ends give what the nearest float inside does.
+// The inverse of the error function, in single precision: M. Giles: Approximating the erfinv function (GPU Computing
+// Gems, 2011). Arguments outside (-1, 1) are clamped to the nearest float inside.
 RECIS_HD float inverse_erf(float x) {
   constexpr float kEnd = 0x1.fffffep-1f;
   x = x < -kEnd ? -kEnd : x > kEnd ? kEnd : x;

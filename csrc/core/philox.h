@@ -29,7 +29,7 @@ RECIS_HD Random4 philox(uint64_t key, uint64_t counter_low, uint64_t counter_hig
   return c;
 }
 
-// In [0, 1): 24 bits, so that every value is exact in float32.
+// Maps random bits to [0, 1): 24 bits, so that every value is exact in float32.
 RECIS_HD float unit_float(uint32_t bits) { return static_cast<float>(bits >> 8) * 0x1p-24f; }
 
 }  // namespace recis

@@ -1,4 +1,4 @@
-// A list of features (or other parts) laid end to end over one range of items.
+// A list of features (or other parts), laid end to end over one range of items.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace recis {
 
-// Items [part.first, next part's first) belong to a part; `total` ends the last one. T is plain data with a member
-// `int64_t first`. Up to kInline parts travel inside the kernel's arguments (no copy to the device, so a CUDA graph can
-// hold them; the arguments of a kernel have 4 KiB, so that large parts are fewer); longer lists are read through `far`,
-// which the launching code has put where the kernel runs.
+// Items [part.first, first of the next part) belong to a part; the last one ends at `total`. T is plain data with a
+// member `int64_t first`. Up to kInline parts travel inside the kernel's arguments, which needs no copy to the device,
+// so a CUDA graph can hold them; these arguments are limited to 4 KiB. Longer lists are read through `far`, which the
+// launching code has put where the kernel runs.
 template <class T>
 struct Segments {
   static constexpr int kInline = sizeof(T) * 64 <= 3072 ? 64 : static_cast<int>(3072 / sizeof(T));
@@ -24,7 +24,7 @@ struct Segments {
 
   RECIS_HD int64_t end(int32_t part) const { return part + 1 < count ? (*this)[part + 1].first : total; }
 
-  // The part that item i lies in (the last one whose first <= i, so that empty parts are passed over).
+  // The part of item i: the last one with first <= i, so that empty parts are skipped.
   RECIS_HD int32_t find(int64_t i) const {
     int32_t low = 0;
     int32_t high = count;

@@ -1,6 +1,6 @@
-// The arithmetic of times: int64 counts of a unit since 1970-01-01 00:00:00 UTC, in the proleptic Gregorian calendar.
+// Arithmetic of times: int64 counts of a unit since 1970-01-01 00:00:00 UTC, in the proleptic Gregorian calendar.
 //
-// No intermediate result leaves the range of int64, whatever the time and the unit are.
+// No intermediate result overflows, for any time and unit.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace recis {
 
-// The numbers are those of PARTS in recis_hybrid/features/ops/times.py.
+// The order is that of PARTS in recis_hybrid/features/ops/times.py.
 enum class TimePart : int64_t {
   kSecond = 0,
   kMinute,
@@ -22,7 +22,7 @@ enum class TimePart : int64_t {
   kYear,
 };
 
-// Rounded towards minus infinity.
+// x / by, rounded towards minus infinity.
 RECIS_HD int64_t floor_div(int64_t x, int64_t by) {
   const int64_t quotient = x / by;
   return quotient - (x % by < 0 ? 1 : 0);
@@ -34,11 +34,11 @@ RECIS_HD int64_t floor_mod(int64_t x, int64_t by) {
 }
 
 inline constexpr int64_t kDaySeconds = 86400;
-inline constexpr int64_t kCycleDays = 146097;   // of 400 years, after which days of the week come again, too
+inline constexpr int64_t kCycleDays = 146097;   // of 400 years, after which weekdays repeat, too
 inline constexpr int64_t kCycleShift = 719468;  // days from 0000-03-01 to 1970-01-01
 
-// A part of a time. A unit is 1 / per_second of a second, or a day where per_second is 0; local time is `offset`
-// seconds ahead of UTC, less than a day.
+// A part of a time, such as its hour. A unit is 1 / per_second of a second, or a day where per_second is 0. Local time
+// is `offset` seconds ahead of UTC, less than a day.
 struct PartOfTime {
   int64_t part;
   int64_t per_second;
@@ -52,7 +52,7 @@ struct PartOfTime {
       day = floor_div(seconds, kDaySeconds);
       second = floor_mod(seconds, kDaySeconds);
     }
-    // Cycles of 400 years are taken off before anything is added.
+    // Whole cycles are subtracted before anything is added, so that nothing overflows.
     const int64_t cycle = floor_div(day, kCycleDays);
     second += offset;
     day = floor_mod(day, kCycleDays) + floor_div(second, kDaySeconds);
@@ -73,8 +73,8 @@ struct PartOfTime {
     }
   }
 
-  // Years from March on, so that a leap day is the last of its year (Hinnant: chrono-compatible low-level date
-  // algorithms, 2013).
+  // Parts of a date. Years start in March, so that a leap day is the last day of its year (Hinnant: chrono-compatible
+  // low-level date algorithms, 2013).
   RECIS_HD int64_t of_calendar(int64_t day, int64_t cycle) const {
     const int64_t since = day + kCycleShift;
     const int64_t era = floor_div(since, kCycleDays);
@@ -101,7 +101,7 @@ struct PartOfTime {
   }
 };
 
-// The whole seconds from one time to another, rounded towards minus infinity; beyond int64 its end.
+// The seconds from one time to another, rounded towards minus infinity and saturated to int64.
 struct SecondsBetween {
   int64_t per_second;
 
@@ -113,12 +113,12 @@ struct SecondsBetween {
       if (days < INT64_MIN / kDaySeconds) return INT64_MIN;
       return days * kDaySeconds;
     }
-    // Where a second has one unit, nothing is borrowed; else the difference is far from the ends.
+    // With one unit a second nothing is borrowed; with more, the difference is far from the bounds of int64.
     const int64_t borrowed = floor_mod(to, per_second) < floor_mod(from, per_second) ? 1 : 0;
     return minus(floor_div(to, per_second), floor_div(from, per_second)) - borrowed;
   }
 
-  // Saturating, in unsigned arithmetic, which wraps.
+  // x - y, saturated; computed in unsigned arithmetic, which wraps.
   RECIS_HD static int64_t minus(int64_t x, int64_t y) {
     const int64_t wrapped = static_cast<int64_t>(static_cast<uint64_t>(x) - static_cast<uint64_t>(y));
     const bool over = ((x ^ y) & (x ^ wrapped)) < 0;

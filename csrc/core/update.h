@@ -1,17 +1,17 @@
-// Optimizers' updates of records, one pass over gradient and record.
+// Optimizer updates of records, in one pass over gradients and records.
 //
 // A rule is plain data with
 //
-//   apply<E, S>(record, d, n, gradient, rounding)   elements d .. d + n - 1 of a record whose embedding is of type E
-//   and
-//                                                   whose state is of type S, `gradient` theirs
+//   static constexpr bool kHasState   whether it keeps state of type S for each element
+//   static constexpr bool kRowwise    whether it keeps one number a row
+//   apply<E, S>(record, d, n, gradient, rounding)
 //
-//   static constexpr bool kHasState   whether that state is of type S at all
+// where apply updates elements d .. d + n - 1 of a record with an embedding of type E and state of type S by their
+// `gradient`. A rowwise rule also has
 //
-// and, where a row keeps one number for all of its elements,
+//   float advance(record, mean_square)
 //
-//   static constexpr bool kRowwise = true;
-//   float advance(record, mean_square)   before apply, by one lane; apply then takes what it returned
+// which one lane calls before apply; its result is passed to apply as one more argument.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@
 
 namespace recis {
 
-// Where new values are rounded to the type that a record has: at random, by bits that depend on the value, the element
-// and the step. So rows that are equal, and get equal gradients, stay equal.
+// Rounds new values to the record's type, stochastically. The random bits depend on the value, the element and the step
+// alone, so equal rows that get equal gradients stay equal.
 struct Rounding {
   uint32_t seed;
 
@@ -32,7 +32,7 @@ struct Rounding {
   RECIS_HD void store(T* at, float x, uint32_t element) const {
     store_stochastic(at, x, rounding_bits(seed, element, x));
   }
-  // Of another part of the record.
+  // The rounding of another part of the record.
   RECIS_HD Rounding part(uint32_t number) const { return {seed ^ number * 0x85ebca6bu}; }
 };
 
@@ -47,7 +47,7 @@ struct UpdateRows {
   BlocksRef blocks;
   int64_t dim;
   int64_t step;
-  bool sees;  // marks the rows as seen in this step, too: as SeeRows does
+  bool mark_seen;  // whether to mark the rows as seen in this step, as SeeRows does
   Rounding rounding;
   Rule rule;
 
@@ -66,8 +66,8 @@ struct UpdateRows {
     char* record = blocks.record(row);
     if (lanes.rank == 0) {
       RowMeta* meta = blocks.meta(row);
-      const int64_t times = sees ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
-      *meta = RowMeta::of(step, sees ? step : meta->seen_step(), meta->frequency() + times);
+      const int64_t times = mark_seen ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
+      *meta = RowMeta::of(step, mark_seen ? step : meta->seen_step(), meta->frequency() + times);
     }
     if constexpr (Rule::kRowwise) {
       rowwise(u, record, lanes);
@@ -80,8 +80,8 @@ struct UpdateRows {
     }
   }
 
-  // The row's number needs the whole gradient before any of it is used. One of a tile or two is kept meanwhile, a
-  // longer one is summed again.
+  // The row's number needs the whole gradient before any element is updated. A gradient of one or two tiles is kept
+  // meanwhile; a longer one is summed twice.
   template <class Lanes>
   RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
     if (dim == W && lanes.size == 1) return one_tile(u, record);
@@ -97,7 +97,7 @@ struct UpdateRows {
         for (int j = 0; j < n; ++j) kept[d / W][j] = gradient[j];
       }
     });
-    // One lane changes the row's number; the sum hands what it says to all of them.
+    // One lane advances the row's number; the sum broadcasts its result to all lanes.
     const float mean = lanes_sum(halved(squares), lanes) / static_cast<float>(dim);
     const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
@@ -108,7 +108,7 @@ struct UpdateRows {
     });
   }
 
-  // As below, of one tile: its gradient stays in registers.
+  // As rowwise, for rows of one tile: the gradient stays in registers.
   RECIS_HD void one_tile(int64_t u, char* record) const {
     float gradient[W];
     gradients.template sum<W>(u, 0, Const<W>{}, gradient);
@@ -118,7 +118,7 @@ struct UpdateRows {
     rule.template apply<E, S>(record, 0, Const<W>{}, gradient, rounding, scale);
   }
 
-  // Sums by halves: one order, whatever the width of the processor's vectors.
+  // Sums by halves: the same order whatever the processor's vector width.
   template <int N>
   RECIS_HD static float halved(const float (&x)[N]) {
     if constexpr (N == 1) {
@@ -131,6 +131,13 @@ struct UpdateRows {
   }
 };
 
+// w -= scale * g, for elements d .. d + n - 1 of a record.
+template <class E, class Count, int W>
+RECIS_HD void descend(char* record, int64_t d, Count n, const float (&g)[W], float scale, Rounding rounding) {
+  E* w = field_at<E>(record, 0, d);
+  for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - scale * g[j], d + j);
+}
+
 // w -= lr g.
 struct SgdRule {
   static constexpr bool kHasState = false;
@@ -139,12 +146,11 @@ struct SgdRule {
 
   template <class E, class S, class Count, int W>
   RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    E* w = field_at<E>(record, 0, d);
-    for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - lr * g[j], d + j);
+    descend<E>(record, d, n, g, lr, rounding);
   }
 };
 
-// b = momentum b + g; w -= lr b. As torch.optim.SGD, whose first step starts from b = g: with b = 0 before, the same.
+// b = momentum b + g; w -= lr b. As torch.optim.SGD: its first step sets b = g, which is the same for b = 0.
 struct MomentumRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -164,7 +170,7 @@ struct MomentumRule {
   }
 };
 
-// Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011), as torch.optim.Adagrad.
+// Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011). As torch.optim.Adagrad.
 struct AdagradRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -184,7 +190,7 @@ struct AdagradRule {
   }
 };
 
-// Adagrad with one float32 sum a row, of the mean of the squared gradient.
+// Adagrad with one float32 sum a row, of the mean squared gradient.
 struct RowwiseAdagradRule {
   static constexpr bool kHasState = false;
   static constexpr bool kRowwise = true;
@@ -200,13 +206,12 @@ struct RowwiseAdagradRule {
 
   template <class E, class S, class Count, int W>
   RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding, float scale) const {
-    E* w = field_at<E>(record, 0, d);
-    for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - scale * g[j], d + j);
+    descend<E>(record, d, n, g, scale, rounding);
   }
 };
 
-// Kingma, Ba: Adam (ICLR 2015), for rows that have a gradient, as torch.optim.SparseAdam; with a decay below 1 AdamW
-// (Loshchilov, Hutter, ICLR 2019).
+// Kingma, Ba: Adam (ICLR 2015), applied to rows that have a gradient. As torch.optim.SparseAdam; with a decay below 1
+// AdamW (Loshchilov, Hutter, ICLR 2019).
 struct AdamRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -226,8 +231,8 @@ struct AdamRule {
     for (int j = 0; j < n; ++j) {
       const float m0 = load_element(m[j]);
       const float v0 = load_element(v[j]);
-      // Exact where a beta is 0, too. As torch.lerp, with a case for each half of the range, a step takes a third
-      // longer.
+      // Exact for a beta of 0, too. torch.lerp's form, with a case for each half of the range, makes a step a third
+      // slower.
       const float first = (1.0f - beta1_rest) * m0 + beta1_rest * g[j];
       const float second = (1.0f - beta2_rest) * v0 + beta2_rest * (g[j] * g[j]);
       rounding.part(1).store(m + j, first, d + j);

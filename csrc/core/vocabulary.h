@@ -1,4 +1,4 @@
-// A vocabulary: from a string or an id to its place in a list, exact (a hash finds candidates, the entry decides).
+// Vocabularies: maps from strings or ids to their index in a list. Exact: a hash finds candidates, which are compared.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@
 
 namespace recis {
 
-// A view of six header words and the arrays that follow them, all in one list of 64-bit words, so that a whole
-// vocabulary travels as one tensor. Places are counted from the header:
+// A view of six header words and the arrays that follow them, all in one array of 64-bit words, so that a vocabulary
+// travels as one tensor. Positions are counted from the header:
 //
-//   words[0] mask             slots - 1, slots being a power of two greater than the number of entries
-//   words[1] slots            where the slots are: 1 + entry, or 0 for none; open addressing, linear probing
-//   words[2] keys             the entries' hashes (of strings), or the entries (ids)
-//   words[3] offsets          where entry e begins in `bytes`, and entries + 1 of these (strings)
-//   words[4] bytes            the entries' bytes (strings)
-//   words[5] unknown          what is given for what is no entry; -1: that is refused
+//   words[0] mask      number of slots - 1; a power of two of slots, more than there are entries
+//   words[1] slots     position of the slots: 1 + entry, or 0 for an empty one; open addressing, linear probing
+//   words[2] keys      position of the entries' hashes (strings) or of the entries (ids)
+//   words[3] offsets   position of the entries + 1 offsets into `bytes` (strings)
+//   words[4] bytes     position of the entries' bytes (strings)
+//   words[5] unknown   the result for values that are not an entry; -1: they are refused
 struct Vocabulary {
   const int64_t* words;
 

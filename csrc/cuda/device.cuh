@@ -1,4 +1,4 @@
-// The CUDA side of "an operator is written once": launches kernels of core/ on torch's current stream.
+// The CUDA device of operators: launches kernels of core/ on torch's current stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ namespace recis {
 
 inline constexpr int kThreads = 256;
 
-// One group of `lanes` threads (a power of two up to 32) an item; a grid-stride loop, so that any n fits a grid.
+// A group of `lanes` threads (a power of two up to 32) works on an item; a grid-stride loop lets any n fit a grid.
 template <class Kernel>
 __global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel, const int64_t n, const int lanes) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -62,13 +62,14 @@ class CudaDevice {
     for_each(n, width, kernel);
   }
 
-  // Thread for thread: what is a task by the eight on the CPU is one element here.
+  // One thread an item: tiles, the items of these kernels, have one element on CUDA.
   template <class Kernel>
   void for_each_task(int64_t n, bool, const Kernel& kernel) const {
     for_each(n, 1, kernel);
   }
 
-  // As place, of a list that is no Segments.
+  // Copies a list to the device. The copy reads pageable memory, which CUDA stages before it returns, so `list` may be
+  // freed at once. The buffer comes from the caching allocator and is reused in stream order.
   template <class T>
   const T* upload(const std::vector<T>& list) {
     const size_t bytes = list.size() * sizeof(T);
@@ -79,8 +80,7 @@ class CudaDevice {
     return static_cast<const T*>(buffer.data_ptr());
   }
 
-  // Up to kInline parts go along with the kernel's arguments; more are copied. The copy reads pageable memory, which
-  // CUDA stages before it returns, so `parts` may die at once. Buffers are the caching allocator's: in stream order.
+  // Puts up to kInline parts into the kernel's arguments, and more into a buffer.
   template <class T>
   void place(Segments<T>& segments, const std::vector<T>& parts) {
     segments.count = static_cast<int32_t>(parts.size());
@@ -89,13 +89,10 @@ class CudaDevice {
       segments.far = nullptr;
       return;
     }
-    const size_t bytes = parts.size() * sizeof(T);
-    const Tensor buffer = scratch(static_cast<int64_t>(bytes));
-    RECIS_CUDA_CHECK(cudaMemcpyAsync(buffer.data_ptr(), parts.data(), bytes, cudaMemcpyHostToDevice, stream_));
-    segments.far = static_cast<const T*>(buffer.data_ptr());
+    segments.far = upload(parts);
   }
 
-  // Device memory that lives until the last kernel of this operator is queued.
+  // Device memory that lives until the last kernel of the operator is queued.
   Tensor scratch(int64_t bytes) {
     const int64_t sizes[] = {std::max<int64_t>(bytes, 1)};
     held_.push_back(torch::stable::new_empty(like_, {sizes, 1}, ScalarType::Byte));
@@ -104,7 +101,7 @@ class CudaDevice {
 
   int64_t items(const int64_t*, int64_t bound) const { return bound; }
 
-  // Four floats a lane (one 16-byte access) where rows allow it.
+  // Four floats a lane, one 16-byte access, where rows are aligned.
   template <class F>
   void with_width(int64_t, bool aligned, F&& f) const {
     if (aligned) {

@@ -1,9 +1,9 @@
 // CRC-32 (zlib's) of the pages of a buffer.
 //
-// Where the processor multiplies without carries, 64 bytes are folded at a time: V. Gopal et al., "Fast CRC Computation
-// for Generic Polynomials Using PCLMULQDQ Instruction", Intel, 2009. Elsewhere, and for what is left over, by eight
-// tables: M. Kounavis and F. Berry, "A Systematic Approach to Building High Performance Software-Based CRC Generators",
-// 2005. Both are chosen when the library runs, not when it is compiled.
+// Processors with carry-less multiplication fold 64 bytes at a time: V. Gopal et al., "Fast CRC Computation for Generic
+// Polynomials Using PCLMULQDQ Instruction", Intel, 2009. Others use eight tables, as do the last bytes: M. Kounavis and
+// F. Berry, "A Systematic Approach to Building High Performance Software-Based CRC Generators", 2005. The choice is
+// made at run time, not when the library is compiled.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -66,8 +66,8 @@ uint32_t by_tables(uint32_t state, const uint8_t* data, int64_t size) {
 
 #define RECIS_CLMUL __attribute__((target("pclmul,sse4.1")))
 
-// What 128 bits become, `distance` bits further on: the earlier half is the low one, and both lie one bit too low, as
-// products of reflected polynomials do.
+// 128 bits moved `distance` bits ahead and added to `onto`. The low half comes first, and products of reflected
+// polynomials are one bit too low, which the factors make up for.
 template <int distance>
 RECIS_CLMUL inline __m128i folded(__m128i value, __m128i onto) {
   constexpr int64_t kLow = int64_t{power_of_x(distance + 32)} << 1;
@@ -82,7 +82,7 @@ RECIS_CLMUL inline __m128i loaded(const uint8_t* data) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
 }
 
-// At least 64 bytes.
+// `size` must be at least 64.
 RECIS_CLMUL uint32_t by_folding(uint32_t state, const uint8_t* data, int64_t size) {
   __m128i a = _mm_xor_si128(loaded(data), _mm_cvtsi32_si128(static_cast<int>(state)));
   __m128i b = loaded(data + 16), c = loaded(data + 32), d = loaded(data + 48);
@@ -94,7 +94,7 @@ RECIS_CLMUL uint32_t by_folding(uint32_t state, const uint8_t* data, int64_t siz
   }
   d = folded<128>(folded<128>(folded<128>(a, b), c), d);
   for (; size >= 16; data += 16, size -= 16) d = folded<128>(d, loaded(data));
-  // What is left stands for all that was read: 16 bytes that have the same remainder.
+  // The 16 bytes in d have the same remainder as all bytes read so far.
   alignas(16) uint8_t rest[16];
   _mm_store_si128(reinterpret_cast<__m128i*>(rest), d);
   return by_tables(by_tables(0, rest, 16), data, size);
@@ -117,10 +117,10 @@ uint32_t crc32(const uint8_t* data, int64_t size) {
 void crc32_pages(const Tensor& bytes, int64_t page_bytes, const Tensor& sums) {
   RECIS_CHECK(page_bytes > 0, "page_bytes must be positive, got ", page_bytes);
   const int64_t size = bytes.numel();
-  RECIS_CHECK(sums.numel() == (size + page_bytes - 1) / page_bytes, "sums must hold one element a page");
+  RECIS_CHECK(sums.numel() == (size + page_bytes - 1) / page_bytes, "sums must hold one element for each page");
   const uint8_t* content = data<uint8_t>(bytes, "data");
   int64_t* out = data<int64_t>(sums, "sums");
-  // In this thread alone: whoever writes or reads files has several of them already.
+  // On this thread only: callers that read or write files already use several threads.
   for (int64_t begin = 0; begin < size; begin += page_bytes) {
     *out++ = crc32(content + begin, std::min(page_bytes, size - begin));
   }

@@ -1,6 +1,6 @@
-// What every family of operators needs: short names for the stable ABI, checks, raw pointers.
+// Shared by all families of operators: short names for the stable ABI, checks, raw pointers.
 //
-// Python validates what a user hands over and says it in the user's words; the checks here are the second line.
+// Python validates a user's arguments and raises in the user's terms; the checks here are the second line.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -51,8 +51,8 @@ T* data_or_null(const std::optional<Tensor>& tensor, const char* name) {
   return tensor.has_value() ? data<T>(*tensor, name) : nullptr;
 }
 
-// Whether the offsets of `lists` lists do not decrease. Kernels read what offsets point to, so that on the CPU, where
-// it can be seen, this is looked at again: whoever made the offsets may have written to them since they were checked.
+// Whether the offsets of `lists` lists do not decrease. Kernels follow offsets, so on the CPU, where that is cheap,
+// they are checked at every call: a caller may have written to them since they were validated.
 inline bool ascend(const int64_t* offsets, int64_t lists) {
   int64_t falls = 0;
   for (int64_t b = 0; b < lists; ++b) falls += offsets[b] > offsets[b + 1] ? 1 : 0;
@@ -68,19 +68,19 @@ inline IdMapRef id_map_ref(const Tensor& slots) {
   return {words, static_cast<uint64_t>(capacity - 1)};
 }
 
-// EmbeddingBlocks travel as four arguments, which RECIS_BLOCKS declares in a schema. The tensor is the table of block
-// addresses; it is marked as mutated where the blocks behind it are.
+// EmbeddingBlocks are passed as four arguments, declared in a schema by RECIS_BLOCKS. The tensor is the table of block
+// addresses; it is marked as mutated where the operator writes to the blocks.
 #define RECIS_BLOCKS "Tensor blocks, int block_shift, int meta_offset, int record_bytes"
 #define RECIS_BLOCKS_MUT "Tensor(a!) blocks, int block_shift, int meta_offset, int record_bytes"
 
 inline BlocksRef blocks_ref(const Tensor& addresses, int64_t block_shift, int64_t meta_offset, int64_t record_bytes) {
   RECIS_CHECK(record_bytes > 0 && record_bytes % 16 == 0, "record_bytes must be a multiple of 16, got ", record_bytes);
-  RECIS_CHECK(meta_offset > 0 && meta_offset + 16 <= record_bytes, "the row's metadata lie outside the record");
+  RECIS_CHECK(meta_offset > 0 && meta_offset + 16 <= record_bytes, "the row metadata must lie within the record");
   return {data<int64_t>(addresses, "blocks"), static_cast<int32_t>(block_shift), static_cast<int32_t>(meta_offset),
           record_bytes};
 }
 
-// Element types travel as numbers: 0 float32, 1 bfloat16, 2 float16. Calls f with a value of the type.
+// Calls f with a value of an element type, given by number: 0 float32, 1 bfloat16, 2 float16.
 template <class F>
 void with_element(int64_t type, F&& f) {
   if (type == 0) return f(float{});
@@ -89,8 +89,8 @@ void with_element(int64_t type, F&& f) {
   RECIS_CHECK(false, "unknown element type: ", type);
 }
 
-// A list with one tensor a feature, or none at all where no feature has one; an empty tensor stands for a feature that
-// has none.
+// The data of feature f in a list with one tensor a feature, or null: the list is empty where no feature has a tensor,
+// and an empty tensor stands for a feature without one.
 template <class T>
 const T* optional_data(const Tensors& list, size_t f, const char* name) {
   return list.empty() || list[f].numel() == 0 ? nullptr : data<T>(list[f], name);

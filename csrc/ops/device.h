@@ -1,6 +1,6 @@
-// The CPU side of "an operator is written once": where kernels run and what a launch needs to know there.
+// The CPU device of operators.
 //
-// An operator's body is a template over Device; ops/<family>.cpp registers it for CpuDevice, cuda/<family>.cu for
+// An operator's body is a template over Device. ops/<family>.cpp registers it for CpuDevice, and cuda/<family>.cu for
 // CudaDevice (cuda/device.cuh), which has the same members.
 #pragma once
 
@@ -12,6 +12,7 @@
 
 namespace recis {
 
+// The executor of torch's thread pool; see core/for_each.h.
 struct TorchPool {
   template <class Body>
   void operator()(int64_t n, int64_t grain, Body&& body) const {
@@ -23,13 +24,13 @@ class CpuDevice {
  public:
   explicit CpuDevice(const Tensor& where) { RECIS_CHECK(where.is_cpu(), "expected a CPU tensor"); }
 
-  // Runs over n items that each handle about `width` elements: small items share a task.
+  // Runs a kernel over n items of about `width` elements each; small items share a task.
   template <class Kernel>
   void for_each(int64_t n, int64_t width, const Kernel& kernel) const {
     for_each_cpu(TorchPool{}, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
   }
 
-  // Runs over n items that are worth a task by the eight; in this thread alone where not `parallel`.
+  // Runs a kernel over n large items, eight a task; on this thread only unless `parallel`.
   template <class Kernel>
   void for_each_task(int64_t n, bool parallel, const Kernel& kernel) const {
     if (parallel) {
@@ -39,7 +40,7 @@ class CpuDevice {
     }
   }
 
-  // As for_each, in this thread alone where not `parallel`.
+  // As for_each; on this thread only unless `parallel`.
   template <class Kernel>
   void for_each(int64_t n, int64_t width, bool parallel, const Kernel& kernel) const {
     if (parallel) {
@@ -49,7 +50,7 @@ class CpuDevice {
     }
   }
 
-  // New offsets of several columns (core/ragged.h): a column is one item here, for a sum runs in one thread.
+  // Computes the new offsets of several columns (core/ragged.h), one column an item, because a running sum is serial.
   template <class Rule>
   void sum_rows(const std::vector<SumPart<Rule>>& parts, int64_t* refused, bool parallel) const {
     const SumRows<Rule> kernel{parts.data(), refused};
@@ -61,24 +62,24 @@ class CpuDevice {
     }
   }
 
-  // A list of plain data where kernels can read it; `list` must live until the kernel is launched (CPU: has run).
+  // Puts a list of plain data where kernels can read it. `list` must live until the kernel is launched (CPU: has run).
   template <class T>
   const T* upload(const std::vector<T>& list) const {
     return list.data();
   }
 
-  // Puts a list of parts where kernels can read it; `parts` must live until the kernel is launched (CPU: has run).
+  // Does the same for the parts of Segments.
   template <class T>
   void place(Segments<T>& segments, const std::vector<T>& parts) const {
     segments.count = static_cast<int32_t>(parts.size());
-    segments.far = parts.data();
+    segments.far = upload(parts);
   }
 
-  // How many items a counter says there are. On the CPU it can be read; on CUDA the bound stands in for it and the
-  // kernel reads the counter itself.
+  // The number of items to launch over, given a counter and its upper bound. The CPU reads the counter; on CUDA the
+  // bound is used, and the kernel reads the counter itself.
   int64_t items(const int64_t* counter, int64_t) const { return *counter; }
 
-  // Calls f(Const<W>) with the elements that one lane handles at a time.
+  // Calls f(Const<W>), where W is the number of elements that a lane handles at a time.
   template <class F>
   void with_width(int64_t dim, bool, F&& f) const {
     if (dim % 64 == 0) {
@@ -92,7 +93,7 @@ class CpuDevice {
     }
   }
 
-  // As with_width, of which there is only one.
+  // As with_width, with one W for every dim, where the number of compiled kernels must stay small.
   template <class F>
   void with_narrow_width(bool, F&& f) const {
     f(Const<16>{});

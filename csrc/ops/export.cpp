@@ -1,7 +1,6 @@
-// Records into columns in one pass: what a checkpoint does with all rows of a table.
+// Export of records into columns in one pass, for checkpoints of whole tables. CPU only.
 //
-// For the CPU alone. Column by column (ops/blocks.h) every record would be fetched from memory once for each part of
-// it.
+// Column by column (ops/blocks.h), every record would be loaded from memory once for each of its parts.
 #include <algorithm>
 #include <cstring>
 
@@ -29,19 +28,19 @@ void blocks_export(const Tensor& blocks, int64_t block_shift, int64_t meta_offse
   const BlocksRef ref = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
   const int64_t n = rows.numel();
   const int64_t* row = data<int64_t>(rows, "rows");
-  RECIS_CHECK(offsets.size() == parts.size(), "one offset for each part");
+  RECIS_CHECK(offsets.size() == parts.size(), "there must be one offset for each part");
   std::vector<Part> copied;
   for (size_t p = 0; p < parts.size(); ++p) {
     const int64_t bytes = parts[p].size(1) * static_cast<int64_t>(parts[p].element_size());
     RECIS_CHECK(parts[p].size(0) == n && parts[p].is_contiguous(), "parts must be [rows, width], contiguous");
-    RECIS_CHECK(offsets[p] >= 0 && offsets[p] + bytes <= record_bytes, "the part lies outside the record");
+    RECIS_CHECK(offsets[p] >= 0 && offsets[p] + bytes <= record_bytes, "the part must lie within the record");
     copied.push_back({static_cast<char*>(parts[p].data_ptr()), offsets[p], bytes});
   }
   RECIS_CHECK(updated.numel() == n && seen.numel() == n && frequency.numel() == n, "metadata must be [rows]");
   int64_t* updated_step = data<int64_t>(updated, "updated");
   int64_t* seen_step = data<int64_t>(seen, "seen");
-  int64_t* met = data<int64_t>(frequency, "frequency");
-  // Rows of a checkpoint lie anywhere: a record is fetched some rows ahead.
+  int64_t* frequencies = data<int64_t>(frequency, "frequency");
+  // The rows of a checkpoint are scattered over memory, so records are prefetched some rows ahead.
   constexpr int64_t kAhead = 8;
   for (int64_t i = 0; i < std::min(kAhead, n); ++i) prefetch_record<false>(ref, row[i], record_bytes);
   for (int64_t i = 0; i < n; ++i) {
@@ -51,7 +50,7 @@ void blocks_export(const Tensor& blocks, int64_t block_shift, int64_t meta_offse
     const RowMeta& meta = *reinterpret_cast<const RowMeta*>(record + meta_offset);
     updated_step[i] = meta.updated_step();
     seen_step[i] = meta.seen_step();
-    met[i] = meta.frequency();
+    frequencies[i] = meta.frequency();
   }
 }
 

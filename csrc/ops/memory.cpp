@@ -1,7 +1,8 @@
-// Host memory for blocks, slots and large outputs: huge pages, and used again.
+// Host memory for blocks, slots and large outputs: reused buffers on huge pages.
 //
 // A random access into ordinary 4 KiB pages misses the TLB nearly every time, and a fresh large output costs a page
-// fault every 4 KiB; so large buffers are 2 MiB aligned and advised, and freed ones are kept for the next request.
+// fault every 4 KiB. So large buffers are aligned to 2 MiB and advised to huge pages, and freed ones are kept for
+// reuse.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -21,7 +22,7 @@ constexpr size_t kMostKept = size_t{1} << 30;
 
 class Pool {
  public:
-  // Sizes are rounded up so that batches of slightly different sizes share buffers: to 1/8 of a power of two.
+  // Sizes are rounded up to 1/8 of a power of two, so that batches of slightly different sizes share buffers.
   static size_t rounded(size_t bytes) {
     size_t step = kHugePage;
     while (step * 16 <= bytes) step *= 2;
@@ -40,11 +41,11 @@ class Pool {
       }
     }
     void* memory = std::aligned_alloc(kHugePage, size);
-    if (memory == nullptr) {  // what is kept of other sizes may be all that is missing
+    if (memory == nullptr) {  // kept buffers of other sizes may be what uses up the memory
       release();
       memory = std::aligned_alloc(kHugePage, size);
     }
-    if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // advice: failing is no error
+    if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // only advice: failure is not an error
     return memory;
   }
 
@@ -85,7 +86,7 @@ Tensor huge_empty(int64_t bytes) {
   RECIS_CHECK(bytes > 0, "huge_empty: bytes must be positive, got ", bytes);
   const size_t size = Pool::rounded(static_cast<size_t>(bytes));
   void* memory = pool().take(size);
-  RECIS_CHECK(memory != nullptr, "out of memory: ", size, " bytes of host memory were asked for");
+  RECIS_CHECK(memory != nullptr, "out of memory: could not allocate ", size, " bytes of host memory");
   const int64_t sizes[] = {bytes};
   const int64_t strides[] = {1};
   return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1},

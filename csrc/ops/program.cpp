@@ -5,7 +5,7 @@
 namespace recis {
 namespace {
 
-// The slots of a vocabulary (core/vocabulary.h) whose entries have these hashes: 1 + entry, or 0.
+// The slots of a vocabulary (core/vocabulary.h), from the hashes of its entries: 1 + entry, or 0 for an empty slot.
 Tensor vocabulary_slots(const Tensor& hashes, int64_t slots) {
   RECIS_CHECK(slots > hashes.numel() && (slots & (slots - 1)) == 0,
               "vocabulary_slots: slots must be a power of two greater than the entries, got ", slots);

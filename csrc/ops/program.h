@@ -1,4 +1,4 @@
-// The operator that runs a program of element-wise operations (kernel: core/program.h).
+// The operator that runs programs of element-wise operations (kernel: core/program.h).
 #pragma once
 
 #include "core/program.h"
@@ -6,7 +6,7 @@
 
 namespace recis {
 
-// Elements of a tile: a few tiles of 8 bytes an element fit the first-level cache beside what streams through it.
+// Elements of a tile. A few tiles of 8 bytes an element fit the first-level cache beside the data that streams through.
 template <bool kCpu>
 inline constexpr int kTile = kCpu ? 256 : 1;
 
@@ -29,7 +29,7 @@ inline const char* why_refused(int64_t step) {
   }
 }
 
-// Raises for the first instruction that has refused an element; labels are lines, one for each instruction.
+// Raises for the first instruction that has refused an element. Labels are lines, one for each instruction.
 inline void raise_faults(const Ints& faults, const Instruction* code, const std::string& labels) {
   size_t line = 0;
   for (size_t k = 0; k < faults.size(); ++k) {
@@ -40,21 +40,21 @@ inline void raise_faults(const Ints& faults, const Instruction* code, const std:
   }
 }
 
-// Runs `code` [K, 8] (core/program.h) over `inputs`. Parts are five numbers each: the first and one past the last
-// instruction, the input that has the part's length, whether that is one of offsets (one more than elements), and the
-// input of offsets whose last number says how many rows are in use, or -1. What lies after these refuses nothing.
-// Outputs are as many as `like` names: each has the shape of that input, or of offsets less one where it is -1 - input,
-// and a dtype. They are bound after the inputs.
+// Runs `code` [K, 8] (core/program.h) over `inputs`. A part is five numbers: the first and one past the last
+// instruction; the input that has the part's length; 1 if that input is offsets (one more than elements), else 0; and
+// the input of offsets whose last element is the number of rows in use, or -1. Elements after these rows refuse
+// nothing. For each element of `like` there is an output of a dtype, bound after the inputs: it has the shape of input
+// `like`, or, if negative, one element for each row of the offsets -1 - `like`.
 //
-// On CPU an element that an instruction refuses raises, naming the instruction by its line of `labels`; on CUDA, where
-// nobody waits, one more result [K] says it: 1 + an element that instruction k has refused. The code and its parameters
-// lie where the inputs do.
+// On the CPU an element that an instruction refuses raises, and the message names the line of `labels` of the
+// instruction. On CUDA, where that would take a synchronisation, one more output [K] holds 1 + an element that
+// instruction k has refused, or 0. The code and its parameters must be on the device of the inputs.
 template <class Device, bool kCpu>
 Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor& params, const Ints& parts,
                         const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
   constexpr int kWidth = kTile<kCpu>;
   Device device(code);
-  RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(), "feature_program: arguments do not fit together");
+  RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(), "feature_program: arguments of unequal length");
   std::vector<void*> tensors;
   Ints sizes;
   const auto bind = [&](const Tensor& tensor) {
@@ -97,11 +97,11 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
     list.push_back({tiles, elements, parts[k], parts[k + 1], used, rows == 0 ? 1 : elements / rows});
     tiles += (elements + kWidth - 1) / kWidth;
   }
-  Ints found(kCpu ? static_cast<size_t>(code.size(0)) : 0, 0);
-  int64_t* faults = found.data();
+  Ints host_faults(kCpu ? static_cast<size_t>(code.size(0)) : 0, 0);
+  int64_t* faults = host_faults.data();
   if (!kCpu) {
-    const int64_t instructions_in_all[] = {code.size(0)};
-    outputs.push_back(torch::stable::new_zeros(code, {instructions_in_all, 1}));
+    const int64_t count[] = {code.size(0)};
+    outputs.push_back(torch::stable::new_zeros(code, {count, 1}));
     faults = data<int64_t>(outputs.back(), "faults");
   }
   RunProgram<kWidth> program{};
@@ -113,7 +113,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   program.sizes = device.upload(sizes);
   program.faults = faults;
   device.for_each_task(tiles, parallel, program);
-  if (kCpu) raise_faults(found, instructions, labels);
+  if (kCpu) raise_faults(host_faults, instructions, labels);
   return outputs;
 }
 

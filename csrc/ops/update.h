@@ -1,4 +1,4 @@
-// Operators on row gradients: their reduction and the optimizers' updates (kernels: core/reduce.h, core/update.h).
+// Operators on row gradients: reduction and optimizer updates (kernels: core/reduce.h, core/update.h).
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace recis {
 
-// Grouped gradients travel as these arguments, in this order.
+// Grouped gradients are passed as these arguments, in this order.
 #define RECIS_GROUPED \
   "Tensor[] gradients, Tensor count, Tensor unique, Tensor offsets, Tensor sources, Tensor? scales, Tensor? factor"
 
@@ -66,10 +66,10 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
   });
 }
 
-// A table as an update takes it; RECIS_TABLE declares it in a schema. `type` and `state_type` are element types of the
-// embedding and of its state, `step` goes into the rows' metadata (`sees`: as the step that saw them, too), `seed` into
-// the rounding.
-#define RECIS_TABLE RECIS_BLOCKS_MUT ", int type, int state_type, int dim, int step, bool sees, int seed"
+// A table to update; RECIS_TABLE declares it in a schema. `type` and `state_type` are the element types of the
+// embedding and its state. `step` is written to the metadata of updated rows, as the step that saw them, too, if
+// `mark_seen`. `seed` is that of the stochastic rounding.
+#define RECIS_TABLE RECIS_BLOCKS_MUT ", int type, int state_type, int dim, int step, bool mark_seen, int seed"
 
 struct Table {
   const Tensor& blocks;
@@ -80,16 +80,17 @@ struct Table {
   int64_t state_type;
   int64_t dim;
   int64_t step;
-  bool sees;
+  bool mark_seen;
   int64_t seed;
 };
 
-// Calls f with values of the embedding's and of the state's type; the state is float32 or as the embedding, and float32
-// for a rule whose record has none of that type. What is stored below float32 comes in tiles of one width only: many
-// kernels are compiled here.
+// Calls f with values of the types of embedding and state, and the tile width. The state is float32 or of the type of
+// the embedding; float32 for a rule without state. Types below float32 use one tile width, because each combination
+// compiles another kernel.
 template <class Rule, class Device, class F>
 void with_types(Device& device, const Table& table, bool aligned, F&& f) {
-  RECIS_CHECK(table.state_type == 0 || table.state_type == table.type, "the state is float32 or as the embedding");
+  RECIS_CHECK(table.state_type == 0 || table.state_type == table.type,
+              "the state must be float32 or of the type of the embedding");
   with_element(table.type, [&](auto element) {
     using E = decltype(element);
     if constexpr (std::is_same_v<E, float>) {
@@ -113,23 +114,23 @@ void update_rows(const Table& table, const Grouped& gradients, const Rule& rule)
   const auto grouped = gradients.ref(device, spans, table.dim);
   const BlocksRef blocks = blocks_ref(table.blocks, table.block_shift, table.meta_offset, table.record_bytes);
   with_types<Rule>(device, table, aligned16(spans, table.dim), [&](auto element, auto state, auto width) {
-    device.for_each(
-        device.items(grouped.count, gradients.unique.numel()), 4 * table.dim,
-        UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
-            grouped, blocks, table.dim, table.step, table.sees, Rounding{static_cast<uint32_t>(table.seed)}, rule});
+    device.for_each(device.items(grouped.count, gradients.unique.numel()), 4 * table.dim,
+                    UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
+                        grouped, blocks, table.dim, table.step, table.mark_seen,
+                        Rounding{static_cast<uint32_t>(table.seed)}, rule});
   });
 }
 
-// An operator for a rule: RECIS_UPDATE(name, (more parameters), rule made of them).
+// Defines the operator of a rule: RECIS_UPDATE(name, (parameters of the rule), rule).
 #define RECIS_UNPACK(...) __VA_ARGS__
 #define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                     \
   template <class Device>                                                                                        \
   void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,  \
-            int64_t state_type, int64_t dim, int64_t step, bool sees, int64_t seed, Tensors gradients,           \
+            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,      \
             const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,             \
             const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) { \
     update_rows<Device>(                                                                                         \
-        Table{blocks, block_shift, meta_offset, record_bytes, type, state_type, dim, step, sees, seed},          \
+        Table{blocks, block_shift, meta_offset, record_bytes, type, state_type, dim, step, mark_seen, seed},     \
         Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                              \
   }
 

@@ -83,7 +83,7 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
             [OneHot(3)],
             [torch.tensor([0, 3])],
             ValueError,
-            "row 1 has an id that is no class (put Mod or Clip before it)",
+            "row 1 has an id that is not a class (put Mod or Clip before it)",
         ),
         ([MultiHot(3)], [ROWS], ValueError, "row "),
         ([OneHot(3)], [ROWS], TypeError, "MultiHot takes several"),

@@ -61,9 +61,9 @@ def test_the_second_line_of_checks() -> None:
     values, offsets, weights = column("cpu")
     with pytest.raises(RuntimeError, match="planes of unequal length"):
         RECIS.ragged_resize([offsets], [values, weights[:2]], [0, 0], [0], [1], [0], [0, 0], "a", True, True)
-    with pytest.raises(RuntimeError, match="a: row 0 is no row of the column"):
+    with pytest.raises(RuntimeError, match="a: row 0 is not a row of the column"):
         RECIS.ragged_take([offsets], [torch.tensor([3])], [values], [0], [], "a", True, True)
-    with pytest.raises(RuntimeError, match="has no bound"):
+    with pytest.raises(RuntimeError, match="has no upper bound"):
         RECIS.ragged_cross([values, offsets], [0, 1, -1, 0, 1, -1], [NO_BOUND], "a", False, True)
     for op, arguments in (
         (RECIS.ragged_cross, ([values, offsets, weights[:2]], [0, 1, 2, 0, 1, -1], [9], "a", True, True)),
@@ -71,7 +71,7 @@ def test_the_second_line_of_checks() -> None:
         (RECIS.multi_hot, ([values, offsets, weights[:2]], [0, 1, 2], [3], "a", True)),
         (RECIS.ragged_tile, ([values, offsets, weights[:2]], [0, 1, 2], [2], "a", True)),
     ):
-        with pytest.raises(RuntimeError, match="a: weights must be as many as the values"):
+        with pytest.raises(RuntimeError, match="a: there must be one weight for each"):
             op(*arguments)
     with pytest.raises(RuntimeError, match="must be contiguous"):
         RECIS.multi_hot([values[::2]], [0, -1, -1], [3], "a", True)

@@ -177,12 +177,12 @@ def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
 @pytest.mark.parametrize("lengths", [[2], [4], [3, 1], []])
 def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
     zeros = [0] * len(lengths)
-    with pytest.raises(RuntimeError, match="lengths of 3 together"):
+    with pytest.raises(RuntimeError, match="lengths must sum to 3"):
         ops.gather.group_rows(torch.arange(3), zeros, 3, Bags(lengths, lengths, [], [], zeros, zeros))
     table = make_table(dim=4)
     table.blocks.reserve(8)
     words = [torch.empty(9, dtype=torch.int64) for _ in range(4)]
-    with pytest.raises(RuntimeError, match="lengths of 3 together"):
+    with pytest.raises(RuntimeError, match="lengths must sum to 3"):
         torch.ops.recis.insert_grouped(
             table.id_map.slots,
             table.id_map.counters,

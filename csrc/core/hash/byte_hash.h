@@ -1,5 +1,5 @@
-// Two hashes of one multiplication a byte, with 64-bit state: weak, but unlike the others and each other, which is what
-// several hashes of one string are for.
+// Two hashes with one multiplication a byte and 64-bit state: weak, but independent of the others and of each other, as
+// needed for several hashes of one string.
 #pragma once
 
 #include <cstdint>

@@ -11,14 +11,14 @@ namespace recis {
 
 static_assert(std::endian::native == std::endian::little, "hashes are defined on little-endian words");
 
-// A string of bytes, read in place. Any start address will do, and no read goes outside [data, data + size).
+// A string of bytes, read in place. `data` may have any alignment; no read goes outside [data, data + size).
 struct Bytes {
   const uint8_t* data;
   int64_t size;
 
   RECIS_HD uint64_t byte(int64_t at) const { return data[at]; }
 
-  // Four bytes from `at` on.
+  // Four bytes from `at`.
   RECIS_HD uint64_t word32(int64_t at) const {
 #if defined(__CUDA_ARCH__)
     return read<4>(data + at);
@@ -29,7 +29,7 @@ struct Bytes {
 #endif
   }
 
-  // Eight bytes from `at` on.
+  // Eight bytes from `at`.
   RECIS_HD uint64_t word64(int64_t at) const {
 #if defined(__CUDA_ARCH__)
     return read<8>(data + at);
@@ -42,7 +42,7 @@ struct Bytes {
 
 #if defined(__CUDA_ARCH__)
  private:
-  // A GPU faults on an unaligned access: by halves until a half is aligned.
+  // A GPU faults on an unaligned access: a word is split into halves until these are aligned.
   template <int kSize>
   static __device__ __forceinline__ uint64_t read(const uint8_t* at) {
     if constexpr (kSize == 1) {
@@ -59,7 +59,7 @@ struct Bytes {
 #endif
 };
 
-// Eight bytes that are a word already, so that ids go through the hashes of Bytes without a copy in memory.
+// Eight bytes held in a word, so that ids are hashed like Bytes without a copy in memory.
 struct WordBytes {
   uint64_t word;
   int64_t size = 8;
@@ -69,7 +69,7 @@ struct WordBytes {
   RECIS_HD uint64_t word64(int64_t) const { return word; }
 };
 
-// Sixteen bytes that are two words already: a crossed pair of ids.
+// Sixteen bytes held in two words: a pair of ids.
 struct PairBytes {
   uint64_t low;
   uint64_t high;

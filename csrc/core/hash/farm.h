@@ -1,5 +1,4 @@
-// FarmHash Fingerprint64, which is FarmHash's "na" variant (Geoff Pike, 2014): fixed for ever, the same on every
-// machine.
+// FarmHash Fingerprint64, FarmHash's "na" variant (Geoff Pike, 2014): stable across versions and machines.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +20,7 @@ struct Farm {
   RECIS_HD static uint64_t rotate(uint64_t x, int by) { return x >> by | x << (64 - by); }
   RECIS_HD static uint64_t mix(uint64_t x) { return x ^ (x >> 47); }
 
-  // Two words into one.
+  // Combines two words into one.
   RECIS_HD static uint64_t join(uint64_t u, uint64_t v, uint64_t multiplier) {
     const uint64_t a = mix((u ^ v) * multiplier);
     return mix((v ^ a) * multiplier) * multiplier;
@@ -42,7 +41,7 @@ struct Farm {
     return mix(y * k2 ^ z * k0) * k2;
   }
 
-  // 17 to 64 bytes. Up to 32 the sums of the ends are the answer; above, the middle is stirred in with them.
+  // 17 to 64 bytes. Up to 32, the words at both ends make up the hash; above, the middle is mixed in.
   template <class Source>
   RECIS_HD static uint64_t upto64(const Source& s, uint64_t size) {
     const uint64_t multiplier = k2 + size * 2;
@@ -61,7 +60,7 @@ struct Farm {
     return join(rotate(e + f, 43) + rotate(g, 30) + h, e + rotate(f + a, 18) + g, multiplier);
   }
 
-  // Four words of the string stirred into a pair.
+  // Mixes four words of the string into a pair.
   template <class Source>
   RECIS_HD static Pair stir(const Source& s, int64_t at, uint64_t a, uint64_t b) {
     a += s.word64(at);
@@ -73,12 +72,12 @@ struct Farm {
     return {a + last, b + before};
   }
 
-  // The state of a long string: 56 bytes that each block of 64 changes.
+  // The state of a long string, 56 bytes; every block of 64 bytes updates it.
   struct State {
     uint64_t x, y, z;
     Pair v, w;
 
-    // `weight` is 1 but for the last block, in which the words that close a round count ninefold.
+    // `weight` is 1, but 9 for the last block.
     template <class Source>
     RECIS_HD void round(const Source& s, int64_t at, uint64_t multiplier, uint64_t weight) {
       x = rotate(x + y + v.first + s.word64(at + 8), 37) * multiplier;

@@ -12,7 +12,7 @@ struct Murmur {
 
   RECIS_HD static uint64_t mix(uint64_t x) { return x ^ (x >> 47); }
 
-  // The last size % 8 bytes as one word. They are read as overlapping words, which are short of branches and of loops.
+  // The last size % 8 bytes as one word, assembled from overlapping words, which takes few branches and no loop.
   template <class Source>
   RECIS_HD static uint64_t tail(const Source& bytes) {
     const int64_t size = bytes.size;
