@@ -1,16 +1,17 @@
-"""torch and JAX in one program: tensors that cross without a copy, and JAX functions as torch modules.
+"""torch and JAX in one program: conversion without copies, and JAX functions as torch modules.
 
-The bridge can be used on its own. It never copies unless told to: `to_jax` and `to_torch` share memory or raise, and
-`copies()` counts what was copied. `JaxTower` makes a `torch.nn.Module` of a JAX function, with parameters that torch
-owns. README.md beside this file holds the contract of lifetime and mutation.
+The bridge can be used on its own; ``recis_hybrid`` never imports it. :func:`to_jax` and :func:`to_torch` share memory
+or raise, unless a copy is requested, and :func:`copies` counts the copies. :class:`JaxTower` wraps a JAX function as a
+``torch.nn.Module`` with parameters that torch owns. README.md beside this file holds the contract of lifetime and
+mutation.
 """
 
 from __future__ import annotations
 
 if __name__ != "recis_hybrid.bridge":
-    # The folder lies at the top of the repository, so that `import bridge` from there would load a second copy.
+    # The folder is at the root of the repository, where `import bridge` would load a second copy.
     raise ImportError(
-        f"bridge: was imported as {__name__!r}, which would be a second copy of it; use `import recis_hybrid.bridge`"
+        f"bridge: imported as {__name__!r}, which would load a second copy; use `import recis_hybrid.bridge`"
     )
 
 try:
@@ -19,11 +20,12 @@ except ModuleNotFoundError as _error:
     if (_error.name or "").partition(".")[0] not in ("jax", "jaxlib"):
         raise
     raise ImportError(
-        f"recis_hybrid.bridge: needs JAX, and there is no module {_error.name!r}; run `pip install recis_hybrid[jax]`"
+        f"recis_hybrid.bridge: JAX is required, but there is no module {_error.name!r}; "
+        "run `pip install recis_hybrid[jax]`"
     ) from _error
 
 from recis_hybrid.bridge.all_reduce import GradientAllReduce as GradientAllReduce
-from recis_hybrid.bridge.dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
+from recis_hybrid.bridge.exchange.dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
 from recis_hybrid.bridge.launch import init as init
 from recis_hybrid.bridge.optimizer import OptaxOptimizer as OptaxOptimizer
 from recis_hybrid.bridge.state import JaxState as JaxState

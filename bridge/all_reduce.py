@@ -1,11 +1,11 @@
-"""Gradients of parameters that JAX owns, summed over the ranks of a process group.
+"""Sums of the gradients of JAX-owned parameters over the ranks of a process group.
 
-The leaves of a pytree lie in buckets of a fixed layout: those of one dtype end to end, in the pytree's order, a new
-bucket where one would grow beyond its limit. A program compiled by JAX writes the buckets, weighted already. Each is
-one tensor for torch.distributed, in the same memory, which is summed in place and goes back to JAX as a new array. So
-nothing is copied at the border, and every rank adds the same elements in the same order at each step.
+The leaves of a pytree are packed into buckets of a fixed layout: leaves of one dtype end to end, in the pytree's order,
+with a new bucket where one would exceed its limit. A jitted program writes the weighted gradients into the buckets.
+torch.distributed sums each bucket in place, as a tensor in the same memory, which then becomes a new JAX array. So
+nothing is copied between torch and JAX, and every rank adds the same elements in the same order at each step.
 
-Letters: W ranks.
+Legend: W ranks.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from recis_hybrid.bridge.dlpack import to_jax, to_torch
+from recis_hybrid.bridge.exchange.dlpack import to_jax, to_torch
 
 _BUCKET_BYTES = 25 << 20
-"""As DistributedDataParallel's."""
+"""The default of DistributedDataParallel."""
 
 
 class GradientAllReduce:
-    """Sums gradients over ranks: for pytrees of JAX what DistributedDataParallel does for modules of torch.
+    """Sum of gradients over ranks, for JAX pytrees as DistributedDataParallel is for torch modules.
 
-    Calling it does all of it. A program that computes gradients in one jitted call and applies them in another may put
+    A call does everything. A program that computes gradients in one jitted call and applies them in another may put
     :meth:`pack` at the end of the first and :meth:`unpack` at the start of the second, with :meth:`sum` between them.
 
     Args:
-        params: a pytree of floating arrays, or of whatever has their shapes and dtypes: the layout, the same on all
-            ranks.
-        group: of torch.distributed; None for all ranks. Gloo sums on CPUs, NCCL on GPUs.
-        bucket_bytes: the most bytes of a bucket that holds several leaves.
+        params: A pytree of floating-point arrays, or of objects with their shapes and dtypes: the layout, which must be
+            the same on all ranks.
+        group: A group of torch.distributed; None for all ranks. Gloo sums on CPUs, NCCL on GPUs.
+        bucket_bytes: The maximal size of a bucket that holds several leaves, in bytes.
+
+    Attributes:
+        buckets: For each bucket, the numbers of its leaves.
 
     Raises:
-        RuntimeError: if torch.distributed is not initialised, or the ranks have other layouts.
-        TypeError: if a leaf is not floating.
+        RuntimeError: if torch.distributed is not initialised, or the layouts of the ranks differ.
+        TypeError: if a leaf is not floating-point.
 
     Example:
         Two ranks, each with half of the samples::
@@ -48,8 +51,8 @@ class GradientAllReduce:
             dist.init_process_group("gloo")
             all_reduce = GradientAllReduce(params)
             params = all_reduce.broadcast(params)
-            loss, gradients = value_and_grad(params, batch)  # of the mean over the rank's samples
-            gradients = all_reduce(gradients)  # of the mean over all
+            loss, gradients = value_and_grad(params, batch)  # of the mean over this rank's samples
+            gradients = all_reduce(gradients)  # of the mean over all samples
     """
 
     def __init__(
@@ -63,30 +66,29 @@ class GradientAllReduce:
         for path, leaf in paths:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(
-                    f"GradientAllReduce: the leaf {jax.tree_util.keystr(path)} is {leaf.dtype}, and gradients are "
-                    "floating; leave it out"
+                    f"GradientAllReduce: leaf {jax.tree_util.keystr(path)} must be floating-point, got {leaf.dtype}; "
+                    "leave it out"
                 )
         self._shapes = [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for _, leaf in paths]
         self.buckets = _buckets(self._shapes, bucket_bytes)
-        """For each bucket, the numbers of its leaves."""
         self._agree(repr(([jax.tree_util.keystr(path) for path, _ in paths], self._shapes, self.buckets)))
         self._pack, self._unpack = jax.jit(self.pack), jax.jit(self.unpack)
 
     def __call__(self, gradients: Any, weight: float | None = None) -> Any:
-        """Sum weighted gradients; all ranks call it together, with gradients or not.
+        """Sum weighted gradients over all ranks, each of which must call it, with gradients or without.
 
         Args:
-            gradients: a pytree as `params`; None on a rank that has none.
-            weight: what this rank's gradients are multiplied by: its share of the samples, where they are those of a
-                mean over its own (`EmbeddingEngine.share`). None for 1 / W. Where it is 0 the gradients do not count,
-                whatever they are: the mean over no samples is not a number.
+            gradients: A pytree of the structure, shapes and dtypes of ``params``; None on a rank without gradients.
+            weight: The factor of this rank's gradients. For gradients of the mean over its own samples, it is its share
+                of all samples (``EmbeddingEngine.share``). None for 1 / W. With 0 the gradients are ignored, even if
+                they are NaN, as those of a mean over no samples are.
 
         Returns:
             A pytree of arrays: the sum over all ranks, the same on each.
 
         Raises:
-            RuntimeError: if another rank has died or does not take part, from the group's backend.
-            ValueError: if the gradients have another structure, or other shapes or dtypes.
+            RuntimeError: from the group's backend, if another rank has died or does not take part.
+            ValueError: if the structure, shapes or dtypes of the gradients differ from those of ``params``.
         """
         if gradients is None:
             zeros = [jnp.zeros(shape, dtype) for shape, dtype in self._shapes]
@@ -97,36 +99,36 @@ class GradientAllReduce:
         """Write weighted gradients into buckets; for use inside jit.
 
         Args:
-            gradients: a pytree as `params`.
-            weight: a scalar, as in a call.
+            gradients: A pytree of the structure, shapes and dtypes of ``params``.
+            weight: The factor of the gradients, a scalar.
 
         Returns:
-            The buckets, one dimension each.
+            The buckets, one-dimensional arrays.
 
         Raises:
-            ValueError: if the gradients have another structure, or other shapes or dtypes.
+            ValueError: if the structure, shapes or dtypes of the gradients differ from those of ``params``.
         """
         leaves, tree = jax.tree.flatten(gradients)
         shapes = [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
         if tree != self._tree or shapes != self._shapes:
             raise ValueError(
-                f"GradientAllReduce: the gradients must be laid out as the parameters: {self._tree} of {self._shapes}, "
-                f"got {tree} of {shapes}"
+                f"GradientAllReduce: the gradients must have the layout of the parameters, {self._tree} of "
+                f"{self._shapes}, got {tree} of {shapes}"
             )
         weighted = [jnp.where(weight == 0, 0, leaf * weight).astype(leaf.dtype) for leaf in leaves]
         return [jnp.concatenate([weighted[number].reshape(-1) for number in bucket]) for bucket in self.buckets]
 
     def sum(self, buckets: Sequence[jax.Array]) -> list[jax.Array]:
-        """Sum buckets over all ranks, in their memory: the arrays must not be used any more.
+        """Sum buckets over all ranks, in place: the arrays given must not be used any more.
 
         Args:
-            buckets: from :meth:`pack`.
+            buckets: The buckets of :meth:`pack`.
 
         Returns:
-            Arrays in the same memory.
+            The sums, arrays in the same memory.
 
         Raises:
-            RuntimeError: if another rank has died or does not take part, from the group's backend.
+            RuntimeError: from the group's backend, if another rank has died or does not take part.
         """
         tensors = [to_torch(bucket) for bucket in buckets]
         works = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
@@ -136,13 +138,13 @@ class GradientAllReduce:
         return [to_jax(tensor) for tensor in tensors]
 
     def unpack(self, buckets: Sequence[jax.Array]) -> Any:
-        """Take buckets apart; for use inside jit.
+        """Read the leaves from buckets; for use inside jit.
 
         Args:
-            buckets: from :meth:`sum`.
+            buckets: The buckets of :meth:`sum`.
 
         Returns:
-            A pytree as `params`.
+            A pytree of the structure, shapes and dtypes of ``params``.
         """
         leaves: list[Any] = [None] * len(self._shapes)
         for bucket, numbers in zip(buckets, self.buckets, strict=True):
@@ -153,39 +155,41 @@ class GradientAllReduce:
         return jax.tree.unflatten(self._tree, leaves)
 
     def broadcast(self, params: Any) -> Any:
-        """Return the parameters of the group's first rank, on all: where training starts.
+        """Return the parameters of the group's first rank on all ranks, to start training from equal values.
 
         Args:
-            params: a pytree as the one that the layout is of.
+            params: A pytree of the structure, shapes and dtypes of the layout.
 
         Returns:
-            A pytree of arrays, in memory of their own.
+            A pytree of new arrays.
         """
         tensors = [to_torch(bucket) for bucket in self._pack(params, self._weight(1.0))]
         for tensor in tensors:
             dist.broadcast(tensor, group=self.group, group_src=0)
         return self._unpack([to_jax(tensor) for tensor in tensors])
 
-    def _weight(self, weight: float | None) -> np.float64:  # which JAX narrows where x64 is off
+    def _weight(self, weight: float | None) -> np.float64:
+        # A float64, which JAX narrows to float32 while x64 is off.
         return np.float64(1 / dist.get_world_size(self.group) if weight is None else weight)
 
     def _agree(self, layout: str) -> None:
+        """Raise on all ranks if their layouts differ."""
         device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
         digest = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:8], "little", signed=True)
         ours = torch.tensor([digest], device=device)
-        told = [torch.empty_like(ours) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(told, ours, group=self.group)
+        digests = [torch.empty_like(ours) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(digests, ours, group=self.group)
         rank = dist.get_rank(self.group)
-        differ = [other for other, said in enumerate(told) if int(said) != digest]
-        if differ:
+        different = [other for other, theirs in enumerate(digests) if int(theirs) != digest]
+        if different:
             raise RuntimeError(
-                f"GradientAllReduce: rank {rank}: the ranks {differ} have parameters of other names, shapes or dtypes, "
-                "or another bucket_bytes; make them alike on all ranks"
+                f"GradientAllReduce: names, shapes and dtypes of the parameters, and bucket_bytes, must be the same on "
+                f"all ranks; those of ranks {different} differ from those of rank {rank}"
             )
 
 
 def _buckets(shapes: Sequence[tuple[tuple[int, ...], Any]], most: int) -> list[list[int]]:
-    """Return the numbers of the leaves of each bucket: of one dtype, in order, until the next is too many."""
+    """Return the numbers of the leaves of each bucket: leaves of one dtype, in order, up to ``most`` bytes."""
     open_of: dict[Any, tuple[list[int], int]] = {}
     buckets = []
     for number, (shape, dtype) in enumerate(shapes):

@@ -1,4 +1,4 @@
-"""What must be set before JAX starts its backend: the device, the memory, the threads of one rank."""
+"""Settings of one rank that JAX reads when it starts its backend: device, memory, threads, compilation cache."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 def init(
     *, memory_fraction: float | None = None, threads: int | None = None, compilation_cache: str | None = None
 ) -> str:
-    """Set JAX up for this process, and start its backend.
+    """Configure JAX for this process and start its backend.
 
-    Under torchrun, which sets `LOCAL_RANK`, a rank sees the one GPU of that number, the same as torch's. To be called
-    once, before JAX computes anything, and not in DataLoader workers.
+    Under torchrun, which sets ``LOCAL_RANK``, JAX uses the GPU of that number only, the same as torch. Call it once,
+    before JAX computes anything, and not in DataLoader workers.
 
     Args:
-        memory_fraction: the share of the GPU's memory that JAX may take, above 0 and below 1; without it JAX takes
-            memory as it needs it, so that torch finds some too.
-        threads: CPU threads of XLA, which ignores `OMP_NUM_THREADS`; without it, all.
-        compilation_cache: a folder in which all compiled programs are kept from run to run.
+        memory_fraction: The fraction of the GPU's memory that JAX may allocate, above 0 and below 1; by default JAX
+            allocates memory as it needs it, and leaves the rest to torch.
+        threads: CPU threads of XLA, which ignores ``OMP_NUM_THREADS``; by default all.
+        compilation_cache: A folder in which all compiled programs are kept between runs.
 
     Returns:
-        One line that says what was found: the backend, its devices, the process's rank on its machine.
+        One line for the log: JAX's version, backend and devices, the local rank, torch's version.
 
     Raises:
-        ValueError: if `memory_fraction` or `threads` is out of range, or `LOCAL_RANK` is no number from 0 on.
+        ValueError: if ``memory_fraction`` or ``threads`` is out of range, or ``LOCAL_RANK`` is not a number of at least
+            0.
         RuntimeError: if JAX's backend has started already.
 
     Warns:
@@ -48,11 +49,11 @@ def init(
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if not (local_rank.isascii() and local_rank.isdigit()):
         raise ValueError(
-            f"init: LOCAL_RANK must be a number from 0 on, got {local_rank!r}; start ranks by torchrun, or unset it"
+            f"init: LOCAL_RANK must be a number of at least 0, got {local_rank!r}; start ranks by torchrun, or unset it"
         )
     rank = int(local_rank)
     if backend_has_started():
-        raise RuntimeError("init: JAX's backend has started already; call init before anything that computes with JAX")
+        raise RuntimeError("init: JAX's backend has started already; call init before anything computes with JAX")
     if threads is not None:
         os.environ["NPROC"] = str(threads)
     if memory_fraction is None:
@@ -65,7 +66,7 @@ def init(
     if compilation_cache is not None:
         settings = cast(Any, jax.config)
         settings.update("jax_compilation_cache_dir", compilation_cache)
-        # JAX keeps only what took a second to compile, and most towers take less.
+        # By default JAX keeps only programs that took a second to compile, and most towers take less.
         settings.update("jax_persistent_cache_min_compile_time_secs", 0)
         settings.update("jax_persistent_cache_min_entry_size_bytes", -1)
     backend = jax.default_backend()

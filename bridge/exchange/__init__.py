@@ -1,4 +1,4 @@
-"""The fast paths of DLPack: capsules by private APIs where they exist, and arrays kept from call to call.
+"""Exchange of tensors and arrays between torch and JAX, in shared memory.
 
-``bridge.dlpack`` and ``bridge.tower`` may import it; it imports nothing of the bridge.
+All of ``recis_hybrid.bridge`` may import it, and it imports nothing else of the package.
 """

@@ -1,9 +1,9 @@
-"""The arrays over a tower's parameters, kept from call to call, because an import costs more than a small kernel.
+"""A cache of the arrays over a tower's parameters, because a conversion costs more than a small kernel.
 
-JAX takes arrays to be constant, and an optimizer writes to parameters. That is sound here for three reasons, all of
-which are needed: nobody but the tower's own programs ever sees such an array; a program reads its arguments when it
-runs; and a call returns when its program has ended, so that none runs while torch writes. On a GPU an import also makes
-JAX's stream wait for torch's, so there each call imports anew.
+JAX takes arrays to be constant, and an optimizer writes to parameters. Keeping an array is sound here for three
+reasons, all of which are needed: only the tower's own programs see it; a program reads its arguments when it runs; and
+a call returns when its program has finished, so no program runs while torch writes. On a GPU a conversion also makes
+JAX's stream wait for torch's, so there every call converts anew.
 """
 
 from __future__ import annotations
@@ -14,50 +14,70 @@ from typing import Any
 import jax
 import torch
 
-from recis_hybrid.bridge.dlpack import WIDE, share
+from recis_hybrid.bridge.exchange.dlpack import WIDE, share
 
-Kind = tuple[torch.Size, torch.dtype]
+Spec = tuple[torch.Size, torch.dtype]
+"""Shape and dtype of a tensor."""
 
-_Entry = tuple[torch.Tensor, int, torch.Size, torch.dtype, jax.Array, Kind]
-_NONE: Any = (None,) * 6
+_Entry = tuple[torch.Tensor, int, torch.Size, torch.dtype, jax.Array, Spec]
+_MISSING: Any = (None,) * 6
 
 
-class Imports:
-    """For each parameter, by its number, the array over its memory.
+class ArrayCache:
+    """The arrays over parameters, by the parameter's number.
 
-    An entry is used only while it is the same `nn.Parameter` in the same memory, with the same shape and dtype:
-    `parameter.data = …`, `resize_` and `share_memory_` exchange these under one object. Temporary tensors
-    (`functional_call`, parametrizations) and 64-bit ones, whose import depends on x64, are imported anew.
+    An entry is used only while it belongs to the same ``nn.Parameter`` in the same memory, with the same shape and
+    dtype: ``parameter.data = …``, ``resize_`` and ``share_memory_`` exchange these under one object. Temporary tensors
+    (``functional_call``, parametrizations) and 64-bit ones, whose conversion depends on x64, are not cached.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Imports:
-        return Imports()
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
+        """Return an empty cache: a copy of a tower has parameters of its own."""
+        return ArrayCache()
 
-    def __reduce__(self) -> tuple[type[Imports], tuple[()]]:
-        return Imports, ()
+    def __reduce__(self) -> tuple[type[ArrayCache], tuple[()]]:
+        """Pickle as an empty cache."""
+        return ArrayCache, ()
 
     def clear(self) -> None:
-        """Lets go of all memory."""
+        """Drop all entries, and with them the references to their memory."""
         self._entries.clear()
 
-    def share(self, tensors: Sequence[torch.Tensor]) -> tuple[list[jax.Array], list[Kind]]:
-        """The parameters' arrays, all of them, in their order, and what they are; raises what `share` does."""
+    def share(self, tensors: Sequence[torch.Tensor]) -> tuple[list[jax.Array], list[Spec]]:
+        """Return the arrays over all parameters, in their order, and their specs.
+
+        Args:
+            tensors: The parameters.
+
+        Raises:
+            TypeError: if one is not a plain tensor.
+            ValueError: if the memory of one cannot be shared.
+        """
         return self._share(enumerate(tensors))
 
-    def share_one(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Kind]:
-        """The array of the parameter of that number, and what it is."""
-        (array,), (kind,) = self._share([(number, tensor)])
-        return array, kind
+    def share_one(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Spec]:
+        """Return the array over one parameter, and its spec.
 
-    def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Kind]]:
-        # One loop without calls of our own: a tower may have hundreds of parameters.
+        Args:
+            number: The parameter's place in the sequence that :meth:`share` takes.
+            tensor: The parameter.
+
+        Raises:
+            TypeError: if it is not a plain tensor.
+            ValueError: if its memory cannot be shared.
+        """
+        (array,), (spec,) = self._share([(number, tensor)])
+        return array, spec
+
+    def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Spec]]:
+        # One loop without calls of Python functions on a hit: a tower may have hundreds of parameters.
         entries = self._entries
-        arrays, kinds = [], []
+        arrays, specs = [], []
         for number, tensor in numbered:
-            parameter, pointer, shape, dtype, array, kind = entries.get(number, _NONE)
+            parameter, pointer, shape, dtype, array, spec = entries.get(number, _MISSING)
             if (
                 parameter is not tensor
                 or tensor.data_ptr() != pointer
@@ -66,15 +86,16 @@ class Imports:
                 or not tensor.is_contiguous()
                 or tensor.is_neg()
             ):
-                array, kind = self._import(number, tensor)
+                array, spec = self._convert(number, tensor)
             arrays.append(array)
-            kinds.append(kind)
-        return arrays, kinds
+            specs.append(spec)
+        return arrays, specs
 
-    def _import(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Kind]:
+    def _convert(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Spec]:
+        """Return the array over a tensor, and keep it if that is sound."""
         self._entries.pop(number, None)
-        array, kind = share(tensor), (tensor.shape, tensor.dtype)
-        kept = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype not in WIDE
-        if kept and not tensor.is_complex():
-            self._entries[number] = (tensor, tensor.data_ptr(), *kind, array, kind)
-        return array, kind
+        array, spec = share(tensor), (tensor.shape, tensor.dtype)
+        is_stable = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype not in WIDE
+        if is_stable and not tensor.is_complex():
+            self._entries[number] = (tensor, tensor.data_ptr(), *spec, array, spec)
+        return array, spec

@@ -1,9 +1,9 @@
-"""How one tensor crosses to JAX and one array to torch, by the fastest road that this JAX offers.
+"""Conversions of single tensors and arrays by DLPack, through the fastest functions that this JAX offers.
 
-`jax.dlpack.from_dlpack` spends 22 µs a tensor, most of it on finding a device and on promises that the callers here
-have checked already. The two functions underneath take 3 and 1 µs, but they are private. So they are tried once, on a
-small tensor, and used only if they do what is expected; otherwise the public functions are. Buffers on a GPU always
-take the public road, which is the one that hands over streams.
+``jax.dlpack.from_dlpack`` spends 22 µs a tensor, most of it on choosing a device and on checks that the callers here
+have made already. The two functions below it take 3 and 1 µs, but they are private. So they are tried once, on a small
+tensor, and used only if they behave as expected; otherwise the public functions are used. Buffers on a GPU always take
+the public functions, which synchronise streams.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 import torch.utils.dlpack
 
 
-class Roads(NamedTuple):
-    """The two ways across, for buffers on the CPU: what they are given must have been checked."""
+class Conversions(NamedTuple):
+    """The conversions of buffers on the CPU. They share memory; the caller has checked that this is possible."""
 
     to_jax: Callable[[torch.Tensor], jax.Array]
     to_torch: Callable[[Iterable[jax.Array]], list[torch.Tensor]]
-    """Takes many, for the gradients of a hundred parameters come at once."""
+    """Converts many arrays, because the gradients of a hundred parameters arrive at once."""
     private: bool
+    """Whether they are JAX's private functions."""
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
@@ -36,8 +37,8 @@ def _public_to_torch(arrays: Iterable[jax.Array]) -> list[torch.Tensor]:
 
 
 def backend_has_started() -> bool:
-    """Whether JAX has a backend in this process, or had one in the process that this one was forked from."""
-    # Private, but there is no public way to ask without starting it.
+    """Return whether JAX has started a backend in this process, or in the process from which it was forked."""
+    # Private, but every public function would start the backend.
     bridge: Any = __import__("jax._src.xla_bridge", fromlist=["xla_bridge"])
     return bool(bridge.backends_are_initialized())
 
@@ -46,20 +47,23 @@ _is_forked = False
 
 
 def _after_fork() -> None:
-    # JAX's threads are not in the child, where a program would wait for them for ever. The next crossing raises.
+    """Mark a child process forked after JAX has started, so that its next conversion raises.
+
+    JAX's threads do not exist in the child, and a program would wait for them for ever.
+    """
     global _is_forked
     if backend_has_started():
         _is_forked = True
-        cpu_roads.cache_clear()
+        cpu_conversions.cache_clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
-PUBLIC = Roads(_public_to_jax, _public_to_torch, private=False)
+PUBLIC = Conversions(_public_to_jax, _public_to_torch, private=False)
 
 
-def _private() -> Roads:
-    """Build the private roads; raises whatever it likes where JAX or torch has changed."""
+def _private_conversions() -> Conversions:
+    """Build conversions from private functions of JAX and torch; any exception means: use the public ones."""
     native: Any = __import__("jax._src.lib", fromlist=["_jax"])._jax
     wrap, unwrap = native.dlpack_managed_tensor_to_buffer, native.buffer_to_dlpack_managed_tensor
     pack, unpack = cast(Any, torch._C)._to_dlpack, cast(Any, torch._C)._from_dlpack
@@ -72,29 +76,29 @@ def _private() -> Roads:
     def to_torch(arrays: Iterable[jax.Array]) -> list[torch.Tensor]:
         return list(map(unpack, map(unwrap, arrays)))
 
-    return Roads(to_jax, to_torch, private=True)
+    return Conversions(to_jax, to_torch, private=True)
 
 
-def _works(roads: Roads) -> bool:
-    """Whether a tensor goes over and comes back in its own memory, and a misaligned one is refused, not copied."""
+def _are_sound(conversions: Conversions) -> bool:
+    """Return whether a round trip keeps a tensor in its memory, and a misaligned tensor is refused, not copied."""
     tensor = torch.arange(32, dtype=torch.float32)
-    array = roads.to_jax(tensor)
-    (back,) = roads.to_torch([array])
+    array = conversions.to_jax(tensor)
+    (back,) = conversions.to_torch([array])
     if not isinstance(array, jax.Array) or array.dtype != jax.numpy.float32 or array.shape != (32,):
         return False
     pointers = {tensor.data_ptr(), array.unsafe_buffer_pointer(), back.data_ptr()}
     if len(pointers) != 1 or not torch.equal(tensor, back):
         return False
     try:
-        roads.to_jax(tensor[1:])
+        conversions.to_jax(tensor[1:])
     except Exception:
         return True
     return False
 
 
 @functools.cache
-def cpu_roads() -> Roads:
-    """The roads for CPU buffers, chosen at the first call, which starts JAX's backend.
+def cpu_conversions() -> Conversions:
+    """Return the conversions of CPU buffers. They are chosen at the first call, which starts JAX's backend.
 
     Raises:
         RuntimeError: in a process that was forked after JAX's backend had started.
@@ -102,11 +106,11 @@ def cpu_roads() -> Roads:
     if _is_forked:
         raise RuntimeError(
             f"recis_hybrid.bridge: process {os.getpid()} was forked after JAX had started, and JAX would hang in it; "
-            "leave JAX to the parent process, or start workers by "
+            "use JAX in the parent process only, or start workers by "
             "DataLoader(multiprocessing_context='forkserver') or 'spawn'"
         )
     try:
-        roads = _private()
-        return roads if _works(roads) else PUBLIC
+        conversions = _private_conversions()
+        return conversions if _are_sound(conversions) else PUBLIC
     except Exception:
         return PUBLIC

@@ -1,7 +1,7 @@
-"""Tensors to JAX and arrays to torch: in the same memory, or not at all.
+"""Conversion of tensors to JAX and of arrays to torch, in shared memory.
 
-JAX's own import copies in silence when memory is not aligned, and cuts int64 to int32 while x64 is off. Here either
-is an error that names the cause and the remedy. The contract of lifetime and mutation is in README.md.
+JAX's own conversion copies silently when memory is not aligned, and truncates int64 to int32 while x64 is off. Here
+both are errors that name the cause and the remedy. The contract of lifetime and mutation is in README.md.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Final, cast, overload
 import jax
 import torch
 
-from recis_hybrid.bridge.exchange._dlpack_fast import PUBLIC, cpu_roads
+from recis_hybrid.bridge.exchange._dlpack_fast import PUBLIC, cpu_conversions
 
 ALIGNMENT: Final = 64
-"""Where a buffer must start, in bytes, for XLA to use it as it is."""
+"""The alignment in bytes that XLA requires of a buffer."""
 
 WIDE: Final = frozenset({torch.int64, torch.uint64, torch.float64, torch.complex128})
-"""What JAX holds only while `jax_enable_x64` is on."""
+"""The dtypes that JAX supports only while ``jax_enable_x64`` is on."""
 
 DTYPES: Final = WIDE | {
     torch.bool,
@@ -27,7 +27,7 @@ DTYPES: Final = WIDE | {
     *(torch.float16, torch.bfloat16, torch.float32, torch.complex64),
     *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
 }
-"""What both sides can hold."""
+"""The dtypes that both sides support."""
 
 _ARRAY_DTYPES: Final = frozenset(jax.numpy.dtype(str(dtype).removeprefix("torch.")) for dtype in DTYPES)
 
@@ -36,18 +36,18 @@ _STRIDED: Final = torch.strided
 _NUMPY_DTYPES: Final = {torch.bfloat16: torch.int16} | {
     dtype: torch.uint8 for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize == 1
 }
-"""For dtypes that numpy does not have, ones of the same size."""
+"""Dtypes of the same size for those that numpy lacks."""
 
 _lock = threading.Lock()
 _copies = 0
 
 
 def copies() -> int:
-    """How many tensors and arrays this process has copied on their way across.
+    """Return the number of tensors and arrays that this process has copied between torch and JAX.
 
     Returns:
-        The number of copies since the start: those asked for by `copy=True`, and gradients and tensors in
-        compiled graphs that could not be shared (`JaxTower.copies` has those of one tower).
+        The number of copies since the start: those requested by ``copy=True``, and gradients and tensors in compiled
+        graphs that could not be shared (``JaxTower.copies`` counts those of one tower).
 
     Example:
         >>> before = copies()
@@ -59,7 +59,7 @@ def copies() -> int:
 
 
 def count_copy() -> None:
-    """Add one to `copies()`."""
+    """Add one to :func:`copies`."""
     global _copies
     with _lock:
         _copies += 1
@@ -70,25 +70,25 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array: ...
 @overload
 def to_jax(tensor: Any, *, copy: bool = False) -> Any: ...
 def to_jax(tensor: Any, *, copy: bool = False) -> Any:
-    """Hands a tensor to JAX, in the same memory.
+    """Convert a tensor to a JAX array in the same memory.
 
-    The array and the tensor are one buffer, which lives as long as either does. JAX takes arrays to be constant: while
-    the array is in use, do not write to the tensor. A buffer on the CPU cannot be resized from then on (`resize_` to
-    more elements raises), because torch would free what JAX reads; on a GPU do not resize it.
+    The array and the tensor share one buffer, which lives as long as either does. JAX takes arrays to be constant: do
+    not write to the tensor while the array is in use. A buffer on the CPU can no longer be resized (``resize_`` to more
+    elements raises), because torch would free memory that JAX reads; do not resize one on a GPU.
 
     Args:
-        tensor: a tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any other that JAX knows).
-            Contiguous, starting at a multiple of 64 bytes, and detached. The dtypes are those of the table in
-            README.md; 64-bit ones need `jax_enable_x64`.
-        copy: whether to copy; then the tensor may be strided or misaligned. Each copy is counted by `copies()`.
+        tensor: A tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any other that JAX knows).
+            Tensors must be contiguous, aligned to 64 bytes, and detached. README.md lists the dtypes; 64-bit ones need
+            ``jax_enable_x64``.
+        copy: Whether to copy; then the tensor may be strided or misaligned. :func:`copies` counts each copy.
 
     Returns:
-        A `jax.Array` of the same shape and dtype, committed to the tensor's device, or a pytree of them.
+        A ``jax.Array`` of the same shape and dtype, committed to the tensor's device, or a pytree of arrays.
 
     Raises:
         TypeError: if a leaf is not a plain tensor.
-        ValueError: if the memory cannot be shared: it is strided or misaligned; if the tensor requires a gradient, is
-            on a device that JAX does not have, or is of a dtype that JAX does not have, or has only with x64 on.
+        ValueError: if the memory is strided or misaligned, or if the tensor requires a gradient, is on a device that
+            JAX lacks, or has a dtype that JAX lacks or supports only with x64 on.
 
     Example:
         >>> tensor = torch.arange(4, dtype=torch.float32)
@@ -108,23 +108,23 @@ def to_torch(array: jax.Array, *, copy: bool = False) -> torch.Tensor: ...
 @overload
 def to_torch(array: Any, *, copy: bool = False) -> Any: ...
 def to_torch(array: Any, *, copy: bool = False) -> Any:
-    """Hands an array to torch, in the same memory.
+    """Convert a JAX array to a tensor in the same memory.
 
-    On the CPU this waits until the array has been computed. The tensor and the array are one buffer, which lives as
-    long as either does. Torch does not know that JAX takes it to be constant: do not write to the tensor while the
-    array is in use.
+    On the CPU this waits until the array has been computed. The tensor and the array share one buffer, which lives as
+    long as either does. JAX takes the array to be constant, and torch does not know that: do not write to the tensor
+    while the array is in use.
 
     Args:
-        array: a `jax.Array` of any shape, on one device, or a pytree of them.
-        copy: whether to copy; then the tensor may be written to. Each copy is counted by `copies()`.
+        array: A ``jax.Array`` of any shape, on one device, or a pytree of arrays.
+        copy: Whether to copy; then the tensor may be written to. :func:`copies` counts each copy.
 
     Returns:
-        A tensor of the same shape and dtype, on the array's device, or a pytree of them.
+        A tensor of the same shape and dtype, on the array's device, or a pytree of tensors.
 
     Raises:
-        TypeError: if a leaf is not a `jax.Array`, or is one that is being traced.
-        ValueError: if the array is spread over several devices, has been deleted (or donated), or is of a dtype that
-            torch does not have.
+        TypeError: if a leaf is not a ``jax.Array``, or is being traced.
+        ValueError: if the array is spread over several devices, has been deleted (or donated), or has a dtype that
+            torch lacks.
 
     Example:
         >>> array = jax.numpy.ones((2, 3))
@@ -140,11 +140,11 @@ def to_torch(array: Any, *, copy: bool = False) -> Any:
 
 
 def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
-    """`to_jax` of one tensor whose gradient, if it has one, is somebody else's business.
+    """Convert one tensor as :func:`to_jax` does, whether or not it requires a gradient.
 
     Args:
-        tensor: a tensor; whether it requires a gradient is not looked at.
-        where: what errors begin with.
+        tensor: A tensor of any shape, contiguous and aligned to 64 bytes.
+        where: The start of error messages.
 
     Returns:
         The array in the tensor's memory.
@@ -153,7 +153,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         TypeError: if it is not a plain tensor.
         ValueError: if the memory cannot be shared.
     """
-    # Everything that can go wrong, quickly; `refusal` then finds out which of them did.
+    # All conditions in one expression, for speed; sharing_error then finds the one that failed.
     kind = type(tensor)
     if (
         (kind is not torch.Tensor and kind is not torch.nn.Parameter and not _is_plain(tensor))
@@ -167,15 +167,15 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         or tensor.is_neg()
         or tensor.is_conj()
     ):
-        raise refusal(tensor, where)
+        raise sharing_error(tensor, where)
     shape = tensor.shape
     if 1 in shape or 0 in shape:
-        # The strides of such dimensions are arbitrary, but other strides are another layout to XLA: one more compile.
+        # The strides of these dimensions are arbitrary, but other strides are another layout to XLA: it compiles anew.
         strides = _canonical_strides(shape)
         if tensor.stride() != strides:
             tensor = tensor.as_strided(shape, strides)
     if tensor.is_cpu:
-        return cpu_roads().to_jax(tensor)
+        return cpu_conversions().to_jax(tensor)
     try:
         return PUBLIC.to_jax(tensor)
     except RuntimeError as error:
@@ -183,10 +183,10 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
 
 
 def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-    """`to_torch` of arrays that lie on one device, which is the same for all, and are of dtypes that torch has.
+    """Convert arrays as :func:`to_torch` does, all on one device and of dtypes that torch supports.
 
     Args:
-        arrays: what a jitted call returned, say.
+        arrays: Arrays of any shapes, such as the results of a jitted call.
 
     Returns:
         The tensors in the arrays' memory.
@@ -194,28 +194,35 @@ def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
     if not arrays:
         return []
     (device,) = arrays[0].sharding.device_set
-    to_torch = (cpu_roads() if cast(Any, device).platform == "cpu" else PUBLIC).to_torch
+    to_torch = (cpu_conversions() if cast(Any, device).platform == "cpu" else PUBLIC).to_torch
     return to_torch(arrays)
 
 
 def x64_is_on() -> bool:
-    """Whether JAX holds 64-bit numbers, in this thread."""
+    """Return whether JAX supports 64-bit numbers, in this thread."""
     return bool(cast(Any, jax.config).jax_enable_x64)
 
 
-def refusal(tensor: object, where: str) -> TypeError | ValueError:
-    """The error that says why a tensor cannot be shared with JAX, and what to do about it."""
+def sharing_error(tensor: object, where: str) -> TypeError | ValueError:
+    """Return the error for a tensor that cannot be shared with JAX: the cause and the remedy.
+
+    Args:
+        tensor: The tensor, or an object of another type.
+        where: The start of the message.
+    """
     if not isinstance(tensor, torch.Tensor):
         return TypeError(f"{where}: takes tensors, got {type(tensor).__qualname__}")
     got = f"(shape {tuple(tensor.shape)}, {_name(tensor.dtype)}, {tensor.device})"
     if not _is_plain(tensor):
         return TypeError(f"{where}: takes plain tensors, got {type(tensor).__qualname__} {got}, which wraps others")
     if not (tensor.is_cpu or tensor.is_cuda):
-        cause = f"its device, {tensor.device}, is none that torch and JAX share; move it by .to('cpu') or .to('cuda')"
+        cause = (
+            f"its device, {tensor.device}, is not one that torch and JAX share; move it by .to('cpu') or .to('cuda')"
+        )
     elif tensor.layout is not torch.strided:
         cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
     elif tensor.dtype not in DTYPES:
-        cause = "JAX has no such dtype, or takes none by DLPack; cast it by .to(dtype)"
+        cause = "JAX lacks this dtype, or does not take it by DLPack; cast it by .to(dtype)"
     elif tensor.dtype in WIDE and not x64_is_on():
         cause = (
             "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
@@ -229,25 +236,26 @@ def refusal(tensor: object, where: str) -> TypeError | ValueError:
         cause += ", or pass the whole buffer and slice it in JAX"
     elif tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
         cause = (
-            f"its memory has been taken away, {tensor.untyped_storage().nbytes()} bytes are left (a storage's resize_, "
-            "or FSDP between uses); pass it while it has memory"
+            f"its storage has been freed, {tensor.untyped_storage().nbytes()} bytes are left (by a storage's resize_, "
+            "or by FSDP between uses); pass it while it has memory"
         )
     else:
         cause = (
             f"its memory starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
-            "copy it by .clone(), or pass copy=True (a slice of rows is aligned if row bytes × first row is such a "
-            "multiple)"
+            f"copy it by .clone(), or pass copy=True (a slice of rows is aligned if bytes of a row × first row is a "
+            f"multiple of {ALIGNMENT})"
         )
     return ValueError(f"{where}: the tensor {got} cannot share memory with JAX: {cause}")
 
 
 def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
+    """Convert one leaf; see :func:`to_jax`."""
     if not isinstance(tensor, torch.Tensor):
-        raise refusal(tensor, where)
+        raise sharing_error(tensor, where)
     if tensor.requires_grad:
         raise ValueError(
             f"{where}: the tensor (shape {tuple(tensor.shape)}, {_name(tensor.dtype)}) requires a gradient, which JAX "
-            "would not see; pass tensor.detach(), or use JaxTower for gradients across the border"
+            "would ignore; pass tensor.detach(), or use JaxTower for gradients through JAX functions"
         )
     if copy and _is_plain(tensor) and tensor.layout is torch.strided:
         tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -256,14 +264,15 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
         return array
     array = share(tensor, where)
     if tensor.is_cpu and tensor.untyped_storage().resizable():
-        # A view by numpy, which has the same worry, forbids resizing for good: torch has no other way to ask for that.
+        # A numpy view makes the storage unresizable for good; torch offers no other way to do that.
         (tensor.view(_NUMPY_DTYPES[tensor.dtype]) if tensor.dtype in _NUMPY_DTYPES else tensor).numpy()
     return array
 
 
 def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
+    """Convert one leaf; see :func:`to_torch`."""
     if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{where}: takes arrays with values, got {array}: it is being traced by jit, grad or vmap")
+        raise TypeError(f"{where}: takes arrays with values, got {array}, which is being traced by jit, grad or vmap")
     if not isinstance(array, jax.Array):
         raise TypeError(f"{where}: takes arrays of JAX, got {type(array).__qualname__}")
     devices = array.sharding.device_set
@@ -274,7 +283,7 @@ def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
         elif len(devices) != 1:
             cause = f"it is spread over {len(devices)} devices; gather it by jax.device_put(array, device)"
         else:
-            cause = "torch has no such dtype; cast it by .astype, or pass jax.random.key_data of a PRNG key"
+            cause = "torch lacks this dtype; cast it by .astype, or pass jax.random.key_data of a PRNG key"
         raise ValueError(f"{where}: the array {got} cannot share memory with torch: {cause}")
     (tensor,) = unshare([array])
     if copy:
@@ -284,13 +293,14 @@ def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether it is a tensor with memory: fake, distributed and nested ones only stand for others."""
+    """Return whether it is a tensor with memory of its own; fake, distributed and nested ones wrap others."""
     if not isinstance(tensor, torch.Tensor):
         return False
     return type(tensor).__torch_dispatch__ is cast(Any, torch.Tensor).__torch_dispatch__
 
 
 def _canonical_strides(shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a new contiguous tensor."""
     strides = []
     step = 1
     for size in reversed(shape):

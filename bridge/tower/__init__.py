@@ -1,4 +1,4 @@
-"""JAX functions as torch modules: adapters for frameworks, compiled programs, autograd, parameters.
+"""JAX functions as torch modules: compiled programs, autograd, parameters, adapters for JAX frameworks.
 
-Re-exported by ``recis_hybrid.bridge``; it builds on ``bridge.dlpack`` and ``bridge.exchange``.
+``recis_hybrid.bridge`` re-exports its public names; it imports ``bridge.exchange`` only.
 """

@@ -1,4 +1,4 @@
-"""What happens in a call of a tower: arrays in, a program, tensors out, and torch's autograd told about it."""
+"""Calls of a tower's programs, and their node in torch's autograd graph."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, cast
 import jax
 import torch
 
-from recis_hybrid.bridge.dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
-from recis_hybrid.bridge.exchange._array_cache import Imports
+from recis_hybrid.bridge.exchange._array_cache import ArrayCache
+from recis_hybrid.bridge.exchange.dlpack import ALIGNMENT, count_copy, share, unshare, x64_is_on
 from recis_hybrid.bridge.tower._programs import Forward, Jitted, Programs
 
 
-class Caller:
-    """Runs the programs of one tower.
+class Runner:
+    """Calls of the programs of one tower.
 
     Args:
-        programs: the tower's programs.
-        where: what errors begin with.
-        names: the parameters' dotted names.
+        programs: The tower's programs.
+        where: The start of error messages.
+        names: The parameters' dotted names.
 
     Attributes:
-        copies: how many gradients, and tensors inside compiled graphs, had to be copied, because they came in memory
-            that JAX cannot use.
+        copies: The number of gradients, and of tensors inside compiled graphs, that were copied because JAX could not
+            use their memory.
     """
 
     def __init__(self, programs: Programs, where: str, names: Sequence[str]) -> None:
@@ -34,14 +34,24 @@ class Caller:
         self.copies = 0
 
     def note(self, error: Exception, kind: str) -> None:
-        """Add the tower's name to what its function, or its program, raised."""
+        """Add the tower's name to an exception of its function or program.
+
+        Args:
+            error: The exception.
+            kind: "forward", "backward" or "export".
+        """
         error.add_note(f"raised in the {kind} of {self.where}")
 
     def run(self, kind: str, program: Jitted, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-        """Run a program and take its results.
+        """Run a program and return its results as tensors in their memory.
 
-        Taking a result waits for the whole program, so that torch may write to the arguments again afterwards; on a
-        GPU it makes torch's stream wait. Until then `arrays` keeps them alive.
+        The conversion waits for the whole program, so that torch may write to the arguments afterwards; on a GPU it
+        makes torch's stream wait. ``arrays`` keeps the arguments alive until then.
+
+        Args:
+            kind: "forward" or "backward", for a note on exceptions.
+            program: The jitted call.
+            arrays: Its arguments.
         """
         try:
             return unshare(program(*arrays))
@@ -50,17 +60,25 @@ class Caller:
             raise
 
     def share_or_copy(self, tensor: torch.Tensor, what: str) -> jax.Array:
-        """Shares a tensor whose layout nobody could choose, and where JAX cannot use it a copy, which is counted.
+        """Return the array over a tensor, or over a copy, which is counted, if JAX cannot use its memory.
 
-        Such are gradients (`y.sum().backward()` sends an expanded one), and what lies between a compiler's operators.
+        For tensors whose layout the user does not choose: gradients (that of ``y.sum()`` is expanded), and tensors
+        between the operators of a compiled graph.
+
+        Args:
+            tensor: The tensor.
+            what: Its name in error messages.
+
+        Raises:
+            RuntimeError: under a batching transformation of torch.
         """
         try:
             pointer = tensor.data_ptr()
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.where}: {what} stands for others, as under is_grads_batched=True, jacobian(vectorize=True) and "
-                "vmap, which cannot look into a JAX function; send one gradient after the other, or use jax.jacobian "
-                "inside the tower"
+                f"{self.where}: {what} is batched (by is_grads_batched=True, jacobian(vectorize=True) or vmap), which "
+                "does not work through a JAX function; pass one gradient after the other, or use jax.jacobian inside "
+                "the tower"
             ) from error
         if not tensor.is_contiguous() or pointer % ALIGNMENT or tensor.is_neg() or tensor.is_conj():
             tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -68,47 +86,64 @@ class Caller:
             count_copy()
         return share(tensor, f"{self.where}: {what}")
 
-    def share_saved(self, program: Forward, imports: Imports, place: int, tensor: torch.Tensor) -> jax.Array:
-        """Shares what forward saved, if it is still what it was.
+    def share_saved(self, program: Forward, cache: ArrayCache, place: int, tensor: torch.Tensor) -> jax.Array:
+        """Return the array over a saved tensor.
 
-        torch notices what was written to, but not that `tensor.data = …` has put another shape or dtype there.
+        Args:
+            program: The forward program.
+            cache: The arrays over parameters.
+            place: The tensor's place in the pool.
+            tensor: The saved tensor.
+
+        Raises:
+            RuntimeError: if its shape or dtype has changed since forward (``tensor.data = …``), which torch does not
+                notice.
         """
-        if place >= len(program.kinds):
+        if place >= len(program.specs):
             return share(tensor, f"{self.where}: saved tensor")
         if place < len(self.names):
-            array, kind = imports.share_one(place, tensor)
+            array, spec = cache.share_one(place, tensor)
         else:
-            array, kind = share(tensor, f"{self.where}: saved tensor"), (tensor.shape, tensor.dtype)
-        if kind != program.kinds[place]:
+            array, spec = share(tensor, f"{self.where}: saved tensor"), (tensor.shape, tensor.dtype)
+        if spec != program.specs[place]:
             what = f"parameter {self.names[place]!r}" if place < len(self.names) else "an input"
-            (shape, dtype), (other, now) = program.kinds[place], kind
+            (shape, dtype), (new_shape, new_dtype) = program.specs[place], spec
             raise RuntimeError(
-                f"{self.where}: {what} was {tuple(shape)}, {dtype} in forward and is {tuple(other)}, {now} in "
-                "backward; exchange its memory before forward or after backward"
+                f"{self.where}: {what} was {tuple(shape)}, {dtype} in forward and is {tuple(new_shape)}, {new_dtype} "
+                "in backward; exchange its memory before forward or after backward"
             )
         return array
 
 
-# The class below torch.autograd.Function, where torch has it: what `Function.apply` adds to it is for torch.func, which
-# a tower refuses, and costs a little for each parameter.
+# The base class of torch.autograd.Function, if torch has it: Function.apply adds support for torch.func, which a tower
+# refuses, at a cost for each parameter.
 _Function: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
 
 
 class Apply(_Function):  # type: ignore[misc]
-    """A program of a tower and its backward, as one node of torch's graph."""
+    """A program of a tower and its backward, as one node of torch's autograd graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, caller: Caller, imports: Imports, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
+        ctx: Any, runner: Runner, cache: ArrayCache, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """(P + I leaves) → O outputs, and an anchor, an empty one; saves what backward needs, and no more.
+        """Run the forward program and save the residuals as torch does, which checks and frees them.
 
-        Whatever is saved is saved where torch can watch and free it.
+        Args:
+            ctx: The node.
+            runner: The calls of the tower's programs.
+            cache: The arrays over parameters.
+            program: The forward program.
+            arrays: The arrays over the leaves.
+            *tensors: The leaves.
+
+        Returns:
+            The outputs, and an empty tensor, the anchor of :class:`_OnceDifferentiable`.
         """
-        pool = [*tensors, *caller.run("forward", program.run, arrays)]
+        pool = [*tensors, *runner.run("forward", program.run, arrays)]
         outputs = pool[len(tensors) : len(tensors) + len(program.outputs)]
         anchor = torch.empty(0)
-        ctx.caller, ctx.imports, ctx.program = caller, imports, program
+        ctx.runner, ctx.cache, ctx.program = runner, cache, program
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(anchor, *[pool[place] for place in program.saved])
         ctx.mark_non_differentiable(
@@ -118,69 +153,80 @@ class Apply(_Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuses forward-mode differentiation."""
+        """Raise RuntimeError: forward-mode differentiation is not supported."""
         raise RuntimeError(
-            f"{ctx.caller.where}: forward-mode differentiation (torch.autograd.forward_ad) cannot look into a JAX "
-            "function; use jax.jvp inside the tower"
+            f"{ctx.runner.where}: forward-mode differentiation (torch.autograd.forward_ad) does not work through "
+            "a JAX function; use jax.jvp inside the tower"
         )
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """(O gradients, or None for zero, and the anchor's) → (P + I gradients, None where none is wanted)."""
-        caller, program = cast(Caller, ctx.caller), cast(Forward, ctx.program)
+        """Run the backward program.
+
+        Args:
+            ctx: The node.
+            *gradients: The gradients of the outputs, None for zero, and that of the anchor.
+
+        Returns:
+            The gradients of the leaves, None for those that need none, after four None for the other arguments.
+        """
+        runner, program = cast(Runner, ctx.runner), cast(Forward, ctx.program)
         gradients = gradients[:-1]
-        given = tuple([gradient is not None for gradient in gradients])
+        has_gradient = tuple([gradient is not None for gradient in gradients])
         results: list[torch.Tensor] = []
-        if any(given):
+        if any(has_gradient):
             anchor, *saved = ctx.saved_tensors
-            # torch may run this in a thread of its own, where a `with jax.enable_x64()` around forward does not reach.
-            with under_x64(program.x64):
+            # torch may run this in another thread, in which a `with jax.enable_x64()` around forward has no effect.
+            with x64_context(program.x64):
                 arrays = [
-                    caller.share_saved(program, ctx.imports, place, tensor)
+                    runner.share_saved(program, ctx.cache, place, tensor)
                     for place, tensor in zip(program.saved, saved, strict=True)
                 ]
                 arrays += [
-                    caller.share_or_copy(gradient, "gradient of an output")
+                    runner.share_or_copy(gradient, "gradient of an output")
                     for gradient in gradients
                     if gradient is not None
                 ]
-                backward = caller.programs.backward(program, given, stacked=True)
-                results = backward.apart(caller.run("backward", backward.run, arrays))
+                backward = runner.programs.backward(program, has_gradient, stacked=True)
+                results = backward.split(runner.run("backward", backward.run, arrays))
             if torch.is_grad_enabled():
-                # All that the results depend on: the gradients, and by the anchor, an output of this node, its leaves.
-                before = [anchor, *[gradient for gradient in gradients if gradient is not None]]
-                results = list(cast(Any, _Once).apply(caller.where, len(before), *before, *results))
-        if results and program.unwanted is not None:
-            return (None, None, None, None, *results, *(None,) * program.unwanted)
-        taken = iter(results)
-        return (None, None, None, None, *[next(taken, None) if want else None for want in program.wanted])
+                # The results depend on the gradients, and, by way of the anchor, an output of this node, on its leaves.
+                sources = [anchor, *[gradient for gradient in gradients if gradient is not None]]
+                results = list(cast(Any, _OnceDifferentiable).apply(runner.where, len(sources), *sources, *results))
+        if results and program.trailing_constants is not None:
+            return (None, None, None, None, *results, *(None,) * program.trailing_constants)
+        remaining = iter(results)
+        return (None, None, None, None, *[next(remaining, None) if needs else None for needs in program.needs_grad])
 
 
-class _Once(torch.autograd.Function):
-    """Passes gradients on under `create_graph=True`, and raises if they are differentiated in turn.
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity on gradients under ``create_graph=True``, which raises if they are differentiated again.
 
-    Without it they would count as constants, and a gradient penalty would have no effect and no error. torch leaves out
-    nodes that lie on no way to what it differentiates by, so this one has to depend on all that the gradients do.
+    Without it the gradients would count as constants, and a gradient penalty would silently have no effect. torch skips
+    nodes that do not lead to the tensors by which it differentiates, so this node depends on everything that the
+    gradients depend on.
     """
 
     @staticmethod
     def forward(ctx: Any, where: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the tensors after the first ``count``, which are the sources."""
         ctx.where = where
         return tuple(gradient.view_as(gradient) for gradient in tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, ...]:
-        raise twice(ctx.where)
+        """Raise RuntimeError: second derivatives are not supported."""
+        raise double_backward_error(ctx.where)
 
 
-def twice(where: str) -> RuntimeError:
-    """The error of a gradient that is differentiated in turn."""
+def double_backward_error(where: str) -> RuntimeError:
+    """Return the error for a second differentiation."""
     return RuntimeError(
-        f"{where}: its gradients cannot be differentiated again (double backward); compute what needs second "
-        "derivatives inside the JAX function, by jax.grad, and return it as an output"
+        f"{where}: its gradients cannot be differentiated again (double backward); compute second derivatives inside "
+        "the JAX function, by jax.grad, and return the result as an output"
     )
 
 
-def under_x64(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """A context in which `jax_enable_x64` is as it was when a program was made."""
-    return contextlib.nullcontext() if x64_is_on() == wanted else jax.enable_x64(wanted)
+def x64_context(enabled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which ``jax_enable_x64`` has the value with which a program was traced."""
+    return contextlib.nullcontext() if x64_is_on() == enabled else jax.enable_x64(enabled)

@@ -1,4 +1,4 @@
-"""A tower written down for serving: its function as `jax.export` keeps it, and its parameters beside it."""
+"""Export of a tower for serving: its function, as ``jax.export`` writes it, and its parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import safetensors.torch
 import torch
 
-from recis_hybrid.bridge.dlpack import DTYPES, WIDE, x64_is_on
+from recis_hybrid.bridge.exchange.dlpack import DTYPES, WIDE, x64_is_on
 from recis_hybrid.bridge.tower._padding import Dims
 
 PROGRAM: Final = "program.jax_export"
@@ -21,22 +21,22 @@ PARAMETERS: Final = "params.safetensors"
 
 
 def describe(inputs: tuple[Any, ...], dims: Dims | None, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs as shapes and dtypes whose named dimensions are symbols.
+    """Return the shapes and dtypes of inputs, with symbols for their named dimensions.
 
     Args:
-        inputs: pytrees of tensors.
-        dims: for each input, the names of its leading dimensions; without it, the first is "batch".
-        where: what errors begin with.
+        inputs: Pytrees of tensors.
+        dims: For each input, the names of its leading dimensions; by default the first one is "batch".
+        where: The start of error messages.
 
     Returns:
-        The inputs' structs, and the symbols by name.
+        The inputs as pytrees of ``jax.ShapeDtypeStruct``, and the symbols by name.
 
     Raises:
         TypeError: if a leaf is not a tensor.
-        ValueError: if a leaf's dtype cannot be held, or `dims` does not fit.
+        ValueError: if JAX lacks a leaf's dtype, or ``dims`` does not fit the inputs.
     """
     if dims is not None and len(dims) != len(inputs):
-        raise ValueError(f"{where}: dims names {len(dims)} inputs, got {len(inputs)}")
+        raise ValueError(f"{where}: dims is for {len(dims)} inputs, got {len(inputs)}")
     each = [("batch",)] * len(inputs) if dims is None else [names or () for names in dims]
     named = dict.fromkeys(name for names in each for name in names if name is not None)
     symbols = dict(zip(named, jax.export.symbolic_shape(",".join(named)), strict=True)) if named else {}
@@ -47,9 +47,13 @@ def describe(inputs: tuple[Any, ...], dims: Dims | None, where: str) -> tuple[tu
             raise TypeError(f"{label}: takes tensors, got {type(leaf).__qualname__}")
         dtype = str(leaf.dtype).removeprefix("torch.")
         if leaf.dtype not in DTYPES or (leaf.dtype in WIDE and not x64_is_on()):
-            raise ValueError(f"{label}: JAX has no {dtype} here (64-bit dtypes need jax_enable_x64); cast the tensor")
+            raise ValueError(
+                f"{label}: JAX does not support {dtype} here (64-bit dtypes need jax_enable_x64); cast the tensor"
+            )
         if dims is not None and leaf.dim() < len(names):
-            raise ValueError(f"{label}: dims names its dimensions {tuple(names)}, got shape {tuple(leaf.shape)}")
+            raise ValueError(
+                f"{label}: must have dimensions {tuple(names)}, got shape {tuple(leaf.shape)}; correct dims"
+            )
         shape = [size if name is None else symbols[name] for name, size in zip(names, leaf.shape, strict=False)]
         return cast(Any, jax.ShapeDtypeStruct)((*shape, *leaf.shape[len(shape) :]), dtype)
 
@@ -63,7 +67,7 @@ def describe(inputs: tuple[Any, ...], dims: Dims | None, where: str) -> tuple[tu
 
 
 def masks(symbols: Mapping[str, Any]) -> dict[str, Any]:
-    """The masks of inputs that are not padded: all True."""
+    """Return the masks of inputs without padding: bool ``(size,)`` for each name, all True."""
     return {name: jnp.ones((size,), bool) for name, size in symbols.items()}
 
 
@@ -75,7 +79,19 @@ def write(
     platforms: Sequence[str] | None,
     where: str,
 ) -> None:
-    """Write `function(named, *inputs)` and the tensors into a new folder, which appears when it is complete."""
+    """Write a function and its parameters into a new folder, which appears when it is complete.
+
+    Args:
+        path: The folder to make.
+        function: ``function(named, *inputs)``, which jit can trace.
+        named: The parameters and the state, by dotted name.
+        structs: The shapes and dtypes of the inputs.
+        platforms: The platforms to compile for; None for JAX's default backend.
+        where: The start of error messages.
+
+    Raises:
+        FileExistsError: if the folder exists.
+    """
     if path.exists():
         raise FileExistsError(f"{where}: {path} exists; export to a new folder")
     params = {
@@ -88,7 +104,7 @@ def write(
         complete = Path(folder) / "complete"
         complete.mkdir()
         (complete / PROGRAM).write_bytes(exported.serialize())
-        # Copies, because parameters may share memory (tied weights), which safetensors refuses.
+        # Copied, because parameters may share memory (tied weights), which safetensors refuses.
         values = {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
         safetensors.torch.save_file(values, complete / PARAMETERS)
         os.rename(complete, path)

@@ -1,4 +1,4 @@
-"""What a tower hands its function besides parameters and inputs: a random key, its mode, static values."""
+"""Keywords of a tower's function: a random key, the mode, masks, and static values."""
 
 from __future__ import annotations
 
@@ -10,52 +10,57 @@ import jax
 import torch
 
 KEY_IMPL = "threefry2x32"
-"""Named, so that the numbers drawn do not depend on `jax_default_prng_impl`."""
+"""Fixed, so that random numbers do not depend on ``jax_default_prng_impl``."""
 
 
-def keywords(f: Callable[..., Any]) -> frozenset[str]:
-    """Which of `key`, `train` and `masks` a function has as keyword-only parameters, and so wants from its tower."""
+def keyword_names(f: Callable[..., Any]) -> frozenset[str]:
+    """Return those of ``key``, ``train`` and ``masks`` that are keyword-only parameters of a function."""
     try:
         parameters = inspect.signature(f).parameters.values()
-    except (TypeError, ValueError):  # made in C: it says nothing of itself
+    except (TypeError, ValueError):  # functions written in C have no signature
         return frozenset()
     named = {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
     return frozenset(named & {"key", "train", "masks"})
 
 
 def draw_key() -> torch.Tensor:
-    """(2,) uint32: a key's data, drawn from torch's generator of the CPU.
+    """Return the data of a PRNG key, uint32 ``(2,)``, drawn from torch's CPU generator.
 
-    So `torch.manual_seed` decides it, and activation checkpointing, which restores that generator, draws it again.
+    So ``torch.manual_seed`` determines it, and activation checkpointing, which restores that generator, draws the same
+    key again.
     """
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32).view(torch.uint32)
 
 
 def as_key(data: Any) -> Any:
-    """The typed PRNG key of a key's data."""
+    """Return the typed PRNG key with this data, uint32 ``(2,)``."""
     return jax.random.wrap_key_data(data, impl=KEY_IMPL)
 
 
 def static_signature(static: Mapping[str, Any], where: str) -> tuple[Hashable, ...]:
-    """What stands for the keyword arguments in a signature.
+    """Return the hashable form of static keyword arguments.
+
+    Args:
+        static: The arguments by name.
+        where: The start of error messages.
 
     Raises:
-        TypeError: if one is a tensor or an array, or cannot be hashed.
+        TypeError: if a value is a tensor or an array, or cannot be hashed.
     """
     parts: list[Hashable] = []
     for name in sorted(static):
         value = static[name]
         if isinstance(value, torch.Tensor | jax.Array):
             raise TypeError(
-                f"{where}: the keyword {name!r} is a {type(value).__qualname__}; keywords are static, a new value "
-                "compiles anew: pass tensors by position"
+                f"{where}: the keyword {name!r} is a {type(value).__qualname__}, but keywords are static, and each new "
+                "value compiles anew; pass tensors by position"
             )
         try:
             hash(value)
         except TypeError:
             raise TypeError(
-                f"{where}: the keyword {name!r} is a {type(value).__qualname__}, which cannot be hashed; keywords are "
-                "static: pass a tuple, say, instead of a list"
+                f"{where}: the keyword {name!r} is a {type(value).__qualname__}, which cannot be hashed, but keywords "
+                "are static; pass a hashable value, such as a tuple instead of a list"
             ) from None
         parts.append((name, type(value), value))  # the type, because 1 == True == 1.0
     return tuple(parts)

@@ -1,76 +1,77 @@
-"""A tower inside `torch.compile`: its programs as two operators that the compiler need not look into.
+"""Towers inside ``torch.compile``: their programs as two operators that are opaque to the compiler.
 
-Dynamo traces torch, not JAX. So a tower's forward is called as a whole (`nonstrict_trace`) on tensors without values;
-that finds the program for their shapes, gives it a number, and puts one operator with that number into the graph.
+Dynamo traces torch, not JAX. So a tower's forward is called as a whole (``nonstrict_trace``) on fake tensors: the call
+finds the program of their shapes, registers it under a number, and adds one operator with that number to the graph.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import torch
 
-from recis_hybrid.bridge.tower._autograd import Caller, twice, under_x64
+from recis_hybrid.bridge.tower._autograd import Runner, double_backward_error, x64_context
 from recis_hybrid.bridge.tower._programs import Forward
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What an operator's number stands for: a program, and shapes and dtypes of its leaves and results."""
+    """The program of an operator's number, and the shapes and dtypes of its leaves and results."""
 
-    caller: Caller
+    runner: Runner
     program: Forward
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     results: tuple[jax.ShapeDtypeStruct, ...]
 
 
-_calls: list[Call] = []  # kept for good, as the graphs that torch compiles are
-_numbers: dict[int, int] = {}  # by the program's id
+_calls: list[Call] = []  # never removed, as the graphs that torch compiles are not
+_numbers: dict[int, int] = {}  # by the id of the program
 
 
 def structs(tensors: Sequence[torch.Tensor]) -> list[jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of tensors, as JAX takes them for tracing; symbolic sizes are specialised."""
+    """Return the shapes and dtypes of tensors as JAX traces them; symbolic sizes are specialised."""
     return [
         cast(Any, jax.ShapeDtypeStruct)(tuple(int(size) for size in tensor.shape), _name(tensor.dtype))
         for tensor in tensors
     ]
 
 
-def number_of(caller: Caller, program: Forward, leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
-    """The number under which the operators find a program."""
+def register_call(runner: Runner, program: Forward, leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
+    """Return the number under which the operators find a program, registering it at the first call."""
     number = _numbers.get(id(program))
     if number is None:
-        with under_x64(program.x64):
+        with x64_context(program.x64):
             results = jax.eval_shape(program.run, *leaves)
         number = _numbers[id(program)] = len(_calls)
-        _calls.append(Call(caller, program, tuple(leaves), tuple(results)))
+        _calls.append(Call(runner, program, tuple(leaves), tuple(results)))
     return number
 
 
 @torch.library.custom_op("recis_bridge::tower_forward", mutates_args=())
 def tower_forward(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Run a forward program: leaves → outputs and the residuals that are neither leaves nor outputs."""
+    """Run a forward program, from leaves to outputs and those residuals that are neither leaves nor outputs."""
     call = _calls[number]
-    with under_x64(call.program.x64):
-        return call.caller.run("forward", call.program.run, _arrays(call.caller, tensors, "input"))
+    with x64_context(call.program.x64):
+        return call.runner.run("forward", call.program.run, _arrays(call.runner, tensors, "input"))
 
 
 @torch.library.custom_op("recis_bridge::tower_backward", mutates_args=())
 def tower_backward(
-    number: int, given: list[bool], saved: list[torch.Tensor], gradients: list[torch.Tensor]
+    number: int, has_gradient: list[bool], saved: list[torch.Tensor], gradients: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Run a backward program: what was saved, and the gradients that there are → gradients of wanted leaves."""
+    """Run a backward program, from saved tensors and gradients of outputs to gradients of leaves."""
     call = _calls[number]
-    with under_x64(call.program.x64):
-        arrays = _arrays(call.caller, saved, "saved tensor")
-        arrays += _arrays(call.caller, gradients, "gradient of an output")
+    with x64_context(call.program.x64):
+        arrays = _arrays(call.runner, saved, "saved tensor")
+        arrays += _arrays(call.runner, gradients, "gradient of an output")
         # Results of an operator must not share memory.
-        backward = call.caller.programs.backward(call.program, tuple(given), stacked=False)
-        return call.caller.run("backward", backward.run, arrays)
+        backward = call.runner.programs.backward(call.program, tuple(has_gradient), stacked=False)
+        return call.runner.run("backward", backward.run, arrays)
 
 
 @tower_forward.register_fake
@@ -79,10 +80,11 @@ def _(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @tower_backward.register_fake
-def _(number: int, given: list[bool], saved: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+def _(
+    number: int, has_gradient: list[bool], saved: list[torch.Tensor], gradients: list[torch.Tensor]
+) -> list[torch.Tensor]:
     call = _calls[number]
-    wanted = zip(call.leaves, call.program.wanted, strict=True)
-    return [_empty(struct, gradients) for struct, want in wanted if want]
+    return [_empty(struct, gradients) for struct in itertools.compress(call.leaves, call.program.needs_grad)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -99,10 +101,10 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[None, lis
     present = [gradient for gradient in chosen if gradient is not None]
     results: list[torch.Tensor] = []
     if present:
-        given = [gradient is not None for gradient in chosen]
-        results = tower_backward(ctx.number, given, list(ctx.saved_tensors), present)
-    taken = iter(results)
-    return None, [next(taken, None) if want else None for want in program.wanted]
+        has_gradient = [gradient is not None for gradient in chosen]
+        results = tower_backward(ctx.number, has_gradient, list(ctx.saved_tensors), present)
+    remaining = iter(results)
+    return None, [next(remaining, None) if needs else None for needs in program.needs_grad]
 
 
 def _keep_number(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -110,22 +112,22 @@ def _keep_number(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) 
 
 
 def _refuse(ctx: Any, gradients: list[torch.Tensor | None]) -> None:
-    raise twice(_calls[ctx.number].caller.where)
+    raise double_backward_error(_calls[ctx.number].runner.where)
 
 
 tower_forward.register_autograd(_backward, setup_context=_save)
 tower_backward.register_autograd(_refuse, setup_context=_keep_number)
 
 
-def traced() -> bool:
+def is_tracing() -> bool:
     """Return whether torch.compile or torch.export is tracing, also where Dynamo calls a function as a whole."""
-    # Before torch 2.13, is_compiling() is true in code that Dynamo reads, and not in what it calls.
+    # Before torch 2.13, is_compiling() is true in code that Dynamo traces, but not in functions that it calls.
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 @functools.cache
 def nonstrict(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that dynamo calls and does not look into; this loads torch's compiler, as any torch optimizer does."""
+    """Return a function that Dynamo calls as a whole. This loads torch's compiler, as every torch optimizer does."""
     from torch._dynamo import nonstrict_trace
 
     return nonstrict_trace(cast(Any, function))
@@ -133,13 +135,13 @@ def nonstrict(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that dynamo leaves out of its graphs, and refuses under `fullgraph=True`."""
+    """Return a function that Dynamo keeps out of its graphs, and refuses under ``fullgraph=True``."""
     reason = "a JaxTower with mutable state runs between graphs, because operators cannot write to its buffers"
     return cast(Callable[..., Any], torch.compiler.disable(function, reason=reason))
 
 
-def _arrays(caller: Caller, tensors: list[torch.Tensor], what: str) -> list[jax.Array]:
-    return [caller.share_or_copy(tensor, what) for tensor in tensors]
+def _arrays(runner: Runner, tensors: list[torch.Tensor], what: str) -> list[jax.Array]:
+    return [runner.share_or_copy(tensor, what) for tensor in tensors]
 
 
 def _empty(struct: jax.ShapeDtypeStruct, beside: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sizes that vary, padded to a few classes of sizes, so that a run compiles a bounded number of times."""
+"""Padding of varying sizes to a few size classes, which bounds the number of compilations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import jax
 import torch
 
 Dims = Sequence[Sequence[str | None] | None]
-"""For each positional input, the names of its leading dimensions; None for one that is never padded."""
+"""For each positional input, the names of its leading dimensions; None for one that is not padded."""
 
 SMALLEST = 8
-"""The smallest power of two that sizes are padded to."""
+"""The smallest power of two to which sizes are padded."""
 
 
 class Padding:
-    """Pads inputs, and cuts outputs back.
+    """Padding of inputs, and the reverse cut of outputs.
 
     Args:
-        dims: the names of the inputs' dimensions.
-        classes: by name, the sizes to pad to; None for powers of two from 8 on.
-        where: what errors begin with.
+        dims: The names of the inputs' dimensions.
+        classes: The sizes to pad to, by name; None for powers of two of at least 8.
+        where: The start of error messages.
 
     Raises:
         ValueError: if a name has no classes or no dimension, or classes are not positive integers.
@@ -32,8 +32,8 @@ class Padding:
         named = {name for names in dims for name in names or () if name is not None}
         if named != set(classes):
             raise ValueError(
-                f"{where}: dims names {sorted(named)} and classes has {sorted(classes)}; give each name its sizes, "
-                "or None for powers of two"
+                f"{where}: dims and classes must have the same names, got {sorted(named)} and {sorted(classes)}; give "
+                "each name its sizes, or None for powers of two"
             )
         for name, sizes in classes.items():
             if sizes is not None and (not sizes or any(type(size) is not int or size < 1 for size in sizes)):
@@ -45,34 +45,43 @@ class Padding:
     def pad(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, int], dict[str, int]]:
         """Pad the inputs with zeros.
 
+        Args:
+            inputs: Pytrees of tensors, one for each entry of ``dims``.
+
         Returns:
-            The padded inputs, and by name the size that was found and the size that it has become.
+            The padded inputs, the sizes before by name, and the sizes after by name.
 
         Raises:
-            ValueError: if there are other inputs than `dims` names, two sizes of one name differ, or one is beyond the
-                largest class.
+            ValueError: if ``dims`` does not fit the inputs, two sizes of one name differ, or one exceeds the largest
+                class.
         """
         if len(inputs) != len(self.dims):
-            raise ValueError(f"{self.where}: dims names {len(self.dims)} inputs, got {len(inputs)}")
-        found: dict[str, int] = {}
+            raise ValueError(f"{self.where}: dims is for {len(self.dims)} inputs, got {len(inputs)}")
+        sizes: dict[str, int] = {}
         for number, (names, value) in enumerate(zip(self.dims, inputs, strict=True)):
             for leaf in jax.tree.leaves(value) if names else ():
-                self._measure(leaf, names or (), f"{self.where}: input[{number}]", found)
-        padded = {name: self._class_of(name, size) for name, size in found.items()}
+                self._measure(leaf, names or (), f"{self.where}: input[{number}]", sizes)
+        padded = {name: self._class_of(name, size) for name, size in sizes.items()}
         grown = tuple(
             jax.tree.map(lambda leaf, names=names: _grow(leaf, names, padded), value) if names else value
             for names, value in zip(self.dims, inputs, strict=True)
         )
-        return grown, found, padded
+        return grown, sizes, padded
 
     def masks(
-        self, found: dict[str, int], padded: dict[str, int], device: torch.device | None
+        self, sizes: dict[str, int], padded: dict[str, int], device: torch.device | None
     ) -> dict[str, torch.Tensor]:
-        """By name, (padded size,) bool: True where the input has something."""
-        return {name: torch.arange(padded[name], device=device) < size for name, size in found.items()}
+        """Return the masks of padded inputs: bool ``(padded size,)`` for each name, True before the padding."""
+        return {name: torch.arange(padded[name], device=device) < size for name, size in sizes.items()}
 
-    def structs(self, inputs: tuple[Any, ...], supplied: dict[str, Any], sizes: dict[str, int]) -> tuple[Any, ...]:
-        """The inputs and what is supplied, arrays, as shapes and dtypes that they would have at other sizes."""
+    def structs(self, inputs: tuple[Any, ...], keywords: dict[str, Any], sizes: dict[str, int]) -> tuple[Any, ...]:
+        """Return the shapes and dtypes that inputs and keywords would have at other sizes.
+
+        Args:
+            inputs: Pytrees of arrays.
+            keywords: The keywords of the tower's function, among them the masks.
+            sizes: The sizes by name.
+        """
 
         def struct(leaf: jax.Array, names: tuple[str | None, ...]) -> Any:
             shape = [size if name is None else sizes[name] for size, name in zip(leaf.shape, names, strict=False)]
@@ -82,36 +91,43 @@ class Padding:
             jax.tree.map(lambda leaf, names=names or (): struct(leaf, names), value)
             for names, value in zip(self.dims, inputs, strict=True)
         )
-        masks = {name: struct(mask, (name,)) for name, mask in supplied.get("masks", {}).items()}
-        return grown, supplied | {"masks": masks} if masks else supplied
+        masks = {name: struct(mask, (name,)) for name, mask in keywords.get("masks", {}).items()}
+        return grown, keywords | {"masks": masks} if masks else keywords
 
     def cut(
-        self, outputs: Sequence[torch.Tensor], axes: tuple[tuple[str | None, ...], ...], found: dict[str, int]
+        self, outputs: Sequence[torch.Tensor], axes: tuple[tuple[str | None, ...], ...], sizes: dict[str, int]
     ) -> list[torch.Tensor]:
-        """Cuts each padded axis of each output back to the size that was found."""
+        """Cut each padded axis of each output back to its size before padding.
+
+        Args:
+            outputs: Tensors of any shapes.
+            axes: The result of :meth:`name_axes`.
+            sizes: The sizes before padding, by name.
+        """
         result = []
         for output, names in zip(outputs, axes, strict=True):
             for axis, name in enumerate(names):
-                if name is not None and output.shape[axis] != found[name]:
-                    output = output.narrow(axis, 0, found[name])
+                if name is not None and output.shape[axis] != sizes[name]:
+                    output = output.narrow(axis, 0, sizes[name])
             result.append(output)
         return result
 
     def name_axes(
         self, outputs: Callable[[dict[str, int]], dict[str, Any]], padded: dict[str, int]
     ) -> tuple[tuple[str | None, ...], ...]:
-        """Find which axes of the outputs are padded.
+        """Return which axes of the outputs are padded.
 
         Args:
-            outputs: sizes by name → pytrees of the shapes and dtypes of outputs, by what errors call them.
-            padded: the sizes of a call.
+            outputs: A function from sizes by name to pytrees of the shapes and dtypes of outputs, by their labels in
+                error messages.
+            padded: The padded sizes of a call, by name.
 
         Returns:
-            For each axis of each output, the name whose size it has, and grows with; None if it grows with none.
+            For each axis of each output, the name whose size it has; None for an axis that depends on no size.
 
         Raises:
-            ValueError: if an axis grows with a size and does not have it: of such a one nobody knows what to cut off.
-            Exception: what `outputs` raises, with a note.
+            ValueError: if an axis depends on a size otherwise, so that it is not known what to cut off.
+            Exception: any exception of ``outputs``, with a note.
         """
 
         def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -119,8 +135,8 @@ class Padding:
                 trees = outputs(sizes)
             except Exception as error:
                 error.add_note(
-                    f"raised by {self.where} with sizes {sizes}, by which it finds out which axes of its outputs are "
-                    "padded; its function has to take all sizes"
+                    f"raised by {self.where} for sizes {sizes}, which it tries to learn which axes of its outputs are "
+                    "padded; its function must accept all sizes"
                 )
                 raise
             return {
@@ -143,35 +159,39 @@ class Padding:
                         for name, to in after.items()
                     )
                     raise ValueError(
-                        f"{self.where}: axis {axis} of {output} has size {size}, and {causes}; as it has not the size "
-                        "of one padded dimension, the tower cannot cut it back: return the parts that do apart, and "
-                        "join them outside of it, or pad outside of it"
+                        f"{self.where}: axis {axis} of {output} has size {size}, and {causes}, so it does not have the "
+                        "size of one padded dimension, and the tower cannot cut it back; return its parts separately "
+                        "and join them outside the tower, or pad outside the tower"
                     )
             axes.append(tuple(names))
         return tuple(axes)
 
-    def _measure(self, leaf: Any, names: tuple[str | None, ...], where: str, found: dict[str, int]) -> None:
+    @staticmethod
+    def _measure(leaf: Any, names: tuple[str | None, ...], where: str, sizes: dict[str, int]) -> None:
+        """Add the sizes of a leaf's named dimensions to ``sizes``."""
         if not isinstance(leaf, torch.Tensor) or leaf.dim() < len(names):
             got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__qualname__
-            raise ValueError(f"{where}: dims names its dimensions {names}, got {got}")
+            raise ValueError(f"{where}: must be a tensor with dimensions {names}, got {got}; correct dims")
         for axis, name in enumerate(names):
-            if name is not None and found.setdefault(name, leaf.shape[axis]) != leaf.shape[axis]:
-                raise ValueError(f"{where}: {name!r} is {leaf.shape[axis]} here and {found[name]} in what came before")
+            if name is not None and sizes.setdefault(name, leaf.shape[axis]) != leaf.shape[axis]:
+                raise ValueError(f"{where}: {name!r} is {leaf.shape[axis]} here, but {sizes[name]} before")
 
     def _class_of(self, name: str, size: int) -> int:
+        """Return the smallest class that holds a size."""
         sizes = self.classes[name]
         if sizes is None:
             return max(SMALLEST, 1 << max(size - 1, 0).bit_length())
         place = bisect.bisect_left(sizes, size)
         if place == len(sizes):
             raise ValueError(
-                f"{self.where}: {name!r} is {size}, beyond its largest class {sizes[-1]}; add a class, or split the "
-                "batch"
+                f"{self.where}: {name!r} is {size}, which exceeds its largest class {sizes[-1]}; add a class, or split "
+                "the batch"
             )
         return sizes[place]
 
 
 def _grow(leaf: torch.Tensor, names: tuple[str | None, ...], padded: dict[str, int]) -> torch.Tensor:
+    """Pad the named axes of a tensor with zeros; a tensor that has the padded sizes is returned as it is."""
     target = [size if name is None else padded[name] for size, name in zip(leaf.shape, names, strict=False)]
     target += leaf.shape[len(names) :]
     if tuple(target) == tuple(leaf.shape):

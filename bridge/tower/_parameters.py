@@ -1,8 +1,8 @@
-"""A pytree of arrays turned into parameters that torch owns, under dotted names, and found again at each call.
+"""Registration of a pytree of arrays as torch parameters under dotted names, and access to them at each call.
 
-`{"layers": [{"w": …}]}` gives the parameter `layers.0.w`: containers become plain modules, so that `state_dict`,
-optimizers, `.to` and wrappers find what they expect. A key that has dots itself (`"encoder.layer.0.weight"`) names the
-same nesting. Leaves of integers or booleans, which have no gradient, become buffers.
+``{"layers": [{"w": …}]}`` becomes the parameter ``layers.0.w``: containers become plain modules, so that
+``state_dict``, optimizers, ``.to`` and wrappers work as usual. A key with dots (``"encoder.layer.0.weight"``) stands
+for the same nesting. Integer and boolean leaves, which have no gradient, become buffers.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ import jax
 import numpy as np
 import torch
 
-from recis_hybrid.bridge.dlpack import DTYPES, WIDE, to_torch, x64_is_on
+from recis_hybrid.bridge.exchange.dlpack import DTYPES, WIDE, to_torch, x64_is_on
 
 ROOT_NAME: Final = "param"
-"""What a parameter is called when it is the whole pytree."""
+"""The name of a parameter that is the whole pytree."""
 
 Slot = tuple[torch.nn.Module, str]
-"""The module that owns a leaf, and the leaf's name in it."""
+"""The module that owns a leaf, and the name of the leaf in it."""
 
 
-def plant(
+def register_leaves(
     module: torch.nn.Module, params: Any, where: str, kind: str = "params"
 ) -> tuple[tuple[Slot, ...], jax.tree_util.PyTreeDef]:
     """Put a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
 
     Args:
-        module: the module to own them.
-        params: a pytree of arrays of JAX, numpy or torch.
-        where: what errors begin with.
+        module: The module that is to own them.
+        params: A pytree of arrays of JAX, numpy or torch.
+        where: The start of error messages.
         kind: "params", or "state" for a pytree whose leaves all become buffers.
 
     Returns:
-        The slots, in the order of the pytree's leaves, and the pytree's structure.
+        The slots, in the order of the pytree's leaves, and the structure of the pytree.
 
     Raises:
         TypeError: if a leaf is not an array.
-        ValueError: if a leaf's dtype cannot be held, or two leaves have one name, or a name is empty.
+        ValueError: if JAX lacks a leaf's dtype, or names are empty or collide.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     slots = []
     for path, leaf in leaves:
-        tensor = _own(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}")
-        slots.append(_place(module, _names(path), tensor, where, kind))
+        tensor = _copy(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}")
+        slots.append(_register(module, _names(path), tensor, where, kind))
     return tuple(slots), tree
 
 
 def gather(slots: tuple[Slot, ...]) -> list[torch.Tensor]:
-    """The tensors that are in the slots now: `.to`, `functional_call` and parametrizations exchange them."""
+    """Return the current tensors of slots, which ``.to``, ``functional_call`` and parametrizations exchange."""
     tensors: list[torch.Tensor] = []
     for owner, name in slots:
         tensor: torch.Tensor | None = owner._parameters.get(name)
@@ -59,13 +59,14 @@ def gather(slots: tuple[Slot, ...]) -> list[torch.Tensor]:
     return tensors
 
 
-def dotted(slots: tuple[Slot, ...], root: torch.nn.Module) -> list[str]:
-    """The slots' dotted names, for errors."""
+def dotted_names(slots: tuple[Slot, ...], root: torch.nn.Module) -> list[str]:
+    """Return the dotted names of slots, relative to ``root``."""
     prefixes = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
     return [prefixes.get(id(owner), "") + name for owner, name in slots]
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
+    """Return the parts of the dotted name of a leaf, from its path in the pytree."""
     names: list[str] = []
     for entry in path:
         for attribute in ("key", "idx", "name"):
@@ -77,21 +78,22 @@ def _names(path: tuple[Any, ...]) -> list[str]:
     return names or [ROOT_NAME]
 
 
-def _place(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, where: str, kind: str) -> Slot:
+def _register(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, where: str, kind: str) -> Slot:
+    """Register a tensor below a module under the parts of its name, making modules as needed."""
     full = ".".join(names)
     if "" in names:
-        raise ValueError(f"{where}: a parameter's name needs a word between dots, got {full!r}; rename the key")
+        raise ValueError(f"{where}: a parameter's name must not have empty parts, got {full!r}; rename the key")
     for name in names[:-1]:
         if name in module._parameters or name in module._buffers:
-            raise ValueError(f"{where}: {full!r} lies under {name!r}, which is a parameter itself; rename a key")
-        # Not add_module and register_parameter: they refuse names like `type` that nn.Module has as methods.
+            raise ValueError(f"{where}: {full!r} is nested below {name!r}, which is a parameter itself; rename a key")
+        # Without add_module and register_parameter, which refuse names of nn.Module's methods, such as `type`.
         child = module._modules.get(name)
         if child is None:
             child = module._modules[name] = torch.nn.Module()
         module = child
     name = names[-1]
     if name in module._parameters or name in module._buffers or name in module._modules:
-        raise ValueError(f"{where}: two entries of {kind} are called {full!r}; rename a key")
+        raise ValueError(f"{where}: two leaves of {kind} are named {full!r}; rename a key")
     if kind == "params" and (tensor.is_floating_point() or tensor.is_complex()):
         module._parameters[name] = torch.nn.Parameter(tensor)
     else:
@@ -99,8 +101,8 @@ def _place(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, wher
     return module, name
 
 
-def _own(leaf: object, where: str) -> torch.Tensor:
-    """A contiguous copy of an array in memory of torch, which torch's allocators align to 64 bytes."""
+def _copy(leaf: object, where: str) -> torch.Tensor:
+    """Return a contiguous copy of an array in torch's memory, which its allocators align to 64 bytes."""
     if isinstance(leaf, torch.Tensor):
         tensor = leaf.detach()
     elif isinstance(leaf, jax.Array):
@@ -112,15 +114,15 @@ def _own(leaf: object, where: str) -> torch.Tensor:
         tensor = _from_numpy(np.asarray(leaf), where)
     else:
         raise TypeError(
-            f"{where}: takes arrays of JAX, numpy or torch, got {type(leaf).__qualname__}; wrap a number by "
-            "numpy.asarray(x, 'float32'), and close over what is no array (functools.partial)"
+            f"{where}: takes arrays of JAX, numpy or torch, got {type(leaf).__qualname__}; convert a number by "
+            "numpy.asarray(x, 'float32'), and bind other values by functools.partial"
         )
     if tensor.dtype not in DTYPES:
-        raise ValueError(f"{where}: is {tensor.dtype}, which JAX has not; cast it")
+        raise ValueError(f"{where}: has dtype {tensor.dtype}, which JAX lacks; cast it")
     if tensor.dtype in WIDE and not x64_is_on():
         raise ValueError(
-            f"{where}: is {str(tensor.dtype).removeprefix('torch.')}, which JAX holds only with x64 on; turn it on by "
-            "jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"
+            f"{where}: has dtype {str(tensor.dtype).removeprefix('torch.')}, which JAX supports only with x64 on; turn "
+            "it on by jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"
         )
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -128,7 +130,7 @@ def _own(leaf: object, where: str) -> torch.Tensor:
 def _from_numpy(array: np.ndarray[Any, Any], where: str) -> torch.Tensor:
     own = getattr(torch, array.dtype.name, None)
     if not isinstance(own, torch.dtype):
-        raise TypeError(f"{where}: torch has no dtype {array.dtype.name!r}; cast the array")
-    # numpy's bfloat16 and float8 come from a package that torch does not know: hand over their bytes, in our order.
+        raise TypeError(f"{where}: torch lacks the dtype {array.dtype.name!r}; cast the array")
+    # torch does not know the package that gives numpy bfloat16 and float8, so their bytes are passed, in native order.
     plain = np.array(array, dtype=array.dtype.newbyteorder("="), order="C").reshape(-1).view(np.uint8)
     return torch.from_numpy(plain).view(own).reshape(array.shape)

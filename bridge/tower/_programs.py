@@ -1,18 +1,19 @@
-"""A JAX function as two jitted programs: forward, which also returns what backward needs, and backward.
+"""A JAX function as two jitted programs: forward, which also returns the residuals, and backward.
 
-`jax.vjp` gives a function that holds its residuals. Returned from a jitted call as it is, that function would carry a
-copy of every weight and input, because an output of an executable never shares memory with its inputs. So the trace
-of `jax.vjp` is looked at first: a residual that is an input or an output of the function is remembered as such, a
-constant is kept as a constant, and the forward program returns only the others.
+``jax.vjp`` returns a function that holds its residuals. As the result of a jitted call, that function would carry a
+copy of every weight and input, because the outputs of an executable never share memory with its inputs. So the trace of
+``jax.vjp`` is examined first: a residual that is an input or an output of the function is recorded as such, a constant
+is kept as a constant, and the forward program returns the remaining ones only.
 
-Legend: a leaf is one tensor of the parameters or inputs, in their order; the pool of a call is its leaves, then its
-outputs, then its other residuals.
+Legend: a leaf is one tensor of the parameters, inputs or keywords, in that order; the pool of a call is its leaves,
+then its outputs, then its other residuals; the spec of a tensor is its shape and dtype.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -24,8 +25,8 @@ import numpy as np
 import torch
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from recis_hybrid.bridge.dlpack import ALIGNMENT, x64_is_on
-from recis_hybrid.bridge.exchange._array_cache import Kind
+from recis_hybrid.bridge.exchange._array_cache import Spec
+from recis_hybrid.bridge.exchange.dlpack import ALIGNMENT, x64_is_on
 from recis_hybrid.bridge.tower._keywords import as_key
 
 _STACKED_FROM, _STACKED_BYTES = 4, 16384
@@ -36,50 +37,51 @@ Remat = bool | Callable[..., bool] | None
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What is known of one output of the function: all but its values."""
+    """Shape and dtype of one output of the function."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def differentiable(self) -> bool:
-        """Whether a gradient can come back to it."""
+        """Whether it can have a gradient."""
         return bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """Where backward finds one residual: at `place` of what was saved, or, if there is none, in `constant`."""
+    """The source of one residual in backward: the saved tensor at ``place``, or, if that is None, ``constant``."""
 
     place: int | None = None
     constant: Any = None
-    key_impl: Any = None  # of a typed PRNG key, which crosses as its data
+    key_impl: Any = None
+    """The implementation of a typed PRNG key, of which only the data is saved."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backward:
-    """The backward program of one signature, and of one choice of outputs that have a gradient.
+    """The backward program of one signature and one choice of outputs that have a gradient.
 
-    Small gradients of one shape and dtype come as one array: to make an array of each, and a tensor of that, takes
-    longer than to compute it.
+    Small gradients of one spec are returned as one stacked array: converting each by itself takes longer than computing
+    it.
 
     Attributes:
-        run: the jitted call, what was saved and gradients of outputs → stacks of gradients, then single ones.
-        stacks: how many stacks there are.
-        order: for each wanted leaf, where its gradient is once the stacks are taken apart.
+        run: The jitted call, from saved tensors and gradients of outputs to stacks of gradients, then single ones.
+        stacks: The number of stacks.
+        order: For each leaf that needs a gradient, its place among the gradients once the stacks are split.
     """
 
     run: Jitted
     stacks: int
     order: tuple[int, ...]
 
-    def apart(self, made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The gradients of the wanted leaves, in their order, of what the program made."""
+    def split(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the gradients of the leaves that need one, in their order, from the results of the program."""
         if not self.stacks:
-            return list(made)
-        # By .data, no views of the stack: what is written to one gradient is no change of the others.
-        parts = [part.data for stack in made[: self.stacks] for part in stack.unbind()]
-        return list(operator.itemgetter(*self.order)([*parts, *made[self.stacks :]]))
+            return list(results)
+        # .data detaches parts from the stack, so that a write to one gradient does not count as a change of the others.
+        parts = [part.data for stack in results[: self.stacks] for part in stack.unbind()]
+        return list(operator.itemgetter(*self.order)([*parts, *results[self.stacks :]]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,24 +89,23 @@ class Forward:
     """The forward program of one signature.
 
     Attributes:
-        run: the jitted call, leaves → outputs followed by the new residuals.
-        kinds: for each leaf, its shape and dtype.
-        outputs: one entry for each output.
-        out_tree: the structure of the outputs.
-        wanted: for each leaf, whether it gets a gradient.
-        saved: the places in the pool that backward needs.
-        residuals: the leaves of `jax.vjp`'s function, by places in what was saved.
-        vjp_tree: the structure of `jax.vjp`'s function.
-        x64: whether `jax_enable_x64` was on.
-        backwards: the backward programs, by which outputs have a gradient, and whether results may share memory.
-        unwanted: how many leaves come after those that get a gradient; None where others lie between.
+        run: The jitted call, from leaves to outputs followed by the new residuals.
+        specs: The spec of each leaf.
+        outputs: The outputs of the function.
+        out_tree: The structure of the outputs.
+        needs_grad: For each leaf, whether it needs a gradient.
+        saved: The places in the pool of the tensors to save for backward.
+        residuals: The leaves of the function that ``jax.vjp`` returned.
+        vjp_tree: The structure of that function.
+        x64: Whether ``jax_enable_x64`` was on.
+        backwards: The backward programs, by which outputs have a gradient, and whether results may share memory.
     """
 
     run: Jitted
-    kinds: tuple[Kind, ...]
+    specs: tuple[Spec, ...]
     outputs: tuple[Output, ...]
     out_tree: jax.tree_util.PyTreeDef
-    wanted: tuple[bool, ...]
+    needs_grad: tuple[bool, ...]
     saved: tuple[int, ...]
     residuals: tuple[Residual, ...]
     vjp_tree: jax.tree_util.PyTreeDef | None
@@ -112,24 +113,24 @@ class Forward:
     backwards: dict[tuple[tuple[bool, ...], bool], Backward] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def unwanted(self) -> int | None:
-        count = self.wanted.count(True)
-        return len(self.wanted) - count if all(self.wanted[:count]) else None
+    def trailing_constants(self) -> int | None:
+        """The number of leaves without a gradient, if all of them come last; None if they do not."""
+        count = self.needs_grad.count(True)
+        return len(self.needs_grad) - count if all(self.needs_grad[:count]) else None
 
 
 class Programs:
-    """The programs of one JAX function, made when first needed and kept.
+    """The programs of one JAX function, traced at first use and cached.
 
     Args:
-        f: the function, `f(params, *inputs, **supplied, **static)`.
-        params_tree: the structure of its first argument.
-        name: what the programs are called in profiles.
-        state_tree: the structure of its mutable state, if it has one; it then returns `(outputs, state)`.
-        remat: whether backward computes the residuals again: True for all, a policy of `jax.checkpoint_policies` for
-            those that it names.
+        f: The function, ``f(params, *inputs, **keywords, **static)``.
+        params_tree: The structure of its first argument.
+        name: The name of the programs in profiles.
+        state_tree: The structure of its mutable state, or None; with state it returns ``(outputs, state)``.
+        remat: Whether backward recomputes residuals: True for all, or a policy of ``jax.checkpoint_policies``.
 
     Attributes:
-        compilations: how many programs have been traced, and so compiled.
+        compilations: The number of programs traced, and so compiled.
     """
 
     def __init__(
@@ -149,83 +150,84 @@ class Programs:
         self._forwards: dict[Hashable, Forward] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        # A copy of a module computes the same function, so it shares what has been compiled.
+        # A copy of a module computes the same function, so it shares the compiled programs.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is compiled is of this process; another one compiles for itself.
+        # Compiled programs belong to this process.
         return self.__dict__ | {"_forwards": {}, "compilations": 0}
 
     def forward(
         self,
         signature: Hashable,
         arrays: Sequence[jax.Array],
-        kinds: Sequence[Kind],
+        specs: Sequence[Spec],
         inputs_tree: jax.tree_util.PyTreeDef,
-        wanted: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],
         static: Mapping[str, Any],
     ) -> Forward:
-        """The forward program of a signature.
+        """Return the forward program of a signature, which is traced at its first call.
 
         Args:
-            signature: all that the program depends on besides the function: structure, shapes, dtypes, device, which
-                leaves want gradients.
-            arrays: the leaves, of which only shapes and dtypes are looked at.
-            kinds: for each leaf, its shape and dtype as torch has them.
-            inputs_tree: the structure of the tuple of inputs and of what is supplied by keyword: `(inputs, supplied)`.
-            wanted: for each leaf, whether it gets a gradient; if none does, backward is impossible.
-            static: keyword arguments that are no arrays.
-
-        Returns:
-            The program, made by tracing the function if this is the signature's first call.
+            signature: Everything that the program depends on besides the function: structure, shapes, dtypes, device,
+                and which leaves need gradients.
+            arrays: The leaves, of which only shapes and dtypes are read.
+            specs: The spec of each leaf.
+            inputs_tree: The structure of ``(inputs, keywords)``.
+            needs_grad: For each leaf, whether it needs a gradient; if none does, there is no backward.
+            static: Keyword arguments that are not arrays.
         """
         x64 = x64_is_on()
         known = self._forwards.get((x64, signature))
         if known is None:
-            # Of threads that trace one signature at once, all go on with the first one's program.
-            traced = self._trace(arrays, kinds, inputs_tree, wanted, static, x64)
+            # If several threads trace one signature at once, all use the program of the first.
+            traced = self._trace(arrays, specs, inputs_tree, needs_grad, static, x64)
             known = self._forwards.setdefault((x64, signature), traced)
         return known
 
-    def backward(self, forward: Forward, given: tuple[bool, ...], *, stacked: bool) -> Backward:
-        """The backward program: (what was saved, then the gradients that are given) → gradients of wanted leaves.
+    def backward(self, forward: Forward, has_gradient: tuple[bool, ...], *, stacked: bool) -> Backward:
+        """Return the backward program of a forward program, which is traced at its first call.
+
+        It maps the saved tensors, followed by the gradients of outputs, to the gradients of leaves.
 
         Args:
-            forward: the forward program that went before.
-            given: for each output, whether it has a gradient; one that has none counts as zero.
-            stacked: whether gradients may lie in one buffer.
-
-        Returns:
-            The program.
+            forward: The forward program.
+            has_gradient: For each output, whether it has a gradient; otherwise its gradient is zero.
+            stacked: Whether gradients may share a buffer.
         """
-        known = forward.backwards.get((given, stacked))
+        known = forward.backwards.get((has_gradient, stacked))
         if known is None:
             groups = _groups(forward) if stacked else []
-            pullback = self._pullback(forward, given)
+            pullback = self._pullback(forward, has_gradient)
 
             def backward(*arguments: Any) -> list[Any]:
-                made = pullback(*arguments)
-                inside = {place for group in groups for place in group}
-                stacks = [jnp.stack([made[place] for place in group]) for group in groups]
-                return stacks + [each for place, each in enumerate(made) if place not in inside]
+                gradients = pullback(*arguments)
+                grouped = {place for group in groups for place in group}
+                stacks = [jnp.stack([gradients[place] for place in group]) for group in groups]
+                return stacks + [each for place, each in enumerate(gradients) if place not in grouped]
 
-            laid = [place for group in groups for place in group]
-            laid += sorted(set(range(forward.wanted.count(True))) - set(laid))
-            order = tuple(laid.index(place) for place in range(len(laid)))
-            made = Backward(self._jit("backward", backward), len(groups), order)
-            known = forward.backwards.setdefault((given, stacked), made)
+            places = [place for group in groups for place in group]
+            places += sorted(set(range(forward.needs_grad.count(True))) - set(places))
+            order = tuple(places.index(place) for place in range(len(places)))
+            program = Backward(self._jit("backward", backward), len(groups), order)
+            known = forward.backwards.setdefault((has_gradient, stacked), program)
         return known
 
     def function(self, inputs_tree: jax.tree_util.PyTreeDef, static: Mapping[str, Any]) -> Callable[..., Any]:
-        """The function of leaves: (parameters, inputs, supplied) → outputs, or (outputs, state)."""
+        """Return the function from leaves (parameters, inputs, keywords) to outputs, or ``(outputs, state)``.
+
+        Args:
+            inputs_tree: The structure of ``(inputs, keywords)``.
+            static: Keyword arguments that are not arrays.
+        """
 
         def apply(*leaves: Any) -> Any:
             params = jax.tree.unflatten(self.params_tree, leaves[: self.params_tree.num_leaves])
-            inputs, supplied = jax.tree.unflatten(inputs_tree, leaves[self.params_tree.num_leaves :])
-            if supplied.get("key") is not None:
-                supplied["key"] = as_key(supplied["key"])
-            outputs = self.f(params, *inputs, **supplied, **static)
-            return outputs if self.state_tree is None else _with_state(outputs, supplied["state"])
+            inputs, keywords = jax.tree.unflatten(inputs_tree, leaves[self.params_tree.num_leaves :])
+            if keywords.get("key") is not None:
+                keywords["key"] = as_key(keywords["key"])
+            outputs = self.f(params, *inputs, **keywords, **static)
+            return outputs if self.state_tree is None else _with_state(outputs, keywords["state"])
 
         if not self.remat:
             return apply
@@ -234,23 +236,23 @@ class Programs:
     def _trace(
         self,
         arrays: Sequence[jax.Array],
-        kinds: Sequence[Kind],
+        specs: Sequence[Spec],
         inputs_tree: jax.tree_util.PyTreeDef,
-        wanted: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],
         static: Mapping[str, Any],
         x64: bool,
     ) -> Forward:
         apply = self.function(inputs_tree, static)
 
         def with_residuals(*leaves: Any) -> tuple[Any, Any]:
-            if not any(wanted):
+            if not any(needs_grad):
                 return apply(*leaves), None
 
-            def of_wanted(*chosen: Any) -> Any:
+            def of_differentiable(*chosen: Any) -> Any:
                 source = iter(chosen)
-                return apply(*(next(source) if want else leaf for leaf, want in zip(leaves, wanted, strict=True)))
+                return apply(*(next(source) if needs else leaf for leaf, needs in zip(leaves, needs_grad, strict=True)))
 
-            return jax.vjp(of_wanted, *(leaf for leaf, want in zip(leaves, wanted, strict=True) if want))
+            return jax.vjp(of_differentiable, *itertools.compress(leaves, needs_grad))
 
         closed, (out_shapes, vjp_shape) = jax.make_jaxpr(with_residuals, return_shape=True)(*arrays)
         shapes, out_tree = jax.tree.flatten(out_shapes)
@@ -284,35 +286,39 @@ class Programs:
 
         def forward(*leaves: Any) -> list[Any]:
             values = evaluate(*leaves)
-            return [_plain(values[position]) for position in returned]
+            return [_data(values[position]) for position in returned]
 
         return Forward(
             run=self._jit("forward", forward),
-            kinds=tuple(kinds),
+            specs=tuple(specs),
             outputs=outputs,
             out_tree=out_tree,
-            wanted=wanted,
+            needs_grad=needs_grad,
             saved=tuple(saved),
             residuals=tuple(residuals),
-            vjp_tree=vjp_tree if any(wanted) else None,
+            vjp_tree=vjp_tree if any(needs_grad) else None,
             x64=x64,
         )
 
-    def _pullback(self, forward: Forward, given: tuple[bool, ...]) -> Callable[..., list[Any]]:
+    def _pullback(self, forward: Forward, has_gradient: tuple[bool, ...]) -> Callable[..., list[Any]]:
+        """Return the function from saved tensors and gradients of outputs to gradients of leaves."""
+
         def backward(*arguments: Any) -> list[Any]:
             saved, gradients = arguments[: len(forward.saved)], iter(arguments[len(forward.saved) :])
             pullback = jax.tree.unflatten(forward.vjp_tree, [_find(residual, saved) for residual in forward.residuals])
             cotangents = [
-                _conjugate(next(gradients)) if is_given else _zero(output)
-                for output, is_given in zip(forward.outputs, given, strict=True)
+                _conjugate(next(gradients)) if has else _zero(output)
+                for output, has in zip(forward.outputs, has_gradient, strict=True)
             ]
             return [_conjugate(each) for each in pullback(jax.tree.unflatten(forward.out_tree, cotangents))]
 
         return backward
 
     def _jit(self, kind: str, function: Callable[..., list[Any]]) -> Jitted:
+        """Jit a function under the tower's name, and count its compilations."""
+
         def counted(*arguments: Any) -> list[Any]:
-            self.compilations += 1  # runs when jit traces, once for each program
+            self.compilations += 1  # this line runs when jit traces, once for each program
             return function(*arguments)
 
         counted.__name__ = counted.__qualname__ = f"{self.name}_{kind}"
@@ -320,39 +326,40 @@ class Programs:
 
 
 def _with_state(returned: Any, before: Any) -> tuple[Any, Any]:
-    """What a function with state returned, checked; no gradient goes from one step's state to the next."""
+    """Return the checked result of a function with state, without a gradient from one step's state to the next."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
-            f"a function with state must return (outputs, state), got {type(returned).__qualname__}; return the state "
-            "as it came where it does not change"
+            f"a function with state must return (outputs, state), got {type(returned).__qualname__}; return an "
+            "unchanged state, too"
         )
     describe = functools.partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))))
     if describe(returned[1]) != describe(before):
         raise TypeError(
-            f"the state that came back, {describe(returned[1])}, is not like the one that went in, {describe(before)}; "
-            "return a state of the same structure, shapes and dtypes"
+            f"the state must keep its structure, shapes and dtypes, {describe(before)}, got {describe(returned[1])}; "
+            "return a state of the same ones"
         )
     return returned[0], jax.tree.map(jax.lax.stop_gradient, returned[1])
 
 
 def _groups(forward: Forward) -> list[list[int]]:
-    """The gradients that are to be stacked, by their places among those of the wanted leaves."""
-    by_kind: dict[Kind, list[int]] = {}
-    for place, kind in enumerate(kind for kind, want in zip(forward.kinds, forward.wanted, strict=True) if want):
-        shape, dtype = kind
+    """Return groups of gradients to stack, each by its place among the gradients of leaves."""
+    by_spec: dict[Spec, list[int]] = {}
+    for place, spec in enumerate(itertools.compress(forward.specs, forward.needs_grad)):
+        shape, dtype = spec
         size = math.prod(shape) * dtype.itemsize  # under torch.compile shapes are plain tuples
-        # Each is to begin where JAX can use it again.
+        # Each gradient must start at an address that JAX can use again.
         if 0 < size <= _STACKED_BYTES and size % ALIGNMENT == 0:
-            by_kind.setdefault(kind, []).append(place)
-    return [places for places in by_kind.values() if len(places) >= _STACKED_FROM]
+            by_spec.setdefault(spec, []).append(place)
+    return [places for places in by_spec.values() if len(places) >= _STACKED_FROM]
 
 
-def _plain(value: Any) -> Any:
-    """The data of a typed PRNG key, which DLPack does not know; anything else as it is."""
+def _data(value: Any) -> Any:
+    """Return the data of a typed PRNG key, which DLPack does not support, and any other value as it is."""
     return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
 
 
 def _find(residual: Residual, saved: Sequence[Any]) -> Any:
+    """Return the value of a residual."""
     if residual.place is None:
         return residual.constant
     value = saved[residual.place]
@@ -360,11 +367,12 @@ def _find(residual: Residual, saved: Sequence[Any]) -> Any:
 
 
 def _zero(output: Output) -> Any:
+    """Return the zero gradient of an output."""
     if output.differentiable:
         return jnp.zeros(output.shape, output.dtype)
     return np.zeros(output.shape, jax.dtypes.float0)
 
 
 def _conjugate(value: Any) -> Any:
-    # The gradient of a real loss at x + iy is dx + i·dy to torch, dx - i·dy to JAX.
+    # The gradient of a real loss at x + iy is dx + i·dy in torch, and dx - i·dy in JAX.
     return jnp.conj(value) if jnp.iscomplexobj(value) else value

@@ -1,7 +1,7 @@
-"""Models of Flax (nnx and linen), Equinox and Haiku's kind as towers.
+"""Towers of models written in Flax (nnx and linen), Equinox and Haiku.
 
-Each takes a model that exists, with its parameters, and returns a `JaxTower`; options of `JaxTower` go on to it. The
-libraries are loaded when they are first used.
+Each function takes an initialised model and returns a :class:`JaxTower`, to which it passes options. The libraries are
+imported at first use.
 """
 
 from __future__ import annotations
@@ -18,74 +18,79 @@ _MODES = {
     **dict.fromkeys(("train", "training", "is_training"), True),
     **dict.fromkeys(("deterministic", "inference"), False),
 }
-"""Mode parameters of models, with their values in training."""
+"""Names of mode parameters, with their values in train mode."""
 
 
 class _Call:
-    """The signature of a model's `__call__`.
+    """The signature of a model's ``__call__``.
 
     Args:
-        adapter: the function that errors begin with.
-        model: the model.
+        adapter: The name of the function, for error messages.
+        model: The model.
     """
 
     def __init__(self, adapter: str, model: Any) -> None:
         self._signature = inspect.signature(type(model).__call__)
         self._where = f"{adapter}: {type(model).__qualname__}"
-        self._modes = {name: means for name, means in _MODES.items() if name in self._signature.parameters}
+        self._modes = {name: value for name, value in _MODES.items() if name in self._signature.parameters}
 
-    def keywords(self, inputs: tuple[Any, ...], given: dict[str, Any], train: bool) -> dict[str, Any]:
-        """Add the mode's keywords.
+    def keywords(self, inputs: tuple[Any, ...], keywords: dict[str, Any], train: bool) -> dict[str, Any]:
+        """Return the keywords together with those of the mode.
+
+        Args:
+            inputs: The positional arguments of the call.
+            keywords: The keyword arguments of the call, which override the mode.
+            train: The mode.
 
         Raises:
-            TypeError: if the model does not take the inputs with these keywords.
+            TypeError: if the model does not accept these arguments.
         """
-        keywords = {name: train is means for name, means in self._modes.items()} | given
+        keywords = {name: train is value for name, value in self._modes.items()} | keywords
         try:
             self._signature.bind(None, *inputs, **keywords)
         except TypeError as error:
-            supplied = list(self._modes) or f"none of {list(_MODES)}, which it does not take"
+            modes = list(self._modes) or f"none of {list(_MODES)}, which __call__ does not have"
             raise TypeError(
-                f"{self._where}.__call__{self._signature}: {error}. By its mode the tower supplies {supplied}; pass "
-                "what else it needs by keyword, as tower(x, name=value), and arrays alone by position"
+                f"{self._where}.__call__{self._signature}: {error}. The tower sets {modes} from its mode; pass other "
+                "arguments by keyword, as tower(x, name=value), and only arrays by position"
             ) from None
         return keywords
 
     def note(self, error: Exception) -> None:
-        """Add to a layer's error about a missing mode how to pass it."""
+        """Add the remedy to a layer's error about a missing mode."""
         if any(name in str(error) for name in ("deterministic", "use_running_average")) and not self._modes:
             error.add_note(
-                f"{self._where}: its __call__ takes none of {list(_MODES)}, by which the tower says its mode; give "
-                "it a parameter `train`, and hand it on: Dropout(..., deterministic=not train), "
+                f"{self._where}: __call__ has none of the parameters {list(_MODES)}, by which the tower passes its "
+                "mode; add a parameter `train`, and pass it on: Dropout(..., deterministic=not train), "
                 "BatchNorm(use_running_average=not train)"
             )
 
 
 def from_nnx(model: Any, **options: Any) -> JaxTower:
-    """Make a tower of a Flax nnx module.
+    """Return a tower of a Flax nnx module.
 
-    Its `Param`s become parameters; all other variables (batch statistics, random counters) mutable state. The module's
-    mode follows the tower's, by `train()` and `eval()`, and by a parameter `train`, `training`, `is_training`,
-    `deterministic` or `inference` of its `__call__`. Dropout draws from the tower's key.
+    Its ``Param``s become parameters, and all other variables (batch statistics, random counters) mutable state. The
+    module follows the tower's mode, by ``train()`` and ``eval()``, and by a parameter ``train``, ``training``,
+    ``is_training``, ``deterministic`` or ``inference`` of its ``__call__``. Dropout draws from the tower's key.
 
     Args:
-        model: an `nnx.Module`; its arrays are copied.
-        **options: options of `JaxTower`.
+        model: An ``nnx.Module``; its arrays are copied.
+        **options: Options of :class:`JaxTower`.
 
     Returns:
-        The tower, called as the model is.
+        The tower, with the arguments of the model.
 
     Raises:
-        TypeError: if it is no `nnx.Module`.
+        TypeError: if ``model`` is not an ``nnx.Module``.
 
     References:
         https://flax.readthedocs.io/en/latest/guides/filters_guide.html
     """
     from flax import nnx as flax_nnx
 
-    nnx: Any = flax_nnx  # its types refuse filters by position, and streams by keyword
+    nnx: Any = flax_nnx  # its type hints refuse positional filters and streams as keywords
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"from_nnx: takes a flax.nnx.Module, got {type(model).__qualname__}")
+        raise TypeError(f"from_nnx: model must be a flax.nnx.Module, got {type(model).__qualname__}")
     definition, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
     call = _Call("from_nnx", model)
     tags = sorted({variable.tag for _, variable in nnx.to_flat_state(streams)})
@@ -94,7 +99,7 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     def rebuild(values: Any, state: Any, key: Any, train: bool) -> Any:
         nnx.replace_by_pure_dict(here := jax.tree.map(lambda leaf: leaf, params), values)
         nnx.replace_by_pure_dict(there := jax.tree.map(lambda leaf: leaf, rest), state)
-        # Variables may only be changed under the trace in which they were made: hence the copies.
+        # Copied, because variables may be changed only under the trace in which they were created.
         rebuilt = nnx.merge(definition, here, jax.tree.map(lambda leaf: leaf, streams), there)
         (rebuilt.train if train else rebuilt.eval)()
         if key is not None and jax.tree.leaves(streams):
@@ -116,23 +121,23 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
 
 
 def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
-    """Make a tower of a Flax linen module.
+    """Return a tower of a Flax linen module.
 
-    `variables["params"]` become parameters, other collections mutable state. If the module's `__call__` has a parameter
-    `train`, `training`, `is_training`, `deterministic` or `inference`, it follows the tower's mode; another one is
-    passed to the tower by keyword. Dropout draws from the tower's key.
+    ``variables["params"]`` become parameters, other collections mutable state. A parameter ``train``, ``training``,
+    ``is_training``, ``deterministic`` or ``inference`` of the module's ``__call__`` follows the tower's mode; others
+    are passed to the tower by keyword. Dropout draws from the tower's key.
 
     Args:
-        module: a `linen.Module`.
-        variables: what `module.init` returned; copied.
-        **options: options of `JaxTower`.
+        module: A ``linen.Module``.
+        variables: The result of ``module.init``; its arrays are copied.
+        **options: Options of :class:`JaxTower`.
 
     Returns:
-        The tower, called as the module is.
+        The tower, with the arguments of the module.
 
     Raises:
-        TypeError: if it is no `linen.Module`.
-        ValueError: if there are no `params` among the variables.
+        TypeError: if ``module`` is not a ``linen.Module``.
+        ValueError: if the variables have no collection ``params``.
 
     References:
         https://flax-linen.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html
@@ -140,9 +145,12 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
     from flax import linen
 
     if not isinstance(module, linen.Module):
-        raise TypeError(f"from_linen: takes a flax.linen.Module, got {type(module).__qualname__}")
+        raise TypeError(f"from_linen: module must be a flax.linen.Module, got {type(module).__qualname__}")
     if "params" not in variables:
-        raise ValueError(f"from_linen: variables need a collection 'params', got {sorted(variables)}; pass module.init")
+        raise ValueError(
+            f"from_linen: variables must have a collection 'params', got {sorted(variables)}; pass the result of "
+            "module.init"
+        )
     call = _Call("from_linen", module)
     state = {name: value for name, value in variables.items() if name != "params"}
 
@@ -170,22 +178,23 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
 
 
 def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTower:
-    """Make a tower of an Equinox module.
+    """Return a tower of an Equinox module.
 
-    Floating arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and draws
-    from its key if the model's `__call__` has a parameter `key`. A parameter `train`, `training`, `is_training`,
-    `deterministic` or `inference` follows the mode, too.
+    Floating-point arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and
+    draws from its key if the model's ``__call__`` has a parameter ``key``. A parameter ``train``, ``training``,
+    ``is_training``, ``deterministic`` or ``inference`` follows the mode, too.
 
     Args:
-        model: an `equinox.Module` that can be called.
-        batched: whether the model takes one sample, as Equinox's layers do, and is mapped over the leading dimension.
-        **options: options of `JaxTower`.
+        model: An ``equinox.Module`` that can be called.
+        batched: Whether to map the model over the leading dimension, because it takes one sample, as Equinox's layers
+            do.
+        **options: Options of :class:`JaxTower`.
 
     Returns:
-        The tower, called as the model is, with a leading dimension if `batched`.
+        The tower, with the arguments of the model, which have a leading dimension if ``batched``.
 
     Raises:
-        TypeError: if it is no `equinox.Module`.
+        TypeError: if ``model`` is not an ``equinox.Module`` with ``__call__``.
 
     References:
         https://docs.kidger.site/equinox/all-of-equinox/
@@ -193,7 +202,7 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
     import equinox
 
     if not isinstance(model, equinox.Module) or not callable(model):
-        raise TypeError(f"from_equinox: takes an equinox.Module with __call__, got {type(model).__qualname__}")
+        raise TypeError(f"from_equinox: model must be an equinox.Module with __call__, got {type(model).__qualname__}")
     takes_key = "key" in inspect.signature(type(model).__call__).parameters
     signature = _Call("from_equinox", model)
     params, constant = equinox.partition(model, equinox.is_inexact_array)
@@ -202,8 +211,8 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
         combined = equinox.nn.inference_mode(equinox.combine(values, constant), not train)
 
         def call(key: Any, *sample: Any) -> Any:
-            given = keywords | ({"key": key} if takes_key else {})
-            return combined(*sample, **signature.keywords(sample, given, train))
+            own = keywords | ({"key": key} if takes_key else {})
+            return combined(*sample, **signature.keywords(sample, own, train))
 
         if not batched:
             return call(key, *inputs)
@@ -216,15 +225,15 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
 
 
 def from_haiku(apply: Callable[..., Any], params: Any, **options: Any) -> JaxTower:
-    """Make a tower of `apply(params, key, *inputs)`, the second of the pair that `haiku.transform` makes.
+    """Return a tower of ``apply(params, key, *inputs)``, the second function of ``haiku.transform``.
 
     Args:
-        apply: the function; it gets a key in train mode and None in eval mode.
-        params: what `init` returned; copied.
-        **options: options of `JaxTower`.
+        apply: The function; its key is None in eval mode.
+        params: The result of ``init``; its arrays are copied.
+        **options: Options of :class:`JaxTower`.
 
     Returns:
-        The tower, called with `apply`'s inputs.
+        The tower, with the inputs of ``apply``.
 
     References:
         https://dm-haiku.readthedocs.io/en/latest/api.html#transform

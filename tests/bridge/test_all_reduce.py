@@ -1,4 +1,4 @@
-"""Two Gloo ranks train parameters that JAX owns, with unequal batches, and agree with one process."""
+"""Two Gloo ranks train JAX-owned parameters with unequal batches, and agree with one process."""
 
 from __future__ import annotations
 
@@ -46,51 +46,51 @@ def mlp(params, x):
 
 
 def led_by_jax(group, begin, end, fused):
-    """Tables and parameters take the mean over the samples of all ranks."""
+    """Train tables and parameters in a JAX-led loop, on the mean over the samples of all ranks."""
     several = dist.get_world_size(group) > 1
     config = EmbeddingConfig(dim=8, initializer=Normal(0, 0.5))
     engine = EmbeddingEngine({"id": config}, optimizer=optim.Adagrad.spec(initial_accumulator_value=0.1), group=group)
     sparse = optim.Adagrad(engine.parameters(), lr=0.1)
-    held, optimizer = params(), optax.adagrad(0.1)
+    weights, optimizer = params(), optax.adagrad(0.1)
     if several:
-        reduce = bridge.GradientAllReduce(held, group, bucket_bytes=100)
+        reduce = bridge.GradientAllReduce(weights, group, bucket_bytes=100)
         assert reduce.buckets == [[0, 1], [2]], reduce.buckets  # by name: head, then the layer's b and w
-        held = reduce.broadcast(jax.tree.map(lambda leaf: leaf * (rank == 0), held))
-    state = optimizer.init(held)
+        weights = reduce.broadcast(jax.tree.map(lambda leaf: leaf * (rank == 0), weights))
+    state = optimizer.init(weights)
 
     @jax.jit
-    def gradients_of(held, x, y, weight):
-        def loss(held, x):
-            return jnp.mean(jnp.square(mlp(held, x) - y))
+    def gradients_of(weights, x, y, weight):
+        def loss(weights, x):
+            return jnp.mean(jnp.square(mlp(weights, x) - y))
 
-        ours, of_x = jax.grad(loss, argnums=(0, 1))(held, x)
+        ours, of_x = jax.grad(loss, argnums=(0, 1))(weights, x)
         return (reduce.pack(ours, weight) if fused else ours), of_x
 
     @jax.jit
-    def apply(held, state, ours):
-        changes, state = optimizer.update(reduce.unpack(ours) if fused else ours, state, held)
-        return optax.apply_updates(held, changes), state
+    def apply(weights, state, ours):
+        changes, state = optimizer.update(reduce.unpack(ours) if fused else ours, state, weights)
+        return optax.apply_updates(weights, changes), state
 
     before = bridge.copies()
     for step in range(12):
         values, context = engine.lookup({"id": ids[begin:end] + step})
         x, y = bridge.to_jax(values["id"]), jnp.asarray(labels[begin:end].numpy())
-        ours, of_x = gradients_of(held, x, y, np.float32(engine.share))
+        ours, of_x = gradients_of(weights, x, y, np.float32(engine.share))
         if several:
             ours = reduce.sum(ours) if fused else reduce(ours, engine.share)
-        held, state = apply(held, state, ours)
+        weights, state = apply(weights, state, ours)
         engine.apply_gradients(context, {"id": bridge.to_torch(of_x)}, sparse)
     assert bridge.copies() == before
-    return held
+    return weights
 
 
 def led_by_torch(group, begin, end):
-    """A JaxTower whose OptaxOptimizer takes the gradients of all ranks."""
+    """Train a JaxTower with an OptaxOptimizer that sums the gradients of all ranks."""
     several = dist.get_world_size(group) > 1
     tower = bridge.JaxTower(mlp, params())
     if several and rank == 1:
         for parameter in tower.parameters():
-            parameter.data.zero_()  # it starts as rank 0's
+            parameter.data.zero_()  # training must start from rank 0's parameters
     share = (end - begin) / 16
     more = {"group": group, "share": lambda: share} if several else {}
     optimizer = bridge.OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1, momentum=0.9), **more)
@@ -107,13 +107,13 @@ def led_by_torch(group, begin, end):
 
 alone = [dist.new_group([each]) for each in range(2)][rank]
 pair = dist.group.WORLD
-wanted, towers = led_by_jax(alone, 0, 16, False), led_by_torch(alone, 0, 16)
-assert not np.allclose(wanted["head"], params()["head"])
+expected, expected_towers = led_by_jax(alone, 0, 16, False), led_by_torch(alone, 0, 16)
+assert not np.allclose(expected["head"], params()["head"])
 for name, cuts in CUTS.items():
     got = led_by_jax(pair, cuts[rank], cuts[rank + 1], name == "uneven")
-    assert_near(got, wanted, where=name)
+    assert_near(got, expected, where=name)
     got = led_by_torch(pair, cuts[rank], cuts[rank + 1])
-    assert_near(got, towers, where=name)
+    assert_near(got, expected_towers, where=name)
 
 # A rank without gradients; narrow dtypes; the same bits on both ranks.
 mixed = {"a": jnp.arange(3.0) + rank, "b": jnp.ones((2, 2), jnp.bfloat16), "c": jnp.float32(4.0)}
@@ -128,12 +128,12 @@ for wrong in ({"a": mixed["a"]}, {**mixed, "a": jnp.ones(4)}):
         reduce(wrong)
         raise AssertionError("no error")
     except ValueError as error:
-        assert "must be laid out as the parameters" in str(error)
+        assert "must have the layout of the parameters" in str(error)
 try:
     bridge.GradientAllReduce({"w": jnp.ones(2 + rank)})
     raise AssertionError("no error")
 except RuntimeError as error:
-    assert f"the ranks [{1 - rank}] have parameters of other names, shapes or dtypes" in str(error)
+    assert f"those of ranks [{1 - rank}] differ from those of rank {rank}" in str(error)
 dist.destroy_process_group()
 print("agrees")
 '''

@@ -1,3 +1,5 @@
+"""The import of the bridge: under one name, with a clear error without JAX, and without starting a backend."""
+
 from __future__ import annotations
 
 import subprocess

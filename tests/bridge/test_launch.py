@@ -1,3 +1,5 @@
+"""Settings that JAX reads when it starts."""
+
 from __future__ import annotations
 
 import subprocess
@@ -12,7 +14,7 @@ pytest.importorskip("jax")
 from recis_hybrid.bridge import init  # noqa: E402
 
 
-def test_init_sets_up_once_and_warns_of_a_fallback(root: Path, tmp_path: Path) -> None:
+def test_init_configures_jax_once_and_warns_of_a_fallback(root: Path, tmp_path: Path) -> None:
     code = """
 import os, sys, warnings
 import jax, torch
@@ -42,9 +44,9 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize("rank", ["abc", "-1", "", "1.5"])
-def test_a_local_rank_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+def test_a_local_rank_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(ValueError, match=f"LOCAL_RANK must be a number from 0 on, got '{rank}'"):
+    with pytest.raises(ValueError, match=f"LOCAL_RANK must be a number of at least 0, got '{rank}'"):
         init()
 
 

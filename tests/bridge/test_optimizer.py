@@ -56,13 +56,13 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("kind", TRANSFORMATIONS)
-def test_it_is_the_transformation_in_jax(kind: str) -> None:
+def test_steps_equal_those_of_the_transformation_in_jax(kind: str) -> None:
     transformation = TRANSFORMATIONS[kind]
     tower = JaxTower(mlp, PARAMS)
     before = copies()
     optimizer = OptaxOptimizer(tower.named_parameters(), transformation)
     train(tower, optimizer, range(20))
-    assert copies() == before  # not one of parameters, gradients or state
+    assert copies() == before  # neither parameters nor gradients nor state are copied
 
     names = [name for name, _ in tower.named_parameters()]
     _, tree = jax.tree.flatten(PARAMS)
@@ -83,7 +83,7 @@ def test_it_is_the_transformation_in_jax(kind: str) -> None:
         assert_near(weight, params[name], where=name)
 
 
-def test_a_torch_module_trains_as_by_torch() -> None:
+def test_a_torch_module_trains_as_with_a_torch_optimizer() -> None:
     ours, theirs = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
     theirs.load_state_dict(ours.state_dict())
     steps = [
@@ -99,7 +99,7 @@ def test_a_torch_module_trains_as_by_torch() -> None:
     assert_near(weights(ours), weights(theirs), OF_ADAM)
 
 
-def test_parameters_move_into_memory_of_jax_and_stay_the_same_objects() -> None:
+def test_parameters_move_into_jax_memory_and_stay_the_same_objects() -> None:
     tower = JaxTower(mlp, PARAMS)
     parameters, pointers = list(tower.parameters()), [p.data_ptr() for p in tower.parameters()]
     optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
@@ -109,7 +109,7 @@ def test_parameters_move_into_memory_of_jax_and_stay_the_same_objects() -> None:
     assert all(p.requires_grad and p.is_leaf for p in parameters)
 
 
-def test_a_parameter_without_a_gradient_has_zeros_and_none_at_all_is_no_step() -> None:
+def test_a_missing_gradient_is_zero_and_a_step_without_any_does_nothing() -> None:
     tower = JaxTower(mlp, PARAMS)
     optimizer = OptaxOptimizer(tower.named_parameters(), optax.adam(0.1))
     before = weights(tower)
@@ -124,7 +124,7 @@ def test_a_parameter_without_a_gradient_has_zeros_and_none_at_all_is_no_step() -
     assert len(changed) == 1
 
 
-def test_gradients_that_jax_cannot_take_are_copied_and_counted() -> None:
+def test_gradients_that_jax_cannot_use_are_copied_and_counted() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": np.ones((4, 6), np.float32)})
     (w,) = tower.parameters()
     w.grad = torch.arange(24.0).view(6, 4).t()
@@ -134,7 +134,7 @@ def test_gradients_that_jax_cannot_take_are_copied_and_counted() -> None:
     assert torch.equal(w.detach(), 1 - torch.arange(24.0).view(6, 4).t())
 
 
-def test_a_step_between_forward_and_backward_is_noticed() -> None:
+def test_a_step_between_forward_and_backward_makes_backward_raise() -> None:
     tower = JaxTower(mlp, PARAMS)
     optimizer = OptaxOptimizer(tower.named_parameters(), optax.sgd(0.1))
     x = torch.from_numpy(X[0]).clone()
@@ -188,7 +188,7 @@ def test_groups_and_schedulers_of_torch_are_refused() -> None:
         lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
         lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
     ):
-        with pytest.raises(KeyError, match=r"'lr'.*instead of a torch scheduler give it a schedule"):
+        with pytest.raises(KeyError, match=r"'lr'.*use a schedule of optax"):
             make()
 
 
@@ -210,14 +210,14 @@ def test_steps_in_inference_mode_are_the_same() -> None:
 
 def test_bad_input() -> None:
     tower = JaxTower(mlp, PARAMS)
-    with pytest.raises(TypeError, match=r"takes named parameters, got a Parameter; pass module.named_parameters\(\)"):
+    with pytest.raises(TypeError, match=r"\(name, parameter\) pairs, got Parameter; pass module.named_parameters\(\)"):
         OptaxOptimizer(tower.parameters(), optax.sgd(0.1))
     with pytest.raises(ValueError, match="distinct names, got \\[\\]"):
         OptaxOptimizer([], optax.sgd(0.1))
     named = list(tower.named_parameters())
     with pytest.raises(ValueError, match="distinct names"):
         OptaxOptimizer([*named, named[0]], optax.sgd(0.1))
-    with pytest.raises(ValueError, match="a share is of the ranks of a group; pass group, too"):
+    with pytest.raises(ValueError, match="share needs the ranks of a group; pass group, too"):
         OptaxOptimizer(named, optax.sgd(0.1), share=lambda: 0.5)
     odd = torch.nn.Parameter(torch.zeros(33)[1:])
     with pytest.raises(ValueError, match="OptaxOptimizer: parameter 'odd'"):

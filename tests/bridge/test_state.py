@@ -1,4 +1,4 @@
-"""JaxState: pytrees into checkpoints and back."""
+"""JaxState: checkpoints of pytrees."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ def make(scale: float) -> Any:
     }
 
 
-def test_a_checkpoint_brings_a_pytree_back(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_a_pytree(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
-    held = JaxState(make(3.0))
-    saver.save(1, {"jax": held})
-    held.tree = jax.tree.map(lambda leaf: leaf, make(5.0))
+    state = JaxState(make(3.0))
+    saver.save(1, {"jax": state})
+    state.tree = jax.tree.map(lambda leaf: leaf, make(5.0))
     other = JaxState(make(7.0))
     saver.load({"jax": other})
-    wanted, got = make(3.0), other.tree
-    assert jax.tree.structure(wanted) == jax.tree.structure(got)
-    assert jnp.array_equal(jax.random.key_data(got["key"]), jax.random.key_data(wanted["key"]))
-    assert jax.random.uniform(got["key"]) == jax.random.uniform(wanted["key"])
-    del wanted["key"], got["key"]
+    expected, got = make(3.0), other.tree
+    assert jax.tree.structure(expected) == jax.tree.structure(got)
+    assert jnp.array_equal(jax.random.key_data(got["key"]), jax.random.key_data(expected["key"]))
+    assert jax.random.uniform(got["key"]) == jax.random.uniform(expected["key"])
+    del expected["key"], got["key"]
     assert all(
         a.dtype == b.dtype and bool((a == b).all())
-        for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True)
     )
 
 
-def test_what_is_saved_is_a_copy() -> None:
-    held = JaxState({"w": jnp.ones(16)})
-    saved = held.state_dict()
+def test_saving_and_loading_copy() -> None:
+    state = JaxState({"w": jnp.ones(16)})
+    saved = state.state_dict()
     saved["['w']"].zero_()
-    assert float(held.tree["w"].sum()) == 16
-    held.load_state_dict(saved)
+    assert float(state.tree["w"].sum()) == 16
+    state.load_state_dict(saved)
     saved["['w']"].fill_(9)
-    assert float(held.tree["w"].sum()) == 0
+    assert float(state.tree["w"].sum()) == 0
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match=r"the leaf \['lr'\] must be a JAX array, got a float; wrap it"):
+    with pytest.raises(TypeError, match=r"leaf \"\['lr'\]\" must be a JAX array, got float; convert it"):
         JaxState({"lr": 0.1})
-    held = JaxState({"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"another pytree \(\['w'\]: float32\[4\] for float32\[3\]\)"):
-        held.load_state_dict({"['w']": torch.ones(4)})
-    with pytest.raises(ValueError, match=r"\['v'\]: float32\[3\] for nothing, \['w'\]: nothing for float32\[3\]"):
-        held.load_state_dict({"['v']": torch.ones(3)})
-    assert float(held.tree["w"].sum()) == 3
+    state = JaxState({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"another pytree \(\['w'\]: saved float32\[4\], expected float32\[3\]\)"):
+        state.load_state_dict({"['w']": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"\['v'\]: saved float32\[3\], expected nothing, \['w'\]: saved nothing"):
+        state.load_state_dict({"['v']": torch.ones(3)})
+    assert float(state.tree["w"].sum()) == 3

@@ -1,6 +1,6 @@
-"""Streams and lifetime: each side waits for what the other has queued, and memory lives until both are done with it.
+"""Streams and lifetime: each side waits for work that the other has queued, and memory lives until both release it.
 
-On the CPU, where nothing is queued, these tests show that the same program is right there.
+On the CPU nothing is queued, and the tests show that the same programs are correct there.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from recis_hybrid.bridge import JaxTower, copies, to_jax, to_torch  # noqa: E402
 
 SIZE = 1 << 20
 CYCLES = 400_000_000
-"""About a fifth of a second of a GPU: long after the host has gone on."""
+"""About a fifth of a second on a GPU, long enough for the host to run ahead."""
 
 
 @pytest.fixture(autouse=True)
 def jax_has_the_device(request: pytest.FixtureRequest) -> None:
-    """Skips where JAX was installed without its plugin for GPUs; with one that does not work, it fails."""
+    """Skip if JAX has no GPU plugin; fail if it has one that does not work."""
     if request.node.callspec.params["device"] == "cpu":
         return
     try:
@@ -42,7 +42,7 @@ def jax_has_the_device(request: pytest.FixtureRequest) -> None:
 
 @contextlib.contextmanager
 def side_stream(device: str) -> Iterator[None]:
-    """A stream of its own, which has waited for what came before, and whose end the host waits for."""
+    """Run the body on a new stream, which first waits for the current one; then wait for the new stream."""
     if device == "cpu":
         yield
         return
@@ -54,19 +54,19 @@ def side_stream(device: str) -> Iterator[None]:
 
 
 def busy(device: str) -> None:
-    """Lets what is queued on the current stream after it come late."""
+    """Delay the work that is queued on the current stream afterwards."""
     if device != "cpu":
         torch.cuda._sleep(CYCLES)
 
 
 def overwrite(device: str) -> list[torch.Tensor]:
-    """Take what memory has become free, of a current stream too, and write to it."""
+    """Allocate and write to memory that has become free, also on the current stream."""
     return [torch.full((SIZE,), -1.0, device=device) for _ in range(16)]
 
 
 @jax.jit
 def slowly(x: jax.Array) -> jax.Array:
-    """(SIZE,) → (SIZE,): x + 2000, in as many programs as a compiler cannot make one of."""
+    """Return x + 2000, shape ``(SIZE,)``, by a loop that the compiler cannot fold."""
     return jax.lax.fori_loop(0, 2000, lambda _, value: value + 1, x)
 
 
@@ -85,33 +85,33 @@ def test_memory_is_shared_both_ways(device: str) -> None:
 
 
 @on_devices
-def test_jax_waits_for_the_stream_that_makes_a_tensor(device: str) -> None:
+def test_jax_waits_for_the_stream_that_computes_a_tensor(device: str) -> None:
     with side_stream(device):
         tensor = torch.zeros(SIZE, device=device)
         busy(device)
         tensor.fill_(3)
         array = to_jax(tensor)
-        total = float(array.sum())  # JAX's own stream, while torch's still sleeps
+        total = float(array.sum())  # on JAX's stream, while torch's is still busy
     assert total == 3 * SIZE
 
 
 @on_devices
-def test_torch_waits_for_the_program_that_makes_an_array(device: str) -> None:
+def test_torch_waits_for_the_program_that_computes_an_array(device: str) -> None:
     start = to_jax(torch.zeros(SIZE, device=device))
     slowly(start).block_until_ready()  # compiled
     with side_stream(device):
-        got = to_torch(slowly(start)).clone()  # on the side stream, while JAX's still counts
+        got = to_torch(slowly(start)).clone()  # on the side stream, while JAX's is still busy
     assert torch.equal(got, torch.full_like(got, 2000))
 
 
 @on_devices
-def test_a_tensor_may_go_while_jax_reads_it(device: str) -> None:
+def test_a_tensor_may_be_dropped_while_jax_reads_it(device: str) -> None:
     slowly(to_jax(torch.zeros(SIZE, device=device))).block_until_ready()
     for _ in range(4):
         with side_stream(device):
-            array = to_jax(torch.full((SIZE,), 3.0, device=device))  # nobody else holds the tensor
+            array = to_jax(torch.full((SIZE,), 3.0, device=device))  # the only reference to the tensor is gone
             result = slowly(array)
-            del array  # and the program is in flight
+            del array  # while the program is running
             scratch = overwrite(device)
         scratch += overwrite(device)
         assert float(result.min()) == float(result.max()) == 2003
@@ -119,12 +119,12 @@ def test_a_tensor_may_go_while_jax_reads_it(device: str) -> None:
 
 
 @on_devices
-def test_an_array_may_go_while_torch_reads_it(device: str) -> None:
+def test_an_array_may_be_dropped_while_torch_reads_it(device: str) -> None:
     start = to_jax(torch.ones(SIZE, device=device))
     slowly(start).block_until_ready()
     for _ in range(4):
         with side_stream(device):
-            tensor = to_torch(slowly(start))  # nobody else holds the array
+            tensor = to_torch(slowly(start))  # the only reference to the array is gone
             busy(device)
             total = tensor.sum(dtype=torch.float64)
             del tensor
@@ -134,7 +134,7 @@ def test_an_array_may_go_while_torch_reads_it(device: str) -> None:
 
 
 def mlp(params: Any, x: Any) -> Any:
-    # GPUs multiply float32 by fewer bits unless they are told not to.
+    # By default GPUs multiply float32 at reduced precision.
     hidden = jnp.tanh(jnp.matmul(x, params["w1"], precision="highest") + params["b1"])
     return jnp.matmul(hidden, params["w2"], precision="highest")
 
@@ -147,12 +147,12 @@ def tower_of_two_layers() -> JaxTower:
 
 
 @on_devices
-def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> None:
+def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
     twin, tower = tower_of_two_layers(), tower_of_two_layers().to(device)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
     # A GPU's matrix units may round coarser than float32 before they sum: hence the tolerances.
-    for _ in range(3):  # the first one compiles, and so takes long enough for anything to be ready
+    for _ in range(3):  # the first iteration compiles, which hides missing synchronisation
         for module in (twin, tower):
             module.zero_grad()
         own = x.clone().requires_grad_()
@@ -162,14 +162,14 @@ def test_a_tower_fed_from_a_side_stream_is_the_one_of_the_cpu(device: str) -> No
             late = torch.zeros_like(x, device=device)
             sent, gradient = x.to(device), weight.to(device)
             busy(device)
-            given = late.copy_(sent).requires_grad_()
-            y = tower(given)
+            tower_input = late.copy_(sent).requires_grad_()
+            y = tower(tower_input)
             busy(device)
-            y.backward(gradient * 1)  # made late, too
+            y.backward(gradient * 1)  # computed late, too
         assert_near(y, expected, 128)
         assert own.grad is not None
-        assert given.grad is not None
-        assert_near(given.grad, own.grad, 1024)
+        assert tower_input.grad is not None
+        assert_near(tower_input.grad, own.grad, 1024)
         for (name, mine), theirs in zip(tower.named_parameters(), twin.parameters(), strict=True):
             assert mine.grad is not None
             assert theirs.grad is not None
@@ -201,7 +201,7 @@ def test_inputs_and_parameters_may_be_written_to_as_soon_as_a_tower_returns(devi
 
 
 @on_devices
-def test_a_training_by_towers_and_torch_is_the_one_of_the_cpu(device: str) -> None:
+def test_training_of_towers_and_torch_modules_agrees_with_the_cpu(device: str) -> None:
     weights = []
     for where in ("cpu", device):
         model = torch.nn.Sequential(torch.nn.Linear(8, 32), tower_of_two_layers(), torch.nn.Linear(3, 1))

@@ -1,4 +1,4 @@
-"""The table of README.md: every dtype, both directions, shared or refused."""
+"""The table of dtypes in README.md, compared with the conversions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 from recis_hybrid.bridge import to_jax, to_torch  # noqa: E402
-from recis_hybrid.bridge.dlpack import DTYPES  # noqa: E402
+from recis_hybrid.bridge.exchange.dlpack import DTYPES  # noqa: E402
 
 
-def crosses(dtype: torch.dtype, x64: bool) -> tuple[str, str]:
-    """Whether a tensor of a dtype is shared on the way to JAX, and on the way back."""
+def outcomes(dtype: torch.dtype, x64: bool) -> tuple[str, str]:
+    """Return the outcomes of the conversions of a dtype to JAX and back: "shared", "copied" or "refused"."""
     tensor = torch.zeros(16, dtype=torch.uint8).repeat(dtype.itemsize).view(dtype)
     with jax.enable_x64(True):
         array = to_jax(tensor)
@@ -30,15 +30,15 @@ def crosses(dtype: torch.dtype, x64: bool) -> tuple[str, str]:
     return "shared" if same else "copied", out
 
 
-def test_the_documented_table_is_what_happens(root: Path) -> None:
+def test_the_documented_table_is_true(root: Path) -> None:
     documented = {}
     for row in re.findall(
         r"^\| (.*?) \| (\w+) \| (\w+) \| (\w+) \|$", (root / "bridge" / "README.md").read_text(), re.M
     ):
         documented |= dict.fromkeys(row[0].split(", "), row[1:])
-    happens = {}
+    actual = {}
     for dtype in DTYPES:
-        (off, back), (on, back_on) = crosses(dtype, x64=False), crosses(dtype, x64=True)
+        (off, back), (on, back_on) = outcomes(dtype, x64=False), outcomes(dtype, x64=True)
         assert back == back_on
-        happens[str(dtype).removeprefix("torch.")] = (off, on, back)
-    assert documented == happens
+        actual[str(dtype).removeprefix("torch.")] = (off, on, back)
+    assert documented == actual

@@ -1,4 +1,4 @@
-"""What training programs do to modules, done to a tower: each beside the torch twin."""
+"""Common uses of modules in training programs, applied to a tower and to its torch twin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHT = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
 
 
 def make() -> tuple[JaxTower, torch.nn.Module]:
-    """A tower and the same in torch."""
+    """Return a tower and a torch module that computes the same function."""
     linear = torch.nn.Linear(4, 2, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(WEIGHT.T))
@@ -35,7 +35,7 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
     return weight.detach() if weight.shape == (4, 2) else weight.detach().t()
 
 
-def test_an_average_of_the_weights_follows_them() -> None:
+def test_an_exponential_average_of_the_weights() -> None:
     averages = []
     for model in make():
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -64,7 +64,7 @@ def test_gradients_accumulate() -> None:
         assert_near(weight.grad, whole)
 
 
-def test_several_backwards_of_one_graph_and_none_gradients() -> None:
+def test_several_backward_passes_of_one_graph_and_missing_gradients() -> None:
     tower = JaxTower(lambda params, x: (x * params["w"], x + params["b"]), {"w": np.ones(4, "f"), "b": np.ones(4, "f")})
     x = torch.rand(4, requires_grad=True)
     product, total = tower(x)
@@ -87,11 +87,11 @@ def test_activation_checkpointing_under_autocast(reentrant: bool) -> None:
         assert x.grad is not None
         results.append((y.detach().float(), x.grad))
         if isinstance(model, JaxTower):
-            assert y.dtype == torch.float32  # a tower computes in the dtypes that it is given
+            assert y.dtype == torch.float32  # a tower computes in the dtypes of its inputs
     assert_near(*results, 0.05 / torch.finfo(torch.float32).eps)
 
 
-def test_autocast_below_a_tower_sends_it_bfloat16() -> None:
+def test_autocast_below_a_tower_passes_it_bfloat16() -> None:
     tower = JaxTower(lambda params, x: (x @ params["w"].astype(x.dtype)).astype(jnp.float32), {"w": WEIGHT})
     below = torch.nn.Linear(4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -103,7 +103,7 @@ def test_autocast_below_a_tower_sends_it_bfloat16() -> None:
     assert next(tower.parameters()).grad is not None
 
 
-def test_threads_may_serve_one_tower() -> None:
+def test_several_threads_may_call_one_tower() -> None:
     tower, twin = make()
     inputs = [torch.randn(8, 4) for _ in range(16)]
     outputs: dict[int, Any] = {}
@@ -121,7 +121,7 @@ def test_threads_may_serve_one_tower() -> None:
         assert_near(outputs[number], twin(x).detach())
 
 
-def test_inputs_may_be_written_to_and_dropped_as_soon_as_a_tower_has_returned() -> None:
+def test_inputs_may_be_written_to_and_dropped_once_a_tower_returns() -> None:
     # Large enough that JAX would still be computing if the call did not wait.
     tower = JaxTower(lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"], {"w": np.eye(512, dtype=np.float32)})
     expected = torch.tanh(torch.full((2048, 512), 0.5))
@@ -136,7 +136,7 @@ def test_inputs_may_be_written_to_and_dropped_as_soon_as_a_tower_has_returned() 
             del scratch
 
 
-def test_arrays_and_tensors_dropped_while_a_program_reads_them_are_kept_for_it() -> None:
+def test_memory_dropped_while_a_program_reads_it_stays_alive() -> None:
     @jax.jit
     def slow(x: Any) -> Any:
         return jax.lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y @ x) + x, x)

@@ -1,4 +1,4 @@
-"""Arrays over parameters are kept from call to call, and never show anything but what the parameter holds now."""
+"""The cache of arrays over parameters, which must always hold the current values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make(shape: tuple[int, ...] = (4, 4)) -> JaxTower:
 
 
 def check(tower: JaxTower) -> None:
-    """Output and gradient are those of the parameter as it is now."""
+    """Compare output and gradient with those of the current parameter."""
     (w,) = tower.parameters()
     x = torch.rand(8, w.shape[0], dtype=w.dtype).requires_grad_()
     y = tower(x)
@@ -72,7 +72,7 @@ def freed_and_allocated_again(w: torch.nn.Parameter) -> None:
         *(shared_between_processes, freed_and_allocated_again),
     ],
 )
-def test_what_is_done_to_a_parameter_between_calls_is_seen(change: Callable[[torch.nn.Parameter], None]) -> None:
+def test_changes_of_a_parameter_between_calls_take_effect(change: Callable[[torch.nn.Parameter], None]) -> None:
     tower = make()
     check(tower)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_what_is_done_to_a_parameter_between_calls_is_seen(change: Callable[[tor
     check(tower)
 
 
-def test_a_parameter_that_became_strided_is_refused_though_its_address_did_not_change() -> None:
+def test_a_parameter_that_became_strided_at_the_same_address_is_refused() -> None:
     tower = make()
     check(tower)
     (w,) = tower.parameters()
@@ -89,12 +89,12 @@ def test_a_parameter_that_became_strided_is_refused_though_its_address_did_not_c
         tower(torch.rand(8, 4))
 
 
-def test_an_import_is_made_once_and_temporary_tensors_are_not_kept() -> None:
+def test_a_parameter_is_converted_once_and_temporary_tensors_are_not_kept() -> None:
     tower = make()
     (w,) = tower.parameters()
-    (first,), _ = tower._imports.share([w])
+    (first,), _ = tower._array_cache.share([w])
     check(tower)
-    assert tower._imports.share([w])[0][0] is first
+    assert tower._array_cache.share([w])[0][0] is first
     tensor = torch.ones(4, 4)
     gone = weakref.ref(tensor)
     x = torch.rand(2, 4)
@@ -106,12 +106,12 @@ def test_an_import_is_made_once_and_temporary_tensors_are_not_kept() -> None:
     check(tower)
 
 
-def test_memory_that_a_cast_leaves_behind_is_freed() -> None:
+def test_the_memory_before_a_cast_is_freed() -> None:
     tower = make()
     check(tower)
     freed: list[int] = []
     (w,) = tower.parameters()
-    (array,), _ = tower._imports.share([w])
+    (array,), _ = tower._array_cache.share([w])
     weakref.finalize(array, freed.append, 1)
     del array
     tower.to(torch.bfloat16)
@@ -119,7 +119,7 @@ def test_memory_that_a_cast_leaves_behind_is_freed() -> None:
     assert freed == [1]
 
 
-def test_a_copy_has_arrays_of_its_own() -> None:
+def test_a_copy_has_its_own_arrays() -> None:
     tower = make()
     check(tower)
     twin: Any = copy.deepcopy(tower)

@@ -1,3 +1,5 @@
+"""to_jax and to_torch: shared memory or an error."""
+
 from __future__ import annotations
 
 import gc
@@ -26,7 +28,7 @@ WIDE = [torch.int64, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_32_bit_types_share_memory_both_ways(dtype: torch.dtype) -> None:
+def test_32_bit_dtypes_share_memory_in_both_directions(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).to(dtype).reshape(3, 4)
     before = copies()
     array = to_jax(tensor)
@@ -39,7 +41,7 @@ def test_32_bit_types_share_memory_both_ways(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", WIDE)
-def test_64_bit_types_need_x64_and_are_never_cut(dtype: torch.dtype) -> None:
+def test_64_bit_dtypes_need_x64_and_are_never_truncated(dtype: torch.dtype) -> None:
     tensor = torch.tensor([2**40 + 5, -(2**62)]).to(dtype)
     for copy in (False, True):
         with pytest.raises(ValueError, match="x64"):
@@ -51,7 +53,7 @@ def test_64_bit_types_need_x64_and_are_never_cut(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 1), (1, 5), (2, 1, 3)])
-def test_scalars_empty_and_flat_shapes(shape: tuple[int, ...]) -> None:
+def test_scalar_empty_and_flat_shapes(shape: tuple[int, ...]) -> None:
     tensor = torch.rand(shape)
     array = to_jax(tensor)
     assert array.shape == shape
@@ -68,7 +70,7 @@ def test_scalars_empty_and_flat_shapes(shape: tuple[int, ...]) -> None:
         (lambda: torch.zeros(4, requires_grad=True), "detach"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, cause: str) -> None:
+def test_memory_that_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, cause: str) -> None:
     tensor = make()  # type: ignore[operator]
     with pytest.raises(ValueError, match=cause):
         to_jax(tensor)
@@ -79,12 +81,12 @@ def test_what_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, ca
 
 
 @pytest.mark.parametrize("left", [0, 64])
-def test_a_tensor_whose_memory_was_taken_away_is_refused(left: int) -> None:
+def test_a_tensor_with_a_freed_storage_is_refused(left: int) -> None:
     tensor = torch.rand(1000)
     row = tensor[512:]
     tensor.untyped_storage().resize_(left)
     for each in (tensor, row):
-        with pytest.raises(ValueError, match=f"its memory has been taken away, {left} bytes are left"):
+        with pytest.raises(ValueError, match=f"its storage has been freed, {left} bytes are left"):
             to_jax(each)
     empty = torch.empty(0, 3)
     empty.untyped_storage().resize_(0)
@@ -103,7 +105,7 @@ def test_memory_that_jax_reads_cannot_be_freed_by_resizing(dtype: torch.dtype, s
     assert bool((jax.numpy.abs(array).astype(jax.numpy.float32) == 1).all())
 
 
-def test_trees_cross_as_trees_and_errors_name_the_leaf() -> None:
+def test_pytrees_are_converted_and_errors_name_the_leaf() -> None:
     tree = {"a": [torch.ones(16), torch.zeros(16)], "b": None}
     arrays = to_jax(tree)
     assert arrays["a"][1].unsafe_buffer_pointer() == tree["a"][1].data_ptr()  # type: ignore[index]
@@ -111,10 +113,10 @@ def test_trees_cross_as_trees_and_errors_name_the_leaf() -> None:
     with pytest.raises(ValueError, match=r"\['a'\]\[0\]"):
         to_jax({"a": [torch.zeros(33)[1:]]})
     with pytest.raises(TypeError, match="str"):
-        to_jax({"a": "no tensor"})
+        to_jax({"a": "not a tensor"})
 
 
-def test_memory_outlives_its_producer_both_ways() -> None:
+def test_memory_outlives_its_producer_in_both_directions() -> None:
     array = to_jax(torch.full((1024,), 3.0))
     tensor = to_torch(jax.numpy.full((1024,), 4.0))
     gc.collect()

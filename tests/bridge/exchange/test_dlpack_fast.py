@@ -1,3 +1,5 @@
+"""Conversions by JAX's private and public functions."""
+
 from __future__ import annotations
 
 import gc
@@ -15,29 +17,29 @@ import torch
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 from recis_hybrid.bridge import to_jax, to_torch  # noqa: E402
-from recis_hybrid.bridge.exchange import _dlpack_fast as _capsules  # noqa: E402
+from recis_hybrid.bridge.exchange import _dlpack_fast  # noqa: E402
 
 
 @pytest.fixture
-def public_roads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a JAX that has not the private functions."""
+def public_conversions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Simulate a JAX without the private functions."""
 
-    def gone() -> _capsules.Roads:
+    def missing() -> _dlpack_fast.Conversions:
         raise AttributeError("dlpack_managed_tensor_to_buffer")
 
-    _capsules.cpu_roads.cache_clear()
-    monkeypatch.setattr(_capsules, "_private", gone)
+    _dlpack_fast.cpu_conversions.cache_clear()
+    monkeypatch.setattr(_dlpack_fast, "_private_conversions", missing)
     yield
-    _capsules.cpu_roads.cache_clear()
+    _dlpack_fast.cpu_conversions.cache_clear()
 
 
-def test_this_jax_has_the_fast_road() -> None:
-    assert _capsules.cpu_roads().private
+def test_this_jax_has_the_fast_conversions() -> None:
+    assert _dlpack_fast.cpu_conversions().private
 
 
-@pytest.mark.usefixtures("public_roads")
-def test_the_public_road_shares_memory_too() -> None:
-    assert not _capsules.cpu_roads().private
+@pytest.mark.usefixtures("public_conversions")
+def test_the_public_conversions_share_memory_too() -> None:
+    assert not _dlpack_fast.cpu_conversions().private
     tensor = torch.rand(4, 16)
     array = to_jax(tensor)
     assert array.unsafe_buffer_pointer() == tensor.data_ptr()
@@ -46,16 +48,16 @@ def test_the_public_road_shares_memory_too() -> None:
         to_jax(tensor.view(-1)[1:])
 
 
-def test_a_private_road_that_copies_is_not_taken() -> None:
+def test_private_conversions_that_copy_are_not_used() -> None:
     def copying(tensor: torch.Tensor) -> jax.Array:
-        return _capsules.PUBLIC.to_jax(tensor.clone())
+        return _dlpack_fast.PUBLIC.to_jax(tensor.clone())
 
-    assert _capsules._works(_capsules.PUBLIC)
-    assert not _capsules._works(_capsules.Roads(copying, _capsules.PUBLIC.to_torch, private=True))
+    assert _dlpack_fast._are_sound(_dlpack_fast.PUBLIC)
+    assert not _dlpack_fast._are_sound(_dlpack_fast.Conversions(copying, _dlpack_fast.PUBLIC.to_torch, private=True))
 
 
-def test_the_array_keeps_the_tensor_alive_and_only_as_long_as_it_lives() -> None:
-    owner = np.zeros(1024 + 16, np.float32)  # numpy's arrays can be watched by weak references, and seldom are aligned
+def test_an_array_keeps_its_tensor_alive_until_it_is_dropped() -> None:
+    owner = np.zeros(1024 + 16, np.float32)  # numpy arrays take weak references, and are seldom aligned
     skip = -owner.ctypes.data % 64 // 4
     tensor = torch.from_numpy(owner[skip : skip + 1024])
     alive = weakref.ref(owner)
@@ -65,7 +67,7 @@ def test_the_array_keeps_the_tensor_alive_and_only_as_long_as_it_lives() -> None
     assert alive() is not None
     assert float(array.sum()) == 0
     del array
-    for _ in range(100):  # a thread of XLA drops the call's reference a moment after its result is there
+    for _ in range(100):  # a thread of XLA drops the reference of a call shortly after its result is ready
         gc.collect()
         if alive() is None:
             break
@@ -73,7 +75,7 @@ def test_the_array_keeps_the_tensor_alive_and_only_as_long_as_it_lives() -> None
     assert alive() is None
 
 
-def test_an_export_waits_for_the_computation() -> None:
+def test_conversion_to_torch_waits_for_the_computation() -> None:
     @jax.jit
     def slow(x: jax.Array) -> jax.Array:
         for _ in range(8):
@@ -84,12 +86,12 @@ def test_an_export_waits_for_the_computation() -> None:
     expected = to_torch(slow(to_jax(x)), copy=True)
     scratch = x.clone()
     result = to_torch(slow(to_jax(scratch)))
-    scratch.zero_()  # the call has ended: this must not reach it
+    scratch.zero_()  # the call has ended, so this must not change its result
     assert torch.equal(result, expected)
 
 
 def test_sharded_arrays_are_refused(root: Path) -> None:
-    # The private export would hand over the first shard in silence.
+    # The private function would silently return the first shard.
     code = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"

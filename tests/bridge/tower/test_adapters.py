@@ -1,3 +1,5 @@
+"""Towers of models in Flax, Equinox and Haiku."""
+
 from __future__ import annotations
 
 import inspect
@@ -18,7 +20,7 @@ X = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
 
 
 def check_dropout_and_training(tower: JaxTower) -> None:
-    """In eval mode it is deterministic, in train mode the generator decides, and an optimizer makes it better."""
+    """Check that eval mode is deterministic, train mode follows torch's generator, and an optimizer lowers the loss."""
     x = torch.from_numpy(X).clone()
     tower.eval()
     assert torch.equal(tower(x), tower(x))
@@ -89,7 +91,7 @@ def test_linen() -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "training", "is_training", "deterministic", "inference"])
-def test_a_linen_module_is_told_the_mode_by_any_name(name: str) -> None:
+def test_a_linen_module_gets_the_mode_under_any_name(name: str) -> None:
     linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
     trains = name not in ("deterministic", "inference")
 
@@ -98,7 +100,7 @@ def test_a_linen_module_is_told_the_mode_by_any_name(name: str) -> None:
         def __call__(self, x: Any, **mode: bool) -> Any:
             return linen.Dropout(0.5, deterministic=mode[name] is not trains)(linen.Dense(32)(x))
 
-    # A signature as if it were written out.
+    # Set the signature that `__call__` would have with the parameter written out.
     parameters = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in ("self", "x", name)]
     Model.__call__.__signature__ = inspect.Signature(parameters)
     model = Model()
@@ -109,7 +111,7 @@ def test_a_linen_module_is_told_the_mode_by_any_name(name: str) -> None:
     assert not (tower.eval()(x) == 0).any()
 
 
-def test_what_a_linen_module_lacks_is_named() -> None:
+def test_missing_arguments_of_a_linen_module_are_named() -> None:
     linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
 
     class Other(linen.Module):  # type: ignore[name-defined, misc]
@@ -123,7 +125,7 @@ def test_what_a_linen_module_lacks_is_named() -> None:
         TypeError, match=r"from_linen: .*Other.__call__\(self, x: .*: missing a required argument: 'heads'"
     ) as e:
         tower(x)
-    assert "pass what else it needs by keyword, as tower(x, name=value)" in str(e.value)
+    assert "pass other arguments by keyword, as tower(x, name=value)" in str(e.value)
     assert tower(x, heads=4, evaluation=True).shape == (len(X), 4)
 
     class Silent(linen.Module):  # type: ignore[name-defined, misc]
@@ -134,10 +136,10 @@ def test_what_a_linen_module_lacks_is_named() -> None:
     tower = from_linen(Silent(), {"params": Other().init(jax.random.key(0), X, 4, evaluation=True)["params"]})
     with pytest.raises(Exception, match="deterministic") as caught:
         tower(x)
-    assert any("give it a parameter `train`, and hand it on" in note for note in caught.value.__notes__)
+    assert any("add a parameter `train`, and pass it on" in note for note in caught.value.__notes__)
 
 
-def test_other_adapters_tell_the_mode_by_name() -> None:
+def test_other_adapters_pass_the_mode_by_name() -> None:
     eqx = pytest.importorskip("equinox", reason="equinox is not installed (pip install 'recis_hybrid[examples]')")
 
     class Model(eqx.Module):  # type: ignore[name-defined, misc]
@@ -157,7 +159,7 @@ def test_other_adapters_tell_the_mode_by_name() -> None:
     plain = JaxTower(f, {"w": np.ones(1, np.float32)})
     with pytest.raises(TypeError, match="training") as caught:
         plain(x)
-    assert any("passed to the call, as tower(x, training=True)" in note for note in caught.value.__notes__)
+    assert any("to the call, as tower(x, training=True)" in note for note in caught.value.__notes__)
     assert torch.equal(plain(x, training=True), x)
 
 
@@ -198,5 +200,5 @@ def test_init_and_apply() -> None:
 
 @pytest.mark.parametrize("adapter", [from_nnx, from_equinox, lambda model: from_linen(model, {})])
 def test_other_models_are_refused(adapter: Any) -> None:
-    with pytest.raises(TypeError, match=r"takes a.*got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a|module must be a.*got Linear"):
         adapter(torch.nn.Linear(1, 1))

@@ -1,3 +1,5 @@
+"""Autograd of towers: gradients, residuals, memory, and refused transformations."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,7 +26,7 @@ def ones(*shape: int) -> np.ndarray[Any, Any]:
     return np.ones(shape, np.float32)
 
 
-def test_outputs_and_gradients_have_memory_of_their_own() -> None:
+def test_outputs_and_gradients_have_their_own_memory() -> None:
     tower = JaxTower(lambda params, x: (x, x + params["b"], x + params["b"], params["b"]), {"b": ones(16)})
     x = torch.rand(4, 16, requires_grad=True)
     outputs = tower(x)
@@ -45,7 +47,7 @@ def test_outputs_and_gradients_have_memory_of_their_own() -> None:
     assert len({tensor.data_ptr() for tensor in (x.grad, bias.grad, gradient)}) == 3
 
 
-def test_gradients_cross_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_shared_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, left = [], []
     share, unshare = _autograd.share, _autograd.unshare
 
@@ -69,15 +71,15 @@ def test_gradients_cross_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert w.grad is not None
     assert all(tensor == array for tensor, array in entered)
     assert {gradient.data_ptr(), x.data_ptr()} <= {pointer for pointer, _ in entered}
-    assert tower._imports.share([w])[0][0].unsafe_buffer_pointer() == w.data_ptr()
+    assert tower._array_cache.share([w])[0][0].unsafe_buffer_pointer() == w.data_ptr()
     assert {x.grad.data_ptr(), w.grad.data_ptr()} == set(left)
     assert tower.copies == 0
 
 
-@pytest.mark.parametrize("x_wanted", [False, True])
-def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_their_own(x_wanted: bool) -> None:
+@pytest.mark.parametrize("x_requires_grad", [False, True])
+def test_small_gradients_of_one_shape_share_a_buffer_and_are_independent(x_requires_grad: bool) -> None:
     random = np.random.default_rng(0)
-    # Six of 64 bytes, five of 256; too few of a shape, of a size that is no multiple of 64 bytes, too large.
+    # Six of 64 bytes and five of 256 are stacked; the others are too few, not a multiple of 64 bytes, or too large.
     shapes = {"a": [(16,)] * 6, "b": [(4, 16)] * 5, "c": [(32,)] * 3, "d": [(3,)] * 5, "e": [(5, 1024)] * 4}
     params = {
         f"{kind}{number}": random.normal(size=shape).astype(np.float32)
@@ -91,7 +93,7 @@ def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_thei
 
     tower = JaxTower(total, params)
     tower.get_parameter("a2").requires_grad_(False)
-    x = torch.tensor(0.5, requires_grad=x_wanted)
+    x = torch.tensor(0.5, requires_grad=x_requires_grad)
     tower(x).backward()
     expected = jax.grad(lambda params: total(params, 0.5))(params)
     gradients = {name: parameter.grad for name, parameter in tower.named_parameters()}
@@ -101,7 +103,7 @@ def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_thei
         assert_near(gradient, torch.from_numpy(np.array(expected[name])))
         assert gradient.shape == params[name].shape
         assert gradient.data_ptr() % 64 == 0
-        # Written to, it changes no other, for autograd either.
+        # A write to one changes no other, nor the version that autograd checks.
         assert not gradient._is_view()
         versions = {other: each._version for other, each in gradients.items() if each is not None}
         before = {other: each.clone() for other, each in gradients.items() if each is not None}
@@ -114,13 +116,13 @@ def test_small_gradients_of_one_shape_come_in_one_buffer_and_are_tensors_of_thei
     assert len(set(storages.values())) == 2 + 3 + 5 + 4
 
 
-def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned() -> None:
+def test_residuals_that_are_parameters_inputs_or_outputs_are_not_returned_again() -> None:
     tower = JaxTower(lambda params, x: jnp.exp(x @ params["w"]), {"w": ones(4, 4)})
     y = tower(torch.rand(8, 4, requires_grad=True))
-    (program,) = tower._caller.programs._forwards.values()
+    (program,) = tower._runner.programs._forwards.values()
     assert len(y.grad_fn.saved_tensors) == 4  # an empty anchor, w, x, y
     arrays, _ = tower._share([*tower.parameters(), torch.rand(8, 4)], (), {})
-    assert len(program.run(*arrays)) == 1  # y, and nothing else
+    assert len(program.run(*arrays)) == 1  # only y
 
 
 def test_several_outputs_with_and_without_gradients_pass_gradcheck() -> None:
@@ -154,7 +156,7 @@ def test_random_keys_may_be_residuals() -> None:
 
 
 def cubes() -> tuple[JaxTower, torch.nn.Parameter, torch.Tensor]:
-    """A tower, its one parameter, an input; what backward needs of the input is the cube of it, and not the input."""
+    """Return a tower, its parameter and an input; backward needs the cube of the input, not the input itself."""
     tower = JaxTower(lambda params, x: (x**3) * params["w"], {"w": ones(3)}, name="ranker")
     return tower, next(tower.parameters()), torch.rand(3, requires_grad=True)
 
@@ -207,7 +209,7 @@ def test_products_with_second_derivatives_are_refused(name: str) -> None:
         getattr(torch.autograd.functional, name)(function, x.detach(), *products)
 
 
-def test_a_graph_of_first_derivatives_that_nobody_differentiates_costs_no_error() -> None:
+def test_create_graph_without_a_second_derivative_works() -> None:
     tower, w, x = cubes()
     first = torch.autograd.grad(tower(x).sum(), [x, w], create_graph=True)
     assert_near(first, ((3 * x**2).detach(), (x**3).detach()))
@@ -215,7 +217,7 @@ def test_a_graph_of_first_derivatives_that_nobody_differentiates_costs_no_error(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # within torch: make_dual
-def test_what_vmap_and_forward_mode_make_of_gradients_is_refused_by_name() -> None:
+def test_batched_gradients_and_forward_mode_are_refused() -> None:
     tower, _, x = cubes()
     with pytest.raises(RuntimeError, match=r"ranker.*is_grads_batched"):
         torch.autograd.grad(tower(x), x, torch.eye(3), is_grads_batched=True)
@@ -231,7 +233,7 @@ def test_what_vmap_and_forward_mode_make_of_gradients_is_refused_by_name() -> No
     ("other", "now"),
     [(torch.ones(1, 3), r"\(1, 3\), torch.float32"), (torch.ones(3).bfloat16(), r"\(3,\), torch.bfloat16")],
 )
-def test_a_parameter_that_is_of_another_kind_in_backward_is_refused(other: torch.Tensor, now: str) -> None:
+def test_a_parameter_with_another_shape_or_dtype_in_backward_is_refused(other: torch.Tensor, now: str) -> None:
     tower, w, x = cubes()
     y = tower(x)
     w.data = other
@@ -239,7 +241,7 @@ def test_a_parameter_that_is_of_another_kind_in_backward_is_refused(other: torch
         y.sum().backward()
 
 
-def test_an_input_that_is_of_another_kind_in_backward_is_refused() -> None:
+def test_an_input_with_another_shape_or_dtype_in_backward_is_refused() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(3)}, name="ranker")
     x = torch.rand(3)
     y = tower(x)
@@ -248,13 +250,13 @@ def test_an_input_that_is_of_another_kind_in_backward_is_refused() -> None:
         y.sum().backward()
 
 
-def test_threads_that_trace_one_signature_at_once_agree_on_its_programs() -> None:
-    met = threading.Barrier(2)
+def test_threads_that_trace_one_signature_at_once_use_one_program() -> None:
+    barrier = threading.Barrier(2)
 
     def meet(params: Any, x: Any) -> Any:
         with contextlib.suppress(threading.BrokenBarrierError):
-            met.wait(5)  # both are tracing now; what is traced later finds the barrier broken
-        met.abort()
+            barrier.wait(5)  # both threads are tracing; later traces find the barrier broken
+        barrier.abort()
         return jnp.sin(x) * params["w"]
 
     tower = JaxTower(meet, {"w": ones(3)})
@@ -269,13 +271,13 @@ def test_threads_that_trace_one_signature_at_once_agree_on_its_programs() -> Non
         thread.start()
     for thread in threads:
         thread.join()
-    (program,) = tower._caller.programs._forwards.values()
+    (program,) = tower._runner.programs._forwards.values()
     assert len(program.backwards) == 1
     assert tower.compilations == 2
     assert_near(gradients, [torch.ones(3).cos()] * 2)
 
 
-def test_a_parameter_written_between_forward_and_backward_is_noticed() -> None:
+def test_a_parameter_written_between_forward_and_backward_raises() -> None:
     tower = JaxTower(lambda params, x: x @ params["w"], {"w": ones(3, 3)})
     y = tower(torch.rand(2, 3, requires_grad=True))
     with torch.no_grad():
@@ -284,7 +286,7 @@ def test_a_parameter_written_between_forward_and_backward_is_noticed() -> None:
         y.sum().backward()
 
 
-def test_an_error_of_the_backward_has_the_towers_name() -> None:
+def test_an_exception_in_backward_has_the_towers_name() -> None:
     @jax.custom_vjp
     def bad(x: Any) -> Any:
         return x * 2

@@ -1,4 +1,4 @@
-"""Keys, modes, state, static keywords and remat: what a tower hands its function, and what it does with it."""
+"""Keywords of a tower's function: keys, modes, state, static values; and remat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dropped(params: Any, x: Any, *, key: Any) -> Any:
     return x * params["w"] * (1 if key is None else jax.random.bernoulli(key, 0.5, x.shape))
 
 
-def test_keys_come_from_torchs_generator_and_not_in_eval_mode() -> None:
+def test_keys_are_drawn_from_torchs_generator_in_train_mode_only() -> None:
     tower = JaxTower(dropped, {"w": ones(256)})
     x = torch.ones(256)
     torch.manual_seed(3)
@@ -43,10 +43,10 @@ def test_a_checkpoint_draws_the_same_key_again() -> None:
     x = torch.ones(256, requires_grad=True)
     y = checkpoint(tower, x, use_reentrant=False)
     y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # where the output was kept, and only there
+    assert torch.equal(x.grad, y.detach())  # the same elements were kept by dropout
 
 
-def test_state_is_kept_in_train_mode_only() -> None:
+def test_state_is_stored_in_train_mode_only() -> None:
     def normed(params: Any, x: Any, *, state: Any, train: bool) -> Any:
         mean = x.mean(0) if train else state["mean"]
         return (x - mean) * params["w"] + state["mean"] ** 2, {"mean": 0.5 * state["mean"] + 0.5 * x.mean(0)}
@@ -57,8 +57,8 @@ def test_state_is_kept_in_train_mode_only() -> None:
     buffer = tower.state_dict()["mean"]
     x = torch.tensor([[1.0, 2.0], [3.0, 6.0]], requires_grad=True)
     y = tower(x)
-    assert buffer.tolist() == [1.5, 2.5]  # the buffer itself was written to
-    y[0, 0].backward()  # and what backward reads was not
+    assert buffer.tolist() == [1.5, 2.5]  # the buffer was updated in place
+    y[0, 0].backward()  # the old state, which backward reads, was not
     assert x.grad is not None
     assert x.grad[:, 0].tolist() == [0.5, -0.5]
     z = tower.eval()(x)
@@ -68,22 +68,22 @@ def test_state_is_kept_in_train_mode_only() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [(lambda x, s: x, r"must return \(outputs, state\)"), (lambda x, s: (x, s[:1]), "is not like the one that went")],
+    [(lambda x, s: x, r"must return \(outputs, state\)"), (lambda x, s: (x, s[:1]), "must keep its structure")],
 )
-def test_state_that_does_not_come_back_is_refused(returned: Any, message: str) -> None:
+def test_a_missing_or_different_new_state_is_refused(returned: Any, message: str) -> None:
     tower = JaxTower(lambda params, x, *, state: returned(x, state), {}, state=ones(3), name="ranker")
     with pytest.raises(TypeError, match=message) as caught:
         tower(torch.ones(2))
     assert any("ranker" in note for note in caught.value.__notes__)
 
 
-def test_static_keywords_compile_anew_and_are_told_apart_by_type() -> None:
+def test_static_keywords_compile_anew_and_are_distinguished_by_type() -> None:
     tower = JaxTower(lambda params, x, *, power=1: x**power / power, {})
     x = torch.tensor([4.0])
     with torch.no_grad():
         assert [float(tower(x, power=p)) for p in (1, 2, 2, 1.0, 0.5)] == [4, 8, 8, 4, 4]
     assert tower.compilations == 4
-    with pytest.raises(TypeError, match="'power' is a Tensor; keywords are static"):
+    with pytest.raises(TypeError, match="'power' is a Tensor, but keywords are static"):
         tower(x, power=x)
     with pytest.raises(TypeError, match="'power' is a list, which cannot be hashed"):
         tower(x, power=[1])
@@ -103,7 +103,7 @@ def test_remat_saves_less_and_gives_the_same_gradients(remat: Any) -> None:
     expected, y = plain(x), tower(x)
     assert len(y.grad_fn.saved_tensors) < len(expected.grad_fn.saved_tensors)
     if remat is True:
-        assert len(y.grad_fn.saved_tensors) == 6  # an empty anchor, the weights and x, and nothing computed
+        assert len(y.grad_fn.saved_tensors) == 6  # an empty anchor, the weights and x, but no computed tensor
     gradients = torch.autograd.grad(y.square().sum(), list(tower.parameters()))
     for ours, theirs in zip(
         gradients, torch.autograd.grad(expected.square().sum(), list(plain.parameters())), strict=True
@@ -113,5 +113,5 @@ def test_remat_saves_less_and_gives_the_same_gradients(remat: Any) -> None:
 
 def test_torch_func_is_refused() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(3)}, name="ranker")
-    with pytest.raises(RuntimeError, match=r"ranker.*torch.func cannot look into"):
+    with pytest.raises(RuntimeError, match=r"ranker.*torch.func cannot transform"):
         torch.func.vmap(tower)(torch.ones(2, 3))

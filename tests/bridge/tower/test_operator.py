@@ -35,7 +35,7 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_model_with_a_tower_compiles_whole_and_gives_the_same(backend: str) -> None:
+def test_a_compiled_model_with_a_tower_has_one_graph_and_equal_results(backend: str) -> None:
     model = Model()
     twin = copy.deepcopy(model)
     compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
@@ -56,12 +56,12 @@ def test_opcheck() -> None:
     x = torch.rand(4, 3, requires_grad=True)
     tensors = [*tower.parameters(), x]
     tower(x)
-    (program,) = tower._caller.programs._forwards.values()
-    number = _operator.number_of(tower._caller, program, _operator.structs(tensors))
+    (program,) = tower._runner.programs._forwards.values()
+    number = _operator.register_call(tower._runner, program, _operator.structs(tensors))
     torch.library.opcheck(_operator.tower_forward, (number, tensors))
 
 
-def test_an_error_inside_arrives_with_the_name_and_the_cause() -> None:
+def test_an_exception_of_the_function_has_its_name_and_cause() -> None:
     tower = JaxTower(lambda params, x: x @ params["w"], {"w": np.ones((3, 3), np.float32)}, name="ranker")
     model = torch.nn.Sequential(torch.nn.Identity(), tower, torch.nn.Linear(3, 1))
     cause = r"dot_general requires contracting dimensions to have the same shape, got \(2,\) and \(3,\)"
@@ -70,7 +70,7 @@ def test_an_error_inside_arrives_with_the_name_and_the_cause() -> None:
     with pytest.raises(TypeError, match=cause) as caught:
         torch.compile(model, backend="aot_eager")(torch.ones(2, 2))
     assert "raised in the forward of JaxTower 'ranker'" in caught.value.__notes__
-    # What the bridge itself refuses has the name in it.
+    # Errors of the bridge itself contain the name.
     with pytest.raises(RuntimeError, match="JaxTower 'ranker': the function must return arrays"):
         torch.compile(JaxTower(lambda params, x: None, {}, name="ranker"), fullgraph=True, backend="eager")(
             torch.ones(2)
@@ -90,7 +90,7 @@ def test_double_backward_of_the_operator_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> None:
+def test_a_tower_with_state_runs_between_graphs_and_is_refused_in_one() -> None:
     tower = JaxTower(lambda params, x, *, state: (x, state + 1), {}, state=np.ones(2, np.float32))
     with pytest.raises(Exception, match="a JaxTower with mutable state runs between graphs"):
         torch.compile(tower, fullgraph=True, backend="aot_eager")(torch.ones(2))
@@ -99,7 +99,7 @@ def test_a_tower_with_state_runs_between_graphs_and_refuses_to_be_in_one() -> No
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_a_compiled_graph_has_to_copy_is_counted() -> None:
+def test_copies_in_a_compiled_graph_are_counted() -> None:
     tower = JaxTower(lambda params, x: x + 1, {})
     compiled: Any = torch.compile(tower, fullgraph=True, backend="aot_eager")
     aligned = torch.zeros(32)

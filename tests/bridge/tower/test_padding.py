@@ -1,3 +1,5 @@
+"""Padding to size classes."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ DIMS = [("batch",), ("batch", "length")]
 
 
 def pooled(params: Any, x: Any, sequence: Any, *, masks: Any) -> Any:
-    """The mean of a sequence beside x, the mean over the batch, and attention weights of (batch, length)."""
+    """Return x with the mean of each sequence, the mean over the batch, and attention weights (batch, length)."""
     weights = jnp.where(masks["length"], sequence @ params["w"], -jnp.inf)
     attention = jax.nn.softmax(weights, axis=1)
     rows = x + (attention[:, :, None] * sequence).sum(1)
@@ -30,7 +32,7 @@ def tower(**options: Any) -> JaxTower:
     return JaxTower(pooled, {"w": np.arange(3, dtype=np.float32)}, dims=DIMS, classes=classes, **options)
 
 
-def test_ragged_batches_compile_a_bounded_number_of_times_and_padding_is_not_seen() -> None:
+def test_varying_sizes_compile_a_bounded_number_of_times_and_padding_has_no_effect() -> None:
     module = tower()
     random = np.random.default_rng(0)
     for _ in range(30):
@@ -64,13 +66,13 @@ def test_sizes_that_are_classes_are_not_copied() -> None:
 
 def test_bad_sizes_are_refused() -> None:
     module = tower(name="ranker")
-    with pytest.raises(ValueError, match=r"ranker.*'batch' is 17, beyond its largest class 16"):
+    with pytest.raises(ValueError, match=r"ranker.*'batch' is 17, which exceeds its largest class 16"):
         module(torch.ones(17, 3), torch.ones(17, 2, 3))
-    with pytest.raises(ValueError, match=r"input\[1\]: 'batch' is 3 here and 2"):
+    with pytest.raises(ValueError, match=r"input\[1\]: 'batch' is 3 here, but 2 before"):
         module(torch.ones(2, 3), torch.ones(3, 2, 3))
-    with pytest.raises(ValueError, match=r"input\[1\]: dims names its dimensions .* got \(2,\)"):
+    with pytest.raises(ValueError, match=r"input\[1\]: must be a tensor with dimensions .* got \(2,\)"):
         module(torch.ones(2, 3), torch.ones(2))
-    with pytest.raises(ValueError, match="dims names 2 inputs, got 1"):
+    with pytest.raises(ValueError, match="dims is for 2 inputs, got 1"):
         module(torch.ones(2, 3))
 
 
@@ -83,23 +85,23 @@ def joined(params: Any, x: Any, y: Any) -> Any:
     [
         (lambda params, x, y: jnp.concatenate([x, x]), r"axis 0 of output has size 16, and 18 where 'batch' is 9 "),
         (lambda params, x, y: (x, x.reshape(-1)), r"axis 0 of output\[1\] has size 16, and 18 where 'batch' is 9 "),
-        # A token in front, a window: these grow by one as the batch does, and have another size.
+        # A prepended token, a window: these grow by one as the batch does, but have another size.
         (lambda params, x, y: jnp.concatenate([x[:1], x]), r"axis 0 of output has size 9, and 10 where 'batch' is 9 "),
         (lambda params, x, y: x[2:] + x[:-2], r"axis 0 of output has size 6, and 7 where 'batch' is 9 "),
         (joined, r"axis 0 of output\['rows'\]\[1\] has .* 13 where 'batch' is 9 .* and 13 where 'length' is 5 "),
-        # Of two dimensions, though it has the size of one of them.
+        # It depends on two dimensions, though it has the size of one of them.
         (lambda params, x, y: jnp.concatenate([x, y])[4:], r"has size 8, and 9 where 'batch' .* and 9 where 'length'"),
     ],
 )
 def test_an_output_that_cannot_be_cut_back_is_refused(function: Any, message: str) -> None:
     dims: Any = [("batch",), ("length",)]
     module = JaxTower(function, {}, dims=dims, classes={"batch": None, "length": (4,)}, name="ranker")
-    for sizes in ((5, 3), (8, 4)):  # whether anything is padded in this call or not
+    for sizes in ((5, 3), (8, 4)):  # with padding and without
         with pytest.raises(ValueError, match=f"(?s)ranker.*{message}.*join them outside"):
             module(torch.ones(sizes[0], 2), torch.ones(sizes[1], 2))
 
 
-def test_dimensions_of_one_padded_size_are_told_apart() -> None:
+def test_dimensions_with_equal_padded_sizes_are_distinguished() -> None:
     module = JaxTower(
         lambda params, x, y: (x @ y.T, y @ x.T, jnp.zeros((8, x.shape[0]))),
         {},
@@ -110,16 +112,16 @@ def test_dimensions_of_one_padded_size_are_told_apart() -> None:
     outer, other, constant = module(x, y)
     assert_near(outer, x @ y.T)
     assert_near(other, y @ x.T)
-    assert constant.shape == (8, 3)  # 8 is a number of the function's own here
+    assert constant.shape == (8, 3)  # this 8 is a constant of the function
 
 
-def test_a_function_that_takes_not_all_sizes_says_what_it_was_asked() -> None:
+def test_the_error_of_a_function_that_refuses_a_size_names_the_size() -> None:
     module = JaxTower(
         lambda params, x: x.reshape(-1, 4, 2).sum((1, 2)), {}, dims=[("batch",)], classes={"batch": (8,)}, name="ranker"
     )
     with pytest.raises(TypeError) as caught:
         module(torch.ones(5, 2))
-    assert any("JaxTower 'ranker' with sizes {'batch': 9}" in note for note in caught.value.__notes__)
+    assert any("JaxTower 'ranker' for sizes {'batch': 9}" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Parameters of towers: names, copies, access."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -30,20 +32,20 @@ def test_names_are_paths_and_keys_with_dots_nest() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a.b": ones(2), "a": {"b": ones(2)}}, "two entries of params are called 'a.b'"),
-        ({"a": ones(2), "a.b": ones(2)}, "'a.b' lies under 'a'"),
-        ({"": ones(2)}, "needs a word"),
+        ({"a.b": ones(2), "a": {"b": ones(2)}}, "two leaves of params are named 'a.b'"),
+        ({"a": ones(2), "a.b": ones(2)}, "'a.b' is nested below 'a'"),
+        ({"": ones(2)}, "must not have empty parts"),
         ({"a": 1.0}, r"params\['a'\]: takes arrays of JAX, numpy or torch, got float"),
-        ({"a": np.array(["x"])}, r"params\['a'\]: torch has no dtype"),
-        ({"a": np.ones(2)}, r"params\['a'\]: is float64, which JAX holds only with x64 on"),
+        ({"a": np.array(["x"])}, r"params\['a'\]: torch lacks the dtype"),
+        ({"a": np.ones(2)}, r"params\['a'\]: has dtype float64, which JAX supports only with x64 on"),
     ],
 )
-def test_what_cannot_be_a_parameter_is_refused(params: Any, message: str) -> None:
+def test_leaves_that_cannot_be_parameters_are_refused(params: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         JaxTower(nothing, params, name="ranker")
 
 
-def test_arrays_of_all_makers_become_aligned_copies_of_torch() -> None:
+def test_arrays_of_all_libraries_become_aligned_copies() -> None:
     misaligned = np.arange(33, dtype=np.float32)[1:]
     own = torch.ones(2)
     params = {
@@ -70,7 +72,7 @@ def test_arrays_of_all_makers_become_aligned_copies_of_torch() -> None:
     assert [name for name, _ in tower.named_buffers()] == ["count"]
 
 
-def test_parameters_that_were_exchanged_are_the_ones_used() -> None:
+def test_exchanged_parameters_are_used() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(4)})
     x = torch.rand(4)
     assert torch.equal(torch.func.functional_call(tower, {"w": torch.full((4,), 3.0)}, (x,)), x * 3)

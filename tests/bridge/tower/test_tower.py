@@ -1,3 +1,5 @@
+"""JaxTower beside the same function in torch."""
+
 from __future__ import annotations
 
 import copy
@@ -33,7 +35,7 @@ def parameters(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
 
-def test_a_tower_that_was_made_and_called_in_inference_mode_trains() -> None:
+def test_a_tower_constructed_in_inference_mode_can_be_trained() -> None:
     def counting(params: Any, x: Any, *, state: Any) -> Any:
         return mlp(params, x), {"calls": state["calls"] + 1}
 
@@ -51,7 +53,7 @@ def test_a_tower_that_was_made_and_called_in_inference_mode_trains() -> None:
     assert float(tower.calls) == 4
 
 
-def test_gradients_are_those_of_the_torch_twin_in_float64() -> None:
+def test_gradients_equal_those_of_the_torch_twin_in_float64() -> None:
     with jax.enable_x64(True):
         tower = JaxTower(mlp, parameters(np.float64))
         x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
@@ -74,7 +76,7 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x, *_: tower(x), (x, *tower.parameters()), fast_mode=False)
 
 
-def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
+def test_jax_reads_inputs_and_parameters_in_place() -> None:
     seen: dict[str, int] = {}
 
     def f(params: Any, x: Any) -> Any:
@@ -84,10 +86,10 @@ def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
     share = tower._share
 
     def spy(tensors: Any, *rest: Any) -> Any:
-        arrays, kinds = share(tensors, *rest)
+        arrays, specs = share(tensors, *rest)
         for number, (tensor, array) in enumerate(zip(tensors, arrays, strict=True)):
             seen[f"{number}"] = array.unsafe_buffer_pointer() - tensor.data_ptr()
-        return arrays, kinds
+        return arrays, specs
 
     tower._share = spy  # type: ignore[method-assign]
     x = torch.rand(4, 16, requires_grad=True)
@@ -95,12 +97,12 @@ def test_inputs_and_parameters_are_seen_by_jax_in_place() -> None:
     assert seen == {"0": 0, "1": 0}
     gradient = torch.rand(4, 16)
     out.backward(gradient)
-    assert tower.copies == 0  # the gradient went in as it was
+    assert tower.copies == 0  # the gradient was shared
     assert_near(x.grad, gradient)
     assert all(p.data_ptr() % 64 == 0 for p in tower.parameters())
 
 
-def test_outputs_are_jax_memory() -> None:
+def test_outputs_are_in_jax_memory() -> None:
     tower = JaxTower(lambda params, x: x + params["b"], {"b": np.zeros(16, np.float32)})
     with torch.no_grad():
         y = tower(torch.zeros(4, 16))
@@ -119,7 +121,7 @@ def test_an_expanded_gradient_is_copied_and_counted() -> None:
     assert_near(x.grad, x2.grad)
 
 
-def test_an_optimizer_trains_it_as_it_trains_the_twin() -> None:
+def test_an_optimizer_trains_a_tower_like_the_twin() -> None:
     tower = JaxTower(mlp, parameters())
     named = {name: nn.Parameter(p.detach().clone()) for name, p in tower.named_parameters()}
     ours, theirs = torch.optim.Adam(tower.parameters(), lr=0.05), torch.optim.Adam(named.values(), lr=0.05)
@@ -133,7 +135,7 @@ def test_an_optimizer_trains_it_as_it_trains_the_twin() -> None:
         assert_near(parameter, named[name], OF_ADAM)
 
 
-def test_state_dict_goes_round() -> None:
+def test_state_dict_round_trip() -> None:
     nested = {"layers": [{"w": np.ones((3, 2), np.float32)}, {"w": np.zeros((2, 1), np.float32)}]}
 
     def f(params: Any, x: Any) -> Any:
@@ -218,7 +220,7 @@ def test_a_shape_compiles_once() -> None:
     assert tower.compilations == 5
 
 
-def test_an_error_inside_arrives_as_itself_with_the_name() -> None:
+def test_an_exception_of_the_function_is_raised_with_a_note() -> None:
     def f(params: Any, x: Any) -> Any:
         raise ZeroDivisionError("inside")
 
@@ -232,7 +234,7 @@ def test_bad_input_is_refused() -> None:
     tower = JaxTower(mlp, parameters(), name="ranker")
     with pytest.raises(ValueError, match=r"ranker.*input\[0\].*64"):
         tower(torch.zeros(4 * 6 + 1)[1:].view(4, 6))
-    with pytest.raises(TypeError, match="ranker.*gradients need a floating output"):
+    with pytest.raises(TypeError, match="ranker.*gradients need a floating-point output"):
         JaxTower(lambda params, x: x @ params["w1"] > 0, parameters(), name="ranker")(torch.ones(2, 6))
     with pytest.raises(ValueError, match="x64"):
         JaxTower(mlp, parameters(np.float64))
