@@ -22,6 +22,9 @@ from recis_hybrid.bridge.tower._padding import Dims, Padding
 from recis_hybrid.bridge.tower._parameters import Slot, dotted_names, gather, register_leaves
 from recis_hybrid.bridge.tower._programs import Forward, Programs, Remat
 
+_LISTED_LEAVES = 20
+"""The number of leaves that ``repr`` lists."""
+
 _next_number = itertools.count()
 _towers: weakref.WeakValueDictionary[int, JaxTower] = weakref.WeakValueDictionary()
 _requires_grad = operator.attrgetter("requires_grad")
@@ -317,9 +320,17 @@ class JaxTower(torch.nn.Module):
             runner.note(error, "export")
             raise
 
-    def extra_repr(self) -> str:
-        """Return the tower's name, for ``repr``."""
-        return repr(self._tower_name)
+    def __repr__(self) -> str:
+        """Return the tower's name, its number of parameters, and each leaf's name, dtype and shape."""
+        slots = (*self._slots, *self._state_slots)
+        lines = []
+        for name, tensor in zip(dotted_names(slots, self), gather(slots), strict=True):
+            kind = "" if isinstance(tensor, torch.nn.Parameter) else ", buffer"
+            lines.append(f"  {name}: {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}{kind}")
+        if len(lines) > _LISTED_LEAVES:
+            lines[_LISTED_LEAVES:] = [f"  … and {len(lines) - _LISTED_LEAVES} more"]
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return "\n".join([f"JaxTower({self._tower_name}: {count:,} parameters", *lines, ")"])
 
     def _make_keywords(
         self,

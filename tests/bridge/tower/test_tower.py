@@ -230,6 +230,18 @@ def test_an_exception_of_the_function_is_raised_with_a_note() -> None:
     assert any("ranker" in note for note in caught.value.__notes__)
 
 
+def test_repr_lists_names_dtypes_shapes_and_the_number_of_parameters() -> None:
+    params = {"layers": [{"w": np.ones((3, 2), np.float32), "b": np.ones(2, jnp.bfloat16)}], "count": np.int32(1)}
+    expected = """JaxTower(mlp: 8 parameters
+  count: int32[], buffer
+  layers.0.b: bfloat16[2]
+  layers.0.w: float32[3, 2]
+)"""
+    assert repr(JaxTower(mlp, params)) == expected
+    many = JaxTower(mlp, [np.ones(1, np.float32)] * 25)
+    assert repr(many).splitlines()[-3:] == ["  19: float32[1]", "  … and 5 more", ")"]
+
+
 def test_bad_input_is_refused() -> None:
     tower = JaxTower(mlp, parameters(), name="ranker")
     with pytest.raises(ValueError, match=r"ranker.*input\[0\].*64"):
