@@ -169,6 +169,7 @@ class GradientAllReduce:
         return self._unpack([to_jax(tensor) for tensor in tensors])
 
     def _weight(self, weight: float | None) -> np.float64:
+        """Return a weight as a scalar of numpy, with 1 / W for None."""
         # A float64, which JAX narrows to float32 while x64 is off.
         return np.float64(1 / dist.get_world_size(self.group) if weight is None else weight)
 

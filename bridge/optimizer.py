@@ -119,7 +119,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @property
     def averages_gradients(self) -> bool:
-        """Whether :meth:`step` averages the gradients over ranks."""
+        """True if :meth:`step` averages the gradients over ranks."""
         return self._all_reduce is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ class ArrayCache:
         return array, spec
 
     def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Spec]]:
+        """Return the arrays over numbered parameters, and their specs."""
         # One loop without calls of Python functions on a hit: a tower may have hundreds of parameters.
         entries = self._entries
         arrays, specs = [], []

@@ -25,7 +25,7 @@ class Conversions(NamedTuple):
     to_torch: Callable[[Iterable[jax.Array]], list[torch.Tensor]]
     """Converts many arrays, because the gradients of a hundred parameters arrive at once."""
     private: bool
-    """Whether they are JAX's private functions."""
+    """True for the private functions of JAX."""
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:

@@ -88,6 +88,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    """Save the tensors that backward needs, and the number of the call."""
     number, tensors = inputs
     pool = [*tensors, *output]
     ctx.number = number
@@ -95,6 +96,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None
 
 
 def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
+    """Return the gradients of the leaves."""
     program = _calls[ctx.number].program
     known = zip(gradients[: len(program.outputs)], program.outputs, strict=True)
     chosen = [gradient if output.differentiable else None for gradient, output in known]
@@ -108,10 +110,12 @@ def _backward(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[None, lis
 
 
 def _keep_number(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    """Save the number of the call, for the error of a second differentiation."""
     ctx.number = inputs[0]
 
 
 def _refuse(ctx: Any, gradients: list[torch.Tensor | None]) -> None:
+    """Raise RuntimeError: second derivatives are not supported."""
     raise double_backward_error(_calls[ctx.number].runner.where)
 
 
@@ -141,10 +145,12 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arrays(runner: Runner, tensors: list[torch.Tensor], what: str) -> list[jax.Array]:
+    """Return the arrays over tensors, or over copies where JAX cannot use their memory."""
     return [runner.share_or_copy(tensor, what) for tensor in tensors]
 
 
 def _empty(struct: jax.ShapeDtypeStruct, beside: list[torch.Tensor]) -> torch.Tensor:
+    """Return an uninitialised tensor of a result's shape and dtype, on the device of other tensors."""
     device = beside[0].device if beside else None
     return torch.empty(struct.shape, dtype=getattr(torch, struct.dtype.name), device=device)
 

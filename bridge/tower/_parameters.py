@@ -128,6 +128,7 @@ def _copy(leaf: object, where: str) -> torch.Tensor:
 
 
 def _from_numpy(array: np.ndarray[Any, Any], where: str) -> torch.Tensor:
+    """Return a copy of a numpy array, which may have a dtype that only ml_dtypes defines."""
     own = getattr(torch, array.dtype.name, None)
     if not isinstance(own, torch.dtype):
         raise TypeError(f"{where}: torch lacks the dtype {array.dtype.name!r}; cast the array")

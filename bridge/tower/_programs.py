@@ -44,7 +44,7 @@ class Output:
 
     @property
     def differentiable(self) -> bool:
-        """Whether it can have a gradient."""
+        """True for a floating-point or complex output, which can have a gradient."""
         return bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
@@ -150,11 +150,11 @@ class Programs:
         self._forwards: dict[Hashable, Forward] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        # A copy of a module computes the same function, so it shares the compiled programs.
+        """Return the same object: a copy of a module computes the same function and shares its compiled programs."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled programs belong to this process.
+        """Pickle without the compiled programs, which belong to this process."""
         return self.__dict__ | {"_forwards": {}, "compilations": 0}
 
     def forward(
@@ -242,6 +242,7 @@ class Programs:
         static: Mapping[str, Any],
         x64: bool,
     ) -> Forward:
+        """Trace the function, and choose what its forward program returns."""
         apply = self.function(inputs_tree, static)
 
         def with_residuals(*leaves: Any) -> tuple[Any, Any]:
@@ -374,5 +375,6 @@ def _zero(output: Output) -> Any:
 
 
 def _conjugate(value: Any) -> Any:
+    """Convert a gradient between the conventions of torch and JAX."""
     # The gradient of a real loss at x + iy is dx + i·dy in torch, and dx - i·dy in JAX.
     return jnp.conj(value) if jnp.iscomplexobj(value) else value

@@ -119,7 +119,7 @@ class JaxTower(torch.nn.Module):
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # These belong to this process and this tower; a copy makes its own.
+        """Pickle and copy without wrappers and axes, which belong to this process."""
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -127,10 +127,11 @@ class JaxTower(torch.nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy under a number of its own, because it is another tower to torch.compile."""
         cast(Any, super()).__setstate__(state)
         self._axes = {}
         self._wrap_for_dynamo()
-        self._number = next(_next_number)  # a copy is another tower to torch.compile
+        self._number = next(_next_number)
         _towers[self._number] = self
 
     def _wrap_for_dynamo(self) -> None:
@@ -139,6 +140,7 @@ class JaxTower(torch.nn.Module):
         self._eager_compute = eager(_compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the parameters, and drop the arrays over their old memory."""
         self._array_cache.clear()  # it would keep the old memory alive until the next call
         return cast(Any, super())._apply(*args, **kwargs)
 
@@ -357,6 +359,7 @@ class JaxTower(torch.nn.Module):
         return keywords
 
     def _store_state(self, state: Sequence[torch.Tensor]) -> None:
+        """Write the new state into the buffers."""
         # In place, as torch's batch norm does, because DDP keeps references to the buffers that it broadcasts.
         with torch.no_grad():
             for buffer, tensor in zip(gather(self._state_slots), state, strict=True):
