@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the path of nvcc, looked for where setup.py looks; exit status 1 where there is none.
+# Print the path of nvcc, searched for in the places of setup.py; exit status 1 if there is none.
 set -u
 if [ -n "${NVCC:-}" ]; then
   command -v "$NVCC"

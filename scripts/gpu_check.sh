@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one go: build, tests, compute-sanitizer, benchmark; then one table of it.
+# Run everything that requires a GPU: build, tests, compute-sanitizer, benchmark; then print a table of the results.
 #
 #     scripts/gpu_check.sh [LOG_DIR]
 #
-# For a machine with a GPU, a torch that can use it, nvcc, pytest and hypothesis. It needs no network, installs nothing,
-# and touches nothing but build/, recis_hybrid/lib/ and LOG_DIR (build/gpu_check). PYTHON names the Python (python3).
-# Exit status 0 only if every line of the table says "passed": what could not be run counts as not passed.
+# The machine must have a GPU, a torch that can use it, nvcc, pytest and hypothesis. The script needs no network, installs
+# nothing, and writes to build/, recis_hybrid/lib/ and LOG_DIR (build/gpu_check) only. PYTHON names the Python (python3).
+# Exit status 0 only if every line of the table says "passed": a step that could not run counts as failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 logs=${1:-build/gpu_check}
 mkdir -p "$logs"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 RECIS_REQUIRE_GPU=1
-# torch and JAX share the GPU in these tests, and JAX would take three quarters of it at its first breath.
+# torch and JAX share the GPU in these tests, and by default JAX allocates three quarters of its memory at its start.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 table=()
 all_passed=1
@@ -31,7 +31,7 @@ finish() {
   exit $((1 - all_passed))
 }
 
-# attempt STEP COMMAND...: runs it with its output shown and kept in $logs/STEP.log; sets status and seconds.
+# attempt STEP COMMAND...: run a command, show its output and keep it in $logs/STEP.log; set status and seconds.
 attempt() {
   local step=$1 begin=$SECONDS
   shift
@@ -41,18 +41,18 @@ attempt() {
   seconds=$((SECONDS - begin))
 }
 
-# The line in which pytest counts, without its decoration.
+# counts LOG: print pytest's summary line, without its decoration.
 counts() { grep -E '[0-9]+ (passed|failed|errors?|skipped|deselected)\b.* in [0-9.]+s' "$1" | tail -1 | tr -d '='; }
 
-# tests STEP COMMAND...: a step that runs pytest; without a test that passed it did not pass.
+# tests STEP COMMAND...: a step that runs pytest; it passes only if at least one test passed.
 tests() {
-  local step=$1 said
+  local step=$1 summary
   attempt "$@"
-  said=$(counts "$logs/$step.log" | sed -E 's/^ +| +$//g')
-  if [ "$status" = 0 ] && grep -qE '[0-9]+ passed' <<<"$said"; then
-    row "$step" passed "$seconds" "$said"
+  summary=$(counts "$logs/$step.log" | sed -E 's/^ +| +$//g')
+  if [ "$status" = 0 ] && grep -qE '[0-9]+ passed' <<<"$summary"; then
+    row "$step" passed "$seconds" "$summary"
   else
-    row "$step" failed "$seconds" "${said:-no test ran} (exit status $status)"
+    row "$step" failed "$seconds" "${summary:-no test ran} (exit status $status)"
   fi
 }
 
@@ -67,7 +67,7 @@ print(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
 attempt device "$python" -c "$find_device"
 if [ "$status" != 0 ]; then
   row device failed "$seconds" "$(tail -1 "$logs/device.log")"
-  for step in build tests sanitizer benchmark; do row "$step" "not run" 0 "there is no GPU to run it on"; done
+  for step in build tests sanitizer benchmark; do row "$step" "not run" 0 "there is no GPU"; done
   finish
 fi
 row device passed "$seconds" "$(tail -1 "$logs/device.log")"
@@ -89,7 +89,7 @@ tests tests "$python" -m pytest -m gpu -q
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 if [ -n "$sanitizer" ]; then
-  # torch's allocator hands out pieces of large blocks, in which an access out of bounds looks legal.
+  # torch's allocator returns pieces of large blocks, within which an access out of bounds would look legal.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 tests sanitizer "$sanitizer" --tool memcheck --target-processes all \
     --error-exitcode 86 "$python" -m pytest tests/ops -m gpu -q
 else

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles every native test program under ThreadSanitizer and under AddressSanitizer with UndefinedBehaviorSanitizer,
-# and runs it. The programs use std::thread: ThreadSanitizer knows nothing of libgomp and would report false races.
+# Compile and run every native test program with ThreadSanitizer, and with AddressSanitizer and
+# UndefinedBehaviorSanitizer. The programs use std::thread, because ThreadSanitizer reports false races over libgomp.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,10 +10,10 @@ mkdir -p "$out"
 shopt -s nullglob
 programs=(csrc/test/*.cpp)
 if [ ${#programs[@]} -eq 0 ]; then
-  echo "scripts/sanitize.sh: there is no csrc/test/*.cpp to run" >&2
+  echo "scripts/sanitize.sh: no programs found in csrc/test/*.cpp" >&2
   exit 1
 fi
-# gcc's thread sanitizer cannot start where addresses are randomised by more bits than it reserves.
+# GCC's thread sanitizer cannot start if addresses are randomised by more bits than it reserves.
 fixed=()
 if command -v setarch >/dev/null && setarch -R true 2>/dev/null; then fixed=(setarch -R); fi
 

@@ -1,12 +1,12 @@
-"""Says in one sentence what this machine lacks to build and run recis_hybrid, and how to get it.
+"""Check that this machine can build and run recis_hybrid; print one sentence, with the remedy, for each fault.
 
-Run by the Makefile, with nothing but the standard library:
+The Makefile runs it with the standard library only:
 
-    python3 scripts/setup_env.py host     before anything is installed: Python, venv, the C++ compiler
-    python  scripts/setup_env.py torch    inside the environment: the installed torch
+    python3 scripts/setup_env.py host     before anything is installed: checks Python, venv and the C++ compiler
+    python  scripts/setup_env.py torch    inside the environment: checks the installed torch
 
-Exit status 0 and no output if all is well; 1 and one sentence per fault if not. The file keeps to the syntax of
-Python 3.6, so that an old Python still reaches the sentence that names it.
+Exit status 0 without output if all is well, 1 if there are faults. The file keeps to the syntax of Python 3.6, so that
+an old Python still prints the sentence about its version.
 """
 
 import os
@@ -15,10 +15,10 @@ import subprocess
 import sys
 from typing import Any, List, Optional, Tuple
 
-# As pyproject.toml has them.
+# The same versions as in pyproject.toml.
 PYTHONS = ((3, 11), (3, 14))
 TORCHES = ((2, 11), (2, 15))
-# Uses what the kernels use, so that a compiler too old for them fails here and not in the middle of the build.
+# Uses the same features as the kernels, so that a compiler too old for them fails here, not in the middle of the build.
 CXX_PROBE = """
 #include <bit>
 #include <concepts>
@@ -30,7 +30,7 @@ int main() {}
 
 
 def python_fault(version: Tuple[int, ...]) -> Optional[str]:
-    """Return what is wrong with this version of Python, or None."""
+    """Return the fault of this version of Python, or None."""
     low, high = PYTHONS
     if low <= tuple(version[:2]) <= high:
         return None
@@ -41,9 +41,9 @@ def python_fault(version: Tuple[int, ...]) -> Optional[str]:
 
 
 def venv_fault(version: Tuple[int, ...]) -> Optional[str]:
-    """Return what is missing to make a virtual environment, or None."""
+    """Return the fault that keeps this Python from making virtual environments, or None."""
     try:
-        # Debian ships venv without ensurepip, and then `python -m venv` fails with a page of text.
+        # Debian ships venv without ensurepip, and `python -m venv` then fails with a page of text.
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as error:
@@ -55,7 +55,7 @@ def venv_fault(version: Tuple[int, ...]) -> Optional[str]:
 
 
 def compiler_fault(cxx: str) -> Optional[str]:
-    """Return what is wrong with the C++ compiler of this name, or None."""
+    """Return the fault of the C++ compiler of this name, or None."""
     path = shutil.which(cxx)
     if path is None:
         return (
@@ -69,29 +69,29 @@ def compiler_fault(cxx: str) -> Optional[str]:
         return "The C++ compiler {} could not be run ({}); set CXX to one that can.".format(path, error.strerror)
     if done.returncode == 0:
         return None
-    said = done.stderr.decode(errors="replace").strip().splitlines()
+    errors = done.stderr.decode(errors="replace").strip().splitlines()
     return (
-        "The C++ compiler {} does not compile C++20 (it says: {}); install g++ 10 or newer, or clang 14 or newer, "
+        "The C++ compiler {} does not compile C++20 ({}); install g++ 10 or newer, or clang 14 or newer, "
         "and set CXX to it."
-    ).format(path, said[0] if said else "nothing, exit status {}".format(done.returncode))
+    ).format(path, errors[0] if errors else "exit status {}".format(done.returncode))
 
 
 def torch_fault(version: Optional[str]) -> Optional[str]:
-    """Return what is wrong with the installed torch of this version (None: not installed), or None."""
+    """Return the fault of an installed torch of this version (None: not installed), or None."""
     low, high = TORCHES
-    wanted = 'recis_hybrid needs {}.{} to {}.{}; install it first: `pip install "torch>={}.{},<{}.{}"`.'.format(
+    remedy = 'recis_hybrid needs {}.{} to {}.{}; install it first: `pip install "torch>={}.{},<{}.{}"`.'.format(
         low[0], low[1], high[0], high[1], low[0], low[1], high[0], high[1] + 1
     )
     if version is None:
-        return "torch is not installed in {}; {}".format(sys.prefix, wanted)
+        return "torch is not installed in {}; {}".format(sys.prefix, remedy)
     try:
         major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
     except ValueError:
-        return "torch in {} has the version {!r}, which cannot be read; {}".format(sys.prefix, version, wanted)
+        return "torch in {} has the version {!r}, which cannot be read; {}".format(sys.prefix, version, remedy)
     if (major, minor) < low:
-        return "torch {} in {} is too old; {}".format(version, sys.prefix, wanted)
+        return "torch {} in {} is too old; {}".format(version, sys.prefix, remedy)
     if (major, minor) > high:
-        return "torch {} in {} is newer than what is supported; {}".format(version, sys.prefix, wanted)
+        return "torch {} in {} is newer than the supported versions; {}".format(version, sys.prefix, remedy)
     return None
 
 
@@ -100,14 +100,14 @@ def installed_torch() -> Optional[str]:
     import importlib.metadata as metadata
 
     try:
-        found: Any = metadata.version("torch")
+        version: Any = metadata.version("torch")
     except metadata.PackageNotFoundError:
         return None
-    return str(found)
+    return str(version)
 
 
 def faults(subject: str) -> List[str]:
-    """Return every fault found, in the order in which they have to be mended."""
+    """Return all faults of "host" or "torch", in the order in which to repair them."""
     version = tuple(sys.version_info[:3])
     found = [python_fault(version)]
     if found[0] is None:
@@ -119,7 +119,7 @@ def faults(subject: str) -> List[str]:
 
 
 def main(arguments: List[str]) -> int:
-    """Print the faults; returns the exit status."""
+    """Print the faults and return the exit status."""
     if len(arguments) != 1 or arguments[0] not in ("host", "torch"):
         print("usage: setup_env.py host|torch", file=sys.stderr)
         return 2

@@ -1,15 +1,14 @@
-"""A dress rehearsal of two hosts on one machine: two network namespaces, of which one is cut off in mid-run.
+"""Simulate the loss of one of two hosts during training, with two network namespaces on one machine.
 
     sudo python scripts/two_hosts.py [--ranks 1] [--timeout 6]
 
-Each "host" is a namespace with a loopback and one end of a virtual cable, and with an address of its own; the other's
-processes can be reached in no other way. A torchrun on each meets the other by its c10d rendezvous, and their ranks
-train tables that they share. Then the cable's end at the second host is taken down, which closes no connection, as when
-a switch fails: the ranks of the first host must end with an ExchangeError within the timeout of their process group,
-and their torchrun with a failure.
+Each "host" is a namespace with a loopback interface, its own address, and one end of a virtual cable, the only
+connection between the two. A torchrun on each joins a c10d rendezvous, and their ranks train shared tables. Then the
+second host's end of the cable is taken down, which closes no connection, as when a switch fails. The ranks of the first
+host must end with an ExchangeError within the timeout of their process group, and their torchrun must fail.
 
-The last line is JSON: steps done before the cut, seconds from it to the error and to the end of torchrun, what was
-said. It exits with 0 if all was as it must be, 1 if not, and 77 where the machine cannot make namespaces.
+The last line is JSON: steps before the cut, seconds from the cut to the error and to the end of torchrun, the error
+message. Exit status 0 if everything happened as required, 1 if not, 77 if the machine cannot create namespaces.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,31 +32,35 @@ PORT = 29577
 SKIPPED = 77
 STEPS_BEFORE = 20
 SLACK_S = 5.0
-"""Beside the timeout: until processes notice, and Python has ended."""
+"""Time beyond the timeout for processes to notice the loss and for Python to end."""
 
 
-class Refused(Exception):
-    """The machine lacks what the rehearsal needs."""
+class Unsupported(Exception):
+    """The machine cannot run the simulation."""
 
 
 def ip(*arguments: str) -> None:
-    """Run `ip`; a failure is a Refused."""
+    """Run ``ip``.
+
+    Raises:
+        Unsupported: If it fails.
+    """
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise Refused(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
+        raise Unsupported(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
 
 
 class Hosts:
-    """Two namespaces and the cable between them, as long as the context lasts."""
+    """Two namespaces and the cable between them; leaving the context removes them."""
 
     def __init__(self) -> None:
         self.names = [f"recis-host{number}-{os.getpid()}" for number in range(2)]
 
     def __enter__(self) -> Hosts:
         if os.geteuid() != 0:
-            raise Refused("it needs root, to make network namespaces; run it by sudo")
+            raise Unsupported("network namespaces require root; run it by sudo")
         if shutil.which("ip") is None:
-            raise Refused("it needs the command `ip`; install iproute2")
+            raise Unsupported("the command `ip` is required; install iproute2")
         try:
             for name in self.names:
                 ip("netns", "add", name)
@@ -66,7 +70,7 @@ class Hosts:
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
                 ip("-n", name, "link", "set", "lo", "up")
                 ip("-n", name, "link", "set", "cable", "up")
-        except Refused:
+        except Unsupported:
             self.__exit__()
             raise
         return self
@@ -80,7 +84,14 @@ class Hosts:
         ip("-n", self.names[1], "link", "set", "cable", "down")
 
     def start(self, number: int, ranks: int, timeout_s: float, log: Path) -> subprocess.Popen[bytes]:
-        """Start torchrun on a host."""
+        """Start torchrun on a host.
+
+        Args:
+            number: The host, 0 or 1.
+            ranks: The number of ranks on it.
+            timeout_s: The timeout of the process group in seconds.
+            log: The file for its output.
+        """
         torchrun = [
             sys.executable,
             "-m",
@@ -100,7 +111,7 @@ class Hosts:
             "--local-addr",
             ADDRESSES[number],
             str(Path(__file__).resolve()),
-            "--rank-of",
+            "--train",
             str(timeout_s),
         ]
         variables = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
@@ -115,8 +126,8 @@ class Hosts:
             )
 
 
-def rank_of(timeout_s: float) -> None:
-    """What each rank runs: trains, until that fails."""
+def train(timeout_s: float) -> None:
+    """Train in one rank until that fails."""
     import torch
     import torch.distributed as dist
 
@@ -142,8 +153,8 @@ def rank_of(timeout_s: float) -> None:
         sys.exit(3)
 
 
-def rehearse(ranks: int, timeout_s: float) -> int:
-    """Does it, prints the line, and returns the status to exit with."""
+def simulate(ranks: int, timeout_s: float) -> int:
+    """Run the simulation, print the JSON line, and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="recis-hosts-") as folder, Hosts() as hosts:
         logs = [Path(folder, f"host{number}") for number in range(2)]
         runs = [hosts.start(number, ranks, timeout_s, log) for number, log in enumerate(logs)]
@@ -156,59 +167,67 @@ def rehearse(ranks: int, timeout_s: float) -> int:
             seconds = time.monotonic() - begin
             status = runs[0].wait(60)
             ended = time.monotonic() - begin
-            said = next(line for line in first.read_text().splitlines() if "ExchangeError: " in line)
+            message = next(line for line in first.read_text().splitlines() if "ExchangeError: " in line)
         finally:
             for run in runs:
                 if run.poll() is None:
                     os.killpg(run.pid, signal.SIGKILL)
                     run.wait()
-    good = status != 0 and seconds <= timeout_s + SLACK_S and "another rank has died" in said
+    good = status != 0 and seconds <= timeout_s + SLACK_S and "another rank has died" in message
     print(
         json.dumps(
             {
                 "hosts": 2,
                 "ranks": 2 * ranks,
-                "steps": int(said.split("after step ")[1].split(":")[0]),
+                "steps": int(message.split("after step ")[1].split(":")[0]),
                 "timeout_s": timeout_s,
                 "error_after_s": round(seconds, 1),
                 "torchrun_ended_after_s": round(ended, 1),
-                "said": said,
-                "as_it_must_be": good,
+                "message": message,
+                "passed": good,
             }
         )
     )
     return 0 if good else 1
 
 
-def wait_for(happened, runs: list[subprocess.Popen[bytes]], logs: list[Path], seconds: float) -> None:  # type: ignore[no-untyped-def]
-    """Wait until something is in the logs.
+def wait_for(
+    condition: Callable[[], bool], runs: list[subprocess.Popen[bytes]], logs: list[Path], seconds: float
+) -> None:
+    """Wait until a condition on the logs holds.
+
+    Args:
+        condition: The condition.
+        runs: Processes that must not end before it holds.
+        logs: Logs to print if it does not hold in time.
+        seconds: The maximal time to wait.
 
     Raises:
-        SystemExit: With the logs, if it is not there in time.
+        SystemExit: If the time is over, or a process ends.
     """
     begin = time.monotonic()
-    while not happened():
+    while not condition():
         late = time.monotonic() - begin > seconds
-        if late or (any(run.poll() is not None for run in runs) and not happened()):
+        if late or (any(run.poll() is not None for run in runs) and not condition()):
             ends = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
-            sys.exit(f"two_hosts: {f'nothing in {seconds:.0f} s' if late else 'torchrun ended'}\n{ends}")
+            sys.exit(f"two_hosts: {f'no result within {seconds:.0f} s' if late else 'torchrun ended early'}\n{ends}")
         time.sleep(0.05)
 
 
 def main() -> int:
-    """The command; returns the status to exit with."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=1, help="of each host (1)")
-    parser.add_argument("--timeout", type=float, default=6.0, help="of the ranks' process group, seconds (6)")
-    parser.add_argument("--rank-of", type=float, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, default=1, help="ranks on each host (1)")
+    parser.add_argument("--timeout", type=float, default=6.0, help="timeout of the process group in seconds (6)")
+    parser.add_argument("--train", type=float, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_of is not None:
-        rank_of(args.rank_of)
+    if args.train is not None:
+        train(args.train)
         return 0
     try:
-        return rehearse(args.ranks, args.timeout)
-    except Refused as refusal:
-        print(f"scripts/two_hosts.py: left out: {refusal}")
+        return simulate(args.ranks, args.timeout)
+    except Unsupported as error:
+        print(f"scripts/two_hosts.py: skipped: {error}")
         return SKIPPED
 
 

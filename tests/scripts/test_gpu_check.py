@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh on a machine that is all stand-ins: what it reports must be what happened."""
+"""scripts/gpu_check.sh on a fake machine: its table must report what happened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASE = '{"bench": "embedding", "case": "65k/d64/adam"}'
 
 
 class Machine:
-    """A folder with the scripts in it, a PATH of stand-ins, and a Python that answers for each step as it is told."""
+    """A folder with the scripts, a PATH of fake commands, and a fake Python that runs a given script for each step."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Machine:
         path.chmod(0o755)
 
     def check(self) -> tuple[int, dict[str, tuple[str, str]]]:
-        """Run the script; returns its exit status and the table: step → (result, detail)."""
+        """Run the script and return its exit status and its table: (result, detail) by step."""
         steps = self.steps
         self.command(
             "python",
@@ -74,7 +74,7 @@ def machine(root: Path, tmp_path: Path) -> Machine:
     return Machine(root, tmp_path)
 
 
-def test_all_is_well(machine: Machine) -> None:
+def test_a_check_that_passes(machine: Machine) -> None:
     status, table = machine.check()
     assert status == 0
     assert {result for result, _ in table.values()} == {"passed"}
@@ -94,7 +94,7 @@ def test_a_missing_gpu_fails(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "script", "said"),
+    ("step", "script", "detail"),
     [
         ("tests", "echo '== 1 failed, 11 passed in 4.56s =='; exit 1", "1 failed, 11 passed in 4.56s (exit status 1)"),
         ("tests", "echo '== 12 skipped in 4.56s =='", "12 skipped in 4.56s (exit status 0)"),
@@ -105,15 +105,15 @@ def test_a_missing_gpu_fails(machine: Machine) -> None:
         ("benchmark", f"echo '{CASE}'; exit 1", "1 cases (exit status 1)"),
     ],
 )
-def test_a_step_that_fails_is_said_and_the_others_go_on(machine: Machine, step: str, script: str, said: str) -> None:
+def test_a_failed_step_is_reported_and_the_others_run(machine: Machine, step: str, script: str, detail: str) -> None:
     machine.steps[step] = script
     status, table = machine.check()
     assert status == 1
-    assert table.pop(step) == ("failed", said)
+    assert table.pop(step) == ("failed", detail)
     assert {result for result, _ in table.values()} == {"passed"}
 
 
-def test_a_build_that_fails_leaves_the_rest_out(machine: Machine) -> None:
+def test_after_a_failed_build_the_other_steps_do_not_run(machine: Machine) -> None:
     machine.steps["build"] = "echo 'blocks.cu(12): error: expected a declaration'; exit 1"
     status, table = machine.check()
     assert status == 1
@@ -123,7 +123,7 @@ def test_a_build_that_fails_leaves_the_rest_out(machine: Machine) -> None:
 
 @pytest.mark.skipif(
     shutil.which("compute-sanitizer", path="/usr/bin:/bin:/usr/local/cuda/bin") is not None,
-    reason="the stand-in cannot hide a real compute-sanitizer",
+    reason="the fake PATH cannot hide a real compute-sanitizer",
 )
 def test_a_missing_sanitizer_is_not_a_pass(machine: Machine) -> None:
     (machine.bin / "compute-sanitizer").unlink()

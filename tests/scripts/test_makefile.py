@@ -1,4 +1,4 @@
-"""What `make` says while it works: a line a package, what a run of the tests will take."""
+"""Output of ``make``: one line for each package, and the duration of the tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 
-def make(root: Path, *arguments: str, given: str = "") -> str:
-    # The tests may be run by a make with settings of its own, which hands them on.
+def make(root: Path, *arguments: str, stdin: str = "") -> str:
+    # The tests may run under a make whose settings are passed on by these variables.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTEST_ARGS")}
     done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=root,
-        input=given,
+        input=stdin,
         capture_output=True,
         text=True,
         check=False,
@@ -23,9 +23,9 @@ def make(root: Path, *arguments: str, given: str = "") -> str:
     return done.stdout
 
 
-def test_of_what_pip_says_a_line_a_package_is_left(root: Path, tmp_path: Path) -> None:
+def test_the_output_of_pip_is_cut_to_one_line_for_each_package(root: Path, tmp_path: Path) -> None:
     (tmp_path / "short.mk").write_text("include Makefile\nshort:\n\t@$(PIP_SHORT)\n")
-    said = """\
+    output = """\
 Looking in links: /wheels
 Collecting jaxlib==0.10.2 (from -c requirements/constraints.txt (line 38))
   Downloading jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.4 MB)
@@ -36,7 +36,7 @@ Processing /some wheels/six-1.17.0-py2.py3-none-any.whl (from -r requirements/de
 Installing collected packages: six, idna, jaxlib
 Successfully installed idna-3.20 jaxlib-0.10.2 six-1.17.0
 """
-    assert make(root, "-f", str(tmp_path / "short.mk"), "short", given=said).splitlines() == [
+    assert make(root, "-f", str(tmp_path / "short.mk"), "short", stdin=output).splitlines() == [
         "  jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.4 MB)",
         "  idna-3.20-py3-none-any.whl (70 kB)",
         "  six-1.17.0-py2.py3-none-any.whl",
@@ -44,7 +44,7 @@ Successfully installed idna-3.20 jaxlib-0.10.2 six-1.17.0
     ]
 
 
-def test_a_run_of_all_tests_says_first_how_long_it_takes(root: Path) -> None:
+def test_a_run_of_all_tests_prints_its_duration_first(root: Path) -> None:
     whole, some = make(root, "--dry-run", "test"), make(root, "--dry-run", "test", "PYTEST_ARGS=tests/ops")
     assert "all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section" in whole
     assert "14 minutes" not in some

@@ -1,4 +1,4 @@
-"""What setup.py says, in one line, to a user whose machine cannot build."""
+"""Error messages of setup.py on machines that cannot build."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 
 
 def build(root: Path, torch: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the build up to its first fault, with a stand-in for torch."""
+    """Run the build up to its first fault, with a fake torch."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     environment = {**os.environ, "PYTHONPATH": str(torch), "CXX": "g++", "RECIS_CUDA": "auto", **environment}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
-def stand_in(folder: Path, version: str) -> Path:
+def fake_torch(folder: Path, version: str) -> Path:
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text(f"class version:\n    cuda = None\n\n\n__version__ = {version!r}\n")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("version", "environment", "said"),
+    ("version", "environment", "message"),
     [
         ("2.13.0", {"CXX": "no-such-compiler"}, "the C++ compiler 'no-such-compiler' was not found; install one"),
         ("2.10.1+cpu", {}, "torch 2.10.1+cpu is too old; this library needs torch 2.11 or newer"),
@@ -36,11 +36,11 @@ def stand_in(folder: Path, version: str) -> Path:
         ),
     ],
 )
-def test_a_build_that_cannot_be_says_why_in_one_line(
-    root: Path, tmp_path: Path, version: str, environment: dict[str, str], said: str
+def test_a_build_that_cannot_start_prints_the_reason_in_one_line(
+    root: Path, tmp_path: Path, version: str, environment: dict[str, str], message: str
 ) -> None:
-    done = build(root, stand_in(tmp_path, version), **environment)
+    done = build(root, fake_torch(tmp_path, version), **environment)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"recis_hybrid: {said}")
+    assert done.stderr.startswith(f"recis_hybrid: {message}")

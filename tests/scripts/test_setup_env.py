@@ -1,4 +1,4 @@
-"""What a user reads who lacks something: one sentence with the remedy, never a trace."""
+"""Faults of a machine: one sentence with the remedy for each, never a traceback."""
 
 from __future__ import annotations
 
@@ -61,23 +61,23 @@ def test_supported_torches(setup_env: ModuleType, version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "said"),
+    ("version", "message"),
     [
         ("2.10.0", "torch 2.10.0 in {prefix} is too old"),
         ("1.13.1+cu117", "torch 1.13.1+cu117 in {prefix} is too old"),
-        ("2.16.0", "torch 2.16.0 in {prefix} is newer than what is supported"),
+        ("2.16.0", "torch 2.16.0 in {prefix} is newer than the supported versions"),
         ("nightly", "torch in {prefix} has the version 'nightly', which cannot be read"),
         (None, "torch is not installed in {prefix}"),
     ],
 )
-def test_unsupported_torches(setup_env: ModuleType, version: str | None, said: str) -> None:
+def test_unsupported_torches(setup_env: ModuleType, version: str | None, message: str) -> None:
     fault = setup_env.torch_fault(version)
-    assert fault.startswith(said.format(prefix=sys.prefix))
+    assert fault.startswith(message.format(prefix=sys.prefix))
     assert "2.11 to 2.15" in fault
     assert 'pip install "torch>=2.11,<2.16"' in fault
 
 
-def test_every_file_that_names_the_versions_names_the_same(setup_env: ModuleType, root: Path) -> None:
+def test_all_files_name_the_same_versions(setup_env: ModuleType, root: Path) -> None:
     (low, high), (oldest, newest) = setup_env.PYTHONS, setup_env.TORCHES
     metadata = tomllib.loads((root / "pyproject.toml").read_text())
     project, torch = metadata["project"], f"torch>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
@@ -92,12 +92,12 @@ def test_every_file_that_names_the_versions_names_the_same(setup_env: ModuleType
     for name in ("README.md", "CONTRIBUTING.md", "Makefile", ".ci/run"):
         ranges = re.findall(r"3\.\d+ to 3\.\d+", (root / name).read_text())
         assert set(ranges) == {f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"}, name
-    tried = re.search(r"python: \[(.*)\]", (root / ".github" / "workflows" / "ci.yml").read_text())
-    assert tried is not None
-    assert tried[1] == ", ".join(f'"{low[0]}.{minor}"' for minor in range(low[1], high[1] + 1))
+    tested = re.search(r"python: \[(.*)\]", (root / ".github" / "workflows" / "ci.yml").read_text())
+    assert tested is not None
+    assert tested[1] == ", ".join(f'"{low[0]}.{minor}"' for minor in range(low[1], high[1] + 1))
 
 
-def test_the_installed_torch_is_the_one_checked(setup_env: ModuleType) -> None:
+def test_the_version_of_the_installed_torch_is_checked(setup_env: ModuleType) -> None:
     assert setup_env.installed_torch() == importlib.metadata.version("torch")
 
 
@@ -120,8 +120,8 @@ def test_a_compiler_that_is_too_old(root: Path, tmp_path: Path) -> None:
     assert "install g++ 10 or newer" in done.stderr
 
 
-def test_a_machine_with_everything_says_nothing(root: Path, tmp_path: Path) -> None:
-    # The probe is handed over on standard input: a stand-in that reads it to the end and is content.
+def test_a_machine_without_faults_prints_nothing(root: Path, tmp_path: Path) -> None:
+    # The probe is passed on standard input, which the fake compiler reads to its end.
     done = run(root, "host", CXX=executable(tmp_path / "c++", "cat >/dev/null"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = run(root, "torch")
