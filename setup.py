@@ -1,11 +1,12 @@
-"""Builds the native libraries of recis_hybrid.
+"""Build of the native libraries of recis_hybrid.
 
-Nothing here has a Python ABI: a library is loaded with ``torch.ops.load_library`` and speaks torch's stable ABI, so
-one build serves every supported Python and every torch from 2.11 on. The CPU library is built once per x86-64 level
-(``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``) and the best one
-is chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only ``nvcc``.
+The libraries do not depend on Python's ABI: they are loaded by ``torch.ops.load_library`` and use torch's stable ABI,
+so one build works with every supported Python and every torch from 2.11 on. The CPU library is built once for each
+x86-64 level (``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``), and
+the best one is chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only
+``nvcc``.
 
-Environment: ``RECIS_CUDA=0|1|auto`` (auto: build CUDA where ``nvcc`` is found and torch is a CUDA build),
+Environment variables: ``RECIS_CUDA=0|1|auto`` (auto: build CUDA if ``nvcc`` is found and torch is a CUDA build),
 ``RECIS_CUDA_ARCHS`` (default ``80;90``), ``CXX``, ``NVCC``, ``MAX_JOBS``.
 """
 
@@ -16,8 +17,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,11 +34,12 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
-# No -ffast-math (it changes the whole process) and no contraction: a*b+c rounds alike on every CPU level and on CUDA.
+# No -ffast-math, which changes the floating point of the whole process, and no contraction, so that a*b+c rounds alike
+# on every CPU level and on CUDA.
 CXX_FLAGS = [
-    # GCC's unroll-and-jam mixes the loop over gradients into the loop over elements, and then vectorises neither.
     "-std=c++20",
     "-O3",
+    # GCC's unroll-and-jam merges the loop over gradients into the loop over elements, and then vectorises neither.
     "-fno-loop-unroll-and-jam",
     "-fPIC",
     "-fno-math-errno",
@@ -47,6 +52,16 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-pthread",
 ]
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DUSE_CUDA",
+    "--fmad=false",
+    "--extended-lambda",
+    "-Xcompiler=-fPIC",
+    "-Xcompiler=-fvisibility=hidden",
+    "-diag-suppress=20012,20013,20015",
+]
 LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -54,8 +69,58 @@ LEVELS = {
 }
 
 
-def fail(message: str) -> None:
-    """End the build with one sentence instead of a trace."""
+@dataclass(frozen=True)
+class Job:
+    """The compilation of one source file.
+
+    Attributes:
+        source: The source file.
+        output: The object file.
+        command: The command line.
+    """
+
+    source: Path
+    output: Path
+    command: list[str]
+
+    def is_stale(self, newest_header: float) -> bool:
+        """Return whether the object is missing, or older than its source or any header."""
+        return not self.output.exists() or self.output.stat().st_mtime <= max(
+            newest_header, self.source.stat().st_mtime
+        )
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library, and the jobs whose objects it is linked from.
+
+    Attributes:
+        path: The library file.
+        jobs: The compilations of its objects.
+        linker: The command line, without objects and output.
+    """
+
+    path: Path
+    jobs: list[Job]
+    linker: list[str]
+
+    def is_stale(self) -> bool:
+        """Return whether the library is missing or older than an object."""
+        return not self.path.exists() or self.path.stat().st_mtime < max(
+            job.output.stat().st_mtime for job in self.jobs
+        )
+
+    def link(self) -> None:
+        """Link the library into a new file: processes that have the old one mapped keep it."""
+        print(f"  link     {self.path.name}", flush=True)
+        fresh = self.path.with_suffix(".tmp")
+        objects = [str(job.output) for job in self.jobs]
+        run([*self.linker[:1], *objects, *self.linker[1:], "-o", str(fresh)])
+        fresh.replace(self.path)
+
+
+def fail(message: str) -> NoReturn:
+    """End the build with one sentence instead of a traceback."""
     sys.exit(f"recis_hybrid: {message}")
 
 
@@ -65,7 +130,7 @@ def torch_paths() -> tuple[Path, Path, bool]:
         import torch
     except ImportError:
         fail(
-            "torch is not installed in this environment; install it first, e.g. `pip install torch==2.13.0`, "
+            "torch is not installed in this environment; install it, e.g. by `pip install torch==2.13.0`, "
             "and build with `pip install --no-build-isolation -e .`"
         )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -75,32 +140,27 @@ def torch_paths() -> tuple[Path, Path, bool]:
     return base / "include", base / "lib", torch.version.cuda is not None
 
 
-def cuda_link(lib: Path, objects: Path, cxx: str) -> list[str]:
+def cuda_link_flags(lib: Path, objects: Path, cxx: str) -> list[str]:
     """Return the flags that link libtorch_cuda.
 
-    A CPU build of torch has none; an empty library of that name then stands in for it, so that what is built names its
-    dependency and finds it where it is loaded.
+    A CPU build of torch does not have it. An empty library of that name then takes its place, so that the library built
+    here records the dependency, and finds it at load time.
+
+    Args:
+        lib: torch's library folder.
+        objects: The folder for the empty library.
+        cxx: The C++ compiler.
     """
     if not (lib / "libtorch_cuda.so").exists():
         lib = objects / "stub"
         lib.mkdir(parents=True, exist_ok=True)
-        run(
-            [
-                cxx,
-                "-shared",
-                "-Wl,-soname,libtorch_cuda.so",
-                "-x",
-                "c++",
-                "/dev/null",
-                "-o",
-                str(lib / "libtorch_cuda.so"),
-            ]
-        )
+        empty = ["-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "/dev/null"]
+        run([cxx, *empty, "-o", str(lib / "libtorch_cuda.so")])
     return [f"-L{lib}", "-Xlinker=--no-as-needed", "-ltorch_cuda", "-Xlinker=--as-needed"]
 
 
-def cuda_wanted(torch_has_cuda: bool) -> str | None:
-    """Return the path of nvcc if CUDA files are to be built, else None."""
+def find_nvcc(torch_has_cuda: bool) -> str | None:
+    """Return the path of nvcc if the CUDA library is to be built, else None."""
     choice = os.environ.get("RECIS_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         fail(f"RECIS_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -114,122 +174,105 @@ def cuda_wanted(torch_has_cuda: bool) -> str | None:
     return nvcc if choice == "1" or (choice == "auto" and torch_has_cuda) else None
 
 
+def compile_all(jobs: list[Job]) -> None:
+    """Run compilations in parallel, as many at a time as MAX_JOBS or the CPUs allow."""
+    workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+    print(f"compiling {len(jobs)} files of the native library, {workers} at a time (MAX_JOBS)", flush=True)
+
+    def compile_one(numbered: tuple[int, Job]) -> None:
+        number, job = numbered
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        print(f"  {number}/{len(jobs)} {job.output.parent.name:8} {job.source.relative_to(ROOT)}", flush=True)
+        run(job.command)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compile_one, enumerate(jobs, 1)))
+
+
 class BuildNative(build_ext):
-    """Compiles csrc/ into shared libraries under recis_hybrid/lib (or the build folder of a wheel)."""
+    """Compilation of csrc/ into shared libraries under recis_hybrid/lib, or in the build folder of a wheel."""
 
     def run(self) -> None:
+        """Compile what is stale and link the libraries."""
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(cxx) is None:
             fail(f"the C++ compiler {cxx!r} was not found; install one (Debian: `apt-get install g++`) or set CXX")
         include, lib, torch_has_cuda = torch_paths()
         target = (ROOT if self.inplace else Path(self.build_lib)) / "recis_hybrid" / "lib"
         target.mkdir(parents=True, exist_ok=True)
-        # Ours keeps its own object folder, so that editable installs and in-place builds share objects.
+        # One object folder for editable installs and in-place builds.
         objects = ROOT / "build" / "native"
-        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
-        newest_header = max(header.stat().st_mtime for header in headers)
-        # Messages name source files: relative to the root, not by a path of the machine that built them.
+        # Messages contain names of source files: relative to the root, without paths of the build machine.
         prefix = f"-ffile-prefix-map={ROOT}/="
         common = [f"-I{ROOT / 'csrc'}", "-isystem", str(include), TARGET]
-        link = [f"-L{lib}", "-ltorch_cpu", "-lc10"]
+        torch_link = [f"-L{lib}", "-ltorch_cpu", "-lc10"]
 
-        jobs: list[tuple[Path, Path, list[str]]] = []
-        libraries: list[tuple[Path, list[Path], list[str]]] = []
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        for level, flags in (LEVELS if x86 else {"generic": []}).items():
-            outputs = []
-            for source in sorted(ROOT.glob("csrc/ops/*.cpp")):
-                output = objects / f"cpu_{level}" / (source.stem + ".o")
-                jobs.append(
-                    (source, output, [cxx, *CXX_FLAGS, prefix, *flags, *common, "-c", str(source), "-o", str(output)])
-                )
-                outputs.append(output)
-            libraries.append((target / f"librecis_cpu_{level}.so", outputs, [cxx, "-shared", "-pthread", *link]))
+        def jobs_of(pattern: str, folder: str, command: list[str]) -> list[Job]:
+            jobs = []
+            for source in sorted(ROOT.glob(pattern)):
+                output = objects / folder / (source.stem + ".o")
+                jobs.append(Job(source, output, [*command, *common, "-c", str(source), "-o", str(output)]))
+            return jobs
 
-        nvcc = cuda_wanted(torch_has_cuda)
+        libraries = []
+        is_x86 = platform.machine() in ("x86_64", "AMD64")
+        for level, flags in (LEVELS if is_x86 else {"generic": []}).items():
+            jobs = jobs_of("csrc/ops/*.cpp", f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags])
+            linker = [cxx, "-shared", "-pthread", *torch_link]
+            libraries.append(Library(target / f"librecis_cpu_{level}.so", jobs, linker))
+
+        nvcc = find_nvcc(torch_has_cuda)
         if nvcc is not None:
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            flags = [
-                "-std=c++20",
-                "-O3",
-                "-DUSE_CUDA",
-                "--fmad=false",
-                "--extended-lambda",
-                "-Xcompiler=-fPIC",
-                "-Xcompiler=-fvisibility=hidden",
-                f"-Xcompiler={prefix}",
-                "-diag-suppress=20012,20013,20015",
-                *gencode,
-            ]
-            outputs = []
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
-                output = objects / "cuda" / (source.stem + ".o")
-                jobs.append((source, output, [nvcc, *flags, *common, "-c", str(source), "-o", str(output)]))
-                outputs.append(output)
-            # The runtime is linked in, so that the library loads wherever a driver is; torch keeps its own.
-            link = [*cuda_link(lib, objects, cxx), *link]
-            libraries.append(
-                (target / "librecis_cuda.so", outputs, [nvcc, "-shared", "-cudart=static", *gencode, *link])
-            )
+            jobs = jobs_of("csrc/cuda/*.cu", "cuda", [nvcc, *NVCC_FLAGS, f"-Xcompiler={prefix}", *gencode])
+            # The CUDA runtime is linked statically, so that the library loads wherever there is a driver.
+            linker = [nvcc, "-shared", "-cudart=static", *gencode, *cuda_link_flags(lib, objects, cxx), *torch_link]
+            libraries.append(Library(target / "librecis_cuda.so", jobs, linker))
+        self._build(libraries)
 
-        def is_stale(job: tuple[Path, Path, list[str]]) -> bool:
-            source, output, _ = job
-            return (
-                self.force
-                or not output.exists()
-                or output.stat().st_mtime <= max(newest_header, source.stat().st_mtime)
-            )
-
-        def compile_one(numbered: tuple[int, tuple[Path, Path, list[str]]]) -> None:
-            number, (source, output, command) = numbered
-            output.parent.mkdir(parents=True, exist_ok=True)
-            print(f"  {number}/{len(stale)} {output.parent.name:8} {source.relative_to(ROOT)}", flush=True)
-            run(command)
-
-        stale = [job for job in jobs if is_stale(job)]
-        workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+    def _build(self, libraries: Iterable[Library]) -> None:
+        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
+        newest_header = max(header.stat().st_mtime for header in headers)
+        jobs = [job for library in libraries for job in library.jobs]
+        stale = [job for job in jobs if self.force or job.is_stale(newest_header)]
         if stale:
-            print(f"compiling {len(stale)} files of the native library, {workers} at a time (MAX_JOBS)", flush=True)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(compile_one, enumerate(stale, 1)))
-        for library, outputs, command in libraries:
-            older = not library.exists() or library.stat().st_mtime < max(o.stat().st_mtime for o in outputs)
-            if older or self.force:
-                print(f"  link     {library.name}", flush=True)
-                # A new file, not the old one rewritten: a process that has it mapped keeps what it has.
-                fresh = library.with_suffix(".tmp")
-                run([*command[:1], *map(str, outputs), *command[1:], "-o", str(fresh)])
-                fresh.replace(library)
+            compile_all(stale)
+        for library in libraries:
+            if self.force or library.is_stale():
+                library.link()
 
     def get_outputs(self) -> list[str]:
+        """Return the libraries that were built, for setuptools' record of files."""
         base = Path(self.build_lib) / "recis_hybrid" / "lib"
         return [str(path) for path in base.glob("*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
+        """Return an empty mapping: an editable install needs no copies, because it is built in place."""
         return {}
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; on failure prints what it said and ends."""
+    """Run a compiler and print its output; end the build if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     if done.returncode:
-        fail(f"`{' '.join(command)}` failed:\n{said}")
-    if said.strip():
-        print(said)
+        fail(f"`{' '.join(command)}` failed:\n{output}")
+    if output.strip():
+        print(output)
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel py3-none-<platform>: native code inside, but none of Python's ABI."""
+    """A wheel with the tag py3-none-<platform>: it holds native code that does not depend on Python's ABI."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag of the wheel."""
         return "py3", "none", super().get_tag()[2]
 
 
 setup(
-    # One nominal extension, so that setuptools knows the wheel is not pure; BuildNative builds what it stands for.
+    # A nominal extension, which tells setuptools that the wheel is not pure; BuildNative builds the libraries.
     ext_modules=[
         Extension(
             "recis_hybrid.lib.recis",
