@@ -50,18 +50,11 @@ struct RecordStart {
   }
 };
 
-// The ids of one feature, at positions first, first + 1, ...
-struct InitSpan {
-  int64_t first;
-  const int64_t* ids;
-  int64_t member;
-};
-
 // Writes the first values of the rows that a find-or-insert has just allocated. Launched over an upper bound of new
 // rows; their number is read from the counters, so the host need not know it.
 template <class E>
 struct InitFreshRows {
-  Segments<InitSpan> spans;  // not named `segments`, because items are new rows, not positions
+  Segments<IdSpan> spans;  // not named `segments`, because items are new rows, not positions
   BlocksRef blocks;
   const Initializer* initializers;  // by member table
   const int64_t* counters;
@@ -73,10 +66,9 @@ struct InitFreshRows {
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
     if (i >= counters[kFresh]) return;
     const int64_t position = fresh[i];
-    const InitSpan& span = spans[spans.find(position)];
+    const IdSpan& span = spans[spans.find(position)];
     const int64_t row = rows[position];
-    start.template write<E>(blocks.record(row), blocks.meta(row), initializers[span.member],
-                            span.ids[position - span.first], lanes);
+    start.template write<E>(blocks.record(row), blocks.meta(row), initializers[span.member], span.id(position), lanes);
   }
 };
 

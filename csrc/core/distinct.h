@@ -47,7 +47,9 @@ void distinct_cpu(const Executor& executor, const DistinctInputs& in, const Dist
   const int64_t n = positions.positions();
   const auto kinds = static_cast<int64_t>(in.owners.size());
   const detail::Parts parts(positions.features, n, IdsAsKeys{});
-  const detail::Sources sources(positions, parts);
+  const detail::Sources written(positions, parts);
+  const int64_t* const sources = written.given;
+  const bool plain = sources == nullptr;
   const detail::PartGroups found(n);
   const auto owners = detail::room<int32_t>(n);            // of each group
   std::vector<int64_t> groups(parts.count() * in.ranks);   // groups of each part and owner; later where they begin
@@ -103,7 +105,7 @@ void distinct_cpu(const Executor& executor, const DistinctInputs& in, const Dist
         const int64_t position = parts.position(begin + i);
         const int64_t to = next[g]++;
         out.places[position] = placed[g];
-        out.sources[to] = sources(part, i, position);
+        out.sources[to] = plain ? source_of(part, i) : sources[position];
         if (positions.scales != nullptr) out.scales[to] = positions.scales[position];
       }
     }

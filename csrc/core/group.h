@@ -138,28 +138,19 @@ struct Parts {
 };
 
 // The source of each position, also where GroupInputs leaves it out.
-class Sources {
- public:
-  Sources(const GroupInputs& in, const Parts& parts)
-      : plain_(in.sources == nullptr && parts.order == nullptr), sources_(in.sources) {
-    if (sources_ != nullptr || plain_) return;
-    written_ = room<int64_t>(in.positions());
-    int64_t* at = written_.get();
+struct Sources {
+  const int64_t* given;  // [n]; null: parts are features, and a source follows from its numbers
+  std::unique_ptr<int64_t[]> written;
+
+  Sources(const GroupInputs& in, const Parts& parts) : given(in.sources) {
+    if (given != nullptr || parts.order == nullptr) return;
+    written = room<int64_t>(in.positions());
+    int64_t* at = written.get();
     for (size_t f = 0; f < in.features.size(); ++f) {
       for (int64_t i = 0; i < in.features[f].length; ++i) *at++ = source_of(static_cast<int64_t>(f), i);
     }
-    sources_ = written_.get();
+    given = written.get();
   }
-
-  // The source of position `position`, which is number i of its part.
-  int64_t operator()(int64_t part, int64_t i, int64_t position) const {
-    return plain_ ? source_of(part, i) : sources_[position];
-  }
-
- private:
-  bool plain_;  // parts are features, so that sources follow from the numbers
-  const int64_t* sources_;
-  std::unique_ptr<int64_t[]> written_;
 };
 
 // The groups of each part before they are numbered across parts: arrays of all parts, where a part's elements start at
@@ -247,7 +238,9 @@ template <class Executor, class Keys>
 void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
   const int64_t n = in.positions();
   const detail::Parts parts(in.features, n, keys);
-  const detail::Sources sources(in, parts);
+  const detail::Sources written(in, parts);
+  const int64_t* const sources = written.given;
+  const bool plain = sources == nullptr;
   const detail::PartGroups found(n);
   const auto& rows = found.keys;                      // the key of each group, later its row
   std::vector<int64_t> groups(parts.count() + 1, 0);  // groups with a row in each part; later in the parts before it
@@ -294,7 +287,7 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         if (out.rows != nullptr) out.rows[position] = row;
         if (row < 0) continue;
         const int64_t to = next[g]++;
-        out.grouped_sources[to] = sources(part, i, position);
+        out.grouped_sources[to] = plain ? source_of(part, i) : sources[position];
         if (in.scales != nullptr) out.grouped_scales[to] = in.scales[position];
       }
     }

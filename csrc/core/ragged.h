@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "core/macros.h"
 #include "core/maps.h"
@@ -224,7 +223,7 @@ RECIS_HD void write_offset(int64_t* offsets, int64_t row, int64_t end, Lanes lan
 }
 
 // The kernels of values below read nothing of a refused row, and write nothing of a row for which the result has no
-// room. On the CPU the operator has raised before. On CUDA nobody has looked at the offsets, and rows that are good one
+// room. On the CPU the operator has raised before. On CUDA offsets are not checked before, and rows that are good one
 // by one may add up to more values than there are.
 
 // Copies rows of one plane into rows of other lengths: values that do not fit are dropped at one end, and missing ones
@@ -244,12 +243,9 @@ struct CopyPart {
 struct CopyRows {
   Segments<CopyPart> segments;
 
-  template <class Lanes>
-  RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
-    const CopyPart& part = segments[number];
-    const int64_t row = i - part.first;
+  template <class T, class Lanes>
+  RECIS_HD static void copy(const CopyPart& part, int64_t row, int64_t source, Lanes lanes) {
     if (!part.target.good(row)) return;
-    const int64_t source = part.numbers == nullptr ? row : part.numbers[row];
     const bool exists = source >= 0 && source < part.count && part.rows.good(source);
     const int64_t size = exists ? part.rows.size(source) : 0;
     const int64_t wanted = part.target.size(row);
@@ -257,17 +253,22 @@ struct CopyRows {
     const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
     const int64_t padded = wanted - kept;
     const int64_t words = part.plane.words;
-    part.plane.typed([&](const auto* from, auto* to) {
-      using T = std::remove_pointer_t<decltype(to)>;
-      to += part.target.begin(row) * words;
-      if (exists) {
-        copy_words(from + (part.rows.begin(source) + skipped) * words, to + (part.pad_first != 0 ? padded : 0) * words,
-                   kept * words, lanes);
-      }
-      if (padded > 0) {
-        fill_words(to + (part.pad_first != 0 ? 0 : kept) * words, static_cast<T>(part.fill), padded * words, lanes);
-      }
-    });
+    T* to = static_cast<T*>(part.plane.to) + part.target.begin(row) * words;
+    if (exists) {
+      const T* from = static_cast<const T*>(part.plane.from) + (part.rows.begin(source) + skipped) * words;
+      copy_words(from, to + (part.pad_first != 0 ? padded : 0) * words, kept * words, lanes);
+    }
+    if (padded > 0) {
+      fill_words(to + (part.pad_first != 0 ? 0 : kept) * words, static_cast<T>(part.fill), padded * words, lanes);
+    }
+  }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
+    const CopyPart& part = segments[number];
+    const int64_t row = i - part.first;
+    const int64_t source = part.numbers == nullptr ? row : part.numbers[row];
+    with_word(part.plane.unit, [&](auto word) { copy<decltype(word)>(part, row, source, lanes); });
   }
 };
 
@@ -434,6 +435,18 @@ struct ConcatRows {
   Segments<ConcatPart> segments;
   int64_t* refused;  // 1 + an item whose row lies outside the values of a column
 
+  template <class T, class Lanes>
+  RECIS_HD static void copy(const ConcatPart& part, int64_t row, int64_t to, Lanes lanes) {
+    const Rows& rows = part.inputs[part.which];
+    T* out = static_cast<T*>(part.plane.to) + to * part.plane.words;
+    const int64_t n = rows.size(row) * part.plane.words;
+    if (part.plane.from == nullptr) {
+      fill_words(reinterpret_cast<float*>(out), 1.0f, n, lanes);
+    } else {
+      copy_words(static_cast<const T*>(part.plane.from) + rows.begin(row) * part.plane.words, out, n, lanes);
+    }
+  }
+
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const ConcatPart& part = segments[number];
@@ -441,16 +454,11 @@ struct ConcatRows {
     for (int64_t k = 0; k < part.count; ++k) {
       if (!part.inputs[k].from_start(row)) return refuse(refused, i);
     }
-    if (part.offsets != nullptr) write_offset(part.offsets, row, part.begin(row + 1), lanes);
-    if (part.plane.to == nullptr) return;
     int64_t to = part.begin(row);
+    if (part.offsets != nullptr) write_offset(part.offsets, row, part.begin(row + 1), lanes);
     for (int64_t k = 0; k < part.which; ++k) to += part.inputs[k].size(row);
-    const Rows& rows = part.inputs[part.which];
-    if (part.plane.from == nullptr) {
-      fill_words(static_cast<float*>(part.plane.to) + to, 1.0f, rows.size(row), lanes);
-    } else {
-      part.plane.copy(rows.begin(row), to, rows.size(row), lanes);
-    }
+    if (part.plane.to == nullptr) return;
+    with_word(part.plane.unit, [&](auto word) { copy<decltype(word)>(part, row, to, lanes); });
   }
 };
 

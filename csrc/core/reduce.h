@@ -41,7 +41,10 @@ struct GroupedGradients {
   }
 
   RECIS_HD void prefetch_source(int64_t k, int64_t dim) const {
-    prefetch_bytes<false>(source(k), dim * static_cast<int64_t>(sizeof(float)));
+#if !defined(__CUDA_ARCH__)
+    const float* gradient = source(k);
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(gradient + d, 0, 3);
+#endif
   }
 
   // Gradients are added in input order, in chunks of kChunk whose sums are added in order: the result has the same bits

@@ -30,10 +30,10 @@ void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_o
                        Ints members, const Tensor& initializers, int64_t dim, Ints field_offsets, Ints field_widths,
                        Ints field_sizes, Ints field_values) {
   Device device(fresh);
-  std::vector<InitSpan> spans;
+  std::vector<IdSpan> spans;
   int64_t total = 0;
   for (size_t f = 0; f < ids.size(); ++f) {
-    spans.push_back({total, data<int64_t>(ids[f], "ids"), members[f]});
+    spans.push_back({total, data<int64_t>(ids[f], "ids"), members[f], nullptr});
     total += ids[f].numel();
   }
   const RecordStart start = record_start(dim, field_offsets, field_widths, field_sizes, field_values);

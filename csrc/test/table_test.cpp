@@ -168,10 +168,9 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 
   const BlocksRef blocks = table.blocks(count);
   const RecordStart start = record_start();
-  const std::vector<InitSpan> init_spans{{0, ids.data(), 0}, {half, ids.data() + half, 7}};
-  for_each_cpu(threads, count, 1,
-               InitFreshRows<float>{segments(init_spans, n), blocks, inits.data(), table.counters, rows.data(),
-                                    fresh.data(), start});
+  for_each_cpu(
+      threads, count, 1,
+      InitFreshRows<float>{segments(spans, n), blocks, inits.data(), table.counters, rows.data(), fresh.data(), start});
   for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
   CHECK(table.counters[kRows] == count && table.counters[kLive] == count && table.counters[kFresh] == 0);
 
