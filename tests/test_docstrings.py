@@ -30,7 +30,6 @@ UNMENDED = {
     "pipelines",
     "ragged",
     "saver",
-    "scripts",
     "serving",
     "tests",
 }
