@@ -150,7 +150,7 @@ class Trained:
 
 
 class Stopwatch(Callback):
-    """Measures the seconds of training stages, and notes the samples that came before a resumption."""
+    """Measures the seconds of training stages, and records the number of samples before a resumption."""
 
     def __init__(self) -> None:
         self.seconds, self.already = 0.0, 0

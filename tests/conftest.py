@@ -1,4 +1,4 @@
-"""What all tests share: who runs where, the data folder, hypothesis profiles."""
+"""Shared set-up: markers, the cross-section of ``make test-quick``, the data folder, hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.quick import cross_section
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = pytest.StashKey[set[str]]()
 
-# No deadline: a shared machine is slow at times, and how fast things are is the benchmarks' business.
+# No deadline, because a shared machine is slow at times; benchmarks measure speed.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Note the cross-section; with --quick nothing else runs."""
+    """Store the names of the cross-section, and deselect all other tests with --quick."""
     kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
     config.stash[QUICK] = names = {item.nodeid for item in kept}
     if config.getoption("quick"):
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says after a whole run what share of its time ``make test-quick`` would have taken."""
+    """Report, after a whole run, the share of its time that ``make test-quick`` would take."""
     reports = [each for kind in terminalreporter.stats.values() for each in kind if isinstance(each, pytest.TestReport)]
     of_all = sum(report.duration for report in reports)
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not of_all:
@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what this machine cannot run, and fails what it ought to be able to run."""
+    """Skip tests that this machine cannot run, and fail those that it should be able to run."""
     needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
     if needed:
         verdict = gpu.verdict(needed, gpu.this_machine())

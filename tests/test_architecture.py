@@ -1,4 +1,4 @@
-"""The import graph, the public names and what an import may do; the checkers are tested on sources that break them."""
+"""The import graph, the public names and the effects of imports; the checkers are tested on faulty sources."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_public_names(package: list[Source]) -> None:
     assert [fault for source in package for fault in rules.name_violations(source)] == []
 
 
-def test_nothing_read_is_run(package: list[Source]) -> None:
+def test_data_is_never_executed(package: list[Source]) -> None:
     assert [fault for source in package for fault in rules.unsafe_violations(source)] == []
 
 
@@ -101,7 +101,7 @@ def test_import_is_silent_and_light(root: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_no_room_brings_jax(package: list[Source], root: Path) -> None:
+def test_no_room_imports_jax(package: list[Source], root: Path) -> None:
     modules = sorted(source.module for source in package if source.room != "bridge")
     code = (
         f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; "
@@ -281,7 +281,7 @@ def test_private_names_are_free_within_a_room() -> None:
         "exec('1')",
     ],
 )
-def test_running_what_is_read_is_found(text: str) -> None:
+def test_executing_data_is_found(text: str) -> None:
     assert list(rules.unsafe_violations(parse(text, "recis_hybrid/saver/x.py")))
 
 

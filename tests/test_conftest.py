@@ -51,7 +51,7 @@ def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str,
 
 
 def marked(node: ast.AST) -> set[str]:
-    """Return the names of the markers in these expressions."""
+    """Return the names of the markers in an expression."""
     return {
         each.attr
         for each in ast.walk(node)
@@ -82,7 +82,7 @@ def test_the_cross_section_has_some_of_every_file_and_what_no_run_should_be_with
     assert len(chosen) < (SHARE + 0.05) * len(marks) + len(files)
     always = [name for name, of_it in marks.items() if "quick" in of_it]
     assert set(always) <= set(chosen)
-    # Killed and resumed; ranks that share tables; a JAX tower over tables.
+    # A killed and resumed run, ranks that share tables, a JAX tower over tables.
     for room in ("pipelines", "embedding", "examples"):
         assert any(f"tests/{room}/" in name for name in always), room
 
@@ -93,7 +93,7 @@ def test_the_cross_section_takes_new_tests_up_and_one_set_of_parameters_of_each(
     assert 0.2 * 1000 < len(chosen) < 0.32 * 1000
     assert len({name.partition("[")[0] for name in chosen}) == len(chosen)
     assert chosen == [name for name in names if name in set(chosen)]
-    # As others come and go, who was drawn stays drawn, but for the one that stood for a file.
+    # Drawn tests stay drawn as others are added, except for the one that represents a file.
     more = cross_section([*names, *(name + "x" for name in names[:300])], str, lambda name: set())
     assert len({*chosen} - {*more}) <= 20
     alone = cross_section(["f::slow", "f::new[1]", "f::new[2]"], str, lambda name: {"slow"} & {name[3:]})

@@ -1,4 +1,4 @@
-"""A program written for one process under a launcher: it trains right, or is refused in the same terms everywhere."""
+"""Programs written for one process, under a launcher: they train correctly, or are refused in the same terms."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def page(root: Path) -> str:
     return code  # type: ignore[no-any-return]
 
 
-# What is asked of the page once it has run. Its ranks begin with other weights.
-ASKED = """
+# Appended to the page: each rank prints its figures and a digest of its weights.
+REPORT = """
 from hashlib import sha256
 from recis_hybrid.distributed import rank
 tensors = {**{n: p for n, p in model.named_parameters() if n.split(".")[0] != "engine"}, **dict(model.named_buffers())}
 digest = sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors.values())).hexdigest()
 rows = sum(len(table) for table in model.engine.tables)
 auc = trainer.figures["eval"]["auc"]
-print("ASKED", rank(), trainer.steps_done, trainer.samples, rows, digest, auc, flush=True)
+print("REPORT", rank(), trainer.steps_done, trainer.samples, rows, digest, auc, flush=True)
 """
 
 
@@ -128,7 +128,7 @@ def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Pat
         pq.write_table(pa.table(columns), tmp_path / "clicks" / split / "part.parquet")
     code = page(root)
     assert "4096" in code
-    program = f"import os\nos.chdir({str(tmp_path)!r})\n" + code.replace("4096", str(batch)) + ASKED
+    program = f"import os\nos.chdir({str(tmp_path)!r})\n" + code.replace("4096", str(batch)) + REPORT
     (tmp_path / "alone.py").write_text(program.replace('"checkpoints"', '"alone"'))
     alone = subprocess.run(
         [sys.executable, str(tmp_path / "alone.py")],
@@ -141,13 +141,13 @@ def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Pat
     together = on_two_ranks(program, tmp_path, root)
     assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
 
-    def asked(said: str) -> list[list[Any]]:
-        return sorted(line.split()[1:] for line in said.splitlines() if line.startswith("ASKED"))
+    def reports(output: str) -> list[list[Any]]:
+        return sorted(line.split()[1:] for line in output.splitlines() if line.startswith("REPORT"))
 
-    ((_, steps, samples, rows_alone, _, _),) = asked(alone.stdout)
+    ((_, steps, samples, rows_alone, _, _),) = reports(alone.stdout)
     assert (int(steps), int(samples)) == (2 * 8, 2 * written["train"])
-    first, second = asked(together.stdout)
-    # Each row was trained on once a pass, the tables hold each id once, and towers and figures are the same.
+    first, second = reports(together.stdout)
+    # Each row is trained on once a pass, tables hold each id once, and towers and figures are equal on both ranks.
     assert [int(each[1]) for each in (first, second)] == [2 * 4] * 2
     assert int(first[2]) + int(second[2]) == 2 * written["train"]
     assert int(first[3]) + int(second[3]) == int(rows_alone)
@@ -173,7 +173,7 @@ def step(engine, optimizer):
     engine({"id": torch.tensor([1, 2])})["id"].sum().backward()
     optimizer.step()
 
-# Before torch.distributed is initialised, and nothing says that there are others.
+# Built before torch.distributed is initialised, without the launcher's variables.
 size = os.environ.pop("WORLD_SIZE")
 own_rank = os.environ.pop("RANK")
 early, early_data = training(), ColumnDataset(sys.argv[0].replace("program.py", "rows.parquet"), ["id"], 4)

@@ -1,4 +1,4 @@
-"""The documentation names what is there: pages in the navigation, links, files, rooms. ``make docs`` builds it."""
+"""The documentation is complete: navigation, links, named files, rooms. ``make docs`` builds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tolerances by scale: what rounding can do passes, and what it cannot is named."""
+"""Tolerances by scale: differences by rounding pass, and larger ones are named."""
 
 from __future__ import annotations
 

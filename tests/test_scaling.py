@@ -1,4 +1,4 @@
-"""docs/scaling.md holds what benchmarks/scaling.py prints; the model counts the bytes that are sent."""
+"""``docs/scaling.md`` holds the output of ``benchmarks/scaling.py``; the model counts the bytes on the wire."""
 
 from __future__ import annotations
 

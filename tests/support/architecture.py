@@ -1,4 +1,4 @@
-"""The rules of the architecture, as functions from sources to the places that break them."""
+"""The rules of the architecture, as functions from sources to violations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from tests.support.imports import PACKAGE, Import, Source, aliases, dotted, imports, outside_functions, room_of
 
-# Who may import whom inside the package; what is not here is forbidden. "" is the package's own __init__, which imports
-# when a name is first used.
+# Imports allowed between the rooms of the package. "" is the package's own __init__, which imports a room when one of
+# its names is first used.
 ROOMS: dict[str, set[str]] = {
     "": {
         "bridge",
@@ -30,11 +30,11 @@ ROOMS: dict[str, set[str]] = {
     "ragged": {"ops", "validation"},
     "checkpointing": {"validation"},
     "distributed": {"validation"},
-    # Reads what the saver writes, where there is neither torch nor the native library.
+    # Reads exports on machines without torch and the native library.
     "serving": {"validation"},
     "columnio": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "features": {"ops", "ragged", "validation"},
-    # An optimizer comes to the tables as a RecordLayout and an update rule; the saver reads the state they hand out.
+    # Tables receive an optimizer as a RecordLayout and an update rule, and return their state to the saver.
     "embedding": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "optim": {"ops", "ragged", "checkpointing", "distributed", "validation", "embedding"},
     "saver": {"ops", "ragged", "checkpointing", "validation"},
@@ -53,7 +53,7 @@ ROOMS: dict[str, set[str]] = {
         "metrics",
     },
     "bridge": {"ops", "validation"},
-    # The program without a script, command line included; nothing imports it.
+    # The command line and training from a configuration; nothing imports it.
     "app": {
         "ops",
         "ragged",
@@ -69,8 +69,8 @@ ROOMS: dict[str, set[str]] = {
         "pipelines",
     },
 }
-# Who may import whom inside a room: sub-package to sub-package. The modules of the room itself are not listed: the
-# search for circles covers them.
+# Imports allowed between the sub-packages of a room. The modules of the room itself are not listed; the search for
+# circles covers them.
 PACKAGES: dict[str, dict[str, set[str]]] = {
     "columnio": {
         "formats": set(),
@@ -98,7 +98,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
 }
 # A folder of more modules than this is cut into sub-packages.
 MODULES_IN_A_FOLDER = 15
-# What a room may import from elsewhere, beside the standard library and torch.
+# Third-party packages that a room may import, beside torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"fsspec", "numpy", "pyarrow"},
@@ -109,11 +109,11 @@ OUTSIDE: dict[str, set[str]] = {
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
 
-# Modules and functions by which what is read could be run as code.
+# Modules and functions that can execute the data they read.
 UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle"}
 UNSAFE_NAMES = {"torch.load", "torch.save", "torch.jit.load", "torch.package", "torch.hub.load", "eval", "exec"}
 
-# What C++ and CUDA files of a folder may not include, and why.
+# Includes forbidden in the C++ and CUDA files of a folder, and the reason.
 UNSTABLE = r"ATen/|c10/|torch/(?!csrc/stable/|headeronly/|csrc/inductor/aoti_torch/c/)"
 INCLUDES: dict[str, tuple[str, str]] = {
     "core": (r"torch/|ATen/|c10/|pybind11|xla/|Python\.h|ops/|cpu/|cuda/(?!atomic|std/)", "core knows no framework"),
@@ -126,20 +126,20 @@ INCLUDES: dict[str, tuple[str, str]] = {
 
 
 def inner_room(item: Import) -> str | None:
-    """Return the room of the package that an import reaches, or None if it reaches outside."""
+    """Return the room that an import reaches, or None for one outside the package."""
     if item.target.split(".")[0] != PACKAGE:
         return None
-    # `from recis_hybrid import ops` names a room just as `import recis_hybrid.ops` does.
+    # `from recis_hybrid import ops` imports a room, like `import recis_hybrid.ops`.
     if item.target == PACKAGE and item.name in ROOMS:
         return item.name
     return room_of(item.target)
 
 
 def import_violations(source: Source) -> Iterator[str]:
-    """Yield the imports that go against ROOMS and OUTSIDE."""
+    """Yield the imports that ROOMS and OUTSIDE do not allow."""
     room = source.room
     if room not in ROOMS:
-        yield f"{source.path}: the room {room!r} is not in ROOMS; decide there whom it may import"
+        yield f"{source.path}: the room {room!r} is not in ROOMS; list its imports there"
         return
     for item in imports(source):
         where = f"{source.path}:{item.line}"
@@ -205,7 +205,7 @@ def package_violations(sources: Iterable[Source]) -> Iterator[str]:
         if package is None:
             continue
         if package not in PACKAGES.get(room, {}):
-            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; decide there whom it may import"
+            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; list its imports there"
             continue
         for item in imports(source):
             parts = item.target.split(".")
@@ -244,7 +244,7 @@ def _has_two_sentences(text: str) -> bool:
 
 
 def name_violations(source: Source) -> Iterator[str]:
-    """Yield where a public name is not re-exported as such, or where a private one of another room is used."""
+    """Yield the re-exports that are not explicit, and the uses of private names of other rooms."""
     for item in imports(source):
         where = f"{source.path}:{item.line}"
         reached = inner_room(item)
@@ -262,34 +262,34 @@ def name_violations(source: Source) -> Iterator[str]:
 
 
 def unsafe_violations(source: Source) -> Iterator[str]:
-    """Yield where a file could run what it reads."""
+    """Yield the calls and imports that could execute the data they read."""
     known = aliases(source)
     for item in imports(source):
         if item.target.split(".")[0] in UNSAFE_MODULES or item.name in UNSAFE_MODULES:
-            yield f"{source.path}:{item.line}: {item.target} can run what it reads"
+            yield f"{source.path}:{item.line}: {item.target} can execute the data it reads"
         elif f"{item.target}.{item.name}" in UNSAFE_NAMES or item.target in UNSAFE_NAMES:
-            yield f"{source.path}:{item.line}: {item.target}.{item.name} can run what it reads"
+            yield f"{source.path}:{item.line}: {item.target}.{item.name} can execute the data it reads"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in UNSAFE_NAMES:
-            yield f"{source.path}:{node.lineno}: {dotted(node, known)} can run what it reads"
+            yield f"{source.path}:{node.lineno}: {dotted(node, known)} can execute the data it reads"
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             if not (isinstance(node.value, ast.Constant) and node.value.value is False):
-                yield f"{source.path}:{node.value.lineno}: allow_pickle can run what it reads"
+                yield f"{source.path}:{node.value.lineno}: allow_pickle can execute the data it reads"
 
 
 def environment_violations(source: Source) -> Iterator[str]:
-    """Yield where a module reads an environment variable while it is imported."""
+    """Yield the environment variables that a module reads while it is imported."""
     known = aliases(source)
     for node in outside_functions(source.tree):
         if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in ("os.environ", "os.getenv"):
-            yield f"{source.path}:{node.lineno}: reads the environment at import; read it where it is first needed"
+            yield f"{source.path}:{node.lineno}: reads the environment at import; read it at its first use"
 
 
 def include_violations(path: str, text: str) -> Iterator[str]:
-    """Yield what a file below csrc/ includes and may not."""
+    """Yield the forbidden includes of a file below csrc/."""
     folder = path.split("/")[1]
     if folder not in INCLUDES:
-        yield f"{path}: the folder csrc/{folder} is not in INCLUDES; decide there what it may include"
+        yield f"{path}: the folder csrc/{folder} is not in INCLUDES; list its forbidden includes there"
         return
     forbidden, why = INCLUDES[folder]
     for number, line in enumerate(text.splitlines(), 1):

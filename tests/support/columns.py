@@ -1,4 +1,4 @@
-"""Columns of batches, known to be of their kind."""
+"""Typed access to columns of batches."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def write_csv(path: Path, columns: dict[str, Callable[[int], Any]] | None = None
 
 
 def small_config(folder: Path, **changes: Any) -> Path:
-    """Write train.csv (64 rows, 4 batches), eval.csv (40 rows) and a configuration; returns the latter."""
+    """Write train.csv (64 rows, 4 batches), eval.csv (40 rows) and a configuration; return its path."""
     write_csv(folder / "train.csv")
     write_csv(folder / "eval.csv", rows=40)
     config = {

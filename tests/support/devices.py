@@ -1,11 +1,11 @@
-"""One decorator for tests of operators: on every device."""
+"""A decorator that runs tests of operators on every device, and ids at the edges."""
 
 from __future__ import annotations
 
 import pytest
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-"""Runs a test on the CPU, and on CUDA where there is one."""
+"""Parametrises a test over the CPU and, where there is a GPU, CUDA."""
 
 EDGE_IDS = [0, -1, 1, -(2**63), 2**63 - 1, 2**32, -(2**32), 2**52 + 1]
-"""Ids that other systems reserve, cut or mistake for something else."""
+"""Ids that other systems reserve, truncate or confuse."""

@@ -1,4 +1,4 @@
-"""The form of docstrings, as functions from sources to the places that break it."""
+"""The form of docstrings, as functions from sources to violations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.support.imports import Source
 
-# A first line says what a function does or what a thing is; these words open a clause that does neither.
+# A first line says what a function does or what a thing is; a clause that opens with one of these words does neither.
 OPENINGS = ("What", "Whose", "How", "Of", "Which", "Whether", "That", "Whoever", "Where", "When", "Who")
 SECTIONS = (
     "Args",
@@ -23,7 +23,7 @@ SECTIONS = (
     "Warns",
     "Yields",
 )
-# Literals, and roles and links of reStructuredText, hold backticks that are none of Markdown's code.
+# Backticks that are not Markdown's code: literals, roles and links of reStructuredText.
 _LITERALS = re.compile(r"``.+?``|:\w+(?::\w+)*:`[^`]+`|`[^`]+`_", re.DOTALL)
 _HEADER = re.compile(r"^ *([A-Za-z]+):$", re.MULTILINE)
 

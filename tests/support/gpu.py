@@ -1,4 +1,4 @@
-"""What becomes of a test that needs a GPU: it runs, it is skipped, or it fails because a GPU is there but unusable."""
+"""Decides whether a test that needs a GPU runs, is skipped, or fails because torch cannot use the machine's GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known of the GPUs of this machine.
+    """The GPUs of a machine.
 
     Args:
-        usable: CUDA devices that torch can use.
-        listed: GPUs that the driver lists.
-        required: Whether RECIS_REQUIRE_GPU=1 says that there has to be one.
+        usable: Number of CUDA devices that torch can use.
+        listed: Number of GPUs that the driver lists.
+        required: Whether RECIS_REQUIRE_GPU=1 demands one.
     """
 
     usable: int
@@ -28,17 +28,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``action`` is "run", "skip" or "fail"; ``reason`` says why it does not run."""
+    """Decision about a test: ``action`` is "run", "skip" or "fail", and ``reason`` explains the latter two."""
 
     action: str
     reason: str = ""
 
 
 def verdict(needed: int, machine: Machine) -> Verdict:
-    """Decides about a test that needs ``needed`` GPUs.
+    """Return the decision about a test that needs ``needed`` GPUs.
 
-    A machine with a GPU on which GPU tests are skipped would look healthy for ever, so there a GPU that torch cannot
-    use is a failure. A machine with fewer GPUs than a test of several asks for is no fault of its own.
+    If a GPU that torch cannot use led to skipped tests, the machine would look healthy forever, so it is a failure. A
+    machine with fewer GPUs than the test needs only skips it.
     """
     if machine.usable >= needed:
         return Verdict("run")
@@ -52,13 +52,13 @@ def verdict(needed: int, machine: Machine) -> Verdict:
 
 
 def count_listed(listing: str) -> int:
-    """Count the GPUs in what ``nvidia-smi -L`` printed, one a line: "GPU 0: NAME (UUID: ...)"."""
+    """Return the number of GPUs in the output of ``nvidia-smi -L``, one a line: "GPU 0: NAME (UUID: ...)"."""
     return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
 @cache
 def this_machine() -> Machine:
-    """Return what is known of this machine."""
+    """Return the GPUs of this machine."""
     listing = ""
     if shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout

@@ -1,4 +1,4 @@
-"""The hashes in plain Python: slow, and independent of the native code."""
+"""The hashes in plain Python, independent of the native code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SPREAD = 0xC6A4A7935BD1E995
 
 
 def signed(x: int) -> int:
-    """Return the int64 of the same 64 bits."""
+    """Return 64 bits reinterpreted as an int64."""
     return x - 2**64 if x & 1 << 63 else x
 
 
@@ -17,7 +17,7 @@ def word(data: bytes, at: int, size: int = 8) -> int:
 
 
 def murmur(data: bytes) -> int:
-    """MurmurHash64A with seed 0, as an int64."""
+    """Return MurmurHash64A with seed 0, as an int64."""
     whole = len(data) // 8 * 8
     h = len(data) * SPREAD & MASK
     for at in range(0, whole, 8):
@@ -57,7 +57,7 @@ def weak32(data: bytes, at: int, a: int, b: int) -> tuple[int, int]:
 
 
 def farm(data: bytes) -> int:
-    """FarmHash Fingerprint64, as an int64."""
+    """Return FarmHash Fingerprint64, as an int64."""
     n = len(data)
     mul = (K2 + 2 * n) & MASK
     if n == 0:
@@ -128,7 +128,7 @@ def _farm_long(data: bytes) -> int:
 
 
 def djb2(data: bytes) -> int:
-    """From 5381, hash * 33 + byte, as an int64."""
+    """Return djb2, hash * 33 + byte from 5381, as an int64."""
     h = 5381
     for byte in data:
         h = h * 33 + byte & MASK
@@ -136,7 +136,7 @@ def djb2(data: bytes) -> int:
 
 
 def sdbm(data: bytes) -> int:
-    """From 0, byte + (hash << 6) + (hash << 16) - hash, as an int64."""
+    """Return sdbm, byte + (hash << 6) + (hash << 16) - hash from 0, as an int64."""
     h = 0
     for byte in data:
         h = byte + (h << 6) + (h << 16) - h & MASK
@@ -144,7 +144,7 @@ def sdbm(data: bytes) -> int:
 
 
 def xxh64(data: bytes) -> int:
-    """XXH64 with seed 0 by the xxhash package, as an int64."""
+    """Return XXH64 with seed 0, computed by the xxhash package, as an int64."""
     import xxhash
 
     return signed(xxhash.xxh64_intdigest(data))

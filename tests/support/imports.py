@@ -1,4 +1,4 @@
-"""Reads Python sources for what they import and call, without running them."""
+"""Imports and names of Python sources, read without running them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PACKAGE = "recis_hybrid"
 
 @dataclass(frozen=True)
 class Import:
-    """One imported thing: ``from recis_hybrid.ops import gather as gather`` has the target ``recis_hybrid.ops``.
+    """One imported name: ``from recis_hybrid.ops import gather as gather`` has the target ``recis_hybrid.ops``.
 
     Args:
-        line: Where it is imported.
-        target: The module named, absolute; of ``import a.b`` it is ``a.b``.
-        name: The name taken from it, or None if the module itself is imported.
+        line: Line of the statement.
+        target: Absolute name of the module; ``a.b`` for ``import a.b``.
+        name: The name imported from it, or None if the module itself is imported.
         alias: The name after ``as``, or None.
     """
 
@@ -29,7 +29,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Source:
-    """One source file and the dotted name it is imported under."""
+    """A source file and the dotted name of its module."""
 
     path: str
     module: str
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def package(self) -> str:
-        """The package that relative imports of this file start from."""
+        """The package that this file's relative imports start from."""
         return self.module if self.is_package else self.module.rpartition(".")[0]
 
     @property
@@ -51,7 +51,7 @@ class Source:
 
 
 def parse(text: str, path: str) -> Source:
-    """Make a Source of this text as if it lay at this path below the root of the repository."""
+    """Return a Source of this text, as if it lay at this path below the root of the repository."""
     parts = list(Path(path).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
@@ -59,7 +59,7 @@ def parse(text: str, path: str) -> Source:
 
 
 def read_package(root: Path) -> list[Source]:
-    """Read every file of the package, of bridge too, which is a symbolic link in it."""
+    """Return the sources of the package, including bridge, which is a symbolic link in it."""
     found: list[Source] = []
     folders = [root / PACKAGE]
     while folders:
@@ -72,13 +72,13 @@ def read_package(root: Path) -> list[Source]:
 
 
 def room_of(module: str) -> str:
-    """Return the room of a module of the package: its name below the package, "" for the package itself."""
+    """Return the room of a module: the first name below the package, "" for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 def imports(source: Source) -> Iterator[Import]:
-    """Yield every import of a file: at its top, inside functions, for type checkers only, and by importlib."""
+    """Yield all imports of a file: at its top, inside functions, for type checkers, and by importlib."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             for item in node.names:
@@ -98,7 +98,7 @@ def imports(source: Source) -> Iterator[Import]:
 
 
 def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
-    """Return "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" if it is no such name."""
+    """Return "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" for other expressions."""
     if isinstance(node, ast.Name):
         return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -108,7 +108,7 @@ def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
 
 
 def aliases(source: Source) -> dict[str, str]:
-    """Map the names that a file gives to imported things to what they are."""
+    """Map the local names of imports to their full dotted names."""
     found: dict[str, str] = {}
     for item in imports(source):
         if item.name is not None:
@@ -119,7 +119,7 @@ def aliases(source: Source) -> dict[str, str]:
 
 
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that run when a module is imported: all but the bodies of functions."""
+    """Yield the nodes that run when a module is imported: all except the bodies of functions."""
     for child in ast.iter_child_nodes(tree):
         yield child
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):

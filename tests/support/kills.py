@@ -1,7 +1,7 @@
-"""A program killed by SIGKILL at every moment at which it changes something on the disk, a fork for each.
+"""Kill a program by SIGKILL at each call that changes the disk, one fork a call.
 
-The parent forks, so that torch is imported once. A child counts its way through all calls that change the disk and
-kills itself at the given one, before it or, of a call that writes a file, half way through.
+Forking imports torch only once. A child counts the calls that change the disk and kills itself at one of them: before
+it, or half-way through a call that writes a file.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def _counted(owner: Any, name: str) -> None:
 
 
 def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls: list[tuple[Any, str]]) -> None:
-    """Run `work` on a copy of `base` in `root` again and again, and print how each run ended.
+    """Run ``work`` repeatedly on a copy of ``base`` in ``root``, and print the exit status of each run.
 
-    What a run leaves is copied to `base`.0, `base`.1 and so on; the last run is not killed.
+    The folder after run n is copied to ``base``.n; the last run is not killed.
 
     Args:
-        work: what is killed.
-        root: the folder that it works in.
-        base: what the folder holds before.
-        calls: functions at which it is killed, by owner and name, beside those of the standard library; of one called
-            `write_file` half the file is left.
+        work: The function to kill.
+        root: The folder that it works in.
+        base: The initial contents of the folder.
+        calls: Functions to kill it at, as owner and name, beside those of the standard library; ``write_file`` leaves
+            half of the file.
     """
     global _left
     for owner, name in [
@@ -79,10 +79,10 @@ def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls
 
 
 def killed(program: str, repository: Path, *arguments: str) -> int:
-    """Run a program that calls `kill_at_every_moment` once, with these arguments.
+    """Run a program that calls ``kill_at_every_moment`` once, with these arguments.
 
     Returns:
-        How many runs there were; all were killed but the last, which ended well.
+        The number of runs; all but the last were killed, and the last succeeded.
     """
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],

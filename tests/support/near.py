@@ -1,8 +1,8 @@
-"""Closeness by scale: results that differ by rounding, since another processor or another number of ranks summed them.
+"""Comparison of sums up to rounding, with a tolerance that follows the scale of their terms.
 
-A float sum taken in another order is off by a few roundings of what was summed, however near zero it comes out (N. J.
-Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A tolerance that is a fixed number, or relative to
-the sum itself, holds on one processor and fails on the next.
+A float sum in another order, on another processor or another number of ranks, is off by a few roundings of its terms,
+even where it is close to zero (N. J. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A tolerance
+that is fixed, or relative to the sum, holds on one processor and fails on another.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = 64
-"""By default: sums of up to some thousand terms, of which about the square root do not cancel."""
+"""Default tolerance, for sums of up to some thousand terms, whose errors mostly cancel."""
 OF_ADAM = 8 * ROUNDINGS
-"""After steps of Adam, which divides a gradient by its own size: where it is next to nothing, its rounding is not."""
+"""Tolerance after steps of Adam, which divides a gradient by its size and so enlarges the rounding of small ones."""
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """Return the scale of the numbers beside each one: the largest of its row, or the tensor's root mean square.
+    """Return the scale of each row: its largest absolute value, at least the tensor's root mean square.
 
     Args:
         values: ``[..., D]``, float; a tensor of one dimension is one row.
@@ -35,16 +35,16 @@ def magnitude(values: Tensor) -> Tensor:
 
 
 def roundings(got: Any, expected: Any, terms: Any = None) -> Tensor:
-    """Return by how many roundings each element differs: ``|got - expected| / (eps * terms)``, float64.
+    """Return the difference of each element in roundings: ``|got - expected| / (eps * terms)``, float64.
 
-    The arguments are those of `assert_near`.
+    The arguments are those of ``assert_near``.
     """
     ours, theirs = as_tensor(got), as_tensor(expected)
     assert ours.shape == theirs.shape, f"shapes differ: got {list(ours.shape)}, expected {list(theirs.shape)}"
     eps = max(torch.finfo(each.dtype).eps for each in (ours, theirs) if each.dtype.is_floating_point)
     ours, theirs = ours.double(), theirs.double()
     scale = magnitude(theirs.nan_to_num(0.0, 0.0, 0.0)) if terms is None else as_tensor(terms).double()
-    # Numbers that are not finite have to be the same; the division is 0 / 0 where everything is exactly 0.
+    # Numbers that are not finite must be equal; the division is 0 / 0 where all numbers are 0.
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     return torch.where(same, 0.0, (ours - theirs).abs() / (eps * scale)).nan_to_num(torch.inf, torch.inf)
 
@@ -55,15 +55,15 @@ def assert_near(got: Any, expected: Any, allowed: float = ROUNDINGS, *, terms: A
     Args:
         got: A tensor, an array of numpy or jax, a float or a list of floats (taken as float32); or a dict, tuple or
             list of them.
-        expected: The same shape. Of two dtypes the coarser's ``eps`` (the spacing of numbers at 1) counts; integers
-            have to be equal.
-        allowed: How many roundings may differ. A sum of n terms is off by about ``sqrt(n)``, at most n; what is
-            computed from it step after step, by the sum of its parts.
-        terms: The magnitude of what was summed, broadcast against `expected`; by default `magnitude` of it.
-        where: Named first in the message.
+        expected: The same shape. The ``eps`` (the spacing of numbers at 1) of the coarser dtype counts; integers must
+            be equal.
+        allowed: The tolerance in roundings. A sum of n terms is off by about ``sqrt(n)``, at most n; the errors of
+            successive sums add up.
+        terms: The magnitude of the terms, broadcast against ``expected``; by default its ``magnitude``.
+        where: Prefix of the message.
 
     Raises:
-        AssertionError: With the worst element, its values, and by how many roundings they differ.
+        AssertionError: With the worst element, its values and its difference in roundings.
     """
     if isinstance(expected, dict):
         assert got.keys() == expected.keys(), f"{where}: {list(got)} is not {list(expected)}"
@@ -85,14 +85,14 @@ def assert_near(got: Any, expected: Any, allowed: float = ROUNDINGS, *, terms: A
         position = [int(index) for index in torch.unravel_index(torch.tensor(worst), found.shape)]
         raise AssertionError(
             f"{where + ': ' if where else ''}{int((found > allowed).sum())} of {found.numel()} elements differ by more "
-            f"than {allowed:g} roundings of what was summed; the worst, at {position}: got "
+            f"than {allowed:g} roundings of the terms; the worst, at {position}: got "
             f"{float(ours.flatten()[worst])!r}, expected {float(theirs.flatten()[worst])!r}, which is "
             f"{float(found.flatten()[worst]):.3g} roundings"
         )
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Return the values as a tensor on the CPU, float32 if they are Python's own."""
+    """Return the values as a tensor on the CPU; floats of Python become float32."""
     if isinstance(values, Tensor):
         return values.detach().cpu()
     if isinstance(values, (int, float, list, tuple)):

@@ -1,4 +1,4 @@
-"""The random numbers of first values, written down once more in numpy."""
+"""The random numbers of initial values, in numpy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ _M32 = np.uint64(0xFFFFFFFF)
 
 
 def philox4x32(key: int, ids: NDArray[np.int64], quads: int) -> NDArray[np.uint32]:
-    """Philox4x32-10 with counters (id, quad): uint32 [len(ids), 4 * quads].
+    """Return Philox4x32-10 with counters (id, quad), uint32 ``[len(ids), 4 * quads]``.
 
-    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC11, section 3.3.
+    References:
+        Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC11, section 3.3.
     """
     key &= 2**64 - 1
     low = np.repeat(ids.astype(np.uint64), quads)
@@ -31,14 +32,14 @@ def philox4x32(key: int, ids: NDArray[np.int64], quads: int) -> NDArray[np.uint3
 
 
 def uniform(key: int, ids: NDArray[np.int64], dim: int, low: float, high: float) -> NDArray[np.float32]:
-    """First values of Uniform(low, high), float32 [len(ids), dim], in float32 arithmetic."""
+    """Return initial values of Uniform(low, high), float32 ``[len(ids), dim]``, in float32 arithmetic."""
     unit = (philox4x32(key, ids, -(-dim // 4)) >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
     low32, high32 = np.float32(low), np.float32(high)
     return (low32 + (high32 - low32) * unit)[:, :dim]
 
 
 def normal(key: int, ids: NDArray[np.int64], dim: int, mean: float, std: float) -> NDArray[np.float64]:
-    """First values of Normal(mean, std), in float64: Box and Muller's transform of neighbouring words."""
+    """Return initial values of Normal(mean, std), float64, by the Box-Muller transform of adjacent words."""
     bits = philox4x32(key, ids, -(-dim // 4)).astype(np.float64)
     words = np.floor(bits / 256)
     u, v = (words[:, 0::2] + 1) * 2.0**-24, words[:, 1::2] * 2.0**-24

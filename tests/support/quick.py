@@ -1,4 +1,4 @@
-"""Which tests `make test-quick` runs: a cross-section that new tests join by themselves."""
+"""Selection of the tests of ``make test-quick``: a cross-section that new tests join automatically."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import TypeVar
 from zlib import crc32
 
 SHARE = 0.25
-"""Of the test functions of a file that are not slow; at least one, whichever file."""
+"""Share of a file's test functions that are drawn, slow ones excepted; at least one a file."""
 
 T = TypeVar("T")
 
 
 def draw(name: str) -> float:
-    """Return a number in [0, 1) that hangs on the name alone: what is drawn stays so as others come and go."""
+    """Return a number in [0, 1) that depends only on the name, so that the draw is stable as tests are added."""
     return crc32(name.encode()) / 2**32
 
 
 def cross_section(tests: Iterable[T], name_of: Callable[[T], str], marks_of: Callable[[T], set[str]]) -> list[T]:
     """Return the tests of the cross-section, in their order.
 
-    Of each file some functions, and of each of them one set of parameters, both drawn by name. Tests marked `slow` are
-    left out, and those marked `quick` are in whatever is drawn: the mechanisms that no run should be without.
+    It draws some functions of each file, and one set of parameters of each, by name. It leaves out tests marked
+    ``slow`` and always contains those marked ``quick``, which cover the essential mechanisms.
 
     Args:
         tests: All tests.
-        name_of: Their names: ``file::function[parameters]``.
-        marks_of: The names of their markers.
+        name_of: Returns the name of a test: ``file::function[parameters]``.
+        marks_of: Returns the names of its markers.
     """
     tests = list(tests)
     files: dict[str, dict[str, list[T]]] = {}

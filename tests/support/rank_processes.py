@@ -1,4 +1,4 @@
-"""Processes that are ranks of a Gloo group, kept for all tests that ask for them."""
+"""Processes that are ranks of a Gloo group, shared by all tests that need them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ TIMEOUT_S = 20.0
 
 
 class Ranks:
-    """Processes, of which the first one, two, three, four or eight work together.
+    """Processes whose first one, two, three, four or eight work together.
 
     Args:
-        timeout_s: After which a collective that others do not join raises.
-        ranks: How many.
+        timeout_s: Seconds until a collective raises that not all ranks join.
+        ranks: Number of processes.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Forked off a process that has imported what they need, and what optimizers import when they are first made,
-        # and has no threads: a few seconds for all of them.
+        # Fork a process without threads that has already imported their modules, including the imports of the first
+        # optimizer: this takes a few seconds for all ranks.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
         pipes = [context.Pipe() for _ in range(ranks)]
@@ -44,17 +44,17 @@ class Ranks:
             process.start()
 
     def start(self, ranks: int, function: Callable[..., Any], *args: Any) -> None:
-        """Has the first ranks call ``function(group, *args)``."""
+        """Start ``function(group, *args)`` on the first ranks."""
         for connection in self.connections[:ranks]:
             connection.send((ranks, function, args))
 
     def results(self, ranks: int, timeout_s: float | None = None) -> list[Any]:
-        """Return what each rank's call returned, or the text of what it raised as an exception."""
+        """Return the result of each rank's call, or an exception with the text of its error."""
         found = []
         timeout_s = 3 * self._timeout_s if timeout_s is None else timeout_s
         for rank, connection in enumerate(self.connections[:ranks]):
             if not connection.poll(timeout_s):
-                raise TimeoutError(f"rank {rank} has not answered in {timeout_s} s")
+                raise TimeoutError(f"rank {rank} has not answered within {timeout_s} s")
             try:
                 found.append(connection.recv())
             except EOFError:
@@ -62,7 +62,7 @@ class Ranks:
         return found
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what ``function(group, *args)`` returned on each of the first ranks."""
+        """Run ``function(group, *args)`` on the first ranks and return their results."""
         self.start(ranks, function, *args)
         results = self.results(ranks)
         failures = [result for result in results if isinstance(result, Exception)]
@@ -80,13 +80,13 @@ class Ranks:
 
 
 AHEAD: dict[int, dist.ProcessGroup] = {}
-"""Further groups of the first so many ranks, within a rank."""
+"""Groups for prefetching by number of ranks; set in each rank."""
 SAVING: dict[int, dist.ProcessGroup] = {}
-"""And others, for savers."""
+"""Groups for savers by number of ranks; set in each rank."""
 
 
 def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Connection) -> None:
-    """What a rank runs: one call after another."""
+    """Run the calls that a rank receives, one after another."""
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Ranks of a job as threads of this process, joined by real gloo groups."""
+"""Ranks of a job as threads of this process, joined by Gloo groups."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch.distributed as dist
 
 
 def in_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: float = 60) -> list[Any]:
-    """Call `work(rank, group)` in a thread a rank; returns what each returned or raised.
+    """Call ``work(rank, group)`` in one thread a rank and return the results or exceptions.
 
     Raises:
-        TimeoutError: If one of them has not ended by then.
+        TimeoutError: A rank has not ended within ``seconds``.
     """
     store = dist.HashStore()
     results: list[Any] = [TimeoutError(f"a rank of {size} hangs")] * size
 
     def run(rank: int) -> None:
         try:
-            # In one interpreter a rank waits for others that want to run Python: no wait may hold its lock.
+            # The ranks share an interpreter, so a rank that waits must not hold its lock.
             group = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=seconds))
             results[rank] = work(rank, group)
-        except BaseException as error:  # an assertion too is for the caller
-            results[rank] = error.with_traceback(None)  # or its frames would keep what they made alive
+        except BaseException as error:  # assertions, too, are reported to the caller
+            results[rank] = error.with_traceback(None)  # its frames would keep their objects alive
             error.__context__ = error.__cause__ = None
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
@@ -40,7 +40,7 @@ def in_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: 
 
 
 def all_of(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: float = 60) -> list[Any]:
-    """As `in_ranks`; what a rank raised is raised here."""
+    """Return the results of ``in_ranks``, or raise the first exception of a rank."""
     results = in_ranks(size, work, seconds)
     for result in results:
         if isinstance(result, BaseException):

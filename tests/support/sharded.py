@@ -1,4 +1,4 @@
-"""What ranks do in tests of sharded tables: train on their share of the same global batches."""
+"""Training for tests of sharded tables: each rank trains on its share of the same global batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
-    """All combiners, shared tables, several logical tables, an admission, a read-only table."""
+    """Return configs with all combiners, shared tables, several logical tables, an admission and a read-only table."""
     narrow = "row" if sharding == "column" else sharding
     normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
     return {
@@ -42,7 +42,7 @@ def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
 
 
 def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
-    """A batch of all ranks together."""
+    """Return a batch of all ranks together."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -71,12 +71,12 @@ def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
 
 
 def part_of(batch: Batch, begin: int, end: int) -> Batch:
-    """Some of a batch's samples."""
+    """Return the samples ``begin`` to ``end`` of a batch."""
     return {name: column[begin:end] for name, column in batch.items()}
 
 
 def shares(samples: int, ranks: int, uneven: bool) -> list[int]:
-    """Where each rank's samples begin, and where they end."""
+    """Return the bounds of the ranks' samples, one more than there are ranks."""
     if uneven:  # the last rank but one has none
         cuts = sorted(samples * k * k // (ranks * ranks) for k in range(ranks + 1))
         if ranks > 1:
@@ -86,7 +86,7 @@ def shares(samples: int, ranks: int, uneven: bool) -> list[int]:
 
 
 class Model(nn.Module):
-    """An engine and a linear tower over all that it gives."""
+    """An engine and a linear tower over all its outputs."""
 
     def __init__(self, engine: EmbeddingEngine, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
 @dataclass
 class Job:
-    """What to train."""
+    """Settings of a training."""
 
     rule: str = "SGD"
     steps: int = 1
@@ -120,7 +120,7 @@ class Job:
 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
-    """Trains, and returns losses and this rank's rows."""
+    """Train; return losses, predictions, the tower and this rank's rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         configs(job.sharding, job.dim),
@@ -158,7 +158,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
                 engine.prefetch_rows()
             total += loss.detach() * mine / job.samples
         for parameter in model.tower.parameters():
-            # What DistributedDataParallel would do, and for ranks of unequal batches what one process would.
+            # The mean of DistributedDataParallel, weighted by samples, as one process would compute it.
             assert parameter.grad is not None
             gradient = parameter.grad * (cuts[rank + 1] - cuts[rank]) / job.samples
             dist.all_reduce(gradient, group=group)
@@ -178,13 +178,13 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
 
 
 def rows_of(engine: EmbeddingEngine) -> dict[str, dict[str, Tensor]]:
-    """This rank's rows, by member table."""
+    """Return this rank's rows by member table."""
     return {member.name: table.export(number) for table in engine.tables for number, member in enumerate(table.members)}
 
 
 @torch.no_grad()
 def predictions(model: Model, rank: int, ranks: int) -> Tensor:
-    """Of a batch with unknown ids, in evaluation: this rank's samples."""
+    """Return the predictions in evaluation for this rank's samples of a batch with unknown ids."""
     model.eval()
     before = sum(len(table) for table in model.engine.tables)
     cuts = shares(24, ranks, False)
@@ -194,7 +194,10 @@ def predictions(model: Model, rank: int, ranks: int) -> Tensor:
 
 
 def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str, dict[str, Tensor]]:
-    """The rows of all ranks, by id; of a replicated table those of the first, after comparing; columns side by side."""
+    """Return the rows of all ranks in order of ids, with columns of one row put together.
+
+    Replicated rows are compared and returned once.
+    """
     tables: dict[str, dict[str, Tensor]] = {}
     for name in results[0]["tables"]:
         each = [result["tables"][name] for result in results]
@@ -214,7 +217,7 @@ def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str,
 def assert_same(
     got: list[dict[str, Any]], expected: list[dict[str, Any]], allowed: float = ROUNDINGS, *, sharding: str = "row"
 ) -> None:
-    """Compare losses, rows and predictions, up to so many roundings of the numbers beside each one."""
+    """Assert that losses, rows and predictions agree within ``allowed`` roundings."""
     assert_near(got[0]["losses"], expected[0]["losses"], allowed, where="losses")
     ours, theirs = merged(got, sharding=sharding), merged(expected)
     assert ours.keys() == theirs.keys()
@@ -225,7 +228,7 @@ def assert_same(
 
 
 USES = [
-    # By step: for each of two parts the features whose outputs its loss takes; none: no backward.
+    # For each step and each of two parts, the features in its loss; an empty list means no backward.
     [["user", "item", "best"], ["item", "best", "tiled", "narrow"]],
     [["user", "each"], []],
     [[], []],
@@ -235,7 +238,7 @@ USES = [
 
 
 def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4) -> dict[str, Any]:
-    """Two parts of each batch with losses of their own: two ranks, or one process after another."""
+    """Train on two parts of each batch with separate losses: on two ranks, or in turn in one process."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     named = {name: config for name, config in configs(sharding, dim).items() if name != "rare"}
     engine = EmbeddingEngine(named, optimizer=OPTIMIZERS[rule], seed=3, group=group, reduce="sum")
@@ -245,7 +248,7 @@ def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4
         outputs = []
         for part in [rank] if ranks == 2 else [0, 1]:
             outputs.append((uses[part], engine(part_of(global_batch(step), cuts[part], cuts[part + 1]))))
-        sparse.zero_grad()  # between forward and backward, as some do
+        sparse.zero_grad()  # some programs do so between forward and backward
         for used, values in outputs:
             for times in range(2 if used and step == 0 else 1):
                 if used:
@@ -259,6 +262,6 @@ def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4
 
 
 def watched(engine: EmbeddingEngine) -> int:
-    """Lookups of which gradients are still expected."""
+    """Return the number of lookups that still expect gradients."""
     sharded = engine._sharded
     return 0 if sharded is None else sum(len(table.collector._asked) for table in sharded.tables)

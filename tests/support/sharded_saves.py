@@ -1,4 +1,4 @@
-"""What ranks do in tests of checkpoints of tables that they share."""
+"""Functions of ranks in tests of checkpoints of sharded tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.devices import EDGE_IDS
 def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> EmbeddingEngine:
     configs = sharded.configs("row" if sharding == "mixed" else sharding, dim)
     if sharding == "mixed":
-        # Also within a logical table: "tiled" would be coalesced with "user".
+        # Mix shardings within one logical table, too: "tiled" would be coalesced with "user".
         others = {"best": "table", "tiled": "table", "narrow": "replicated", "rare": "replicated"}
         configs |= {name: replace(configs[name], sharding=other) for name, other in others.items()}
         configs["each"] = replace(configs["each"], sharding="auto", expected_rows=40)
@@ -26,10 +26,10 @@ def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int =
 
 
 class Run:
-    """An engine in training, on this rank's share of the batches."""
+    """An engine in training on this rank's share of the batches."""
 
     def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> None:
-        table_plan.RANGE_BYTES = 1024  # several files a table, some of them of several ranks
+        table_plan.RANGE_BYTES = 1024  # several files a table, some written by several ranks
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.engine = engine_of(sharding, group, seed, dim)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
@@ -52,21 +52,21 @@ class Run:
 
 
 def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Save what changed, twice, and the last state whole, too."""
+    """Save a chain of three checkpoints with deltas, and the last state whole in another folder."""
     run = Run(sharding, group)
     saver = run.saver(f"{root}/run")
     for step in (1, 2, 3):
         run.train(range(2 * step, 2 * step + 2))
         if step == 2:
             run.engine.evict(Unused(1))
-            # All ranks are told all ids, whoever has them.
+            # All ranks receive all ids, whichever rank owns them.
             run.engine.tables[0].erase(0, torch.tensor([*EDGE_IDS, 100, 101, 10**6]))
         saver.save(step, run.parts(), delta=True)
     run.saver(f"{root}/whole").save(3, run.parts())
 
 
 def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
-    """Load the last of a chain, and save it whole."""
+    """Load the last checkpoint of a chain, and save it whole."""
     run = Run(sharding, group, seed=9)
     if filled:
         run.train(range(1))
@@ -75,9 +75,9 @@ def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, fi
 
 
 def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Trains on while saves in the background write, whole ones and what changed."""
+    """Train while background saves write, both whole checkpoints and deltas."""
     run = Run(sharding, group)
-    # Two savers at work at once need a group each.
+    # Two savers that work at the same time need separate groups.
     first, background = Saver(f"{root}/first", group=group), run.saver(f"{root}/background", async_save=True)
     for step in (1, 2, 3):
         run.train(range(2 * step, 2 * step + 2))
@@ -89,7 +89,7 @@ def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """A run that ends where an undisturbed one does."""
+    """Resume from a delta and train on; save the state beside that of an uninterrupted run."""
     run = Run(sharding, group)
     run.train(range(3))
     saver = run.saver(f"{root}/run")
@@ -105,7 +105,7 @@ def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
-    """Load a damaged checkpoint into tables that hold rows. Returns what is said; nothing may have changed."""
+    """Load a damaged checkpoint into filled tables and assert that they are unchanged; return the error's message."""
     run = Run(sharding, group)
     run.train(range(2))
     before = run.engine.checkpoint_state()
@@ -120,7 +120,7 @@ def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
 
 
 def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
-    """Save what changed, where one rank alone has lost track of a member table."""
+    """Save a delta after one rank has lost track of the changes of a member table."""
     run = Run("mixed", group)
     run.train(range(2))
     saver = run.saver(f"{root}/run")
@@ -135,14 +135,14 @@ def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
 
 
 def saved_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Trains tables whose rows are wide enough to be split among three ranks."""
+    """Train and save tables whose rows are wide enough to be split among three ranks."""
     run = Run(sharding, group, dim=16)
     run.train(range(3))
     run.saver(root).save(3, run.parts())
 
 
 def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
-    """Take tables of another run under other names, into tables that ranks share otherwise."""
+    """Load tables of another run under other names and with another sharding."""
     run = Run(sharding, group, seed=9, dim=dim)
     run.train(range(1))
     rename = {"user": "best", "narrow": "narrow", "item": "user"}

@@ -1,4 +1,4 @@
-"""A small hybrid model and batches for it, which pipelines are tested with."""
+"""A small model with tables and its batches, for tests of pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ bce = nn.functional.binary_cross_entropy_with_logits
 
 
 class Model(nn.Module):
-    """An embedding, dropout (which needs generators) and a linear tower (which has batch norm's statistics)."""
+    """An embedding and a linear tower with dropout (generators) and batch norm (running statistics)."""
 
     def __init__(self, heads: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def make_step(
 
 
 def state_of(step: TorchStep) -> dict[str, Tensor]:
-    """Everything that was trained, tables by id."""
+    """Return all trained state: towers, and rows in order of ids."""
     assert isinstance(step.model, Model)
     rows = {f"table.{name}": values for name, values in step.model.engine.tables[0].export(0).items()}
     with tables_apart():
@@ -68,7 +68,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 class Records(Callback):
-    """Keeps all lines of the log, and all batches that were trained on."""
+    """Records all lines of the log and all training batches."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []

@@ -46,7 +46,7 @@ def feature(
 
 
 def gathered(table: HashTable, lookup: Lookup, winners: Tensor | None = None) -> list[Tensor]:
-    """The vectors of each feature, float32 ``[V, dim]``."""
+    """Return the vectors of each feature, float32 ``[V, dim]``."""
     dim, vectors = table.layout.dim, lookup.request.bags.vectors
     starts = [sum(vectors[:f]) * dim for f in range(len(vectors))]
     out = torch.full((max(sum(vectors), 1) * dim,), torch.nan, device=table.device)
@@ -55,5 +55,5 @@ def gathered(table: HashTable, lookup: Lookup, winners: Tensor | None = None) ->
 
 
 def values_of(table: HashTable, ids: list[int], *, train: bool = True) -> Tensor:
-    """The embeddings of ids of the first member table, on the CPU."""
+    """Return the embeddings of ids of the first member table, on the CPU."""
     return gathered(table, table.lookup([feature(ids, device=table.device.type)], train=train))[0].cpu()

@@ -1,4 +1,4 @@
-"""A program on two ranks, started by torchrun."""
+"""Programs on two ranks, started by torchrun."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
-    """Write a program into a folder and runs it; returns how it ended, with what both ranks said."""
+    """Write a program into a folder and run it; return the process with the output of both ranks."""
     path = folder / "program.py"
     path.write_text(program)
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""A small hybrid-shaped model that checkpoints are taken of."""
+"""A small model with tables and a tower, for tests of checkpoints."""
 
 from __future__ import annotations
 

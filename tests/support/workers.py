@@ -1,11 +1,11 @@
-"""Warnings that tests which start workers of a DataLoader do not heed."""
+"""Filters for warnings that tests with DataLoader workers may ignore."""
 
 from __future__ import annotations
 
 import pytest
 
 FORKED = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
-"""JAX, where a test before has started it, warns of any fork; workers that read files never come near it."""
+"""JAX, if an earlier test has started it, warns about any fork; workers that read files do not use it."""
 
 FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
-"""torch advises against two workers where there is one core; what is tried here is not their speed."""
+"""torch advises against two workers on one core; these tests do not measure speed."""
