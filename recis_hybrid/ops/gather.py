@@ -39,6 +39,12 @@ class Bags(NamedTuple):
     tiles: list[int]
     """0, or k: a bag gives k vectors, the v-th of its v-th id, and has at most k ids."""
 
+    @staticmethod
+    def single(lengths: list[int]) -> Bags:
+        """Return bags of one id each, with as many ids for each feature as ``lengths`` says."""
+        zeros = [0] * len(lengths)
+        return Bags(lengths, lengths, [], [], zeros, zeros)
+
     @property
     def plain(self) -> bool:
         """Whether each id gives one vector, which is its row's embedding."""

@@ -169,6 +169,23 @@ def bucket_of(ids: Tensor) -> Tensor:
     return buckets
 
 
+def bucket_order(ids: Tensor, members: Tensor | None = None) -> Tensor:
+    """Return the order of distinct ids by (bucket, id), or by (member table, bucket, id).
+
+    Args:
+        ids: int64 ``[N]``.
+        members: int64 ``[N]``, numbers of the ids' member tables; None: all are of one.
+
+    Returns:
+        int64 ``[N]``: indices into ``ids``.
+    """
+    order = ids.argsort()
+    place = bucket_of(ids[order])
+    if members is not None:
+        place |= members[order] << 16
+    return order[place.argsort(stable=True)]
+
+
 def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Put rows in the order in which they lie in files: by (member table, bucket, id).
 

@@ -33,8 +33,8 @@ class Table(NamedTuple):
     """D."""
     step: int
     """Goes into the rows' metadata."""
-    sees: bool
-    """Whether it goes there as the step that saw the rows, too, with how often it did."""
+    marks_seen: bool
+    """Whether the update also writes ``seen_step`` and ``frequency``, for a lookup of the same rows."""
     seed: int
     """Of stochastic rounding, 32 bits; one for each step."""
 
