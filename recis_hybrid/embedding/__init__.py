@@ -23,17 +23,20 @@ from recis_hybrid.embedding.initializers import (
     XavierNormal as XavierNormal,
     XavierUniform as XavierUniform,
 )
-from recis_hybrid.embedding.optimizer_spec import OptimizerSpec as OptimizerSpec
+from recis_hybrid.embedding.optimizer import (
+    BeforeRead as BeforeRead,
+    OptimizerSpec as OptimizerSpec,
+    RowOptimizer as RowOptimizer,
+)
 from recis_hybrid.embedding.placement import Placement as Placement
 from recis_hybrid.embedding.planner.sharding import sharding_of as sharding_of
-from recis_hybrid.embedding.table.anchor import Anchor as Anchor
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks as EmbeddingBlocks
-from recis_hybrid.embedding.table.hash_table import HashTable as HashTable
+from recis_hybrid.embedding.table.hash_table import Anchor as Anchor, HashTable as HashTable
 from recis_hybrid.embedding.table.id_map import IdMap as IdMap
 from recis_hybrid.embedding.table.lookup import FeatureIds as FeatureIds, Lookup as Lookup
-from recis_hybrid.embedding.table.protocols import (
-    BeforeRead as BeforeRead,
+from recis_hybrid.embedding.table.record_layout import (
     MemberTable as MemberTable,
-    RowUpdate as RowUpdate,
+    RecordLayout as RecordLayout,
+    StateField as StateField,
 )
-from recis_hybrid.embedding.table.record_layout import RecordLayout as RecordLayout, StateField as StateField
+from recis_hybrid.embedding.table.store import RowStore as RowStore

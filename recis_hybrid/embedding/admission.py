@@ -39,8 +39,8 @@ class Gate(Protocol):
             uint8 ``[N]``: 1 where an id has a row or is to get one.
         """
 
-    def settle(self) -> None:
-        """Note that all whom the last :meth:`admitted` let in have rows; not called where that failed."""
+    def confirm(self) -> None:
+        """Note that the ids which the last :meth:`admitted` let in have rows now; not called if inserting failed."""
 
     def forget(self, member: int, ids: Tensor) -> None:
         """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
@@ -117,8 +117,8 @@ class FrequencyGate:
         self._let_in = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted
 
-    def settle(self) -> None:
-        """Forgets the counts of those who were admitted last."""
+    def confirm(self) -> None:
+        """Drop the counts of the ids that were admitted last."""
         if self._let_in is not None:
             self._counts.erase_slots(self._let_in)
             self._let_in = None

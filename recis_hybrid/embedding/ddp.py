@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.embedding.engine import EmbeddingEngine
-from recis_hybrid.embedding.table.anchor import Anchor
+from recis_hybrid.embedding.table.hash_table import Anchor
 from recis_hybrid.validation import check_type
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,24 +31,14 @@ from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
-from recis_hybrid.embedding.optimizer_spec import OptimizerSpec
+from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
 from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, plan_tables
 from recis_hybrid.embedding.planner.describe import describe
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
-from recis_hybrid.embedding.table.anchor import Anchor
-from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request
-from recis_hybrid.embedding.table.protocols import RowUpdate
-from recis_hybrid.embedding.table.reclaiming import erase_evicted, evicted_by
 from recis_hybrid.ragged import Batch
 from recis_hybrid.validation import check_choice, check_flag, check_integer, check_type, describe_value
-
-
-class RowOptimizer(Protocol):
-    """An optimizer, as the engine calls it without autograd."""
-
-    def update_of(self, anchor: Tensor) -> RowUpdate:
-        """Count a step for the anchor's table and return the update to apply."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +316,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             TypeError: If the optimizer is none of ``recis_hybrid.optim``.
             ValueError: If it was built over other tables, or some of these; no row is changed.
         """
-        if isinstance(optimizer, type) or not hasattr(optimizer, "update_of"):
+        if isinstance(optimizer, type) or not hasattr(optimizer, "update_table"):
             raise TypeError(
                 f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
                 f"got {describe_value(optimizer)}"
@@ -342,14 +332,14 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
         # All of it is checked before the first row changes.
-        updates = {number: optimizer.update_of(self._faces[number].anchor) for number in trained}
+        optimizer.check_tables([self._faces[number].anchor for number in trained])
         ready = []
         for number in trained:
             table, lookup = self._faces[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
-            ready.append((table, table.gradients(lookup, rows), updates[number]))
-        for table, summed, update in ready:
-            table.apply_gradients(summed, update)
+            ready.append((table.anchor, table.gradients_of(lookup, rows)))
+        for anchor, summed in ready:
+            optimizer.update_table(anchor, summed)
 
     def _nothing(self, name: str) -> Tensor:
         """Return the gradient of a feature without vectors."""
@@ -463,9 +453,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             TypeError: If it is no rule, or does not return a tensor of bool; none is changed.
             ValueError: If that does not have as many elements as the table has rows; none is changed.
         """
-        # All tables are asked before the first row goes.
-        asked = [(table, evicted_by(table, rule)) for table in self.tables if not table.read_only]
-        return sum(erase_evicted(table, evicted) for table, evicted in asked)
+        # The rule is applied to all tables before the first row is erased.
+        evicted = [(table, table.evicted_by(rule)) for table in self.tables if not table.read_only]
+        return sum(table.erase_evicted(rows) for table, rows in evicted)
 
     def compact(self) -> None:
         """Move the rows of every table together and give memory back."""

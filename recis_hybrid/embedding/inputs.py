@@ -232,7 +232,6 @@ class TableReader:
         """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
         self._dim = readers[0].config.dim
         self._plain = all(reader.plain for reader in readers)
-        self._zeros = [0] * len(readers)
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[Request, list[tuple[int, ...]]]:
         """Return the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
@@ -242,7 +241,7 @@ class TableReader:
             bags = [column.numel() for column in columns if _is_plain(column, device)]
             if len(bags) == len(self._names):
                 ids: list[Tensor] = columns  # type: ignore[assignment]
-                request = Request(ids, self._members, Bags(bags, bags, [], [], self._zeros, self._zeros), self.unknown)
+                request = Request(ids, self._members, Bags.single(bags), self.unknown)
                 return request, [(count, self._dim) for count in bags]
         read = [reader(batch, device) for reader in self._readers]
         return Request.of([ids for ids, _ in read]), [shape for _, shape in read]

@@ -1,12 +1,21 @@
-"""OptimizerSpec: the optimizer that an engine is built for."""
+"""The seam between tables and optimizers: what each may ask of the other.
+
+``embedding`` knows no optimizer. An engine is built for an :class:`OptimizerSpec`; a :class:`RowOptimizer` updates its
+tables, by their anchors; :class:`BeforeRead` lets an optimizer change rows before they are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from recis_hybrid.embedding.table.record_layout import StateField, check_state_fields
+from recis_hybrid.embedding.table.store import RowStore
+from recis_hybrid.ops.gather import RowGroups
+from recis_hybrid.ops.update import Gradients
 from recis_hybrid.validation import describe_value
 
 
@@ -29,7 +38,7 @@ class OptimizerSpec:
 
     @staticmethod
     def of(optimizer: object) -> OptimizerSpec | None:
-        """Return the spec of an optimizer class; a spec, and None, as they are.
+        """Return the spec of an optimizer class; return a spec, and None, unchanged.
 
         Raises:
             TypeError: If it is none of these.
@@ -43,3 +52,30 @@ class OptimizerSpec:
             f"EmbeddingEngine: optimizer must be an optimizer class of recis_hybrid.optim, as optim.Adam, one with "
             f"hyperparameters, as optim.SGD.spec(momentum=0.9), or None, got {got}"
         )
+
+
+class RowOptimizer(Protocol):
+    """An optimizer as :meth:`EmbeddingEngine.apply_gradients` calls it, without autograd."""
+
+    def check_tables(self, anchors: Sequence[Tensor]) -> None:
+        """Raise ValueError unless all of these tables are among the optimizer's parameters."""
+
+    def update_table(self, anchor: Tensor, gradients: Gradients) -> None:
+        """Do one step on the table of an anchor."""
+
+
+class BeforeRead(Protocol):
+    """Changes rows just before a training lookup reads them, for what is due in steps without a gradient.
+
+    With it, exact weight decay or moments need no pass over the whole table: a row catches up when it is next looked
+    up. Its metadata still hold the steps before this lookup. In evaluation rows are read as they are.
+    """
+
+    def __call__(self, store: RowStore, groups: RowGroups, step: int) -> None:
+        """Change the records of rows.
+
+        Args:
+            store: Has the records.
+            groups: The rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid.
+            step: Steps that the table has done.
+        """

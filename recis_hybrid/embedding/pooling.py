@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.compilation import outside_graphs
-from recis_hybrid.embedding.table.anchor import Anchor
+from recis_hybrid.embedding.table.hash_table import Anchor
 from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 from recis_hybrid.ops.gather import MAX

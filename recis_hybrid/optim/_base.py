@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from recis_hybrid import distributed, ops
 from recis_hybrid.checkpointing import PartState
-from recis_hybrid.embedding import Anchor, HashTable, OptimizerSpec, RowUpdate, StateField
+from recis_hybrid.embedding import Anchor, HashTable, OptimizerSpec, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.validation import check_number, describe_value
 
 
-@outside_graphs("step", "zero_grad", "update_of")
+@outside_graphs("step", "zero_grad", "check_tables", "update_table")
 class SparseOptimizer(torch.optim.Optimizer):
     """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
 
@@ -138,8 +138,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for anchor in group["params"]:
-                if not anchor.table.read_only:
-                    anchor.table.apply_pending(self._update_in(group, anchor))
+                table = anchor.table
+                if not table.read_only:
+                    self._step(anchor, table.pending_gradients(), group)
+                    table.clear_gradients()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -167,9 +169,22 @@ class SparseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: {'; '.join(loader.differences)}")
         loader.end()
 
-    def update_of(self, anchor: Tensor) -> RowUpdate:
-        """Count a step for the anchor's table and return the update to apply: what the engine calls."""
+    def check_tables(self, anchors: Sequence[Tensor]) -> None:
+        """Check the tables of a step without autograd, before :meth:`update_table` changes the first.
+
+        Raises:
+            RuntimeError: As :meth:`step` does.
+            ValueError: If a table is not among the optimizer's parameters.
+        """
         self._refuse_unshared()
+        for anchor in anchors:
+            self._group_of(anchor)
+
+    def update_table(self, anchor: Tensor, gradients: Gradients) -> None:
+        """Do one step on a table; ``EmbeddingEngine.apply_gradients`` calls this."""
+        self._step(anchor, gradients, self._group_of(anchor))
+
+    def _group_of(self, anchor: Tensor) -> dict[str, Any]:
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:
             table = getattr(anchor, "table", None)
@@ -178,7 +193,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: the table {names} is not among the optimizer's parameters; give it "
                 f"engine.parameters(), all tables that are trained"
             )
-        return self._update_in(group, anchor)
+        return group
 
     def _refuse_unshared(self) -> None:
         """Raise RuntimeError if each rank is about to train a separate model."""
@@ -196,16 +211,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                         f"EmbeddingEngine is built, or build it with group=False if that is meant"
                     )
 
-    def _update_in(self, group: dict[str, Any], anchor: Tensor) -> RowUpdate:
-        def update(table: HashTable, gradients: Gradients | None) -> None:
-            state = self.state[anchor]
-            # An optimizer that is new to a table goes on from the steps that its moments are of.
-            step = state.get("step", table.step) + 1
-            if gradients is not None:
-                self._update(table, table.records(gradients), gradients, group, step)
-            state["step"] = step
-
-        return update
+    def _step(self, anchor: Any, gradients: Gradients | None, group: dict[str, Any]) -> None:
+        """Count a step of a table, and update its rows if there are gradients."""
+        table, state = anchor.table, self.state[anchor]
+        # An optimizer that is new to a table continues from the table's steps, which the moments in its rows are of.
+        step = state.get("step", table.step) + 1
+        if gradients is not None:
+            self._update(table, table.records(gradients), gradients, group, step)
+        state["step"] = step
+        table.step += 1
 
 
 def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:

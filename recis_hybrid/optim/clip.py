@@ -47,11 +47,10 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
                 f"clip_row_norm_: rows of the table {names} are split by column over ranks, and none has the gradient "
                 f"of a whole row; give it another sharding, or clip by torch.nn.utils.clip_grad_norm_"
             )
-        pending = anchor.table.pending
-        reduced = pending.reduced(anchor.table.layout.dim)
+        reduced = anchor.table.reduced_gradients()
         if reduced is not None:
             sums = reduced.sums * reduced.factor
             norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
             # As torch: multiplied by max / (norm + 1e-6), and by 1 at most.
             clipped = sums * (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            pending.replace_sums(reduced.groups, clipped, reduced.row_bound)
+            anchor.table.replace_gradients(reduced.groups, clipped, reduced.row_bound)

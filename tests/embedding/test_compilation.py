@@ -206,7 +206,7 @@ def test_tables_alone_within_a_compiled_step() -> None:
             ]
             lookup = table.lookup(features, train=True)
             ones = [torch.ones(ids.numel(), 4), torch.ones(ids.shape[0], 4)]
-            table.apply_gradients(table.gradients(lookup, ones), optimizer.update_of(table.anchor))
+            optimizer.update_table(table.anchor, table.gradients_of(lookup, ones))
             return ids.sum()
 
         run = torch.compile(step, backend="eager", dynamic=True) if compiled else step

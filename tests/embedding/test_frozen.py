@@ -61,9 +61,9 @@ def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
     assert by_name["old"].layout.record_bytes == -(-(64 * 4 + 16) // 64) * 64 == 320
     assert by_name["user"].layout.record_bytes == 3 * 64 * 4 + 64 == 832
     by_name["old"].load(0, torch.arange(1000), {})
-    blocks = by_name["old"].blocks
+    blocks = by_name["old"].store.blocks
     assert blocks.nbytes == 320 * blocks.capacity
-    assert list(by_name["old"].export_none()) == ["ids", "embedding", "updated_step", "seen_step", "frequency"]
+    assert list(by_name["old"].store.export_none()) == ["ids", "embedding", "updated_step", "seen_step", "frequency"]
 
 
 def test_read_only_tables_are_coalesced_with_each_other_alone() -> None:

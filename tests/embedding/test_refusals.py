@@ -140,7 +140,7 @@ def test_gradients_that_wait_in_one_table_keep_all_rows() -> None:
     engine({"x": one, "y": one})["y"].sum().backward()
     before = [table.generation for table in engine.tables]
     for change in (lambda: engine.evict(Unused(2)), engine.compact):
-        with pytest.raises(RuntimeError, match="table y: .* would part gradients that wait here"):
+        with pytest.raises(RuntimeError, match="table y: .* would separate gradients that wait here"):
             change()
     assert [(len(table), table.generation) for table in engine.tables] == [(2, each) for each in before]
     optimizer.step()

@@ -38,7 +38,7 @@ class TableMachine(RuleBasedStateMachine):
         config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0))
         engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce)
         for table in engine.tables:  # small blocks, so that growth is common
-            table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=8)
+            table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=8)
         return engine, optim.SGD(engine.parameters(), lr=LR)
 
     def places(self) -> dict[str, tuple[int, int]]:
@@ -108,7 +108,7 @@ class TableMachine(RuleBasedStateMachine):
     def compact(self) -> None:
         self.engine.compact()
         for table in self.engine.tables:
-            assert table.id_map.row_bound == len(table)
+            assert table.store.id_map.row_bound == len(table)
 
     @rule(coalesce=st.booleans())
     def save_and_load(self, coalesce: bool) -> None:

@@ -13,9 +13,9 @@ from recis_hybrid.embedding import (
     Constant,
     EmbeddingConfig,
     EmbeddingEngine,
-    HashTable,
     MinFrequency,
     Normal,
+    RowStore,
     Uniform,
 )
 from recis_hybrid.ops.gather import RowGroups
@@ -427,11 +427,11 @@ def test_rows_catch_up_before_they_are_read() -> None:
     dense = table.export(0)["embedding"]
     decayed_until: dict[int, int] = {}
 
-    def catch_up(table: HashTable, groups: RowGroups) -> None:
+    def catch_up(store: RowStore, groups: RowGroups, step: int) -> None:
         rows = groups.unique[: int(groups.count)]
-        due = torch.tensor([table.step - decayed_until.get(row, 0) for row in rows.tolist()])
-        table.blocks.write(rows, "embedding", table.blocks.read(rows, "embedding") * (decay**due)[:, None])
-        decayed_until.update(dict.fromkeys(rows.tolist(), table.step))
+        due = torch.tensor([step - decayed_until.get(row, 0) for row in rows.tolist()])
+        store.blocks.write(rows, "embedding", store.blocks.read(rows, "embedding") * (decay**due)[:, None])
+        decayed_until.update(dict.fromkeys(rows.tolist(), step))
 
     table.before_read = catch_up
     generator = torch.Generator().manual_seed(0)

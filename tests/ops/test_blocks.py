@@ -75,8 +75,8 @@ def test_optimizer_state_starts_as_declared(device: str) -> None:
     state = (StateField("sum", first_value=0.1), StateField("step", width=1, first_value=-2.0))
     table = make_table(dim=6, state=state, device=device)
     lookup = table.lookup([feature([4, 5], device=device)], train=True)
-    assert table.blocks.read(lookup.rows, "sum").tolist() == [pytest.approx([0.1] * 6)] * 2
-    assert table.blocks.read(lookup.rows, "step").tolist() == [[-2.0]] * 2
+    assert table.store.blocks.read(lookup.rows, "sum").tolist() == [pytest.approx([0.1] * 6)] * 2
+    assert table.store.blocks.read(lookup.rows, "step").tolist() == [[-2.0]] * 2
 
 
 @on_devices
@@ -119,13 +119,13 @@ def test_unknown_ids_count_with_their_first_value_and_stay_unknown(device: str) 
 @on_devices
 def test_rows_never_move_while_blocks_grow(device: str) -> None:
     table = make_table(dim=16, device=device)
-    table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
+    table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
     table.lookup([feature(list(range(60)), device=device)], train=True)
-    addresses = [block.data_ptr() for block in table.blocks.blocks]
+    addresses = [block.data_ptr() for block in table.store.blocks.blocks]
     before = values_of(table, list(range(60)))
     table.lookup([feature(list(range(100, 2000)), device=device)], train=True)
-    assert [block.data_ptr() for block in table.blocks.blocks][: len(addresses)] == addresses
-    assert len(table.blocks.blocks) > len(addresses)
+    assert [block.data_ptr() for block in table.store.blocks.blocks][: len(addresses)] == addresses
+    assert len(table.store.blocks.blocks) > len(addresses)
     assert torch.equal(values_of(table, list(range(60))), before)
 
 
@@ -144,9 +144,9 @@ def test_blocks_refuse_what_does_not_fit() -> None:
     table = make_table(dim=4)
     rows = table.lookup([feature([1, 2])], train=True).rows
     with pytest.raises(ValueError, match=r"embedding: values must have shape \(2, 4\), got \(2, 3\)"):
-        table.blocks.write(rows, "embedding", torch.zeros(2, 3))
+        table.store.blocks.write(rows, "embedding", torch.zeros(2, 3))
     with pytest.raises(KeyError, match="no optimizer state 'exp_avg'"):
-        table.blocks.read(rows, "exp_avg")
+        table.store.blocks.read(rows, "exp_avg")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +158,7 @@ def test_records_are_exported_in_one_pass_as_part_by_part(rows: int, dtype: torc
     for _ in range(2):
         table.lookup([feature(ids)], train=True)
     table.export(0)  # notes what was met
-    chosen, blocks = table.rows(0, ids[:rows]), table.blocks
+    chosen, blocks = table.rows(0, ids[:rows]), table.store.blocks
     parts = [torch.empty(rows, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts]
     meta = [torch.full((rows,), -1) for _ in range(3)]
     ops.blocks.export(blocks.handle, chosen, [layout.offset(part) for part in layout.parts], parts, meta)
@@ -172,14 +172,14 @@ def test_exports_that_do_not_fit_are_refused() -> None:
     rows, meta = table.lookup([feature(torch.arange(3))], train=True).rows, [torch.empty(3, dtype=torch.int64)] * 3
     for offset, shape in ((0, (2, 4)), (table.layout.record_bytes - 8, (3, 4)), (-8, (3, 1))):
         with pytest.raises(RuntimeError, match="parts must be|within the record"):
-            ops.blocks.export(table.blocks.handle, rows, [offset], [torch.empty(shape)], meta)
+            ops.blocks.export(table.store.blocks.handle, rows, [offset], [torch.empty(shape)], meta)
 
 
 def test_operators_have_right_schemas_and_fakes() -> None:
     table = make_table(dim=4)
     ids = torch.arange(3)
     lookup = table.lookup([feature(ids)], train=True)
-    blocks, check = tuple(table.blocks.handle), torch.library.opcheck
+    blocks, check = tuple(table.store.blocks.handle), torch.library.opcheck
     rows, groups = lookup.rows, lookup.groups
     initializers = torch.zeros(1, 5, dtype=torch.int64)
     check(
@@ -197,13 +197,13 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     check(torch.ops.recis.blocks_see_rows.default, (*blocks, groups.count, groups.unique, groups.offsets, 1))
     found, members, count = torch.zeros(2, 3, dtype=torch.int64).unbind() + (torch.zeros(1, dtype=torch.int64),)
     marks = torch.zeros(3, dtype=torch.uint8)
-    check(torch.ops.recis.blocks_list_touched.default, (*blocks, table.id_map.slots, 0, marks, found, members, count))
+    check(torch.ops.recis.blocks_list_touched.default, (*blocks, table.store.id_map.slots, 0, marks, found, members, count))
     check(
         torch.ops.recis.blocks_init_fresh.default,
         (
             *blocks,
             0,
-            table.id_map.counters.clone(),
+            table.store.id_map.counters.clone(),
             rows,
             torch.zeros(3, dtype=torch.int64),
             [ids],

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.table.gradients import Part, Pending
+from recis_hybrid.embedding.table.gradients import Part, PendingGradients
 from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
@@ -157,7 +157,7 @@ def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
     first = table.lookup([feature([1, 2, 1], device=device)], train=True)
     second = table.lookup([feature([2, 3], [0, 2], combiner=1, device=device)], train=True)
     gradients = [torch.randn(3, 4, device=device), torch.randn(1, 4, device=device)]
-    pending = Pending()
+    pending = PendingGradients()
     for lookup, gradient in zip((first, second), gradients, strict=True):
         pending.add(
             Part(lookup.rows, lookup.request.members, lookup.row_bound, lookup.sources, [gradient], lookup.groups)
@@ -180,14 +180,14 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
     with pytest.raises(RuntimeError, match="lengths must sum to 3"):
         ops.gather.group_rows(torch.arange(3), zeros, 3, Bags(lengths, lengths, [], [], zeros, zeros))
     table = make_table(dim=4)
-    table.blocks.reserve(8)
+    table.store.blocks.reserve(8)
     words = [torch.empty(9, dtype=torch.int64) for _ in range(4)]
     with pytest.raises(RuntimeError, match="lengths must sum to 3"):
         torch.ops.recis.insert_grouped(
-            table.id_map.slots,
-            table.id_map.counters,
-            table.id_map.free_rows,
-            *table.blocks.handle,
+            table.store.id_map.slots,
+            table.store.id_map.counters,
+            table.store.id_map.free_rows,
+            *table.store.blocks.handle,
             0,
             4,
             torch.zeros(1, 5, dtype=torch.int64),
@@ -296,7 +296,7 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     groups = lookup.groups
     grouped = ([torch.ones(3, 4)], groups.count, groups.unique, groups.offsets, groups.sources, None, torch.ones(1))
     words = [torch.empty(4, dtype=torch.int64) for _ in range(4)]
-    records, check = (*table.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
+    records, check = (*table.store.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
     check(torch.ops.recis.group_rows.default, (lookup.rows, [0], 2, *singles(3), *words[:3], None, words[3][:1]))
     check(
         torch.ops.recis.distinct_ids.default,
@@ -314,14 +314,14 @@ def test_operators_have_right_schemas_and_fakes() -> None:
             torch.zeros(2, 1).long(),
         ),
     )
-    table.blocks.reserve(10)
+    table.store.blocks.reserve(10)
     check(
         torch.ops.recis.insert_grouped.default,
         (
-            table.id_map.slots,
-            table.id_map.counters,
-            table.id_map.free_rows,
-            *table.blocks.handle,
+            table.store.id_map.slots,
+            table.store.id_map.counters,
+            table.store.id_map.free_rows,
+            *table.store.blocks.handle,
             0,
             4,
             torch.zeros(1, 5, dtype=torch.int64),

@@ -187,7 +187,7 @@ def test_counts_of_admission_go_and_come(tmp_path: Path) -> None:
     assert written(tmp_path, 2, "counted.admission") == [9]
     assert written(tmp_path, 2, "counted.admission", "removed") == [2]
     same(Saver(tmp_path), engine, 2)
-    table = next(t for t in engine.tables if t.gate is not None)
+    table = next(t for t in engine.tables if t.store.gate is not None)
     table.clear(0)
     saver.save(3, {"engine": engine}, delta=True)
     same(Saver(tmp_path), engine, 3)
@@ -197,9 +197,9 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     engine, saver = engine_of(), Saver(tmp_path)
     table = engine.tables[0]
     saver.save(1, {"engine": engine})
-    assert len(table.watched) == 0
+    assert len(table.change_logs) == 0
     saver.save(2, {"engine": engine}, delta=True)
-    (noted,) = table.watched
+    (noted,) = table.change_logs
     for _ in range(20):  # the same ids come and go
         table.insert(0, torch.arange(_FEW))
         table.erase(0, torch.arange(_FEW))
@@ -214,7 +214,7 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     assert Checkpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
     same(Saver(tmp_path), engine, 3)
     del noted, saver
-    assert len(table.watched) == 0
+    assert len(table.change_logs) == 0
 
 
 def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:

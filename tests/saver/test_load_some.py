@@ -158,7 +158,7 @@ def test_counts_of_admission_come_when_they_are_named(tmp_path: Path) -> None:
         other = engine_of("user", admission=MinFrequency(2), seed=4)
         Saver(tmp_path).load_some({"engine": other}, only=only)
         assert rows(other, "user")["ids"].tolist() == [2]
-        gate = other.tables[0].gate
+        gate = other.tables[0].store.gate
         assert gate is not None
         assert gate.state_dict(0)["ids"].numel() == known
 

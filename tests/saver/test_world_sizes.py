@@ -145,7 +145,7 @@ def test_any_world_size_loads_what_any_other_wrote(runs: Path, writers: int, rea
         else:
             assert Saver(runs / str(writers), group=group).load({"engine": engine, "model": model}) == 1
         assert model.weight.tolist() == [[1, 1]]
-        assert all(table.step == 9 and table.seed == 0 for table in engine.tables)
+        assert all(table.step == 9 and table.store.seed == 0 for table in engine.tables)
         return engine
 
     found: dict[str, dict[int, Any]] = {name: {} for name in expected}

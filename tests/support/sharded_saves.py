@@ -128,7 +128,7 @@ def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
     run.train(range(2, 4))
     if run.rank == 1:
         table = next(table for table in run.engine.tables if any(member.name == "user" for member in table.members))
-        for changes in table.watched:
+        for changes in table.change_logs:
             changes.note_whole([member.name for member in table.members].index("user"))
     saver.save(3, run.parts(), delta=True)
     run.saver(f"{root}/whole").save(3, run.parts())

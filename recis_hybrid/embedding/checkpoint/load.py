@@ -17,7 +17,7 @@ from recis_hybrid.embedding.checkpoint.state import tables_layout
 from recis_hybrid.embedding.distributed.column_split import own_columns
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
-from recis_hybrid.embedding.table.protocols import META
+from recis_hybrid.embedding.table.record_layout import META
 from recis_hybrid.embedding.table.row_validation import refuse_meta
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,8 +61,8 @@ class TablesLoader:
         for table in self._tables:
             table.discard()
             coming = sum(rows.get(member.name, 0) for member in table.members)
-            table.id_map.reserve(coming)
-            table.blocks.reserve(coming)
+            table.store.id_map.reserve(coming)
+            table.store.blocks.reserve(coming)
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
         """Look at rows that are to be loaded.
@@ -93,15 +93,15 @@ class TablesLoader:
             _load_rows(*self._members[name], columns)
         elif (counted := self._members.get(name.removesuffix(COUNTS))) is not None:
             table, number = counted
-            if table.gate is not None:
-                table.gate.load_state_dict(number, dict(columns))
+            if table.store.gate is not None:
+                table.store.gate.load_state_dict(number, dict(columns))
 
     def end(self) -> None:
         """Take over seed and steps: the last thing, when all rows have come."""
         seed, steps = self._saved.meta.get("seed"), self._saved.meta.get("steps")
         for table in self._tables:
             if isinstance(seed, int):
-                table.reseed(seed)
+                table.store.reseed(seed)
             done = [steps.get(member.name, 0) for member in table.members] if isinstance(steps, dict) else []
             table.step = max((step for step in done if isinstance(step, int)), default=0)
 
@@ -184,7 +184,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         ValueError: If there is no such member table, or counts are negative or too large; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
-    counted = {name + COUNTS: place for name, place in members.items() if place[0].gate is not None}
+    counted = {name + COUNTS: place for name, place in members.items() if place[0].store.gate is not None}
     unknown = sorted(set(states) - set(members) - set(counted))
     if unknown:
         raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
@@ -195,7 +195,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         done = state.meta.get("step")
         if name in members and members[name][0] in fresh and isinstance(done, int):
             table, _ = members[name]
-            table.see()
+            table.record_lookup()
             table.step = max(table.step, done)
     for name, state in states.items():
         if name in members:
@@ -208,9 +208,9 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
             table.load(number, state.columns["ids"], own_columns(columns, table.layout))
     for name, (table, number) in counted.items():
         if name in states:
-            assert table.gate is not None
-            table.gate.clear(number)
-            table.gate.load_state_dict(number, states[name].columns)
+            assert table.store.gate is not None
+            table.store.gate.clear(number)
+            table.store.gate.load_state_dict(number, states[name].columns)
 
 
 def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
@@ -233,7 +233,7 @@ def _is_step(value: object) -> bool:
 
 
 def _counts(table: HashTable) -> int:
-    gate = table.gate
+    gate = table.store.gate
     return 0 if gate is None else sum(gate.state_dict(number)["ids"].numel() for number in range(len(table.members)))
 
 
@@ -245,20 +245,20 @@ def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> 
     columns = own_columns(
         {name: values for name, values in columns.items() if name in held or name not in widths}, layout
     )
-    ids = columns["ids"].to(table.map_device).contiguous()
-    table.id_map.reserve(ids.numel())
-    table.blocks.reserve(table.id_map.row_bound + ids.numel())
+    ids = columns["ids"].to(table.store.map_device).contiguous()
+    table.store.id_map.reserve(ids.numel())
+    table.store.blocks.reserve(table.store.id_map.row_bound + ids.numel())
     if len(held) == len(layout.parts):
-        rows, _ = table.id_map.find_or_insert([ids], [number])
-        table.id_map.commit()
+        rows, _ = table.store.id_map.find_or_insert([ids], [number])
+        table.store.id_map.commit()
         rows = rows.to(table.device)
     else:
         rows = table.load(number, ids, {})
     for part in held:
-        table.blocks.write(rows, part, columns[part])
+        table.store.blocks.write(rows, part, columns[part])
     if set(META) <= columns.keys():
         meta = torch.stack([columns[name] for name in META]).to(table.device)
-        ops.blocks.write_meta(table.blocks.handle, rows, meta)
+        ops.blocks.write_meta(table.store.blocks.handle, rows, meta)
 
 
 def _described(columns: Mapping[str, Tensor]) -> str:

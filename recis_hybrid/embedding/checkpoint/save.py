@@ -19,8 +19,7 @@ from recis_hybrid.embedding.checkpoint.state import table_meta, table_state, tab
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
-from recis_hybrid.embedding.table.protocols import META
-from recis_hybrid.embedding.table.record_layout import RecordLayout
+from recis_hybrid.embedding.table.record_layout import META, RecordLayout
 
 _CPU = torch.device("cpu")
 _COPIERS = 2
@@ -53,14 +52,14 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
         shares: What of them is handed out, where there are several ranks.
     """
     for table in tables:
-        table.see()
+        table.record_lookup()
     sources = [
         _Source(
             table,
-            table.id_map.slots,
+            table.store.id_map.slots,
             len(table),
-            table.blocks.handle,
-            tuple(table.blocks.blocks),
+            table.store.blocks.handle,
+            tuple(table.store.blocks.blocks),
             table.device,
             _counts(table),
             _handed(table, shares, place),
@@ -111,8 +110,8 @@ def _handed(table: HashTable, shares: Shares | None, place: int) -> tuple[Bucket
 
 
 def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -> _Source:
-    table.see()
-    layout, blocks, used = table.layout, table.blocks, table.id_map.row_bound
+    table.record_lookup()
+    layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
     pinned = table.device.type == "cuda"
 
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -124,7 +123,7 @@ def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -
         pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
     addresses = torch.tensor([target.data_ptr() for target, _ in pairs], dtype=torch.int64)
     handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
-    flat = table.id_map.slots.view(-1).view(torch.uint8)
+    flat = table.store.id_map.slots.view(-1).view(torch.uint8)
     slots = memory.take(flat.numel(), pinned=pinned)
     _copy([*pairs, (slots, flat)])
     copies = tuple(target for target, _ in pairs)
@@ -143,7 +142,11 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
-    return () if table.gate is None else tuple(table.gate.state_dict(number) for number in range(len(table.members)))
+    return (
+        ()
+        if table.store.gate is None
+        else tuple(table.store.gate.state_dict(number) for number in range(len(table.members)))
+    )
 
 
 def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:

@@ -10,7 +10,7 @@ from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON, PartState, TableState
 from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, Shares, within
 from recis_hybrid.embedding.planner.coalesce import COUNTS
-from recis_hybrid.embedding.table.change_log import Changes, changed_known, changed_rows
+from recis_hybrid.embedding.table.change_log import ChangeLog, changed_admission
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 
@@ -36,18 +36,18 @@ def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str
         if shares is not None:
             handed, columns = shares.handed(place, number), shares.whole(place, columns)
         states[member.name] = _state(columns, table_meta(table.layout), handed)
-        if table.gate is not None:
-            states[member.name + COUNTS] = _state(table.gate.state_dict(number), {}, handed)
+        if table.store.gate is not None:
+            states[member.name + COUNTS] = _state(table.store.gate.state_dict(number), {}, handed)
     return states
 
 
 def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
     """Return what :func:`tables_state` has beside rows: the seed of first values, and the steps of each member."""
     steps: dict[str, JSON] = {member.name: table.step for table in tables for member in table.members}
-    return {"seed": tables[0].seed, "steps": steps}
+    return {"seed": tables[0].store.seed, "steps": steps}
 
 
-def watch_tables(tables: Sequence[HashTable]) -> list[Changes]:
+def watch_tables(tables: Sequence[HashTable]) -> list[ChangeLog]:
     """Begins to note what changes in tables, for as long as the result lives."""
     return [table.watch() for table in tables]
 
@@ -75,17 +75,17 @@ def tables_changes(
             if member.name in whole:
                 changes.note_whole(number)
         for number, (member, (columns, gone)) in enumerate(
-            zip(table.members, changed_rows(table, changes), strict=True)
+            zip(table.members, table.changed_rows(changes), strict=True)
         ):
             handed = ALL
             if shares is not None:
                 handed, columns = shares.handed(place, number), shares.whole(place, columns)
             states[member.name] = _state(columns, table_meta(table.layout), handed, gone)
-            if table.gate is not None:
-                known = table.gate.state_dict(number)
+            if table.store.gate is not None:
+                known = table.store.gate.state_dict(number)
                 forgotten = None
                 if number not in changes.whole:
-                    known, forgotten = changed_known(changes.known[number], known)
+                    known, forgotten = changed_admission(changes.admission[number], known)
                 states[member.name + COUNTS] = _state(known, {}, handed, forgotten)
     return PartState(tables=states, meta=tables_meta(tables), owned=True)
 
@@ -103,11 +103,11 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
     """Return :func:`tables_state` without its rows: which tables and columns there are."""
     states: dict[str, TableState] = {}
     for table in tables:
-        columns = table.export_none()
+        columns = table.store.export_none()
         none = columns["ids"]
         for member in table.members:
             states[member.name] = TableState(columns, none, table_meta(table.layout))
-            if table.gate is not None:
+            if table.store.gate is not None:
                 states[member.name + COUNTS] = TableState({"ids": none, "count": none}, none, {})
     return PartState(tables=states)
 

@@ -24,7 +24,7 @@ from recis_hybrid.embedding.checkpoint.load import TablesLoader
 from recis_hybrid.embedding.distributed.exchange import Exchange
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
-from recis_hybrid.embedding.table.protocols import META
+from recis_hybrid.embedding.table.record_layout import META
 
 RowsInStateDict: TypeAlias = Literal["embedding", "record"]
 
@@ -66,7 +66,7 @@ def save_key(tables: Sequence[HashTable], destination: MutableMapping[str, Any],
         destination: The state_dict; written.
         prefix: Of the engine's keys.
     """
-    seed = tables[0].seed
+    seed = tables[0].store.seed
     words = [_step(tables), _rows(tables), seed >> _SEED_BITS, seed & ((1 << _SEED_BITS) - 1)]
     destination[f"{prefix}{_KEY}"] = torch.tensor(words, device="cpu")
 
@@ -169,7 +169,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
             raise ValueError(f"table {name!r}: ids must be distinct")
         columns = {"ids": ids, **columns}
         states[name] = TableState(columns, ops.id_map.bucket_of(ids.contiguous()), {})
-    seed = tables[0].seed if told is None else (int(told[2]) << _SEED_BITS) + int(told[3])
+    seed = tables[0].store.seed if told is None else (int(told[2]) << _SEED_BITS) + int(told[3])
     loader = TablesLoader(tables, PartState(tables=states, meta={"seed": seed, "steps": dict(steps)}))
     if loader.differences:
         raise ValueError("; ".join(loader.differences))

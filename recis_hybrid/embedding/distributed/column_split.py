@@ -15,7 +15,7 @@ from recis_hybrid.embedding.distributed.dedup import rank_of
 from recis_hybrid.embedding.distributed.exchange import Exchange, ExchangeError
 from recis_hybrid.embedding.initializers import QUAD
 from recis_hybrid.embedding.table.record_layout import RecordLayout
-from recis_hybrid.ops.id_map import bucket_of
+from recis_hybrid.ops.id_map import bucket_order
 
 
 def columns_of(dim: int, ranks: int) -> list[int]:
@@ -73,8 +73,7 @@ def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exch
             f"rank {exchange.rank}: ranks that each have some columns of every row must have the same rows, and have "
             f"{told} of them; evict and erase on all ranks alike"
         )
-    order = ids.argsort()
-    order = order[bucket_of(ids[order]).argsort(stable=True)]
+    order = bucket_order(ids)
     owners = rank_of(ids[order], exchange.size)
     counts = owners.bincount(minlength=exchange.size).tolist()
     mine, width = counts[exchange.rank], widths[exchange.rank]

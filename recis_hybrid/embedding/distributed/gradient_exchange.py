@@ -20,7 +20,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.embedding.distributed.exchange import Exchange
 from recis_hybrid.embedding.distributed.id_exchange import Asks
-from recis_hybrid.embedding.table.gradients import Part, Pending
+from recis_hybrid.embedding.table.gradients import Part, PendingGradients
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup
 from recis_hybrid.ops.gather import Bags, RowGroups
@@ -45,7 +45,7 @@ class Asked:
     """What this rank's gradients are multiplied by."""
     groups: RowGroups | None
     """This rank's positions grouped by distinct id, in the order in which these were sent, if they were."""
-    local: Pending = field(default_factory=Pending)
+    local: PendingGradients = field(default_factory=PendingGradients)
     """Gradients of this rank, their rows numbers of its distinct ids."""
     full: bool = False
     """Whether every one of its distinct ids has one."""
@@ -123,14 +123,14 @@ class Collector:
     def watch(self, asked: Asked, user: object) -> None:
         """Expect gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
         if len(self._asked) >= _MANY:
-            self.fetch()  # finds out which of them are gone everywhere
+            self.table.fetch_gradients()  # finds out which of them are gone everywhere
         asked.user = weakref.ref(user)
         self._asked.append(asked)
 
-    def fetch(self) -> None:
-        """Exchanges the gradients of all lookups; all ranks call it together."""
+    def fetch(self) -> list[tuple[Lookup, Part]]:
+        """Exchange the gradients of all lookups, and return those of this rank's rows; collective."""
         if not self._asked:
-            return
+            return []
         told, own = [], []
         for asked in self._asked:
             alive = asked.user is not None and asked.user() is not None
@@ -139,14 +139,15 @@ class Collector:
             told += [[int(alive)] * self.exchange.size, [asked.state] * self.exchange.size, sums.counts]
             asked.clear()
         _, came = self.exchange.sizes(torch.tensor(told).t())
-        left = []
+        left, received = [], []
         for number, (asked, sums) in enumerate(zip(self._asked, own, strict=True)):
             alive_at, states, counts = ([line[3 * number + k] for line in came] for k in range(3))
             if any(states):
-                self._add(asked, sums, states, counts)
+                received.append((asked.owned, self._received(asked, sums, states, counts)))
             if any(alive_at):
                 left.append(asked)
         self._asked = left
+        return received
 
     def exchanged(self, asked: Asked) -> list[Tensor]:
         """Exchanges gradients that every rank has in full; for each rank and kind, float32 ``[n, D]``."""
@@ -157,20 +158,19 @@ class Collector:
             values = self._by_id(asked.owned.rows, values, asked.receive)
         return list(values.split(asked.owned.request.bags.lengths))
 
-    def _add(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> None:
-        """Exchanges the gradients of one lookup, and hands them to the table."""
-        values = self._send(own, counts)
+    def _received(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> Part:
+        """Exchange the gradients of one lookup, and return those of this rank's rows."""
+        values, owned = self._send(own, counts), asked.owned
         if all(state == _FULL for state in states):
             if self.reduce == "id":
-                values = self._by_id(asked.owned.rows, values, counts)
-            self.table.add_gradients(asked.owned, list(values.split(asked.owned.request.bags.lengths)))
-            return
-        rows = asked.owned.rows[self._positions(asked, own, states, counts)]
+                values = self._by_id(owned.rows, values, counts)
+            request = owned.request
+            parts = list(values.split(request.bags.lengths))
+            return Part(owned.rows, request.members, owned.row_bound, request.bags, parts, owned.groups)
+        rows = owned.rows[self._positions(asked, own, states, counts)]
         if self.reduce == "id":
             values = self._by_id(rows, values, counts)
-        n = rows.numel()
-        self.table.check(asked.owned)
-        self.table.pending.add(Part(rows, [0], asked.owned.row_bound, Bags([n], [n], [], [], [0], [0]), [values], None))
+        return Part(rows, [0], owned.row_bound, Bags.single([rows.numel()]), [values], None)
 
     def _positions(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> Tensor:
         """Return int64: of each gradient that came in, which of the R ids asked of this rank it belongs to."""

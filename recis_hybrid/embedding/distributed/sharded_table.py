@@ -26,6 +26,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import get_args
 
@@ -43,7 +44,6 @@ from recis_hybrid.embedding.planner.sharding import deal
 from recis_hybrid.embedding.table.gradients import part_of
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request, gradient_bags
-from recis_hybrid.embedding.table.protocols import RowUpdate
 from recis_hybrid.ops.blocks import ELEMENTS, Blocks
 from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ops.update import Gradients
@@ -121,17 +121,16 @@ class ShardedTable:
         self.collector = Collector(
             table, exchange, wire_dtype=wire_dtype, reduce=reduce, asks=self.asks, dim=self.layout.dim
         )
-        table.pending.remote = self.collector
+        table.remote = self.collector
 
     def look_up(self, route: Route, weight: float, *, train: bool) -> Begun:
         """Look up what came in, and read its rows, unless the table is replicated."""
         ranks, lengths = self.exchange.size, route.lengths
         members, unknown = [kind.member for kind in self.asks.kinds], [kind.unknown for kind in self.asks.kinds]
-        zeros = [0] * len(lengths)
         request = Request(
             list(route.ids.split(lengths)),
             members * ranks,
-            Bags(lengths, lengths, [], [], zeros, zeros),
+            Bags.single(lengths),
             unknown * ranks,
             counts=route.counts,
         )
@@ -192,7 +191,7 @@ class ShardedTable:
             bags,
             [],
             unknown,
-            _none(self.device),
+            _unused_initializers(self.device),
             out,
             starts,
             winners,
@@ -206,7 +205,7 @@ class ShardedTable:
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
         """Keep the gradients of a training lookup until they are exchanged; None for a feature without one."""
         part = part_of(
-            self._name,
+            self.table.name,
             lookup.places,
             self.asks.kind_of,
             lookup.asked.distinct(self.asks.everywhere),
@@ -218,23 +217,15 @@ class ShardedTable:
         if part is not None:
             lookup.asked.add(part, full=all(gradient is not None for gradient in gradients))
 
-    def gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> Gradients:
+    def gradients_of(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> Gradients:
         """Exchanges the gradients of a training lookup, and returns those of this rank's rows, after checking them."""
         if any(gradient is None for gradient in gradients):
             raise ValueError(
-                f"table {self._name}: apply_gradients takes a gradient for each feature; give zeros for None"
+                f"table {self.table.name}: apply_gradients takes a gradient for each feature; give zeros for None"
             )
         self.add_gradients(lookup, gradients)
-        came = self.collector.exchanged(lookup.asked)
-        return self.table.gradients(lookup.asked.owned, came)
-
-    def apply_gradients(self, gradients: Gradients, update: RowUpdate) -> None:
-        """Update rows: one step of an optimizer."""
-        self.table.apply_gradients(gradients, update)
-
-    @property
-    def _name(self) -> str:
-        return ", ".join(member.name for member in self.table.members)
+        received = self.collector.exchanged(lookup.asked)
+        return self.table.gradients_of(lookup.asked.owned, received)
 
 
 @dataclass
@@ -288,14 +279,10 @@ def _padded(rows: Tensor) -> Tensor:
     return padded
 
 
-_NONE: dict[torch.device, Tensor] = {}
-
-
-def _none(device: torch.device) -> Tensor:
-    """First values that nothing asks for."""
-    if device not in _NONE:
-        _NONE[device] = torch.zeros(1, 5, dtype=torch.int64, device=device)
-    return _NONE[device]
+@cache
+def _unused_initializers(device: torch.device) -> Tensor:
+    """Return initializers to pass to a kernel that draws no first values."""
+    return torch.zeros(1, 5, dtype=torch.int64, device=device)
 
 
 def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:

@@ -11,8 +11,7 @@ from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.distributed.column_split import columns_of
 from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
 from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
-from recis_hybrid.embedding.table.protocols import MemberTable
-from recis_hybrid.embedding.table.record_layout import RecordLayout, StateField
+from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
 COUNTS = ".admission"
 """Ends the name under which checkpoints keep what admission knows of a member table's ids."""

@@ -1,7 +1,7 @@
-"""Changes: what of a table is other than at an earlier moment, for checkpoints that hold just that.
+"""ChangeLog: what changed in a table since a moment, for incremental checkpoints.
 
-Rows that lookups and updates change say so themselves, by their metadata. What else changes rows (erasing, evicting,
-clearing, inserting by hand) is noted, but only while somebody holds a `Changes`.
+Rows that lookups and updates change are found by their metadata. Other changes (erasing, evicting, clearing, inserting
+by hand) are logged, but only while somebody holds a `ChangeLog`.
 
 Letters: n rows, m ids.
 """
@@ -9,33 +9,30 @@ Letters: n rows, m ids.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-
-if TYPE_CHECKING:
-    from recis_hybrid.embedding.table.hash_table import HashTable
+from recis_hybrid.embedding.table.store import RowStore
 
 _FEW = 4096
 
 
-class Changes:
-    """What was done to a table since a moment, beside lookups and updates: the ids, 8 bytes each.
+class ChangeLog:
+    """Changes of a table since a moment, apart from lookups and updates: the ids, 8 bytes each.
 
     An id is held once, however often it comes and goes, and never more ids of a member table than the table has rows:
-    beyond that the member table counts as changed whole.
+    beyond that the whole member table counts as changed.
 
     Args:
         step: Steps that the table had done at that moment.
-        known: By member table that has admission, what that knew at the moment.
+        admission: By member table that has admission, the state of its gate at that moment.
     """
 
-    def __init__(self, step: int, known: Mapping[int, dict[str, Tensor]]) -> None:
+    def __init__(self, step: int, admission: Mapping[int, dict[str, Tensor]]) -> None:
         self.step = step
-        self.known = known
+        self.admission = admission
         self.whole: set[int] = set()
         """Member tables of which every row may have changed."""
         self._ids: dict[int, list[Tensor]] = {}
@@ -66,51 +63,40 @@ class Changes:
         return noted
 
 
-def changed_rows(table: HashTable, since: Changes) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-    """Return what of a table changed.
+def changed_rows(store: RowStore, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:
+    """Return the rows that changed since a log was begun.
 
     Args:
-        table: The table that handed out ``since``.
-        since: The moment.
+        store: Rows of the table that made the log.
+        log: The log.
 
     Returns:
-        For each member table the rows that may have changed, as ``HashTable.export`` gives them but by (bucket, id),
-        and the ids (int64 ``[m]``) that may have had a row and have none; None where the rows are all there are.
+        For each member table the rows that may have changed, as ``HashTable.export`` returns them but by (bucket, id);
+        and the ids (int64 ``[m]``) that may have lost their row, or None where the rows are all there are.
     """
-    ids, members = touched_rows(table, since.step)
+    ids, members = store.touched(log.step)
     result: list[tuple[dict[str, Tensor], Tensor | None]] = []
-    for member in range(len(table.members)):
-        if member in since.whole:
-            own = table.ids(member)
-            result.append((table.export(member, _by_bucket(own)), None))
+    for member in range(len(store.members)):
+        if member in log.whole:
+            own = store.ids(member)
+            result.append((store.export(member, own[ops.id_map.bucket_order(own)]), None))
             continue
-        noted = since.ids(member).to(table.device)
-        live = table.rows(member, noted) >= 0
+        noted = log.ids(member).to(store.device)
+        live = store.rows(member, noted) >= 0
         own = torch.cat([ids[members == member], noted[live]]).unique()
-        result.append((table.export(member, _by_bucket(own)), noted[~live]))
+        result.append((store.export(member, own[ops.id_map.bucket_order(own)]), noted[~live]))
     return result
 
 
-def touched_rows(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
-    """Return ids and member tables, int64 ``[n]`` each, of rows that lookups or updates met after a step."""
-    table.see()
-    ids, members = torch.empty(2, len(table), dtype=torch.int64, device=table.device).unbind()
-    count = torch.zeros(1, dtype=torch.int64, device=table.device)
-    slots = table.on_blocks(table.id_map.slots)
-    marks = torch.empty(table.id_map.row_bound, dtype=torch.uint8, device=table.device)
-    ops.blocks.list_touched(table.blocks.handle, slots, step, marks, ids, members, count)
-    return ids[: int(count)], members[: int(count)]
-
-
-def changed_known(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Compare what admission knew with what it knows.
+def changed_admission(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Compare two states of admission of one member table.
 
     Args:
         before: Columns ``[n]``, ``ids`` ascending.
         now: Columns ``[n]``, ``ids`` ascending.
 
     Returns:
-        The rows of ``now`` that are new or other, and the ids (int64 ``[m]``) that are gone.
+        The entries of ``now`` that are new or differ, and the ids (int64 ``[m]``) that are gone.
     """
     if before["ids"].numel() == 0:
         return now, before["ids"]
@@ -122,13 +108,8 @@ def changed_known(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[di
 
 
 def _without(ids: Tensor, others: Tensor) -> Tensor:
-    """The ids that are not among others; both ascending."""
+    """Return the ids that are not among others; both ascending."""
     if others.numel() == 0:
         return ids
     at = torch.searchsorted(others, ids).clamp_(max=others.numel() - 1)
     return ids[others[at] != ids]
-
-
-def _by_bucket(ids: Tensor) -> Tensor:
-    """Ascending ids by (bucket, id)."""
-    return ids[ops.id_map.bucket_of(ids.contiguous()).argsort(stable=True)]

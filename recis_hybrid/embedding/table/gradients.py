@@ -1,12 +1,11 @@
-"""Pending: gradients that backward has left at a table for the optimizer's next step.
+"""Row gradients that backward has left at a table for the optimizer's next step.
 
 Letters: N positions, U distinct rows, D dim.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.compilation import outside_graphs
-from recis_hybrid.embedding.table.lookup import select
+from recis_hybrid.embedding.table.lookup import Lookup, select
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 
@@ -58,55 +56,36 @@ class Reduced:
         return (self.shown[1:] / _MARK).to(torch.float32)
 
 
-class Remote(Protocol):
-    """What a table with rows on several ranks has beside its own: gradients that are still to be exchanged."""
+class RemoteGradients(Protocol):
+    """Gradients of a table that ranks share, still to be exchanged; the seam to ``embedding.distributed`` above."""
 
     def __bool__(self) -> bool:
-        """Whether this rank has some."""
+        """Return whether this rank has any."""
 
-    def fetch(self) -> None:
-        """Exchanges them, and adds those of this rank's rows to the table's; all ranks call it together."""
+    def fetch(self) -> list[tuple[Lookup, Part]]:
+        """Exchange them, and return those of this rank's rows with their lookups; collective."""
 
     def clear(self) -> None:
-        """Forgets those of this rank."""
+        """Drop those of this rank."""
 
     def norm(self, own: Tensor) -> Tensor:
-        """Return the norm over all ranks' rows, given that of this rank's own (float64, no dimension)."""
+        """Return the norm over all ranks' rows, from that over this rank's (float64 ``[]``); collective."""
 
 
-@outside_graphs("reduced", "replace_sums")
-class Pending:
-    """Gradients of any number of lookups, reduced once: when they are used, or when their norm is asked for."""
+class PendingGradients:
+    """Gradients of any number of lookups, reduced once: for an update, or when their norm is read."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._reduced: Reduced | None = None
-        # The remote holds the table: were that so the other way round, too, its memory would wait for the collector.
-        self._remote: weakref.ref[Remote] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._parts) or self._reduced is not None or bool(self.remote)
-
-    @property
-    def remote(self) -> Remote | None:
-        """What is still to be exchanged with other ranks; None where the table is on one."""
-        return None if self._remote is None else self._remote()
-
-    @remote.setter
-    def remote(self, remote: Remote) -> None:
-        self._remote = weakref.ref(remote)
+        return bool(self._parts) or self._reduced is not None
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drop all gradients."""
         self._parts = []
         self._reduced = None
-        if (remote := self.remote) is not None:
-            remote.clear()
-
-    def fetch(self) -> None:
-        """Take over what other ranks have; all ranks call it together."""
-        if (remote := self.remote) is not None:
-            remote.fetch()
 
     def add(self, part: Part) -> None:
         """Append the gradients of one lookup."""
@@ -125,9 +104,13 @@ class Pending:
         groups = part.groups or ops.gather.group_rows(part.rows, part.members, part.row_bound, part.bags)
         return Gradients(part.values, groups)
 
-    def reduced(self, dim: int) -> Reduced | None:
-        """Sum the gradients of each row, unless that was done; None if there are none."""
-        self.fetch()
+    def reduced(self, dim: int, norm: Callable[[Tensor], Tensor]) -> Reduced | None:
+        """Return the summed gradient of each row; None if there are none.
+
+        Args:
+            dim: D.
+            norm: Returns the norm over all ranks' rows, from that over this rank's.
+        """
         if self._reduced is None and self._parts:
             gradients = self.gradients()
             n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
@@ -137,22 +120,19 @@ class Pending:
             groups = RowGroups(gradients.groups.count, gradients.groups.unique, each, each[:n], None)
             bound = max(part.row_bound for part in self._parts)
             self._parts = []
-            self.replace_sums(groups, sums, bound)
+            self.replace_sums(groups, sums, bound, norm)
         return self._reduced
 
-    def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
-        """Take other summed gradients for those of the rows of ``groups``."""
-        norm = torch.linalg.vector_norm(sums, dtype=torch.float64)
-        norm = norm if (remote := self.remote) is None else remote.norm(norm)
-        self._reduced = Reduced(groups, sums, row_bound, torch.stack([norm, torch.full_like(norm, _MARK)]))
+    def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int, norm: Callable[[Tensor], Tensor]) -> None:
+        """Replace the summed gradients of the rows of ``groups``; ``norm`` as for :meth:`reduced`."""
+        total = norm(torch.linalg.vector_norm(sums, dtype=torch.float64))
+        self._reduced = Reduced(groups, sums, row_bound, torch.stack([total, torch.full_like(total, _MARK)]))
 
     def _as_part(self, reduced: Reduced) -> Part:
         n = reduced.sums.size(0)
         in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
         rows = torch.where(in_use, reduced.groups.unique, -1)
-        return Part(
-            rows, [0], reduced.row_bound, Bags([n], [n], [], [], [0], [0]), [reduced.sums * reduced.factor], None
-        )
+        return Part(rows, [0], reduced.row_bound, Bags.single([n]), [reduced.sums * reduced.factor], None)
 
 
 def _merged(parts: list[Part]) -> Part:

@@ -9,14 +9,28 @@ from functools import cached_property
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.initializers import beyond
+from recis_hybrid.embedding.initializers import Initializer, beyond
 from recis_hybrid.validation import check_integer, describe_value
+
+META = ("updated_step", "seen_step", "frequency")
+"""Metadata of a row, as columns of :meth:`HashTable.export`; int64 ``[n]`` each."""
+
+META_BITS = {"updated_step": 40, "seen_step": 40, "frequency": 48}
+"""Bits of each in a record."""
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
 _META_BYTES = 16
 _LINE = 64
 _LONG = 256
+
+
+@dataclass(frozen=True)
+class MemberTable:
+    """A table as the user named it; one :class:`HashTable` holds several."""
+
+    name: str
+    initializer: Initializer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from recis_hybrid.embedding.table.protocols import META, META_BITS, MemberTable
+from recis_hybrid.embedding.table.record_layout import META, META_BITS, MemberTable
 
 
 def checked_member(what: str, members: int, member: int) -> None:

@@ -75,8 +75,8 @@ def trained(steps: int = 3, **more: Any) -> tuple[Model, list[torch.optim.Optimi
 def everything(model: Model) -> dict[str, Tensor]:
     found = {f"{t}.{column}": v for t, columns in rows_of(model.engine).items() for column, v in columns.items()}
     for table in model.engine.tables:
-        for number in range(len(table.members) if table.gate is not None else 0):
-            state = table.gate.state_dict(number)  # type: ignore[union-attr]
+        for number in range(len(table.members) if table.store.gate is not None else 0):
+            state = table.store.gate.state_dict(number)  # type: ignore[union-attr]
             found["counts"] = torch.stack(list(state.values()))[:, state["ids"].argsort()]
     return found | {name: parameter.detach() for name, parameter in model.tower.named_parameters()}
 

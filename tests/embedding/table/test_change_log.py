@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
-from recis_hybrid.embedding.table.change_log import _FEW, Changes, changed_known, changed_rows, touched_rows
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, HashTable, MinFrequency
+from recis_hybrid.embedding.table.change_log import _FEW, ChangeLog, changed_admission
 from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.tables import feature, make_table
+
+
+def touched(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
+    table.record_lookup()
+    return table.store.touched(step)
 
 
 @on_devices
@@ -18,10 +24,10 @@ def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> Non
     lookup = table.lookup([feature([0, -1], device=device), feature([6, 7], member=1, device=device)], train=True)
     table.lookup([feature([1], device=device)], train=False)
     assert lookup.step == 4
-    ids, members = touched_rows(table, 3)
+    ids, members = touched(table, 3)
     assert sorted(zip(members.tolist(), ids.tolist(), strict=True)) == [(0, -1), (0, 0), (1, 6), (1, 7)]
-    assert touched_rows(table, 4)[0].numel() == 0
-    assert touched_rows(table, 0)[0].numel() == len(EDGE_IDS) + 3
+    assert touched(table, 4)[0].numel() == 0
+    assert touched(table, 0)[0].numel() == len(EDGE_IDS) + 3
     # An update marks rows of an earlier lookup, too.
     table.step = 9
     table.insert(
@@ -35,7 +41,7 @@ def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> Non
             },
         },
     )
-    assert [part.tolist() for part in touched_rows(table, 4)] == [[], []]
+    assert [part.tolist() for part in touched(table, 4)] == [[], []]
     rows = table.rows(0, torch.tensor([1], device=device))
     assert rows.tolist()[0] >= 0
 
@@ -52,7 +58,7 @@ def test_changed_rows_by_member_table(device: str) -> None:
     table.erase(0, torch.tensor([2, 50], device=device))
     table.insert(0, torch.tensor([3, 60], device=device))
     engine({"a": ids[4:5], "b": ids[:0]})
-    (a, gone), (b, none) = changed_rows(table, since)
+    (a, gone), (b, none) = table.changed_rows(since)
     assert sorted(a["ids"].tolist()) == [3, 4, 60]
     assert gone is not None
     assert gone.tolist() == [2, 50]
@@ -60,12 +66,12 @@ def test_changed_rows_by_member_table(device: str) -> None:
     assert none is not None
     assert none.numel() == 0
     table.clear(1)
-    assert changed_rows(table, since)[1][1] is None
+    assert table.changed_rows(since)[1][1] is None
     assert not make_table().watches(since)
 
 
 def test_what_is_noted_is_bounded() -> None:
-    changes = Changes(0, {})
+    changes = ChangeLog(0, {})
     for begin in range(0, 40 * _FEW, _FEW):
         changes.note(0, torch.arange(begin, begin + _FEW) % (3 * _FEW), rows=10 * _FEW)
         assert sum(part.numel() for part in changes._ids[0]) <= 6 * _FEW + _FEW
@@ -95,7 +101,7 @@ def test_what_admission_knows_otherwise(
             "count": torch.tensor([counts[i] for i in sorted(counts)], dtype=torch.int64),
         }
 
-    found, left = changed_known(columns(before), columns(now))
+    found, left = changed_admission(columns(before), columns(now))
     assert dict(zip(found["ids"].tolist(), found["count"].tolist(), strict=True)) == changed
     assert left.tolist() == gone
 
@@ -106,4 +112,4 @@ def test_counts_are_copied_by_a_watch_and_not_shared() -> None:
     engine({"a": torch.tensor([4])})
     since = table.watch()
     engine({"a": torch.tensor([4])})
-    assert since.known[0]["count"].tolist() == [1]
+    assert since.admission[0]["count"].tolist() == [1]

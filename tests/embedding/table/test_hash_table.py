@@ -52,8 +52,8 @@ def test_metadata_hold_large_numbers() -> None:
     table = make_table()
     rows = table.insert(0, torch.tensor([5, 6]))
     columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]])
-    ops.blocks.write_meta(table.blocks.handle, rows, columns)
-    assert torch.equal(ops.blocks.read_meta(table.blocks.handle, rows), columns)
+    ops.blocks.write_meta(table.store.blocks.handle, rows, columns)
+    assert torch.equal(ops.blocks.read_meta(table.store.blocks.handle, rows), columns)
     table.lookup([feature([5, 6, 6])], train=True)
     assert meta(table, [5, 6])[2] == [2**48 - 1, 2**24 + 5]
 
@@ -84,7 +84,7 @@ def test_an_erased_id_that_comes_back_starts_as_it_first_did(device: str) -> Non
     table.erase(0, torch.tensor([2]))
     assert torch.equal(values_of(table, [2]), first[1:2])
     assert table.export(0, torch.tensor([2]))["sum"].tolist() == [[0.25] * 5]
-    assert table.id_map.row_bound == 3
+    assert table.store.id_map.row_bound == 3
 
 
 def test_rows_just_inserted_are_no_prey_of_the_next_eviction() -> None:
@@ -135,7 +135,7 @@ def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest
         table.insert(0, torch.arange(100))
     monkeypatch.undo()
     assert table.ids(0).tolist() == [1, 2]
-    assert table.id_map.counters.tolist()[0] == 0
+    assert table.store.id_map.counters.tolist()[0] == 0
     assert torch.equal(values_of(table, [1, 2, 50])[:2], first)
     assert torch.equal(values_of(table, [50]), values_of(make_table(dim=4), [50]))
 
@@ -166,7 +166,7 @@ def test_admission_counts_survive_growth_that_memory_has_no_room_for(monkeypatch
     def no_blocks(rows: int) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(table.blocks, "reserve", no_blocks)
+    monkeypatch.setattr(table.store.blocks, "reserve", no_blocks)
     with pytest.raises(RuntimeError, match="out of memory"):
         table.lookup([feature([7])], train=True)
     monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_admission_counts_survive_an_insert_that_fails(
     where: tuple[object, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = make_table(dim=4, admission=MinFrequency(3))
-    assert table.gate is not None
+    assert table.store.gate is not None
     table.lookup([feature([7, 7, 8])], train=True)
 
     def no_memory(*_: object, **__: object) -> None:
@@ -189,11 +189,11 @@ def test_admission_counts_survive_an_insert_that_fails(
     with pytest.raises(RuntimeError, match="out of memory"):
         table.lookup([feature([7, 8])], train=True)
     monkeypatch.undo()
-    known = table.gate.state_dict(0)
+    known = table.store.gate.state_dict(0)
     assert (known["ids"].tolist(), known["count"].tolist(), len(table)) == ([7, 8], [3, 2], 0)
     table.lookup([feature([7, 8])], train=True)
     assert table.ids(0).tolist() == [7, 8]
-    assert table.gate.state_dict(0)["ids"].tolist() == []
+    assert table.store.gate.state_dict(0)["ids"].tolist() == []
 
 
 def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped() -> None:
@@ -204,11 +204,11 @@ def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped()
         engine({"id": torch.arange(1000 * step, 1000 * step + 1000)})
         optimizer.step()
     engine.evict(Unused(1))
-    assert table.gate is not None
-    assert table.gate.state_dict(0)["ids"].numel() == 3000
+    assert table.store.gate is not None
+    assert table.store.gate.state_dict(0)["ids"].numel() == 3000
     assert 16 / 0.75 <= engine.memory()["admission"] / 3000 <= 2 * 5 / 4 * 16 / 0.75
-    table.gate.clear(None)
-    assert table.gate.state_dict(0)["ids"].numel() == 0
+    table.store.gate.clear(None)
+    assert table.store.gate.state_dict(0)["ids"].numel() == 0
     assert engine.memory()["admission"] == empty
 
 
@@ -256,7 +256,7 @@ def test_eviction_gives_up_unused_rows_and_uses_them_again(device: str) -> None:
     assert engine.evict(Unused(steps=4)) == 30
     assert table.ids(0).tolist() == list(range(30, 50))
     engine({"id": torch.arange(100, 130, device=device)})
-    assert table.id_map.row_bound == 50
+    assert table.store.id_map.row_bound == 50
     assert engine.evict(Unused(steps=100)) == 0
 
 
@@ -265,7 +265,7 @@ def test_bulk_changes_refuse_waiting_gradients_and_end_earlier_lookups() -> None
     table, ids = engine.tables[0], torch.tensor([1, 2])
     engine({"id": ids})["id"].sum().backward()
     for change in (table.compact, lambda: table.erase(0, ids), lambda: table.evict(Unused(1)), lambda: table.clear(0)):
-        with pytest.raises(RuntimeError, match="table id: .* would part gradients that wait here.*zero_grad first"):
+        with pytest.raises(RuntimeError, match="table id: .* would separate gradients that wait here.*zero_grad first"):
             change()
     engine.zero_grad()
     for change in (table.compact, lambda: table.erase(0, ids), lambda: table.evict(Unused(1)), lambda: table.clear(0)):
@@ -278,24 +278,24 @@ def test_bulk_changes_refuse_waiting_gradients_and_end_earlier_lookups() -> None
 @on_devices
 def test_compaction_keeps_every_record_and_gives_memory_back(device: str) -> None:
     table = make_table(dim=4, state=SUM, members=2, device=device)
-    table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
+    table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
     for member in range(2):
         table.insert(member, torch.arange(1000), {"embedding": torch.randn(1000, 4), "sum": torch.rand(1000, 4)})
     table.erase(0, torch.arange(0, 1000, 3))
     table.erase(1, torch.arange(20, 1000))
     before = [table.export(member) for member in range(2)]
-    capacity, generation = table.id_map.capacity, table.generation
+    capacity, generation = table.store.id_map.capacity, table.generation
     table.compact()
     for member in range(2):
         after = table.export(member)
         assert all(torch.equal(after[name], values) for name, values in before[member].items())
-    assert len(table) == table.id_map.row_bound == 686
-    assert len(table.blocks.blocks) == 11
-    assert table.id_map.capacity < capacity
+    assert len(table) == table.store.id_map.row_bound == 686
+    assert len(table.store.blocks.blocks) == 11
+    assert table.store.id_map.capacity < capacity
     assert table.generation != generation
     assert table.memory()["free_rows"] == 0
     table.insert(0, torch.tensor([0]))
-    assert table.id_map.row_bound == 687
+    assert table.store.id_map.row_bound == 687
 
 
 @on_devices
@@ -319,8 +319,8 @@ def test_admission_by_frequency_is_exact(device: str, unknown: str) -> None:
     start = values_of(make_engine_table(config), [1, 2, 3])
     assert torch.equal(after[:2], start[:2] - torch.tensor([[1.0], [2.0]]))
     assert torch.equal(after[2], first[2].cpu())
-    assert table.gate is not None
-    known = table.gate.state_dict(0)
+    assert table.store.gate is not None
+    known = table.store.gate.state_dict(0)
     assert (known["ids"].tolist(), known["count"].tolist()) == ([3], [2])
 
 
@@ -354,7 +354,7 @@ def test_a_read_only_table_changes_only_by_loading() -> None:
         "erase": lambda: table.erase(0, torch.tensor([1])),
         "clear": lambda: table.clear(),
         "evict": lambda: table.evict(Unused(1)),
-        "apply_gradients": lambda: table.gradients(table.lookup([feature([1])], train=False), [torch.ones(1, 2)]),
+        "apply_gradients": lambda: table.gradients_of(table.lookup([feature([1])], train=False), [torch.ones(1, 2)]),
     }
     for name, change in changes.items():
         with pytest.raises(RuntimeError, match=f"table id: {name} would change it, and it is read-only"):
@@ -373,15 +373,15 @@ def test_blocks_grow_within_a_tenth_of_what_is_held() -> None:
         return allocate(size, device)
 
     table = make_table(dim=16)
-    table.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=256)
+    table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=256)
     pointers: dict[int, int] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops.memory, "empty_bytes", tracked)
         for rows in range(0, 20_000, 500):
-            table.blocks.reserve(rows)
-            for number, block in enumerate(table.blocks.blocks):
+            table.store.blocks.reserve(rows)
+            for number, block in enumerate(table.store.blocks.blocks):
                 assert pointers.setdefault(number, block.data_ptr()) == block.data_ptr()
-    assert tracker["peak"] <= 1.1 * table.blocks.nbytes
+    assert tracker["peak"] <= 1.1 * table.store.blocks.nbytes
 
 
 def test_blocks_that_memory_has_no_room_for_leave_the_table_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,17 +390,17 @@ def test_blocks_that_memory_has_no_room_for_leave_the_table_as_it_was(monkeypatc
     allocate = ops.memory.empty_bytes
 
     def no_blocks(size: int, device: torch.device) -> torch.Tensor:
-        if size == table.blocks.block_rows * table.layout.record_bytes:
+        if size == table.store.blocks.block_rows * table.layout.record_bytes:
             raise RuntimeError("out of memory")
         return allocate(size, device)
 
     monkeypatch.setattr(ops.memory, "empty_bytes", no_blocks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        table.lookup([feature(torch.arange(table.blocks.capacity + 1))], train=True)
+        table.lookup([feature(torch.arange(table.store.blocks.capacity + 1))], train=True)
     monkeypatch.undo()
     assert len(table) == 3
     assert torch.equal(values_of(table, [1, 2, 3]), before)
-    assert table.id_map.counters.tolist()[:3] == [0, 3, 0]
+    assert table.store.id_map.counters.tolist()[:3] == [0, 3, 0]
 
 
 @pytest.mark.parametrize("row", [2**31 - 1, 2**31, 2**33 + 5, 2**39])
@@ -429,7 +429,9 @@ def test_an_id_map_entry_holds_forty_bits_of_row() -> None:
     table = make_table(members=1)
     table.insert(0, torch.tensor([5, 6]))
     last = 2**40 - 1
-    ops.id_map.set_rows(table.id_map.slots, table.id_map.slots_of([torch.tensor([5])], [0]), torch.tensor([last]))
+    ops.id_map.set_rows(
+        table.store.id_map.slots, table.store.id_map.slots_of([torch.tensor([5])], [0]), torch.tensor([last])
+    )
     assert table.rows(0, torch.tensor([5, 6])).tolist() == [last, 1]
 
 
@@ -477,7 +479,7 @@ def test_updates_below_half_the_spacing_are_made_on_average(device: str, dtype: 
     lookup = table.lookup([feature(ids, device=device)], train=True)
     step = 0.2 * spacing
     gradient = torch.rand(n, dim, generator=torch.Generator().manual_seed(0)).to(device) * step * 2
-    records = ops.update.Table(table.blocks.handle, table.layout.element, 0, dim, 1, False, table.rounding_seed)
+    records = ops.update.Table(table.store.blocks.handle, table.layout.element, 0, dim, 1, False, table.rounding_seed)
     ops.update.sgd_update(records, ops.update.Gradients([gradient], lookup.groups), lr=1.0)
     moved = base - table.export(0, ids)["embedding"].float().cpu()
     steps = (moved / spacing).round()
@@ -533,7 +535,7 @@ def test_memory_is_reported_by_part() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, admission=MinFrequency(1))})
     engine({"id": torch.arange(10)})
     report = engine.memory()
-    assert report["id_map"] == engine.tables[0].id_map.slots.nbytes + 40
-    assert report["blocks"] == sum(block.nbytes for block in engine.tables[0].blocks.blocks)
+    assert report["id_map"] == engine.tables[0].store.id_map.slots.nbytes + 40
+    assert report["blocks"] == sum(block.nbytes for block in engine.tables[0].store.blocks.blocks)
     assert report["admission"] > 0
     assert report["total"] == sum(size for part, size in report.items() if part != "total")

@@ -1,0 +1,347 @@
+"""RowStore: the rows of one table, found by id, inserted with first values, exported and compacted.
+
+Letters: n ids, N positions (ids of a call over all features), R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.admission import Admission, Gate, admitted_often
+from recis_hybrid.embedding.eviction import Eviction, Rows
+from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
+from recis_hybrid.embedding.placement import Placement
+from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.table.id_map import MAX_MEMBERS, Entries, IdMap
+from recis_hybrid.embedding.table.lookup import Request, gradient_bags
+from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
+from recis_hybrid.embedding.table.row_validation import checked_ids, checked_member, refuse_columns
+from recis_hybrid.ops.gather import RowGroups
+
+
+class RowStore:
+    """IDMap, EmbeddingBlocks and admission of one or more member tables, without lookups' history or gradients.
+
+    :class:`HashTable` builds on it. What reads metadata or moves rows here expects that the table has written the
+    metadata of its last lookup.
+
+    Args:
+        members: The member tables; their number is their index here.
+        layout: How a record lies in memory.
+        device: Where IDMap and blocks live, unless ``placement`` says otherwise.
+        seed: Seed of the rows' first values.
+        placement: Where IDMap and blocks live, each.
+        admission: Which ids get a row; None: all that a training lookup finds.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[MemberTable],
+        layout: RecordLayout,
+        device: torch.device,
+        seed: int,
+        *,
+        placement: Placement | None = None,
+        admission: Admission | None = None,
+    ) -> None:
+        if not 0 < len(members) <= MAX_MEMBERS:
+            raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
+        self.members = tuple(members)
+        for member in self.members:
+            refuse_unrepresentable(f"table {member.name!r}", member.initializer, layout.whole.dim, layout.dtype)
+        self.layout = layout
+        self.placement = placement or Placement.on(device)
+        self.map_device = self.placement.map_device(device.index)
+        self.device = self.placement.blocks_device(device.index)
+        """Device whose kernels work on the records."""
+        self.admission = admission
+        self.reseed(seed)
+        self.reset()
+
+    def __len__(self) -> int:
+        """Rows in use; waits for the device."""
+        return len(self.id_map)
+
+    @property
+    def name(self) -> str:
+        """Names of the member tables, for messages."""
+        return ", ".join(member.name for member in self.members)
+
+    def reseed(self, seed: int) -> None:
+        """Set the seed of first values, for rows inserted from now on."""
+        self.seed = seed
+        dim, first = self.layout.whole.dim, self.layout.first
+        words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
+        self.initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
+
+    def reset(self) -> None:
+        """Remove all rows, their memory, and the state of admission."""
+        self.id_map = IdMap(self.map_device)
+        self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=self.placement.blocks == "pinned")
+        self.gate = None if self.admission is None else self.admission.gate(self.map_device)
+
+    def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return tensors on the device of the IDMap."""
+        return ids if self.map_device == self.device else [part.to(self.map_device) for part in ids]
+
+    def on_blocks(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device of the blocks."""
+        return tensor if self.map_device == self.device else tensor.to(self.device)
+
+    # Lookups
+
+    def find(self, request: Request) -> Tensor:
+        """Return the row of each id of a request, int64 ``[N]``, -1 for an id that has none; changes nothing."""
+        return self.on_blocks(self.id_map.find(self.on_map(request.ids), request.members, self.on_map(request.used)))
+
+    def insert_grouped(
+        self, request: Request, out: Tensor | None, starts: Sequence[int]
+    ) -> tuple[Tensor, RowGroups, Tensor | None]:
+        """Find the rows of a request, insert the ids that have none as far as admitted, and group positions by row.
+
+        Args:
+            request: The ids of all features.
+            out: float32 buffer to gather the vectors into in the same pass, where bags and placement allow it; None to
+                gather later.
+            starts: For each feature, the offset of its vectors in ``out``.
+
+        Returns:
+            The rows, int64 ``[N]``, -1 for an id that is not admitted; the positions grouped by row; and ``out``, or
+            None if nothing was gathered.
+        """
+        ids, members, layout = request.ids, request.members, self.layout
+        if self.gate is not None or self.map_device != self.device:
+            rows = self.insert(ids, members, self.gate, request.used, request.counts)
+            groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
+            return rows, groups, None
+        bound = self._reserve(sum(request.bags.lengths))
+        # Bags of several ids are gathered later.
+        gathered = out if request.bags.plain else None
+        rows, groups = ops.gather.insert_grouped(
+            self.id_map.slots,
+            self.id_map.counters,
+            self.id_map.free_rows,
+            self.blocks.handle,
+            layout.element,
+            layout.dim,
+            self.initializers,
+            layout.state_args,
+            ids,
+            members,
+            bound,
+            gradient_bags(request.bags),
+            used=request.used,
+            out=gathered,
+            starts=() if gathered is None else starts,
+        )
+        self.id_map.inserted(rows.numel())
+        return rows, groups, gathered
+
+    def insert(
+        self,
+        ids: Sequence[Tensor],
+        members: list[int],
+        gate: Gate | None,
+        used: Sequence[Tensor] = (),
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Find the rows of ids, and insert those that have none, with first values.
+
+        Args:
+            ids: For each feature, int64.
+            members: For each feature, the number of its member table.
+            gate: Which ids are admitted; None for all.
+            used: As ``Request.used``.
+            counts: As ``Request.counts``.
+
+        Returns:
+            The rows, int64 ``[N]``; -1 for an id that is not admitted.
+        """
+        near, used = self.on_map(ids), self.on_map(used)
+        self._reserve(sum(part.numel() for part in ids))
+        admitted = None
+        if gate is not None:
+            found = self.id_map.find(near, members, used)
+            if counts is None:
+                admitted = gate.admitted(near, members, found, used)
+            else:
+                admitted = admitted_often(gate, near, members, found, counts.to(self.map_device))
+        new_rows, new = self.id_map.find_or_insert(near, members, admitted, used)
+        try:
+            rows, fresh = self.on_blocks(new_rows), self.on_blocks(new)
+            if self.id_map.may_have_fresh:
+                ops.blocks.init_fresh(
+                    self.blocks.handle,
+                    self.layout.element,
+                    self.on_blocks(self.id_map.counters),
+                    rows,
+                    fresh,
+                    ids,
+                    members,
+                    self.initializers,
+                    self.layout.dim,
+                    self.layout.state_args,
+                )
+        except BaseException:
+            # An interrupt, or no memory for a copy: withdraw the new ids, whose records are not initialized.
+            self.id_map.withdraw(near, members, new)
+            raise
+        self.id_map.commit()
+        if gate is not None:
+            gate.confirm()
+        return rows
+
+    def _reserve(self, more: int) -> int:
+        """Make room for more ids before anything is changed, so that running out of memory changes nothing."""
+        bound = self.id_map.row_bound + more
+        self.blocks.reserve(bound)
+        self.id_map.reserve(more)
+        return bound
+
+    # Rows in bulk; all of it waits for the device
+
+    def check_ids(self, where: str, member: int, ids: Tensor) -> Tensor:
+        """Return ids of a member table as kernels take them, on the device of the blocks."""
+        return checked_ids(where, self.members, member, ids).to(self.device)
+
+    def check_columns(self, member: int, ids: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Raise TypeError or ValueError for columns that the rows of ``ids`` (int64 ``[n]``) cannot hold."""
+        widths = {part: self.layout.width(part) for part in self.layout.parts}
+        refuse_columns(self.members[member].name, ids, columns, widths)
+
+    def write(self, member: int, ids: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        """Insert ids regardless of admission and write the given columns; both must have been checked.
+
+        Returns:
+            The rows, int64 ``[n]``.
+        """
+        rows = self.insert([ids], [member], None) if ids.numel() else ids
+        if self.gate is not None:
+            self.gate.forget(member, ids.to(self.map_device))
+        for part in self.layout.parts:
+            if part in columns:
+                self.blocks.write(rows, part, columns[part])
+        if META[0] in columns:
+            meta = torch.stack([columns[name].to(self.device, torch.int64) for name in META])
+            ops.blocks.write_meta(self.blocks.handle, rows, meta)
+        return rows
+
+    def mark_seen(self, rows: Tensor, step: int) -> None:
+        """Raise ``seen_step`` of rows (int64 ``[n]``) to at least a step."""
+        meta = ops.blocks.read_meta(self.blocks.handle, rows)
+        meta[1].clamp_(min=step)
+        ops.blocks.write_meta(self.blocks.handle, rows, meta)
+
+    def ids(self, member: int) -> Tensor:
+        """Return the ids of a member table that have a row, int64 ``[n]``, ascending."""
+        checked_member("ids", len(self.members), member)
+        entries = self.id_map.entries()
+        return entries.ids[entries.members == member].sort().values.to(self.device)
+
+    def rows(self, member: int, ids: Tensor) -> Tensor:
+        """Return the rows of ids (int64 ``[n]``), -1 for an id that has none."""
+        ids = checked_ids("rows", self.members, member, ids)
+        return self.on_blocks(self.id_map.find([ids.to(self.map_device)], [member]))
+
+    def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the records of ids (int64 ``[n]``; None for all, ascending); see :meth:`HashTable.export`."""
+        ids = self.ids(member) if ids is None else ids.to(self.device)
+        rows = self.rows(member, ids)
+        if bool((rows < 0).any()):
+            missing = ids[rows < 0][:5].tolist()
+            raise KeyError(f"table {self.members[member].name!r}: no row for the ids {missing}; look them up first")
+        return {"ids": ids, **self._columns(rows)}
+
+    def export_all(self) -> list[dict[str, Tensor]]:
+        """Return the records of each member table, rows by (bucket, id)."""
+        entries = self.id_map.entries()
+        order = ops.id_map.bucket_order(entries.ids, entries.members)
+        ids, rows = self.on_blocks(entries.ids[order]), self.on_blocks(entries.rows[order])
+        counts = entries.members.bincount(minlength=len(self.members)).tolist()
+        columns = {"ids": ids, **self._columns(rows)}
+        parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
+        return [dict(zip(columns, part, strict=True)) for part in parts]
+
+    def export_none(self) -> dict[str, Tensor]:
+        """Return the columns of an export without rows; of whole rows where rows are split by column."""
+        none, layout = torch.empty(0, dtype=torch.int64, device=self.device), self.layout.whole
+        parts = {
+            part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part), device=self.device)
+            for part in layout.parts
+        }
+        return {"ids": none, **parts, **dict.fromkeys(META, none)}
+
+    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return every part of the records of rows (int64 ``[n]``), and their metadata."""
+        parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
+        return {**parts, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
+
+    def touched(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return ids and member tables, int64 ``[n]`` each, of rows that were looked up or updated after a step."""
+        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slots = self.on_blocks(self.id_map.slots)
+        marks = torch.empty(self.id_map.row_bound, dtype=torch.uint8, device=self.device)
+        ops.blocks.list_touched(self.blocks.handle, slots, step, marks, ids, members, count)
+        return ids[: int(count)], members[: int(count)]
+
+    def unwanted(self, rule: Eviction, step: int) -> Entries:
+        """Return the rows that an eviction rule names.
+
+        Raises:
+            TypeError: If it is no rule, or does not return a tensor of bool.
+            ValueError: If that does not have as many elements as the table has rows.
+        """
+        if isinstance(rule, type) or not callable(getattr(rule, "unwanted", None)):
+            raise TypeError(f"evict: a rule must have a method unwanted(rows), as Unused(steps=1000) has, got {rule!r}")
+        entries = self.id_map.entries()
+        meta = ops.blocks.read_meta(self.blocks.handle, self.on_blocks(entries.rows)).to(self.map_device)
+        unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
+        name, n = type(rule).__name__, entries.ids.numel()
+        if not isinstance(unwanted, Tensor) or unwanted.dtype != torch.bool:
+            got = unwanted.dtype if isinstance(unwanted, Tensor) else f"a {type(unwanted).__name__}"
+            raise TypeError(
+                f"evict: {name}.unwanted must return a tensor of bool [{n}], True for rows to give up, got {got}"
+            )
+        if list(unwanted.shape) != [n]:
+            raise ValueError(
+                f"evict: {name}.unwanted must say of each of the {n} rows whether to give it up: bool [{n}], "
+                f"got bool {list(unwanted.shape)}"
+            )
+        unwanted = unwanted.to(self.map_device)
+        return Entries(*(values[unwanted] for values in entries))
+
+    def erase_slots(self, slots: Tensor) -> int:
+        """Erase the ids in slots of the IDMap (int64 ``[n]``, below 0: none), and return how many there were."""
+        before = len(self)
+        self.id_map.erase_slots(slots.contiguous())
+        return before - len(self)
+
+    def compact(self) -> None:
+        """Move rows together and give back blocks at the end; the only thing that moves rows."""
+        entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
+        rows = self.on_blocks(entries.rows)
+        free = torch.ones(live, dtype=torch.bool, device=self.device)
+        free[rows[rows < live]] = False
+        source, target = rows[rows >= live].sort().values, free.nonzero().view(-1)
+        ops.blocks.copy_records(self.blocks.handle, source, target)
+        moved = torch.arange(bound, dtype=torch.int64, device=self.device)
+        moved[source] = target
+        # The new slots first: if memory runs out here, every row is still where the map says.
+        self.id_map.rehash(live)
+        self.id_map.move(moved.to(self.map_device), live)
+        self.blocks.truncate(live)
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of each part; see :meth:`HashTable.memory`."""
+        parts = {
+            "id_map": self.id_map.nbytes,
+            "blocks": self.blocks.nbytes,
+            "free_rows": self.id_map.free_rows.nbytes,
+            "admission": 0 if self.gate is None else self.gate.nbytes,
+        }
+        return {**parts, "total": sum(parts.values())}
