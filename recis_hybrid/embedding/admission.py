@@ -72,7 +72,7 @@ class MinFrequency:
 
     An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it
     is not noted when an id was last counted. ``memory()["admission"]`` says what counts hold, and
-    ``table.gate.clear(None)`` forgets all of a table's and gives their memory back: its ids are counted anew.
+    ``table.store.gate.clear(None)`` forgets all of a table's and gives their memory back: its ids are counted anew.
 
     Example:
         >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")

@@ -131,7 +131,7 @@ def test_a_damaged_file_leaves_the_tables_as_they_were(
     with pytest.raises(CorruptCheckpoint, match=path.name):
         Saver(tmp_path).load({"engine": live})
     assert rows_of(live) == before
-    assert (len(live.tables[0]), live.tables[0].seed) == (2 if filled else 0, 8)
+    assert (len(live.tables[0]), live.tables[0].store.seed) == (2 if filled else 0, 8)
 
 
 @pytest.mark.parametrize("rows", [2**60, 2**33])
