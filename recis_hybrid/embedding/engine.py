@@ -25,15 +25,14 @@ from recis_hybrid.embedding.checkpoint.state_dict import (
 )
 from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
 from recis_hybrid.embedding.config import EmbeddingConfig
-from recis_hybrid.embedding.devices import device_of
 from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
-from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, plan_tables
-from recis_hybrid.embedding.planner.describe import describe
+from recis_hybrid.embedding.placement import device_of
+from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request
@@ -470,8 +469,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
     def describe(self) -> str:
-        """Return a table of what was coalesced: logical tables, their records, member tables, features and rows."""
-        return describe(self.plans, self.tables)
+        """Return a text table with a line for each logical table: width, records, rows, memory, place and features."""
+        sizes = [(len(table), table.memory()["total"]) for table in self.tables]
+        return describe_plans(self.plans, sizes, self.device, sharded=self._sharded is not None)
+
+    def extra_repr(self) -> str:
+        """Return :meth:`describe`, for the module's repr."""
+        return self.describe()
 
     def __prepare_scriptable__(self) -> EmbeddingEngine:
         """Refuses ``torch.jit.script``, of the engine and of a model that has one."""

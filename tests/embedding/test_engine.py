@@ -13,6 +13,7 @@ from recis_hybrid.embedding import (
     EmbeddingEngine,
     MinFrequency,
     Normal,
+    Placement,
     Uniform,
     dense_parameters,
 )
@@ -265,6 +266,18 @@ def test_describe_names_tables_members_features_and_rows() -> None:
     text = engine.describe()
     assert "user (user, seen), item (item)" in text
     assert len(text.splitlines()) == 3
+
+
+def test_repr_describes_the_tables() -> None:
+    pinned = Placement(id_map="cpu", blocks="cpu")
+    engine = EmbeddingEngine({"user": EmbeddingConfig(dim=8, placement=pinned), "item": EmbeddingConfig(dim=2)})
+    engine({"user": torch.tensor([1, 2, 3]), "item": torch.tensor([1])})
+    name, head, user, item, _ = repr(engine).splitlines()
+    assert (name, head.split()) == ("EmbeddingEngine(", engine.describe().splitlines()[0].split())
+    assert user.split() == ["0", "8", "float32", "64", "B", "3", *user.split()[6:8], "cpu", "user", "(user)"]
+    assert item.split()[-2:] == ["item", "(item)"]
+    assert repr(engine.tables[0]) == "HashTable(user, dim=8, dtype=float32, rows=3)"
+    assert repr(engine.tables[0].anchor) == "Anchor(HashTable(user, dim=8, dtype=float32, rows=3))"
 
 
 @pytest.mark.parametrize(

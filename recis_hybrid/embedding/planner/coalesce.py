@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.distributed.column_split import columns_of
 from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
+from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
 from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
@@ -99,6 +100,35 @@ def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)
     return plan.layout.columns(sum(widths[:rank]), widths[rank])
+
+
+def describe_plans(
+    plans: Sequence[TablePlan], sizes: Sequence[tuple[int, int]], device: torch.device, *, sharded: bool = False
+) -> str:
+    """Return a line for each logical table: width, dtype, record, rows, bytes, place, member tables and their features.
+
+    Args:
+        plans: The tables.
+        sizes: For each table, its rows and bytes on this rank.
+        device: Where tables live whose config does not say.
+        sharded: Whether several ranks share the tables; adds how.
+    """
+    head = f"{'table':<6}{'dim':>5}  {'dtype':<9}{'record':>8}{'rows':>13}{'memory':>10}  {'place':<10}"
+    lines = [f"{head}{'sharding':<12}members (features)" if sharded else f"{head}members (features)"]
+    for number, (plan, (rows, nbytes)) in enumerate(zip(plans, sizes, strict=True)):
+        readers: dict[int, list[str]] = {}
+        for feature, member in plan.features.items():
+            readers.setdefault(member, []).append(feature)
+        members = ", ".join(f"{plan.members[member].name} ({', '.join(names)})" for member, names in readers.items())
+        layout, placement = plan.layout, plan.config.placement or Placement.on(device)
+        dtype, record = str(layout.dtype).removeprefix("torch."), f"{layout.record_bytes} B"
+        memory = f"{nbytes / 2**20:,.1f} MiB"
+        same = placement.id_map == placement.blocks
+        place = placement.blocks if same else f"{placement.id_map}/{placement.blocks}"
+        line = f"{number:<6}{layout.dim:>5}  {dtype:<9}{record:>8}{rows:>13,}{memory:>10}  {place:<10}"
+        line += f"{plan.sharding:<12}" if sharded else ""
+        lines.append(line + members + ("" if plan.config.trainable else "  [read-only]"))
+    return "\n".join(lines)
 
 
 def _state_of(config: EmbeddingConfig, optimizer_state: tuple[StateField, ...]) -> tuple[StateField, ...]:
