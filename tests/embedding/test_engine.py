@@ -274,7 +274,7 @@ def test_repr_describes_the_tables() -> None:
     engine({"user": torch.tensor([1, 2, 3]), "item": torch.tensor([1])})
     name, head, user, item, _ = repr(engine).splitlines()
     assert (name, head.split()) == ("EmbeddingEngine(", engine.describe().splitlines()[0].split())
-    assert user.split() == ["0", "8", "float32", "64", "B", "3", *user.split()[6:8], "cpu", "user", "(user)"]
+    assert user.split() == ["0", "8", "float32", "48", "B", "3", *user.split()[6:8], "cpu", "user", "(user)"]
     assert item.split()[-2:] == ["item", "(item)"]
     assert repr(engine.tables[0]) == "HashTable(user, dim=8, dtype=float32, rows=3)"
     assert repr(engine.tables[0].anchor) == "Anchor(HashTable(user, dim=8, dtype=float32, rows=3))"

@@ -197,7 +197,10 @@ def test_operators_have_right_schemas_and_fakes() -> None:
     check(torch.ops.recis.blocks_see_rows.default, (*blocks, groups.count, groups.unique, groups.offsets, 1))
     found, members, count = torch.zeros(2, 3, dtype=torch.int64).unbind() + (torch.zeros(1, dtype=torch.int64),)
     marks = torch.zeros(3, dtype=torch.uint8)
-    check(torch.ops.recis.blocks_list_touched.default, (*blocks, table.store.id_map.slots, 0, marks, found, members, count))
+    check(
+        torch.ops.recis.blocks_list_touched.default,
+        (*blocks, table.store.id_map.slots, 0, marks, found, members, count),
+    )
     check(
         torch.ops.recis.blocks_init_fresh.default,
         (
