@@ -162,7 +162,7 @@ def test_weights_of_another_form_are_refused() -> None:
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
         ({"state_dtype": torch.float16}, "state_dtype must be torch.float32 or the dtype torch.float32"),
-        ({"unknown": "nan"}, "unknown must be 'first_value' or 'zeros', got 'nan'"),
+        ({"unknown": "nan"}, "unknown must be one of 'first_value', 'zeros', got 'nan'"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, message: str) -> None:
