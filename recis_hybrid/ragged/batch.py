@@ -1,4 +1,4 @@
-"""Batch: what every stage takes and gives."""
+"""Batch: the columns that every stage takes and returns."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from recis_hybrid.ragged.tensor import RaggedTensor
 
 Batch: TypeAlias = dict[str, torch.Tensor | RaggedTensor]
-"""Columns by name, all with the same number of rows B: a [B, ...] tensor or a RaggedTensor of B rows each."""
+"""Columns by name, all with the same number of rows B: tensors ``[B, ...]`` or RaggedTensors of B rows."""
 
 
 def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
-    """Return the number of rows that all columns of a batch have.
+    """Return the number of rows of a batch.
 
     Args:
         batch: Columns by name.
 
     Raises:
-        TypeError: A column has no rows, as a single number.
-        ValueError: The batch has no columns, or they disagree.
+        TypeError: If a column has no rows, as a single number.
+        ValueError: If the batch has no columns, or their numbers of rows differ.
 
     Example:
         >>> batch_size({"user": torch.tensor([1, 2]), "clicks": RaggedTensor.from_lists([[7, 8], []])})
@@ -32,7 +32,7 @@ def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
         for name, column in batch.items()
     }
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"batch: its columns must have one number of rows, got {sizes or 'no columns'}")
+        raise ValueError(f"batch: all columns must have the same number of rows, got {sizes or 'no columns'}")
     return next(iter(sizes.values()))
 
 
@@ -40,8 +40,8 @@ def _rows(name: str, column: Any) -> int:
     shape = column.shape if hasattr(column, "shape") else (len(column),) if isinstance(column, list | tuple) else ()
     if not shape:
         raise TypeError(
-            f"batch: column {name!r} must have one value or list a row, as a tensor [B, ...] or a RaggedTensor, got a "
-            f"{type(column).__name__} without rows"
+            f"batch: column {name!r} must have a value or a list for each row, as a tensor [B, ...] or a RaggedTensor, "
+            f"got a {type(column).__name__} without rows"
         )
     return int(shape[0])
 
@@ -52,11 +52,11 @@ def batch_to(
     *,
     non_blocking: bool = False,
 ) -> Batch:
-    """Return the batch with all of its columns on `device`; columns that are there already are not copied.
+    """Return the batch with all columns on ``device``; columns that are already there are not copied.
 
     Args:
         batch: Columns by name.
-        device: Where to.
-        non_blocking: As in `torch.Tensor.to`.
+        device: Target device.
+        non_blocking: As in ``torch.Tensor.to``.
     """
     return {name: column.to(device, non_blocking=non_blocking) for name, column in batch.items()}

@@ -1,4 +1,4 @@
-"""RaggedTensors of Python's lists, and back."""
+"""Conversions between RaggedTensors and Python lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.ragged.checks import Parts
 
 
 def offsets_of(lengths: Sequence[int]) -> torch.Tensor:
-    """Return [B + 1] int64 offsets of rows of these lengths."""
+    """Return the offsets, int64 ``[B + 1]``, of rows of these lengths."""
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
     return offsets
@@ -25,19 +25,24 @@ def _is_list(item: object) -> bool:
 def _flatten(rows: Iterable[Any]) -> tuple[list[Any], list[list[int]]]:
     """Return the values, and for each level the lengths of its lists."""
     flat = [list(row) for row in rows]
-    lengths = [[len(row) for row in flat]]
-    items: list[Any] = [item for row in flat for item in row]
+    items, lengths = _unnest("from_lists", [item for row in flat for item in row])
+    return items, [[len(row) for row in flat], *lengths]
+
+
+def _unnest(where: str, items: list[Any]) -> tuple[list[Any], list[list[int]]]:
+    """Return the innermost items of lists, and for each level of lists their lengths."""
+    lengths = []
     while any(_is_list(item) for item in items):
         if not all(_is_list(item) for item in items):
             wrong = next(item for item in items if not _is_list(item))
-            raise ValueError(f"RaggedTensor.from_lists: lists must be as deep everywhere, got {wrong!r} beside a list")
+            raise ValueError(f"RaggedTensor.{where}: all lists must have the same depth, got {wrong!r} beside a list")
         lengths.append([len(item) for item in items])
         items = [value for item in items for value in item]
     return items, lengths
 
 
 def from_lists(rows: Iterable[Any], dtype: torch.dtype | None, weights: Iterable[Any] | None) -> Parts:
-    """See `RaggedTensor.from_lists`."""
+    """Return the parts of :meth:`RaggedTensor.from_lists`."""
     flat, lengths = _flatten(rows)
     values = torch.tensor(flat, dtype=torch.int64 if dtype is None and not flat else dtype)
     flat_weights = None
@@ -45,8 +50,8 @@ def from_lists(rows: Iterable[Any], dtype: torch.dtype | None, weights: Iterable
         listed, weight_lengths = _flatten(weights)
         if weight_lengths != lengths:
             raise ValueError(
-                f"RaggedTensor.from_lists: each row needs as many weights as values, got rows of {lengths[-1]} values "
-                f"and {weight_lengths[-1]} weights"
+                f"RaggedTensor.from_lists: each row must have as many weights as values, got rows of {lengths[-1]} "
+                f"values and {weight_lengths[-1]} weights"
             )
         flat_weights = torch.tensor(listed, dtype=torch.float32)
     *outer, offsets = [offsets_of(level) for level in lengths]
@@ -54,25 +59,17 @@ def from_lists(rows: Iterable[Any], dtype: torch.dtype | None, weights: Iterable
 
 
 def from_strings(strings: Iterable[Any]) -> Parts:
-    """See `RaggedTensor.from_strings`."""
-    items, outer = list(strings), []
-    while any(_is_list(item) for item in items):
-        if not all(_is_list(item) for item in items):
-            wrong = next(item for item in items if not _is_list(item))
-            raise ValueError(
-                f"RaggedTensor.from_strings: lists must be as deep everywhere, got {wrong!r} beside a list"
-            )
-        outer.append(offsets_of([len(item) for item in items]))
-        items = [string for item in items for string in item]
+    """Return the parts of :meth:`RaggedTensor.from_strings`."""
+    items, lengths = _unnest("from_strings", list(strings))
     encoded = [item.encode() if isinstance(item, str) else bytes(item) for item in items]
-    # A bytearray is writable, which torch wants of memory that it shares.
+    # torch shares only writable memory, as a bytearray's.
     joined = bytearray(b"".join(encoded))
     values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-    return values, offsets_of([len(string) for string in encoded]), None, tuple(outer)
+    return values, offsets_of([len(string) for string in encoded]), None, tuple(map(offsets_of, lengths))
 
 
 def listed(values: Any, levels: Sequence[torch.Tensor]) -> list[Any]:
-    """Cuts a sequence of values into lists, the innermost level (the last) first."""
+    """Split a sequence of values into nested lists, given the offsets of each level, the outermost first."""
     for offsets in reversed(levels):
         values = [values[start:stop] for start, stop in pairwise(offsets.tolist())]
     return values  # type: ignore[no-any-return]

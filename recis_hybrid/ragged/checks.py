@@ -1,4 +1,4 @@
-"""The rules that the tensors of a RaggedTensor keep."""
+"""Checks of the tensors of a RaggedTensor."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 import torch
 
 Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]
-"""values, offsets, weights and outer of a RaggedTensor."""
+"""The values, offsets, weights and outer offsets of a RaggedTensor."""
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """Return a tensor's dtype and shape, as messages have it."""
+    """Return a tensor's dtype and shape for a message, as ``int64[3]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def check_form(
     values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, outer: tuple[torch.Tensor, ...]
 ) -> None:
-    """Check what can be known without looking at content.
+    """Check types, dtypes, shapes and devices, without reading content.
 
     Raises:
-        TypeError: An argument is no tensor, or of another dtype.
-        ValueError: Shapes or devices do not fit together.
+        TypeError: If an argument is not a tensor or has another dtype.
+        ValueError: If shapes or devices do not fit together.
     """
     levels = [(f"outer[{number}]", level) for number, level in enumerate(outer)]
     for name, tensor in (("values", values), ("offsets", offsets), ("weights", weights), *levels):
@@ -37,10 +37,12 @@ def check_form(
         if level.dim() != 1 or level.shape[0] == 0:
             raise ValueError(
                 f"RaggedTensor: {name} must be [B + 1] with at least one entry, got {describe(level)}; "
-                f"a batch of no rows has the offsets [0]"
+                f"a batch without rows has the offsets [0]"
             )
         if level.device != values.device:
-            raise ValueError(f"RaggedTensor: {name} must lie beside the values, got {level.device} and {values.device}")
+            raise ValueError(
+                f"RaggedTensor: {name} and values must be on one device, got {level.device} and {values.device}"
+            )
     if weights is not None:
         _check_weights(values, offsets, weights, bool(outer))
 
@@ -51,19 +53,26 @@ def _check_weights(values: torch.Tensor, offsets: torch.Tensor, weights: torch.T
     of_strings = nested and values.dtype == torch.uint8
     count = offsets.shape[0] - 1 if of_strings else values.shape[0]
     if weights.dim() != 1 or weights.shape[0] != count:
-        what = "[M] with M strings, M" if of_strings else "[N] with N"
-        raise ValueError(f"RaggedTensor: weights must be {what} = {count}, got {describe(weights)}")
+        rule = "[M], one for each string, M" if of_strings else "[N], one for each value, N"
+        raise ValueError(f"RaggedTensor: weights must be {rule} = {count}, got {describe(weights)}")
     if weights.device != values.device:
-        raise ValueError(f"RaggedTensor: weights must lie beside the values, got {weights.device} and {values.device}")
+        raise ValueError(
+            f"RaggedTensor: weights and values must be on one device, got {weights.device} and {values.device}"
+        )
 
 
 def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, ...], *, tail: bool = False) -> None:
-    """Check offsets on the CPU of `count` values.
+    """Check the content of offsets on the CPU.
 
-    With `tail` values (or lists) may lie after those that the offsets reach, as operations on a GPU leave them.
+    Args:
+        count: Number of values, N.
+        offsets: int64 ``[M + 1]``.
+        outer: int64 offsets of the levels above.
+        tail: Whether there may be values (or lists) after those that the offsets reach, as operations on a GPU leave
+            them.
 
     Raises:
-        ValueError: They do not start with 0, decrease, or do not end with the number of values, or of lists.
+        ValueError: If offsets do not start with 0, decrease, or do not end with the number of values or lists.
     """
     for number, level in enumerate(outer):
         following = outer[number + 1] if number + 1 < len(outer) else offsets
@@ -71,13 +80,13 @@ def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, 
     _check_offsets("offsets", offsets, count, "values", tail)
 
 
-def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str, tail: bool) -> None:
-    # numpy's view of the same memory: a tenth of the time of three torch calls, and a reader builds many of these.
+def _check_offsets(name: str, offsets: torch.Tensor, count: int, items: str, tail: bool) -> None:
+    # A numpy view takes a tenth of the time of three torch calls, and readers build many RaggedTensors.
     array = offsets.numpy()
     if array[0] != 0:
         raise ValueError(
             f"RaggedTensor: {name} must start with 0, got {int(array[0])}; "
-            f"a slice of offsets needs its first entry subtracted"
+            f"subtract the first entry of a slice of offsets"
         )
     if (array[1:] < array[:-1]).any():
         row = int(np.flatnonzero(array[1:] < array[:-1])[0])
@@ -85,10 +94,10 @@ def _check_offsets(name: str, offsets: torch.Tensor, count: int, what: str, tail
             f"RaggedTensor: {name} must not decrease, got {int(array[row])} and then {int(array[row + 1])} at row {row}"
         )
     if array[-1] > count or (array[-1] < count and not tail):
-        raise ValueError(f"RaggedTensor: {name} must end with the number of {what}, {count}, got {int(array[-1])}")
+        raise ValueError(f"RaggedTensor: {name} must end with the number of {items}, {count}, got {int(array[-1])}")
 
 
 def one_level(where: str, outer: tuple[torch.Tensor, ...]) -> None:
-    """Raise ValueError where rows hold lists."""
+    """Raise ValueError if rows hold lists."""
     if outer:
-        raise ValueError(f"{where}: rows must hold values, these hold lists ({1 + len(outer)} levels)")
+        raise ValueError(f"{where}: rows must hold values, got lists ({1 + len(outer)} levels)")

@@ -1,4 +1,4 @@
-"""RaggedTensors of one level, padded dense tensors, and torch's nested tensors."""
+"""Conversions of RaggedTensors of one level to and from padded and nested tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recis_hybrid.ragged.checks import Parts, describe, one_level
 
 
 def positions(offsets: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each of `count` values its row and its place in the row."""
+    """Return the row of each of ``count`` values and its place in the row, int64 ``[count]`` each."""
     lengths = offsets[1:] - offsets[:-1]
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=count)
     return rows, torch.arange(count, device=offsets.device) - offsets[:-1][rows]
@@ -24,7 +24,7 @@ def to_padded(
     padding: float,
     side: str,
 ) -> torch.Tensor:
-    """See `RaggedTensor.to_padded`."""
+    """Return the dense tensor of :meth:`RaggedTensor.to_padded`."""
     one_level("RaggedTensor.to_padded", outer)
     if side not in ("left", "right"):
         raise ValueError(f"RaggedTensor.to_padded: side must be 'left' or 'right', got {side!r}")
@@ -34,11 +34,11 @@ def to_padded(
         length = longest
     if longest > length:
         raise ValueError(
-            f"RaggedTensor.to_padded: length must be at least that of the longest row, {longest}, got {length}; "
+            f"RaggedTensor.to_padded: length must be at least {longest}, the length of the longest row, got {length}; "
             f"shorten the rows first (features.Truncate)"
         )
     padded = values.new_full((len(lengths), length, *values.shape[1:]), padding)
-    values = values[: int(offsets[-1])]  # a GPU may have left more behind them
+    values = values[: int(offsets[-1])]  # operations on a GPU may leave unused ones after them
     rows, places = positions(offsets, values.shape[0])
     if side == "left":
         places = places + (length - lengths)[rows]
@@ -47,11 +47,11 @@ def to_padded(
 
 
 def from_padded(padded: torch.Tensor, lengths: torch.Tensor | None, padding: float | None) -> Parts:
-    """See `RaggedTensor.from_padded`."""
+    """Return the parts of :meth:`RaggedTensor.from_padded`."""
     if padded.dim() < 2:
         raise ValueError(f"RaggedTensor.from_padded: padded must be [B, L, ...], got {describe(padded)}")
     if (lengths is None) == (padding is None):
-        raise ValueError("RaggedTensor.from_padded: give either lengths or padding, to say which values count")
+        raise ValueError("RaggedTensor.from_padded: give either lengths or padding")
     rows, width = padded.shape[:2]
     places = torch.arange(width, device=padded.device)
     if lengths is None:
@@ -74,26 +74,28 @@ def from_padded(padded: torch.Tensor, lengths: torch.Tensor | None, padding: flo
 def to_nested(
     values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, outer: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """See `RaggedTensor.to_nested`."""
+    """Return the nested tensor of :meth:`RaggedTensor.to_nested`."""
     one_level("RaggedTensor.to_nested", outer)
     if weights is not None:
-        raise ValueError("RaggedTensor.to_nested: a nested tensor cannot hold weights; make one of them, too")
+        raise ValueError(
+            "RaggedTensor.to_nested: a nested tensor cannot hold weights; convert them to one of their own"
+        )
     return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
 def from_nested(nested: torch.Tensor) -> Parts:
-    """See `RaggedTensor.from_nested`."""
+    """Return the parts of :meth:`RaggedTensor.from_nested`."""
     if not nested.is_nested or nested.layout != torch.jagged:
         raise TypeError(
-            "RaggedTensor.from_nested: takes a nested tensor of the jagged layout; make one by "
+            "RaggedTensor.from_nested: the tensor must be nested in the jagged layout; make one with "
             "torch.nested.as_nested_tensor(..., layout=torch.jagged)"
         )
-    jagged: Any = nested  # its own methods are not in torch's types
+    jagged: Any = nested  # torch's type stubs lack its methods
     offsets, lengths = jagged.offsets().to(torch.int64), jagged.lengths()
     values = nested.values()
     if lengths is None:
         return values, offsets, None, ()
-    # With holes between rows: only what rows reach.
+    # There are holes between rows: copy the values that rows reach.
     packed = torch.zeros_like(offsets)
     packed[1:] = lengths.cumsum(0)
     rows, places = positions(packed, int(packed[-1]))

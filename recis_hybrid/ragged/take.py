@@ -1,4 +1,4 @@
-"""Rows of RaggedTensors: slices, numbers, and one after another."""
+"""Indexing and concatenation of RaggedTensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from recis_hybrid.ragged.dense import positions
 
 
 def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
-    """See `RaggedTensor.__getitem__`."""
+    """Return the parts, or the tensor, of ``RaggedTensor.__getitem__``."""
     if not isinstance(which, tuple):
         return _rows(parts, slice(None) if which is Ellipsis else which)
     values, _, _, outer = parts
     dims = 1 + len(outer) + values.dim()
     which = _without_ellipsis(which, dims)
     if len(which) > dims:
-        raise IndexError(f"RaggedTensor: takes at most {dims} indices, for rows, lists and values, got {len(which)}")
+        raise IndexError(
+            f"RaggedTensor: there can be at most {dims} indices, for rows, lists and values, got {len(which)}"
+        )
     made = _rows(parts, which[0] if which else slice(None))
     inner = which[1:]
     if not inner:
@@ -38,13 +40,13 @@ def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
     if not places:
         return which
     if len(places) > 1:
-        raise IndexError("RaggedTensor: takes one ... at most")
+        raise IndexError("RaggedTensor: there can be only one ... among the indices")
     full = (slice(None),) * max(dims - len(which) + 1, 0)
     return (*which[: places[0]], *full, *which[places[0] + 1 :])
 
 
 def _number(which: Any) -> int | None:
-    """Return an index as an int; it may be numpy's or a zero-dimensional tensor."""
+    """Return an index as an int if it is one, also numpy's or a tensor without dimensions; otherwise None."""
     if isinstance(which, bool | np.bool_) or isinstance(which, slice | str | bytes):
         return None
     if isinstance(which, torch.Tensor | np.ndarray) and (which.ndim or not _whole(which)):
@@ -60,13 +62,12 @@ def _whole(which: torch.Tensor | np.ndarray[Any, Any]) -> bool:
 
 def _refused(which: Any) -> TypeError:
     return TypeError(
-        f"RaggedTensor: an index must be a number, a slice, a mask of bool or a list of numbers, got {which!r}; new "
-        f"axes and other types are not taken"
+        f"RaggedTensor: an index must be an integer, a slice, a bool mask or a list of integers, got {which!r}"
     )
 
 
 def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Tensor:
-    """Indexes a tensor from dimension `dim` on; slices may have negative steps."""
+    """Index a tensor from dimension ``dim`` on; slices may have negative steps."""
     for index in which:
         size = tensor.shape[dim]
         number = _number(index)
@@ -89,7 +90,7 @@ def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Te
 
 def _no_list(which: Any) -> Exception:
     if isinstance(which, torch.Tensor | np.ndarray | list | tuple):
-        return IndexError("RaggedTensor: a list or a mask is taken for rows alone, within them a number or a slice")
+        return IndexError("RaggedTensor: a list or a mask can only select rows; within rows use an integer or a slice")
     return _refused(which)
 
 
@@ -104,7 +105,7 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
         first = _between(parts, row, row + 1)
         if not outer:
             return first[0]
-        # A row of one level of strings would have a weight for each byte.
+        # Strings that are rows themselves would need a weight for each byte.
         weights = None if len(outer) == 1 and values.dtype == torch.uint8 else first[2]
         return first[0], first[1], weights, first[3][1:]
     if isinstance(which, slice):
@@ -116,7 +117,7 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
 
 
 def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
-    """Return the rows of a mask or a list of indices, int64."""
+    """Return the row numbers, int64, of a mask or a list of indices."""
     if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
         raise _refused(which)
     try:
@@ -128,7 +129,7 @@ def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
             raise IndexError(f"RaggedTensor: a mask of rows must be [{count}], got {list(numbers.shape)}")
         numbers = numbers.nonzero().view(-1)
     if (numbers.is_floating_point() or numbers.is_complex()) and numbers.numel():
-        raise TypeError(f"RaggedTensor: rows are numbered by integers, got {numbers.dtype}; convert them")
+        raise TypeError(f"RaggedTensor: row numbers must be integers, got {numbers.dtype}; convert them")
     numbers = numbers.to(torch.int64)
     if numbers.dim() != 1 or (numbers.numel() and not (-count <= int(numbers.min()) and int(numbers.max()) < count)):
         raise IndexError(f"RaggedTensor: rows must be a list of numbers from {-count} to {count - 1}, got {which}")
@@ -136,12 +137,12 @@ def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
 
 
 def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.Tensor:
-    """Indexes each list of a level, then their contents.
+    """Index each list of a level, then the contents.
 
     Args:
-        parts: Rows.
-        which: An index for each level from `depth` on, and for the dimensions of values after them.
-        depth: The number of the level, 0 that of rows.
+        parts: The rows.
+        which: An index for each level from ``depth`` on, then for the dimensions of the values.
+        depth: Number of the level, 0 for rows.
     """
     values, offsets, weights, outer = parts
     levels = [*outer, offsets]
@@ -153,7 +154,7 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
     if number is None and not isinstance(index, slice):
         if isinstance(index, torch.Tensor | np.ndarray | list | tuple):
             raise IndexError(
-                "RaggedTensor: within rows it takes a number or a slice, as rows differ in length, got a list"
+                "RaggedTensor: within rows, which differ in length, an index must be an integer or a slice, got a list"
             )
         raise _refused(index)
     starts, lengths = level[:-1], level[1:] - level[:-1]
@@ -161,15 +162,17 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
         short = lengths < (number + 1 if number >= 0 else -number)
         if bool(short.any()):
             row = int(short.nonzero()[0])
-            raise IndexError(f"RaggedTensor: list {row} of {int(lengths[row])} has no item {number}; take a slice")
+            raise IndexError(
+                f"RaggedTensor: list {row} has {int(lengths[row])} items and no item {number}; use a slice"
+            )
         taken = starts + (number if number >= 0 else lengths + number)
         made = torch.arange(len(taken) + 1, device=level.device)
     else:
-        first, kept, step = _slices(index, lengths)
-        made = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
+        first, counts, step = _slices(index, lengths)
+        made = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         list_of, place = positions(made, int(made[-1]))
         taken = (starts + first)[list_of] + place * step
-    # What the level holds: lists of the next, or values.
+    # The level holds values or the lists of the next level.
     of_strings = bool(outer) and values.dtype == torch.uint8
     if depth + 1 == len(levels):
         values = values[taken]
@@ -178,25 +181,25 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
     else:
         alone = weights is not None and of_strings and depth + 2 == len(levels)  # strings, a weight each
         below = tuple(levels[depth + 1 : -1])
-        values, inner, kept_weights, deeper = _taken((values, levels[-1], None if alone else weights, below), taken)
-        weights = weights[taken] if alone and weights is not None else kept_weights
+        values, inner, inner_weights, deeper = _taken((values, levels[-1], None if alone else weights, below), taken)
+        weights = weights[taken] if alone and weights is not None else inner_weights
         levels = [*levels[:depth], made, *deeper, inner]
     levels[depth] = made
     if number is None:
         result: Parts = (values, levels[-1], weights, tuple(levels[:-1]))
         return _within(result, rest, depth + 1) if rest else result
-    # A list of one item each is that item.
+    # A number replaces each list by one item, so its level goes.
     del levels[depth]
     if not levels:
         return _of_tensor(values, rest, 1)
     if len(levels) == 1 and values.dtype == torch.uint8:
-        weights = None  # strings that are rows themselves have none
+        weights = None  # strings that are rows themselves have no weights
     result = (values, levels[-1], weights, tuple(levels[:-1]))
     return _within(result, rest, depth) if rest else result
 
 
 def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return a slice's start, number of items and step in lists of these lengths."""
+    """Return the start, number of items and step of a slice of each list of these lengths."""
     start, stop, step = (None if one is None else operator.index(one) for one in (which.start, which.stop, which.step))
     step = 1 if step is None else step
     if step == 0:
@@ -204,12 +207,12 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     least = torch.zeros_like(lengths) if step > 0 else torch.full_like(lengths, -1)
     most = lengths if step > 0 else lengths - 1
 
-    def bound(given: int | None, default: torch.Tensor) -> torch.Tensor:
-        if given is None:
+    def bound(index: int | None, default: torch.Tensor) -> torch.Tensor:
+        if index is None:
             return default
-        # Beyond all lengths is as good as any number beyond them.
-        given = max(min(given, 2**62), -(2**62))
-        return (lengths + given if given < 0 else torch.full_like(lengths, given)).clamp(least, most)
+        # Any number beyond all lengths means the same, and these do not overflow.
+        index = max(min(index, 2**62), -(2**62))
+        return (lengths + index if index < 0 else torch.full_like(lengths, index)).clamp(least, most)
 
     first = bound(start, least if step > 0 else most)
     last = bound(stop, most if step > 0 else least)
@@ -219,7 +222,7 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def _between(parts: Parts, start: int, stop: int) -> Parts:
-    """Return the rows from start to stop, over the same values."""
+    """Return the rows from start to stop, sharing the values."""
     values, offsets, weights, outer = parts
     levels = []
     for level in (*outer, offsets):
@@ -229,7 +232,7 @@ def _between(parts: Parts, start: int, stop: int) -> Parts:
         if len(levels) == len(outer):
             strings = start, stop
     if weights is not None:
-        # A weight belongs to a value, or to a string where these are in lists.
+        # A weight belongs to a value, or to a string if strings are in lists.
         weights = weights[slice(*strings)] if outer and values.dtype == torch.uint8 else weights[start:stop]
     return values[start:stop], levels[-1], weights, tuple(levels[:-1])
 
@@ -253,26 +256,27 @@ def _taken(parts: Parts, numbers: torch.Tensor) -> Parts:
 
 
 def concat(parts: Sequence[Parts]) -> Parts:
-    """See `RaggedTensor.concat`."""
+    """Return the parts of :meth:`RaggedTensor.concat`."""
     if not parts:
-        raise ValueError("RaggedTensor.concat: takes at least one RaggedTensor, got none")
+        raise ValueError("RaggedTensor.concat: parts must hold at least one RaggedTensor, got none")
     kinds = {
         (values.dtype, values.shape[1:], values.device, weights is not None, len(outer))
         for values, _, weights, outer in parts
     }
     if len(kinds) > 1:
         raise ValueError(
-            f"RaggedTensor.concat: takes RaggedTensors of one dtype, shape of values, device and number of levels, all "
-            f"weighted or none, got {sorted(map(str, kinds))}"
+            f"RaggedTensor.concat: parts must agree in dtype, shape of values, device and number of levels, and all "
+            f"have weights or none, got {sorted(map(str, kinds))}"
         )
-    # What a GPU has made may have more values than its offsets reach. A trace has no offsets to look at.
+    # Operations on a GPU may leave values after those that the offsets reach. A trace has no offsets to read.
     if not torch.compiler.is_compiling():
         parts = [_between(one, 0, (*one[3], one[1])[0].shape[0] - 1) for one in parts]
     levels = [
         _joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)
     ]
-    given = [weights for _, _, weights, _ in parts if weights is not None]
-    return torch.cat([one[0] for one in parts]), levels[-1], torch.cat(given) if given else None, tuple(levels[:-1])
+    weighted = [weights for _, _, weights, _ in parts if weights is not None]
+    weights = torch.cat(weighted) if weighted else None
+    return torch.cat([one[0] for one in parts]), levels[-1], weights, tuple(levels[:-1])
 
 
 def _joined(offsets: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -16,29 +16,30 @@ from recis_hybrid.ragged import build, checks, dense, take
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RaggedTensor:
-    """Rows of unequal length: row i is `values[offsets[i]:offsets[i + 1]]`.
+    """Rows of unequal length: row i is ``values[offsets[i]:offsets[i + 1]]``.
 
-    A column of strings is one too: `values` holds the bytes of all strings as uint8, and a row is a string.
+    A column of strings is a RaggedTensor whose ``values`` hold the bytes of all strings as uint8; a row is a string.
 
-    Rows may hold lists, and these lists again: `offsets` then are those of the innermost lists, and `outer` those of
-    the levels above. List j of the innermost level is `values[offsets[j]:offsets[j + 1]]`, and row i of two levels is
-    the lists `outer[0][i]` to `outer[0][i + 1]`. Rows of strings have two levels.
+    Rows may hold lists, and these may hold lists again. Then ``offsets`` belongs to the innermost lists and ``outer``
+    to the levels above: list j of the innermost level is ``values[offsets[j]:offsets[j + 1]]``, and row i of two levels
+    consists of the lists ``outer[0][i]`` to ``outer[0][i + 1]``. Rows of strings have two levels.
 
-    The constructor checks shapes, dtypes and devices always, and the content of offsets where they lie on the CPU:
-    looking at offsets on a GPU would make the host wait for it. `validate()` looks there too. Two RaggedTensors compare
-    by identity, as `==` on tensors would be neither one bool nor cheap.
+    The constructor always checks shapes, dtypes and devices. It checks the content of offsets on the CPU only, since
+    reading them from a GPU would make the host wait; :meth:`validate` does that on request. RaggedTensors compare by
+    identity.
 
     Args:
-        values: [N] or [N, ...], any dtype; the rows one after another.
-        offsets: [M + 1] int64 on the device of `values`; starts with 0, never decreases and ends with N. M is B unless
-            there are levels above.
-        weights: [N] float32 on the device of `values`, a weight for each value; None where all count alike. Of lists of
-            strings (uint8 with levels above) it is [M], a weight for each string.
-        outer: The offsets of the levels above, [B + 1] int64 first; each ends with the number of lists of the next.
+        values: ``[N]`` or ``[N, ...]``, any dtype: the rows one after another.
+        offsets: int64 ``[M + 1]`` on the device of ``values``; starts with 0, never decreases and ends with N. M equals
+            B unless there are levels above.
+        weights: float32 ``[N]`` on the device of ``values``, a weight for each value; None if all count equally. Lists
+            of strings (uint8 with levels above) have a weight for each string, ``[M]``.
+        outer: Offsets of the levels above, int64, the outermost (``[B + 1]``) first; each ends with the number of lists
+            of the next level.
 
     Raises:
-        TypeError: An argument is no tensor, or its dtype is not the one above.
-        ValueError: A shape, a device or (on the CPU) the content of offsets breaks the rules above.
+        TypeError: If an argument is not a tensor or has another dtype.
+        ValueError: If a shape, a device or, on the CPU, the content of offsets breaks these rules.
 
     Example:
         >>> clicks = RaggedTensor.from_lists([[7, 8], [], [9]])
@@ -62,7 +63,7 @@ class RaggedTensor:
         if type(self.outer) is not tuple:
             object.__setattr__(self, "outer", tuple(self.outer))
         checks.check_form(self.values, self.offsets, self.weights, self.outer)
-        # A trace has no content to look at, and a tensor of another class (fake, functional) may have none.
+        # A trace has no content to check, nor need a tensor of another class (fake, functional) have any.
         if self.offsets.is_cpu and type(self.offsets) is torch.Tensor and not torch.compiler.is_compiling():
             checks.check_content(self.values.shape[0], self.offsets, self.outer)
 
@@ -76,13 +77,13 @@ class RaggedTensor:
     ) -> RaggedTensor:
         """Return a RaggedTensor of tensors that are known to fit together, without checking them.
 
-        Checking costs more than a small transformation, and what is made of a valid RaggedTensor by its rules is valid.
-        A GPU may not have made the tensors yet.
+        Checks cost more than a small transformation of a RaggedTensor that is already valid, and a GPU may still be
+        computing the tensors.
         """
         if torch.compiler.is_compiling():
             return cls(values, offsets, weights, outer)
         made = object.__new__(cls)
-        # Past the frozen dataclass's own __setattr__.
+        # The frozen dataclass's __setattr__ refuses assignments.
         made.__dict__.update(values=values, offsets=offsets, weights=weights, outer=outer)
         return made
 
@@ -94,30 +95,30 @@ class RaggedTensor:
         dtype: torch.dtype | None = None,
         weights: Iterable[Sequence[Any]] | None = None,
     ) -> RaggedTensor:
-        """Build a RaggedTensor on the CPU from a sequence of numbers for each row, or of sequences of them.
+        """Build a RaggedTensor on the CPU from nested lists.
 
         Args:
-            rows: B sequences of numbers, or of sequences as deep everywhere.
-            dtype: Of the values; None takes what torch infers from the numbers, and int64 where there are none.
-            weights: As many numbers, in sequences of the same lengths.
+            rows: B sequences of numbers, or of sequences nested to the same depth everywhere.
+            dtype: Dtype of the values; None infers it as torch does, int64 if there are no values.
+            weights: A weight for each value, nested like ``rows``.
 
         Returns:
-            The RaggedTensor of B rows.
+            A RaggedTensor of B rows.
 
         Raises:
-            ValueError: The weights of a row are not as many as its values, or the depths differ.
+            ValueError: If a row has more or fewer weights than values, or depths differ.
         """
         return cls(*build.from_lists(rows, dtype, weights))
 
     @classmethod
     def from_strings(cls, strings: Iterable[str | bytes | Sequence[Any]]) -> RaggedTensor:
-        r"""Build a column of strings, or of lists of strings, on the CPU; `str` is encoded as UTF-8.
+        r"""Build a column of strings, or of lists of strings, on the CPU; ``str`` is encoded as UTF-8.
 
         Args:
             strings: B strings, or B sequences of strings.
 
         Returns:
-            The RaggedTensor of B rows with uint8 values.
+            A RaggedTensor of B rows with uint8 values.
 
         Example:
             >>> RaggedTensor.from_strings(["ab", b"", "é"]).to_strings()
@@ -131,15 +132,15 @@ class RaggedTensor:
     def from_padded(
         cls, padded: torch.Tensor, lengths: torch.Tensor | None = None, *, padding: float | None = None
     ) -> RaggedTensor:
-        """Build one level of rows of the first values of the rows of a dense tensor.
+        """Build rows of one level from a dense tensor, dropping the padding.
 
         Args:
-            padded: [B, L] or [B, L, ...].
-            lengths: [B] integers: how many values of each row count.
-            padding: In place of lengths: what stands for none after the last value of a row.
+            padded: ``[B, L]`` or ``[B, L, ...]``.
+            lengths: Integers ``[B]``: the number of values of each row, from its start.
+            padding: The padding value, instead of ``lengths``; it is dropped from the end of each row.
 
         Raises:
-            ValueError: There is not one of lengths and padding, or lengths are not from 0 to L.
+            ValueError: If neither or both of ``lengths`` and ``padding`` are given, or a length is not from 0 to L.
 
         Example:
             >>> RaggedTensor.from_padded(torch.tensor([[7, 8], [9, 0]]), padding=0).to_lists()
@@ -149,13 +150,13 @@ class RaggedTensor:
 
     @classmethod
     def from_nested(cls, nested: torch.Tensor) -> RaggedTensor:
-        """Build one level of rows of a nested tensor of the jagged layout, over its memory if it is packed.
+        """Build rows of one level from a nested tensor of the jagged layout, sharing its memory if it is packed.
 
         Args:
-            nested: `torch.nested.nested_tensor(..., layout=torch.jagged)`, ragged in its second dimension.
+            nested: ``torch.nested.nested_tensor(..., layout=torch.jagged)``, ragged in its second dimension.
 
         Raises:
-            TypeError: It is no such tensor.
+            TypeError: If the tensor is not nested or has another layout.
         """
         return cls(*dense.from_nested(nested))
 
@@ -164,10 +165,10 @@ class RaggedTensor:
         """Return the rows of several RaggedTensors one after another; waits for a GPU.
 
         Args:
-            parts: At least one; of the same levels, dtype and device, all weighted or none.
+            parts: At least one; all with the same levels, dtype and device, and all weighted or none.
 
         Raises:
-            ValueError: There is none, or they differ.
+            ValueError: If there are no parts, or they differ.
 
         Example:
             >>> RaggedTensor.concat([RaggedTensor.from_lists([[1]]), RaggedTensor.from_lists([[2, 3], []])]).to_lists()
@@ -182,12 +183,12 @@ class RaggedTensor:
 
     @property
     def levels(self) -> int:
-        """How deep lists lie in lists: 1 where rows hold values."""
+        """The nesting depth of lists: 1 if rows hold values."""
         return 1 + len(self.outer)
 
     @property
     def device(self) -> torch.device:
-        """Where all of its tensors lie."""
+        """The device of all its tensors."""
         return self.values.device
 
     @property
@@ -196,83 +197,84 @@ class RaggedTensor:
         return self.values.dtype
 
     def lengths(self) -> torch.Tensor:
-        """Return the number of values (or of lists, where rows hold lists) of each row, [B] int64."""
+        """Return the number of values (or of lists, if rows hold lists) of each row, int64 ``[B]``."""
         offsets = self.outer[0] if self.outer else self.offsets
         return offsets[1:] - offsets[:-1]
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> RaggedTensor:
-        """Return the same rows on `device`: itself where they are there already.
+        """Return the same rows on ``device``; ``self`` if they are already there.
 
-        What an operation on a GPU has left after the last row stays there, unless `non_blocking` is True: how many
-        values the rows have is only known when the copy has arrived.
+        Operations on a GPU may leave unused values after the last row. They are dropped on the way to the CPU, unless
+        ``non_blocking`` is True: the number of values in use is known only after the copy.
 
         Args:
-            device: Where to.
-            non_blocking: As in `torch.Tensor.to`.
+            device: Target device.
+            non_blocking: As in ``torch.Tensor.to``.
         """
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         arrived = moved.values.is_cpu and not self.values.is_cpu and not non_blocking
-        # A trace has no numbers to look at, nor has a tensor of another class (fake, functional).
-        looks = arrived and type(moved.offsets) is torch.Tensor and not torch.compiler.is_compiling()
-        return moved._in_use() if looks else moved
+        # A trace has no numbers to read, nor has a tensor of another class (fake, functional).
+        readable = arrived and type(moved.offsets) is torch.Tensor and not torch.compiler.is_compiling()
+        return moved._in_use() if readable else moved
 
     def pin_memory(self) -> RaggedTensor:
-        """Return the same rows in pinned memory, from which a GPU copies without the host waiting."""
+        """Return the same rows in pinned memory, from which a GPU can copy asynchronously."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
-        """Whether all of its tensors lie in pinned memory."""
+        """Return whether all its tensors lie in pinned memory."""
         return all(tensor.is_pinned() for tensor in self._tensors())
 
     def to_lists(self) -> list[list[Any]]:
-        """Return the values of each row as a list (of lists, where rows hold lists); waits for a GPU."""
+        """Return each row as a list of its values, nested if rows hold lists; waits for a GPU."""
         return build.listed(self.values.tolist(), [*self.outer, self.offsets])
 
     def to_strings(self) -> list[Any]:
-        """Return each row of a column of strings as bytes, or as a list of bytes; waits for a GPU to deliver them.
+        """Return each row of a column of strings as bytes, or as a list of bytes; waits for a GPU.
 
         Raises:
-            TypeError: The values are not uint8 [N].
+            TypeError: If the values are not uint8 ``[N]``.
         """
         if self.dtype != torch.uint8 or self.values.dim() != 1:
-            raise TypeError(f"RaggedTensor.to_strings: a string column has uint8[N] values, this one is {self!r}")
+            raise TypeError(f"RaggedTensor.to_strings: values must be uint8[N], the bytes of strings, got {self!r}")
         return build.listed(self.values.cpu().numpy().tobytes(), [*self.outer, self.offsets])
 
     def to_padded(self, length: int | None = None, *, padding: float = 0, side: str = "right") -> torch.Tensor:
-        """Return one level of rows as a dense tensor.
+        """Return rows of one level as a dense tensor; waits for a GPU.
 
         Args:
-            length: L; None takes the longest row's, for which it waits for a GPU.
-            padding: What fills up.
-            side: Where it does: "right" after the values, "left" before them.
+            length: L; None for the length of the longest row.
+            padding: Value that fills short rows.
+            side: ``"right"`` to pad after the values, ``"left"`` before them.
 
         Returns:
-            [B, L, ...] of the dtype of the values. Weights are left behind: pad `RaggedTensor(r.weights, r.offsets)`.
+            ``[B, L, ...]`` in the dtype of the values, without weights. To pad these as well, call ``to_padded`` of
+            ``RaggedTensor(r.weights, r.offsets)``.
 
         Raises:
-            ValueError: A row is longer than `length`, there are more levels, or the side is another one.
+            ValueError: If a row is longer than ``length``, rows hold lists, or ``side`` is neither.
         """
         return dense.to_padded(self.values, self.offsets, self.outer, length, padding, side)
 
     def to_nested(self) -> torch.Tensor:
-        """Return one level of rows as a nested tensor of the jagged layout, over the same memory.
+        """Return rows of one level as a nested tensor of the jagged layout that shares their memory.
 
         Raises:
-            ValueError: There are more levels, or weights, which it cannot hold.
+            ValueError: If rows hold lists, or there are weights, which a nested tensor cannot hold.
         """
         return dense.to_nested(self.values, self.offsets, self.weights, self.outer)
 
     def validate(self) -> RaggedTensor:
-        """Check everything, the content of offsets on a GPU too (and then wait for it).
+        """Check all rules, including the content of offsets on a GPU, for which it waits.
 
-        On a GPU values may lie after those that the offsets reach: what shortens rows there leaves them.
+        On a GPU there may be more values than the offsets reach, as operations that shorten rows leave them.
 
         Returns:
-            Itself.
+            ``self``.
 
         Raises:
-            TypeError: As the constructor.
-            ValueError: As the constructor.
+            TypeError: As the constructor does.
+            ValueError: As the constructor does.
         """
         checks.check_form(self.values, self.offsets, self.weights, self.outer)
         outer = tuple(level.cpu() for level in self.outer)
@@ -280,21 +282,22 @@ class RaggedTensor:
         return self
 
     def __getitem__(self, which: Any) -> Any:
-        """Return rows, or with several indices their items.
+        """Return rows, or items of rows.
+
+        The first index selects rows. Further ones, as in ``r[1:3, :2]``, select within each row, one for each level of
+        lists and then for each dimension of the values; they wait for a GPU. ``...`` stands for full slices.
 
         Args:
-            which: A number gives a row: its values, a view, or a RaggedTensor of its lists, without the weights that
-                strings in it have (where the strings are rows themselves, none can). A slice, a tensor or a list
-                of numbers, or a bool tensor [B] give a RaggedTensor of those rows; a slice of step 1 views the values.
-                Of several, `r[1:3, :2]`, the second is for the items of each row, and so on for the levels of lists and
-                then the dimensions of values: a slice takes from each list what it has of it, a number one item, which
-                every list must have. `...` stands for all that is left. Indices after the first wait for a GPU.
+            which: An integer gives a row: a view of its values, or a RaggedTensor of its lists (without weights if
+                these are strings). A slice, a list or tensor of integers, or a bool mask ``[B]`` gives a RaggedTensor
+                of these rows; a slice of step 1 shares the values. Within rows, a slice takes the items that each list
+                has, and an integer takes one item that every list must have.
 
         Raises:
-            IndexError: There is no such row or item, there are more indices than levels and dimensions, or a list of
-                numbers is not the first.
-            TypeError: An index is none of these: None, a bool, a string, numbers that are no integers.
-            ValueError: The step of a slice is 0.
+            IndexError: If there is no such row or item, there are more indices than levels and dimensions, or a list or
+                mask is not the first index.
+            TypeError: If an index is of another type: None, a bool, a string, or numbers that are not integers.
+            ValueError: If the step of a slice is 0.
 
         Example:
             >>> clicks = RaggedTensor.from_lists([[7, 8, 9], [], [5]])
@@ -318,7 +321,7 @@ class RaggedTensor:
         )
 
     def _in_use(self) -> RaggedTensor:
-        """Return the same rows without what lies after the last one."""
+        """Return the same rows without the unused values after the last one."""
         outer, count = [], len(self)
         for level in self.outer:
             outer.append(level[: count + 1])
@@ -334,11 +337,11 @@ class RaggedTensor:
         return [self.values, self.offsets, *weights, *self.outer]
 
     def _each(self, move: Any) -> RaggedTensor:
-        """Return the same rows with every tensor moved; itself where none was."""
+        """Return the same rows with every tensor moved; ``self`` if none moved."""
         values, offsets, outer = move(self.values), move(self.offsets), tuple(move(level) for level in self.outer)
         weights = None if self.weights is None else move(self.weights)
         before, after = (self.values, self.offsets, self.weights, *self.outer), (values, offsets, weights, *outer)
         if all(one is other for one, other in zip(before, after, strict=True)):
             return self
-        # A copy is as valid as its original, and a non-blocking one may still be on its way.
+        # A copy is as valid as its original, and a non-blocking one may not have finished.
         return RaggedTensor.unchecked(values, offsets, weights, outer)

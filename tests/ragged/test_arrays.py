@@ -91,21 +91,21 @@ def test_arrow_arrays_of_numbers() -> None:
     [
         (np.array(["a"]), TypeError, "must hold numbers, got a numpy.ndarray of <U1; .*from_strings"),
         (np.array([b"a"]), TypeError, "from_strings"),
-        (np.array([1, None]), TypeError, "of object; .*missing values by a default"),
+        (np.array([1, None]), TypeError, "of object; .*fill missing values"),
         (np.array(["2024-01-01"], dtype="datetime64[D]"), TypeError, r"astype\('datetime64\[s\]'\)"),
         (np.array([1j]), None, ""),
         (np.array([(1, 2)], dtype=[("a", int), ("b", int)]), TypeError, "must hold numbers"),
         (np.longdouble([1]), TypeError, "column 'x': can't convert"),
         (["a"], TypeError, "must hold numbers, got a list of <U1"),
-        ([2**64], TypeError, "must hold integers of 64 bits, got a list with"),
-        ([2**63, -1], TypeError, "must hold integers of 64 bits, got a list with"),
-        ([[1], [2, 3]], ValueError, "must be a list of numbers, got a list of lists; write RaggedTensor.from_lists"),
+        ([2**64], TypeError, "must hold 64-bit integers, got a list with"),
+        ([2**63, -1], TypeError, "must hold 64-bit integers, got a list with"),
+        ([[1], [2, 3]], ValueError, "must be a list of numbers, got a list of lists; use RaggedTensor.from_lists"),
         ([torch.tensor([1])], ValueError, "must be a list of numbers"),
         ("abc", TypeError, "must be a Tensor or a RaggedTensor, .* got str; "),
         (5, TypeError, "got int;"),
         (array.array("q", [1]), TypeError, "got array.array;"),
-        (pa.array([[1]]), TypeError, "cannot be taken by DLPack from a pyarrow.ListArray"),
-        (pa.array([1, None]), TypeError, "cannot be taken by DLPack"),
+        (pa.array([[1]]), TypeError, "a pyarrow.ListArray cannot be imported by DLPack"),
+        (pa.array([1, None]), TypeError, "cannot be imported by DLPack"),
     ],
 )
 def test_what_is_refused_by_name(value: Any, error: Any, says: str) -> None:
@@ -123,9 +123,9 @@ def test_pandas() -> None:
     assert taken(frame["user"].astype("Int64")).dtype == torch.int64
     assert taken(frame[["user", "user"]]).shape == (3, 2)
     for given, says in (
-        (frame["name"], "must hold numbers, got a pandas.Series of object; strings"),
-        (pd.Series([1, None], dtype="Int64"), "has missing values, as a pandas.Series of Int64; give a default"),
-        (pd.Series([pd.Timestamp("2024-01-01")]), "count units by .astype"),
+        (frame["name"], "must hold numbers, got a pandas.Series of object; convert strings"),
+        (pd.Series([1, None], dtype="Int64"), "must not have missing values, got a pandas.Series of Int64; fill them"),
+        (pd.Series([pd.Timestamp("2024-01-01")]), "convert with .astype"),
     ):
         with pytest.raises(TypeError, match=says):
             taken(given)

@@ -32,11 +32,11 @@ def test_lists_of_lists() -> None:
     assert nested.weights.tolist() == [0.5, 1, 2]
     assert repr(nested) == "RaggedTensor(batch_size=3, levels=2, values=int64[3], weights=float32[3], device=cpu)"
     assert nested.validate() is nested
-    with pytest.raises(ValueError, match="as deep everywhere, got 1 beside a list"):
+    with pytest.raises(ValueError, match="must have the same depth, got 1 beside a list"):
         RaggedTensor.from_lists([[[1], 1]])
     words = RaggedTensor.from_strings([["a", "é"], [], [b""]])
     assert words.to_strings() == [[b"a", "é".encode()], [], [b""]]
-    with pytest.raises(ValueError, match="as deep everywhere, got 'b' beside a list"):
+    with pytest.raises(ValueError, match="must have the same depth, got 'b' beside a list"):
         RaggedTensor.from_strings([["a"], "b"])
 
 
@@ -52,7 +52,7 @@ def test_lists_of_lists() -> None:
         ([torch.tensor([1, 2])], ValueError, r"outer\[0\] must start with 0, got 1"),
         ([torch.tensor([0, 2], dtype=torch.int32)], TypeError, r"outer\[0\] must be int64"),
         ([[0, 2]], TypeError, r"outer\[0\] must be a torch.Tensor, got list"),
-        ([torch.tensor([0, 2]).to("meta")], ValueError, r"outer\[0\] must lie beside the values"),
+        ([torch.tensor([0, 2]).to("meta")], ValueError, r"outer\[0\] and values must be on one device"),
     ],
 )
 def test_wrong_levels_are_refused(outer: Any, error: type[Exception], says: str) -> None:
@@ -63,7 +63,7 @@ def test_wrong_levels_are_refused(outer: Any, error: type[Exception], says: str)
 def test_weights_of_lists_of_strings_are_one_a_string() -> None:
     words = RaggedTensor.from_strings([["ab", "c"], ["d"]])
     assert RaggedTensor(words.values, words.offsets, torch.ones(3), words.outer).weights is not None
-    with pytest.raises(ValueError, match=r"\[M\] with M strings, M = 3, got float32\[4\]"):
+    with pytest.raises(ValueError, match=r"\[M\], one for each string, M = 3, got float32\[4\]"):
         RaggedTensor(words.values, words.offsets, torch.ones(4), words.outer)
 
 
@@ -81,11 +81,11 @@ def test_padded(device: str) -> None:
 
 def test_padding_refuses_what_it_would_lose() -> None:
     rows = RaggedTensor.from_lists(ROWS)
-    with pytest.raises(ValueError, match=r"longest row, 3, got 2; shorten the rows first"):
+    with pytest.raises(ValueError, match=r"longest row, got 2; shorten the rows first"):
         rows.to_padded(2)
     with pytest.raises(ValueError, match="side must be"):
         rows.to_padded(side="top")
-    with pytest.raises(ValueError, match=r"rows must hold values, these hold lists \(2 levels\)"):
+    with pytest.raises(ValueError, match=r"rows must hold values, got lists \(2 levels\)"):
         RaggedTensor.from_lists(NESTED).to_padded()
     with pytest.raises(ValueError, match="either lengths or padding"):
         RaggedTensor.from_padded(torch.ones(2, 2))
@@ -232,7 +232,7 @@ def test_rows_by_number_and_slice() -> None:
         with pytest.raises(IndexError, match="RaggedTensor: "):
             rows[which]
     assert rows[[]].to_lists() == []
-    with pytest.raises(TypeError, match=r"rows are numbered by integers, got torch\.float32; convert them"):
+    with pytest.raises(TypeError, match=r"row numbers must be integers, got torch\.float32; convert them"):
         rows[[0.9]]
 
 
@@ -246,7 +246,7 @@ def test_concat() -> None:
     assert RaggedTensor.concat([nested, nested]).to_lists() == NESTED * 2
     with pytest.raises(ValueError, match="at least one RaggedTensor"):
         RaggedTensor.concat([])
-    with pytest.raises(ValueError, match="of one dtype"):
+    with pytest.raises(ValueError, match="must agree in dtype"):
         RaggedTensor.concat([rows, nested])
 
 

@@ -86,9 +86,9 @@ def test_wrong_offsets_are_refused(offsets: torch.Tensor, error: type[Exception]
     ("weights", "error", "message"),
     [
         (torch.ones(3, dtype=torch.float64), TypeError, "weights must be float32"),
-        (torch.ones(2), ValueError, r"\[N\] with N = 3, got float32\[2\]"),
-        (torch.ones(3, 1), ValueError, r"\[N\] with N = 3, got float32\[3, 1\]"),
-        (torch.ones(3, device="meta"), ValueError, "beside the values, got meta and cpu"),
+        (torch.ones(2), ValueError, r"\[N\], one for each value, N = 3, got float32\[2\]"),
+        (torch.ones(3, 1), ValueError, r"\[N\], one for each value, N = 3, got float32\[3, 1\]"),
+        (torch.ones(3, device="meta"), ValueError, "values must be on one device, got meta and cpu"),
     ],
 )
 def test_wrong_weights_are_refused(weights: torch.Tensor, error: type[Exception], message: str) -> None:
