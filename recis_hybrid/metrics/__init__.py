@@ -1,7 +1,7 @@
-"""Metrics of predictions: functions of tensors, and accumulators with torchmetrics' interface.
+"""Metrics of predictions: functions of tensors, and accumulators with the interface of torchmetrics.
 
-Accumulators merge, give and take their state as tensors, and compute over all ranks where torch.distributed is
-initialised. What is not defined (an AUC of one class only) is NaN, with a RuntimeWarning that names it.
+Accumulators can be merged and saved, and compute over all ranks if torch.distributed is initialized. An undefined value
+(as an AUC of a single class) is NaN, with a RuntimeWarning that says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What metrics ask of their input. Letters: N rows."""
+"""Checks of the input of metrics, and undefined values. Letters: N rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.distributed import rank
 
 
 def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless labels, scores and whatever else is given are [N] each; waits for no device."""
+    """Raise ValueError unless labels, scores and other columns are ``[N]`` each; waits for no device."""
     if labels.dim() != 1 or labels.shape != scores.shape:
         raise ValueError(
             f"{where}: labels and scores must be [N] each, got {list(labels.shape)} and {list(scores.shape)}"
@@ -20,18 +20,18 @@ def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | 
     for name, values in others.items():
         if values is not None and values.shape != labels.shape:
             raise ValueError(
-                f"{where}: {name} must be [N] with N = {labels.numel()} as labels are, got {list(values.shape)}"
+                f"{where}: {name} must be [N] with N = {labels.numel()} like labels, got {list(values.shape)}"
             )
 
 
 def check_rows(
     where: str, labels: Tensor, scores: Tensor, weights: Tensor | None, *, binary: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return labels (bool, or float64 where not binary), scores and weights as float64, all [N] on the CPU.
+    """Return labels as bool (float64 if not binary), and scores and weights as float64, all ``[N]`` on the CPU.
 
     Raises:
-        ValueError: If shapes differ, a label is not 0 or 1 (not a finite number of at least 0 where not binary), a
-            score is NaN, or a weight is negative or not finite.
+        ValueError: If shapes differ, a label is not 0 or 1 (if not binary: negative or not finite), a score is NaN, or
+            a weight is negative or not finite.
     """
     check_shapes(where, labels, scores, weights=weights)
     labels, scores = labels.detach().cpu(), scores.detach().cpu().double()
@@ -52,14 +52,14 @@ def check_rows(
 
 
 def undefined(where: str, why: str) -> float:
-    """Return NaN, after a RuntimeWarning (of rank 0) that says of what and why: a training need not end for it."""
+    """Return NaN, after a RuntimeWarning on rank 0 that names the metric and the reason."""
     if rank() == 0:
-        warnings.warn(f"{where}: undefined and given as NaN: {why}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{where} is undefined, returning NaN: {why}", RuntimeWarning, stacklevel=3)
     return math.nan
 
 
 def one_class(where: str, positives: int, negatives: int) -> float:
-    """Return NaN with a warning that only one class was there."""
+    """Return NaN, with a warning that only one class is present."""
     return undefined(
         where, f"it needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
     )

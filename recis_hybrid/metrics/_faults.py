@@ -1,4 +1,4 @@
-"""Bad rows are counted along with a metric's sums and refused when it is computed, so that no update waits."""
+"""Counts of bad rows, kept with the sums of a metric, so that only ``compute`` has to wait for a device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ COUNTS = 6
 def counts(
     scores: Tensor, labels: Tensor, weights: Tensor, *, binary: bool = True, probabilities: bool = True
 ) -> Tensor:
-    """Return float64 [COUNTS]: rows, rows of weight above 0, bad labels, NaNs, scores outside [0, 1], bad weights."""
+    """Return float64 ``[COUNTS]``: rows, rows of weight above 0, and rows with each kind of fault.
+
+    The faults are bad labels, NaN scores, scores outside [0, 1] (if not probabilities: infinite), and bad weights.
+    """
     labels_fault = ~((labels == 0) | (labels == 1)) if binary else ~labels.isfinite()
-    # A NaN is counted as that alone.
+    # A NaN is in neither range, so it is counted once.
     outside = (scores < 0) | (scores > 1) if probabilities else scores.isinf()
     masks = [
         torch.ones_like(labels_fault),
@@ -27,7 +30,7 @@ def counts(
 
 
 def refuse(where: str, counted: Tensor, *, binary: bool = True, probabilities: bool = True) -> None:
-    """Raise ValueError for what :func:`counts` has found."""
+    """Raise ValueError if :func:`counts` found bad rows, or no rows of weight above 0."""
     rows, weighty, labels, nans, outside, weights = (int(count) for count in counted)
     if labels:
         raise ValueError(f"{where}: labels must be {'0 or 1' if binary else 'finite'}, {labels} of {rows} are not")
@@ -42,4 +45,6 @@ def refuse(where: str, counted: Tensor, *, binary: bool = True, probabilities: b
             f"{where}: weights must be finite and not negative, {weights} of {rows} are not; leave them out"
         )
     if not weighty:
-        raise ValueError(f"{where}: there are no rows of weight above 0, got {rows} rows; evaluate on others")
+        raise ValueError(
+            f"{where}: there must be rows of weight above 0, got {rows} rows without; evaluate on more rows"
+        )

@@ -1,4 +1,4 @@
-"""Accumulators: torchmetrics' interface (update, compute, reset), mergeable, and over all ranks.
+"""Base classes of metrics: ``update``, ``compute`` and ``reset`` as in torchmetrics, mergeable, over all ranks.
 
 Letters: B rows of one update, N rows in all, K sums.
 """
@@ -22,24 +22,23 @@ from recis_hybrid.validation import check_flag
 Self = TypeVar("Self", bound="Metric")
 
 
-# Evaluation loops run in inference mode; a tensor that is made in it could not be changed after them.
+# Evaluation loops run in inference mode, but tensors made in it cannot be changed outside.
 _outside_inference = torch.inference_mode(False)
 
 
 class Metric(ABC):
-    """What all accumulators share.
+    """Base of all metrics.
 
-    ``update`` waits for no device, and works in and outside of ``torch.inference_mode()``. Where torch.distributed is
-    initialised, ``compute`` is a collective: every rank of the group calls it, and all get the value of what all have
-    seen.
+    ``update`` waits for no device and works inside and outside ``torch.inference_mode()``. If torch.distributed is
+    initialized, ``compute`` is collective: every rank of the group calls it, and all get the value over all their rows.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
     """
 
     takes_groups: ClassVar[bool] = False
-    """Whether ``update`` takes, after the labels, the group that each row belongs to."""
+    """True if ``update`` takes the group of each row after the labels."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         check_flag(type(self).__name__, "sync", sync)
@@ -48,15 +47,15 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> float:
-        """Return the value of everything seen since the last reset, by all ranks."""
+        """Return the value over all rows since the last reset, on all ranks."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forgets everything."""
+        """Discard what has been accumulated."""
 
     @abstractmethod
     def merge(self: Self, other: Self) -> None:
-        """Add everything that another accumulator of the same kind has seen."""
+        """Add what another metric of the same kind has accumulated."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -86,7 +85,7 @@ class Metric(ABC):
 
 
 class SumMetric(Metric):
-    """A metric that is a function of sums over rows: memory does not grow, and ranks add theirs up."""
+    """Base of metrics that are functions of sums over rows: memory does not grow, and ranks add up their sums."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
@@ -99,7 +98,7 @@ class SumMetric(Metric):
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, any dtype.
-            weights: ``[B]``, how much each row counts; None counts each once.
+            weights: ``[B]``, the weight of each row; None weighs all rows 1.
         """
         check_shapes(type(self).__name__, labels, scores, weights=weights)
         scores, labels = scores.detach().double(), labels.detach().double()
@@ -108,7 +107,7 @@ class SumMetric(Metric):
         self._sums = terms if self._sums is None else self._sums.add_(terms.to(self._sums.device))
 
     def compute(self) -> float:
-        """Return the value of everything seen since the last reset, by all ranks."""
+        """Return the value over all rows since the last reset, on all ranks."""
         return self._value(self._total())
 
     def _total(self) -> Tensor:
@@ -123,12 +122,12 @@ class SumMetric(Metric):
 
     @_outside_inference
     def merge(self: SumSelf, other: SumSelf) -> None:
-        """Add everything that another accumulator of the same kind has seen."""
+        """Add what another metric of the same kind has accumulated."""
         if other._sums is not None:
             self._sums = other._sums.clone() if self._sums is None else self._sums.add_(other._sums.to(self._sums))
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Discard what has been accumulated."""
         self._sums = None
 
     @_outside_inference
@@ -158,11 +157,11 @@ class SumMetric(Metric):
 
     @abstractmethod
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the sums over rows, float64 [K]; all arguments are float64 [B]."""
+        """Return the sums over rows, float64 ``[K]``; all arguments are float64 ``[B]``."""
 
     @abstractmethod
     def _value(self, sums: Tensor) -> float:
-        """Return the metric of sums over all rows, float64 [K] on the CPU."""
+        """Return the metric for sums over all rows, float64 ``[K]`` on the CPU."""
 
 
 SumSelf = TypeVar("SumSelf", bound=SumMetric)
@@ -171,7 +170,7 @@ _DTYPES = {"groups": torch.int64, "labels": torch.float64, "scores": torch.float
 
 
 class RowMetric(Metric):
-    """A metric that needs all rows together, and keeps them: 24 bytes a row, 32 with groups, at the most."""
+    """Base of metrics that need all rows at once and keep them: at most 24 bytes each, 32 with groups."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
@@ -180,15 +179,15 @@ class RowMetric(Metric):
     @_outside_inference
     def _add(self, scores: Tensor, labels: Tensor, **others: Tensor | None) -> None:
         check_shapes(type(self).__name__, labels, scores, **others)
-        # Copies: the caller may use its buffers again, and a slice of a reader's buffer would hold all of it in memory.
+        # Copies, since the caller may reuse its buffers, and a slice would keep a reader's whole buffer in memory.
         rows = {"labels": labels, "scores": scores, **others}
         self._rows.append({name: None if rows[name] is None else rows[name].detach().clone() for name in rows})  # type: ignore[union-attr]
 
     def seen(self) -> dict[str, Tensor]:
-        """Return all rows that all ranks have seen, ``[N]`` each.
+        """Return the rows of all ranks, ``[N]`` each; collective.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there are none.
         """
         rows = self.state_dict()
         if not self._alone():
@@ -198,11 +197,11 @@ class RowMetric(Metric):
         return rows
 
     def merge(self: RowSelf, other: RowSelf) -> None:
-        """Add everything that another accumulator of the same kind has seen."""
+        """Add what another metric of the same kind has accumulated."""
         self._rows.extend(other._rows)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Discard what has been accumulated."""
         self._rows = []
 
     @_outside_inference
@@ -226,7 +225,7 @@ class RowMetric(Metric):
         for rows in self._rows:
             labels, values = rows["labels"], rows.get(name)
             assert labels is not None
-            # A batch whose rows all weigh 1 keeps no weights.
+            # Batches without weights stored none.
             parts.append(torch.ones(labels.numel(), device=labels.device) if values is None else values)
         return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
 
@@ -235,7 +234,7 @@ RowSelf = TypeVar("RowSelf", bound=RowMetric)
 
 
 class ScoredLabels(RowMetric):
-    """Keeps every (score, label, weight)."""
+    """Base of metrics that keep the score, label and weight of every row."""
 
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch without waiting for a device.
@@ -243,27 +242,27 @@ class ScoredLabels(RowMetric):
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, 0 or 1, any dtype.
-            weights: ``[B]``, how much each row counts; None counts each once.
+            weights: ``[B]``, the weight of each row; None weighs all rows 1.
         """
         self._add(scores, labels, weights=weights)
 
 
 class GroupedLabels(RowMetric):
-    """Keeps every (score, label, group, weight)."""
+    """Base of metrics that keep the score, label, group and weight of every row."""
 
     takes_groups = True
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
+        """Add a batch without waiting for a device. Rows of a group may be spread over batches and ranks.
 
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, any dtype.
-            groups: int64 ``[B]``, to which user, session or query each row belongs.
-            weights: ``[B]``, how much each row counts; None counts each once.
+            groups: int64 ``[B]``, the user, session or query of each row.
+            weights: ``[B]``, the weight of each row; None weighs all rows 1.
 
         Raises:
-            ValueError: If shapes differ, or groups are no integers.
+            ValueError: If shapes differ, or groups are not integers.
         """
         if groups.is_floating_point() or groups.is_complex():
             raise ValueError(f"{type(self).__name__}: groups must be integers, got {groups.dtype}; hash or round them")

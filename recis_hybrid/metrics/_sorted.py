@@ -1,4 +1,7 @@
-"""Rows sorted by group and descending score, with ties found. Letters: N rows, G groups, T ties (runs of one score)."""
+"""Rows sorted by group and descending score, with their ties.
+
+Letters: N rows, G groups, T ties (runs of rows with one score).
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """Where each group, and within it each run of equal scores, begins and ends."""
+    """Boundaries of groups, and within them of runs of equal scores, in sorted rows."""
 
     order: Tensor
-    """int64 [N]: rows by group, within it by descending score."""
+    """int64 ``[N]``: row numbers by group, and within it by descending score."""
     group: Tensor
-    """int64 [N]: number of the group of each sorted row, 0 to G - 1."""
+    """int64 ``[N]``: the group of each sorted row, 0 to G - 1."""
     groups: int
+    """The number of groups, G."""
     tie: Tensor
-    """int64 [N]: number of the run of equal scores that each sorted row is in, 0 to T - 1."""
+    """int64 ``[N]``: the run of each sorted row, 0 to T - 1."""
     tie_group: Tensor
-    """int64 [T]: the group of each run."""
+    """int64 ``[T]``: the group of each run."""
     first: Tensor
-    """int64 [T]: how many rows of the group come before the run."""
+    """int64 ``[T]``: number of rows of the group before the run."""
     size: Tensor
-    """int64 [T]: how many rows the run has."""
+    """int64 ``[T]``: number of rows of the run."""
 
     @classmethod
     def of(cls, groups: Tensor, scores: Tensor) -> Sorted:
-        """Sorts rows: groups int64 [N] and scores float64 [N], N at least 1."""
+        """Sort rows by groups, int64 ``[N]``, and scores, float64 ``[N]``; N is at least 1."""
         order = scores.argsort(descending=True, stable=True)
         order = order[groups[order].argsort(stable=True)]
         _, group, sizes = groups[order].unique_consecutive(return_inverse=True, return_counts=True)
@@ -43,9 +47,9 @@ class Sorted:
         return cls(order, group, len(sizes), tie, tie_group, begins - group_begins[tie_group], size)
 
     def by_tie(self, values: Tensor) -> Tensor:
-        """Return sums over runs, float64 [T], of values of sorted rows, float64 [N]."""
+        """Return the sums over runs, float64 ``[T]``, of values of sorted rows, float64 ``[N]``."""
         return torch.zeros(len(self.size), dtype=torch.float64).index_add_(0, self.tie, values)
 
     def by_group(self, values: Tensor) -> Tensor:
-        """Return sums over groups, float64 [G], of values of runs, float64 [T]."""
+        """Return the sums over groups, float64 ``[G]``, of values of runs, float64 ``[T]``."""
         return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.tie_group, values)

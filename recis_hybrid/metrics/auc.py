@@ -1,4 +1,4 @@
-"""AUC, the area under the ROC curve: exact, with ties counted by half."""
+"""AUC, the area under the ROC curve: exact, with ties counting half."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         scores: ``[N]``, floating; higher means more likely positive.
-        weights: ``[N]``, how much each row counts, none negative; None counts each once.
+        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
 
     Returns:
-        The AUC; NaN, with a RuntimeWarning, where there is only one class (of weight above 0).
+        The AUC; NaN, with a RuntimeWarning, if there is only one class (of weight above 0).
 
     Raises:
-        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, or a weight is negative or not finite.
+        ValueError: If shapes differ, a label is not 0 or 1, a score is NaN, or a weight is negative or not finite.
 
     Example:
         >>> auc(torch.tensor([0, 1, 1]), torch.tensor([0.3, 0.3, 0.9]))
@@ -37,13 +37,13 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
 
 
 class AUC(ScoredLabels):
-    """Accumulates labels and scores and computes their exact AUC; see :func:`auc`.
+    """Exact AUC over batches; see :func:`auc`.
 
-    It keeps every row; :class:`BinnedAUC` keeps counts of a fixed number.
+    It keeps every row, whereas :class:`BinnedAUC` keeps a fixed number of counts.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Example:
         >>> metric = AUC()
@@ -54,14 +54,14 @@ class AUC(ScoredLabels):
     """
 
     def compute(self) -> float:
-        """Return the AUC of everything seen since the last reset, by all ranks; NaN for one class only."""
+        """Return the AUC over all rows since the last reset, on all ranks; NaN for a single class."""
         rows = self.seen()
         return _auc("AUC", rows["labels"], rows["scores"], rows["weights"])
 
 
 def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> float:
     labels, scores, weights = check_rows(where, labels, scores, weights)
-    # A row of no weight is as good as absent, and does not make a class either.
+    # Rows of weight 0 do not count, nor make up a class.
     positives, negatives = (int((of_class & (weights > 0)).sum()) for of_class in (labels, ~labels))
     if positives == 0 or negatives == 0:
         return one_class(where, positives, negatives)
@@ -74,8 +74,8 @@ def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> 
 
 
 def ordered_share(positive: Tensor, negative: Tensor) -> float:
-    """Return the AUC of the weights of positives and negatives, float64 [n] each, by ascending score."""
-    # What a positive of each score is above: all negatives of lower scores, and half of those of its own.
+    """Return the AUC from the weights of positives and negatives, float64 ``[n]`` each, by ascending score."""
+    # A positive is above all negatives of lower scores, and half of those of its own score.
     above = negative.cumsum(0) - negative / 2
-    # Divided last: whole numbers of pairs add up without an error.
+    # Divide last: whole numbers of pairs add up exactly.
     return float((positive @ above) / positive.sum() / negative.sum())

@@ -1,4 +1,4 @@
-"""AUC in memory of a fixed size, with a bound on its error."""
+"""AUC in constant memory, with a bound on its error."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from recis_hybrid.validation import check_integer
 
 
 class BinnedAUC(SumMetric):
-    r"""Accumulates the positives and negatives of each of equal bins of [0, 1], and computes the AUC from these.
+    r"""AUC over batches, from the numbers of positives and negatives in equal bins of [0, 1].
 
-    Within a bin every pair counts half, as a tie does. So it is off the exact AUC by at most
+    Within a bin every pair counts half, as a tie does. The error is at most
 
     .. math:: \tfrac12 \sum_b \frac{P_b}{P} \frac{N_b}{N},
 
-    with P and N the weights of positives and negatives in all and P_b, N_b those in bin b; :meth:`error_bound` gives
-    it. Ranks add their counts up: 16 bytes a bin are exchanged, however many rows there are.
+    where P and N are the total weights of positives and negatives and P_b, N_b those in bin b; see :meth:`error_bound`.
+    Ranks exchange 16 bytes a bin, however many rows there are.
 
-    ``compute`` gives NaN, with a RuntimeWarning, for one class only, and raises ValueError where a label is neither 0
-    nor 1, a probability is NaN or outside [0, 1], or a weight is negative or not finite.
+    ``compute`` returns NaN, with a RuntimeWarning, for a single class. It raises ValueError if a label is not 0 or 1, a
+    probability is NaN or outside [0, 1], or a weight is negative or not finite.
 
     Args:
-        bins: How many.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        bins: Number of bins.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        TypeError: If bins is no integer.
+        TypeError: If bins is not an integer.
         ValueError: If bins is less than 2.
 
     Example:
@@ -52,12 +52,12 @@ class BinnedAUC(SumMetric):
         return {"bins": self._bins}
 
     def error_bound(self) -> float:
-        """Return how far the computed AUC may be off the exact one; a collective as :meth:`compute` is."""
+        """Return the largest possible error of the AUC; collective, like :meth:`compute`."""
         positive, negative = self._split(self._total())
         return float(positive @ negative / positive.sum() / negative.sum() / 2)
 
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        # What has no bin is counted in one all the same, and refused later.
+        # Scores outside all bins are counted in one, and refused by compute().
         at = (scores.nan_to_num(0.0).clamp(0.0, 1.0) * self._bins).long().clamp_(max=self._bins - 1)
         counts = torch.zeros(2, self._bins, dtype=torch.float64, device=scores.device)
         for row, of_class in enumerate((labels == 1, labels == 0)):

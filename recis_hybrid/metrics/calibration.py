@@ -1,4 +1,4 @@
-"""Calibration: how many positives are predicted for each one that is there."""
+"""Calibration: the ratio of predicted to actual positives."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from recis_hybrid.metrics._metric import SumMetric
 
 
 class Calibration(SumMetric):
-    r"""Accumulates :math:`\sum_i w_i p_i / \sum_i w_i y_i`: 1 where predictions are right on the average.
+    r"""The ratio :math:`\sum_i w_i p_i / \sum_i w_i y_i` over batches: 1 if predictions are right on average.
 
-    ``compute`` gives NaN, with a RuntimeWarning, where no label is 1, and raises ValueError where a label is neither 0
-    nor 1, a probability is NaN or outside [0, 1], or a weight is negative or not finite.
+    ``compute`` returns NaN, with a RuntimeWarning, if no label is 1. It raises ValueError if a label is not 0 or 1, a
+    probability is NaN or outside [0, 1], or a weight is negative or not finite.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Example:
         >>> metric = Calibration()
@@ -36,7 +36,7 @@ class Calibration(SumMetric):
 
     def _value(self, sums: Tensor) -> float:
         _faults.refuse("Calibration", sums[2:])
-        predicted, there = float(sums[0]), float(sums[1])
-        if there == 0:
-            return undefined("Calibration", f"none of {int(sums[2])} rows is a positive; evaluate on more rows")
-        return predicted / there
+        predicted, actual = float(sums[0]), float(sums[1])
+        if actual == 0:
+            return undefined("Calibration", f"none of {int(sums[2])} rows is positive; evaluate on more rows")
+        return predicted / actual

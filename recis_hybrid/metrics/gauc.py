@@ -1,4 +1,4 @@
-"""GAUC: the mean of the AUCs of groups, as of each user's rows."""
+"""GAUC: the mean AUC of groups of rows, as the rows of each user."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Average: TypeAlias = Literal["groups", "rows", "positives"]
 def gauc(
     labels: Tensor, scores: Tensor, groups: Tensor, weights: Tensor | None = None, *, average: Average = "groups"
 ) -> float:
-    r"""Return the mean of the groups' AUCs, over the groups that have both classes.
+    r"""Return the mean AUC of the groups that have both classes.
 
     .. math:: \frac{\sum_g a_g \mathrm{AUC}_g}{\sum_g a_g}
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         scores: ``[N]``, floating; higher means more likely positive.
-        groups: int64 ``[N]``, to which group each row belongs.
-        weights: ``[N]``, how much each row counts, none negative; None counts each once.
-        average: What a group counts, a_g: ``groups`` 1, ``rows`` the weight of its rows (as in the paper),
-            ``positives`` that of its positives.
+        groups: int64 ``[N]``, the group of each row.
+        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
+        average: Weight a_g of a group: 1 for ``"groups"``, the weight of its rows for ``"rows"`` (as in the paper), the
+            weight of its positives for ``"positives"``.
 
     Returns:
-        The GAUC; NaN, with a RuntimeWarning, where no group has both classes.
+        The GAUC; NaN, with a RuntimeWarning, if no group has both classes.
 
     Raises:
-        ValueError: If shapes differ, a label is neither 0 nor 1, a score is NaN, a weight is negative or not finite, or
-            average is none of these.
+        ValueError: If shapes differ, a label is not 0 or 1, a score is NaN, a weight is negative or not finite, or
+            ``average`` is none of these.
 
     Example:
         >>> labels, groups = torch.tensor([1, 0, 0, 0, 1]), torch.tensor([0, 0, 1, 1, 1])
@@ -49,16 +49,16 @@ def gauc(
 
 
 class GAUC(GroupedLabels):
-    """Accumulates labels, scores and groups and computes the mean of the groups' AUCs; see :func:`gauc`.
+    """Mean AUC of groups over batches; see :func:`gauc`.
 
     Args:
-        average: What a group counts: ``groups`` 1, ``rows`` the weight of its rows, ``positives`` that of its
-            positives.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        average: Weight of a group: 1 for ``"groups"``, the weight of its rows for ``"rows"``, the weight of its
+            positives for ``"positives"``.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        ValueError: If average is none of these.
+        ValueError: If ``average`` is none of these.
 
     Example:
         >>> metric = GAUC()
@@ -77,7 +77,7 @@ class GAUC(GroupedLabels):
         return {"average": repr(self._average)}
 
     def compute(self) -> float:
-        """Return the GAUC of everything seen since the last reset, by all ranks; NaN if no group has both classes."""
+        """Return the GAUC over all rows since the last reset, on all ranks; NaN if no group has both classes."""
         rows = self.seen()
         return _gauc("GAUC", rows["labels"], rows["scores"], rows["groups"], rows["weights"], self._average)
 
@@ -100,7 +100,7 @@ def _gauc(
     weights, labels = weights[rows.order], labels[rows.order]
     positive, negative = (rows.by_tie(torch.where(of, weights, 0.0)) for of in (labels, ~labels))
     positives, negatives = rows.by_group(positive), rows.by_group(negative)
-    # Negatives of the group that lie below a run: all of its own group but those before and in it.
+    # The negatives below a run are those of its group, except those before the run and in it.
     running = negative.cumsum(0)
     before_group = torch.cat([running.new_zeros(1), running])[_first_of_group(rows)]
     below = negatives[rows.tie_group] - (running - before_group[rows.tie_group])
@@ -114,6 +114,6 @@ def _gauc(
 
 
 def _first_of_group(rows: Sorted) -> Tensor:
-    """Return the number of each group's first run, int64 [G]."""
+    """Return the first run of each group, int64 ``[G]``."""
     runs = torch.bincount(rows.tie_group)
     return runs.cumsum(0) - runs

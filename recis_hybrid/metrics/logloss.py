@@ -1,4 +1,4 @@
-"""Log loss, the mean negative log likelihood of binary labels, and its ratio to that of the mean label."""
+"""Log loss, the mean negative log likelihood of binary labels, and normalized entropy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> float:
-    r"""Return :math:`-\sum_i w_i (y_i \log p_i + (1 - y_i) \log(1 - p_i)) / \sum_i w_i`, in float64.
+    r"""Return the log loss of probabilities, in float64.
+
+    .. math:: -\sum_i w_i (y_i \log p_i + (1 - y_i) \log(1 - p_i)) / \sum_i w_i
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
-        probabilities: ``[N]``, floating, in [0, 1]; clipped to float64's resolution away from 0 and 1, as scikit-learn
-            does.
-        weights: ``[N]``, how much each row counts, none negative; None counts each once.
+        probabilities: ``[N]``, floating, in [0, 1]; kept one float64 epsilon away from 0 and 1, as in scikit-learn.
+        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
 
     Raises:
-        ValueError: If shapes differ, there are no rows (of weight above 0), a label is neither 0 nor 1, a probability
-            is NaN or outside [0, 1], or a weight is negative or not finite.
+        ValueError: If shapes differ, there are no rows (of weight above 0), a label is not 0 or 1, a probability is
+            NaN or outside [0, 1], or a weight is negative or not finite.
 
     Example:
         >>> round(logloss(torch.tensor([0, 1]), torch.tensor([0.5, 0.5])), 4)
@@ -34,20 +35,22 @@ def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None
 
 
 def normalized_entropy(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> float:
-    r"""Return the log loss over the entropy of the mean label: 1 for a model that knows the rate of clicks alone.
+    r"""Return the log loss divided by the entropy of the mean label.
+
+    A model that knows only the rate of clicks has 1.
 
     .. math:: \frac{\mathrm{logloss}}{-(\bar y \log \bar y + (1 - \bar y) \log(1 - \bar y))}
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         probabilities: ``[N]``, as in :func:`logloss`.
-        weights: ``[N]``, how much each row counts, none negative; None counts each once.
+        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
 
     Returns:
-        The ratio; NaN, with a RuntimeWarning, where there is only one class.
+        The ratio; NaN, with a RuntimeWarning, if there is only one class.
 
     Raises:
-        ValueError: As :func:`logloss`.
+        ValueError: As :func:`logloss` does.
 
     Example:
         >>> round(normalized_entropy(torch.tensor([0, 1, 1, 0]), torch.tensor([0.5, 0.5, 0.5, 0.5])), 6)
@@ -60,11 +63,11 @@ def normalized_entropy(labels: Tensor, probabilities: Tensor, weights: Tensor | 
 
 
 class LogLoss(SumMetric):
-    """Accumulates the log loss; see :func:`logloss`.
+    """Log loss over batches; see :func:`logloss`.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Example:
         >>> metric = LogLoss()
@@ -82,11 +85,11 @@ class LogLoss(SumMetric):
 
 
 class NormalizedEntropy(LogLoss):
-    """Accumulates the normalized entropy; see :func:`normalized_entropy`.
+    """Normalized entropy over batches; see :func:`normalized_entropy`.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Example:
         >>> metric = NormalizedEntropy()

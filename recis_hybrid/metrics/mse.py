@@ -10,13 +10,13 @@ from recis_hybrid.metrics._metric import SumMetric
 
 
 class MSE(SumMetric):
-    r"""Accumulates :math:`\sum_i w_i (p_i - y_i)^2 / \sum_i w_i`.
+    r"""Mean squared error :math:`\sum_i w_i (p_i - y_i)^2 / \sum_i w_i` over batches.
 
-    ``compute`` raises ValueError where a score or a label is not finite, or a weight is negative or not finite.
+    ``compute`` raises ValueError if a score or a label is not finite, or a weight is negative or not finite.
 
     Args:
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Example:
         >>> metric = MSE()

@@ -1,7 +1,7 @@
-"""Metrics of the first k of each group's ranking: precision, recall, NDCG and hit rate.
+"""Metrics of the first k rows of each group's ranking: precision, recall, NDCG and hit rate.
 
-Rows of equal score have no order: each figure is the mean over all orders of them, so that it depends neither on the
-order of the rows nor on the ranks that they lie on.
+Each metric is the mean over all orders of rows with equal scores, so that it depends neither on the order of the rows
+nor on their ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recis_hybrid.validation import check_integer
 
 
 class _AtK(GroupedLabels):
-    """A figure of each group's first k, averaged over groups; weights of rows do not count."""
+    """Base of metrics of the first k rows of each group, averaged over groups; rows have no weights."""
 
     def __init__(self, k: int, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
@@ -29,20 +29,20 @@ class _AtK(GroupedLabels):
         return {"k": self._k}
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch without waiting for a device. The rows of a group may come in any batches, on any ranks.
+        """Add a batch without waiting for a device. Rows of a group may be spread over batches and ranks.
 
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, not negative; above 0 means relevant.
-            groups: int64 ``[B]``, to which user, session or query each row belongs.
-            weights: Refused: a place in a ranking is taken or not.
+            groups: int64 ``[B]``, the user, session or query of each row.
+            weights: Must be None; rows of a ranking have no weights.
         """
         if weights is not None:
             raise ValueError(f"{type(self).__name__}: rows of a ranking have no weights; leave them out")
         super().update(scores, labels, groups)
 
     def compute(self) -> float:
-        """Return the mean over the groups that all ranks have seen since the last reset; NaN if none counts."""
+        """Return the mean over all groups since the last reset, on all ranks; NaN if no group counts."""
         where = type(self).__name__
         rows = self.seen()
         labels, scores, _ = check_rows(where, rows["labels"], rows["scores"], None, binary=False)
@@ -54,30 +54,30 @@ class _AtK(GroupedLabels):
 
     @abstractmethod
     def _figures(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each group's figure, float64 [G], and which groups count, bool [G]; labels are as sorted."""
+        """Return the metric of each group, float64 ``[G]``, and whether it counts, bool ``[G]``; labels are sorted."""
 
     def _among_first(self, rows: Sorted) -> Tensor:
-        """Return the chance that a row of a run is among the first k, float64 [T]."""
+        """Return the probability that a row of a run is among the first k, float64 ``[T]``."""
         return ((self._k - rows.first).double() / rows.size).clamp_(0.0, 1.0)
 
     def _hits(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many relevant rows each group has among its first k, and in all, float64 [G] each."""
+        """Return the number of relevant rows of each group, among its first k and in all, float64 ``[G]`` each."""
         relevant = rows.by_tie((labels > 0).double())
         return rows.by_group(relevant * self._among_first(rows)), rows.by_group(relevant)
 
 
 class PrecisionAtK(_AtK):
-    """Accumulates rankings and computes how much of the first k is relevant: hits / k, the mean over all groups.
+    """Share of relevant rows among the first k of a group, as a mean over all groups.
 
-    A group of fewer than k rows is divided by k all the same.
+    The number of relevant rows is divided by k, also in groups of fewer rows.
 
     Args:
-        k: How many.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        k: Number of rows at the top of the ranking.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        TypeError: If k is no integer.
+        TypeError: If k is not an integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -93,17 +93,17 @@ class PrecisionAtK(_AtK):
 
 
 class RecallAtK(_AtK):
-    """Accumulates rankings and computes how many of a group's relevant rows are among its first k.
+    """Share of a group's relevant rows that are among its first k.
 
-    The mean over the groups that have a relevant row.
+    It is the mean over the groups that have a relevant row.
 
     Args:
-        k: How many.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        k: Number of rows at the top of the ranking.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        TypeError: If k is no integer.
+        TypeError: If k is not an integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -119,17 +119,17 @@ class RecallAtK(_AtK):
 
 
 class HitRateAtK(_AtK):
-    """Accumulates rankings and computes how many groups have a relevant row among their first k.
+    """Share of groups that have a relevant row among their first k.
 
-    The share of the groups that have a relevant row at all.
+    Groups without any relevant row do not count.
 
     Args:
-        k: How many.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        k: Number of rows at the top of the ranking.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        TypeError: If k is no integer.
+        TypeError: If k is not an integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -142,29 +142,29 @@ class HitRateAtK(_AtK):
     def _figures(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
         relevant, size = rows.by_tie((labels > 0).double()), rows.size.double()
         drawn = (self._k - rows.first).double().clamp_(min=0.0).minimum(size)
-        # The chance that none of the rows drawn of a run is relevant, C(size - relevant, drawn) / C(size, drawn).
+        # Probability that no row drawn from a run is relevant: C(size - relevant, drawn) / C(size, drawn).
         possible = drawn <= size - relevant
         missed = torch.where(possible, (_log_choose(size - relevant, drawn) - _log_choose(size, drawn)).exp(), 0.0)
-        # Only the last run that reaches into the first k is cut; those before are drawn whole, so chances multiply.
+        # Runs are drawn whole except the last one among the first k, so probabilities multiply.
         log_missed = rows.by_group(torch.where(possible, missed.log(), -torch.inf))
         return 1 - log_missed.exp(), rows.by_group(relevant) > 0
 
 
 class NDCGAtK(_AtK):
-    r"""Accumulates rankings and computes the normalized discounted cumulative gain of the first k.
+    r"""Normalized discounted cumulative gain of the first k rows of a group.
 
     .. math:: \mathrm{DCG} = \sum_{i=1}^{k} y_i / \log_2(i + 1),\; \mathrm{NDCG} = \mathrm{DCG} / \max \mathrm{DCG}
 
-    The mean over the groups that have a relevant row. The gain is the label itself; give ``2**label - 1`` for the other
-    one in use.
+    It is the mean over the groups that have a relevant row. The gain is the label itself; pass ``2**label - 1`` as
+    labels for the exponential gain.
 
     Args:
-        k: How many.
-        process_group: The ranks that evaluate together; None: torch.distributed's default group.
-        sync: False computes the value of what this rank alone has seen.
+        k: Number of rows at the top of the ranking.
+        process_group: Ranks that evaluate together; None for the default group.
+        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
 
     Raises:
-        TypeError: If k is no integer.
+        TypeError: If k is not an integer.
         ValueError: If k is less than 1.
 
     Example:
@@ -178,7 +178,7 @@ class NDCGAtK(_AtK):
     """
 
     def _figures(self, rows: Sorted, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # What the places before place p add up to, of the first k.
+        # Sums of the discounts of the places before each place.
         discounts = 1 / torch.arange(2, self._k + 2, dtype=torch.float64).log2()
         summed = torch.cat([discounts.new_zeros(1), discounts.cumsum(0)])
         own = self._gain(rows, labels, summed)

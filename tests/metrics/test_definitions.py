@@ -180,17 +180,17 @@ def test_what_is_undefined_is_nan_with_a_warning() -> None:
     for kind in (AUC, BinnedAUC, NormalizedEntropy):
         metric = kind()
         metric.update(scores, ones)
-        with pytest.warns(RuntimeWarning, match=f"^{kind.__name__}: undefined .* got 3 positives and 0 negatives"):
+        with pytest.warns(RuntimeWarning, match=f"^{kind.__name__} is undefined, .* got 3 positives and 0 negatives"):
             assert math.isnan(metric.compute())
     calibration, by_group, recall = Calibration(), GAUC(), RecallAtK(2)
     calibration.update(scores, 0 * ones)
-    with pytest.warns(RuntimeWarning, match="Calibration: undefined .* none of 3 rows is a positive"):
+    with pytest.warns(RuntimeWarning, match="Calibration is undefined, .* none of 3 rows is positive"):
         assert math.isnan(calibration.compute())
     by_group.update(scores, ones, groups)
-    with pytest.warns(RuntimeWarning, match="GAUC: undefined .* none of 2 groups has both classes"):
+    with pytest.warns(RuntimeWarning, match="GAUC is undefined, .* none of 2 groups has both classes"):
         assert math.isnan(by_group.compute())
     recall.update(scores, 0 * ones, groups)
-    with pytest.warns(RuntimeWarning, match="RecallAtK: undefined .* none of 2 groups has a relevant row"):
+    with pytest.warns(RuntimeWarning, match="RecallAtK is undefined, .* none of 2 groups has a relevant row"):
         assert math.isnan(recall.compute())
 
 
@@ -213,7 +213,7 @@ def test_bad_rows_are_refused_with_their_number() -> None:
         metric.update(bad[2:], labels[2:] + 1)
         with pytest.raises(ValueError, match="labels must be 0 or 1, 1 of 1 are not"):
             metric.compute()
-    with pytest.raises(ValueError, match=r"groups must be \[N\] with N = 2 as labels are, got \[1\]"):
+    with pytest.raises(ValueError, match=r"groups must be \[N\] with N = 2 like labels, got \[1\]"):
         GAUC().update(torch.rand(2), torch.ones(2), torch.tensor([1]))
     with pytest.raises(ValueError, match="GAUC: groups must be integers, got torch.float32"):
         GAUC().update(torch.rand(2), torch.ones(2), torch.rand(2))

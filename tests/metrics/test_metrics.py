@@ -84,7 +84,7 @@ def test_batches_without_weights_weigh_one(metric: type[AUC] | type[LogLoss]) ->
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0], r"weights must be \[N\] with N = 2 as labels are, got \[1\]"),
+        ([1.0], r"weights must be \[N\] with N = 2 like labels, got \[1\]"),
         ([1.0, -1.0], "weights must be finite and not negative, 1 of 2 are not"),
         ([math.inf, math.nan], "weights must be finite and not negative, 2 of 2 are not"),
     ],
@@ -141,7 +141,7 @@ def test_auc_refuses_bad_input(labels: list[int], scores: list[float], message: 
 def test_logloss_refuses_logits_and_nothing() -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], 2 of 2 do not; apply a sigmoid"):
         logloss(torch.tensor([0, 1]), torch.tensor([-2.0, 3.0]))
-    with pytest.raises(ValueError, match="there are no rows"):
+    with pytest.raises(ValueError, match="must be rows of weight above 0, got 0 rows"):
         logloss(torch.tensor([]), torch.tensor([]))
 
 

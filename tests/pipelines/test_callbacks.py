@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
     batches[0]["label"] = batches[0]["label"] * 0  # type: ignore[operator]
     log = JsonLog(tmp_path / "log.jsonl")
     trainer = Trainer(make_step(), eval_data=batches, metrics={"auc": AUC()}, callbacks=[log])
-    with pytest.warns(RuntimeWarning, match="AUC: undefined and given as NaN: it needs both classes"):
+    with pytest.warns(RuntimeWarning, match="AUC is undefined, returning NaN: it needs both classes"):
         trainer.fit([Evaluate()])
     assert lines(tmp_path / "log.jsonl")[0]["eval/auc"] is None
 
