@@ -231,7 +231,7 @@ def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
     # One allocation: sources, unique, offsets (n + 1), count.
     words = torch.empty(3 * n + 2, dtype=torch.int64, device=device)
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
-    # Counted: a compiled caller may have symbols for the numbers, and dynamo's `in` finds no symbol (torch 2.13).
+    # Counted: a compiled caller may have symbols for the numbers, and dynamo's ``in`` finds no symbol (torch 2.13).
     scaled = bool(bags.weights) or bags.combiners.count(MEAN) > 0 or bags.combiners.count(SQRTN) > 0
     scales = torch.empty(n, dtype=torch.float32, device=device) if scaled else None
     return RowGroups(count, unique, offsets, sources, scales)

@@ -41,7 +41,7 @@ PINNED = [
 
 
 def column(strings: list[bytes], device: str = "cpu", before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strings as values and offsets, the values starting `before` bytes into their memory."""
+    """Strings as values and offsets, the values starting ``before`` bytes into their memory."""
     joined = bytearray(bytes(before) + b"".join(strings) + b"x")
     values = torch.frombuffer(joined, dtype=torch.uint8).to(device)[before:-1]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64)

@@ -52,7 +52,7 @@ def test_both_parts_make_what_the_whole_makes(in_reader: bool) -> None:
     reading, remaining = engine.reading_part(), engine.remaining_part()
     assert_same(remaining(reading(batch())), engine(batch()))
     names = [feature.name for feature in reading.features]
-    # `item` would take the name of a column that the operation of one's own still has to read.
+    # ``item`` would take the name of a column that the operation of one's own still has to read.
     assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
 
 
