@@ -1,4 +1,4 @@
-"""The typed Python face of the native operators; one file a family, as in ``csrc/ops``.
+"""Typed Python functions over the native operators, one file for each family, named as in ``csrc/ops``.
 
 Importing this package loads the native library.
 """

@@ -1,4 +1,4 @@
-"""Fake kernels: what an operator does to shapes, for torch.compile and tracing."""
+"""Fake kernels, which compute only shapes, for torch.compile and tracing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from recis_hybrid.ops import _library as _library  # operators must be there before their fakes
+from recis_hybrid.ops import _library as _library  # registers the operators, which must exist before their fakes
 
 
 def nothing_returned(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""Finds and loads the native libraries, once."""
+"""Loading of the native libraries, when this module is first imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent.parent / "lib"
-# torch tells what the processor can do; each of its names is at least our level.
+# Names that torch gives to the capability of the processor, and the build that needs no more than it.
 _LEVELS = {"AVX512": "v4", "AVX2": "v3"}
 
 
@@ -20,7 +20,7 @@ def _cpu_library() -> Path:
 
 
 def _load() -> None:
-    """Register the operators of the best CPU library for this processor, and CUDA's where torch has a device.
+    """Register the operators of the best CPU library for this processor, and those of CUDA if torch was built with it.
 
     Raises:
         ImportError: If the CPU library is missing or cannot be loaded.
@@ -31,8 +31,8 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"the native library {library.name} of recis_hybrid could not be loaded from {library.parent}: {error}. "
-            f"Likely causes: (1) it was never built: run `pip install --no-build-isolation -e .` in the source folder; "
-            f"(2) it was built for another kind of processor; (3) torch {torch.__version__} is older than 2.11."
+            f"Likely causes: (1) it was not built: run `pip install --no-build-isolation -e .` in the source folder; "
+            f"(2) it was built for another processor architecture; (3) torch {torch.__version__} is older than 2.11."
         ) from error
     cuda = _FOLDER / "librecis_cuda.so"
     if cuda.exists() and torch.version.cuda is not None:

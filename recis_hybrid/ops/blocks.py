@@ -1,4 +1,4 @@
-"""Operators of EmbeddingBlocks: first values, what rows keep of their past, plain reads and writes of records.
+"""Operators of EmbeddingBlocks: first values of rows, row metadata, reads and writes of records.
 
 Shapes: N positions (ids of a call), M member tables, U distinct rows, D dim.
 """
@@ -27,14 +27,14 @@ nothing_returned(
 )
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The element types of records, by the number that kernels know them by."""
+"""The element types of records, and their numbers in kernels."""
 
 
 class Blocks(NamedTuple):
-    """EmbeddingBlocks as kernels see them."""
+    """EmbeddingBlocks as arguments of kernels."""
 
     addresses: Tensor
-    """int64 ``[blocks]``: the address of each block, on the device that kernels run on."""
+    """int64 ``[blocks]``: the address of each block, on the device of the kernels."""
     block_shift: int
     """Binary logarithm of the rows of a block."""
     meta_offset: int
@@ -54,7 +54,7 @@ class StateArgs:
     sizes: list[int]
     """Bytes of an element: 4 or 2."""
     first_values: list[int]
-    """Bits of the first value, as they lie in memory."""
+    """Bits of the first value."""
 
 
 def init_fresh(
@@ -69,14 +69,14 @@ def init_fresh(
     dim: int,
     state: StateArgs,
 ) -> None:
-    """Give the rows handed out since the last commit their first values.
+    """Write the first values of the rows added since the last commit.
 
     Args:
         blocks: Written. Must hold every row that ``counters`` counts.
-        element: Of the embedding, a value of ``ELEMENTS``.
+        element: Element type of the embedding, a value of ``ELEMENTS``.
         counters: int64 ``[5]`` of the IDMap.
-        rows: int64 ``[N]`` as find_or_insert left it.
-        fresh: int64 ``[N]`` as find_or_insert left it.
+        rows: int64 ``[N]``, from ``id_map.find_or_insert``.
+        fresh: int64 ``[N]``, from ``id_map.find_or_insert``.
         ids: For each feature, int64 ``[n_f]``: the same lists as in that call.
         members: For each feature, the number of its member table.
         initializers: int64 ``[M, 5]``, as ``csrc/core/initializer.h`` lays them out.
@@ -101,39 +101,66 @@ def init_fresh(
 
 
 def read(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copy one part of the records of ``rows`` (int64 ``[n]``) into ``values`` ``[n, width]`` of the part's dtype."""
+    """Copy one part of the records of rows into a tensor.
+
+    Args:
+        blocks: Read.
+        rows: int64 ``[n]``.
+        offset: Offset of the part in the record, in bytes.
+        values: ``[n, width]`` in the dtype of the part; written.
+    """
     torch.ops.recis.blocks_read(*blocks, rows, offset, values)
 
 
 def write(blocks: Blocks, rows: Tensor, offset: int, values: Tensor) -> None:
-    """Copy ``values`` ``[n, width]`` into one part of the records of ``rows`` (int64 ``[n]``, distinct)."""
+    """Copy a tensor into one part of the records of rows.
+
+    Args:
+        blocks: Written.
+        rows: int64 ``[n]``, distinct.
+        offset: Offset of the part in the record, in bytes.
+        values: ``[n, width]`` in the dtype of the part.
+    """
     torch.ops.recis.blocks_write(*blocks, rows, offset, values)
 
 
 def read_meta(blocks: Blocks, rows: Tensor) -> Tensor:
-    """Return int64 ``[3, n]``: updated step, seen step and frequency of ``rows`` (int64 ``[n]``)."""
+    """Return the updated step, seen step and frequency of rows (int64 ``[n]``), as int64 ``[3, n]``."""
     columns = torch.empty(3, rows.numel(), dtype=torch.int64, device=rows.device)
     torch.ops.recis.blocks_read_meta(*blocks, rows, columns)
     return columns
 
 
 def write_meta(blocks: Blocks, rows: Tensor, columns: Tensor) -> None:
-    """Overwrite what :func:`read_meta` reads. Steps are below 2^40; a frequency stops at 2^48 - 1."""
+    """Write metadata of rows.
+
+    Args:
+        blocks: Written.
+        rows: int64 ``[n]``, distinct.
+        columns: int64 ``[3, n]``, as :func:`read_meta` returns it; steps below 2^40, frequencies saturate at
+            2^48 - 1.
+    """
     torch.ops.recis.blocks_write_meta(*blocks, rows, columns)
 
 
 def copy_records(blocks: Blocks, source: Tensor, target: Tensor) -> None:
-    """Copy whole records from the rows ``source`` to the distinct rows ``target``, none of which is a source."""
+    """Copy records from the rows ``source`` to the rows ``target``.
+
+    Args:
+        blocks: Written.
+        source: int64 ``[n]``.
+        target: int64 ``[n]``, distinct, none of them among ``source``.
+    """
     torch.ops.recis.blocks_copy_records(*blocks, source, target)
 
 
 def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, step: int) -> None:
-    """Mark rows as seen at ``step``, and add to their frequencies how often they occur.
+    """Mark rows as seen at ``step``, and add their numbers of occurrences to their frequencies.
 
     Args:
         blocks: Written.
         count: int64 ``[1]``: U.
-        unique: int64, distinct rows; the first U count.
+        unique: int64: distinct rows, of which the first U are in use.
         offsets: int64: row ``unique[u]`` occurs ``offsets[u + 1] - offsets[u]`` times.
         step: Below 2^40.
     """
@@ -143,16 +170,16 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
 def list_touched(
     blocks: Blocks, slots: Tensor, step: int, marks: Tensor, ids: Tensor, members: Tensor, count: Tensor
 ) -> None:
-    """Write the ids, and their member tables, whose rows an update or a training lookup has met after a step.
+    """List the ids whose rows were updated, or seen by a training lookup, after a step.
 
     Args:
         blocks: Must hold every row of the map.
-        slots: int64 ``[S, 2]``: of the IDMap, on the device of the blocks.
-        step: Rows whose updated and seen step are both at most this are left out.
-        marks: uint8, one for each row that there is; becomes 1 where the row was met, else 0.
-        ids: int64, an upper bound of what is there; written, in no particular order.
-        members: As ``ids``; written.
-        count: int64 ``[1]``, zeroed; becomes the number written.
+        slots: int64 ``[S, 2]`` of the IDMap, on the device of the blocks.
+        step: Rows whose updated and seen steps are both at most this are left out.
+        marks: uint8, one for each row; written: 1 for a listed row, else 0.
+        ids: int64, at least as long as the list; written, in no particular order.
+        members: The member table of each id, int64, as long as ``ids``; written.
+        count: int64 ``[1]``, zeroed; becomes the number of listed ids.
     """
     torch.ops.recis.blocks_list_touched(*blocks, slots, step, marks, ids, members, count)
 
@@ -160,12 +187,12 @@ def list_touched(
 def export(
     blocks: Blocks, rows: Tensor, offsets: Sequence[int], parts: Sequence[Tensor], meta: Sequence[Tensor]
 ) -> None:
-    """Copy all that is wanted of records into columns in one pass, in the calling thread; on the CPU alone.
+    """Copy parts and metadata of records into columns in one pass, in the calling thread; on the CPU only.
 
     Args:
         blocks: Read.
         rows: int64 ``[n]``.
-        offsets: For each part, the bytes from the record's start.
+        offsets: For each part, its offset in the record in bytes.
         parts: For each part, ``[n, width]`` of its dtype, contiguous; written.
         meta: Updated step, seen step and frequency, int64 ``[n]`` each, contiguous; written.
     """

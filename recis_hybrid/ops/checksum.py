@@ -11,11 +11,11 @@ nothing_returned("crc32_pages")
 
 
 def crc32_pages(data: Tensor, page_bytes: int) -> Tensor:
-    """Return the CRC-32, as zlib has it, of each page of a buffer, the last one shorter; in the calling thread alone.
+    """Return the CRC-32 (as in zlib) of each page of a buffer; runs in the calling thread.
 
     Args:
         data: uint8 ``[n]``, contiguous, on the CPU.
-        page_bytes: Bytes of a page.
+        page_bytes: Bytes of a page; the last page may be shorter.
 
     Returns:
         int64 ``[ceil(n / page_bytes)]``, 0 to 2^32 - 1.

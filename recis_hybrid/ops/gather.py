@@ -1,7 +1,7 @@
-"""Operators from rows to one vector a bag, and from gradients of those back to rows.
+"""Operators that combine rows to a vector for each bag, and group the gradients of vectors by row.
 
 Shapes: F features, N positions (ids of a call, features end to end), V vectors of a feature, U distinct rows (known
-only to the device: buffers are [N], ``count`` holds U), D dim.
+only to the device: buffers are ``[N]``, and ``count`` holds U), D dim.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ nothing_returned("gather_bags", "group_rows", "insert_grouped", "distinct_ids", 
 
 SUM, MEAN, SQRTN, MAX = range(4)
 SOURCE_SHIFT = 40
-"""A source's feature stands in the bits from here up, its vector below."""
+"""Position of the first bit of a source's feature number; the bits below hold its vector."""
 
 
 class Bags(NamedTuple):
-    """How the ids of all features become vectors, as flat lists: one element a feature."""
+    """The bags of ids that become vectors, as lists with one element for each feature."""
 
     lengths: list[int]
-    """Ids."""
+    """Numbers of ids."""
     vectors: list[int]
-    """V: bags, or bags times tile."""
+    """Numbers of vectors, V: the bags, or bags times tile."""
     offsets: list[Tensor]
-    """int64 ``[bags + 1]`` into the feature's ids, or an empty tensor: one id a bag. The list is empty if all are."""
+    """int64 ``[bags + 1]`` into the ids of the feature; empty tensors, or an empty list, stand for bags of one id."""
     weights: list[Tensor]
-    """float32 ``[ids]``, or an empty tensor: all weights are 1. The list is empty if all are."""
+    """float32 ``[ids]``; empty tensors, or an empty list, stand for weights of 1."""
     combiners: list[int]
     """SUM, MEAN, SQRTN or MAX."""
     tiles: list[int]
-    """0, or k: a bag gives k vectors, the v-th of its v-th id, and has at most k ids."""
+    """0; or k for bags of at most k ids that give k vectors, one for each id."""
 
     @staticmethod
     def single(lengths: list[int]) -> Bags:
@@ -47,24 +47,27 @@ class Bags(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether each id gives one vector, which is its row's embedding."""
+        """True if each id gives one vector, the embedding of its row."""
         return not self.offsets and not self.weights
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Positions grouped by row: row ``unique[u]`` takes the sources ``offsets[u]`` to ``offsets[u + 1]``, in order."""
+    """Positions grouped by row.
+
+    Row ``unique[u]`` has the sources ``offsets[u]`` to ``offsets[u + 1]``, in input order.
+    """
 
     count: Tensor
     """int64 ``[1]``: U."""
     unique: Tensor
-    """int64 ``[N]``: distinct rows, U of them, in an order that depends on the input alone."""
+    """int64 ``[N]``: U distinct rows, in an order that depends only on the input."""
     offsets: Tensor
     """int64 ``[N + 1]``."""
     sources: Tensor
-    """int64 ``[N]``: feature (bits 40 and up) and vector."""
+    """int64 ``[N]``: the feature (bits 40 and up) and vector of each position."""
     scales: Tensor | None
-    """float32 ``[N]``: a source's share of its vector's gradient; None where all are 1."""
+    """float32 ``[N]``: factor of each source for the gradient of its vector; None if all are 1."""
 
 
 def gather_bags(
@@ -84,16 +87,17 @@ def gather_bags(
 
     Args:
         blocks: Read.
-        element: Of the embedding, a value of ``blocks.ELEMENTS``.
+        element: Element type of the embedding, a value of ``blocks.ELEMENTS``.
         dim: D.
-        rows: int64 ``[N]``; -1 stands for an id without a row, which counts with its first value, or as zeros.
-        bags: How ids become vectors.
-        ids: For each feature, int64 ``[n_f]``; an empty list where no id is without a row.
-        members: For each feature, the number of its member table; -1: ids without a row count as zeros.
-        initializers: int64 ``[M, 5]``: first values, by member table.
-        out: float32, one buffer for all features; written. An empty bag gives zeros.
-        starts: For each feature, where in ``out`` its ``[V, D]`` begin.
-        winners: int32, as ``out``: where a feature's combiner is MAX, which id of the bag each element is of; or None.
+        rows: int64 ``[N]``; -1 for an id without a row, which counts with its first value, or as zeros.
+        bags: The bags.
+        ids: For each feature, int64 ``[n_f]``; an empty list if every id has a row.
+        members: For each feature, the number of its member table; -1 if ids without a row count as zeros.
+        initializers: int64 ``[M, 5]``: initializer of each member table.
+        out: float32, one buffer for all features; written. Empty bags give zeros.
+        starts: For each feature, the position of its ``[V, D]`` in ``out``.
+        winners: int32, of the shape of ``out``; written for combiner MAX: the id of the bag that each element came
+            from. May be None.
     """
     torch.ops.recis.gather_bags(*blocks, element, dim, rows, *bags, ids, members, initializers, out, starts, winners)
 
@@ -102,14 +106,14 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
     """Group the positions of a lookup by row, keeping their order within a row.
 
     Args:
-        rows: int64 ``[N]``, each below row_bound; where it is below 0, the position belongs to no group.
-        members: For each feature, the number of its member table: two of them have no row in common.
+        rows: int64 ``[N]``, each below ``row_bound``; positions with rows below 0 belong to no group.
+        members: For each feature, the number of its member table; two member tables have no row in common.
         row_bound: Greater than every row.
-        bags: How ids became vectors. Every position lies in a bag. Where a combiner is MAX, and for vectors of single
-            ids, offsets must be empty: the gradient is one a position.
+        bags: The bags; every position lies in one. For combiner MAX and for vectors of single ids offsets must be
+            empty, as there is a gradient for each position.
 
     Returns:
-        The groups, on the device of ``rows``, without waiting for it.
+        The groups, on the device of ``rows``; does not wait for it.
     """
     groups = _room(rows.numel(), bags, rows.device)
     torch.ops.recis.group_rows(rows, members, row_bound, *bags, *_parts(groups))
@@ -134,31 +138,31 @@ def insert_grouped(
     out: Tensor | None = None,
     starts: Sequence[int] = (),
 ) -> tuple[Tensor, RowGroups]:
-    """Find each id or give it a row with its first values, and groups the positions by row: a training lookup.
+    """Find or insert each id and group the positions by row: a training lookup.
 
-    As ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows` one after another,
-    for a map and blocks on one device. On the CPU ids are grouped first, and only distinct ones are looked for.
+    Equivalent to ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows`, for a map
+    and blocks on one device. On the CPU ids are grouped first, so that each distinct id is looked up once.
 
     Args:
         slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
         counters: int64 ``[5]``, written.
-        free_rows: int64, rows to use again.
-        blocks: Written. Must have room for every row that may be made.
-        element: Of the embedding, a value of ``blocks.ELEMENTS``.
+        free_rows: int64: rows to reuse.
+        blocks: Written. Must have room for all new rows.
+        element: Element type of the embedding, a value of ``blocks.ELEMENTS``.
         dim: D.
-        initializers: int64 ``[M, 5]``: first values, by member table.
+        initializers: int64 ``[M, 5]``: initializer of each member table.
         state: First values of the optimizer state.
         ids: For each feature, int64 ``[n_f]``, contiguous.
         members: For each feature, the number of its member table.
-        row_bound: Greater than every row that may be made.
-        bags: How gradients belong to positions, as in :func:`group_rows`.
+        row_bound: Greater than every row, including new ones.
+        bags: The bags of the gradients, as in :func:`group_rows`.
         used: As in ``id_map.find``; empty on the CPU.
-        out: As in :func:`gather_bags`, which this does too then, while records are near; only for bags of one id each
-            without weights.
+        out: As in :func:`gather_bags`; if given, vectors are gathered in the same pass, while records are in cache.
+            Only for bags of one id without weights.
         starts: As in :func:`gather_bags`.
 
     Returns:
-        int64 ``[N]``, the row of each id; and the groups.
+        The row of each id, int64 ``[N]``, and the groups.
     """
     n = sum(bags.lengths)
     rows = torch.empty(n, dtype=torch.int64, device=slots.device)
@@ -189,32 +193,32 @@ def insert_grouped(
 
 
 class Distinct(NamedTuple):
-    """The distinct ids of a lookup, by (owner, kind); where the host does not know U, buffers are longer."""
+    """The distinct ids of a lookup, ordered by (owner, kind); buffers are longer if the host does not know U."""
 
     ids: Tensor
     """int64 ``[U]``."""
     counts: Tensor
-    """int64 ``[U]``: how many positions each has; zeros beyond."""
+    """int64 ``[U]``: number of positions of each id; zeros after them."""
     places: Tensor
-    """int64 ``[N]``: of each position, which of ``ids`` it is; -1 where there is no id."""
+    """int64 ``[N]``: index in ``ids`` for each position; -1 for positions without an id."""
     sizes: Tensor
-    """int64 ``[W, K]``: how many there are of each owner and kind; U together."""
+    """int64 ``[W, K]``: number of ids of each owner and kind; they sum up to U."""
     groups: RowGroups | None
-    """The positions grouped by id, ``unique`` the ids' numbers; None where they were not."""
+    """The positions grouped by id, with indices in ``ids`` as rows; None if they were not grouped."""
 
 
 def distinct_ids(
     ids: Sequence[Tensor], kinds: Sequence[int], owners: Sequence[int], ranks: int, bags: Bags
 ) -> Distinct:
-    """Find the distinct ids of a lookup, and which rank owns each; on the CPU.
+    """Return the distinct ids of a lookup and the ranks that own them; on the CPU.
 
     Args:
         ids: For each feature, int64 ``[n_f]``, contiguous.
-        kinds: For each feature, a number below K: equal ids of two kinds are two.
-        owners: For each of K kinds the rank that owns its ids, or -1: each id's bucket says (``id_map.bucket_of``),
-            of which every rank owns a contiguous range.
+        kinds: For each feature, its kind, a number below K; equal ids of different kinds are distinct.
+        owners: For each kind, the rank that owns all its ids, or -1 if ids belong to ranks by bucket
+            (``id_map.bucket_of``), of which each rank owns a contiguous range.
         ranks: W.
-        bags: How gradients belong to positions, as in :func:`group_rows`.
+        bags: The bags of the gradients, as in :func:`group_rows`.
     """
     n = sum(bags.lengths)
     groups = _room(n, bags, torch.device("cpu"))
@@ -231,7 +235,7 @@ def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
     # One allocation: sources, unique, offsets (n + 1), count.
     words = torch.empty(3 * n + 2, dtype=torch.int64, device=device)
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
-    # Counted: a compiled caller may have symbols for the numbers, and dynamo's ``in`` finds no symbol (torch 2.13).
+    # count(), not ``in``: a compiled caller may pass symbols, which dynamo's ``in`` does not find (torch 2.13).
     scaled = bool(bags.weights) or bags.combiners.count(MEAN) > 0 or bags.combiners.count(SQRTN) > 0
     scales = torch.empty(n, dtype=torch.float32, device=device) if scaled else None
     return RowGroups(count, unique, offsets, sources, scales)
@@ -242,11 +246,11 @@ def _parts(groups: RowGroups) -> tuple[Tensor | None, ...]:
 
 
 def spread_max(offsets: Tensor, winners: Tensor, gradient: Tensor, out: Tensor) -> None:
-    """Give every id of a bag the bag's gradient where it won, and zero elsewhere.
+    """Write the gradient of each id of max-pooled bags: that of the bag where the id was the maximum, else zero.
 
     Args:
-        offsets: int64 ``[B + 1]``, or an empty tensor: one id a bag.
-        winners: int32 ``[B, D]``, as :func:`gather_bags` left them.
+        offsets: int64 ``[B + 1]``, or an empty tensor for bags of one id.
+        winners: int32 ``[B, D]``, from :func:`gather_bags`.
         gradient: float32 ``[B, D]`` with contiguous rows.
         out: float32 ``[n, D]``, written.
     """

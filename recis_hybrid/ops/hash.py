@@ -1,11 +1,11 @@
-"""Operators that turn strings and ids into well-spread 64-bit ids.
+"""Operators that hash strings and ids to 64-bit ids.
 
-Shapes: T bytes in all, B strings. A hash is an unsigned number of 64 bits; it comes as the int64 of the same bits.
+Shapes: T bytes in all, B strings. A hash is an unsigned 64-bit integer, returned as the int64 with the same bits.
 
 References:
     FarmHash, Geoff Pike, 2014 (Fingerprint64). MurmurHash2, Austin Appleby, 2008 (MurmurHash64A, here with seed 0).
-    xxHash, Yann Collet, 2012 (XXH64, here with seed 0). djb2 by Dan Bernstein and sdbm by Ozan Yigit, both with a state
-    of 64 bits.
+    xxHash, Yann Collet, 2012 (XXH64, here with seed 0). djb2 by Dan Bernstein and sdbm by Ozan Yigit, both with a
+    64-bit state.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 HashKind: TypeAlias = Literal["farm", "murmur", "xxh64", "djb2", "sdbm"]
 """``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0; ``"xxh64"``: XXH64 with seed 0;
-``"djb2"`` and ``"sdbm"``: byte by byte, weak, for several hashes of one string."""
+``"djb2"`` and ``"sdbm"``: byte by byte, weak, meant for several hashes of one string."""
 
 HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1, "xxh64": 2, "djb2": 3, "sdbm": 4}
-"""The kinds of hash and the numbers by which native code knows them."""
+"""The kinds of hashes, and their numbers in native code."""
 
 
 def _fake_hash_bytes(values: Tensor, offsets: Tensor, kind: int) -> Tensor:
@@ -36,7 +36,7 @@ torch.library.register_fake("recis::hash_ids", _fake_hash_ids)
 
 
 def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tensor:
-    """Hashes each string of a column.
+    """Return the hash of each string of a column.
 
     Args:
         values: uint8 ``[T]``: the bytes of all strings.
@@ -44,13 +44,13 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
         kind: One of ``HASH_KINDS``.
 
     Returns:
-        int64 ``[B]``, the same on every device and machine.
+        int64 ``[B]``, identical on all devices and machines.
 
     Raises:
-        TypeError: If a dtype is another one.
-        ValueError: If a shape, the devices or the kind are not as above.
-        RuntimeError: If offsets decrease or point outside the values. On a GPU, whose kernels cannot report it without
-            making the host wait, such offsets stop the program as an index out of bounds does.
+        TypeError: If a dtype differs.
+        ValueError: If a shape, a device or the kind differs.
+        RuntimeError: If offsets decrease or point outside the values. On a GPU this is a device-side assertion, like an
+            index out of bounds.
 
     Example:
         >>> hash_bytes(torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([0, 3])).tolist()
@@ -59,19 +59,21 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
     if values.dtype != torch.uint8 or offsets.dtype != torch.int64:
         raise TypeError(
             f"hash_bytes: values must be uint8 and offsets int64, got {values.dtype} and {offsets.dtype}; "
-            f"a string is hashed as its bytes, an id by hash_ids"
+            f"pass strings as their bytes, and hash ids with hash_ids"
         )
     if values.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] == 0:
         raise ValueError(
             f"hash_bytes: values must be [T] and offsets [B + 1], got {list(values.shape)} and {list(offsets.shape)}"
         )
     if values.device != offsets.device:
-        raise ValueError(f"hash_bytes: values and offsets must lie together, got {values.device} and {offsets.device}")
+        raise ValueError(
+            f"hash_bytes: values and offsets must be on one device, got {values.device} and {offsets.device}"
+        )
     return torch.ops.recis.hash_bytes(values.contiguous(), offsets.contiguous(), _number("hash_bytes", kind))  # type: ignore[no-any-return]
 
 
 def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
-    """Hashes each id as the string of its eight bytes, the lowest first.
+    """Return the hash of each id, taken as a string of its eight bytes in little-endian order.
 
     Args:
         ids: int64, any shape.
@@ -82,7 +84,7 @@ def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
 
     Raises:
         TypeError: If ``ids`` is not int64.
-        ValueError: If the kind is another one.
+        ValueError: If there is no such kind.
 
     Example:
         >>> as_bytes = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.uint8)

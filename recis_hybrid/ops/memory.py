@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Below this a plain allocation comes from the heap without page faults and fits a huge page badly.
+# Smaller tensors come from the heap without page faults, and would waste most of a huge page.
 _HUGE_FROM = 1 << 20
 
 
@@ -18,9 +18,9 @@ def _huge_empty(size: int) -> Tensor:
 
 
 def empty_bytes(size: int, device: torch.device) -> Tensor:
-    """Return an uninitialised uint8 tensor of ``size`` bytes, 64-byte aligned.
+    """Return an uninitialized uint8 tensor of ``size`` bytes, 64-byte aligned.
 
-    Large host tensors lie on huge pages, and their memory is kept for the next request when they die.
+    Large host tensors lie on huge pages, and their memory is reused after they are freed.
     """
     if device.type == "cpu" and size >= _HUGE_FROM:
         return torch.ops.recis.huge_empty(size)  # type: ignore[no-any-return]
@@ -28,5 +28,5 @@ def empty_bytes(size: int, device: torch.device) -> Tensor:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor in memory of :func:`empty_bytes`."""
+    """Return an uninitialized tensor in memory from :func:`empty_bytes`."""
     return empty_bytes(math.prod(shape) * dtype.itemsize, device).view(dtype).view(shape)

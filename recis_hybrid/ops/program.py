@@ -1,7 +1,7 @@
 """The operator that runs a program of element-wise operations over many columns in one call.
 
-It is the machine under :class:`recis_hybrid.features.FeatureEngine`, which makes the programs; nobody writes them by
-hand, and what a program says is not checked: one that is wrong reads and writes where it should not.
+:class:`recis_hybrid.features.FeatureEngine` generates the programs. They are not checked: a wrong program reads and
+writes outside its tensors.
 
 References:
     Vectorised interpretation: Boncz, Zukowski, Nes: MonetDB/X100: Hyper-Pipelining Query Execution, CIDR 2005.
@@ -53,7 +53,7 @@ STEPS = (
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
 SCRATCH_TILES = 8
-"""How many intermediate results a part of a program can hold at a time."""
+"""The number of intermediate results that a part of a program can hold at a time."""
 
 DTYPES = {torch.int32: 3, torch.int64: 4, torch.float32: 6, torch.float64: 7}
 """The dtypes of results, and their numbers in native code."""
@@ -88,7 +88,7 @@ torch.library.register_fake("recis::vocabulary_slots", _fake_vocabulary_slots)
 
 
 def divisor_words(divisor: int) -> tuple[int, int, int]:
-    """Return the parameters by which native code takes remainders without dividing, as int64.
+    """Return the parameters, as int64, with which native code computes remainders without division.
 
     Args:
         divisor: 1 to 2^64 - 1.
@@ -103,7 +103,7 @@ def divisor_words(divisor: int) -> tuple[int, int, int]:
 
 
 def as_int64(word: int) -> int:
-    """Return the int64 with the bits of an unsigned number below 2^64."""
+    """Return the int64 with the bits of an unsigned integer below 2^64."""
     return word - 2**64 if word >= 2**63 else word
 
 
@@ -114,7 +114,7 @@ def vocabulary_slots(hashes: Tensor) -> Tensor:
         hashes: int64 ``[N]`` on the CPU, the hash of each entry.
 
     Returns:
-        int64 ``[S]``, S a power of two and at least 2 N: 1 + the entry's number, or 0 in a slot of none.
+        int64 ``[S]``, S a power of two and at least 2 N: 1 + the index of the entry, or 0 in an empty slot.
     """
     slots = 1 << max(1, (2 * hashes.numel()).bit_length())
     return torch.ops.recis.vocabulary_slots(hashes.contiguous(), slots)  # type: ignore[no-any-return]
@@ -135,19 +135,20 @@ def run(
     Args:
         inputs: Contiguous tensors on one device.
         code: int64 ``[K, 8]`` on that device: the instructions.
-        params: int64 ``[P]`` on that device: tables that instructions point to.
-        parts: Five numbers for each part: its first instruction, one past its last, the input of the part's length, 1
-            where that is one of offsets, else 0, and the input of offsets whose last number says how many rows are in
-            use, or -1 where all are. Rows after these refuse nothing.
-        like: For each result the input whose shape it has, or -1 - i for one less than the offsets ``inputs[i]``.
-        dtypes: For each result the number of its dtype, see ``DTYPES``.
-        labels: A line for each instruction, by which errors name it.
-        parallel: Whether torch's threads take part, on the CPU.
+        params: int64 ``[P]`` on that device: tables that instructions refer to.
+        parts: Five numbers for each part: its first instruction; one past its last; the input that has its length; 1 if
+            that input holds offsets, else 0; and an input of offsets whose last element is the number of rows in use,
+            or -1 if all are. Elements after these raise no errors.
+        like: For each result, the input that has its shape, or -1 - i for one element less than the offsets
+            ``inputs[i]``.
+        dtypes: For each result, the number of its dtype in ``DTYPES``.
+        labels: A line for each instruction, to name it in errors.
+        parallel: Whether to use torch's threads on the CPU.
 
     Returns:
-        The results. On CUDA one more follows, int64 ``[K]``: 1 + an element that instruction k has refused, or 0.
+        The results. On CUDA one more follows, int64 ``[K]``: for each instruction 1 + an element that it refused, or 0.
 
     Raises:
-        RuntimeError: On the CPU, if an instruction refuses an element (a string whose offsets are wrong, NaN).
+        RuntimeError: On the CPU, if an instruction refuses an element (NaN, or a string with wrong offsets).
     """
     return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, parallel)  # type: ignore[no-any-return]

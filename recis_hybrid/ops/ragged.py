@@ -1,11 +1,11 @@
-"""Operators that change how many values the rows of ragged columns have, many columns in one call.
+"""Operators that change the number of values in rows of ragged columns, many columns in one call.
 
-A column is ``values`` (the rows one after another) and ``offsets`` ``[B + 1]``; a plane is its values or its weights.
-Where the size of a result depends on data it is exact on the CPU. On CUDA, where the host would have to wait for it, a
-result comes with an upper bound instead (``exact=False``): zeros follow the values that the offsets reach.
+A column consists of ``values`` (the rows one after another) and ``offsets`` ``[B + 1]``; a plane is its values or its
+weights. Results whose size depends on data have their exact size on the CPU. On CUDA, where the host would have to wait
+for the size, they have an upper bound instead (``exact=False``), with zeros after the values that the offsets reach.
 
-Tensors are handed over in one list, and picked by numbers (``index``), -1 for one that is not there. ``labels`` holds a
-line for each column, by which errors name it; they are RuntimeErrors, and come on the CPU only.
+Tensors are passed in one list and referred to by number (``index``), -1 for none. ``labels`` holds a line for each
+column, to name it in errors, which are RuntimeErrors and are raised on the CPU only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 NO_BOUND = 2**63 - 1
-"""As many values as there are."""
+"""The maximum length of rows without a limit."""
 
 DROP_FIRST, PAD_FIRST, STRICT, FIXED = 1, 2, 4, 8
-"""Flags of ``resize``: drop the first values of a long row, fill before those of a short one, refuse long rows, and
-give a dense ``[B, most, ...]``."""
+"""Flags of ``resize``: drop the first values of long rows, pad short rows at the start, refuse long rows, and return a
+dense ``[B, most, ...]``."""
 
 
 def _fake_resize(
@@ -195,10 +195,11 @@ for _name, _fake in (
 
 
 def first_bad_offsets(offsets: Sequence[Tensor], totals: Sequence[int]) -> int:
-    """Return the number of the first offsets that are none, -1 if there are none such.
+    """Return the index of the first invalid offsets, -1 if all are valid.
 
     Args:
-        offsets: At least one, int64 ``[lists + 1]`` each, contiguous, on the CPU. They begin with 0, do not decrease.
-        totals: For each the number with which they end.
+        offsets: At least one tensor, int64 ``[lists + 1]``, contiguous, on the CPU. Valid ones begin with 0 and do not
+            decrease.
+        totals: For each, the number with which it must end.
     """
     return int(torch.ops.recis.first_bad_offsets(offsets, totals).item())

@@ -1,4 +1,4 @@
-"""Element-wise operators of features: from ids and numbers to small integers."""
+"""Element-wise operators on ids and numbers of features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MapKind: TypeAlias = Literal["log", "clip", "normalize", "fill"]
 ``"fill"``: first in place of NaN."""
 
 MAP_KINDS: dict[str, int] = {"log": 0, "clip": 1, "normalize": 2, "fill": 3}
-"""The kinds of maps and the numbers by which native code knows them."""
+"""The kinds of maps, and their numbers in native code."""
 
 
 def _fake_ids(ids: Tensor, *_: object) -> Tensor:
@@ -39,21 +39,21 @@ torch.library.register_fake("recis::cast_to_ids", _fake_cast)
 
 
 def mod_ids(ids: Tensor, modulus: int) -> Tensor:
-    """Return ``ids`` modulo ``modulus``, the 64 bits of an id read as an unsigned number.
+    """Return ``ids`` modulo ``modulus``, with ids read as unsigned 64-bit integers.
 
-    So a hash, which is unsigned, keeps its even spread, and the result is never negative. For ids below 0 it differs
-    from Python's and torch's ``%``: the id -1 counts as 2^64 - 1.
+    Hashes, which are unsigned, thus stay evenly distributed, and no result is negative. For ids below 0 it differs from
+    ``%`` in Python and torch: the id -1 counts as 2^64 - 1.
 
     Args:
         ids: int64, any shape.
         modulus: 1 to 2^64 - 1.
 
     Returns:
-        int64 of the shape of ``ids``, contiguous, each in ``[0, modulus)``, also as an unsigned number.
+        int64 of the shape of ``ids``, contiguous, each in ``[0, modulus)`` as an unsigned integer.
 
     Raises:
         TypeError: If ``ids`` is not int64.
-        ValueError: If the modulus is not in its range.
+        ValueError: If the modulus is out of range.
 
     Example:
         >>> mod_ids(torch.tensor([12, -1]), 10).tolist()
@@ -62,30 +62,30 @@ def mod_ids(ids: Tensor, modulus: int) -> Tensor:
     if ids.dtype != torch.int64:
         raise TypeError(f"mod_ids: ids must be int64, got {ids.dtype}; convert with .to(torch.int64)")
     if not 1 <= modulus < 2**64:
-        raise ValueError(f"mod_ids: the modulus must be 1 to {2**64 - 1}, got {modulus}")
+        raise ValueError(f"mod_ids: modulus must be from 1 to {2**64 - 1}, got {modulus}")
     return torch.ops.recis.mod_ids(ids.contiguous(), as_int64(modulus))  # type: ignore[no-any-return]
 
 
 def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_nan: bool = False) -> Tensor:
-    """Return between which boundaries each value lies.
+    """Return the bucket of each value.
 
     The bucket of v is the number of boundaries b with b <= v (``right=True``) or b < v (``right=False``), as in
-    :func:`torch.bucketize`. NaN goes to the last bucket, as there. Whether the boundaries are sorted is not checked,
-    which would make the host wait for a GPU; where they are not, the buckets mean nothing.
+    :func:`torch.bucketize`. NaN goes to the last bucket, as there. Boundaries must be sorted; this is not checked,
+    since the host would have to wait for a GPU.
 
     Args:
         values: int64, float32 or float64, any shape.
         boundaries: ``[K]`` of the dtype and on the device of ``values``, sorted.
-        right: Whether a value that equals a boundary goes to the bucket above it.
-        refuse_nan: Whether NaN is an error, on the CPU.
+        right: Whether a value equal to a boundary goes to the bucket above it.
+        refuse_nan: Whether NaN raises on the CPU.
 
     Returns:
         int64 of the shape of ``values``, contiguous, each in ``[0, K]``.
 
     Raises:
-        TypeError: If a dtype is another one.
+        TypeError: If a dtype differs.
         ValueError: If the boundaries have another number of dimensions or another device.
-        RuntimeError: If a value is NaN and that is refused.
+        RuntimeError: On the CPU, if a value is NaN and ``refuse_nan`` is True.
 
     Example:
         >>> bucketize(torch.tensor([0.5, 1.0, 7.0]), torch.tensor([1.0, 5.0])).tolist()
@@ -94,7 +94,7 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
     if values.dtype not in (torch.int64, torch.float32, torch.float64):
         raise TypeError(f"bucketize: values must be int64, float32 or float64, got {values.dtype}; convert with .to()")
     if boundaries.dtype != values.dtype:
-        raise TypeError(f"bucketize: boundaries must be {values.dtype} as the values are, got {boundaries.dtype}")
+        raise TypeError(f"bucketize: boundaries must be {values.dtype} like values, got {boundaries.dtype}")
     if boundaries.dim() != 1 or boundaries.device != values.device:
         raise ValueError(
             f"bucketize: boundaries must be [K] on {values.device}, got {list(boundaries.shape)} on {boundaries.device}"
@@ -107,8 +107,8 @@ def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Te
 
     Args:
         ids: int64, any shape.
-        multiplier: Of the ids.
-        prime: 1 to 2^63 - 1; what is left of a product below 0 is made positive by it.
+        multiplier: Factor of the ids.
+        prime: 1 to 2^63 - 1.
         buckets: 1 to 2^63 - 1.
 
     Returns:
@@ -116,7 +116,7 @@ def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Te
 
     Raises:
         TypeError: If ``ids`` is not int64.
-        ValueError: If a number is not in its range.
+        ValueError: If ``prime`` or ``buckets`` is out of range.
 
     Example:
         >>> multi_hash_ids(torch.tensor([1001, -1]), 3, 46997, 1000).tolist()
@@ -124,12 +124,12 @@ def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Te
     """
     _check_ids("multi_hash_ids", ids)
     if not (1 <= prime <= _MOST and 1 <= buckets <= _MOST):
-        raise ValueError(f"multi_hash_ids: prime and buckets must be 1 to {_MOST}, got {prime} and {buckets}")
+        raise ValueError(f"multi_hash_ids: prime and buckets must be from 1 to {_MOST}, got {prime} and {buckets}")
     return torch.ops.recis.multi_hash_ids(ids.contiguous(), multiplier, prime, buckets)  # type: ignore[no-any-return]
 
 
 def cross_ids(x: Tensor, y: Tensor) -> Tensor:
-    """Return the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x and then those of y.
+    """Return the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x, then those of y.
 
     Args:
         x: int64, any shape.
@@ -139,7 +139,7 @@ def cross_ids(x: Tensor, y: Tensor) -> Tensor:
         int64 of that shape, contiguous.
 
     Raises:
-        TypeError: If one is not int64.
+        TypeError: If one of them is not int64.
         ValueError: If shapes or devices differ.
 
     Example:
@@ -157,19 +157,19 @@ def cross_ids(x: Tensor, y: Tensor) -> Tensor:
 
 
 def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0) -> Tensor:
-    """Map each number to one of its dtype.
+    """Apply a map to each number.
 
     Args:
         values: float32 or float64, any shape.
-        kind: Which map, see ``MapKind``.
-        first: Its first number, rounded to the dtype of ``values``.
-        second: Its second number.
+        kind: The map, see ``MapKind``.
+        first: First parameter of the map, rounded to the dtype of ``values``.
+        second: Second parameter, rounded likewise.
 
     Returns:
-        The shape and dtype of ``values``, contiguous.
+        A contiguous tensor of the shape and dtype of ``values``.
 
     Raises:
-        TypeError: If the dtype is another one.
+        TypeError: If the dtype differs.
         ValueError: If there is no such kind.
         RuntimeError: On the CPU, if a value is NaN (other than for ``"fill"``) or has no logarithm.
 
@@ -185,7 +185,7 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
 
 
 def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
-    """Return the nearest integer within ``[least, most]``.
+    """Return the integers clipped to ``[least, most]``.
 
     Args:
         ids: int64, any shape.
@@ -207,7 +207,7 @@ def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
 
 
 def cast_to_ids(values: Tensor) -> Tensor:
-    """Return the numbers without their fractions, as int64.
+    """Return the numbers truncated towards zero, as int64.
 
     Args:
         values: float32 or float64, any shape.
@@ -216,8 +216,8 @@ def cast_to_ids(values: Tensor) -> Tensor:
         int64 of that shape, contiguous.
 
     Raises:
-        TypeError: If the dtype is another one.
-        RuntimeError: On the CPU, if a value is NaN or outside the range of int64 (0 on CUDA).
+        TypeError: If the dtype differs.
+        RuntimeError: On the CPU, if a value is NaN or out of the range of int64; on CUDA it becomes 0.
 
     Example:
         >>> cast_to_ids(torch.tensor([1.9, -1.9]))

@@ -1,4 +1,4 @@
-"""Operators on row gradients: ordered reduction, and the optimizers' updates.
+"""Operators on row gradients: ordered reduction, and the updates of optimizers.
 
 Shapes: F features, V vectors of a feature, U distinct rows, D dim.
 """
@@ -21,62 +21,65 @@ nothing_returned(
 
 
 class Table(NamedTuple):
-    """A table's records as an update sees them."""
+    """The records of a table, as arguments of an update."""
 
     blocks: Blocks
     """Written."""
     element: int
-    """Of the embedding, a value of ``blocks.ELEMENTS``."""
+    """Element type of the embedding, a value of ``blocks.ELEMENTS``."""
     state_element: int
-    """Of the optimizer state: float32's, or the embedding's."""
+    """Element type of the optimizer state: float32, or that of the embedding."""
     dim: int
     """D."""
     step: int
-    """Goes into the rows' metadata."""
+    """Step to write into the metadata of rows."""
     marks_seen: bool
     """Whether the update also writes ``seen_step`` and ``frequency``, for a lookup of the same rows."""
     seed: int
-    """Of stochastic rounding, 32 bits; one for each step."""
+    """32-bit seed of stochastic rounding, different for each step."""
 
 
 class Gradients(NamedTuple):
-    """The gradients of a lookup's vectors, and how they belong to rows."""
+    """The gradients of the vectors of a lookup, grouped by row."""
 
     values: Sequence[Tensor]
-    """For each feature, float32 ``[V, D]`` with contiguous rows (a stride of 0 between rows is fine)."""
+    """For each feature, float32 ``[V, D]`` with contiguous rows; the stride between rows may be 0."""
     groups: RowGroups
-    """Which rows take which of them."""
+    """The sources of the gradient of each row."""
     factor: Tensor | None = None
-    """float32 ``[1]`` that summed gradients are multiplied by, on the device of the rows; None for 1."""
+    """Factor of summed gradients, float32 ``[1]`` on the device of the rows; None for 1."""
 
 
 def reduce_rows(gradients: Gradients, out: Tensor) -> None:
     """Sum the gradients of each row, in input order, in chunks of 256 whose sums are added in order.
 
     Args:
-        gradients: What to sum.
+        gradients: The gradients to sum.
         out: float32 ``[N, D]``; the first U rows are written, in the order of ``groups.unique``.
     """
     torch.ops.recis.reduce_rows(*_parts(gradients), out)
 
 
 def sgd_update(table: Table, gradients: Gradients, *, lr: float) -> None:
-    """Reduces row gradients and does w -= lr g, in one pass."""
+    """Reduce row gradients and apply SGD, w -= lr g, in one pass."""
     torch.ops.recis.sgd_update(*_records(table), *_parts(gradients), lr)
 
 
 def momentum_update(table: Table, gradients: Gradients, *, buffer_offset: int, lr: float, momentum: float) -> None:
-    """Reduces row gradients and does b = momentum b + g, w -= lr b; ``buffer_offset`` is the byte offset of b."""
+    """Reduce row gradients and apply SGD with momentum: b = momentum b + g, w -= lr b.
+
+    ``buffer_offset`` is the offset of b in the record, in bytes.
+    """
     torch.ops.recis.momentum_update(*_records(table), *_parts(gradients), buffer_offset, lr, momentum)
 
 
 def adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: float, eps: float) -> None:
-    """Reduces row gradients and applies Adagrad, in one pass; ``sum_offset`` is the byte offset of ``sum``."""
+    """Reduce row gradients and apply Adagrad, in one pass; ``sum_offset`` is the offset of ``sum`` in bytes."""
     torch.ops.recis.adagrad_update(*_records(table), *_parts(gradients), sum_offset, lr, eps)
 
 
 def rowwise_adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: float, eps: float) -> None:
-    """As :func:`adagrad_update` with one float32 ``sum`` a row, of the mean of the squared gradient."""
+    """Like :func:`adagrad_update`, with one float32 ``sum`` for each row, of the mean squared gradient."""
     torch.ops.recis.rowwise_adagrad_update(*_records(table), *_parts(gradients), sum_offset, lr, eps)
 
 
@@ -92,9 +95,9 @@ def adam_update(
     decay: float,
     t: int,
 ) -> None:
-    """Reduces row gradients and applies Adam to rows that have one; weights are first multiplied by ``decay``.
+    """Reduce row gradients and apply Adam to the rows that have one; weights are first multiplied by ``decay``.
 
-    ``t`` counts from 1; ``eps`` is added to the root of the second moment before its bias is corrected.
+    ``t`` counts from 1; ``eps`` is added to the root of the second moment before its bias correction.
     """
     torch.ops.recis.adam_update(
         *_records(table), *_parts(gradients), exp_avg_offset, exp_avg_sq_offset, lr, *betas, eps, decay, t

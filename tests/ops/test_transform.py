@@ -141,7 +141,7 @@ def test_bucketize_refuses_bad_arguments() -> None:
     values, boundaries = torch.tensor([1.0]), torch.tensor([0.0])
     with pytest.raises(TypeError, match="int64, float32 or float64, got torch.float16"):
         ops.transform.bucketize(values.half(), boundaries.half())
-    with pytest.raises(TypeError, match="boundaries must be torch.float32 as the values are, got torch.float64"):
+    with pytest.raises(TypeError, match="boundaries must be torch.float32 like values, got torch.float64"):
         ops.transform.bucketize(values, boundaries.double())
     with pytest.raises(ValueError, match=r"\[K\] on cpu, got \[1, 1\] on cpu"):
         ops.transform.bucketize(values, boundaries.view(1, 1))

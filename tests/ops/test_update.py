@@ -25,7 +25,7 @@ def groups_of(rows: list[int], device: str = "cpu", bound: int | None = None) ->
 
 
 def singles(n: int) -> Bags:
-    return Bags([n], [n], [], [], [0], [0])
+    return Bags.single([n])
 
 
 def check_groups(rows: list[int], groups: RowGroups) -> None:

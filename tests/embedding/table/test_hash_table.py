@@ -416,9 +416,7 @@ def test_rows_far_beyond_32_bits_are_reached_by_offsets(row: int) -> None:
     ops.blocks.write(far, rows, 0, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     within = torch.tensor([row & ((1 << 20) - 1)])
     assert blocks.read(within, "embedding").tolist() == [[1.0, 2.0, 3.0, 4.0]]
-    groups = ops.gather.group_rows(
-        torch.tensor([row, row, -1]), [0], row + 1, ops.gather.Bags([3], [3], [], [], [0], [0])
-    )
+    groups = ops.gather.group_rows(torch.tensor([row, row, -1]), [0], row + 1, ops.gather.Bags.single([3]))
     assert (int(groups.count), int(groups.unique[0])) == (1, row)
     table = ops.update.Table(far, 0, 0, 4, 1, False, 0)
     ops.update.sgd_update(table, ops.update.Gradients([torch.ones(3, 4)], groups), lr=0.5)
