@@ -1,6 +1,6 @@
-"""Admission: which ids get a row.
+"""Admission: rules for which ids get a row.
 
-A policy is what a user writes into a config; a gate is its state within one table.
+An :class:`Admission` is part of a config; a :class:`Gate` is its state in one table.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from recis_hybrid.validation import check_integer
 
 
 class Gate(Protocol):
-    """What a policy keeps for one table, and how it decides."""
+    """The state of an admission rule in one table."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Bytes of its state."""
 
     def admitted(
         self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Note a training lookup and decides about it.
+        """Count a training lookup, and decide which of its ids get a row.
 
         Args:
             ids: For each feature, int64 ``[n_f]``.
@@ -36,69 +36,68 @@ class Gate(Protocol):
             used: As in ``ops.id_map.find``.
 
         Returns:
-            uint8 ``[N]``: 1 where an id has a row or is to get one.
+            uint8 ``[N]``: 1 for an id that has a row or gets one.
         """
 
     def confirm(self) -> None:
-        """Note that the ids which the last :meth:`admitted` let in have rows now; not called if inserting failed."""
+        """Confirm that the ids which the last :meth:`admitted` let in have rows; not called if inserting failed."""
 
     def forget(self, member: int, ids: Tensor) -> None:
-        """Forgets what it knows of ids (int64 ``[n]``): they were given rows without asking."""
+        """Drop the state of ids (int64 ``[n]``) that were inserted regardless of admission."""
 
     def clear(self, member: int | None) -> None:
-        """Forgets what it knows of the ids of a member table, or of all."""
+        """Drop the state of a member table's ids, or of all."""
 
     def state_dict(self, member: int) -> dict[str, Tensor]:
-        """Return what it knows of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
+        """Return the state of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
 
     def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Load the state that :meth:`state_dict` returned."""
 
 
 class Admission(Protocol):
-    """A rule that says which ids get a row; hashable, so that tables with equal rules can be one."""
+    """A rule for which ids get a row; hashable, so that tables with equal rules can be coalesced."""
 
     def gate(self, device: torch.device) -> Gate:
-        """Return a gate without a past."""
+        """Return a new gate for one table."""
 
 
 @dataclass(frozen=True)
 class MinFrequency:
-    """An id gets a row once it was looked up ``count`` times in training.
+    """Admits an id once it has been looked up ``count`` times in training.
 
-    The lookup in which an id reaches the count is the first to find it. Counts are exact; ids that have a row need none
-    and hold none. Until then an id counts with its first value, or as zeros, as the config's ``unknown`` says, and its
-    gradients go nowhere.
+    The lookup in which an id reaches the count inserts it. Counts are exact; ids that have a row are not counted. Until
+    then an id has its first value, or zeros, as the config's ``unknown`` says, and its gradients are dropped.
 
-    An id that never gets there keeps its count, 21 to 53 bytes. Eviction gives up rows and leaves counts alone, for it
-    is not noted when an id was last counted. ``memory()["admission"]`` says what counts hold, and
-    ``table.store.gate.clear(None)`` forgets all of a table's and gives their memory back: its ids are counted anew.
+    An id that never reaches the count keeps it, 21 to 53 bytes. Eviction removes rows but not counts, because it is not
+    stored when an id was last counted. ``memory()["admission"]`` reports the bytes of the counts, and
+    ``table.store.gate.clear(None)`` drops those of a table and frees their memory: its ids are then counted from zero.
 
     Example:
         >>> config = EmbeddingConfig(dim=2, admission=MinFrequency(3), unknown="zeros")
     """
 
     count: int
-    """Lookups, at least 1; an id that occurs twice in a batch is looked up twice."""
+    """Number of lookups, at least 1; an id that occurs twice in a batch counts twice."""
 
     def __post_init__(self) -> None:
         check_integer("MinFrequency", "count", self.count, low=1)
         if self.count >= MAX_ROWS:
-            raise ValueError(f"MinFrequency: count must be below 2**40, where counts end, got {self.count}")
+            raise ValueError(f"MinFrequency: count must be below 2**40, got {self.count}")
 
     def gate(self, device: torch.device) -> Gate:
-        """Return a gate that has counted nothing."""
+        """Return a gate without counts."""
         return FrequencyGate(self.count, device)
 
 
 class FrequencyGate:
-    """Exact counts of the ids that have no row: forgotten when they get one."""
+    """Exact counts of the ids that have no row; dropped when they get one."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._least = count
         self._counts = IdCounts(device)
-        self._let_in: Tensor | None = None
-        """Slots of the counts of those who were admitted last, and have no row yet; below 0: none."""
+        self._admitted_slots: Tensor | None = None
+        """Slots of the counts of ids that were admitted last and have no row yet; below 0: none."""
 
     @property
     def nbytes(self) -> int:
@@ -108,28 +107,28 @@ class FrequencyGate:
     def admitted(
         self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Count the ids that have no row, and admits those that have been counted often enough."""
+        """Count the ids that have no row, and admit those that reach the count."""
         counts = self._counts
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
         ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
-        # Whoever gets a row needs no count, but until it has the row, nothing else says how often it was met.
-        self._let_in = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
+        # The counts of admitted ids are dropped only when they have rows, in case inserting fails.
+        self._admitted_slots = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted
 
     def confirm(self) -> None:
         """Drop the counts of the ids that were admitted last."""
-        if self._let_in is not None:
-            self._counts.erase_slots(self._let_in)
-            self._let_in = None
+        if self._admitted_slots is not None:
+            self._counts.erase_slots(self._admitted_slots)
+            self._admitted_slots = None
 
     def forget(self, member: int, ids: Tensor) -> None:
-        """Forgets the counts of ids."""
+        """Drop the counts of ids."""
         if ids.numel() > 0:
             self._counts.erase_slots(self._counts.slots_of([ids], [member]))
 
     def clear(self, member: int | None) -> None:
-        """Forgets counts."""
+        """Drop the counts of a member table, or all."""
         if member is None:
             self._counts = IdCounts(self._counts.device)
             return
@@ -144,25 +143,25 @@ class FrequencyGate:
         return {"ids": ids, "count": entries.rows[mine][order]}
 
     def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:
-        """Take over counts of ids that it knows nothing of."""
+        """Load counts of ids that have none."""
         device = self._counts.device
         self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())
 
 
 def admitted_often(gate: Gate, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, counts: Tensor) -> Tensor:
-    """Asks a gate about ids that each stand for several: as if each were there as often as it counts.
+    """Ask a gate about ids with counts, as if each id occurred as often as its count.
 
     Args:
-        gate: Asked once.
+        gate: The gate; called once.
         ids: For each feature, int64 ``[n_f]``.
         members: For each feature, its member table's number.
         rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
         counts: int64 ``[N]``, at least 1 each.
 
     Returns:
-        uint8 ``[N]``: 1 where an id has a row or is to get one.
+        uint8 ``[N]``: 1 for an id that has a row or gets one.
     """
-    # One that has a row needs no counting, and most have.
+    # An id that has a row need not be counted, and most have one.
     counts = torch.where(rows < 0, counts, 1)
     each = counts.split([part.numel() for part in ids])
     often = [part.repeat_interleave(count) for part, count in zip(ids, each, strict=True)]

@@ -15,9 +15,9 @@ _INSTEAD = (
     "takes the engine's outputs"
 )
 _REASON = (
-    "embedding tables give new ids rows while they look them up, which no graph can record. torch.compile runs them "
+    "embedding tables insert new ids during a lookup, which no graph can record. torch.compile runs them "
     "between its graphs: leave out fullgraph=True, or compile the towers alone, as in "
-    f"model.tower = torch.compile(model.tower, fullgraph=True). In place of torch.export, {_INSTEAD}"
+    f"model.tower = torch.compile(model.tower, fullgraph=True). Instead of torch.export, {_INSTEAD}"
 )
 
 _methods: list[tuple[type, str]] = []
@@ -28,11 +28,11 @@ _preparing = threading.Lock()
 def outside_graphs(*names: str) -> Callable[[_C], _C]:
     """Mark methods of a class to run between torch.compile's graphs, and to be refused in a full graph.
 
-    Neither the methods nor what they call is ever traced. Tables change in place, and they decide by Python integers:
-    dynamo may replace these by symbols, which ``1 in [0, 1]`` then does not find (torch 2.13).
+    Neither the methods nor their callees are traced. Tables change in place, and branch on Python integers, which
+    Dynamo may replace by symbols, so that ``1 in [0, 1]`` fails (torch 2.13).
 
     Args:
-        *names: the methods, static methods and properties.
+        *names: The methods, static methods and properties.
     """
 
     def decorate(cls: _C) -> _C:
@@ -47,7 +47,7 @@ def outside_graphs(*names: str) -> Callable[[_C], _C]:
 def prepare() -> None:
     """Hide the methods of decorated classes from Dynamo; called before the first table can be compiled.
 
-    It loads torch's compiler, as any torch optimizer does; so it must not run when the package is imported.
+    It imports torch's compiler, as any torch optimizer does, so it must not run when the package is imported.
     """
     global _prepared
     with _preparing:
@@ -58,10 +58,10 @@ def prepare() -> None:
 def refuse_recording() -> None:
     """Refuse a lookup while torch.export or torch.jit.trace records it.
 
-    What they record would keep addresses of this process, and read them in another.
+    The recorded program would hold addresses of this process, and read them in another.
 
     Raises:
-        NotImplementedError: it is recorded.
+        NotImplementedError: If it is being recorded.
     """
     if torch.compiler.is_exporting():
         raise not_recorded("torch.export")
@@ -73,7 +73,7 @@ def not_recorded(by: str) -> NotImplementedError:
     """Return the error for exporting a program with tables.
 
     Args:
-        by: the function that would.
+        by: The recording function.
     """
     return NotImplementedError(
         f"{by} cannot record embedding tables, whose rows are in this process's memory; {_INSTEAD}"
@@ -84,7 +84,7 @@ def _hide() -> None:
     while _methods:
         cls, name = _methods.pop()
         method = vars(cls)[name]
-        # The methods are replaced, not wrapped: dynamo would trace a wrapper once for each object.
+        # The methods are replaced, not wrapped: Dynamo would trace a wrapper once for each object.
         if isinstance(method, staticmethod):
             setattr(cls, name, staticmethod(_hidden(method.__func__)))
         elif isinstance(method, property):

@@ -1,4 +1,4 @@
-"""EmbeddingConfig: what a user says of one feature's embedding."""
+"""EmbeddingConfig: the settings of one feature's embedding."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TABLE_SETTINGS = (
     "sharding",
     "expected_rows",
 )
-"""What features that share a table must agree on."""
+"""Settings that features of one table must agree on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
-    """How a feature's ids become vectors.
+    """Settings of a feature's embedding: its table, and how ids become vectors.
 
     Example:
         >>> EmbeddingConfig(dim=16, table="item", combiner="mean").combiner
@@ -43,47 +43,48 @@ class EmbeddingConfig:
     dim: int
     """Elements of a vector."""
     table: str | None = None
-    """Member table; features that name the same one share rows. None: a table of the feature's own name."""
+    """Name of the member table; features with the same one share rows. None: the feature's name."""
     dtype: torch.dtype = torch.float32
-    """In which embeddings are stored: float32, bfloat16 or float16. What comes out is float32 always."""
+    """Dtype in which embeddings are stored: float32, bfloat16 or float16. Outputs are always float32."""
     state_dtype: torch.dtype | None = None
-    """In which optimizer state is stored: float32 (None), or as the embedding."""
+    """Dtype in which optimizer state is stored: float32 (None), or as the embedding."""
     combiner: Literal["sum", "mean", "sqrtn", "max", "tile"] | None = "sum"
-    """How the vectors of a bag become one: their (weighted) sum; that over the sum of weights, or over the root of the
-    sum of their squares; the greatest of each element; ``tile``, the first ``max_length`` side by side; None, a vector
-    for each id. An empty bag gives zeros."""
+    """How the vectors of a bag are combined. ``sum``: their weighted sum; ``mean``: divided by the sum of weights;
+    ``sqrtn``: divided by the root of the sum of squared weights; ``max``: the maximum of each element; ``tile``: the
+    first ``max_length`` vectors concatenated; None: not combined, one vector for each id. An empty bag gives zeros."""
     max_length: int | None = None
-    """How many ids of a bag count, the first ones; None: all."""
+    """Number of ids of a bag that are used, from the first on; None: all."""
     weights: str | None = None
-    """Column with a weight for each id: in the shape of the ids, or beside a RaggedTensor of ids one of the same rows,
-    or ``[n]`` in the order of the ids; None: the weights that a RaggedTensor itself carries, if it does."""
+    """Column with a weight for each id, in the shape of the ids. For ids in a RaggedTensor: a RaggedTensor with the
+    same offsets, or ``[n]`` in the order of the ids. None: the weights of the RaggedTensor of ids, if it has any."""
     initializer: Initializer = field(default_factory=Normal)
     """First values of rows."""
     unknown: Literal["first_value", "zeros"] = "first_value"
-    """What stands for an id that has no row: in evaluation, and in training while it is not admitted."""
+    """Vector of an id without a row, in evaluation and in training before it is admitted: the first value that its row
+    would have, or zeros."""
     admission: Admission | None = None
-    """Which ids get a row; None: every one that training meets."""
+    """Rule for which ids get a row; None: every id that occurs in training."""
     trainable: bool = True
-    """False: the table is read-only. Nothing is inserted, no gradient is taken, and rows keep no optimizer state."""
+    """False makes the table read-only: nothing is inserted, it takes no gradients, and rows have no optimizer state."""
     optimizer_overrides: Mapping[str, float | tuple[float, float]] | None = None
     """Hyperparameters of the optimizer for this table alone, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
     """Where the table lives; None: on the engine's device."""
     sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
-    """On which ranks the table's rows lie, where there are several: ``row``, spread over all by the hash of their ids;
-    ``table``, all on one rank; ``column``, some elements of every row on each rank, at least 4; ``replicated``, all on
-    every rank, so that reading them asks no other; ``auto``, as :func:`recis_hybrid.embedding.sharding_of` estimates
-    from ``expected_rows``. The numbers are the same."""
+    """How rows are distributed over several ranks. ``row``: over all ranks by the hash of their ids; ``table``: all on
+    one rank; ``column``: some elements of every row, at least 4, on each rank; ``replicated``: all on every rank, so
+    that lookups need no exchange of rows; ``auto``: the fastest by :func:`recis_hybrid.embedding.sharding_of`, which
+    needs ``expected_rows``. Results are the same."""
     expected_rows: int | None = None
-    """About how many ids the table will have; for ``sharding="auto"`` alone."""
+    """Approximate number of ids; used by ``sharding="auto"`` only."""
     optional: bool = False
-    """Whether a batch may lack the feature's column; the output then lacks it too."""
+    """True if a batch may lack the feature's column; the output then lacks it too."""
 
     def __post_init__(self) -> None:
         self._refuse_types()
         check_choice("EmbeddingConfig", "combiner", self.combiner, COMBINERS)
         if self.table == "":
-            raise ValueError("EmbeddingConfig: table must not be an empty name; leave it out for one of its own")
+            raise ValueError("EmbeddingConfig: table must not be an empty name; leave it out to use the feature's name")
         if self.dtype not in ops.blocks.ELEMENTS:
             raise ValueError(f"EmbeddingConfig: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
         if self.state_dtype not in (None, torch.float32, self.dtype):
@@ -92,7 +93,7 @@ class EmbeddingConfig:
             )
         if self.combiner == "tile" and self.max_length is None:
             raise ValueError(
-                "EmbeddingConfig: the combiner 'tile' needs max_length, the number of vectors side by side"
+                "EmbeddingConfig: the combiner 'tile' needs max_length, the number of concatenated vectors"
             )
         if self.weights is not None and self.combiner in ("max", "tile", None):
             raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; leave them out")
@@ -125,5 +126,5 @@ class EmbeddingConfig:
 
     @property
     def width(self) -> int:
-        """Elements of what a bag gives (of what an id gives, where there is no combiner)."""
+        """Elements of the output of a bag, or of an id if there is no combiner."""
         return self.dim * (self.max_length or 1) if self.combiner == "tile" else self.dim

@@ -1,4 +1,4 @@
-"""Tables beside DistributedDataParallel, which averages the gradients of towers."""
+"""Use of tables together with DistributedDataParallel, which averages the gradients of towers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from recis_hybrid.validation import check_type
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
-    """Has DistributedDataParallel leave the tables within a model alone: they exchange gradients themselves.
+    """Make DistributedDataParallel ignore the tables of a model: they exchange gradients themselves.
 
-    Call it before the model is wrapped. A model of which only the towers are wrapped does not need it.
+    Call it before the model is wrapped. It is not needed if only the towers are wrapped.
 
     Args:
-        model: What is to be wrapped.
+        model: The model to wrap.
     """
     check_type("leave_out_of_ddp", "model", model, nn.Module, "a torch.nn.Module")
     anchors = [name for name, parameter in model.named_parameters() if isinstance(parameter, Anchor)]
-    anchors += [f"_orig_mod.{name}" for name in anchors]  # should torch.compile take the model before DDP does
+    anchors += [f"_orig_mod.{name}" for name in anchors]  # if torch.compile wraps the model before DDP
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, anchors)
 
 
@@ -30,19 +30,19 @@ def mean_over_samples(
     engine: EmbeddingEngine,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """Averages the towers' gradients over samples, where DistributedDataParallel averages them over ranks.
+    """Average the towers' gradients over samples, where DistributedDataParallel averages them over ranks.
 
-    The two agree where all ranks have equally many samples. Where they do not, the mean loss of all samples has this
-    gradient, and it is what tables built with ``reduce="mean"`` apply. A communication hook::
+    The two agree if all ranks have equally many samples. Otherwise this is the gradient of the mean loss over all
+    samples, and it is what tables built with ``reduce="mean"`` apply. A communication hook::
 
         ddp.register_comm_hook(engine, mean_over_samples)
 
     Args:
-        engine: Knows this rank's share of the samples of the last batch.
-        bucket: What DistributedDataParallel hands over.
+        engine: The engine, which has this rank's share of the samples of the last batch.
+        bucket: The gradients, from DistributedDataParallel.
 
     Raises:
-        ValueError: If the engine has no other ranks.
+        ValueError: If the engine is not shared with other ranks.
     """
     expected = "an EmbeddingEngine, as ddp.register_comm_hook(engine, mean_over_samples)"
     check_type("mean_over_samples", "engine", engine, EmbeddingEngine, expected)
@@ -50,7 +50,7 @@ def mean_over_samples(
     if group is None:
         raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")
     share = engine.share
-    # A mean over no samples is not a number, and does not count.
+    # A mean over no samples is NaN; replace it by zeros.
     shares = bucket.buffer().mul_(share) if share > 0 else bucket.buffer().zero_()
     work = dist.all_reduce(shares, group=group, async_op=True)
     assert work is not None

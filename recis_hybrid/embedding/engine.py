@@ -1,4 +1,4 @@
-"""EmbeddingEngine: a Batch in, vectors by feature out; gradients back into the tables."""
+"""EmbeddingEngine: vectors by feature from a Batch, and gradients back into the tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from recis_hybrid.validation import check_choice, check_flag, check_integer, che
 
 @dataclass(frozen=True)
 class EngineLookup:
-    """Which rows a batch met, and what the gradients need: one of each for each logical table."""
+    """The lookups of a batch, one for each logical table, as :meth:`EmbeddingEngine.apply_gradients` takes them."""
 
     lookups: tuple[Lookup | ShardedLookup, ...]
     outputs: tuple[Outputs, ...]
@@ -63,60 +63,60 @@ class EngineLookup:
 class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
-    Member tables that agree in width, dtypes, record layout, placement and rules are coalesced into one logical table:
-    one lookup, one gather and one update serve all of their features. In training mode (``train()``) an id that is met
-    for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing is changed, and an unknown
-    id counts with the first value it would have.
+    Member tables with the same width, dtypes, record layout, placement and rules are coalesced into one logical table:
+    one lookup, one gather and one update serve all of their features. In training mode (``train()``) an id that occurs
+    for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing changes, and an unknown id
+    has the first value that its row would have.
 
-    Backward leaves gradients at the tables, batch after batch, until an optimizer's ``step()`` uses them or a
-    ``zero_grad()`` forgets them; until then each batch's take memory. Where only a tower is to be trained, call the
-    engine under ``torch.no_grad()``, or give its configs ``trainable=False``.
+    Backward adds gradients to the tables, batch after batch, until an optimizer's ``step()`` uses them or a
+    ``zero_grad()`` drops them; until then they take memory. To train a tower alone, call the engine under
+    ``torch.no_grad()``, or set ``trainable=False`` in its configs.
 
-    Where torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
-    then join here, they share the tables (``docs/distributed.md``): each rank gives its own batch, rows lie where their
-    configs' ``sharding`` says, and a step is that of one process on all batches together. Building, lookups, an
-    optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are then for all ranks together, in the
-    same order.
+    If torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
+    then join here, they share the tables (``docs/distributed.md``): each rank passes its own batch, rows are
+    distributed as the configs' ``sharding`` says, and a step equals that of one process on all batches together.
+    Building the engine, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are
+    then collective: all ranks do them in the same order.
 
     Args:
-        configs: By feature name, the name of its column in the batch.
+        configs: By feature name, which is the name of its column in the batch.
         optimizer: The optimizer that trains the tables, which decides what state their rows keep: a class of
             ``recis_hybrid.optim``, as ``optim.Adam``, or one with hyperparameters, as ``optim.SGD.spec(momentum=0.9)``;
             :meth:`make_optimizer` makes it. None: rows keep embeddings alone, which is enough for lookups, evaluation
             and serving, and for optimizers without state, as ``optim.SGD(engine.parameters(), lr=0.1)``.
-        seed: Of the rows' first values, which depend on it, the table's name and the id alone, and of rounding.
-        device: Where the outputs are, and the tables whose config does not say.
-        coalesce: False gives every member table a HashTable of its own. The numbers are the same, bit for bit. Where
-            ``clip_grad_norm_`` clips, that rests on norms that are added up in float64 and rounded to float32: in one
-            step of some 10^8 they may round otherwise.
-        group: The ranks that share the tables; None: all; False: this process has tables of its own.
-        reduce: How the gradients that ranks have for a row become one. ``mean``: each rank's counts by its share of all
-            ranks' samples, which fits losses that are means over a rank's samples, and where all have equally many is
-            what DistributedDataParallel does with towers (else see :func:`mean_over_samples`). ``sum``: they are added.
-            ``id``: their sum over the number of ranks that have one for the row.
-        wire_dtype: In which rows and gradients travel between ranks; ids are 64 bits always. Each number is rounded to
-            it once: by at most 2^-8 of itself in bfloat16; in float16 by 2^-11, but by 2^-25 below 2^-14, and beyond
-            65,504 it becomes infinite.
-        deduplicate: False sends the id of every position, and not only distinct ones; the numbers are the same.
-        prefetch_depth: The most batches that :meth:`prefetch` sends ahead; 0: it does nothing. None: 2 where there is
-            or can be made a group for it, else 0; and a batch that then comes with other columns, which a model has
-            made, ends the prefetching in the place of an error.
+        seed: Seed of the rows' first values, which depend on it, the table's name and the id alone, and of stochastic
+            rounding.
+        device: Device of the outputs, and of tables without a ``placement``.
+        coalesce: False gives every member table a HashTable of its own. Results are bitwise the same, except that
+            ``clip_grad_norm_`` adds norms in float64 and rounds to float32, which may differ in one of some 10^8 steps.
+        group: The process group whose ranks share the tables; None: all ranks; False: this process alone.
+        reduce: How the gradients that ranks have for one row are combined. ``mean``: weighted by each rank's share of
+            all samples, for losses that are means over a rank's samples; if all ranks have equally many, this is what
+            DistributedDataParallel does with towers (otherwise see :func:`mean_over_samples`). ``sum``: added. ``id``:
+            added, and divided by the number of ranks that have a gradient for the row.
+        wire_dtype: Dtype in which rows and gradients are sent between ranks; ids are always 64 bits. Each number is
+            rounded once: with a relative error of at most 2^-8 in bfloat16; in float16 of 2^-11, or an absolute error
+            of 2^-25 below 2^-14, and numbers beyond 65,504 become infinite.
+        deduplicate: Send distinct ids only; False sends the id of every position. Results are the same.
+        prefetch_depth: Maximum number of batches that :meth:`prefetch` sends ahead; 0 disables it. None: 2 if there is
+            or can be a process group for it, otherwise 0; and a batch that differs from the prefetched one, because a
+            model has made its columns, disables prefetching instead of raising.
         staleness: 1 allows :meth:`prefetch_rows`.
-        prefetch_group: The ranks of ``group`` once more, in a process group for prefetching alone; None makes one,
-            where the group is all ranks.
-        rows_in_state_dict: What a model's ``state_dict`` has of the tables. None: a key that stands for them; loading
-            it into empty tables fails, as Saver is how rows are saved. ``embedding``: ids and embeddings. ``record``:
-            also optimizer state, metadata and what admission knows, so that with the optimizer's ``state_dict``
-            training goes on bitwise. Where ranks share the tables, ``state_dict`` then gathers the rows of all on
-            each, and is for all ranks together; any number of ranks can load it.
-        pass_through: Whether :meth:`forward` hands on the batch's other columns, too, as they are: those that are
-            neither ids nor weights of a feature.
+        prefetch_group: A second process group of the same ranks, for prefetching alone; None makes one, if ``group`` is
+            all ranks.
+        rows_in_state_dict: What a model's ``state_dict`` contains of the tables. None: a placeholder key; loading it
+            into empty tables fails, because rows are saved by Saver. ``embedding``: ids and embeddings. ``record``:
+            also optimizer state, metadata and the state of admission, so that with the optimizer's ``state_dict``
+            training resumes bitwise. If ranks share the tables, ``state_dict`` is then collective and has the rows of
+            all ranks; any number of ranks can load it.
+        pass_through: True if :meth:`forward` also returns the batch's other columns unchanged: those that are neither
+            ids nor weights of a feature.
 
     Raises:
         RuntimeError: If a launcher has started several processes and they cannot be joined.
-        TypeError: If a feature has no EmbeddingConfig, or a setting is of another kind.
-        ValueError: If there is no feature, features that share a table disagree about it, an initializer's values are
-            beyond the dtype, this rank is not in the group, or a setting is none of the choices.
+        TypeError: If a feature has no EmbeddingConfig, or a setting has another type.
+        ValueError: If there is no feature, features that share a table have different settings, an initializer's values
+            exceed the dtype, this rank is not in the group, or a setting is not one of its choices.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8), "user": EmbeddingConfig(dim=8)})
@@ -154,13 +154,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         check_choice("EmbeddingEngine", "staleness", staleness, (0, 1))
         self.configs = dict(configs)
         self.pass_through = pass_through
-        """Whether :meth:`forward` returns columns that no feature reads."""
+        """True if :meth:`forward` also returns columns that no feature reads."""
         self.device = device_of(device)
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
-        # By nobody's choice: it is an error once there are other ranks.
+        # Not chosen explicitly: an error once there are other ranks.
         alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
@@ -194,7 +194,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
         self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
-        """The most batches that :meth:`prefetch` sends ahead; 0 on one process."""
+        """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process."""
         self._prefetcher: Prefetcher | None = None
         if self._sharded is not None and self.prefetch_depth > 0:
             self._prefetcher = Prefetcher(
@@ -250,54 +250,55 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Look a batch up, differentiably.
+        """Look up a batch, differentiably.
 
         Args:
             batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
                 sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags. Also an array of numpy,
-                pandas, JAX or another library that speaks DLPack, or a list of numbers, of which none is written to,
-                and whose memory is shared where it can be. uint64 keeps its bits. While ``jax_enable_x64`` is off, JAX
-                has int32 ids alone. Columns of features that are optional may be missing.
+                pandas, JAX or another library with DLPack, or a list of numbers; none is written to, and memory is
+                shared where possible. uint64 keeps its bits. Without ``jax_enable_x64``, JAX has int32 ids only.
+                Columns of optional features may be missing.
 
         Raises:
-            ExchangeError: If another rank could not look its batch up, died, or is in another mode.
+            ExchangeError: If another rank could not look up its batch, died, or is in another mode.
 
         Returns:
             By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; for ids ``[B, L, K]``
             ``[B, L, dim]``; for a RaggedTensor of two levels ``[n, dim]``, a vector for each of the n inner lists of
-            all rows, which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. Where the
-            combiner is ``tile``, ``max_length * dim`` stands for ``dim``. Where it is None, each id has a vector:
-            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor. Nothing for an optional
-            feature that the batch lacks, and with ``pass_through`` the batch's other columns.
+            all rows, from which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. With the
+            combiner ``tile``, ``dim`` is ``max_length * dim``. Without a combiner, each id has a vector:
+            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor. Optional features that the
+            batch lacks are left out; with ``pass_through`` the batch's other columns are included.
         """
         results: dict[str, Tensor] = {}
-        for plan, (table, lookup, outputs) in zip(self.plans, self._found(batch), strict=True):
+        for plan, (table, lookup, outputs) in zip(self.plans, self._look_up(batch), strict=True):
             takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
             results.update(zip(plan.features, values, strict=True))
-        made = results if len(self.tables) == 1 else {name: results[name] for name in self.configs}
+        if len(self.tables) > 1:
+            results = {name: results[name] for name in self.configs}
         for name in self._optional:
             if name not in batch:
-                del made[name]
+                del results[name]
         if self.pass_through:
             read = {*self.configs, *(config.weights for config in self.configs.values())}
-            made.update({name: column for name, column in batch.items() if name not in read})  # type: ignore[misc]
-        return made
+            results.update({name: column for name, column in batch.items() if name not in read})  # type: ignore[misc]
+        return results
 
     @torch.no_grad()
     def lookup(self, batch: Batch) -> tuple[dict[str, Tensor], EngineLookup]:
-        """Look a batch up without autograd.
+        """Look up a batch without autograd.
 
         Returns:
-            The values as :meth:`forward` gives them, and what :meth:`apply_gradients` needs.
+            The values as :meth:`forward` returns them, and the lookup that :meth:`apply_gradients` needs.
         """
-        found = list(self._found(batch))
+        found = list(self._look_up(batch))
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
             results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
         _, lookups, outputs_of = zip(*found, strict=True)
-        there = [name for name in self.configs if name in batch or name not in self._optional]
-        return {name: results[name] for name in there}, EngineLookup(lookups, outputs_of)
+        present = [name for name in self.configs if name in batch or name not in self._optional]
+        return {name: results[name] for name in present}, EngineLookup(lookups, outputs_of)
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
@@ -305,15 +306,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
         Args:
             ctx: From :meth:`lookup` in training mode.
-            gradients: By feature, float32: of what :meth:`lookup` returned. Those of read-only tables are not needed,
-                nor those of optional features that the batch lacked.
+            gradients: By feature, float32, of the values that :meth:`lookup` returned. Those of read-only tables are
+                not needed, nor those of optional features that the batch lacked.
             optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
 
         Raises:
-            KeyError: If a feature's gradient is missing, or one is of no feature.
-            RuntimeError: If rows of the lookup have been cleared or moved since, or it was made in evaluation mode.
-            TypeError: If the optimizer is none of ``recis_hybrid.optim``.
-            ValueError: If it was built over other tables, or some of these; no row is changed.
+            KeyError: If a feature's gradient is missing, or a gradient belongs to no feature.
+            RuntimeError: If rows of the lookup have been removed or moved since, or it was made in evaluation mode.
+            TypeError: If the optimizer is not one of ``recis_hybrid.optim``.
+            ValueError: If the optimizer lacks one of the tables; no row is changed.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "update_table"):
             raise TypeError(
@@ -321,36 +322,36 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 f"got {describe_value(optimizer)}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
-        gradients = {**{name: self._nothing(name) for name in self._optional}, **gradients}
+        gradients = {**{name: self._empty_gradient(name) for name in self._optional}, **gradients}
         missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
         unknown = sorted(gradients.keys() - self.configs.keys())
         if unknown:
-            raise KeyError(f"apply_gradients: there are gradients of {unknown}, which are no features of this engine")
+            raise KeyError(f"apply_gradients: got gradients of {unknown}, which are not features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
-        # All of it is checked before the first row changes.
-        optimizer.check_tables([self._faces[number].anchor for number in trained])
+        # Everything is checked before the first row changes.
+        optimizer.check_tables([self._rank_tables[number].anchor for number in trained])
         ready = []
         for number in trained:
-            table, lookup = self._faces[number], ctx.lookups[number]
+            table, lookup = self._rank_tables[number], ctx.lookups[number]
             rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
             ready.append((table.anchor, table.gradients_of(lookup, rows)))
         for anchor, summed in ready:
             optimizer.update_table(anchor, summed)
 
-    def _nothing(self, name: str) -> Tensor:
+    def _empty_gradient(self, name: str) -> Tensor:
         """Return the gradient of a feature without vectors."""
         return torch.empty(0, self.configs[name].width, device=self.device)
 
     @property
-    def _faces(self) -> Sequence[Any]:
-        """The tables as lookups and gradients of this rank see them."""
+    def _rank_tables(self) -> Sequence[Any]:
+        """The tables for this rank's lookups and gradients: sharded ones if ranks share them."""
         return self.tables if self._sharded is None else self._sharded.tables
 
-    def _found(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
-        """Look a batch up in one table after another."""
+    def _look_up(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
+        """Yield the lookups of a batch, one table after another."""
         refuse_recording()
         if self._sharded is None:
             for table, reader in zip(self.tables, self._readers, strict=True):
@@ -360,111 +361,110 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 yield table, table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
             return
         grad = torch.is_grad_enabled()
-        for face, own in zip(self._sharded.tables, self._met(self._sharded, batch, grad), strict=True):
+        for face, own in zip(self._sharded.tables, self._look_up_sharded(self._sharded, batch, grad), strict=True):
             if grad and own.train:
                 face.watch(own)
             yield face, own, Outputs.of(own.request.bags.vectors, own.shapes, face, self.device)
 
-    def _met(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
-        """Look a batch up on all ranks, or take what was prefetched of it."""
-        ahead = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
-        if ahead is None:
+    def _look_up_sharded(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
+        """Look up a batch on all ranks, or take its prefetched lookups."""
+        prefetched = None if self._prefetcher is None else self._prefetcher.take(batch, train=self.training, grad=grad)
+        if prefetched is None:
             sharded.router.agree()
-            ahead = sharded.router.route(lambda: self._read(batch), train=self.training, grad=grad), None
-        routed, lookups = ahead
+            prefetched = sharded.router.route(lambda: self._read(batch), train=self.training, grad=grad), None
+        routed, lookups = prefetched
         self._samples = routed.samples
         return sharded.lookups(routed) if lookups is None else lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
-        """Return the ids of all features by table, and how many samples there are."""
+        """Return the requests to each table, and the number of samples."""
         requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
         return requests, samples_of(batch, self.configs)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that have the tables together; None where this process has them all."""
+        """The process group that shares the tables; None if this process has them alone."""
         return None if self._sharded is None else self._sharded.exchange.group
 
     @property
     def share(self) -> float:
-        """This rank's share of the samples that all ranks had in the last batch."""
+        """This rank's share of all ranks' samples in the last batch."""
         if self._sharded is None:
             return 1.0
         return self._samples[self._sharded.exchange.rank] / max(sum(self._samples), 1)
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes that this rank has sent to others, by what they were; all 0 on one process."""
-        ahead = Traffic() if self._prefetcher is None else self._prefetcher.exchange.traffic
-        return ahead if self._sharded is None else ahead + self._sharded.exchange.traffic
+        """Bytes that this rank has sent to others, by kind; all 0 on one process."""
+        prefetched = Traffic() if self._prefetcher is None else self._prefetcher.exchange.traffic
+        return prefetched if self._sharded is None else prefetched + self._sharded.exchange.traffic
 
-    def watch_exchange(self, watched: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Has every wait for other ranks, but for those of prefetching, happen within a context, which may time it.
+    def watch_exchange(self, context: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Run every wait for other ranks, except those of prefetching, within a context, for instance to time it.
 
         Args:
-            watched: Makes the context; nothing ends it.
+            context: Makes the context; without an argument, waits have none.
         """
         if self._sharded is not None:
-            self._sharded.exchange.watched = watched
+            self._sharded.exchange.wait_context = context
 
     def prefetch(self, batch: Batch) -> None:
-        """Begins to send the ids of a batch that comes later to where they are looked up, and returns at once.
+        """Start sending the ids of a later batch to the ranks that own them, and return at once.
 
-        The numbers are the same as without it. Batches have to come to the engine in the order of their prefetches, in
-        the same mode, all ranks alike. Where ``prefetch_depth`` is 0, and on one process, it does nothing.
+        Results are the same as without it. All ranks must pass batches to the engine in the order in which they were
+        prefetched, and in the same mode. With ``prefetch_depth=0``, and on one process, nothing is done.
 
         Args:
-            batch: As for :meth:`forward`, which is later given the same columns.
+            batch: As for :meth:`forward`, which is later called with the same columns.
 
         Raises:
-            RuntimeError: If ``prefetch_depth`` batches are on their way.
+            RuntimeError: If ``prefetch_depth`` batches are prefetched already.
         """
         if self._sharded is not None and self._prefetcher is not None:
             self._sharded.router.agree()
             self._prefetcher.send(batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled())
 
     def drop_prefetched(self) -> None:
-        """Wait for the batches that are on their way, and forgets them; all ranks call it together."""
+        """Wait for the prefetched batches, and drop them; collective."""
         if self._prefetcher is not None:
             self._prefetcher.drop()
 
     def prefetch_rows(self) -> None:
-        """Look up the first batch that is on its way, and begins to send its rows.
+        """Look up the first prefetched batch, and start sending its rows.
 
-        Called before ``optimizer.step()`` it hides that, too, and the batch is computed with rows that miss one update:
-        the numbers are others. It is allowed where the engine was built with ``staleness=1``; where nothing is
-        prefetched it does nothing.
+        Called before ``optimizer.step()``, it hides that exchange too, but the batch is computed with rows that miss
+        one update, which changes results. The engine must have ``staleness=1``; without a prefetcher nothing is done.
 
         Raises:
-            RuntimeError: If rows may not be stale, or no batch is on its way.
+            RuntimeError: If rows may not be stale, or no batch is prefetched.
         """
         if self._prefetcher is not None:
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Give up the rows that a rule names, in every table that is trained. Returns how many this process had.
+        """Erase the rows that a rule names, in every table that is trained, and return their number on this process.
 
         Args:
-            rule: Asked about each table.
+            rule: Applied to each table.
 
         Raises:
             RuntimeError: If gradients wait for rows of a table; none is changed.
-            TypeError: If it is no rule, or does not return a tensor of bool; none is changed.
-            ValueError: If that does not have as many elements as the table has rows; none is changed.
+            TypeError: If it is not a rule, or does not return a tensor of bool; none is changed.
+            ValueError: If the tensor does not have an element for each row; none is changed.
         """
         # The rule is applied to all tables before the first row is erased.
         evicted = [(table, table.evicted_by(rule)) for table in self.tables if not table.read_only]
         return sum(table.erase_evicted(rows) for table, rows in evicted)
 
     def compact(self) -> None:
-        """Move the rows of every table together and give memory back."""
+        """Move the rows of every table together, and free memory."""
         for table in self.tables:
             table.refuse_pending("compact")
         for table in self.tables:
             table.compact()
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes that each part of the tables holds, over all tables; see :meth:`HashTable.memory`."""
+        """Return the bytes of each part, summed over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
@@ -478,7 +478,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return self.describe()
 
     def __prepare_scriptable__(self) -> EmbeddingEngine:
-        """Refuses ``torch.jit.script``, of the engine and of a model that has one."""
+        """Refuse ``torch.jit.script``, of the engine and of a model that has one."""
         raise not_recorded("torch.jit.script")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
@@ -486,13 +486,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         if probe.device.type == "meta":
             raise RuntimeError(
-                "EmbeddingEngine: tables have no form on the meta device, and no sizes to be known before; move the "
+                "EmbeddingEngine: tables cannot be on the meta device, because they have no fixed size; move the "
                 "towers alone, as model.tower.to('meta')"
             )
         if probe.is_cpu and probe.is_shared():
             raise RuntimeError(
                 "EmbeddingEngine: tables cannot be shared with other processes by share_memory(); start ranks with "
-                "torchrun, which share tables by torch.distributed"
+                "torchrun, which share tables through torch.distributed"
             )
         if probe.device != self.device:
             raise RuntimeError(
@@ -539,11 +539,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Anchors mean nothing: neither is one that is there loaded, nor one that is not there missed.
+        # Anchors have no state: they are neither loaded nor reported as missing.
         rest = {key: value for key, value in state_dict.items() if not belongs_to_tables(key, prefix)}
-        missed: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missed, unexpected_keys, error_msgs)
-        missing_keys.extend(key for key in missed if not belongs_to_tables(key, prefix))
+        missing: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(key for key in missing if not belongs_to_tables(key, prefix))
         if not are_tables_apart():
             load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
 
@@ -563,6 +563,6 @@ def _check_configs(configs: object) -> None:
 
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a module that are not embedding tables: what to give to torch.optim."""
+    """Return the parameters of a module that are not embedding tables, for torch.optim."""
     check_type("dense_parameters", "module", module, nn.Module, "a torch.nn.Module")
     return [parameter for parameter in module.parameters() if not isinstance(parameter, Anchor)]

@@ -1,4 +1,4 @@
-"""Eviction: which rows are given up, and what is known of rows to decide it."""
+"""Eviction: rules for which rows to erase, and the metadata that they decide by."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class Rows:
     members: Tensor
     """Numbers of the member tables."""
     updated_step: Tensor
-    """The step that last updated the row; 0: none has."""
+    """Step that last updated the row; 0: none."""
     seen_step: Tensor
-    """The step whose training lookup last met the row; 0: none has."""
+    """Step of the last training lookup of the row; 0: none."""
     frequency: Tensor
-    """How often training lookups met the row."""
+    """Number of training lookups of the row."""
     step: int
-    """Steps that the table has done."""
+    """Steps done on the table."""
 
 
 class Eviction(Protocol):
-    """A rule that says which rows are given up."""
+    """A rule for which rows to erase."""
 
     def unwanted(self, rows: Rows) -> Tensor:
-        """Return bool ``[n]``: True for the rows to give up."""
+        """Return bool ``[n]``: True for the rows to erase."""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Gives up rows that no training lookup has met in the last ``steps`` steps.
+    """Erases rows without a training lookup in the last ``steps`` steps.
 
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2)})
@@ -46,11 +46,11 @@ class Unused:
     """
 
     steps: int
-    """Steps of the optimizer, at least 1."""
+    """Optimizer steps, at least 1."""
 
     def __post_init__(self) -> None:
         check_integer("Unused", "steps", self.steps, low=1)
 
     def unwanted(self, rows: Rows) -> Tensor:
-        """Return which rows were last met ``steps`` or more steps ago."""
+        """Return the rows whose last lookup was ``steps`` or more steps ago."""
         return rows.seen_step <= rows.step - self.steps

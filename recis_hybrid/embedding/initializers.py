@@ -1,7 +1,6 @@
 """First values of rows: functions of (seed, member table's name, id), drawn by Philox4x32-10.
 
-A growing table has no number of rows. Where a formula asks for how many numbers come in and go out (fan in, fan out), a
-row of D elements counts as D for both, unless an initializer is given others.
+A growing table has no fixed number of rows. Fan in and fan out are by default the D elements of a row.
 """
 
 from __future__ import annotations
@@ -17,36 +16,36 @@ import torch
 from recis_hybrid.validation import check_integer, check_number
 
 QUAD = 4
-"""Elements that are drawn together."""
+"""Elements drawn by one Philox call."""
 _FARTHEST = 5.7682
-"""No normal number that kernels draw is farther from the mean, in standard deviations: the root of 48 log 2."""
+"""Largest distance from the mean of a normal number that kernels draw, in standard deviations: √(48 ln 2)."""
 
 
 class Draw(NamedTuple):
-    """What kernels need to know: a kind, and up to four numbers."""
+    """A distribution as kernels take it: a kind, and up to four numbers."""
 
     kind: int
     """0 constant, 1 uniform, 2 normal, 3 truncated normal."""
     a: float
-    """The value, the low end or the mean."""
+    """The value, the lower bound or the mean."""
     b: float = 0.0
-    """The high end or the standard deviation."""
+    """The upper bound or the standard deviation."""
     low: float = 0.0
-    """Of a truncated normal."""
+    """Lower bound of a truncated normal, in standard deviations."""
     high: float = 0.0
-    """Of a truncated normal."""
+    """Upper bound of a truncated normal, in standard deviations."""
 
 
 class Initializer(Protocol):
     """A distribution of first values."""
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know for rows of ``dim`` elements."""
+        """Return the distribution for rows of ``dim`` elements, as kernels take it."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Every element starts as ``value``."""
+    """Constant ``value``."""
 
     value: float = 0.0
 
@@ -54,13 +53,13 @@ class Constant:
         _finite(self, self.value)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(0, self.value)
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Elements are uniform between low and high, which rounding may reach."""
+    """Uniform between ``low`` and ``high``; rounding may reach either."""
 
     low: float = -0.05
     high: float = 0.05
@@ -71,13 +70,13 @@ class Uniform:
             raise ValueError(f"Uniform: low must not exceed high, got low={self.low}, high={self.high}")
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(1, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Elements are normal with the given mean and standard deviation (Box and Muller's transform)."""
+    """Normal with a mean and a standard deviation, by the Box-Muller transform."""
 
     mean: float = 0.0
     std: float = 0.01
@@ -87,35 +86,35 @@ class Normal:
         _not_negative(self, "std", self.std)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(2, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Elements are normal, given that they lie in [low, high]: by the inverse of the cumulative distribution.
+    """Normal, truncated to [low, high], by the inverse of the cumulative distribution.
 
-    As ``torch.nn.init.trunc_normal_``, but the ends are given in standard deviations from the mean.
+    Like ``torch.nn.init.trunc_normal_``, but the bounds are in standard deviations from the mean.
     """
 
     mean: float = 0.0
     std: float = 0.01
     low: float = -2.0
-    """Standard deviations."""
+    """Lower bound, in standard deviations."""
     high: float = 2.0
-    """Standard deviations."""
+    """Upper bound, in standard deviations."""
 
     def __post_init__(self) -> None:
         _finite(self, self.mean, self.std, self.low, self.high)
         _not_negative(self, "std", self.std)
         if not -4 <= self.low < self.high <= 4:
             raise ValueError(
-                f"TruncatedNormal: the ends must be -4 <= low < high <= 4 standard deviations from the mean, "
+                f"TruncatedNormal: the bounds must be -4 <= low < high <= 4 standard deviations from the mean, "
                 f"got low={self.low}, high={self.high}"
             )
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(3, self.mean, self.std, self.low, self.high)
 
 
@@ -135,14 +134,14 @@ class XavierUniform:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         bound = math.sqrt(3.0) * _xavier(self.gain, self.fan_in, self.fan_out, dim)
         return Draw(1, -bound, bound)
 
 
 @dataclass(frozen=True)
 class XavierNormal:
-    """Normal with standard deviation gain √(2 / (fan in + fan out)); reference as of XavierUniform."""
+    """Normal with standard deviation gain √(2 / (fan in + fan out)); see :class:`XavierUniform`."""
 
     gain: float = 1.0
     fan_in: int | None = None
@@ -152,7 +151,7 @@ class XavierNormal:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(2, 0.0, _xavier(self.gain, self.fan_in, self.fan_out, dim))
 
 
@@ -171,14 +170,14 @@ class KaimingUniform:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         bound = self.gain * math.sqrt(3.0 / (self.fan_in or dim))
         return Draw(1, -bound, bound)
 
 
 @dataclass(frozen=True)
 class KaimingNormal:
-    """Normal with standard deviation gain / √(fan in); reference as of KaimingUniform."""
+    """Normal with standard deviation gain / √(fan in); see :class:`KaimingUniform`."""
 
     gain: float = math.sqrt(2.0)
     fan_in: int | None = None
@@ -187,7 +186,7 @@ class KaimingNormal:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Return what kernels need to know."""
+        """Return the distribution as kernels take it."""
         return Draw(2, 0.0, self.gain / math.sqrt(self.fan_in or dim))
 
 
@@ -201,11 +200,11 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
     """Return the five int64 of ``csrc/core/initializer.h`` for a member table.
 
     Args:
-        initializer: Of its rows.
+        initializer: Initializer of its rows.
         dim: Elements of a whole row.
-        seed: Of first values.
-        table: Its name.
-        first: Which of the elements is the first one here, a multiple of ``QUAD``.
+        seed: Seed of first values.
+        table: Name of the member table.
+        first: First element of the row that is drawn, a multiple of ``QUAD``.
     """
     kind, a, b, low, high = initializer.draw(dim)
     erf_low, erf_high = math.erf(low / math.sqrt(2.0)), math.erf(high / math.sqrt(2.0))
@@ -216,13 +215,13 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
 
 
 def refuse_unrepresentable(where: str, initializer: Initializer, dim: int, dtype: torch.dtype) -> None:
-    """Raise ValueError if first values, or what kernels compute on the way to them, may be infinite.
+    """Raise ValueError if first values, or their intermediate results in kernels, may be infinite.
 
     Args:
-        where: What has them, for the message.
-        initializer: Of its rows.
+        where: The feature or table, for the message.
+        initializer: Initializer of its rows.
         dim: Elements of a row.
-        dtype: In which they are stored.
+        dtype: Dtype in which they are stored.
     """
     kind, a, b, low, high = initializer.draw(dim)
     values, between = [a], [a]

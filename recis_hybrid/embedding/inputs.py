@@ -1,4 +1,4 @@
-"""From a Batch's columns to the ids that tables take.
+"""Reads ids from the columns of a Batch.
 
 Letters: B rows, L ids of a row's bag, or bags of a row with K ids each; n ids.
 """
@@ -34,22 +34,22 @@ class FeatureReader:
 
     @property
     def plain(self) -> bool:
-        """Whether a column ``[B]`` of int64 is taken as it is, one id a bag."""
+        """True if a column ``[B]`` of int64 can be used unchanged, one id a bag."""
         return self.config.weights is None and self.config.combiner != "tile"
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
-        """Return the ids, and the shape of what they give.
+        """Return the ids, and the shape of the feature's output.
 
         Args:
             batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; ``[B, L, K]``, L bags a row,
-                each of K ids; or a RaggedTensor, whose innermost lists are the bags. One that is optional and not there
-                has no ids and no bags.
-            device: Where the ids are wanted.
+                each of K ids; or a RaggedTensor, whose innermost lists are the bags. A missing optional column has no
+                ids and no bags.
+            device: Device of the ids.
 
         Raises:
-            KeyError: If the batch lacks the column, or that of the weights.
-            TypeError: If the column holds no integers, or the weights are no floating-point numbers.
-            ValueError: If they have other shapes.
+            KeyError: If the batch lacks the column, or the column of weights.
+            TypeError: If ids are not integers, or weights are not floating-point numbers.
+            ValueError: If shapes are wrong.
         """
         config = self.config
         column: Tensor | RaggedTensor = torch.empty(0, dtype=torch.int64, device=device)
@@ -68,12 +68,12 @@ class FeatureReader:
                 raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
             offsets = column.offsets.to(device=device).contiguous()
             if column.outer and column.outer[-1].is_cpu:
-                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # as values, lists may be more than there are
+                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # the tensor may be longer than the number of lists
             bags = offsets.numel() - 1
-            # What shortens lists on a GPU leaves more values than there are: the host does not know how many.
+            # Lists shortened on a GPU have more values than are valid; the host does not know how many are.
             if offsets.is_cpu or config.max_length is not None:
-                there = int(offsets[-1])
-                ids, weights = ids[:there], None if weights is None else weights[:there]
+                valid = int(offsets[-1])
+                ids, weights = ids[:valid], None if weights is None else weights[:valid]
             else:
                 used = offsets
         elif ids.dim() >= 1:
@@ -113,7 +113,7 @@ class FeatureReader:
     ) -> FeatureIds:
         kind, zeros = _KINDS[self.config.combiner], self.config.unknown == "zeros"
         if offsets is None and weights is None:
-            kind = ops.gather.SUM  # of one id each: all combiners agree
+            kind = ops.gather.SUM  # bags of one id: all combiners agree
         return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros, used)
 
     def _weights(self, batch: Batch, column: Tensor | RaggedTensor, device: torch.device) -> Tensor | None:
@@ -127,19 +127,19 @@ class FeatureReader:
                     f"some; drop them, or use 'sum', 'mean' or 'sqrtn'"
                 )
             return self._as_weights(column.weights, "weights", column.values, device)
-        given = self._column(batch, name)
+        weights = self._column(batch, name)
         ids = column.values if isinstance(column, RaggedTensor) else column
-        if not isinstance(given, RaggedTensor):
-            return self._as_weights(given, repr(name), ids, device)
-        self._refuse_other_rows(column, given, name)
-        return self._as_weights(given.values, repr(name), ids, device)
+        if not isinstance(weights, RaggedTensor):
+            return self._as_weights(weights, repr(name), ids, device)
+        self._refuse_other_rows(column, weights, name)
+        return self._as_weights(weights.values, repr(name), ids, device)
 
     def _refuse_other_rows(self, column: Tensor | RaggedTensor, weights: RaggedTensor, name: str) -> None:
-        """Raise ValueError for ragged weights whose rows are not those of the ids."""
+        """Raise ValueError for ragged weights whose offsets are not those of the ids."""
         if not isinstance(column, RaggedTensor):
             raise ValueError(
                 f"{self._where}: {name!r} is ragged and the ids are {list(column.shape)}; give the weights in the ids' "
-                f"shape, or the ids as a RaggedTensor, too"
+                f"shape, or the ids as a RaggedTensor too"
             )
         same = column.levels == weights.levels and all(map(_same_offsets, _levels(column), _levels(weights)))
         if not same:
@@ -176,12 +176,12 @@ class FeatureReader:
 
 
 def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Keep the first ``most`` ids of each bag; on CUDA it waits for the device, which alone knows how many stay."""
+    """Return the first ``most`` ids of each bag; on CUDA this waits for the device, for their number."""
     lengths = offsets.diff()
     place = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
-    kept = place < most
+    chosen = place < most
     starts = torch.cat([offsets[:1], lengths.clamp(max=most).cumsum(0)])
-    return ids[kept], None if weights is None else weights[kept], starts
+    return ids[chosen], None if weights is None else weights[chosen], starts
 
 
 def _row_differences(ids: RaggedTensor, weights: RaggedTensor) -> str:
@@ -202,9 +202,9 @@ def _levels(column: RaggedTensor) -> tuple[Tensor, ...]:
 def _same_offsets(ours: Tensor, theirs: Tensor) -> bool:
     if ours is theirs:
         return True
-    # Those on a GPU are not looked at: the host would have to wait for them.
-    looked_at = ours.is_cpu and theirs.is_cpu
-    return ours.shape == theirs.shape and (not looked_at or np.array_equal(ours.numpy(), theirs.numpy()))
+    # Offsets on a GPU are not compared: the host would have to wait for them.
+    compared = ours.is_cpu and theirs.is_cpu
+    return ours.shape == theirs.shape and (not compared or np.array_equal(ours.numpy(), theirs.numpy()))
 
 
 def _is_plain(column: Tensor | RaggedTensor, device: torch.device) -> TypeGuard[Tensor]:
@@ -234,9 +234,9 @@ class TableReader:
         self._plain = all(reader.plain for reader in readers)
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[Request, list[tuple[int, ...]]]:
-        """Return the ids of all features, and the shapes of what they give; see :class:`FeatureReader`."""
+        """Return the ids of all features, and the shapes of their outputs; see :class:`FeatureReader`."""
         if self._plain:
-            # The most common case by far, and a step of few ids is short: without detours.
+            # A fast path for the most common case, where a step of few ids is short.
             columns = [batch[name] for name in self._names if name in batch]
             bags = [column.numel() for column in columns if _is_plain(column, device)]
             if len(bags) == len(self._names):
@@ -248,7 +248,7 @@ class TableReader:
 
 
 def samples_of(batch: Batch, features: Iterable[str]) -> int:
-    """Return how many samples a batch has: the most rows that the column of a feature has."""
+    """Return the number of samples of a batch: the largest number of rows of a feature's column."""
     columns = [arrays.as_column("batch", batch[name]) for name in features if name in batch]
     sizes = [column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns]
     return max(sizes, default=0)

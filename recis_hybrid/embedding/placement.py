@@ -21,7 +21,7 @@ def device_of(device: torch.device | str, index: int | None = None) -> torch.dev
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the two halves of a table live; the engine's outputs are on the engine's device all the same.
+    """Devices of a table's IDMap and blocks; the engine's outputs are on the engine's device regardless.
 
     Example:
         >>> Placement(id_map="cpu", blocks="cpu").blocks
@@ -29,10 +29,10 @@ class Placement:
     """
 
     id_map: Literal["cpu", "cuda"]
-    """Where ids are looked up."""
+    """Device on which ids are looked up."""
     blocks: Literal["cpu", "cuda", "pinned"]
-    """Where records are kept: in host memory and worked on by the CPU, in GPU memory, or in pinned host memory that the
-    GPU reads and writes."""
+    """Memory of the records: host memory, processed by the CPU; GPU memory; or pinned host memory, read and written by
+    the GPU."""
 
     def __post_init__(self) -> None:
         if self.id_map not in ("cpu", "cuda"):

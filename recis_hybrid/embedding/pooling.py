@@ -1,4 +1,4 @@
-"""From a lookup to the outputs of its features, and back from their gradients to the table."""
+"""Pooling: the outputs of features from a lookup, and in backward the gradients for the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 from recis_hybrid.ops.gather import MAX
 
-_PART_FLOATS = 16  # 64 bytes: what JAX wants of a buffer that it is to share
+_PART_FLOATS = 16  # 64 bytes: the alignment that JAX needs to share a buffer
 
 
 class AnyLookup(Protocol):
@@ -29,7 +29,7 @@ class AnyLookup(Protocol):
 
 
 class AnyTable(Protocol):
-    """A HashTable, or a ShardedTable, which has part of its rows on other ranks. The lookups are of its own."""
+    """A HashTable or a ShardedTable; it takes its own lookups only."""
 
     layout: RecordLayout
     device: torch.device
@@ -42,27 +42,27 @@ class AnyTable(Protocol):
         """Write each feature's vectors."""
 
     def add_gradients(self, lookup: Any, gradients: Sequence[Tensor | None]) -> None:
-        """Keep gradients for the optimizer's step."""
+        """Add gradients for the optimizer's step."""
 
 
 @dataclass
 class Outputs:
-    """Where the outputs of a lookup lie: one buffer, each feature's part at a multiple of 64 bytes."""
+    """Layout of a lookup's outputs: one buffer, each feature's part at a multiple of 64 bytes."""
 
     shapes: list[tuple[int, ...]]
-    """For each feature, the shape of what it gives."""
+    """For each feature, the shape of its output."""
     starts: list[int]
-    """For each feature, where its part begins."""
+    """For each feature, the offset of its part."""
     total: int
     """Elements of the buffer."""
     device: torch.device
-    """Where the outputs are wanted."""
+    """Device of the outputs."""
     winners: Tensor | None = None
-    """int32, as the buffer: which id of a bag was the greatest; kept for the backward pass."""
+    """int32, shaped as the buffer: the id of each bag that had the maximum; for the backward pass."""
 
     @staticmethod
     def of(vectors: list[int], shapes: list[tuple[int, ...]], table: AnyTable, device: torch.device) -> Outputs:
-        """Lays the parts out."""
+        """Return the layout of features with so many vectors each."""
         dim = table.layout.dim
         sizes = [-(-count * dim // _PART_FLOATS) * _PART_FLOATS for count in vectors]
         total = sum(sizes)
@@ -70,17 +70,17 @@ class Outputs:
         return Outputs(shapes, starts, max(total, _PART_FLOATS), device)
 
     def room(self, table: AnyTable) -> Tensor:
-        """Return a buffer of its size, float32, on the table's device."""
+        """Return a float32 buffer of this layout, on the table's device."""
         return ops.memory.empty_bytes(4 * self.total, table.device).view(torch.float32)
 
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """Return each feature's part of a buffer, in its shape.
 
-        They are tensors of their own over its memory, not views of it: each may be changed in place under autograd.
+        They share its memory without being autograd views: each may be changed in place under autograd.
         """
         width = self.shapes[0][-1]
         if width % _PART_FLOATS == 0 and all(len(shape) == 2 and shape[1] == width for shape in self.shapes):
-            rows = [shape[0] for shape in self.shapes]  # no gaps: one call in place of many
+            rows = [shape[0] for shape in self.shapes]  # no gaps: one call instead of many
             parts = buffer[: sum(rows) * width].view(-1, width)
             return torch.unsafe_split_with_sizes(parts, rows)
         storage = buffer.untyped_storage()
@@ -100,14 +100,14 @@ def gather(table: AnyTable, lookup: AnyLookup, outputs: Outputs, *, keep_winners
 
 
 def differentiable(table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:
-    """As :func:`gather`; backward leaves the gradients at the table, for the optimizer's step to reduce once."""
+    """Return each feature's vectors; backward adds their gradients to the table, for the optimizer's step."""
     return _Gather.apply(table.anchor, table, lookup, outputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def spread(
     table: AnyTable, lookup: AnyLookup, outputs: Outputs, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return gradients as the table takes them: of vectors, or of positions where the greatest was taken."""
+    """Return gradients as the table takes them: of vectors, or of positions with the combiner ``max``."""
     dim, request = table.layout.dim, lookup.request
     if not request.bags.combiners.count(MAX) and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
         return list(gradients)
@@ -137,7 +137,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:
         ctx.table, ctx.lookup, ctx.outputs = table, lookup, outputs
-        ctx.set_materialize_grads(False)  # a feature that the loss does not use has no gradient, not one of zeros
+        ctx.set_materialize_grads(False)  # features that the loss does not use get None, not zeros
         return gather(table, lookup, outputs, keep_winners=True)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What sparse optimizers share: a torch.optim.Optimizer over tables' anchors."""
+"""SparseOptimizer: a torch.optim.Optimizer over the anchors of tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from recis_hybrid.validation import check_number, describe_value
 
 @outside_graphs("step", "zero_grad", "check_tables", "update_table")
 class SparseOptimizer(torch.optim.Optimizer):
-    """Updates the rows that have gradients; learning-rate schedulers work on it as on any torch optimizer.
+    """Base of the optimizers of rows; learning-rate schedulers work on it as on any torch optimizer.
 
-    ``step()`` reduces what backward has left at each table once, and updates each record in the same pass. Every table
-    does a step then, whether it has gradients or not, so that tables count alike however they are coalesced. Where no
-    state of the optimizer is loaded, it counts on from the steps that a table has done, which the moments in its rows
-    are of. A table whose config has hyperparameters of its own gets a parameter group of its own.
+    ``step()`` reduces the gradients that backward has left at each table once, and updates each record in the same
+    pass. Every table does a step, with or without gradients, so that steps do not depend on coalescing. Unless its
+    state is loaded, an optimizer continues from the steps that a table has done, which the moments in its rows belong
+    to. A table whose config has ``optimizer_overrides`` gets a parameter group of its own.
     """
 
     checkpoint_kind = "optimizer"
@@ -66,11 +66,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         return OptimizerSpec(cls, row_state, kept)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add tables, each with hyperparameters of its own as a group of its own.
+        """Add tables; those with ``optimizer_overrides`` become groups of their own.
 
         Raises:
             TypeError: If a parameter is not a table's anchor.
-            ValueError: If a hyperparameter is out of range, or the engine keeps other state than this optimizer needs.
+            ValueError: If a hyperparameter is out of range, or the rows lack the state that this optimizer needs.
         """
         for group in _split(type(self).__name__, param_group, self.defaults):
             merged = {**self.defaults, **group}
@@ -98,7 +98,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     @staticmethod
     @abstractmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
-        """Return what a row must keep under these hyperparameters."""
+        """Return the state that rows need under these hyperparameters."""
 
     @staticmethod
     def _spec_call(group: dict[str, Any]) -> str:
@@ -128,8 +128,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             The closure's loss, if there is a closure.
 
         Raises:
-            RuntimeError: If several ranks train together, and the tables were built by this one alone, or nothing is
-                known to keep their towers alike.
+            RuntimeError: If several ranks train together, but the tables were built by this one alone, or nothing
+                synchronises their towers.
         """
         self._refuse_unshared()
         loss = None
@@ -145,24 +145,24 @@ class SparseOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients that no step has used."""
+        """Drop the gradients that no step has used."""
         for group in self.param_groups:
             for anchor in group["params"]:
                 anchor.grad = None
 
     def checkpoint_state(self) -> PartState:
-        """Return hyperparameters and steps, by member table: what Saver writes."""
+        """Return hyperparameters and steps by member table, as Saver writes them."""
         return optimizer_state(self)
 
     def checkpoint_loader(self, saved: PartState) -> OptimizerLoader:
-        """Return what takes over a checkpoint, also of tables that were coalesced otherwise."""
+        """Return a loader for a checkpoint, also of tables that were coalesced differently."""
         return OptimizerLoader(self, saved)
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Take over what :meth:`checkpoint_state` gave.
+        """Load the state that :meth:`checkpoint_state` returned.
 
         Raises:
-            ValueError: If it is of other tables, or another optimizer; nothing is changed.
+            ValueError: If it belongs to other tables, or another optimizer; nothing is changed.
         """
         loader = OptimizerLoader(self, state)
         if loader.differences:
@@ -208,7 +208,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"{name}: the table {tables} was built before torch.distributed was initialised, so that each "
                         f"of {distributed.world_size()} ranks has one of its own; call init_process_group before the "
-                        f"EmbeddingEngine is built, or build it with group=False if that is meant"
+                        f"EmbeddingEngine is built, or build it with group=False if this is intended"
                     )
 
     def _step(self, anchor: Any, gradients: Gradients | None, group: dict[str, Any]) -> None:
@@ -227,12 +227,12 @@ def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
         raise TypeError(
             f"{owner}: params must be engine.parameters(), or a list of groups of them, got {describe_value(params)}"
         )
-    given = list(params)
-    return given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups = list(params)
+    return groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
 
 
 def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a parameter group as several: one more for each table with hyperparameters of its own."""
+    """Split a parameter group: one more for each table with ``optimizer_overrides``."""
     if "params" not in group:
         raise ValueError(
             f"{owner}: a group of parameters must have 'params', as engine.parameters(), got {sorted(group)}"

@@ -1,4 +1,4 @@
-"""What a sparse optimizer saves: by member table, so that tables may be coalesced otherwise when it is loaded."""
+"""The saved state of a sparse optimizer, by member table, so that tables may be coalesced differently when loading."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
 
 
 class OptimizerLoader:
-    """Takes over what :func:`optimizer_state` gave, all of it or nothing.
+    """Loads what :func:`optimizer_state` returned, all of it or nothing.
 
     Args:
-        optimizer: What to load into.
-        saved: What was saved.
+        optimizer: The optimizer to load into.
+        saved: The saved state.
 
     Raises:
-        ValueError: If it is not what an optimizer saves.
+        ValueError: If it is not the state of a sparse optimizer.
     """
 
     holds_rows = False
@@ -40,9 +40,9 @@ class OptimizerLoader:
         self._optimizer = optimizer
         self._groups, self._tables = _checked(saved.meta)
         self.differences: list[str] = []
-        """What keeps it from being loaded, a text each."""
+        """Reasons why the state cannot be loaded."""
         self.changes: list[str] = []
-        """What is loaded in another way than it was saved: nothing."""
+        """Always empty: nothing is loaded differently from how it was saved."""
         name, found = type(optimizer).__name__, saved.meta.get("class")
         if found != name:
             self.differences.append(f"optimizer: checkpoint {found}, live object {name}")
@@ -54,7 +54,7 @@ class OptimizerLoader:
             self._compare(sorted(_members(group) & self._tables.keys()))
 
     def _compare(self, members: list[str]) -> None:
-        """Look whether tables that share a group here had the same hyperparameters."""
+        """Check that tables that share a group here have the same saved hyperparameters."""
         for member in members[1:]:
             a, b = (self._groups[self._tables[name][0]] for name in (members[0], member))
             differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
@@ -65,16 +65,16 @@ class OptimizerLoader:
                 )
 
     def begin(self, rows: Mapping[str, int]) -> None:
-        """Nothing: there are no rows."""
+        """Do nothing: an optimizer has no rows of its own."""
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Nothing: there are no rows."""
+        """Do nothing: an optimizer has no rows of its own."""
 
     def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Nothing: there are no rows."""
+        """Do nothing: an optimizer has no rows of its own."""
 
     def end(self) -> None:
-        """Take over hyperparameters and steps."""
+        """Set hyperparameters and steps."""
         for group in self._optimizer.param_groups:
             for member in sorted(_members(group))[:1]:
                 for key, value in self._groups[self._tables[member][0]].items():
@@ -86,7 +86,7 @@ class OptimizerLoader:
                 self._optimizer.state[anchor]["step"] = steps
 
     def abandon(self) -> None:
-        """Nothing: nothing was changed."""
+        """Do nothing: nothing has been changed yet."""
 
 
 def _members(group: Mapping[str, Any]) -> set[str]:
@@ -98,7 +98,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, JSON]:
 
 
 def _checked(meta: Mapping[str, JSON]) -> tuple[list[dict[str, Any]], dict[str, tuple[int, int]]]:
-    """The groups; and by table the number of its group, and its steps."""
+    """Return the groups, and for each table the number of its group and its steps."""
     groups, tables = meta.get("groups"), meta.get("tables")
     if not isinstance(groups, list) or not isinstance(tables, dict):
         raise ValueError(f"a sparse optimizer must have groups and tables, it has {sorted(meta)}")

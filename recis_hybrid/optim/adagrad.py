@@ -25,7 +25,7 @@ class Adagrad(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is negative, or the engine keeps no ``sum``.
+        ValueError: If a hyperparameter is negative, or rows have no ``sum``.
 
     References:
         Duchi, Hazan, Singer: Adaptive subgradient methods for online learning and stochastic optimization. JMLR 2011.
@@ -36,7 +36,7 @@ class Adagrad(SparseOptimizer):
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
-        """Return what a row keeps: ``sum``, starting at ``initial_accumulator_value``."""
+        """Return the state of a row: ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("Adagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", first_value=initial_accumulator_value),)
 
@@ -56,11 +56,11 @@ class Adagrad(SparseOptimizer):
 
 
 class RowwiseAdagrad(SparseOptimizer):
-    r"""Adagrad with one sum a row, of the mean of the squared gradient: 4 bytes of state in place of 4 an element.
+    r"""Adagrad with one sum a row, of the mean of the squared gradient: 4 bytes of state instead of 4 an element.
 
     .. math:: s \leftarrow s + \frac{1}{D} \sum_d g_d^2,\; w \leftarrow w - \eta \frac{g}{\sqrt{s} + \epsilon}
 
-    The sum is float32 whatever the table's dtypes.
+    The sum is float32 regardless of the table's dtypes.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -69,11 +69,11 @@ class RowwiseAdagrad(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is negative, or the engine keeps no ``sum`` of one element.
+        ValueError: If a hyperparameter is negative, or rows have no ``sum`` of one element.
 
     References:
         Mudigere et al.: Software-hardware co-design for fast and scalable training of deep learning recommendation
-        models. ISCA 2022. The same as EXACT_ROWWISE_ADAGRAD of FBGEMM.
+        models. ISCA 2022. Equal to EXACT_ROWWISE_ADAGRAD of FBGEMM.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-8) -> None:
@@ -81,7 +81,7 @@ class RowwiseAdagrad(SparseOptimizer):
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:
-        """Return what a row keeps: one ``sum``, starting at ``initial_accumulator_value``."""
+        """Return the state of a row: one ``sum``, starting at ``initial_accumulator_value``."""
         check_positive("RowwiseAdagrad", initial_accumulator_value=initial_accumulator_value)
         return (StateField("sum", width=1, first_value=initial_accumulator_value, dtype=torch.float32),)
 

@@ -19,7 +19,7 @@ class Adam(SparseOptimizer):
         m \leftarrow m + (1 - \beta_1)(g - m),\; v \leftarrow v + (1 - \beta_2)(g^2 - v),\;
         w \leftarrow w - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m}{\sqrt{v} + \epsilon}
 
-    The moments of a row stand still while it has no gradient; t counts the steps of its table.
+    The moments of a row do not change while it has no gradient; t counts the steps of its table.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -29,7 +29,7 @@ class Adam(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is out of range, or the engine keeps no ``exp_avg`` and ``exp_avg_sq``.
+        ValueError: If a hyperparameter is out of range, or rows have no ``exp_avg`` and ``exp_avg_sq``.
 
     References:
         Kingma, Ba: Adam: a method for stochastic optimization. ICLR 2015.
@@ -42,7 +42,7 @@ class Adam(SparseOptimizer):
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
-        """Return what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        """Return the state of a row: ``exp_avg`` and ``exp_avg_sq``."""
         return _MOMENTS
 
     @staticmethod
@@ -67,8 +67,8 @@ class AdamW(SparseOptimizer):
         w \leftarrow (1 - \eta \lambda) w,\;
         w \leftarrow w - \frac{\eta}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    with the moments m and v of Adam. Moments and weight of a row stand still while it has no gradient: its weight does
-    not decay then either. t counts the steps of its table.
+    with the moments m and v of Adam. Moments and weight of a row do not change while it has no gradient: its weight
+    does not decay either. t counts the steps of its table.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -79,7 +79,7 @@ class AdamW(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is out of range, or the engine keeps no ``exp_avg`` and ``exp_avg_sq``.
+        ValueError: If a hyperparameter is out of range, or rows have no ``exp_avg`` and ``exp_avg_sq``.
 
     References:
         Loshchilov, Hutter: Decoupled weight decay regularization. ICLR 2019.
@@ -97,7 +97,7 @@ class AdamW(SparseOptimizer):
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:
-        """Return what a row keeps: ``exp_avg`` and ``exp_avg_sq``."""
+        """Return the state of a row: ``exp_avg`` and ``exp_avg_sq``."""
         return _MOMENTS
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Clipping of row gradients, each row by itself; the global norm is clipped by ``torch.nn.utils.clip_grad_norm_``."""
+"""Clipping of each row's gradient; ``torch.nn.utils.clip_grad_norm_`` clips the global norm."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from recis_hybrid.validation import check_number, describe_value
 
 @torch.no_grad()
 def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scales the summed gradient of each row down to a norm of at most ``max_norm``.
+    """Scale the summed gradient of each row down to a norm of at most ``max_norm``.
 
     Call it between backward and the optimizer's step, after unscaling if gradients are scaled.
 
     Args:
-        parameters: ``engine.parameters()``, or a whole model's: others than tables are left alone.
+        parameters: ``engine.parameters()``, or those of a whole model: parameters other than tables are ignored.
         max_norm: Greatest L2 norm of a row's gradient.
 
     Raises:
-        ValueError: If max_norm is not above 0, or rows of a table are split by column over ranks, of which none has a
-            whole row's gradient.
+        ValueError: If ``max_norm`` is not above 0, or rows of a table are split by column over ranks, so that no rank
+            has the gradient of a whole row.
 
     Example:
         >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
@@ -44,13 +44,13 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         if anchor.table.layout.whole_dim is not None:
             names = ", ".join(member.name for member in anchor.table.members)
             raise ValueError(
-                f"clip_row_norm_: rows of the table {names} are split by column over ranks, and none has the gradient "
-                f"of a whole row; give it another sharding, or clip by torch.nn.utils.clip_grad_norm_"
+                f"clip_row_norm_: rows of the table {names} are split by column over ranks, and no rank has the "
+                f"gradient of a whole row; use another sharding, or torch.nn.utils.clip_grad_norm_"
             )
         reduced = anchor.table.reduced_gradients()
         if reduced is not None:
             sums = reduced.sums * reduced.factor
             norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-            # As torch: multiplied by max / (norm + 1e-6), and by 1 at most.
+            # As in torch: multiplied by max / (norm + 1e-6), at most by 1.
             clipped = sums * (max_norm / (norms + 1e-6)).clamp(max=1.0)
             anchor.table.replace_gradients(reduced.groups, clipped, reduced.row_bound)

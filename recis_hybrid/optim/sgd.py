@@ -17,9 +17,10 @@ class SGD(SparseOptimizer):
 
     .. math:: b \leftarrow \mu b + g,\; w \leftarrow w - \eta b
 
-    The momentum buffer b of a row stands still while the row has no gradient; without momentum there is none. A
-    schedule that cycles the momentum, as ``OneCycleLR``, cycles it where the engine keeps the buffer; elsewhere it
-    changes the learning rate alone, with a warning.
+    The momentum buffer b of a row does not change while the row has no gradient; without momentum there is none. A
+    schedule that cycles the momentum, as ``OneCycleLR``, does so if rows have the buffer; otherwise it changes the
+    learning rate alone, with a warning. With momentum, build the engine with
+    ``optimizer=optim.SGD.spec(momentum=0.9)``.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -28,7 +29,7 @@ class SGD(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is out of range, or there is momentum and the engine keeps no
+        ValueError: If a hyperparameter is out of range, or there is momentum but rows have no
             ``momentum_buffer``.
 
     References:
@@ -42,7 +43,7 @@ class SGD(SparseOptimizer):
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
-        """Return what a row keeps: ``momentum_buffer`` where there is momentum."""
+        """Return the state of a row: ``momentum_buffer`` with momentum, otherwise nothing."""
         check_positive("SGD", momentum=momentum)
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
 
@@ -78,9 +79,9 @@ class SGD(SparseOptimizer):
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"SGD: rows have no momentum_buffer, so that the momentum {momentum:g}, which a schedule has set, is "
-                f"left out; to have it build the engine with optimizer=optim.SGD.spec(momentum=0.9), else the "
-                f"schedule with cycle_momentum=False",
+                f"SGD: rows have no momentum_buffer, so the momentum {momentum:g} that a schedule has set is ignored; "
+                f"build the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with "
+                f"cycle_momentum=False",
                 stacklevel=4,
             )
         return False

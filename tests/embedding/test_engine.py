@@ -310,7 +310,7 @@ def test_bad_configs_are_refused() -> None:
         ValueError, match="combiner must be one of 'sum', 'mean', 'sqrtn', 'max', 'tile', None, got 'min'"
     ):
         EmbeddingConfig(dim=1, combiner="min")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'a' and 'b' share the table 't' but want different ones: dim=1.*dim=2"):
+    with pytest.raises(ValueError, match="'a' and 'b' share the table 't' but have different settings: dim=1.*dim=2"):
         EmbeddingEngine({"a": EmbeddingConfig(dim=1, table="t"), "b": EmbeddingConfig(dim=2, table="t")})
     with pytest.raises(ValueError, match="Uniform: low must not exceed high"):
         Uniform(1.0, 0.0)
@@ -376,9 +376,9 @@ def test_float_of_tables_in_another_dtype_says_so_and_no_conversion_says_nothing
 
 def test_devices_that_tables_cannot_go_to_are_refused() -> None:
     model = torch.nn.Sequential(EmbeddingEngine(CONFIGS))
-    with pytest.raises(RuntimeError, match=r"tables have no form on the meta device.* model.tower.to\('meta'\)"):
+    with pytest.raises(RuntimeError, match=r"tables cannot be on the meta device.* model.tower.to\('meta'\)"):
         model.to("meta")
-    with pytest.raises(RuntimeError, match="tables have no form on the meta device"):
+    with pytest.raises(RuntimeError, match="tables cannot be on the meta device"):
         model.to_empty(device="meta")
     with pytest.raises(RuntimeError, match="tables cannot be shared with other processes"):
         model.share_memory()

@@ -69,7 +69,7 @@ def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
 def test_read_only_tables_are_coalesced_with_each_other_alone() -> None:
     assert [len(table.members) for table in engine_of(frozen=("old",)).tables] == [2, 1]
     assert [len(table.members) for table in engine_of(frozen=("old", "user")).tables] == [2, 1]
-    with pytest.raises(ValueError, match="share the table 't' but want different ones: trainable=True against tra"):
+    with pytest.raises(ValueError, match="share the table 't' but have different settings: trainable=True against tra"):
         EmbeddingEngine(
             {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=2, table="t", trainable=False)}
         )

@@ -79,8 +79,8 @@ def test_truncated_normal_is_normal_between_its_ends(device: str, low: float, hi
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TruncatedNormal(low=1.0, high=1.0), "the ends must be -4 <= low < high <= 4"),
-        (lambda: TruncatedNormal(low=-9.0), "the ends must be -4 <= low < high <= 4"),
+        (lambda: TruncatedNormal(low=1.0, high=1.0), "the bounds must be -4 <= low < high <= 4"),
+        (lambda: TruncatedNormal(low=-9.0), "the bounds must be -4 <= low < high <= 4"),
         (lambda: TruncatedNormal(std=-1.0), "TruncatedNormal: std must not be negative"),
         (lambda: XavierUniform(fan_in=0), "XavierUniform: a fan must be at least 1"),
         (lambda: KaimingNormal(gain=float("nan")), "KaimingNormal: values must be finite"),

@@ -272,7 +272,7 @@ def test_settings_of_another_type_are_refused(settings: dict[str, Any], message:
         (
             lambda: RecordLayout(2, (StateField("sum", first_value=1e39),)),
             ValueError,
-            "RecordLayout: sum: first_value must be a number of torch.float32, which end at 3.40282e+38, got 1e+39",
+            "RecordLayout: sum: first_value must fit torch.float32, at most 3.40282e+38, got 1e+39",
         ),
         (
             lambda: RecordLayout(2.0),
@@ -284,7 +284,7 @@ def test_settings_of_another_type_are_refused(settings: dict[str, Any], message:
             TypeError,  # type: ignore[arg-type]
             "MinFrequency: count must be an integer, got 1.5",
         ),
-        (lambda: MinFrequency(2**40), ValueError, "MinFrequency: count must be below 2**40, where counts end, got"),
+        (lambda: MinFrequency(2**40), ValueError, "MinFrequency: count must be below 2**40, got"),
         (
             lambda: Unused(1.5),
             TypeError,  # type: ignore[arg-type]

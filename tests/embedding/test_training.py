@@ -205,7 +205,7 @@ def test_an_engine_is_not_moved_by_to() -> None:
         model.to(torch.float64).to("cpu")
     assert model["tower"].weight.dtype == torch.float64
     assert engine.tables[0].anchor is next(iter(engine.parameters()))
-    with pytest.raises(RuntimeError, match="tables have no form on the meta device"):
+    with pytest.raises(RuntimeError, match="tables cannot be on the meta device"):
         model.to("meta")
 
 

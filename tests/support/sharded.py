@@ -264,4 +264,4 @@ def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4
 def watched(engine: EmbeddingEngine) -> int:
     """Return the number of lookups that still expect gradients."""
     sharded = engine._sharded
-    return 0 if sharded is None else sum(len(table.collector._asked) for table in sharded.tables)
+    return 0 if sharded is None else sum(len(table.gradients._lookups) for table in sharded.tables)

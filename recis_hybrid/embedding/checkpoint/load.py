@@ -1,4 +1,4 @@
-"""Rows of tables on their way from files: in pieces, straight into the records.
+"""Loads rows of tables from checkpoints, in pieces, straight into the records.
 
 Letters: n rows of a piece.
 """
@@ -26,15 +26,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class TablesLoader:
     """Replaces the rows of tables by those of a checkpoint, piece by piece.
 
-    Placement, coalescing, dtype and optimizer may be others than they were: values are converted, optimizer state is
-    kept where name and width agree, and what the checkpoint lacks starts with its first value.
+    Placement, coalescing, dtype and optimizer may differ from those saved: values are converted, optimizer state is
+    loaded where name and width agree, and state that the checkpoint lacks starts with its first value.
 
     Args:
         tables: Logical tables.
-        saved: What the checkpoint holds, its tables without rows.
+        saved: Description of the checkpoint, its tables without rows.
 
     Raises:
-        ValueError: If the checkpoint's seed or steps are none.
+        ValueError: If the checkpoint has no valid seed or steps.
     """
 
     def __init__(self, tables: Sequence[HashTable], saved: PartState) -> None:
@@ -42,33 +42,33 @@ class TablesLoader:
         self._saved = saved
         self._members = {m.name: (table, number) for table in tables for number, m in enumerate(table.members)}
         self.differences: list[str] = []
-        """What keeps the checkpoint from being loaded, a text each."""
+        """Reasons why the checkpoint cannot be loaded."""
         self.changes: list[str] = []
-        """What is loaded in another way than it was saved, a text each."""
+        """Differences between the checkpoint and what is loaded from it."""
         self.unneeded: list[str] = []
-        """Changes that drop optimizer state of read-only tables, which keep none."""
+        """Those of ``changes`` that drop the optimizer state of read-only tables, which keep none."""
         self.holds_rows = any(len(table) > 0 or _counts(table) > 0 for table in tables)
-        """Whether there are rows, or counts of ids without one, that the checkpoint's would replace."""
+        """True if there are rows, or counts of ids without one, that loading would replace."""
         self._compare(tables_layout(tables).tables)
         _refuse_meta(saved, self._members.keys() & saved.tables.keys())
 
     def begin(self, rows: Mapping[str, int]) -> None:
-        """Remove all rows and make room for others.
+        """Remove all rows and reserve memory.
 
         Args:
-            rows: By table, about how many will come.
+            rows: By table, about how many rows will be loaded.
         """
         for table in self._tables:
             table.discard()
-            coming = sum(rows.get(member.name, 0) for member in table.members)
-            table.store.id_map.reserve(coming)
-            table.store.blocks.reserve(coming)
+            expected = sum(rows.get(member.name, 0) for member in table.members)
+            table.store.id_map.reserve(expected)
+            table.store.blocks.reserve(expected)
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Look at rows that are to be loaded.
+        """Check rows before they are loaded.
 
         Args:
-            name: Of the table in the checkpoint.
+            name: Name of the table in the checkpoint.
             columns: As for :meth:`load`.
 
         Raises:
@@ -77,11 +77,11 @@ class TablesLoader:
         refuse_counts(name, columns)
 
     def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Take rows.
+        """Load rows.
 
         Args:
-            name: Of the table in the checkpoint.
-            columns: Of one first dimension n, on the CPU; "ids" (int64 ``[n]``) are distinct and new.
+            name: Name of the table in the checkpoint.
+            columns: Columns ``[n, ...]`` on the CPU; ``ids`` (int64 ``[n]``) are distinct and new.
 
         Raises:
             ValueError: As :meth:`check`.
@@ -97,7 +97,7 @@ class TablesLoader:
                 table.store.gate.load_state_dict(number, dict(columns))
 
     def end(self) -> None:
-        """Take over seed and steps: the last thing, when all rows have come."""
+        """Set seed and steps, after all rows are loaded."""
         seed, steps = self._saved.meta.get("seed"), self._saved.meta.get("steps")
         for table in self._tables:
             if isinstance(seed, int):
@@ -106,7 +106,7 @@ class TablesLoader:
             table.step = max((step for step in done if isinstance(step, int)), default=0)
 
     def abandon(self) -> None:
-        """Leaves the tables without rows: the rest of them will not come."""
+        """Remove all rows, because the rest cannot be loaded."""
         for table in self._tables:
             table.discard()
 
@@ -144,18 +144,18 @@ class TablesLoader:
 
 
 def load_tables_state(
-    tables: Sequence[HashTable], state: PartState, kept: Callable[[str], Buckets | None] = lambda _: None
+    tables: Sequence[HashTable], state: PartState, buckets_of: Callable[[str], Buckets | None] = lambda _: None
 ) -> None:
     """Replace the rows of every member table.
 
     Args:
-        tables: This rank's.
+        tables: This rank's tables.
         state: The rows.
-        kept: By name of a table of the state, of which buckets this rank takes rows; None for all.
+        buckets_of: Returns, for the name of a table in the state, the buckets that this rank loads; None for all.
 
     Raises:
-        ValueError: If tables are missing or too many, their width or optimizer state differ, or steps and counts are
-            none; nothing is changed.
+        ValueError: If tables are missing or unknown, their width or optimizer state differs, or steps or counts are
+            invalid; nothing is changed.
     """
     loader = TablesLoader(tables, state)
     changes = [text for text in loader.changes if text not in loader.unneeded]
@@ -165,23 +165,23 @@ def load_tables_state(
         loader.check(name, table.columns)
     loader.begin({})
     for name, table in state.tables.items():
-        loader.load(name, within(table.buckets, kept(name) or ALL, table.columns))
+        loader.load(name, within(table.buckets, buckets_of(name) or ALL, table.columns))
     loader.end()
 
 
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
     """Replace the rows of some member tables with those of another run; the seed and other tables stay.
 
-    A table that has done no step takes over those of its rows (``step`` in the state's meta), so that an optimizer goes
-    on from where their moments are. Else its steps stay, and those that the rows have seen become the steps that it has
-    done, at most, as if the rows had just been met. Optimizer state that is missing starts as in a new row.
+    A table that has done no step takes the steps of its rows (``step`` in the state's meta), so that an optimizer
+    continues from where their moments are. Otherwise its steps stay, and the rows' steps are clamped to them, as if the
+    rows had just been looked up. Optimizer state that is missing starts as in a new row.
 
     Args:
-        tables: Where the member tables are.
+        tables: The logical tables.
         states: By name of the member table, or that name and ``.admission``.
 
     Raises:
-        ValueError: If there is no such member table, or counts are negative or too large; nothing is changed.
+        ValueError: If a member table is unknown, or counts are negative or too large; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
     counted = {name + COUNTS: place for name, place in members.items() if place[0].store.gate is not None}
@@ -192,11 +192,11 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         refuse_counts(name, state.columns)
     fresh = [table for table in tables if table.step == 0]
     for name, state in states.items():
-        done = state.meta.get("step")
-        if name in members and members[name][0] in fresh and isinstance(done, int):
+        steps = state.meta.get("step")
+        if name in members and members[name][0] in fresh and isinstance(steps, int):
             table, _ = members[name]
             table.record_lookup()
-            table.step = max(table.step, done)
+            table.step = max(table.step, steps)
     for name, state in states.items():
         if name in members:
             table, number = members[name]
@@ -214,7 +214,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
 
 
 def refuse_counts(name: str, columns: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a table's rows have no room for their steps or counts (int64 ``[n]``)."""
+    """Raise ValueError if steps or counts (int64 ``[n]``) of a table's rows are out of range."""
     for column in (*META, "count"):
         if column in columns:
             refuse_meta(f"table {name!r}", column, columns[column])
@@ -239,22 +239,22 @@ def _counts(table: HashTable) -> int:
 
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:
     layout = table.layout
-    # Whatever has another width is no state of this optimizer, even if its name is the same.
+    # State of another width belongs to another optimizer, even if its name is the same.
     widths = {part: (layout.whole.width(part),) for part in layout.parts}
-    held = [part for part, width in widths.items() if part in columns and tuple(columns[part].shape[1:]) == width]
+    loaded = [part for part, width in widths.items() if part in columns and tuple(columns[part].shape[1:]) == width]
     columns = own_columns(
-        {name: values for name, values in columns.items() if name in held or name not in widths}, layout
+        {name: values for name, values in columns.items() if name in loaded or name not in widths}, layout
     )
     ids = columns["ids"].to(table.store.map_device).contiguous()
     table.store.id_map.reserve(ids.numel())
     table.store.blocks.reserve(table.store.id_map.row_bound + ids.numel())
-    if len(held) == len(layout.parts):
+    if len(loaded) == len(layout.parts):
         rows, _ = table.store.id_map.find_or_insert([ids], [number])
         table.store.id_map.commit()
         rows = rows.to(table.device)
     else:
         rows = table.load(number, ids, {})
-    for part in held:
+    for part in loaded:
         table.store.blocks.write(rows, part, columns[part])
     if set(META) <= columns.keys():
         meta = torch.stack([columns[name] for name in META]).to(table.device)

@@ -1,9 +1,8 @@
-"""Which rows a rank hands to checkpoints, and which it takes from them.
+"""Buckets of rows that a rank saves to checkpoints and loads from them.
 
-Together the ranks hand out each row once, and who writes the files takes it where it lies; who reads them takes what
-its rank keeps. So the engines of a group need not send each other a row, and a save in the background does not get in
-the way of what they exchange meanwhile. But for rows that are split by column: they are put together first, each by the
-owner of its bucket; and who reads them takes all rows, and keeps its columns.
+Together the ranks save each row once, on a rank that has it; a rank loads the rows that it owns. So saving exchanges no
+rows between ranks, and a save in the background does not disturb training. Rows that are split by column are the
+exception: the owner of a row's bucket joins it first, and each rank loads all rows and takes its columns.
 
 Letters: n rows.
 """
@@ -18,57 +17,57 @@ from torch import Tensor
 from recis_hybrid.checkpointing import BUCKETS, owned_buckets
 from recis_hybrid.embedding.distributed.column_split import whole_rows
 from recis_hybrid.embedding.distributed.exchange import Exchange
-from recis_hybrid.embedding.distributed.id_exchange import Asks
+from recis_hybrid.embedding.distributed.id_exchange import TableRouting
 
 Buckets: TypeAlias = tuple[int, int]
-"""The first bucket of a range, and the one after its last."""
+"""The first bucket of a range, and the end after its last."""
 
 ALL: Buckets = (0, BUCKETS)
 
 
-class Shares:
-    """This rank's part of every table.
+class BucketShares:
+    """The buckets of every table that this rank saves and loads.
 
     Args:
-        exchange: With the other ranks that share the tables.
-        asks: Of each logical table: where its rows are.
+        exchange: Collectives of the ranks that share the tables.
+        routings: For each logical table, on which ranks its rows are.
     """
 
-    def __init__(self, exchange: Exchange, asks: Sequence[Asks]) -> None:
+    def __init__(self, exchange: Exchange, routings: Sequence[TableRouting]) -> None:
         self._exchange = exchange
         self._own = owned_buckets(exchange.rank, exchange.size)
-        self._asks = asks
+        self._routings = routings
 
     def splits(self, table: int) -> bool:
-        """Whether ranks have but some columns of the rows of a logical table."""
-        return self._asks[table].columns is not None
+        """Return whether each rank has only some columns of the rows of a logical table."""
+        return self._routings[table].columns is not None
 
     def whole(self, table: int, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return rows that are to be handed out; all ranks call it together where rows are split by column.
+        """Return the rows to save; collective if rows are split by column.
 
         Args:
             table: Number of the logical table.
-            columns: Rows that this rank has, ``[n, ...]``: those that others have, too, where they are split.
+            columns: Rows of this rank, ``[n, ...]``; the same rows on all ranks if they are split by column.
         """
-        widths = self._asks[table].columns
+        widths = self._routings[table].columns
         return columns if widths is None else whole_rows(columns, widths, self._exchange)
 
-    def handed(self, table: int, member: int) -> Buckets:
-        """Return of which buckets this rank hands out the rows of a member table, and the ids that went."""
-        # A row that other ranks have, too, is of the owner of its bucket.
-        return self._own if self._asks[table].everywhere else self.kept(table, member)
+    def saved(self, table: int, member: int) -> Buckets:
+        """Return the buckets of a member table whose rows, and whose removed ids, this rank saves."""
+        # A row that all ranks have is saved by the owner of its bucket.
+        return self._own if self._routings[table].everywhere else self.loaded(table, member)
 
-    def kept(self, table: int, member: int) -> Buckets:
-        """Return of which buckets this rank has the rows of a member table."""
-        asks = self._asks[table]
-        if asks.everywhere:
+    def loaded(self, table: int, member: int) -> Buckets:
+        """Return the buckets of a member table whose rows this rank has, and loads."""
+        routing = self._routings[table]
+        if routing.everywhere:
             return ALL
-        owner = next((kind.owner for kind in asks.kinds if kind.member == member), None)
+        owner = next((kind.owner for kind in routing.kinds if kind.member == member), None)
         return self._own if owner is None else ALL if owner == self._exchange.rank else (0, 0)
 
 
 def within(buckets: Tensor, wanted: Buckets, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those rows whose buckets (int64 ``[n]``) are in a range."""
+    """Return the rows whose buckets (int64 ``[n]``) are in a range."""
     if wanted == ALL:
         return columns
     chosen = (buckets >= wanted[0]) & (buckets < wanted[1])

@@ -1,4 +1,4 @@
-"""Rows of tables on their way to files: in the order of checkpoints, read from the records as they are written.
+"""Rows of tables in the order of checkpoints, read from the records while they are written to files.
 
 Letters: n rows of a member table.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
-from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, Shares, within
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, within
 from recis_hybrid.embedding.checkpoint.state import table_meta, table_state, tables_meta
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
@@ -28,28 +28,28 @@ _MANY_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class _Source:
-    """The records of one logical table, live or copied, and the slots that say whose they are."""
+    """The records of one logical table, live or copied, and the slots that map ids to them."""
 
     table: HashTable
     slots: Tensor
     live: int
     handle: ops.blocks.Blocks
     memory: tuple[Tensor, ...]
-    """What `handle` points into, which must live as long."""
+    """Memory that ``handle`` points into, held as long."""
     device: torch.device
-    """Whose kernels read the records."""
+    """Device whose kernels read the records."""
     counts: tuple[dict[str, Tensor], ...]
-    """What admission knows, by member table; empty without admission."""
-    handed: tuple[Buckets, ...]
-    """By member table, of which buckets rows are handed out."""
+    """State of admission for each member table; empty without admission."""
+    buckets: tuple[Buckets, ...]
+    """For each member table, the buckets whose rows are saved."""
 
 
-def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
-    """Return the rows of every member table, to be read from the live records: nothing may change them meanwhile.
+def rows_state(tables: Sequence[HashTable], shares: BucketShares | None = None) -> PartState:
+    """Return the rows of every member table, read later from the live records, which must not change meanwhile.
 
     Args:
-        tables: This rank's.
-        shares: What of them is handed out, where there are several ranks.
+        tables: This rank's tables.
+        shares: Buckets that this rank saves, if there are several ranks.
     """
     for table in tables:
         table.record_lookup()
@@ -62,40 +62,44 @@ def rows_state(tables: Sequence[HashTable], shares: Shares | None = None) -> Par
             tuple(table.store.blocks.blocks),
             table.device,
             _counts(table),
-            _handed(table, shares, place),
+            _saved_buckets(table, shares, place),
         )
         for place, table in _unsplit(tables, shares)
     ]
     return _state(sources, _split(tables, shares), tables_meta(tables))
 
 
-def snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: Shares | None = None) -> Callable[[], PartState]:
-    """Copy records and slots into host memory, as they lie.
+def snapshot(
+    tables: Sequence[HashTable], memory: HostMemory, shares: BucketShares | None = None
+) -> Callable[[], PartState]:
+    """Copy records and slots into host memory, unsorted.
 
     Args:
-        tables: This rank's.
-        memory: Where the copies go.
-        shares: What of the tables is handed out, where there are several ranks.
+        tables: This rank's tables.
+        memory: Host memory for the copies.
+        shares: Buckets that this rank saves, if there are several ranks.
 
     Returns:
-        Puts the copied rows in order, which may take its time, and hands them out as :func:`rows_state` does.
+        A function that sorts the copied rows, which may take long, and returns them as :func:`rows_state` does.
     """
-    sources = [_copied(table, memory, _handed(table, shares, place)) for place, table in _unsplit(tables, shares)]
+    sources = [
+        _copied(table, memory, _saved_buckets(table, shares, place)) for place, table in _unsplit(tables, shares)
+    ]
     split = _split(tables, shares)
     meta = tables_meta(tables)
     for table in tables:
         if table.device.type == "cuda":
-            torch.cuda.synchronize(table.device)  # the copies were begun without waiting
+            torch.cuda.synchronize(table.device)  # the copies are asynchronous
     return lambda: _state(sources, split, meta)
 
 
-def _unsplit(tables: Sequence[HashTable], shares: Shares | None) -> list[tuple[int, HashTable]]:
-    """Return the tables whose rows this rank has whole, and their places."""
+def _unsplit(tables: Sequence[HashTable], shares: BucketShares | None) -> list[tuple[int, HashTable]]:
+    """Return the tables whose rows are whole on this rank, with their places."""
     return [(place, table) for place, table in enumerate(tables) if shares is None or not shares.splits(place)]
 
 
-def _split(tables: Sequence[HashTable], shares: Shares | None) -> dict[str, TableState]:
-    """Returns, in host memory, the rows of tables of which each rank has some columns."""
+def _split(tables: Sequence[HashTable], shares: BucketShares | None) -> dict[str, TableState]:
+    """Return, in host memory, the rows of tables that are split by column."""
     states: dict[str, TableState] = {}
     for place, table in enumerate(tables):
         if shares is not None and shares.splits(place):
@@ -105,11 +109,11 @@ def _split(tables: Sequence[HashTable], shares: Shares | None) -> dict[str, Tabl
     return states
 
 
-def _handed(table: HashTable, shares: Shares | None, place: int) -> tuple[Buckets, ...]:
-    return tuple(ALL if shares is None else shares.handed(place, member) for member in range(len(table.members)))
+def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) -> tuple[Buckets, ...]:
+    return tuple(ALL if shares is None else shares.saved(place, member) for member in range(len(table.members)))
 
 
-def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -> _Source:
+def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
     pinned = table.device.type == "cuda"
@@ -117,7 +121,7 @@ def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -
     pairs: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks.blocks):
         rows = min(max(used - number * blocks.block_rows, 0), blocks.block_rows)
-        # The memory is for the whole block, so that it fits the next time too.
+        # Memory for the whole block, so that it fits the next save too.
         target = memory.take(blocks.block_rows * layout.record_bytes, pinned=pinned)
         bytes_used = rows * layout.record_bytes
         pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
@@ -127,16 +131,18 @@ def _copied(table: HashTable, memory: HostMemory, handed: tuple[Buckets, ...]) -
     slots = memory.take(flat.numel(), pinned=pinned)
     _copy([*pairs, (slots, flat)])
     copies = tuple(target for target, _ in pairs)
-    return _Source(table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), handed)
+    return _Source(
+        table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), buckets
+    )
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy from the second of each pair to the first; from a GPU without waiting."""
+    """Copy the second of each pair to the first; from a GPU asynchronously."""
     if pairs[0][1].is_cuda or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
         return
-    # The caller waits for this: one thread alone does not use all of the memory's bandwidth.
+    # The caller waits: one thread alone does not use the whole memory bandwidth.
     with ThreadPoolExecutor(_COPIERS) as pool:
         list(pool.map(lambda pair: pair[0].copy_(pair[1]), pairs))
 
@@ -159,7 +165,7 @@ def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[
         ordered = ops.id_map.file_order(ids, members, rows, len(table.members))
         parts = zip(*(values.split(counts) for values in ordered), strict=True)
         for number, (member, (own_ids, own_rows, own_buckets)) in enumerate(zip(table.members, parts, strict=True)):
-            first, last = torch.searchsorted(own_buckets, torch.tensor(source.handed[number])).tolist()
+            first, last = torch.searchsorted(own_buckets, torch.tensor(source.buckets[number])).tolist()
             own_ids, own_rows, own_buckets = own_ids[first:last], own_rows[first:last], own_buckets[first:last]
             columns = {"ids": own_ids, **_no_rows(layout)}
             reader = _RecordReader(source, own_rows.to(source.device))
@@ -167,7 +173,7 @@ def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[
             if source.counts:
                 known = {name: values.cpu() for name, values in source.counts[number].items()}
                 buckets = ops.id_map.bucket_of(known["ids"].contiguous())
-                known = within(buckets, source.handed[number], {**known, "buckets": buckets})
+                known = within(buckets, source.buckets[number], {**known, "buckets": buckets})
                 states[member.name + COUNTS] = TableState(known, known.pop("buckets"), {})
     return PartState(tables=states, meta=meta, owned=True)
 
@@ -185,7 +191,7 @@ class _RecordReader:
         self._rows = rows
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
-        """Write rows ``first`` to ``stop`` of some columns, as ``state.RowReader`` says."""
+        """Write rows ``first`` to ``stop`` of some columns into ``out``."""
         source, layout = self._source, self._source.table.layout
         rows = self._rows[first:stop]
         if rows.is_cpu and {*layout.parts, *META} <= out.keys():

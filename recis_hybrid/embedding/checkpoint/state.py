@@ -1,4 +1,4 @@
-"""Tables as plain state, for checkpoints."""
+"""Tables as plain tensors, for checkpoints."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON, PartState, TableState
-from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, Shares, within
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, within
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_admission
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 
 
-def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> PartState:
-    """Return the rows of every member table, what admission knows, steps done, and the seed of first values.
+def tables_state(tables: Sequence[HashTable], shares: BucketShares | None = None) -> PartState:
+    """Return the rows of every member table, the state of admission, steps, and the seed of first values.
 
     Args:
-        tables: This rank's.
-        shares: What of them is handed out, where there are several ranks.
+        tables: This rank's tables.
+        shares: Buckets that this rank saves, if there are several ranks.
     """
     states: dict[str, TableState] = {}
     for place, table in enumerate(tables):
@@ -28,43 +28,43 @@ def tables_state(tables: Sequence[HashTable], shares: Shares | None = None) -> P
     return PartState(tables=states, meta=tables_meta(tables), owned=True)
 
 
-def table_state(place: int, table: HashTable, shares: Shares | None) -> dict[str, TableState]:
-    """Return what :func:`tables_state` has of one logical table, which has that place among the others."""
+def table_state(place: int, table: HashTable, shares: BucketShares | None) -> dict[str, TableState]:
+    """Return the part of :func:`tables_state` for the logical table at a place."""
     states: dict[str, TableState] = {}
     for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
-        handed = ALL
+        buckets = ALL
         if shares is not None:
-            handed, columns = shares.handed(place, number), shares.whole(place, columns)
-        states[member.name] = _state(columns, table_meta(table.layout), handed)
+            buckets, columns = shares.saved(place, number), shares.whole(place, columns)
+        states[member.name] = _state(columns, table_meta(table.layout), buckets)
         if table.store.gate is not None:
-            states[member.name + COUNTS] = _state(table.store.gate.state_dict(number), {}, handed)
+            states[member.name + COUNTS] = _state(table.store.gate.state_dict(number), {}, buckets)
     return states
 
 
 def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
-    """Return what :func:`tables_state` has beside rows: the seed of first values, and the steps of each member."""
+    """Return the metadata of :func:`tables_state`: the seed of first values, and the steps of each member table."""
     steps: dict[str, JSON] = {member.name: table.step for table in tables for member in table.members}
     return {"seed": tables[0].store.seed, "steps": steps}
 
 
 def watch_tables(tables: Sequence[HashTable]) -> list[ChangeLog]:
-    """Begins to note what changes in tables, for as long as the result lives."""
+    """Return logs of the changes of tables from now on, filled as long as they live."""
     return [table.watch() for table in tables]
 
 
 def tables_changes(
-    tables: Sequence[HashTable], since: object, whole: Collection[str] = (), shares: Shares | None = None
+    tables: Sequence[HashTable], since: object, whole: Collection[str] = (), shares: BucketShares | None = None
 ) -> PartState | None:
-    """Return :func:`tables_state` of the rows that changed since :func:`watch_tables`, and the ids that went.
+    """Return :func:`tables_state` for the rows that changed since :func:`watch_tables`, and the removed ids.
 
     Args:
         tables: The tables.
-        since: What :func:`watch_tables` returned.
-        whole: Names in the state of tables of which all rows are wanted.
-        shares: What of them is handed out, where there are several ranks.
+        since: The logs that :func:`watch_tables` returned.
+        whole: Names of member tables of which all rows are wanted.
+        shares: Buckets that this rank saves, if there are several ranks.
 
     Returns:
-        None if it was returned for other tables.
+        The state; None if the logs are of other tables.
     """
     watched = since if isinstance(since, list) else []
     if len(watched) != len(tables) or not all(t.watches(c) for t, c in zip(tables, watched, strict=True)):
@@ -77,30 +77,30 @@ def tables_changes(
         for number, (member, (columns, gone)) in enumerate(
             zip(table.members, table.changed_rows(changes), strict=True)
         ):
-            handed = ALL
+            buckets = ALL
             if shares is not None:
-                handed, columns = shares.handed(place, number), shares.whole(place, columns)
-            states[member.name] = _state(columns, table_meta(table.layout), handed, gone)
+                buckets, columns = shares.saved(place, number), shares.whole(place, columns)
+            states[member.name] = _state(columns, table_meta(table.layout), buckets, gone)
             if table.store.gate is not None:
                 known = table.store.gate.state_dict(number)
                 forgotten = None
                 if number not in changes.whole:
                     known, forgotten = changed_admission(changes.admission[number], known)
-                states[member.name + COUNTS] = _state(known, {}, handed, forgotten)
+                states[member.name + COUNTS] = _state(known, {}, buckets, forgotten)
     return PartState(tables=states, meta=tables_meta(tables), owned=True)
 
 
 def _state(
-    columns: dict[str, Tensor], meta: dict[str, JSON], handed: Buckets, gone: Tensor | None = None
+    columns: dict[str, Tensor], meta: dict[str, JSON], wanted: Buckets, gone: Tensor | None = None
 ) -> TableState:
-    removed = None if gone is None else _state({"ids": gone}, {}, handed)
+    removed = None if gone is None else _state({"ids": gone}, {}, wanted)
     buckets = ops.id_map.bucket_of(columns["ids"].contiguous())
-    columns = within(buckets, handed, {**columns, "buckets": buckets})
+    columns = within(buckets, wanted, {**columns, "buckets": buckets})
     return TableState(columns, columns.pop("buckets"), meta, removed=removed)
 
 
 def tables_layout(tables: Sequence[HashTable]) -> PartState:
-    """Return :func:`tables_state` without its rows: which tables and columns there are."""
+    """Return :func:`tables_state` without its rows: the tables and their columns."""
     states: dict[str, TableState] = {}
     for table in tables:
         columns = table.store.export_none()
@@ -113,7 +113,7 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
 
 
 def table_meta(layout: RecordLayout) -> dict[str, JSON]:
-    """Return what a member table is, beside its rows."""
+    """Return the metadata of a member table."""
     layout = layout.whole
     state: list[JSON] = [
         [field.name, layout.width(field.name), _name(layout.part_dtype(field.name))] for field in layout.state

@@ -1,9 +1,9 @@
-"""Tables in a model's ``state_dict``: their rows if the user asks for them, else a placeholder key.
+"""Tables in a model's ``state_dict``: their rows on request, otherwise a placeholder key.
 
 Keys of an engine ``engine``: ``engine.tables``, int64 ``[4]``, has the tables' steps, this process's rows, and the seed
 of first values in two words. With rows there are also, for each member table ``user``, ``engine.tables.user.ids``,
-``engine.tables.user.embedding``, the other columns of :meth:`HashTable.export`, ``engine.tables.user.step``, and what
-admission knows as ``engine.tables.user.admission.ids`` and ``.count``.
+``engine.tables.user.embedding``, the other columns of :meth:`HashTable.export`, ``engine.tables.user.step``, and the
+state of admission as ``engine.tables.user.admission.ids`` and ``.count``.
 
 Letters: n rows, R rows of all ranks.
 """
@@ -37,7 +37,7 @@ _REMEDY = (
 
 
 def refuse_rows_in_state_dict(value: object) -> None:
-    """Raise ValueError unless a value is one of the choices."""
+    """Raise ValueError unless a value is a form of rows, or None."""
     if value is not None and value not in get_args(RowsInStateDict):
         raise ValueError(
             f"EmbeddingEngine: rows_in_state_dict must be one of {[None, *get_args(RowsInStateDict)]}, got {value!r}"
@@ -45,12 +45,12 @@ def refuse_rows_in_state_dict(value: object) -> None:
 
 
 def belongs_to_tables(key: str, prefix: str) -> bool:
-    """Return whether a key of a state_dict belongs to tables; ``prefix`` is their engine's."""
+    """Return whether a key of a state_dict belongs to the tables of the engine with this prefix."""
     return key == f"{prefix}{_KEY}" or key.startswith((f"{prefix}{_KEY}.", f"{prefix}anchor"))
 
 
 def warn_of_rows_left_out() -> None:
-    """Warns that a state_dict has no rows."""
+    """Warn that a state_dict has no rows."""
     warnings.warn(
         "EmbeddingEngine: the rows of embedding tables are not in the state_dict; save them with "
         "recis_hybrid.saver.Saver, or build the engine with rows_in_state_dict='embedding' or 'record'",
@@ -62,9 +62,9 @@ def save_key(tables: Sequence[HashTable], destination: MutableMapping[str, Any],
     """Write the placeholder key of tables.
 
     Args:
-        tables: This rank's.
+        tables: This rank's tables.
         destination: The state_dict; written.
-        prefix: Of the engine's keys.
+        prefix: Prefix of the engine's keys.
     """
     seed = tables[0].store.seed
     words = [_step(tables), _rows(tables), seed >> _SEED_BITS, seed & ((1 << _SEED_BITS) - 1)]
@@ -79,15 +79,15 @@ def save_rows(
     prefix: str,
     exchange: Exchange | None,
 ) -> None:
-    """Write rows; collective where ranks share the tables, and each rank gets all rows.
+    """Write rows; collective if ranks share the tables, and each rank writes all rows.
 
     Args:
-        tables: This rank's.
-        state: What this rank hands out of them, as for a checkpoint.
-        rows: ``embedding``, ids and embeddings; ``record``, also optimizer state, metadata, and what admission knows.
+        tables: This rank's tables.
+        state: The rows that this rank would save in a checkpoint.
+        rows: ``embedding``, ids and embeddings; ``record``, also optimizer state, metadata, and the state of admission.
         destination: The state_dict; written.
-        prefix: Of the engine's keys.
-        exchange: With the other ranks, if there are any.
+        prefix: Prefix of the engine's keys.
+        exchange: Collectives of the ranks that share the tables; None for one process.
     """
     save_key(tables, destination, prefix)
     for table in tables:
@@ -100,7 +100,7 @@ def save_rows(
         if exchange is not None:
             columns = _of_all_ranks(columns, exchange)
         for column, values in columns.items():
-            # In memory of its own: to safetensors tensors that share memory are one, and torch.save writes all of it.
+            # Memory of its own: safetensors refuses tensors that share memory, and torch.save writes all of it.
             shares = values.untyped_storage().nbytes() != values.nbytes
             destination[f"{prefix}{_KEY}.{name}.{column}"] = values.clone() if shares else values
 
@@ -109,17 +109,17 @@ def load_rows(
     tables: Sequence[HashTable],
     state_dict: Mapping[str, Any],
     prefix: str,
-    kept: Any,
+    buckets_of: Any,
     missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Load rows from a state_dict; reports missing keys if it has none and the tables are not at its step.
+    """Load rows from a state_dict; report missing keys if it has none and the tables are not at its step.
 
     Args:
-        tables: This rank's.
+        tables: This rank's tables.
         state_dict: As :func:`save_rows` or :func:`save_key` wrote it, or without a key of tables.
-        prefix: Of the engine's keys.
-        kept: By name of a table of the state, of which buckets this rank takes rows; None for all.
+        prefix: Prefix of the engine's keys.
+        buckets_of: Returns, for the name of a table in the state, the buckets that this rank loads; None for all.
         missing_keys: As in ``nn.Module``: fails a strict load.
         error_msgs: As in ``nn.Module``: fails every load.
     """
@@ -127,14 +127,14 @@ def load_rows(
     found = {name[len(key) + 1 :]: value for name, value in state_dict.items() if name.startswith(f"{key}.")}
     if found:
         try:
-            _load(tables, found, state_dict.get(key), kept)
+            _load(tables, found, state_dict.get(key), buckets_of)
         except (KeyError, TypeError, ValueError) as error:
             text = error.args[0] if isinstance(error, KeyError) else error
             error_msgs.append(f"the rows of {key!r} do not fit the tables: {text}")
         return
-    told = state_dict.get(key)
-    if isinstance(told, Tensor) and told.shape == (4,):
-        step, rows, *_ = told.tolist()
+    header = state_dict.get(key)
+    if isinstance(header, Tensor) and header.shape == (4,):
+        step, rows, *_ = header.tolist()
         if rows and not _rows(tables) and not _step(tables):
             missing_keys.append(f"{key} (its {rows} rows are not in the state_dict, and here are none; {_REMEDY})")
         elif step != _step(tables):
@@ -146,7 +146,7 @@ def load_rows(
         missing_keys.append(f"{key} (rows are not in the state_dict, and here are none; {_REMEDY})")
 
 
-def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor | None, kept: Any) -> None:
+def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], header: Tensor | None, buckets_of: Any) -> None:
     states: dict[str, TableState] = {}
     steps: dict[str, Any] = {}
     columns_of: dict[str, dict[str, Tensor]] = {}
@@ -169,7 +169,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
             raise ValueError(f"table {name!r}: ids must be distinct")
         columns = {"ids": ids, **columns}
         states[name] = TableState(columns, ops.id_map.bucket_of(ids.contiguous()), {})
-    seed = tables[0].store.seed if told is None else (int(told[2]) << _SEED_BITS) + int(told[3])
+    seed = tables[0].store.seed if header is None else (int(header[2]) << _SEED_BITS) + int(header[3])
     loader = TablesLoader(tables, PartState(tables=states, meta={"seed": seed, "steps": dict(steps)}))
     if loader.differences:
         raise ValueError("; ".join(loader.differences))
@@ -177,7 +177,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
         loader.check(name, state.columns)
     loader.begin({name: len(state.buckets) for name, state in states.items()})
     for name, state in states.items():
-        columns, buckets = state.columns, kept(name)
+        columns, buckets = state.columns, buckets_of(name)
         if buckets is not None:
             chosen = (state.buckets >= buckets[0]) & (state.buckets < buckets[1])
             columns = {column: values[chosen] for column, values in columns.items()}
@@ -186,7 +186,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], told: Tensor
 
 
 def _of_all_ranks(columns: Mapping[str, Tensor], exchange: Exchange) -> dict[str, Tensor]:
-    """Gathers columns ``[n, ...]`` of all ranks into ``[R, ...]``, in the order of ranks; collective."""
+    """Return columns ``[n, ...]`` of all ranks joined into ``[R, ...]``, in the order of ranks; collective."""
     counts = [n for (n,) in exchange.all([columns["ids"].numel()])]
     together = {}
     for column, values in columns.items():
@@ -195,7 +195,7 @@ def _of_all_ranks(columns: Mapping[str, Tensor], exchange: Exchange) -> dict[str
             part = values.to(exchange.device).contiguous()
             if rank != exchange.rank:
                 part = values.new_empty((count, *values.shape[1:]), device=exchange.device)
-            with exchange.watched(), exchange.explained("rows"):
+            with exchange.wait_context(), exchange.explained("rows"):
                 dist.broadcast(part.view(-1).view(torch.uint8), group=exchange.group, group_src=rank)
             parts.append(part.to(values.device))
         together[column] = torch.cat(parts)

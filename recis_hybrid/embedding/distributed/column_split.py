@@ -19,9 +19,9 @@ from recis_hybrid.ops.id_map import bucket_order
 
 
 def columns_of(dim: int, ranks: int) -> list[int]:
-    """Return how many elements of each row a rank has where rows are split by column.
+    """Return the number of elements of each row that each rank has if rows are split by column.
 
-    First values are drawn four at a time: so each rank has a multiple of four, the last one what is left, too.
+    First values are drawn four at a time: so each rank has a multiple of four, and the last one also the remainder.
     """
     quads, left = divmod(dim, QUAD)
     each = [quads * rank // ranks for rank in range(ranks + 1)]
@@ -31,47 +31,47 @@ def columns_of(dim: int, ranks: int) -> list[int]:
 
 
 def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:
-    """Return rows ``[rows, sum(widths)]`` from some columns of all of them after another, in one dimension."""
+    """Join column blocks ``[rows, width]``, given flat one after another, into rows ``[rows, sum(widths)]``."""
     each = parts.split([rows * width for width in widths])
     return torch.cat([part.view(rows, width) for part, width in zip(each, widths, strict=True)], 1)
 
 
 def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str, Tensor]:
-    """Return of whole rows ``[n, ...]`` what a layout has: some of their elements, where they are split.
+    """Return the elements of whole rows ``[n, ...]`` that a layout has: some of them if rows are split by column.
 
     Raises:
         ValueError: If a part of the record has another width.
     """
     if layout.whole_dim is None:
         return dict(columns)
-    kept = {}
+    own = {}
     for name, values in columns.items():
         if name in layout.parts:
             if tuple(values.shape[1:]) != (layout.whole.width(name),):
                 raise ValueError(f"{name} must be [n, {layout.whole.width(name)}], got {list(values.shape)}")
             values = values[:, layout.first : layout.first + layout.dim].contiguous()
-        kept[name] = values
-    return kept
+        own[name] = values
+    return own
 
 
 def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exchange) -> dict[str, Tensor]:
-    """Return whole rows, those of this rank's buckets, by (bucket, id); all ranks call it together.
+    """Return the whole rows of this rank's buckets, by (bucket, id); collective.
 
     Args:
-        columns: Of the same rows on all ranks: ``ids`` int64 ``[n]``; ``[n]`` of what is one number a row, and the same
-            on all ranks; and ``[n, widths[rank]]`` of what is split.
-        widths: For each rank, how many elements of a row it has.
-        exchange: With the other ranks.
+        columns: Columns of the same rows on all ranks: ``ids`` int64 ``[n]``; ``[n]`` for one number a row, equal on
+            all ranks; and ``[n, widths[rank]]`` for parts that are split.
+        widths: For each rank, the number of elements it has of a row.
+        exchange: Collectives of the ranks that share the table.
 
     Raises:
-        ExchangeError: If ranks have other numbers of rows.
+        ExchangeError: If ranks have different numbers of rows.
     """
     ids = columns["ids"].contiguous()
-    told = [n for (n,) in exchange.all([ids.numel()])]
-    if set(told) != {ids.numel()}:
+    rows = [n for (n,) in exchange.all([ids.numel()])]
+    if set(rows) != {ids.numel()}:
         raise ExchangeError(
             f"rank {exchange.rank}: ranks that each have some columns of every row must have the same rows, and have "
-            f"{told} of them; evict and erase on all ranks alike"
+            f"{rows} of them; evict and erase on all ranks alike"
         )
     order = bucket_order(ids)
     owners = rank_of(ids[order], exchange.size)
@@ -82,8 +82,8 @@ def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exch
         if values.dim() == 1:
             joined[name] = values[order[owners == exchange.rank]]
             continue
-        # By bucket, and so by the rank that owns it.
+        # Sorted by bucket, and so by the rank that owns it.
         send, receive = [n * width for n in counts], [mine * other for other in widths]
-        came = exchange.start("rows", values[order].view(-1), send, receive).wait()
-        joined[name] = side_by_side(came.to(values.device), mine, widths)
+        received = exchange.start("rows", values[order].view(-1), send, receive).wait()
+        joined[name] = side_by_side(received.to(values.device), mine, widths)
     return joined

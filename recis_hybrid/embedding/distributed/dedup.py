@@ -1,4 +1,4 @@
-"""What a rank asks its group for: the distinct ids of a batch, by the rank that owns them.
+"""Distinct ids of a batch, sorted by the rank that owns them.
 
 Letters: N positions (ids of a call over all features), U distinct ids, W ranks, K kinds.
 """
@@ -19,18 +19,18 @@ from recis_hybrid.ops.gather import Distinct
 
 @dataclass(frozen=True)
 class Kind:
-    """Ids that are looked up alike: equal ones of a kind are one."""
+    """Ids that are looked up alike; equal ids of one kind are requested once."""
 
     member: int
     """Number of the member table."""
     unknown: int
-    """The member table whose first values stand for those without a row; -1: zeros."""
+    """The member table whose first values stand for ids without a row; -1: zeros."""
     owner: int | None
-    """The rank that owns them all; None: the owner of each one's bucket."""
+    """The rank that owns them all; None: each is owned by the owner of its bucket."""
 
 
 def rank_of(ids: Tensor, ranks: int) -> Tensor:
-    """Return the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): each has a contiguous range of buckets."""
+    """Return the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): the owner of its bucket."""
     return rank_of_bucket(ops.id_map.bucket_of(ids), ranks)
 
 
@@ -44,7 +44,7 @@ def distinct_ids(
         kind_of: For each feature, the number of its kind.
         kinds: All kinds.
         ranks: W.
-        deduplicate: False takes every position for an id of its own.
+        deduplicate: False treats every position as a distinct id.
     """
     if request.ids[0].is_cpu and deduplicate:
         owners = [-1 if kind.owner is None else kind.owner for kind in kinds]
@@ -55,7 +55,7 @@ def distinct_ids(
 def distinct_by_sorting(
     request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
 ) -> Distinct:
-    """As :func:`distinct_ids`, in torch's operations: on a GPU, and for every position by itself."""
+    """Find distinct ids as :func:`distinct_ids` does, by torch's operations: on a GPU, or without deduplication."""
     ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
     n, device = ids.numel(), ids.device
     lengths = torch.tensor(request.bags.lengths, device=device)
@@ -80,7 +80,7 @@ def distinct_by_sorting(
     if deduplicate:
         first[1:] = (ids[1:] != ids[:-1]) | (share[1:] != share[:-1])
     place = first.cumsum(0) - 1
-    # Into buffers of N, since the host does not know U: equal ids write the same.
+    # Into buffers of N, since the host does not know U; equal ids write equal values.
     found = torch.empty_like(ids).scatter_(0, place, ids)
     counts = torch.zeros_like(ids).scatter_add_(0, place, torch.ones_like(ids))
     sizes = torch.zeros(shares + 1, dtype=torch.int64, device=device).scatter_add_(0, share, first.to(torch.int64))

@@ -1,6 +1,6 @@
-"""Exchange: what the ranks of a group send each other, each rank something else to each.
+"""Exchange: the all-to-all collectives of a process group.
 
-All ranks call the same methods in the same order, also with nothing to send. Letters: W ranks.
+All ranks call the same methods in the same order, even with nothing to send. Letters: W ranks.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExchangeError(RuntimeError):
-    """Ranks of a group cannot go on together: one failed, died, hangs or is told to do something else."""
+    """The ranks of a group cannot continue together: one failed, died, hangs, or has other settings."""
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent to other ranks; what it sends to itself is not counted."""
+    """Bytes that this rank has sent to other ranks; bytes to itself are not counted."""
 
     sizes: int = 0
-    """How much is to follow, samples, and what ranks are to agree on."""
+    """Sizes of the other messages, numbers of samples, and settings that ranks compare."""
     ids: int = 0
     """Ids, 8 bytes each."""
     counts: int = 0
-    """How often each id was met, in training."""
+    """How often each id occurs, in training."""
     rows: int = 0
-    """Embeddings, from their rows' owner."""
+    """Embeddings, from the owners of the rows."""
     gradients: int = 0
-    """Row gradients, to their rows' owner."""
+    """Row gradients, to the owners of the rows."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass
-class Sending:
-    """What is on its way."""
+class Transfer:
+    """A collective in progress."""
 
     what: str
     received: Tensor
     work: dist.Work | None
     exchange: Exchange
     sent: Tensor
-    """Kept alive until then."""
+    """Held until the collective has ended."""
 
     def wait(self) -> Tensor:
-        """Return what came in, from rank 0 first."""
-        with self.exchange.watched(), self.exchange.explained(self.what):
+        """Return the received tensor, from rank 0 first, after waiting."""
+        with self.exchange.wait_context(), self.exchange.explained(self.what):
             if self.work is not None:
                 self.work.wait()
         return self.received
@@ -73,7 +73,7 @@ class Exchange:
 
     Args:
         group: The ranks.
-        device: Of the tables: what is sent lies there if the group's backend can send it from there.
+        device: Device of the tables; tensors are sent from there if the group's backend can.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -83,19 +83,19 @@ class Exchange:
         # NCCL sends from GPUs only, Gloo from host memory.
         self.device = device if device.type == "cuda" and "nccl" in dist.get_backend(group) else torch.device("cpu")
         self.traffic = Traffic()
-        self.watched: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Around each wait for other ranks: who times them sets it."""
+        self.wait_context: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes a context around each wait for other ranks, to time it."""
 
     def sizes(self, send: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Send each rank a row of int64 ``[W, n]``; n is the same on all ranks. Waits.
 
         Returns:
-            What was sent, and what came in: by rank, n numbers.
+            The numbers sent to each rank, and those received from it, n each.
         """
         send = send.to(self.device)
-        received = self.start("sizes", send, [1] * self.size, [1] * self.size).wait()
-        sent, came = torch.stack([send, received]).tolist()
-        return sent, came
+        receive = self.start("sizes", send, [1] * self.size, [1] * self.size).wait()
+        sent, received = torch.stack([send, receive]).tolist()
+        return sent, received
 
     def start(
         self,
@@ -103,14 +103,14 @@ class Exchange:
         values: Tensor,
         send: Sequence[int],
         receive: Sequence[int],
-    ) -> Sending:
-        """Begins to send each rank some of the first dimension, rank 0 the first of it.
+    ) -> Transfer:
+        """Start sending each rank a slice of the first dimension, rank 0 the first slice.
 
         Args:
-            what: Is counted so, and named in messages.
+            what: Kind of the message, for ``traffic`` and error messages.
             values: ``[sum(send), ...]``.
-            send: For each rank, how much it gets.
-            receive: For each rank, how much comes from it.
+            send: For each rank, the length of the slice sent to it.
+            receive: For each rank, the length of the slice received from it.
         """
         values = values.to(self.device).contiguous()
         received = ops.memory.empty((sum(receive), *values.shape[1:]), values.dtype, self.device)
@@ -119,12 +119,12 @@ class Exchange:
         setattr(self.traffic, what, getattr(self.traffic, what) + remote * each * values.element_size())
         with self.explained(what):
             work = dist.all_to_all_single(received, values, list(receive), list(send), group=self.group, async_op=True)
-        return Sending(what, received, work, self, values)
+        return Transfer(what, received, work, self, values)
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks."""
         total = value.detach().to(self.device, copy=True)
-        with self.watched(), self.explained("norms"):
+        with self.wait_context(), self.explained("norms"):
             dist.all_reduce(total, group=self.group)
         return total.to(value.device)
 
@@ -134,7 +134,7 @@ class Exchange:
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Turn what a backend raises into an ExchangeError that says what was under way."""
+        """Turn an error of the backend into an ExchangeError that says what was being exchanged."""
         try:
             yield
         except ExchangeError:
@@ -142,13 +142,13 @@ class Exchange:
         except RuntimeError as error:
             raise ExchangeError(
                 f"rank {self.rank} of {self.size}: the exchange of {what} between embedding tables failed: another "
-                f"rank has died or raised an error, or does not take part; see what the others say first, and start "
-                f"all ranks anew from a checkpoint. The backend says: {error}"
+                f"rank has died or raised an error, or does not take part; see the errors of the others first, and "
+                f"restart all ranks from a checkpoint. The backend says: {error}"
             ) from error
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """Return after which time a group's collectives give up, for a group like it; None, torch's default."""
+    """Return the timeout of a group's collectives; None for torch's default."""
     device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", None)
@@ -158,8 +158,8 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
     """Return the group whose ranks share an engine's tables; None where one process has them all.
 
     Args:
-        group: A process group; None, all ranks, whom this process joins if a launcher has started several; False, this
-            process alone.
+        group: A process group; None for all ranks, which this process joins if a launcher has started several; False
+            for this process alone.
 
     Raises:
         RuntimeError: If the processes of a launcher cannot be joined.

@@ -1,10 +1,10 @@
-"""Row gradients on their way from the ranks that have them to the ranks that own the rows.
+"""Sends row gradients from the ranks that computed them to the ranks that own the rows.
 
-Backward runs on each rank as it likes: a rank may have no gradient for a lookup, or only for some of its ids. So what
-is exchanged, and when, is decided where all ranks come together, in an optimizer's step or where a norm is asked for:
-each rank says for each lookup that is still known what it has.
+Backward runs on each rank independently: a rank may have no gradient for a lookup, or only for some of its ids. So the
+exchange is decided where all ranks meet, in an optimizer's step or where a norm is read: each rank announces what it
+has for each lookup that is still alive.
 
-Letters: U distinct ids of this rank's batch, R ids asked of this rank, W ranks, D dim.
+Letters: U distinct ids of this rank's batch, R ids requested from this rank, W ranks, D dim.
 """
 
 from __future__ import annotations
@@ -19,57 +19,57 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.distributed.exchange import Exchange
-from recis_hybrid.embedding.distributed.id_exchange import Asks
+from recis_hybrid.embedding.distributed.id_exchange import TableRouting
 from recis_hybrid.embedding.table.gradients import Part, PendingGradients
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup
 from recis_hybrid.ops.gather import Bags, RowGroups
 
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
-_NONE, _FULL, _SOME = range(3)
-_MANY = 64
-"""Lookups without a step between them after which those that nobody can come back to are dropped."""
+_NO_GRADIENTS, _ALL_GRADIENTS, _SOME_GRADIENTS = range(3)
+_MAX_LOOKUPS = 64
+"""Lookups without a step between them after which those that autograd has dropped are removed."""
 
 
 @dataclass(eq=False)
-class Asked:
-    """What this rank was asked for in one lookup of all ranks, and the gradients that it has for what it asked for."""
+class SharedLookup:
+    """One lookup of all ranks: the rows that this rank found for them, and its gradients for the ids that it sent."""
 
     owned: Lookup
-    """Of what all ranks asked for, rank after rank: its rows are this rank's."""
+    """Lookup of the ids that all ranks requested from this one, rank after rank; its rows are this rank's."""
     send: list[int]
-    """For each rank, how many ids it was sent, and gradients it is to get."""
+    """For each rank, the number of ids sent to it, and so of gradients."""
     receive: list[int]
-    """For each rank, how many ids came from it."""
+    """For each rank, the number of ids received from it."""
     weight: float
-    """What this rank's gradients are multiplied by."""
+    """Factor of this rank's gradients."""
     groups: RowGroups | None
-    """This rank's positions grouped by distinct id, in the order in which these were sent, if they were."""
+    """This rank's positions grouped by distinct id, in the order in which the ids were sent; None if not grouped."""
     local: PendingGradients = field(default_factory=PendingGradients)
-    """Gradients of this rank, their rows numbers of its distinct ids."""
+    """Gradients of this rank; their rows are numbers of its distinct ids."""
     full: bool = False
-    """Whether every one of its distinct ids has one."""
+    """True if every one of its distinct ids has a gradient."""
     user: weakref.ref[object] | None = None
-    """What backward would find it by."""
+    """Weak reference to the lookup that autograd holds."""
 
     def distinct(self, everywhere: bool) -> int:
         """Return U."""
         return self.send[0] if everywhere else sum(self.send)
 
     def add(self, part: Part, *, full: bool) -> None:
-        """Keep gradients."""
+        """Add gradients."""
         self.local.add(part)
         self.full = self.full or full
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Drop the gradients."""
         self.local.clear()
         self.full = False
 
     @property
     def state(self) -> int:
-        """Whether it has none, all or some, as ranks tell each other."""
-        return _NONE if not self.local else _FULL if self.full else _SOME
+        """Code for the other ranks: no gradients, all or some."""
+        return _NO_GRADIENTS if not self.local else _ALL_GRADIENTS if self.full else _SOME_GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -77,140 +77,150 @@ class Sums:
     """Gradients that a rank sends."""
 
     values: Tensor
-    """float32 ``[U, D]``, or fewer: by the rank that they go to."""
+    """float32 ``[U, D]``, or fewer rows: in the order of the ranks that receive them."""
     places: Tensor | None
-    """int64: which of its distinct ids they are of, ascending; None: all, or none."""
+    """int64: the distinct ids that they belong to, ascending; None: all of them, or none."""
     counts: list[int]
-    """For each rank, how many it gets."""
+    """For each rank, how many it receives."""
 
 
-class Collector:
-    """Brings the gradients of a table's rows to their owners; a ``pending.Remote``.
+class GradientExchange:
+    """Sends the gradients of a table's rows to their owners; the ``RemoteGradients`` of a HashTable.
 
     Args:
         table: This rank's rows.
-        exchange: With the other ranks.
-        wire_dtype: In which gradients travel.
-        reduce: How ranks' gradients of a row become one.
-        asks: On which ranks the rows are.
+        exchange: Collectives of the ranks that share the table.
+        wire_dtype: Dtype in which gradients are sent.
+        reduce: How the gradients that ranks have for one row are combined.
+        routing: On which ranks the rows are.
         dim: Elements of a whole row.
     """
 
     def __init__(
-        self, table: HashTable, exchange: Exchange, *, wire_dtype: torch.dtype, reduce: Reduce, asks: Asks, dim: int
+        self,
+        table: HashTable,
+        exchange: Exchange,
+        *,
+        wire_dtype: torch.dtype,
+        reduce: Reduce,
+        routing: TableRouting,
+        dim: int,
     ) -> None:
         self.table = table
         self.exchange = exchange
         self.wire_dtype = wire_dtype
         self.reduce = reduce
-        self.everywhere = asks.everywhere
-        self.columns = asks.columns
+        self.everywhere = routing.everywhere
+        self.columns = routing.columns
         self.dim = dim
-        self._asked: list[Asked] = []
+        self._lookups: list[SharedLookup] = []
 
     def __bool__(self) -> bool:
-        return any(asked.local for asked in self._asked)
+        return any(lookup.local for lookup in self._lookups)
 
     def clear(self) -> None:
-        """Forgets gradients that were not exchanged; what comes later of the same lookups counts."""
-        for asked in self._asked:
-            asked.clear()
+        """Drop gradients that were not exchanged; later gradients of the same lookups count."""
+        for lookup in self._lookups:
+            lookup.clear()
 
     def norm(self, own: Tensor) -> Tensor:
         """Return the norm over all rows of the table, from that over this rank's."""
         return own if self.everywhere and self.columns is None else self.exchange.sum(own.square()).sqrt()
 
-    def watch(self, asked: Asked, user: object) -> None:
-        """Expect gradients of a lookup until no rank has ``user`` any more; all ranks call it together."""
-        if len(self._asked) >= _MANY:
-            self.table.fetch_gradients()  # finds out which of them are gone everywhere
-        asked.user = weakref.ref(user)
-        self._asked.append(asked)
+    def watch(self, lookup: SharedLookup, user: object) -> None:
+        """Expect gradients of a lookup until no rank holds ``user`` any more; collective."""
+        if len(self._lookups) >= _MAX_LOOKUPS:
+            self.table.fetch_gradients()  # removes the lookups that no rank holds
+        lookup.user = weakref.ref(user)
+        self._lookups.append(lookup)
 
     def fetch(self) -> list[tuple[Lookup, Part]]:
         """Exchange the gradients of all lookups, and return those of this rank's rows; collective."""
-        if not self._asked:
+        if not self._lookups:
             return []
-        told, own = [], []
-        for asked in self._asked:
-            alive = asked.user is not None and asked.user() is not None
-            sums = self._sums(asked)
+        lines, own = [], []
+        for lookup in self._lookups:
+            alive = lookup.user is not None and lookup.user() is not None
+            sums = self._sums(lookup)
             own.append(sums)
-            told += [[int(alive)] * self.exchange.size, [asked.state] * self.exchange.size, sums.counts]
-            asked.clear()
-        _, came = self.exchange.sizes(torch.tensor(told).t())
-        left, received = [], []
-        for number, (asked, sums) in enumerate(zip(self._asked, own, strict=True)):
-            alive_at, states, counts = ([line[3 * number + k] for line in came] for k in range(3))
+            lines += [[int(alive)] * self.exchange.size, [lookup.state] * self.exchange.size, sums.counts]
+            lookup.clear()
+        _, headers = self.exchange.sizes(torch.tensor(lines).t())
+        remaining, parts = [], []
+        for number, (lookup, sums) in enumerate(zip(self._lookups, own, strict=True)):
+            alive_on, states, counts = ([header[3 * number + k] for header in headers] for k in range(3))
             if any(states):
-                received.append((asked.owned, self._received(asked, sums, states, counts)))
-            if any(alive_at):
-                left.append(asked)
-        self._asked = left
-        return received
+                parts.append((lookup.owned, self._exchange(lookup, sums, states, counts)))
+            if any(alive_on):
+                remaining.append(lookup)
+        self._lookups = remaining
+        return parts
 
-    def exchanged(self, asked: Asked) -> list[Tensor]:
-        """Exchanges gradients that every rank has in full; for each rank and kind, float32 ``[n, D]``."""
-        sums = self._sums(asked)
-        asked.clear()
-        values = self._send(sums, asked.receive)
+    def exchange_full(self, lookup: SharedLookup) -> list[Tensor]:
+        """Exchange gradients that every rank has for all its ids; for each rank and kind, float32 ``[n, D]``."""
+        sums = self._sums(lookup)
+        lookup.clear()
+        values = self._send(sums, lookup.receive)
         if self.reduce == "id":
-            values = self._by_id(asked.owned.rows, values, asked.receive)
-        return list(values.split(asked.owned.request.bags.lengths))
+            values = self._mean_over_ranks(lookup.owned.rows, values, lookup.receive)
+        return list(values.split(lookup.owned.request.bags.lengths))
 
-    def _received(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> Part:
+    def _exchange(self, lookup: SharedLookup, own: Sums, states: list[int], counts: list[int]) -> Part:
         """Exchange the gradients of one lookup, and return those of this rank's rows."""
-        values, owned = self._send(own, counts), asked.owned
-        if all(state == _FULL for state in states):
+        values, owned = self._send(own, counts), lookup.owned
+        if all(state == _ALL_GRADIENTS for state in states):
             if self.reduce == "id":
-                values = self._by_id(owned.rows, values, counts)
+                values = self._mean_over_ranks(owned.rows, values, counts)
             request = owned.request
             parts = list(values.split(request.bags.lengths))
             return Part(owned.rows, request.members, owned.row_bound, request.bags, parts, owned.groups)
-        rows = owned.rows[self._positions(asked, own, states, counts)]
+        rows = owned.rows[self._positions(lookup, own, states, counts)]
         if self.reduce == "id":
-            values = self._by_id(rows, values, counts)
+            values = self._mean_over_ranks(rows, values, counts)
         return Part(rows, [0], owned.row_bound, Bags.single([rows.numel()]), [values], None)
 
-    def _positions(self, asked: Asked, own: Sums, states: list[int], counts: list[int]) -> Tensor:
-        """Return int64: of each gradient that came in, which of the R ids asked of this rank it belongs to."""
+    def _positions(self, lookup: SharedLookup, own: Sums, states: list[int], counts: list[int]) -> Tensor:
+        """Return int64: for each received gradient, the position of its id among the R requested from this rank."""
         ranks, device = self.exchange.size, self.table.device
-        told = [torch.arange(n, device=device) for n in counts]
-        if states.count(_SOME):
-            # Ranks that have gradients for some of their ids say for which.
-            send, which = [0] * ranks, asked.owned.rows[:0]
+        places = [torch.arange(n, device=device) for n in counts]
+        if states.count(_SOME_GRADIENTS):
+            # Ranks that have gradients for some of their ids send which.
+            send, own_places = [0] * ranks, lookup.owned.rows[:0]
             if own.places is not None:
                 send = own.counts
-                starts = [0] * ranks if self.everywhere else list(accumulate(asked.send[:-1], initial=0))
-                places = own.places.repeat(ranks) if self.everywhere else own.places
-                which = torch.cat([part - start for part, start in zip(places.split(send), starts, strict=True)])
-            receive = [n if state == _SOME else 0 for n, state in zip(counts, states, strict=True)]
-            came = self.exchange.start("ids", which, send, receive).wait().to(device).split(receive)
-            told = [some if state == _SOME else all_ for some, all_, state in zip(came, told, states, strict=True)]
-        firsts = accumulate(asked.receive[:-1], initial=0)
-        return torch.cat([first + part for first, part in zip(firsts, told, strict=True)])
+                starts = [0] * ranks if self.everywhere else list(accumulate(lookup.send[:-1], initial=0))
+                copies = own.places.repeat(ranks) if self.everywhere else own.places
+                own_places = torch.cat([part - start for part, start in zip(copies.split(send), starts, strict=True)])
+            receive = [n if state == _SOME_GRADIENTS else 0 for n, state in zip(counts, states, strict=True)]
+            received = self.exchange.start("ids", own_places, send, receive).wait().to(device).split(receive)
+            places = [
+                some if state == _SOME_GRADIENTS else every
+                for some, every, state in zip(received, places, states, strict=True)
+            ]
+        starts_of_ranks = accumulate(lookup.receive[:-1], initial=0)
+        return torch.cat([start + part for start, part in zip(starts_of_ranks, places, strict=True)])
 
-    def _sums(self, asked: Asked) -> Sums:
+    def _sums(self, lookup: SharedLookup) -> Sums:
         """Sum this rank's gradients, in the order in which ids were sent."""
         dim, ranks = self.dim, self.exchange.size
-        n, state = asked.distinct(self.everywhere), asked.state
-        sums = ops.memory.empty((n if state != _NONE else 0, dim), torch.float32, self.table.device)
-        if state == _NONE or n == 0:
-            return Sums(sums, None, asked.send if state == _FULL else [0] * ranks)
-        gradients = asked.local.gradients()
-        if asked.weight != 1.0:
-            gradients = gradients._replace(factor=torch.full((1,), asked.weight, device=sums.device))
+        n, state = lookup.distinct(self.everywhere), lookup.state
+        sums = ops.memory.empty((n if state != _NO_GRADIENTS else 0, dim), torch.float32, self.table.device)
+        if state == _NO_GRADIENTS or n == 0:
+            return Sums(sums, None, lookup.send if state == _ALL_GRADIENTS else [0] * ranks)
+        gradients = lookup.local.gradients()
+        if lookup.weight != 1.0:
+            gradients = gradients._replace(factor=torch.full((1,), lookup.weight, device=sums.device))
         ops.update.reduce_rows(gradients, sums)
         groups = gradients.groups
-        if groups is asked.groups:
-            return Sums(sums, None, asked.send)
-        if state == _FULL:
-            return Sums(torch.empty_like(sums).index_copy_(0, groups.unique[:n], sums), None, asked.send)
+        if groups is lookup.groups:
+            return Sums(sums, None, lookup.send)
+        if state == _ALL_GRADIENTS:
+            return Sums(torch.empty_like(sums).index_copy_(0, groups.unique[:n], sums), None, lookup.send)
         places, order = groups.unique[: int(groups.count)].sort()
         if self.everywhere:
             counts = [places.numel()] * ranks
         else:
-            ends = torch.tensor(list(accumulate(asked.send)), device=places.device)
+            ends = torch.tensor(list(accumulate(lookup.send)), device=places.device)
             counts = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1)).tolist()
         return Sums(sums[order], places, counts)
 
@@ -223,15 +233,15 @@ class Collector:
             receive = [n * dim for n in receive]
         elif self.everywhere and len(values):
             values = values.repeat(self.exchange.size, 1)
-        came = self.exchange.start("gradients", values, send, receive).wait().view(-1, dim)
-        return came.to(device=self.table.device, dtype=torch.float32)
+        received = self.exchange.start("gradients", values, send, receive).wait().view(-1, dim)
+        return received.to(device=self.table.device, dtype=torch.float32)
 
-    def _by_id(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:
-        """Divides the gradient of each row by the number of ranks that have one for it."""
+    def _mean_over_ranks(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:
+        """Divide the gradient of each row by the number of ranks that have one for it."""
         ranks = torch.arange(len(counts), device=rows.device).repeat_interleave(
             torch.tensor(counts, device=rows.device)
         )
         pairs = torch.unique(rows * self.exchange.size + ranks)
-        each, met = torch.unique(pairs.div(self.exchange.size, rounding_mode="floor"), return_counts=True)
-        times: Tensor = met[torch.searchsorted(each, rows)]
-        return values / times.unsqueeze(1)
+        owners, ranks_of = torch.unique(pairs.div(self.exchange.size, rounding_mode="floor"), return_counts=True)
+        divisors: Tensor = ranks_of[torch.searchsorted(owners, rows)]
+        return values / divisors.unsqueeze(1)

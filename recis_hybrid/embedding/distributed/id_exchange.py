@@ -1,6 +1,6 @@
-"""Ids on their way to the ranks that own them: what comes before any table is touched.
+"""Sends ids to the ranks that own them, before any table is touched.
 
-Letters: N positions, U distinct ids of this rank's batch, R ids asked of this rank, W ranks, K kinds.
+Letters: N positions, U distinct ids of this rank's batch, R ids requested from this rank, W ranks, K kinds.
 """
 
 from __future__ import annotations
@@ -13,93 +13,95 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.embedding.distributed.dedup import Kind, distinct_ids
-from recis_hybrid.embedding.distributed.exchange import Exchange, ExchangeError, Sending
+from recis_hybrid.embedding.distributed.exchange import Exchange, ExchangeError, Transfer
 from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.ops.gather import Distinct, RowGroups
 
 Shapes: TypeAlias = list[tuple[int, ...]]
 Read: TypeAlias = tuple[list[tuple[Request, Shapes]], int]
-"""What a batch asks of each table, the shapes of what its features give, and how many samples it has."""
+"""A batch as tables read it: for each table its request and the shapes of its features' outputs; number of samples."""
 
 
 @dataclass(eq=False)
 class Route:
-    """Where the ids of a batch went, and which came in: of one table, before anything was looked up."""
+    """The ids of a batch in one table: where this rank's were sent, and those received; nothing is looked up yet."""
 
     request: Request
     """This rank's positions."""
     shapes: Shapes
-    """Of its features' outputs."""
+    """Shapes of its features' outputs."""
     places: Tensor
-    """int64 ``[N]``: which of its distinct ids each position is."""
+    """int64 ``[N]``: the distinct id of each position."""
     groups: RowGroups | None
-    """The positions grouped by distinct id, in the order in which these were sent, if they were."""
+    """The positions grouped by distinct id, in the order in which the ids were sent; None if not grouped."""
     send: list[int]
-    """For each rank, how many ids it was sent."""
+    """For each rank, the number of ids sent to it."""
     receive: list[int]
-    """For each rank, how many came from it."""
+    """For each rank, the number of ids received from it."""
     lengths: list[int]
-    """How many came from each rank and of each kind, ``[W * K]``."""
+    """Number of ids received from each rank and of each kind, ``[W * K]``."""
     ids: Tensor
-    """int64 ``[R]``: what came in."""
+    """int64 ``[R]``: the received ids."""
     counts: Tensor | None
-    """int64 ``[R]``: how often each was met there; None in evaluation."""
+    """int64 ``[R]``: how often each occurs in its rank's batch; None in evaluation."""
 
 
 @dataclass(eq=False)
 class RoutedBatch:
-    """A batch whose ids are where they are to be looked up."""
+    """A batch whose ids are on the ranks that look them up."""
 
     routes: list[Route]
     samples: list[int]
-    """Of each rank."""
+    """For each rank, its number of samples."""
     train: bool
 
 
 @dataclass(frozen=True)
-class Asks:
-    """What a table's features ask it for, batch after batch."""
+class TableRouting:
+    """How the ids of a table are routed, the same for every batch."""
 
     kinds: list[Kind]
-    """Of ids."""
     kind_of: list[int]
     """For each feature, the number of its kind."""
     everywhere: bool
-    """Whether all ids go to all ranks: each has every row, whole or some columns of it."""
+    """True if all ids go to all ranks: each has every row, whole or some columns of it."""
     columns: list[int] | None
-    """For each rank, how many elements of every row it has; None: rows are whole."""
+    """For each rank, the number of elements it has of every row; None: rows are whole."""
     counted: bool
-    """Whether training counts how often an id was met."""
+    """True if training counts how often an id occurs."""
     device: torch.device
-    """Of the ids."""
+    """Device of the ids."""
 
 
 class Router:
-    """Sends the ids of batches to where they are to be looked up, those of all tables together.
+    """Sends the ids of batches to the ranks that look them up, those of all tables together.
 
     Args:
-        asks: Of each table.
-        exchange: With the other ranks.
-        deduplicate: False sends the id of every position.
-        settings: What all ranks must agree on, as numbers.
+        routings: For each table.
+        exchange: Collectives of the ranks that share the tables.
+        deduplicate: Send distinct ids only; False sends the id of every position.
+        settings: Numbers that must be equal on all ranks.
     """
 
-    def __init__(self, asks: list[Asks], exchange: Exchange, *, deduplicate: bool, settings: list[int]) -> None:
-        self._asks = asks
+    def __init__(
+        self, routings: list[TableRouting], exchange: Exchange, *, deduplicate: bool, settings: list[int]
+    ) -> None:
+        self._routings = routings
         self._exchange = exchange
         self._deduplicate = deduplicate
         self._settings = settings
         self._agreed = False
 
     def agree(self) -> None:
-        """Find out, once, whether all ranks were told the same.
+        """Check, once, that all ranks have the same settings.
 
         Raises:
-            ExchangeError: If not.
+            ExchangeError: If they differ.
         """
         if self._agreed:
             return
-        others = [rank for rank, told in enumerate(self._exchange.all(self._settings)) if told != self._settings]
+        all_settings = self._exchange.all(self._settings)
+        others = [rank for rank, settings in enumerate(all_settings) if settings != self._settings]
         if others:
             raise ExchangeError(
                 f"rank {self._exchange.rank}: the engines of the ranks {others} have other features, tables, seeds or "
@@ -110,20 +112,20 @@ class Router:
     def route(
         self, read: Callable[[], Read], *, train: bool, grad: bool, exchange: Exchange | None = None
     ) -> RoutedBatch:
-        """Send the ids of a batch to where they are to be looked up; touches no table.
+        """Send the ids of a batch to the ranks that look them up; touches no table.
 
         Args:
-            read: Returns the requests to all tables, and how many samples the batch has.
-            train: Whether they are looked up in training.
+            read: Returns the requests to all tables, and the number of samples.
+            train: Whether it is a training lookup.
             grad: Whether gradients may follow.
-            exchange: Through which; None, that of the tables.
+            exchange: Collectives to use; None for those of the tables.
 
         Raises:
-            ExchangeError: If another rank has failed, or looks up in another mode. What ``read`` raises goes on, after
-                the other ranks were told.
+            ExchangeError: If another rank has failed, or looks up in another mode. An exception of ``read`` is raised
+                again after the other ranks have been told.
         """
         exchange = exchange or self._exchange
-        kinds = [len(table.kinds) for table in self._asks]
+        kinds = [len(routing.kinds) for routing in self._routings]
         failure: BaseException | None = None
         found: list[Distinct] = []
         requests: list[tuple[Request, Shapes]] = []
@@ -131,48 +133,47 @@ class Router:
         try:
             requests, samples = read()
             if train:
-                requests = [(request.kept(), shapes) for request, shapes in requests]
-            for table, (request, _) in zip(self._asks, requests, strict=True):
-                ranks = exchange.size
-                found.append(distinct_ids(request, table.kind_of, table.kinds, ranks, deduplicate=self._deduplicate))
+                requests = [(request.with_own_bags(), shapes) for request, shapes in requests]
+            for routing, (request, _) in zip(self._routings, requests, strict=True):
+                ranks, deduplicate = exchange.size, self._deduplicate
+                found.append(distinct_ids(request, routing.kind_of, routing.kinds, ranks, deduplicate=deduplicate))
         except Exception as error:
             failure = error
-        told = torch.tensor([int(failure is not None), int(train) + int(train and grad), samples])
+        status = torch.tensor([int(failure is not None), int(train) + int(train and grad), samples])
         if failure is not None:
-            ours = [told, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
+            ours = [status, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
             header = torch.cat(ours).expand(exchange.size, -1)
         else:
-            header = self._header(told, found)
-        sent, came = exchange.sizes(header)
-        self._check(came, failure)
-        return RoutedBatch(
-            self._send_ids(exchange, requests, found, sent, came, train=train), [line[2] for line in came], train
-        )
+            header = self._header(status, found)
+        sent, received = exchange.sizes(header)
+        self._check(received, failure)
+        routes = self._send_ids(exchange, requests, found, sent, received, train=train)
+        return RoutedBatch(routes, [line[2] for line in received], train)
 
-    def _header(self, told: Tensor, found: Sequence[Distinct]) -> Tensor:
-        """int64 [W, 3 + tables + kinds]: see _check; the most that an id was met; sizes of each table's kinds."""
+    def _header(self, status: Tensor, found: Sequence[Distinct]) -> Tensor:
+        """Return int64 [W, 3 + tables + kinds]: status; each table's highest count of an id; sizes of its kinds."""
         ranks, device = self._exchange.size, self._exchange.device
-        most = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
-        same = torch.cat([told.to(device), torch.stack(most)])
+        highest = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
+        same = torch.cat([status.to(device), torch.stack(highest)])
         sizes = [
-            (each.sizes.sum(0).expand(ranks, -1) if table.everywhere else each.sizes).to(device)
-            for table, each in zip(self._asks, found, strict=True)
+            (each.sizes.sum(0).expand(ranks, -1) if routing.everywhere else each.sizes).to(device)
+            for routing, each in zip(self._routings, found, strict=True)
         ]
         return torch.cat([same.expand(ranks, -1), *sizes], dim=1)
 
-    def _check(self, came: list[list[int]], failure: BaseException | None) -> None:
+    def _check(self, received: list[list[int]], failure: BaseException | None) -> None:
         if failure is not None:
             raise failure
         rank = self._exchange.rank
-        failed = [other for other, line in enumerate(came) if line[0]]
+        failed = [other for other, line in enumerate(received) if line[0]]
         if failed:
             raise ExchangeError(
                 f"rank {rank}: the ranks {failed} could not look up their batch, and no rank has looked up this one; "
-                f"see what they say"
+                f"see their errors"
             )
-        differ = [other for other, line in enumerate(came) if line[1] != came[rank][1]]
+        differ = [other for other, line in enumerate(received) if line[1] != received[rank][1]]
         if differ:
-            modes = {other: _MODES[line[1]] for other, line in enumerate(came)}
+            modes = {other: _MODES[line[1]] for other, line in enumerate(received)}
             raise ExchangeError(
                 f"rank {rank}: all ranks must look up in one mode, got {modes}; call train() or eval(), and no_grad, "
                 f"on all of them alike"
@@ -184,54 +185,57 @@ class Router:
         requests: Sequence[tuple[Request, Shapes]],
         found: Sequence[Distinct],
         sent: list[list[int]],
-        came: list[list[int]],
+        received: list[list[int]],
         *,
         train: bool,
     ) -> list[Route]:
-        at = 3 + len(self._asks)
-        waiting: list[tuple[list[int], list[int], list[int], Sending, Sending | None]] = []
-        for number, (table, each) in enumerate(zip(self._asks, found, strict=True)):
-            end = at + len(table.kinds)
-            send, receive = ([sum(line[at:end]) for line in lines] for lines in (sent, came))
-            lengths = [size for line in came for size in line[at:end]]
+        at = 3 + len(self._routings)
+        transfers: list[tuple[list[int], list[int], list[int], Transfer, Transfer | None]] = []
+        for number, (routing, each) in enumerate(zip(self._routings, found, strict=True)):
+            end = at + len(routing.kinds)
+            send, receive = ([sum(line[at:end]) for line in lines] for lines in (sent, received))
+            lengths = [size for line in received for size in line[at:end]]
             at = end
-            distinct = send[0] if table.everywhere else sum(send)
-            copies = exchange.size if table.everywhere else 1
+            distinct = send[0] if routing.everywhere else sum(send)
+            copies = exchange.size if routing.everywhere else 1
             ids = exchange.start("ids", each.ids[:distinct].repeat(copies), send, receive)
             counts = None
-            if train and table.counted:
-                mine, theirs = sent[0][3 + number], [line[3 + number] for line in came]
+            if train and routing.counted:
+                mine, theirs = sent[0][3 + number], [line[3 + number] for line in received]
                 narrow = each.counts[:distinct].to(_count_dtype(mine)).repeat(copies).view(torch.uint8)
                 width = _count_dtype(mine).itemsize
                 counts = exchange.start(
                     "counts",
                     narrow,
                     [width * n for n in send],
-                    [_count_dtype(most).itemsize * n for most, n in zip(theirs, receive, strict=True)],
+                    [_count_dtype(highest).itemsize * n for highest, n in zip(theirs, receive, strict=True)],
                 )
-            waiting.append((send, receive, lengths, ids, counts))
+            transfers.append((send, receive, lengths, ids, counts))
         routes = []
-        for number, (send, receive, lengths, ids, counts) in enumerate(waiting):
+        for number, (send, receive, lengths, ids, counts) in enumerate(transfers):
             request, shapes = requests[number]
-            device = self._asks[number].device
-            often = None
+            device = self._routings[number].device
+            received_counts = None
             if counts is not None:
-                often = _wide(counts.wait(), receive, [line[3 + number] for line in came]).to(device)
-            each, here = found[number], ids.wait().to(device)
-            routes.append(Route(request, shapes, each.places, each.groups, send, receive, lengths, here, often))
+                highest_counts = [line[3 + number] for line in received]
+                received_counts = _widened(counts.wait(), receive, highest_counts).to(device)
+            each, received_ids = found[number], ids.wait().to(device)
+            routes.append(
+                Route(request, shapes, each.places, each.groups, send, receive, lengths, received_ids, received_counts)
+            )
         return routes
 
 
 _MODES = ["evaluation", "training without gradients", "training"]
 
 
-def _count_dtype(most: int) -> torch.dtype:
-    return torch.uint8 if most < 256 else torch.int16 if most < 1 << 15 else torch.int64
+def _count_dtype(highest: int) -> torch.dtype:
+    return torch.uint8 if highest < 256 else torch.int16 if highest < 1 << 15 else torch.int64
 
 
-def _wide(counts: Tensor, receive: Sequence[int], most: Sequence[int]) -> Tensor:
-    """Return the counts that came in, int64, from bytes as wide as each rank's need."""
-    widths = [_count_dtype(number).itemsize * n for number, n in zip(most, receive, strict=True)]
-    parts = zip(counts.split(widths), most, strict=True)
+def _widened(counts: Tensor, receive: Sequence[int], highest: Sequence[int]) -> Tensor:
+    """Return received counts as int64; each rank sent them in the narrowest dtype that holds its highest."""
+    widths = [_count_dtype(number).itemsize * n for number, n in zip(highest, receive, strict=True)]
+    parts = zip(counts.split(widths), highest, strict=True)
     # A copy of each, since it may not start at a multiple of its width.
     return torch.cat([part.clone().view(_count_dtype(number)).to(torch.int64) for part, number in parts])

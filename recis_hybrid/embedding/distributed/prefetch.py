@@ -1,6 +1,6 @@
-"""Ids that are sent to their owners while an earlier batch is worked on.
+"""Sends the ids of later batches to their owners while an earlier batch is computed.
 
-One thread sends, one batch after another, in a process group of its own: so its collectives come in one order on all
+One thread sends, one batch after another, in a process group of its own: so its collectives have the same order on all
 ranks, whatever the training thread does meanwhile in the tables' own group.
 """
 
@@ -20,34 +20,34 @@ from recis_hybrid.ragged import Batch
 
 
 @dataclass(eq=False)
-class Ahead:
-    """A batch on its way."""
+class PrefetchedBatch:
+    """A batch whose ids are being sent."""
 
     batch: Batch
     mode: tuple[bool, bool]
-    """Whether in training, and whether gradients may follow."""
+    """``(train, grad)``, as for :meth:`Prefetcher.send`."""
     routed: Future[RoutedBatch]
     lookups: Future[list[ShardedLookup]] | None = None
-    """Where it was looked up before its turn."""
+    """Its lookups, if :meth:`Prefetcher.look_up` made them early."""
     step: int = 0
-    """The step after which that was."""
+    """Steps of the tables when they were made."""
 
 
 class Prefetcher:
     """Sends the ids of batches ahead.
 
     Args:
-        tables: Whose ids they are.
-        features: Their columns; a batch is known again by them.
-        depth: The most batches that may be on their way.
-        staleness: How many steps old the rows may be that a batch is computed with: 0 or 1.
-        group: Of the same ranks as the tables' own, for this alone; None makes one.
-        strict: False takes a batch that comes otherwise than it was prefetched, as where a model makes columns of
-            others, for a sign that there is nothing to prefetch: no error, and no prefetching from there on.
+        tables: The tables.
+        features: Columns of ids; a batch is recognised by them.
+        depth: Maximum number of prefetched batches.
+        staleness: Maximum age in steps of the rows that a batch is computed with: 0 or 1.
+        group: A process group of the tables' ranks for prefetching alone; None makes one.
+        strict: Raise if a batch differs from the prefetched one. False disables prefetching instead, for models that
+            make columns of ids themselves.
         optional: Features that a batch may lack.
 
     Raises:
-        ValueError: If there is no group, and only all ranks together could make one.
+        ValueError: If ``group`` is None and the tables' ranks are not all ranks, so that no group can be made here.
     """
 
     def __init__(
@@ -66,76 +66,82 @@ class Prefetcher:
         self._needed = [name for name in features if name not in optional]
         self._depth = depth
         self._staleness = staleness
-        self._strict, self._ended = strict, False
+        self._strict, self._disabled = strict, False
         self.exchange = Exchange(group or _twin(tables.exchange.group), tables.exchange.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-prefetch")
-        self._ahead: deque[Ahead] = deque()
+        self._queue: deque[PrefetchedBatch] = deque()
 
     def __len__(self) -> int:
-        """Batches on their way."""
-        return len(self._ahead)
+        """Number of prefetched batches."""
+        return len(self._queue)
 
     def send(self, batch: Batch, read: Callable[[], Read], *, train: bool, grad: bool) -> None:
-        """Begins to send the ids of a batch; all ranks call it together.
+        """Start sending the ids of a batch; collective.
+
+        Args:
+            batch: The batch.
+            read: Reads its columns, as ``Router.route`` takes it.
+            train: Whether it is a training lookup.
+            grad: Whether gradients may follow.
 
         Raises:
-            RuntimeError: If ``depth`` batches are on their way.
+            RuntimeError: If ``depth`` batches are prefetched already.
         """
-        if not self._strict and (self._ended or any(name not in batch for name in self._needed)):
+        if not self._strict and (self._disabled or any(name not in batch for name in self._needed)):
             return
-        if len(self._ahead) >= self._depth:
+        if len(self._queue) >= self._depth:
             raise RuntimeError(
-                f"prefetch: {len(self._ahead)} batches are on their way, and prefetch_depth={self._depth}; give the "
-                f"first of them to the engine before the next is prefetched"
+                f"prefetch: {len(self._queue)} batches are on their way, and prefetch_depth={self._depth}; call the "
+                f"engine with the first of them before the next is prefetched"
             )
 
         def route() -> RoutedBatch:
             return self._tables.router.route(read, train=train, grad=grad, exchange=self.exchange)
 
-        self._ahead.append(Ahead(batch, (train, grad), self._thread.submit(route)))
+        self._queue.append(PrefetchedBatch(batch, (train, grad), self._thread.submit(route)))
 
     def look_up(self) -> None:
-        """Look the next batch up now, and begins to send its rows; all ranks call it together.
+        """Look up the next batch early, and start sending its rows; collective.
 
         Raises:
-            RuntimeError: If no batch is on its way, or rows may not be stale.
+            RuntimeError: If no batch is prefetched, or rows may not be stale.
         """
         if self._staleness == 0:
             raise RuntimeError(
                 "prefetch_rows: its rows miss the update that follows; build the engine with staleness=1"
             )
-        if not self._ahead:
+        if not self._queue:
             raise RuntimeError("prefetch_rows: no batch is on its way; call prefetch first")
-        first = self._ahead[0]
+        first = self._queue[0]
         if first.lookups is None:
-            # The tables are this thread's alone; what goes over the wire is the other's.
-            begun = self._tables.begin(first.routed.result())
+            # Only the calling thread touches tables; the other one only communicates.
+            replies = self._tables.look_up(first.routed.result())
             first.step = self._tables.step
-            first.lookups = self._thread.submit(lambda: self._tables.finish(begun, self.exchange))
+            first.lookups = self._thread.submit(lambda: self._tables.fetch(replies, self.exchange))
 
     def take(self, batch: Batch, *, train: bool, grad: bool) -> tuple[RoutedBatch, list[ShardedLookup] | None] | None:
-        """Return what was done for a batch, after waiting for it; None if no batch is on its way.
+        """Return the routed batch, and its lookups if made early, after waiting; None if no batch is prefetched.
 
         Raises:
-            RuntimeError: If it is not the batch whose turn it is, or was prefetched in another mode, or its rows are
-                too old.
+            RuntimeError: If it is not the first prefetched batch, was prefetched in another mode, or its rows are too
+                old.
         """
-        if not self._ahead:
+        if not self._queue:
             return None
-        first = self._ahead[0]
+        first = self._queue[0]
         other = any(batch.get(name) is not first.batch.get(name) for name in self._features)
         if not self._strict and (other or first.mode != (train, grad)):
             self.drop()
-            self._ended = True
+            self._disabled = True
             return None
         if other:
             raise RuntimeError("prefetch: batches must come to the engine in the order in which they were prefetched")
         if first.mode != (train, grad):
             raise RuntimeError(
                 f"prefetch: the batch was prefetched with (training, gradients) = {first.mode} and comes with "
-                f"{(train, grad)}; let what was prefetched come before train(), eval() or no_grad"
+                f"{(train, grad)}; use up the prefetched batches before train(), eval() or no_grad"
             )
-        self._ahead.popleft()
+        self._queue.popleft()
         if first.lookups is None:
             return first.routed.result(), None
         old = self._tables.step - first.step
@@ -147,12 +153,12 @@ class Prefetcher:
         return first.routed.result(), first.lookups.result()
 
     def drop(self) -> None:
-        """Wait for what is on its way, and forgets it; all ranks call it together."""
-        while self._ahead:
-            first = self._ahead.popleft()
-            for waiting in (first.routed, first.lookups):
-                if waiting is not None:
-                    waiting.exception()
+        """Wait for the prefetched batches, and drop them; collective."""
+        while self._queue:
+            first = self._queue.popleft()
+            for future in (first.routed, first.lookups):
+                if future is not None:
+                    future.exception()
 
     def close(self) -> None:
         """End the thread."""
@@ -160,11 +166,11 @@ class Prefetcher:
 
 
 def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return another group of the same ranks."""
+    """Return a new group of the same ranks."""
     if dist.get_world_size(group) < dist.get_world_size():
         raise ValueError(
-            "EmbeddingEngine: prefetch needs a process group of its own, and torch makes one of some ranks only where "
-            "all ranks ask for it; call dist.new_group(ranks) on all of them, and give it as prefetch_group"
+            "EmbeddingEngine: prefetch needs a process group of its own, and torch makes a group of some ranks only if "
+            "all ranks call for it; call dist.new_group(ranks) on all of them, and pass it as prefetch_group"
         )
     twin: dist.ProcessGroup = dist.new_group(
         timeout=timeout_of(group), backend=dist.get_backend(group), group_desc="recis_hybrid prefetch"

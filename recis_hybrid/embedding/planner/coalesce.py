@@ -1,4 +1,4 @@
-"""Coalescing: which member tables share one HashTable."""
+"""Coalescing of member tables into logical tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
 from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
 COUNTS = ".admission"
-"""Ends the name under which checkpoints keep what admission knows of a member table's ids."""
+"""Suffix of a member table's name for its state of admission in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,26 @@ class TablePlan:
     """One logical table: its record layout, its member tables, and the features that read each."""
 
     layout: RecordLayout
-    """Of whole rows."""
+    """Layout of whole rows."""
     members: tuple[MemberTable, ...]
     features: dict[str, int]
     """Feature name → number of its member table."""
     config: EmbeddingConfig
-    """Of one of its features: what belongs to the table is the same in all."""
+    """Config of one of its features; the table's settings are the same in all."""
     sharding: Sharding
-    """Where its rows lie, if there are several ranks."""
+    """Distribution of its rows over several ranks."""
 
 
 def plan_tables(
     configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool, ranks: int = 1
 ) -> list[TablePlan]:
-    """Group features by member table, and member tables that agree in all but the initializer into logical tables.
+    """Group features by member table, and member tables with equal settings, apart from initializers, by logical table.
 
     Args:
         configs: By feature.
-        optimizer_state: What the optimizer keeps for every row; rows of read-only tables have none.
+        optimizer_state: Optimizer state of every row; rows of read-only tables have none.
         coalesce: False makes every member table a logical table.
-        ranks: How many have the tables together.
+        ranks: Number of ranks that share the tables.
 
     Raises:
         TypeError: If a feature has no EmbeddingConfig.
@@ -95,7 +95,7 @@ def plan_tables(
 
 
 def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
-    """Return the layout of what a rank has of a table's rows."""
+    """Return the layout of a rank's part of a table's rows."""
     if plan.sharding != "column":
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)
@@ -110,8 +110,8 @@ def describe_plans(
     Args:
         plans: The tables.
         sizes: For each table, its rows and bytes on this rank.
-        device: Where tables live whose config does not say.
-        sharded: Whether several ranks share the tables; adds how.
+        device: Device of tables without a placement.
+        sharded: Add the sharding, if several ranks share the tables.
     """
     head = f"{'table':<6}{'dim':>5}  {'dtype':<9}{'record':>8}{'rows':>13}{'memory':>10}  {'place':<10}"
     lines = [f"{head}{'sharding':<12}members (features)" if sharded else f"{head}members (features)"]
@@ -149,7 +149,7 @@ def _refuse_columns(names: str, layout: RecordLayout, ranks: int) -> None:
     if shared:
         raise ValueError(
             f"table {names}: sharding='column' needs optimizer state for each element, and {shared} are of a whole "
-            f"row, which no rank has; use another sharding, or optim.Adagrad in place of optim.RowwiseAdagrad"
+            f"row, which no rank has; use another sharding, or optim.Adagrad instead of optim.RowwiseAdagrad"
         )
 
 
@@ -160,6 +160,6 @@ def _refuse_disagreement(table: str, a: str, first: EmbeddingConfig, b: str, sec
     if differ:
         ours, theirs = (", ".join(f"{n}={getattr(c, n)}" for n in differ) for c in (first, second))
         raise ValueError(
-            f"features {a!r} and {b!r} share the table {table!r} but want different ones: {ours} against {theirs}; "
-            f"give them equal settings or tables of their own"
+            f"features {a!r} and {b!r} share the table {table!r} but have different settings: {ours} against {theirs}; "
+            f"give them equal settings or separate tables"
         )

@@ -1,4 +1,4 @@
-"""On which ranks a table's rows lie.
+"""Sharding: how a table's rows are distributed over ranks.
 
 Letters: R rows, W ranks, D dim.
 """
@@ -16,37 +16,37 @@ from recis_hybrid.embedding.table.record_layout import StateField
 Sharding: TypeAlias = Literal["row", "table", "column", "replicated"]
 
 COLLECTIVE_S = 50e-6
-"""Seconds that a collective takes beside those for its bytes: a round trip between hosts and the calls."""
+"""Fixed seconds of a collective: a round trip between hosts, and the calls."""
 BYTES_PER_S = 10e9
-"""Bytes a second between two ranks."""
+"""Bandwidth between two ranks, in bytes a second."""
 LOOKUP_S = 25e-9
-"""Seconds in which a rank looks up an id that it is asked for."""
+"""Seconds to look up an id for another rank."""
 REPLICA_BYTES = 64 << 20
-"""The most that the embeddings of a replicated table may take on each rank."""
+"""Maximum bytes of the embeddings of a replicated table on each rank."""
 
 
 def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[StateField, ...] = ()) -> Sharding:
-    """Return how a table is sharded: what its config says, or for ``auto`` what takes least time.
+    """Return the sharding of a table: from its config, or for ``auto`` the fastest by an estimate.
 
-    The estimate is of a batch that has every id of the table on every rank, the dearest one, and of the busiest rank.
+    The estimate is for the worst case, a batch that has every id of the table on every rank, and for the busiest rank.
     With vectors of v bytes, c seconds for a collective, b bytes a second and l seconds for a lookup:
 
     - ``row``: hashing gives the busiest rank M = R / W + √(2 R / W · ln W) of R rows. It sends
-      (W - 1) (8 R / W + 2 v M) bytes, in three collectives, and looks W M ids up.
-    - ``column``: every rank sends all ids to all, and exactly its share of vectors and gradients:
-      (W - 1) (8 R + 2 v R / W) bytes, in three collectives, and looks W R ids up. So it pays for few and very long
-      rows, which hashing deals unevenly.
-    - ``replicated``: (W - 1) R (8 + v) bytes, in two collectives, and W R lookups; if ``REPLICA_BYTES`` hold the
-      embeddings.
+      (W - 1) (8 R / W + 2 v M) bytes in three collectives, and looks up W M ids.
+    - ``column``: every rank sends all ids to all ranks, and exactly its share of vectors and gradients:
+      (W - 1) (8 R + 2 v R / W) bytes in three collectives, and looks up W R ids. This pays for few and very long rows,
+      which hashing distributes unevenly.
+    - ``replicated``: (W - 1) R (8 + v) bytes in two collectives, and W R lookups; if the embeddings fit into
+      ``REPLICA_BYTES``.
 
-    It never chooses ``table``, which sends as much as ``row``, and less evenly; nor ``column`` where it cannot be:
-    ranks would have fewer than 4 elements of a row, or the optimizer keeps one number for a whole row. Tables without
-    ``expected_rows`` are spread by row.
+    ``table`` is never chosen, because it sends as much as ``row``, and less evenly; ``column`` only if ranks have at
+    least 4 elements of a row, and the optimizer has no state of one number a row. Tables without ``expected_rows`` are
+    sharded by row.
 
     Args:
-        config: Of the table.
+        config: Config of the table.
         ranks: W.
-        optimizer_state: What the optimizer keeps for every row.
+        optimizer_state: Optimizer state of every row.
 
     References:
         Raab, Steger: "Balls into bins" - a simple and tight analysis. RANDOM 1998: for M.
@@ -82,7 +82,7 @@ def _seconds(collectives: int, sent: float, lookups: float) -> float:
 
 
 def deal(loads: Sequence[float], ranks: int) -> list[int]:
-    """Return a rank for each load: the heaviest first, to the rank that has least."""
+    """Return a rank for each load: the heaviest load first, to the rank with the least total."""
     owners, totals = [0] * len(loads), [0.0] * ranks
     for number in sorted(range(len(loads)), key=lambda k: (-loads[k], k)):
         owners[number] = totals.index(min(totals))

@@ -16,9 +16,9 @@ class EmbeddingBlocks:
 
     Args:
         layout: How a record lies in memory.
-        device: Whose kernels work on the blocks.
-        pinned: Keeps the blocks in pinned host memory, which kernels of a CUDA device read and write there.
-        block_rows: Rows of a block, a power of two; by default what fits 32 MiB.
+        device: Device whose kernels work on the blocks.
+        pinned: Keep the blocks in pinned host memory, which kernels of a CUDA device read and write directly.
+        block_rows: Rows of a block, a power of two; by default as many as fit into 32 MiB.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EmbeddingBlocks:
 
     @property
     def capacity(self) -> int:
-        """Rows there is memory for."""
+        """Number of rows that fit into the blocks."""
         return len(self.blocks) * self.block_rows
 
     @property
@@ -49,13 +49,13 @@ class EmbeddingBlocks:
         return self.capacity * self.layout.record_bytes
 
     def reserve(self, rows: int) -> None:
-        """Make room for rows 0 to ``rows`` - 1. If memory runs out, the blocks are as before."""
+        """Make room for rows 0 to ``rows`` - 1. If memory runs out, nothing changes."""
         if rows > self.capacity:
             more = -(-(rows - self.capacity) // self.block_rows)
             self._set([*self.blocks, *(self._block() for _ in range(more))])
 
     def truncate(self, rows: int) -> None:
-        """Give up the blocks that lie wholly above the first ``rows`` rows."""
+        """Free the blocks that lie wholly after the first ``rows`` rows."""
         self._set(self.blocks[: -(-rows // self.block_rows)])
 
     def read(self, rows: Tensor, part: str) -> Tensor:
@@ -85,4 +85,4 @@ class EmbeddingBlocks:
         self.handle = ops.blocks.Blocks(
             addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes
         )
-        """What kernels take."""
+        """The blocks as kernels take them."""

@@ -25,35 +25,35 @@ class Part:
     """The gradients of one lookup."""
 
     rows: Tensor
-    """int64 ``[N]``; -1 where there is none."""
+    """int64 ``[N]``; -1 for an id without a row."""
     members: list[int]
-    """For each feature its member table, or one number for all: where numbers differ, no row is common."""
+    """For each feature its member table; features of different ones share no row. Or one number for all."""
     row_bound: int
     bags: Bags
-    """How gradients belong to positions."""
+    """How gradients map to positions."""
     values: list[Tensor]
     """For each feature, float32 ``[V, D]``."""
     groups: RowGroups | None
-    """Of all its features, if they were grouped already."""
+    """The positions grouped by row, if they are already."""
 
 
 @dataclass
 class Reduced:
-    """Summed row gradients, and their norm as torch's tools see and scale it."""
+    """Summed row gradients, and their norm as torch's utilities read and scale it."""
 
     groups: RowGroups
     sums: Tensor
-    """float32 ``[N, D]``: of the rows ``groups.unique``; zeros beyond them."""
+    """float32 ``[N, D]``: of the rows ``groups.unique``; zeros after them."""
     row_bound: int
-    shown: Tensor
-    """float64 ``[2]``: their norm, and a mark too small to count in a norm. It is handed out as the anchor's ``grad``;
-    what is multiplied into it is read off the mark, exactly and also where the norm is not finite. In float64, torch
-    adds norms of tables up in it, too: which tables share one is then nothing that float32 gradients see."""
+    grad: Tensor
+    """float64 ``[2]``: their norm, and a mark too small to count in a norm. It is the anchor's ``grad``; a factor that
+    is multiplied into it is recovered from the mark, exactly, even if the norm is not finite. It is float64 so that
+    torch adds the norms of tables in float64, too: then coalescing does not change float32 gradients."""
 
     @property
     def factor(self) -> Tensor:
-        """float32 ``[1]``: what the sums are to be multiplied by."""
-        return (self.shown[1:] / _MARK).to(torch.float32)
+        """float32 ``[1]``: factor of the sums."""
+        return (self.grad[1:] / _MARK).to(torch.float32)
 
 
 class RemoteGradients(Protocol):
@@ -95,7 +95,7 @@ class PendingGradients:
         self._parts.append(part)
 
     def gradients(self) -> Gradients:
-        """Return all of them, for one update."""
+        """Return all gradients, for one update."""
         if self._reduced is not None:
             return Gradients([self._reduced.sums], self._reduced.groups, self._reduced.factor)
         part = self._parts[0]
@@ -136,7 +136,7 @@ class PendingGradients:
 
 
 def _merged(parts: list[Part]) -> Part:
-    """Return several parts as one, their features in order."""
+    """Join several parts, their features in order."""
     bags = [part.bags for part in parts]
     return Part(
         torch.cat([part.rows for part in parts]),
@@ -163,7 +163,7 @@ def _joined(lists: list[list[Tensor]], bags: list[Bags]) -> list[Tensor]:
     return [p for parts, each in zip(lists, bags, strict=True) for p in (parts or [none] * len(each.lengths))]
 
 
-def part_of(
+def gradient_part(
     where: str,
     rows: Tensor,
     members: list[int],
@@ -173,22 +173,22 @@ def part_of(
     gradients: Sequence[Tensor | None],
     dim: int,
 ) -> Part | None:
-    """Return the gradients of a lookup as a part; None where no feature has one.
+    """Return the gradients of a lookup as a part, or None if no feature has any.
 
     Args:
-        where: The table, for messages.
+        where: Name of the table, for messages.
         rows: int64 ``[N]``.
         members: For each feature its member table.
         row_bound: Greater than every row.
-        bags: How gradients belong to positions.
-        groups: The positions grouped by row, if they were.
-        gradients: For each feature, float32 ``[V, D]``; None where it has none.
+        bags: How gradients map to positions.
+        groups: The positions grouped by row, if they are already.
+        gradients: For each feature, float32 ``[V, D]``, or None.
         dim: D.
 
     Raises:
         ValueError: If a gradient is not float32 ``[V, D]``.
     """
-    values = usable(where, bags.vectors, gradients, dim, rows.device)
+    values = checked_gradients(where, bags.vectors, gradients, dim, rows.device)
     used = [number for number, gradient in enumerate(gradients) if gradient is not None]
     if len(used) < len(gradients):
         parts = rows.split(bags.lengths)
@@ -197,10 +197,10 @@ def part_of(
     return Part(rows, [members[number] for number in used], row_bound, bags, values, groups) if used else None
 
 
-def usable(
+def checked_gradients(
     where: str, vectors: Sequence[int], gradients: Sequence[Tensor | None], dim: int, device: torch.device
 ) -> list[Tensor]:
-    """Return the gradients that there are as kernels take them: on the device, any stride between rows, none within.
+    """Return the gradients that are not None as kernels take them: on the device, rows contiguous.
 
     Raises:
         ValueError: If one is not float32 ``[V, D]``.
@@ -209,7 +209,7 @@ def usable(
     for count, gradient in zip(vectors, gradients, strict=True):
         if gradient is None:
             continue
-        fits = gradient.ndim == 2 and gradient.size(0) == count and gradient.size(1) == dim  # as .shape, sooner
+        fits = gradient.ndim == 2 and gradient.size(0) == count and gradient.size(1) == dim  # faster than .shape
         if not fits or gradient.dtype is not torch.float32:
             raise ValueError(
                 f"table {where}: a gradient must be float32 {[count, dim]}, got {gradient.dtype} {list(gradient.shape)}"

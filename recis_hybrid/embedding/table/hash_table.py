@@ -21,7 +21,13 @@ from recis_hybrid.embedding.eviction import Eviction
 from recis_hybrid.embedding.optimizer import BeforeRead
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_rows
-from recis_hybrid.embedding.table.gradients import PendingGradients, Reduced, RemoteGradients, part_of, usable
+from recis_hybrid.embedding.table.gradients import (
+    PendingGradients,
+    Reduced,
+    RemoteGradients,
+    checked_gradients,
+    gradient_part,
+)
 from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup, Request, next_generation
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
@@ -150,7 +156,7 @@ class HashTable:
             rows = store.find(request)
             return Lookup(request, rows, store.id_map.row_bound, self.generation, False, self.step)
         self.record_lookup()
-        request = request.kept()
+        request = request.with_own_bags()
         # Rows that before_read changes are gathered after it.
         rows, groups, gathered = store.insert_grouped(request, None if self.before_read else out, starts)
         complete, bound = store.gate is None, store.id_map.row_bound
@@ -201,7 +207,7 @@ class HashTable:
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
         """Keep the gradients of a training lookup for the next step; None for a feature without one."""
         self.check(lookup)
-        part = part_of(
+        part = gradient_part(
             self.name,
             lookup.rows,
             lookup.request.members,
@@ -229,7 +235,7 @@ class HashTable:
                 f"table {self.name}: apply_gradients takes a gradient for each feature; give zeros for None"
             )
         return Gradients(
-            usable(self.name, lookup.sources.vectors, gradients, self.layout.dim, self.device), lookup.groups
+            checked_gradients(self.name, lookup.sources.vectors, gradients, self.layout.dim, self.device), lookup.groups
         )
 
     def pending_gradients(self) -> Gradients | None:
@@ -527,7 +533,7 @@ class Anchor(nn.Parameter):
     def grad(self) -> Tensor | None:
         """The norm of the table's row gradients; see the class."""
         reduced = self.table.reduced_gradients()
-        return None if reduced is None else reduced.shown
+        return None if reduced is None else reduced.grad
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:

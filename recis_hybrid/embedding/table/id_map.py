@@ -29,45 +29,45 @@ class Entries(NamedTuple):
 class IdMap:
     """An open-addressing hash table in torch tensors, changed in place by native operators.
 
-    Which id gets which row is settled among threads and is not part of any promise; rows of erased ids are used again.
-    The host never waits for a device to learn how full the map is: it keeps an upper bound (ids looked up so far,
-    corrected by a count copied late) and grows by that.
+    Which id gets which row depends on the threads and is not guaranteed; rows of erased ids are reused. The host never
+    waits for a device to learn how full the map is: it keeps an upper bound (ids looked up so far, corrected by a count
+    that is copied asynchronously) and grows by that.
 
     Args:
-        device: Where the slots live.
-        capacity: Slots to begin with; rounded up to a power of two.
+        device: Device of the slots.
+        capacity: Initial number of slots; rounded up to a power of two.
     """
 
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
         self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
         """int64 ``[S, 2]``."""
-        # Whatever mode they are made in, they are written to in any.
+        # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
         """int64 ``[5]``, indexed as ``ops.id_map`` says."""
         self.free_rows = torch.empty(0, dtype=torch.int64, device=device)
-        """int64: rows of erased ids; as many as the counters say."""
-        self._late = LateCounters(self.counters)
+        """int64: rows of erased ids; the counters have their number."""
+        self._bounds = CounterBounds(self.counters)
 
     @property
     def device(self) -> torch.device:
-        """Where the slots live."""
+        """Device of the slots."""
         return self.slots.device
 
     @property
     def capacity(self) -> int:
-        """Slots."""
+        """Number of slots."""
         return self.slots.size(0)
 
     @property
     def row_bound(self) -> int:
-        """Greater than every row handed out so far; on the CPU, just the number of rows ever made."""
-        return self._late.bound(ops.id_map.ROWS)
+        """Greater than every row assigned so far; on the CPU, exactly the number of rows ever made."""
+        return self._bounds.bound(ops.id_map.ROWS)
 
     @property
     def may_have_fresh(self) -> bool:
-        """Whether :meth:`find_or_insert` may have given new rows; on the CPU, whether it has."""
-        return self._late.bound(ops.id_map.FRESH) > 0
+        """True if :meth:`find_or_insert` may have assigned new rows; exact on the CPU."""
+        return self._bounds.bound(ops.id_map.FRESH) > 0
 
     @property
     def nbytes(self) -> int:
@@ -85,24 +85,24 @@ class IdMap:
         return rows
 
     def reserve(self, more: int) -> None:
-        """Make room for ``more`` further ids. If memory runs out, the map is as before."""
-        if self._late.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
+        """Make room for ``more`` further ids. If memory runs out, nothing changes."""
+        if self._bounds.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
-        exact = self._late.exact()
+        exact = self._bounds.exact()
         if exact[ops.id_map.LIVE] + more > MAX_ROWS:
-            raise ValueError(f"a hash table has at most 2**40 rows, and {exact[ops.id_map.LIVE] + more} were asked for")
+            raise ValueError(f"a hash table has at most 2**40 rows, {exact[ops.id_map.LIVE] + more} are needed")
         if exact[ops.id_map.USED_SLOTS] + more > MAX_LOAD * self.capacity:
-            # Erased ids do not come along, so that the slots may be as many as before.
-            # With room to spare, or steady inserts and erases would have to come back here at every step.
+            # Erased ids are dropped, so the number of slots may stay.
+            # With room to spare; otherwise steady inserts and erases would rehash at every step.
             self.rehash(min((exact[ops.id_map.LIVE] + more) * 5 // 4, MAX_ROWS))
 
     def rehash(self, ids: int) -> None:
-        """Make the slots anew, as many as ``ids`` need."""
+        """Rebuild the slots with room for ``ids`` ids."""
         slots = _empty_slots(_power_of_two(max(int(ids / MAX_LOAD) + 1, 16)), self.device)
         ops.id_map.rehash(self.slots, slots)
         self.slots = slots
         self.counters[ops.id_map.USED_SLOTS] = self.counters[ops.id_map.LIVE]
-        self._late.exact()
+        self._bounds.exact()
 
     def find_or_insert(
         self,
@@ -111,12 +111,12 @@ class IdMap:
         admitted: Tensor | None = None,
         used: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Find each id or give it a row. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
+        """Find the row of each id, or insert it. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
 
         Args:
             ids: For each feature, int64 ``[n_f]``, contiguous.
             members: For each feature, its member table's number.
-            admitted: uint8 ``[N]``: 0 where an id without a row must not get one, and row -1 is given; None: all may.
+            admitted: uint8 ``[N]``: 0 for ids that must not be inserted, whose row is -1; None: all may.
             used: As in ``ops.id_map.find``.
 
         Returns:
@@ -127,20 +127,20 @@ class IdMap:
         ops.id_map.find_or_insert(
             self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
         )
-        self.inserted(total)
+        self.count_inserts(total)
         return rows, fresh
 
-    def inserted(self, at_most: int) -> None:
-        """Note that an operator may have inserted as many ids."""
-        self._late.inserted(at_most)
+    def count_inserts(self, at_most: int) -> None:
+        """Count ids that an operator may have inserted."""
+        self._bounds.count_inserts(at_most)
 
     def commit(self) -> None:
-        """Count the rows of :meth:`find_or_insert` as old, once they have their first values."""
+        """End a :meth:`find_or_insert`, once its new rows have their first values."""
         ops.id_map.commit(self.counters)
 
     def withdraw(self, ids: Sequence[Tensor], members: Sequence[int], fresh: Tensor) -> None:
-        """Take back the rows of a :meth:`find_or_insert` that was not committed; waits for the device."""
-        count = self._late.exact()[ops.id_map.FRESH]
+        """Undo a :meth:`find_or_insert` that was not committed; waits for the device."""
+        count = self._bounds.exact()[ops.id_map.FRESH]
         slots = self.slots_of(ids, members)[fresh[:count]]
         self.commit()
         self.erase_slots(slots)
@@ -150,14 +150,14 @@ class IdMap:
         return list_entries(self.slots, len(self))
 
     def erase_slots(self, slots: Tensor) -> None:
-        """Erases the ids in some slots (int64 ``[n]``, below 0: none); their rows may be used again."""
-        rows = self._late.exact()[ops.id_map.ROWS]
+        """Erase the ids in slots (int64 ``[n]``, below 0: none); their rows are reused."""
+        rows = self._bounds.exact()[ops.id_map.ROWS]
         if self.free_rows.numel() < rows:
             free_rows = torch.empty(_power_of_two(rows), dtype=torch.int64, device=self.device)
             free_rows[: self.free_rows.numel()] = self.free_rows
             self.free_rows = free_rows
         ops.id_map.erase(self.slots, slots, self.counters, self.free_rows)
-        self._late.exact()
+        self._bounds.exact()
 
     def slots_of(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         """Return the number of each id's slot, int64 ``[N]``, -1 for an id that has none."""
@@ -171,17 +171,17 @@ class IdMap:
         self.counters[ops.id_map.ROWS] = rows
         self.counters[ops.id_map.FREE] = 0
         self.free_rows = self.free_rows[:0].clone()
-        self._late.exact()
+        self._bounds.exact()
 
 
 class IdCounts(IdMap):
-    """A map whose entries hold counts in place of rows: exact counters of ids."""
+    """A map whose entries hold counts instead of rows: exact counters of ids."""
 
     def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
         """Count each id whose row (int64 ``[N]``) is below 0."""
         self.reserve(rows.numel())
         ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
-        self._late.inserted(rows.numel())
+        self._bounds.count_inserts(rows.numel())
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
         """Set the counts of distinct ids; int64 ``[n]`` both."""
@@ -192,23 +192,23 @@ class IdCounts(IdMap):
             ops.id_map.set_rows(self.slots, self.slots_of([ids], [member]), counts)
 
     def erase_slots(self, slots: Tensor) -> None:
-        """Forgets the ids in some slots (int64 ``[n]``, below 0: none), without waiting."""
+        """Erase the ids in slots (int64 ``[n]``, below 0: none), without waiting."""
         ops.id_map.erase(self.slots, slots, self.counters, None)
 
 
 def list_entries(slots: Tensor, live: int) -> Entries:
-    """Return all ids of slots (int64 ``[S, 2]``), of which there are ``live``."""
+    """Return the ``live`` ids of slots (int64 ``[S, 2]``)."""
     entries = Entries(*torch.empty(4, live, dtype=torch.int64, device=slots.device).unbind())
     count = torch.zeros(1, dtype=torch.int64, device=slots.device)
     ops.id_map.list_ids(slots, entries.ids, entries.members, entries.rows, entries.slots, count)
     return entries
 
 
-class LateCounters:
+class CounterBounds:
     """Upper bounds of device counters that the host may read at any time.
 
-    On CUDA the counters are copied after each insert without waiting; when the copy is found to have arrived, the bound
-    becomes what it says plus what was inserted since.
+    On CUDA the counters are copied asynchronously after each insert; when the copy has arrived, the bound becomes the
+    copied count plus what was inserted since.
     """
 
     def __init__(self, counters: Tensor) -> None:
@@ -225,7 +225,7 @@ class LateCounters:
             return int(self._view[counter])
         if self._copy is not None and self._copy[1].query():
             self._counted = self._copy[0].tolist()
-            # Rows that a call had handed out when the copy was made are not yet among those made.
+            # The copied count lacks the rows that were assigned but not yet committed at the time.
             self._since = self._since_copy + int(self._counted[ops.id_map.FRESH])
             self._copy = None
         return int(self._counted[counter]) + self._since
@@ -237,8 +237,8 @@ class LateCounters:
         self._copy = None
         return [int(count) for count in self._counted]
 
-    def inserted(self, at_most: int) -> None:
-        """Note that a call may have inserted as many ids."""
+    def count_inserts(self, at_most: int) -> None:
+        """Count ids that a call may have inserted."""
         if self._view is not None:
             return
         self._since += at_most

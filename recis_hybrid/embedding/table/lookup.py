@@ -1,4 +1,4 @@
-"""What a lookup is asked and what it leaves behind."""
+"""The request of a lookup, and its result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from recis_hybrid.ops.gather import MAX, SOURCE_SHIFT, Bags, RowGroups
 
 
 class FeatureIds(NamedTuple):
-    """The ids of one feature, as a table takes them."""
+    """The ids of one feature."""
 
     ids: Tensor
     """int64 ``[n]``, contiguous."""
     vectors: int
-    """How many vectors they give: bags, or bags times tile."""
+    """Number of vectors: bags, or bags times tile."""
     member: int
     """Number of the member table."""
     offsets: Tensor | None = None
@@ -30,15 +30,15 @@ class FeatureIds(NamedTuple):
     combiner: int = ops.gather.SUM
     """A number of ``ops.gather``."""
     tile: int = 0
-    """0, or how many vectors a bag gives: of its first ids each."""
+    """0, or the number of vectors of a bag: one for each of its first ids."""
     unknown_zeros: bool = False
-    """Whether an id that has no row counts as zeros and not with its first value."""
+    """True if an id without a row counts as zeros, not with its first value."""
     used: Tensor | None = None
-    """int64, whose last element says how many ids there are, where the host knows but a bound; None: all."""
+    """int64, whose last element is the number of valid ids, if the host knows only a bound; None: all."""
 
 
 class Request(NamedTuple):
-    """All features of a lookup, end to end, as kernels take them."""
+    """The ids of all features of a lookup, end to end, as kernels take them."""
 
     ids: list[Tensor]
     members: list[int]
@@ -48,8 +48,7 @@ class Request(NamedTuple):
     used: list[Tensor] = []
     """As ``ops.id_map.find`` takes it."""
     counts: Tensor | None = None
-    """int64 ``[N]``: how often each id was met where it comes from, one id a bag; None: once for each time it is here.
-    """
+    """int64 ``[N]``: how often each id occurs on the rank that sent it, one id a bag; None: once for each position."""
 
     @staticmethod
     def of(features: Sequence[FeatureIds]) -> Request:
@@ -63,10 +62,10 @@ class Request(NamedTuple):
             _some(used),
         )
 
-    def kept(self) -> Request:
-        """Return it with offsets and weights of its own.
+    def with_own_bags(self) -> Request:
+        """Return the request with copies of its offsets and weights.
 
-        A reader may use the memory of the batch's for the next one, and gradients may be summed after that.
+        A reader may reuse the batch's memory for the next batch before gradients are summed.
         """
         bags = self.bags
         if not bags.offsets and not bags.weights:
@@ -82,7 +81,7 @@ _generations = itertools.count()
 
 
 def next_generation() -> int:
-    """Return a number for a table's generation that no table of this process has had."""
+    """Return a generation that no table of this process has had."""
     return next(_generations)
 
 
@@ -90,7 +89,7 @@ _EMPTY: dict[torch.device, Tensor] = {}
 
 
 def _some(parts: list[Tensor | None]) -> list[Tensor]:
-    """An empty list where all are None, else with an empty tensor for each None."""
+    """Return an empty list if all are None, otherwise the list with an empty tensor for each None."""
     present = next((part for part in parts if part is not None), None)
     if present is None:
         return []
@@ -102,27 +101,27 @@ def _some(parts: list[Tensor | None]) -> list[Tensor]:
 
 @dataclass(eq=False)
 class Lookup:
-    """Which rows a batch met in one table: what :meth:`HashTable.apply_gradients` needs to find them again."""
+    """The rows of a batch's ids in one table."""
 
     request: Request
     rows: Tensor
-    """int64 ``[N]``, features end to end; -1 for an id that has none."""
+    """int64 ``[N]``, features end to end; -1 for an id without a row."""
     row_bound: int
     """Greater than every row in ``rows``."""
     generation: int
-    """The table's generation at the time; rows mean nothing in a later one."""
+    """Generation of the table at the lookup; the rows are invalid in a later one."""
     complete: bool
-    """Whether every id is known to have a row."""
+    """True if every id is known to have a row."""
     step: int
-    """The step that it belongs to."""
+    """Step of the table that the lookup belongs to."""
     grouped: RowGroups | None = None
-    """The positions grouped by row, as gradients are summed; None if this was no training lookup."""
+    """The positions grouped by row, as gradients are summed; None if this is not a training lookup."""
     gathered: Tensor | None = None
-    """The buffer into which its vectors were gathered along with it, until :func:`gather.gather` takes it."""
+    """Buffer with its vectors, if they were gathered in the same pass, until :func:`pooling.gather` takes it."""
 
     @property
     def train(self) -> bool:
-        """Whether it was a training lookup: one whose rows may take gradients."""
+        """True for a training lookup, whose rows may take gradients."""
         return self.grouped is not None
 
     @property
@@ -130,27 +129,25 @@ class Lookup:
         """The positions grouped by row.
 
         Raises:
-            RuntimeError: If this was no training lookup.
+            RuntimeError: If this is not a training lookup.
         """
         if self.grouped is None:
-            raise RuntimeError(
-                "the lookup was made in evaluation mode; call train() before it, for it to take gradients"
-            )
+            raise RuntimeError("the lookup was made in evaluation mode and takes no gradients; call train() before it")
         return self.grouped
 
     @property
     def sources(self) -> Bags:
-        """How gradients belong to positions: as ``request.bags``, but one a position where the greatest was taken."""
+        """The bags of gradients: ``request.bags``, but one for each position with the combiner ``max``."""
         return gradient_bags(self.request.bags)
 
     def occurrences(self) -> Tensor:
-        """Return int64 ``[N + 1]``: row ``unique[u]`` was met ``[u + 1] - [u]`` times."""
+        """Return int64 ``[N + 1]``: row ``unique[u]`` occurs ``[u + 1] - [u]`` times."""
         counts, groups = self.request.counts, self.groups
         if counts is None:
             return groups.offsets
         lengths = torch.tensor([0, *self.request.bags.lengths[:-1]], device=counts.device)
         features, vectors = groups.sources >> SOURCE_SHIFT, groups.sources & (1 << SOURCE_SHIFT) - 1
-        # Beyond the valid groups buffers hold anything.
+        # Beyond the valid groups the buffers are undefined.
         n = counts.numel()
         positions = (lengths.cumsum(0)[features.clamp(0, lengths.numel() - 1)] + vectors).clamp(0, max(n - 1, 0))
         total = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
@@ -172,7 +169,7 @@ def select(bags: Bags, numbers: list[int]) -> Bags:
 
 
 def gradient_bags(bags: Bags) -> Bags:
-    """Return how the gradients of these bags belong to positions."""
+    """Return the bags of the gradients of these bags; see ``Lookup.sources``."""
     if not bags.combiners.count(MAX):
         return bags
     greatest = [combiner == MAX for combiner in bags.combiners]

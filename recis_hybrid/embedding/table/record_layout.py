@@ -1,4 +1,4 @@
-"""RecordLayout: how one row's record lies in memory."""
+"""RecordLayout: the memory layout of one row's record."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StateField:
     width: int | None = None
     """Elements; None for as many as the embedding has."""
     first_value: float = 0.0
-    """What it starts as."""
+    """Initial value."""
     dtype: torch.dtype | None = None
     """None for the layout's ``state_dtype``."""
 
@@ -90,13 +90,13 @@ class RecordLayout:
     state: tuple[StateField, ...] = ()
     """Optimizer state, in order."""
     dtype: torch.dtype = torch.float32
-    """Of the embedding: float32, bfloat16 or float16."""
+    """Dtype of the embedding: float32, bfloat16 or float16."""
     state_dtype: torch.dtype = torch.float32
-    """Of the optimizer state where a field does not say: float32, or as the embedding."""
+    """Dtype of optimizer state fields without one: float32, or as the embedding."""
     first: int = 0
-    """Of a row that is split by column, which of its elements is the first one here."""
+    """If rows are split by column, the first element of the row that is stored here."""
     whole_dim: int | None = None
-    """Of a row that is split by column, how many elements it has everywhere together; None: it is whole."""
+    """If rows are split by column, elements of the whole row; None: rows are whole."""
 
     def __post_init__(self) -> None:
         check_integer("RecordLayout", "dim", self.dim, low=1)
@@ -117,7 +117,7 @@ class RecordLayout:
             dtype = field.dtype or self.state_dtype
             if abs(field.first_value) >= beyond(dtype):
                 raise ValueError(
-                    f"RecordLayout: {field.name}: first_value must be a number of {dtype}, which end at "
+                    f"RecordLayout: {field.name}: first_value must fit {dtype}, at most "
                     f"{torch.finfo(dtype).max:g}, got {field.first_value}"
                 )
         if len(self.state) > MAX_STATE_FIELDS:
@@ -129,12 +129,12 @@ class RecordLayout:
             raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
 
     def columns(self, first: int, count: int) -> RecordLayout:
-        """Return the layout of some of a row's elements, and of the optimizer state that they have."""
+        """Return the layout of ``count`` elements of a row from ``first`` on, with their optimizer state."""
         return replace(self, dim=count, first=first, whole_dim=self.dim)
 
     @property
     def whole(self) -> RecordLayout:
-        """The layout of the whole row, of which this may be some columns."""
+        """The layout of the whole row, if this one is some of its columns."""
         return self if self.whole_dim is None else replace(self, dim=self.whole_dim, first=0, whole_dim=None)
 
     def width(self, name: str) -> int:
@@ -169,12 +169,12 @@ class RecordLayout:
 
     @property
     def element(self) -> int:
-        """The embedding's dtype, as kernels know it."""
+        """The embedding's dtype, as a number for kernels."""
         return ops.blocks.ELEMENTS[self.dtype]
 
     @property
     def state_element(self) -> int:
-        """The optimizer state's dtype, as kernels know it."""
+        """The optimizer state's dtype, as a number for kernels."""
         return ops.blocks.ELEMENTS[self.state_dtype]
 
     @cached_property
@@ -205,7 +205,7 @@ class RecordLayout:
         for field in self.state:
             offsets[field.name] = at
             at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
-        # No vector of a longer record straddles a cache line more than it must.
+        # Long records start at a cache line, so that no vector straddles more lines than it must.
         offsets["end"] = at if at < _LONG else -(-at // _LINE) * _LINE
         return offsets
 

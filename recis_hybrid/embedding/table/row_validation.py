@@ -1,4 +1,4 @@
-"""What bulk changes of a table refuse, before anything is changed."""
+"""Checks of bulk changes, before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from recis_hybrid.embedding.table.record_layout import META, META_BITS, MemberTa
 
 
 def checked_member(what: str, members: int, member: int) -> None:
-    """Raise ValueError if ``member`` is none of 0 to ``members`` - 1."""
+    """Raise ValueError unless ``member`` is 0 to ``members`` - 1."""
     if not isinstance(member, Integral) or isinstance(member, bool) or not 0 <= member < members:
         raise ValueError(f"{what}: member must be 0 to {members - 1}, the number of a table, got {member!r}")
 
 
 def checked_ids(what: str, members: Sequence[MemberTable], member: int, ids: Tensor) -> Tensor:
-    """Return ids as kernels take them, contiguous.
+    """Return contiguous ids.
 
     Raises:
-        TypeError: If ids are no tensor.
-        ValueError: If there is no such member table, or ids are not int64 ``[n]``.
+        TypeError: If ids are not a tensor.
+        ValueError: If the member table does not exist, or ids are not int64 ``[n]``.
     """
     checked_member(what, len(members), member)
     if not isinstance(ids, Tensor):
@@ -39,17 +39,17 @@ def checked_ids(what: str, members: Sequence[MemberTable], member: int, ids: Ten
 
 
 def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
-    """Refuses columns that the rows of ``ids`` (int64 ``[n]``) cannot hold; waits for the device.
+    """Check columns for the rows of ``ids`` (int64 ``[n]``); waits for the device.
 
     Args:
         table: Name of the member table.
-        ids: Whose rows they are.
+        ids: Ids of the rows.
         columns: By name.
-        widths: Of the parts of a record.
+        widths: Widths of the parts of a record.
 
     Raises:
-        TypeError: If a column is no tensor, or metadata are no integers.
-        ValueError: If columns are unknown or of another shape, metadata are out of range, or ids come twice.
+        TypeError: If a column is not a tensor, or metadata are not integers.
+        ValueError: If columns are unknown or have another shape, metadata are out of range, or ids repeat.
     """
     where, n = f"table {table!r}: insert", ids.numel()
     expected = {part: [n, width] for part, width in widths.items()} | dict.fromkeys(META, [n])
@@ -70,10 +70,10 @@ def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], width
 
 
 def refuse_meta(where: str, name: str, values: Tensor) -> None:
-    """Refuses metadata (``[n]``), or ``count`` of admission, that there is no room for; waits for the device.
+    """Check metadata (``[n]``), or ``count`` of admission; waits for the device.
 
     Raises:
-        TypeError: If they are no integers.
+        TypeError: If they are not integers.
         ValueError: If they are out of range.
     """
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

@@ -138,7 +138,7 @@ class RowStore:
             out=gathered,
             starts=() if gathered is None else starts,
         )
-        self.id_map.inserted(rows.numel())
+        self.id_map.count_inserts(rows.numel())
         return rows, groups, gathered
 
     def insert(
