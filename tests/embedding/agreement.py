@@ -26,7 +26,7 @@ RULES = {"SGD": (0.05, ROUNDINGS), "Adagrad": (0.05, ROUNDINGS), "Adam": (0.002,
 
 
 def differences(got: list[dict[str, Any]], one: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """The greatest relative difference of a loss, and difference of a weight, absolute and in roundings."""
+    """Largest relative difference of a loss, and largest difference of a weight, absolute and in roundings."""
     losses = max(
         abs(ours - theirs) / abs(theirs) for ours, theirs in zip(got[0]["losses"], one[0]["losses"], strict=True)
     )

@@ -11,7 +11,7 @@ from tests.support.rank_processes import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four Gloo ranks, kept for the whole run."""
+    """Four Gloo ranks for the whole run."""
     started = Ranks()
     yield started
     started.close()

@@ -37,7 +37,7 @@ RANKS, TIMEOUT_S, SLACK_S = 3, 3.0, 3.0
 def train(
     group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetch: int, trained: str
 ) -> tuple[str, float]:
-    """Trains until another rank is lost; returns what was raised, and when.
+    """Train until another rank is lost; return the error, and its time.
 
     Args:
         group: All ranks.
@@ -91,7 +91,7 @@ def train(
 
 
 def lose(draw: random.Random, how: str, folder: str) -> None:
-    """One trial, with a folder of its own; raises AssertionError if it is not survived."""
+    """Run one trial in a folder of its own; raise AssertionError if it fails."""
     ranks = Ranks(TIMEOUT_S, ranks=RANKS)
     victim, prefetch = draw.randrange(RANKS), draw.choice([0, 1])
     call = draw.randint(2, 120) if how == "killed_in_exchange" else -1

@@ -34,7 +34,7 @@ def train(
     die_after: int | None = None,
     sharding: str = "row",
 ) -> dict[str, Any]:
-    """Trains up to a step, from the latest checkpoint if there is one."""
+    """Train up to a step, from the latest checkpoint if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         sharded.configs(sharding, DIM), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group

@@ -18,7 +18,7 @@ from tests.support.sharded import assert_same
 
 
 def collectives(group: dist.ProcessGroup) -> list[str]:
-    """What a rank sends in one step of a table of two members and four features."""
+    """Return the messages of a rank in one step of a table with two members and four features."""
     names = ("user", "item", "seen", "bought")
     configs = {name: EmbeddingConfig(dim=4, table="item" if name != "user" else None) for name in names}
     engine = EmbeddingEngine(configs, group=group)
@@ -45,7 +45,7 @@ def test_all_features_of_a_logical_table_go_in_one_exchange(ranks: Ranks) -> Non
 
 
 def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
-    """Sample dealt at random: ranks without any, features without ids, a batch that is empty everywhere."""
+    """Distribute samples at random: ranks without any, features without ids, a batch that is empty everywhere."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     draw = random.Random(seed)
     engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group)
@@ -86,7 +86,7 @@ def test_ranks_without_samples_and_features_without_ids(ranks: Ranks, seed: int)
 
 
 def subset(group: dist.ProcessGroup) -> tuple[int, dict[int, float]] | None:
-    """Ranks 1 and 3 of four train by themselves."""
+    """Train on ranks 1 and 3 of four alone."""
     pair = dist.new_group([1, 3])
     if dist.get_rank() not in (1, 3):
         return None
@@ -98,7 +98,7 @@ def subset(group: dist.ProcessGroup) -> tuple[int, dict[int, float]] | None:
     return dist.get_rank(pair), dict(zip(columns["ids"].tolist(), columns["embedding"][:, 0].tolist(), strict=True))
 
 
-def test_any_ranks_may_share_tables(ranks: Ranks) -> None:
+def test_some_of_the_ranks_may_share_tables(ranks: Ranks) -> None:
     results = ranks.run(4, subset)
     assert [result if result is None else result[0] for result in results] == [None, 0, None, 1]
     rows = {key: value for result in results if result is not None for key, value in result[1].items()}

@@ -28,7 +28,7 @@ def saver_of(group: dist.ProcessGroup, folder: str, background: bool = False) ->
 
 
 def trained(group: dist.ProcessGroup, folder: str, background: bool) -> None:
-    """Save all, and then what changed: rows, rows that went, and counts of ids that are not admitted."""
+    """Save everything, then a delta: changed rows, removed rows, and counts of ids that are not admitted."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     parts, saver = parts_of(group, "column"), saver_of(group, folder, background)
     engine, sparse = parts["engine"], parts["sparse"]
@@ -54,7 +54,7 @@ def saved_again(group: dist.ProcessGroup, sharding: str, source: str, target: st
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_they_are_those_of_whole_rows(ranks: Ranks, tmp_path: Path, background: bool) -> None:
+def test_saved_columns_equal_whole_rows(ranks: Ranks, tmp_path: Path, background: bool) -> None:
     source = tmp_path / "run"
     ranks.run(2, trained, str(source), background)
     assert Checkpoint(source, 3).manifest.previous is not None

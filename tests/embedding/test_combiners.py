@@ -99,7 +99,7 @@ def test_dense_columns_are_bags_of_one_length(device: str, combiner: str | None)
 
 
 @on_devices
-def test_weights_from_a_column_of_their_own(device: str) -> None:
+def test_weights_from_a_separate_column(device: str) -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=4, weights="w", combiner="mean")}, device=device)
     column = bags(device, weighted=True)
     assert column.weights is not None

@@ -41,7 +41,7 @@ def _anew() -> Iterator[None]:
 
 
 def column(form: str, rows: int, shift: int) -> Tensor | RaggedTensor:
-    """Ids of which rows have some in common."""
+    """Return ids that rows have partly in common."""
     if form == "dense":
         return (torch.arange(rows)[:, None] + torch.tensor([1, 2, 3, 3])) + shift
     weights = [[0.5 + n for n in range(row % 3)] for row in range(rows)] if form == "weighted" else None
@@ -226,7 +226,7 @@ def test_many_engines_and_modes_are_not_compiled_at_all(caplog: pytest.LogCaptur
 
 
 def compiled_train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
-    """Trains with forward compiled, which is undone for the tests after it."""
+    """Train with a compiled forward, which is undone afterwards."""
     forward = sharded.Model.forward
     sharded.Model.forward = torch.compile(forward, backend="eager", dynamic=True)  # type: ignore[method-assign]
     try:
@@ -253,7 +253,7 @@ def test_a_full_graph_is_refused_and_towers_have_one() -> None:
 
 
 class Dense(nn.Module):
-    """A model that takes a tensor, as exporters want it."""
+    """A model that takes a tensor, as exporters need it."""
 
     def __init__(self) -> None:
         super().__init__()

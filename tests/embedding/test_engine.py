@@ -64,7 +64,7 @@ def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, batch: Batc
     ],
     ids=str,
 )
-def test_values_beyond_the_last_list_are_none(device: str, more: dict[str, Any]) -> None:
+def test_values_beyond_the_last_list_are_ignored(device: str, more: dict[str, Any]) -> None:
     # What shortens lists on a GPU leaves as many values as there were, of which the first count.
     offsets = torch.tensor([0, 2, 2, 3], device=device)
     exact = RaggedTensor(torch.tensor([5, 6, 5], device=device), offsets)
@@ -133,7 +133,7 @@ def test_coalescing_changes_no_bit(device: str, rule: str) -> None:
 
 
 @on_devices
-def test_features_that_name_one_table_share_rows(device: str) -> None:
+def test_features_of_one_table_share_rows(device: str) -> None:
     shared = EmbeddingConfig(dim=4, table="item")
     engine = EmbeddingEngine({"clicked": shared, "shown": shared}, device=device)
     ids = torch.tensor([3, 4], device=device)
@@ -181,7 +181,7 @@ def test_functional_core_agrees_with_autograd(device: str) -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in CONFIGS)
 
 
-def test_gradients_accumulate_until_a_step_and_zero_grad_forgets_them() -> None:
+def test_gradients_accumulate_until_a_step_or_zero_grad() -> None:
     ids = {"id": torch.tensor([1, 2, 1])}
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))})
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
@@ -220,7 +220,7 @@ def test_a_lookup_from_before_clear_is_refused() -> None:
 
 
 @on_devices
-def test_state_goes_into_another_engine_and_is_bitwise_the_same(device: str) -> None:
+def test_another_engine_loads_the_state_bitwise(device: str) -> None:
     batch = batch_on(device)
     first = EmbeddingEngine(CONFIGS, optimizer=optim.Adam, seed=5, device=device)
     train(first, optim.Adam(first.parameters(), lr=0.1), batch)
@@ -365,7 +365,7 @@ def test_conversions_leave_tables_in_the_dtypes_of_their_configs(convert: Any, d
     assert not torch.equal(engine(batch)["user"], before["user"])
 
 
-def test_float_of_tables_in_another_dtype_says_so_and_no_conversion_says_nothing() -> None:
+def test_float_of_tables_in_another_dtype_warns_and_no_conversion_does_not() -> None:
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2, dtype=torch.bfloat16)})
     with pytest.warns(UserWarning, match=r"tables keep .* \(torch.bfloat16\)"):
         engine.float()
@@ -389,13 +389,13 @@ def test_devices_that_tables_cannot_go_to_are_refused() -> None:
     assert engine(batch_on("cpu"))["user"].shape == (4, 8)
 
 
-def test_a_batch_that_is_no_dict_is_named() -> None:
+def test_a_batch_that_is_not_a_dict_is_refused() -> None:
     with pytest.raises(TypeError, match="feature 'user': a batch must be a dict of columns by name, got a list"):
         EmbeddingEngine(CONFIGS)([batch_on("cpu")])  # type: ignore[arg-type]
 
 
 def test_optional_features_and_other_columns() -> None:
-    """As without the features that a batch lacks; nothing of theirs is looked up, inserted or updated."""
+    """Features that a batch lacks are not looked up, inserted or updated."""
     configs = {
         "user": EmbeddingConfig(dim=4),
         "item": EmbeddingConfig(dim=4, optional=True, combiner="mean", weights="w"),

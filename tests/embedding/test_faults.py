@@ -12,5 +12,5 @@ from tests.embedding.faults import FAULTS, lose
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", FAULTS)
-def test_the_others_end_with_an_error(how: str, tmp_path: Path) -> None:
+def test_the_other_ranks_raise_an_error(how: str, tmp_path: Path) -> None:
     lose(random.Random(f"ci.{how}"), how, str(tmp_path))

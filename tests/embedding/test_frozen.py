@@ -43,7 +43,7 @@ def embeddings(engine: EmbeddingEngine) -> dict[str, torch.Tensor]:
 
 
 def same_but_state(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
-    """Compare what rows of b have with rows of a, which may have more."""
+    """Compare the columns of rows of b with those of a, which may have more."""
     for name, columns in rows_of(b).items():
         for column, values in columns.items():
             assert torch.equal(values, rows_of(a)[name][column]), (name, column)
@@ -66,7 +66,7 @@ def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
     assert list(by_name["old"].store.export_none()) == ["ids", "embedding", "updated_step", "seen_step", "frequency"]
 
 
-def test_read_only_tables_are_coalesced_with_each_other_alone() -> None:
+def test_read_only_tables_are_coalesced_only_with_each_other() -> None:
     assert [len(table.members) for table in engine_of(frozen=("old",)).tables] == [2, 1]
     assert [len(table.members) for table in engine_of(frozen=("old", "user")).tables] == [2, 1]
     with pytest.raises(ValueError, match="share the table 't' but have different settings: trainable=True against tra"):
@@ -75,7 +75,7 @@ def test_read_only_tables_are_coalesced_with_each_other_alone() -> None:
         )
 
 
-def test_training_beside_a_read_only_table_is_as_without_it() -> None:
+def test_a_read_only_table_does_not_affect_training() -> None:
     base, _ = trained()
     state = base.checkpoint_state()
     frozen, free = engine_of(frozen=("old",)), engine_of()
@@ -89,7 +89,7 @@ def test_training_beside_a_read_only_table_is_as_without_it() -> None:
     assert not torch.equal(embeddings(free)["old"][:5], embeddings(base)["old"][:5])
 
 
-def test_a_trained_checkpoint_goes_into_a_read_only_table_and_back(tmp_path: Path) -> None:
+def test_a_read_only_table_loads_a_trained_checkpoint_and_back(tmp_path: Path) -> None:
     engine, optimizer = trained()
     saver = Saver(tmp_path)
     saver.save(1, {"engine": engine, "optimizer": optimizer})
@@ -155,7 +155,7 @@ def test_a_state_dict_goes_both_ways() -> None:
     assert torch.equal(embeddings(free)["old"], embeddings(engine)["old"])
 
 
-def test_column_sharding_asks_nothing_of_the_state_of_read_only_tables() -> None:
+def test_column_sharding_ignores_the_state_of_read_only_tables() -> None:
     # RowwiseAdagrad keeps one number for a whole row, of which no rank has one; read-only rows have none.
     configs = {"a": EmbeddingConfig(dim=16, sharding="column", trainable=False)}
     (plan,) = plan_tables(configs, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)

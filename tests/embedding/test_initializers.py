@@ -37,7 +37,7 @@ def drawn(initializer: Initializer, device: str) -> torch.Tensor:
         (KaimingUniform(gain=1.0, fan_in=12), 0.5),
     ],
 )
-def test_uniform_ones_fill_their_bounds(device: str, initializer: Initializer, bound: float) -> None:
+def test_uniform_values_fill_their_bounds(device: str, initializer: Initializer, bound: float) -> None:
     values = drawn(initializer, device)
     assert float(values.abs().max()) <= bound * (1 + 1e-6)
     assert float(values.abs().max()) > 0.999 * bound
@@ -55,7 +55,7 @@ def test_uniform_ones_fill_their_bounds(device: str, initializer: Initializer, b
         (KaimingNormal(gain=1.0, fan_in=4), 0.5),
     ],
 )
-def test_normal_ones_have_their_deviation(device: str, initializer: Initializer, std: float) -> None:
+def test_normal_values_have_their_standard_deviation(device: str, initializer: Initializer, std: float) -> None:
     values = drawn(initializer, device)
     assert abs(float(values.mean())) < 5 * std / values.numel() ** 0.5
     assert abs(float(values.square().mean()) / std**2 - 1) < 5 * (2 / values.numel()) ** 0.5
@@ -63,7 +63,7 @@ def test_normal_ones_have_their_deviation(device: str, initializer: Initializer,
 
 @on_devices
 @pytest.mark.parametrize(("low", "high"), [(-2.0, 2.0), (-1.0, 3.0), (0.5, 1.0), (-4.0, 4.0)])
-def test_truncated_normal_is_normal_between_its_ends(device: str, low: float, high: float) -> None:
+def test_truncated_normal_is_normal_between_its_bounds(device: str, low: float, high: float) -> None:
     mean, std = 0.5, 0.2
     values = drawn(TruncatedNormal(mean, std, low, high), device)
     assert float(values.min()) >= mean + std * low - 1e-7

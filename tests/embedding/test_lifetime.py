@@ -1,4 +1,4 @@
-"""A table's memory goes with the last that holds it: it does not wait for the garbage collector."""
+"""A table's memory is freed with the last reference to it, without the garbage collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tables and engines refuse, before anything is changed: each message names thing, value and remedy."""
+"""Errors of tables and engines, raised before anything is changed; each names the rule, the value and a remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_table_is_neither_copied_nor_pickled(duplicate: Callable[[object], obj
             duplicate(thing)
 
 
-def test_member_tables_that_are_not_there_are_not_cleared() -> None:
+def test_clearing_an_unknown_member_table_is_refused() -> None:
     table = make_table(members=2)
     table.insert(0, torch.arange(3))
     changes, generation = table.watch(), table.generation
@@ -120,7 +120,7 @@ class Answering:
         (None, TypeError, r"a rule must have a method unwanted\(rows\), as Unused\(steps=1000\) has, got None"),
     ],
 )
-def test_rules_that_do_not_say_which_rows_evict_none(rule: Any, error: type[Exception], message: str) -> None:
+def test_bad_eviction_rules_evict_nothing(rule: Any, error: type[Exception], message: str) -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     engine({"x": torch.tensor([1, 2]), "y": torch.tensor([1, 2])})
     before = [table.generation for table in engine.tables]
@@ -130,7 +130,7 @@ def test_rules_that_do_not_say_which_rows_evict_none(rule: Any, error: type[Exce
     assert [(len(table), table.generation) for table in engine.tables] == [(2, each) for each in before]
 
 
-def test_gradients_that_wait_in_one_table_keep_all_rows() -> None:
+def test_pending_gradients_of_one_table_keep_all_rows() -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     optimizer, both, one = optim.SGD(engine.parameters(), lr=1.0), torch.tensor([1, 2]), torch.tensor([1])
     engine({"x": both, "y": both})
@@ -147,7 +147,7 @@ def test_gradients_that_wait_in_one_table_keep_all_rows() -> None:
     assert engine.evict(Unused(2)) == 2
 
 
-def test_a_rule_is_asked_about_all_tables_before_rows_go() -> None:
+def test_a_rule_is_applied_to_all_tables_before_rows_are_erased() -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     engine({"x": torch.tensor([1]), "y": torch.tensor([1, 2])})
     with pytest.raises(ValueError, match=r"got bool \[1\]"):
@@ -193,7 +193,7 @@ def test_weights_of_other_rows_are_refused(ids: Tensor | RaggedTensor, weights: 
 
 
 @pytest.mark.parametrize("column", ["x", {1, 2}, None], ids=["str", "set", "None"])
-def test_columns_that_are_no_tensors_are_refused(column: object) -> None:
+def test_columns_that_are_not_tensors_are_refused(column: object) -> None:
     got = f"must be a Tensor or a RaggedTensor, or an array of numpy, pandas or JAX, got {type(column).__name__};"
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
     with pytest.raises(TypeError, match=f"feature 'item': column 'item' {got}"):
@@ -202,7 +202,7 @@ def test_columns_that_are_no_tensors_are_refused(column: object) -> None:
         engine({"item": torch.tensor([1, 2]), "w": column})  # type: ignore[dict-item]
 
 
-def test_what_an_insert_does_not_name_stays_in_a_row_that_is_there() -> None:
+def test_an_insert_keeps_columns_that_it_does_not_name() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))}, optimizer=optim.Adam)
     optimizer, table = optim.Adam(engine.parameters(), lr=0.1), engine.tables[0]
     engine({"id": torch.tensor([1])})["id"].sum().backward()
@@ -381,9 +381,7 @@ def test_torch_optimizers_refuse_tables_before_anything_changes(make: type[torch
         ("id.admission", "count", 2**40, 40),
     ],
 )
-def test_a_checkpoint_of_numbers_that_rows_cannot_hold_changes_nothing(
-    table: str, column: str, value: int, bits: int
-) -> None:
+def test_a_checkpoint_with_numbers_out_of_range_changes_nothing(table: str, column: str, value: int, bits: int) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
     engine({"id": torch.tensor([1, 1, 2])})
     state = engine.checkpoint_state()
@@ -463,7 +461,7 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         ),
     ],
 )
-def test_a_wrong_kind_of_argument_is_named(make: Any, message: str) -> None:
+def test_arguments_of_wrong_types_are_named(make: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
 

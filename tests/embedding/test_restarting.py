@@ -64,7 +64,7 @@ def torchrun(root: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_torchrun_brings_a_job_back_that_ends_as_if_undisturbed(root: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_a_job_restarted_by_torchrun_ends_bitwise_identical(root: Path, tmp_path: Path, ranks: Ranks) -> None:
     undisturbed = ranks.run(2, in_ranks, str(tmp_path / "undisturbed"), STEPS)
     (tmp_path / "killed").mkdir()
     ended = torchrun(root, tmp_path / "killed", "--die-after", "8")
@@ -83,7 +83,7 @@ def test_torchrun_brings_a_job_back_that_ends_as_if_undisturbed(root: Path, tmp_
 
 
 @pytest.mark.parametrize(("world", "sharding"), [(1, "row"), (3, "row"), (4, "row"), (1, "column"), (4, "column")])
-def test_a_launch_on_other_ranks_goes_on(tmp_path: Path, ranks: Ranks, world: int, sharding: str) -> None:
+def test_a_restart_on_other_ranks_continues(tmp_path: Path, ranks: Ranks, world: int, sharding: str) -> None:
     ranks.run(2, in_ranks, str(tmp_path), 6, sharding)
     went_on = ranks.run(world, in_ranks, str(tmp_path), STEPS, sharding)
     assert {result["begun"] for result in went_on} == {6}

@@ -25,7 +25,7 @@ def trained(engine: EmbeddingEngine, name: str = "id") -> list[float]:
 
 
 @pytest.mark.parametrize("reused", [False, True])
-def test_micro_batches_may_come_in_the_same_memory(reused: bool) -> None:
+def test_micro_batches_may_share_memory(reused: bool) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, initializer=Constant(0.0), weights="weight")})
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     offsets, weights = torch.zeros(3, dtype=torch.int64), torch.zeros(4)
@@ -41,7 +41,7 @@ def test_micro_batches_may_come_in_the_same_memory(reused: bool) -> None:
     assert trained(engine) == [-3.0, -12.0, -12.0, -30.0]
 
 
-def test_the_greatest_of_a_bag_is_known_by_the_bag_that_was_looked_up() -> None:
+def test_the_maximum_of_a_bag_uses_the_offsets_of_the_lookup() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, combiner="max", initializer=Constant(0.0))})
     ids, offsets = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
     one_table(engine).insert(0, ids, {"embedding": torch.tensor([[1.0], [2.0], [3.0], [4.0]])})
@@ -52,7 +52,7 @@ def test_the_greatest_of_a_bag_is_known_by_the_bag_that_was_looked_up() -> None:
     assert trained(engine) == [1.0, 1.0, 3.0, 3.0]
 
 
-def test_a_feature_without_a_gradient_leaves_the_other_its_bags() -> None:
+def test_a_feature_without_a_gradient_does_not_shift_the_bags_of_others() -> None:
     configs = {name: EmbeddingConfig(dim=1, table="t", initializer=Constant(0.0)) for name in ("a", "b")}
     engine = EmbeddingEngine(configs)
     column = RaggedTensor(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
@@ -96,7 +96,7 @@ def test_a_lookup_of_another_table_is_refused() -> None:
 
 @pytest.mark.parametrize("member", [-1, 1, 10**6])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_member_table_that_there_is_not_is_refused(member: int, train: bool) -> None:
+def test_an_unknown_member_table_is_refused(member: int, train: bool) -> None:
     table = one_table(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}))
     with pytest.raises(IndexError, match=f"table id: member table must be 0 to 0, got {member}"):
         table.lookup([FeatureIds(torch.tensor([1]), 1, member)], train=train)
@@ -117,7 +117,7 @@ def test_a_table_that_was_made_and_loaded_in_inference_mode_grows_outside_of_it(
 
 
 @pytest.mark.parametrize(("dtype", "more"), [(torch.float16, 5.0), (torch.bfloat16, 1e35)])
-def test_rounding_at_random_makes_no_infinity(dtype: torch.dtype, more: float) -> None:
+def test_stochastic_rounding_makes_no_infinity(dtype: torch.dtype, more: float) -> None:
     most = torch.finfo(dtype).max
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=64, initializer=Constant(most), dtype=dtype)})
     engine({"id": torch.tensor([1])})["id"].backward(torch.full((1, 64), -more))

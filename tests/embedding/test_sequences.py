@@ -31,7 +31,7 @@ def engine_of(combiner: Any, device: str = "cpu", **more: Any) -> EmbeddingEngin
 
 
 def table_of(engine: EmbeddingEngine) -> Tensor:
-    """The embeddings of ids 0 to 6, on the CPU."""
+    """Return the embeddings of ids 0 to 6, on the CPU."""
     table = engine.tables[0]
     ids = torch.arange(7, device=engine.device)
     table.insert(0, ids)
@@ -39,7 +39,7 @@ def table_of(engine: EmbeddingEngine) -> Tensor:
 
 
 def pooled(vectors: Tensor, combiner: Any, weights: Tensor) -> Tensor:
-    """One bag ``[K, D]`` by plain torch."""
+    """Pool one bag ``[K, D]`` in plain torch."""
     if len(vectors) == 0:
         return torch.zeros(vectors.shape[1])
     if combiner == "max":
@@ -147,7 +147,7 @@ def test_empty_sequences_give_zeros(shape: tuple[int, ...]) -> None:
     ]
 
 
-def test_lists_behind_those_that_rows_reach_are_none() -> None:
+def test_lists_beyond_the_outer_offsets_are_ignored() -> None:
     # What shortens rows on a GPU leaves as many lists as there were.
     lists = RaggedTensor.unchecked(
         torch.tensor([1, 2, 3, 9]), torch.tensor([0, 2, 3, 4]), outer=(torch.tensor([0, 1, 2]),)
@@ -196,7 +196,7 @@ def test_from_files_through_operations_to_vectors(tmp_path: Path) -> None:
 
 
 def sequences(group: dist.ProcessGroup) -> dict[str, Any]:
-    """A step on this rank's share of the rows."""
+    """Do a step on this rank's share of the rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         {"cube": EmbeddingConfig(dim=4, combiner="mean"), "lists": EmbeddingConfig(dim=4, combiner="sqrtn")},

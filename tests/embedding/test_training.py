@@ -72,7 +72,7 @@ def test_clip_grad_norm_counts_tables_with_dense_parameters(device: str, max_nor
 
 
 @on_devices
-def test_clipping_between_micro_batches_clips_what_is_there(device: str) -> None:
+def test_clipping_between_micro_batches_clips_the_gradients_so_far(device: str) -> None:
     twin = Twin(device)
     for seed, ids in enumerate(([1, 2, 1], [2, 2, 5], [7])):
         twin.backward(ids, seed)
@@ -84,7 +84,7 @@ def test_clipping_between_micro_batches_clips_what_is_there(device: str) -> None
 
 
 @on_devices
-def test_rows_are_clipped_each_by_itself(device: str) -> None:
+def test_each_row_is_clipped_separately(device: str) -> None:
     twin = Twin(device)
     twin.backward([1, 2, 1, 3, 2, 1], 0, scale=3.0)
     twin.backward([4], 1, scale=1e-3)
@@ -102,7 +102,7 @@ def test_rows_are_clipped_each_by_itself(device: str) -> None:
 
 @on_devices
 @pytest.mark.parametrize("unscale", [False, True])
-def test_gradient_scaling_as_of_dense_parameters(device: str, unscale: bool) -> None:
+def test_gradient_scaling_works_as_for_dense_parameters(device: str, unscale: bool) -> None:
     twin = Twin(device)
     optimizers = twin.optimizers()
     scalers = [torch.amp.GradScaler(where, init_scale=1024.0, growth_interval=2) for where in (device, "cpu")]
@@ -126,7 +126,7 @@ def test_gradient_scaling_as_of_dense_parameters(device: str, unscale: bool) -> 
 
 
 @on_devices
-def test_losses_that_meet_in_one_table_add_up(device: str) -> None:
+def test_gradients_of_several_losses_add_up(device: str) -> None:
     twin = Twin(device)
     ids = torch.tensor([1, 2, 1])
     for module, column in ((twin.engine, ids.to(device)), (twin.dense, ids)):
@@ -139,7 +139,7 @@ def test_losses_that_meet_in_one_table_add_up(device: str) -> None:
 
 
 @on_devices
-def test_a_look_at_the_gradient_changes_nothing(device: str) -> None:
+def test_reading_the_gradient_changes_nothing(device: str) -> None:
     results = []
     for look in (False, True):
         twin = Twin(device)
@@ -153,7 +153,7 @@ def test_a_look_at_the_gradient_changes_nothing(device: str) -> None:
     assert torch.isfinite(results[0][1]).all()
 
 
-def test_clipping_by_an_infinite_norm_is_that_of_dense_parameters() -> None:
+def test_clipping_by_an_infinite_norm_matches_dense_parameters() -> None:
     twin = Twin("cpu")
     gradient = torch.tensor([[1.0] * 6, [torch.inf] + [1.0] * 5])
     twin.engine({"id": torch.tensor([1, 2])})["id"].backward(gradient)
@@ -165,7 +165,7 @@ def test_clipping_by_an_infinite_norm_is_that_of_dense_parameters() -> None:
     twin.check()
 
 
-def test_outputs_may_be_changed_in_place_each_for_itself() -> None:
+def test_each_output_may_be_changed_in_place() -> None:
     engine = EmbeddingEngine({name: EmbeddingConfig(dim=16, initializer=Constant(1.0)) for name in "ab"})
     outputs = engine({name: torch.tensor([1, 2]) for name in "ab"})
     square = outputs["b"].square()
@@ -177,7 +177,7 @@ def test_outputs_may_be_changed_in_place_each_for_itself() -> None:
     assert_near(after["b"], torch.full((1, 16), 1.0 - 0.2))
 
 
-def test_offsets_that_the_caller_uses_again_do_no_harm() -> None:
+def test_the_caller_may_reuse_offsets() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))})
     column = RaggedTensor(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))
     output = engine({"id": column})["id"]
@@ -187,7 +187,7 @@ def test_offsets_that_the_caller_uses_again_do_no_harm() -> None:
     assert engine.tables[0].export(0)["embedding"].tolist() == [[-1.0, -1.0]] * 3
 
 
-def test_gradients_that_do_not_fit_change_no_table_and_count_no_step() -> None:
+def test_gradients_of_wrong_shapes_change_no_table_and_count_no_step() -> None:
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=3)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters())
     batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
@@ -226,7 +226,7 @@ def test_two_runs_are_bitwise_equal() -> None:
         assert all(torch.equal(v, results[1].tables[name].columns[c]) for c, v in table.columns.items()), name
 
 
-def test_zero_grad_of_model_optimizer_and_parameter_forget() -> None:
+def test_zero_grad_of_model_optimizer_and_parameter_drops_gradients() -> None:
     twin = Twin("cpu")
     before = twin.values()
     optimizer = twin.optimizers()[0]
@@ -270,7 +270,7 @@ def test_a_frozen_table_beside_a_trained_one() -> None:
     assert engine(batch)["a"].tolist() == [[-0.5, -0.5]]
 
 
-def test_hyperparameters_of_a_table_have_a_group_that_schedules_reach() -> None:
+def test_overrides_of_a_table_have_a_group_that_schedules_change() -> None:
     engine = EmbeddingEngine(
         {
             "a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
@@ -303,7 +303,7 @@ def test_gradients_of_a_lookup_in_evaluation_mode_are_refused() -> None:
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
 
 
-def test_outputs_without_gradient_leave_the_others_theirs() -> None:
+def test_outputs_without_a_gradient_do_not_affect_the_others() -> None:
     twin = EmbeddingEngine({"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=2, combiner="mean")})
     batch: Batch = {"a": torch.tensor([1, 2]), "b": torch.tensor([[1, 2], [3, 3]])}
     before = twin(batch)
@@ -354,7 +354,7 @@ def test_coalescing_changes_no_bit_of_any_combiner(device: str, rule: str, max_n
 def trained_mixed(
     device: str, rule: str, *, coalesce: bool, max_norm: float | None, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], PartState]:
-    """Trains an engine and a tower for four steps; what they then give for a batch, and the engine's state."""
+    """Train an engine and a tower for four steps; return their outputs for a batch, and the engine's state."""
     make = getattr(optim, rule)
     engine = EmbeddingEngine(MIXED, optimizer=make, device=device, coalesce=coalesce, seed=seed)
     assert len(engine.tables) == (3 if coalesce else 9)
@@ -378,7 +378,7 @@ def trained_mixed(
 
 
 @on_devices
-def test_all_state_goes_into_another_engine_and_on_from_there(device: str) -> None:
+def test_another_engine_loads_all_state_and_continues(device: str) -> None:
     engines = [EmbeddingEngine(MIXED, optimizer=optim.Adam, device=device) for _ in range(2)]
     optimizers = [optim.Adam(engine.parameters(), lr=0.1) for engine in engines]
 
@@ -419,7 +419,7 @@ def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) 
 
 
 def test_rows_catch_up_before_they_are_read() -> None:
-    """Exact decoupled weight decay: as if every row decayed in every step, done when a row is next met."""
+    """Exact decoupled weight decay, applied to a row when it is next looked up."""
     decay, lr, dim = 0.9, 0.5, 3
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))})
     table, optimizer = engine.tables[0], optim.SGD(engine.parameters(), lr=lr)

@@ -89,7 +89,7 @@ def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_pa
         lambda meta: meta["groups"].append([]),
     ],
 )
-def test_what_is_no_state_of_an_optimizer_is_refused(tmp_path: Path, change: Any) -> None:
+def test_an_invalid_optimizer_state_is_refused(tmp_path: Path, change: Any) -> None:
     run = Run().train(range(2))
     Saver(tmp_path).save(1, run.parts())
     edit_manifest(tmp_path / "step_000001", lambda document: change(document["parts"]["sparse"]["meta"]))

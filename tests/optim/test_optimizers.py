@@ -17,7 +17,7 @@ IDS = 40
 
 
 class PlainRowwiseAdagrad(torch.optim.Optimizer):
-    """The rule in plain torch: torch has none."""
+    """The rule in plain torch, which has no such optimizer."""
 
     def __init__(self, params: Any, lr: float, eps: float) -> None:
         super().__init__(params, {"lr": lr, "eps": eps})
@@ -156,7 +156,7 @@ def test_narrow_rows_follow_wide_ones(rule: str, narrow_state: bool, dtype: torc
     assert float((values[0] - values[1]).mean().abs()) < 0.35 * float(spacing.mean())
 
 
-def test_a_parameter_that_is_no_anchor_is_refused() -> None:
+def test_a_parameter_that_is_not_an_anchor_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Adam: parameter 0 \(shape \[3\]\) is not an embedding table's anchor"):
         optim.Adam([torch.nn.Parameter(torch.zeros(3))])
 
@@ -168,7 +168,7 @@ def test_an_engine_without_the_state_is_refused() -> None:
 
 
 @pytest.mark.parametrize("overrides", [None, {"momentum": 0.5}])
-def test_what_an_engine_is_to_keep_for_momentum_is_said_with_the_number(overrides: dict[str, float] | None) -> None:
+def test_an_engine_without_momentum_buffers_is_refused_with_the_remedy(overrides: dict[str, float] | None) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer_overrides=overrides)})
     momentum = 0.5 if overrides else 0.9
     with pytest.raises(ValueError, match=rf"optimizer=optim\.SGD\.spec\(momentum={momentum}\)\)"):
@@ -284,7 +284,7 @@ def test_a_closure_is_evaluated() -> None:
 
 @pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.RowwiseAdagrad, optim.Adam, optim.AdamW])
 def test_inference_mode_changes_nothing(rule: Any) -> None:
-    """Tables and optimizers that are made, looked up, grown, updated and shrunk in it are as without it."""
+    """Tables and optimizers may be made, used, grown and compacted in inference mode."""
     found = []
     for within in (False, True):
         with torch.inference_mode(within):

@@ -68,7 +68,7 @@ def dense(weight: torch.Tensor, make: Callable[[Any], Any], schedule: Any, of: t
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rule", ["sgd with room", "sgd with momentum", "adam", "adamw"])
-def test_schedules_do_what_they_do_to_optimizers_of_torch(schedule: str, rule: str) -> None:
+def test_schedules_work_as_on_torch_optimizers(schedule: str, rule: str) -> None:
     # One whose engine keeps a buffer, but which has no momentum until the schedule sets one, too.
     engine, optimizer = {
         "sgd with room": lambda: sgd(0.0, 0.9),
@@ -90,7 +90,7 @@ def test_schedules_do_what_they_do_to_optimizers_of_torch(schedule: str, rule: s
 
 
 @pytest.mark.parametrize("schedule", ["one cycle", "cyclic"])
-def test_a_cycled_momentum_that_rows_have_no_room_for_is_left_out_with_a_warning(schedule: str) -> None:
+def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: str) -> None:
     engine, optimizer = sgd(0.0, 0.0)
     first = rows(engine)
     of = gradients(1, 10)
@@ -110,7 +110,7 @@ def test_a_cycled_momentum_that_rows_have_no_room_for_is_left_out_with_a_warning
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_goes_on_from_a_checkpoint(schedule: str, tmp_path: Path) -> None:
+def test_a_schedule_continues_from_a_checkpoint(schedule: str, tmp_path: Path) -> None:
     of = gradients(2, 8)
 
     def made() -> tuple[EmbeddingEngine, torch.optim.Optimizer, Any]:

@@ -111,7 +111,7 @@ def test_without_rows_a_state_dict_warns_once_and_fresh_tables_refuse_it() -> No
     assert torch.equal(fresh.tower.weight, model.tower.weight)
 
 
-def test_tables_that_are_where_the_state_dict_was_accept_it() -> None:
+def test_tables_at_the_same_step_accept_a_state_dict_without_rows() -> None:
     model, optimizers = trained()
     with pytest.warns(UserWarning, match="Saver"):
         state = copy.deepcopy(model.state_dict())
@@ -124,7 +124,7 @@ def test_tables_that_are_where_the_state_dict_was_accept_it() -> None:
         model.load_state_dict(state)  # towers would go back, and tables not
 
 
-def test_nothing_is_missing_of_tables_without_rows() -> None:
+def test_tables_without_rows_miss_no_keys() -> None:
     state = Model().state_dict()
     Model().load_state_dict(state)
 
@@ -142,7 +142,7 @@ def test_state_dicts_without_the_key(anchors: bool) -> None:
     assert_equal(everything(model), before)
 
 
-def test_records_go_through_a_state_dict_and_training_goes_on_bitwise() -> None:
+def test_records_in_a_state_dict_resume_training_bitwise() -> None:
     model, optimizers = trained(rows_in_state_dict="record")
     saved = through_torch({"model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]})
     restored = Model(seed=5)
@@ -175,7 +175,7 @@ def test_embeddings_alone_predict_the_same_and_start_optimizer_state_anew() -> N
     assert torch.equal(model(batch_of(9)), restored(batch_of(9)))
 
 
-def test_what_does_not_fit_is_named_and_changes_no_row() -> None:
+def test_a_state_that_does_not_fit_is_named_and_changes_no_row() -> None:
     model, _ = trained(rows_in_state_dict="record")
     good = model.state_dict()
     before = everything(model)
@@ -225,7 +225,7 @@ def test_a_subclass_keeps_its_own_state() -> None:
         other.load_state_dict(state)
 
 
-def test_copies_and_pickles_name_what_works() -> None:
+def test_errors_of_copies_and_pickles_name_a_remedy() -> None:
     model = Model()
     for copied in (copy.deepcopy, pickle.dumps, AveragedModel, lambda model: torch.save(model, io.BytesIO())):
         with pytest.raises(TypeError, match=r"rows_in_state_dict='record'.*AveragedModel\(model.tower\)"):
@@ -234,7 +234,7 @@ def test_copies_and_pickles_name_what_works() -> None:
 
 
 def on_ranks(group: dist.ProcessGroup, rows: Any, state: dict[str, Tensor] | None) -> dict[str, Any]:
-    """Trains, or takes a state_dict; returns the state_dict and this rank's rows."""
+    """Train, or load a state_dict; return the state_dict and this rank's rows."""
     configs = sharded.configs()
     engine = EmbeddingEngine(configs, optimizer=optim.Adam, group=group, rows_in_state_dict=rows, prefetch_depth=0)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -256,7 +256,7 @@ def on_ranks(group: dist.ProcessGroup, rows: Any, state: dict[str, Tensor] | Non
 
 
 def by_id(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows in the order of their ids, without how many this process has."""
+    """Return rows in the order of their ids, without the number on this process."""
     found = {}
     for key, value in state.items():
         ids = state.get(f"{key.rpartition('.')[0]}.ids")

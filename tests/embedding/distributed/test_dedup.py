@@ -18,7 +18,7 @@ KINDS = [Kind(0, 0, None), Kind(1, 1, None), Kind(0, -1, None), Kind(2, 2, 1)]
 
 
 def plain(request: Request, kind_of: list[int], ranks: int) -> dict[tuple[int, int, int], list[int]]:
-    """By (owner, kind, id), the positions."""
+    """Return the positions by (owner, kind, id)."""
     found: dict[tuple[int, int, int], list[int]] = {}
     position = 0
     for ids, kind in zip(request.ids, kind_of, strict=True):
@@ -72,7 +72,7 @@ def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], r
 
 @on_devices
 @pytest.mark.parametrize("threads", [1, 2])
-def test_many_ids_are_dealt_alike_whatever_the_threads(device: str, threads: int) -> None:
+def test_distinct_ids_do_not_depend_on_threads(device: str, threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = [
         torch.randint(-(2**63), 2**63 - 1, (9000,), generator=generator)[torch.randint(0, 9000, (20_000,))]
@@ -96,7 +96,7 @@ def test_many_ids_are_dealt_alike_whatever_the_threads(device: str, threads: int
     assert torch.equal(again.places, found.places)
 
 
-def test_ids_beyond_those_used_are_none() -> None:
+def test_unused_ids_are_ignored() -> None:
     used = FeatureIds(torch.tensor([5, 6, 5, 7]), 2, 0, torch.tensor([0, 1, 3]), used=torch.tensor([0, 1, 3]))
     found = distinct_by_sorting(Request.of([used, feature([7, 5])]), [0, 0], KINDS, 1)
     assert found.ids[: int(found.sizes.sum())].tolist() == [5, 6, 7]

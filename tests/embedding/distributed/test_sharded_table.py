@@ -103,7 +103,7 @@ def test_ranks_may_lack_gradients(ranks: Ranks, rule: str, sharding: str) -> Non
     assert all(result["watched"] <= 2 * tables for result in two)
 
 
-def test_rows_lie_where_their_bucket_says(ranks: Ranks) -> None:
+def test_rows_are_on_the_owners_of_their_buckets(ranks: Ranks) -> None:
     results = ranks.run(4, train, Job())
     for rank, result in enumerate(results):
         for columns in result["tables"].values():
@@ -161,14 +161,16 @@ def reduced(group: dist.ProcessGroup, reduce: str, sharding: str) -> dict[int, f
         ("id", {1: 2 / 3, 2: (1 / 3 + 1) / 2}),  # two ranks have the id 2
     ],
 )
-def test_how_ranks_gradients_become_one(ranks: Ranks, reduce: str, expected: dict[int, float], sharding: str) -> None:
+def test_reduce_combines_the_gradients_of_ranks(
+    ranks: Ranks, reduce: str, expected: dict[int, float], sharding: str
+) -> None:
     results = ranks.run(2, reduced, reduce, sharding)
     rows = {key: value for result in results for key, value in result.items()}
     assert rows == pytest.approx(expected, rel=1e-6)
 
 
 def admitted(group: dist.ProcessGroup, steps: list[list[list[int]]]) -> list[list[int]]:
-    """The ids that have a row on any rank after each step, given each rank's ids."""
+    """Return the ids that have a row on any rank after each step, from each rank's ids."""
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, admission=MinFrequency(4))}, group=group)
     found = []
     for step in steps:
@@ -179,7 +181,7 @@ def admitted(group: dist.ProcessGroup, steps: list[list[list[int]]]) -> list[lis
     return found
 
 
-def test_admission_counts_what_all_ranks_met(ranks: Ranks) -> None:
+def test_admission_counts_the_lookups_of_all_ranks(ranks: Ranks) -> None:
     steps = [[[1, 1, 2], [1, 3]], [[2, 2], [3, 3, 1]], [[], [2, 3]]]
     expected = [[], [1], [1, 2, 3]]
     assert ranks.run(2, admitted, steps) == [expected, expected]
@@ -251,7 +253,7 @@ def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool)
 
 
 @pytest.mark.parametrize(("depth", "sharding"), [(1, "row"), (3, "column")])
-def test_prefetched_ids_change_no_number(ranks: Ranks, depth: int, sharding: str) -> None:
+def test_prefetched_ids_change_no_result(ranks: Ranks, depth: int, sharding: str) -> None:
     job = Job(rule="Adam", steps=6, uneven=True, accumulate=2, sharding=sharding, dim=8)
     ahead = Job(**{**vars(job), "prefetch": depth, "engine": {"prefetch_depth": depth}})
     for ours, theirs in zip(ranks.run(2, train, ahead), ranks.run(2, train, job), strict=True):
@@ -275,7 +277,7 @@ def test_prefetched_rows_miss_one_update(ranks: Ranks) -> None:
 
 
 def misused(group: dist.ProcessGroup) -> list[str]:
-    """What prefetch refuses, on every rank alike."""
+    """Return the errors of wrong uses of prefetch, the same on every rank."""
     config = {"id": EmbeddingConfig(dim=2)}
     engine = EmbeddingEngine(
         config, group=group, prefetch_depth=2, prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group))
@@ -304,7 +306,7 @@ def misused(group: dist.ProcessGroup) -> list[str]:
 
 
 def too_old(group: dist.ProcessGroup) -> str:
-    """Two steps between the rows of a batch and its turn."""
+    """Let two steps pass between the lookup of a batch's rows and its turn."""
     engine = EmbeddingEngine(
         {"id": EmbeddingConfig(dim=2)},
         group=group,
@@ -326,7 +328,7 @@ def too_old(group: dist.ProcessGroup) -> str:
     return str(caught.value)
 
 
-def test_rows_may_not_be_older_than_was_allowed(ranks: Ranks) -> None:
+def test_rows_older_than_the_staleness_are_refused(ranks: Ranks) -> None:
     for said in ranks.run(2, too_old):
         assert "the rows of the batch are 2 steps old, and staleness=1; call prefetch_rows no earlier" in said
 

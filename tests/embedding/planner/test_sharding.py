@@ -14,11 +14,11 @@ from recis_hybrid.embedding.planner.sharding import COLLECTIVE_S, LOOKUP_S, REPL
 
 
 @pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
-def test_what_a_config_says_counts(sharding: str) -> None:
+def test_an_explicit_sharding_is_used(sharding: str) -> None:
     assert sharding_of(EmbeddingConfig(dim=8, sharding=sharding, expected_rows=1), 8) == sharding  # type: ignore[arg-type]
 
 
-def test_auto_replicates_few_rows_and_spreads_many() -> None:
+def test_auto_replicates_small_tables_and_shards_large_ones() -> None:
     def chosen(rows: int | None, dim: int, ranks: int) -> str:
         return sharding_of(EmbeddingConfig(dim=dim, sharding="auto", expected_rows=rows), ranks)
 
@@ -36,7 +36,7 @@ def test_auto_replicates_few_rows_and_spreads_many() -> None:
     assert chosen(1, REPLICA_BYTES // 4 + 1, 2) != "replicated"
 
 
-def test_auto_splits_few_rows_by_column_where_they_are_long() -> None:
+def test_auto_splits_few_long_rows_by_column() -> None:
     def chosen(rows: int, dim: int, ranks: int, rule: Any = optim.Adam) -> str:
         return sharding_of(EmbeddingConfig(dim=dim, sharding="auto", expected_rows=rows), ranks, rule.row_state())
 
@@ -46,7 +46,7 @@ def test_auto_splits_few_rows_by_column_where_they_are_long() -> None:
     assert chosen(100, 4096, 1025) == "row"  # fewer than 4 elements each
 
 
-def test_columns_are_dealt_in_fours() -> None:
+def test_column_widths_are_multiples_of_four() -> None:
     assert columns_of(64, 4) == [16] * 4
     assert columns_of(18, 2) == [8, 10]
     assert columns_of(19, 4) == [4, 4, 4, 7]
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_split_by_column_are_refused() -> None:
     assert plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True)[0].sharding == "row"
 
 
-def test_loads_are_dealt_evenly() -> None:
+def test_loads_are_balanced() -> None:
     assert deal([], 3) == []
     assert deal([1.0, 1.0, 1.0, 1.0], 2) == [0, 1, 0, 1]
     assert deal([1.0, 5.0, 2.0, 2.0], 2) == [1, 0, 1, 1]
@@ -90,7 +90,7 @@ def test_one_process_shards_nothing() -> None:
         engine.prefetch_rows()
 
 
-def test_features_of_one_table_agree_about_it() -> None:
+def test_features_of_one_table_must_have_equal_settings() -> None:
     with pytest.raises(ValueError, match="sharding=row against sharding=table"):
         EmbeddingEngine(
             {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=2, table="t", sharding="table")}

@@ -17,7 +17,7 @@ def touched(table: HashTable, step: int) -> tuple[Tensor, Tensor]:
 
 
 @on_devices
-def test_touched_are_the_rows_that_a_lookup_or_an_update_met(device: str) -> None:
+def test_lookups_and_updates_touch_rows(device: str) -> None:
     table = make_table(members=2, device=device)
     table.lookup([feature(EDGE_IDS, device=device), feature([5, 6], member=1, device=device)], train=True)
     table.step = 3
@@ -70,7 +70,7 @@ def test_changed_rows_by_member_table(device: str) -> None:
     assert not make_table().watches(since)
 
 
-def test_what_is_noted_is_bounded() -> None:
+def test_logged_ids_are_bounded() -> None:
     changes = ChangeLog(0, {})
     for begin in range(0, 40 * _FEW, _FEW):
         changes.note(0, torch.arange(begin, begin + _FEW) % (3 * _FEW), rows=10 * _FEW)
@@ -92,7 +92,7 @@ def test_what_is_noted_is_bounded() -> None:
         ({-1: 1, 2**63 - 1: 2}, {-(2**63): 1, 2**63 - 1: 2}, {-(2**63): 1}, [-1]),
     ],
 )
-def test_what_admission_knows_otherwise(
+def test_changes_of_admission(
     before: dict[int, int], now: dict[int, int], changed: dict[int, int], gone: list[int]
 ) -> None:
     def columns(counts: dict[int, int]) -> dict[str, torch.Tensor]:

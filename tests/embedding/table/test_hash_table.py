@@ -87,7 +87,7 @@ def test_an_erased_id_that_comes_back_starts_as_it_first_did(device: str) -> Non
     assert table.store.id_map.row_bound == 3
 
 
-def test_rows_just_inserted_are_no_prey_of_the_next_eviction() -> None:
+def test_the_next_eviction_keeps_inserted_rows() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
     optimizer, table = optim.SGD(engine.parameters()), engine.tables[0]
     for _ in range(20):
@@ -140,7 +140,7 @@ def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest
     assert torch.equal(values_of(table, [50]), values_of(make_table(dim=4), [50]))
 
 
-def test_a_compaction_that_memory_has_no_room_for_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compaction_without_memory_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4)
     table.insert(0, torch.arange(2000))
     table.erase(0, torch.arange(0, 2000, 2))
@@ -159,7 +159,7 @@ def test_a_compaction_that_memory_has_no_room_for_moves_nothing(monkeypatch: pyt
     assert torch.equal(table.export(0)["embedding"], before["embedding"])
 
 
-def test_admission_counts_survive_growth_that_memory_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admission_counts_survive_growth_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4, admission=MinFrequency(2))
     table.lookup([feature([7])], train=True)
 
@@ -221,7 +221,7 @@ def test_an_inserted_id_leaves_no_count_behind() -> None:
     assert len(table) == 0
 
 
-def test_as_many_member_tables_as_an_entry_can_tell_apart() -> None:
+def test_as_many_member_tables_as_an_entry_can_hold() -> None:
     members = [MemberTable(f"t{k}", Constant(float(k))) for k in range(1 << 16)]
     table = HashTable(members, RecordLayout(2), torch.device("cpu"))
     numbers = [0, 1, 32_767, 32_768, 65_535]
@@ -246,7 +246,7 @@ def test_clear_of_a_member_leaves_the_others(device: str) -> None:
 
 
 @on_devices
-def test_eviction_gives_up_unused_rows_and_uses_them_again(device: str) -> None:
+def test_eviction_erases_unused_rows_and_reuses_them(device: str) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, device=device)
     optimizer, table = optim.SGD(engine.parameters(), lr=0.1), engine.tables[0]
     for step in range(10):
@@ -260,7 +260,7 @@ def test_eviction_gives_up_unused_rows_and_uses_them_again(device: str) -> None:
     assert engine.evict(Unused(steps=100)) == 0
 
 
-def test_bulk_changes_refuse_waiting_gradients_and_end_earlier_lookups() -> None:
+def test_bulk_changes_refuse_pending_gradients_and_invalidate_lookups() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
     table, ids = engine.tables[0], torch.tensor([1, 2])
     engine({"id": ids})["id"].sum().backward()
@@ -276,7 +276,7 @@ def test_bulk_changes_refuse_waiting_gradients_and_end_earlier_lookups() -> None
 
 
 @on_devices
-def test_compaction_keeps_every_record_and_gives_memory_back(device: str) -> None:
+def test_compaction_keeps_every_record_and_frees_memory(device: str) -> None:
     table = make_table(dim=4, state=SUM, members=2, device=device)
     table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=64)
     for member in range(2):
@@ -329,7 +329,7 @@ def make_engine_table(config: EmbeddingConfig) -> HashTable:
     return EmbeddingEngine({"id": EmbeddingConfig(dim=config.dim, initializer=config.initializer)}).tables[0]
 
 
-def test_an_evicted_id_is_counted_anew() -> None:
+def test_an_evicted_id_is_counted_from_zero() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
     table = engine.tables[0]
     engine({"id": torch.tensor([7, 7])})
@@ -363,7 +363,7 @@ def test_a_read_only_table_changes_only_by_loading() -> None:
     optim.SGD(engine.parameters()).step()
 
 
-def test_blocks_grow_within_a_tenth_of_what_is_held() -> None:
+def test_growing_blocks_takes_a_tenth_of_extra_memory() -> None:
     tracker = {"now": 0, "peak": 0}
     allocate = ops.memory.empty_bytes
 
@@ -384,7 +384,7 @@ def test_blocks_grow_within_a_tenth_of_what_is_held() -> None:
     assert tracker["peak"] <= 1.1 * table.store.blocks.nbytes
 
 
-def test_blocks_that_memory_has_no_room_for_leave_the_table_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_blocks_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=16, state=SUM)
     before = values_of(table, [1, 2, 3])
     allocate = ops.memory.empty_bytes

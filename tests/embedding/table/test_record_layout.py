@@ -28,7 +28,7 @@ def test_narrow_types_take_half() -> None:
     assert RecordLayout(20, MOMENTS, torch.float16).record_bytes == 48 + 16 + 80 + 80
 
 
-def test_first_values_as_they_lie_in_memory() -> None:
+def test_first_values_in_memory() -> None:
     layout = RecordLayout(
         4,
         (StateField("a", first_value=1.0), StateField("b", width=1, first_value=-2.0)),
@@ -55,6 +55,6 @@ def test_bad_layouts_are_refused(settings: dict, message: str) -> None:
         RecordLayout(**settings)
 
 
-def test_an_unknown_state_is_named() -> None:
+def test_an_unknown_optimizer_state_is_named() -> None:
     with pytest.raises(KeyError, match=r"no optimizer state 'sum'; it has \['exp_avg'\]"):
         RecordLayout(4, (StateField("exp_avg"),)).offset("sum")
