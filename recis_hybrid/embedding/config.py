@@ -49,7 +49,7 @@ class EmbeddingConfig:
     state_dtype: torch.dtype | None = None
     """Dtype in which optimizer state is stored: float32 (None), or as the embedding."""
     combiner: Literal["sum", "mean", "sqrtn", "max", "tile"] | None = "sum"
-    """How the vectors of a bag are combined. ``sum``: their weighted sum; ``mean``: divided by the sum of weights;
+    """Combiner of the vectors of a bag. ``sum``: their weighted sum; ``mean``: divided by the sum of weights;
     ``sqrtn``: divided by the root of the sum of squared weights; ``max``: the maximum of each element; ``tile``: the
     first ``max_length`` vectors concatenated; None: not combined, one vector for each id. An empty bag gives zeros."""
     max_length: int | None = None
@@ -71,7 +71,7 @@ class EmbeddingConfig:
     placement: Placement | None = None
     """Where the table lives; None: on the engine's device."""
     sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
-    """How rows are distributed over several ranks. ``row``: over all ranks by the hash of their ids; ``table``: all on
+    """Distribution of rows over several ranks. ``row``: over all ranks by the hash of their ids; ``table``: all on
     one rank; ``column``: some elements of every row, at least 4, on each rank; ``replicated``: all on every rank, so
     that lookups need no exchange of rows; ``auto``: the fastest by :func:`recis_hybrid.embedding.sharding_of`, which
     needs ``expected_rows``. Results are the same."""

@@ -437,5 +437,5 @@ def test_optional_features_and_other_columns() -> None:
     assert "label" not in EmbeddingEngine(configs)(rows)
     with pytest.raises(TypeError, match="optional must be True or False, got 1"):
         EmbeddingConfig(dim=4, optional=1)  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match=r"there are gradients of \['usr'\]"):
+    with pytest.raises(KeyError, match=r"got gradients of \['usr'\]"):
         engine.apply_gradients(found, {**gradients, "usr": torch.ones(2, 4)}, optim.SGD(engine.parameters(), lr=1.0))

@@ -95,7 +95,7 @@ def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: 
     first = rows(engine)
     of = gradients(1, 10)
     with pytest.warns(
-        UserWarning, match="SGD: rows have no momentum_buffer, so that the momentum 0.9.*, which a sched"
+        UserWarning, match="SGD: rows have no momentum_buffer, so the momentum 0.9.* that a sched"
     ) as said:
         train(engine, optimizer, SCHEDULES[schedule](optimizer), of)
     assert len(said) == 1
@@ -106,7 +106,7 @@ def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: 
     expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, of)
     torch.testing.assert_close(rows(engine), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"SGD keeps .*momentum_buffer.*spec\(momentum=0.9\)"):
-        optim.SGD(engine.parameters(), momentum=0.9)  # what is asked for is not left out
+        optim.SGD(engine.parameters(), momentum=0.9)  # an explicit momentum is not ignored
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

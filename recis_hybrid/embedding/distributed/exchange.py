@@ -34,7 +34,7 @@ class Traffic:
     ids: int = 0
     """Ids, 8 bytes each."""
     counts: int = 0
-    """How often each id occurs, in training."""
+    """Number of times that each id occurs, in training."""
     rows: int = 0
     """Embeddings, from the owners of the rows."""
     gradients: int = 0

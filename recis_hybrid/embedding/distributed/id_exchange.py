@@ -58,7 +58,7 @@ class RoutedBatch:
 
 @dataclass(frozen=True)
 class TableRouting:
-    """How the ids of a table are routed, the same for every batch."""
+    """Routing of a table's ids, the same for every batch."""
 
     kinds: list[Kind]
     kind_of: list[int]
@@ -122,7 +122,7 @@ class Router:
 
         Raises:
             ExchangeError: If another rank has failed, or looks up in another mode. An exception of ``read`` is raised
-                again after the other ranks have been told.
+                again after the failure has been sent to the other ranks.
         """
         exchange = exchange or self._exchange
         kinds = [len(routing.kinds) for routing in self._routings]

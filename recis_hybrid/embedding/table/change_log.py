@@ -64,7 +64,7 @@ class ChangeLog:
 
 
 def changed_rows(store: RowStore, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-    """Return the rows that changed since a log was begun.
+    """Return the rows that changed since a log was made.
 
     Args:
         store: Rows of the table that made the log.

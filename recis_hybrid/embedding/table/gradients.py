@@ -30,7 +30,7 @@ class Part:
     """For each feature its member table; features of different ones share no row. Or one number for all."""
     row_bound: int
     bags: Bags
-    """How gradients map to positions."""
+    """Bags of the gradients: how they map to positions."""
     values: list[Tensor]
     """For each feature, float32 ``[V, D]``."""
     groups: RowGroups | None

@@ -81,7 +81,7 @@ class HashTable:
         self.overrides: dict[str, Any] = {}
         """Hyperparameters of the optimizer for this table alone."""
         self.built_alone = False
-        """Whether its engine was built without a process group, and not explicitly for one process."""
+        """True if its engine was built without a process group, and not explicitly for one process."""
         self._unrecorded: Lookup | None = None
         # The remote and the anchor hold the table. If the table held them too, the memory of a table that is dropped
         # would wait for the garbage collector.
