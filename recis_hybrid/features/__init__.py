@@ -1,4 +1,4 @@
-"""Feature Engine: raw columns of a batch to ids, buckets and rows that a model takes, Batch → Batch."""
+"""FeatureEngine: turns the raw columns of a batch into the ids, buckets and rows that a model takes."""
 
 from __future__ import annotations
 

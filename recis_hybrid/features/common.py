@@ -1,4 +1,4 @@
-"""What the operations that come with the package share: checks of forms, and kernels made of them."""
+"""Checks of forms, and conversions of values, that the operations share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOVABLE = (torch.bool, torch.uint8, *INTEGERS, torch.float16, torch.bfloat16, *F
 
 
 def integers(where: str, form: Form) -> Form:
-    """Return the form as int64 ids.
+    """Return the form of the column as int64 ids.
 
     Raises:
-        TypeError: If it holds something else.
+        TypeError: If the column does not hold integers.
     """
     if form.dtype in INTEGERS:
         return form._replace(dtype=torch.int64)
@@ -34,21 +34,21 @@ def integers(where: str, form: Form) -> Form:
 
 
 def numbers(where: str, form: Form) -> Form:
-    """Return the form, if it holds int8 to int64, float32 or float64.
+    """Return the form if its dtype is int8 to int64, float32 or float64.
 
     Raises:
-        TypeError: If it holds something else.
+        TypeError: If it is another one.
     """
     if form.dtype not in (*INTEGERS, *FLOATS):
         raise TypeError(
-            f"{where} takes int8 to int64, float32 or float64, got {form.dtype}; have the reader give numbers where "
-            f"these are strings, else convert the column with .float()"
+            f"{where} takes int8 to int64, float32 or float64, got {form.dtype}; read strings as numbers, convert "
+            f"other columns with .float()"
         )
     return form
 
 
 def movable(where: str, form: Form) -> Form:
-    """Return the form, if native code can move values of its dtype.
+    """Return the form if native code can move values of its dtype.
 
     Raises:
         TypeError: If it cannot.
@@ -62,7 +62,7 @@ def movable(where: str, form: Form) -> Form:
 
 
 def ids_of(column: Column) -> Tensor:
-    """Return a column's integers as int64."""
+    """Return the integers of a column as int64."""
     return column.values.to(torch.int64)
 
 
@@ -74,12 +74,12 @@ def without_strings(column: Column, ids: Tensor) -> Column:
 
 
 def bits(number: float) -> int:
-    """Return the int64 of a float64's bits, as which it travels in a program."""
+    """Return the bits of a float64 as an int64, as programs hold it."""
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def word(value: float, dtype: torch.dtype) -> int:
-    """Return the bits of a value of a dtype, as an integer."""
+    """Return the bits of a value in a dtype, as an integer."""
     size = dtype.itemsize
     as_bits = torch.tensor([value], dtype=dtype).view(
         {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
@@ -88,7 +88,7 @@ def word(value: float, dtype: torch.dtype) -> int:
 
 
 def fits(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a dtype can hold a value: integers take whole numbers of their range, floats finite ones of theirs."""
+    """Return whether a dtype can hold a value: whole numbers in range for integers; floats in range, or not finite."""
     if dtype.is_floating_point:
         return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
     if not math.isfinite(value) or value != int(value):
@@ -98,6 +98,6 @@ def fits(value: Any, dtype: torch.dtype) -> bool:
 
 
 def one(forms: Sequence[Form]) -> Form:
-    """Return the form of an operation's only input."""
+    """Return the form of the only input of an operation."""
     (form,) = forms
     return form

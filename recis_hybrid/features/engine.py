@@ -1,4 +1,4 @@
-"""FeatureEngine: runs the plan of all features on a batch."""
+"""FeatureEngine: computes all features of a batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recis_hybrid import ops
 from recis_hybrid.features.feature import Feature
 from recis_hybrid.features.op import Column, Elementwise, Form
 from recis_hybrid.features.program.lowering import (
-    OwnCall,
+    CustomCall,
     ProgramCall,
     Segment,
     ShapesCall,
     link,
+    native_message,
     run_alone,
-    said_by_native,
 )
 from recis_hybrid.features.program.plan import Plan, compile_plan
 from recis_hybrid.features.program.reader_split import split_features
@@ -28,39 +28,39 @@ from recis_hybrid.ragged import Batch, RaggedTensor, arrays, checks
 
 _Known: TypeAlias = "tuple[tuple[int, Form], ...]"
 
-# Numbers of the forms that any engine of the process has met, and the lock under which they are given out and segments
-# made. They are the names of segments: a compiled function that reads an engine's segment by its name then finds none
-# in another engine that has not seen the form, and is traced anew, where a count of each engine's own would find that
-# of another form.
+# Numbers of the forms that engines of this process have seen, which name their segments, and the lock for both. The
+# numbers are shared by all engines: a compiled function that looks up a segment by name then finds none in an engine
+# that has not seen the form, and is traced again. With numbers of its own, an engine could have another form's segment
+# under that name.
 _NUMBERS: dict[_Known, int] = {}
 _LINKING = threading.RLock()
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class FeatureEngine:
-    """Makes the columns that a model takes of the columns that a reader gives.
+    """Computes the columns that a model takes from the columns of a reader.
 
-    The batch it returns holds the declared features, in their order, and then every column of the input that no
-    feature reads, untouched: labels, weights, keys. A column that is read is given up for what was made of it; to have
-    it as well, declare it without operations (``Feature("age")``). Dense tensors and RaggedTensors are transformed
-    alike, the latter keeping offsets and weights. Nothing is changed in place; a result lies on the device of the
-    column that it comes from. An optional feature is left out where the batch lacks a column of it.
+    The returned batch holds the features in their order, then the columns that no feature reads, unchanged: labels,
+    weights, keys. Columns that features read are dropped; declare ``Feature("age")`` without operations, or list
+    them in ``keep``, to have them too. Dense tensors and RaggedTensors are transformed alike; the latter keep offsets
+    and weights. Nothing is changed in place, and results lie on the devices of their columns. Optional features are
+    omitted if the batch lacks one of their columns.
 
-    Equal operations on equal inputs are computed once, whoever needs them, and few native calls compute all of them:
-    the element-wise operations of all features are one, and those that change rows are one for each kind;
-    :meth:`explain` shows it. On CUDA a call of element-wise operations is one launch, and nothing waits for the GPU.
+    Equal operations on equal inputs are computed once, and a few native calls compute them all: one for the
+    element-wise operations of all features, and one for each kind of operation that changes rows; see :meth:`explain`.
+    On CUDA a call of element-wise operations is one launch, and nothing waits for the GPU.
 
     Args:
-        features: The features to make, with names that differ.
-        fuse: False runs each operation on its own, and ``"kind"`` makes a call of each kind of element-wise operation
-            in place of one of all of them. Both give the same bits more slowly: to compare with.
-        parallel: Whether native calls use torch's threads; False keeps to the thread that calls, as in a reader. The
-            calls of ``fuse=False`` use them in any case.
-        keep: Columns that the batch keeps although features read them; each must be there.
+        features: The features, with distinct names.
+        fuse: True fuses operations. False runs each on its own, and ``"kind"`` makes a call for each kind of
+            element-wise operation; both compute the same bits more slowly, for comparison.
+        parallel: Whether native calls use torch's threads; False keeps to the calling thread, as readers need. Calls of
+            ``fuse=False`` always use them.
+        keep: Columns to keep in the batch although features read them; the batch must have them.
 
     Raises:
-        TypeError: If one of the features is none, or ``keep`` no list of names.
-        ValueError: If two have the same name, or an operation that joins columns has only one.
+        TypeError: If ``features`` holds something else, or ``keep`` is not a list of names.
+        ValueError: If two features have the same name, or an operation that joins columns has only one.
 
     Example:
         >>> engine = FeatureEngine([
@@ -81,7 +81,7 @@ class FeatureEngine:
           %1 = hash[farm] %0
           %2 = mod[100] %1                          -> 'user'
           %3 = mod[10] %1                           -> 'user_group'
-          all columns that are not read pass through
+          all other columns pass through
         native calls: 1
           element-wise, 3 operations: %1 %2 %3
     """
@@ -104,7 +104,7 @@ class FeatureEngine:
         self._segments: dict[_Known, str] = {}
         optional = [feature for feature in self._features if feature.optional]
         self._may_lack = tuple(dict.fromkeys(column for feature in optional for column in feature.columns))
-        self._given_up: frozenset[str] = frozenset()
+        self._dropped: frozenset[str] = frozenset()
         self._without: dict[tuple[str, ...], str] = {}
 
     @property
@@ -119,14 +119,14 @@ class FeatureEngine:
 
     @property
     def plan(self) -> Plan:
-        """The program that the features were compiled to."""
+        """The operations of all features, in the order in which they run."""
         return self._plan
 
     def explain(self, batch: Mapping[str, Tensor | RaggedTensor] | None = None) -> None:
-        """Print the plan, a line for each column and operation; ``str(engine.plan)`` is the same text.
+        """Print the plan, with a line for each column and operation; ``str(engine.plan)`` is the same text.
 
         Args:
-            batch: Columns of the forms that the engine is to take: then the native calls are printed, too.
+            batch: A batch, to print also the native calls for columns of its forms.
         """
         if batch is not None and self._may_lack and (absent := self._absent(batch)):
             getattr(self, self._lacking(absent)).explain(batch)
@@ -146,32 +146,32 @@ class FeatureEngine:
         print("\n".join([f"native calls: {len(lines)}", *[f"  {line}" for line in lines]]))
 
     def reading_part(self) -> FeatureEngine:
-        """Return the engine of the features that a reader may make in its threads.
+        """Return an engine for the features that a reader may compute in its threads.
 
-        These are the features whose operations all say so: those that come with the package, and those of one's own
-        that have ``in_reader = True``. Hand it to the reader (``ColumnDataset(..., transforms=engine.reading_part())``)
-        and give what the reader delivers to :meth:`remaining_part`; both together make what the whole engine makes. It
-        keeps the columns that the remaining part reads, and runs in the thread that calls it alone.
+        These are the features whose operations all come with the package or have ``in_reader = True``. Pass it to the
+        reader (``ColumnDataset(..., transforms=engine.reading_part())``), and the batches of the reader to
+        :meth:`remaining_part`; together they compute the same features. It keeps the columns that the remaining part
+        reads, and runs only in the calling thread.
         """
         reading, _, keep = split_features(self._features)
         kept = list(dict.fromkeys([*keep, *self._keep]))
-        # A column that it hands on to an optional feature may be lacking, too.
+        # Columns that it keeps for optional features may be missing as well.
         return _remake(reading, self._fuse, False, kept, self._may_lack)
 
     def remaining_part(self) -> FeatureEngine:
-        """Return the engine of what :meth:`reading_part` leaves to be made; it gives the features in their order."""
+        """Return an engine for what :meth:`reading_part` leaves; it returns all features in their order."""
         _, remaining, _ = split_features(self._features)
         return _remake(remaining, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def check(self) -> None:
-        """Raise for what element-wise operations have refused of the last batch on a GPU; waits for it.
+        """Raise if element-wise operations refused a value of the last batch on a GPU; waits for it.
 
-        That is NaN, wrong offsets of strings, and what is not in a vocabulary. Operations that change rows note nothing
-        on a GPU: a row that they refuse becomes an empty one, and :class:`ToDense` cuts it. On the CPU the call itself
-        raises for both, and there is nothing to check.
+        They refuse NaN, wrong offsets of strings, and values that are not in a vocabulary. Operations that change rows
+        record nothing on a GPU: a row that they refuse becomes empty, and :class:`ToDense` truncates it. On the CPU the
+        call of the engine raises for both, and there is nothing to check.
 
         Raises:
-            ValueError: If something was refused; the message names the feature.
+            ValueError: If a value was refused; the message names the feature.
         """
         for name in list(self._without.values()):
             getattr(self, name).check()
@@ -181,23 +181,23 @@ class FeatureEngine:
                     call.check()
 
     def __call__(self, batch: Mapping[str, Tensor | RaggedTensor]) -> Batch:
-        """Make the features of a batch.
+        """Return the features of a batch.
 
         Args:
-            batch: Columns by name, among them those of ``columns``; left as it is. Columns that features read may be
-                arrays of numpy, pandas, JAX and others, too, and lists of numbers (see :class:`EmbeddingEngine`).
+            batch: Columns by name, at least those in ``columns``; unchanged. Columns that features read may also be
+                arrays of numpy, pandas, JAX and others, or lists of numbers (see :class:`EmbeddingEngine`).
 
         Returns:
             The features, then the columns that no feature reads.
 
         Raises:
-            TypeError: If a column is of a type that its operations do not take.
+            TypeError: If a column has a type that its operations do not take.
             ValueError: If a column is missing, a feature has the name of a column that no feature reads, or an
                 operation refuses a value.
         """
         if self._may_lack and (absent := self._absent(batch)):
-            made: Batch = getattr(self, self._lacking(absent))(batch)
-            return made
+            features: Batch = getattr(self, self._lacking(absent))(batch)
+            return features
         registers = self._columns(batch)
         if torch.compiler.is_compiling():
             self._run(registers)
@@ -205,28 +205,28 @@ class FeatureEngine:
             try:
                 self._run(registers)
             except RuntimeError as error:
-                said = said_by_native(error)
-                if said.startswith("feature "):
-                    raise ValueError(said) from error
+                message = native_message(error)
+                if message.startswith("feature "):
+                    raise ValueError(message) from error
                 raise
-        features: Batch = {}
+        features = {}
         for name, register in self._plan.outputs.items():
-            as_it_was = register < len(self._names)
-            as_given = as_it_was and isinstance(batch[self._names[register]], Tensor | RaggedTensor)
-            features[name] = batch[self._names[register]] if as_given else registers[register].pack()
+            unchanged = register < len(self._names)
+            same = unchanged and isinstance(batch[self._names[register]], Tensor | RaggedTensor)
+            features[name] = batch[self._names[register]] if same else registers[register].pack()
         for name in self._keep:
             if name not in batch and name not in self._may_lack:
                 raise ValueError(
-                    f"FeatureEngine: keep names {name!r}, but {_has_not(batch, name)}. Take it out of keep="
+                    f"FeatureEngine: keep lists {name!r}, but {_no_column(batch, name)}. Remove it from keep="
                 )
         for name, column in batch.items():
-            if (name not in self._plan.columns and name not in self._given_up) or name in self._keep:
+            if (name not in self._plan.columns and name not in self._dropped) or name in self._keep:
                 if name in features:
-                    why, remedy = "no feature reads", "take the column out of the batch"
+                    why, remedy = "no feature reads", "remove the column from the batch"
                     if name in self._keep:
-                        why, remedy = "keep= keeps", "take it out of keep="
+                        why, remedy = "keep= keeps", "remove it from keep="
                     raise ValueError(
-                        f"feature {name!r}: the batch has a column of that name too, which {why}; rename one of the "
+                        f"feature {name!r}: the batch has a column of the same name, which {why}; rename one of the "
                         f"two, or {remedy}"
                     )
                 features[name] = column
@@ -240,23 +240,23 @@ class FeatureEngine:
         return "\n".join([head, *lines, ")"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Kernels may hold functions and device memory, which cannot travel; the plan is made anew where it arrives.
+        # Kernels may hold functions and device memory, which cannot be pickled; the plan is compiled again.
         return _remake, (self._features, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def _absent(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the columns of optional features that a batch lacks."""
         return tuple([name for name in self._may_lack if name not in batch])
 
-    # As _link, for a trace.
+    # For a trace, like _link.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _lacking(self, absent: tuple[str, ...]) -> str:
-        """Create the engine of the features that need none of some columns; returns its attribute name."""
+        """Return the attribute name of an engine for the features that need none of some columns."""
         if absent not in self._without:
             with _LINKING:
                 left = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]
                 keep = [name for name in self._keep if name not in absent]
                 engine = FeatureEngine(left, fuse=self._fuse, parallel=self._parallel, keep=keep)
-                engine._given_up = self._given_up | self._plan.columns.keys()
+                engine._dropped = self._dropped | self._plan.columns.keys()
                 name = f"_without_{'_'.join(map(str, [self._may_lack.index(column) for column in absent]))}"
                 setattr(self, name, engine)
                 self._without[absent] = name
@@ -270,26 +270,26 @@ class FeatureEngine:
             segment.run(registers)
 
     def _next(self, registers: dict[int, Column]) -> Segment | None:
-        """Return the native calls for what can be made next, None where all is."""
+        """Return the native calls that can run next, None if all features are computed."""
         if all(register in registers for register in self._plan.outputs.values()):
             return None
         attribute = self._link(tuple((register, Form.of(column)) for register, column in registers.items()))
         segment: Segment = getattr(self, attribute)
         return segment
 
-    # A trace must not follow how a segment is made. It takes what is returned here for a constant, and reads the
-    # attribute of that name afterwards, so that the segment itself is an object that it knows where to find.
+    # A trace must not follow the construction of a segment. It treats the returned name as a constant and reads the
+    # attribute, so that it knows where the segment is stored.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _link(self, known: _Known) -> str:
         if known not in self._segments:
             with _LINKING:
                 if known not in self._segments:
                     name = f"_segment_{_NUMBERS.setdefault(known, len(_NUMBERS))}"
-                    setattr(self, name, self._made(known))
+                    setattr(self, name, self._segment(known))
                     self._segments[known] = name
         return self._segments[known]
 
-    def _made(self, known: _Known) -> Segment:
+    def _segment(self, known: _Known) -> Segment:
         return link(self._plan, dict(known), parallel=self._parallel, grouped=self._fuse == "kind")
 
     def _run_one_by_one(self, registers: dict[int, Column]) -> None:
@@ -308,25 +308,25 @@ class FeatureEngine:
         for register, (values, offsets, _, outer) in columns.items():
             if values.requires_grad and register in self._read and torch.is_grad_enabled():
                 raise TypeError(
-                    f"{self._where(register)}: it requires a gradient, which operations do not pass on; hand over its "
-                    f".detach()"
+                    f"{self._where(register)}: the column requires a gradient, which operations do not propagate; pass "
+                    f"column.detach()"
                 )
             if offsets is not None:
                 mine = (outer[0] if outer else offsets).shape[0] - 1
             elif values.dim() == 0:
-                continue  # an operation will say so
+                continue  # the operation raises
             else:
                 mine = values.shape[0]
             if rows < 0:
                 rows, first = mine, self._names[register]
             elif mine != rows:
                 raise ValueError(
-                    f"{self._where(register)}: it has {mine} rows and column {first!r} has {rows} rows; a batch has "
-                    f"one number of them"
+                    f"{self._where(register)}: it has {mine} rows and column {first!r} has {rows} rows; all columns of "
+                    f"a batch must have the same number"
                 )
 
     def _check_offsets(self, columns: dict[int, Column]) -> None:
-        """Raise for offsets that are none any more; to look at a GPU's would mean to wait for it."""
+        """Raise for offsets that were overwritten; those on a GPU, for which the host would wait, are not checked."""
         offsets: list[Tensor] = []
         totals: list[int] = []
         owners: list[int] = []
@@ -346,9 +346,9 @@ class FeatureEngine:
             checks.check_content(values.shape[0], innermost, outer)
         except ValueError as error:
             raise ValueError(
-                f"{self._where(owners[bad])}: {error}. It was right when it was made: do not write to offsets that a "
-                f"column has, but make a new RaggedTensor; bring one that a GPU has shortened by to('cpu') without "
-                f"non_blocking"
+                f"{self._where(owners[bad])}: {error}. They have changed since the RaggedTensor checked them: do not "
+                f"write to the offsets of a column, build a new RaggedTensor; move results of a GPU with to('cpu'), "
+                f"without non_blocking"
             ) from error
 
     def _where(self, register: int) -> str:
@@ -362,13 +362,13 @@ class FeatureEngine:
         where = f"feature {self._plan.columns[name][0]!r}"
         if name not in batch:
             raise ValueError(
-                f"{where}: {_has_not(batch, name)}. Have the reader give that column, set source= to the one to read, "
-                f"or declare the feature optional=True"
+                f"{where}: {_no_column(batch, name)}. Read that column, set source= to another one, or declare the "
+                f"feature optional=True"
             )
         return arrays.as_column(f"{where}: column {name!r}", column)
 
 
-def _has_not(batch: Mapping[str, Any], name: str) -> str:
+def _no_column(batch: Mapping[str, Any], name: str) -> str:
     near = difflib.get_close_matches(name, batch, n=1)
     meant = f" (did you mean {near[0]!r}?)" if near else ""
     return f"the batch has no column {name!r}{meant}; it has {sorted(batch)}"
@@ -382,12 +382,12 @@ def _remake(
     return engine
 
 
-def _call_line(call: ProgramCall | ShapesCall | OwnCall) -> str:
-    if isinstance(call, OwnCall):
-        return f"one's own, {call.instruction.op}: %{call.register}"
+def _call_line(call: ProgramCall | ShapesCall | CustomCall) -> str:
+    if isinstance(call, CustomCall):
+        return f"custom, {call.instruction.op}: %{call.register}"
     if isinstance(call, ProgramCall):
-        made = [node.register for node in call.nodes]
-        what = "element-wise"
+        registers = [node.register for node in call.nodes]
+        kind = "element-wise"
     else:
-        made, what = call.registers, call.kind.__name__.removesuffix("Call").lower()
-    return f"{what}, {len(made)} operations: {' '.join(f'%{register}' for register in made)}"
+        registers, kind = call.registers, call.kind.__name__.removesuffix("Call").lower()
+    return f"{kind}, {len(registers)} operations: {' '.join(f'%{register}' for register in registers)}"

@@ -1,4 +1,4 @@
-"""Feature: the name of an output column, and how it comes about."""
+"""Feature: the name of an output column, and the operations that compute it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 from recis_hybrid.features.op import Op, missing_method
 
 Source: TypeAlias = "str | Feature"
-"""The name of a column of the batch, or a feature that is made on the way and not given out."""
+"""The name of a column of the batch, or a feature that is computed but not returned."""
 
 
 def with_ints(op: Op) -> Op:
-    """Return an operation with numpy's integers replaced by Python's."""
+    """Return an operation with integers of numpy replaced by those of Python."""
     if isinstance(op, type) or not is_dataclass(op):
         return op
-    given = {field.name: getattr(op, field.name) for field in fields(op) if field.init}
-    plain = {name: _plain(value) for name, value in given.items()}
-    changed = {name: value for name, value in plain.items() if value is not given[name]}
+    values = {field.name: getattr(op, field.name) for field in fields(op) if field.init}
+    plain = {name: _plain(value) for name, value in values.items()}
+    changed = {name: value for name, value in plain.items() if value is not values[name]}
     return replace(op, **changed) if changed else op
 
 
@@ -32,22 +32,21 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Feature:
-    """One column that the engine gives: columns of the batch, through operations.
+    """A column of the output, computed from columns of the batch by a chain of operations.
 
-    With several sources each operation works on all of the columns that the chain has at its place, one by one, until
-    one joins them (:class:`Cross`, :class:`Concat`); :class:`MultiHash` makes several of one. Where several are left at
-    the end they are called ``name_0``, ``name_1``, ….
+    With several sources each operation applies to every column, until one joins them (:class:`Cross`,
+    :class:`Concat`). :class:`MultiHash` splits a column into several. If several are left at the end of the chain, they
+    are named ``name_0``, ``name_1``, and so on.
 
     Args:
-        name: The column's name in the batch that the engine returns.
-        ops: Operations, the first one first; none gives the column as it is.
-        source: What it is made of: the name of a column, or a list of names and of features; None stands for the column
-            called ``name``.
-        optional: Whether the feature is left out where the batch lacks one of its columns; else that is an error.
+        name: Name of the column in the batch that the engine returns.
+        ops: Operations in the order in which they apply; none returns the column unchanged.
+        source: The name of a column, or a list of names and features; None for the column ``name``.
+        optional: Whether to omit the feature, instead of raising, if the batch lacks one of its columns.
 
     Raises:
-        TypeError: If a name is not a string, ``optional`` no bool, or what is in ``ops`` no operation.
-        ValueError: If a name is empty, or an operation's parameters are not right.
+        TypeError: If a name is not a string, ``optional`` is not a bool, or ``ops`` holds something else.
+        ValueError: If a name is empty, or a parameter of an operation is invalid.
 
     Example:
         >>> Feature("user_small", ops=[Hash("farm"), Mod(1000)], source="user")
@@ -80,7 +79,7 @@ class Feature:
             if not isinstance(value, str):
                 raise TypeError(f"Feature {self.name!r}: {field} must be a string, got {type(value).__name__}")
             if not value:
-                raise ValueError(f"Feature {self.name!r}: {field} must not be empty; it names a column")
+                raise ValueError(f"Feature {self.name!r}: {field} must not be empty; name a column")
         if isinstance(self.ops, str) or not isinstance(self.ops, Sequence):
             raise TypeError(
                 f"Feature {self.name!r}: ops must be a list of operations, got {self.ops!r}; write ops=[...]"
@@ -100,7 +99,7 @@ class Feature:
             except TypeError:
                 raise TypeError(
                     f"Feature {self.name!r}: ops[{position}] must be hashable, as equal operations are computed once, "
-                    f"got {type(op).__name__}; make it a @dataclass(frozen=True) of parameters that are hashable"
+                    f"got {type(op).__name__}; make it a @dataclass(frozen=True) with hashable parameters"
                 ) from None
 
     def __repr__(self) -> str:
@@ -115,13 +114,13 @@ class Feature:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What it is made of, one by one."""
-        assert self.source is not None  # __post_init__ has put the name there
+        """The sources, one or several."""
+        assert self.source is not None  # __post_init__ replaced None by the name
         return self.source if isinstance(self.source, tuple) else (self.source,)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns that it is made of, each once."""
+        """The names of the columns that the feature reads, each once."""
         return tuple(dict.fromkeys(self._columns()))
 
     def _columns(self) -> Iterator[str]:

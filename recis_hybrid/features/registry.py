@@ -1,4 +1,4 @@
-"""Operations by name: those that come with the package, and those that a user registers."""
+"""Operations by name: those of the package, and those that users register."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _REGISTERED: dict[str, type] = {
 
 
 def register_op(name: str) -> Callable[[OpClass], OpClass]:
-    """Register a class of operations by a name, by which configurations can ask for it (:func:`make_op`).
+    """Register a class of operations under a name for configurations (see :func:`make_op`).
 
-    Unregistered classes can be used in features, too; registering checks the class where it is written.
+    Features accept unregistered classes as well; registration checks a class where it is defined.
 
     Args:
-        name: One that no operation has.
+        name: A name that no operation has.
 
     Returns:
-        A decorator for the class, which must have ``fault`` and ``kernel`` (see :class:`Op`) and be hashable: a frozen
-        dataclass is.
+        A decorator for the class, which must have ``fault`` and ``kernel`` (see :class:`Op`) and be hashable, as a
+        frozen dataclass.
 
     Raises:
-        TypeError: If the class lacks one of these.
+        TypeError: If the class lacks a method or is not hashable.
         ValueError: If the name is taken.
 
     Example:
@@ -75,11 +75,11 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
     def register(cls: OpClass) -> OpClass:
         method = missing_method(cls)
         if method is not None:
-            raise TypeError(f"register_op({name!r}): {cls.__name__} needs a method {method}(), see features.Op")
+            raise TypeError(f"register_op({name!r}): {cls.__name__} must have a method {method}(); see features.Op")
         by_identity: Any = object.__eq__
         if cls.__hash__ is None or cls.__eq__ is by_identity:
             raise TypeError(
-                f"register_op({name!r}): {cls.__name__} must compare by what it does and be hashable; make it a "
+                f"register_op({name!r}): {cls.__name__} must compare by its parameters and be hashable; make it a "
                 f"@dataclass(frozen=True)"
             )
         if name in _REGISTERED and _REGISTERED[name] is not cls:
@@ -91,19 +91,19 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
 
 
 def registered_ops() -> dict[str, type]:
-    """Return the classes of operations by name."""
+    """Return the registered classes of operations by name."""
     return dict(_REGISTERED)
 
 
 def make_op(name: str, **parameters: Any) -> Any:
-    """Make an operation by name, as a configuration in JSON might ask for it.
+    """Return an operation by name, for configurations.
 
     Args:
-        name: Of a registered class.
-        parameters: Its parameters.
+        name: Name of a registered class.
+        parameters: Parameters of the class.
 
     Raises:
-        TypeError: If the operation has no such parameter, or lacks one.
+        TypeError: If the class has no such parameter, or requires another one.
         ValueError: If there is no such name.
 
     Example:

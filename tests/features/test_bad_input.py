@@ -63,12 +63,22 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Cast(torch.int64)], [torch.tensor([1e19])], ValueError, "element 0 is NaN or outside the range of int64"),
         ([Vocabulary(["a"])], [WORDS], ValueError, "is not in the vocabulary, and none was given for unknown"),
         ([Vocabulary([1])], [torch.tensor([1, 2])], ValueError, "is not in the vocabulary"),
-        ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings for entries, and the column torch.int64"),
-        ([Vocabulary([1])], [WORDS], TypeError, "has integers for entries, and the column strings"),
+        ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings as entries, and the column has torch.int64"),
+        ([Vocabulary([1])], [WORDS], TypeError, "has integers as entries, and the column has strings"),
         ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than the length given (put Truncate before it)"),
-        ([ToDense(3)], [DECREASING], ValueError, "offsets must not decrease, got 3 and then 2 at row 1. It was right"),
-        ([Mod(9)], [DECREASING], ValueError, "offsets must not decrease, got 3 and then 2 at row 1. It was right when"),
-        ([], [DECREASING], ValueError, "do not write to offsets that a column has, but make a new RaggedTensor"),
+        (
+            [ToDense(3)],
+            [DECREASING],
+            ValueError,
+            "offsets must not decrease, got 3 and then 2 at row 1. They have changed",
+        ),
+        (
+            [Mod(9)],
+            [DECREASING],
+            ValueError,
+            "offsets must not decrease, got 3 and then 2 at row 1. They have changed since",
+        ),
+        ([], [DECREASING], ValueError, "do not write to the offsets of a column, build a new RaggedTensor"),
         ([ToDense(2)], [torch.ones(2)], TypeError, "takes ragged columns, got a dense one"),
         ([ToDense(2)], [WEIGHTED], TypeError, "would drop the weights"),
         ([ToDense(2)], [NESTED], TypeError, "got rows of lists"),
@@ -90,7 +100,12 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Tile(2)], [NESTED], TypeError, "got rows of lists"),
         ([Cross()], [ROWS, torch.ones(2)], TypeError, "Cross takes integers, got torch.float32"),
         ([Cross()], [ROWS, torch.ones(2, 2, dtype=torch.int64)], TypeError, "values of 2 dimensions; reshape them"),
-        ([Cross()], [torch.tensor([1, 2]), torch.tensor([1])], ValueError, "rows; a batch has one"),
+        (
+            [Cross()],
+            [torch.tensor([1, 2]), torch.tensor([1])],
+            ValueError,
+            "rows; all columns of a batch must have the same number",
+        ),
         ([Cross()], [ROWS, torch.tensor([1])], ValueError, "has 1 rows and column 'c0' has 2 rows"),
         ([Cross(limit=2)], [ROWS, ROWS], ValueError, "makes more pairs than the limit given"),
         ([Concat()], [ROWS, torch.ones(2)], TypeError, "columns of integers, or of one float dtype"),
@@ -130,7 +145,9 @@ def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offset
     column = columns[kind]
     level = column.outer[0] if column.outer else column.offsets
     level.copy_(torch.tensor(offsets))
-    with pytest.raises(ValueError, match=r"^feature 'a', column 'a': .*(offsets|outer\[0\]) must .* make a new Ragged"):
+    with pytest.raises(
+        ValueError, match=r"^feature 'a', column 'a': .*(offsets|outer\[0\]) must .* build a new Ragged"
+    ):
         FeatureEngine([Feature("a", ops=[Hash(), Mod(7)])], fuse=fuse)({"good": torch.ones(2), "a": column})
 
 
@@ -164,7 +181,7 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
     [
         (MultiHash([]), "buckets must be a list of one to 4 ints"),
         (MultiHash([0]), "buckets must be ints from 1"),
-        (StringMultiHash([1], ["farm", "djb2"]), "buckets must be as many as kinds"),
+        (StringMultiHash([1], ["farm", "djb2"]), "there must be as many buckets as kinds"),
         (StringMultiHash([None], ["md5"]), "kind must be one of"),  # type: ignore[list-item]
         (Log(math.nan), "plus must be a number, got NaN"),
         (Clip(2, 1), "least must not be above most, got 2 and 1; swap them"),
@@ -183,8 +200,8 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
         (Cross(limit=0), "limit must be an int from 1"),
         (Vocabulary([]), "at least one entry"),
         (Vocabulary(["a", 1]), "entries must be all strings or all ints, got 1 at 1"),
-        (Vocabulary(["a", "b", "a"]), "entries must differ, got b'a' twice; drop one"),
-        (Vocabulary(["a"], unknown=-1), "unknown must be an int from 0"),
+        (Vocabulary(["a", "b", "a"]), "entries must be distinct, got b'a' twice; drop one"),
+        (Vocabulary(["a"], unknown=-1), "unknown must be an int of at least 0"),
     ],
 )
 def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
@@ -193,9 +210,9 @@ def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -
 
 
 def test_what_joins_needs_several_columns() -> None:
-    with pytest.raises(ValueError, match=r"feature 'a': cross joins two or more columns, and there is one; name them"):
+    with pytest.raises(ValueError, match=r"feature 'a': cross joins two or more columns, got one; name several"):
         FeatureEngine([Feature("a", ops=[Cross()])])
-    with pytest.raises(ValueError, match=r"\['a_0'\] occur twice"):
+    with pytest.raises(ValueError, match=r"\['a_0'\] occur more than once"):
         FeatureEngine([Feature("a", ops=[MultiHash([5, 5])]), Feature("a_0")])
     with pytest.raises(ValueError, match="source must name at least one column, got none"):
         Feature("a", source=[])
@@ -209,7 +226,7 @@ def test_an_own_kernel_must_return_a_column() -> None:
         def kernel(self) -> Any:
             return lambda column: column.values
 
-    with pytest.raises(TypeError, match=r"feature 'a', .* its kernel must return a Column, got Tensor"):
+    with pytest.raises(TypeError, match=r"feature 'a', .* the kernel must return a Column, got Tensor"):
         FeatureEngine([Feature("a", ops=[Wrong()])])({"a": torch.ones(1)})
 
 
@@ -239,12 +256,12 @@ def _raise(error: Exception) -> Any:
     [
         (lambda c: _raise(ValueError("cannot")), ValueError, "cannot"),
         (lambda c: _raise(TypeError("cannot")), TypeError, "cannot"),
-        (lambda c: c.values, TypeError, "its kernel must return a Column, got Tensor"),
+        (lambda c: c.values, TypeError, "the kernel must return a Column, got Tensor"),
         (lambda c: Column(3), TypeError, "values [B, ...], got int"),  # type: ignore[arg-type]
         (lambda c: c._replace(values=c.values.repeat(3), offsets=c.offsets * 3), ValueError, "weights must be [N]"),
         (lambda c: c._replace(offsets=c.offsets.to(torch.int32)), TypeError, "offsets must be int64"),
         (lambda c: c._replace(offsets=c.offsets + 1), ValueError, "offsets must start with 0"),
-        (lambda c: c._replace(offsets=None), ValueError, "without offsets; drop them too"),
+        (lambda c: c._replace(offsets=None), ValueError, "but no offsets; drop them too"),
     ],
 )
 def test_what_an_own_kernel_does_wrong_names_the_feature(
@@ -284,7 +301,7 @@ DEEP = RaggedTensor.from_lists([[[[1]]]])
         (FillNull(-1e39), FLOATS, "a column of torch.float32 cannot hold the value -1e+39"),
         (Truncate(1), COMPLEX, "Truncate takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.c"),
         (Tile(2), COMPLEX, "Tile takes bool, uint8, int8 to int64 and floats of 16 to 64 bits, got torch.complex64"),
-        (Truncate(1), DEEP, "got 3 levels of lists; join levels where the column is read"),
+        (Truncate(1), DEEP, "got 3 levels of lists; read the column with fewer levels"),
     ],
 )
 def test_columns_that_native_code_cannot_take(fuse: bool, op: Any, column: RaggedTensor, says: str) -> None:
@@ -301,10 +318,10 @@ def test_operations_by_name() -> None:
         make_op("hash", knd="farm")
     with pytest.raises(ValueError, match="Cross has that name; choose another"):
         register_op("cross")(Truncate)
-    with pytest.raises(TypeError, match=r"Lacks needs a method fault\(\)"):
+    with pytest.raises(TypeError, match=r"Lacks must have a method fault\(\)"):
         register_op("lacks")(type("Lacks", (), {}))
     methods = {"fault": lambda self: None, "kernel": lambda self: None}
-    with pytest.raises(TypeError, match="must compare by what it does and be hashable"):
+    with pytest.raises(TypeError, match="must compare by its parameters and be hashable"):
         register_op("same")(type("Same", (), methods))
 
 

@@ -213,7 +213,7 @@ def test_columns_of_a_batch_have_one_number_of_rows() -> None:
 
 def test_a_column_with_a_gradient_is_refused_where_it_would_be_lost() -> None:
     price = torch.ones(2, requires_grad=True)
-    with pytest.raises(TypeError, match="^feature 'log', column 'price': it requires a gradient"):
+    with pytest.raises(TypeError, match="^feature 'log', column 'price': the column requires a gradient"):
         FeatureEngine([Feature("log", source="price", ops=[Log()])])({"price": price})
     with torch.no_grad():
         FeatureEngine([Feature("log", source="price", ops=[Log()])])({"price": price})
@@ -242,7 +242,7 @@ def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
 
 
 def test_a_feature_does_not_hide_a_column(batch: Batch) -> None:
-    with pytest.raises(ValueError, match="feature 'label': the batch has a column of that name too.*rename"):
+    with pytest.raises(ValueError, match="feature 'label': the batch has a column of the same name.*rename"):
         FeatureEngine([Feature("label", source="age")])(batch)
 
 
@@ -256,17 +256,17 @@ def test_an_engine_can_go_to_another_process(batch: Batch) -> None:
 def test_threads_may_meet_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     built = FeatureEngine([Feature("x", ops=[Mod(1000)])])
     both = threading.Barrier(2)
-    made = FeatureEngine._made
+    original = FeatureEngine._segment
 
     def slowly(self: FeatureEngine, known: tuple[tuple[int, features.op.Form], ...]) -> link.Segment:
-        segment = made(self, known)
+        segment = original(self, known)
         try:
             both.wait(timeout=0.2)
         except threading.BrokenBarrierError:
             pass  # the other thread waits its turn, as it must
         return segment
 
-    monkeypatch.setattr(FeatureEngine, "_made", slowly)
+    monkeypatch.setattr(FeatureEngine, "_segment", slowly)
     columns = [torch.arange(5), torch.arange(5, dtype=torch.int16)]
     threads = [threading.Thread(target=built, args=({"x": column},)) for column in columns]
     for thread in threads:
@@ -302,12 +302,12 @@ def test_a_program_refuses_what_it_was_not_made_for() -> None:
     built({"x": torch.arange(6.0)})
     (program,) = native_calls(built)
     assert isinstance(program, link.ProgramCall)
-    with pytest.raises(TypeError, match=r"^feature 'x', .*reads values of torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"^feature 'x', .*values must be torch.float32, got torch.float64"):
         program.run({0: Column(torch.arange(6.0).double())})
 
 
 def test_a_kept_column_of_a_features_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="feature 'a': .*of that name too, which keep= keeps; .*take it out of keep="):
+    with pytest.raises(ValueError, match="feature 'a': .*of the same name, which keep= keeps; .*remove it from keep="):
         FeatureEngine([Feature("a", ops=[Mod(3)])], keep=["a"])({"a": torch.tensor([1])})
 
 
@@ -385,7 +385,7 @@ def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
 
 
 def test_what_keep_names_must_be_there(batch: Batch) -> None:
-    with pytest.raises(ValueError, match=r"keep names 'usr', but the batch has no column 'usr' \(did you mean 'user'"):
+    with pytest.raises(ValueError, match=r"keep lists 'usr', but the batch has no column 'usr' \(did you mean 'user'"):
         FeatureEngine([Feature("a", ops=[Mod(3)], source="user")], keep=["usr"])(batch)
     with pytest.raises(TypeError, match="keep must be a list of names of columns, got 'user'"):
         FeatureEngine([], keep="user")

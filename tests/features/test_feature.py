@@ -88,7 +88,7 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
     [
         (Hash("md5"), r"Hash: kind must be one of \['farm', 'murmur', 'xxh64', 'djb2', 'sdbm'\], got 'md5'"),  # type: ignore[arg-type]
         (Hash(["farm"]), r"Hash: kind must be one of .*, got \['farm'\]"),  # type: ignore[arg-type]
-        (Mod(0), f"Mod: n must be an int from 1 to {2**64 - 1}, got 0; n is the number of different ids"),
+        (Mod(0), f"Mod: n must be an int from 1 to {2**64 - 1}, got 0; n is the number of distinct ids"),
         (Mod(-5), "Mod: n must be an int .*, got -5"),
         (Mod(2**64), f"Mod: n must be an int .*, got {2**64}"),
         (Mod(1.5), "Mod: n must be an int .*, got 1.5"),  # type: ignore[arg-type]

@@ -547,7 +547,7 @@ def test_lists_of_numbers_are_columns_and_others_are_refused_by_name() -> None:
         )
         losses.append(float(step({"id": ids, "label": label})["loss"]))  # type: ignore[dict-item]
     assert losses[0] == losses[1]
-    with pytest.raises(TypeError, match="'label' must have one value or list a row"):
+    with pytest.raises(TypeError, match="'label' must have a value or a list for each row"):
         step({"id": torch.arange(4), "label": torch.tensor(1)})
     with pytest.raises(TypeError, match="'label' must hold real numbers, got torch.complex64"):
         step({"id": torch.arange(4), "label": torch.zeros(4, dtype=torch.complex64)})

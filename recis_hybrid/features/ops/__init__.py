@@ -1,4 +1,4 @@
-"""The operations on features that come with the package, a family a file.
+"""The operations on features that come with the package, one file for each family.
 
 The registry and the engine may import it; it builds on ``features.op`` and ``features.common``.
 """

@@ -1,4 +1,4 @@
-"""Operations that make ids: hashes of strings and ids, remainders, vocabularies."""
+"""Operations that produce ids: hashes of strings and ids, remainders, and strings of digits."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ _WIDENINGS = (29, 47, 67, 83)
 
 
 def hashed(where: str, form: Form) -> Form:
-    """Return the form of the ids that strings or integers become.
+    """Return the form of the ids of strings or integers.
 
     Raises:
-        TypeError: If it holds neither.
-        ValueError: If each byte of strings has a weight.
+        TypeError: If the column holds neither.
+        ValueError: If the bytes of strings have weights.
     """
     if form.dtype != torch.uint8:
         return integers(where, form)
     if not form.strings:
         raise TypeError(
-            "a dense uint8 column has no strings in it; a string column is a RaggedTensor of uint8 "
-            "(RaggedTensor.from_strings makes one), numbers are converted with .to(torch.int64)"
+            "a dense uint8 column holds no strings; build a string column with RaggedTensor.from_strings, convert "
+            "numbers with .to(torch.int64)"
         )
     if form.dims != 1:
         raise TypeError(
-            f"{where} takes strings whose bytes are [N], got values of {form.dims} dimensions; a row is a string, and "
-            f"RaggedTensor.from_strings makes one of bytes"
+            f"{where} takes strings whose bytes are [N], got values of {form.dims} dimensions; build string "
+            f"columns with RaggedTensor.from_strings"
         )
     if form.weighted and form.levels == 1:
-        raise ValueError("weights on a string column would be one a byte; drop them")
+        raise ValueError("weights on a string column would apply to single bytes; drop them")
     return form._replace(dtype=torch.int64, levels=form.levels - 1, dims=1)
 
 
 @dataclass(frozen=True)
 class Hash:
-    """Strings or ids → ids spread over all 64 bits.
+    """Strings or ids → ids distributed over all 64 bits.
 
-    A string column (a RaggedTensor of uint8, a row a string) becomes int64 ``[B]``, one id a row: the hash of its
-    bytes. Lists of strings become lists of ids, and keep their weights. A column of integers keeps its form, and each
-    becomes the hash of its eight bytes, the lowest first; int8 to int32 are widened to int64 before. So the string "7"
-    and the number 7 become different ids.
+    A string column (a RaggedTensor of uint8 whose rows are strings) becomes int64 ``[B]``, the hash of each string.
+    Lists of strings become lists of ids and keep their weights. A column of integers keeps its shape; each integer is
+    widened to int64 and replaced by the hash of its eight bytes in little-endian order. So the string "7" and the
+    number 7 become different ids.
 
     Args:
         kind: ``"farm"`` (FarmHash Fingerprint64), ``"murmur"`` (MurmurHash64A, seed 0), ``"xxh64"`` (seed 0), or
@@ -71,13 +71,13 @@ class Hash:
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Return the instruction that hashes strings, or ids."""
+        """Return the instruction that hashes strings or ids."""
         form = one(forms)
         name = "hash_string" if form.strings else "hash_id"
         return Lowered(hashed("Hash", form), (Step(name, (HASH_KINDS[self.kind],)),))
 
     def kernel(self) -> Kernel:
-        """Return what hashes a column."""
+        """Return the kernel."""
         return self._hash
 
     def _hash(self, column: Column) -> Column:
@@ -94,14 +94,14 @@ class Hash:
 
 @dataclass(frozen=True)
 class Mod:
-    """Ids → ids in ``[0, n)``: the remainder of the id read as an unsigned number of 64 bits.
+    """Ids → ids in ``[0, n)``: the remainder of each id, read as an unsigned 64-bit integer.
 
-    The column keeps its form. For ids below 0 the result is not Python's ``%``: -1 counts as 2^64 - 1. int8 to int32
-    are widened to int64 before. A power of two keeps the lowest bits: ``Mod(2**52)`` is ``id & (2**52 - 1)``, as RecIS
-    keeps the ids of coalesced tables.
+    The column keeps its shape; integers are widened to int64 first. For ids below 0 the result differs from ``%`` in
+    Python: -1 counts as 2^64 - 1. A power of two keeps the lowest bits: ``Mod(2**52)`` is ``id & (2**52 - 1)``, as in
+    the coalesced tables of RecIS.
 
     Args:
-        n: The modulus, 1 to 2^64 - 1. Of one above 2^63, remainders from 2^63 on have the bits of an int64 below 0.
+        n: The modulus, 1 to 2^64 - 1. Remainders from 2^63 on are returned as negative int64 with the same bits.
     """
 
     n: int
@@ -109,15 +109,15 @@ class Mod:
     def fault(self) -> str | None:
         """Return what is wrong with the modulus, or None."""
         if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n < 2**64:
-            return f"n must be an int from 1 to {2**64 - 1}, got {self.n!r}; n is the number of different ids to keep"
+            return f"n must be an int from 1 to {2**64 - 1}, got {self.n!r}; n is the number of distinct ids to keep"
         return None
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Return the instruction that takes remainders."""
+        """Return the instruction that computes remainders."""
         return Lowered(integers("Mod", one(forms)), (Step("mod", divisor_words(self.n)),))
 
     def kernel(self) -> Kernel:
-        """Return what reduces a column."""
+        """Return the kernel."""
         return self._reduce
 
     def _reduce(self, column: Column) -> Column:
@@ -129,14 +129,14 @@ class Mod:
 
 
 class DecimalCall:
-    """All such operations of a stage in one native call."""
+    """All :class:`DecimalString` of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         self._unsigned = [int(job.op.unsigned) for job in jobs]
         self._parallel = parallel
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         ids = [ids_of(column).contiguous() for (column,) in columns]
         made = torch.ops.recis.decimal_strings(ids, self._unsigned, exact_on(ids[0].device), self._parallel)
         results = []
@@ -148,13 +148,12 @@ class DecimalCall:
 
 @dataclass(frozen=True)
 class DecimalString(ShapingOp):
-    """Ids → strings of their decimal digits, like :class:`str`; a :class:`Hash` after it treats 7 like "7".
+    """Ids → strings of their decimal digits, as :class:`str` gives; a :class:`Hash` after it maps 7 to the id of "7".
 
-    A column ``[B]`` becomes a string column, rows of ids become lists of strings, which keep their weights.
+    A column ``[B]`` becomes a string column; rows of ids become lists of strings, which keep their weights.
 
     Args:
-        unsigned: Whether ids are unsigned numbers of 64 bits, of which those from 2^63 on have the bits of an int64
-            below 0.
+        unsigned: Whether to read ids as unsigned 64-bit integers.
 
     Example:
         >>> engine = FeatureEngine([Feature("user", ops=[DecimalString()])])
@@ -174,8 +173,8 @@ class DecimalString(ShapingOp):
         form = integers("DecimalString", one(forms))
         if form.dims != 1:
             raise TypeError(
-                f"DecimalString takes one id a row ([B]) or rows of ids, got values of {form.dims} dimensions; bring "
-                f"ids [B, L] as rows, by RaggedTensor.from_padded"
+                f"DecimalString takes one id for each row ([B]) or rows of ids, got values of {form.dims} dimensions; "
+                f"convert ids [B, L] to rows with RaggedTensor.from_padded"
             )
         return form._replace(dtype=torch.uint8, levels=form.levels + 1)
 
@@ -185,24 +184,24 @@ class DecimalString(ShapingOp):
 
 @dataclass(frozen=True)
 class MultiHashPart:
-    """One of the hashes of :class:`MultiHash`, as an operation of its own: ids → ids in ``[0, buckets)``.
+    """One of the hashes of :class:`MultiHash`: ids → ids in ``[0, buckets)``.
 
-    The result is ``(((id * m) % p + p) % p) % buckets`` in signed arithmetic of 64 bits that wraps, with m the
-    multiplier 1, 3, 5 or 7 and p the largest prime up to 29, 47, 67 or 83 times ``buckets``.
+    The result is ``(((id * m) % p + p) % p) % buckets`` in signed 64-bit arithmetic that wraps, with the multiplier m
+    1, 3, 5 or 7 and the largest prime p up to 29, 47, 67 or 83 times ``buckets``.
 
     Args:
-        buckets: How many ids there are to be.
-        which: 0 to 3: which of the four.
+        buckets: Number of distinct ids.
+        which: Number of the hash, 0 to 3.
     """
 
     buckets: int
     which: int
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         most = MOST // max(_WIDENINGS)
         if not isinstance(self.buckets, int) or isinstance(self.buckets, bool) or not 1 <= self.buckets <= most:
-            return f"buckets must be ints from 1 to {most}, got {self.buckets!r}; each is a number of ids to keep"
+            return f"buckets must be ints from 1 to {most}, got {self.buckets!r}; each is a number of distinct ids"
         if not isinstance(self.which, int) or not 0 <= self.which < len(_WIDENINGS):
             return f"which must be 0 to {len(_WIDENINGS) - 1}, got {self.which!r}"
         return None
@@ -218,7 +217,7 @@ class MultiHashPart:
         return Lowered(integers("MultiHash", one(forms)), (Step("multi_hash", (), table),))
 
     def kernel(self) -> Kernel:
-        """Return what hashes a column."""
+        """Return the kernel."""
         multiplier, prime = self.parameters()
 
         def kernel(column: Column) -> Column:
@@ -233,12 +232,12 @@ class MultiHashPart:
 
 @dataclass(frozen=True)
 class MultiHash:
-    """Ids → up to four columns of ids, by hashes with distinct primes: two ids seldom collide in all of them.
+    """Ids → up to four columns of ids, by hashes with different primes: two ids seldom collide in all of them.
 
-    A feature ``f`` that ends in it becomes the columns ``f_0``, ``f_1``, …; operations after it work on each.
+    A feature ``f`` that ends with it becomes the columns ``f_0``, ``f_1``, and so on; later operations apply to each.
 
     Args:
-        buckets: For each hash, one to four, how many ids there are to be.
+        buckets: For each hash, one to four, the number of distinct ids.
 
     Example:
         >>> engine = FeatureEngine([Feature("user", ops=[MultiHash([1000, 1000])])])
@@ -270,11 +269,11 @@ class MultiHash:
 class StringMultiHash:
     """Strings → a column of ids by each of several hashes: two strings seldom collide in all of them.
 
-    A feature ``f`` that ends in it becomes the columns ``f_0``, ``f_1``, …; operations after it work on each.
+    A feature ``f`` that ends with it becomes the columns ``f_0``, ``f_1``, and so on; later operations apply to each.
 
     Args:
-        buckets: For each hash, how many ids there are to be; None keeps its 64 bits.
-        kinds: The hashes.
+        buckets: For each hash, the number of distinct ids; None keeps all 64 bits.
+        kinds: The hashes; see :class:`Hash`.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -288,16 +287,16 @@ class StringMultiHash:
 
     def __post_init__(self) -> None:
         for name in ("buckets", "kinds"):
-            given = getattr(self, name)
-            if isinstance(given, Sequence) and not isinstance(given, str):
-                object.__setattr__(self, name, tuple(given))
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         if not isinstance(self.kinds, tuple) or not self.kinds:
             return f"kinds must be a list of at least one of {list(HASH_KINDS)}, got {self.kinds!r}"
         if not isinstance(self.buckets, tuple) or len(self.buckets) != len(self.kinds):
-            return f"buckets must be as many as kinds, got {self.buckets!r} for {list(self.kinds)}"
+            return f"there must be as many buckets as kinds, got {self.buckets!r} for {list(self.kinds)}"
         return next((fault for chain in self.expand() for op in chain if (fault := op.fault()) is not None), None)
 
     def expand(self) -> Sequence[Sequence[Any]]:

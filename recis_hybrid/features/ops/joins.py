@@ -1,4 +1,4 @@
-"""Operations on several columns: Cross and Concat."""
+"""Operations that join columns: Cross and Concat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recis_hybrid.ops.ragged import NO_BOUND
 
 
 class CrossCall(LabeledCall):
-    """All crosses of ragged columns of a stage in one native call."""
+    """All :class:`Cross` of ragged columns of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         super().__init__(jobs, parallel=parallel)
@@ -25,7 +25,7 @@ class CrossCall(LabeledCall):
         self._weighted = [any(form.weighted for form in job.forms) for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         tensors = TensorList()
         for pair in columns:
             for column in pair:
@@ -39,18 +39,18 @@ class CrossCall(LabeledCall):
 
 @dataclass(frozen=True)
 class Cross(ShapingOp):
-    """Ids of two or more columns → an id for each pair of ids that a row has: MurmurHash64A of both, x before y.
+    """Ids of two or more columns → an id for each pair of ids in a row: MurmurHash64A of both, x before y.
 
-    Where both are dense ``[B]`` the result is, too. Else a row has every pair of a value of one and one of the other,
-    all pairs of the first value of the first column first; a dense column counts as one value a row. Weights are
-    multiplied, and count as 1 where a column has none. More than two columns are crossed from the left: the cross of
-    the first two with the third, and so on.
+    Two dense columns ``[B]`` give a dense one. Otherwise a row of the result holds all pairs of its values, ordered by
+    the value of the first column; a dense column has one value for each row. Weights are multiplied; values without
+    weights weigh 1. More than two columns are crossed from the left: the cross of the first two with the third, and so
+    on.
 
     Args:
-        limit: The most pairs that a row may make; more are refused on the CPU. A GPU needs it where both columns are
-            ragged, as the bound of what they come to, which it would have to wait for otherwise.
-        distinct: Whether an id that a row repeats counts once, with the weight of the first: as RecIS crosses. It is
-            :class:`Distinct` before the cross.
+        limit: The most pairs of a row; more raise on the CPU. A GPU requires it for two ragged columns, as the bound of
+            a size for which the host would otherwise have to wait.
+        distinct: Whether an id that occurs several times in a row counts once, with the weight of its first occurrence,
+            as in RecIS. Equivalent to :class:`Distinct` before the cross.
 
     Example:
         >>> engine = FeatureEngine([Feature("pair", source=["user", "item"], ops=[Cross()])])
@@ -64,7 +64,7 @@ class Cross(ShapingOp):
     kind: ClassVar[type[CrossCall]] = CrossCall
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         whole = isinstance(self.limit, int) and not isinstance(self.limit, bool)
         if self.limit is not None and not (whole and 1 <= self.limit < 2**31):
             return f"limit must be an int from 1 to {2**31 - 1}, or None, got {self.limit!r}"
@@ -80,8 +80,8 @@ class Cross(ShapingOp):
             integers("Cross", form)
             if form.levels > 1 or form.dims != 1:
                 raise TypeError(
-                    f"Cross takes one id a row ([B]) or rows of ids, got {form.levels} levels of lists of values of "
-                    f"{form.dims} dimensions; reshape them to [B]"
+                    f"Cross takes one id for each row ([B]) or rows of ids, got {form.levels} levels of lists of "
+                    f"values of {form.dims} dimensions; reshape them to [B]"
                 )
         x, y = forms
         if x.device != y.device:
@@ -89,18 +89,18 @@ class Cross(ShapingOp):
         levels = max(x.levels, y.levels)
         if x.levels == y.levels == 1 and x.device.type != "cpu" and self.limit is None:
             raise TypeError(
-                "Cross of two ragged columns on a GPU needs limit=, the most pairs of a row; or cross them "
+                "Cross of two ragged columns on a GPU requires limit=, the most pairs of a row; set it, or cross them "
                 "in the reader"
             )
         return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Return the instruction that crosses dense columns; None where one is ragged."""
+        """Return the instruction that crosses dense columns; None if one is ragged."""
         form = self.shape(forms)
         return Lowered(form, (Step("cross"),)) if form.levels == 0 else None
 
     def kernel(self) -> Callable[..., Column]:
-        """Return what crosses two columns."""
+        """Return the kernel, which crosses two columns."""
         ragged = super().kernel()
         first = Distinct().kernel() if self.distinct else None
 
@@ -111,7 +111,8 @@ class Cross(ShapingOp):
                 return ragged(x, y)
             if x.values.shape != y.values.shape:
                 raise ValueError(
-                    f"the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; a batch has one number of them"
+                    f"the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; all columns of a batch must "
+                    f"have the same number"
                 )
             return Column(ops.transform.cross_ids(ids_of(x), ids_of(y)))
 
@@ -122,7 +123,7 @@ class Cross(ShapingOp):
 
 
 class ConcatCall(LabeledCall):
-    """All concatenations of a stage in one native call."""
+    """All :class:`Concat` of a stage in one native call."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         super().__init__(jobs, parallel=parallel)
@@ -132,7 +133,7 @@ class ConcatCall(LabeledCall):
         self._dtypes = [torch.int64 if job.forms[0].dtype in INTEGERS else job.forms[0].dtype for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         tensors = TensorList()
         for inputs, count, dtype in zip(columns, self._counts, self._dtypes, strict=True):
             tensors.index.append(count)
@@ -144,10 +145,10 @@ class ConcatCall(LabeledCall):
 
 @dataclass(frozen=True)
 class Concat(ShapingOp):
-    """Two or more columns → one, row by row: the values of the first, then of the second, and so on.
+    """Two or more columns → one: in each row the values of the first column, then of the second, and so on.
 
-    Dense columns ``[B]`` and ``[B, L]`` become ``[B, sum of L]``; where one is ragged the result is. Integers become
-    int64; floats must have one dtype. Values of columns without weights get the weight 1 where another has weights.
+    Dense columns ``[B]`` and ``[B, L]`` become ``[B, sum of L]``; if one column is ragged, so is the result. Integers
+    become int64; floats must have the same dtype. If any column has weights, values of the others weigh 1.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -160,11 +161,11 @@ class Concat(ShapingOp):
     kind: ClassVar[type[ConcatCall]] = ConcatCall
 
     def fault(self) -> str | None:
-        """Return None: it has no parameters."""
+        """Return None: there are no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form of the whole."""
+        """Return the form of the result."""
         dtypes = {torch.int64 if form.dtype in INTEGERS else form.dtype for form in forms}
         if len(dtypes) > 1 or not dtypes <= {torch.int64, *FLOATS}:
             raise TypeError(
@@ -175,7 +176,10 @@ class Concat(ShapingOp):
             raise TypeError(f"Concat takes columns on one device, got {[str(form.device) for form in forms]}")
         for form in forms:
             if form.levels > 1 or form.dims > (2 if form.levels == 0 else 1):
-                raise TypeError("Concat takes [B], [B, L] and rows of values; put ToDense or Truncate before it")
+                raise TypeError(
+                    f"Concat takes [B], [B, L] and rows of values, got {form.levels} levels of lists of values of "
+                    f"{form.dims} dimensions; put ToDense or Truncate before it"
+                )
         levels = max(form.levels for form in forms)
         weighted = any(form.weighted for form in forms)
         return Form(dtypes.pop(), levels, weighted, 2 if levels == 0 else 1, forms[0].device)

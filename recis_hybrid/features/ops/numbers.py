@@ -1,4 +1,4 @@
-"""Operations on numbers: buckets, maps of one number to another, casts."""
+"""Operations on numbers: buckets, maps, casts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recis_hybrid.ops.transform import MapKind
 
 
 def _as_written(value: Any) -> str | None:
-    """Return what is wrong with a number that a user has written, or None."""
+    """Return what is wrong with a number passed by the user, or None."""
     if not isinstance(value, kinds_of_numbers.Real) or isinstance(value, bool):
         return f"must be a number, got {value!r}"
     return "must be a number, got NaN" if math.isnan(value) else None
@@ -27,17 +27,17 @@ def _as_written(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Bucketize:
-    """Numbers → the number of the bucket that they lie in, int64 from 0 to ``len(boundaries)``.
+    """Numbers → the number of their bucket, int64 from 0 to ``len(boundaries)``.
 
-    The column keeps its form. The bucket of v is the number of boundaries b with b <= v, or b < v where ``right`` is
-    False (``right`` as in :func:`torch.bucketize`). Integers are compared exactly, also with fractional boundaries; for
-    a float32 or float64 column the boundaries are rounded to its dtype first, so that a value written as 0.7 equals the
-    boundary 0.7 in either. A NaN is refused: put a :class:`FillNull` before it. (On CUDA, where nobody waits for it, it
-    goes to the last bucket as in torch, and ``FeatureEngine.check()`` says so.)
+    The column keeps its shape. The bucket of v is the number of boundaries b with b <= v, or with b < v if ``right`` is
+    False (``right`` as in :func:`torch.bucketize`). Integers are compared exactly, also with fractional boundaries. For
+    float32 and float64 columns the boundaries are rounded to that dtype first, so that the value 0.7 equals the
+    boundary 0.7 in both. NaN is refused; put a :class:`FillNull` before. On CUDA it goes to the last bucket, as in
+    torch, and :meth:`FeatureEngine.check` reports it.
 
     Args:
-        boundaries: At least one number, never decreasing. Equal ones have an empty bucket between them.
-        right: Whether a value that equals a boundary goes to the bucket above it: ``upper_bound``, as RecIS has it.
+        boundaries: At least one number, in non-decreasing order. The bucket between equal boundaries is empty.
+        right: Whether a value equal to a boundary goes to the bucket above it, as in RecIS.
 
     Example:
         >>> engine = FeatureEngine([Feature("age", ops=[Bucketize([18, 65])])])
@@ -50,29 +50,29 @@ class Bucketize:
 
     def __post_init__(self) -> None:
         listed = self.boundaries.tolist() if hasattr(self.boundaries, "tolist") else self.boundaries
-        # A tuple, so that equal specs are found by their hash and nobody changes them afterwards.
+        # A tuple is hashable and cannot change later.
         object.__setattr__(self, "boundaries", tuple(listed) if isinstance(listed, Iterable) else listed)
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         if not isinstance(self.right, bool):
             return f"right must be True or False, got {self.right!r}"
         if not isinstance(self.boundaries, tuple):
             return f"boundaries must be a list of numbers, got {self.boundaries!r}"
         if not self.boundaries:
-            return "boundaries must be at least one number, got none; without boundaries there is but one bucket"
+            return "boundaries must be at least one number, got none; add one, as there is only one bucket without"
         for i, boundary in enumerate(self.boundaries):
             if not isinstance(boundary, kinds_of_numbers.Real) or isinstance(boundary, bool):
                 return f"boundaries must be numbers, got {boundary!r} at {i}"
             if math.isnan(boundary):
-                return f"boundaries must be numbers, got NaN at {i}; drop it, for nothing compares with NaN"
+                return f"boundaries must be numbers, got NaN at {i}; drop it, as no value compares with NaN"
         for i, (before, after) in enumerate(zip(self.boundaries, self.boundaries[1:], strict=False)):
             if after < before:
                 return f"boundaries must not decrease, got {before} and then {after} at {i + 1}; sort them"
         return None
 
     def table(self, dtype: torch.dtype) -> Tensor:
-        """Return the boundaries for values of a dtype, in it: int64, float32 or float64."""
+        """Return the boundaries in the dtype of values: int64, float32 or float64."""
         listed = _first_above(self) if dtype == torch.int64 else [float(boundary) for boundary in self.boundaries]
         return torch.tensor(listed, dtype=dtype, device="cpu")
 
@@ -83,13 +83,13 @@ class Bucketize:
         table = self.table(dtype)
         words = torch.cat([table, table.new_zeros(table.numel() % 2)]) if dtype.itemsize == 4 else table
         name = {torch.int64: "bucket_i64", torch.float32: "bucket_f32", torch.float64: "bucket_f64"}[dtype]
-        # What _first_above says of an integer is always "at or above".
+        # Boundaries of _first_above compare with "at or above".
         right = self.right or dtype == torch.int64
         step = Step(name, (table.numel(), int(right)), words.view(torch.int64))
         return Lowered(form._replace(dtype=torch.int64), (step,))
 
     def kernel(self) -> Kernel:
-        """Return what puts a column into buckets."""
+        """Return the kernel."""
         tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
         def kernel(column: Column) -> Column:
@@ -108,7 +108,7 @@ class Bucketize:
 
 
 def _first_above(spec: Bucketize) -> list[int]:
-    """Return for each boundary the least int64 above it (as ``right`` says); without those that none is above."""
+    """Return the least int64 above each boundary, or at it if ``right``; boundaries above all int64 are omitted."""
     firsts: list[int] = []
     for boundary in spec.boundaries:
         if boundary == math.inf:
@@ -124,12 +124,12 @@ def _first_above(spec: Bucketize) -> list[int]:
 
 def _mapped(column: Column, where: str, kind: MapKind, first: float, second: float = 0.0) -> Column:
     values = column.values if column.values.dtype in FLOATS else column.values.to(torch.float32)
-    first, second = _held(where, values.dtype, first, second)
+    first, second = _in_dtype(where, values.dtype, first, second)
     return column._replace(values=ops.transform.map_values(values, kind, first, second))
 
 
 def _map_kernel(where: str, kind: MapKind, first: float, second: float = 0.0) -> Kernel:
-    """Return the kernel of a map of numbers; integers become float32 before it."""
+    """Return the kernel of a map of numbers; integers become float32 first."""
 
     def kernel(column: Column) -> Column:
         numbers(where, Form.of(column))
@@ -138,44 +138,44 @@ def _map_kernel(where: str, kind: MapKind, first: float, second: float = 0.0) ->
     return kernel
 
 
-def _map_steps(where: str, kind: str, form: Form, *given: float) -> Lowered:
-    """Return the instructions of a map of floats; integers become float32 before it."""
+def _map_steps(where: str, kind: str, form: Form, *parameters: float) -> Lowered:
+    """Return the instructions of a map of floats; integers become float32 first."""
     numbers(where, form)
     dtype = form.dtype if form.dtype in FLOATS else torch.float32
-    given = _held(where, dtype, *given)
+    parameters = _in_dtype(where, dtype, *parameters)
     steps = () if form.dtype in FLOATS else (Step("i64_to_f32"),)
     name = f"{kind}_{'f32' if dtype == torch.float32 else 'f64'}"
-    return Lowered(form._replace(dtype=dtype), (*steps, Step(name, tuple(bits(number) for number in given))))
+    return Lowered(form._replace(dtype=dtype), (*steps, Step(name, tuple(bits(number) for number in parameters))))
 
 
-def _held(where: str, dtype: torch.dtype, *given: float) -> tuple[float, ...]:
-    """Return numbers as a column's dtype holds them: bounds beyond its range become its ends, others are refused.
+def _in_dtype(where: str, dtype: torch.dtype, *parameters: float) -> tuple[float, ...]:
+    """Return parameters that the dtype of a column can hold: bounds of Clip are clamped, others are checked.
 
     Raises:
-        TypeError: If it would hold infinity, or 0 in place of a divisor.
+        TypeError: If a parameter would become infinite, or a divisor 0.
     """
     most = torch.finfo(dtype).max
     if where == "Clip":
-        return tuple(one if math.isinf(one) else min(max(one, -most), most) for one in given)
-    for number in given:
-        held = fits(number, dtype)
-        if held and where == "Normalize" and dtype == torch.float32 and number != 0:
-            held = np.float32(number) != 0
-        if not held:
+        return tuple(one if math.isinf(one) else min(max(one, -most), most) for one in parameters)
+    for number in parameters:
+        representable = fits(number, dtype)
+        if representable and where == "Normalize" and dtype == torch.float32 and number != 0:
+            representable = np.float32(number) != 0
+        if not representable:
             raise TypeError(
                 f"{where}: a column of {dtype} cannot hold the value {number!r}; put Cast(torch.float64) before it"
             )
-    return given
+    return parameters
 
 
 @dataclass(frozen=True)
 class Log:
-    """Numbers → their natural logarithms, of ``x + plus``.
+    """Numbers → the natural logarithm of ``x + plus``.
 
-    The column keeps its form; integers become float32 before. The sum must be above 0.
+    The column keeps its shape; integers become float32 first. The sum must be above 0.
 
     Args:
-        plus: Added before; 1 makes it the logarithm of counts that may be 0.
+        plus: Number to add to x; 1 allows counts of 0.
     """
 
     plus: float = 0.0
@@ -190,7 +190,7 @@ class Log:
         return _map_steps("Log", "log", one(forms), self.plus)
 
     def kernel(self) -> Kernel:
-        """Return what takes logarithms of a column."""
+        """Return the kernel."""
         return _map_kernel("Log", "log", self.plus)
 
     def __str__(self) -> str:
@@ -199,13 +199,13 @@ class Log:
 
 @dataclass(frozen=True)
 class Clip:
-    """Numbers → the nearest numbers within ``[least, most]``.
+    """Numbers → numbers clipped to ``[least, most]``.
 
-    The column keeps its form and, where it holds floats, its dtype; integers become int64, and take whole bounds.
+    The column keeps its shape. Floats keep their dtype; integers become int64 and require whole bounds.
 
     Args:
-        least: The least number that is left.
-        most: The greatest number that is left.
+        least: Lower bound.
+        most: Upper bound.
     """
 
     least: float
@@ -225,7 +225,7 @@ class Clip:
         """Return the bounds for integers.
 
         Raises:
-            TypeError: If they are fractions or outside of int64, or there are none between.
+            TypeError: If a bound is a fraction.
         """
         for bound in (self.least, self.most):
             if not math.isinf(bound) and bound != int(bound):
@@ -242,7 +242,7 @@ class Clip:
         return Lowered(form._replace(dtype=torch.int64), (Step("clip_i64", self.whole()),))
 
     def kernel(self) -> Kernel:
-        """Return what clips a column."""
+        """Return the kernel."""
 
         def kernel(column: Column) -> Column:
             if numbers("Clip", Form.of(column)).dtype in FLOATS:
@@ -259,18 +259,18 @@ class Clip:
 class Normalize:
     """Numbers → ``(x - mean) / std``.
 
-    The column keeps its form; integers become float32 before.
+    The column keeps its shape; integers become float32 first.
 
     Args:
-        mean: What becomes 0.
-        std: What becomes a distance of 1; above 0.
+        mean: Number to subtract.
+        std: Divisor, above 0.
     """
 
     mean: float
     std: float
 
     def fault(self) -> str | None:
-        """Return what is wrong with the numbers, or None."""
+        """Return what is wrong with the parameters, or None."""
         for name, number in (("mean", self.mean), ("std", self.std)):
             fault = _as_written(number)
             if fault is not None:
@@ -284,7 +284,7 @@ class Normalize:
         return _map_steps("Normalize", "normalize", one(forms), self.mean, self.std)
 
     def kernel(self) -> Kernel:
-        """Return what normalizes a column."""
+        """Return the kernel."""
         return _map_kernel("Normalize", "normalize", self.mean, self.std)
 
     def __str__(self) -> str:
@@ -293,10 +293,10 @@ class Normalize:
 
 @dataclass(frozen=True)
 class FillNan:
-    """Floats → floats without NaN; integers are left alone. It is the part of :class:`FillNull` that works on values.
+    """Floats → floats without NaN; integers are unchanged. The part of :class:`FillNull` that changes values.
 
     Args:
-        value: What comes in the place of NaN.
+        value: Replacement for NaN.
     """
 
     value: float
@@ -307,15 +307,15 @@ class FillNan:
         return None if fault is None else f"value {fault}"
 
     def check(self, form: Form) -> Form:
-        """Return the form, if it has nulls that can be filled.
+        """Return the form if the column can have nulls.
 
         Raises:
-            TypeError: If nothing in it can be null.
+            TypeError: If it cannot.
         """
         form = numbers("FillNull", form)
         if form.dtype in INTEGERS and form.levels == 0:
             raise TypeError(
-                "FillNull has nothing to fill in a dense column of integers, where no value stands for null; give a "
+                "FillNull takes columns that can have nulls, got a dense column of integers, which has none; set a "
                 "default where it is read, as in columnio.Dense(default=0)"
             )
         return form
@@ -326,7 +326,7 @@ class FillNan:
         return _map_steps("FillNull", "fill", form, self.value) if form.dtype in FLOATS else Lowered(form, ())
 
     def kernel(self) -> Kernel:
-        """Return what fills a column."""
+        """Return the kernel."""
 
         def kernel(column: Column) -> Column:
             return (
@@ -345,8 +345,8 @@ class FillNan:
 class Cast:
     """Numbers → numbers of another dtype.
 
-    Floats lose their fraction on the way to integers; NaN and what an int64 cannot hold are refused. Integers keep
-    their low 32 bits on the way to int32. bool is taken too, and becomes 0 and 1, and so is a dense column of uint8.
+    Floats become integers by truncation; NaN and values out of the range of int64 are refused. Integers keep their low
+    32 bits as int32. Columns of bool (as 0 and 1) and dense columns of uint8 are accepted too.
 
     Args:
         dtype: torch.int32, int64, float32 or float64.
@@ -361,10 +361,10 @@ class Cast:
         return None
 
     def check(self, form: Form) -> Form:
-        """Return the form that a column gets.
+        """Return the form of the result.
 
         Raises:
-            TypeError: If it holds no numbers.
+            TypeError: If the column does not hold numbers.
         """
         if form.dtype != torch.bool and not (form.dtype == torch.uint8 and form.levels == 0):
             numbers("Cast", form)
@@ -381,7 +381,7 @@ class Cast:
         return Lowered(made, (*steps, Step("wrap_32")) if self.dtype == torch.int32 else steps)
 
     def kernel(self) -> Kernel:
-        """Return what casts a column."""
+        """Return the kernel."""
 
         def kernel(column: Column) -> Column:
             self.check(Form.of(column))

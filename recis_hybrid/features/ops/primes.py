@@ -1,4 +1,4 @@
-"""Prime numbers, for hashes."""
+"""Prime numbers for hashes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def is_prime(n: int) -> bool:
-    """Whether n, below 2^64, is a prime.
+    """Return whether n, below 2^64, is a prime.
 
     References:
-        Miller and Rabin's test; these witnesses decide it below 3.3e24 (Sorenson and Webster: Strong pseudoprimes to
-        twelve prime bases, Math. Comp. 2017).
+        The test of Miller and Rabin; these witnesses are sufficient below 3.3e24 (Sorenson and Webster: Strong
+        pseudoprimes to twelve prime bases, Math. Comp. 2017).
     """
     if n < 2:
         return False
@@ -34,7 +34,7 @@ def is_prime(n: int) -> bool:
 
 
 def largest_prime_up_to(n: int) -> int:
-    """Return the largest prime that is at most n, which is at least 2.
+    """Return the largest prime up to n, for n of at least 2.
 
     Example:
         >>> largest_prime_up_to(29_000)

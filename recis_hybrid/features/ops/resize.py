@@ -1,4 +1,4 @@
-"""Operations that give rows another length: Truncate, Pad, FillNull (of empty rows) and ToDense."""
+"""Operations that change the lengths of rows: Truncate, Pad, FillNull (for empty rows) and ToDense."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SIDES = ("left", "right")
 
 
 class ResizeCall(LabeledCall):
-    """All such operations of a stage in one native call, and one more where lists of lists are among them.
+    """All resizing operations of a stage in one native call, and one more if rows hold lists.
 
-    Where a row holds lists, the numbers of these are resized as if they were its values, and then the lists taken.
+    For rows of lists, the numbers of the lists are resized as if they were values; the second call copies the lists.
     """
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
@@ -29,8 +29,8 @@ class ResizeCall(LabeledCall):
         self._taken_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
         self._dense = [bool(job.op.flags & FIXED) for job in jobs]
         self._weighted = [job.forms[0].weighted for job in jobs]
-        # The weights of lists of strings belong to the strings, not to their bytes: they are resized where the rows'
-        # lists are, and handed on where the strings are.
+        # Weights of lists of strings belong to the strings, not to their bytes: they are resized along with the lists
+        # of rows, and unchanged if the strings are resized.
         of_lists = [job.forms[0].weighted and job.forms[0].strings and job.forms[0].levels == 2 for job in jobs]
         self._weights_resized = [
             weighted and lists == inner
@@ -58,7 +58,7 @@ class ResizeCall(LabeledCall):
                 taken += 1
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         offsets, planes = [], []
         for (column,), inner, resized in zip(columns, self._inner, self._weights_resized, strict=True):
             assert column.offsets is not None
@@ -100,7 +100,7 @@ class ResizeCall(LabeledCall):
         return self._take(columns, results, exact) if self._taken_owner else results
 
     def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
-        """Take the lists whose numbers are the values of what was made."""
+        """Replace the numbers of lists in the results by the lists."""
         which = [k for k, inner in enumerate(self._inner) if inner]
         offsets, planes = [], []
         for k in which:
@@ -111,7 +111,7 @@ class ResizeCall(LabeledCall):
             if self._weights_taken[k]:
                 assert column.weights is not None
                 planes.append(column.weights.contiguous())
-        # A list is taken once at most, so that there are no more values than before.
+        # Each list is copied at most once, so the number of values cannot grow.
         bounds = [] if exact else [columns[k][0].values.shape[0] for k in which]
         made = torch.ops.recis.ragged_take(
             offsets,
@@ -134,7 +134,7 @@ class ResizeCall(LabeledCall):
 
 
 def _no_list_in_tail(numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return numbers of lists with -1, no list, after those that the offsets reach: 0 would be the first list."""
+    """Return numbers of lists with -1 (no list) after those that the offsets reach, where there are zeros."""
     places = torch.arange(numbers.shape[0], device=numbers.device)
     return torch.where(places < offsets[-1], numbers, -1)
 
@@ -146,9 +146,9 @@ def _side_fault(side: Any) -> str | None:
 def _ragged(where: str, form: Form, level: int = -1) -> Form:
     movable(where, form)
     if form.levels == 0:
-        raise TypeError(f"{where} takes ragged columns, got a dense one; its rows have one length already")
+        raise TypeError(f"{where} takes ragged columns, got a dense one; its rows already have one length")
     if form.levels > 2:
-        remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
+        remedy = "put a Hash before it" if form.strings else "read the column with fewer levels"
         raise TypeError(f"{where} takes rows of values or of lists, got {form.levels} levels of lists; {remedy}")
     if level > form.levels:
         raise TypeError(f"{where}: level must be 1 to {form.levels} for this column, got {level}")
@@ -162,13 +162,12 @@ def _value_fault(where: str, value: float, form: Form) -> None:
 
 @dataclass(frozen=True)
 class Truncate(ShapingOp):
-    """Rows → rows of at most ``length`` values; weights go with them.
+    """Rows → rows of at most ``length`` values, with their weights.
 
     Args:
-        length: The most that a row keeps.
-        side: Where a longer row loses values: ``"right"`` keeps its first, ``"left"`` its last.
-        level: Which lists are shortened: 1 the rows themselves, be it values or lists that they hold, 2 the lists in
-            them.
+        length: The most values that a row keeps.
+        side: Side on which long rows are cut: ``"right"`` keeps the first values, ``"left"`` the last.
+        level: Level of the lists: 1 cuts rows (of values or lists), 2 cuts the lists in rows.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -186,21 +185,21 @@ class Truncate(ShapingOp):
     weight: ClassVar[float] = 0
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         return count_fault("length", self.length, least=0) or _side_fault(self.side) or level_fault(self.level)
 
     @property
     def most(self) -> int:
-        """The most values of a row."""
+        """The maximum length of a row."""
         return self.length
 
     @property
     def flags(self) -> int:
-        """What native code is told."""
+        """The flags for native code."""
         return DROP_FIRST if self.side == "left" else 0
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form, unchanged but not the same: rows are."""
+        """Return an equal form, but another object, since rows change."""
         return Form(*_ragged("Truncate", one(forms), self.level))
 
     def __str__(self) -> str:
@@ -213,10 +212,10 @@ class Pad(ShapingOp):
     """Rows → rows of at least ``length`` values.
 
     Args:
-        length: The least that a row has.
-        value: What is put in; it weighs nothing where values have weights. Rows of lists get empty lists instead.
-        side: Where it is put in: ``"right"`` after the values, ``"left"`` before them.
-        level: Which lists are made longer: 1 the rows themselves, 2 the lists in them.
+        length: The minimum length of a row.
+        value: Padding value, with weight 0 if there are weights. Rows of lists are padded with empty lists.
+        side: ``"right"`` pads after the values, ``"left"`` before them.
+        level: Level of the lists: 1 pads rows, 2 pads the lists in rows.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -234,7 +233,7 @@ class Pad(ShapingOp):
     weight: ClassVar[float] = 0
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         return (
             count_fault("length", self.length, least=0)
             or _side_fault(self.side)
@@ -244,16 +243,16 @@ class Pad(ShapingOp):
 
     @property
     def least(self) -> int:
-        """The least values of a row."""
+        """The minimum length of a row."""
         return self.length
 
     @property
     def flags(self) -> int:
-        """What native code is told."""
+        """The flags for native code."""
         return PAD_FIRST if self.side == "left" else 0
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form, unchanged but not the same: rows are."""
+        """Return an equal form, but another object, since rows change."""
         form = _ragged("Pad", one(forms), self.level)
         if form.levels == self.level:
             _value_fault("Pad", self.value, form)
@@ -266,12 +265,12 @@ class Pad(ShapingOp):
 
 @dataclass(frozen=True)
 class FillEmpty(ShapingOp):
-    """Rows → rows of at least one value. It is the part of :class:`FillNull` that works on rows.
+    """Rows → rows of at least one value: the part of :class:`FillNull` that changes rows.
 
-    Dense columns are left alone.
+    Dense columns are unchanged.
 
     Args:
-        value: What is put into an empty row, with the weight 1.
+        value: Value of an empty row, with the weight 1.
     """
 
     value: float
@@ -287,7 +286,7 @@ class FillEmpty(ShapingOp):
         return FillNan(self.value).fault()
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form, the same one where it is dense."""
+        """Return the form; the same object for a dense column."""
         form = one(forms)
         if form.levels == 0:
             return form
@@ -303,10 +302,10 @@ class FillEmpty(ShapingOp):
 
 @dataclass(frozen=True)
 class FillNull:
-    """Columns with nulls → columns without: NaN becomes ``value``, and so does an empty row of a ragged column.
+    """Columns with nulls → columns without: NaN, and empty rows of a ragged column, become ``value``.
 
     Args:
-        value: What comes in the place of nothing; in an empty row it has the weight 1.
+        value: Replacement; in an empty row it has the weight 1.
 
     Example:
         >>> engine = FeatureEngine([Feature("price", ops=[FillNull(0.5)])])
@@ -321,7 +320,7 @@ class FillNull:
         return FillNan(self.value).fault()
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Return the two operations that it stands for."""
+        """Return the operations that it consists of."""
         return [[FillNan(self.value), FillEmpty(self.value)]]
 
     def __str__(self) -> str:
@@ -330,14 +329,14 @@ class FillNull:
 
 @dataclass(frozen=True)
 class ToDense(ShapingOp):
-    """Rows → a dense tensor ``[B, length, ...]``, filled up with a value.
+    """Rows → a dense tensor ``[B, length, ...]``, padded with a value.
 
-    A longer row is refused on the CPU: put a :class:`Truncate` before it.
+    A longer row is refused on the CPU; put a :class:`Truncate` before.
 
     Args:
-        length: Values of each row.
-        value: What fills up.
-        side: Where it does: ``"right"`` after the values, ``"left"`` before them.
+        length: Number of values of each row.
+        value: Padding value.
+        side: ``"right"`` pads after the values, ``"left"`` before them.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -356,29 +355,29 @@ class ToDense(ShapingOp):
     level: ClassVar[int] = 1
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         return count_fault("length", self.length, least=1) or _side_fault(self.side) or FillNan(self.value).fault()
 
     @property
     def least(self) -> int:
-        """The values of a row."""
+        """The length of a row."""
         return self.length
 
     @property
     def most(self) -> int:
-        """The values of a row."""
+        """The length of a row."""
         return self.length
 
     @property
     def flags(self) -> int:
-        """What native code is told."""
+        """The flags for native code."""
         return FIXED | STRICT | (PAD_FIRST if self.side == "left" else 0)
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the dense form."""
         form = _ragged("ToDense", one(forms))
         if form.levels > 1:
-            raise TypeError("ToDense takes rows of values, got rows of lists; make one level of them first")
+            raise TypeError("ToDense takes rows of values, got rows of lists; read the column with one level")
         if form.weighted:
             raise TypeError("ToDense would drop the weights of the column; read it without weights")
         _value_fault("ToDense", self.value, form)

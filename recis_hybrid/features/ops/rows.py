@@ -30,7 +30,7 @@ class TopKCall(LabeledCall):
         self._most = [job.op.k for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         values, offsets, weights = [], [], []
         for (column,) in columns:
             assert column.offsets is not None
@@ -45,13 +45,12 @@ class TopKCall(LabeledCall):
 
 @dataclass(frozen=True)
 class TopK(ShapingOp):
-    """Rows of weighted values → the k values of the greatest weights of each, the greatest first.
+    """Rows of weighted values → the k values with the greatest weights of each row, in descending order.
 
-    Of equal weights the first in the row goes first. A weight that is NaN is refused. The time is that of every pair of
-    values of a row.
+    Equal weights keep the order of the row. A NaN weight is refused. The time grows with the square of a row's length.
 
     Args:
-        k: The most that a row keeps.
+        k: The most values that a row keeps.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -69,10 +68,12 @@ class TopK(ShapingOp):
         return count_fault("k", self.k)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form, unchanged but not the same: rows are."""
+        """Return an equal form, but another object, since rows change."""
         form = one(forms)
         if form.levels != 1 or not form.weighted or form.dims != 1:
-            raise TypeError("TopK takes rows of weighted values: a RaggedTensor of one level with weights")
+            raise TypeError(
+                "TopK takes rows of weighted values, a RaggedTensor of one level with weights; read weights too"
+            )
         return Form(*movable("TopK", form))
 
     def __str__(self) -> str:
@@ -83,7 +84,7 @@ class DistinctCall(LabeledCall):
     """All :class:`Distinct` of a stage in one native call."""
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         ids, offsets = [], []
         weights = TensorList()
         for (column,) in columns:
@@ -99,9 +100,9 @@ class DistinctCall(LabeledCall):
 
 @dataclass(frozen=True)
 class Distinct(ShapingOp):
-    """Rows of ids → rows of distinct ids: the first occurrence stays, in order, with its weight.
+    """Rows of ids → rows of distinct ids: the first occurrence of each, in order, with its weight.
 
-    A dense column ``[B]`` is left as it is. The time is that of every pair of ids of a row.
+    A dense column ``[B]`` is unchanged. The time grows with the square of a row's length.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -113,7 +114,7 @@ class Distinct(ShapingOp):
     kind: ClassVar[type[DistinctCall]] = DistinctCall
 
     def fault(self) -> str | None:
-        """Return None: it has no parameters."""
+        """Return None: there are no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
@@ -122,8 +123,8 @@ class Distinct(ShapingOp):
         ids = integers("Distinct", form)
         if form.levels > 1 or form.dims != 1:
             raise TypeError(
-                f"Distinct takes one id a row ([B]) or rows of ids, got {form.levels} levels of lists of values of "
-                f"{form.dims} dimensions; bring ids [B, L] as rows, by RaggedTensor.from_padded"
+                f"Distinct takes one id for each row ([B]) or rows of ids, got {form.levels} levels of lists of values "
+                f"of {form.dims} dimensions; convert ids [B, L] to rows with RaggedTensor.from_padded"
             )
         return form if form.levels == 0 else Form(*ids)
 
@@ -132,13 +133,13 @@ class Distinct(ShapingOp):
 
 
 class LengthsCall:
-    """The lengths of lists, each of two offsets."""
+    """The lengths of lists, as differences of offsets."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         self._levels = [job.op.level for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         made = []
         for (column,), level in zip(columns, self._levels, strict=True):
             assert column.offsets is not None
@@ -152,26 +153,24 @@ class LengthsCall:
 
 @dataclass(frozen=True)
 class ListLengths(ShapingOp):
-    """Lists → their lengths: the part of :class:`Length` that reads no values.
+    """Lists → their lengths: the part of :class:`Length` that reads only offsets.
 
     Args:
-        level: Of the lists.
+        level: Level of the lists.
     """
 
     level: int
     kind: ClassVar[type[LengthsCall]] = LengthsCall
 
     def fault(self) -> str | None:
-        """Return None: :class:`Length` has checked it."""
+        """Return None: :class:`Length` checks the level."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the form of the lengths."""
         form = one(forms)
         if form.levels == 0:
-            raise TypeError(
-                "Length takes ragged columns, got a dense one; name by ignore= what its rows are filled with"
-            )
+            raise TypeError("Length takes ragged columns, got a dense one; pass its padding value as ignore=")
         if self.level > form.levels:
             raise TypeError(f"Length: level must be 1 to {form.levels} for this column, got {self.level}")
         return Form(torch.int64, self.level - 1, False, 1, form.device)
@@ -181,12 +180,12 @@ class ListLengths(ShapingOp):
 
 
 class OnesCall:
-    """Counts the nonzero values of a mask in each list."""
+    """The number of nonzero values of a mask in each list."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None: ...
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         made = []
         for (column,) in columns:
             ones = (column.values != 0).long()
@@ -207,7 +206,7 @@ class CountOnes(ShapingOp):
     kind: ClassVar[type[OnesCall]] = OnesCall
 
     def fault(self) -> str | None:
-        """Return None: it has no parameters."""
+        """Return None: there are no parameters."""
         return None
 
     def shape(self, forms: Sequence[Form]) -> Form:
@@ -226,15 +225,15 @@ class CountOnes(ShapingOp):
 
 @dataclass(frozen=True)
 class Length:
-    """Rows → their numbers of values, int64 ``[B]``.
+    """Rows → their lengths, int64 ``[B]``: the number of values, of lists, or of bytes of a string.
 
-    Rows of lists have as many as lists; a string as many as bytes. With ``ignore``, values (or strings) that are one of
-    these do not count: the real length of rows that were filled up, also of a dense column ``[B, L]``.
+    With ``ignore``, the listed values (or strings) do not count. That gives the length of padded rows without padding,
+    also for a dense column ``[B, L]``.
 
     Args:
-        level: Whose length: 1 that of rows, 2 that of the lists in them, which stay in rows. With ``ignore`` it is that
-            of the innermost lists, whose values are looked at.
-        ignore: Values that do not count: numbers, or strings.
+        level: Level of the lists: 1 for rows, 2 for the lists in rows, whose lengths stay in rows. With ``ignore`` the
+            innermost lists are counted.
+        ignore: Numbers or strings that do not count.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -253,11 +252,11 @@ class Length:
         object.__setattr__(self, "ignore", as_tuple(self.ignore))
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         return level_fault(self.level) or (Mask(self.ignore).fault() if self.ignore != () else None)
 
     def expand(self) -> Sequence[Sequence[Any]]:
-        """Return its parts."""
+        """Return the operations that it consists of."""
         return [[ListLengths(self.level)] if self.ignore == () else [Mask(self.ignore), CountOnes()]]
 
     def __str__(self) -> str:
@@ -272,7 +271,7 @@ class MultiHotCall(LabeledCall):
         self._classes = [job.op.classes for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(ids_of(column), column.offsets, column.weights)
@@ -282,12 +281,12 @@ class MultiHotCall(LabeledCall):
 
 @dataclass(frozen=True)
 class MultiHot(ShapingOp):
-    """Rows of ids → float32 ``[B, classes]``: how often each id occurs in a row, or the sum of its weights.
+    """Rows of ids → float32 ``[B, classes]``: the number of occurrences of each id in a row, or the sum of its weights.
 
-    An id outside ``[0, classes)`` is refused on the CPU: put a :class:`Mod` or a :class:`Vocabulary` before it.
+    An id outside ``[0, classes)`` is refused on the CPU; put a :class:`Mod` or a :class:`Vocabulary` before.
 
     Args:
-        classes: The number of different ids.
+        classes: Number of distinct ids.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -320,19 +319,19 @@ class MultiHot(ShapingOp):
 
 @dataclass(frozen=True)
 class OneHot(MultiHot):
-    """Ids ``[B]`` → float32 ``[B, classes]``: 1 where the id is, 0 elsewhere.
+    """Ids ``[B]`` → float32 ``[B, classes]``: 1 at the id, 0 elsewhere.
 
     An id outside ``[0, classes)`` is refused on the CPU.
 
     Args:
-        classes: The number of different ids.
+        classes: Number of distinct ids.
     """
 
     def shape(self, forms: Sequence[Form]) -> Form:
         """Return the dense form."""
         form = one(forms)
         if form.levels or form.dims != 1:
-            raise TypeError("OneHot takes one id a row, a dense [B]; MultiHot takes several")
+            raise TypeError("OneHot takes one id for each row, a dense [B]; MultiHot takes several")
         return super().shape(forms)
 
     def __str__(self) -> str:
@@ -349,7 +348,7 @@ class TileCall(LabeledCall):
         self._weighted = [job.forms[0].weighted for job in jobs]
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
-        """Make a column for each job."""
+        """Return the column of each job."""
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(column.values, column.offsets, column.weights)
@@ -359,10 +358,10 @@ class TileCall(LabeledCall):
 
 @dataclass(frozen=True)
 class Tile(ShapingOp):
-    """Rows → every row several times in succession, so that one user's row meets each of his candidates.
+    """Rows → every row repeated several times, as a user's row for each of their candidates.
 
     Args:
-        times: How often.
+        times: Number of repetitions.
 
     Example:
         >>> engine = FeatureEngine([Feature("user", ops=[Tile(2)])])
@@ -374,14 +373,14 @@ class Tile(ShapingOp):
     kind: ClassVar[type[TileCall]] = TileCall
 
     def fault(self) -> str | None:
-        """Return what is wrong with the number of times, or None."""
+        """Return what is wrong with the number of repetitions, or None."""
         return count_fault("times", self.times)
 
     def shape(self, forms: Sequence[Form]) -> Form:
-        """Return the form, unchanged but not the same: rows are."""
+        """Return an equal form, but another object, since rows change."""
         form = one(forms)
         if form.levels > 1:
-            remedy = "put a Hash before it" if form.strings else "join levels where the column is read"
+            remedy = "put a Hash before it" if form.strings else "read the column as rows of values"
             raise TypeError(f"Tile takes dense columns and rows of values, got rows of lists; {remedy}")
         return Form(*movable("Tile", form))
 

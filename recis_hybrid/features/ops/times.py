@@ -1,4 +1,4 @@
-"""Operations on times: their parts, and the seconds between them."""
+"""Operations on times: their calendar parts, and the seconds between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Part: TypeAlias = Literal[
 """The parts of a time."""
 
 PARTS: tuple[str, ...] = get_args(Part)
-"""In the order of their numbers in ``csrc/core/times.h``."""
+"""The parts, in the order of their numbers in ``csrc/core/times.h``."""
 
 Unit: TypeAlias = Literal["d", "D", "s", "ms", "us", "ns"]
 """Units of times: days (``"d"`` or ``"D"``), seconds, milliseconds, microseconds, nanoseconds."""
@@ -40,7 +40,7 @@ def _unit_fault(unit: object) -> str | None:
 
 def _int_fault(name: str, value: object) -> str | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not LEAST <= value <= MOST):
-        return f"{name} must be an int of 64 bits, or None, got {value!r}"
+        return f"{name} must be a 64-bit int, or None, got {value!r}"
     return None
 
 
@@ -54,19 +54,18 @@ def _times(where: str, form: Form) -> Form:
 
 @dataclass(frozen=True)
 class DatePart:
-    """Times → a part of each, int64: the hour, the day of the week, and so on.
+    """Times → a calendar part of each, int64: the hour, the day of the week, and so on.
 
-    A time is an integer that counts units since 1970-01-01 00:00:00 UTC; those before it are below 0. The calendar is
-    the Gregorian one, also before its time, and a day has 86,400 seconds. Every int64 has its parts. The column keeps
-    its form; rows without values stay empty.
+    A time is an integer that counts units since 1970-01-01 00:00:00 UTC, negative before. The calendar is the proleptic
+    Gregorian one, with days of 86,400 seconds, and every int64 is a valid time. The column keeps its shape.
 
     Args:
         part: ``"second"``, ``"minute"`` (0 to 59), ``"hour"`` (0 to 23), ``"day_of_week"`` (0 is Monday, as in
             :meth:`datetime.weekday`), ``"is_weekend"`` (1 on Saturday and Sunday, else 0), ``"day_of_month"`` (from 1),
             ``"day_of_year"`` (from 1), ``"month"`` (1 to 12) or ``"year"``.
-        unit: What a time counts: ``"d"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
-        utc_offset: How far local time is ahead of UTC, less than a day: seconds, or text such as ``"+08:00"``.
-        missing: A value that stands for no time; its part is -1. None: there is none.
+        unit: Unit of times: ``"d"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
+        utc_offset: Offset of local time from UTC, less than a day: seconds, or a string such as ``"+08:00"``.
+        missing: Value that stands for a missing time, whose part is -1; None for no such value.
 
     Example:
         >>> engine = FeatureEngine([Feature("hour", ops=[DatePart("hour", utc_offset="+08:00")], source="clicked_at")])
@@ -84,35 +83,35 @@ class DatePart:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", "d" if self.unit == "D" else self.unit)
-        # As seconds, so that equal offsets are equal.
+        # Stored as seconds, so that equal offsets compare equal.
         match = re.fullmatch(r"([+-])(\d\d):?(\d\d)", self.utc_offset) if isinstance(self.utc_offset, str) else None
         if match is not None and int(match[3]) < 60:
             seconds = 3600 * int(match[2]) + 60 * int(match[3])
             object.__setattr__(self, "utc_offset", -seconds if match[1] == "-" else seconds)
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         if not isinstance(self.part, str) or self.part not in PARTS:
             return f"part must be one of {list(PARTS)}, got {self.part!r}"
         offset = self.utc_offset
         if not isinstance(offset, int) or isinstance(offset, bool) or not -_DAY < offset < _DAY:
             return (
-                f"utc_offset must be seconds from {1 - _DAY} to {_DAY - 1}, or '+08:00', got {offset!r}; of a zone "
+                f"utc_offset must be seconds from {1 - _DAY} to {_DAY - 1}, or as '+08:00', got {offset!r}; for zones "
                 f"whose offset changes, convert the times where they are read"
             )
         if self.unit == "d" and (self.part in PARTS[:3] or offset):
-            return f"dates have no time of day, so that part must be of a date and utc_offset 0, got {self}"
+            return f"dates have no time of day, so part must be one of a date and utc_offset 0, got {self}"
         return _unit_fault(self.unit) or _int_fault("missing", self.missing)
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Return the instruction that takes the part."""
+        """Return the instruction that computes the part."""
         assert isinstance(self.utc_offset, int)
         flagged = self.utc_offset << 1 | int(self.missing is not None)
         numbers = PARTS.index(self.part), _PER_SECOND[self.unit], flagged, self.missing or 0
         return Lowered(_times("DatePart", one(forms)), (Step("time_part", numbers),))
 
     def kernel(self) -> Kernel:
-        """Return the reference function, in torch, independent of the native code."""
+        """Return a reference kernel in torch, independent of native code."""
 
         def kernel(column: Column) -> Column:
             _times("DatePart", Form.of(column))
@@ -141,7 +140,7 @@ class DatePart:
                 "is_weekend": (weekdays >= 5).long(),
             }
             return simple[self.part]
-        # Years from March on, so that a leap day is the last of its year.
+        # Years that begin in March, so that a leap day is the last day of its year.
         since = days + _CYCLE_SHIFT
         eras, since = _floor(since, _CYCLE), since % _CYCLE
         years = _floor(since - _floor(since, 1460) + _floor(since, 36_524) - _floor(since, 146_096), 365)
@@ -171,17 +170,18 @@ def _floor(x: Tensor, by: int) -> Tensor:
 class Age:
     """Times → whole seconds from each to another time, int64; negative if that is earlier.
 
-    The other time is that of a second column, ``source=[time, until]``, one fixed time, or now. A fraction of a second
-    is rounded down, and what is beyond int64 becomes its end. A column with ``until`` keeps its form. Of two columns
-    both are dense or ragged in the same rows, or one of them is ``[B]`` and counts for every value of the other's row.
+    The other time comes from a second column, ``source=[time, until]``, or is a fixed time, or now. Fractions of a
+    second are rounded down, and results saturate at the limits of int64. With ``until`` the column keeps its shape. Two
+    columns must both be dense, or ragged with the same rows; or one of them is ``[B]`` and applies to every value of
+    the other's rows.
 
     Args:
-        until: None: the second column. An integer in the unit of the times, a :class:`datetime.datetime` with a time
-            zone, or text of a date or a time in ISO 8601, in UTC unless it has an offset: ``"2024-02-29"``,
-            ``"2024-02-29T12:00+08:00"``. ``"now"``: when the batch is made, so that no two runs are alike; for a
-            training that can be repeated give a column.
-        unit: What times count since 1970-01-01 00:00:00 UTC: ``"d"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
-        missing: A value that stands for no time, in either column; it is left as it is. None: there is none.
+        until: None for the second column. An integer in the unit of the times, a :class:`datetime.datetime` with a time
+            zone, or an ISO 8601 date or time, in UTC unless it has an offset: ``"2024-02-29"``,
+            ``"2024-02-29T12:00+08:00"``. ``"now"`` is the time at which the batch is computed, so runs differ; pass a
+            column for reproducible training.
+        unit: Unit of times since 1970-01-01 00:00:00 UTC: ``"d"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``.
+        missing: Value that stands for a missing time in either column and is left unchanged; None for no such value.
 
     Example:
         >>> engine = FeatureEngine([Feature("age", ops=[Age(unit="ms")], source=["published", "seen"])])
@@ -196,7 +196,7 @@ class Age:
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", "d" if self.unit == "D" else self.unit)
         if isinstance(self.until, str) and self.until != "now":
-            with contextlib.suppress(ValueError):  # else fault() says it
+            with contextlib.suppress(ValueError):  # fault() reports it
                 moment = datetime.fromisoformat(self.until)
                 object.__setattr__(self, "until", moment if moment.tzinfo else moment.replace(tzinfo=UTC))
         if isinstance(self.until, datetime) and self.until.tzinfo is not None and _unit_fault(self.unit) is None:
@@ -205,33 +205,31 @@ class Age:
 
     @property
     def joins(self) -> bool:
-        """Whether it is an operation on two columns."""
+        """True if the operation takes two columns."""
         return self.until is None
 
     def fault(self) -> str | None:
-        """Return what is wrong with its parameters, or None."""
+        """Return what is wrong with the parameters, or None."""
         unit = _unit_fault(self.unit)
         if unit is not None:
             return unit
         if isinstance(self.until, datetime):
-            return (
-                f"until must have a time zone, got {self.until!r}; set tzinfo=timezone.utc, or the zone that it is of"
-            )
+            return f"until must have a time zone, got {self.until!r}; set tzinfo=timezone.utc, or another zone"
         if self.until == "now":
             return _int_fault("missing", self.missing)
         fault = _int_fault("until", self.until)
         if fault is not None:
-            return f"{fault}; give a datetime, a date as '2024-02-29', or 'now', or a column as the second source"
+            return f"{fault}; pass a datetime, a date as '2024-02-29', or 'now', or a column as the second source"
         return _int_fault("missing", self.missing)
 
     def check(self, forms: Sequence[Form]) -> Form:
         """Return the form of the ages.
 
         Raises:
-            TypeError: If a column holds no integers, or two do not go together.
+            TypeError: If a column does not hold integers, or two do not fit together.
         """
         if len(forms) != (2 if self.joins else 1):
-            raise TypeError(f"Age takes a time and another one, got {len(forms)} columns; name two by source=[...]")
+            raise TypeError(f"Age takes two columns, got {len(forms)}; name two with source=[...], or set until=")
         made = [_times("Age", form) for form in forms]
         x, y = made[0], made[-1]
         if x.device != y.device:
@@ -240,25 +238,25 @@ class Age:
             dense, ragged = (x, y) if x.levels == 0 else (y, x)
             if dense.levels or dense.dims != 1 or ragged.levels != 1:
                 raise TypeError(
-                    f"Age takes two columns of the same form, or one of them [B] and the other of rows of times, got "
-                    f"{x.levels} and {y.levels} levels of lists of values of {x.dims} and {y.dims} dimensions"
+                    f"Age takes two columns of the same shape, or one [B] and one of rows of times, got {x.levels} and "
+                    f"{y.levels} levels of lists of values of {x.dims} and {y.dims} dimensions"
                 )
             return ragged
         return x
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Return the instruction that subtracts; None if it needs row offsets or the clock."""
+        """Return the instruction that subtracts; None if that needs row offsets or the clock."""
         form = self.check(forms)
-        given = int(self.missing is not None), self.missing or 0
+        missing = int(self.missing is not None), self.missing or 0
         if self.joins:
             plain = form.levels == 0 and form.dims == 1
-            return Lowered(form, (Step("seconds_between", (_PER_SECOND[self.unit], *given)),)) if plain else None
+            return Lowered(form, (Step("seconds_between", (_PER_SECOND[self.unit], *missing)),)) if plain else None
         if not isinstance(self.until, int):
             return None
-        return Lowered(form, (Step("seconds_to", (_PER_SECOND[self.unit], self.until, *given)),))
+        return Lowered(form, (Step("seconds_to", (_PER_SECOND[self.unit], self.until, *missing)),))
 
     def kernel(self) -> Callable[..., Column]:
-        """Return the reference function, in torch, independent of the native code."""
+        """Return a reference kernel in torch, independent of native code."""
 
         def of_one(column: Column) -> Column:
             self.check([Form.of(column)])
@@ -290,7 +288,7 @@ class Age:
     def _in_units(self, nanoseconds: int) -> int:
         return nanoseconds // (_DAY * 10**9 if self.unit == "d" else 10**9 // _PER_SECOND[self.unit])
 
-    # A trace would keep the time at which it was made.
+    # A trace would record the time of tracing as a constant.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _now(self) -> int:
         return self._in_units(time.time_ns())
@@ -300,25 +298,27 @@ class Age:
 
 
 def _minus(x: Tensor, y: Tensor) -> Tensor:
-    """Return the difference, clamped to int64."""
+    """Return the difference, saturated to int64."""
     wrapped = x - y
     over = ((x ^ y) & (x ^ wrapped)) < 0
     return torch.where(over, torch.where(x < 0, LEAST, MOST), wrapped)
 
 
 def _side_by_side(x: Column, y: Column) -> tuple[Tensor, Tensor]:
-    """Return the times of two columns value by value.
+    """Return the times of two columns, aligned value by value.
 
     Raises:
-        ValueError: If their rows are not equally many, or equally long.
+        ValueError: If the columns differ in their number of rows, or in the lengths of rows.
     """
     rows = [(one.values if one.offsets is None else (*one.outer, one.offsets)[0][1:]).shape[0] for one in (x, y)]
     if rows[0] != rows[1]:
-        raise ValueError(f"the columns have {rows[0]} and {rows[1]} rows; a batch has one number of them")
+        raise ValueError(
+            f"the columns have {rows[0]} and {rows[1]} rows; all columns of a batch must have the same number"
+        )
     if (x.offsets is None) != (y.offsets is None):
         ragged = y if x.offsets is None else x
         assert ragged.offsets is not None
-        # The row of each value, without waiting for a GPU; what no row has counts as the last one's.
+        # The row of each value, without waiting for a GPU; unused values count as those of the last row.
         places = torch.arange(ragged.values.shape[0], device=ragged.values.device)
         row = torch.searchsorted(ragged.offsets[1:].contiguous(), places, right=True).clamp(max=rows[0] - 1)
         return tuple(ids_of(one)[row] if one.offsets is None else ids_of(one) for one in (x, y))  # type: ignore[return-value]
@@ -328,7 +328,7 @@ def _side_by_side(x: Column, y: Column) -> tuple[Tensor, Tensor]:
         same = all(torch.equal(one, other) for one, other in levels)
     if not same:
         raise ValueError(
-            f"the columns must have as many times in each row, got values {list(x.values.shape)} and "
-            f"{list(y.values.shape)}; give one time a row ([B]) for all of them, or shorten both alike"
+            f"the columns must have the same number of times in each row, got values {list(x.values.shape)} and "
+            f"{list(y.values.shape)}; pass one time for each row ([B]), or truncate both alike"
         )
     return ids_of(x), ids_of(y)

@@ -1,4 +1,4 @@
-"""Vocabulary and Mask: positions of strings or ids in a list, and membership."""
+"""Vocabulary and Mask: positions of strings or ids in a list, and membership in it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from recis_hybrid.ragged import RaggedTensor
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Strings or ids → their places in a list, int64 from 0.
+    """Strings or ids → their positions in a list, int64 from 0.
 
-    A string column becomes int64 ``[B]``, lists of strings become lists of places, and a column of integers keeps its
-    form. It is exact: no two entries share a place.
+    A string column becomes int64 ``[B]``, lists of strings become lists of positions, and a column of integers keeps
+    its shape. Lookups are exact: no two entries share a position.
 
     Args:
-        source: A UTF-8 file of an entry a line, or the entries: all strings (or bytes), or all ints.
-        unknown: What becomes of a value that is no entry; None refuses it. A number past the last entry makes one more.
+        source: Path of a UTF-8 file with an entry on each line, or the entries: all strings (or bytes), or all ints.
+        unknown: Result for values that are not in the list; None refuses them.
 
     Raises:
         OSError: If the file cannot be read.
@@ -46,16 +46,16 @@ class Vocabulary:
     """The entries, in order; strings as UTF-8."""
 
     def __post_init__(self) -> None:
-        given: Iterable[str | bytes | int]
+        listed: Iterable[str | bytes | int]
         if isinstance(self.source, str | PathLike):
-            # Of lines that end with a line feed: other characters that end lines for Python may be part of an entry.
+            # Split at line feeds only: entries may contain other characters at which Python splits lines.
             lines = Path(self.source).read_bytes().split(b"\n")
-            given = [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
+            listed = [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
         else:
-            given = [_as_int(entry) for entry in self.source]
-            # What it was made of is what it is compared by, and must be hashable.
-            object.__setattr__(self, "source", tuple(given))
-        entries = tuple(entry.encode() if isinstance(entry, str) else _as_int(entry) for entry in given)
+            listed = [_as_int(entry) for entry in self.source]
+            # Equality and hash use the source.
+            object.__setattr__(self, "source", tuple(listed))
+        entries = tuple(entry.encode() if isinstance(entry, str) else _as_int(entry) for entry in listed)
         object.__setattr__(self, "entries", entries)
 
     def fault(self) -> str | None:
@@ -67,31 +67,31 @@ class Vocabulary:
             if not isinstance(entry, kind) or isinstance(entry, bool):
                 return f"entries must be all strings or all ints, got {entry!r} at {place}"
             if isinstance(entry, int) and not LEAST <= entry <= MOST:
-                return f"entries must be ints of 64 bits, got {entry} at {place}"
+                return f"entries must be 64-bit ints, got {entry} at {place}"
         if len(set(self.entries)) != len(self.entries):
             seen: set[bytes | int] = set()
             twice = next(entry for entry in self.entries if entry in seen or seen.add(entry))  # type: ignore[func-returns-value]
-            return f"entries must differ, got {twice!r} twice; drop one"
+            return f"entries must be distinct, got {twice!r} twice; drop one"
         whole = isinstance(self.unknown, int) and not isinstance(self.unknown, bool)
         if self.unknown is not None and not (whole and 0 <= self.unknown <= MOST):
-            return f"unknown must be an int from 0, or None to refuse what is no entry, got {self.unknown!r}"
+            return f"unknown must be an int of at least 0, or None to refuse unknown values, got {self.unknown!r}"
         return None
 
     def check(self, form: Form) -> Form:
-        """Return the form of the places.
+        """Return the form of the positions.
 
         Raises:
             TypeError: If the column and the entries are not both strings or both integers.
         """
         if form.strings != isinstance(self.entries[0], bytes):
             raise TypeError(
-                f"Vocabulary has {'strings' if isinstance(self.entries[0], bytes) else 'integers'} for entries, and "
-                f"the column {'strings' if form.strings else f'{form.dtype}'}; list the entries as the column has them"
+                f"Vocabulary has {'strings' if isinstance(self.entries[0], bytes) else 'integers'} as entries, and the "
+                f"column has {'strings' if form.strings else f'{form.dtype}'}; list entries of the column's type"
             )
         return hashed("Vocabulary", form) if form.strings else integers("Vocabulary", form)
 
     def table(self) -> Tensor:
-        """Return the words that ``csrc/core/vocabulary.h`` reads."""
+        """Return the table for ``csrc/core/vocabulary.h``, int64 words."""
         if isinstance(self.entries[0], bytes):
             strings = RaggedTensor.from_strings(self.entries)  # type: ignore[arg-type]
             keys = ops.hash.hash_bytes(strings.values, strings.offsets, "farm")
@@ -111,13 +111,13 @@ class Vocabulary:
         return torch.cat([header, slots, keys, offsets, words])
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
-        """Return the instruction that looks up."""
+        """Return the instruction that looks values up."""
         form = one(forms)
         name = "vocabulary_string" if form.strings else "vocabulary_id"
         return Lowered(self.check(form), (Step(name, (), self.table()),))
 
     def kernel(self) -> Kernel:
-        """Return what looks a column up, by a dict: slow, and independent of the native table."""
+        """Return the kernel."""
         places = {entry: place for place, entry in enumerate(self.entries)}
 
         def place_of(entry: bytes | int) -> int:
@@ -158,7 +158,7 @@ def _of_each_string(column: Column, function: Callable[[bytes], int], dtype: tor
 
 
 def as_tuple(values: Any) -> Any:
-    """Return distinct values as a tuple, strings as UTF-8; anything but a list of values unchanged."""
+    """Return distinct values as a tuple, strings as UTF-8; anything but a collection is returned unchanged."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         return values
     return tuple(dict.fromkeys(value.encode() if isinstance(value, str) else _as_int(value) for value in values))
@@ -168,10 +168,11 @@ def as_tuple(values: Any) -> Any:
 class Mask:
     """Values or strings → float32: 0 for the listed values, 1 for all others.
 
-    Numbers keep their form; a string column becomes ``[B]``, and lists of strings become lists of numbers. It is exact.
+    A column of numbers keeps its shape; a string column becomes ``[B]``, and lists of strings become lists of numbers.
+    Comparisons are exact.
 
     Args:
-        values: All strings (or bytes), or all numbers. What an integer column cannot hold is in none of its places.
+        values: All strings (or bytes), or all numbers. Numbers that an integer column cannot hold match nothing in it.
 
     Example:
         >>> engine = FeatureEngine([Feature("known", ops=[Mask([0, -1])], source="item")])
@@ -207,14 +208,14 @@ class Mask:
         """
         if form.strings != isinstance(self.values[0], bytes):
             raise TypeError(
-                f"Mask has {'strings' if isinstance(self.values[0], bytes) else 'numbers'}, and the column "
+                f"Mask has {'strings' if isinstance(self.values[0], bytes) else 'numbers'}, and the column has "
                 f"{'strings' if form.strings else f'{form.dtype}'}; list values of the column's type"
             )
         made = hashed("Mask", form) if form.strings else numbers("Mask", form)
         return made._replace(dtype=torch.float32)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
-        """Return the instructions that look up; None for floats."""
+        """Return the instructions that look values up; None for floats."""
         form = one(forms)
         made = self.check(form)
         if form.dtype in FLOATS:
@@ -233,22 +234,22 @@ class Mask:
         return Lowered(made, steps)
 
     def _whole(self) -> tuple[int, ...]:
-        """The values that fit int64."""
+        """Return the values that are integers of 64 bits."""
         whole = [int(value) for value in self.values if math.isfinite(value) and value == int(value)]  # type: ignore[arg-type]
         return tuple(dict.fromkeys(value for value in whole if LEAST <= value <= MOST))
 
     def kernel(self) -> Kernel:
-        """Return the reference function, in torch: compares a column with each value in turn."""
+        """Return a reference kernel in torch, which compares a column with each value."""
 
         def kernel(column: Column) -> Column:
             form = Form.of(column)
             self.check(form)
             if form.strings:
                 return _of_each_string(column, lambda string: string not in self.values, torch.float32)
-            given = self.values if form.dtype in FLOATS else self._whole()
+            listed = self.values if form.dtype in FLOATS else self._whole()
             values = column.values if form.dtype in FLOATS else ids_of(column)
             mask = torch.ones_like(values, dtype=torch.bool)
-            for value in given:
+            for value in listed:
                 mask &= values != value
             return column._replace(values=mask.float())
 

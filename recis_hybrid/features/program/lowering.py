@@ -1,8 +1,8 @@
-"""From a plan and the forms of columns to native calls.
+"""Native calls for a plan and the forms of its columns.
 
-Stages follow one another: in each, all element-wise operations that can run are one program, and then all operations
-that change rows are one call for each kind. What they make is there for the next stage. An operation of the user's own
-may make any form, so that what needs it is linked once it has run.
+The calls form stages. In each stage, the element-wise operations whose inputs are known form one program, and the
+operations that change rows form one call for each kind; the next stage uses their results. A custom operation may
+return any form, so operations that need its result are linked after it has run.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from recis_hybrid.features.program.program import Node, Program, build_program, 
 from recis_hybrid.ragged import checks
 
 
-def said_by_native(error: RuntimeError) -> str:
-    """Return what a native operator says, without the place in its source that torch puts before it."""
+def native_message(error: RuntimeError) -> str:
+    """Return the message of a native operator, without the source location that torch puts before it."""
     return re.sub(r"^\w+, csrc/\S+:\d+, ", "", str(error).split("\n")[0])
 
 
 def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
-    """Return what an operation's own kernel makes of columns.
+    """Return the result of the kernel of one operation.
 
     Raises:
-        TypeError: If it raises one, or returns what is no column; the message names the feature.
+        TypeError: If the kernel raises it, or returns no valid column; the message names the feature.
         ValueError: Likewise.
     """
     native = isinstance(instruction.op, Elementwise | Shaping)
     try:
         made = instruction.kernel(*columns)
         if not native:
-            _check_own(made)
+            _check_custom(made)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{instruction.label}: {error}") from error
     except RuntimeError as error:
         if native:
-            raise ValueError(f"{instruction.label}: {said_by_native(error).lstrip(': ')}") from error
+            raise ValueError(f"{instruction.label}: {native_message(error).lstrip(': ')}") from error
         error.add_note(f"in {instruction.label}")
         raise
     return made
 
 
-def _check_own(made: Any) -> None:
-    """Raise for what native code cannot follow: it reads columns without looking at their form again."""
+def _check_custom(made: Any) -> None:
+    """Raise if a custom kernel returned no valid column, since native code reads columns without checks."""
     if not isinstance(made, Column):
-        raise TypeError(f"its kernel must return a Column, got {type(made).__name__}")
+        raise TypeError(f"the kernel must return a Column, got {type(made).__name__}")
     values, offsets, weights, outer = made
     if offsets is None:
         if not isinstance(values, Tensor) or values.dim() == 0:
-            what = checks.describe(values) if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"its kernel must return a Column of values [B, ...], got {what}")
+            found = checks.describe(values) if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"the kernel must return a Column of values [B, ...], got {found}")
         if weights is not None or outer:
-            raise ValueError("its kernel returned a Column of weights or outer offsets without offsets; drop them too")
+            raise ValueError("the kernel returned a Column with weights or outer offsets but no offsets; drop them too")
         return
     try:
         checks.check_form(values, offsets, weights, outer)
         if offsets.is_cpu and type(offsets) is Tensor and not torch.compiler.is_compiling():
             checks.check_content(values.shape[0], offsets, outer)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"its kernel returned a Column that is none: {error}") from error
+        raise type(error)(f"the kernel returned an invalid Column: {error}") from error
 
 
 class ProgramCall:
-    """A program on its device, with its tables; runs in one native call."""
+    """A program with its tables on a device; runs in one native call."""
 
     def __init__(
         self,
@@ -95,20 +95,20 @@ class ProgramCall:
         self._parallel = parallel
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Make the registers of the nodes that others need."""
+        """Compute the registers that are needed outside the program."""
         for one, other, label in self._same_length:
             rows, more = registers[one], registers[other]
             if _strings_or_values(rows) != _strings_or_values(more):
                 raise ValueError(
-                    f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; a "
-                    f"batch has one number of them"
+                    f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; all "
+                    f"columns of a batch must have the same number"
                 )
         inputs: list[Tensor] = []
         for register, plane, dtype in self._inputs:
             tensor = _plane(registers[register], plane)
-            # Native code takes the memory for what the program was made for.
+            # Native code does not check the dtypes that the program was built for.
             if tensor.dtype != dtype:
-                raise TypeError(f"{self.nodes[0].label}: its program reads {plane} of {dtype}, got {tensor.dtype}")
+                raise TypeError(f"{self.nodes[0].label}: {plane} must be {dtype}, got {tensor.dtype}")
             inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
         made = ops.program.run(
             inputs,
@@ -132,7 +132,7 @@ class ProgramCall:
                 registers[register] = without_strings(base, values) if strings else base._replace(values=values)
 
     def check(self) -> None:
-        """Raise for what a GPU has refused in the last run; waits for it."""
+        """Raise if an element was refused in the last run on a GPU; waits for it."""
         if self._faults is None:
             return
         labels = self._labels.split("\n")
@@ -140,8 +140,8 @@ class ProgramCall:
             if element:
                 self._faults = None
                 raise ValueError(
-                    f"{label}: element {element - 1} was refused: NaN, a string with wrong offsets, or what is not in "
-                    f"a vocabulary; mend the column where it is read, or put FillNull before it"
+                    f"{label}: element {element - 1} was refused: it is NaN, a string with wrong offsets, or not in a "
+                    f"vocabulary; correct the column where it is read, or put FillNull before the operation"
                 )
 
 
@@ -169,32 +169,34 @@ class ShapesCall:
         self._call = self.kind([job for _, _, job in jobs], parallel=parallel)
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Make their registers."""
+        """Compute the registers of the operations."""
         made = self._call([tuple([registers[source] for source in sources]) for sources in self._sources])
         for register, column in zip(self.registers, made, strict=True):
             registers[register] = column
 
 
-class OwnCall:
-    """An operation of the user's own."""
+class CustomCall:
+    """A custom operation."""
 
     def __init__(self, register: int, instruction: Instruction, sources: tuple[int, ...]) -> None:
         self.register, self.instruction, self._sources = register, instruction, sources
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Make its register."""
+        """Compute the register of the operation."""
         registers[self.register] = run_alone(self.instruction, [registers[source] for source in self._sources])
 
 
 class Segment:
-    """Native calls, one after another, up to what cannot be known before they have run."""
+    """Consecutive native calls, up to forms that are known only after they have run."""
 
-    def __init__(self, calls: Sequence[ProgramCall | ShapesCall | OwnCall], aliases: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, calls: Sequence[ProgramCall | ShapesCall | CustomCall], aliases: Sequence[tuple[int, int]]
+    ) -> None:
         self.calls, self._aliases = list(calls), list(aliases)
 
     def run(self, registers: dict[int, Column]) -> None:
-        """Make the registers of its operations that others need."""
-        self._alias(registers)  # where nothing is to be computed, no call follows
+        """Compute the registers of the calls."""
+        self._alias(registers)  # there may be no calls
         for call in self.calls:
             call.run(registers)
             self._alias(registers)
@@ -212,12 +214,12 @@ class _Linker:
         self.alias: dict[int, int] = {}
         self.nodes: dict[tuple[int, str], list[Node]] = {}
         self.shapes: dict[tuple[int, Any], list[tuple[int, tuple[int, ...], Job]]] = {}
-        self.own: list[tuple[int, OwnCall]] = []
+        self.custom: list[tuple[int, CustomCall]] = []
         self.read_from: dict[int, list[int]] = {}
         self.needed = self._needed()
 
     def _needed(self) -> set[int]:
-        """Return the registers that are still to be made; what was needed on the way to those known is not."""
+        """Return the registers still to be computed, without those that only led to known ones."""
         first = len(self.plan.columns)
         needed: set[int] = set()
         ahead = list(self.plan.outputs.values())
@@ -261,12 +263,12 @@ class _Linker:
             job = register, sources, Job(op, forms, instruction.label)
             self.shapes.setdefault((stage, op.kind), []).append(job)
         else:
-            self.own.append((stage, OwnCall(register, instruction, sources)))
+            self.custom.append((stage, CustomCall(register, instruction, sources)))
 
-    def kept(self, nodes: Sequence[Node]) -> set[int]:
-        """Return the registers of nodes that something outside of them reads."""
+    def results(self, nodes: Sequence[Node]) -> set[int]:
+        """Return the registers of nodes that are read outside them."""
         inside = {node.register for node in nodes}
-        given = {self.alias.get(register, register) for register in self.plan.outputs.values()}
+        outputs = {self.alias.get(register, register) for register in self.plan.outputs.values()}
         waiting = {
             self.alias.get(source, source)
             for register, instruction in enumerate(self.plan.instructions, len(self.plan.columns))
@@ -276,21 +278,21 @@ class _Linker:
         return {
             register
             for register in inside
-            if register in given
+            if register in outputs
             or register in waiting
             or any(reader not in inside for reader in self.read_from.get(register, []))
         }
 
 
 def link(plan: Plan, known: dict[int, Form], *, parallel: bool, grouped: bool = False) -> Segment:
-    """Make native calls of all operations of a plan that can be linked.
+    """Return native calls for all operations of a plan whose inputs have known forms.
 
     Args:
         plan: The plan.
-        known: The forms of the registers that are there.
+        known: The forms of the available registers.
         parallel: Whether native calls use torch's threads.
-        grouped: Whether operations of one name share a call each, instead of all that are element-wise sharing one: the
-            other way to fuse, which the benchmark measures.
+        grouped: Whether to make a call for each kind of element-wise operation, instead of one for all; the benchmark
+            compares both.
 
     Raises:
         TypeError: If an operation does not take a column; the message names the feature.
@@ -298,26 +300,26 @@ def link(plan: Plan, known: dict[int, Form], *, parallel: bool, grouped: bool = 
     """
     linker = _Linker(plan, known, grouped)
     linker.link()
-    calls: list[ProgramCall | ShapesCall | OwnCall] = []
+    calls: list[ProgramCall | ShapesCall | CustomCall] = []
     stages = {stage for stage, _ in [*linker.nodes, *linker.shapes]}
     for stage in sorted(stages):
         for (at, _), nodes in linker.nodes.items():
             if at == stage:
                 calls += _program_calls(linker, nodes, parallel)
         calls += [ShapesCall(jobs, parallel) for (at, _), jobs in linker.shapes.items() if at == stage]
-    calls += [call for _, call in linker.own]
+    calls += [call for _, call in linker.custom]
     return Segment(calls, list(linker.alias.items()))
 
 
 def _program_calls(linker: _Linker, nodes: Sequence[Node], parallel: bool) -> list[ProgramCall]:
-    """Return a call for each device that the nodes' columns lie on."""
+    """Return a call for each device of the columns of nodes."""
     by_device: dict[torch.device, list[Node]] = {}
     for node in nodes:
         by_device.setdefault(node.lowered.form.device, []).append(node)
-    kept = linker.kept(nodes)
+    results = linker.results(nodes)
     calls = []
     for device, group in by_device.items():
-        program = build_program(group, linker.forms, kept)
+        program = build_program(group, linker.forms, results)
         dtypes = [linker.forms[one].dtype if plane == "values" else torch.int64 for one, plane in program.inputs]
         calls.append(ProgramCall(group, program, dtypes, device, parallel))
     return calls

@@ -1,7 +1,7 @@
-"""From features to a program: columns, then operations in order, each on the results of earlier lines.
+"""Plan: the operations of all features in order, each on columns or on results of earlier operations.
 
-The plan says what is computed; how it is, in few native calls, is decided once the forms of the columns are known
-(:mod:`recis_hybrid.features.program.lowering`).
+The operations become a few native calls once the forms of the columns are known; see
+:mod:`recis_hybrid.features.program.lowering`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from recis_hybrid.features.op import Column, Compound, Joining, Pairwise
 
 @dataclass(frozen=True)
 class Instruction:
-    """One operation; its result is the register after those of all lines before it."""
+    """One operation; its result goes into the next register."""
 
     op: Any
     kernel: Callable[..., Column]
     sources: tuple[int, ...]
-    """The registers that it reads."""
+    """The registers that the operation reads."""
     features: tuple[str, ...]
-    """The features that need it, as they were declared."""
+    """The features that need the operation, in their order."""
 
     @property
     def label(self) -> str:
-        """How errors name it."""
+        """The name of the operation in errors."""
         return f"feature {self.features[0]!r}, {self.op}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A straight-line program. Registers count the columns first, then the instructions."""
+    """A straight-line program. Registers number the columns first, then the instructions."""
 
     columns: dict[str, tuple[str, ...]]
-    """The columns that are read, and the features made of each."""
+    """The columns that are read, and the features that read each."""
     instructions: tuple[Instruction, ...]
+    """The operations, each after those that it reads from."""
     outputs: dict[str, int]
-    """For each column that is given, in the order of the features, the register that holds it."""
-    asked: int
-    """Operations over all features before equal ones were made one."""
+    """The register of each output column, in the order of the features."""
+    requested: int
+    """Number of operations of all features, before equal ones were merged."""
 
     def describe(self, register: int) -> str:
         """Return the operations that lead from columns to a register."""
@@ -57,14 +58,14 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"Plan(features={len(self.outputs)}, columns={len(self.columns)}, operations={len(self.instructions)}, "
-            f"shared={self.asked - len(self.instructions)})"
+            f"shared={self.requested - len(self.instructions)})"
         )
 
     def __str__(self) -> str:
-        done = len(self.instructions)
+        count = len(self.instructions)
         lines = [
-            f"features: {len(self.outputs)}, columns read: {len(self.columns)}, operations: {done} "
-            f"(and {self.asked - done} equal to one of them)"
+            f"features: {len(self.outputs)}, columns read: {len(self.columns)}, operations: {count} "
+            f"(and {self.requested - count} equal to one of them)"
         ]
         names: dict[int, list[str]] = {}
         for name, register in self.outputs.items():
@@ -74,34 +75,34 @@ class Plan:
         for register, instruction in enumerate(self.instructions, len(self.columns)):
             sources = " ".join(f"%{source}" for source in instruction.sources)
             lines.append(_line(register, f"{instruction.op} {sources}", names))
-        lines.append("  all columns that are not read pass through")
+        lines.append("  all other columns pass through")
         return "\n".join(lines)
 
 
-def _line(register: int, what: str, names: dict[int, list[str]]) -> str:
-    given = ", ".join(repr(name) for name in names.get(register, []))
-    return f"  %{register} = {what:<36} -> {given}" if given else f"  %{register} = {what}"
+def _line(register: int, text: str, names: dict[int, list[str]]) -> str:
+    outputs = ", ".join(repr(name) for name in names.get(register, []))
+    return f"  %{register} = {text:<36} -> {outputs}" if outputs else f"  %{register} = {text}"
 
 
 def _negative_zeros(op: Any) -> tuple[str, ...]:
-    """Return the parameters that are -0.0: operations that have 0.0 there are equal, and give other bits."""
+    """Return the parameters that are -0.0: it equals 0.0, but the results of the operations differ."""
     if not is_dataclass(op):
         return ()
-    given = ((field.name, getattr(op, field.name)) for field in fields(op))
-    return tuple(name for name, value in given if isinstance(value, float) and value == 0 > math.copysign(1, value))
+    values = ((field.name, getattr(op, field.name)) for field in fields(op))
+    return tuple(name for name, value in values if isinstance(value, float) and value == 0 > math.copysign(1, value))
 
 
 class _Compiler:
-    """Gives registers to operations, equal ones on equal inputs the same."""
+    """Assigns registers to operations; equal operations on equal inputs share one."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.first = {column: register for register, column in enumerate(columns)}
         self.known: dict[tuple[tuple[int, ...], Any, tuple[str, ...]], int] = {}
         self.needed_by: list[list[str]] = []
-        self.asked = 0
+        self.requested = 0
 
     def emit(self, sources: tuple[int, ...], op: Any, feature: str) -> int:
-        self.asked += 1
+        self.requested += 1
         register = self.known.setdefault((sources, op, _negative_zeros(op)), len(self.first) + len(self.known))
         number = register - len(self.first)
         if number == len(self.needed_by):
@@ -118,8 +119,7 @@ class _Compiler:
             elif isinstance(op, Joining) and op.joins:
                 if len(registers) < 2:
                     raise ValueError(
-                        f"feature {feature!r}: {op} joins two or more columns, and there is one; name them by "
-                        f"source=[...]"
+                        f"feature {feature!r}: {op} joins two or more columns, got one; name several with source=[...]"
                     )
                 if isinstance(op, Pairwise):
                     before, op = op.parts()
@@ -140,22 +140,19 @@ class _Compiler:
 
 
 def compile_plan(features: Sequence[Feature]) -> Plan:
-    """Make one program of all features, in which equal operations on equal inputs occur once.
+    """Return the plan of all features, in which equal operations on equal inputs occur once.
 
     Args:
-        features: With names that differ.
-
-    Returns:
-        The plan.
+        features: Features with distinct names.
 
     Raises:
-        TypeError: If one of them is no Feature.
+        TypeError: If one of them is not a Feature.
         ValueError: If two have the same name, or an operation that joins columns has only one.
     """
     for feature in features:
         if not isinstance(feature, Feature):
-            raise TypeError(f"FeatureEngine: it takes a list of Features, got {feature!r} in it")
-    _differ(feature.name for feature in features)
+            raise TypeError(f"FeatureEngine: features must be a list of Features, got {feature!r} in it")
+    _check_distinct(feature.name for feature in features)
     columns: dict[str, list[str]] = {}
     for feature in features:
         for column in feature.columns:
@@ -168,19 +165,19 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
             outputs.append((feature.name, registers[0]))
         else:
             outputs += [(f"{feature.name}_{number}", register) for number, register in enumerate(registers)]
-    _differ(name for name, _ in outputs)
+    _check_distinct(name for name, _ in outputs)
     instructions = tuple(
         Instruction(op, op.kernel(), sources, tuple(users))
         for (sources, op, _), users in zip(compiler.known, compiler.needed_by, strict=True)
     )
     read = {name: tuple(users) for name, users in columns.items()}
-    return Plan(read, instructions, dict(outputs), compiler.asked)
+    return Plan(read, instructions, dict(outputs), compiler.requested)
 
 
-def _differ(names: Any) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+def _check_distinct(names: Any) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
         raise ValueError(
-            f"FeatureEngine: features need different names, {twice} occur twice; use source= to read one "
-            f"column for several features"
+            f"FeatureEngine: features must have distinct names, {repeated} occur more than once; use source= to read "
+            f"one column for several features"
         )

@@ -1,7 +1,7 @@
-"""Element-wise operations of many columns as one program: instructions, operands and tables.
+"""Programs: the element-wise operations of many columns as instructions, operands and tables.
 
-A part is a set of operations over columns of one length, chained or joined by what they read. Its intermediate results
-live in scratch tiles (``csrc/core/program.h``); what others need is written to tensors.
+A part of a program consists of the operations that are connected through their inputs, on columns of one length.
+Intermediate results live in scratch tiles (``csrc/core/program.h``); results are written to tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Node(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an operand is: ``"in"`` and ``"out"`` are bound tensors by number, ``"tile"`` an intermediate result."""
+    """The place of an operand: ``"in"`` and ``"out"`` are bound tensors by number, ``"tile"`` is a scratch tile."""
 
     kind: str
     number: int
@@ -54,22 +54,22 @@ class _Emitted(NamedTuple):
 
 
 class _Value(NamedTuple):
-    """What a register is inside of a program."""
+    """A register inside a program."""
 
     place: Place
     like: int
-    """The input whose shape it has; -1 - input for one less than these offsets."""
+    """The input with the same shape; -1 - input for one element less than these offsets."""
     root: int
-    """The register whose rows it has."""
+    """The register with the same rows."""
     strings: bool
-    """Whether each of its values was a string of the root's."""
+    """Whether its values stand for the strings of the root."""
 
 
 class Output(NamedTuple):
-    """A tensor that a program makes."""
+    """A tensor that a program writes."""
 
     register: int
-    """-1 for one that is only scratch space."""
+    """-1 for scratch space."""
     like: int
     dtype: torch.dtype
     root: int
@@ -81,15 +81,15 @@ class Program:
     """A program before it is encoded."""
 
     inputs: dict[tuple[int, str], int] = field(default_factory=dict)
-    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register, or the ``"lists"``: the offsets of
-    the lists that its values (or strings) are in."""
+    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register, or its ``"lists"``, the offsets of
+    the lists that hold its values (or strings)."""
     outputs: list[Output] = field(default_factory=list)
     emitted: list[_Emitted] = field(default_factory=list)
     parts: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """For each part its instructions, the input of its length, whether that is one of offsets, and the input of its
-    lists or -1."""
+    """For each part: its first instruction and one past its last, the input with its length, 1 if that holds offsets,
+    and the input of its lists or -1."""
     same_length: list[tuple[int, int, str]] = field(default_factory=list)
-    """Pairs of registers that must have equally many rows, and the operation that says so."""
+    """Pairs of registers that must have the same number of rows, and the label of the operation that joins them."""
 
     def input(self, register: int, plane: str) -> int:
         """Return the number of a bound tensor."""
@@ -121,22 +121,22 @@ class Program:
         return -1 - place.number - (len(self.inputs) if place.kind == "out" else 0)
 
 
-def build_program(nodes: Sequence[Node], forms: dict[int, Form], kept: set[int]) -> Program:
-    """Make a program of nodes.
+def build_program(nodes: Sequence[Node], forms: dict[int, Form], results: set[int]) -> Program:
+    """Return a program for nodes.
 
     Args:
-        nodes: In an order in which each comes after its sources.
+        nodes: The nodes, each after its sources.
         forms: The forms of the registers that they read.
-        kept: The registers that are needed outside.
+        results: The registers that are read outside the program.
     """
     program = Program()
     for part in _parts(nodes):
-        _Part(program, forms, kept).build(part)
+        _Part(program, forms, results).build(part)
     return program
 
 
 def _parts(nodes: Sequence[Node]) -> list[list[Node]]:
-    """Put together the nodes that are connected by registers."""
+    """Group the nodes that are connected by registers."""
     parent: dict[int, int] = {}
 
     def find(register: int) -> int:
@@ -157,8 +157,8 @@ def _parts(nodes: Sequence[Node]) -> list[list[Node]]:
 class _Part:
     """Emits the instructions of one part."""
 
-    def __init__(self, program: Program, forms: dict[int, Form], kept: set[int]) -> None:
-        self.program, self.forms, self.kept = program, forms, kept
+    def __init__(self, program: Program, forms: dict[int, Form], results: set[int]) -> None:
+        self.program, self.forms, self.results = program, forms, results
         self.values: dict[int, _Value] = {}
         self.emitted: list[_Emitted] = []
         self.tiles: list[torch.dtype] = []
@@ -184,20 +184,20 @@ class _Part:
         strings = node.sources[0] not in self.values
         if strings:
             second = Place("in", -1 - first.like)
-        narrow, kept = node.lowered.form.dtype == torch.int32, node.register in self.kept
+        narrow, is_result = node.lowered.form.dtype == torch.int32, node.register in self.results
         for number, step in enumerate(node.lowered.steps, 1):
-            direct = kept and not narrow and number == len(node.lowered.steps)
+            direct = is_result and not narrow and number == len(node.lowered.steps)
             out = self.output(node.register, value, step) if direct else self.tile(step)
             self.emitted.append(_Emitted(step, out, place, second, node.label))
             place, second = out, None
-        if kept and (narrow or not node.lowered.steps):
+        if is_result and (narrow or not node.lowered.steps):
             step = Step("i64_to_i32") if narrow else _COPY
             out = self.output(node.register, value, step)
             self.emitted.append(_Emitted(step, out, place, None, node.label))
         self.values[node.register] = value._replace(place=place)
 
     def operand(self, register: int, label: str) -> _Value:
-        """Return what a register is: 64-bit integers where it holds narrower ones; strings are not kept as a value."""
+        """Return the value of a register, with narrow integers widened to 64 bits."""
         if register in self.values:
             return self.values[register]
         form = self.forms[register]
@@ -232,7 +232,7 @@ class _Part:
         return Place("out", len(outputs) - 1)
 
     def scratch(self) -> dict[int, Place]:
-        """Give each tile scratch space for as long as it is read; where there is none left, a tensor."""
+        """Assign scratch tiles to intermediate results for as long as they are read, and tensors if none is free."""
         last = {tile: at for at, one in enumerate(self.emitted) for tile in one.tiles()}
         free = list(range(SCRATCH_TILES))
         placed: dict[int, Place] = {}

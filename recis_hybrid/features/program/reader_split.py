@@ -1,4 +1,4 @@
-"""Which features a reader may make in its threads."""
+"""Split of features between the threads of a reader and the main thread."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def _may_run_there(op: Any) -> bool:
 
 
 def _in_reader(feature: Feature) -> bool:
-    """Whether all operations of a feature say that they may run in the threads of a reader."""
+    """Return whether all operations of a feature may run in the threads of a reader."""
     sources = (source for source in feature.sources if isinstance(source, Feature))
     return all(map(_may_run_there, feature.ops)) and all(map(_in_reader, sources))
 
 
 def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Feature], list[str]]:
-    """Split features into those that a reader makes and those that are left.
+    """Split features into those that a reader computes and the remaining ones.
 
-    A feature is left, too, where it would take the name of a column that a feature which is left reads.
+    A feature also remains if its output has the name of a column that a remaining feature reads.
 
     Returns:
-        The features that a reader makes; all features for what is left, in their order, those that the reader has made
-        as they are; and the columns that the reader must keep.
+        The features that the reader computes; all features for the remaining part, in their order, where those of the
+        reader are passed through; and the columns that the reader must keep.
     """
     names = {feature.name: list(compile_plan([feature]).outputs) for feature in features}
     left = {feature.name for feature in features if not _in_reader(feature)}
@@ -41,10 +41,10 @@ def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Fea
         left |= more
     reading = [feature for feature in features if feature.name not in left]
 
-    def made(feature: Feature, columns: Sequence[str]) -> list[Feature]:
-        return [Feature(name, optional=feature.optional) for name in columns]
+    def passed_through(feature: Feature) -> list[Feature]:
+        return [Feature(name, optional=feature.optional) for name in names[feature.name]]
 
     remaining: list[Feature] = []
     for feature in features:
-        remaining += [feature] if feature.name in left else made(feature, names[feature.name])
+        remaining += [feature] if feature.name in left else passed_through(feature)
     return reading, remaining, sorted(keep)

@@ -148,11 +148,11 @@ def test_boundaries_may_come_in_many_forms() -> None:
     [
         (Hash(), torch.tensor([1.0]), "Hash takes integers, got torch.float32; put a Bucketize before it"),
         (Hash(), torch.tensor([True]), r"Hash takes integers, got torch.bool; convert it with .to\(torch.int64\)"),
-        (Hash(), torch.tensor([1], dtype=torch.uint8), "a dense uint8 column has no strings in it"),
+        (Hash(), torch.tensor([1], dtype=torch.uint8), "a dense uint8 column holds no strings"),
         (Mod(3), torch.tensor([1.0]).double(), "Mod takes integers, got torch.float64; put a Bucketize before it"),
         (Mod(3), RaggedTensor.from_strings(["a"]), "not the bytes of strings; put a Hash before it"),
         (Bucketize([1]), torch.tensor([1.0]).half(), r"float32 or float64, got torch.float16; .* with .float\(\)"),
-        (Bucketize([1]), RaggedTensor.from_strings(["a"]), "got torch.uint8; have the reader give numbers"),
+        (Bucketize([1]), RaggedTensor.from_strings(["a"]), "got torch.uint8; read strings as numbers"),
     ],
 )
 def test_columns_of_the_wrong_type_are_refused(op: Op, column: torch.Tensor | RaggedTensor, says: str) -> None:

@@ -56,8 +56,8 @@ def test_distinct_of_other_forms(device: str) -> None:
     dense = torch.tensor([5, 5], device=device)
     assert engine({"x": dense})["made"].tolist() == [1, 1]  # type: ignore[union-attr]
     for bad, says in (
-        (dense.view(1, 2), "Distinct takes one id a row .*from_padded"),
-        (RaggedTensor.from_lists([[[1]]]), "Distinct takes one id a row"),
+        (dense.view(1, 2), "Distinct takes one id for each row .*from_padded"),
+        (RaggedTensor.from_lists([[[1]]]), "Distinct takes one id for each row"),
         (RaggedTensor.from_lists([[1.0]]), "Distinct takes integers, got torch.float32"),
         (RaggedTensor.from_strings(["a"]), "Distinct takes integers, not the bytes of strings"),
     ):
@@ -128,9 +128,13 @@ def test_lengths_of_every_form(device: str) -> None:
     assert made(Length(ignore=[-1.5]), RaggedTensor.from_lists([[-1.5, 2.5], []])) == [1, 0]
     assert made(Length(), RaggedTensor.from_lists([])) == []
     for op, column, says in (
-        (Length(), torch.zeros(2, 3), "Length takes ragged columns, got a dense one; name by ignore="),
+        (
+            Length(),
+            torch.zeros(2, 3),
+            "Length takes ragged columns, got a dense one; pass its padding value as ignore=",
+        ),
         (Length(level=2), ragged([[1]]), "Length: level must be 1 to 1 for this column, got 2"),
-        (Length(ignore=["a"]), ragged([[1]]), "Mask has strings, and the column torch.int64"),
+        (Length(ignore=["a"]), ragged([[1]]), "Mask has strings, and the column has torch.int64"),
         (Length(ignore=[1]), torch.tensor([1]), "Length takes rows of values or strings, or dense"),
     ):
         with pytest.raises(TypeError, match=says):
@@ -207,7 +211,7 @@ def test_decimal_strings_in_rows(device: str) -> None:
     narrow = torch.tensor([-128, 127], dtype=torch.int8, device=device)
     assert engine.features[0].ops[0].fault() is None
     assert FeatureEngine([Feature("x", ops=[DecimalString()])])({"x": narrow})["x"].to_strings() == [b"-128", b"127"]  # type: ignore[union-attr]
-    with pytest.raises(TypeError, match="DecimalString takes one id a row .* got values of 2 dimensions"):
+    with pytest.raises(TypeError, match="DecimalString takes one id for each row .* got values of 2 dimensions"):
         engine({"x": torch.zeros(2, 2, dtype=torch.int64, device=device)})
     assert DecimalString(unsigned=1).fault() is not None  # type: ignore[arg-type]
 

@@ -182,19 +182,22 @@ def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
         (DatePart("hour", "min"), r"unit must be one of \['d', 's', 'ms', 'us', 'ns'\], got 'min'"),  # type: ignore[arg-type]
         (DatePart("hour", "d"), "dates have no time of day"),
         (DatePart("month", "d", utc_offset=60), "dates have no time of day"),
-        (DatePart("hour", utc_offset="Asia/Shanghai"), r"utc_offset must be seconds .* or '\+08:00', got 'Asia/Shang"),
+        (
+            DatePart("hour", utc_offset="Asia/Shanghai"),
+            r"utc_offset must be seconds .* or as '\+08:00', got 'Asia/Shang",
+        ),
         (DatePart("hour", utc_offset=86_400), "utc_offset must be seconds from -86399 to 86399"),
         (DatePart("hour", utc_offset=True), "utc_offset must be seconds"),
         (DatePart("hour", utc_offset="+25:00"), "utc_offset must be seconds"),
-        (DatePart("hour", missing=2**63), "missing must be an int of 64 bits"),
-        (DatePart("hour", missing=1.0), "missing must be an int of 64 bits"),  # type: ignore[arg-type]
+        (DatePart("hour", missing=2**63), "missing must be a 64-bit int"),
+        (DatePart("hour", missing=1.0), "missing must be a 64-bit int"),  # type: ignore[arg-type]
         (Age(unit="h"), "unit must be one of"),  # type: ignore[arg-type]
         (Age(datetime(2024, 1, 1)), "until must have a time zone"),  # noqa: DTZ001
         (
             Age("today"),
-            "until must be an int of 64 bits, or None, got 'today'; give a datetime, a date as '2024-02-29', or 'now'",
+            "until must be a 64-bit int, or None, got 'today'; pass a datetime, a date as '2024-02-29', or 'now'",
         ),  # type: ignore[arg-type]
-        (Age(True), "until must be an int of 64 bits"),
+        (Age(True), "until must be a 64-bit int"),
     ],
 )
 def test_bad_parameters(op: Any, says: str) -> None:
@@ -210,16 +213,16 @@ def test_columns_that_are_no_times() -> None:
     with pytest.raises(TypeError, match="DatePart takes integers, not the bytes of strings"):
         applied(DatePart("hour"), RaggedTensor.from_strings(["2024-01-01"]))
     two = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match="Age takes a time and another one, got 3 columns"):
+    with pytest.raises(TypeError, match="Age takes two columns, got 3"):
         applied(Age(), two, two, two)
-    with pytest.raises(ValueError, match="joins two or more columns, and there is one"):
+    with pytest.raises(ValueError, match="joins two or more columns, got one"):
         applied(Age(), two)
     rows = RaggedTensor.from_lists([[1], [2, 3]])
-    with pytest.raises(ValueError, match="the columns must have as many times in each row"):
+    with pytest.raises(ValueError, match="the columns must have the same number of times in each row"):
         applied(Age(), rows, RaggedTensor.from_lists([[1, 2], [3]]))
-    with pytest.raises(TypeError, match="Age takes two columns of the same form, or one of them"):
+    with pytest.raises(TypeError, match="Age takes two columns of the same shape, or one"):
         applied(Age(), rows, torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="the columns must have as many times in each row"):
+    with pytest.raises(ValueError, match="the columns must have the same number of times in each row"):
         applied(Age(), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
 
 

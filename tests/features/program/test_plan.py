@@ -63,15 +63,17 @@ def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "%2 = bucketize[3 boundaries] %0 -> 'decade'",
         "%3 = hash[farm] %1",
         "%4 = mod[100] %3 -> 'user', 'member'",
-        "all columns that are not read pass through",
+        "all other columns pass through",
     ]
 
 
 def test_names_must_differ() -> None:
-    with pytest.raises(ValueError, match=r"FeatureEngine: features need different names, \['a'\] occur twice"):
+    with pytest.raises(
+        ValueError, match=r"FeatureEngine: features must have distinct names, \['a'\] occur more than once"
+    ):
         FeatureEngine([Feature("a"), Feature("b"), Feature("a", source="b")])
 
 
 def test_only_features_are_taken() -> None:
-    with pytest.raises(TypeError, match="it takes a list of Features, got 'user' in it"):
+    with pytest.raises(TypeError, match="features must be a list of Features, got 'user' in it"):
         FeatureEngine(["user"])  # type: ignore[list-item]
