@@ -34,7 +34,7 @@ class Table(NamedTuple):
     step: int
     """Step to write into the metadata of rows."""
     marks_seen: bool
-    """Whether the update also writes ``seen_step`` and ``frequency``, for a lookup of the same rows."""
+    """True if the update also writes ``seen_step`` and ``frequency``, for a lookup of the same rows."""
     seed: int
     """32-bit seed of stochastic rounding, different for each step."""
 

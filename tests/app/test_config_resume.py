@@ -157,7 +157,7 @@ def log(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tower's parameters, and the rows of the table of users by id."""
+    """Return the tower's parameters, and the rows of the users' table in order of ids."""
     model = load_run(run).model
     engine = model.engine
     assert isinstance(engine, EmbeddingEngine)

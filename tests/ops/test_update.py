@@ -90,7 +90,7 @@ def test_features_of_one_member_table_are_grouped_together(features: list[tuple[
 
 
 def chunked_sum(gradients: np.ndarray) -> np.ndarray:
-    """The stated order of additions, in float32: chunks of 256, then their sums."""
+    """Return the sum in the documented order, in float32: chunks of 256, then their sums."""
     total = None
     for start in range(0, len(gradients), 256):
         chunk = np.zeros(gradients.shape[1], np.float32)

@@ -72,7 +72,7 @@ class Prefetcher:
         self._queue: deque[PrefetchedBatch] = deque()
 
     def __len__(self) -> int:
-        """Number of prefetched batches."""
+        """Return the number of prefetched batches."""
         return len(self._queue)
 
     def send(self, batch: Batch, read: Callable[[], Read], *, train: bool, grad: bool) -> None:
