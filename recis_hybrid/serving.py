@@ -1,6 +1,6 @@
-"""Reads exported tables with numpy alone: neither torch nor the native library is imported.
+"""A reader of exported tables that needs only numpy: neither torch nor the native library is imported.
 
-A checkpoint's files are mapped, not read: a lookup touches only the pages of the rows it returns.
+Files are memory-mapped: a lookup touches only the pages of the rows that it returns.
 
 Letters: n ids of a call, m rows of a file, D dim.
 """
@@ -33,20 +33,20 @@ Array = npt.NDArray[Any]
 
 
 class ServingError(ValueError):
-    """An export cannot be found or read, or does not hold what was asked for."""
+    """An export is missing or damaged, or lacks the requested table or part."""
 
 
 class Reader:
-    """Embeddings and dense tensors of one checkpoint, such as `recis-hybrid export` writes.
+    """Embeddings and dense tensors of one checkpoint, as ``recis-hybrid export`` writes it.
 
-    Whole training checkpoints can be read too; one that holds just what changed is refused.
+    Whole training checkpoints can be read too; incremental ones are refused.
 
     Args:
-        path: a `step_…` folder, or the folder of several, of which the highest is taken.
-        verify: whether to compare every file with its checksums now, which reads them all.
+        path: A ``step_…`` folder, or a folder of several, whose highest step is read.
+        verify: Whether to check the checksums of all files now, which reads them completely.
 
     Raises:
-        ServingError: there is no checkpoint, it is damaged, of another format version, or holds just what changed.
+        ServingError: The checkpoint is missing, damaged, incremental, or of another format version.
 
     Example:
         >>> Reader("no/such/place")
@@ -61,7 +61,7 @@ class Reader:
         self.step: int = document["step"]
         """The step that was exported."""
         self.parts: dict[str, Any] = document["parts"]
-        """What the manifest says of each part; docs/format.md has its members."""
+        """Entries of the manifest by part; ``docs/format.md`` specifies them."""
         self._tables: dict[str, _Table] = {}
         for part, entry in self.parts.items():
             for name, table in entry["tables"].items():
@@ -73,20 +73,20 @@ class Reader:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables; where two parts have one of the same name, the second is `part/name`."""
+        """Names of the tables; if two parts share a name, the second is ``part/name``."""
         return list(self._tables)
 
     def dim(self, table: str) -> int:
         """Return the width of a table's embeddings.
 
         Args:
-            table: its name.
+            table: Name of the table.
 
         Returns:
             D.
 
         Raises:
-            ServingError: there is no such table.
+            ServingError: The table does not exist.
         """
         return self._table(table).dim
 
@@ -94,15 +94,15 @@ class Reader:
         """Return the embeddings of ids.
 
         Args:
-            table: name of the table.
-            ids: int64 `[n]`, any values, in any order.
-            default: what an id counts as that has no row: a number, or float32 `[D]`.
+            table: Name of the table.
+            ids: int64 ``[n]``, any values, in any order.
+            default: Embedding of ids without a row: a number, or float32 ``[D]``.
 
         Returns:
-            float32 `[n, D]`; bfloat16 and float16 are widened.
+            float32 ``[n, D]``; bfloat16 and float16 are widened.
 
         Raises:
-            ServingError: there is no such table, or the ids are not int64 `[n]`.
+            ServingError: The table does not exist, or the ids are not int64 ``[n]``.
         """
         wanted = np.asarray(ids)
         if wanted.size == 0:
@@ -118,13 +118,13 @@ class Reader:
         """Return the dense tensors of a part, such as a tower's weights.
 
         Args:
-            part: name of the part.
+            part: Name of the part.
 
         Returns:
-            By name, views of the mapped file, read-only; bfloat16 as copies in float32.
+            Read-only views of the mapped file by name; bfloat16 is copied into float32.
 
         Raises:
-            ServingError: there is no such part.
+            ServingError: The part does not exist.
         """
         if part not in self.parts:
             raise ServingError(f"{self.path}: has no part {part!r}, it has {sorted(self.parts)}. Name one of these.")
@@ -149,11 +149,11 @@ class Reader:
 class _Tensor(NamedTuple):
     values: Array
     bfloat16: bool
-    """Whether the values are the upper halves of float32, as unsigned words."""
+    """True if the values are bfloat16, stored as unsigned words."""
 
 
 class _Table:
-    """One table: its files, opened when they are first needed."""
+    """A table whose files are opened when first used."""
 
     def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
         shapes = {column["name"]: column["shape"] for column in entry["columns"]}
@@ -198,13 +198,13 @@ class _Table:
 
 
 def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return which of the 65,536 buckets owns each id, as docs/format.md says.
+    """Return the bucket of each id, 0 to 65,535, as ``docs/format.md`` specifies.
 
     Args:
-        ids: int64 `[n]`.
+        ids: int64 ``[n]``.
 
     Returns:
-        int64 `[n]`.
+        int64 ``[n]``.
 
     Example:
         >>> bucket_of(np.array([0, -1])).tolist()
@@ -218,7 +218,7 @@ def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _rows(tensors: dict[str, _Tensor], ids: Array, buckets: Array) -> Array:
-    """The row of each id within a file, -1 for an id that has none: a binary search within its bucket."""
+    """Return the row of each id within a file, -1 without one, by binary search within its bucket."""
     present, offsets, stored = (tensors[name].values for name in ("buckets", "bucket_offsets", "ids"))
     if stored.size == 0:
         return np.full(ids.size, -1)
@@ -254,7 +254,7 @@ def _step_folder(text: str) -> Path:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest. Its CRC-32 holds, so what is in it is what was written; paths are looked at all the same."""
+    """Return a manifest after checking its CRC-32 and the paths in it."""
     if path.stat().st_size > _MOST_MANIFEST:
         raise ServingError(f"{path}: must have at most {_MOST_MANIFEST} bytes, has {path.stat().st_size}.")
     raw = path.read_bytes()

@@ -22,11 +22,8 @@ UNMENDED = {
     "app",
     "checkpointing",
     "columnio",
-    "embedding",
-    "features",
     "pipelines",
     "saver",
-    "serving",
     "tests",
 }
 

@@ -69,7 +69,7 @@ class EmbeddingConfig:
     optimizer_overrides: Mapping[str, float | tuple[float, float]] | None = None
     """Hyperparameters of the optimizer for this table alone, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
-    """Where the table lives; None: on the engine's device."""
+    """Memory of the table's rows; None: that of the engine's device."""
     sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
     """Distribution of rows over several ranks. ``row``: over all ranks by the hash of their ids; ``table``: all on
     one rank; ``column``: some elements of every row, at least 4, on each rank; ``replicated``: all on every rank, so

@@ -1,4 +1,4 @@
-"""What holds of every native operator, so that none is added without it."""
+"""Rules that every native operator keeps, also a new one."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_arrow_refuses_what_it_cannot_hold() -> None:
 
 
 class FakeJagged:
-    """What TorchRec's classes are, as far as they are used here."""
+    """The part of TorchRec's classes that the conversions use."""
 
     def __init__(self, **parts: Any) -> None:
         self.parts = parts

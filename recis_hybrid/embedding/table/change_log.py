@@ -1,7 +1,7 @@
 """ChangeLog: what changed in a table since a moment, for incremental checkpoints.
 
 Rows that lookups and updates change are found by their metadata. Other changes (erasing, evicting, clearing, inserting
-by hand) are logged, but only while somebody holds a `ChangeLog`.
+by hand) are logged, but only while somebody holds a ``ChangeLog``.
 
 Letters: n rows, m ids.
 """

@@ -62,7 +62,7 @@ class _Value(NamedTuple):
     root: int
     """The register with the same rows."""
     strings: bool
-    """Whether its values stand for the strings of the root."""
+    """True if its values stand for the strings of the root."""
 
 
 class Output(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a reader may make in its threads, and what is left."""
+"""The split of features into those that readers compute in their threads and the rest."""
 
 from __future__ import annotations
 
