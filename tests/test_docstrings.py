@@ -99,6 +99,7 @@ def test_a_docstring_of_another_form_is_found(text: str, fault: str) -> None:
         'class C:\n    """Rows.\n\n    Args:\n        x: Whether to read.\n    """\n    x = 1\n    """Whatever."""',
         'def f():\n    """Read.\n\n    Returns:\n        Rows.\n    """\n    x = 1\n    "What is no docstring"',
         "x = f(1)\nprint(x)",
+        '"""Read.\n\nExample:\n    >>> read(1)\n    ValueError: use `load`\n"""',
     ],
 )
 def test_docstrings_in_the_form_pass(text: str) -> None:

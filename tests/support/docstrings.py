@@ -23,8 +23,9 @@ SECTIONS = (
     "Warns",
     "Yields",
 )
-# Backticks that are not Markdown's code: literals, roles and links of reStructuredText.
-_LITERALS = re.compile(r"``.+?``|:\w+(?::\w+)*:`[^`]+`|`[^`]+`_", re.DOTALL)
+# Backticks that are not Markdown's code: examples with their output, and literals, roles and links of
+# reStructuredText.
+_LITERALS = re.compile(r">>> .*?(?:\n\s*\n|$)|``.+?``|:\w+(?::\w+)*:`[^`]+`|`[^`]+`_", re.DOTALL)
 _HEADER = re.compile(r"^ *([A-Za-z]+):$", re.MULTILINE)
 
 
