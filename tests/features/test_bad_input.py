@@ -1,4 +1,4 @@
-"""Every refusal names the feature and says what to do."""
+"""Error messages name the feature and the remedy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
 
 @fused_or_not
 @pytest.mark.parametrize(
-    ("ops", "columns", "error", "says"),
+    ("ops", "columns", "error", "message"),
     [
         ([Bucketize([0])], [NAN], ValueError, "element 1 is NaN"),
         ([Clip(0, 1)], [NAN], ValueError, "element 1 is NaN"),
@@ -125,17 +125,17 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Normalize(0, 1)], [WORDS], TypeError, "Normalize takes int8 to int64, float32 or float64"),
     ],
 )
-def test_what_is_refused_names_the_feature(
-    fuse: bool, ops: list[Any], columns: list[Any], error: type[Exception], says: str
+def test_errors_name_the_feature(
+    fuse: bool, ops: list[Any], columns: list[Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=f"^feature 'price', .*{re.escape(says)}"):
+    with pytest.raises(error, match=f"^feature 'price', .*{re.escape(message)}"):
         run(ops, fuse, *columns, name="price")
 
 
 @fused_or_not
 @pytest.mark.parametrize("kind", ["numbers", "strings", "lists", "lists of strings"])
 @pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 1, 4], [-1, 1, 3], [0, 2**62, 3], [1, 2, 3], [0, 1, 2]])
-def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offsets: list[int]) -> None:
+def test_overwritten_offsets_are_refused(fuse: bool, kind: str, offsets: list[int]) -> None:
     columns = {
         "numbers": RaggedTensor.from_lists([[1, 2], [3]], weights=[[1, 2], [3]]),
         "strings": RaggedTensor.from_strings(["ab", "c"]),
@@ -152,7 +152,7 @@ def test_offsets_that_were_changed_behind_its_back(fuse: bool, kind: str, offset
 
 
 def run_kernels(ops: list[Any], *columns: Column) -> None:
-    """Run a feature as torch.compile does, under which nobody looks at columns before."""
+    """Run a feature as torch.compile does, without the checks of columns."""
     names = [f"c{k}" for k in range(len(columns))]
     registers = list(columns)
     for instruction in compile_plan([Feature("a", ops=ops, source=names)]).instructions:
@@ -177,7 +177,7 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
 
 
 @pytest.mark.parametrize(
-    ("op", "says"),
+    ("op", "message"),
     [
         (MultiHash([]), "buckets must be a list of one to 4 ints"),
         (MultiHash([0]), "buckets must be ints from 1"),
@@ -204,12 +204,12 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
         (Vocabulary(["a"], unknown=-1), "unknown must be an int of at least 0"),
     ],
 )
-def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=f"Feature 'price': {type(op).__name__}: .*{says}"):
+def test_bad_parameters_are_refused_with_the_features_name(op: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Feature 'price': {type(op).__name__}: .*{message}"):
         Feature("price", ops=[op])
 
 
-def test_what_joins_needs_several_columns() -> None:
+def test_joins_need_several_columns() -> None:
     with pytest.raises(ValueError, match=r"feature 'a': cross joins two or more columns, got one; name several"):
         FeatureEngine([Feature("a", ops=[Cross()])])
     with pytest.raises(ValueError, match=r"\['a_0'\] occur more than once"):
@@ -218,7 +218,7 @@ def test_what_joins_needs_several_columns() -> None:
         Feature("a", source=[])
 
 
-def test_an_own_kernel_must_return_a_column() -> None:
+def test_a_custom_kernel_must_return_a_column() -> None:
     class Wrong:
         def fault(self) -> None:
             return None
@@ -231,7 +231,7 @@ def test_an_own_kernel_must_return_a_column() -> None:
 
 
 class Own:
-    """An operation of one's own of any kernel."""
+    """A custom operation with any kernel."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -252,7 +252,7 @@ def _raise(error: Exception) -> Any:
 
 @fused_or_not
 @pytest.mark.parametrize(
-    ("kernel", "error", "says"),
+    ("kernel", "error", "message"),
     [
         (lambda c: _raise(ValueError("cannot")), ValueError, "cannot"),
         (lambda c: _raise(TypeError("cannot")), TypeError, "cannot"),
@@ -264,12 +264,10 @@ def _raise(error: Exception) -> Any:
         (lambda c: c._replace(offsets=None), ValueError, "but no offsets; drop them too"),
     ],
 )
-def test_what_an_own_kernel_does_wrong_names_the_feature(
-    fuse: bool, kernel: Any, error: type[Exception], says: str
-) -> None:
+def test_errors_of_custom_kernels_name_the_feature(fuse: bool, kernel: Any, error: type[Exception], message: str) -> None:
     column = RaggedTensor.from_lists([[1], [2, 3]], weights=[[1], [1, 1]])
     engine = FeatureEngine([Feature("a", ops=[Own(kernel), MultiHot(4)])], fuse=fuse)
-    with pytest.raises(error, match=f"^feature 'a', own: .*{re.escape(says)}"):
+    with pytest.raises(error, match=f"^feature 'a', own: .*{re.escape(message)}"):
         engine({"a": column})
 
 
@@ -292,7 +290,7 @@ DEEP = RaggedTensor.from_lists([[[[1]]]])
 
 @fused_or_not
 @pytest.mark.parametrize(
-    ("op", "column", "says"),
+    ("op", "column", "message"),
     [
         (Hash(), FLAT_STRINGS, "Hash takes strings whose bytes are [N], got values of 2 dimensions"),
         (FillNull(math.inf), ROWS, "a column of torch.int64 cannot hold the value inf"),
@@ -304,8 +302,8 @@ DEEP = RaggedTensor.from_lists([[[[1]]]])
         (Truncate(1), DEEP, "got 3 levels of lists; read the column with fewer levels"),
     ],
 )
-def test_columns_that_native_code_cannot_take(fuse: bool, op: Any, column: RaggedTensor, says: str) -> None:
-    with pytest.raises(TypeError, match=f"^feature 'a', .*{re.escape(says)}"):
+def test_columns_that_native_code_refuses(fuse: bool, op: Any, column: RaggedTensor, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^feature 'a', .*{re.escape(message)}"):
         FeatureEngine([Feature("a", ops=[op])], fuse=fuse)({"a": column})
 
 

@@ -29,7 +29,7 @@ def batch() -> Batch:
 
 
 def native_calls(built: FeatureEngine) -> list[object]:
-    """Return the native calls of an engine that has run, by what it keeps of them."""
+    """Return the native calls of an engine that has run."""
     return [call for name in built._segments.values() for call in getattr(built, name).calls]
 
 
@@ -67,13 +67,13 @@ def test_columns_that_no_feature_reads_pass_through_untouched(batch: Batch) -> N
     assert batch == before
 
 
-def test_a_column_may_be_kept_beside_what_is_made_of_it(batch: Batch) -> None:
+def test_a_column_may_be_kept_beside_its_features(batch: Batch) -> None:
     made = FeatureEngine([Feature("age"), Feature("adult", ops=[Bucketize([18])], source="age")])(batch)
     assert made["age"] is batch["age"]
     assert made["adult"].tolist() == [0, 1, 1]  # type: ignore[union-attr]
 
 
-def test_a_feature_may_take_the_name_of_a_column_that_is_read(batch: Batch) -> None:
+def test_a_feature_may_have_the_name_of_a_column_that_is_read(batch: Batch) -> None:
     made = FeatureEngine([Feature("user", source="age"), Feature("age", source="user")])(batch)
     assert made["user"] is batch["age"]
     assert made["age"] is batch["user"]
@@ -90,7 +90,7 @@ def test_no_rows() -> None:
     assert [made[name].shape for name in "ab"] == [(0,), (0,)]  # type: ignore[union-attr]
 
 
-def test_what_it_says_of_itself() -> None:
+def test_features_and_columns_of_an_engine() -> None:
     declared = [Feature("b", source="x"), Feature("a", ops=[Mod(3)])]
     built = FeatureEngine(declared)
     assert built.features == tuple(declared)
@@ -150,9 +150,7 @@ def one_by_one(op: Op, value: int) -> int:
     chains=st.lists(st.tuples(st.sampled_from("xy"), st.lists(operation, max_size=4)), max_size=6),
     values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
 )
-def test_any_features_are_what_their_operations_give_one_by_one(
-    chains: list[tuple[str, list[Op]]], values: list[int]
-) -> None:
+def test_features_equal_their_operations_one_by_one(chains: list[tuple[str, list[Op]]], values: list[int]) -> None:
     declared = [Feature(f"f{i}", ops=chain, source=column) for i, (column, chain) in enumerate(chains)]
     columns = {"x": values, "y": [v // 2**58 for v in values]}
     made = FeatureEngine(declared)({name: torch.tensor(column) for name, column in columns.items()})
@@ -163,7 +161,7 @@ def test_any_features_are_what_their_operations_give_one_by_one(
         assert made[one.name].tolist() == want  # type: ignore[union-attr]
 
 
-def test_an_operation_of_ones_own(batch: Batch) -> None:
+def test_a_custom_operation(batch: Batch) -> None:
     @dataclass(frozen=True)
     class Add:
         n: int
@@ -193,9 +191,9 @@ def test_a_missing_column_is_named(batch: Batch) -> None:
 
 
 def test_a_column_of_another_class_is_refused() -> None:
-    for column, says in ((None, "NoneType"), ({1}, "set"), (len, "builtin_function_or_method")):
+    for column, message in ((None, "NoneType"), ({1}, "set"), (len, "builtin_function_or_method")):
         with pytest.raises(
-            TypeError, match=f"feature 'a': column 'a' must be a Tensor or a RaggedTensor, or .* got {says}; .*from_l"
+            TypeError, match=f"feature 'a': column 'a' must be a Tensor or a RaggedTensor, or .* got {message}; .*from_l"
         ):
             FeatureEngine([Feature("a")])({"a": column})  # type: ignore[dict-item]
 
@@ -211,7 +209,7 @@ def test_columns_of_a_batch_have_one_number_of_rows() -> None:
             engine({**batch, name: column})
 
 
-def test_a_column_with_a_gradient_is_refused_where_it_would_be_lost() -> None:
+def test_a_column_that_requires_a_gradient_is_refused() -> None:
     price = torch.ones(2, requires_grad=True)
     with pytest.raises(TypeError, match="^feature 'log', column 'price': the column requires a gradient"):
         FeatureEngine([Feature("log", source="price", ops=[Log()])])({"price": price})
@@ -236,7 +234,7 @@ def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
 @fused_or_not
 def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
     strings = RaggedTensor.from_strings(["ab", "cd"])
-    strings.offsets[1] = 9  # behind the back of the RaggedTensor, which has checked them
+    strings.offsets[1] = 9  # after the RaggedTensor has checked them
     with pytest.raises(ValueError, match=r"^feature 'a', column 'a': .*must not decrease, got 9 and then 4 at row 1"):
         FeatureEngine([Feature("a", ops=[Hash()])], fuse=fuse)({"a": strings})
 
@@ -246,14 +244,14 @@ def test_a_feature_does_not_hide_a_column(batch: Batch) -> None:
         FeatureEngine([Feature("label", source="age")])(batch)
 
 
-def test_an_engine_can_go_to_another_process(batch: Batch) -> None:
+def test_an_engine_can_be_pickled(batch: Batch) -> None:
     built = FeatureEngine([Feature("age", ops=[Bucketize([18])]), Feature("user", ops=[Hash(), Mod(9)])])
     copy = pickle.loads(pickle.dumps(built))
     want, got = built(batch), copy(batch)
     assert all(torch.equal(want[name], got[name]) for name in ("age", "user"))  # type: ignore[arg-type]
 
 
-def test_threads_may_meet_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_may_see_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     built = FeatureEngine([Feature("x", ops=[Mod(1000)])])
     both = threading.Barrier(2)
     original = FeatureEngine._segment
@@ -263,7 +261,7 @@ def test_threads_may_meet_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch
         try:
             both.wait(timeout=0.2)
         except threading.BrokenBarrierError:
-            pass  # the other thread waits its turn, as it must
+            pass  # the other thread waits for the lock
         return segment
 
     monkeypatch.setattr(FeatureEngine, "_segment", slowly)
@@ -278,7 +276,7 @@ def test_threads_may_meet_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("op", [Bucketize([2.0]), Mod(1000)])
-def test_compiled_with_engines_that_have_met_other_forms(op: Op) -> None:
+def test_compiled_with_engines_that_have_seen_other_forms(op: Op) -> None:
     wide, narrow = torch.float64, torch.float32
     if isinstance(op, Mod):
         wide, narrow = torch.int16, torch.int32
@@ -297,7 +295,7 @@ def test_compiled_with_engines_that_have_met_other_forms(op: Op) -> None:
         assert torch.equal(compiled(engine, x), step(FeatureEngine(engine.features), x))
 
 
-def test_a_program_refuses_what_it_was_not_made_for() -> None:
+def test_a_program_refuses_other_dtypes() -> None:
     built = FeatureEngine([Feature("x", ops=[Bucketize([2.0])])])
     built({"x": torch.arange(6.0)})
     (program,) = native_calls(built)
@@ -333,7 +331,7 @@ OPTIONAL = [
 
 
 @fused_or_not
-def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) -> None:
+def test_optional_features_are_omitted_if_a_column_is_missing(fuse: bool) -> None:
     engine = FeatureEngine(OPTIONAL, fuse=fuse)
     whole: Batch = {
         "user": torch.tensor([11, 12]),
@@ -350,7 +348,7 @@ def test_optional_features_are_left_out_where_a_column_is_missing(fuse: bool) ->
         gone = {"item": "pair", "city": "town"}
         assert list(got) == [name for name in made if name not in {gone.get(one, one) for one in missing}]
         assert all(plain(got[name]) == plain(made[name]) for name in got)
-    # A column that was read for the feature alone is given up as ever; the user's is read by another.
+    # A column read only by the omitted feature is dropped; the user's is read by another.
     assert "item" not in FeatureEngine(OPTIONAL[1:2])({"item": torch.tensor([1]), "label": torch.tensor([1])})
     with pytest.raises(
         ValueError, match="feature 'user': the batch has no column 'user'.* or declare the feature optional"
@@ -384,7 +382,7 @@ def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
         assert all(plain(made[name]) == plain(expected[name]) for name in made)
 
 
-def test_what_keep_names_must_be_there(batch: Batch) -> None:
+def test_columns_in_keep_must_exist(batch: Batch) -> None:
     with pytest.raises(ValueError, match=r"keep lists 'usr', but the batch has no column 'usr' \(did you mean 'user'"):
         FeatureEngine([Feature("a", ops=[Mod(3)], source="user")], keep=["usr"])(batch)
     with pytest.raises(TypeError, match="keep must be a list of names of columns, got 'user'"):

@@ -62,7 +62,7 @@ def test_a_feature_is_a_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "says"),
+    ("arguments", "error", "message"),
     [
         ({"name": 3}, TypeError, "Feature 3: name must be a string, got int"),
         ({"name": ""}, ValueError, "Feature '': name must not be empty"),
@@ -78,13 +78,13 @@ def test_a_feature_is_a_value() -> None:
         ({"name": "a", "ops": [Hash]}, TypeError, r"Feature 'a': ops\[0\] must be an operation such as Hash\('farm'\)"),
     ],
 )
-def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         Feature(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("op", "says"),
+    ("op", "message"),
     [
         (Hash("md5"), r"Hash: kind must be one of \['farm', 'murmur', 'xxh64', 'djb2', 'sdbm'\], got 'md5'"),  # type: ignore[arg-type]
         (Hash(["farm"]), r"Hash: kind must be one of .*, got \['farm'\]"),  # type: ignore[arg-type]
@@ -102,8 +102,8 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
         (Bucketize(5), "Bucketize: boundaries must be a list of numbers, got 5"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_parameters_are_refused_with_the_features_name(op: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=f"Feature 'price': {says}"):
+def test_bad_parameters_are_refused_with_the_features_name(op: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Feature 'price': {message}"):
         Feature("price", ops=[op])
 
 
@@ -132,7 +132,7 @@ NO_INTEGERS: list[Any] = [2.0, 2.5, True, "2", np.float64(2), torch.tensor(2.5)]
         lambda n: Age(n),
     ],
 )
-def test_integer_settings_take_integers_alone(make: Any) -> None:
+def test_integer_settings_accept_only_integers(make: Any) -> None:
     for wrong in NO_INTEGERS:
         with pytest.raises(ValueError, match="Feature 'x': "):
             Feature("x", ops=[make(wrong)])
@@ -142,7 +142,7 @@ def test_integer_settings_take_integers_alone(make: Any) -> None:
         assert all(not isinstance(getattr(op, field.name), np.integer) for field in dataclasses.fields(op))
 
 
-def test_vocabularies_and_masks_take_integers_of_numpy() -> None:
+def test_vocabularies_and_masks_accept_integers_of_numpy() -> None:
     assert Vocabulary(np.array([3, 5])) == Vocabulary([3, 5])
     assert Mask(np.array([3, 5])) == Mask([3, 5])
     with pytest.raises(ValueError, match="right must be True or False, got 1"):

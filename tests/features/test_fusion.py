@@ -1,4 +1,4 @@
-"""Fused and unfused make the same bits, in few native calls, compiled or not."""
+"""Fused and unfused engines compute the same bits, in few native calls, compiled or not."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def batches(draw: st.DrawFn) -> Batch:
             [[value for value, _ in row] for row in weighted], dtype=torch.int64, weights=weights
         ),
         "strings": RaggedTensor.from_strings(column(st.binary(max_size=20))),
-        # Lists of no rows look a level shallower.
+        # Lists without rows have one level less.
         "words": RaggedTensor.from_strings(words)
         if rows
         else RaggedTensor(torch.empty(0, dtype=torch.uint8), nothing, None, (nothing,)),
@@ -171,7 +171,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 @settings(max_examples=150)
 @given(st.data())
-def test_fused_and_unfused_are_the_same_bits(data: st.DataObject) -> None:
+def test_fused_and_unfused_results_are_bitwise_equal(data: st.DataObject) -> None:
     declared = [data.draw(feature(f"x{number}")) for number in range(data.draw(st.integers(1, 6)))]
     batch = data.draw(batches())
     nested = batch["nested"]
@@ -228,13 +228,13 @@ def test_many_rows_over_many_threads() -> None:
     assert_same(FeatureEngine(features)(batch), FeatureEngine(features, parallel=False)(batch))
 
 
-def test_how_many_native_calls_there_are() -> None:
+def test_number_of_native_calls() -> None:
     features, batch = large()
     engine = FeatureEngine(features)
     engine(batch)
     calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
     kinds = [type(call).__name__ if isinstance(call, link.ProgramCall) else call.kind.__name__ for call in calls]
-    # What is made of rows that have changed waits for them; all else is in the first program.
+    # Operations on changed rows follow them; all others are in the first program.
     assert sorted(kinds) == [
         "CrossCall",
         "MultiHotCall",
@@ -247,7 +247,7 @@ def test_how_many_native_calls_there_are() -> None:
 
 
 def test_more_intermediate_results_than_scratch_tiles() -> None:
-    # Crosses of all hashes of one id: all of these are needed until the end.
+    # Crosses of all hashes of one id, all of which are needed until the end.
     sources = [Feature(f"h{n}", ops=[Mod(n + 1), Hash()], source="id") for n in range(20)]
     crossed = [
         Feature(f"c{n}", ops=[Cross()], source=[sources[n], sources[19 - n], sources[(n * 7) % 20]]) for n in range(20)
@@ -258,7 +258,7 @@ def test_more_intermediate_results_than_scratch_tiles() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_whole(backend: str) -> None:
+def test_engines_compile_as_one_graph(backend: str) -> None:
     features, batch = large()
     features = [f for f in features if not f.name.startswith("id") or f.name == "id3"]
     engine = FeatureEngine(features)
@@ -270,7 +270,7 @@ def test_compiled_whole(backend: str) -> None:
     assert_same(compiled(smaller), engine(smaller))
 
 
-def test_compiled_with_what_comes_before_and_after() -> None:
+def test_engines_compile_within_other_code() -> None:
     engine = FeatureEngine([Feature("id", ops=[Hash(), Mod(100)]), Feature("rows", ops=[Truncate(2)])])
     table = torch.randn(100, 4)
 
@@ -285,7 +285,7 @@ def test_compiled_with_what_comes_before_and_after() -> None:
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(ids, rows), step(ids, rows))
 
 
-def test_an_own_operation_between_native_ones() -> None:
+def test_a_custom_operation_between_native_ones() -> None:
     class Reverse:
         def __eq__(self, other: object) -> bool:
             return isinstance(other, Reverse)
@@ -313,7 +313,7 @@ def test_an_own_operation_between_native_ones() -> None:
     assert_same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
 
 
-def test_what_is_made_before_an_own_operation_is_not_made_again() -> None:
+def test_results_before_a_custom_operation_are_not_computed_again() -> None:
     class Same:
         def fault(self) -> None:
             return None
@@ -341,7 +341,7 @@ def test_zeros_of_both_signs_are_filled_in() -> None:
         assert_same(made, FeatureEngine(features, fuse=False)({"x": column}))
 
 
-def test_an_engine_forgets_nothing_between_forms() -> None:
+def test_an_engine_keeps_the_calls_of_earlier_forms() -> None:
     engine = FeatureEngine([Feature("x", ops=[Mod(10)])])
     for column in (
         torch.arange(5),
@@ -353,7 +353,7 @@ def test_an_engine_forgets_nothing_between_forms() -> None:
 
 
 @pytest.mark.parametrize("fuse", [True, False, "kind"])
-def test_operations_that_all_change_nothing(fuse: Any) -> None:
+def test_operations_that_change_nothing(fuse: Any) -> None:
     engine = FeatureEngine([Feature("x", source="ids", ops=[Cast(torch.int64)])], fuse=fuse)
     ids = torch.tensor([1, 2, 3])
     assert torch.equal(engine({"ids": ids})["x"], ids)
@@ -364,7 +364,7 @@ def sent(batch: Batch, device: str) -> Batch:
 
 
 def without_rest(batch: Batch) -> Batch:
-    """On the CPU, without what a GPU, which does not wait to know how much it needs, leaves over behind the lists."""
+    """Return a batch on the CPU, without the unused values that a GPU leaves after the last row."""
     trimmed: Batch = {}
     for name, column in sent(batch, "cpu").items():
         if isinstance(column, RaggedTensor) and not column.outer:
@@ -376,7 +376,7 @@ def without_rest(batch: Batch) -> Batch:
 
 
 @on_devices
-def test_devices_make_the_same_bits(device: str) -> None:
+def test_devices_compute_the_same_bits(device: str) -> None:
     features, batch = large()
     engine = FeatureEngine(features)
     assert_same(without_rest(engine(sent(batch, device))), FeatureEngine(features, fuse=False)(batch))
@@ -388,7 +388,7 @@ def test_a_fused_run_does_not_wait_for_the_gpu() -> None:
     features, batch = large()
     there = sent(batch, "cuda")
     engine = FeatureEngine(features)
-    engine(there)  # links the calls, sends their programs, and takes the memory that the next run takes again
+    engine(there)  # links the calls, uploads their programs, and allocates the memory that the next run reuses
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda._sleep(400_000_000)
@@ -399,13 +399,13 @@ def test_a_fused_run_does_not_wait_for_the_gpu() -> None:
         made = engine(there)
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert not reached.query()  # native code did not wait either: the GPU has not come as far as the run
+    assert not reached.query()  # native code did not wait either: the GPU has not reached the run
     engine.check()
     assert_same(without_rest(made), FeatureEngine(features)(batch))
 
 
 def launched(engine: FeatureEngine, batch: Batch) -> list[str]:
-    """The names of the kernels of a run."""
+    """Return the names of the kernels of a run."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     engine(batch)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Every metric against scikit-learn, or against its definition written out."""
+"""Every metric against scikit-learn, or against its definition."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = 3_000
 
 
 def rows(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores (with ties), labels, weights and groups."""
+    """Return scores (with ties), labels, weights and groups."""
     generator = torch.Generator().manual_seed(seed)
     scores = (torch.rand(ROWS, generator=generator, dtype=torch.float64) * 500).round() / 500
     labels = (torch.rand(ROWS, generator=generator) < scores * 0.7).long()
@@ -97,7 +97,7 @@ def test_binned_auc_is_within_its_bound(bins: int) -> None:
     assert metric.error_bound() < 3 / bins + 1e-4 * (bins == 65_536)
 
 
-def test_binned_auc_is_exact_where_scores_are_apart() -> None:
+def test_binned_auc_is_exact_for_scores_in_different_bins() -> None:
     metric = BinnedAUC(10)
     scores, labels = torch.tensor([0.0, 0.15, 0.25, 0.35, 1.0]), torch.tensor([0, 1, 0, 1, 1])
     metric.update(scores, labels)
@@ -132,7 +132,7 @@ def test_ndcg_is_scikit_learns() -> None:
 def test_precision_recall_and_hit_rate_are_scikit_learns() -> None:
     generator = torch.Generator().manual_seed(5)
     scores = torch.rand(30, 8, generator=generator)
-    # One relevant row of each group for hit rates, which are scikit-learn's top-k accuracy then; else some.
+    # With one relevant row in each group, the hit rate is scikit-learn's top-k accuracy.
     one = torch.nn.functional.one_hot(torch.randint(0, 8, (30,), generator=generator), 8)
     some = (torch.rand(30, 8, generator=generator) < 0.4).long() | one
     groups = torch.arange(30)[:, None].expand(30, 8).flatten()
@@ -156,7 +156,7 @@ ranking = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, 
 
 
 @given(ranking, st.integers(1, 6))
-def test_figures_of_the_first_k_are_means_over_all_orders_of_ties(items: list[tuple[int, int]], k: int) -> None:
+def test_metrics_of_the_first_k_are_means_over_all_orders_of_ties(items: list[tuple[int, int]], k: int) -> None:
     orders = [o for o in permutations(items) if all(a[0] >= b[0] for a, b in zip(o, o[1:], strict=False))]
     relevant = sum(label > 0 for _, label in items)
     hits = [sum(label > 0 for _, label in order[:k]) for order in orders]
@@ -170,12 +170,12 @@ def test_figures_of_the_first_k_are_means_over_all_orders_of_ties(items: list[tu
     for kind, value in expected.items():
         metric = kind(k)
         metric.update(scores.float(), labels, torch.full((len(items),), 3))
-        # A group without a relevant row counts for precision alone.
+        # A group without a relevant row counts only for precision.
         metric.update(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([4]))
         assert metric.compute() == pytest.approx(value / (2 if kind is PrecisionAtK else 1), rel=1e-11)
 
 
-def test_what_is_undefined_is_nan_with_a_warning() -> None:
+def test_undefined_values_are_nan_with_a_warning() -> None:
     ones, scores, groups = torch.ones(3), torch.tensor([0.2, 0.4, 0.6]), torch.tensor([1, 1, 2])
     for kind in (AUC, BinnedAUC, NormalizedEntropy):
         metric = kind()

@@ -1,4 +1,4 @@
-"""Accumulators that are merged, saved, and computed over ranks, see what one accumulator of all rows would."""
+"""Metrics that are merged, saved, or computed over ranks equal one metric over all rows."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_merge_state_and_reset(kind: Callable[..., Metric]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
-    """Whatever is done in inference mode, all of it goes on outside, and the other way round."""
+    """State made inside inference mode can be used outside, and the other way round."""
     whole, fresh = kind(), kind()
     update(whole, 0, 60)
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
 def on_rank(rank: int, port: int, wanted: list[float]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for kind, value in zip(KINDS, wanted, strict=True):
-        # Uneven halves; then all of it on one rank, and nothing on the other.
+        # Unequal parts; then all rows on one rank, and none on the other.
         for parts in ((0, 50), (50, 60)), ((0, 60), None):
             metric = kind()
             if parts[rank] is not None:
@@ -112,12 +112,12 @@ def on_rank(rank: int, port: int, wanted: list[float]) -> None:
             assert metric.compute() == pytest.approx(value, rel=1e-12), kind
         alone = kind(sync=False)
         update(alone, 0, 60)
-        if rank == 0:  # no collective: the other rank takes no part
+        if rank == 0:  # not collective: the other rank does not take part
             assert alone.compute() == value
     dist.destroy_process_group()
 
 
-def test_two_ranks_compute_what_one_would() -> None:
+def test_two_ranks_compute_the_value_of_one() -> None:
     wanted = []
     for kind in KINDS:
         metric = kind()

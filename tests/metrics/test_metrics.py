@@ -61,7 +61,7 @@ def test_auc_of_a_perfect_order_is_exactly_one() -> None:
 
 
 @pytest.mark.parametrize("metric", [AUC, LogLoss])
-def test_accumulators_keep_what_they_were_given(metric: type[AUC] | type[LogLoss]) -> None:
+def test_metrics_copy_their_input(metric: type[AUC] | type[LogLoss]) -> None:
     scores, labels, weights = SCORES.clone(), LABELS.clone(), torch.rand(10)
     seen, whole = metric(), metric()
     seen.update(scores, labels, weights)
@@ -95,7 +95,7 @@ def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
             metric(torch.tensor([0, 1]), torch.tensor([0.1, 0.2]), torch.tensor(weights))
 
 
-def test_auc_tells_float32_scores_apart_that_are_close() -> None:
+def test_auc_distinguishes_close_float32_scores() -> None:
     near = torch.tensor([0.5, 0.5 + 2**-24 * 2])
     assert auc(torch.tensor([0, 1]), near) == 1.0
 
@@ -108,7 +108,7 @@ def test_logloss_is_the_mean_of_logarithms(rows: list[tuple[bool, float]]) -> No
     assert logloss(labels, scores) == pytest.approx(want, rel=1e-9)
 
 
-def test_logloss_of_certain_and_wrong_is_finite() -> None:
+def test_logloss_of_certain_wrong_predictions_is_finite() -> None:
     assert logloss(torch.tensor([1.0]), torch.tensor([0.0])) == pytest.approx(-math.log(2**-52))
 
 
@@ -138,7 +138,7 @@ def test_auc_refuses_bad_input(labels: list[int], scores: list[float], message: 
         auc(torch.tensor(labels), torch.tensor(scores))
 
 
-def test_logloss_refuses_logits_and_nothing() -> None:
+def test_logloss_refuses_logits_and_empty_input() -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], 2 of 2 do not; apply a sigmoid"):
         logloss(torch.tensor([0, 1]), torch.tensor([-2.0, 3.0]))
     with pytest.raises(ValueError, match="must be rows of weight above 0, got 0 rows"):
@@ -146,7 +146,7 @@ def test_logloss_refuses_logits_and_nothing() -> None:
 
 
 @pytest.mark.parametrize("make", [PrecisionAtK, RecallAtK, NDCGAtK, HitRateAtK, lambda k: BinnedAUC(bins=k)])
-def test_integer_settings_take_integers_alone(make: Any) -> None:
+def test_integer_settings_accept_only_integers(make: Any) -> None:
     for wrong in (2.5, 2.0, True, "2", None, np.float64(2), torch.tensor(2.5)):
         with pytest.raises(TypeError, match="must be an integer, got"):
             make(wrong)

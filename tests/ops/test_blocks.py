@@ -30,7 +30,7 @@ def table_with(initializer: object, dim: int, device: str = "cpu", seed: int = 3
 
 @on_devices
 @pytest.mark.parametrize("dim", DIMS)
-def test_uniform_first_values_are_bitwise_those_of_the_reference(device: str, dim: int) -> None:
+def test_uniform_first_values_equal_the_reference_bitwise(device: str, dim: int) -> None:
     got = values_of(table_with(Uniform(-0.3, 0.7), dim, device), EDGE_IDS)
     want = philox.uniform(table_key(3, "item"), np.array(EDGE_IDS), dim, -0.3, 0.7)
     assert np.array_equal(got.numpy(), want)
@@ -42,7 +42,7 @@ def test_normal_first_values_are_within_two_ulp_of_float64(device: str, dim: int
     ids = list(range(-500, 500))
     got = values_of(table_with(Normal(0.0, 1.0), dim, device), ids).numpy()
     want = philox.normal(table_key(3, "item"), np.array(ids), dim, 0.0, 1.0)
-    # Near its zeros a cosine has few correct bits relative to itself; the error is then judged by the row's radii.
+    # Near its zeros a cosine has a large relative error, so the error is measured against the radii of the row.
     assert_near(got, want, 8)
     assert np.mean(np.abs(got - want) <= 2 * np.spacing(np.abs(want).astype(np.float32))) > 0.97
 
@@ -82,7 +82,7 @@ def test_optimizer_state_starts_as_declared(device: str) -> None:
 @on_devices
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("combiner", ["sum", "mean"])
-def test_pooling_is_that_of_embedding_bag(device: str, dim: int, combiner: str) -> None:
+def test_pooling_equals_embedding_bag(device: str, dim: int, combiner: str) -> None:
     table = make_table(dim=dim, device=device)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 9, (40,), generator=generator)
@@ -130,7 +130,7 @@ def test_rows_never_move_while_blocks_grow(device: str) -> None:
 
 
 @on_devices
-def test_more_features_than_travel_in_kernel_arguments(device: str) -> None:
+def test_more_features_than_fit_into_kernel_arguments(device: str) -> None:
     table = make_table(dim=4, members=2, device=device)
     features = [feature([f, f + 1], member=f % 2, device=device) for f in range(150)]
     lookup = table.lookup(features, train=True)
@@ -140,7 +140,7 @@ def test_more_features_than_travel_in_kernel_arguments(device: str) -> None:
         assert torch.equal(out.cpu(), want)
 
 
-def test_blocks_refuse_what_does_not_fit() -> None:
+def test_blocks_refuse_arguments_that_do_not_fit() -> None:
     table = make_table(dim=4)
     rows = table.lookup([feature([1, 2])], train=True).rows
     with pytest.raises(ValueError, match=r"embedding: values must have shape \(2, 4\), got \(2, 3\)"):
@@ -151,13 +151,13 @@ def test_blocks_refuse_what_does_not_fit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 300])
-def test_records_are_exported_in_one_pass_as_part_by_part(rows: int, dtype: torch.dtype) -> None:
+def test_an_export_in_one_pass_equals_reads_of_parts(rows: int, dtype: torch.dtype) -> None:
     layout = RecordLayout(5, (StateField("sum", 1), StateField("exp_avg")), dtype)
     table = HashTable([MemberTable("item", Normal(0.0, 1.0))], layout, torch.device("cpu"))
     ids = torch.randperm(500, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         table.lookup([feature(ids)], train=True)
-    table.export(0)  # notes what was met
+    table.export(0)  # records the seen rows
     chosen, blocks = table.rows(0, ids[:rows]), table.store.blocks
     parts = [torch.empty(rows, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts]
     meta = [torch.full((rows,), -1) for _ in range(3)]
@@ -175,7 +175,7 @@ def test_exports_that_do_not_fit_are_refused() -> None:
             ops.blocks.export(table.store.blocks.handle, rows, [offset], [torch.empty(shape)], meta)
 
 
-def test_operators_have_right_schemas_and_fakes() -> None:
+def test_schemas_and_fakes_of_operators() -> None:
     table = make_table(dim=4)
     ids = torch.arange(3)
     lookup = table.lookup([feature(ids)], train=True)

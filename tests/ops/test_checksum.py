@@ -11,8 +11,8 @@ from recis_hybrid import ops
 
 
 @given(st.binary(max_size=700), st.integers(1, 200), st.integers(0, 17))
-def test_it_is_that_of_zlib(data: bytes, page: int, skipped: int) -> None:
-    # Of any length and alignment: folded by 64 bytes and by 16, and one by one.
+def test_checksums_equal_those_of_zlib(data: bytes, page: int, skipped: int) -> None:
+    # Any length and alignment: 64 bytes at a time, 16, and one.
     buffer = torch.tensor(list(data), dtype=torch.uint8)[skipped:]
     pages = [data[skipped:][at : at + page] for at in range(0, max(len(data) - skipped, 0), page)]
     assert ops.checksum.crc32_pages(buffer, page).tolist() == [zlib.crc32(each) for each in pages]
@@ -24,11 +24,11 @@ def test_large_pages() -> None:
     assert found.tolist() == [zlib.crc32(data[at : at + 2**20]) for at in range(0, len(data), 2**20)]
 
 
-def test_the_operator_has_a_right_schema_and_fake() -> None:
+def test_schema_and_fake_of_the_operator() -> None:
     arguments = (torch.arange(100, dtype=torch.uint8), 40, torch.zeros(3, dtype=torch.int64))
     torch.library.opcheck(torch.ops.recis.crc32_pages.default, arguments)
 
 
-def test_a_page_has_bytes() -> None:
+def test_empty_pages_are_refused() -> None:
     with pytest.raises(RuntimeError, match="page_bytes must be positive"):
         torch.ops.recis.crc32_pages(torch.empty(0, dtype=torch.uint8), 0, torch.empty(0, dtype=torch.int64))

@@ -41,7 +41,7 @@ PINNED = [
 
 
 def column(strings: list[bytes], device: str = "cpu", before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Strings as values and offsets, the values starting ``before`` bytes into their memory."""
+    """Return strings as values and offsets, with the values ``before`` bytes into their memory."""
     joined = bytearray(bytes(before) + b"".join(strings) + b"x")
     values = torch.frombuffer(joined, dtype=torch.uint8).to(device)[before:-1]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64)
@@ -96,7 +96,7 @@ def test_no_strings_and_empty_strings(device: str, kind: ops.hash.HashKind) -> N
 
 @on_devices
 @kinds
-def test_rows_may_be_a_part_of_the_bytes(device: str, kind: ops.hash.HashKind) -> None:
+def test_rows_may_cover_only_part_of_the_bytes(device: str, kind: ops.hash.HashKind) -> None:
     values, offsets = column([b"left", b"out", b"hash", b"these", b"not"], device)
     want = [REFERENCE[kind](string) for string in (b"hash", b"these")]
     assert ops.hash.hash_bytes(values, offsets[2:5], kind).tolist() == want
@@ -105,7 +105,7 @@ def test_rows_may_be_a_part_of_the_bytes(device: str, kind: ops.hash.HashKind) -
 
 
 @kinds
-def test_many_rows_go_to_all_threads(kind: ops.hash.HashKind) -> None:
+def test_many_rows_use_all_threads(kind: ops.hash.HashKind) -> None:
     strings = [b"%d" % i for i in range(20_000)]
     before = torch.get_num_threads()
     try:
@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused() -> None:
         ops.hash.hash_ids(offsets.int())
     with pytest.raises(ValueError, match="got 'sha'"):
         ops.hash.hash_ids(offsets, "sha")  # type: ignore[arg-type]
-    # The second line, for those who call the operators themselves.
+    # The native checks, for direct calls of the operators.
     with pytest.raises(RuntimeError, match="unknown kind of hash: 5"):
         torch.ops.recis.hash_ids(offsets, 5)
     with pytest.raises(RuntimeError, match="must be contiguous"):
@@ -178,7 +178,7 @@ def test_bad_arguments_are_refused() -> None:
 
 @on_devices
 @pytest.mark.parametrize("kind", range(5))
-def test_operators_have_right_schemas_and_fakes(device: str, kind: int) -> None:
+def test_schemas_and_fakes_of_operators(device: str, kind: int) -> None:
     values, offsets = column([b"a", b"", b"bcd"], device)
     torch.library.opcheck(torch.ops.recis.hash_bytes.default, (values, offsets, kind))
     torch.library.opcheck(torch.ops.recis.hash_ids.default, (offsets.view(2, 2), kind))

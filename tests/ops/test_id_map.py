@@ -36,7 +36,7 @@ def test_unknown_ids_have_row_minus_one(device: str) -> None:
 
 
 @on_devices
-def test_member_tables_are_apart(device: str) -> None:
+def test_member_tables_are_separate(device: str) -> None:
     id_map = IdMap(torch.device(device))
     ids = torch.tensor(EDGE_IDS, device=device)
     id_map.reserve(3 * len(EDGE_IDS))
@@ -52,7 +52,7 @@ def test_member_tables_are_apart(device: str) -> None:
 
 
 @on_devices
-def test_fresh_names_a_position_of_each_new_row(device: str) -> None:
+def test_fresh_holds_a_position_of_each_new_row(device: str) -> None:
     id_map = IdMap(torch.device(device))
     insert(id_map, torch.tensor([5, 6], device=device))
     ids = torch.tensor([7, 5, 7, 8, 6, 8], device=device)
@@ -105,7 +105,7 @@ def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_slots_that_a_line_does_not_fit_are_refused() -> None:
+def test_misaligned_slots_are_refused() -> None:
     ids, rows = torch.arange(1), torch.empty(1, dtype=torch.int64)
     for slots in (torch.zeros(2, 2).long(), torch.zeros(6, 2).long(), torch.zeros(9).long()[1:].view(4, 2)):
         with pytest.raises(RuntimeError, match="slots must"):
@@ -131,7 +131,7 @@ def test_ids_beyond_the_used_ones_have_no_row() -> None:
 
 
 def test_buckets_are_those_of_the_format() -> None:
-    # Owners in every checkpoint ever written: the top 16 bits of SplitMix64's finaliser over id ^ salt.
+    # Buckets are part of the format of checkpoints: the top 16 bits of SplitMix64's finaliser over id ^ salt.
     def bucket(i: int) -> int:
         mask = 2**64 - 1
         x = (i & mask) ^ 0x5851F42D4C957F2D
@@ -143,7 +143,7 @@ def test_buckets_are_those_of_the_format() -> None:
 
 
 @on_devices
-def test_erased_ids_leave_their_rows_to_new_ones(device: str) -> None:
+def test_rows_of_erased_ids_are_reused(device: str) -> None:
     id_map = IdMap(torch.device(device))
     rows = insert(id_map, torch.arange(100, device=device))
     gone = torch.tensor([3, 50, 99, 3, 12345], device=device)
@@ -156,7 +156,7 @@ def test_erased_ids_leave_their_rows_to_new_ones(device: str) -> None:
     assert torch.equal(id_map.find([torch.arange(4, 50, device=device)], [0]), rows[4:50])
 
 
-def test_erasing_for_ever_needs_no_more_slots() -> None:
+def test_repeated_erasing_needs_no_more_slots() -> None:
     id_map = IdMap(torch.device("cpu"))
     for turn in range(200):
         ids = torch.arange(500) + 500 * turn
@@ -167,7 +167,7 @@ def test_erasing_for_ever_needs_no_more_slots() -> None:
     assert id_map.row_bound == 500
 
 
-def test_growth_that_memory_has_no_room_for_leaves_the_map_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_out_of_memory_leaves_the_map_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     id_map = IdMap(torch.device("cpu"))
     rows = insert(id_map, torch.arange(700))
 
@@ -180,7 +180,7 @@ def test_growth_that_memory_has_no_room_for_leaves_the_map_as_it_was(monkeypatch
     assert torch.equal(id_map.find([torch.arange(700)], [0]), rows)
 
 
-def test_operators_have_right_schemas_and_fakes() -> None:
+def test_schemas_and_fakes_of_operators() -> None:
     id_map = IdMap(torch.device("cpu"), capacity=64)
     ids = torch.arange(5)
     slots, counters = id_map.slots, id_map.counters
@@ -205,7 +205,7 @@ def test_operators_have_right_schemas_and_fakes() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-(2**63), 2**63 - 1)), unique=True, max_size=60))
-def test_rows_are_put_in_the_order_of_files(keys: list[tuple[int, int]]) -> None:
+def test_rows_are_sorted_as_in_files(keys: list[tuple[int, int]]) -> None:
     members, ids = (torch.tensor([key[n] for key in keys], dtype=torch.int64) for n in (0, 1))
     rows = torch.arange(len(keys)) * 3
     found = ops.id_map.file_order(ids, members, rows, 4)
@@ -214,8 +214,8 @@ def test_rows_are_put_in_the_order_of_files(keys: list[tuple[int, int]]) -> None
     assert [column.tolist() for column in found] == [[row[n] for row in expected] for n in (2, 3, 1)]
 
 
-def test_many_rows_are_put_in_the_order_of_files() -> None:
-    # Enough of one member table that its buckets are counted, and few of another.
+def test_many_rows_are_sorted_as_in_files() -> None:
+    # Enough ids of one member table for its buckets to be counted, and few of another.
     ids = torch.randint(-(2**63), 2**63 - 1, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
     members = (ids % 100 == 0).long() * 2
     rows = torch.arange(len(ids))
@@ -227,6 +227,6 @@ def test_many_rows_are_put_in_the_order_of_files() -> None:
     assert at.sort().values.equal(rows)
 
 
-def test_a_member_table_that_is_not_there_is_refused() -> None:
+def test_a_missing_member_table_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no member table 5"):
         ops.id_map.file_order(torch.tensor([1]), torch.tensor([5]), torch.tensor([0]), 3)

@@ -21,7 +21,7 @@ optimizer = optim.Adam(engine.parameters(), lr=0.1)
 digest = hashlib.sha256()
 for _ in range(5):
     outputs = engine({n: torch.randint(-9, 9, (50, 3), generator=generator) for n in "abc"})
-    # Integers, since torch's own normal numbers differ from level to level.
+    # Integers, since torch's normal numbers differ between levels.
     gradients = [torch.randint(-99, 99, value.shape, generator=generator) / 8 for value in outputs.values()]
     torch.autograd.backward(list(outputs.values()), gradients)
     optimizer.step()

@@ -32,8 +32,7 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     assert any(use.search(text) for text in checks), "check it by torch.library.opcheck in tests/ops"
 
 
-# What is made on the host: vocabularies, once, and the files of checkpoints; on a GPU distinct ids are found by torch's
-# sort.
+# Operators of the CPU only: they build vocabularies and files of checkpoints; on a GPU torch's sort finds distinct ids.
 ON_THE_HOST = {
     f"recis::{name}" for name in ("vocabulary_slots", "distinct_ids", "file_order", "crc32_pages", "blocks_export")
 }

@@ -20,7 +20,7 @@ def code(*rows: tuple[str, int, int, int, tuple[int, ...]]) -> torch.Tensor:
     )
 
 
-def test_instructions_have_the_numbers_of_native_code(root: Path) -> None:
+def test_numbers_of_instructions_match_native_code(root: Path) -> None:
     text = (root / "csrc/core/program.h").read_text()
     listed = re.search(r"enum class Step : int64_t \{(.*?)\};", text, re.DOTALL)
     assert listed is not None
@@ -74,7 +74,7 @@ def test_a_refused_element_names_its_instruction() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_what_lies_after_the_last_list_refuses_nothing(width: int) -> None:
+def test_unused_values_are_not_refused(width: int) -> None:
     rows = torch.zeros(700, width)
     offsets = torch.tensor([0, 200, 600])
     steps = code(("bucket_f32", -3, -1, -1, (0, 1, 1)))

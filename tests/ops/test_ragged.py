@@ -1,4 +1,4 @@
-"""The operators on ragged columns have right schemas and fakes; what they do is tested where features use them."""
+"""Schemas and fakes of the operators on ragged columns; their results are tested with the features that use them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recis_hybrid.ops import ragged
 from recis_hybrid.ops.ragged import FIXED, NO_BOUND, STRICT
 from tests.support.devices import on_devices
 
-# What a custom operator may not be checked for: sizes that depend on data need a context that opcheck's AOT test lacks.
+# Sizes that depend on data need a context that opcheck's AOT test lacks.
 STATIC = ("test_schema", "test_faketensor")
 RECIS = torch.ops.recis
 

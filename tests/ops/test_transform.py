@@ -21,11 +21,11 @@ any_modulus = st.one_of(
 
 
 def signed(word: int) -> int:
-    """Return the int64 that has the bits of a number of 64 bits."""
+    """Return the int64 with the bits of an unsigned 64-bit integer."""
     return (word + 2**63) % 2**64 - 2**63
 
 
-# Subnormals are left out: whether they count as zero is a mode of the processor that other libraries set.
+# No subnormals: whether they count as zero depends on a processor mode that other libraries set.
 FLOATS = {
     torch.float32: st.floats(width=32, allow_nan=False, allow_subnormal=False),
     torch.float64: st.floats(width=64, allow_nan=False, allow_subnormal=False),
@@ -52,7 +52,7 @@ def test_mod_of_any_ids_by_any_modulus(ids: list[int], modulus: int) -> None:
 
 @given(st.lists(any_id, max_size=20))
 def test_mod_of_powers_of_two_keeps_the_lowest_bits(ids: list[int]) -> None:
-    """As RecIS keeps ids of coalesced tables, hashes that are unsigned among them."""
+    """RecIS masks the ids of coalesced tables, including unsigned hashes, like this."""
     for bits in (1, 52, 63):
         got = ops.transform.mod_ids(torch.tensor(ids, dtype=torch.int64), 2**bits)
         assert got.tolist() == [i & (2**bits - 1) for i in ids]
@@ -152,7 +152,7 @@ def test_bucketize_refuses_bad_arguments() -> None:
 
 
 @on_devices
-def test_operators_have_right_schemas_and_fakes(device: str) -> None:
+def test_schemas_and_fakes_of_operators(device: str) -> None:
     ids = torch.arange(6, device=device).view(2, 3)
     torch.library.opcheck(torch.ops.recis.mod_ids.default, (ids, 4))
     torch.library.opcheck(torch.ops.recis.multi_hash_ids.default, (ids, 3, 29, 10))

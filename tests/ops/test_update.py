@@ -52,7 +52,7 @@ def test_groups_at_the_edges_of_digits(device: str, bound: int) -> None:
 
 
 @on_devices
-def test_groups_of_nothing(device: str) -> None:
+def test_groups_without_rows(device: str) -> None:
     check_groups([], groups_of([], device))
 
 
@@ -103,7 +103,7 @@ def chunked_sum(gradients: np.ndarray) -> np.ndarray:
 
 @on_devices
 @pytest.mark.parametrize("dim", DIMS)
-def test_reduction_is_bitwise_in_the_stated_order(device: str, dim: int) -> None:
+def test_reduction_adds_in_the_documented_order_bitwise(device: str, dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     rows = torch.cat([torch.randint(0, 7, (900,), generator=generator), torch.full((700,), 3)])
     gradient = torch.randn(1600, dim, generator=generator)
@@ -141,7 +141,7 @@ def test_reduction_over_features_bags_and_means(device: str) -> None:
 
 @on_devices
 @pytest.mark.parametrize("dim", [1, 3, 4, 64])
-def test_strided_gradients_are_taken_as_they_are(device: str, dim: int) -> None:
+def test_strided_gradients_are_accepted(device: str, dim: int) -> None:
     groups = groups_of([2, 0, 2, 1], device)
     wide = torch.randn(4, 2 * dim, device=device)
     out, want = torch.empty(4, dim, device=device), torch.empty(4, dim, device=device)
@@ -219,7 +219,7 @@ IDS = st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), 
 @on_devices
 @settings(max_examples=40)
 @given(data=st.data(), features=st.lists(st.tuples(st.integers(0, 2), IDS), min_size=1, max_size=5))
-def test_a_training_lookup_is_an_insert_and_a_grouping(
+def test_a_training_lookup_equals_insert_and_grouping(
     device: str, data: st.DataObject, features: list[tuple[int, list[int]]]
 ) -> None:
     table = make_table(members=3, dim=4, device=device)
@@ -249,7 +249,7 @@ def test_a_training_lookup_is_an_insert_and_a_grouping(
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("dim", "length"), [(4, 7), (16, 9000), (16, 40_000), (20, 5000), (64, 300), (128, 5000)])
-def test_a_training_lookup_gathers_along_with_it(device: str, dtype: torch.dtype, dim: int, length: int) -> None:
+def test_a_training_lookup_gathers_in_the_same_pass(device: str, dtype: torch.dtype, dim: int, length: int) -> None:
     table = make_table(members=2, dim=dim, device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(dim)
     # Two features of one member table, one of another, and one without ids.
@@ -290,7 +290,7 @@ def test_thread_counts_give_the_same_bits(dim: int, spread: int) -> None:
     assert torch.equal(*outs)
 
 
-def test_operators_have_right_schemas_and_fakes() -> None:
+def test_schemas_and_fakes_of_operators() -> None:
     table = make_table(dim=4)
     lookup = table.lookup([feature([1, 2, 1], combiner=0)], train=True)
     groups = lookup.groups

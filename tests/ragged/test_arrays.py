@@ -1,4 +1,4 @@
-"""Columns of numpy, pandas, JAX and others: what is shared, what is copied, and what is refused by name."""
+"""Columns from numpy, pandas, JAX and others: shared, copied, or refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_read_only_memory_lives_as_long_as_its_tensor() -> None:
     assert taken(np.frombuffer(b"\x01\x00\x00\x00\x00\x00\x00\x00", dtype=np.int64)).tolist() == [1]
 
 
-def test_numpy_arrays_that_are_copied() -> None:
+def test_copied_numpy_arrays() -> None:
     swapped = IDS.astype(IDS.dtype.newbyteorder(">"))
     misaligned = np.frombuffer(b"\0" + IDS.tobytes(), dtype=np.uint8)[1:].view(np.int64)
     for given in (swapped, misaligned, IDS[::-1][::-1][::-1]):
@@ -61,7 +61,7 @@ def test_numpy_arrays_that_are_copied() -> None:
     assert taken(np.array([2**64 - 1], dtype=">u8")).tolist() == [-1]
 
 
-def test_tensors_are_themselves() -> None:
+def test_tensors_are_returned_unchanged() -> None:
     column, rows = torch.tensor([1]), RaggedTensor.from_lists([[1]])
     assert as_column("x", column) is column
     assert as_column("x", rows) is rows
@@ -87,7 +87,7 @@ def test_arrow_arrays_of_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "says"),
+    ("value", "error", "message"),
     [
         (np.array(["a"]), TypeError, "must hold numbers, got a numpy.ndarray of <U1; .*from_strings"),
         (np.array([b"a"]), TypeError, "from_strings"),
@@ -108,11 +108,11 @@ def test_arrow_arrays_of_numbers() -> None:
         (pa.array([1, None]), TypeError, "cannot be imported by DLPack"),
     ],
 )
-def test_what_is_refused_by_name(value: Any, error: Any, says: str) -> None:
+def test_invalid_columns_are_refused_by_name(value: Any, error: Any, message: str) -> None:
     if error is None:
         assert taken(value).is_complex()
         return
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         taken(value)
 
 
@@ -122,12 +122,12 @@ def test_pandas() -> None:
     assert taken(frame["user"]).tolist() == [5, -6, 5]
     assert taken(frame["user"].astype("Int64")).dtype == torch.int64
     assert taken(frame[["user", "user"]]).shape == (3, 2)
-    for given, says in (
+    for given, message in (
         (frame["name"], "must hold numbers, got a pandas.Series of object; convert strings"),
         (pd.Series([1, None], dtype="Int64"), "must not have missing values, got a pandas.Series of Int64; fill them"),
         (pd.Series([pd.Timestamp("2024-01-01")]), "convert with .astype"),
     ):
-        with pytest.raises(TypeError, match=says):
+        with pytest.raises(TypeError, match=message):
             taken(given)
 
 
@@ -154,7 +154,7 @@ def test_arrays_of_jax_share_their_memory() -> None:
     jax.jit(traced)(ids)
 
 
-def test_engines_take_arrays() -> None:
+def test_engines_accept_arrays() -> None:
     weights = np.array([[1.0, 2.0], [0.5, 0.0]])
     grid = np.array([[7, 8], [9, 7]], dtype=np.int32)
     configs = {"plain": EmbeddingConfig(dim=4), "grid": EmbeddingConfig(dim=4, combiner="mean", weights="w")}

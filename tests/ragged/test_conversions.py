@@ -41,7 +41,7 @@ def test_lists_of_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outer", "error", "says"),
+    ("outer", "error", "message"),
     [
         (
             [torch.tensor([0, 1])],
@@ -55,12 +55,12 @@ def test_lists_of_lists() -> None:
         ([torch.tensor([0, 2]).to("meta")], ValueError, r"outer\[0\] and values must be on one device"),
     ],
 )
-def test_wrong_levels_are_refused(outer: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_wrong_levels_are_refused(outer: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         RaggedTensor(torch.arange(3), torch.tensor([0, 1, 3]), None, outer)
 
 
-def test_weights_of_lists_of_strings_are_one_a_string() -> None:
+def test_lists_of_strings_have_a_weight_for_each_string() -> None:
     words = RaggedTensor.from_strings([["ab", "c"], ["d"]])
     assert RaggedTensor(words.values, words.offsets, torch.ones(3), words.outer).weights is not None
     with pytest.raises(ValueError, match=r"\[M\], one for each string, M = 3, got float32\[4\]"):
@@ -79,7 +79,7 @@ def test_padded(device: str) -> None:
     assert RaggedTensor.from_padded(vectors.to_padded(), torch.tensor([0, 2])).to_lists() == vectors.to_lists()
 
 
-def test_padding_refuses_what_it_would_lose() -> None:
+def test_padding_refuses_to_drop_values() -> None:
     rows = RaggedTensor.from_lists(ROWS)
     with pytest.raises(ValueError, match=r"longest row, got 2; shorten the rows first"):
         rows.to_padded(2)
@@ -134,7 +134,7 @@ def test_arrow_of_other_kinds() -> None:
     assert to_arrow(values).values.buffers()[1].address == values.values.data_ptr()
 
 
-def test_arrow_refuses_what_it_cannot_hold() -> None:
+def test_arrow_refuses_nulls_and_weights() -> None:
     with pytest.raises(ValueError, match="must have no nulls, got 1 among 2"):
         from_arrow(pa.array([[1], None]))
     with pytest.raises(TypeError, match="must hold lists of numbers, strings, or lists of these, got int64"):
@@ -181,7 +181,7 @@ def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"a": RaggedTensor.from_lists(ROWS), "b": RaggedTensor.from_lists([[9], [8, 7], []])}
     found = from_keyed_jagged(to_keyed_jagged(columns))
     assert {name: column.to_lists() for name, column in found.items()} == {"a": ROWS, "b": [[9], [8, 7], []]}
-    longer = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]))  # as a GPU may make it
+    longer = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]))  # as a GPU may leave it
     found = from_keyed_jagged(to_keyed_jagged({"a": longer, "b": longer}))
     assert [column.to_lists() for column in found.values()] == [[[1], [2]]] * 2
     with pytest.raises(ValueError, match="all weights or none"):
@@ -198,8 +198,8 @@ def test_torchrec_itself() -> None:
     assert found["b"].to_lists() == ROWS
 
 
-def test_torchrec_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("torchrec", "torchrec.sparse"):  # the second may have been imported by now
+def test_missing_torchrec_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torchrec", "torchrec.sparse"):  # the second may already be imported
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match="TorchRec cannot be imported .*pip install --no-deps torchrec"):
         to_jagged(RaggedTensor.from_lists(ROWS))

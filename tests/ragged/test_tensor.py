@@ -34,7 +34,7 @@ def test_text_is_encoded_as_utf8() -> None:
     assert RaggedTensor.from_strings(["é", "", "日"]).to_strings() == ["é".encode(), b"", "日".encode()]
 
 
-def test_from_lists_takes_a_dtype_and_weights() -> None:
+def test_from_lists_accepts_a_dtype_and_weights() -> None:
     ragged = RaggedTensor.from_lists([[1, 2], [3]], dtype=torch.float64, weights=[[0.5, 2], [1]])
     assert ragged.dtype == torch.float64
     assert ragged.weights is not None
@@ -53,7 +53,7 @@ def test_values_may_have_more_dimensions() -> None:
     assert str(ragged.to_lists()) == "[[[0.0, 1.0]], [[2.0, 3.0], [4.0, 5.0]]]"
 
 
-def test_a_batch_of_no_rows_is_legal() -> None:
+def test_a_batch_without_rows_is_valid() -> None:
     ragged = RaggedTensor(torch.empty(0, dtype=torch.int64), torch.tensor([0]))
     assert ragged.batch_size == 0
     assert ragged.to_lists() == []
@@ -103,7 +103,7 @@ def test_other_wrong_tensors_are_refused() -> None:
         RaggedTensor(VALUES.to("meta"), torch.tensor([0, 3]))
 
 
-def test_it_is_frozen_and_compares_by_identity() -> None:
+def test_ragged_tensors_are_frozen_and_compare_by_identity() -> None:
     one, other = RaggedTensor.from_lists([[1]]), RaggedTensor.from_lists([[1]])
     assert one == one  # noqa: PLR0124
     assert one != other
@@ -111,13 +111,13 @@ def test_it_is_frozen_and_compares_by_identity() -> None:
         one.values = VALUES  # type: ignore[misc]
 
 
-def test_repr_names_form_and_not_content() -> None:
+def test_repr_shows_shapes_and_no_content() -> None:
     assert repr(RaggedTensor.from_lists([[1.0]], weights=[[2.0]])) == (
         "RaggedTensor(batch_size=1, values=float32[1], weights=float32[1], device=cpu)"
     )
 
 
-def test_to_returns_itself_where_nothing_moves() -> None:
+def test_to_returns_self_if_nothing_moves() -> None:
     ragged = RaggedTensor.from_lists([[1, 2], []], weights=[[1, 2], []])
     assert ragged.to("cpu") is ragged
     moved = ragged.to("meta")
@@ -131,7 +131,7 @@ def test_to_strings_refuses_numbers() -> None:
         RaggedTensor.from_lists([[1]]).to_strings()
 
 
-def test_a_change_made_behind_its_back_is_found_by_validate() -> None:
+def test_validate_finds_overwritten_offsets() -> None:
     ragged = RaggedTensor.from_lists([[1], [2]])
     assert ragged.validate() is ragged
     ragged.offsets[1] = 5
@@ -139,7 +139,7 @@ def test_a_change_made_behind_its_back_is_found_by_validate() -> None:
         ragged.validate()
 
 
-def test_it_can_be_built_inside_a_compiled_function() -> None:
+def test_compiled_functions_can_build_ragged_tensors() -> None:
     def double(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ragged = RaggedTensor(values, offsets)
         return ragged.values * 2 + ragged.lengths().sum()
@@ -156,14 +156,14 @@ def test_batch_helpers() -> None:
     assert batch_to(batch, "cpu")["id"] is batch["id"]
 
 
-def test_a_batch_whose_columns_disagree_is_refused() -> None:
+def test_columns_with_different_numbers_of_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\{'id': 3, 'clicks': 1\}"):
         batch_size({"id": VALUES, "clicks": RaggedTensor.from_lists([[7]])})
     with pytest.raises(ValueError, match="no columns"):
         batch_size({})
 
 
-def test_values_after_the_last_list_are_allowed_where_a_gpu_leaves_them() -> None:
+def test_unused_values_are_valid_on_a_gpu() -> None:
     lists, short = torch.tensor([0, 2, 3]), torch.tensor([0, 1])
     checks.check_content(4, lists, (short,), tail=True)
     with pytest.raises(ValueError, match=r"outer\[0\] must end with the number of lists of the next level, 2, got 1"):
@@ -200,8 +200,8 @@ def test_rows_of_weighted_strings() -> None:
     assert weights.tolist() == [3.0]
 
 
-def test_values_that_no_row_reaches_are_left_behind() -> None:
-    # As results of a GPU have them, whose size is a bound.
+def test_unused_values_are_dropped() -> None:
+    # As in results of a GPU, whose size is an upper bound.
     column = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]), torch.ones(4))
     both = RaggedTensor.concat([column, column]).validate()
     assert both.to_lists() == [[1], [2], [1], [2]]
@@ -213,9 +213,9 @@ def test_values_that_no_row_reaches_are_left_behind() -> None:
 
 
 @pytest.mark.parametrize("strings", [False, True])
-def test_what_a_gpu_left_after_the_last_row_is_not_taken_along(strings: bool) -> None:
+def test_unused_values_of_a_gpu_are_dropped_on_the_cpu(strings: bool) -> None:
     values = torch.arange(9, dtype=torch.uint8 if strings else torch.int64)
-    # Two rows of two and one lists; two more lists and four more values are nobody's.
+    # Rows of two lists and one list; two more lists and four more values are unused.
     weights = torch.arange(5.0 if strings else 9.0)
     whole = RaggedTensor.unchecked(values, torch.tensor([0, 1, 3, 5, 6, 9]), weights, (torch.tensor([0, 2, 3]),))
     rows = whole._in_use().validate()
@@ -225,14 +225,14 @@ def test_what_a_gpu_left_after_the_last_row_is_not_taken_along(strings: bool) ->
 
 
 @pytest.mark.gpu
-def test_columns_that_a_gpu_has_shortened_are_whole_on_the_cpu() -> None:
+def test_columns_shortened_on_a_gpu_are_valid_on_the_cpu() -> None:
     offsets = torch.tensor([0, 1, 3], device="cuda")
     column = RaggedTensor.unchecked(torch.arange(5, device="cuda"), offsets, torch.ones(5, device="cuda"))
     assert column.to("cpu").validate().to_lists() == [[0], [1, 2]]
     assert column.to("cuda") is column
 
 
-# Indices: what they give of Python's nested lists, item by item.
+# Indices against those of nested Python lists.
 
 
 def plain(made: Any) -> Any:
@@ -304,7 +304,7 @@ def test_indices_of_strings_and_of_values_of_more_dimensions() -> None:
     assert vectors[0, ...].tolist() == vectors[0].tolist()
 
 
-def test_other_ways_to_name_rows() -> None:
+def test_rows_by_masks_and_lists() -> None:
     column = RaggedTensor.from_lists([[1, 2], [], [3]])
     assert column[...].to_lists() == column[()].to_lists() == column[:, :].to_lists() == [[1, 2], [], [3]]
     assert column[np.int64(2)].tolist() == column[torch.tensor(2)].tolist() == column[np.array(2)].tolist() == [3]
@@ -367,7 +367,7 @@ def test_indices_of_other_types(which: Any) -> None:
         torch.tensor(True),
     ],
 )
-def test_indices_that_name_nothing(which: Any) -> None:
+def test_indices_out_of_range(which: Any) -> None:
     with pytest.raises(IndexError):
         RaggedTensor.from_lists([[1, 2], [3]])[which]
 

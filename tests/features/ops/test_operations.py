@@ -27,7 +27,7 @@ def on_dense(op: Op, values: torch.Tensor) -> torch.Tensor:
 
 
 @on_devices
-def test_hash_of_strings_is_one_id_a_row(device: str) -> None:
+def test_hash_of_strings_gives_an_id_for_each_row(device: str) -> None:
     strings = [b"", b"a", "é".encode(), b"x" * 100]
     column = RaggedTensor.from_strings(strings).to(device)
     for op, reference in ((Hash(), hashes.farm), (Hash("murmur"), hashes.murmur)):
@@ -38,7 +38,7 @@ def test_hash_of_strings_is_one_id_a_row(device: str) -> None:
 
 
 @on_devices
-def test_hash_of_integers_is_that_of_eight_bytes(device: str) -> None:
+def test_hash_of_integers_equals_that_of_eight_bytes(device: str) -> None:
     want = [hashes.farm(i.to_bytes(8, "little", signed=True)) for i in EDGE_IDS]
     assert on_dense(Hash("farm"), torch.tensor(EDGE_IDS, device=device)).tolist() == want
     for dtype in (torch.int8, torch.int16, torch.int32):
@@ -75,11 +75,11 @@ def test_no_strings() -> None:
 
 
 @given(st.lists(any_id, max_size=10), st.integers(1, 2**63 - 1))
-def test_mod_takes_ids_as_unsigned(ids: list[int], n: int) -> None:
+def test_mod_reads_ids_as_unsigned(ids: list[int], n: int) -> None:
     assert on_dense(Mod(n), torch.tensor(ids, dtype=torch.int64)).tolist() == [i % 2**64 % n for i in ids]
 
 
-def test_mod_widens_before_it_takes_ids_as_unsigned() -> None:
+def test_mod_widens_ids_before_reading_them_as_unsigned() -> None:
     assert on_dense(Mod(10), torch.tensor([-1, 12], dtype=torch.int32)).tolist() == [(2**64 - 1) % 10, 2]
 
 
@@ -108,18 +108,18 @@ def test_infinite_boundaries(right: bool) -> None:
 
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_decimal_equals_the_boundary_written_alike(device: str, dtype: torch.dtype) -> None:
+def test_a_decimal_equals_the_same_boundary(device: str, dtype: torch.dtype) -> None:
     decimals = [k / 10 for k in range(1, 30)]
     spec = Bucketize(decimals)
     values = torch.tensor(decimals, dtype=dtype, device=device)
-    # Called twice: the second finds the boundaries on the device already.
+    # Called twice: the second call finds the boundaries on the device.
     kernel = spec.kernel()
     for _ in range(2):
         assert kernel(Column(values)).values.tolist() == list(range(1, 30))
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_buckets_of_floats_are_torchs(right: bool) -> None:
+def test_buckets_of_floats_equal_those_of_torch(right: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(100, 3, generator=generator)
     boundaries = torch.randn(20, generator=generator).sort().values
@@ -132,7 +132,7 @@ def test_nan_is_refused() -> None:
         on_dense(Bucketize([1, 2]), torch.tensor([1.5, math.nan]))
 
 
-def test_boundaries_may_come_in_many_forms() -> None:
+def test_boundaries_of_many_types() -> None:
     spec = Bucketize([0.5, 2.0])
     assert Bucketize(np.array([0.5, 2.0])) == Bucketize(torch.tensor([0.5, 2.0])) == spec  # type: ignore[arg-type]
     assert Bucketize((Fraction(1, 2), 2)) == spec  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_boundaries_may_come_in_many_forms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "column", "says"),
+    ("op", "column", "message"),
     [
         (Hash(), torch.tensor([1.0]), "Hash takes integers, got torch.float32; put a Bucketize before it"),
         (Hash(), torch.tensor([True]), r"Hash takes integers, got torch.bool; convert it with .to\(torch.int64\)"),
@@ -155,12 +155,12 @@ def test_boundaries_may_come_in_many_forms() -> None:
         (Bucketize([1]), RaggedTensor.from_strings(["a"]), "got torch.uint8; read strings as numbers"),
     ],
 )
-def test_columns_of_the_wrong_type_are_refused(op: Op, column: torch.Tensor | RaggedTensor, says: str) -> None:
-    with pytest.raises(TypeError, match=says):
+def test_columns_of_the_wrong_type_are_refused(op: Op, column: torch.Tensor | RaggedTensor, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         apply(op, column)
 
 
-def test_weights_on_strings_are_not_dropped_in_silence() -> None:
+def test_weights_on_strings_are_refused() -> None:
     strings = RaggedTensor.from_strings(["ab"])
     with pytest.raises(ValueError, match="weights on a string column"):
         apply(Hash(), RaggedTensor(strings.values, strings.offsets, torch.ones(2)))

@@ -1,4 +1,4 @@
-"""Distinct, Length, Mask, DecimalString, and Cross(distinct=True): rows against Python's lists, strings and sets."""
+"""Distinct, Length, Mask, DecimalString and Cross(distinct=True) against Python lists, strings and sets."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_distinct_of_other_forms(device: str) -> None:
     assert engine({"x": narrow})["made"].to_lists() == [[1], []]  # type: ignore[union-attr]
     dense = torch.tensor([5, 5], device=device)
     assert engine({"x": dense})["made"].tolist() == [1, 1]  # type: ignore[union-attr]
-    for bad, says in (
+    for bad, message in (
         (dense.view(1, 2), "Distinct takes one id for each row .*from_padded"),
         (RaggedTensor.from_lists([[[1]]]), "Distinct takes one id for each row"),
         (RaggedTensor.from_lists([[1.0]]), "Distinct takes integers, got torch.float32"),
         (RaggedTensor.from_strings(["a"]), "Distinct takes integers, not the bytes of strings"),
     ):
-        with pytest.raises(TypeError, match=says):
+        with pytest.raises(TypeError, match=message):
             engine({"x": bad})
 
 
@@ -71,7 +71,7 @@ def crossed(x: int, y: int) -> int:
 
 @given(st.lists(st.tuples(st.lists(ids, max_size=4), st.lists(ids, max_size=4)), max_size=4))
 def test_a_distinct_cross_drops_repeats_as_recis_does(pairs: list[tuple[list[int], list[int]]]) -> None:
-    """Every distinct id of one row with every one of the other; weights are those of the first of each, multiplied."""
+    """Pairs of distinct ids, with the products of the weights of their first occurrences."""
     x, y = ([pair[which] for pair in pairs] for which in (0, 1))
     weights = [[[1.5 + place for place in range(len(row))] for row in rows] for rows in (x, y)]
     made = apply(Cross(distinct=True), ragged(x, weights[0]), ragged(y, weights[1]))
@@ -127,7 +127,7 @@ def test_lengths_of_every_form(device: str) -> None:
     assert made(Length(ignore=[0]), torch.tensor([[1, 0, 2], [0, 0, 0]])) == [2, 0]
     assert made(Length(ignore=[-1.5]), RaggedTensor.from_lists([[-1.5, 2.5], []])) == [1, 0]
     assert made(Length(), RaggedTensor.from_lists([])) == []
-    for op, column, says in (
+    for op, column, message in (
         (
             Length(),
             torch.zeros(2, 3),
@@ -137,7 +137,7 @@ def test_lengths_of_every_form(device: str) -> None:
         (Length(ignore=["a"]), ragged([[1]]), "Mask has strings, and the column has torch.int64"),
         (Length(ignore=[1]), torch.tensor([1]), "Length takes rows of values or strings, or dense"),
     ):
-        with pytest.raises(TypeError, match=says):
+        with pytest.raises(TypeError, match=message):
             made(op, column)
 
 
@@ -159,12 +159,12 @@ def test_masks_of_strings(rows: list[list[str]]) -> None:
 def test_masks_of_other_columns() -> None:
     floats = torch.tensor([[0.5, -0.0], [float("nan"), 7.0]])
     assert plain(apply(Mask([0, 0.5]), floats)) == [[0, 0], [1, 1]]
-    # No int64 is one of these.
+    # None of these is an int64.
     assert plain(apply(Mask([0.5, 2**70, float("inf")]), torch.tensor([0, 2**63 - 1]))) == [1, 1]
     assert plain(apply(Mask([3.0, 0.5]), torch.tensor([3, 0], dtype=torch.int8))) == [0, 1]
     assert plain(apply(Mask(["b"]), RaggedTensor.from_strings(["a", "b"]))) == [1, 0]
     assert plain(apply([Mask([7]), Cast(torch.int64)], ragged([[7, 8], []], [[1, 2], []]))) == [[0, 1], []]
-    for bad, says in (
+    for bad, message in (
         (Mask([]), "at least one value"),
         (Mask("a"), "values must be a list"),
         (Mask([1, "a"]), "got b'a' at 1"),
@@ -172,7 +172,7 @@ def test_masks_of_other_columns() -> None:
         (Mask([float("nan")]), "got NaN at 0"),
         (Mask(5), "got 5"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             Feature("x", ops=[bad])
     for length in (Length(level=3), Length(level=True), Length(ignore=[True]), Length(ignore=5)):  # type: ignore[arg-type]
         assert length.fault() is not None
@@ -180,7 +180,7 @@ def test_masks_of_other_columns() -> None:
 
 @given(st.lists(st.one_of(ids, st.integers(-(2**63), 2**63 - 1)), max_size=20))
 @example([-(2**63), 2**63 - 1, 0, -1, 9, 10, -10])
-def test_decimal_strings_are_pythons(values: list[int]) -> None:
+def test_decimal_strings_equal_those_of_python(values: list[int]) -> None:
     column = torch.tensor(values, dtype=torch.int64)
     assert plain(apply(DecimalString(), column)) == [str(value).encode() for value in values]
     assert plain(apply(DecimalString(unsigned=True), column)) == [str(value % 2**64).encode() for value in values]

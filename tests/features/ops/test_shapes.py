@@ -1,4 +1,4 @@
-"""Operations on numbers and rows, beside plain Python."""
+"""Operations on numbers and rows against plain Python."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dense(ops: list[Any], values: Any, fuse: bool = True) -> list[Any]:
 @fused_or_not
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_maps_of_floats_are_numpys(device: str, dtype: torch.dtype, fuse: bool) -> None:
+def test_maps_of_floats_equal_those_of_numpy(device: str, dtype: torch.dtype, fuse: bool) -> None:
     values = torch.linspace(-2, 5, 1001, dtype=dtype, device=device)
     x = values.cpu().numpy()
     logs = run([Log(3.0)], fuse, values)
@@ -262,7 +262,7 @@ def test_no_rows(fuse: bool) -> None:
     assert run([Cross()], fuse, empty, empty).to_lists() == []
 
 
-def test_a_column_of_a_kernel_is_a_column() -> None:
+def test_kernels_return_columns() -> None:
     made = Truncate(1).kernel()(Column.of(RaggedTensor.from_lists([[1, 2]])))
     assert made.values.tolist() == [1]
 
@@ -283,7 +283,7 @@ def test_weights_of_strings_in_lists_go_with_the_strings(fuse: bool) -> None:
 
 
 @pytest.mark.parametrize("ops", [[Truncate(2)], [Pad(2)], [Truncate(2), Hash(), Truncate(1, level=2)]])
-def test_lists_are_taken_once_where_results_have_a_bound(ops: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_copied_once_if_results_have_a_bound(ops: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     column = RaggedTensor.from_lists([[[*range(100)], [1], []], []])
     want = run(ops, True, column).to_lists()
     for module in (resize, rows, joins):

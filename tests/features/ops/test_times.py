@@ -1,4 +1,4 @@
-"""Parts of times and ages, against Python's and numpy's calendars."""
+"""DatePart and Age against the calendars of Python and numpy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ offsets = st.integers(-86_399, 86_399)
     "day_of_year",
     0,
 )
-def test_parts_are_those_of_datetime(listed: list[datetime], unit: str, part: str, offset: int) -> None:
+def test_parts_equal_those_of_datetime(listed: list[datetime], unit: str, part: str, offset: int) -> None:
     per_second = PER_SECOND[unit]
     counted = [(moment - EPOCH) // timedelta(microseconds=1) * per_second // 10**6 for moment in listed]
     counted = [count for count in counted if LEAST <= count <= MOST]
@@ -68,8 +68,8 @@ def test_parts_are_those_of_datetime(listed: list[datetime], unit: str, part: st
 @given(st.lists(any_time, min_size=1, max_size=8), st.sampled_from(["d", *PER_SECOND]), parts)
 @example([LEAST, LEAST + 1, -1, 0, 1, MOST - 1, MOST], "s", "year")
 @example([LEAST, LEAST + 1, MOST - 1, MOST], "d", "day_of_year")
-def test_every_int64_has_its_parts(listed: list[int], unit: str, part: str) -> None:
-    """The calendar comes again after 400 years: times are brought near 1970 by whole ones, in Python's integers."""
+def test_every_int64_has_parts(listed: list[int], unit: str, part: str) -> None:
+    """The calendar repeats after 400 years, so times are shifted near 1970 by whole cycles, in Python integers."""
     if unit == "d" and part in ("second", "minute", "hour"):
         return
     per_day = 1 if unit == "d" else 86_400 * PER_SECOND[unit]
@@ -83,7 +83,7 @@ def test_every_int64_has_its_parts(listed: list[int], unit: str, part: str) -> N
 
 
 @given(st.lists(st.integers(-(10**9), 10**9), min_size=1, max_size=20))
-def test_dates_are_numpys(days: list[int]) -> None:
+def test_dates_equal_those_of_numpy(days: list[int]) -> None:
     dates = np.array(days, dtype="datetime64[D]")
     months, years = dates.astype("datetime64[M]"), dates.astype("datetime64[Y]")
     column = torch.tensor(days)
@@ -176,7 +176,7 @@ def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "says"),
+    ("op", "message"),
     [
         (DatePart("hours"), r"part must be one of \['second', .*\], got 'hours'"),  # type: ignore[arg-type]
         (DatePart("hour", "min"), r"unit must be one of \['d', 's', 'ms', 'us', 'ns'\], got 'min'"),  # type: ignore[arg-type]
@@ -200,12 +200,12 @@ def test_ages_to_moments_and_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
         (Age(True), "until must be a 64-bit int"),
     ],
 )
-def test_bad_parameters(op: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_bad_parameters(op: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Feature("x", ops=[op])
 
 
-def test_columns_that_are_no_times() -> None:
+def test_columns_without_times_are_refused() -> None:
     with pytest.raises(
         TypeError, match="feature 'made', .*DatePart takes times as integers, got torch.float32; put Fill"
     ):

@@ -1,4 +1,4 @@
-"""Values that RecIS makes, by which models trained there keep their ids."""
+"""Values computed by RecIS, so that models trained there keep their ids."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_multi_hash(device: str, fuse: bool) -> None:
 
 
 @fused_or_not
-def test_multi_hash_of_any_ids_is_the_formula(fuse: bool) -> None:
+def test_multi_hash_of_any_ids_equals_the_formula(fuse: bool) -> None:
     ids = [0, 1, -1, 2**63 - 1, -(2**63), 10**18, -(10**18), 12345]
     got = made(Feature("m", ops=[MultiHash([1000, 7, 2**31, 1])]), fuse, m=torch.tensor(ids))
     for which, buckets in enumerate([1000, 7, 2**31, 1]):

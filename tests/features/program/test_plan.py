@@ -74,6 +74,6 @@ def test_names_must_differ() -> None:
         FeatureEngine([Feature("a"), Feature("b"), Feature("a", source="b")])
 
 
-def test_only_features_are_taken() -> None:
+def test_only_features_are_accepted() -> None:
     with pytest.raises(TypeError, match="features must be a list of Features, got 'user' in it"):
         FeatureEngine(["user"])  # type: ignore[list-item]

@@ -47,16 +47,16 @@ def features(in_reader: bool) -> list[Feature]:
 
 
 @pytest.mark.parametrize("in_reader", [True, False])
-def test_both_parts_make_what_the_whole_makes(in_reader: bool) -> None:
+def test_both_parts_compute_the_whole(in_reader: bool) -> None:
     engine = FeatureEngine(features(in_reader))
     reading, remaining = engine.reading_part(), engine.remaining_part()
     assert_same(remaining(reading(batch())), engine(batch()))
     names = [feature.name for feature in reading.features]
-    # ``item`` would take the name of a column that the operation of one's own still has to read.
+    # ``item`` would replace a column that the custom operation still has to read.
     assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
 
 
-def test_both_parts_keep_what_the_whole_keeps() -> None:
+def test_both_parts_keep_the_columns_of_the_whole() -> None:
     own = Double(False)
     for declared in ([], [Feature("y", ops=[own], source="item")]):
         engine = FeatureEngine([Feature("x", ops=[Mod(3)], source="item"), *declared], keep=["item"])
@@ -66,7 +66,7 @@ def test_both_parts_keep_what_the_whole_keeps() -> None:
 
 
 @pytest.mark.parametrize("in_reader", [True, False])
-def test_an_operation_that_stands_for_others_is_read_where_they_are(in_reader: bool) -> None:
+def test_a_compound_operation_runs_where_its_parts_do(in_reader: bool) -> None:
     class Twice:
         def fault(self) -> str | None:
             return None
