@@ -154,9 +154,9 @@ class FeatureEngine:
         reads, and runs only in the calling thread.
         """
         reading, _, keep = split_features(self._features)
-        kept = list(dict.fromkeys([*keep, *self._keep]))
+        columns = list(dict.fromkeys([*keep, *self._keep]))
         # Columns that it keeps for optional features may be missing as well.
-        return _remake(reading, self._fuse, False, kept, self._may_lack)
+        return _remake(reading, self._fuse, False, columns, self._may_lack)
 
     def remaining_part(self) -> FeatureEngine:
         """Return an engine for what :meth:`reading_part` leaves; it returns all features in their order."""

@@ -24,15 +24,15 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
         raise IndexError(
             f"RaggedTensor: there can be at most {dims} indices, for rows, lists and values, got {len(which)}"
         )
-    made = _rows(parts, which[0] if which else slice(None))
+    result = _rows(parts, which[0] if which else slice(None))
     inner = which[1:]
     if not inner:
-        return made
-    if isinstance(made, torch.Tensor):
-        return _of_tensor(made, inner, 0)
+        return result
+    if isinstance(result, torch.Tensor):
+        return _of_tensor(result, inner, 0)
     if _number(which[0]) is not None:
-        return rows(made, inner)
-    return _within(made, inner, 0)
+        return rows(result, inner)
+    return _within(result, inner, 0)
 
 
 def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
@@ -166,11 +166,11 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
                 f"RaggedTensor: list {row} has {int(lengths[row])} items and no item {number}; use a slice"
             )
         taken = starts + (number if number >= 0 else lengths + number)
-        made = torch.arange(len(taken) + 1, device=level.device)
+        new_offsets = torch.arange(len(taken) + 1, device=level.device)
     else:
         first, counts, step = _slices(index, lengths)
-        made = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        list_of, place = positions(made, int(made[-1]))
+        new_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        list_of, place = positions(new_offsets, int(new_offsets[-1]))
         taken = (starts + first)[list_of] + place * step
     # The level holds values or the lists of the next level.
     of_strings = bool(outer) and values.dtype == torch.uint8
@@ -183,8 +183,8 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
         below = tuple(levels[depth + 1 : -1])
         values, inner, inner_weights, deeper = _taken((values, levels[-1], None if alone else weights, below), taken)
         weights = weights[taken] if alone and weights is not None else inner_weights
-        levels = [*levels[:depth], made, *deeper, inner]
-    levels[depth] = made
+        levels = [*levels[:depth], new_offsets, *deeper, inner]
+    levels[depth] = new_offsets
     if number is None:
         result: Parts = (values, levels[-1], weights, tuple(levels[:-1]))
         return _within(result, rest, depth + 1) if rest else result
@@ -243,12 +243,12 @@ def _taken(parts: Parts, numbers: torch.Tensor) -> Parts:
     levels = []
     for depth, level in enumerate((*outer, offsets)):
         lengths = (level[1:] - level[:-1])[numbers]
-        made = torch.zeros(len(numbers) + 1, dtype=torch.int64, device=values.device)
-        made[1:] = lengths.cumsum(0)
-        levels.append(made)
+        new_offsets = torch.zeros(len(numbers) + 1, dtype=torch.int64, device=values.device)
+        new_offsets[1:] = lengths.cumsum(0)
+        levels.append(new_offsets)
         if of_strings and depth == len(outer) and weights is not None:
             weights = weights[numbers]
-        which, places = positions(made, int(made[-1]))
+        which, places = positions(new_offsets, int(new_offsets[-1]))
         numbers = level[:-1][numbers][which] + places
     if weights is not None and not of_strings:
         weights = weights[numbers]

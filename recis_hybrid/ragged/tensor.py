@@ -82,10 +82,10 @@ class RaggedTensor:
         """
         if torch.compiler.is_compiling():
             return cls(values, offsets, weights, outer)
-        made = object.__new__(cls)
+        result = object.__new__(cls)
         # The frozen dataclass's __setattr__ refuses assignments.
-        made.__dict__.update(values=values, offsets=offsets, weights=weights, outer=outer)
-        return made
+        result.__dict__.update(values=values, offsets=offsets, weights=weights, outer=outer)
+        return result
 
     @classmethod
     def from_lists(
@@ -304,8 +304,8 @@ class RaggedTensor:
             >>> clicks[:, :2].to_lists(), clicks[::-1, -1:].to_lists(), clicks[0, ::2].tolist(), clicks[[0, 2], 0]
             ([[7, 8], [], [5]], [[5], [], [9]], [7, 9], tensor([7, 5]))
         """
-        made = take.rows((self.values, self.offsets, self.weights, self.outer), which)
-        return made if isinstance(made, torch.Tensor) else RaggedTensor(*made)
+        result = take.rows((self.values, self.offsets, self.weights, self.outer), which)
+        return result if isinstance(result, torch.Tensor) else RaggedTensor(*result)
 
     def __len__(self) -> int:
         return self.batch_size

@@ -264,7 +264,9 @@ def _raise(error: Exception) -> Any:
         (lambda c: c._replace(offsets=None), ValueError, "but no offsets; drop them too"),
     ],
 )
-def test_errors_of_custom_kernels_name_the_feature(fuse: bool, kernel: Any, error: type[Exception], message: str) -> None:
+def test_errors_of_custom_kernels_name_the_feature(
+    fuse: bool, kernel: Any, error: type[Exception], message: str
+) -> None:
     column = RaggedTensor.from_lists([[1], [2, 3]], weights=[[1], [1, 1]])
     engine = FeatureEngine([Feature("a", ops=[Own(kernel), MultiHot(4)])], fuse=fuse)
     with pytest.raises(error, match=f"^feature 'a', own: .*{re.escape(message)}"):

@@ -193,7 +193,8 @@ def test_a_missing_column_is_named(batch: Batch) -> None:
 def test_a_column_of_another_class_is_refused() -> None:
     for column, message in ((None, "NoneType"), ({1}, "set"), (len, "builtin_function_or_method")):
         with pytest.raises(
-            TypeError, match=f"feature 'a': column 'a' must be a Tensor or a RaggedTensor, or .* got {message}; .*from_l"
+            TypeError,
+            match=f"feature 'a': column 'a' must be a Tensor or a RaggedTensor, or .* got {message}; .*from_l",
         ):
             FeatureEngine([Feature("a")])({"a": column})  # type: ignore[dict-item]
 

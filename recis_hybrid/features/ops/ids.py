@@ -20,7 +20,7 @@ _MULTIPLIERS = (1, 3, 5, 7)
 _WIDENINGS = (29, 47, 67, 83)
 
 
-def hashed(where: str, form: Form) -> Form:
+def id_form(where: str, form: Form) -> Form:
     """Return the form of the ids of strings or integers.
 
     Raises:
@@ -74,7 +74,7 @@ class Hash:
         """Return the instruction that hashes strings or ids."""
         form = one(forms)
         name = "hash_string" if form.strings else "hash_id"
-        return Lowered(hashed("Hash", form), (Step(name, (HASH_KINDS[self.kind],)),))
+        return Lowered(id_form("Hash", form), (Step(name, (HASH_KINDS[self.kind],)),))
 
     def kernel(self) -> Kernel:
         """Return the kernel."""
@@ -82,7 +82,7 @@ class Hash:
 
     def _hash(self, column: Column) -> Column:
         form = Form.of(column)
-        hashed("Hash", form)
+        id_form("Hash", form)
         if not form.strings:
             return column._replace(values=ops.hash.hash_ids(ids_of(column), self.kind))
         assert column.offsets is not None
@@ -138,11 +138,11 @@ class DecimalCall:
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Return the column of each job."""
         ids = [ids_of(column).contiguous() for (column,) in columns]
-        made = torch.ops.recis.decimal_strings(ids, self._unsigned, exact_on(ids[0].device), self._parallel)
+        outputs = torch.ops.recis.decimal_strings(ids, self._unsigned, exact_on(ids[0].device), self._parallel)
         results = []
         for k, (column,) in enumerate(columns):
             outer = () if column.offsets is None else (*column.outer, column.offsets)
-            results.append(Column(made[2 * k + 1], made[2 * k], column.weights, outer))
+            results.append(Column(outputs[2 * k + 1], outputs[2 * k], column.weights, outer))
         return results
 
 

@@ -31,10 +31,10 @@ class CrossCall(LabeledCall):
             for column in pair:
                 tensors.add(ids_of(column), column.offsets, column.weights)
         exact = exact_on(tensors.list[0].device)
-        made = torch.ops.recis.ragged_cross(
+        outputs = torch.ops.recis.ragged_cross(
             tensors.list, tensors.index, self._most, self._labels, exact, self._parallel
         )
-        return unpack(made, [True] * len(columns), self._weighted)
+        return unpack(outputs, [True] * len(columns), self._weighted)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class ConcatCall(LabeledCall):
             tensors.index.append(count)
             for column in inputs:
                 tensors.add(column.values.to(dtype), column.offsets, column.weights)
-        made = torch.ops.recis.ragged_concat(tensors.list, tensors.index, self._labels, self._parallel)
-        return unpack(made, self._ragged, self._weighted)
+        outputs = torch.ops.recis.ragged_concat(tensors.list, tensors.index, self._labels, self._parallel)
+        return unpack(outputs, self._ragged, self._weighted)
 
 
 @dataclass(frozen=True)

@@ -373,12 +373,12 @@ class Cast:
     def lower(self, forms: Sequence[Form]) -> Lowered:
         """Return the instructions that cast."""
         form = one(forms)
-        made = self.check(form)
+        result = self.check(form)
         names = {torch.float32: "f32", torch.float64: "f64"}
         source = names.get(form.dtype, "i64")
         target = names.get(self.dtype, "i64")
         steps = () if source == target else (Step(f"{source}_to_{target}"),)
-        return Lowered(made, (*steps, Step("wrap_32")) if self.dtype == torch.int32 else steps)
+        return Lowered(result, (*steps, Step("wrap_32")) if self.dtype == torch.int32 else steps)
 
     def kernel(self) -> Kernel:
         """Return the kernel."""

@@ -72,7 +72,7 @@ class ResizeCall(LabeledCall):
                 assert column.weights is not None
                 planes.append(column.weights.contiguous())
         exact = exact_on(offsets[0].device)
-        made = torch.ops.recis.ragged_resize(
+        outputs = torch.ops.recis.ragged_resize(
             offsets,
             planes,
             self._owner,
@@ -86,17 +86,17 @@ class ResizeCall(LabeledCall):
         )
         results, at = [], len(columns)
         for k, (column,) in enumerate(columns):
-            values, at = made[at], at + 1
+            values, at = outputs[at], at + 1
             weights = column.weights
             if self._weights_resized[k]:
-                weights, at = made[at], at + 1
+                weights, at = outputs[at], at + 1
             if self._inner[k]:
-                numbers = values if exact else _no_list_in_tail(values, made[k])
-                results.append(Column(numbers, None, weights, (made[k],)))
+                numbers = values if exact else _no_list_in_tail(values, outputs[k])
+                results.append(Column(numbers, None, weights, (outputs[k],)))
             elif self._dense[k]:
                 results.append(Column(values))
             else:
-                results.append(Column(values, made[k], weights, column.outer))
+                results.append(Column(values, outputs[k], weights, column.outer))
         return self._take(columns, results, exact) if self._taken_owner else results
 
     def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
@@ -113,7 +113,7 @@ class ResizeCall(LabeledCall):
                 planes.append(column.weights.contiguous())
         # Each list is copied at most once, so the number of values cannot grow.
         bounds = [] if exact else [columns[k][0].values.shape[0] for k in which]
-        made = torch.ops.recis.ragged_take(
+        outputs = torch.ops.recis.ragged_take(
             offsets,
             [results[k].values for k in which],
             planes,
@@ -125,11 +125,11 @@ class ResizeCall(LabeledCall):
         )
         at = len(which)
         for number, k in enumerate(which):
-            values, at = made[at], at + 1
+            values, at = outputs[at], at + 1
             weights = results[k].weights
             if self._weights_taken[k]:
-                weights, at = made[at], at + 1
-            results[k] = Column(values, made[number], weights, results[k].outer)
+                weights, at = outputs[at], at + 1
+            results[k] = Column(values, outputs[number], weights, results[k].outer)
         return results
 
 

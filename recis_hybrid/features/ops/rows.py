@@ -39,8 +39,8 @@ class TopKCall(LabeledCall):
             offsets.append(column.offsets.contiguous())
             weights.append(column.weights.contiguous())
         exact = exact_on(values[0].device)
-        made = torch.ops.recis.ragged_topk(values, offsets, weights, self._most, self._labels, exact, self._parallel)
-        return unpack(made, [True] * len(columns), [True] * len(columns))
+        outputs = torch.ops.recis.ragged_topk(values, offsets, weights, self._most, self._labels, exact, self._parallel)
+        return unpack(outputs, [True] * len(columns), [True] * len(columns))
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class DistinctCall(LabeledCall):
             ids.append(ids_of(column).contiguous())
             offsets.append(column.offsets.contiguous())
             weights.add(column.weights)
-        made = torch.ops.recis.ragged_distinct(
+        outputs = torch.ops.recis.ragged_distinct(
             ids, offsets, weights.list, weights.index, self._labels, exact_on(ids[0].device), self._parallel
         )
-        return unpack(made, [True] * len(columns), [number >= 0 for number in weights.index])
+        return unpack(outputs, [True] * len(columns), [number >= 0 for number in weights.index])
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,15 @@ class LengthsCall:
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Return the column of each job."""
-        made = []
+        outputs = []
         for (column,), level in zip(columns, self._levels, strict=True):
             assert column.offsets is not None
             levels = (*column.outer, column.offsets)
             lengths = levels[level - 1].diff()
-            made.append(
+            outputs.append(
                 Column(lengths) if level == 1 else Column(lengths, levels[level - 2], None, levels[: level - 2])
             )
-        return made
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -186,17 +186,17 @@ class OnesCall:
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Return the column of each job."""
-        made = []
+        outputs = []
         for (column,) in columns:
             ones = (column.values != 0).long()
             if column.offsets is None:
-                made.append(Column(ones.sum(1)))
+                outputs.append(Column(ones.sum(1)))
                 continue
             sums = torch.cat([ones.new_zeros(1), ones.cumsum(0)])
             counts = sums[column.offsets].diff()
             outer = column.outer
-            made.append(Column(counts, outer[-1], None, outer[:-1]) if outer else Column(counts))
-        return made
+            outputs.append(Column(counts, outer[-1], None, outer[:-1]) if outer else Column(counts))
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ class MultiHotCall(LabeledCall):
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(ids_of(column), column.offsets, column.weights)
-        made = torch.ops.recis.multi_hot(tensors.list, tensors.index, self._classes, self._labels, self._parallel)
-        return [Column(values) for values in made]
+        outputs = torch.ops.recis.multi_hot(tensors.list, tensors.index, self._classes, self._labels, self._parallel)
+        return [Column(values) for values in outputs]
 
 
 @dataclass(frozen=True)
@@ -352,8 +352,8 @@ class TileCall(LabeledCall):
         tensors = TensorList()
         for (column,) in columns:
             tensors.add(column.values, column.offsets, column.weights)
-        made = torch.ops.recis.ragged_tile(tensors.list, tensors.index, self._times, self._labels, self._parallel)
-        return unpack(made, self._ragged, self._weighted)
+        outputs = torch.ops.recis.ragged_tile(tensors.list, tensors.index, self._times, self._labels, self._parallel)
+        return unpack(outputs, self._ragged, self._weighted)
 
 
 @dataclass(frozen=True)

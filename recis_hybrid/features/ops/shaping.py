@@ -60,15 +60,15 @@ class TensorList:
                 self.list.append(tensor.contiguous())
 
 
-def unpack(made: Iterable[Tensor], ragged: Sequence[bool], weighted: Sequence[bool]) -> list[Column]:
+def unpack(outputs: Iterable[Tensor], ragged: Sequence[bool], weighted: Sequence[bool]) -> list[Column]:
     """Return the columns in the results of a native call.
 
     Args:
-        made: For each column its offsets if it is ragged, its values, and its weights if it has any.
+        outputs: For each column its offsets if it is ragged, its values, and its weights if it has any.
         ragged: Whether each column has offsets.
         weighted: Whether each column has weights.
     """
-    tensors = iter(made)
+    tensors = iter(outputs)
     columns = []
     for has_offsets, has_weights in zip(ragged, weighted, strict=True):
         offsets = next(tensors) if has_offsets else None

@@ -230,8 +230,8 @@ class Age:
         """
         if len(forms) != (2 if self.joins else 1):
             raise TypeError(f"Age takes two columns, got {len(forms)}; name two with source=[...], or set until=")
-        made = [_times("Age", form) for form in forms]
-        x, y = made[0], made[-1]
+        time_forms = [_times("Age", form) for form in forms]
+        x, y = time_forms[0], time_forms[-1]
         if x.device != y.device:
             raise TypeError(f"Age takes columns on one device, got {x.device} and {y.device}")
         if x.levels != y.levels:

@@ -16,7 +16,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, LEAST, MOST, bits, ids_of, integers, numbers, one, without_strings
 from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
-from recis_hybrid.features.ops.ids import hashed
+from recis_hybrid.features.ops.ids import id_form
 from recis_hybrid.ragged import RaggedTensor
 
 
@@ -88,7 +88,7 @@ class Vocabulary:
                 f"Vocabulary has {'strings' if isinstance(self.entries[0], bytes) else 'integers'} as entries, and the "
                 f"column has {'strings' if form.strings else f'{form.dtype}'}; list entries of the column's type"
             )
-        return hashed("Vocabulary", form) if form.strings else integers("Vocabulary", form)
+        return id_form("Vocabulary", form) if form.strings else integers("Vocabulary", form)
 
     def table(self) -> Tensor:
         """Return the table for ``csrc/core/vocabulary.h``, int64 words."""
@@ -211,13 +211,13 @@ class Mask:
                 f"Mask has {'strings' if isinstance(self.values[0], bytes) else 'numbers'}, and the column has "
                 f"{'strings' if form.strings else f'{form.dtype}'}; list values of the column's type"
             )
-        made = hashed("Mask", form) if form.strings else numbers("Mask", form)
-        return made._replace(dtype=torch.float32)
+        result = id_form("Mask", form) if form.strings else numbers("Mask", form)
+        return result._replace(dtype=torch.float32)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:
         """Return the instructions that look values up; None for floats."""
         form = one(forms)
-        made = self.check(form)
+        result = self.check(form)
         if form.dtype in FLOATS:
             return None
         listed: Sequence[Any] = self.values if form.strings else self._whole()
@@ -231,7 +231,7 @@ class Mask:
             Step("i64_to_f32"),
             Step("normalize_f32", (bits(float(last)), bits(1.0))),
         )
-        return Lowered(made, steps)
+        return Lowered(result, steps)
 
     def _whole(self) -> tuple[int, ...]:
         """Return the values that are integers of 64 bits."""

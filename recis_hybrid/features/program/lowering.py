@@ -36,9 +36,9 @@ def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
     """
     native = isinstance(instruction.op, Elementwise | Shaping)
     try:
-        made = instruction.kernel(*columns)
+        result = instruction.kernel(*columns)
         if not native:
-            _check_custom(made)
+            _check_custom(result)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{instruction.label}: {error}") from error
@@ -47,14 +47,14 @@ def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
             raise ValueError(f"{instruction.label}: {native_message(error).lstrip(': ')}") from error
         error.add_note(f"in {instruction.label}")
         raise
-    return made
+    return result
 
 
-def _check_custom(made: Any) -> None:
+def _check_custom(result: Any) -> None:
     """Raise if a custom kernel returned no valid column, since native code reads columns without checks."""
-    if not isinstance(made, Column):
-        raise TypeError(f"the kernel must return a Column, got {type(made).__name__}")
-    values, offsets, weights, outer = made
+    if not isinstance(result, Column):
+        raise TypeError(f"the kernel must return a Column, got {type(result).__name__}")
+    values, offsets, weights, outer = result
     if offsets is None:
         if not isinstance(values, Tensor) or values.dim() == 0:
             found = checks.describe(values) if isinstance(values, Tensor) else type(values).__name__
@@ -110,7 +110,7 @@ class ProgramCall:
             if tensor.dtype != dtype:
                 raise TypeError(f"{self.nodes[0].label}: {plane} must be {dtype}, got {tensor.dtype}")
             inputs.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-        made = ops.program.run(
+        results = ops.program.run(
             inputs,
             self._code,
             self._params,
@@ -121,8 +121,8 @@ class ProgramCall:
             self._parallel,
         )
         if self._device.type != "cpu":
-            self._faults = made[-1]
-        for values, (register, root, strings) in zip(made, self._outputs, strict=False):
+            self._faults = results[-1]
+        for values, (register, root, strings) in zip(results, self._outputs, strict=False):
             if register < 0:
                 continue
             base = registers[root]
@@ -170,8 +170,8 @@ class ShapesCall:
 
     def run(self, registers: dict[int, Column]) -> None:
         """Compute the registers of the operations."""
-        made = self._call([tuple([registers[source] for source in sources]) for sources in self._sources])
-        for register, column in zip(self.registers, made, strict=True):
+        results = self._call([tuple([registers[source] for source in sources]) for sources in self._sources])
+        for register, column in zip(self.registers, results, strict=True):
             registers[register] = column
 
 

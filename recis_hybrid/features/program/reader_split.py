@@ -35,7 +35,7 @@ def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Fea
     left = {feature.name for feature in features if not _in_reader(feature)}
     while True:
         keep = {column for feature in features if feature.name in left for column in feature.columns}
-        more = {name for name, made in names.items() if name not in left and keep.intersection(made)}
+        more = {name for name, outputs in names.items() if name not in left and keep.intersection(outputs)}
         if not more:
             break
         left |= more
