@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks import harness
-from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.columnio import ColumnDataset, ReadOptions
 from recis_hybrid.features import Feature, FeatureEngine, Hash
 from recis_hybrid.ragged import RaggedTensor
 
@@ -148,7 +148,7 @@ def number_cases(folder: Path, args: Any, rounds: int) -> None:
         "scan": ("bare pyarrow scan to RecordBatches", lambda: bare_scan(folder, NUMBERS)),
         "dataloader": ("torch DataLoader over pandas frames, 2 workers", lambda: of_frames(folder)),
     }
-    ours = ColumnDataset(folder, NUMBERS, BATCH, num_threads=args.threads, prefetch=PREFETCH)
+    ours = ColumnDataset(folder, NUMBERS, BATCH, read=ReadOptions(num_threads=args.threads, prefetch=PREFETCH))
     for case, (name, peer) in peers.items():
         if args.cases in case:
             harness.progress(f"{case}, {args.threads} thread(s)")
@@ -161,7 +161,9 @@ def number_cases(folder: Path, args: Any, rounds: int) -> None:
 
 def memory_case(folder: Path, threads: int) -> None:
     """Compare the peak of Arrow's memory with that of as many of pyarrow's decoders alone."""
-    ours = ColumnDataset(folder, NUMBERS, BATCH, num_threads=threads, prefetch=PREFETCH, decoded_rows=BATCH)
+    ours = ColumnDataset(
+        folder, NUMBERS, BATCH, read=ReadOptions(num_threads=threads, prefetch=PREFETCH, decoded_rows=BATCH)
+    )
     before, most, size = pa.total_allocated_bytes(), 0, 0
     for number, batch in enumerate(ours):
         if number % 5 == 0:
@@ -195,7 +197,11 @@ def ragged_case(folder: Path, args: Any, rounds: int) -> None:
     columns = [CLICKS, TAGS, *STRINGS]
     features = FeatureEngine([Feature(name, ops=[Hash("farm")]) for name in columns])
     data = ColumnDataset(
-        folder, columns, BATCH, transforms=features.reading_part(), num_threads=args.threads, prefetch=PREFETCH
+        folder,
+        columns,
+        BATCH,
+        transforms=features.reading_part(),
+        read=ReadOptions(num_threads=args.threads, prefetch=PREFETCH),
     )
     first = next(iter(data))
     assert isinstance(first[CLICKS], RaggedTensor)

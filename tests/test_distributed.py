@@ -210,9 +210,9 @@ def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -
         for said in (
             "loop: RuntimeError: SGD: 2 processes were started together, but nothing averages the gradients",
             "early: RuntimeError: SGD: the table id was built before torch.distributed was initialised",
-            f"data: RuntimeWarning: ColumnDataset: rank {rank} of 2 was given its share of the rows",
-            f"early data: RuntimeError: ColumnDataset: it was opened as rank 0 of 1, before torch.distributed was "
-            f"initialised, and this is rank {rank} of 2",
+            f"data: RuntimeWarning: ColumnDataset: rank {rank} of 2 read its share of the rows",
+            f"early data: RuntimeError: ColumnDataset: opened as rank 0 of 1, before torch.distributed was "
+            f"initialized, but this is rank {rank} of 2",
         ):
             assert f"SAID {rank} {said}" in done.stdout, done.stdout
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("SAID rows")) == [

@@ -31,7 +31,7 @@ from recis_hybrid.app.config_resume import (
     recorded_config,
     refuse_folder,
 )
-from recis_hybrid.app.config_run import csv_of, stages_of, trainer_of
+from recis_hybrid.app.config_run import read_options, stages_of, trainer_of
 from recis_hybrid.app.launch import joined
 from recis_hybrid.app.report import write_report
 from recis_hybrid.app.scoring import load_run, run_and_step
@@ -253,7 +253,7 @@ def _predict(args: argparse.Namespace) -> int:
     refuse_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
-    types = column_types(args.data, csv=csv_of(run.config), partitions=run.config.data.partitions)
+    types = column_types(args.data, read_options(run.config))
     rows = write_predictions(args.out, run.predict(args.data, columns=columns), types)
     print(f"{args.out}: {rows:,} rows, by step {run.step} of {run.path}")
     return 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.app.config import Config, ConfigError, FeatureConfig
-from recis_hybrid.app.config_run import csv_of, dataset_of, features_of, refuse_device, step_of
+from recis_hybrid.app.config_run import dataset_of, features_of, read_options, refuse_device, step_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import Feature, FeatureEngine
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
@@ -54,12 +55,8 @@ def _check_source(
     from recis_hybrid.columnio.files.schema import column_types
 
     engine = FeatureEngine(features, keep=_kept(config), parallel=False)
-    data = dataset_of(config, features, paths, transforms=_as_it_is, prefetch=0)
-    unsigned = {
-        name
-        for name, kind in column_types(paths, csv=csv_of(config), partitions=config.data.partitions).items()
-        if "uint64" in str(kind)
-    }
+    data = dataset_of(config, features, paths, transforms=_as_it_is, read=replace(read_options(config), prefetch=0))
+    unsigned = {name for name, kind in column_types(paths, read_options(config)).items() if "uint64" in str(kind)}
     label = config.data.label
     faults: list[str] = []
     sample: Batch | None = None

@@ -13,7 +13,7 @@ from recis_hybrid import optim
 from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
 from recis_hybrid.app.config_model import ConfigModel
 from recis_hybrid.app.config_resume import Changes, RunRecord
-from recis_hybrid.columnio import Column, ColumnDataset, CsvOptions, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio import Column, ColumnDataset, CsvOptions, Dense, Ragged, ReadOptions, Text, Weighted
 from recis_hybrid.embedding import (
     EmbeddingConfig,
     EmbeddingEngine,
@@ -236,10 +236,8 @@ def dataset_of(
             "batch_size": data.batch_size,
             "shuffle": shuffle,
             "seed": config.seed,
-            "num_threads": data.threads,
             "transforms": transforms or engine,
-            "csv": csv_of(config),
-            "partitions": data.partitions,
+            "read": read_options(config),
             "device": None if config.train.device == "cpu" else config.train.device,
             **options,
         },
@@ -248,14 +246,14 @@ def dataset_of(
 
 def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: bool) -> dict[str, Column | None]:
     """Return the specs of columns."""
-    from recis_hybrid.columnio.files.schema import column_types, spec_of
+    from recis_hybrid.columnio.files.schema import column_types, default_spec
 
-    types = column_types(paths, csv=csv_of(config), partitions=config.data.partitions)
+    types = column_types(paths, read_options(config))
     specs: dict[str, Column | None] = {}
     for name in read:
         is_label = label and name == config.data.label
         kind = types.get(name)
-        if is_label and isinstance(None if kind is None else spec_of(name, kind), Text):
+        if is_label and isinstance(None if kind is None else default_spec(name, kind), Text):
             raise ConfigError(f"data.label {name!r} holds strings in {paths}; it must be a number, 0 or 1")
         dtype = torch.float32 if is_label and str(kind) != "bool" else None
         said = config.data.columns.get(name, ColumnConfig())
@@ -268,9 +266,9 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
 
 def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
     """Return the spec of a column from its Arrow type and the configuration."""
-    from recis_hybrid.columnio.files.schema import spec_of
+    from recis_hybrid.columnio.files.schema import default_spec
 
-    own = None if kind is None else spec_of(name, kind)
+    own = None if kind is None else default_spec(name, kind)
     if isinstance(said.default, float) and not said.default.is_integer():
         dtype = dtype or torch.float64  # integers become floats beside it
     times = said.unit is not None or said.format is not None
@@ -302,9 +300,11 @@ def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype
         raise ConfigError(f"{key}: {error}") from error
 
 
-def csv_of(config: Config) -> CsvOptions | None:
-    """Return the CSV dialect; None for the default."""
-    return None if config.data.csv == CsvConfig() else CsvOptions(**vars(config.data.csv))
+def read_options(config: Config) -> ReadOptions:
+    """Return how a configuration reads its files."""
+    data = config.data
+    csv = None if data.csv == CsvConfig() else CsvOptions(**vars(data.csv))
+    return ReadOptions(num_threads=data.threads, csv=csv, partitions=data.partitions)
 
 
 def _number(said: ColumnConfig) -> float | None:

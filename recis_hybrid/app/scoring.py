@@ -76,8 +76,8 @@ class LoadedRun:
             paths: As of ColumnDataset.
             columns: Further columns.
             label: Whether the label, and groups if the run has them, are read, too.
-            options: Further arguments of ColumnDataset, ``batch_size`` (by default that of the run) or ``rank`` and
-                ``world_size`` for instance.
+            options: Further arguments of ColumnDataset, such as ``batch_size`` (by default that of the run) or
+                ``shard``. ``read`` replaces the run's options, its CSV dialect included.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -1,4 +1,4 @@
-"""From files to batches: read by pyarrow, columns handed on as tensors without a copy where they can be."""
+"""From files to batches: read by pyarrow, and converted to tensors without a copy where possible."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from recis_hybrid.columnio.columns import (
     Text as Text,
     Weighted as Weighted,
 )
-from recis_hybrid.columnio.csv_options import CsvOptions as CsvOptions
 from recis_hybrid.columnio.dataset import ColumnDataset as ColumnDataset
 from recis_hybrid.columnio.errors import BadFileError as BadFileError, Skipped as Skipped
 from recis_hybrid.columnio.negatives import NegativeSampler as NegativeSampler
+from recis_hybrid.columnio.options import (
+    CsvOptions as CsvOptions,
+    ReadOptions as ReadOptions,
+    ShardOptions as ShardOptions,
+)
 from recis_hybrid.columnio.windows import Window as Window, Windows as Windows

@@ -1,33 +1,23 @@
-"""ColumnDataset: files as batches, in an order that can be repeated and resumed."""
+"""ColumnDataset: batches of columns from files, in an order that can be repeated and resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from recis_hybrid import distributed
-from recis_hybrid.columnio.agreement import agreement, has_other_ranks, warn_unattended
-from recis_hybrid.columnio.arguments import integer, one_of, specs
 from recis_hybrid.columnio.columns import Column
-from recis_hybrid.columnio.convert.assembly import Delivery, check_delivery
-from recis_hybrid.columnio.csv_options import CsvOptions
-from recis_hybrid.columnio.ranks import rank_and_world_size
-from recis_hybrid.columnio.read.position import (
-    Position,
-    SharedPosition,
-    loaded,
-    order_settings,
-    saved,
-    settings_of_all_ranks,
-)
-from recis_hybrid.columnio.read.prefetch import prefetched
-from recis_hybrid.columnio.read.sampler import Batches, Uneven
+from recis_hybrid.columnio.options import ReadOptions, ShardOptions
+from recis_hybrid.columnio.ranks import open_on_all_ranks, warn_gradients_not_averaged
+from recis_hybrid.columnio.read.position import Position, SharedPosition
+from recis_hybrid.columnio.read.sampler import Batches
 from recis_hybrid.ragged import Batch, batch_to
+from recis_hybrid.validation import check_integer
 
 if TYPE_CHECKING:
     from recis_hybrid.columnio.errors import Skipped
@@ -35,99 +25,76 @@ if TYPE_CHECKING:
     from recis_hybrid.columnio.files.paths import Paths
 
 MASK = "mask"
-"""The column that `uneven="pad"` adds."""
+"""Name of the column that ``ShardOptions(uneven="pad")`` adds."""
+
+_READ, _SHARD = ReadOptions(), ShardOptions()
 
 
 class ColumnDataset(IterableDataset[Batch]):
-    """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files, or from memory (`from_arrow`).
+    """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files, or from memory (``from_arrow``).
 
-    An epoch has one order of its rows, a function of the files and (seed, epoch). Batches are consecutive rows of that
-    order and ranks take them in turn, so that it is the same for every number of ranks. With `shuffle`, the pieces of
-    all files (row groups, stripes, record batches; CSV and JSON are whole) are put in a random order, and then the rows
-    of each block of `shuffle_buffer` consecutive rows: the smaller the pieces and the larger the buffer, the better the
-    mixing, up to a uniform permutation where the buffer holds all rows.
+    The order of the rows of an epoch is a function of the files and (seed, epoch). Batches are consecutive rows of that
+    order, and ranks take them in turn, so the order is the same for every number of ranks. With ``shuffle``, the pieces
+    of all files (row groups, stripes, record batches; CSV and JSON files are one piece) are put in a random order, and
+    then the rows in each block of ``shuffle_buffer`` consecutive rows. Smaller pieces and a larger buffer mix better; a
+    buffer that holds all rows gives a uniform permutation.
 
-    Each `iter()` is one pass: from the beginning of the epoch, or from where a loaded state stands. A pass that comes
-    to its end moves the dataset on to the next epoch; one that is left early does not.
+    Each ``iter()`` is one pass: from the beginning of the epoch, or from a loaded position. A complete pass advances
+    the dataset to the next epoch; an interrupted one does not.
 
-    Rows are counted after `filters`: a row that they leave out has no place in the order. To know the numbers, opening
-    reads the columns that the filters look at, of the pieces that footers and folders' names do not rule out.
+    Rows are counted after ``filters``: excluded rows have no place in the order. To count them, opening reads the
+    columns of the filters in the pieces that footers and folder names do not rule out.
 
-    Numbers without nulls, in the dtype of the file, are not copied on their way from Arrow's decoded buffers into
-    tensors, unless filtered, shuffled or in one of the few batches which are cut from two buffers (see
-    `decoded_rows`). Being slices of a buffer, such tensors keep all of it in memory.
+    Numbers without nulls, read in the dtype of the file, are not copied from Arrow's decoded buffers into tensors,
+    unless they are filtered, shuffled, or in one of the few batches cut from two buffers (see
+    ``ReadOptions.decoded_rows``). Such tensors are slices of a buffer and keep all of it in memory.
 
-    Under `torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)` the workers share the rank's batches,
-    which arrive in the same order. Each worker has a copy of the dataset: call `set_epoch` before each pass, and
-    `state_dict(batches)` with the number of batches that the loop was handed in it. Workers that live on
-    (`persistent_workers=True`) follow `set_epoch` and `load_state_dict`, too.
+    Under ``torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)`` the workers share the rank's batches,
+    which arrive in the same order. Each worker has a copy of the dataset: call ``set_epoch`` before each pass, and
+    ``state_dict(batches)`` with the number of batches that the loop received in it. Persistent workers
+    (``persistent_workers=True``) follow ``set_epoch`` and ``load_state_dict`` too.
 
-    Where several ranks train together, and `rank` and `world_size` are left out, all ranks must open the dataset, in
-    the same order among what they do together: they join the default group if a launcher such as torchrun has started
-    them and they have not yet, and opening ends with one `all_gather_object` of that group, in which they compare what
-    they found. If one of them failed or found other files or rows, all raise. Every row comes once, on one of the
-    ranks, and all ranks get equally many batches: the rows of a last turn that has no full batch for each are shared
-    out evenly. Passes and workers of a DataLoader talk to nobody.
+    When several ranks train together, all of them must open the dataset, in the same order relative to their other
+    collectives (unless ``ShardOptions`` gives an explicit rank). Processes started by a launcher such as torchrun join
+    the default group if the program has not done so. Opening ends with a collective in which the ranks compare what
+    they found: if one failed, or found other files or rows, all raise. Each row is read by one rank, and all ranks get
+    equally many batches: the rows of a last turn without a full batch for every rank are divided evenly (see
+    ``ShardOptions.uneven``). Passes and workers of a DataLoader do not communicate.
 
     Args:
-        paths: A file, a folder (all files below it with a known ending, by name), a pattern, a URL of these
-            (`s3://bucket/clicks`, and whatever else pyarrow or fsspec knows), or a sequence of them. Text files may be
-            compressed (`.csv.gz`, `.bz2`, `.zst`, `.lz4`). Folders named `key=value` give their files a column `key`;
-            files that have a column of that name must say the same, else they are refused.
-        columns: The columns to read: names, whose specs then follow from the types in the files, or specs by name (None
-            for one that follows from the type). A batch has them in this order. A dotted path names a field of a
-            struct (`user.age`), or of structs in a list or the `key` or `value` of a map, which give lists. Files may
-            hold a column in different types where one spec reads all of them: integers of any width, dates and
-            timestamps, lists of any layout, nulls alone; with a dtype in the spec, numbers of any kind.
+        paths: A file, a folder (all files below it with a known suffix, by name), a pattern, a URL of these
+            (``s3://bucket/clicks``, and whatever else pyarrow or fsspec knows), or a sequence of them. Text files may
+            be compressed (``.csv.gz``, ``.bz2``, ``.zst``, ``.lz4``). Folders named ``key=value`` give their files a
+            column ``key``; files with a column of that name must agree with the folder, otherwise they are refused.
+        columns: Columns to read: names, with specs derived from the types in the files, or specs by name (None derives
+            the spec). A batch has them in this order. A dotted path is a field of a struct (``user.age``), of structs
+            in a list, or the ``key`` or ``value`` of a map; the latter give lists. A column may have different types in
+            different files if one spec reads all of them: integers of any width, dates and timestamps, any list layout,
+            all nulls; with a dtype in the spec, numbers of any kind.
         batch_size: Rows of a batch on one rank.
-        shuffle: Whether each epoch has a random order of its own.
-        seed: Of that order, not negative.
-        drop_remainder: Whether to leave out the short last batch, and with several ranks the last turn if not all ranks
-            would get a full batch in it.
-        filters: Which rows to read: a `pyarrow.compute` expression, a list of (column, operator, value) of which all
-            must hold, or a list of such lists of which one must. Operators are ==, !=, <, <=, >, >=, `in` and `not in`.
-            Values are compared exactly, whatever the column's type: numbers, strings, bytes, booleans, dates and times
-            of `datetime` or ISO 8601 (UTC where they say no zone), decimals. A null suits `== None` and an `in` with
-            None, and `not in` without; NaN suits `== nan`, `!=`, `in` with NaN and `not in` without.
-        transforms: Called with each batch in the reader's threads, by several at once if there are; what it returns
-            takes the batch's place.
-        rank: This process's number among those that share the data; None takes torch.distributed's, or 0 where one
-            process trains. With a rank by hand nothing is compared.
-        world_size: How many processes share the data; None as for `rank`.
-        uneven: What happens in a last turn that has no full batch for every rank; all ranks get equally many batches in
-            any case. None: every row comes once, in short batches of about one size; if that left a rank without rows,
-            the turn before is shared out with it. (There are empty batches only where a rank would have none at all, or
-            `batch_size` is 1.) For batches of one size: `"wrap"` fills them up with rows from the beginning of the
-            epoch's order; `"pad"` does so too and adds a bool column `mask` [B], False for these; `"drop"` leaves the
-            turn out unless all ranks get a batch in it.
-        num_threads: Threads that decode a piece each, and as many that call `transforms` or pin memory. Where there are
-            fewer pieces, or `prefetch` is 0, Arrow decodes columns in its own threads, as many as
-            `pyarrow.set_cpu_count` says.
-        prefetch: How many batches threads prepare ahead; 0 reads in the consumer's thread. In memory there are at most
-            as many batches, and what rows are decoded to before batches are cut from it: `num_threads` + 3 times
-            `decoded_rows`, and the blocks of `shuffle_buffer`. Beside these each of the `num_threads` decoders holds
-            what pyarrow keeps of its row group, or all of a stripe, a record batch, or a file of text.
-        pin_memory: Whether batches are copied to pinned memory, from which a GPU fetches them without the host waiting.
-        device: Where batches go when they are handed out, without waiting; None leaves them on the CPU.
-        filesystem: Where paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        on_bad_file: `"raise"`, or `"skip"` to go on past files that are damaged, vanished or written anew since they
-            were opened: each is reported by a RuntimeWarning and in `skipped`. Rows lost in mid-scan make batches
-            shorter, even empty, so that the other rows keep their places and the ranks their numbers of batches.
-        shuffle_buffer: Rows that are permuted together; two such blocks are in memory at a time.
-        decoded_rows: How many rows are decoded at a time, rounded up to whole batches. Fewer take less memory (row
-            groups as small take less still) and more time for each row; the order of the rows is the same, and so is
-            what a state means.
-        csv: Dialect of CSV files; None takes the usual one.
-        partitions: Whether folders named `key=value` give their files a column.
+        shuffle: Give each epoch a random order of its own.
+        seed: Seed of the random order, not negative.
+        drop_remainder: Leave out the short last batch; with several ranks, the last turn unless every rank gets a full
+            batch in it.
+        filters: Rows to read: a ``pyarrow.compute`` expression, a list of (column, operator, value) that must all hold,
+            or a list of such lists, one of which must hold. Operators are ==, !=, <, <=, >, >=, ``in`` and ``not in``.
+            Values are compared exactly, whatever the type of the column: numbers, strings, bytes, booleans, dates and
+            times as ``datetime`` or ISO 8601 (UTC without a zone), decimals. A null matches ``== None``, ``in`` with
+            None, and ``not in`` without None; NaN matches ``== nan``, ``!=``, ``in`` with NaN and ``not in`` without.
+        transforms: Called with each batch in the reader's threads, possibly several at once; its result replaces the
+            batch.
+        device: Device of the batches, to which they are copied without blocking; None leaves them on the CPU.
+        read: How files are read: threads, prefetching, memory, file system, CSV dialect.
+        shard: Rank and world size, and the last turn of an epoch.
 
     Raises:
         BadFileError: A file is damaged (a ValueError).
-        FileNotFoundError: There is no such file.
-        RuntimeError: A launcher has started several processes and they cannot be joined.
-        TypeError: A column cannot be read by its spec, or an argument is of a wrong type.
-        ValueError: A column is missing, files disagree about a column, there is not one row (or with `drop_remainder`
-            or `uneven="drop"` not one batch), or an argument is out of its range; or another rank could not open the
-            dataset, or found other things.
+        FileNotFoundError: A file does not exist.
+        RuntimeError: A launcher started several processes and they cannot be joined.
+        TypeError: A column cannot be read by its spec, or an argument has the wrong type.
+        ValueError: A column is missing, files disagree about a column, there are no rows (or with ``drop_remainder`` or
+            ``uneven="drop"`` no batches), or an argument is out of range; or another rank could not open the dataset,
+            or found other files, rows or settings.
 
     Example:
         >>> data = ColumnDataset("clicks/", ["user", "item", "label"], 4096, shuffle=True)  # doctest: +SKIP
@@ -146,76 +113,37 @@ class ColumnDataset(IterableDataset[Batch]):
         drop_remainder: bool = False,
         filters: Filters = None,
         transforms: Callable[[Batch], Batch] | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        uneven: Uneven = None,
-        num_threads: int = 1,
-        prefetch: int = 2,
-        pin_memory: bool = False,
         device: torch.device | str | int | None = None,
-        filesystem: Any = None,
-        on_bad_file: Literal["raise", "skip"] = "raise",
-        shuffle_buffer: int = 262_144,
-        decoded_rows: int = 65_536,
-        csv: CsvOptions | None = None,
-        partitions: bool = True,
+        read: ReadOptions | None = None,
+        shard: ShardOptions | None = None,
     ) -> None:
-        # pyarrow comes with the first dataset, not with the package.
-        from recis_hybrid.columnio.files.filters import RowFilter
-        from recis_hybrid.columnio.files.in_memory import MemoryFile
-        from recis_hybrid.columnio.files.opening import open_files
-        from recis_hybrid.columnio.files.paths import find_files
+        # Imported with the first dataset, so that the package does not need pyarrow.
         from recis_hybrid.columnio.read.reader import Reader
 
-        # Given by hand, a rank may be alone in opening this.
-        self._by_itself = rank is None and world_size is None
-        rank, world_size = rank_and_world_size(rank, world_size)
-        together = self._by_itself and has_other_ranks()
-        with agreement(together) as found:
-            self._batch_size = integer("batch_size", batch_size, 1)
-            self._prefetch = integer("prefetch", prefetch, 0)
-            integer("num_threads", num_threads, 1)
-            self._world_size = integer("world_size", world_size, 1)
-            self._rank = integer("rank", rank, 0)
-            if rank >= world_size:
-                raise ValueError(f"ColumnDataset: rank must be less than world_size, got {rank} of {world_size}")
-            one_of("uneven", uneven, (None, "wrap", "drop", "pad"))
-            one_of("on_bad_file", on_bad_file, ("raise", "skip"))
-            if not isinstance(csv, CsvOptions | None):
-                raise TypeError(f"ColumnDataset: csv must be a CsvOptions, got {csv!r}")
-            self._drop_remainder, self._uneven = drop_remainder, uneven
+        with open_on_all_ranks(shard or _SHARD) as opening:
+            self._rank, self._world_size = opening.rank, opening.world_size
+            self._follows_group = opening.follows_group
+            self._drop_remainder, self._uneven = drop_remainder, opening.uneven
             self._device = None if device is None else torch.device(device)
-            block = integer("shuffle_buffer", shuffle_buffer, 1) if shuffle else None
-            wanted, mask = specs(columns), MASK if uneven == "pad" else None
-            check_delivery(pin_memory, wanted, mask)
-            files: list[Any] = [paths] if isinstance(paths, MemoryFile) else find_files(paths, filesystem, partitions)
-            self._reader = Reader(
-                open_files(
-                    files,
-                    wanted,
-                    row_filter=RowFilter.of(filters),
-                    skip=on_bad_file == "skip",
-                    csv=csv,
-                ),
-                # A multiple of the batch size: so few batches lie in two of them.
-                decoded_rows=-(-integer("decoded_rows", decoded_rows, 1) // batch_size) * batch_size,
-                seed=integer("seed", seed, 0),
-                block=block,
-                decoders=num_threads if prefetch else 1,
-                threads=num_threads,
+            self._reader = Reader.open(
+                paths,
+                columns,
+                filters,
+                read or _READ,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                seed=seed,
+                transforms=transforms,
+                mask=MASK if self._uneven == "pad" else None,
             )
-            # To make tensors over memory that there is takes so little that threads would wait for each other.
-            self._makers = num_threads if transforms is not None or pin_memory else 1
-            self._delivery = Delivery(self._reader.files.converters, mask, transforms, pin_memory)
-            self._num_rows, self._order = self._reader.rows, order_settings(self._reader)
+            self._batch_size, self._num_rows = self._reader.batch_size, self._reader.num_rows
             self._shared, self._in_worker = SharedPosition(), False
-            self._position, self._begun, self._first_row = Position(0, 0), Position(0, 0), 0
-            self._refuse_nothing(paths, filters)
-            if together:
-                found |= settings_of_all_ranks(
-                    self._reader, batch_size=batch_size, uneven=uneven, drop_remainder=drop_remainder
-                )
-                found["notes"] = "left out " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
+            self._position, self._pass_start, self._next_row = Position(0, 0), Position(0, 0), 0
+            self._check_not_empty(paths, filters)
+            if opening.together:
+                settings = {"batch_size": batch_size, "uneven": self._uneven, "drop_remainder": drop_remainder}
+                opening.settings |= self._reader.shared_settings(settings)
+                opening.notes = "skipped " + ", ".join(each.file for each in self.skipped) if self.skipped else ""
 
     @classmethod
     def from_arrow(
@@ -223,57 +151,68 @@ class ColumnDataset(IterableDataset[Batch]):
     ) -> ColumnDataset:
         """Read data in memory like a file, with the same arguments.
 
-        Tensors share the memory of `data` by the rules of files, so that neither these nor `data` may be written to.
-        A reading position goes with data of as many rows, whose types and sampled values (up to 1,024 rows of every
-        column) are the same; it does not see any other change. Workers of a DataLoader that are not forked get a copy.
+        Tensors share the memory of ``data`` as they do with files, so write neither to them nor to ``data``. A reading
+        position can be loaded with data of the same number of rows, types and sampled values (up to 1,024 rows of each
+        column); other changes are not detected. Workers of a DataLoader that are not forked get a copy.
 
         Args:
-            data: A `pyarrow.Table`, RecordBatch or RecordBatchReader, a pandas or polars DataFrame, a Hugging Face
-                dataset, or whatever else has `__arrow_c_stream__`; a dictionary of columns, each an array of numpy [B]
-                or [B, L], a tensor, a RaggedTensor or a list; or a list of any of these, one after another. A pandas
-                index is left out, and NaN of pandas is a null.
+            data: A ``pyarrow.Table``, RecordBatch or RecordBatchReader, a pandas or polars DataFrame, a Hugging Face
+                dataset, or anything else with ``__arrow_c_stream__``; a dictionary of columns, each a numpy array [B]
+                or [B, L], a tensor, a RaggedTensor or a list; or a list of any of these, read one after another. A
+                pandas index is ignored, and NaN of pandas is a null.
 
                 Or a function without arguments that returns an iterable of such batches, the same at each call (or an
-                iterable that can be iterated again and again, such as a streamed Hugging Face dataset): it is called
-                twice at opening, for the types and the number of rows, then at each pass. Nothing but some batches is
-                in memory. Its batches are one piece, read by one thread: a pass that is resumed, and each rank and
-                worker, reads from the first batch on and drops what is not its own.
-            columns: See `ColumnDataset`.
-            batch_size: See `ColumnDataset`.
-            options: The other arguments of `ColumnDataset`.
+                iterable that can be iterated repeatedly, such as a streamed Hugging Face dataset). It is called twice
+                at opening, for the types and the number of rows, then once a pass, and only a few batches are in memory
+                at a time. Its batches are one piece, read by one thread: a resumed pass, and each rank and worker,
+                reads from the first batch and drops what it does not need.
+            columns: See ``ColumnDataset``.
+            batch_size: See ``ColumnDataset``.
+            options: The other arguments of ``ColumnDataset``.
 
         Raises:
-            TypeError: `data` is of another kind, or an iterator, which can be read only once.
-            ValueError: Columns have different lengths, or batches differ in their columns.
+            TypeError: ``data`` is of an unknown kind, or an iterator, which can be read only once.
+            ValueError: Columns have different lengths, or batches have different columns.
 
         Example:
             >>> data = ColumnDataset.from_arrow({"item": [7, 8, 9], "label": [1.0, 0.0, 1.0]}, ["item", "label"], 2)
             >>> [batch["item"].tolist() for batch in data]
             [[7, 8], [9]]
         """
-        from recis_hybrid.columnio.files.in_memory import MemoryFile
+        from recis_hybrid.columnio.files.memory_file import MemoryFile
 
         source: Any = MemoryFile.of(data)
         return cls(source, columns, batch_size, **options)
 
     def __copy__(self) -> ColumnDataset:
-        """Return a dataset of the same rows, at the start of this epoch; each has a reading position of its own."""
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        made._shared, made._in_worker = SharedPosition(), False
-        made._next(Position(self._position.epoch, 0))
-        return made
+        """Return a dataset of the same rows at the start of the same epoch, with a reading position of its own."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._shared, copy._in_worker = SharedPosition(), False
+        copy._start_at(Position(self._position.epoch, 0))
+        return copy
 
-    def _refuse_nothing(self, paths: Paths, filters: Filters) -> None:
-        """Raise where there is nothing to read."""
+    def __repr__(self) -> str:
+        files = self._reader.file_names
+        names = f"{len(files)} files from {files[0]} to {files[-1]}" if len(files) > 2 else " and ".join(files)
+        columns = ", ".join(f"{name}: {spec}" for name, spec in self.columns.items())
+        return (
+            f"ColumnDataset({names}; {self._num_rows:,} rows; batch_size={self._batch_size}, rank {self._rank} of "
+            f"{self._world_size}; columns {{{columns}}})"
+        )
+
+    def _check_not_empty(self, paths: Paths, filters: Filters) -> None:
+        """Raise if there is no row, or no batch."""
         if self._num_rows == 0:
-            among = "" if filters is None else f" that suits the filters {filters}"
-            raise ValueError(f"ColumnDataset: there is not one row{among} in {paths}; check what wrote the files")
-        if (self._drop_remainder or self._uneven == "drop") and len(self) == 0:
+            matching = "" if filters is None else f" that matches the filters {filters}"
             raise ValueError(
-                f"ColumnDataset: {'drop_remainder' if self._drop_remainder else 'uneven=drop'} leaves no batch of "
-                f"{self._num_rows} rows, of which {self._world_size} ranks take {self._batch_size} each in a turn; "
-                f"choose a smaller batch_size"
+                f"ColumnDataset: there is no row{matching} in {paths}; check the files and what wrote them"
+            )
+        if (self._drop_remainder or self._uneven == "drop") and len(self) == 0:
+            option = "drop_remainder" if self._drop_remainder else "uneven='drop'"
+            raise ValueError(
+                f"ColumnDataset: {option} leaves no batch of {self._num_rows} rows, as {self._world_size} ranks take "
+                f"{self._batch_size} rows each in a turn; choose a smaller batch_size"
             )
 
     def __len__(self) -> int:
@@ -282,122 +221,122 @@ class ColumnDataset(IterableDataset[Batch]):
 
     @property
     def num_rows(self) -> int:
-        """The number of rows in all files, after the filters."""
+        """Number of rows in all files, after the filters."""
         return self._num_rows
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The spec of each column, with the dtype that its tensors have."""
+        """Spec of each column, with the dtype of its tensors."""
         return {name: converter.spec for name, converter in self._reader.files.converters.items()}
 
     @property
     def skipped(self) -> list[Skipped]:
-        """What was damaged and left out so far, by this process."""
+        """Damaged files and pieces that this process has left out so far."""
         return list(self._reader.files.skipped)
 
     @property
     def epoch(self) -> int:
-        """The epoch that the last pass is in, or that the next pass begins."""
+        """Epoch of the current pass, or of the next one if none is under way."""
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass one of `epoch`: of the whole, unless a state of that very epoch is loaded.
+        """Make the next pass read the whole of ``epoch``; a loaded state of that epoch is kept.
 
         Args:
             epoch: Not negative.
 
         Raises:
-            TypeError: The epoch is no integer.
+            TypeError: The epoch is not an integer.
             ValueError: The epoch is negative.
         """
-        integer("epoch", epoch, 0)
+        epoch = check_integer("ColumnDataset.set_epoch", "epoch", epoch, 0)
         if epoch != self._position.epoch:
-            self._next(Position(epoch, 0))
-        elif epoch != self._begun.epoch:
-            self._begun = replace(self._position)
+            self._start_at(Position(epoch, 0))
+        elif epoch != self._pass_start.epoch:
+            self._pass_start = replace(self._position)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Return the reading position, between any two batches, as JSON could hold it.
+        """Return the reading position, in types that JSON can hold; call it between any two batches.
 
-        A batch counts as consumed once the loop over the dataset was handed it, however far the reader is ahead. The
-        state is the same on all ranks that were handed as many batches.
+        A batch counts as consumed once the loop over the dataset received it, however far the reader is ahead. The
+        state is the same on all ranks that received equally many batches.
 
         Args:
-            batches: How many batches of the pass the loop was handed by a DataLoader, whose workers read with copies
-                of this dataset; None where it was handed them by the dataset itself. The pass is the last one that
-                was begun since `load_state_dict`, or since `set_epoch` with another epoch.
+            batches: Number of batches of the pass that the loop received from a DataLoader, whose workers read with
+                copies of this dataset; None if it iterates over the dataset itself. The pass is the last one started
+                since ``load_state_dict``, or since ``set_epoch`` with another epoch.
         """
         position = self._position
         if batches is not None:
-            # Read in this process, a pass that came to its end has moved the dataset on: no batch is one of the next.
-            ended = integer("batches", batches, 0) == 0 and position.epoch != self._begun.epoch
-            begun = position if ended else self._begun
-            position = Position(begun.epoch, self._batches(begun.row).after(batches))
-        return saved(position, self._order)
+            batches = check_integer("ColumnDataset.state_dict", "batches", batches, 0)
+            # A complete pass in this process has advanced the dataset to the next epoch, of which no batch is consumed.
+            complete = batches == 0 and position.epoch != self._pass_start.epoch
+            start = position if complete else self._pass_start
+            position = Position(start.epoch, self._batches(start.row).after(batches))
+        return position.state(self._reader.order)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next pass give exactly what was left when `state` was taken.
+        """Make the next pass yield exactly the rows that were left when ``state`` was saved.
 
-        Batch size, number of ranks, columns, threads and prefetch may be others than they were then.
+        Batch size, number of ranks, columns, threads and prefetching may differ from then.
 
         Args:
-            state: What `state_dict` returned.
+            state: The result of ``state_dict``.
 
         Raises:
-            ValueError: It is no such state, or one of other files, filters or another order of rows.
+            ValueError: It is not such a state, or one of other files, filters or another order of rows.
         """
-        self._next(loaded(state, self._order))
+        self._start_at(Position.from_state(state, self._reader.order))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begins a pass; see the class.
+        """Start a pass; see the class.
 
         Raises:
-            RuntimeError: There are other ranks now than when the dataset was opened.
+            RuntimeError: Rank or world size differ from those at opening.
         """
-        if self._by_itself and distributed.is_initialized():
+        if self._follows_group and distributed.is_initialized():
             now = distributed.rank(), distributed.world_size()
             if now != (self._rank, self._world_size):
                 raise RuntimeError(
-                    f"ColumnDataset: it was opened as rank {self._rank} of {self._world_size}, before "
-                    f"torch.distributed was initialised, and this is rank {now[0]} of {now[1]}; call "
-                    f"init_process_group before the dataset is opened, or give it rank and world_size"
+                    f"ColumnDataset: opened as rank {self._rank} of {self._world_size}, before torch.distributed was "
+                    f"initialized, but this is rank {now[0]} of {now[1]}; call init_process_group before opening the "
+                    f"dataset, or give it shard=ShardOptions(rank=..., world_size=...)"
                 )
         in_worker = get_worker_info() is not None
         if in_worker and self._in_worker:
-            # A worker's first pass is where its copy stands; of later ones the training's process tells.
-            self._begun = self._shared.get()
+            # A worker's first pass starts at the position of its copy; later passes follow the main process.
+            self._pass_start = self._shared.get()
         else:
-            self._begun = Position(self._position.epoch, self._first_row)
+            self._pass_start = Position(self._position.epoch, self._next_row)
         self._in_worker = in_worker
-        # A new object for each pass, so that one which was left early no longer moves the dataset.
-        position = self._position = replace(self._begun)
-        self._first_row = 0
+        # A new object for each pass, so that an interrupted pass no longer advances the dataset.
+        position = self._position = replace(self._pass_start)
+        self._next_row = 0
         if not in_worker:
             self._shared.set(Position(position.epoch, 0))
         return self._pass(position)
 
-    def _next(self, position: Position) -> None:
-        """Has the next pass begin there."""
-        # What is said in a worker is the worker's own.
+    def _start_at(self, position: Position) -> None:
+        """Make the next pass start at a position."""
+        # A worker changes only its own copy.
         if get_worker_info() is None:
             self._shared.set(position)
-        self._position, self._begun, self._first_row = position, replace(position), position.row
+        self._position, self._pass_start, self._next_row = position, replace(position), position.row
 
     def _pass(self, position: Position) -> Iterator[Batch]:
         worker = get_worker_info()
         batches = self._batches(position.row, *((worker.id, worker.num_workers) if worker else (0, 1)))
-        cut = self._reader.batches(position.epoch, batches)
-        with closing(prefetched(cut, self._delivery, self._prefetch, self._makers)) as ahead:
+        with closing(self._reader.batches(position.epoch, batches)) as ahead:
             turns = 0
             for batch in ahead:
                 turns += 1
                 position.row = batches.after(turns)
-                # On the consumer's current stream, which then finds it in order.
+                # Copied on the consumer's current stream, so that the consumer needs no synchronization.
                 yield batch if self._device is None else batch_to(batch, self._device, non_blocking=True)
-                # The consumer is done with it; held here (or by enumerate) it would be one batch more in memory.
+                # The consumer is done with it; a reference here would keep one more batch in memory.
                 del batch
-        if self._by_itself and worker is None:
-            warn_unattended()
+        if self._follows_group and worker is None:
+            warn_gradients_not_averaged()
         if position is self._position:
             self._position = Position(position.epoch + 1, 0)
             if get_worker_info() is None:

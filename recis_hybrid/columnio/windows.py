@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from recis_hybrid.columnio.agreement import first_rank_says, has_other_ranks
+from recis_hybrid.columnio.ranks import choose_on_first_rank, has_other_ranks
 
 if TYPE_CHECKING:
     from recis_hybrid.columnio.files.paths import Paths
@@ -81,6 +81,11 @@ class Windows:
         self._alone, self._is_list = alone, not isinstance(source, str | os.PathLike)
         self._done: set[str] = set()
 
+    def __repr__(self) -> str:
+        source = self._source
+        text = os.fspath(source) if isinstance(source, str | os.PathLike) else f"{len(source)} windows"
+        return f"Windows({text}; {len(self._done)} done)"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the names of the windows that are done, as JSON could hold them."""
         return {"version": _VERSION, "done": sorted(self._done)}
@@ -122,7 +127,7 @@ class Windows:
             # Looked at anew after each window: an earlier one may have become complete meanwhile.
             look = functools.partial(self._look, idle)
             together = not self._alone and not self._is_list and has_other_ranks()
-            name, ended = first_rank_says(look) if together else look()
+            name, ended = choose_on_first_rank(look) if together else look()
             if name is not None:
                 idle = 0.0
                 yield self._window(name)

@@ -28,7 +28,7 @@ def predict(
 ) -> Iterator[Batch]:
     """Yield a step's scores batch by batch, in the order of the data; tables insert nothing.
 
-    Rows that only fill a batch up (``ColumnDataset(uneven="pad")``) are left out. Several ranks call it together, each
+    Rows that only fill a batch up (``ShardOptions(uneven="pad")``) are left out. Several ranks call it together, each
     with batches of its own, and go through all that it yields; a rank that has fewer batches than others is given empty
     ones.
 

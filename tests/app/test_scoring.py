@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from recis_hybrid.app import cli, load_run
 from recis_hybrid.app.config import Config, ConfigError
-from recis_hybrid.columnio import ColumnDataset, Dense
+from recis_hybrid.columnio import ColumnDataset, Dense, ShardOptions
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.metrics import AUC
@@ -282,7 +282,10 @@ def test_rows_that_only_fill_a_batch_up_are_left_out(tmp_path: Path) -> None:
     step, rows = make_step(), {}
     for rank in (0, 1):
         data = ColumnDataset(
-            tmp_path / "a.parquet", {"id": Dense(), "name": None}, 4, rank=rank, world_size=2, uneven="pad"
+            tmp_path / "a.parquet",
+            {"id": Dense(), "name": None},
+            4,
+            shard=ShardOptions(rank=rank, world_size=2, uneven="pad"),
         )
         for number, batch in enumerate(predict(step, data, columns=["id", "name"])):
             ids = dense(batch, "id").tolist()

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recis_hybrid.columnio.agreement import agreement, has_other_ranks
+from recis_hybrid.columnio.options import ShardOptions
+from recis_hybrid.columnio.ranks import has_other_ranks, open_on_all_ranks
 
 # Each scenario is run by both ranks, of which each has a folder of its own; what they say is compared below. A last
 # collective shows that the group is as it was.
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
-from recis_hybrid.columnio import ColumnDataset, Windows
+from recis_hybrid.columnio import ColumnDataset, ReadOptions, ShardOptions, Windows
 
 warnings.simplefilter("ignore")
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -42,6 +43,10 @@ def rows(data):
 
 def names(windows):
     return [(window.name, Path(window.paths[0]).parts[-3:-1]) for window in windows]
+
+def by_hand():
+    if rank == 0:
+        return [rows(opened("same", shard=ShardOptions(rank=0, world_size=size))) for size in (1, 2)]
 
 def failing():
     # A file system that the first rank alone cannot read.
@@ -71,9 +76,9 @@ scenarios = {
     "memory": lambda: ColumnDataset.from_arrow({"row": [0, rank, 2]}, ["row"], 1),
     "same memory": lambda: rows(ColumnDataset.from_arrow({"row": [0, 1, 2]}, ["row"], 1)),
     "damaged": lambda: opened("damaged"),
-    "skip": lambda: opened("damaged", on_bad_file="skip"),
+    "skip": lambda: opened("damaged", read=ReadOptions(on_bad_file="skip")),
     "missing": lambda: opened("missing"),
-    "by hand": lambda: [rows(opened("same", rank=0, world_size=size)) for size in (1, 2)] if rank == 0 else None,
+    "by hand": by_hand,
     "workers": lambda: rows(DataLoader(opened("same"), batch_size=None, num_workers=1, multiprocessing_context="fork")),
     "in a worker": lambda: rows(DataLoader(Lazy(), batch_size=None, num_workers=1, multiprocessing_context="fork")),
     "windows": lambda: names(Windows(mine / "hours", idle_s=0)),
@@ -138,32 +143,36 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("scenario", "found"),
     [
-        ("file", "2.parquet has None on rank 0 and (20, 10) on rank 1"),
-        ("rows", "1.parquet has (20, 10) on rank 0 and (20, 11) on rank 1"),
+        ("file", "2.parquet has None on rank 0 and [20, 10] on rank 1"),
+        ("rows", "1.parquet has [20, 10] on rank 0 and [20, 11] on rank 1"),
         ("order", "its files are in another order"),
         ("batch size", "batch_size is 10 on rank 0 and 11 on rank 1"),
         ("seed", "seed is 0 on rank 0 and 1 on rank 1"),
         ("memory", "data in memory"),
-        ("skip", "0.parquet has (20, 10) on rank 0 and None on rank 1"),
+        ("skip", "0.parquet has [20, 10] on rank 0 and None on rank 1"),
     ],
 )
 def test_ranks_that_found_other_things_all_raise(said: list[dict[str, Any]], scenario: str, found: str) -> None:
     for rank in said:
-        assert rank[scenario].startswith("ValueError: ColumnDataset: all ranks must open the same, and rank 1 found")
+        assert rank[scenario].startswith(
+            "ValueError: ColumnDataset: all ranks must open the same data, but rank 1 differs from rank 0: "
+        )
         assert found in rank[scenario]
-        assert rank[scenario].endswith("; open it alike on all ranks, once all files are there")
+        assert rank[scenario].endswith(
+            "; open it with the same files and options on all ranks, once all files are there"
+        )
     assert said[0][scenario] == said[1][scenario]
 
 
 def test_what_was_left_out_is_named(said: list[dict[str, Any]]) -> None:
-    assert "rank 1 left out" in said[0]["skip"]
+    assert "rank 1 skipped" in said[0]["skip"]
     assert "rank-1/damaged/0.parquet" in said[0]["skip"]
 
 
 @pytest.mark.parametrize(("scenario", "error"), [("damaged", "BadFileError"), ("missing", "FileNotFoundError")])
 def test_a_rank_that_cannot_open_tells_the_others(said: list[dict[str, Any]], scenario: str, error: str) -> None:
     assert said[1][scenario].startswith(f"{error}: ")
-    assert said[0][scenario].startswith(f"ValueError: ColumnDataset: rank 1 could not open the data set ({error}: ")
+    assert said[0][scenario].startswith(f"ValueError: ColumnDataset: rank 1 could not open the dataset ({error}: ")
 
 
 def test_the_same_data_elsewhere_is_the_same(said: list[dict[str, Any]]) -> None:
@@ -188,12 +197,14 @@ def test_the_first_rank_chooses_the_windows(said: list[dict[str, Any]]) -> None:
 
 def test_what_fails_on_the_first_rank_fails_on_all(said: list[dict[str, Any]]) -> None:
     assert said[0]["failing"] == "PermissionError: not yours"
-    assert said[1]["failing"].startswith("RuntimeError: columnio: rank 0, which chooses for all, failed: Permission")
+    assert said[1]["failing"].startswith(
+        "RuntimeError: columnio: rank 0, which chooses for all ranks, failed: Permission"
+    )
 
 
 def test_one_process_compares_nothing() -> None:
     assert not has_other_ranks()
-    with agreement(together=False) as found:
-        found["rows"] = 3
-    with pytest.raises(LookupError), agreement(together=False):
+    with open_on_all_ranks(ShardOptions()) as opening:
+        assert not opening.together
+    with pytest.raises(LookupError), open_on_all_ranks(ShardOptions()):
         raise LookupError

@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import BadFileError, ColumnDataset
+from recis_hybrid.columnio import BadFileError, ColumnDataset, ReadOptions, ShardOptions
 from recis_hybrid.ragged import Batch
 
 ROWS = 5000
@@ -64,15 +65,15 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
-def test_a_file_cut_off_is_refused_or_skipped(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
+def test_a_file_cut_off_is_refused_or_skipped(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
     write(tmp_path / f"a{suffix}")
     write(tmp_path / f"b{suffix}", ROWS)
     cut_off(tmp_path / f"a{suffix}")
     with pytest.raises(BadFileError, match=rf"a{suffix}.*write it anew, or leave it out"):
-        list(ColumnDataset(tmp_path, ["row", "noise"], 100, **options))
+        list(ColumnDataset(tmp_path, ["row", "noise"], 100, read=read))
     with pytest.warns(RuntimeWarning, match=rf"left out .*a{suffix}"):
-        data = ColumnDataset(tmp_path, ["row", "noise"], 100, on_bad_file="skip", **options)
+        data = ColumnDataset(tmp_path, ["row", "noise"], 100, read=replace(read, on_bad_file="skip"))
     assert rows_of(data) == list(range(ROWS, 2 * ROWS))
     (skipped,) = data.skipped
     assert (skipped.file, skipped.rows) == (str(tmp_path / f"a{suffix}"), 0)
@@ -93,7 +94,7 @@ def test_a_file_without_a_byte(tmp_path: Path, suffix: str) -> None:
     if suffix in (".csv", ".jsonl"):
         # No line is no row.
         assert ColumnDataset(tmp_path, ["row"], 10).num_rows == ROWS
-        with pytest.raises(ValueError, match="there is not one row in"):
+        with pytest.raises(ValueError, match="there is no row in"):
             ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
     else:
         with pytest.raises(BadFileError, match=rf"a{suffix} \(0 bytes\) is no whole"):
@@ -105,7 +106,7 @@ def test_a_file_without_a_row(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"b{suffix}")
     write(tmp_path / f"a{suffix}", rows=0)
     assert rows_of(ColumnDataset(tmp_path, ["row"], 100)) == list(range(ROWS))
-    with pytest.raises(ValueError, match="there is not one row in"):
+    with pytest.raises(ValueError, match="there is no row in"):
         ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
 
 
@@ -129,23 +130,26 @@ def test_an_unknown_column_and_one_that_changes_its_type(tmp_path: Path, suffix:
     else:
         writers[suffix]()
     with pytest.raises(
-        ValueError, match=rf"files must agree about their columns, and 'row' is int64 in .*a{suffix} but"
+        ValueError, match=rf"files must agree about their columns, but 'row' is int64 in .*a{suffix} and"
     ):
         ColumnDataset(tmp_path, ["row"], 10)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
-def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(
-    tmp_path: Path, shuffle: bool, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
+def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(tmp_path: Path, shuffle: bool, read: ReadOptions) -> None:
     write(tmp_path / "a.parquet")
     flip(tmp_path / "a.parquet")
     left = [*range(3000), *range(4000, ROWS)]
 
     def opened(**more: Any) -> ColumnDataset:
         return ColumnDataset(
-            tmp_path, ["row", "noise"], 300, shuffle=shuffle, shuffle_buffer=700, on_bad_file="skip", **options, **more
+            tmp_path,
+            ["row", "noise"],
+            300,
+            shuffle=shuffle,
+            read=replace(read, shuffle_buffer=700, on_bad_file="skip"),
+            **more,
         )
 
     data = opened()
@@ -158,7 +162,7 @@ def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(
     assert (skipped.piece, skipped.rows) == ("row group 3", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        ranks = [opened(rank=rank, world_size=2) for rank in range(2)]
+        ranks = [opened(shard=ShardOptions(rank=rank, world_size=2)) for rank in range(2)]
         passes = [iter(rank) for rank in ranks]
         seen = [next(each) for _ in range(4) for each in passes]
         rest = opened()
@@ -170,7 +174,7 @@ def test_damage_in_mid_scan_is_named_and_raised(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     flip(tmp_path / "a.parquet")
     seen: list[int] = []
-    data = ColumnDataset(tmp_path, ["row", "noise"], 1000, num_threads=2)
+    data = ColumnDataset(tmp_path, ["row", "noise"], 1000, read=ReadOptions(num_threads=2))
 
     def consume() -> None:
         for batch in data:
@@ -189,7 +193,7 @@ def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"b{suffix}", ROWS)
     paths = [folder, tmp_path / f"b{suffix}"]
     strict = ColumnDataset(paths, ["row"], 100)
-    lenient = ColumnDataset(paths, ["row"], 100, on_bad_file="skip")
+    lenient = ColumnDataset(paths, ["row"], 100, read=ReadOptions(on_bad_file="skip"))
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=rf"a{suffix} was there when the data set was made and is not now"):
         list(strict)
@@ -218,15 +222,13 @@ def write_anew(path: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("options", [{}, {"num_threads": 2}, {"prefetch": 0}])
-def test_a_file_written_anew_is_not_read_as_the_one_before(
-    tmp_path: Path, suffix: str, options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
+def test_a_file_written_anew_is_not_read_as_the_one_before(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
     path = tmp_path / f"a{suffix}"
     write(path)
     write(tmp_path / f"b{suffix}", ROWS)
-    strict = ColumnDataset(tmp_path, ["row"], 100, **options)
-    lenient = ColumnDataset(tmp_path, ["row"], 100, on_bad_file="skip", **options)
+    strict = ColumnDataset(tmp_path, ["row"], 100, read=read)
+    lenient = ColumnDataset(tmp_path, ["row"], 100, read=replace(read, on_bad_file="skip"))
     assert rows_of(strict) == list(range(2 * ROWS))
     write_anew(path, first=7)
     with pytest.raises(
@@ -252,7 +254,7 @@ def test_a_parquet_file_of_other_types_or_columns_is_not_read_by_the_footer_of_b
 def test_a_file_written_anew_in_the_middle_gives_none_of_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write(path)
-    passing = iter(ColumnDataset(path, ["row"], 100, decoded_rows=100, prefetch=0))
+    passing = iter(ColumnDataset(path, ["row"], 100, read=ReadOptions(decoded_rows=100, prefetch=0)))
     seen = rows_of(islice(passing, 3))
     write_anew(path, first=ROWS)
     with pytest.raises(BadFileError, match=r"a\.parquet was written anew since"):
@@ -263,7 +265,7 @@ def test_a_file_written_anew_in_the_middle_gives_none_of_its_rows(tmp_path: Path
 def test_a_file_removed_while_it_is_open_is_read_to_the_end_of_its_piece(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write(path, rows=1000)
-    passing = iter(ColumnDataset(path, ["row"], 100, decoded_rows=100, prefetch=0))
+    passing = iter(ColumnDataset(path, ["row"], 100, read=ReadOptions(decoded_rows=100, prefetch=0)))
     next(passing)
     path.unlink()
     assert rows_of(passing) == list(range(100, 1000))

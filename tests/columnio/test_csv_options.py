@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, CsvOptions, Dense, Text
+from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, CsvOptions, Dense, ReadOptions, Text
 from recis_hybrid.columnio.files.paths import find_files
 from recis_hybrid.columnio.formats.delimited import _Text
 from recis_hybrid.ragged import RaggedTensor
@@ -52,7 +52,9 @@ def test_line_breaks_in_values_beyond_the_first_block(tmp_path: Path, end: str, 
     path = tmp_path / "a.csv"
     path.write_bytes(sink.getvalue().encode())
     assert path.stat().st_size > 2 * BLOCK
-    data = ColumnDataset(path, {"x": None, "text": Text()}, 8192, on_bad_file=bad, num_threads=threads)
+    data = ColumnDataset(
+        path, {"x": None, "text": Text()}, 8192, read=ReadOptions(on_bad_file=bad, num_threads=threads)
+    )
     assert numbers(data) == list(range(len(texts)))
     assert strings(data) == [text.encode() for text in texts]
     assert data.skipped == []
@@ -110,7 +112,7 @@ def test_a_row_that_is_longer_than_a_block(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_dialects(tmp_path: Path, text: str, options: CsvOptions, want: list[bytes], end: str) -> None:
     (tmp_path / "a.csv").write_bytes(text.replace("\n", end).encode())
-    data = ColumnDataset(tmp_path, {"x": None, "text": Text(default="?")}, 10, csv=options)
+    data = ColumnDataset(tmp_path, {"x": None, "text": Text(default="?")}, 10, read=ReadOptions(csv=options))
     assert strings(data) == [value.replace(b"\n", end.encode()) for value in want]
     assert numbers(data) == list(range(1, len(want) + 1))
 
@@ -119,14 +121,16 @@ def test_comments_beyond_the_first_block(tmp_path: Path) -> None:
     lines = [f'{row},"q\n# {row}"' if row % 3 else f"# {row}" for row in range(BLOCK // 10)]
     (tmp_path / "a.csv").write_text("x,text\n" + "\n".join(lines) + "\n")
     kept = [row for row in range(len(lines)) if row % 3]
-    data = ColumnDataset(tmp_path, {"x": None, "text": Text()}, 8192, csv=CsvOptions(comment="#"))
+    data = ColumnDataset(tmp_path, {"x": None, "text": Text()}, 8192, read=ReadOptions(csv=CsvOptions(comment="#")))
     assert numbers(data) == kept
     assert strings(data) == [f"q\n# {row}".encode() for row in kept]
 
 
 def test_nulls_of_numbers_as_they_are_spelled(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n1\n\\N\n-\n")
-    data = ColumnDataset(tmp_path, {"x": Dense(torch.int64, default=0)}, 10, csv=CsvOptions(null_values=["\\N", "-"]))
+    data = ColumnDataset(
+        tmp_path, {"x": Dense(torch.int64, default=0)}, 10, read=ReadOptions(csv=CsvOptions(null_values=["\\N", "-"]))
+    )
     assert numbers(data) == [1, 0, 0]
 
 
@@ -142,7 +146,7 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
         # It says so itself.
         options.append(CsvOptions())
     for each in options:
-        data = ColumnDataset(tmp_path, specs, 8192, csv=each)
+        data = ColumnDataset(tmp_path, specs, 8192, read=ReadOptions(csv=each))
         assert strings(data, f"text{word}") == [value.encode() for value in texts]
         assert numbers(data) == list(range(len(texts)))
 
@@ -155,11 +159,18 @@ def test_another_encoding_is_no_damage(tmp_path: Path, bad: Any, first: int) -> 
         with pytest.raises(
             ValueError, match=r"'text' of .*a\.csv is not text in utf-8 .*CsvOptions\(encoding="
         ) as caught:
-            list(ColumnDataset(tmp_path, specs, 8192, on_bad_file=bad))
+            list(ColumnDataset(tmp_path, specs, 8192, read=ReadOptions(on_bad_file=bad)))
         assert not isinstance(caught.value, BadFileError)
-    assert strings(ColumnDataset(tmp_path, ["text"], 8192, csv=CsvOptions(encoding="latin-1")))[-1] == "é".encode()
+    assert (
+        strings(ColumnDataset(tmp_path, ["text"], 8192, read=ReadOptions(csv=CsvOptions(encoding="latin-1"))))[-1]
+        == "é".encode()
+    )
     with pytest.raises(ValueError, match=r"a\.csv is not text in shift-jis .*encoding="):
-        list(ColumnDataset(tmp_path, ["text"], 8192, on_bad_file=bad, csv=CsvOptions(encoding="shift-jis")))
+        list(
+            ColumnDataset(
+                tmp_path, ["text"], 8192, read=ReadOptions(on_bad_file=bad, csv=CsvOptions(encoding="shift-jis"))
+            )
+        )
 
 
 # Bad rows
@@ -173,14 +184,14 @@ def test_a_row_of_another_length_is_named(tmp_path: Path) -> None:
     good.write_text("x,y\n5,6\n")
     said = rf"Row #{rows + 2}: Expected 2 columns, got 1: 3; delimiter, quote"
     with pytest.raises(BadFileError, match=rf"a\.csv .*{said}"):
-        list(ColumnDataset([path, good], ["x"], 8192, num_threads=2))
+        list(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(num_threads=2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert numbers(ColumnDataset([path, good], ["x"], 8192, on_bad_file="skip"))[-1] == 5
+        assert numbers(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file="skip")))[-1] == 5
     # Where the user says how it is written, that may be what is wrong: nothing is left out.
     for bad in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"cannot be read by CsvOptions\(.*Expected 2 columns, got 1") as caught:
-            list(ColumnDataset([path, good], ["x"], 8192, on_bad_file=bad, csv=CsvOptions()))  # type: ignore[arg-type]
+            list(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file=bad, csv=CsvOptions())))  # type: ignore[arg-type]
         assert not isinstance(caught.value, BadFileError)
 
 
@@ -188,7 +199,11 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('x,y\n1,2\n"3,4\n' + "5,6\n" * 100)
     with pytest.raises(BadFileError, match=r"a\.csv .*Row #3: Expected 2 columns, got 1"):
         ColumnDataset(tmp_path, ["x"], 10)
-    assert numbers(ColumnDataset(tmp_path, {"y": None}, 200, csv=CsvOptions(quote=None)), "y") == [2, 4, *[6] * 100]
+    assert numbers(ColumnDataset(tmp_path, {"y": None}, 200, read=ReadOptions(csv=CsvOptions(quote=None))), "y") == [
+        2,
+        4,
+        *[6] * 100,
+    ]
 
 
 def test_a_value_of_another_type_is_named_with_its_row(tmp_path: Path) -> None:
@@ -196,7 +211,7 @@ def test_a_value_of_another_type_is_named_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n" + "1\n" * rows + "one\n")
     for spec in (None, Dense(torch.int64), Dense(torch.float32)):
         with pytest.raises(ValueError, match=rf"'x' of .*a\.csv has the value 'one' in row {rows + 2}, which is no"):
-            list(ColumnDataset(tmp_path, {"x": spec}, 65_536, num_threads=2))
+            list(ColumnDataset(tmp_path, {"x": spec}, 65_536, read=ReadOptions(num_threads=2)))
 
 
 # Numbers as text
@@ -213,7 +228,7 @@ def test_integers_that_are_written_as_floats(tmp_path: Path, first: int) -> None
     (tmp_path / "a.csv").write_text("x\n" + "0\n" * first + "1.0\n2.5\n")
     for bad in ("raise", "skip"):
         with pytest.raises(ValueError, match=rf"has the value '2\.5' in row {first + 3}, which is no int64"):
-            list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 65_536, on_bad_file=bad))  # type: ignore[arg-type]
+            list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 65_536, read=ReadOptions(on_bad_file=bad)))  # type: ignore[arg-type]
 
 
 def test_large_ids_beside_nulls_keep_their_bits(tmp_path: Path) -> None:
@@ -277,7 +292,9 @@ def test_text_files_of_any_name_are_read_in_folders(tmp_path: Path, packed: str,
 
 def test_options_make_csv_of_a_name_that_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "u.data").write_text("1\t2\n3\t4\n")
-    data = ColumnDataset(tmp_path / "u.data", ["y"], 10, csv=CsvOptions(delimiter="\t", column_names=["x", "y"]))
+    data = ColumnDataset(
+        tmp_path / "u.data", ["y"], 10, read=ReadOptions(csv=CsvOptions(delimiter="\t", column_names=["x", "y"]))
+    )
     assert numbers(data, "y") == [2, 4]
 
 
@@ -287,14 +304,14 @@ def test_options_that_cannot_be_meant_are_refused() -> None:
         ({"quote": ""}, "quote must be one ASCII character"),
         ({"delimiter": "\n"}, "delimiter must not be a line break"),
         ({"delimiter": '"'}, "delimiter, quote and escape must differ"),
-        ({"comment": ""}, "comment must be what a line begins with"),
+        ({"comment": ""}, "comment must be a prefix of a line"),
         ({"encoding": "latin-99"}, "encoding must be one that Python knows"),
-        ({"column_names": []}, "column_names must be one name or more"),
-        ({"column_names": ["a", "a"]}, "column_names must be one name or more, each once"),
+        ({"column_names": []}, "column_names must be at least one name"),
+        ({"column_names": ["a", "a"]}, "column_names must be at least one name, without repetition"),
     ):
         with pytest.raises(ValueError, match=said):
             CsvOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"csv must be a CsvOptions, got \{'delimiter': ';'\}"):
-        ColumnDataset("a.csv", ["x"], 10, csv={"delimiter": ";"})  # type: ignore[arg-type]
+        ColumnDataset("a.csv", ["x"], 10, read=ReadOptions(csv={"delimiter": ";"}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"null_values must be a sequence of strings, got a str; write \['NA'\]"):
         CsvOptions(null_values="NA")

@@ -19,8 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, Text
-from recis_hybrid.columnio.files.file_set import Files, Piece
+from recis_hybrid.columnio import ColumnDataset, Dense, Ragged, ReadOptions, ShardOptions, Text
+from recis_hybrid.columnio.files.file_set import FileSet, Piece
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.columns import dense
 
@@ -72,7 +72,9 @@ def no_reader_is_left() -> bool:
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_all_columns_of_a_row_stay_together(folder: Path, shuffle: bool, prefetch: int) -> None:
-    data = ColumnDataset(folder, ["label", "text", "row", "list"], 6, shuffle=shuffle, prefetch=prefetch)
+    data = ColumnDataset(
+        folder, ["label", "text", "row", "list"], 6, shuffle=shuffle, read=ReadOptions(prefetch=prefetch)
+    )
     seen: list[int] = []
     for batch in data:
         assert list(batch) == ["label", "text", "row", "list"]
@@ -117,14 +119,14 @@ def test_transforms_run_in_the_readers_thread(folder: Path) -> None:
 
 def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, int]] = []
-    read = Files.read
+    read = FileSet.read
 
-    def watched(self: Files, piece: Piece, *how: int) -> Iterator[Any]:
+    def watched(self: FileSet, piece: Piece, *how: int) -> Iterator[Any]:
         for batch in read(self, piece, *how):
             decoded.append((batch.batch.column("row").buffers()[1].address, batch.num_rows * 8))
             yield batch
 
-    monkeypatch.setattr(Files, "read", watched)
+    monkeypatch.setattr(FileSet, "read", watched)
     # Row groups of 5 (and of 3 and 2 at ends of files): batches of 1 never lie in two of them.
     kept = list(open_rows(folder, 1))
     pointers = [dense(batch).data_ptr() for batch in kept]
@@ -142,10 +144,10 @@ def test_the_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
         return list(chain.from_iterable(rows_of(data)))
 
     first = order(1, 0)
-    assert first == order(1, 0, prefetch=0)
+    assert first == order(1, 0, read=ReadOptions(prefetch=0))
     assert len({tuple(order(*path)) for path in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]}) == 5
     # A buffer smaller than the data shuffles row groups, and rows within blocks.
-    small = order(1, 0, shuffle_buffer=4)
+    small = order(1, 0, read=ReadOptions(shuffle_buffer=4))
     assert sorted(small) == list(range(ROWS))
     assert small not in (first, list(range(ROWS)))
 
@@ -174,7 +176,7 @@ def test_an_older_pass_no_longer_moves_the_dataset(folder: Path) -> None:
 
 def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": range(80)}), tmp_path / "part.parquet")
-    blocks = rows_of(open_rows(tmp_path, 20, shuffle=True, shuffle_buffer=20))
+    blocks = rows_of(open_rows(tmp_path, 20, shuffle=True, read=ReadOptions(shuffle_buffer=20)))
     assert [sorted(block) for block in blocks] == [list(range(first, first + 20)) for first in range(0, 80, 20)]
     assert len({tuple(row % 20 for row in block) for block in blocks}) == 4
 
@@ -183,7 +185,10 @@ def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 9, 60])
 def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:
     alone = rows_of(open_rows(folder, 4, shuffle=shuffle))
-    ranks = [open_rows(folder, 4, shuffle=shuffle, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        open_rows(folder, 4, shuffle=shuffle, shard=ShardOptions(rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
     got = [rows_of(data) for data in ranks]
     turns = ROWS // (4 * world_size)
     assert [batches[:turns] for batches in got] == [
@@ -199,15 +204,15 @@ def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool
 
 def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[Piece] = []
-    read = Files.read
+    read = FileSet.read
 
-    def watched(self: Files, piece: Piece, *how: int) -> Iterator[Any]:
+    def watched(self: FileSet, piece: Piece, *how: int) -> Iterator[Any]:
         pieces.append(piece)
         return read(self, piece, *how)
 
-    monkeypatch.setattr(Files, "read", watched)
+    monkeypatch.setattr(FileSet, "read", watched)
     # 24 and 23 rows to two ranks: the first needs only the row groups that begin before row 24.
-    assert rows_of(open_rows(folder, 24, rank=0, world_size=2)) == [list(range(24))]
+    assert rows_of(open_rows(folder, 24, shard=ShardOptions(rank=0, world_size=2))) == [list(range(24))]
     assert sum(piece.rows for piece in pieces) == 25
 
 
@@ -219,15 +224,15 @@ def test_arrow_decodes_in_its_threads_where_ours_are_fewer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int, num_threads: int, arrows_own: bool
 ) -> None:
     asked: set[bool] = set()
-    read = Files.read
+    read = FileSet.read
 
-    def watched(self: Files, piece: Piece, rows: int, threads: bool) -> Iterator[Any]:
+    def watched(self: FileSet, piece: Piece, rows: int, threads: bool) -> Iterator[Any]:
         asked.add(threads)
         return read(self, piece, rows, threads)
 
-    monkeypatch.setattr(Files, "read", watched)
+    monkeypatch.setattr(FileSet, "read", watched)
     # The files have 3, 0, 2 and 6 row groups.
-    data = open_rows(folder, num_threads=num_threads, prefetch=prefetch)
+    data = open_rows(folder, read=ReadOptions(num_threads=num_threads, prefetch=prefetch))
     assert [row for rows in rows_of(data) for row in rows] == list(range(ROWS))
     assert asked == {arrows_own}
 
@@ -235,7 +240,7 @@ def test_arrow_decodes_in_its_threads_where_ours_are_fewer(
 @pytest.mark.parametrize(("decoded_rows", "held"), [(1, 6), (12, 12), (13, 18), (1000, 30)])
 def test_decoded_rows_bound_what_a_batch_keeps_in_memory(tmp_path: Path, decoded_rows: int, held: int) -> None:
     pq.write_table(pa.table({"row": pa.array(range(30), pa.int64())}), tmp_path / "part.parquet")
-    data = open_rows(tmp_path, 6, decoded_rows=decoded_rows, prefetch=0)
+    data = open_rows(tmp_path, 6, read=ReadOptions(decoded_rows=decoded_rows, prefetch=0))
     files = data._reader.files
     chunks = [rows.num_rows for rows in files.read(files.pieces[0], data._reader.decoded_rows)]
     assert max(chunks) == held
@@ -252,13 +257,14 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
         "order": {
             "shuffle": draw(st.booleans()),
             "seed": draw(st.integers(0, 5)),
-            "shuffle_buffer": draw(st.sampled_from([1, 4, 11, 1000])),
         },
+        "shuffle_buffer": draw(st.sampled_from([1, 4, 11, 1000])),
         "epoch": draw(st.integers(0, 3)),
         "turns": draw(st.integers(0, 12)),
         "filters": draw(st.sampled_from([None, [("label", "=", 1)], [("row", ">=", 18), ("row", "<", 31)]])),
-        "before": {**draw(_reading()), "world_size": before},
-        "now": {**draw(_reading()), "world_size": now},
+        "before": draw(_reading()),
+        "now": draw(_reading()),
+        "world_sizes": (before, now),
     }
 
 
@@ -272,14 +278,24 @@ def _reading() -> st.SearchStrategy[dict[str, int]]:
 @settings(max_examples=80)
 @given(plan=plans())
 def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str, Any]) -> None:
+    def ranks_of(when: str, world_size: int) -> list[ColumnDataset]:
+        reading = dict(plan[when])
+        batch_size = reading.pop("batch_size")
+        read = ReadOptions(shuffle_buffer=plan["shuffle_buffer"], **reading)
+        return [
+            open_rows(
+                folder, batch_size, read=read, shard=ShardOptions(rank=rank, world_size=world_size), **plan["order"]
+            )
+            for rank in range(world_size)
+        ]
+
     plan["order"]["filters"] = plan["filters"]
-    whole = open_rows(folder, **plan["order"])
+    whole = open_rows(folder, read=ReadOptions(shuffle_buffer=plan["shuffle_buffer"]), **plan["order"])
     whole.set_epoch(plan["epoch"])
     expected = list(chain.from_iterable(rows_of(whole)))
 
-    ranks = [
-        open_rows(folder, rank=rank, **plan["order"], **plan["before"]) for rank in range(plan["before"]["world_size"])
-    ]
+    before, now = plan["world_sizes"]
+    ranks = ranks_of("before", before)
     # All ranks stop after as many turns, as a training job does; no rank gets more of them than the first, and in the
     # last turn some may get nothing.
     turns = min(plan["turns"], len(ranks[0]))
@@ -290,8 +306,7 @@ def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str
     state = json.loads(json.dumps(ranks[0].state_dict()))
 
     left: list[list[list[int]]] = []
-    for rank in range(plan["now"]["world_size"]):
-        data = open_rows(folder, rank=rank, **plan["order"], **plan["now"])
+    for data in ranks_of("now", now):
         data.load_state_dict(state)
         left.append(rows_of(iter(data)))
         assert data.epoch == plan["epoch"] + 1
@@ -311,8 +326,8 @@ def test_a_state_is_resumed_in_a_new_process_which_may_end_in_the_middle(folder:
     passing = iter(data)
     assert rows_of(islice(passing, 3)) == whole[:3]
     program = (
-        "import json, sys\nfrom recis_hybrid.columnio import ColumnDataset\n"
-        "data = ColumnDataset(sys.argv[1], ['row'], 6, shuffle=True, seed=3, prefetch=4)\n"
+        "import json, sys\nfrom recis_hybrid.columnio import ColumnDataset, ReadOptions\n"
+        "data = ColumnDataset(sys.argv[1], ['row'], 6, shuffle=True, seed=3, read=ReadOptions(prefetch=4))\n"
         "data.load_state_dict(json.loads(sys.argv[2]))\n"
         "passing = iter(data)\nprint(json.dumps([next(passing)['row'].tolist() for _ in range(2)]))\n"
     )
@@ -348,13 +363,13 @@ def test_a_loaded_state_counts_for_one_pass_and_its_own_epoch(folder: Path) -> N
 
 def test_states_of_something_else_are_refused(folder: Path) -> None:
     state = open_rows(folder, shuffle=True, seed=1).state_dict()
-    with pytest.raises(ValueError, match=r"another order than when the state was taken \(seed was 1 and is 2\)"):
+    with pytest.raises(ValueError, match=r"another order than when the state was saved \(seed was 1 and is 2\)"):
         open_rows(folder, shuffle=True, seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match="shuffle_buffer was 262144 and is None"):
         open_rows(folder).load_state_dict(state)
-    with pytest.raises(ValueError, match="rows was 47 and is 13.*open the dataset as it was then, or begin anew"):
+    with pytest.raises(ValueError, match="rows was 47 and is 13.*open the dataset with the same files and options, or"):
         open_rows(folder / "part-0.parquet", shuffle=True, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="this is no reading position"):
+    with pytest.raises(ValueError, match="this is not a reading position"):
         open_rows(folder).load_state_dict({"step": 3})
     with pytest.raises(ValueError, match="there is no row 48 of epoch 0 in 47 rows"):
         open_rows(folder, shuffle=True, seed=1).load_state_dict(state | {"row": 48})
@@ -367,7 +382,7 @@ def test_a_state_is_of_files_by_their_places_below_the_common_folder(tmp_path: P
         pq.write_table(pa.table({"row": range(first, first + 10)}), path)
     one, two = tmp_path / "day=1", tmp_path / "day=2"
     state = ColumnDataset([one, two], ["row"], 5).state_dict()
-    with pytest.raises(ValueError, match="another order than when the state was taken .pieces was"):
+    with pytest.raises(ValueError, match="another order than when the state was saved .pieces was"):
         ColumnDataset([two, one], ["row"], 5).load_state_dict(state)
     # Where the data lies does not count.
     ColumnDataset(tmp_path / "x", ["row"], 5).load_state_dict(state)
@@ -394,7 +409,7 @@ def test_an_error_of_a_transform_arrives_as_itself(folder: Path, prefetch: int) 
     seen: list[list[int]] = []
 
     def consume() -> None:
-        for batch in open_rows(folder, transforms=transform, prefetch=prefetch):
+        for batch in open_rows(folder, transforms=transform, read=ReadOptions(prefetch=prefetch)):
             seen.append(dense(batch).tolist())
 
     with pytest.raises(LookupError) as caught:
@@ -419,6 +434,13 @@ def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
     assert len(rows_of(data)) == ROWS
 
 
+def test_a_dataset_and_its_reader_show_what_they_read(folder: Path) -> None:
+    data = open_rows(folder, shard=ShardOptions(rank=1, world_size=2))
+    assert repr(data).startswith(f"ColumnDataset(3 files from {folder}")
+    assert repr(data).endswith("; 47 rows; batch_size=6, rank 1 of 2; columns {row: Dense(torch.int64)})")
+    assert repr(data._reader).startswith("Reader(3 files, 11 pieces, 47 rows, order of the files; batch_size=6, Read")
+
+
 # Bad input
 
 
@@ -427,12 +449,7 @@ def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": -5}, "batch_size must be at least 1, got -5"),
-        ({"prefetch": -1}, "prefetch must be at least 0, got -1"),
         ({"seed": -1, "shuffle": True}, "seed must be at least 0, got -1"),
-        ({"rank": 0, "world_size": 0}, "world_size must be at least 1, got 0"),
-        ({"rank": 2, "world_size": 2}, "rank must be less than world_size, got 2 of 2"),
-        ({"shuffle": True, "shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
-        ({"decoded_rows": 0}, "decoded_rows must be at least 1, got 0"),
         ({"batch_size": 48, "drop_remainder": True}, "drop_remainder leaves no batch of 47 rows.*smaller batch_size"),
     ],
 )
@@ -448,7 +465,7 @@ def test_arguments_of_wrong_types_are_refused(folder: Path) -> None:
     for wrong in (None, 3, [1, 2], [pa.array([1])], {1: None}):
         with pytest.raises(TypeError, match="ColumnDataset: columns must be names, or specs by name, got"):
             ColumnDataset.from_arrow({"row": [1]}, wrong, 4)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"columns must be names or specs by name, got a str; write \['row'\]"):
+    with pytest.raises(TypeError, match=r"columns must be names, or specs by name, got a str; write \['row'\]"):
         ColumnDataset(folder, "row", 6)
     with pytest.raises(ValueError, match="columns must name at least one column, got none"):
         ColumnDataset(folder, [], 6)

@@ -17,7 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio import (
+    BadFileError,
+    Column,
+    ColumnDataset,
+    Dense,
+    Ragged,
+    ReadOptions,
+    ShardOptions,
+    Text,
+    Weighted,
+)
 from recis_hybrid.columnio.files.file_set import OpenedFile
 from recis_hybrid.columnio.formats import SUFFIXES, format_of
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -115,7 +125,7 @@ def rows_of(data: ColumnDataset) -> list[int]:
 def test_every_format_gives_every_kind_of_column(tmp_path: Path, suffix: str, threads: int) -> None:
     NESTED[suffix](table(0, 20), tmp_path / f"a{suffix}")
     NESTED[suffix](table(20, ROWS), tmp_path / f"b{suffix}")
-    data = ColumnDataset(tmp_path, table().column_names, 7, num_threads=threads)
+    data = ColumnDataset(tmp_path, table().column_names, 7, read=ReadOptions(num_threads=threads))
     seen: list[int] = []
     for batch in data:
         rows = dense(batch).tolist()
@@ -143,10 +153,10 @@ def test_every_format_is_resumed_on_another_number_of_ranks(tmp_path: Path, suff
 
     whole = rows_of(opened())
     assert sorted(whole) == list(range(ROWS))
-    ranks = [opened(rank=rank, world_size=2) for rank in range(2)]
+    ranks = [opened(shard=ShardOptions(rank=rank, world_size=2)) for rank in range(2)]
     passes = [iter(rank) for rank in ranks]
     seen = [dense(next(each)).tolist() for _ in range(3) for each in passes]
-    left = [opened(rank=rank, world_size=3) for rank in range(3)]
+    left = [opened(shard=ShardOptions(rank=rank, world_size=3)) for rank in range(3)]
     for rank in left:
         rank.load_state_dict(ranks[1].state_dict())
     rest = [rows_of(rank) for rank in left]
@@ -269,7 +279,10 @@ def test_rows_are_counted_after_the_filter(tmp_path: Path, suffix: str, filters:
     data = ColumnDataset(tmp_path, ["row"], 2, filters=filters)
     assert data.num_rows == len(want)
     assert rows_of(data) == want
-    ranks = [ColumnDataset(tmp_path, ["row"], 2, filters=filters, rank=rank, world_size=2) for rank in range(2)]
+    ranks = [
+        ColumnDataset(tmp_path, ["row"], 2, filters=filters, shard=ShardOptions(rank=rank, world_size=2))
+        for rank in range(2)
+    ]
     passes = [iter(rank) for rank in ranks]
     seen = [dense(next(each)).tolist() for each in passes]
     data.load_state_dict(ranks[0].state_dict())
@@ -300,7 +313,7 @@ def test_filters_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("nowhere") > 1)
     with pytest.raises(TypeError, match="filters must be a pyarrow expression or a list of"):
         ColumnDataset(tmp_path, ["row"], 5, filters=7)
-    with pytest.raises(ValueError, match=r"there is not one row that suits the filters \(row > 99\)"):
+    with pytest.raises(ValueError, match=r"there is no row that matches the filters \(row > 99\)"):
         ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("row") > 99)
     state = ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("row") > 1).state_dict()
     with pytest.raises(ValueError, match=r"filters was '\(row > 1\)' and is '\(row >= 2\)'"):
@@ -396,7 +409,7 @@ def test_real_data_is_the_same_in_every_format(data_dir: Path, tmp_path: Path, n
         # Text does not tell a file's int32 or float from wider numbers, nor a string of digits from a number.
         specs[field.name] = Text(default="") if pa.types.is_string(field.type) else None
     got: dict[str, list[Any]] = {name: [] for name in specs}
-    for batch in ColumnDataset(tmp_path, specs, 4096, num_threads=2):
+    for batch in ColumnDataset(tmp_path, specs, 4096, read=ReadOptions(num_threads=2)):
         for column, values in batch.items():
             if isinstance(values, RaggedTensor):
                 values.validate()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.columnio import ColumnDataset, ShardOptions
 from tests.support.columns import dense
 from tests.support.workers import FEW_CORES, FORKED
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, **options: Any) -> ColumnDataset:
-    return ColumnDataset(folder, ["row"], 10, rank=0, world_size=1, **options)
+    return ColumnDataset(folder, ["row"], 10, shard=ShardOptions(rank=0, world_size=1), **options)
 
 
 def rows_of(batches: Any) -> list[int]:

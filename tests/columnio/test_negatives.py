@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.utils.data import DataLoader
 
-from recis_hybrid.columnio import ColumnDataset, NegativeSampler
+from recis_hybrid.columnio import ColumnDataset, NegativeSampler, ReadOptions
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.workers import FORKED
 
@@ -154,7 +154,9 @@ def test_a_readers_threads_draw_the_same(tmp_path: Path, threads: int) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
     sampler = NegativeSampler("item", 4, items=torch.arange(100), seed=3)
     later = [dense(sampler(batch)) for batch in ColumnDataset(tmp_path, ["item"], 7, shuffle=True)]
-    data = ColumnDataset(tmp_path, ["item"], 7, shuffle=True, transforms=sampler, num_threads=threads, prefetch=5)
+    data = ColumnDataset(
+        tmp_path, ["item"], 7, shuffle=True, transforms=sampler, read=ReadOptions(num_threads=threads, prefetch=5)
+    )
     got = [dense(batch) for batch in data]
     assert len(got) == len(later)
     assert all(torch.equal(one, other) for one, other in zip(got, later, strict=True))

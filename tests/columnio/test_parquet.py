@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import ColumnDataset, Dense
+from recis_hybrid.columnio import ColumnDataset, Dense, ReadOptions
 
 ROWS = 5000
 
@@ -49,7 +49,7 @@ def test_a_null_in_a_required_column_names_its_rows(tmp_path: Path, prefetch: in
         r"column 'user' of .*part\.parquet \(row group 1, rows 0 to 999 of it\) has 1 null in 1000 values.*default=0"
     )
     with pytest.raises(ValueError, match=message):
-        list(ColumnDataset(path, ["user"], 100, prefetch=prefetch))
+        list(ColumnDataset(path, ["user"], 100, read=ReadOptions(prefetch=prefetch)))
     read = list(ColumnDataset(path, {"user": Dense(default=0)}, ROWS))
     assert read[0]["user"].sum() == ROWS - 1  # type: ignore[union-attr]
 
@@ -76,7 +76,7 @@ def test_a_changed_byte_is_refused_where_the_file_has_checksums(file: Path, pref
     content = bytearray(file.read_bytes())
     content[start + 2000] ^= 1
     file.write_bytes(content)
-    passing = iter(ColumnDataset(file, ["id"], 1000, prefetch=prefetch))
+    passing = iter(ColumnDataset(file, ["id"], 1000, read=ReadOptions(prefetch=prefetch)))
     for _ in range(3):
         next(passing)
     message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: write it anew, or leave it out"
@@ -93,7 +93,7 @@ def test_a_file_that_vanishes_names_itself(file: Path) -> None:
 
 def test_files_that_disagree_are_refused(file: Path, tmp_path: Path) -> None:
     pq.write_table(table(label=[1] * ROWS), tmp_path / "part2.parquet")
-    said = r"'label' is float in .*part\.parquet but int64 in .*part2\.parquet; .* read them apart, or write"
+    said = r"'label' is float in .*part\.parquet and int64 in .*part2\.parquet; .* read the files apart, or rewrite"
     with pytest.raises(ValueError, match=said):
         ColumnDataset(tmp_path, ["id", "label"], 10)
     assert ColumnDataset(tmp_path, ["id"], 10).num_rows == 2 * ROWS
@@ -114,6 +114,6 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_no_rows_are_refused_and_an_empty_file_among_others_is_not(file: Path, tmp_path: Path) -> None:
     pq.write_table(table().slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match=r"there is not one row in .*empty\.parquet; check what wrote the files"):
+    with pytest.raises(ValueError, match=r"there is no row in .*empty\.parquet; check the files and what wrote them"):
         ColumnDataset(tmp_path / "empty.parquet", ["id"], 10)
     assert ColumnDataset(tmp_path, ["id"], 10).num_rows == ROWS

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.columnio.ranks import rank_and_world_size
+from recis_hybrid.columnio import ColumnDataset, ReadOptions, ShardOptions
+from recis_hybrid.columnio.ranks import open_on_all_ranks
 from recis_hybrid.columnio.read.sampler import Batches
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -65,10 +65,8 @@ def test_padded_batches_hold_every_row_once(
             batch_size,
             shuffle=shuffle,
             seed=5,
-            rank=rank,
-            world_size=size,
-            uneven="pad",
-            num_threads=threads,
+            shard=ShardOptions(rank=rank, world_size=size, uneven="pad"),
+            read=ReadOptions(num_threads=threads),
         )
 
     seen: list[int] = []
@@ -105,7 +103,7 @@ def test_wrapped_batches_go_on_from_the_beginning(folder: Path, shuffle: bool, w
     order = list(chain.from_iterable(rows_of(opened())))
     turns = -(-ROWS // (7 * world_size))
     endless = order * 3
-    ranks = [opened(rank=rank, world_size=world_size, uneven="wrap") for rank in range(world_size)]
+    ranks = [opened(shard=ShardOptions(rank=rank, world_size=world_size, uneven="wrap")) for rank in range(world_size)]
     assert [len(data) for data in ranks] == [turns] * world_size
     got = [rows_of(data) for data in ranks]
     for turn in range(turns):
@@ -153,18 +151,19 @@ def test_ranks_get_equally_many_batches_of_about_one_size(
 def test_dropped_turns_leave_equal_numbers(folder: Path, world_size: int) -> None:
     alone = rows_of(ColumnDataset(folder, ["row"], 7))
     ranks = [
-        ColumnDataset(folder, ["row"], 7, rank=rank, world_size=world_size, uneven="drop") for rank in range(world_size)
+        ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=rank, world_size=world_size, uneven="drop"))
+        for rank in range(world_size)
     ]
     turns = len(alone) // world_size
     got = [rows_of(data) for data in ranks]
     assert [[len(data)] + [len(each)] for data, each in zip(ranks, got, strict=True)] == [[turns, turns]] * world_size
     assert got == [alone[rank : turns * world_size : world_size] for rank in range(world_size)]
-    with pytest.raises(ValueError, match="uneven=drop leaves no batch of 47 rows"):
-        ColumnDataset(folder, ["row"], 7, rank=0, world_size=8, uneven="drop")
+    with pytest.raises(ValueError, match="uneven='drop' leaves no batch of 47 rows"):
+        ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=0, world_size=8, uneven="drop"))
 
 
 def test_filled_columns_of_every_kind(folder: Path) -> None:
-    (batch,) = ColumnDataset(folder, ["row", "text", "list"], 50, uneven="pad")
+    (batch,) = ColumnDataset(folder, ["row", "text", "list"], 50, shard=ShardOptions(uneven="pad"))
     rows = dense(batch).tolist()
     assert rows == [*range(ROWS), 0, 1, 2]
     text, lists = batch["text"], batch["list"]
@@ -204,22 +203,22 @@ def test_what_is_wanted_is_what_batches_hold(
 def test_a_rank_by_hand_is_given_with_the_world_size(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert rank_and_world_size(None, None) == (0, 1)
+    with open_on_all_ranks(ShardOptions()) as opening:
+        assert (opening.rank, opening.world_size) == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert rank_and_world_size(0, 2) == (0, 2)
-    with pytest.raises(ValueError, match="rank and world_size must be given together, got 1 and None"):
-        ColumnDataset(folder, ["row"], 5, rank=1)
+    with open_on_all_ranks(ShardOptions(rank=0, world_size=2)) as opening:
+        assert (opening.rank, opening.world_size) == (0, 2)
 
 
 _DISTRIBUTED = """
 import sys
 import torch.distributed as dist
-from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.columnio import ColumnDataset, ShardOptions
 # Ranks other than torchrun's environment says: what is initialised counts.
 rank = 1 - int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
-data = ColumnDataset(sys.argv[1], ["row"], 5, uneven="pad")
+data = ColumnDataset(sys.argv[1], ["row"], 5, shard=ShardOptions(uneven="pad"))
 seen = []
 for batch in data:
     dist.all_reduce(batch["row"].sum())
@@ -267,9 +266,20 @@ class Watched:
 def test_workers_share_the_batches_of_a_rank_in_order(folder: Path, workers: int, context: str | None) -> None:
     columns = ["row", "text", "list"]
     data = ColumnDataset(
-        folder, columns, 4, shuffle=True, seed=2, rank=1, world_size=2, transforms=Watched(), prefetch=1
+        folder,
+        columns,
+        4,
+        shuffle=True,
+        seed=2,
+        shard=ShardOptions(rank=1, world_size=2),
+        transforms=Watched(),
+        read=ReadOptions(prefetch=1),
     )
-    want = list(ColumnDataset(folder, columns, 4, shuffle=True, seed=2, rank=1, world_size=2, transforms=Watched()))
+    want = list(
+        ColumnDataset(
+            folder, columns, 4, shuffle=True, seed=2, shard=ShardOptions(rank=1, world_size=2), transforms=Watched()
+        )
+    )
     loader = DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=context)
     assert len(loader) == len(want)
     got = list(loader)
@@ -313,7 +323,9 @@ def test_threads_leave_order_and_results_as_they_are(folder: Path, threads: int)
     engine = FeatureEngine([Feature("hashed", ops=[Hash("farm"), Mod(1000)], source="text"), Feature("row")])
     later = [engine(batch) for batch in ColumnDataset(folder, ["row", "text"], 3, shuffle=True)]
     reading, remaining = engine.reading_part(), engine.remaining_part()
-    data = ColumnDataset(folder, ["row", "text"], 3, shuffle=True, transforms=reading, num_threads=threads, prefetch=5)
+    data = ColumnDataset(
+        folder, ["row", "text"], 3, shuffle=True, transforms=reading, read=ReadOptions(num_threads=threads, prefetch=5)
+    )
     got = [remaining(batch) for batch in data]
     assert len(got) == len(later)
     for one, other in zip(got, later, strict=True):
@@ -326,23 +338,13 @@ def test_device_and_pinned_memory(folder: Path) -> None:
     assert {column.device.type for column in batch.values()} == {"meta"}
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="pin_memory needs a GPU that torch can use, and there is none"):
-            ColumnDataset(folder, ["row"], 50, pin_memory=True)
+            ColumnDataset(folder, ["row"], 50, read=ReadOptions(pin_memory=True))
 
 
 @pytest.mark.gpu
 def test_pinned_batches_arrive_on_the_gpu(folder: Path) -> None:
-    host = list(ColumnDataset(folder, ["row", "list"], 6, pin_memory=True))
+    host = list(ColumnDataset(folder, ["row", "list"], 6, read=ReadOptions(pin_memory=True)))
     assert all(column.is_pinned() for batch in host for column in batch.values())
-    there = list(ColumnDataset(folder, ["row", "list"], 6, pin_memory=True, device="cuda"))
+    there = list(ColumnDataset(folder, ["row", "list"], 6, read=ReadOptions(pin_memory=True), device="cuda"))
     assert rows_of(there) == rows_of(host)
     assert all(column.device.type == "cuda" for batch in there for column in batch.values())
-
-
-def test_words_that_are_none_are_refused(folder: Path) -> None:
-    wrong: Any = "sometimes"
-    with pytest.raises(ValueError, match="uneven must be one of None, 'wrap', 'drop', 'pad', got 'sometimes'"):
-        ColumnDataset(folder, ["row"], 5, uneven=wrong)
-    with pytest.raises(ValueError, match="on_bad_file must be one of 'raise', 'skip', got 'sometimes'"):
-        ColumnDataset(folder, ["row"], 5, on_bad_file=wrong)
-    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
-        ColumnDataset(folder, ["row"], 5, num_threads=0)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recis_hybrid.columnio import BadFileError, ColumnDataset, Windows
+from recis_hybrid.columnio import BadFileError, ColumnDataset, ReadOptions, Windows
 from recis_hybrid.columnio.files.paths import find_files
 
 moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
@@ -64,7 +64,7 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
 def test_a_folder_and_a_pattern_of_s3(s3: pafs.S3FileSystem, server: str) -> None:
     where = f"?endpoint_override={server}&scheme=http&region=us-east-1"
     for path in ("s3://bucket/clicks", "s3://bucket/clicks/day=*/*.parquet", "s3://bucket/clicks/**/a.parquet"):
-        data = ColumnDataset(path + where, ["row", "day", "text"], 7, num_threads=2)
+        data = ColumnDataset(path + where, ["row", "day", "text"], 7, read=ReadOptions(num_threads=2))
         batches = list(data)
         assert rows_of(data) == list(range(30))
         days = [day for batch in batches for day in batch["day"].tolist()]  # type: ignore[union-attr]
@@ -78,10 +78,15 @@ def test_a_folder_and_a_pattern_of_s3(s3: pafs.S3FileSystem, server: str) -> Non
 
 
 def test_a_pass_over_s3_is_resumed_and_filtered(s3: pafs.S3FileSystem) -> None:
-    def opened(**options: Any) -> ColumnDataset:
+    def opened(prefetch: int = 2) -> ColumnDataset:
         wanted = [("day", ">", 1), ("row", "<", 28)]
         return ColumnDataset(
-            "bucket/clicks", ["row"], 3, filesystem=s3, shuffle=True, filters=wanted, num_threads=2, **options
+            "bucket/clicks",
+            ["row"],
+            3,
+            read=ReadOptions(filesystem=s3, num_threads=2, prefetch=prefetch),
+            shuffle=True,
+            filters=wanted,
         )
 
     whole = rows_of(opened())
@@ -95,14 +100,14 @@ def test_a_pass_over_s3_is_resumed_and_filtered(s3: pafs.S3FileSystem) -> None:
 
 
 def test_an_object_that_vanishes_names_itself(s3: pafs.S3FileSystem) -> None:
-    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, filesystem=s3)
+    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     s3.delete_file("bucket/clicks/day=3/a.parquet")
     with pytest.raises(FileNotFoundError, match=r"clicks/day=3/a\.parquet"):
         list(data)
 
 
 def test_an_object_written_anew_names_itself(s3: pafs.S3FileSystem) -> None:
-    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, filesystem=s3)
+    data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     pq.write_table(table(20, 31), "bucket/clicks/day=3/a.parquet", filesystem=s3, row_group_size=4)
     with pytest.raises(BadFileError, match=r"clicks/day=3/a\.parquet was written anew since the data set was opened"):
         list(data)
@@ -125,14 +130,14 @@ def test_fsspec_urls_and_file_systems(tmp_path: Path) -> None:
     try:
         assert rows_of(ColumnDataset("memory://clicks", ["row"], 7)) == list(range(20))
         assert rows_of(ColumnDataset("memory://clicks/part-1*", ["row"], 7)) == list(range(10, 20))
-        assert rows_of(ColumnDataset("/clicks", ["row"], 7, filesystem=memory)) == list(range(20))
+        assert rows_of(ColumnDataset("/clicks", ["row"], 7, read=ReadOptions(filesystem=memory))) == list(range(20))
     finally:
         memory.rm("/clicks", recursive=True)
     pq.write_table(table(0, 5), tmp_path / "a.parquet")
     assert rows_of(ColumnDataset(f"file://{tmp_path}", ["row"], 7)) == list(range(5))
     below = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    assert rows_of(ColumnDataset("a.parquet", ["row"], 7, filesystem=below)) == list(range(5))
-    assert [file.path for file in find_files("", below)] == ["a.parquet"]
+    assert rows_of(ColumnDataset("a.parquet", ["row"], 7, read=ReadOptions(filesystem=below))) == list(range(5))
+    assert [file.path for file in find_files("", ReadOptions(filesystem=below))] == ["a.parquet"]
     wrong: Any = "s3"
-    with pytest.raises(TypeError, match="filesystem must be of pyarrow.fs or fsspec, got str"):
-        ColumnDataset("clicks", ["row"], 7, filesystem=wrong)
+    with pytest.raises(TypeError, match="filesystem must come from pyarrow.fs or fsspec, got str"):
+        ColumnDataset("clicks", ["row"], 7, read=ReadOptions(filesystem=wrong))

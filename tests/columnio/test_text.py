@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ragged, Text, Weighted
+from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Ragged, ReadOptions, Text, Weighted
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 
@@ -64,7 +64,7 @@ def test_a_value_of_another_type_is_no_damage(
     good = write(tmp_path / f"b{suffix}", [1])
     for bad in ("raise", "skip"):
         with pytest.raises(ValueError, match=rf"column 'x' of .*a{suffix} has the value {said}") as caught:
-            list(ColumnDataset([path, good], {"x": spec}, 1000, on_bad_file=bad))  # type: ignore[arg-type]
+            list(ColumnDataset([path, good], {"x": spec}, 1000, read=ReadOptions(on_bad_file=bad)))  # type: ignore[arg-type]
         assert not isinstance(caught.value, BadFileError)
 
 
@@ -107,7 +107,7 @@ def test_bytes_that_are_no_text_are_damage(tmp_path: Path) -> None:
         list(ColumnDataset(path, ["x"], 1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert numbers_of(ColumnDataset([path, good], ["x"], 1000, on_bad_file="skip")) == [1]
+        assert numbers_of(ColumnDataset([path, good], ["x"], 1000, read=ReadOptions(on_bad_file="skip"))) == [1]
 
 
 # Integers that int64 does not hold

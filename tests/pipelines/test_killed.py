@@ -16,7 +16,7 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.app import cli
-from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.columnio import ColumnDataset, ReadOptions
 from recis_hybrid.embedding import Unused, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
@@ -46,7 +46,7 @@ class WithL2(Model):
 
 def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
     """Pass over a file, saved in the background every third step."""
-    data = ColumnDataset(folder / "rows.csv", ["id", "label"], 16, shuffle=True, prefetch=2)
+    data = ColumnDataset(folder / "rows.csv", ["id", "label"], 16, shuffle=True, read=ReadOptions(prefetch=2))
 
     class Tell(Callback):
         def after_step(self, trainer: Trainer) -> None:

@@ -73,8 +73,8 @@ ROOMS: dict[str, set[str]] = {
 # circles covers them.
 PACKAGES: dict[str, dict[str, set[str]]] = {
     "columnio": {
-        "formats": set(),
-        "convert": {"formats"},
+        "convert": set(),
+        "formats": {"convert"},
         "files": {"convert", "formats"},
         "read": {"files", "convert"},
     },

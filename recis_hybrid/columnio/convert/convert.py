@@ -22,6 +22,7 @@ from recis_hybrid.columnio.convert.layouts import has_null_type, is_list, plain,
 from recis_hybrid.columnio.convert.leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
 from recis_hybrid.columnio.convert.numbers import (
     ARROW_OF,
+    TOO_LARGE,
     Array,
     ArrowType,
     Numbers,
@@ -32,8 +33,8 @@ from recis_hybrid.columnio.convert.numbers import (
     nulls_refused,
     numbers,
 )
+from recis_hybrid.columnio.convert.spec_types import value_type
 from recis_hybrid.columnio.convert.temporal import is_temporal
-from recis_hybrid.columnio.formats.text import TOO_LARGE
 from recis_hybrid.ragged import RaggedTensor
 
 
@@ -284,14 +285,9 @@ def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowTyp
     nest = False
     if isinstance(spec, Dense | Ragged):
         nest = isinstance(spec, Ragged) or spec.length is not None
-        dtype = spec.dtype
-        if dtype is None and spec.default is not None:
-            dtype = torch.int64 if isinstance(spec.default, int) else torch.float32
-        inner = pa.bool_() if dtype == torch.bool else ARROW_OF.get(dtype) if dtype is not None else None
-        if spec.unit is not None or spec.format is not None:
-            inner = pa.string()
-        elif spec.scale is not None:
-            inner = pa.decimal128(38, spec.scale)
+        inner = value_type(spec)
+        if inner is None and spec.dtype is None and spec.default is not None:
+            inner = pa.int64() if isinstance(spec.default, int) else pa.float32()
     elif isinstance(spec, Text):
         inner, nest = pa.string(), spec.null_as_empty
     elif isinstance(spec, Weighted):

@@ -38,6 +38,9 @@ _DTYPE_OF: dict[ArrowType, torch.dtype] = {
     pa.uint64(): torch.int64,
 }
 
+TOO_LARGE: ArrowType = pa.decimal256(76, 0)
+"""Type of a column of integers in a text file that no 64-bit type holds; no spec reads it without a dtype."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -83,7 +83,7 @@ class Rows:
         }
 
 
-def joined(parts: Sequence[Rows], converters: Mapping[str, Converter]) -> Rows:
+def concat_rows(parts: Sequence[Rows], converters: Mapping[str, Converter]) -> Rows:
     """Return the rows of all parts: those of several in memory of their own.
 
     Args:

@@ -32,6 +32,13 @@ def is_temporal(arrow_type: ArrowType) -> bool:
     )
 
 
+def temporal_kind(arrow_type: ArrowType) -> str:
+    """Return ``"time"``, ``"duration"`` or ``"timestamp"`` (of a date, too) for a temporal type."""
+    if pa.types.is_time(arrow_type):
+        return "time"
+    return "duration" if pa.types.is_duration(arrow_type) else "timestamp"
+
+
 def tick_ns(arrow_type: ArrowType) -> int:
     """Return the nanoseconds of one unit of a temporal type."""
     if pa.types.is_date32(arrow_type):

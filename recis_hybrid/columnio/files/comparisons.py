@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from recis_hybrid.columnio.columns import UNITS
 from recis_hybrid.columnio.convert.numbers import ArrowType, is_text
-from recis_hybrid.columnio.convert.temporal import is_temporal, tick_ns
+from recis_hybrid.columnio.convert.temporal import is_temporal, temporal_kind, tick_ns
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -221,7 +221,7 @@ def _kind(name: str, arrow_type: ArrowType) -> _Kind | None:
         return _Kind(
             lambda v: _times(_nanoseconds(v, arrow_type), Fraction(1, tick)),
             lambda vs: pa.array(vs, raw).view(arrow_type),
-            _EXPECTED[_of(arrow_type)],
+            _EXPECTED[temporal_kind(arrow_type)],
             whole=(-most - 1, most),
         )
     if is_text(arrow_type):
@@ -233,12 +233,6 @@ def _kind(name: str, arrow_type: ArrowType) -> _Kind | None:
         f"ColumnDataset: filters compare columns of single values, and {name!r} is {arrow_type}; name a field of it, "
         f"or give a pyarrow expression"
     )
-
-
-def _of(arrow_type: ArrowType) -> str:
-    if pa.types.is_time(arrow_type):
-        return "time"
-    return "duration" if pa.types.is_duration(arrow_type) else "timestamp"
 
 
 def _number(value: Any) -> Any:
@@ -272,23 +266,23 @@ def _bytes(value: Any) -> bytes | None:
 
 def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
     """Return a date, time or duration in nanoseconds: dates since 1970 in UTC, naive ones as UTC."""
-    of = _of(arrow_type)
+    kind = temporal_kind(arrow_type)
     if isinstance(value, np.datetime64 | np.timedelta64):
-        if isinstance(value, np.datetime64) != (of == "timestamp") or of == "time":
+        if isinstance(value, np.datetime64) != (kind == "timestamp") or kind == "time":
             return None
         unit = np.datetime_data(value.dtype)[0]
         steps = {"W": 7 * UNITS["D"], "h": 3600 * UNITS["s"], "m": 60 * UNITS["s"], **UNITS}
         if unit not in steps:
             value, unit = value.astype("datetime64[D]"), "D"
         return int(value.astype(np.int64)) * np.datetime_data(value.dtype)[1] * steps[unit]
-    if isinstance(value, str) and of != "duration":
+    if isinstance(value, str) and kind != "duration":
         try:
-            value = (datetime.time if of == "time" else datetime.datetime).fromisoformat(value)
+            value = (datetime.time if kind == "time" else datetime.datetime).fromisoformat(value)
         except ValueError:
             return None
-    if of == "duration":
+    if kind == "duration":
         return _steps(value) if isinstance(value, datetime.timedelta) else None
-    if of == "time":
+    if kind == "time":
         if not isinstance(value, datetime.time):
             return None
         return _steps(

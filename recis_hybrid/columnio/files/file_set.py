@@ -25,7 +25,7 @@ from recis_hybrid.columnio.convert.numbers import Array, ArrowType, Place, a_few
 from recis_hybrid.columnio.convert.row_slice import Rows
 from recis_hybrid.columnio.errors import BadFileError, Skipped, cannot_be_read, changed, vanished
 from recis_hybrid.columnio.files.filters import BoundFilter, RowFilter
-from recis_hybrid.columnio.files.paths import File
+from recis_hybrid.columnio.files.paths import Source
 from recis_hybrid.columnio.formats import Contents, Format
 
 DAMAGE = (OSError, pa.ArrowException)
@@ -38,7 +38,7 @@ _COUNTED_ROWS = 65_536
 class OpenedFile:
     """A file whose columns are known."""
 
-    file: File
+    file: Source
     contents: Contents
     partition: Mapping[str, ArrowType]
     """The columns that its folders' names hold, and their types."""
@@ -192,7 +192,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Files:
+class FileSet:
     """Files with the same columns, as pieces in order, and how to read the columns."""
 
     pieces: Sequence[Piece]
@@ -203,9 +203,9 @@ class Files:
     """Converters by column and by each type that the files have for it; all make the layout of `converters`."""
     row_filter: RowFilter | None
     """Which rows are wanted; None for all."""
-    needed: Sequence[str]
+    read_columns: Sequence[str]
     """The columns to read, those that only the filter looks at included."""
-    looked_at: Sequence[str]
+    filter_columns: Sequence[str]
     """The columns that the filter looks at."""
     skip: bool
     """Whether to go on past what is damaged."""
@@ -227,7 +227,7 @@ class Files:
         """
         done = 0
         try:
-            for batch in self._wanted(piece, self.needed, rows, threads):
+            for batch in self._filtered(piece, self.read_columns, rows, threads):
                 place = f"{piece}, rows {done} to {done + batch.num_rows - 1} of it"
                 arrays = self._clean(batch, str(piece.opened.file), place)
                 done += batch.num_rows
@@ -242,13 +242,15 @@ class Files:
         except (BadFileError, FileNotFoundError) as error:
             if not self.skip:
                 raise
-            leave_out(self.skipped, Skipped(str(piece.opened.file), str(piece), max(piece.rows - done, 0), str(error)))
+            report_skipped(
+                self.skipped, Skipped(str(piece.opened.file), str(piece), max(piece.rows - done, 0), str(error))
+            )
 
-    def empty(self) -> Rows:
+    def no_rows(self) -> Rows:
         """Return no rows."""
         opened = self.pieces[0].opened
         none = pa.RecordBatch.from_arrays(
-            [pa.array([], opened.type_of(name)) for name in self.needed], names=list(self.needed)
+            [pa.array([], opened.type_of(name)) for name in self.read_columns], names=list(self.read_columns)
         )
         return self._rows(self._clean(none, str(opened.file), ""))
 
@@ -262,7 +264,7 @@ class Files:
     def _rows(self, arrays: list[Array]) -> Rows:
         return Rows.of(pa.RecordBatch.from_arrays(arrays, names=list(self.converters)), self.converters)
 
-    def _wanted(self, piece: Piece, columns: Sequence[str], rows: int, threads: bool = False) -> Iterator[Array]:
+    def _filtered(self, piece: Piece, columns: Sequence[str], rows: int, threads: bool = False) -> Iterator[Array]:
         decoded = piece.opened.read(piece.number, columns, rows, threads)
         try:
             for batch in decoded:
@@ -283,8 +285,8 @@ class Files:
         Raises:
             BadFileError: The file is damaged.
         """
-        columns = self.looked_at or self.needed[:1]
-        return sum(batch.num_rows for batch in self._wanted(piece, columns, _COUNTED_ROWS))
+        columns = self.filter_columns or self.read_columns[:1]
+        return sum(batch.num_rows for batch in self._filtered(piece, columns, _COUNTED_ROWS))
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:
@@ -297,7 +299,7 @@ def _source(batch: Array, name: str, spec: Column) -> Array:
     return pa.StructArray.from_arrays([own, other[0]], names=["id", "weight"]) if other else own
 
 
-def leave_out(skipped: list[Skipped], what: Skipped) -> None:
+def report_skipped(skipped: list[Skipped], what: Skipped) -> None:
     """Note and reports what is left out."""
     skipped.append(what)
     warnings.warn(f"columnio: left out {what.piece} of {what.file}: {what.reason}", RuntimeWarning, stacklevel=3)

@@ -1,8 +1,9 @@
-"""Finds the columns and pieces of files before their rows are read. Imports pyarrow."""
+"""Opening: the columns and pieces of files before their rows are read. Imports pyarrow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -12,84 +13,93 @@ import pyarrow as pa
 from recis_hybrid.columnio.columns import Column, Dense, Ragged, Weighted
 from recis_hybrid.columnio.convert.convert import converter
 from recis_hybrid.columnio.convert.numbers import ArrowType, Place, a_few
-from recis_hybrid.columnio.csv_options import CsvOptions
+from recis_hybrid.columnio.convert.spec_types import type_hints
 from recis_hybrid.columnio.errors import BadFileError, Skipped, not_whole
-from recis_hybrid.columnio.files.file_set import DAMAGE, Files, OpenedFile, Piece, leave_out, sources_of
-from recis_hybrid.columnio.files.filters import RowFilter
-from recis_hybrid.columnio.files.hints import type_hints
-from recis_hybrid.columnio.files.paths import File
-from recis_hybrid.columnio.files.unify import unified
+from recis_hybrid.columnio.files.file_set import DAMAGE, FileSet, OpenedFile, Piece, report_skipped, sources_of
+from recis_hybrid.columnio.files.filters import Filters, RowFilter
+from recis_hybrid.columnio.files.memory_file import MemoryFile
+from recis_hybrid.columnio.files.paths import Paths, Source, find_files
+from recis_hybrid.columnio.files.unify import unified_type
+from recis_hybrid.columnio.options import ReadOptions
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Threads that wait for footers, of which many may lie far away.
+# Threads that wait for footers, many of which may be remote.
 _OPENERS = 8
 
 
 def open_files(
-    files: Sequence[File],
-    columns: Mapping[str, Column | None],
-    *,
-    row_filter: RowFilter | None = None,
-    skip: bool = False,
-    csv: CsvOptions | None = None,
-) -> Files:
+    paths: Paths | MemoryFile,
+    columns: Sequence[str] | Mapping[str, Column | None],
+    filters: Filters = None,
+    options: ReadOptions | None = None,
+) -> FileSet:
     """Find the columns and pieces of all files.
 
-    Of Parquet only footers are read for that. What has to be read for the number of its rows is: the columns that a
-    filter looks at, wherever footers and folders' names do not rule a piece out; and one column of Arrow, CSV, JSON and
-    ORC of several stripes.
+    Of Parquet files only footers are read. More is read where it takes that to count rows: the columns of the filters,
+    unless footers and folder names rule a piece out; and one column of Arrow, CSV and JSON files, and of ORC files with
+    several stripes.
 
     Args:
-        files: The files.
-        columns: The wanted columns; None instead of a spec takes what suits the column's type.
-        row_filter: Which rows are wanted; None for all.
-        skip: Whether to go on past damaged files.
-        csv: Dialect of CSV files; None takes the usual one.
+        paths: Files, or data in memory.
+        columns: Names, or specs by name; None instead of a spec takes the default spec of the column's type.
+        filters: Rows to read; None for all.
+        options: How to read.
 
     Raises:
         BadFileError: A file is damaged.
+        FileNotFoundError: A file does not exist.
         TypeError: A column cannot be read by its spec.
-        ValueError: A column is missing, or files disagree about a column's type.
+        ValueError: A column is missing, or files disagree about the type of a column.
     """
-    skipped: list[Skipped] = []
-    opened = _inspect(files, type_hints(columns), skip, skipped, csv)
+    options = options or ReadOptions()
+    specs = _specs(columns)
+    files = [paths] if isinstance(paths, MemoryFile) else find_files(paths, options)
+    row_filter = RowFilter.of(filters)
+    skip, skipped = options.on_bad_file == "skip", list[Skipped]()
+    opened = _inspect(files, type_hints(specs), skip, skipped)
     if not opened:
-        return Files((), {}, {}, row_filter, (), (), skip, skipped)
+        return FileSet((), {}, {}, row_filter, (), (), skip, skipped)
     if row_filter is not None:
         opened = [replace(each, condition=row_filter.bound(each)) for each in opened]
-    looked_at = list(dict.fromkeys(name for each in opened if each.condition for name in each.condition.columns))
-    needed = list(dict.fromkeys(source for name, spec in columns.items() for source in sources_of(name, spec)))
-    needed += [name for name in looked_at if name not in needed]
-    for name in needed:
-        if all(name in each.contents.absent for each in opened):
-            names = [each for each in opened[0].contents.schema.names if each not in opened[0].contents.absent]
-            raise ValueError(
-                f"columnio: no row at the beginning of {opened[0].file}, nor of the others, has a column {name!r}; "
-                f"name one of {a_few(names)}"
-            )
-    joint, found = _types(opened, columns)
-    converters = {
-        name: converter(spec, joint[name], Place(name, str(opened[0].file))) for name, spec in columns.items()
-    }
+    filter_columns = list(dict.fromkeys(name for each in opened if each.condition for name in each.condition.columns))
+    sources = [source for name, spec in specs.items() for source in sources_of(name, spec)]
+    read_columns = list(dict.fromkeys([*sources, *filter_columns]))
+    _check_present(opened, read_columns)
+    joint, types_of = _types(opened, specs)
+    converters = {name: converter(spec, joint[name], Place(name, str(opened[0].file))) for name, spec in specs.items()}
     cleaners = {
         (name, own): converters[name]
         if own == joint[name]
         else converter(converters[name].spec, own, Place(name, str(file)), joint[name])
-        for name, types in found.items()
+        for name, types in types_of.items()
         for own, file in types.items()
     }
-    made = Files((), converters, cleaners, row_filter, needed, looked_at, skip, skipped)
-    return replace(made, pieces=[piece for piece in _pieces(opened, made) if piece.rows])
+    file_set = FileSet((), converters, cleaners, row_filter, read_columns, filter_columns, skip, skipped)
+    return replace(file_set, pieces=[piece for piece in _pieces(opened, file_set) if piece.rows])
+
+
+def _specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Column | None]:
+    """Return the spec of each column; None for a spec that follows from the file."""
+    if isinstance(columns, str):
+        raise TypeError(f"ColumnDataset: columns must be names, or specs by name, got a str; write [{columns!r}]")
+    names = list(columns) if isinstance(columns, Iterable) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"ColumnDataset: columns must be names, or specs by name, got {reprlib.repr(columns)}; name the columns to "
+            f"read"
+        )
+    specs = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(names)
+    if not specs:
+        raise ValueError("ColumnDataset: columns must name at least one column, got none")
+    if len(specs) != len(names):
+        raise ValueError(f"ColumnDataset: columns must be named once each, got {names}")
+    return specs
 
 
 def _inspect(
-    files: Sequence[File],
-    hints: Mapping[str, ArrowType],
-    skip: bool,
-    skipped: list[Skipped],
-    csv: CsvOptions | None,
+    files: Sequence[Source], hints: Mapping[str, ArrowType], skip: bool, skipped: list[Skipped]
 ) -> list[OpenedFile]:
     partition: dict[str, ArrowType] = {}
     for file in files:
@@ -97,83 +107,95 @@ def _inspect(
             if value is not None or name not in partition:
                 partition[name] = pa.int64() if isinstance(value, int) else pa.string()
 
-    def opened(file: File) -> OpenedFile:
-        file = replace(file, csv=csv) if isinstance(file, File) else file
-        used = file.format
+    def inspect(file: Source) -> OpenedFile:
+        file_format = file.format
         stamp = file.stamp()
         try:
-            contents = used.inspect(file, hints)
+            contents = file_format.inspect(file, hints)
         except (FileNotFoundError, PermissionError):
             raise
         except DAMAGE as error:
-            raise not_whole(file, used.NAME, error) from error
+            raise not_whole(file, file_format.NAME, error) from error
         return OpenedFile(file, contents, {name: partition[name] for name in file.partition}, stamp)
 
-    def bad(file: File, error: Exception) -> None:
-        leave_out(skipped, Skipped(str(file), "all", 0, str(error)))
+    def on_bad(file: Source, error: Exception) -> None:
+        report_skipped(skipped, Skipped(str(file), "all", 0, str(error)))
 
-    # A text file without a line of values has no columns, and no rows to miss them.
-    return [each for each in _each(opened, files, bad if skip else None) if each.contents.schema is not None]
+    # A text file without rows has no columns, and need not have those of the others.
+    opened = _map_in_threads(inspect, files, on_bad if skip else None)
+    return [each for each in opened if each.contents.schema is not None]
 
 
-def _pieces(opened: Sequence[OpenedFile], files: Files) -> list[Piece]:
-    possible: list[tuple[Piece, bool]] = []
+def _check_present(opened: Sequence[OpenedFile], columns: Sequence[str]) -> None:
+    """Raise if no sampled row of any file has one of the columns."""
+    for name in columns:
+        if all(name in each.contents.absent for each in opened):
+            names = [each for each in opened[0].contents.schema.names if each not in opened[0].contents.absent]
+            raise ValueError(
+                f"columnio: no row at the beginning of {opened[0].file} or of the other files has a column {name!r}; "
+                f"name one of {a_few(names)}"
+            )
+
+
+def _pieces(opened: Sequence[OpenedFile], files: FileSet) -> list[Piece]:
+    candidates: list[tuple[Piece, bool]] = []
     for each in opened:
         sizes = each.contents.sizes
         numbers = range(len(sizes)) if files.row_filter is None else files.row_filter.possible(each, len(sizes))
         for number in numbers:
             size = None if files.row_filter is not None else sizes[number]
-            possible.append((Piece(each, number, size or 0), size is None))
+            candidates.append((Piece(each, number, size or 0), size is None))
 
-    def counted(item: tuple[Piece, bool]) -> Piece:
-        piece, unknown = item
+    def count(candidate: tuple[Piece, bool]) -> Piece:
+        piece, unknown = candidate
         return replace(piece, rows=files.count(piece)) if unknown else piece
 
-    def bad(item: tuple[Piece, bool], error: Exception) -> None:
-        leave_out(files.skipped, Skipped(str(item[0].opened.file), str(item[0]), 0, str(error)))
+    def on_bad(candidate: tuple[Piece, bool], error: Exception) -> None:
+        piece = candidate[0]
+        report_skipped(files.skipped, Skipped(str(piece.opened.file), str(piece), 0, str(error)))
 
-    return _each(counted, possible, bad if files.skip else None)
+    return _map_in_threads(count, candidates, on_bad if files.skip else None)
 
 
-def _each(work: Callable[[T], R], things: Sequence[T], bad: Callable[[T, Exception], None] | None) -> list[R]:
-    """Return what work makes of each thing, in order, but of those that are damaged; None for bad lets none be."""
-    made = []
+def _map_in_threads(
+    function: Callable[[T], R], items: Sequence[T], on_bad: Callable[[T, Exception], None] | None
+) -> list[R]:
+    """Return the results of a function in order, without those of damaged files; ``on_bad=None`` raises instead."""
+    results = []
     with ThreadPoolExecutor(_OPENERS, thread_name_prefix="recis-columnio-open") as pool:
-        for thing, future in [(thing, pool.submit(work, thing)) for thing in things]:
+        for item, future in [(item, pool.submit(function, item)) for item in items]:
             try:
-                made.append(future.result())
+                results.append(future.result())
             except (BadFileError, FileNotFoundError) as error:
-                if bad is None:
+                if on_bad is None:
                     raise
-                bad(thing, error)
-    return made
+                on_bad(item, error)
+    return results
 
 
 def _types(
-    opened: Sequence[OpenedFile], columns: Mapping[str, Column | None]
-) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, File]]]:
+    opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
+) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
     """Return the joint type of each column, and its types in the files, each with the first such file."""
     joint: dict[str, ArrowType] = {}
-    found: dict[str, dict[ArrowType, File]] = {}
-    for name, spec in columns.items():
-        # A spec that says what it wants takes it from whatever type a file holds it in.
+    types_of: dict[str, dict[ArrowType, Source]] = {}
+    for name, spec in specs.items():
+        # An explicit spec reads all types that it can convert.
         parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
-        asked = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
-        types = found[name] = {}
+        explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
+        types = types_of[name] = {}
         for each in opened:
             own = each.type_for(name, spec)
             if own in types:
                 continue
             types[own] = each.file
-            before = joint.setdefault(name, own)
-            together = unified(before, own, asked=asked)
-            if together is None:
+            unified = unified_type(joint.setdefault(name, own), own, explicit=explicit)
+            if unified is None:
                 other = next(file for arrow_type, file in types.items() if arrow_type != own)
                 raise ValueError(
-                    f"columnio: files must agree about their columns, and {name!r} is "
-                    f"{next(iter(types))} in {other} but {own} in {each.file}; give it a spec with a dtype that "
-                    f"reads both, as Dense(torch.float64) does of all numbers and Text() of whatever text files hold, "
-                    f"read them apart, or write one of them anew"
+                    f"columnio: files must agree about their columns, but {name!r} is {next(iter(types))} in {other} "
+                    f"and {own} in {each.file}; give it a spec that reads both (Dense(torch.float64) for any numbers, "
+                    f"Text() for any text files), read the files apart, or rewrite one of them"
                 )
-            joint[name] = together
-    return joint, found
+            joint[name] = unified
+    return joint, types_of

@@ -1,4 +1,4 @@
-"""Columns that lie in the names of folders, as in `day=7/country=fr/part-0.parquet` (Hive's way)."""
+"""Columns in folder names, as Hive writes them: ``day=7/country=fr/part-0.parquet``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Partition: TypeAlias = dict[str, int | str | None]
 _NULLS = {"__HIVE_DEFAULT_PARTITION__", ""}
 
 
-def with_partitions(paths: Sequence[str]) -> list[Partition]:
-    """Return the columns that the folders of each path hold.
+def partitions_of(paths: Sequence[str]) -> list[Partition]:
+    """Return the columns in the folder names of each path.
 
-    A column is of int64 where every file's value is written as such a number, and of strings otherwise. An empty value
-    is a null, as `__HIVE_DEFAULT_PARTITION__` is. Keys and values are url-decoded, and keys that differ by case are
-    different columns.
+    A column is int64 if every value is an integer in its shortest form, and strings otherwise. An empty value and
+    ``__HIVE_DEFAULT_PARTITION__`` are nulls. Keys and values are URL-decoded; keys that differ by case are different
+    columns.
 
     Args:
-        paths: Of files, with `/` between their parts.
+        paths: Paths of files, with ``/`` between their parts.
 
     Returns:
-        For each path its values by column.
+        Values by column, for each path.
 
     Raises:
-        ValueError: Two folders of a path have the same key and different values.
+        ValueError: Two folders of a path have the same key, but different values.
 
     Example:
-        >>> with_partitions(["clicks/day=7/country=fr/a.parquet", "clicks/day=8/country=a%2Fb/b.parquet"])
+        >>> partitions_of(["clicks/day=7/country=fr/a.parquet", "clicks/day=8/country=a%2Fb/b.parquet"])
         [{'day': 7, 'country': 'fr'}, {'day': 8, 'country': 'a/b'}]
     """
     found = [_texts(path) for path in paths]
@@ -53,15 +53,15 @@ def _texts(path: str) -> dict[str, str]:
         key, value = unquote(key), unquote(value)
         if texts.setdefault(key, value) != value:
             raise ValueError(
-                f"columnio: the folders of {path} say {key}={texts[key]} and {key}={value}; a file has one value of a "
-                f"key: rename one of the folders"
+                f"columnio: the folders of {path} have both {key}={texts[key]} and {key}={value}, but a file has one "
+                f"value of a key; rename one of the folders"
             )
     return texts
 
 
 def _is_int64(text: str) -> bool:
     try:
-        # A day written as 07 stays text: as a number it would be another name.
+        # 07 stays a string: as a number it would name another folder.
         return str(int(text)) == text and -(2**63) <= int(text) < 2**63
     except ValueError:
         return False

@@ -1,4 +1,4 @@
-"""From what a user writes, a file, a folder, a pattern, a URL or a list of them, to the files in a fixed order."""
+"""Files named by a path, a folder, a pattern, a URL or a list of these, in a fixed order. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from recis_hybrid.columnio.csv_options import CsvOptions
-from recis_hybrid.columnio.files.partitions import with_partitions
+from recis_hybrid.columnio.files.memory_file import MemoryFile
+from recis_hybrid.columnio.files.partitions import Partition, partitions_of
 from recis_hybrid.columnio.formats import SUFFIXES, Format, compression_of, format_of, is_known
+from recis_hybrid.columnio.options import CsvOptions, ReadOptions
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a folder, a pattern or a URL of one, or a sequence of these."""
@@ -23,14 +24,14 @@ Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class File:
-    """A file, and where it lies."""
+    """A file in a file system."""
 
     path: str
-    """Its path in the file system."""
+    """Path in the file system."""
     filesystem: Any = field(repr=False)
-    """A `pyarrow.fs.FileSystem`."""
+    """A ``pyarrow.fs.FileSystem``."""
     partition: dict[str, int | str | None] = field(default_factory=dict)
-    """The columns that the names of its folders hold, as `day=7` does."""
+    """Columns in the names of its folders, such as ``day=7``."""
     csv: CsvOptions | None = None
     """Dialect of a CSV file; None for the default."""
 
@@ -41,105 +42,111 @@ class File:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Last part of the path."""
         return self.path.rpartition("/")[2]
 
     def open(self) -> Any:
-        """Open the file for reading at any place.
+        """Open the file for random access.
 
         Raises:
-            OSError: It is not there, or cannot be read.
+            OSError: It does not exist, or cannot be read.
         """
         return self.filesystem.open_input_file(self.path)
 
     def stream(self) -> Any:
-        """Open the file for reading from its beginning to its end, decompressed if its name says so.
+        """Open the file for sequential reading, decompressed according to its suffix.
 
         Raises:
-            OSError: It is not there, or cannot be read.
+            OSError: It does not exist, or cannot be read.
         """
         return self.filesystem.open_input_stream(self.path, compression=compression_of(self.name))
 
     def stamp(self) -> tuple[int | None, int | None] | None:
-        """Return size [bytes] and time of change [ns], None where the file system has none; None for no such file.
+        """Return size [bytes] and modification time [ns], None if the file system has none; None for no such file.
 
         Raises:
-            OSError: It cannot be looked at.
+            OSError: The file system cannot be reached.
         """
         info = self.filesystem.get_file_info(self.path)
         return None if info.type == pafs.FileType.NotFound else (info.size, info.mtime_ns)
 
     @property
     def is_local(self) -> bool:
-        """Whether looking at the file costs next to nothing."""
+        """Whether ``stamp`` costs next to nothing."""
         return _is_local(self.filesystem)
 
     def __str__(self) -> str:
         return self.path
 
 
-def find_files(paths: Paths, filesystem: Any = None, partitions: bool = True) -> list[File]:
-    """Return the files that `paths` names.
+Source: TypeAlias = File | MemoryFile
+"""A file, or data in memory."""
 
-    A folder gives all files below it whose ends are in `formats.SUFFIXES`, by name. A pattern as of `glob` (with `**`
-    for any depth; in a URL `*` and `[...]`) gives the files and folders that match, by name. Both leave out names that
-    begin with a dot or an underscore, which other programs keep for themselves (`_SUCCESS`, `_temporary`,
-    `.part.crc`). A sequence keeps its order. Folders named `key=value` give their files a column `key`.
+
+def find_files(paths: Paths, options: ReadOptions | None = None) -> list[File]:
+    """Return the files that ``paths`` names.
+
+    A folder gives all files below it with a suffix of ``formats.SUFFIXES``, by name. A pattern of ``glob`` (with ``**``
+    for any depth; in a URL ``*`` and ``[...]``) gives the matching files and folders, by name. Both ignore names that
+    begin with a dot or an underscore, which other programs reserve (``_SUCCESS``, ``_temporary``, ``.part.crc``). A
+    sequence keeps its order.
 
     Args:
-        paths: What to read. A URL (`s3://bucket/folder`) goes to pyarrow's file system for it, or to fsspec's.
-        filesystem: Where all paths lie, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        partitions: Whether folders named `key=value` give their files a column.
+        paths: The paths. A URL (``s3://bucket/folder``) is opened by pyarrow's file system for it, or by fsspec's.
+        options: File system, partitions and CSV dialect of the files.
 
     Raises:
-        FileNotFoundError: A path does not exist, a pattern matches nothing or a folder has no such file.
-        TypeError: `paths` are no paths.
-        ValueError: There are no paths, a file is named twice, or nothing is known to read such a URL.
+        FileNotFoundError: A path does not exist, a pattern matches nothing, or a folder has no such file.
+        TypeError: ``paths`` are not paths.
+        ValueError: ``paths`` is empty, a file is named twice, or no known file system reads the URL.
     """
+    options = options or ReadOptions()
     if hasattr(paths, "__arrow_c_stream__") or isinstance(paths, Mapping):
         raise TypeError(
-            f"columnio: paths must be paths, got {type(paths).__name__}; data in memory is read by "
+            f"columnio: paths must be paths, got {type(paths).__name__}; read data in memory with "
             f"ColumnDataset.from_arrow"
         )
     entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     for entry in entries:
         if not isinstance(entry, str | os.PathLike):
             raise TypeError(
-                f"columnio: paths must be paths, got {type(entry).__name__} in {type(paths).__name__}; data in memory "
-                f"is read by ColumnDataset.from_arrow"
+                f"columnio: paths must be paths, got {type(entry).__name__} in {type(paths).__name__}; read data in "
+                f"memory with ColumnDataset.from_arrow"
             )
     if not entries:
         raise ValueError("columnio: paths must name at least one file, folder or pattern, got an empty sequence")
-    given = None if filesystem is None else as_filesystem(filesystem)
-    files = [file for entry in entries for file in _expand(os.fspath(entry), given)]
+    filesystem = None if options.filesystem is None else as_filesystem(options.filesystem)
+    files = [file for entry in entries for file in _expand(os.fspath(entry), filesystem)]
     seen: set[tuple[str, str]] = set()
     for file in files:
-        # A link to a file is the same file.
+        # A link is the same file as its target.
         real = os.path.realpath(file.path) if _is_local(file.filesystem) else file.path
         if (file.filesystem.type_name, real) in seen:
             raise ValueError(
-                f"columnio: {file} is named twice, and its rows would be read twice; remove one from "
+                f"columnio: {file} is named twice, so its rows would be read twice; remove one from "
                 f"{[str(entry) for entry in entries]}"
             )
         seen.add((file.filesystem.type_name, real))
-    if not partitions:
-        return files
-    found = with_partitions([file.path for file in files])
-    return [replace(file, partition=partition) for file, partition in zip(files, found, strict=True)]
+    partitions: Sequence[Partition] = [{}] * len(files)
+    if options.partitions:
+        partitions = partitions_of([file.path for file in files])
+    return [
+        replace(file, partition=partition, csv=options.csv) for file, partition in zip(files, partitions, strict=True)
+    ]
 
 
-def places(files: Sequence[File]) -> list[str]:
-    """Return where each file lies from the folder on that all have in common, and the columns of folders above it.
+def relative_paths(files: Sequence[Source]) -> list[str]:
+    """Return the path of each file relative to the common folder, preceded by the folders above it that are columns.
 
-    It is the same wherever the data is mounted or copied to.
+    The result does not depend on where the data is mounted or copied to.
 
     Example:
-        >>> places([File("/data/day-1/a.csv", None), File("/data/day-2/a.csv", None)])
+        >>> relative_paths([File("/data/day-1/a.csv", None), File("/data/day-2/a.csv", None)])
         ['day-1/a.csv', 'day-2/a.csv']
     """
     parts = [(os.path.abspath(file.path) if file.is_local else file.path).split("/") for file in files]
     common = len(os.path.commonprefix([each[:-1] for each in parts]))
-    # What folders' names say is part of the rows, also where all files share it.
+    # A column in a folder name is part of the rows, even if all files share the folder.
     above = (
         [part for part in parts[0][:common] if unquote(part.partition("=")[0]) in files[0].partition] if files else []
     )
@@ -150,7 +157,7 @@ def as_filesystem(filesystem: Any) -> Any:
     """Return a file system of pyarrow or fsspec as pyarrow's.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither of them.
     """
     if isinstance(filesystem, pafs.FileSystem):
         return filesystem
@@ -159,16 +166,16 @@ def as_filesystem(filesystem: Any) -> Any:
     if isinstance(filesystem, AbstractFileSystem):
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
     raise TypeError(
-        f"columnio: filesystem must be of pyarrow.fs or fsspec, got {type(filesystem).__name__}; give one of these, "
-        f"or a URL as path"
+        f"columnio: filesystem must come from pyarrow.fs or fsspec, got {type(filesystem).__name__}; give one of "
+        f"these, or a URL as path"
     )
 
 
 def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
-    """Return the file system that a path or URL without a pattern lies in, and its path there.
+    """Return the file system of a path or URL without a pattern, and its path there.
 
     Raises:
-        ValueError: Nothing is known to read such a URL.
+        ValueError: No known file system reads the URL.
     """
     if filesystem is not None:
         return filesystem, entry
@@ -185,8 +192,8 @@ def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
         made, path = url_to_fs(entry)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"columnio: {entry} is of no file system that pyarrow or fsspec knows ({error}); install what is "
-            f"named, or give filesystem="
+            f"columnio: neither pyarrow nor fsspec knows a file system for {entry} ({error}); install the package "
+            f"named there, or give ReadOptions(filesystem=...)"
         ) from error
     return as_filesystem(made), path
 
@@ -205,7 +212,7 @@ def _expand(entry: str, filesystem: Any) -> list[File]:
     kind = found.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [File(path, found)]
-    # An empty path is a file system's root, of which some say that it is not there.
+    # An empty path is the root of a file system; some report that it does not exist.
     if kind == pafs.FileType.Directory or path == "":
         if files := list(_below(found, path)):
             return [File(each, found) for each in files]
@@ -214,7 +221,7 @@ def _expand(entry: str, filesystem: Any) -> list[File]:
 
 
 def _split_pattern(entry: str) -> tuple[str, str]:
-    """Split before the first part that is a pattern; a URL's query stays with what comes before it."""
+    """Split an entry before its first part with a wildcard; the query of a URL stays with the first half."""
     query = ""
     if "://" in entry and "?" in entry:
         entry, query = entry.split("?", 1)
@@ -231,7 +238,7 @@ def _matching(filesystem: Any, base: str, pattern: str) -> list[str]:
     whole = f"{base}/{pattern}" if base else pattern
     files: list[str] = []
     for match in sorted(ArrowFSWrapper(filesystem).glob(whole)):
-        if not _hides(match[len(base) :], pattern):
+        if not _adds_hidden(match[len(base) :], pattern):
             is_file = filesystem.get_file_info(match).type == pafs.FileType.File
             files += [match] if is_file else _below(filesystem, match)
     return list(dict.fromkeys(files))
@@ -254,12 +261,12 @@ def _local(entry: str) -> list[str]:
             return files
         raise FileNotFoundError(_no_such_file(entry))
     if not glob.has_magic(entry):
-        raise FileNotFoundError(f"columnio: {entry} does not exist (seen from {Path.cwd()}); check the path")
-    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _hides(match, entry)]
+        raise FileNotFoundError(f"columnio: {entry} does not exist (in {Path.cwd()}); check the path")
+    matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not _adds_hidden(match, entry)]
     files = [file for match in matches for file in ([str(match)] if match.is_file() else _files_below(match))]
     if not files:
-        raise FileNotFoundError(f"columnio: no file matches {entry} (seen from {Path.cwd()}); check the pattern")
-    # With ** a folder matches and so does what is in it; each file counts once.
+        raise FileNotFoundError(f"columnio: no file matches {entry} (in {Path.cwd()}); check the pattern")
+    # With ** both a folder and its files match; each file counts once.
     return list(dict.fromkeys(files))
 
 
@@ -273,8 +280,8 @@ def _files_below(folder: Path) -> list[str]:
 
 def _no_such_file(folder: str) -> str:
     return (
-        f"columnio: the folder {folder} holds no file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; "
-        f"name files that end otherwise by a pattern, {os.path.join(folder, '*')} for instance"
+        f"columnio: the folder {folder} has no file with a suffix of {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; "
+        f"name files with other suffixes by a pattern, such as {os.path.join(folder, '*')}"
     )
 
 
@@ -282,8 +289,8 @@ def _is_local(filesystem: Any) -> bool:
     return isinstance(filesystem, pafs.LocalFileSystem)
 
 
-def _hides(match: str, pattern: str) -> bool:
-    """Return whether a match has a hidden part that the pattern does not itself name."""
+def _adds_hidden(match: str, pattern: str) -> bool:
+    """Return whether a match has a hidden part that is not in the pattern."""
     return any(_is_hidden(part) for part in set(match.split("/")) - set(pattern.split("/")))
 
 

@@ -1,6 +1,6 @@
 """File formats, one module each, behind the protocol ``Format``.
 
-``columnio.files`` and ``columnio.convert`` may import it; it knows no batch and no tensor.
+``columnio.files`` may import it; it builds on the Arrow types of ``columnio.convert`` and knows no batch and no tensor.
 """
 
 from __future__ import annotations

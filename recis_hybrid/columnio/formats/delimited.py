@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.csv as pc
 
-from recis_hybrid.columnio.csv_options import CsvOptions
+from recis_hybrid.columnio.convert.numbers import TOO_LARGE
 from recis_hybrid.columnio.formats.protocol import Contents
-from recis_hybrid.columnio.formats.text import TOO_LARGE, needs_uint64, other_type, remedy
+from recis_hybrid.columnio.formats.text import needs_uint64, other_type, remedy
+from recis_hybrid.columnio.options import CsvOptions
 
 NAME, PIECE = "CSV", "block"
 

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json as pj
 
+from recis_hybrid.columnio.convert.numbers import TOO_LARGE
 from recis_hybrid.columnio.formats.protocol import Contents
-from recis_hybrid.columnio.formats.text import TOO_LARGE, is_whole, needs_uint64, other_type, remedy, replaced
+from recis_hybrid.columnio.formats.text import is_whole, needs_uint64, other_type, remedy, replaced
 
 NAME, PIECE = "JSON lines", "block"
 

@@ -8,9 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-TOO_LARGE = pa.decimal256(76, 0)
-"""The type of a column of whole numbers of which no type of 64 bits holds all. No spec reads it as it is."""
-
 _WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 
 

@@ -1,79 +1,178 @@
-"""From pieces of files to batches: decoding, shuffling, cutting. Imports pyarrow."""
+"""From pieces of files to the rows of batches: decoding, shuffling, cutting. Imports pyarrow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from recis_hybrid.columnio.convert.row_slice import Rows, joined
-from recis_hybrid.columnio.files.file_set import Files, Piece
-from recis_hybrid.columnio.files.paths import places
-from recis_hybrid.columnio.read.prefetch import chained
+from recis_hybrid.columnio.columns import Column
+from recis_hybrid.columnio.convert.row_slice import Rows, concat_rows
+from recis_hybrid.columnio.files.file_set import FileSet, Piece
+from recis_hybrid.columnio.files.filters import Filters
+from recis_hybrid.columnio.files.opening import open_files
+from recis_hybrid.columnio.files.paths import Paths, relative_paths
+from recis_hybrid.columnio.options import ReadOptions
+from recis_hybrid.columnio.read.delivery import Delivery
+from recis_hybrid.columnio.read.prefetch import chained, prefetched
 from recis_hybrid.columnio.read.sampler import Batches, permutation
+from recis_hybrid.ragged import Batch
+from recis_hybrid.validation import check_integer
 
-# The first number of a permutation's path.
+# First number of the path of a permutation.
 _PIECES, _BLOCKS = 0, 1
 
 Chunks: TypeAlias = Generator[tuple[int, Rows], None, None]
-"""Rows decoded together, in the order of the epoch, each with the number of its first row; some may be left out."""
+"""Rows decoded together, in the order of the epoch, each with the number of its first row; some may be missing."""
 
 
 @dataclass(frozen=True)
 class Reader:
     """The rows of files in the order of an epoch."""
 
-    files: Files
-    """What to read."""
-    decoded_rows: int
-    """How many rows to decode at a time."""
-    seed: int
-    """Of the order, where shuffled."""
-    block: int | None
-    """How many rows are permuted together; None keeps the order of the files."""
-    decoders: int = 1
-    """How many pieces to decode at once."""
-    threads: int = 1
-    """How many threads may decode."""
+    files: FileSet
+    """The files."""
+    num_rows: int
+    """Rows of all files."""
+    batch_size: int
+    """Rows of a batch."""
+    seed: int | None
+    """Seed of the order; None keeps the order of the files."""
+    delivery: Delivery
+    """Conversion of rows to a batch."""
+    options: ReadOptions
+    """Threads and memory."""
+
+    @classmethod
+    def open(
+        cls,
+        paths: Paths,
+        columns: Sequence[str] | Mapping[str, Column | None],
+        filters: Filters,
+        options: ReadOptions,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        transforms: Callable[[Batch], Batch] | None,
+        mask: str | None,
+    ) -> Reader:
+        """Open files; see ``ColumnDataset`` for the errors.
+
+        Args:
+            paths: Files, or a MemoryFile.
+            columns: Names, or specs by name.
+            filters: Rows to read.
+            options: How to read.
+            batch_size: Rows of a batch.
+            shuffle: Give each epoch a random order.
+            seed: Seed of the random order.
+            transforms: Called with each batch.
+            mask: Name of a bool column that is False for rows that fill a batch up; None for no such column.
+        """
+        batch_size = check_integer("ColumnDataset", "batch_size", batch_size, 1)
+        seed = check_integer("ColumnDataset", "seed", seed, 0)
+        files = open_files(paths, columns, filters, options)
+        delivery = Delivery(files.converters, mask, transforms, options.pin_memory)
+        num_rows = sum(piece.rows for piece in files.pieces)
+        return cls(files, num_rows, batch_size, seed if shuffle else None, delivery, options)
+
+    def __repr__(self) -> str:
+        order = "order of the files" if self.seed is None else f"shuffled with seed {self.seed}"
+        return (
+            f"Reader({len(self.file_names)} files, {len(self.files.pieces)} pieces, {self.num_rows:,} rows, {order}; "
+            f"batch_size={self.batch_size}, {self.options})"
+        )
 
     @property
-    def rows(self) -> int:
-        """The number of rows in all files."""
-        return sum(piece.rows for piece in self.files.pieces)
+    def file_names(self) -> list[str]:
+        """Names of the files with rows, in order."""
+        return list(dict.fromkeys(str(piece.opened.file) for piece in self.files.pieces))
 
-    @property
-    def places(self) -> list[str]:
-        """Where the file of each piece lies, from the folder on that all files have in common."""
+    @cached_property
+    def order(self) -> dict[str, Any]:
+        """Settings that, together with the epoch, determine the order of the rows."""
+        # Paths are relative to the common folder, so that the data may be elsewhere when a job is resumed.
+        pieces = [(path, piece.number, piece.rows) for path, piece in self._paths_and_pieces()]
+        row_filter, shuffled = self.files.row_filter, self.seed is not None
+        order: dict[str, Any] = {
+            "rows": self.num_rows,
+            "pieces": hashlib.blake2b(repr(pieces).encode(), digest_size=8).hexdigest(),
+            "filters": None if row_filter is None else str(row_filter),
+            "shuffle_buffer": self.options.shuffle_buffer if shuffled else None,
+        }
+        return order | {"seed": self.seed} if shuffled else order
+
+    def shared_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that must be equal on all ranks, readable in messages.
+
+        Args:
+            settings: Further settings.
+        """
+        files: dict[str, tuple[int, ...]] = {}
+        for path, piece in self._paths_and_pieces():
+            files[path] = (*files.get(path, ()), piece.rows)
+        # The rows by file say more than the hash of the pieces.
+        order = {name: value for name, value in self.order.items() if name != "pieces"}
+        return {"rows by file": files, **settings, **order}
+
+    def _paths_and_pieces(self) -> list[tuple[str, Piece]]:
         files = {piece.opened.file.path: piece.opened.file for piece in self.files.pieces}
-        found = dict(zip(files, places(list(files.values())), strict=True))
-        return [found[piece.opened.file.path] for piece in self.files.pieces]
+        paths = dict(zip(files, relative_paths(list(files.values())), strict=True))
+        return [(paths[piece.opened.file.path], piece) for piece in self.files.pieces]
 
-    def batches(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
-        """Yield the rows of each batch, without reading the pieces that none of them needs.
+    def batches(self, epoch: int, ranges: Batches) -> Generator[Batch, None, None]:
+        """Return the batches of a pass, prepared ahead in threads; close it to end them.
+
+        Pieces that no batch needs are not read.
+
+        Args:
+            epoch: The epoch.
+            ranges: The rows of each batch.
+        """
+        # Making tensors over existing memory is so cheap that several threads would only wait for each other.
+        work = self.delivery.transforms is not None or self.delivery.pin_memory
+        threads = self.options.num_threads if work else 1
+        return prefetched(self._rows(epoch, ranges), self.delivery, self.options.prefetch, threads)
+
+    def _rows(self, epoch: int, ranges: Batches) -> Generator[tuple[Rows, int], None, None]:
+        """Yield the rows of each batch.
 
         Yields:
-            The rows, and how many of them are the batch's own; those after them fill it up.
+            The rows, and how many of them belong to the batch; the rest fills it up.
         """
         own = self._cut(epoch, ranges)
         for low, high in ranges:
-            rows = next(own)[1] if high > low else self.files.empty()
+            rows = next(own)[1] if high > low else self.files.no_rows()
             count = rows.num_rows
             parts = [rows]
             for fill in ranges.filling(low, high):
                 parts += [part for _, part in self._cut(epoch, Batches(fill[1], fill[1] - fill[0], fill[0]))]
-            yield joined(parts, self.files.converters), count
+            yield concat_rows(parts, self.files.converters), count
 
     def _cut(self, epoch: int, ranges: Batches) -> Chunks:
-        chunks = self._decoded(epoch, ranges.wants) if self.block is None else self._shuffled(epoch, ranges, self.block)
-        return cut(chunks, (each for each in ranges if each[0] < each[1]), self._join)
+        chunks = self._decoded(epoch, ranges.wants) if self.seed is None else self._shuffled(epoch, ranges, self.seed)
+        return cut(chunks, (each for each in ranges if each[0] < each[1]), self._concat)
 
-    def _join(self, parts: list[Rows]) -> Rows:
-        return joined(parts or [self.files.empty()], self.files.converters)
+    def _concat(self, parts: list[Rows]) -> Rows:
+        return concat_rows(parts or [self.files.no_rows()], self.files.converters)
 
     def _decoded(self, epoch: int, wants: Callable[[int, int], bool]) -> Chunks:
-        yield from chained(self._sources(epoch, wants), self.decoders)
+        yield from chained(self._sources(epoch, wants), self._decoders)
+
+    @property
+    def decoded_rows(self) -> int:
+        """Rows to decode at a time: a multiple of the batch size, so that few batches span two chunks."""
+        return -(-self.options.decoded_rows // self.batch_size) * self.batch_size
+
+    @property
+    def _decoders(self) -> int:
+        """Number of pieces to decode at once."""
+        return self.options.num_threads if self.options.prefetch else 1
 
     def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
         wanted, first = [], 0
@@ -81,9 +180,9 @@ class Reader:
             if wants(first, first + piece.rows):
                 wanted.append((piece, first))
             first += piece.rows
-        # A thread of ours for each piece is faster than Arrow's, which wait for each other at each column; both at once
-        # are more than there are cores for.
-        threads = self.threads > min(self.decoders, len(wanted))
+        # One thread of ours per piece is faster than Arrow's threads, which wait for each other at each column; both
+        # together would be more threads than cores.
+        threads = self.options.num_threads > min(self._decoders, len(wanted))
         for piece, first in wanted:
             yield self._numbered(piece, first, threads)
 
@@ -92,35 +191,36 @@ class Reader:
             yield first, rows
             first += rows.num_rows
 
-    def _shuffled(self, epoch: int, ranges: Batches, block: int) -> Chunks:
-        blocks = Batches(self.rows, block)
+    def _shuffled(self, epoch: int, ranges: Batches, seed: int) -> Chunks:
+        block = self.options.shuffle_buffer
+        blocks = Batches(self.num_rows, block)
 
         def wants(first: int, stop: int) -> bool:
-            # A row may go to any place of its block, so that what counts is the blocks as a whole.
-            return ranges.wants(first // block * block, min(-(-stop // block) * block, self.rows))
+            # A row may move to any place of its block, so whole blocks are needed.
+            return ranges.wants(first // block * block, min(-(-stop // block) * block, self.num_rows))
 
         wanted = (each for each in blocks if ranges.wants(*each))
-        for first, rows in cut(self._decoded(epoch, wants), wanted, self._join):
-            order = permutation(rows.num_rows, self.seed, epoch, _BLOCKS, first // block)
+        for first, rows in cut(self._decoded(epoch, wants), wanted, self._concat):
+            order = permutation(rows.num_rows, seed, epoch, _BLOCKS, first // block)
             yield first, Rows.of(rows.arrow().take(pa.array(order)), self.files.converters)
 
     def _pieces(self, epoch: int) -> list[Piece]:
         pieces = list(self.files.pieces)
-        if self.block is None:
+        if self.seed is None:
             return pieces
         return [pieces[index] for index in permutation(len(pieces), self.seed, epoch, _PIECES)]
 
 
-def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[Rows]], Rows]) -> Chunks:
-    """Cuts ranges of rows out of a stream of them.
+def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], concat: Callable[[list[Rows]], Rows]) -> Chunks:
+    """Cut ranges of rows out of a stream of chunks.
 
-    A range inside one chunk is a slice of it, which copies nothing; the rows of one that spans several are copied
-    once. Rows that the stream leaves out are missing in the range.
+    A range within one chunk is a slice of it and copies nothing; the rows of a range that spans several chunks are
+    copied once. Rows missing from the stream are missing from the range.
 
     Args:
-        chunks: Hold all rows of all ranges, but those that could not be read.
-        ranges: First row and the row after the last; ascending, none empty, none overlapping another.
-        join: Makes one of the parts of a range, of which there are none where no row could be read.
+        chunks: All rows of all ranges, except those that could not be read.
+        ranges: First row and the row after the last; ascending, not empty, not overlapping.
+        concat: Concatenates the parts of a range; the list is empty if no row could be read.
 
     Yields:
         For each range its first row and its rows.
@@ -130,8 +230,8 @@ def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[
     parts: list[Rows] = []
     while now is not None:
         if (item := next(chunks, None)) is None:
-            # What is left of the ranges could not be read.
-            yield now[0], join(parts)
+            # The rest of the ranges could not be read.
+            yield now[0], concat(parts)
             parts, now = [], next(wanted, None)
             continue
         first, chunk = item
@@ -142,11 +242,11 @@ def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], join: Callable[[list[
             if now[1] > stop:
                 break
             now = next(wanted, None)
-        # Rows that were left out before this chunk may be all that a range has: then nothing of it is here.
+        # All rows of a range may be missing before this chunk; its part of the chunk is then empty.
         ends = [(max(low, first), max(min(high, stop), low, first)) for low, high in here]
         slices = chunk.slices([(begin - first, end - first) for begin, end in ends])
         for (low, high), part in zip(here, slices, strict=True):
             parts.append(part)
             if high <= stop:
-                yield low, join(parts)
+                yield low, concat(parts)
                 parts = []

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Uneven: TypeAlias = Literal["wrap", "drop", "pad"] | None
-"""How ranks come to equal numbers of batches; see `ColumnDataset`."""
+from recis_hybrid.columnio.options import Uneven
 
 
 def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:

@@ -66,7 +66,7 @@ class TorchStep:
 
     Labels of any dtype, ``[B]`` or ``[B, 1]``, are brought into the shape and dtype of the outputs; integers beside
     outputs ``[B, K]`` stay classes. Rows that the bool column ``mask`` of a batch says False of
-    (``ColumnDataset(uneven="pad")`` adds it) count neither in losses nor in predictions; a model that returns its own
+    (``ShardOptions(uneven="pad")`` adds it) count neither in losses nor in predictions; a model that returns its own
     loss has to leave them out itself.
 
     Args:

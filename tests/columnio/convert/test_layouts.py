@@ -373,5 +373,7 @@ def test_structs_with_their_fields_in_another_order(tmp_path: Path) -> None:
     ],
 )
 def test_types_that_do_not_go_together_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
-    with pytest.raises(ValueError, match=r"'x' is .* in .*0\.arrow but .* in .*1\.arrow; .* read them apart, or write"):
+    with pytest.raises(
+        ValueError, match=r"'x' is .* in .*0\.arrow and .* in .*1\.arrow; .* read the files apart, or rewrite"
+    ):
         open_all(tmp_path, [one, other], None)

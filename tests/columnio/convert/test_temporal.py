@@ -167,7 +167,7 @@ def test_options_that_do_not_go_with_a_column_are_refused() -> None:
         Dense(unit="min")
     with pytest.raises(ValueError, match="format must have directives"):
         Ragged(format="iso")
-    with pytest.raises(ValueError, match="scale must be an integer of 0 to 38"):
+    with pytest.raises(ValueError, match="scale must be an integer from 0 to 38"):
         Dense(scale=-1)
     with pytest.raises(ValueError, match="give one of them"):
         Dense(scale=1, unit="s")

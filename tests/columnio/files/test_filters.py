@@ -21,10 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, strategies as st
 
-from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense
-from recis_hybrid.columnio.files.filters import RowFilter
+from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, ReadOptions
 from recis_hybrid.columnio.files.opening import open_files
-from recis_hybrid.columnio.files.paths import find_files
 from tests.support.columns import dense
 
 Decimal = decimal.Decimal
@@ -44,7 +42,7 @@ def rows_of(path: Path, filters: Any, **options: Any) -> list[int]:
     try:
         data = ColumnDataset(path, ["row"], 1000, filters=filters, **options)
     except ValueError as error:
-        if "there is not one row" not in str(error):
+        if "there is no row" not in str(error):
             raise
         return []
     return list(chain.from_iterable(dense(batch).tolist() for batch in data))
@@ -269,7 +267,7 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, said: 
         return
     for bad in ("raise", "skip"):
         with pytest.raises(TypeError, match=said):
-            ColumnDataset(tmp_path, ["row"], 10, filters=filters, on_bad_file=bad)  # type: ignore[arg-type]
+            ColumnDataset(tmp_path, ["row"], 10, filters=filters, read=ReadOptions(on_bad_file=bad))  # type: ignore[arg-type]
 
 
 def test_an_unknown_operator_is_refused(tmp_path: Path) -> None:
@@ -296,7 +294,7 @@ def test_what_cannot_be_computed_is_no_damage(tmp_path: Path, suffix: str, bad: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=r"filters .* cannot be computed for rows of .*a\.") as caught:
-            ColumnDataset(tmp_path, ["row"], 10, filters=filters, on_bad_file=bad)
+            ColumnDataset(tmp_path, ["row"], 10, filters=filters, read=ReadOptions(on_bad_file=bad))
     assert not isinstance(caught.value, BadFileError)
     assert rows_of(tmp_path, [("u", ">", 3)]) == [0, 1]
     assert rows_of(tmp_path, [("u", "==", 2**63)]) == [1]
@@ -356,7 +354,7 @@ def test_a_footer_spares_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": [float(row) for row in range(100)]}), path, row_group_size=10)
     for filters, groups in (([("x", ">", 75)], 3), (pc.field("x") > 75, 3), ([("x", "==", 5)], 1)):
-        files = open_files(find_files(path), {"x": None}, row_filter=RowFilter.of(filters))
+        files = open_files(path, ["x"], filters)
         assert len(files.pieces) == groups
 
 
@@ -375,7 +373,7 @@ def test_states_tell_filters_apart(tmp_path: Path) -> None:
     ):
         state = opened(one).state_dict()
         opened(one).load_state_dict(state)
-        with pytest.raises(ValueError, match="the rows have another order than when the state was taken"):
+        with pytest.raises(ValueError, match="the rows are in another order than when the state was saved"):
             opened(two).load_state_dict(state)
     # A set has no order.
     opened([("row", "in", {3, 1, 2})]).load_state_dict(opened([("row", "in", {2, 3, 1})]).state_dict())

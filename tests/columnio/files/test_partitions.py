@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, Text
-from recis_hybrid.columnio.files.partitions import with_partitions
+from recis_hybrid.columnio import BadFileError, Column, ColumnDataset, Dense, ReadOptions, Text
+from recis_hybrid.columnio.files.partitions import partitions_of
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 
@@ -43,9 +43,9 @@ def test_names_of_folders() -> None:
         (["=1/a", "day/a"], [{}, {}]),
         (["day=1/x/day=1/a"], [{"day": 1}]),
     ):
-        assert with_partitions(paths) == want
-    with pytest.raises(ValueError, match=r"the folders of day=1/day=2/a say day=1 and day=2"):
-        with_partitions(["day=1/day=2/a"])
+        assert partitions_of(paths) == want
+    with pytest.raises(ValueError, match=r"the folders of day=1/day=2/a have both day=1 and day=2"):
+        partitions_of(["day=1/day=2/a"])
 
 
 def test_keys_that_differ_by_case_are_different_columns(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_a_column_that_says_otherwise_is_refused(
     if text and filters is not None:
         filters = [(name, sign, str(value)) for name, sign, value in filters]
     with pytest.raises(ValueError, match=said) as caught:
-        list(ColumnDataset(tmp_path, ["day"], 10, filters=filters, on_bad_file=bad))
+        list(ColumnDataset(tmp_path, ["day"], 10, filters=filters, read=ReadOptions(on_bad_file=bad)))
     assert not isinstance(caught.value, BadFileError)
     # Where nobody asks for it, it does no harm.
     assert rows(ColumnDataset(tmp_path, ["row"], 10)) == [0, 1, 2, 3]
     # The files alone are read by choice.
     specs: dict[str, Column | None] = {"row": None, "day": Text(default="") if text else Dense(default=-1)}
-    (batch,) = ColumnDataset(tmp_path, specs, 10, partitions=False)
+    (batch,) = ColumnDataset(tmp_path, specs, 10, read=ReadOptions(partitions=False))
     assert dense(batch).tolist() == [0, 1, 2, 3]
     own = strings(batch["day"]) if text else dense(batch, "day").tolist()
     assert own == (
@@ -136,13 +136,11 @@ def test_a_column_of_another_type_than_its_folder_is_refused(tmp_path: Path) -> 
 
 
 def test_a_folder_spares_reading_where_the_footer_agrees(tmp_path: Path) -> None:
-    from recis_hybrid.columnio.files.filters import RowFilter
     from recis_hybrid.columnio.files.opening import open_files
-    from recis_hybrid.columnio.files.paths import find_files
 
     write(tmp_path, "day=7", row=[0, 1], day=pa.array([7, 7]))
     write(tmp_path, "day=8", row=[2, 3], day=pa.array([8, 8]))
-    files = open_files(find_files(tmp_path), {"row": None}, row_filter=RowFilter.of([("day", "==", 8)]))
+    files = open_files(tmp_path, ["row"], [("day", "==", 8)])
     assert [Path(str(piece.opened.file)).parent.name for piece in files.pieces] == ["day=8", "day=8"]
 
 

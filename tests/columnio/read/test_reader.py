@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from recis_hybrid.columnio import Dense
 from recis_hybrid.columnio.convert.convert import converter
 from recis_hybrid.columnio.convert.numbers import Place
-from recis_hybrid.columnio.convert.row_slice import Rows, joined
+from recis_hybrid.columnio.convert.row_slice import Rows, concat_rows
 from recis_hybrid.columnio.read.reader import cut
 
 CONVERTERS = {"row": converter(Dense(), pa.int64(), Place("row", "x.parquet"))}
@@ -20,7 +20,7 @@ def rows(first: int, stop: int) -> Rows:
 
 
 def join(parts: list[Rows]) -> Rows:
-    return joined(parts or [rows(0, 0)], CONVERTERS)
+    return concat_rows(parts or [rows(0, 0)], CONVERTERS)
 
 
 def numbers(part: Rows) -> list[int]:

@@ -1,4 +1,4 @@
-"""The Arrow types in which a spec wants a column of a format that holds no types. Imports pyarrow."""
+"""Arrow types that specs ask for, in formats without types and for columns of nulls. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.columnio.convert.numbers import ARROW_OF, ArrowType
 
 
 def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
-    """Return the types by column, of those columns whose specs say them.
+    """Return the types in which to read columns of formats without types, for the specs that determine one.
 
     Args:
         columns: Specs by column.
@@ -20,7 +20,7 @@ def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
     hints: dict[str, ArrowType] = {}
     for name, spec in columns.items():
         if isinstance(spec, Dense | Ragged):
-            number = _number(spec)
+            number = value_type(spec)
             lists = isinstance(spec, Ragged) or spec.length is not None
             if number is not None:
                 hints[name] = pa.list_(number) if lists else number
@@ -29,9 +29,10 @@ def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
     return hints
 
 
-def _number(spec: Dense | Ragged) -> ArrowType | None:
+def value_type(spec: Dense | Ragged) -> ArrowType | None:
+    """Return the type of the values that a spec determines; None if it follows from the file."""
     if spec.unit is not None or spec.format is not None:
-        # Parsed from what is written, whatever the first rows look like.
+        # Dates and times are parsed from their text, whatever the first rows look like.
         return pa.string()
     if spec.scale is not None:
         return pa.decimal128(38, spec.scale)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, Text
+from recis_hybrid.columnio import Column, ColumnDataset, Dense, Ragged, ReadOptions, ShardOptions, Text
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.columns import dense
 from tests.support.workers import FEW_CORES, FORKED
@@ -90,11 +90,11 @@ def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -
         assert lists(one["list"]) == lists(other["list"])
     # Ranks, and another number of them afterwards.
     whole = rows_of(opened())
-    ranks = [opened(rank=rank, world_size=2) for rank in range(2)]
+    ranks = [opened(shard=ShardOptions(rank=rank, world_size=2)) for rank in range(2)]
     passes = [iter(rank) for rank in ranks]
     seen = [dense(next(each)).tolist() for _ in range(3) for each in passes]
     assert list(chain.from_iterable(seen)) == whole[:24]
-    rest = opened(num_threads=2)
+    rest = opened(read=ReadOptions(num_threads=2))
     rest.load_state_dict(ranks[0].state_dict())
     assert rows_of(rest) == whole[24:]
     rest.set_epoch(1)
@@ -321,7 +321,7 @@ def test_a_state_goes_with_its_data() -> None:
         table().drop_columns(["list"]),
         table().rename_columns(["row", "l", "list"]),
     ):
-        with pytest.raises(ValueError, match="the rows have another order than when the state was taken"):
+        with pytest.raises(ValueError, match="the rows are in another order than when the state was saved"):
             ColumnDataset.from_arrow(other, ["row"], 10).load_state_dict(state)
 
 
@@ -347,7 +347,7 @@ def test_a_function_that_fails_is_no_damaged_file(bad: Any) -> None:
             raise FileNotFoundError("gone")
         yield {"row": np.arange(3)}
 
-    data = ColumnDataset.from_arrow(failing, ["row"], 5, on_bad_file=bad)
+    data = ColumnDataset.from_arrow(failing, ["row"], 5, read=ReadOptions(on_bad_file=bad))
     fails = True
     with pytest.raises(RuntimeError, match="the function that makes the batches failed: gone"):
         list(data)
@@ -395,7 +395,7 @@ def test_batches_are_brought_to_the_types_of_the_first() -> None:
         ([], ValueError, "at least one batch, got an empty sequence"),
         (lambda: iter([]), ValueError, "at least one batch, and the function made none"),
         (lambda: 7, TypeError, "the function must return an iterable of batches, got int"),
-        ({"a": np.array([], np.int64)}, ValueError, r"there is not one row in data in memory"),
+        ({"a": np.array([], np.int64)}, ValueError, r"there is no row in data in memory"),
     ],
 )
 def test_what_is_no_table_is_refused(data: Any, error: type[Exception], said: str) -> None:

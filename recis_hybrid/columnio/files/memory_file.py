@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recis_hybrid.columnio.formats import Format, memory
+from recis_hybrid.columnio.formats import Contents, Format
 from recis_hybrid.ragged import RaggedTensor, to_arrow
 
-# Rows of which the values go into a fingerprint.
+# Rows whose values are part of a fingerprint.
 _SAMPLE = 1024
-# Rows of a batch of a stream that is cut into batches.
+# Rows of a batch of a streamed Hugging Face dataset.
 _STREAMED = 1024
+# Rows of a piece, however a table is chunked: the order of an epoch is the same for the same rows.
+_PIECE_ROWS = 65_536
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +76,7 @@ class MemoryFile:
     @property
     def format(self) -> Format:
         """The format of data in memory."""
-        return memory
+        return _TABLES
 
     def stamp(self) -> None:
         """Return None: no other process writes it."""
@@ -100,6 +102,37 @@ class MemoryFile:
         return "data in memory"
 
     __repr__ = __str__
+
+
+class _TableFormat:
+    """Format of a MemoryFile: tables in slices, and the batches of a function as a whole."""
+
+    NAME, PIECE = "in-memory", "piece"
+
+    def inspect(self, file: MemoryFile, types: Mapping[str, Any]) -> Contents:
+        """See ``Format``."""
+        if file.table is None:
+            return Contents(next(file.tables()).schema, [None])
+        rows = file.table.num_rows
+        sizes = [min(_PIECE_ROWS, rows - first) for first in range(0, rows, _PIECE_ROWS)]
+        return Contents(file.table.schema, sizes)
+
+    def read(
+        self, file: MemoryFile, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool
+    ) -> Iterator[Any]:
+        """See ``Format``."""
+        for table in file.tables():
+            selected = table.select(columns)
+            if file.table is not None:
+                selected = selected.slice(piece * _PIECE_ROWS, _PIECE_ROWS)
+            for first in range(0, selected.num_rows, rows):
+                part = selected.slice(first, rows)
+                # Small chunks are combined once, not again for each batch that spans several.
+                chunks = max(column.num_chunks for column in part.columns)
+                yield from (part if chunks == 1 else part.combine_chunks()).to_batches()
+
+
+_TABLES: Format = _TableFormat()
 
 
 def as_table(data: Any) -> Any:
