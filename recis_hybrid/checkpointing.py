@@ -1,17 +1,22 @@
-"""State on its way to or from disk, as plain data: what parts with state hand out and the saver writes.
+"""State in checkpoints: plain data, and the protocols by which the saver takes it from objects and gives it back.
+
+Objects that have state import this module; so does the saver, and neither imports the other.
 
 Letters: n rows of a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from recis_hybrid import ops
 
 BUCKETS = 65536
 """Number of shares of the id space: fixed, so that it depends neither on the world size nor on anything else."""
@@ -65,11 +70,37 @@ def are_tables_apart() -> bool:
     return _apart.get()
 
 
-class HostMemory(Protocol):
-    """Host memory for copies of state, which is used again for the next."""
+class HostMemory:
+    """Host memory for copies of state. It is used again for the next copies: fresh pages cost more than the copying."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, bool], list[Tensor]] = {}
+        self._used: list[tuple[tuple[int, bool], Tensor]] = []
 
     def take(self, size: int, *, pinned: bool = False) -> Tensor:
-        """Return uint8 ``[size]`` on the CPU, of any contents; ``pinned`` for copies from a GPU."""
+        """Return uint8 ``[size]`` on the CPU, of any contents.
+
+        Args:
+            size: Bytes.
+            pinned: Whether a GPU will copy into it.
+        """
+        key = (size, pinned)
+        free = self._free.get(key)
+        if free:
+            data = free.pop()
+        elif pinned:
+            data = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:
+            data = ops.memory.empty_bytes(size, torch.device("cpu"))
+        self._used.append((key, data))
+        return data
+
+    def reuse(self) -> None:
+        """Make all memory that was taken available again, and free what the last copies did not need."""
+        self._free = {}
+        for key, data in self._used:
+            self._free.setdefault(key, []).append(data)
+        self._used = []
 
 
 class RowReader(Protocol):
@@ -133,3 +164,144 @@ class PartState:
 
     owned: bool = False
     """Whether the tensors are copies that nobody will change: a save in the background need not copy them again."""
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """An object that a ``Saver`` saves and loads. Its kind is its ``checkpoint_kind``, or else ``saveable``."""
+
+    def checkpoint_state(self) -> PartState:
+        """Return the state.
+
+        Tensors need not be copies: the saver changes nothing in them and reads them before ``Saver.save`` returns.
+        """
+        ...
+
+    def load_checkpoint_state(self, state: PartState) -> None:
+        """Replace the state by a saved one.
+
+        Called after the whole checkpoint has been verified and compared with :meth:`checkpoint_state`: tables, columns,
+        dtypes, widths and table metadata, and dtypes and shapes of tensors, are the same.
+
+        Args:
+            state: The saved state, on the CPU, in memory of its own; rows sorted by (bucket, id).
+        """
+        ...
+
+
+class StateLoader(Protocol):
+    """One load into an object: compares a checkpoint with it, then takes the rows in pieces."""
+
+    differences: Sequence[str]
+    """Reasons why the checkpoint cannot be loaded."""
+    changes: Sequence[str]
+    """Descriptions of what is converted or reset by the load."""
+    holds_rows: bool
+    """Whether the load replaces rows that the object has now."""
+
+    def begin(self, rows: Mapping[str, int]) -> None:
+        """Remove all rows.
+
+        Args:
+            rows: By table, about how many rows will be loaded.
+        """
+        ...
+
+    def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if rows of a table, columns as in :meth:`load`, cannot be loaded."""
+        ...
+
+    def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
+        """Insert rows of a table.
+
+        Args:
+            name: Name of the table.
+            columns: By name, ``[m, ...]``, valid during the call only.
+
+        Raises:
+            ValueError: The rows cannot be loaded.
+        """
+        ...
+
+    def end(self) -> None:
+        """Load what is not a row, after the last rows."""
+        ...
+
+    def abandon(self) -> None:
+        """Remove all rows: the rest of them will not come."""
+        ...
+
+
+@runtime_checkable
+class Loadable(Saveable, Protocol):
+    """A ``Saveable`` that compares a checkpoint with itself, and loads one that differs where it can."""
+
+    def checkpoint_loader(self, saved: PartState) -> StateLoader:
+        """Compare with a checkpoint, and return the loader; nothing is changed before its ``begin``.
+
+        Args:
+            saved: The saved state, tables without rows.
+
+        Raises:
+            ValueError: The state beside the rows is malformed.
+        """
+        ...
+
+
+@runtime_checkable
+class SaveableTables(Loadable, Protocol):
+    """A ``Saveable`` of large tables, such as an ``EmbeddingEngine``: saved without a copy in memory, or by changes."""
+
+    def checkpoint_layout(self) -> PartState:
+        """Return :meth:`checkpoint_state` without rows: tables, columns and tensors, no ``meta``."""
+        ...
+
+    def checkpoint_snapshot(self, memory: HostMemory | None) -> Callable[[], PartState]:
+        """Return a function that returns the state, its tables with readers of their rows.
+
+        Args:
+            memory: Takes a copy of the rows, after which the tables may change, and the function may be called in
+                another thread. None: the rows are read where they are, and must not change before.
+        """
+        ...
+
+    def watch_checkpoint_changes(self) -> object:
+        """Start to record changes.
+
+        Returns:
+            A token for this moment. Recording stops when nothing refers to it any more.
+        """
+        ...
+
+    def checkpoint_changes(self, since: object, whole: Collection[str]) -> PartState | None:
+        """Return what changed.
+
+        Args:
+            since: A token of :meth:`watch_checkpoint_changes`.
+            whole: Names of tables to return whole.
+
+        Returns:
+            :meth:`checkpoint_state`, but of a table with ``removed`` only the rows that may have changed since. None if
+            the changes are not known.
+        """
+        ...
+
+    def checkpoint_buckets(self, table: str) -> tuple[int, int] | None:
+        """Return the buckets whose rows this rank loads: the first, and the one after the last.
+
+        Args:
+            table: Name of the table.
+
+        Returns:
+            None for those of :func:`owned_buckets`.
+        """
+        ...
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replace the rows of some tables and leave the others unchanged.
+
+        Args:
+            tables: By name. Columns have the widths that they have here; dtypes may differ, and all columns but the
+                first two may be missing. ``step`` in the meta of each is the number of its optimizer steps, or None.
+        """
+        ...

@@ -55,12 +55,16 @@ def is_initialized() -> bool:
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
     """Return the rank of this process in a group; 0 without torch.distributed."""
-    return dist.get_rank(group) if is_initialized() else 0
+    if group is not None:
+        return group.rank()
+    return dist.get_rank() if is_initialized() else 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Return the number of processes of a group; 1 without torch.distributed."""
-    return dist.get_world_size(group) if is_initialized() else 1
+    if group is not None:
+        return group.size()
+    return dist.get_world_size() if is_initialized() else 1
 
 
 def sendable(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -68,7 +72,8 @@ def sendable(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
     It stays where it is if the backend allows that; otherwise it is copied: to the CPU for Gloo, to the GPU for NCCL.
     """
-    backend = dist.get_backend(group)
+    # A group that torch.distributed does not know (it need not be initialized) knows its backend itself.
+    backend = "gloo" if group is not None and group.name() == "gloo" else dist.get_backend(group)
     if tensor.is_cuda and "nccl" not in backend:
         return tensor.cpu()
     if not tensor.is_cuda and "gloo" not in backend and "mpi" not in backend:
@@ -102,14 +107,19 @@ def exchange(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     if world_size(group) == 1:
         return [value]
     data = sendable(torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8), group)
-    sizes = [torch.empty(1, dtype=torch.int64, device=data.device) for _ in range(world_size(group))]
-    dist.all_gather(sizes, torch.tensor([data.numel()], device=data.device), group=group)
-    counts = [int(size) for size in sizes]
+    counts = [int(size) for size in _gather(torch.tensor([data.numel()], device=data.device), group)]
     padded = data.new_zeros(max(counts))
     padded[: data.numel()] = data
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    parts = _gather(padded, group)
     return [json.loads(bytes(part[:count].cpu().numpy())) for part, count in zip(parts, counts, strict=True)]
+
+
+def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    tensors = [torch.empty_like(tensor) for _ in range(group.size())]
+    group.allgather([tensors], [tensor]).wait()
+    return tensors
 
 
 def all_succeed_or_raise(

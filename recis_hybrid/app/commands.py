@@ -43,7 +43,7 @@ from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.saver import CheckpointError, Saver
 from recis_hybrid.saver.cli import Parser
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

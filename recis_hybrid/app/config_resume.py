@@ -16,7 +16,7 @@ from recis_hybrid.app.config import Config, ConfigError, is_url, parse_config
 from recis_hybrid.app.config_yaml import write_yaml
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.ragged import Batch
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer

@@ -36,7 +36,7 @@ from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 
 METRICS: dict[str, type[Metric]] = {
     "auc": AUC,

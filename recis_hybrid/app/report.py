@@ -13,7 +13,7 @@ from typing import Any
 from recis_hybrid.app import svg
 from recis_hybrid.pipelines.metrics_record import is_reserved
 from recis_hybrid.saver import Location
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 
 PHASES = ("data", "features", "lookup", "exchange", "towers", "update")
 TABLES = 12

@@ -22,7 +22,7 @@ from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import CheckpointError, Location, Saver
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import STEP
 
 Paths: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from recis_hybrid.checkpointing import (
+    JSON as JSON,
+    PartState as PartState,
+    Saveable as Saveable,
+    TableState as TableState,
+)
 from recis_hybrid.saver.actions.pretrained import load_pretrained as load_pretrained
 from recis_hybrid.saver.actions.selection import Loaded as Loaded
 from recis_hybrid.saver.errors import (
@@ -9,12 +15,6 @@ from recis_hybrid.saver.errors import (
     CheckpointMismatch as CheckpointMismatch,
     CorruptCheckpoint as CorruptCheckpoint,
 )
-from recis_hybrid.saver.format.file_io import Location as Location
+from recis_hybrid.saver.format.location import Location as Location
 from recis_hybrid.saver.parts.per_rank import PerRank as PerRank
-from recis_hybrid.saver.parts.protocol import (
-    JSON as JSON,
-    PartState as PartState,
-    Saveable as Saveable,
-    TableState as TableState,
-)
 from recis_hybrid.saver.saver import Saver as Saver

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recis_hybrid.saver.actions.recis_import import import_recis
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.inspect import differences, size_text, summarized, summary, summary_text
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import STEP
 
 
@@ -130,7 +130,7 @@ def _parsers() -> dict[str, Parser]:
     return made
 
 
-def _open(place: str, step: int | None = None) -> Checkpoint:
+def _open(place: str, step: int | None = None) -> StoredCheckpoint:
     """Find a checkpoint and read its manifest."""
     root = storage_of(place).root
     match = STEP.fullmatch(root.name)
@@ -140,12 +140,12 @@ def _open(place: str, step: int | None = None) -> Checkpoint:
             raise CheckpointError(f"{place} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
         if step is not None and step not in steps:
             raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, it holds {steps}.")
-        return Checkpoint(root, steps[-1] if step is None else step)
+        return StoredCheckpoint(root, steps[-1] if step is None else step)
     if step is not None and step != int(match[1]):
         raise CheckpointError(f"{place} is not of step {step}. Name the run's directory, or leave --step out.")
     if not root.is_dir():
         raise CheckpointError(f"{place} is no directory. Name a run's directory, or a step_… in it.")
-    return Checkpoint(root.parent, int(match[1]))
+    return StoredCheckpoint(root.parent, int(match[1]))
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -204,7 +204,7 @@ def _import_recis(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace, path: Location, what: str, notes: Sequence[str] = ()) -> int:
     step = STEP.fullmatch(path.name)
     assert step is not None
-    found = summary(Checkpoint(path.parent, int(step[1])).manifest)
+    found = summary(StoredCheckpoint(path.parent, int(step[1])).manifest)
     if args.json:
         told = {"notes": list(notes)} if notes else {}
         print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"], **told}))

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
 
 import torch
 
-from recis_hybrid.saver.actions.write import write_checkpoint
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.checkpointing import PartState, TableState
+from recis_hybrid.saver.actions.write import Target, publish, write_checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
+from recis_hybrid.saver.checkpoint.part_files import CapturedPart
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.format.file_io import Location
-from recis_hybrid.saver.parts.protocol import PartState, TableState
+from recis_hybrid.saver.format.location import Location, RemotePath
 from recis_hybrid.saver.runtime.ranks import Ranks
-from recis_hybrid.saver.storage.local import Storage, storage_of
-from recis_hybrid.saver.storage.remote import RemotePath
+from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 EXPORT_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """The dtypes that embeddings can be exported in."""
-Target: TypeAlias = str | os.PathLike[str]
-"""A directory or URL that takes a checkpoint."""
 _SERVED = ("saveable", "module", "json")
 
 
-def compact(checkpoint: Checkpoint, to: Target | None = None) -> Location:
+def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
     """Write a checkpoint whole that holds just what changed.
 
     Its files are then those that a save of the same state without `delta` writes, byte for byte.
@@ -45,9 +40,9 @@ def compact(checkpoint: Checkpoint, to: Target | None = None) -> Location:
         CheckpointError: others build on it, another job saves there, or it cannot be written.
     """
     step, parts = checkpoint.manifest.step, checkpoint.manifest.parts
-    states = [(name, part.kind, partial(checkpoint.read, name)) for name, part in parts.items()]
+    captured = {name: CapturedPart(part.kind, partial(checkpoint.read, name)) for name, part in parts.items()}
     if to is not None:
-        return publish(to, step, states)
+        return publish(to, step, captured)
     if checkpoint.manifest.previous is not None:
         if isinstance(checkpoint.root, RemotePath):
             raise CheckpointError(
@@ -63,11 +58,11 @@ def compact(checkpoint: Checkpoint, to: Target | None = None) -> Location:
                     f"{checkpoint.directory}: step {later} builds on it as it is. Compact the last step that does, or "
                     "write elsewhere with --to."
                 )
-        _write(storage, step, states)
+        write_checkpoint(storage, Ranks(None), step, captured)
     return checkpoint.directory
 
 
-def export(checkpoint: Checkpoint, out: Target, dtype: torch.dtype | None = None) -> Location:
+def export(checkpoint: StoredCheckpoint, out: Target, dtype: torch.dtype | None = None) -> Location:
     """Write what serving needs of a checkpoint: ids and embeddings, modules and JSON.
 
     Optimizers, generators, schedulers and reading positions stay behind, and so do the optimizer state and metadata of
@@ -85,45 +80,15 @@ def export(checkpoint: Checkpoint, out: Target, dtype: torch.dtype | None = None
         CorruptCheckpoint: the checkpoint, or one that it builds on, is damaged.
         CheckpointError: there is such an export already, or it cannot be written.
     """
-    served = {name: part for name, part in checkpoint.manifest.parts.items() if part.kind in _SERVED}
-    states = [(name, part.kind, partial(_served, checkpoint, name, dtype)) for name, part in served.items()]
-    return publish(out, checkpoint.manifest.step, states)
+    captured = {
+        name: CapturedPart(part.kind, partial(_served, checkpoint, name, dtype))
+        for name, part in checkpoint.manifest.parts.items()
+        if part.kind in _SERVED
+    }
+    return publish(out, checkpoint.manifest.step, captured)
 
 
-def publish(root: Target, step: int, states: Iterable[tuple[str, str, Callable[[], PartState]]]) -> Location:
-    """Write a whole checkpoint of states that are not of live objects.
-
-    Args:
-        root: the directory or URL that takes it; made if it is not there.
-        step: its step.
-        states: name and kind of each part, and what returns its state.
-
-    Returns:
-        Its directory.
-
-    Raises:
-        CheckpointError: it is there already, another job saves there, or it cannot be written.
-    """
-    storage = storage_of(root)
-    place = storage.root / step_name(step)
-    # Before it is taken, which may end what another job does there, and when no other can write it any more.
-    _refuse(place)
-    storage.take()
-    _refuse(place)
-    _write(storage, step, states)
-    return place
-
-
-def _refuse(place: Location) -> None:
-    if place.exists():
-        raise CheckpointError(f"{place}: is there already. Name another directory, or delete it first.")
-
-
-def _write(storage: Storage, step: int, states: Iterable[tuple[str, str, Callable[[], PartState]]]) -> None:
-    write_checkpoint(storage, Ranks(None), step, ((name, kind, state, False) for name, kind, state in states))
-
-
-def _served(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> PartState:
+def _served(checkpoint: StoredCheckpoint, part: str, dtype: torch.dtype | None) -> PartState:
     """A part as it is served; its tables are read one by one, for what is left out of each to go again."""
     state = checkpoint.read(part, ())
     tables: dict[str, TableState] = {}

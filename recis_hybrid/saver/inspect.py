@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.checkpointing import PartState, TableState
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.format.manifest import Manifest, PartEntry
 from recis_hybrid.saver.format.manifest_reader import part_files, table_files
 from recis_hybrid.saver.parts.compare import state_differences
-from recis_hybrid.saver.parts.protocol import PartState, TableState
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def size_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def differences(first: Checkpoint, second: Checkpoint, reading: Callable[[str], None]) -> list[str]:
+def differences(first: StoredCheckpoint, second: StoredCheckpoint, reading: Callable[[str], None]) -> list[str]:
     """Compare two checkpoints by content; step, time and how tables were cut into files do not count.
 
     A table of each is in memory at a time, whole.

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from recis_hybrid.checkpointing import JSON, HostMemory
 from recis_hybrid.saver.actions.load import load_parts
 from recis_hybrid.saver.actions.load_partial import load_some
 from recis_hybrid.saver.actions.selection import Loaded, Selection
-from recis_hybrid.saver.actions.write import Work, write_checkpoint
-from recis_hybrid.saver.checkpoint.chain import Checkpoint, other_steps, superfluous
+from recis_hybrid.saver.actions.write import write_checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, other_steps, superfluous
 from recis_hybrid.saver.checkpoint.change_tracking import Tracking
+from recis_hybrid.saver.checkpoint.part_files import CapturedPart
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link, PartEntry
 from recis_hybrid.saver.format.row_file import Reads
-from recis_hybrid.saver.parts.part import Part, copied, part_of
+from recis_hybrid.saver.parts.adapters import part_of
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.parts.per_rank import PerRank, name_of_rank
-from recis_hybrid.saver.parts.protocol import JSON, PartState
-from recis_hybrid.saver.parts.snapshot import Memory, snapshot
 from recis_hybrid.saver.runtime.background import Background
 from recis_hybrid.saver.runtime.ranks import Ranks
-from recis_hybrid.saver.storage.local import storage_of
+from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.shared_check import refuse_unshared
 from recis_hybrid.saver.storage.step_directory import step_name
+from recis_hybrid.validation import check_flag, check_integer, describe_value
 
 _LARGEST_STEP = 10**18 - 1
 
@@ -85,18 +87,15 @@ class Saver:
         async_save: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if keep is not None and not (_is_integer(keep) and keep >= 1):
-            raise CheckpointError(f"Saver: keep must be an integer of at least 1, or None, got {keep!r}.")
         self._storage = storage_of(path)
         self._root = self._storage.root
-        self._keep = None if keep is None else int(keep)
-        self._async_save = async_save
+        self._keep = None if keep is None else check_integer("Saver", "keep", keep, 1)
+        self._memory = HostMemory() if async_save else None
         self._group = group
         self._ranks: Ranks | None = None
-        self._shared = False
+        self._is_shared = False
         self._background = Background()
         self._deletion = Background()
-        self._memory = Memory()
         self._tracking = Tracking(self._root)
         self._links: dict[int, int | None] = {}
         self.bytes_read = 0
@@ -144,55 +143,45 @@ class Saver:
                 directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
                 this one failed in the background.
         """
-        ranks = self._together()
+        ranks = self._joined()
         ranks.together(self.wait)
-        step = int(step) if _is_integer(step) else step
         adapters: dict[str, Part] = {}
 
         def prepare() -> JSON:
-            self._check_step(step)
-            if type(delta) is not bool:
-                raise CheckpointError(f"Saver.save: delta must be True or False, got {delta!r}.")
-            _refuse_no_parts("Saver.save", parts)
-            adapters.update({name: part_of(name, _value(part)) for name, part in parts.items()})
+            checked = self._checked_step(step)
+            check_flag("Saver.save", "delta", delta)
+            _check_parts("Saver.save", parts)
+            adapters.update({name: part_of(name, part) for name, part in parts.items()})
             if ranks.rank == 0:
                 self._storage.take()
-            about: list[JSON] = [[n, part.kind, isinstance(parts[n], PerRank)] for n, part in adapters.items()]
-            return [step, delta, about]
+            return [checked, delta, [[name, part.kind, _is_per_rank(parts[name])] for name, part in adapters.items()]]
 
         answers = ranks.together(prepare)
         if any(answer != answers[0] for answer in answers):
             raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, they save {answers}.")
-        if not self._shared:
+        if not self._is_shared:
             refuse_unshared(self._root, ranks)
-            self._shared = True
+            self._is_shared = True
         self._tracking.on |= delta
         link, changes = self._tracking.changes(ranks, adapters) if delta else (None, {})
-        states: dict[str, Callable[[], PartState]] = {}
+        captured: dict[str, CapturedPart] = {}
         watches: dict[str, object] = {}
 
-        def take() -> None:
-            if self._async_save:
+        def capture() -> None:
+            if self._memory is not None:
                 self._memory.reuse()
             for name, part in adapters.items():
-                if name in changes:
-                    states[name] = self._kept(changes[name])
-                else:
-                    states[name] = copied(part, self._memory) if self._async_save else part.state
+                state = part.capture(self._memory, changes.get(name))
+                captured[name] = CapturedPart(part.kind, state, _is_per_rank(parts[name]))
             watches.update(self._tracking.watch(adapters))
 
-        ranks.together(take)
-        work = [(name, part.kind, states[name], isinstance(parts[name], PerRank)) for name, part in adapters.items()]
-        write = partial(self._write, step, work, link, watches)
-        if self._async_save:
-            self._background.start(f"the save of step {step} in {self._root}", write)
-        else:
+        ranks.together(capture)
+        write = partial(self._write, int(step), captured, link, watches)
+        if self._memory is None:
             write()
-        return self._directory(step)
-
-    def _kept(self, state: PartState) -> Callable[[], PartState]:
-        """Hands out a state, which a save in the background must have for itself."""
-        return snapshot(state, self._memory) if self._async_save else lambda: state
+        else:
+            self._background.start(f"the save of step {step} in {self._root}", write)
+        return self._root / step_name(int(step))
 
     @torch.inference_mode(False)
     def wait(self) -> None:
@@ -204,16 +193,18 @@ class Saver:
         self._background.wait()
         self._deletion.wait()
 
-    def _write(self, step: int, parts: Sequence[Work], link: Link | None, watches: dict[str, object]) -> None:
-        ranks = self._together()
+    def _write(
+        self, step: int, parts: Mapping[str, CapturedPart], link: Link | None, watches: dict[str, object]
+    ) -> None:
+        ranks = self._joined()
         write_checkpoint(self._storage, ranks, step, parts, link)
-        self._tracking.settle(ranks, step, watches)
+        self._tracking.start_from(ranks, step, watches)
         self._links[step] = None if link is None else link.step
 
         def delete_oldest() -> None:
             if ranks.rank == 0 and self._keep is not None:
                 for old in superfluous(self._root, self.steps(), self._keep, self._links):
-                    self._deletion.start(f"the deletion of step {old} in {self._root}", self._storage.give_up(old))
+                    self._deletion.start(f"the deletion of step {old} in {self._root}", self._storage.remove(old))
 
         ranks.together(delete_oldest)
 
@@ -243,19 +234,19 @@ class Saver:
             CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
             CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
-        ranks = self._together()
+        ranks = self._joined()
         ranks.together(self.wait)
-        _refuse_no_parts("Saver.load", parts)
+        _check_parts("Saver.load", parts)
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
-        reads, opened = Reads(), list[Checkpoint]()
+        reads, opened = Reads(), list[StoredCheckpoint]()
         chosen: dict[str, tuple[Part, str, PartEntry]] = {}
 
         def choose() -> None:
-            opened.append(Checkpoint(self._root, found, listed=ranks.rank == 0))
+            opened.append(StoredCheckpoint(self._root, found, listed=ranks.rank == 0))
             for name, value in parts.items():
                 saved = name_of_rank(name, value, opened[0].manifest, ranks.rank)
                 if saved is not None:
-                    adapter = part_of(name, _value(value))
+                    adapter = part_of(name, value)
                     chosen[name] = adapter, saved, opened[0].part(saved, adapter.kind)
 
         try:
@@ -265,10 +256,10 @@ class Saver:
             raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
         finally:
             self.bytes_read = reads.bytes
-        # Whoever loads what is incremental will go on so.
+        # Keep tracking after loading an incremental checkpoint.
         self._tracking.on |= opened[0].manifest.previous is not None
         same = {name: part for name, (part, *_) in chosen.items() if name not in changed}
-        self._tracking.settle(ranks, found, self._tracking.watch(same))
+        self._tracking.start_from(ranks, found, self._tracking.watch(same))
         return found
 
     @torch.inference_mode(False)
@@ -307,16 +298,16 @@ class Saver:
             CheckpointError: there is no such checkpoint, a part is neither an engine nor a module, or a pattern of
                 `only`, `exclude` or `rename` matches no name of any part, whether strict or not.
         """
-        ranks = self._together()
+        ranks = self._joined()
         ranks.together(self.wait)
-        _refuse_no_parts("Saver.load_some", parts)
+        _check_parts("Saver.load_some", parts)
         selection = Selection(only, exclude, rename)
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         adapters = {name: part_of(name, value) for name, value in parts.items()}
-        opened: list[Checkpoint] = []
+        opened: list[StoredCheckpoint] = []
 
         def find() -> None:
-            opened.append(Checkpoint(self._root, found, listed=ranks.rank == 0))
+            opened.append(StoredCheckpoint(self._root, found, listed=ranks.rank == 0))
             for name, part in adapters.items():
                 opened[0].part(name, part.kind)
 
@@ -344,33 +335,33 @@ class Saver:
         self.wait()
         found = self._resolve(step)
         try:
-            checkpoint = Checkpoint(self._root, found)
+            checkpoint = StoredCheckpoint(self._root, found)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
         return checkpoint.part(name, "json").meta.get("value")
 
-    def _together(self) -> Ranks:
+    def _joined(self) -> Ranks:
         """This process and the others; all of them call this alike, for the first call makes a group."""
         if self._ranks is None:
             self._ranks = Ranks.of(self._group)
         return self._ranks
 
-    def _check_step(self, step: int) -> None:
-        if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+    def _checked_step(self, step: int) -> int:
+        if not isinstance(step, Integral) or isinstance(step, bool) or not 0 <= step <= _LARGEST_STEP:
             raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
-        latest = self.latest() if self._together().rank == 0 else None
+        latest = self.latest() if self._joined().rank == 0 else None
         if latest is not None and step <= latest:
             raise CheckpointError(
                 f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
                 "directory, or delete the later checkpoints first."
             )
-
-    def _directory(self, step: int) -> Location:
-        return self._root / step_name(step)
+        return int(step)
 
     def _resolve(self, step: int | Literal["latest"]) -> int:
         steps = self.steps()
-        wanted = max(steps, default=None) if step == "latest" else int(step) if _is_integer(step) else None
+        if step != "latest" and (not isinstance(step, Integral) or isinstance(step, bool)):
+            raise CheckpointError(f"Saver.load: step must be an integer or 'latest', got {describe_value(step)}.")
+        wanted = max(steps, default=None) if step == "latest" else int(step)
         if wanted is None or wanted not in steps:
             raise CheckpointError(
                 f"Saver.load: {self._root} must hold a complete checkpoint of step {step!r}, it holds {steps}. Save "
@@ -379,11 +370,7 @@ class Saver:
         return wanted
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _refuse_no_parts(where: str, parts: object) -> None:
+def _check_parts(where: str, parts: object) -> None:
     """Raise CheckpointError unless parts are a mapping from names to objects, of one at least."""
     if not isinstance(parts, Mapping) or not parts or not all(isinstance(name, str) for name in parts):
         got = list(parts) if isinstance(parts, Mapping) else type(parts).__name__
@@ -392,5 +379,5 @@ def _refuse_no_parts(where: str, parts: object) -> None:
         )
 
 
-def _value(part: object) -> Any:
-    return part.value if isinstance(part, PerRank) else part
+def _is_per_rank(part: object) -> bool:
+    return isinstance(part, PerRank)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingEngine, Unused
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from tests.support import rank_processes, sharded
 from tests.support.rank_processes import Ranks
 
@@ -57,13 +57,13 @@ def saved_again(group: dist.ProcessGroup, sharding: str, source: str, target: st
 def test_saved_columns_equal_whole_rows(ranks: Ranks, tmp_path: Path, background: bool) -> None:
     source = tmp_path / "run"
     ranks.run(2, trained, str(source), background)
-    assert Checkpoint(source, 3).manifest.previous is not None
+    assert StoredCheckpoint(source, 3).manifest.previous is not None
     found = {}
     for world, sharding in ((1, "row"), (2, "column"), (3, "row"), (4, "column")):
         target = tmp_path / f"{world}"
         ranks.run(world, saved_again, sharding, str(source), str(target))
         found[world] = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*.safetensors")}
-    tables = Checkpoint(tmp_path / "1", 3).read("engine").tables
+    tables = StoredCheckpoint(tmp_path / "1", 3).read("engine").tables
     assert tables["user"].columns["exp_avg"].shape[1] == DIM
     assert tables["user"].columns["ids"].numel() > 20
     for world in (2, 3, 4):

@@ -36,7 +36,7 @@ from recis_hybrid import optim
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused, dense_parameters
 from recis_hybrid.saver import CheckpointError, Saver
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.storage.lease import LEASE
 from tests.saver.fakes import edit_manifest
 
@@ -172,7 +172,7 @@ class Trial:
     def sound(self) -> None:
         """Every checkpoint that is listed is whole."""
         for step in Saver(self.root).steps():
-            checkpoint = Checkpoint(self.root, step)
+            checkpoint = StoredCheckpoint(self.root, step)
             for part in checkpoint.manifest.parts:
                 checkpoint.verify(part)
 
@@ -225,7 +225,7 @@ def kill_between_base_and_delta(t: Trial) -> None:
     child = t.child()
     assert child.wait_for("e", 1)  # step 2 is whole, step 4 would build on it
     child.kill()
-    assert Checkpoint(t.root, 2).manifest.previous is None
+    assert StoredCheckpoint(t.root, 2).manifest.previous is None
     t.sound()
     child = t.child()
     assert child.wait_for("e", 1)
@@ -272,7 +272,7 @@ def damaged_file(t: Trial) -> None:
     assert child.wait_for("e", t.draw.randint(4, 7))
     child.kill()
     steps = Saver(t.root).steps()
-    latest = Checkpoint(t.root, steps[-1])
+    latest = StoredCheckpoint(t.root, steps[-1])
     chain = [latest.directory]
     while latest.manifest.previous is not None:
         latest = latest.previous()
@@ -308,7 +308,7 @@ def damaged_file(t: Trial) -> None:
 
 def readable(root: Path, step: int) -> bool:
     try:
-        checkpoint = Checkpoint(root, step)
+        checkpoint = StoredCheckpoint(root, step)
         for part in checkpoint.manifest.parts:
             checkpoint.verify(part)
     except (CheckpointError, OSError):

@@ -75,7 +75,7 @@ def test_compact_elsewhere_and_of_a_step(run: tuple[Path, Toy], capsys: pytest.C
     assert found["path"] == str(root.parent / "out" / "step_000004")
     assert main(["diff", str(root / "step_000004"), found["path"]]) == 0
     assert main(["compact", str(root / "step_000004"), "--to", str(root.parent / "out")]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_damaged_link_is_named_and_nothing_written(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
     }
     assert tables["id"]["meta"] == {"dim": 2, "dtype": dtype or "float32", "optimizer_state": []}
     assert main(arguments) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_an_exchange_that_fails_in_the_middle_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

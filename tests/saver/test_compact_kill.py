@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recis_hybrid.saver import Saver
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from tests.saver.fakes import entries
 from tests.support.kills import killed
 from tests.support.toy import Toy
@@ -19,7 +19,7 @@ PROGRAM = textwrap.dedent(
     import pathlib, shutil, sys
     import torch
     from recis_hybrid.saver import Saver, compact
-    from recis_hybrid.saver.checkpoint.chain import Checkpoint
+    from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
     from recis_hybrid.saver.format import row_file, tensor_file
     from recis_hybrid.saver.storage import local
     from tests.support.kills import kill_at_every_moment
@@ -30,7 +30,7 @@ PROGRAM = textwrap.dedent(
 
     def work():
         if what == "compact":
-            compact.compact(Checkpoint(pathlib.Path(root), 4))
+            compact.compact(StoredCheckpoint(pathlib.Path(root), 4))
         else:
             saver.save(5, {'engine': toy.engine, 'note': 1}, delta=True)
 
@@ -46,7 +46,7 @@ PROGRAM = textwrap.dedent(
 
 def whole(root: Path, step: int) -> dict[str, dict[str, list[object]]]:
     """The tables of a checkpoint, with whatever it builds on."""
-    checkpoint = Checkpoint(root, step)
+    checkpoint = StoredCheckpoint(root, step)
     for part in checkpoint.manifest.parts:
         checkpoint.verify(part)
     tables = checkpoint.read("engine").tables

@@ -17,7 +17,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
 from recis_hybrid.embedding.table.change_log import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.checkpoint.delta import combined, put_over
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
@@ -117,7 +117,9 @@ class DeltaMachine(RuleBasedStateMachine):
         self.step += 1
         self.saver.save(self.step, {"engine": self.engine}, delta=delta)
         self.saver.wait()
-        assert not delta or (Checkpoint(self.root, self.step).manifest.previous is not None) == (self.incremental > 0)
+        assert not delta or (StoredCheckpoint(self.root, self.step).manifest.previous is not None) == (
+            self.incremental > 0
+        )
         self.incremental += delta or self.incremental > 0
         same(self.reader, self.engine, self.step)
 
@@ -125,7 +127,7 @@ class DeltaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def load(self, data: Any) -> None:
         step = data.draw(st.sampled_from(self.saver.steps()))
-        had = Checkpoint(self.root, step).manifest.previous is not None
+        had = StoredCheckpoint(self.root, step).manifest.previous is not None
         self.saver.load({"engine": self.engine}, step)
         self.incremental += had
         same(self.reader, self.engine, step)
@@ -211,7 +213,7 @@ def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path
     assert noted.ids(0).numel() == 0
     table.insert(0, torch.arange(5))
     saver.save(3, {"engine": engine}, delta=True)
-    assert Checkpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
+    assert StoredCheckpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
     same(Saver(tmp_path), engine, 3)
     del noted, saver
     assert len(table.change_logs) == 0
@@ -229,7 +231,7 @@ def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
     same(Saver(tmp_path / "one"), engine, 4)
     two.save(5, {"engine": engine}, delta=True)
     same(Saver(tmp_path / "two"), engine, 5)
-    assert Checkpoint(tmp_path / "two", 5).manifest.previous is not None
+    assert StoredCheckpoint(tmp_path / "two", 5).manifest.previous is not None
 
 
 def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +251,7 @@ def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.Monke
         trained(engine, 1, first=3)
         saver.save(3, {"engine": engine}, delta=True)
         saver.wait()
-        link = Checkpoint(root, 3).manifest.previous
+        link = StoredCheckpoint(root, 3).manifest.previous
         assert link is not None
         assert link.step == 1
         same(Saver(root), engine, 3)
@@ -290,7 +292,9 @@ def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
     trained(engine), trained(other, 2)
     saver.save(1, {"engine": engine}, delta=True)
     saver.save(2, {"engine": other, "more": engine}, delta=True)
-    assert all(t.removed is None for p in Checkpoint(tmp_path, 2).manifest.parts.values() for t in p.tables.values())
+    assert all(
+        t.removed is None for p in StoredCheckpoint(tmp_path, 2).manifest.parts.values() for t in p.tables.values()
+    )
     same(Saver(tmp_path), other, 2)
 
 
@@ -345,7 +349,7 @@ def test_after_a_load_deltas_go_on(tmp_path: Path) -> None:
     same(Saver(tmp_path), engine, 3)
     shutil.rmtree(tmp_path / "step_000003")
     saver.save(4, {"engine": engine}, delta=True)  # what it would build on is gone
-    assert Checkpoint(tmp_path, 4).manifest.previous is None
+    assert StoredCheckpoint(tmp_path, 4).manifest.previous is None
 
 
 def table_state(rows: dict[int, float], removed: list[int] | None) -> TableState:

@@ -95,7 +95,13 @@ def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeyp
     saver.save(1, {"note": 1})
     seen: list[list[int]] = []
     rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **k: (seen.append(saver.steps()), rmtree(path, **k)))
+
+    def watched(path: Any, **options: Any) -> None:
+        if tmp_path in Path(path).parents:  # threads of other tests may still delete theirs
+            seen.append(saver.steps())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
     saver.save(2, {"note": 2})
     assert saver.steps() == [2]
     saver.wait()
@@ -138,7 +144,8 @@ def test_steps_only_rise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "5"])
 def test_keep_must_keep_something(tmp_path: Path, keep: Any) -> None:
-    with pytest.raises(CheckpointError, match="keep must be an integer of at least 1"):
+    error, rule = (ValueError, "at least 1") if type(keep) is int else (TypeError, "an integer")
+    with pytest.raises(error, match=f"Saver: keep must be {rule}, got"):
         Saver(tmp_path, keep=keep)
 
 
@@ -309,7 +316,7 @@ def test_a_part_may_have_the_name_of_an_option(tmp_path: Path) -> None:
 
 
 def test_delta_must_be_true_or_false(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="delta must be True or False, got 1"):
+    with pytest.raises(TypeError, match="delta must be True or False, got 1"):
         Saver(tmp_path).save(1, {"note": 1}, delta=1)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 from tests.support.rank_processes import Ranks
@@ -54,12 +54,12 @@ def runs(eight: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
 def test_chains_say_what_changed(runs: dict[int, tuple[str, Path]]) -> None:
     for size, (_, root) in runs.items():
         assert entries(root / "run") == ["step_000001", "step_000002", "step_000003"]
-        last = Checkpoint(root / "run", 3)
+        last = StoredCheckpoint(root / "run", 3)
         assert last.manifest.world_size == size
         assert last.manifest.previous is not None
-        assert len(Checkpoint(root / "whole", 3).manifest.parts["engine"].tables["user"].ranges) >= 4
-        tables = Checkpoint(root / "run", 2).manifest.parts["engine"].tables
-        whole = Checkpoint(root / "run", 1).manifest.parts["engine"].tables
+        assert len(StoredCheckpoint(root / "whole", 3).manifest.parts["engine"].tables["user"].ranges) >= 4
+        tables = StoredCheckpoint(root / "run", 2).manifest.parts["engine"].tables
+        whole = StoredCheckpoint(root / "run", 1).manifest.parts["engine"].tables
         assert all(
             (table.removed is None) == (name in ("frozen", "frozen.admission")) or table.removed is not None
             for name, table in tables.items()
@@ -87,7 +87,7 @@ def test_any_ranks_load_what_any_others_saved(
 def test_training_overtakes_a_save_in_the_background(eight: Ranks, tmp_path: Path, size: int, sharding: str) -> None:
     eight.run(size, overtaken, sharding, str(tmp_path))
     for step in (1, 2, 3):
-        whole, background = Checkpoint(tmp_path / "first", step), Checkpoint(tmp_path / "background", step)
+        whole, background = StoredCheckpoint(tmp_path / "first", step), StoredCheckpoint(tmp_path / "background", step)
         for name, table in whole.read("engine").tables.items():
             other = background.read("engine").tables[name]
             assert all(torch.equal(other.columns[column], values) for column, values in table.columns.items())
@@ -122,7 +122,7 @@ def test_damage_changes_nothing_on_any_rank(
 
 def test_a_table_is_whole_on_all_ranks_if_it_is_on_one(eight: Ranks, tmp_path: Path) -> None:
     eight.run(3, whole_on_one, str(tmp_path))
-    last = Checkpoint(tmp_path / "run", 3)
+    last = StoredCheckpoint(tmp_path / "run", 3)
     tables = last.manifest.parts["engine"].tables
     assert last.manifest.previous is not None
     assert {name for name, table in tables.items() if table.removed is None} == {"user"}
@@ -157,7 +157,7 @@ def test_some_tables_go_to_ranks_that_split_rows_by_column(
 
 
 def check_some(source: Path, target: Path) -> None:
-    expected, found = (Checkpoint(root, 3).read("engine").tables for root in (source, target))
+    expected, found = (StoredCheckpoint(root, 3).read("engine").tables for root in (source, target))
     for name, other in (("user", "best"), ("narrow", "narrow"), ("item", "user")):
         for column in ("ids", "embedding", "exp_avg", "exp_avg_sq", "frequency"):
             assert len(expected[name].columns[column]) > 0

@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "validation": set(),
     "ops": {"validation"},
     "ragged": {"ops", "validation"},
-    "checkpointing": {"validation"},
+    "checkpointing": {"ops"},
     "distributed": {"validation"},
     # Reads exports on machines without torch and the native library.
     "serving": {"validation"},
@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     # Tables receive an optimizer as a RecordLayout and an update rule, and return their state to the saver.
     "embedding": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "optim": {"ops", "ragged", "checkpointing", "distributed", "validation", "embedding"},
-    "saver": {"ops", "ragged", "checkpointing", "validation"},
+    "saver": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "metrics": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "pipelines": {
         "ops",
@@ -86,8 +86,8 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
         "checkpoint": {"distributed", "planner", "table"},
     },
     "saver": {
-        "runtime": {"parts"},
-        "format": {"parts", "runtime", "storage"},
+        "runtime": set(),
+        "format": {"runtime"},
         "storage": {"format", "runtime"},
         "parts": {"format", "runtime"},
         "checkpoint": {"parts", "storage", "format", "runtime"},

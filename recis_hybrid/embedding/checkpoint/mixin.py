@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 from recis_hybrid.checkpointing import HostMemory, PartState, TableState
 from recis_hybrid.embedding.checkpoint.load import TablesLoader, load_some_tables, load_tables_state
@@ -29,12 +30,15 @@ class CheckpointedTables:
         """Return :meth:`checkpoint_state` without its rows."""
         return tables_layout(self.tables)
 
-    def checkpoint_rows(self) -> PartState:
-        """Return :meth:`checkpoint_state` with rows that are read while they are written; none may change before."""
-        return rows_state(self.tables, self._shares)
+    def checkpoint_snapshot(self, memory: HostMemory | None) -> Callable[[], PartState]:
+        """Return a function that returns :meth:`checkpoint_state` with rows that are read while they are written.
 
-    def checkpoint_snapshot(self, memory: HostMemory) -> Callable[[], PartState]:
-        """Copy every row into host memory, and return a function that returns the copies, in any thread."""
+        Args:
+            memory: Takes a copy of every row; the function may then be called in any thread. None: rows are read where
+                they are, and none may change before.
+        """
+        if memory is None:
+            return partial(rows_state, self.tables, self._shares)
         return snapshot(self.tables, memory, self._shares)
 
     def checkpoint_loader(self, saved: PartState) -> TablesLoader:

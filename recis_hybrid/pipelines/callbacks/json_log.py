@@ -13,7 +13,7 @@ from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import path_of
 from recis_hybrid.pipelines.callback import Callback, Record
 from recis_hybrid.saver import Location
-from recis_hybrid.saver.storage.remote import RemotePath
+from recis_hybrid.saver.format.location import RemotePath
 
 if TYPE_CHECKING:
     from recis_hybrid.pipelines.trainer import Trainer

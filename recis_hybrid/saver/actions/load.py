@@ -15,14 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.checkpointing import BUCKETS, JSON, PartState, StateLoader, TableState
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.checkpoint.part_files import read_dense
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
 from recis_hybrid.saver.format.manifest import MANIFEST, PartEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows
+from recis_hybrid.saver.parts.adapters import SaveablePart
 from recis_hybrid.saver.parts.compare import refuse_differences
-from recis_hybrid.saver.parts.part import Part, SaveablePart
-from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, PartState, RowLoader, TableState
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 
@@ -34,11 +35,11 @@ class _Ready:
     part: Part
     entry: PartEntry
     state: PartState
-    loader: RowLoader | None
+    loader: StateLoader | None
 
 
 def load_parts(
-    checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
+    checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
 ) -> set[str]:
     """Load parts, all ranks together.
 
@@ -97,7 +98,9 @@ def load_parts(
     return {name for name, loader in loaders if loader is not None and loader.changes}
 
 
-def _prepared(checkpoint: Checkpoint, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads) -> _Ready:
+def _prepared(
+    checkpoint: StoredCheckpoint, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads
+) -> _Ready:
     where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
     if entry.file is not None:
         reads.add(entry.file.size)
@@ -122,7 +125,7 @@ def _prepared(checkpoint: Checkpoint, ranks: Ranks, part: Part, name: str, entry
     return _Ready(name, part, entry, saved, loader)
 
 
-def _pieces(checkpoint: Checkpoint, ranks: Ranks, ready: _Ready, reads: Reads) -> Iterator[tuple[str, Rows]]:
+def _pieces(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready, reads: Reads) -> Iterator[tuple[str, Rows]]:
     """What this rank takes of the tables of a part, piece by piece."""
     for table in ready.entry.tables:
         for rows in checkpoint.pieces(ready.name, table, _wanted(ready.part, ranks, table), reads):
@@ -133,7 +136,7 @@ def _wanted(part: Part, ranks: Ranks, table: str) -> tuple[int, int]:
     return part.buckets(table, ranks) if isinstance(part, SaveablePart) else ranks.buckets
 
 
-def _expected(checkpoint: Checkpoint, ranks: Ranks, ready: _Ready) -> dict[str, int]:
+def _expected(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready) -> dict[str, int]:
     """By table, about how many rows this rank takes."""
     rows: dict[str, int] = {}
     for table in ready.entry.tables:
@@ -144,7 +147,7 @@ def _expected(checkpoint: Checkpoint, ranks: Ranks, ready: _Ready) -> dict[str, 
     return rows
 
 
-def _told(checkpoint: Checkpoint, ready: _Ready, work: Callable[[], None]) -> None:
+def _told(checkpoint: StoredCheckpoint, ready: _Ready, work: Callable[[], None]) -> None:
     """Has rows looked at or loaded; what the loader refuses is no good checkpoint."""
     try:
         work()

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from recis_hybrid.checkpointing import tables_apart
+from recis_hybrid.checkpointing import SaveableTables, TableState, tables_apart
 from recis_hybrid.saver.actions.selection import Loaded, Selection
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.manifest import TableEntry, TensorSpec
+from recis_hybrid.saver.parts.adapters import ModulePart, SaveablePart
 from recis_hybrid.saver.parts.module_names import own_names
-from recis_hybrid.saver.parts.part import ModulePart, Part, SaveablePart
-from recis_hybrid.saver.parts.protocol import HasTables, TableState
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 
 def load_some(
-    checkpoint: Checkpoint, ranks: Ranks, parts: Mapping[str, Part], selection: Selection, strict: bool
+    checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, Part], selection: Selection, strict: bool
 ) -> Loaded:
     """Load the selected tables and tensors.
 
@@ -84,8 +84,8 @@ def _live_names(name: str, part: Part) -> Iterable[str]:
     )
 
 
-def _owner(name: str, part: SaveablePart) -> HasTables:
-    if not isinstance(part.value, HasTables):
+def _owner(name: str, part: SaveablePart) -> SaveableTables:
+    if not isinstance(part.value, SaveableTables):
         raise CheckpointError(
             f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, so that it "
             "cannot take some tables. Load it whole with Saver.load."
@@ -138,7 +138,7 @@ def tensors_into(
 
 
 def _tables(
-    checkpoint: Checkpoint,
+    checkpoint: StoredCheckpoint,
     ranks: Ranks,
     name: str,
     part: SaveablePart,

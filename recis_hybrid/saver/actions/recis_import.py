@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.saver.compact import Target, publish
+from recis_hybrid.checkpointing import JSON, PartState, TableState
+from recis_hybrid.saver.actions.write import Target, publish
+from recis_hybrid.saver.checkpoint.part_files import CapturedPart
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.format.file_io import Location, is_safe_path
+from recis_hybrid.saver.format.file_io import is_safe_path
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.tensor_file import open_tensors
-from recis_hybrid.saver.parts.protocol import JSON, PartState, TableState
 
 _BLOCK = re.compile(r"(?P<table>.+)\.(?P<slot>[^./]+)/part_(?P<part>\d+)_(?P<parts>\d+)", re.DOTALL)
 _STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum")
@@ -105,8 +107,10 @@ def import_recis(
     tables = {name: _table(source, name, found, names, done or 0) for name in sorted(found.tables)}
     meta: dict[str, JSON] = {"seed": 0, "steps": dict.fromkeys(tables, done or 0)}
     engine, model = PartState(tables=tables, meta=meta), PartState(tensors=found.dense, meta={"extra": {}})
-    parts = [("engine", "saveable", lambda: engine), ("model", "module", lambda: model)]
-    place = publish(to, step, parts[:1] if tables_only else parts)
+    parts = {"engine": CapturedPart("saveable", lambda: engine), "model": CapturedPart("module", lambda: model)}
+    if tables_only:
+        del parts["model"]
+    place = publish(to, step, parts)
     for note in _notes(tables, done, [slot for slot in there if not any(s == slot for s, _ in _wanted(there, names))]):
         warnings.warn(note, stacklevel=2)
     return place

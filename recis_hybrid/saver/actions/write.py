@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
 
-from recis_hybrid.saver.checkpoint.part_files import write_part, write_part_of_each
+from recis_hybrid.checkpointing import JSON
+from recis_hybrid.saver.checkpoint.part_files import CapturedPart, write_part
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link, Manifest, PartEntry, dump_manifest
-from recis_hybrid.saver.parts.protocol import JSON, PartState
 from recis_hybrid.saver.runtime.ranks import Ranks
-from recis_hybrid.saver.storage.local import Storage
+from recis_hybrid.saver.storage.resolve import Storage, storage_of
+from recis_hybrid.saver.storage.step_directory import step_name
 
-Work: TypeAlias = tuple[str, str, Callable[[], PartState], bool]
-"""Name and kind of a part, what hands out its state, and whether each rank has a part of its own."""
+Target: TypeAlias = str | os.PathLike[str]
+"""A directory or URL that a checkpoint is written to."""
 
 
 def write_checkpoint(
-    storage: Storage, ranks: Ranks, step: int, parts: Iterable[Work], link: Link | None = None
+    storage: Storage, ranks: Ranks, step: int, parts: Mapping[str, CapturedPart], link: Link | None = None
 ) -> None:
     """Write a checkpoint; if that fails, nothing of it is left.
 
     Args:
-        storage: where checkpoints lie, taken by the caller.
-        ranks: this rank and the others.
-        step: its step; where there is a checkpoint of that step, this one takes its place.
-        parts: what it holds, on all ranks the same.
-        link: what the checkpoint builds on.
+        storage: Where checkpoints lie; the caller has taken it.
+        ranks: This rank and the others.
+        step: Step of the checkpoint; one that exists is replaced.
+        parts: Its parts by name, the same names and kinds on all ranks.
+        link: The checkpoint that it builds on.
 
     Raises:
-        CheckpointError: it cannot be written, or another rank failed.
+        CheckpointError: It cannot be written, or another rank failed.
     """
     folder, first = storage.folder(step), ranks.rank == 0
     entries: dict[str, PartEntry] = {}
@@ -45,11 +48,8 @@ def write_checkpoint(
 
     try:
         ranks.together(lambda: storage.begin(step) if first else None)
-        for name, kind, hand_out, of_each in parts:
-            if of_each:
-                entries.update(write_part_of_each(folder, ranks, name, kind, hand_out))
-            else:
-                entries[name] = write_part(folder, ranks, name, kind, hand_out)
+        for name, part in parts.items():
+            entries.update(write_part(folder, ranks, name, part))
         ranks.together(commit)
     except BaseException as error:
         if first:
@@ -57,7 +57,36 @@ def write_checkpoint(
         if isinstance(error, OSError):
             raise CheckpointError(f"{folder}: could not be written ({error}). Make room, or save elsewhere.") from error
         raise
-    ranks.together(lambda: storage.settle(step) if first else None)
+    ranks.together(lambda: storage.finish(step) if first else None)
+
+
+def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Location:
+    """Write a checkpoint whose states do not come from live objects, by this process alone.
+
+    Args:
+        root: Directory or URL of the checkpoint; made if it does not exist.
+        step: Step of the checkpoint.
+        parts: Its parts by name.
+
+    Returns:
+        Directory of the checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint exists already, another job saves there, or it cannot be written.
+    """
+    storage = storage_of(root)
+    place = storage.root / step_name(step)
+    # Before the storage is taken, which may end another job's saves, and again when no other job can write to it.
+    _refuse_existing(place)
+    storage.take()
+    _refuse_existing(place)
+    write_checkpoint(storage, Ranks(None), step, parts)
+    return place
+
+
+def _refuse_existing(place: Location) -> None:
+    if place.exists():
+        raise CheckpointError(f"{place}: exists already. Name another directory, or delete it first.")
 
 
 def _about() -> dict[str, JSON]:

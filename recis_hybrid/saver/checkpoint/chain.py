@@ -8,18 +8,18 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
+from recis_hybrid.checkpointing import BUCKETS, PartState, TableState
 from recis_hybrid.saver.checkpoint.delta import between, combined, put_over
 from recis_hybrid.saver.checkpoint.part_files import read_dense
 from recis_hybrid.saver.checkpoint.table_files import read_pieces, read_table, whole_table
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows
-from recis_hybrid.saver.parts.protocol import BUCKETS, PartState, TableState
 from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 
-class Checkpoint:
+class StoredCheckpoint:
     """One checkpoint, whose manifest has been read and held against the folder.
 
     Args:
@@ -37,9 +37,9 @@ class Checkpoint:
         self.directory = root / step_name(step)
         self.manifest: Manifest = read_manifest(self.directory, step, listed=listed)
         self._listed = listed
-        self._previous: Checkpoint | None = None
+        self._previous: StoredCheckpoint | None = None
 
-    def previous(self) -> Checkpoint:
+    def previous(self) -> StoredCheckpoint:
         """The checkpoint that this one builds on.
 
         Returns:
@@ -60,7 +60,7 @@ class Checkpoint:
                 raise CorruptCheckpoint(
                     f"{where} has changed: the SHA-256 of {path} must be {link.sha256}, is {found.sha256}. {OTHER_STEP}"
                 )
-            self._previous = Checkpoint(self.root, link.step, listed=self._listed)
+            self._previous = StoredCheckpoint(self.root, link.step, listed=self._listed)
         return self._previous
 
     def part(self, name: str, kind: str) -> PartEntry:
@@ -172,7 +172,7 @@ class Checkpoint:
             state = put_over(TableState(rows.columns, rows.buckets, {}), part)
             yield Rows(state.columns, state.buckets)
 
-    def _below(self, name: str, table: str) -> Iterator[tuple[Checkpoint, TableEntry]]:
+    def _below(self, name: str, table: str) -> Iterator[tuple[StoredCheckpoint, TableEntry]]:
         """The earlier states of a table that are needed, newest first."""
         at, entry = self, self.manifest.parts[name].tables[table]
         while entry.removed is not None:
@@ -274,7 +274,7 @@ def other_steps(root: Location, steps: list[int], step: int, error: str) -> str:
 
 def _is_complete(root: Location, step: int) -> bool:
     try:
-        at = Checkpoint(root, step)
+        at = StoredCheckpoint(root, step)
         while at.manifest.previous is not None:
             at = at.previous()
     except (CheckpointError, OSError):

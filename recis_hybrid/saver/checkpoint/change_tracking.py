@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from recis_hybrid.checkpointing import JSON, PartState, SaveableTables
 from recis_hybrid.saver.checkpoint.chain import link_to
-from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link
-from recis_hybrid.saver.parts.part import Part, SaveablePart
-from recis_hybrid.saver.parts.protocol import JSON, HasChanges, PartState
+from recis_hybrid.saver.parts.adapters import SaveablePart
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 
@@ -70,7 +71,7 @@ class Tracking:
         sources = {name: _source(part) for name, part in parts.items()} if self.on else {}
         return {name: source.watch_checkpoint_changes() for name, source in sources.items() if source is not None}
 
-    def settle(self, ranks: Ranks, step: int, watches: dict[str, object]) -> None:
+    def start_from(self, ranks: Ranks, step: int, watches: dict[str, object]) -> None:
         """Take a checkpoint as the one that the next can build on.
 
         Args:
@@ -91,5 +92,5 @@ class Tracking:
             return False
 
 
-def _source(part: Part) -> HasChanges | None:
-    return part.value if isinstance(part, SaveablePart) and isinstance(part.value, HasChanges) else None
+def _source(part: Part) -> SaveableTables | None:
+    return part.value if isinstance(part, SaveablePart) and isinstance(part.value, SaveableTables) else None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_hybrid.saver.parts.protocol import TableState
+from recis_hybrid.checkpointing import TableState
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

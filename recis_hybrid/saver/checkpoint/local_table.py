@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import BUCKETS, JSON, RowReader, TableState
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.json_values import checked_object
 from recis_hybrid.saver.format.manifest import TensorSpec
 from recis_hybrid.saver.format.row_file import INDEX, in_order
 from recis_hybrid.saver.format.tensor_file import check_tensor
-from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, RowReader, TableState
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 

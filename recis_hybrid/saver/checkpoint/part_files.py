@@ -3,127 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from recis_hybrid.checkpointing import JSON, PartState
 from recis_hybrid.saver.checkpoint.local_table import LocalTable, local_table
 from recis_hybrid.saver.checkpoint.table_files import write_tables
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.format.file_io import Location, encode_name
+from recis_hybrid.saver.format.file_io import encode_name
 from recis_hybrid.saver.format.json_values import checked_object
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, PartEntry, RemovedEntry, TensorSpec
 from recis_hybrid.saver.format.tensor_file import check_tensor, read_tensors, write_tensors
-from recis_hybrid.saver.parts.protocol import JSON, PartState
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 
-def write_part(root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]) -> PartEntry:
-    """Write a part's files, all ranks together, and force them to the disk.
+@dataclass(frozen=True)
+class CapturedPart:
+    """A part on its way to files."""
+
+    kind: str
+    """One of ``manifest.KINDS``."""
+    state: Callable[[], PartState]
+    """Returns the state of this rank; called once, perhaps in another thread."""
+    per_rank: bool = False
+    """Whether each rank writes its own state. Otherwise rank 0 writes all but the tables, which ranks share."""
+
+
+def write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> dict[str, PartEntry]:
+    """Write the files of a part, all ranks together, and force them to the disk.
 
     Args:
-        root: directory of the checkpoint.
-        ranks: this rank and the others.
-        name: name of the part.
-        kind: one of `manifest.KINDS`.
-        hand_out: returns this rank's state; of all but its tables, that of rank 0 is written.
+        root: Directory of the checkpoint.
+        ranks: This rank and the others.
+        name: Name of the part.
+        part: The part.
 
     Returns:
-        What the manifest says of the part.
+        Entries of the manifest by name: one, or with ``per_rank`` one for each rank, named ``name[rank]``.
 
     Raises:
-        CheckpointError: the state cannot be saved as it is, or cannot be written.
+        CheckpointError: The state cannot be saved as it is, or cannot be written.
     """
-    where = f"Saver.save: part {name!r}"
-    meta: dict[str, JSON] = {}
-    specs: dict[str, TensorSpec] = {}
+    own = f"{name}[{ranks.rank}]" if part.per_rank else name
+    where = f"Saver.save: part {own!r}"
     tables: list[LocalTable] = []
     removed: list[LocalTable] = []
 
     def write_dense() -> JSON:
-        state = hand_out()
-        meta.update(checked_object(f"{where}, meta", state.meta))
+        state = part.state()
+        if state.tables and part.per_rank:
+            raise CheckpointError(f"{where}: ranks share tables. Pass the object without PerRank.")
+        meta = checked_object(f"{where}, meta", state.meta)
         for tensor_name, tensor in state.tensors.items():
             check_tensor(where, tensor_name, tensor)
-        specs.update({tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()})
         for table, rows in state.tables.items():
             tables.append(local_table(f"{where}, table {table!r}", table, rows))
             if rows.removed is not None:
                 removed.append(local_table(f"{where}, table {table!r}, removed", table, rows.removed))
-        if ranks.rank != 0 or not state.tensors:
+        if not part.per_rank and ranks.rank != 0:
             return None
-        return [*write_dense_file(root, name, state.tensors)]
+        specs = {tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()}
+        file = _write_dense_file(root, own, state.tensors) if state.tensors else None
+        return [own, meta, [[each, spec.dtype, [*spec.shape]] for each, spec in specs.items()], file]
 
-    path, size, sums = ranks.together(write_dense)[0] or (None, 0, ())
-    file = None if path is None else FileEntry(path, size, tuple(sums))
+    written = [answer for answer in ranks.together(write_dense) if answer is not None]
     entries = write_tables(root, ranks, name, tables)
     for table, gone in write_tables(root, ranks, name, removed, "removed").items():
         entries[table] = replace(entries[table], removed=RemovedEntry(gone.rows, gone.ranges))
-    return PartEntry(kind, meta, specs, file, entries)
-
-
-def write_part_of_each(
-    root: Location, ranks: Ranks, name: str, kind: str, hand_out: Callable[[], PartState]
-) -> dict[str, PartEntry]:
-    """Write a part that is another one on each rank: a part for each of them, named `name[rank]`.
-
-    Args:
-        root: directory of the checkpoint.
-        ranks: this rank and the others.
-        name: name of the part.
-        kind: one of `manifest.KINDS`.
-        hand_out: returns this rank's state, which has no tables.
-
-    Returns:
-        What the manifest says of each, by name.
-
-    Raises:
-        CheckpointError: the state cannot be saved as it is, or cannot be written.
-    """
-    own = f"{name}[{ranks.rank}]"
-    where = f"Saver.save: part {own!r}"
-
-    def write() -> JSON:
-        state = hand_out()
-        if state.tables:
-            raise CheckpointError(f"{where}: tables are shared out among ranks. Pass it without PerRank.")
-        meta = checked_object(f"{where}, meta", state.meta)
-        for tensor_name, tensor in state.tensors.items():
-            check_tensor(where, tensor_name, tensor)
-        specs: list[JSON] = [[tensor, *_words(TensorSpec.of(values))] for tensor, values in state.tensors.items()]
-        return [own, meta, specs, [*write_dense_file(root, own, state.tensors)] if state.tensors else None]
-
     return {
         each: PartEntry(
-            kind,
+            part.kind,
             meta,
             {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
             None if file is None else FileEntry(file[0], file[1], tuple(file[2])),
-            {},
+            entries,
         )
-        for each, meta, specs, file in ranks.together(write)
+        for each, meta, specs, file in written
     }
 
 
-def _words(spec: TensorSpec) -> tuple[str, list[JSON]]:
-    return spec.dtype, [*spec.shape]
-
-
-def write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, list[JSON]]:
-    """Write the dense tensors of a part, and force them to the disk.
-
-    Args:
-        root: directory of the checkpoint.
-        name: name of the part.
-        tensors: by name.
-
-    Returns:
-        Path relative to the directory, size in bytes, and checksums.
-    """
+def _write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> list[JSON]:
+    """Write the dense tensors of a part, and return the file's path, size and checksums."""
     relative = f"dense/{encode_name(name)}.safetensors"
     (root / "dense").mkdir(exist_ok=True)
     size, sums = write_tensors(root / relative, tensors, _tag(name))
-    return relative, size, list(sums)
+    return [relative, size, [*sums]]
 
 
 def read_dense(root: Location, name: str, entry: PartEntry) -> dict[str, Tensor]:

@@ -16,13 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import BUCKETS, JSON, TableState
 from recis_hybrid.saver.checkpoint.local_table import LocalTable
 from recis_hybrid.saver.checkpoint.table_plan import PlannedFile, plan_files
-from recis_hybrid.saver.format.file_io import Location, encode_name
+from recis_hybrid.saver.format.file_io import encode_name
 from recis_hybrid.saver.format.header import Place, places, views
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows, file_specs, read_rows, row_tag, write_rows
-from recis_hybrid.saver.parts.protocol import BUCKETS, JSON, TableState
 from recis_hybrid.saver.runtime.ranks import Ranks
 from recis_hybrid.saver.runtime.workers import Workers
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recis_hybrid.checkpointing import BUCKETS, JSON
 from recis_hybrid.saver.checkpoint.local_table import LocalTable
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.parts.protocol import BUCKETS, JSON
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 RANGE_BYTES = 64 * 2**20

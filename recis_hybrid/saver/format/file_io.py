@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 from urllib.parse import quote
 
 from torch import Tensor
@@ -20,11 +19,8 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES
+from recis_hybrid.saver.format.location import Location, RemotePath
 from recis_hybrid.saver.runtime.workers import Workers
-from recis_hybrid.saver.storage.remote import RemotePath
-
-Location: TypeAlias = Path | RemotePath
-"""Where a file or a checkpoint lies."""
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; the rest is for the suffix
 _SEGMENT = r"[A-Za-z0-9_%~-][A-Za-z0-9_.%~-]*"

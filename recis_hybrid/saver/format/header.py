@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, Sums
 from recis_hybrid.saver.format.manifest import FORMAT_VERSION, TensorSpec
-from recis_hybrid.saver.parts.protocol import JSON
 
 METADATA_KEY = "recis_hybrid"
 LONGEST_HEADER = 100_000_000  # the library's own limit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import cast
 
+from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.parts.protocol import JSON
 
 MOST_LEVELS = 64
 """How deep values may be nested; Pythons differ in how much deeper they could read."""

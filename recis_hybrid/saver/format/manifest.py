@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import BUCKETS, JSON
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES
-from recis_hybrid.saver.parts.protocol import BUCKETS, JSON
 
 FORMAT = "recis_hybrid.checkpoint"
 FORMAT_VERSION = 1

@@ -7,9 +7,11 @@ import math
 import re
 from typing import Any, NoReturn
 
+from recis_hybrid.checkpointing import BUCKETS
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES
-from recis_hybrid.saver.format.file_io import Location, is_safe_path
+from recis_hybrid.saver.format.file_io import is_safe_path
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -25,7 +27,6 @@ from recis_hybrid.saver.format.manifest import (
     seal_holds,
 )
 from recis_hybrid.saver.format.tensor_file import DTYPES
-from recis_hybrid.saver.parts.protocol import BUCKETS
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CRC32 = re.compile(r"[0-9a-f]{8}")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
-from recis_hybrid.saver.format.file_io import Location, check_size, check_sum, fill, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.file_io import check_size, check_sum, fill, open_file, read_chunk, write_file
 from recis_hybrid.saver.format.header import (
     LONGEST_HEADER,
     Place,
@@ -30,9 +31,9 @@ from recis_hybrid.saver.format.header import (
     typed,
     views,
 )
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
 from recis_hybrid.saver.format.tensor_file import check_contents
-from recis_hybrid.saver.parts.protocol import JSON
 
 INDEX = ("buckets", "bucket_offsets")
 _CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES
-from recis_hybrid.saver.format.file_io import ChunkSums, Location, check_size, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.file_io import ChunkSums, check_size, open_file, read_chunk, write_file
 from recis_hybrid.saver.format.header import (
     DTYPES as DTYPES,
     LONGEST_HEADER,
@@ -24,8 +25,8 @@ from recis_hybrid.saver.format.header import (
     parse_header,
     places,
 )
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FORMAT_VERSION, TensorSpec
-from recis_hybrid.saver.parts.protocol import JSON
 
 
 def check_tensor(where: str, name: str, tensor: object) -> None:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from recis_hybrid.checkpointing import PartState, TableState
 from recis_hybrid.saver.errors import CheckpointMismatch
 from recis_hybrid.saver.format.manifest import TensorSpec
-from recis_hybrid.saver.parts.protocol import PartState, TableState
 
 _MOST = 8
 _T = TypeVar("_T")

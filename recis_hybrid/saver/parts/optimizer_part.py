@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recis_hybrid.checkpointing import JSON, PartState
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.json_values import checked_object
 from recis_hybrid.saver.format.manifest import TensorSpec
 from recis_hybrid.saver.parts.compare import refuse_differences
-from recis_hybrid.saver.parts.protocol import JSON, PartState
+from recis_hybrid.saver.parts.part import Part
 
 
-class OptimizerPart:
+class OptimizerPart(Part):
     """An optimizer; what it holds is restored bit for bit, step counts included."""
 
     kind = "optimizer"

@@ -1,223 +1,74 @@
-"""Turns what a user passes to the saver into states and back."""
+"""One part of a checkpoint: an object whose state is saved and loaded under a name."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from recis_hybrid.checkpointing import tables_apart
-from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.format.json_values import checked_json
-from recis_hybrid.saver.format.manifest import KINDS, TensorSpec
-from recis_hybrid.saver.parts.compare import named_differences, refuse_differences, state_differences
-from recis_hybrid.saver.parts.module_names import own_names
-from recis_hybrid.saver.parts.optimizer_part import OptimizerPart
-from recis_hybrid.saver.parts.protocol import HasLayout, HasRows, PartState, RowLoader, Saveable, SharesRows, TakesRows
-from recis_hybrid.saver.parts.snapshot import Memory, snapshot
-from recis_hybrid.saver.parts.stateful_part import GeneratorPart, Stateful, StatefulPart
-from recis_hybrid.saver.runtime.ranks import Ranks
+from recis_hybrid.checkpointing import HostMemory, PartState, TableState
 
 
-class Part(Protocol):
-    """One part, whatever it is."""
+class Part(ABC):
+    """An object that is saved and loaded under a name; subclasses adapt the kinds of objects that there are."""
 
     kind: str
-    """One of `manifest.KINDS`."""
+    """One of ``manifest.KINDS``."""
 
+    @abstractmethod
     def state(self) -> PartState:
-        """The state of now."""
-        ...
+        """Return the current state; its tensors may be the object's own."""
 
+    @abstractmethod
     def check(self, where: str, saved: PartState) -> None:
-        """Raise `CheckpointMismatch` if a saved state does not fit, changing nothing."""
-        ...
-
-    def load(self, saved: PartState) -> None:
-        """Take over a saved state that fits."""
-        ...
-
-
-def copied(part: Part, memory: Memory) -> Callable[[], PartState]:
-    """Copy the state of a part.
-
-    Args:
-        part: the part.
-        memory: where the copies go.
-
-    Returns:
-        Hands the copy out, in any thread.
-    """
-    return part.snapshot(memory) if isinstance(part, SaveablePart) else snapshot(part.state(), memory)
-
-
-def part_of(name: str, value: object) -> Part:
-    """Find the adapter of a value.
-
-    Args:
-        name: name of the part, for messages.
-        value: what the user passed.
-
-    Returns:
-        The adapter. An object that is both Saveable and a module is taken as Saveable.
-
-    Raises:
-        CheckpointError: the value is of no kind that can be saved.
-    """
-    if isinstance(value, Saveable) and not isinstance(value, type):
-        part = SaveablePart(value)
-        if part.kind not in KINDS:
-            raise CheckpointError(
-                f"Saver: part {name!r}: checkpoint_kind must be one of {list(KINDS)}, got {part.kind!r}. Leave it out."
-            )
-        return part
-    if isinstance(value, torch.nn.Module):
-        return ModulePart(name, value)
-    if isinstance(value, torch.optim.Optimizer):
-        return OptimizerPart(name, value)
-    if value is None or isinstance(value, bool | int | float | str | list | dict):
-        return JsonPart(name, value)
-    if isinstance(value, torch.Generator):
-        return GeneratorPart(value)
-    if isinstance(value, Stateful) and not isinstance(value, type):
-        return StatefulPart(name, value)
-    raise CheckpointError(
-        f"Saver: part {name!r} must be a Saveable (checkpoint_state, load_checkpoint_state), a torch.nn.Module, a "
-        f"torch.optim.Optimizer, a torch.Generator, an object with state_dict and load_state_dict, or JSON, got "
-        f"{type(value).__name__}. Wrap it in one of these."
-    )
-
-
-class SaveablePart:
-    """An object that implements `Saveable`."""
-
-    def __init__(self, value: Saveable) -> None:
-        self.value = value
-        self.kind: str = getattr(value, "checkpoint_kind", "saveable")
-
-    def state(self) -> PartState:
-        """The state as the object hands it out."""
-        value = self.value
-        return value.checkpoint_rows() if isinstance(value, HasRows) else value.checkpoint_state()
-
-    def snapshot(self, memory: Memory) -> Callable[[], PartState]:
-        """A copy of the state, by the object itself where it can."""
-        value = self.value
-        return value.checkpoint_snapshot(memory) if isinstance(value, HasRows) else snapshot(self.state(), memory)
-
-    @property
-    def streams(self) -> bool:
-        """Whether the object takes rows as they are read, by its `loader`."""
-        return isinstance(self.value, TakesRows)
-
-    def loader(self, saved: PartState) -> RowLoader:
-        """The object's own."""
-        assert isinstance(self.value, TakesRows)
-        return self.value.checkpoint_loader(saved)
-
-    def buckets(self, table: str, ranks: Ranks) -> tuple[int, int]:
-        """The buckets of which this rank loads the rows of a table: the first, and the one after the last."""
-        own = self.value.checkpoint_buckets(table) if isinstance(self.value, SharesRows) else None
-        return ranks.buckets if own is None else own
-
-    def check(self, where: str, saved: PartState) -> None:
-        """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        value = self.value
-        live = value.checkpoint_layout() if isinstance(value, HasLayout) else value.checkpoint_state()
-        refuse_differences(where, state_differences(saved, live))
-
-    def load(self, saved: PartState) -> None:
-        """Hand the state to the object.
+        """Compare a saved state with the object, changing nothing.
 
         Raises:
-            CorruptCheckpoint: the object refuses it.
+            CheckpointMismatch: The state does not fit.
         """
-        try:
-            self.value.load_checkpoint_state(saved)
-        except ValueError as error:
-            raise CorruptCheckpoint(
-                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
-            ) from error
+
+    @abstractmethod
+    def load(self, saved: PartState) -> None:
+        """Replace the state by a saved one that fits."""
+
+    def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
+        """Return a function that returns the state of now, or what changed in it.
+
+        Args:
+            memory: Takes a copy, so that the function may be called in another thread and the object may change. None:
+                nothing is copied, and the object must not change before the call.
+            changes: What changed, in place of the whole state.
+        """
+        if memory is None:
+            return self.state if changes is None else lambda: changes
+        copy = copied(self.state() if changes is None else changes, memory)
+        return lambda: copy
 
 
-class ModulePart:
-    """A module, by its state_dict: tensors under their names, other values (extra state) as JSON.
+def copied(state: PartState, memory: HostMemory) -> PartState:
+    """Return a copy of a state that shares no memory with live objects.
 
-    DistributedDataParallel and torch.compile leave no trace in the names, so that towers go from any number of ranks to
-    any other, compiled or not. Tables within the module are left out: their engine is a part of its own.
+    Args:
+        state: The state; tensors that it owns and that are on the CPU are not copied.
+        memory: Takes the copies.
     """
 
-    kind = "module"
+    def copy(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if state.owned and tensor.is_cpu:
+            return tensor
+        if tensor.layout != torch.strided or tensor.is_meta:  # refused when it is written
+            return tensor
+        target = memory.take(tensor.numel() * tensor.itemsize, pinned=tensor.is_cuda)
+        return target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        self._name = name
-        self.module = module
+    def rows(table: TableState) -> TableState:
+        columns = {column: copy(values) for column, values in table.columns.items()}
+        removed = None if table.removed is None else rows(table.removed)
+        return TableState(columns, copy(table.buckets), table.meta, removed=removed)
 
-    def state(self) -> PartState:
-        """Parameters and buffers, detached."""
-        tensors: dict[str, Tensor] = {}
-        other: dict[str, object] = {}
-        for key, value in self._entries().items():
-            if isinstance(value, Tensor):
-                tensors[key] = value.detach()
-            else:
-                other[key] = value
-        extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra})
-
-    def check(self, where: str, saved: PartState) -> None:
-        """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""
-        extra = _extra(where, saved)
-        live = {k: TensorSpec.of(v) if isinstance(v, Tensor) else "extra state" for k, v in self._entries().items()}
-        found = {k: TensorSpec.of(v) for k, v in saved.tensors.items()} | dict.fromkeys(extra, "extra state")
-        refuse_differences(where, named_differences("tensor", found, live))
-
-    def load(self, saved: PartState) -> None:
-        """Copy into the parameters and buffers; they stay the same tensors."""
-        own = own_names(self.module)
-        state = {**saved.tensors, **_extra("the module", saved)}
-        with tables_apart():
-            self.module.load_state_dict({own[name]: value for name, value in state.items()})
-
-    def _entries(self) -> dict[str, object]:
-        lazy = [k for k, p in self.module.named_parameters() if torch.nn.parameter.is_lazy(p)]
-        lazy += [k for k, b in self.module.named_buffers() if torch.nn.parameter.is_lazy(b)]
-        if lazy:
-            raise CheckpointError(
-                f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
-                "module once on a batch."
-            )
-        with tables_apart():
-            state = self.module.state_dict()
-        return {name: state[own] for name, own in own_names(self.module).items()}
-
-
-class JsonPart:
-    """A JSON value; `Saver.read_json` reads it back."""
-
-    kind = "json"
-
-    def __init__(self, name: str, value: object) -> None:
-        self._name = name
-        self._value = value
-
-    def state(self) -> PartState:
-        """The value as metadata."""
-        return PartState(meta={"value": checked_json(f"Saver.save: part {self._name!r}", self._value)})
-
-    def check(self, where: str, saved: PartState) -> None:
-        """Refuse: there is no object to load into."""
-        raise CheckpointError(f"{where} is JSON, which has no place to be loaded into. Use Saver.read_json.")
-
-    def load(self, saved: PartState) -> None:
-        """Never reached, as `check` refuses."""
-        raise AssertionError
-
-
-def _extra(where: str, saved: PartState) -> dict[str, object]:
-    extra = saved.meta.get("extra")
-    if not isinstance(extra, dict):
-        raise CorruptCheckpoint(f"{where}: meta.extra must be an object, got {extra!r}. {OTHER_STEP}")
-    return dict(extra)
+    tables = {name: rows(table) for name, table in state.tables.items()}
+    return replace(state, tables=tables, tensors={name: copy(tensor) for name, tensor in state.tensors.items()})

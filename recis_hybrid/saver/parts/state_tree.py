@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.json_values import checked_json
-from recis_hybrid.saver.parts.protocol import JSON
 
 
 def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") -> JSON:

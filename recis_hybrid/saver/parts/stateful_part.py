@@ -7,10 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from recis_hybrid.checkpointing import PartState
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
 from recis_hybrid.saver.format.manifest import TensorSpec
 from recis_hybrid.saver.parts.compare import named_differences, refuse_differences
-from recis_hybrid.saver.parts.protocol import PartState
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.parts.state_tree import pack, unpack
 
 
@@ -27,7 +28,7 @@ class Stateful(Protocol):
         ...
 
 
-class StatefulPart:
+class StatefulPart(Part):
     """A `Stateful`."""
 
     kind = "stateful"
@@ -62,7 +63,7 @@ class StatefulPart:
         return {key: Counter(value) if key in counters else value for key, value in state.items()}
 
 
-class GeneratorPart:
+class GeneratorPart(Part):
     """A torch.Generator."""
 
     kind = "generator"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid.checkpointing import owned_buckets
+from recis_hybrid import distributed
+from recis_hybrid.checkpointing import JSON, owned_buckets
 from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from recis_hybrid.saver.parts.protocol import JSON
 
 _ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointMismatch, CorruptCheckpoint)}
 
@@ -42,7 +41,7 @@ class Ranks:
             CheckpointError: the group is not of gloo.
         """
         if group is None:
-            if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            if distributed.world_size() == 1:
                 return cls(None)
             # A group of its own: a save in the background must not meet the collectives of the training.
             group = dist.new_group(backend="gloo", use_local_synchronization=True)
@@ -59,32 +58,30 @@ class Ranks:
         return owned_buckets(self.rank, self.size)
 
     def exchange(self, value: Any) -> list[Any]:
-        """Return what every rank gave, in their order.
+        """Return the values of all ranks, by rank.
 
         Args:
-            value: what JSON can hold.
+            value: Anything that JSON can hold.
         """
         if self._group is None:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [int(size) for size in self._gathered(torch.tensor([data.numel()]))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: data.numel()] = data
-        parts = self._gathered(padded)
-        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        try:
+            return distributed.exchange(value, self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
 
     def together(self, work: Callable[[], JSON]) -> list[Any]:
-        """Let every rank do its work; where one fails, all raise, and none waits for it for ever.
+        """Call a function on every rank; if one fails, all raise, and none waits for it for ever.
 
         Args:
-            work: may raise; returns what JSON can hold.
+            work: May raise; returns what JSON can hold.
 
         Returns:
-            What the work of every rank returned, in their order.
+            The results of all ranks, by rank.
 
         Raises:
-            CheckpointError: the work of another rank failed; it says which and why. A failure of its own is raised as
-                it is.
+            CheckpointError: The function failed on another rank; the message says which and why. This rank's own
+                exception is raised as it is.
         """
         if self._group is None:
             return [work()]
@@ -92,18 +89,18 @@ class Ranks:
         failure: BaseException | None = None
         try:
             value = work()
-        except BaseException as error:  # the others must hear of it
+        except BaseException as error:  # raised again below, once the others know
             failure = error
-        answers = self.exchange([value, None if failure is None else [type(failure).__name__, str(failure)]])
         try:
-            if failure is not None:
-                raise failure
+            return distributed.all_succeed_or_raise(failure, value, self._group)
+        except distributed.OtherRankError as error:
+            raise _ERRORS.get(error.kind, CheckpointError)(str(error)) from None
+        except RuntimeError as error:
+            if error is failure:
+                raise
+            raise self._lost(error) from error
         finally:
-            failure = None  # or the error and this frame would keep each other
-        for rank, (_, told) in enumerate(answers):
-            if told is not None:
-                raise _ERRORS.get(told[0], CheckpointError)(f"rank {rank} of {self.size} failed: {told[1] or told[0]}")
-        return [answer for answer, _ in answers]
+            failure = None  # else the exception and this frame would refer to each other
 
     def send(self, data: Tensor, to: int, tag: int) -> None:
         """Send bytes to a rank that receives them; returns when they are on their way.
@@ -115,7 +112,7 @@ class Ranks:
         """
         assert self._group is not None
         if data.numel():
-            self._done(lambda group: group.send([data], to, tag))
+            self._wait(lambda group: group.send([data], to, tag))
 
     def receive(self, size: int, source: int, tag: int) -> Tensor:
         """Receive bytes, uint8 [size], that a rank sends.
@@ -127,19 +124,17 @@ class Ranks:
         """
         data = torch.empty(size, dtype=torch.uint8)
         if size:
-            self._done(lambda group: group.recv([data], source, tag))
+            self._wait(lambda group: group.recv([data], source, tag))
         return data
 
-    def _gathered(self, data: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(data) for _ in range(self.size)]
-        self._done(lambda group: group.allgather([parts], [data]))
-        return parts
-
-    def _done(self, start: Callable[[Any], Any]) -> None:
+    def _wait(self, start: Callable[[Any], Any]) -> None:
         try:
             start(self._group).wait()
         except RuntimeError as error:
-            raise CheckpointError(
-                f"Saver: rank {self.rank} of {self.size} lost another one ({error}). See what it said last; the "
-                "checkpoints before are whole."
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> CheckpointError:
+        return CheckpointError(
+            f"Saver: rank {self.rank} of {self.size} lost the connection to another ({error}). See that rank's last "
+            "messages; earlier checkpoints are whole."
+        )

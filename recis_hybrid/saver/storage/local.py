@@ -1,38 +1,22 @@
-"""Where checkpoints lie, and what makes one appear: a rename in a directory, its manifest in an object store."""
+"""A directory of checkpoints: written under a temporary name, forced to the disk, renamed."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.file_io import remove_folder, sync_directory
 from recis_hybrid.saver.format.manifest import MANIFEST
-from recis_hybrid.saver.storage.lease import LEASE, Lease
-from recis_hybrid.saver.storage.remote import RemotePath
+from recis_hybrid.saver.storage.lease import Lease
 from recis_hybrid.saver.storage.step_directory import STEP, step_name
 
 _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)|\.shared\.[0-9a-f]{32}")
-
-
-def storage_of(path: str | os.PathLike[str] | RemotePath) -> Storage:
-    """Find where a path leads: a URL to a file system of fsspec or pyarrow, everything else to a directory.
-
-    Raises:
-        CheckpointError: nothing is known to read such a URL.
-    """
-    if isinstance(path, RemotePath):
-        return RemoteStorage(path)
-    text = os.fspath(path)
-    return RemoteStorage(RemotePath.of(text)) if "://" in text else LocalStorage(Path(path).absolute())
 
 
 class LocalStorage:
@@ -91,7 +75,7 @@ class LocalStorage:
         else:
             folder.rename(place)
 
-    def settle(self, step: int) -> None:
+    def finish(self, step: int) -> None:
         """Force the rename to the disk, and remove what was in its place."""
         sync_directory(self.root)
         if self.folder(step).exists():
@@ -101,7 +85,7 @@ class LocalStorage:
         """Remove a folder that is not to become a checkpoint."""
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
-    def give_up(self, step: int) -> Callable[[], None]:
+    def remove(self, step: int) -> Callable[[], None]:
         """Take a checkpoint away, at once and as a whole.
 
         Returns:
@@ -111,87 +95,6 @@ class LocalStorage:
         doomed = self.root / f".{step_name(step)}.deleted"
         (self.root / step_name(step)).rename(doomed)
         return partial(_remove, doomed)
-
-
-class RemoteStorage:
-    """An object store, where nothing is renamed: a step is complete once its manifest is there, which is written last.
-
-    There is no lock that would end with its holder either. Whoever saves leaves its mark, and looks whether it is still
-    there before it writes a manifest: a job that is started anew takes over from one that hangs, and that one fails.
-    """
-
-    def __init__(self, root: RemotePath) -> None:
-        self.root = root
-        self._mark = b""
-
-    def steps(self) -> list[int]:
-        """The steps of complete checkpoints, ascending."""
-        found = [int(match[1]) for match in map(STEP.fullmatch, self.root.names()) if match]
-        return sorted(step for step in found if (self.root / step_name(step) / MANIFEST).is_file())
-
-    def take(self) -> None:
-        """Leave this saver's mark, unless it is there, and remove what a crash has left."""
-        if not self._mark or self._holder() == b"":
-            self._mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(16)}".encode()
-            (self.root / LEASE).write_bytes(self._mark)
-        self._refuse_other()
-        complete = set(self.steps())
-        for match in map(STEP.fullmatch, self.root.names()):
-            if match and int(match[1]) not in complete:
-                (self.root / match[0]).remove_below()
-
-    def folder(self, step: int) -> RemotePath:
-        """Where the files of a step are to be written."""
-        return self.root / step_name(step)
-
-    def begin(self, step: int) -> None:
-        """Nothing: a folder is there once something is in it."""
-
-    def commit(self, step: int, manifest: bytes) -> None:
-        """Write the manifest.
-
-        Raises:
-            CheckpointError: another saver has taken over.
-        """
-        self._refuse_other()
-        (self.folder(step) / MANIFEST).write_bytes(manifest)
-
-    def settle(self, step: int) -> None:
-        """Nothing: what is written is there."""
-
-    def abandon(self, step: int) -> None:
-        """Remove files that are not to become a checkpoint, as far as that can be done now; else the next save does."""
-        folder = self.folder(step)
-        try:
-            if self._holder() == self._mark:
-                (folder / MANIFEST).unlink(missing_ok=True)
-                folder.remove_below()
-        except OSError:
-            return
-
-    def give_up(self, step: int) -> Callable[[], None]:
-        """Take a checkpoint away: its manifest at once.
-
-        Returns:
-            Removes its other files.
-        """
-        folder = self.root / step_name(step)
-        (folder / MANIFEST).unlink()
-        return folder.remove_below
-
-    def _holder(self) -> bytes:
-        try:
-            return (self.root / LEASE).read_bytes()
-        except FileNotFoundError:
-            return b""
-
-    def _refuse_other(self) -> None:
-        holder = self._holder()
-        if holder != self._mark:
-            name = holder.decode(errors="replace").rpartition(",")[0]
-            raise CheckpointError(
-                f"{self.root}: another saver has taken over here ({name}). Save to another place, or end the other job."
-            )
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -213,9 +116,6 @@ def _exchange(new: Path, old: Path) -> None:
         aside.rename(old)
         raise
     shutil.rmtree(aside)
-
-
-Storage: TypeAlias = LocalStorage | RemoteStorage
 
 
 def _remove(folder: Path) -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 
 from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.format.file_io import Location
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 PATIENCE_S = 5.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
-from recis_hybrid.saver.format.file_io import Location, file_size, list_files
+from recis_hybrid.saver.format.file_io import file_size, list_files
+from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Manifest
 from recis_hybrid.saver.format.manifest_reader import parse_manifest, part_files
 

@@ -144,7 +144,7 @@ def test_ranks_that_do_not_agree(tmp_path: Path) -> None:
 
 def test_tables_are_no_parts_of_each_rank(tmp_path: Path) -> None:
     results = in_ranks(2, lambda rank, group: Saver(tmp_path, group=group).save(1, {"t": PerRank(shelf(rank, 2))}))
-    assert all("tables are shared out among ranks. Pass it without PerRank" in str(result) for result in results)
+    assert all("ranks share tables. Pass the object without PerRank" in str(result) for result in results)
 
 
 def test_a_model_of_another_shape_on_one_rank_stops_all(tmp_path: Path) -> None:
@@ -285,5 +285,5 @@ def test_a_rank_that_dies_stops_the_others(tmp_path: Path, root: Path) -> None:
     (code, out, err), (killed, _, _) = run_job(root, 2, free_port(), str(tmp_path), "die")
     assert killed == -signal.SIGKILL
     assert (code, out) == (1, "")
-    assert "CheckpointError: Saver: rank 0 of 2 lost another one" in err
+    assert "CheckpointError: Saver: rank 0 of 2 lost the connection to another" in err
     assert Saver(tmp_path).steps() == []

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, Saver
 from recis_hybrid.saver.checkpoint import table_plan
-from recis_hybrid.saver.checkpoint.chain import Checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.cli import main
-from recis_hybrid.saver.storage.remote import RemotePath
+from recis_hybrid.saver.format.location import RemotePath
 from recis_hybrid.serving import Reader, ServingError
 from tests.saver.fakes import empty_shelf, example_shelf
 from tests.saver.test_world_sizes import large, member, own, rows_of, sharded
@@ -214,7 +214,7 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
         (["diff", url, str(tmp_path / "run")], 0, "hold the same"),
         (["compact", url], 1, "an object store cannot replace a checkpoint at once. Name another place with --to"),
         (["compact", url, "--to", "memory://b/whole"], 0, "memory://b/whole/step_000002 is whole"),
-        (["compact", url, "--to", "memory://b/whole"], 1, "is there already"),
+        (["compact", url, "--to", "memory://b/whole"], 1, "exists already"),
         (["export", url, "memory://b/out"], 0, "memory://b/out/step_000002 is written"),
         (["verify", "memory://b/out"], 0, "sound"),
         (["verify", "memory://b/nothing"], 1, "holds no complete checkpoint"),
@@ -249,7 +249,7 @@ def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, mon
         return rows_of(engine)
 
     saved = all_of(3, save)
-    changed = Checkpoint(RemotePath.of(url), 2).manifest
+    changed = StoredCheckpoint(RemotePath.of(url), 2).manifest
     assert changed.previous is not None
     assert 50 <= changed.parts["engine"].tables["user"].rows < 150  # and those that were seen in a step to come
 
