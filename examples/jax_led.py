@@ -27,8 +27,7 @@ from torch import Tensor
 
 import recis_hybrid as rh
 from recis_hybrid.bridge import GradientAllReduce, JaxState, to_jax, to_torch
-from recis_hybrid.pipelines import Scored
-from recis_hybrid.pipelines.steps.step import NoObserver, Observer
+from recis_hybrid.pipelines import NoObserver, Observer, Predictions
 
 FIELDS = ["user", "item", "site", "price_level"]
 FEATURES = [
@@ -146,7 +145,7 @@ class JaxStep:
             engine.apply_gradients(context, by_field, self.sparse)  # type: ignore[arg-type]
         return {"loss": to_torch(loss)}
 
-    def predict(self, batch: rh.Batch) -> dict[str, Scored]:
+    def predict(self, batch: rh.Batch) -> dict[str, Predictions]:
         (engine,) = self.engines
         engine.eval()
         values, _ = engine.lookup(batch)
@@ -154,7 +153,7 @@ class JaxStep:
         logits = self._tower(params, [to_jax(value) for value in values.values()])
         label = batch["label"]
         assert isinstance(label, Tensor)
-        return {"": Scored(to_torch(jax.nn.sigmoid(logits)), label)}
+        return {"": Predictions(to_torch(jax.nn.sigmoid(logits)), label)}
 
     def parts(self) -> dict[str, object]:
         return {"engine": self.engines[0], "sparse": self.sparse, "jax": self.state}

@@ -14,7 +14,7 @@ from torch import Tensor
 from recis_hybrid import optim, serving
 from recis_hybrid.app.cli import main
 from recis_hybrid.app.config import load_config
-from recis_hybrid.app.scoring import load_run
+from recis_hybrid.app.loaded_run import load_run
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal
 from recis_hybrid.ragged import RaggedTensor

@@ -5,4 +5,4 @@ Nothing of the package imports it; it builds on ``pipelines`` and all below.
 
 from __future__ import annotations
 
-from recis_hybrid.app.scoring import LoadedRun as LoadedRun, load_run as load_run
+from recis_hybrid.app.loaded_run import LoadedRun as LoadedRun, load_run as load_run

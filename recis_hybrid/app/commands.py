@@ -33,12 +33,12 @@ from recis_hybrid.app.config_resume import (
 )
 from recis_hybrid.app.config_run import read_options, stages_of, trainer_of
 from recis_hybrid.app.launch import joined
+from recis_hybrid.app.loaded_run import load_run, run_and_step
 from recis_hybrid.app.report import write_report
-from recis_hybrid.app.scoring import load_run, run_and_step
 from recis_hybrid.app.template import write_starter
 from recis_hybrid.pipelines.callback import CallbackError
 from recis_hybrid.pipelines.interruption import Terminated
-from recis_hybrid.pipelines.predict import refuse_output, write_predictions
+from recis_hybrid.pipelines.predict import check_output, write_predictions
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.saver import CheckpointError, Saver
@@ -250,7 +250,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     if distributed.world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("predict writes one file in the order of the rows, by one process: start it without torchrun")
-    refuse_output(args.out)
+    check_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
     types = column_types(args.data, read_options(run.config))

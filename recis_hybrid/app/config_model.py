@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, FeatureConfig, ModelConfig
 from recis_hybrid.embedding import EmbeddingEngine
-from recis_hybrid.pipelines.steps.step import column_of
+from recis_hybrid.pipelines.steps.step import dense_column
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 
@@ -79,7 +79,7 @@ def _numbers(batch: Batch, name: str, width: int) -> Tensor:
             f"features.{name} gives {what}, and has no dim: the tower takes {width} number(s) a row. Give it a dim for "
             f"an embedding{' and ops: [{hash: {kind: farm}}]' if what == 'strings' else ''}, or leave it out"
         )
-    found = column_of(batch, name, "number")
+    found = dense_column(batch, name, "number")
     found = found.unsqueeze(1) if found.dim() == 1 else found
     if found.dim() != 2 or found.shape[1] != width:
         raise ValueError(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +15,9 @@ from recis_hybrid import distributed
 from recis_hybrid.app.config import Config, ConfigError, is_url, parse_config
 from recis_hybrid.app.config_yaml import write_yaml
 from recis_hybrid.pipelines.callback import Callback
+from recis_hybrid.pipelines.stages import Run
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver.storage.resolve import storage_of
-
-if TYPE_CHECKING:
-    from recis_hybrid.pipelines.trainer import Trainer
 
 NAME = "config.yaml"
 """The file in a run's folder that holds the configuration."""
@@ -143,7 +141,7 @@ class RunRecord(Callback):
     def __post_init__(self) -> None:
         self._written = False
 
-    def before_fit(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Run) -> None:
         """Set the configuration's learning rates, in place of the checkpoint's."""
         rates = {"dense": self.config.optimizer.dense_lr, "sparse": self.config.optimizer.sparse_lr}
         for name, part in trainer.parts().items():
@@ -151,7 +149,7 @@ class RunRecord(Callback):
                 for group in part.param_groups:
                     group["lr"] = rates[name]
 
-    def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+    def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
         """Record the configuration before the first step; without a step, nothing was trained by it."""
         if self._written or distributed.rank() != 0:
             return

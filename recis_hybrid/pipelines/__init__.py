@@ -1,4 +1,7 @@
-"""Pipelines: training in stages, evaluation, and what is called as they go on."""
+"""Training in stages, evaluation and prediction, and the callbacks around them.
+
+Scripts and ``app`` import it; it builds on all rooms below.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError 
 from recis_hybrid.pipelines.callbacks.checkpoint import PeriodicCheckpoint as PeriodicCheckpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog as JsonLog
-from recis_hybrid.pipelines.callbacks.lr_schedule import LrSchedule as LrSchedule
 from recis_hybrid.pipelines.callbacks.profile import Profile as Profile
 from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar as ProgressBar
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard as TensorBoard
@@ -18,16 +20,19 @@ from recis_hybrid.pipelines.rng import seed_everything as seed_everything
 from recis_hybrid.pipelines.stages import (
     Evaluate as Evaluate,
     Evict as Evict,
+    Run as Run,
     SaveCheckpoint as SaveCheckpoint,
     Stage as Stage,
     Train as Train,
 )
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError as NonFiniteLossError
 from recis_hybrid.pipelines.steps.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
+from recis_hybrid.pipelines.steps.schedules import LrSchedule as LrSchedule
 from recis_hybrid.pipelines.steps.step import (
+    NoObserver as NoObserver,
     Observer as Observer,
+    Predictions as Predictions,
     Replicated as Replicated,
-    Scored as Scored,
     Step as Step,
 )
 from recis_hybrid.pipelines.steps.torch_step import TorchStep as TorchStep

@@ -1,69 +1,66 @@
-"""Callback: what is called as a training goes on."""
+"""Callback: the base class of objects that a trainer calls while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+from recis_hybrid.pipelines.stages import Run, Stage
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
 
-if TYPE_CHECKING:
-    from recis_hybrid.pipelines.stages import Stage
-    from recis_hybrid.pipelines.trainer import Trainer
-
 Record: TypeAlias = dict[str, Any]
-"""What a log has a line of: an ``event`` (``train``, ``eval``, ``evict``, ``save``, ``tables``), ``step``, and figures
-by name."""
+"""One line of the log: an ``event`` (``train``, ``eval``, ``evict``, ``save``, ``tables``), ``step``, and figures by
+name."""
 
 
 class Callback:
-    """Called at the points that it has methods for; these do nothing.
+    """Base class of callbacks; override the methods to be called. The defaults do nothing.
 
-    What it needs to go on after a resumption, it hands out by ``state_dict``. A call that raises ends the training, by
-    a CallbackError that names it, after the state was saved.
+    State that a restarted run needs goes through ``state_dict``. A method that raises ends the training: the trainer
+    saves, then raises a CallbackError that names the callback.
     """
 
-    def before_fit(self, trainer: Trainer) -> None:
-        """Is called once, after a checkpoint was loaded if there was one to resume."""
+    def before_fit(self, trainer: Run) -> None:
+        """Run once, after the checkpoint is loaded if the run resumes."""
 
-    def after_fit(self, trainer: Trainer) -> None:
-        """Is called once, also where an exception ends the training."""
+    def after_fit(self, trainer: Run) -> None:
+        """Run once at the end, also if an exception ends the training."""
 
-    def before_stage(self, trainer: Trainer, stage: Stage) -> None:
-        """Is called before each stage."""
+    def before_stage(self, trainer: Run, stage: Stage) -> None:
+        """Run before each stage."""
 
-    def after_stage(self, trainer: Trainer, stage: Stage) -> None:
-        """Is called after each stage that has come to its end."""
+    def after_stage(self, trainer: Run, stage: Stage) -> None:
+        """Run after each stage that has ended without an exception."""
 
-    def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        """Is called before each training step."""
+    def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
+        """Run before each training step."""
 
-    def after_step(self, trainer: Trainer) -> None:
-        """Is called after each training step."""
+    def after_step(self, trainer: Run) -> None:
+        """Run after each training step."""
 
-    def before_backward(self, trainer: Trainer) -> None:
-        """Is called before each backward pass of a torch step."""
+    def before_backward(self, trainer: Run) -> None:
+        """Run before each backward pass of a torch step."""
 
-    def after_backward(self, trainer: Trainer) -> None:
-        """Is called after each backward pass of a torch step, before gradients are clipped and used."""
+    def after_backward(self, trainer: Run) -> None:
+        """Run after each backward pass of a torch step, before gradients are clipped and applied."""
 
-    def before_save(self, trainer: Trainer) -> None:
-        """Is called before each checkpoint."""
+    def before_save(self, trainer: Run) -> None:
+        """Run before each checkpoint."""
 
-    def after_save(self, trainer: Trainer, path: Location) -> None:
-        """Is called after each checkpoint, with its directory."""
+    def after_save(self, trainer: Run, path: Location) -> None:
+        """Run after each checkpoint, with its directory."""
 
-    def on_log(self, trainer: Trainer, record: Record) -> None:
-        """Is called with each line of the log."""
+    def on_log(self, trainer: Run, record: Record) -> None:
+        """Run for each line of the log."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Hands out what a resumed run needs."""
+        """Return the state that a restarted run needs."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state that :meth:`state_dict` returned."""
 
 
 class CallbackError(RuntimeError):
-    """A callback has raised; the message names it, when it was called, and what was saved."""
+    """A callback raised; the message names it, the method, and what was saved."""

@@ -1,44 +1,53 @@
-"""Hooks: calls callbacks, and says which one has raised."""
+"""Dispatcher: calls the callbacks of a trainer, and attributes their exceptions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from recis_hybrid import distributed
 from recis_hybrid.pipelines.callback import Callback, CallbackError
-from recis_hybrid.pipelines.step_timer import Clock
+from recis_hybrid.pipelines.stages import Run
+from recis_hybrid.pipelines.step_timer import StepTimer
+from recis_hybrid.validation import check_type, describe_value
 
-if TYPE_CHECKING:
-    from recis_hybrid.pipelines.trainer import Trainer
+_RENAMED = {"Checkpoint": "PeriodicCheckpoint"}
+"""Class names of callbacks in the checkpoints of earlier versions."""
 
 
-class Hooks:
+class Dispatcher:
     """The callbacks of a trainer.
 
-    Ranks save together, so that what a callback raises on one of several, or its wish to stop, waits until all ranks
-    look together.
+    Ranks save together. With several of them, an exception of a callback, or its request to stop, is therefore
+    deferred until all ranks call :meth:`agree`.
 
     Args:
-        trainer: Whose they are.
+        run: Passed to the callbacks.
         callbacks: Called in this order.
-        rescue: Saves the state after one has raised, and says what came of it.
+        rescue: Saves the state after a callback raised, and returns a sentence about the outcome.
+
+    Raises:
+        TypeError: ``callbacks`` is not a sequence of callbacks.
     """
 
-    def __init__(self, trainer: Trainer, callbacks: Sequence[Callback], rescue: Callable[[], str]) -> None:
-        self.callbacks = list(callbacks)
-        self._trainer, self._rescue = trainer, rescue
+    def __init__(self, run: Run, callbacks: Iterable[Callback], rescue: Callable[[], str]) -> None:
+        self.callbacks = _checked(callbacks)
+        self._run, self._rescue = run, rescue
         self._within_step = False
-        self._wish: str | None = None
+        self._stop_reason: str | None = None
         self._deferred: tuple[Callback, str, Exception] | None = None
 
     def call(self, hook: str, *args: Any) -> None:
-        """Call a method of all callbacks; raises CallbackError if one raises, on several ranks by :meth:`agree`."""
+        """Call a method of all callbacks.
+
+        Raises:
+            CallbackError: One raises. It is raised later within a step, or if there are several ranks.
+        """
         for each in self.callbacks:
             try:
-                getattr(each, hook)(self._trainer, *args)
+                getattr(each, hook)(self._run, *args)
             except CallbackError:
                 raise
             except Exception as error:
@@ -48,101 +57,107 @@ class Hooks:
 
     @contextmanager
     def within_step(self) -> Iterator[None]:
-        """In the middle of a step there is no state to save: what is raised in it is told by :meth:`settle`."""
+        """Defer exceptions of callbacks in the block to :meth:`raise_deferred`: within a step nothing can be saved."""
         self._within_step = True
         try:
             yield
         finally:
             self._within_step = False
 
-    def settle(self) -> None:
-        """Raise CallbackError for what a callback has raised within the step before; on one process."""
+    def raise_deferred(self) -> None:
+        """Raise CallbackError if a callback raised within the last step; with one process only."""
         if self._deferred is not None and distributed.world_size() == 1:
             deferred, self._deferred = self._deferred, None
             raise self._error(*deferred) from deferred[2]
 
-    def wish_to_stop(self, reason: str) -> None:
-        """Keep the reason that a callback has for the training to end, until :meth:`agree`."""
-        self._wish = self._wish or reason
+    def request_stop(self, reason: str) -> None:
+        """Store a callback's reason to stop for :meth:`agree`."""
+        self._stop_reason = self._stop_reason or reason
 
     def agree(self, *, interrupted: bool = False) -> tuple[str | None, bool]:
-        """Looks, all ranks together, whether a callback has raised or asked for an end; waits for the other ranks.
+        """Share exceptions and requests to stop with the other ranks; collective.
 
         Args:
-            interrupted: Whether a signal has asked this process to end.
+            interrupted: Whether this process received a signal to end.
 
         Returns:
-            Why the training is to end, on all ranks, None if it goes on; and whether a signal has asked some rank.
+            The reason to stop, or None, the same decision on all ranks; and whether any rank received a signal.
 
         Raises:
-            CallbackError: A callback of some rank has raised; all ranks have saved.
+            CallbackError: A callback raised on some rank; all ranks have saved.
         """
-        wish, self._wish = self._wish, None
+        reason, self._stop_reason = self._stop_reason, None
         if distributed.world_size() == 1:
-            return wish, interrupted
+            return reason, interrupted
         deferred, self._deferred = self._deferred, None
         try:
-            requests = distributed.all_succeed_or_raise(deferred and deferred[2], [wish, interrupted])
+            requests = distributed.all_succeed_or_raise(deferred and deferred[2], [reason, interrupted])
         except distributed.OtherRankError as error:
             raise CallbackError(
-                f"a callback on rank {error.rank} raised {error.kind} at step {self._trainer.steps_done} or before: "
+                f"a callback on rank {error.rank} raised {error.kind} at step {self._run.steps_done} or before: "
                 f"{error.text}; {self._rescue()}"
             ) from None
         except Exception as error:
             if deferred is None or error is not deferred[2]:
                 raise
             raise self._error(*deferred) from error
-        ranks = [rank for rank, (reason, _) in enumerate(requests) if reason is not None]
-        if wish is None and ranks:
-            wish = f"requested by the ranks {ranks}"
-        return wish, any(signalled for _, signalled in requests)
+        ranks = [rank for rank, (requested, _) in enumerate(requests) if requested is not None]
+        if reason is None and ranks:
+            reason = f"requested by the ranks {ranks}"
+        return reason, any(signalled for _, signalled in requests)
 
     def finish(self, error: BaseException | None) -> None:
-        """Call ``after_fit`` of every callback; what these raise does not hide an error before."""
-        self._deferred = self._wish = None
+        """Call ``after_fit`` of every callback; an exception there does not hide ``error``."""
+        self._deferred = self._stop_reason = None
         for each in self.callbacks:
             try:
-                each.after_fit(self._trainer)
+                each.after_fit(self._run)
             except Exception as another:
                 if error is None:
                     raise self._error(each, "after_fit", another) from another
-                error.add_note(f"{type(each).__name__}.after_fit raised, too: {another!r}")
+                error.add_note(f"{type(each).__name__}.after_fit also raised: {another!r}")
 
-    def state(self) -> list[list[Any]]:
-        """Return the class and state of each callback."""
+    def states(self) -> list[list[Any]]:
+        """Return the class name and state of each callback."""
         return [[type(each).__name__, each.state_dict()] for each in self.callbacks]
 
-    def load_state(self, state: list[list[Any]]) -> None:
-        """Take back what :meth:`state` gave, by class and order; callbacks may have come or gone."""
-        left = [[_RENAMED.get(name, name), saved] for name, saved in state]
+    def load_states(self, states: list[list[Any]]) -> None:
+        """Restore :meth:`states`, matching callbacks by class and order; some may have been added or removed."""
+        left = [[_RENAMED.get(name, name), state] for name, state in states]
         for each in self.callbacks:
-            mine = next((entry for entry in left if entry[0] == type(each).__name__), None)
-            if mine is not None:
-                left.remove(mine)
-                each.load_state_dict(mine[1])
+            match = next((entry for entry in left if entry[0] == type(each).__name__), None)
+            if match is not None:
+                left.remove(match)
+                each.load_state_dict(match[1])
 
     def _error(self, callback: Callback, hook: str, error: Exception) -> CallbackError:
         return CallbackError(
-            f"the callback {type(callback).__name__} raised in {hook} at step {self._trainer.steps_done}: "
+            f"the callback {type(callback).__name__} raised in {hook} at step {self._run.steps_done}: "
             f"{type(error).__name__}: {error}; {self._rescue()}"
         )
 
 
-_RENAMED = {"Checkpoint": "PeriodicCheckpoint"}
-"""Class names of callbacks in the checkpoints of earlier versions."""
-
-
 @dataclass(frozen=True)
-class Watcher:
-    """What looks on while a step of the trainer runs."""
+class StepObserver:
+    """Passes phases of a step to the timer and its backward passes to the callbacks."""
 
-    clock: Clock
-    hooks: Hooks
+    timer: StepTimer
+    dispatcher: Dispatcher
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what is done within, in a step that is logged."""
-        return self.clock.phase(name)
+        """Time the block as a phase of a step that is logged."""
+        return self.timer.phase(name)
 
     def backward(self, when: Literal["before", "after"]) -> None:
         """Call the callbacks."""
-        self.hooks.call(f"{when}_backward")
+        self.dispatcher.call(f"{when}_backward")
+
+
+def _checked(callbacks: Any) -> Sequence[Callback]:
+    if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
+        hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
+        raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {describe_value(callbacks)}{hint}")
+    listed = list(callbacks)
+    for number, callback in enumerate(listed):
+        check_type("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
+    return listed

@@ -15,12 +15,13 @@ from typing import Any
 from recis_hybrid import distributed
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-_REPEATED_S = 5.0
-"""Under torchrun: a scheduler signals torchrun and the ranks, and torchrun passes its signal on to them."""
+_REPEAT_SECONDS = 5.0
+"""Interval in which a second signal is ignored under torchrun: a scheduler signals torchrun and the ranks, and torchrun
+passes its signal on to the ranks."""
 
 
 class Terminated(SystemExit):
-    """A signal other than Ctrl-C has ended the training; ends the process with the status 128 + the signal's number."""
+    """A signal other than Ctrl-C ended the training; the exit status is 128 + the signal's number."""
 
 
 class WaitInterrupted(KeyboardInterrupt):
@@ -28,56 +29,56 @@ class WaitInterrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Records the first signal to end; a second one ends the process at once.
+    """Records the first signal to end the training; a second one ends the process at once.
 
-    Handlers are installed in the main thread only, and only for signals that have Python's default effect; they are
-    taken back at the end of the ``with`` block.
+    Inside the ``with`` block, handlers are installed for signals that have Python's default effect, and only in the
+    main thread.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         """The signal that this process received."""
         self.wake: Callable[[], object] | None = None
-        """Called by the first signal, to end a wait that must not be left by an exception."""
-        self._before: dict[signal.Signals, Any] = {}
+        """Called on the first signal, to end a wait that must not be left by an exception."""
+        self._previous: dict[signal.Signals, Any] = {}
         self._interruptible = False
-        self._delivered = False
+        self._raised = False
         self._first = 0.0
 
     def __enter__(self) -> Interruption:
-        self.requested, self.wake, self._before = None, None, {}
-        self._interruptible = self._delivered = False
+        self.requested, self.wake, self._previous = None, None, {}
+        self._interruptible = self._raised = False
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 if signal.getsignal(number) == usual:
-                    self._before[number] = signal.signal(number, self._handle)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        requested, self.requested, self._before = self.requested, None, {}
-        if error is None and requested is not None and not self._delivered:
-            raise self.error(requested)  # it came after the last look
+        requested, self.requested, self._previous = self.requested, None, {}
+        if error is None and requested is not None and not self._raised:
+            raise self.error(requested)  # the signal arrived after the last check
 
     def error(self, received: signal.Signals | None) -> BaseException:
         """Return the exception that ends the training.
 
         Args:
-            received: The signal; None where other ranks have got one, and not this one.
+            received: The signal; None if only other ranks received one.
         """
-        self._delivered = True
+        self._raised = True
         if received == signal.SIGINT:
             return KeyboardInterrupt()
         return Terminated(128 + (signal.SIGTERM if received is None else received))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a signal raise WaitInterrupted in the context, whose results are then discarded."""
-        self._interruptible = bool(self._before)
+        """Let a signal raise WaitInterrupted in the block, whose results are then discarded."""
+        self._interruptible = bool(self._previous)
         try:
             if self._interruptible and self.requested is not None:
                 raise WaitInterrupted
@@ -87,17 +88,17 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
-            if time.monotonic() - self._first > _REPEATED_S:
+            if time.monotonic() - self._first > _REPEAT_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
         self.requested, self._first = signal.Signals(number), time.monotonic()
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            # So that a second signal has its effect even while the main thread is within native code.
-            for each in self._before:
-                signal.signal(each, self._before[each] if _is_interactive() else signal.SIG_DFL)
+            # So that a second signal works even while the main thread runs native code.
+            for each in self._previous:
+                signal.signal(each, self._previous[each] if _is_interactive() else signal.SIG_DFL)
         if distributed.rank() == 0:
-            # Not by print: the signal may have come in the middle of one.
+            # Not by print: the signal may have arrived in the middle of one.
             text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; a second signal ends at once\n"
             os.write(2, text.encode())
         if self.wake is not None:
@@ -108,5 +109,5 @@ class Interruption:
 
 
 def _is_interactive() -> bool:
-    """Return whether a second Ctrl-C raises KeyboardInterrupt, as in a notebook, instead of ending the process."""
+    """Return whether a second Ctrl-C should raise KeyboardInterrupt, as in a notebook, rather than end the process."""
     return hasattr(sys, "ps1") or "IPython" in sys.modules

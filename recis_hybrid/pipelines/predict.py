@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_hybrid.pipelines.lockstep import in_lockstep
 from recis_hybrid.pipelines.steps.step import Step
-from recis_hybrid.pipelines.turns import in_turns
 from recis_hybrid.ragged import Batch, RaggedTensor, to_arrow
 
 SUFFIXES = (".parquet", ".csv")
@@ -28,80 +28,78 @@ def predict(
 ) -> Iterator[Batch]:
     """Yield a step's scores batch by batch, in the order of the data; tables insert nothing.
 
-    Rows that only fill a batch up (``ShardOptions(uneven="pad")``) are left out. Several ranks call it together, each
-    with batches of its own, and go through all that it yields; a rank that has fewer batches than others is given empty
-    ones.
+    Padding rows (``ShardOptions(uneven="pad")``) are left out. All ranks call this together, each with its own
+    batches, and consume everything it yields; a rank with fewer batches than others gets empty ones.
 
     Args:
-        step: Predicts. A model that it trains is left in evaluation mode, until the next training step.
-        data: Batches; labels are not needed by a step that has ``score``, as TorchStep.
-        columns: Columns of these batches to hand on, as they are before the transforms.
-        transforms: Applied to each batch before the step, one after another.
+        step: Makes the predictions. Its model is left in evaluation mode until the next training step.
+        data: Batches; a step with a method ``score``, such as TorchStep, needs no labels.
+        columns: Columns of these batches to yield as well, as they are before the transforms.
+        transforms: Applied to each batch before the step, in order.
 
     Yields:
-        The columns, and ``score`` ``[B]``, on the model's device; ``score.OBJECTIVE`` where there are several
-        objectives.
+        The columns, and ``score`` ``[B]`` on the model's device; ``score.OBJECTIVE`` if there are several objectives.
 
     Raises:
         KeyError: A batch lacks one of the columns.
-        ValueError: A column has the name of the scores.
+        ValueError: A column has the same name as the scores.
     """
-    for batch in in_turns(data):
+    for batch in in_lockstep(data):
         if missing := [name for name in columns if name not in batch]:
             raise KeyError(f"predict: the batch has no columns {missing}, it has {sorted(batch)}")
-        kept = {name: batch[name] for name in columns}
+        carried = {name: batch[name] for name in columns}
         for transform in transforms:
             batch = transform(batch)
         mask = batch.get("mask")
         if isinstance(mask, Tensor) and mask.dtype is torch.bool and not bool(mask.all()):
-            kept = {name: _rows(column, mask) for name, column in kept.items()}
+            carried = {name: _rows(column, mask) for name, column in carried.items()}
         scores = _scores(step, batch)
         names = {"score" if list(scores) == [""] else f"score.{name}": each for name, each in scores.items()}
-        if taken := [name for name in names if name in kept]:
-            raise ValueError(f"predict: the columns {taken} have the name of scores; leave them out, or rename them")
-        yield {**kept, **names}
+        if taken := [name for name in names if name in carried]:
+            raise ValueError(f"predict: the columns {taken} have the names of scores; leave them out, or rename them")
+        yield {**carried, **names}
 
 
 def _scores(step: Step, batch: Batch) -> Mapping[str, Tensor]:
     score: Any = getattr(step, "score", None)
     if score is not None:
-        found: Mapping[str, Tensor] = score(batch)
-        return found
-    return {name: scored.scores for name, scored in step.predict(batch).items()}
+        scores: Mapping[str, Tensor] = score(batch)
+        return scores
+    return {name: predictions.scores for name, predictions in step.predict(batch).items()}
 
 
 def _rows(column: Tensor | RaggedTensor, mask: Tensor) -> Tensor | RaggedTensor:
     if isinstance(column, Tensor):
         return column[mask.to(column.device)]
-    kept: RaggedTensor = column[mask.nonzero().view(-1).to(column.values.device)]
-    return kept
+    rows: RaggedTensor = column[mask.nonzero().view(-1).to(column.values.device)]
+    return rows
 
 
 def write_predictions(
     path: str | os.PathLike[str], batches: Iterable[Batch], types: Mapping[str, Any] | None = None
 ) -> int:
-    """Write batches as a Parquet or CSV file, in their order.
+    """Write batches to a Parquet or CSV file, in order.
 
-    The file appears when it is whole: it is written under another name beside it, which a failure removes.
+    The file appears only when it is complete: it is written under a temporary name, which a failure removes.
 
     Args:
-        path: The file, which must not be there yet; its ending says the format.
-        batches: With the same columns each.
-        types: Arrow types of some columns in the files that they come from: unsigned 64-bit integers, which a batch
-            holds as int64, and strings are written as these.
+        path: A file that does not exist yet; its suffix selects the format.
+        batches: Batches with equal columns.
+        types: Arrow types of columns in the files that they were read from. Unsigned 64-bit integers, which a batch
+            holds as int64, and strings are written with these types.
 
     Returns:
-        How many rows were written.
+        The number of rows written.
 
     Raises:
-        FileExistsError: There is such a file already.
-        FileNotFoundError: Its folder is not there.
-        ValueError: The ending is neither ``.parquet`` nor ``.csv``, there is no batch, or a CSV file is to hold lists.
+        FileExistsError: The file exists.
+        FileNotFoundError: Its folder does not exist.
+        ValueError: The suffix is neither ``.parquet`` nor ``.csv``, there is no batch, or lists would go into CSV.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    refuse_output(path)
+    check_output(path)
     out = Path(path)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     writer: Any = None
@@ -111,14 +109,14 @@ def write_predictions(
             table = pa.RecordBatch.from_pydict({name: _arrow(batch[name], (types or {}).get(name)) for name in batch})
             lists = [field.name for field in table.schema if pa.types.is_nested(field.type)]
             if lists and out.suffix == ".csv":
-                raise ValueError(f"{out}: CSV holds no lists, and the columns {lists} are lists; write .parquet")
+                raise ValueError(f"{out}: CSV cannot hold lists, but the columns {lists} are lists; write .parquet")
             if writer is None:
                 make = parquet.ParquetWriter if out.suffix == ".parquet" else csv.CSVWriter
                 writer = make(partial, table.schema)
             writer.write_batch(table)
             rows += table.num_rows
         if writer is None:
-            raise ValueError(f"{out}: there is nothing to write; the data has no batches")
+            raise ValueError(f"{out}: there is nothing to write: the data has no batches")
         writer.close()
         os.replace(partial, out)
     except BaseException:
@@ -129,19 +127,19 @@ def write_predictions(
     return rows
 
 
-def refuse_output(path: str | os.PathLike[str]) -> None:
-    """Raise as :func:`write_predictions` does for a file that it cannot write."""
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise as :func:`write_predictions` does if it cannot write a file."""
     out = Path(path)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: the suffix must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
     if out.exists():
         raise FileExistsError(f"{out} already exists; remove it, or name another file")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
-    """Return a column as an Arrow array, with its type in the files where that is more specific."""
+    """Return a column as an Arrow array, of the type in the files where that is more specific."""
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):

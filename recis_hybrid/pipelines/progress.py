@@ -1,4 +1,4 @@
-"""Place: how far a training is, as a checkpoint has it."""
+"""Progress: the position of a training in its stages, as a checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -7,80 +7,82 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+from recis_hybrid.pipelines.metrics_record import RunningMeans
+from recis_hybrid.pipelines.rng import generator_states, set_generator_states
 from recis_hybrid.pipelines.stages import Stage, Train
 
 
 @dataclass
-class Place:
-    """How far a training is."""
+class Progress:
+    """Position of a training."""
 
     steps: int = 0
     """Training steps done."""
     samples: int = 0
     """Rows trained on, by this rank."""
     stages: int = 0
-    """Stages begun."""
+    """Stages started."""
     finished: bool = True
-    """Whether the last of these has come to its end."""
+    """Whether the last of these has ended."""
     window: str | None = None
-    """The window that it was of."""
+    """Name of that stage's window."""
     stage_steps: int = 0
     """Training steps of the stage."""
     stage_passes: int = 0
     """Passes that have ended in the stage."""
     pass_batches: int = 0
-    """Batches that the stage has had of the pass under way."""
+    """Batches that the stage has taken from the current pass."""
     figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """By number of the stage, what evaluations gave; not kept where stages come by window."""
+    """Results of evaluations by number of the stage; empty if stages come by window."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return it as JSON could hold it."""
+        """Return the position as JSON values."""
         return asdict(self)
 
-    def begin(self, window: str | None) -> None:
-        """Goes on to the next stage."""
+    def start_stage(self, window: str | None) -> None:
+        """Count the next stage."""
         self.stages, self.finished, self.window = self.stages + 1, False, window
         self.stage_steps = self.stage_passes = self.pass_batches = 0
 
     def remaining(self, stages: Iterable[Stage], figures: dict[str, dict[str, float]]) -> Iterator[Stage]:
-        """Yield the stages that are still to run, and begins each, the one under way excepted.
+        """Yield the stages that are still to run, the current one first, and count each as it starts.
 
-        A stream that was set to its place itself gives the last stage begun again, first of its window. Any other is
-        gone through from its beginning, with ``figures`` as they were then.
+        A stream that restores its own position yields the last stage again, first of its window. Any other is iterated
+        from its beginning, with ``figures`` as they were then.
         """
-        under_way, stream = self.stages > 0, iter(stages)
-        if under_way and not hasattr(stages, "load_state_dict"):
+        resumes, stream = self.stages > 0, iter(stages)
+        if resumes and not hasattr(stages, "load_state_dict"):
             for number, _ in enumerate(islice(stream, self.stages - 1), 1):
                 figures.update(self.figures.get(str(number), {}))
         for stage in stream:
             window: str | None = getattr(stages, "window", None)
-            if under_way and window == self.window:
-                under_way = False
+            if resumes and window == self.window:
+                resumes = False
                 figures.update(self.figures.get(str(self.stages), {}))
                 if self.finished:
                     continue
             else:
-                self.begin(window)
+                self.start_stage(window)
             yield stage
             self.finished = True
-        if under_way:  # more stages were done than there are now
+        if resumes:  # more stages were done than there are now
             for done in sorted(self.figures, key=int):
                 figures.update(self.figures[done])
 
     def reached(self, stage: Train) -> bool:
-        """Whether the stage under way has come to its bound."""
+        """Return whether the current stage has reached its bound."""
         if stage.max_steps is not None and self.stage_steps >= stage.max_steps:
             return True
-        # One pass where nothing is said.
+        # Without any bound it is one pass.
         epochs = stage.epochs or (None if stage.max_steps is not None or stage.endless else 1)
         return epochs is not None and self.stage_passes >= epochs
 
-    def left(self, stage: Train, batches: int | None, accumulate: int) -> int:
-        """Return how many steps the stage still has; 0 if that cannot be known.
+    def steps_left(self, stage: Train, batches: int | None, accumulate: int) -> int:
+        """Return the number of steps left in the current stage; 0 if unknown.
 
         Args:
-            stage: The stage under way.
-            batches: How many a pass has; None if that is not known.
+            stage: The current stage.
+            batches: Batches of a pass; None if unknown.
             accumulate: Batches of a step.
         """
         bounds = [] if stage.max_steps is None else [stage.max_steps - self.stage_steps]
@@ -88,3 +90,26 @@ class Place:
             left = batches * ((stage.epochs or 1) - self.stage_passes) - self.pass_batches
             bounds.append(-(-left // accumulate))
         return max(min(bounds, default=0), 0)
+
+
+class Generators:
+    """Random generators of one rank, and its sums since the last line of the log, as a part of checkpoints.
+
+    Checkpoints contain the name of this class.
+
+    Args:
+        means: The sums.
+    """
+
+    def __init__(self, means: RunningMeans) -> None:
+        self._means = means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the generators and the sums."""
+        return {**generator_states(), "means": self._means.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        set_generator_states(state)
+        if "means" in state:
+            self._means.load_state_dict(state["means"])

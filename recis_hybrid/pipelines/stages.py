@@ -1,50 +1,82 @@
-"""Stages: what a pipeline consists of. A list of them, or a generator, is a pipeline."""
+"""Stages of a training. A list of them, or a generator, is a pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import nn
 
 from recis_hybrid.columnio import Window
-from recis_hybrid.embedding import Eviction
+from recis_hybrid.embedding import EmbeddingEngine, Eviction
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines.arguments import (
-    modules_of,
-    refuse_no_batches,
-    refuse_no_callable,
-    refuse_no_count,
-    refuse_other_than,
-)
-from recis_hybrid.pipelines.evaluate import refuse_no_metrics
+from recis_hybrid.pipelines.arguments import check_batches, check_callable, check_modules
+from recis_hybrid.pipelines.steps.metrics import check_metrics
 from recis_hybrid.ragged import Batch
-from recis_hybrid.validation import check_method
-
-if TYPE_CHECKING:
-    from recis_hybrid.pipelines.trainer import Trainer
+from recis_hybrid.saver import Location
+from recis_hybrid.validation import check_integer, check_method, check_type, describe_value
 
 Source: TypeAlias = "str | Iterable[Batch]"
-"""The name of one of the trainer's sources, which are read on from stage to stage; or batches, read from the start."""
+"""A source's name in the trainer, read on from stage to stage; or batches, read from the start."""
+
+
+class Run(Protocol):
+    """A training in progress, as stages and callbacks see it; :class:`Trainer` is one."""
+
+    figures: dict[str, dict[str, float]]
+    """Latest metrics of each evaluation, by its name."""
+
+    @property
+    def steps_done(self) -> int:
+        """Training steps done, including those before a restart."""
+
+    @property
+    def samples(self) -> int:
+        """Rows that this rank has trained on, including padding rows."""
+
+    @property
+    def engines(self) -> list[EmbeddingEngine]:
+        """Engines of all steps."""
+
+    def train(self, stage: Train) -> None:
+        """Train until the stage's bound is reached."""
+
+    def evaluate(self, stage: Evaluate) -> None:
+        """Compute the stage's metrics and store them in ``figures``."""
+
+    def evict(self, stage: Evict) -> None:
+        """Evict rows by the stage's rule."""
+
+    def save(self, *, delta: bool = False) -> Location | None:
+        """Write a checkpoint, unless this step has one."""
+
+    def stop(self, reason: str) -> None:
+        """End the training after the current step."""
+
+    def steps_left(self, stage: Stage) -> int | None:
+        """Return the number of steps left in a training stage; None for other stages."""
+
+    def parts(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint, by name."""
 
 
 class Stage(Protocol):
-    """One step of a pipeline."""
+    """One stage of a pipeline."""
 
-    def run(self, trainer: Trainer) -> None:
-        """Does it."""
+    def run(self, trainer: Run) -> None:
+        """Run the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Trains for a number of steps, of passes, or on a window.
+    """Trains for a number of steps, for a number of passes, or on a window.
 
-    Without a bound it is one pass; over a source that has no length it must have one, or be ``endless``. A pass that
-    an earlier stage has begun is gone on with, and counts when it ends.
+    Without a bound it trains for one pass; over a source without a length, a bound or ``endless`` is required. A pass
+    that an earlier stage left unfinished is continued, and counts when it ends.
 
     Raises:
-        ValueError: If a bound is less than 1, or there are both data and a window.
+        ValueError: A bound is less than 1, or both data and a window are given.
 
     Example:
         >>> Train(max_steps=100).max_steps
@@ -52,35 +84,35 @@ class Train:
     """
 
     data: Source = "train"
-    """Where batches come from."""
+    """Source of the batches."""
     max_steps: int | None = None
-    """Updates, over as many passes as that takes."""
+    """Number of updates, over as many passes as that takes."""
     epochs: int | None = None
-    """Passes."""
+    """Number of passes."""
     window: Window | None = None
     """Files that the trainer's ``open_window`` opens, read once."""
     endless: bool = False
-    """Allows a stage that ends only if a callback stops it."""
+    """Allow a stage that ends only when a callback stops it."""
     step: str | None = None
-    """Which of the trainer's steps; None: the first."""
+    """Name of one of the trainer's steps; None: the first."""
     freeze: Sequence[nn.Module] = ()
-    """Modules whose parameters do not change in this stage (their buffers, as batch norm's statistics, do)."""
+    """Modules whose parameters stay fixed in this stage; their buffers, such as batch norm's statistics, do not."""
     transform: Callable[[Batch], Batch] | None = None
-    """Made of each batch before the step."""
+    """Applied to each batch before the step."""
     name: str = "train"
-    """What logs call the stage."""
+    """Name of the stage in logs."""
 
     def __post_init__(self) -> None:
         for bound, value in (("max_steps", self.max_steps), ("epochs", self.epochs)):
             if value is not None:
-                refuse_no_count("Train", bound, value)
-        _refuse_kinds(self)
-        object.__setattr__(self, "freeze", modules_of("Train", "freeze", self.freeze, "freeze=[model.tower]"))
+                check_integer("Train", bound, value, low=1)
+        _check_types(self)
+        object.__setattr__(self, "freeze", check_modules("Train", "freeze", self.freeze, "freeze=[model.tower]"))
         if self.window is not None and self.data != "train":
             raise ValueError("Train: give data or a window, not both")
 
-    def run(self, trainer: Trainer) -> None:
-        """Trains; see :meth:`Trainer.train`."""
+    def run(self, trainer: Run) -> None:
+        """Train; see :meth:`Trainer.train`."""
         frozen = [p for module in self.freeze for p in module.parameters() if p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -101,33 +133,33 @@ class Evaluate:
     """
 
     data: Source = "eval"
-    """Where batches come from; always read from the start."""
+    """Source of the batches, always read from the start."""
     window: Window | None = None
     """Files that the trainer's ``open_window`` opens."""
     metrics: Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]] | None = None
-    """By name, for each objective; or by objective and name. None: the trainer's."""
+    """Metrics by name, for every objective, or by objective and name. None: the trainer's."""
     step: str | None = None
-    """Which of the trainer's steps; None: the first."""
+    """Name of one of the trainer's steps; None: the first."""
     transform: Callable[[Batch], Batch] | None = None
-    """Made of each batch before the step."""
+    """Applied to each batch before the step."""
     name: str = "eval"
-    """Under which figures are kept and logged."""
+    """Name under which figures are stored and logged."""
 
     def __post_init__(self) -> None:
-        _refuse_kinds(self)
+        _check_types(self)
         if self.metrics is not None:
-            refuse_no_metrics("Evaluate", self.metrics)
+            check_metrics("Evaluate", self.metrics)
         if self.window is not None and self.data != "eval":
             raise ValueError("Evaluate: give data or a window, not both")
 
-    def run(self, trainer: Trainer) -> None:
+    def run(self, trainer: Run) -> None:
         """Evaluate; see :meth:`Trainer.evaluate`."""
         trainer.evaluate(self)
 
 
 @dataclass(frozen=True)
 class Evict:
-    """Gives up the rows that a rule names, in every table that is trained.
+    """Evicts the rows that a rule selects, in every trainable table.
 
     Example:
         >>> from recis_hybrid.embedding import Unused
@@ -136,23 +168,23 @@ class Evict:
     """
 
     rule: Eviction
-    """Which rows."""
+    """Selects the rows."""
     compact: bool = False
-    """Whether to move the remaining rows together, which gives memory back."""
+    """Move the remaining rows together afterwards, which frees memory."""
     name: str = "evict"
-    """What logs call the stage."""
+    """Name of the stage in logs."""
 
     def __post_init__(self) -> None:
         check_method("Evict", "rule", self.rule, "unwanted", "Unused(steps=1000)")
 
-    def run(self, trainer: Trainer) -> None:
-        """Evicts; see :meth:`Trainer.evict`."""
+    def run(self, trainer: Run) -> None:
+        """Evict; see :meth:`Trainer.evict`."""
         trainer.evict(self)
 
 
 @dataclass(frozen=True)
 class SaveCheckpoint:
-    """Writes a checkpoint, unless there is one of this step.
+    """Writes a checkpoint, unless the current step has one.
 
     Example:
         >>> SaveCheckpoint().name
@@ -160,24 +192,40 @@ class SaveCheckpoint:
     """
 
     name: str = "save"
-    """What logs call the stage."""
+    """Name of the stage in logs."""
 
     def __post_init__(self) -> None:
-        refuse_other_than(
-            "SaveCheckpoint", "name", self.name, str, "a name; Trainer(saver=, parts=) decides what is saved and where"
-        )
+        expected = "a name; Trainer(saver=, parts=) decides what is saved and where"
+        check_type("SaveCheckpoint", "name", self.name, str, expected)
 
-    def run(self, trainer: Trainer) -> None:
+    def run(self, trainer: Run) -> None:
         """Save; see :meth:`Trainer.save`."""
         trainer.save()
 
 
-def _refuse_kinds(stage: Train | Evaluate) -> None:
+def check_stages(where: str, stages: Any) -> None:
+    """Check that an argument is a sequence or a stream of stages.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
+        hint = "; put it into a list" if hasattr(stages, "run") else ""
+        raise TypeError(
+            f"{where}: stages must be a sequence of stages, as [Train(), Evaluate()], got "
+            f"{describe_value(stages)}{hint}"
+        )
+    for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
+        if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
+            raise TypeError(f"{where}: stages[{number}] must be a stage, as Train(), got {describe_value(stage)}")
+
+
+def _check_types(stage: Train | Evaluate) -> None:
     where = type(stage).__name__
     if not isinstance(stage.data, str):
-        refuse_no_batches(where, "data", stage.data)
-    refuse_other_than(where, "window", stage.window, (Window, type(None)), "a Window, or None")
-    refuse_other_than(where, "step", stage.step, (str, type(None)), "the name of one of Trainer's steps, or None")
-    refuse_other_than(where, "name", stage.name, str, "a name")
+        check_batches(where, "data", stage.data)
+    check_type(where, "window", stage.window, (Window, type(None)), "a Window, or None")
+    check_type(where, "step", stage.step, (str, type(None)), "the name of one of Trainer's steps, or None")
+    check_type(where, "name", stage.name, str, "a name")
     if stage.transform is not None:
-        refuse_no_callable(where, "transform", stage.transform, "a function of a batch, or None")
+        check_callable(where, "transform", stage.transform, "a function of a batch, or None")

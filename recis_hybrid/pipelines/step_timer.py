@@ -1,4 +1,4 @@
-"""Clock: where a step's time goes, measured in the steps that are logged and in no others."""
+"""StepTimer: the time of a step by phase, measured only in steps that are logged."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from recis_hybrid.embedding import EmbeddingEngine
 _NOTHING = nullcontext()
 
 
-class Clock:
-    """Times phases, each without those within it. While it measures, it waits for the GPU where phases meet."""
+class StepTimer:
+    """Times phases, each without the phases nested in it; while enabled, it synchronizes the GPU between phases."""
 
     def __init__(self) -> None:
-        self.measures = False
+        self.enabled = False
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what is done within, if the clock measures."""
-        return self._phase(name) if self.measures else _NOTHING
+        """Time the block as a phase if the timer is enabled."""
+        return self._phase(name) if self.enabled else _NOTHING
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -45,7 +45,7 @@ class Clock:
         self._open.pop()
 
     def _charge(self) -> None:
-        """Books the time since the last border for the innermost phase."""
+        """Add the time since the last phase boundary to the innermost open phase."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -54,9 +54,9 @@ class Clock:
         self._since = now
 
     @contextmanager
-    def measuring(self, engines: Sequence[EmbeddingEngine]) -> Iterator[None]:
-        """Measures the step within: forward passes of engines as ``lookup``, their waits for ranks as ``exchange``."""
-        self.measures, self.seconds, self._open = True, {}, []
+    def measure(self, engines: Sequence[EmbeddingEngine]) -> Iterator[None]:
+        """Time the step in the block: engines' forward passes as ``lookup``, their waits for ranks as ``exchange``."""
+        self.enabled, self.seconds, self._open = True, {}, []
 
         def enter(module: nn.Module, args: Any) -> None:
             self._enter("lookup")
@@ -71,7 +71,7 @@ class Clock:
         try:
             yield
         finally:
-            self.measures = False
+            self.enabled = False
             for engine in engines:
                 engine.watch_exchange()
             for hook in hooks:

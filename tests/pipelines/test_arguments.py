@@ -81,7 +81,7 @@ STEPS: list[tuple[Any, str]] = [
         lambda: TorchStep(MODEL, bce, BOTH, schedules=[ExponentialLR]),
         r"schedules\[0\] must be .* the class Exponential",
     ),
-    (lambda: TorchStep(MODEL, bce, BOTH, schedules=[DENSE]), r"schedules\[0\] must be a schedule .* got an Adam"),
+    (lambda: TorchStep(MODEL, bce, BOTH, schedules=[DENSE]), r"schedules\[0\] must be a torch schedule .* got an Adam"),
     (lambda: TorchStep(MODEL, bce, BOTH, weighting=["a"]), "weighting must be UncertaintyWeights .* got a list"),
     (
         lambda: TorchStep(MODEL, bce, BOTH, compile=MODEL.tower),
@@ -107,7 +107,7 @@ STEPS: list[tuple[Any, str]] = [
 TRAINERS: list[tuple[Any, str]] = [
     (
         lambda: Trainer(MODEL, BATCHES),
-        r"Trainer: step must be a step, .* got a Model; make one of it, TorchStep\(model",
+        r"Trainer: step must be a step, .* got a Model; wrap it, as TorchStep\(model",
     ),
     (lambda: Trainer(TorchStep, BATCHES), "Trainer: step must be a step, .* got the class TorchStep"),
     (lambda: Trainer({"a": STEP, "b": MODEL}, BATCHES), "Trainer: the step 'b' must be a step, .* got a Model"),
@@ -210,7 +210,7 @@ OTHERS: list[tuple[Any, str]] = [
         "stages must be a function from a window to its stages, got a l",
     ),
     (lambda: seed_everything("3"), "seed_everything: seed must be an integer, got '3'"),
-    (lambda: evaluate(MODEL, BATCHES, {"auc": AUC()}), "evaluate: step must be a step, .* got a Model; make one of it"),
+    (lambda: evaluate(MODEL, BATCHES, {"auc": AUC()}), "evaluate: step must be a step, .* got a Model; wrap it"),
     (lambda: evaluate(STEP, "rows", {"auc": AUC()}), "evaluate: data must be a source of batches, .* the path 'rows'"),
     (lambda: evaluate(STEP, BATCHES[0], {"auc": AUC()}), "evaluate: data must be a source of batches, .* got a dict"),
     (
@@ -243,13 +243,13 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
         ),
         (
             lambda: TorchStep(MODEL, bce, BOTH, schedules=[PLATEAU]),
-            r"ReduceLROnPlateau waits .*PlateauSchedule\('eval/auc', ",
+            r"ReduceLROnPlateau needs a metric.*PlateauSchedule\('eval/auc', ",
         ),
         (
             lambda: TorchStep(MODEL, bce, BOTH, schedules=[ExponentialLR(OF_ANOTHER, 0.9)]),
-            r"schedules\[0\] is of an optimizer that the step",
+            r"schedules\[0\] schedules an optimizer that is not one of this step's",
         ),
-        (lambda: UncertaintyWeights(["a", "a"]), "names must be distinct, and one at least, got"),
+        (lambda: UncertaintyWeights(["a", "a"]), "names must be distinct, and at least one, got"),
         (lambda: Trainer(STEP, BATCHES, seed=-1), "Trainer: seed must be at least 0, got -1"),
         (lambda: seed_everything(-1), "seed_everything: seed must be at least 0, got -1"),
         (lambda: PeriodicCheckpoint(steps=0), "PeriodicCheckpoint: steps must be at least 1, got 0"),
@@ -277,13 +277,11 @@ def test_optax_is_told_where_it_belongs() -> None:
     from recis_hybrid.bridge import OptaxOptimizer
 
     for wrong in (optax.adam(1e-3), [optax.adam(1e-3), SPARSE], {"dense": optax.adam(1e-3)}):
-        with pytest.raises(
-            TypeError, match="got a transformation of optax; wrap it in recis_hybrid.bridge.OptaxOptimiz"
-        ):
+        with pytest.raises(TypeError, match="got an optax transformation; wrap it in recis_hybrid.bridge.OptaxOptimiz"):
             TorchStep(MODEL, bce, wrong)
     model = Model()
     dense = OptaxOptimizer(model.tower.named_parameters(), optax.adam(1e-2))
     step = TorchStep(model, bce, [dense, optim.Adam(model.engine.parameters())])
     Trainer(step, make_batches(4), log_every=1).fit([Train()])  # whose log has no learning rate of it
-    with pytest.raises(ValueError, match="OptaxOptimizer has no learning rate; optax takes schedules itself"):
+    with pytest.raises(ValueError, match="OptaxOptimizer has no learning rate; optax transformations take schedules"):
         LrSchedule(dense, lambda n: 0.1)

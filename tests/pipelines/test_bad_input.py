@@ -35,7 +35,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_columns(tmp_path: Path
     batches[4]["weights"] = RaggedTensor(torch.ones(64), torch.arange(65))
     step, saver = make_step(), Saver(tmp_path)
     trainer = Trainer(step, batches, saver=saver, callbacks=[PeriodicCheckpoint(steps=2)])
-    message = r"the loss is nan at step 5: .* columns 'label' \(64 of 64 values\), 'price' \(1 of 64 values\) are not"
+    message = (
+        r"the loss is nan at step 5: .* columns 'label' \(64 of 64 values\), 'price' \(1 of 64 values\) of its batch "
+        r"are not"
+    )
     with pytest.raises(NonFiniteLossError, match=message) as caught:
         trainer.fit([Train(), SaveCheckpoint()])
     assert caught.value.__notes__ == ["the latest checkpoint is of step 4"]
@@ -81,7 +84,7 @@ def test_sources_without_batches_are_named() -> None:
     with pytest.raises(ValueError, match="the source list gave no batch in pass 1"):
         Trainer(make_step(), []).fit([Train()])
     once = iter(make_batches(2))
-    with pytest.raises(ValueError, match="gave no batch in pass 2; give one that has batches each time"):
+    with pytest.raises(ValueError, match="gave no batch in pass 2; give one that yields batches each time"):
         Trainer(make_step(), once).fit([Train(epochs=2)])
     with pytest.raises(ValueError, match="the data gave no batch"):
         Trainer(make_step(), eval_data=[]).fit([Evaluate()])
@@ -98,7 +101,7 @@ def test_sources_without_batches_are_named() -> None:
         (lambda: Train(epochs=-1), "Train: epochs must be at least 1, got -1"),
         (lambda: Trainer(make_step(), accumulate=0), "accumulate must be at least 1, got 0"),
         (lambda: Trainer(make_step()).fit([Train(step="x")]), "there is no source 'train'|there is no step 'x'"),
-        (lambda: PeriodicCheckpoint(), "give steps or seconds, above 0, got steps=None and seconds=None"),
+        (lambda: PeriodicCheckpoint(), "give either steps or seconds, got steps=None, seconds=None"),
     ],
 )
 def test_arguments_out_of_range(call: Any, message: str) -> None:

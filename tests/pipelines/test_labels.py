@@ -207,7 +207,7 @@ def test_several_labels_a_row() -> None:
         )
     # Metrics are of one label a row: said in the first step, not after an hour.
     trainer = Trainer(step_of(Model(2, column)), [batch_of(labels)], metrics={"auc": AUC()})
-    said = r"the metric 'auc' cannot take scores \[32, 2\] and labels \[32, 2\]: .* by an objective for each column"
+    said = r"the metric 'auc' cannot take scores \[32, 2\] and labels \[32, 2\]: .* each column of labels its own"
     with pytest.raises(ValueError, match=said):
         trainer.fit([Train()])
     assert trainer.steps_done == 0
@@ -227,14 +227,14 @@ def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
         step_of(Model(), nn.BCEWithLogitsLoss())(batch_of(binary(torch.int64) * 2 - 1))
     # [B] beside [B, B] would be broadcast without a word.
     square = Model(ROWS, column)
-    with pytest.raises(ValueError, match=r"outputs are \[32, 32\] and the labels 'label' .* mse_loss would broadcast"):
+    with pytest.raises(ValueError, match=r"outputs \[32, 32\] and labels 'label' .* would be broadcast by mse_loss"):
         step_of(square, F.mse_loss)(batch_of(binary(torch.float32)))
-    with pytest.raises(ValueError, match=r"outputs are \[32, 3\] .*integers|MSELoss would broadcast"):
+    with pytest.raises(ValueError, match=r"outputs \[32, 3\] .*broadcast by MSELoss.*integers"):
         step_of(Model(3, column), nn.MSELoss())(batch_of(binary(torch.int64)))
     with pytest.raises(IndexError) as caught:
         step_of(Model(3, column), F.cross_entropy)(batch_of(torch.arange(ROWS) % 7))
     assert caught.value.__notes__ == [
-        "TorchStep: the loss was given outputs torch.float32 [32, 3]; labels 'label' torch.int64 [32]"
+        "TorchStep: arguments of the loss: outputs torch.float32 [32, 3]; labels 'label' torch.int64 [32]"
     ]
     with pytest.raises(
         ValueError, match=r"the loss of the labels 'label' must be one number, got shape \[32\]; take its"
@@ -264,7 +264,7 @@ def test_metrics_of_evaluations_are_tried_with_the_first_batch_of_a_trainers_onl
 def test_missing_labels_are_named() -> None:
     labels = binary(torch.float32)
     labels[3] = math.nan
-    with pytest.raises(NonFiniteLossError, match=r"columns 'label' \(1 of 32 values\) are not finite"):
+    with pytest.raises(NonFiniteLossError, match=r"columns 'label' \(1 of 32 values\) of its batch are not finite"):
         Trainer(step_of(Model()), [batch_of(labels)]).fit([Train()])
     with pytest.raises(KeyError, match="the label column 'clicked' must be a dense column of the batch"):
         step_of(Model(), label="clicked")(batch_of())
@@ -341,7 +341,7 @@ def test_models_that_return_their_own_loss(form: str) -> None:
     trainer = Trainer(step, [batch], [batch], metrics={"auc": AUC()})
     if form == "alone":
         with pytest.raises(
-            TypeError, match="the model returns a loss without outputs, and there is nothing to evaluate"
+            TypeError, match="the model returns a loss without outputs, so that nothing can be evaluated"
         ):
             trainer.fit([Train(), Evaluate()])
         Trainer(step, [batch]).fit([Train()])
@@ -355,7 +355,7 @@ def test_a_model_without_its_loss_is_refused() -> None:
         ({"loss": None, "logits": torch.zeros(3)}, r"a dict of \['loss', 'logits'\]"),
         ((), "a tuple of 0"),
         (SimpleNamespace(loss=None), "a SimpleNamespace"),
-        ((0.5, torch.zeros(3)), "a tuple of 2 with 0.5 for the loss"),
+        ((0.5, torch.zeros(3)), "a tuple of 2 with 0.5 as the loss"),
     ):
         with pytest.raises(TypeError, match=f"must return its loss, as loss, .*, got {got}"):
             own_loss(returned)
@@ -406,15 +406,13 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
         assert losses(Model(shape=form), batch, loss, precision="bfloat16") == pytest.approx(expected(), rel=0.02)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         step_of(Model(shape=pair))(batch_of())
-    assert "the loss was given outputs a tuple of 2" in caught.value.__notes__[0]
+    assert "arguments of the loss: outputs a tuple of 2" in caught.value.__notes__[0]
 
     def unclear(logits: Tensor, batch: Batch) -> Any:
         return {"a": logits[:, 0], "b": logits[:, 0]}
 
     trainer = Trainer(step_of(Model(shape=unclear), lambda o, y: bce(o["a"], y)), [batch_of()], metrics={"auc": AUC()})
-    with pytest.raises(
-        TypeError, match=r"which output metrics are of is not clear from a dict of \['a', 'b'\]; call it"
-    ):
+    with pytest.raises(TypeError, match=r"metrics need one output, but the model returns a dict of \['a', 'b'\]; name"):
         trainer.fit([Train()])
     linked = Objective(loss=lambda o, y: bce(o["a"], y), link=lambda o: o["a"].sigmoid())
     trainer = Trainer(step_of(Model(shape=unclear), linked), [batch_of()], [batch_of()], metrics={"auc": AUC()})
@@ -430,9 +428,7 @@ def test_a_step_without_labels() -> None:
     scored = step.predict(batch)[""]
     assert scored.labels is None
     assert scored.scores.shape == (ROWS,)
-    with pytest.raises(
-        ValueError, match=r"the metric 'auc' needs labels; say which column has them, TorchStep\(label=\)"
-    ):
+    with pytest.raises(ValueError, match=r"the metric 'auc' needs labels; name their column, as TorchStep\(label=\)"):
         evaluate(step, [batch], {"auc": AUC()})  # type: ignore[list-item]
     trainer = Trainer(step_of(Model(), lambda outputs: outputs.mean(), label=None), [batch], metrics={"auc": AUC()})  # type: ignore[list-item]
     with pytest.raises(ValueError, match="the metric 'auc' needs labels"):

@@ -199,7 +199,7 @@ def test_what_cannot_be_logged_is_named() -> None:
         step.log("gate", torch.zeros(3))
     with pytest.raises(TypeError, match="the value of 'gate' must be a number, got 'high'"):
         step.log("gate", "high")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"'auc' must be a number, got an AUC; give it .*metrics=\{'auc': AUC\(\)\}"):
+    with pytest.raises(TypeError, match=r"'auc' must be a number, got an AUC; pass it .*metrics=\{'auc': AUC\(\)\}"):
         step.log("auc", AUC())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"metrics must be a mapping of metrics by name, as .*, got an AUC; name it"):
         make_step(metrics=AUC())
@@ -207,9 +207,9 @@ def test_what_cannot_be_logged_is_named() -> None:
         make_step(metrics={"auc": AUC})
     with pytest.raises(ValueError, match="the log uses 'loss' itself; give the metric another name"):
         make_step(metrics={"loss": LogLoss()})
-    with pytest.raises(ValueError, match="the metric 'gauc' is by group; give groups="):
+    with pytest.raises(ValueError, match="the metric 'gauc' needs groups; name their column by groups="):
         make_step(metrics={"gauc": GAUC()})
-    with pytest.raises(ValueError, match="the metric 'auc' needs labels; give label="):
+    with pytest.raises(ValueError, match="the metric 'auc' needs labels; name their column by label="):
         make_step(label=None, metrics={"auc": AUC()})
 
 

@@ -237,23 +237,23 @@ def refusals(rank: int, folder: Path) -> None:
         optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
         return Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), data, **options)
 
-    with pytest.raises(ValueError, match="the tables of the step are shared by 1, so that ranks would train other"):
+    with pytest.raises(ValueError, match="the tables of the step are shared by 1, so that ranks would train different"):
         trainer(Model(private=True), dealt(whole())).fit([Train()])
     model = Model()
     if rank == 1:
         model.head = nn.Linear(4, 2, bias=False)
-    with pytest.raises(ValueError, match="towers have parameters or buffers of other names"):
+    with pytest.raises(ValueError, match="parameters or buffers of towers differ"):
         trainer(model, dealt(whole())).fit([Train()])
     model = Model()
     dense = torch.optim.Adam(dense_parameters(model), lr=0.1 * (1 + rank))
     sparse = optim.SGD(model.engine.parameters(), lr=0.1)
     with pytest.raises(
-        ValueError, match=f"optimizers have other hyperparameters.* Rank {rank} has .*{dense.defaults['lr']}"
+        ValueError, match=f"hyperparameters of optimizers differ.* Rank {rank} has .*{dense.defaults['lr']}"
     ):
         Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), dealt(whole())).fit([Train()])
     for stage in (Train(), Evaluate(data="train")):
         given: list[Batch] = whole(3) if rank == 0 else []
-        with pytest.raises(ValueError, match=r"the ranks \[1\] were given no batch at all"):
+        with pytest.raises(ValueError, match=r"the ranks \[1\] have no batch, but others do"):
             trainer(Model(), given).fit([stage])
         with pytest.raises(ValueError, match="gave no"):
             trainer(Model(), []).fit([stage])

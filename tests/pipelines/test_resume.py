@@ -201,13 +201,13 @@ def test_resume_begins_anew_where_there_is_nothing_and_never_over_what_is_there(
     assert trainer.saver is not None
     assert trainer.saver.steps() == [3]
     again = training(tmp_path, make_batches(3))
-    with pytest.raises(ValueError, match=r'there are checkpoints of the steps \[3\] already; go on .* resume="latest"'):
+    with pytest.raises(ValueError, match=r'there are checkpoints of the steps \[3\]; continue .* resume="latest"'):
         again.fit([Train(), SaveCheckpoint()])
     again.fit([Train(), SaveCheckpoint()], resume="latest")
     assert again.steps_done == 3
     with pytest.raises(ValueError, match="resume needs a saver"):
         training(None, make_batches(3)).fit([Train()], resume="latest")
-    with pytest.raises(ValueError, match="there is no saver to save with"):
+    with pytest.raises(ValueError, match="there is no saver; give"):
         training(None, make_batches(3)).fit([SaveCheckpoint()])
 
 

@@ -128,7 +128,7 @@ def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
     shallow, none = (
         Trainer(trainer.steps[""], make_batches(rank, 2), prefetch=1, accumulate=2) for trainer in (others[0][0], first)
     )
-    with pytest.raises(ValueError, match="prefetch=1 with accumulate=2 has 4 .* build it with prefetch_depth=4"):
+    with pytest.raises(ValueError, match="prefetch=1 with accumulate=2 sends 4 .* build it with prefetch_depth=4"):
         shallow.fit([Train()])
     none.fit([Train()])  # its engine sends nothing ahead
     dist.destroy_process_group()

@@ -62,7 +62,7 @@ def test_a_step_that_does_not_log_fetches_nothing(monkeypatch: pytest.MonkeyPatc
     trainer = Trainer(step, make_batches(6), callbacks=[Records()], log_every=3)
     # On a CPU, where nothing has to be waited for, the loss and the range of labels are read at once; not on a GPU.
     monkeypatch.setattr("recis_hybrid.pipelines.steps.loss_guard.LossGuard.watch", lambda *args: None)
-    monkeypatch.setattr("recis_hybrid.pipelines.steps.model_outputs.refuse_unfit", lambda *args, **kwargs: None)
+    monkeypatch.setattr("recis_hybrid.pipelines.steps.model_outputs.check_labels", lambda *args, **kwargs: None)
 
     def counted(function: Any) -> Any:
         def count(self: torch.Tensor, *args: Any) -> Any:

@@ -79,9 +79,9 @@ def test_each_objective_has_figures_of_its_own() -> None:
     assert trainer.figures["eval"]["click.loss"] != trainer.figures["eval"]["buy.loss"]
     assert max(trainer.figures["eval"].values()) < 0.3
     assert set(trainer.figures["by_user"]) == {"click.gauc"}
-    with pytest.raises(ValueError, match=r"there are metrics of \['sell'\], and the objectives are"):
+    with pytest.raises(ValueError, match=r"there are metrics of \['sell'\], but the objectives are"):
         trainer.fit([Evaluate(metrics={"sell": {"auc": AUC()}})])
-    with pytest.raises(ValueError, match="the metric 'gauc' is by group; say which column has groups"):
+    with pytest.raises(ValueError, match="the metric 'gauc' needs groups; name their column"):
         trainer.fit([Evaluate(metrics={"gauc": GAUC()})])
 
 

@@ -1,4 +1,4 @@
-"""Callbacks that come with the package: checkpoints, early stopping, logs, learning rates.
+"""Callbacks of the package: checkpoints, early stopping, logs, progress, profiles.
 
-Scripts and ``app`` may import it; the trainer does not, it knows ``pipelines.callback`` only.
+Scripts and ``app`` may import it; the trainer does not, it only knows ``pipelines.callback``.
 """

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recis_hybrid import distributed
-from recis_hybrid.pipelines.arguments import path_of
+from recis_hybrid.pipelines.arguments import check_path
 from recis_hybrid.pipelines.callback import Callback, Record
-
-if TYPE_CHECKING:
-    from recis_hybrid.pipelines.trainer import Trainer
+from recis_hybrid.pipelines.stages import Run
 
 
 class TensorBoard(Callback):
-    """Writes every number of the log as a scalar of TensorBoard's; on rank 0 alone.
+    """Writes every number of the log as a TensorBoard scalar, on rank 0.
 
     Needs ``pip install recis_hybrid[tensorboard]``.
 
@@ -22,11 +20,11 @@ class TensorBoard(Callback):
         path: The folder of event files.
 
     Raises:
-        ImportError: If tensorboard is not installed.
+        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path_of("TensorBoard", path)
+        check_path("TensorBoard", path)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
@@ -37,12 +35,12 @@ class TensorBoard(Callback):
         self._make: Any = lambda step: make(os.fspath(path), purge_step=step)
         self._writer: Any = None
 
-    def before_fit(self, trainer: Trainer) -> None:
-        """Open the event file; what an interrupted run has written of later steps is dropped."""
+    def before_fit(self, trainer: Run) -> None:
+        """Open the event file; entries of steps that a resumed run repeats are dropped."""
         if distributed.rank() == 0:
             self._writer = self._make(trainer.steps_done + 1)
 
-    def on_log(self, trainer: Trainer, record: Record) -> None:
+    def on_log(self, trainer: Run, record: Record) -> None:
         """Write the numbers of a record."""
         if self._writer is None:
             return
@@ -51,7 +49,7 @@ class TensorBoard(Callback):
                 tag = name if "/" in name else f"{record['event']}/{name}"
                 self._writer.add_scalar(tag, value, record["step"])
 
-    def after_fit(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Run) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()

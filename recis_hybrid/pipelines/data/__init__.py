@@ -1,4 +1,4 @@
-"""Where the batches of stages come from, and how far each source has been read.
+"""Sources of batches, and the position in each.
 
-The trainer may import it; it knows no step and no trainer.
+The trainer and scripts may import it; it does not know the trainer.
 """

@@ -8,29 +8,25 @@ from typing import Any
 
 import torch
 
-from recis_hybrid.pipelines.arguments import (
-    refuse_no_batches,
-    refuse_no_count,
-    refuse_no_number,
-    refuse_other_than,
-)
+from recis_hybrid.pipelines.arguments import check_batches
 from recis_hybrid.pipelines.data.resumable_source import Reader
 from recis_hybrid.ragged import Batch
+from recis_hybrid.validation import check_integer, check_number, check_type
 
 
 class Mixture:
-    """An endless stream of batches, each of a source drawn by proportion; a source that ends begins again.
+    """An endless stream of batches, each from a source drawn by proportion; a source that ends starts again.
 
-    The draws depend on the seed alone, so that ranks take the same source at the same step. Its place, and those of its
-    sources, can be saved.
+    The draws depend on the seed only, so that all ranks draw the same source at the same step. The positions of the
+    draws and of the sources can be saved.
 
     Args:
-        sources: By name.
-        proportions: By name, how often a source is drawn beside the others; above 0.
-        seed: Of the draws.
+        sources: Sources by name.
+        proportions: Relative frequency of each source, by name; above 0.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: If names differ, or a proportion is not a finite number above 0.
+        ValueError: The names differ, or a proportion is not a finite number above 0.
 
     Example:
         >>> ads, organic = [{"id": torch.tensor([1])}], [{"id": torch.tensor([2])}]
@@ -44,25 +40,25 @@ class Mixture:
     def __init__(
         self, sources: Mapping[str, Iterable[Batch]], proportions: Mapping[str, float], *, seed: int = 0
     ) -> None:
-        for name, given in (("sources", sources), ("proportions", proportions)):
-            refuse_other_than("Mixture", name, given, Mapping, "a mapping by name, as {'ads': ...}")
+        for name, mapping in (("sources", sources), ("proportions", proportions)):
+            check_type("Mixture", name, mapping, Mapping, "a mapping by name, as {'ads': ...}")
         if set(sources) != set(proportions) or not sources:
             raise ValueError(
                 f"Mixture: sources and proportions must have the same names, got {sorted(sources)} and "
                 f"{sorted(proportions)}"
             )
         for name, share in proportions.items():
-            refuse_no_number("Mixture", f"the proportion of {name!r}", share)
-            refuse_no_batches("Mixture", f"the source {name!r}", sources[name])
+            check_number("Mixture", f"the proportion of {name!r}", share)
+            check_batches("Mixture", f"the source {name!r}", sources[name])
             if not (share > 0 and math.isfinite(share)):
                 raise ValueError(f"Mixture: the proportion of {name!r} must be a finite number above 0, got {share}")
-        refuse_no_count("Mixture", "seed", seed, 0)
+        check_integer("Mixture", "seed", seed, low=0)
         self._readers = {name: Reader(source) for name, source in sources.items()}
         self._shares = torch.tensor([proportions[name] for name in sources], dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Goes on where the last iterator was left."""
+        """Continue where the last iterator was left."""
         names = list(self._readers)
         while True:
             drawn = int(torch.multinomial(self._shares, 1, generator=self._generator))
@@ -76,12 +72,12 @@ class Mixture:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the places of the sources, and of the draws."""
+        """Return the positions of the draws and of the sources."""
         readers = {name: reader.state_dict() for name, reader in self._readers.items()}
         return {"generator": self._generator.get_state(), "readers": readers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the stream go on from where it was when the state was taken."""
+        """Restore the positions that :meth:`state_dict` returned."""
         self._generator.set_state(state["generator"])
         for name, reader in self._readers.items():
             reader.load_state_dict(state["readers"][name])

@@ -1,4 +1,4 @@
-"""Sources: where the batches of stages come from, and how far each source is read."""
+"""Sources: the sources of a trainer and the position in each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from recis_hybrid.ragged import Batch
 
 
 class Sources:
-    """The named sources of a trainer, which training stages read on one after another, and what a stage brings along.
+    """The named sources of a trainer, which stages read on one after another, and the source of the current stage.
 
     Args:
-        named: By name.
+        named: Sources by name.
         open_window: Opens the files of a stage's window.
     """
 
@@ -29,12 +29,21 @@ class Sources:
         self._named = dict(named)
         self._open_window = open_window
         self._readers: dict[str, Reader] = {}
-        # Of the stage under way, if it brought its source along; and what is to become of it after a resumption.
+        # Reader of the current stage if it has its own source, and the position to restore it to after a restart.
         self._own: Reader | None = None
         self._own_state: dict[str, Any] | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources."""
+        return list(self._named)
+
     def data(self, stage: Train | Evaluate) -> Iterable[Batch]:
-        """Return the source of a stage; raises ValueError if there is none."""
+        """Return the source of a stage.
+
+        Raises:
+            ValueError: There is no such source.
+        """
         if stage.window is not None:
             if self._open_window is None:
                 raise ValueError(
@@ -51,7 +60,7 @@ class Sources:
         return self._named[stage.data]
 
     def whole_pass(self, stage: Evaluate) -> Iterable[Batch]:
-        """Return the source of a stage, read from its start; where training is in that source stays as it is.
+        """Return the source of a stage, read from its start; the training's position in that source stays.
 
         Raises:
             ValueError: There is no such source.
@@ -61,12 +70,12 @@ class Sources:
             return copy.copy(data)
         if isinstance(data, DataLoader) and isinstance(data.dataset, ColumnDataset) and not data.persistent_workers:
             loader = copy.copy(data)
-            object.__setattr__(loader, "dataset", copy.copy(data.dataset))  # which a DataLoader does not let be set
+            object.__setattr__(loader, "dataset", copy.copy(data.dataset))  # DataLoader refuses to set it
             return loader
         return data
 
     def reader(self, stage: Train) -> Reader:
-        """Return the reader of a stage, where its source was left if it is a named one.
+        """Return the reader of a stage; that of a named source continues where the last stage left it.
 
         Raises:
             ValueError: There is no such source, or the stage would never end.
@@ -79,40 +88,40 @@ class Sources:
             if self._own_state is not None:
                 reader.load_state_dict(self._own_state)
                 self._own_state = None
-        _refuse_unbounded(stage, reader.data)
+        _check_bound(stage, reader.data)
         return reader
 
     def _new_reader(self, data: Iterable[Batch]) -> Reader:
         return Reader(data, together=distributed.world_size() > 1)
 
     def leave(self, reader: Reader) -> None:
-        """Close the reader of a stage that has ended, if the stage brought its source along."""
+        """Close the reader of a stage that has ended, if the stage has its own source."""
         if reader is self._own:
             reader.close()
             self._own = None
 
     def close(self) -> None:
-        """Leaves all passes under way."""
+        """Leave all passes."""
         for reader in (*self._readers.values(), *([] if self._own is None else [self._own])):
             reader.close()
         self._readers.clear()
         self._own = self._own_state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the places of all readers."""
+        """Return the positions of all readers."""
         readers = {name: reader.state_dict() for name, reader in self._readers.items()}
         return {"named": readers, "own": None if self._own is None else self._own.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make readers go on where they were."""
-        for name, place in state["named"].items():
+        """Restore the positions that :meth:`state_dict` returned."""
+        for name, position in state["named"].items():
             if name in self._named:
                 self._readers[name] = self._new_reader(self._named[name])
-                self._readers[name].load_state_dict(place)
+                self._readers[name].load_state_dict(position)
         self._own_state = state["own"]
 
 
-def _refuse_unbounded(stage: Train, data: Iterable[Batch]) -> None:
+def _check_bound(stage: Train, data: Iterable[Batch]) -> None:
     if stage.max_steps is not None or stage.endless:
         return
     unknown = stage.epochs is None and stage.window is None and not hasattr(data, "__len__")

@@ -1,4 +1,4 @@
-"""WindowStages: the same stages for each window of a stream, as test-then-train wants them."""
+"""WindowStages: the same stages for each window of a stream, as for test-then-train."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from recis_hybrid.columnio import Window, Windows
-from recis_hybrid.pipelines.arguments import described, refuse_no_callable
+from recis_hybrid.pipelines.arguments import check_callable
 from recis_hybrid.pipelines.stages import Stage
+from recis_hybrid.validation import describe_value
 
 
 class WindowStages:
     """The stages of each window of a stream, one window after another, for ``Trainer.fit``.
 
-    Its place can be saved: a run that is resumed goes on in the window that it was in, and does not ask for windows
-    that are done and may be gone.
+    Its position can be saved: a restarted run continues in its window, and does not ask for earlier ones, which may be
+    gone.
 
     Args:
-        windows: The stream; each that it gives is gone through.
-        stages: What is done with a window.
+        windows: The stream of windows.
+        stages: Function from a window to its stages.
 
     Example:
         >>> from recis_hybrid.columnio import Windows
@@ -31,26 +32,27 @@ class WindowStages:
     def __init__(self, windows: Windows, stages: Callable[[Window], Sequence[Stage]]) -> None:
         if not (isinstance(windows, Iterable) and hasattr(windows, "load_state_dict")):
             raise TypeError(
-                f"WindowStages: windows must be Windows, as Windows([['monday.parquet']]), got {described(windows)}"
+                f"WindowStages: windows must be Windows, as Windows([['monday.parquet']]), got "
+                f"{describe_value(windows)}"
             )
-        refuse_no_callable("WindowStages", "stages", stages, "a function from a window to its stages")
+        check_callable("WindowStages", "stages", stages, "a function from a window to its stages")
         self._windows = windows
         self._stages = stages
         self._window: str | None = None
         self._number = 0
-        self._resumed: tuple[str, int] | None = None
+        self._resume_at: tuple[str, int] | None = None
 
     @property
     def window(self) -> str | None:
-        """The window that the last stage was of."""
+        """Name of the last stage's window."""
         return self._window
 
     def __iter__(self) -> Iterator[Stage]:
-        """Begins with the stage that was given last when a loaded state was taken."""
+        """Start with the last stage before the checkpoint if a state was loaded."""
         for window in self._windows:
             first = 0
-            if self._resumed is not None and self._resumed[0] == window.name:
-                first, self._resumed = self._resumed[1], None
+            if self._resume_at is not None and self._resume_at[0] == window.name:
+                first, self._resume_at = self._resume_at[1], None
             self._window = window.name
             for number, stage in enumerate(self._stages(window)):
                 if number >= first:
@@ -62,10 +64,10 @@ class WindowStages:
         self._windows.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which windows are done, and which stage was given last."""
+        """Return the windows done, and the number of the last stage."""
         return {"windows": self._windows.state_dict(), "window": self._window, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the state was taken."""
+        """Restore the position that :meth:`state_dict` returned."""
         self._windows.load_state_dict(state["windows"])
-        self._resumed = None if state["window"] is None else (state["window"], state["number"])
+        self._resume_at = None if state["window"] is None else (state["window"], state["number"])

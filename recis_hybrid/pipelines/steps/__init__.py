@@ -1,4 +1,4 @@
-"""What is done with one batch: forward, backward, update, and the gradients' sum over ranks.
+"""Training steps: forward, backward, update, and the sum of gradients over ranks.
 
-The trainer, scripts and ``app`` may import it; it knows no stage and no trainer.
+The trainer, scripts and ``app`` may import it; it knows neither stages nor the trainer.
 """

@@ -1,7 +1,7 @@
-"""GradientSync: keep replicated parameters bitwise equal on all ranks.
+"""GradientSync: keeps replicated parameters bitwise equal on all ranks.
 
-What DistributedDataParallel does for a module that is wrapped in it, for all that is not: gradients are averaged in one
-collective for each dtype, after backward. Letters: W ranks, P parameters.
+It does for unwrapped modules what DistributedDataParallel does for wrapped ones: gradients are averaged after backward,
+in one collective per dtype.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from recis_hybrid.embedding import Anchor
 class GradientSync:
     """Averages the gradients of dense parameters over all ranks, and broadcasts rank 0's buffers.
 
-    Parameters that DistributedDataParallel or FSDP look after are left to them, and embedding tables, which exchange
+    Excluded are parameters that DistributedDataParallel or FSDP synchronizes, and embedding tables, which exchange
     gradients themselves.
 
     Args:
-        modules: Whose parameters and buffers are meant.
-        optimizers: What they update is meant, too, where it belongs to no module.
+        modules: Modules with the parameters and buffers.
+        optimizers: Optimizers of the parameters; their hyperparameters must be equal on all ranks.
     """
 
     def __init__(self, modules: Sequence[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -44,17 +44,20 @@ class GradientSync:
         """Copy rank 0's parameters and buffers to all ranks; collective.
 
         Raises:
-            ValueError: The ranks have parameters or buffers of other names, shapes or dtypes, or optimizers with other
-                hyperparameters.
+            ValueError: Names, shapes or dtypes of parameters or buffers differ between ranks, or hyperparameters of
+                optimizers.
         """
         self._parameters = self._named_parameters()
         tensors = {**self._parameters, **self._named_buffers()}
         described = [(name, list(t.shape), str(t.dtype), t.device.type) for name, t in tensors.items()]
-        _refuse_other(
-            "towers have parameters or buffers of other names, shapes or dtypes; build the model alike", described
+        _check_equal(
+            "the parameters or buffers of towers differ between ranks, in names, shapes or dtypes; build the same "
+            "model on all ranks",
+            described,
         )
-        _refuse_other(
-            "optimizers have other hyperparameters, so that towers would drift apart; give the same",
+        _check_equal(
+            "the hyperparameters of optimizers differ between ranks, so that towers would drift apart; build the same "
+            "optimizers on all ranks",
             [_hyperparameters(optimizer) for optimizer in self._optimizers],
         )
         _broadcast([tensor.detach() for tensor in tensors.values()])
@@ -64,11 +67,11 @@ class GradientSync:
         self._sums, self._has = [], []
 
     def add(self, share: float) -> None:
-        """Take this rank's gradients out of the parameters, for :meth:`finish` to put their mean back.
+        """Move this rank's gradients out of the parameters; :meth:`finish` puts their mean back.
 
         Args:
-            share: What they count: this rank's share of the samples. Where it is 0 they do not count, whatever they
-                are.
+            share: Weight of the gradients, this rank's share of the samples. With 0, NaN and infinities do not count
+                either.
 
         Raises:
             ValueError: A gradient is sparse.
@@ -85,7 +88,7 @@ class GradientSync:
                 has.append(gradient is not None)
                 values.append(parameter.new_zeros(parameter.shape) if gradient is None else gradient.detach())
                 parameter.grad = None
-            # At the end, for each parameter whether there is a gradient.
+            # One flag per parameter at the end: whether it has a gradient.
             flat = torch.cat([_flat(value) for value in values])
             flat = torch.zeros_like(flat) if share == 0 else flat.mul_(share)
             flat = torch.cat([flat, torch.tensor(has, dtype=flat.dtype).to(flat.device, non_blocking=True)])
@@ -99,7 +102,7 @@ class GradientSync:
     def finish(self) -> None:
         """Set each parameter's gradient to the sum over ranks, None if no rank has one; collective.
 
-        Buffers become rank 0's.
+        Buffers are overwritten with rank 0's.
         """
         works = []
         for number, flat in enumerate(self._sums):
@@ -107,14 +110,14 @@ class GradientSync:
             works.append(dist.all_reduce(flat, async_op=True))
         for work in works:
             work.wait()
-        for bucket, flat, mine in zip(self._buckets(), self._sums, self._has, strict=True):
+        for bucket, flat, own in zip(self._buckets(), self._sums, self._has, strict=True):
             parameters = [parameter for _, parameter in bucket]
             flat = flat.to(parameters[0].device)
             sizes = [_flat(parameter.detach()).numel() for parameter in parameters]
             *gradients, has = flat.split([*sizes, len(bucket)])
-            # The device is waited for only where this rank lacks one.
-            there = mine if all(mine) else has.tolist()
-            for parameter, gradient, exists in zip(parameters, gradients, there, strict=True):
+            # Reading the flags synchronizes the device: only if this rank lacks a gradient.
+            exist = own if all(own) else has.tolist()
+            for parameter, gradient, exists in zip(parameters, gradients, exist, strict=True):
                 if exists:
                     parameter.grad = _like(gradient, parameter)
         self.clear()
@@ -132,85 +135,79 @@ class GradientSync:
         return list(found.values())
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
-        given = [pair for module in self._modules for pair in module.named_parameters()]
-        given += [
-            (f"{type(optimizer).__name__}.param_groups[{number}][{place}]", parameter)
-            for optimizer in self._optimizers
-            for number, group in enumerate(optimizer.param_groups)
-            for place, parameter in enumerate(group["params"])
-        ]
-        known = self._cared_for()
+        excluded = self._synchronised_elsewhere()
         result: dict[str, nn.Parameter] = {}
-        for name, parameter in given:
-            if id(parameter) not in known and not isinstance(parameter, Anchor):
-                known.add(id(parameter))
+        for name, parameter in (pair for module in self._modules for pair in module.named_parameters()):
+            if id(parameter) not in excluded and not isinstance(parameter, Anchor):
+                excluded.add(id(parameter))
                 result[name if name not in result else f"{name} ({len(result)})"] = parameter
         return result
 
     def _named_buffers(self) -> dict[str, Tensor]:
-        known: set[int] = set()
-        for wrapped in self._wrapped():
-            known |= {id(buffer) for buffer in wrapped.buffers()}
+        excluded: set[int] = set()
+        for wrapper in self._wrappers():
+            excluded |= {id(buffer) for buffer in wrapper.buffers()}
         result: dict[str, Tensor] = {}
         for module in self._modules:
             for name, buffer in module.named_buffers():
-                if id(buffer) not in known and not _is_dtensor(buffer):
-                    known.add(id(buffer))
+                if id(buffer) not in excluded and not _is_dtensor(buffer):
+                    excluded.add(id(buffer))
                     result[name if name not in result else f"{name} ({len(result)})"] = buffer
         return result
 
-    def _cared_for(self) -> set[int]:
-        """Return the parameters that other wrappers synchronise."""
-        known: set[int] = set()
-        for wrapped in self._wrapped():
-            ignored = getattr(wrapped, "parameters_to_ignore", ())
-            known |= {
+    def _synchronised_elsewhere(self) -> set[int]:
+        """Return the ``id()`` of the parameters that wrappers or optimizers synchronise."""
+        found: set[int] = set()
+        for wrapper in self._wrappers():
+            ignored = getattr(wrapper, "parameters_to_ignore", ())
+            found |= {
                 id(parameter)
-                for name, parameter in getattr(wrapped, "module", wrapped).named_parameters()
+                for name, parameter in getattr(wrapper, "module", wrapper).named_parameters()
                 if name not in ignored
             }
         for optimizer in self._optimizers:
-            # As bridge.OptaxOptimizer(group=...) does.
+            # bridge.OptaxOptimizer(group=...) does.
             if getattr(optimizer, "averages_gradients", False):
-                known |= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        known |= {id(p) for module in self._modules for p in module.parameters() if _is_dtensor(p)}
-        return known
+                found |= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found |= {id(p) for module in self._modules for p in module.parameters() if _is_dtensor(p)}
+        return found
 
-    def _wrapped(self) -> Iterator[nn.Module]:
+    def _wrappers(self) -> Iterator[nn.Module]:
         for module in self._modules:
             for each in module.modules():
                 if isinstance(each, DistributedDataParallel) or type(each).__name__ == "FullyShardedDataParallel":
                     yield each
 
 
-def unscaled_together(
+def unscale_together(
     scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer], has_gradients: Sequence[bool]
 ) -> list[bool]:
     """Unscale gradients, and skip the update on all ranks if any overflows; collective.
 
-    Ranks have other rows of a table, so that only some see an overflow; left alone, their scales would drift apart.
+    Ranks own different rows of a table, so that only some of them may see an overflow; without this, their scales would
+    diverge.
 
     Args:
-        scaler: The same on all ranks; ``scaler.step`` may be called afterwards for what is returned as True.
-        optimizers: Of the model.
+        scaler: The same on all ranks; call ``scaler.step`` afterwards for optimizers with gradients.
+        optimizers: The model's optimizers.
         has_gradients: For each, whether it has gradients on this rank.
 
     Returns:
         For each, whether it has gradients on some rank.
     """
-    founds = []
+    overflow_flags = []
     for optimizer in optimizers:
         state = scaler._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.READY:
             scaler.unscale_(optimizer)
-        founds.append(state["found_inf_per_device"])
-    overflows = [max((float(each) for each in found.values()), default=0.0) for found in founds]
-    flags = distributed.sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    has, overflows = flags.tolist()
-    for optimizer, found, overflow in zip(optimizers, founds, overflows, strict=True):
+        overflow_flags.append(state["found_inf_per_device"])
+    overflows = [max((float(flag) for flag in flags.values()), default=0.0) for flags in overflow_flags]
+    both = distributed.sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    has, overflows = both.tolist()
+    for optimizer, flags, overflow in zip(optimizers, overflow_flags, overflows, strict=True):
         device = optimizer.param_groups[0]["params"][0].device
-        found.update({each: torch.full((1,), overflow, device=each) for each in found or [device]})
+        flags.update({each: torch.full((1,), overflow, device=each) for each in flags or [device]})
     return [there > 0 for there in has]
 
 
@@ -219,7 +216,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a gradient in its own memory, with the parameter's layout: JAX takes aligned memory without a copy."""
+    """Return a gradient in its own memory, with the parameter's layout: JAX imports aligned memory without a copy."""
     gradient = torch.empty_like(parameter)
     shape = torch.view_as_real(gradient).shape if gradient.is_complex() else gradient.shape
     (torch.view_as_real(gradient) if gradient.is_complex() else gradient).copy_(flat.view(shape))
@@ -227,7 +224,7 @@ def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # Nothing is one where its module was not loaded, which takes long.
+    # Without an import of the module, which is slow, nothing can be a DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -245,7 +242,7 @@ def _broadcast(tensors: Sequence[Tensor]) -> None:
             continue
         parts = flat.to(device).split([tensor.numel() * tensor.element_size() for tensor in group])
         for tensor, part in zip(group, parts, strict=True):
-            # Of a memory of its own, since it may not start at a multiple of its width.
+            # A copy, because the part may not start at a multiple of its item size.
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
@@ -265,18 +262,16 @@ def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[Any]:
 _NUMBERS = (bool, int, float, tuple, Tensor, type(None))
 
 
-def _refuse_other(what: str, described: Sequence[Any]) -> None:
-    """Raise ValueError if the ranks' descriptions differ."""
+def _check_equal(fault: str, described: Sequence[Any]) -> None:
+    """Raise ValueError with a message if the ranks' descriptions differ; collective."""
     digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
-    told = distributed.sendable(torch.tensor([digest, -digest]))
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    if told.tolist() != [digest, -digest]:
-        shown = repr(list(described))
-        raise ValueError(
-            f"TorchStep: the ranks' {what} on all ranks. Rank {distributed.rank()} has "
-            f"{shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
-        )
+    extremes = distributed.sendable(torch.tensor([digest, -digest]))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes.tolist() != [digest, -digest]:
+        text = repr(list(described))
+        text = text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
+        raise ValueError(f"TorchStep: {fault}. Rank {distributed.rank()} has {text}")
 
 
-_SHOWN = 400
-"""Characters of a message."""
+_MOST_CHARACTERS = 400
+"""Characters of a description in a message."""

@@ -1,4 +1,4 @@
-"""LossGuard: a loss that is no finite number ends the training, and says what was in the batch."""
+"""LossGuard: ends the training when the loss is not finite, with a diagnosis of the batch."""
 
 from __future__ import annotations
 
@@ -14,64 +14,72 @@ from recis_hybrid.ragged import Batch, RaggedTensor
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite; the message names the step and the columns that have such values."""
+    """The loss is NaN or infinite; the message names the step and the columns with such values."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Watched:
+class _PendingLoss:
     step: int
     batches: Sequence[Batch]
     loss: Tensor
-    """On the CPU; of a step on a GPU it is there once ``copied`` has happened."""
+    """On the CPU; the value of a GPU step is valid after the event ``copied``."""
     copied: Any
 
 
 class LossGuard:
-    """Looks at the loss of every step without making the host wait.
+    """Checks the loss of every step without blocking the host.
 
-    On a CPU at once. On a GPU the loss is copied behind the step and looked at when it has arrived, a few steps later;
-    until then the step's batches are kept, to say what was in them.
+    On a CPU it is checked at once. On a GPU it is copied asynchronously and checked when it has arrived, a few steps
+    later; until then the step's batches are kept for the error message.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[_Watched] = deque()
+        self._waiting: deque[_PendingLoss] = deque()
 
     def watch(self, step: int, loss: Tensor, batches: Sequence[Batch]) -> None:
-        """Look at the losses that are there; raises NonFiniteLossError for one that is not finite."""
+        """Add the loss of a step, and check the losses that have arrived.
+
+        Raises:
+            NonFiniteLossError: A loss is not finite.
+        """
         if loss.device.type == "cpu":
-            _check(_Watched(step, batches, loss, None))
+            _check(_PendingLoss(step, batches, loss, None))
             return
         copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
         copy.copy_(loss, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._waiting.append(_Watched(step, batches, copy, copied))
-        self.look()
+        self._waiting.append(_PendingLoss(step, batches, copy, copied))
+        self.check()
 
-    def look(self, *, wait: bool = False) -> None:
-        """Look at the losses that have arrived; at all of them, if it is to wait."""
+    def check(self, *, wait: bool = False) -> None:
+        """Check the losses that have arrived; with ``wait``, all of them.
+
+        Raises:
+            NonFiniteLossError: A loss is not finite.
+        """
         while self._waiting and (wait or self._waiting[0].copied.query()):
-            watched = self._waiting.popleft()
-            watched.copied.synchronize()
-            _check(watched)
+            pending = self._waiting.popleft()
+            pending.copied.synchronize()
+            _check(pending)
 
 
-def _check(watched: _Watched) -> None:
-    loss = float(watched.loss)
+def _check(pending: _PendingLoss) -> None:
+    loss = float(pending.loss)
     if loss - loss == 0:  # neither NaN nor infinite
         return
-    found = [fault for batch in watched.batches for fault in non_finite_columns(batch)]
-    where = f"the loss is {loss} at step {watched.step}"
+    found = [fault for batch in pending.batches for fault in non_finite_columns(batch)]
+    where = f"the loss is {loss} at step {pending.step}"
     if found:
         raise NonFiniteLossError(
-            f"{where}: of its batch the columns {', '.join(found)} are not finite; mend the data, or put FillNull and "
+            f"{where}: the columns {', '.join(found)} of its batch are not finite; fix the data, or put FillNull and "
             f"Clip before the model"
         )
     raise NonFiniteLossError(f"{where}: its batch is finite; lower the learning rate, or clip gradients")
 
 
 def non_finite_columns(batch: Batch) -> list[str]:
-    """Return the columns of a batch that hold NaN or infinities, each with how many of how many values."""
+    """Return the columns of a batch that hold NaN or infinities, with counts, as text."""
     found = []
     for name, column in batch.items():
         values = column.values if isinstance(column, RaggedTensor) else column

@@ -1,4 +1,4 @@
-"""Outputs of models, and their labels. Letters: B rows, K outputs a row."""
+"""Outputs of models and their labels. Letters: B rows, K outputs per row."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recis_hybrid.pipelines.arguments import described
 from recis_hybrid.ragged import Batch
+from recis_hybrid.validation import describe_value
 
 _LOGITS = "logits"
-# Losses of torch, as functions and as modules.
+# Torch losses, as functions and as modules.
 _OF_LOGITS = (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss)
 _OF_PROBABILITIES = (F.binary_cross_entropy, nn.BCELoss)
 _OF_NUMBERS = (
@@ -33,22 +33,22 @@ _ELEMENTWISE = (*_BINARY, *_OF_NUMBERS)
 
 
 def row_mask(batch: Batch) -> Tensor | None:
-    """Return the bool column ``mask``, ``[B]``, of the rows that count; None without one.
+    """Return the column ``mask``, bool ``[B]``, which is False for padding rows; None without one.
 
-    A column of that name of another dtype, or with more than a value a row, is a feature of the user's own.
+    A column of that name with another dtype, or with several values per row, is a feature.
     """
     mask = batch.get("mask")
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
         return None
-    return one_a_row(mask) if one_a_row(mask).dim() == 1 else None
+    return squeeze_column(mask) if squeeze_column(mask).dim() == 1 else None
 
 
-def one_a_row(values: Tensor) -> Tensor:
-    """Return ``[B]`` for ``[B]`` and ``[B, 1]``, and anything else as it is."""
+def squeeze_column(values: Tensor) -> Tensor:
+    """Return ``[B, 1]`` as ``[B]``, and any other tensor unchanged."""
     return values[:, 0] if values.dim() == 2 and values.shape[1] == 1 else values
 
 
-def kept(value: Any, mask: Tensor | None) -> Any:
+def without_padding(value: Any, mask: Tensor | None) -> Any:
     """Return a tensor, or the tensors of a tuple, list, dict or dataclass, without padding rows."""
     if mask is None:
         return value
@@ -57,7 +57,7 @@ def kept(value: Any, mask: Tensor | None) -> Any:
 
 
 def in_float32(value: Any) -> Any:
-    """Return outputs of lower precision, also within a tuple, list, dict or dataclass, as float32."""
+    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, with half precision raised to float32."""
     return _mapped(value, lambda tensor: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
 
 
@@ -70,7 +70,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return value._make(_mapped(each, function) for each in value)
     if isinstance(value, Mapping):
         fields = {name: _mapped(each, function) for name, each in value.items()}
-        # The outputs of Hugging Face models are dictionaries and dataclasses, which are made by keywords.
+        # Outputs of Hugging Face models are both mappings and dataclasses, which take keywords.
         return type(value)(**fields) if dataclasses.is_dataclass(value) else fields
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.init]
@@ -82,14 +82,14 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
     """Return the loss and outputs of a model that computes its own loss.
 
     Args:
-        returned: The loss alone; ``(loss, outputs, ...)``; a mapping, or an object with attributes, that has ``loss``
-            and, if the step is to be evaluated, ``logits``, or one more output.
+        returned: The loss; ``(loss, outputs, ...)``; or a mapping or object with ``loss`` and, for evaluations,
+            ``logits`` or one other output.
 
     Returns:
-        The loss, and the outputs; None if there are none.
+        The loss, and the outputs or None.
 
     Raises:
-        TypeError: There is no loss in it.
+        TypeError: It contains no loss.
     """
     outputs: Any = None
     if isinstance(returned, tuple | list) and not hasattr(returned, "loss"):
@@ -107,7 +107,7 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
         raise TypeError(
             f"TorchStep: without a loss function the model must return its loss, as loss, (loss, outputs), or a dict "
             f"or object with 'loss' and 'logits', got {_what(returned)}"
-            + ("" if loss is None else f" with {described(loss)} for the loss")
+            + ("" if loss is None else f" with {describe_value(loss)} as the loss")
         )
     return loss, outputs
 
@@ -115,8 +115,8 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
 def main_output(outputs: Any) -> Tensor | None:
     """Return the tensor that labels and metrics refer to; None if ambiguous.
 
-    That is the outputs themselves; their ``logits``, by key or attribute; the first tensor of a tuple or list; or the
-    one tensor that a dict has.
+    It is the output itself; its ``logits``, by key or attribute; the first tensor of a tuple or list; or the only
+    tensor of a dict.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -130,37 +130,37 @@ def main_output(outputs: Any) -> Tensor | None:
 
 
 def scores_of(outputs: Any, link: Callable[[Any], Any] | None, loss: Callable[..., Any] | None, where: str) -> Tensor:
-    """Return the scores that metrics take.
+    """Return the scores for metrics, ``[B]``.
 
     Args:
-        outputs: What the model returned.
-        link: Makes scores of them. None: the main output as it is for losses of numbers and probabilities
-            (``mse_loss``, ``binary_cross_entropy`` and the like), else its sigmoid.
-        loss: Of the objective.
-        where: For messages.
+        outputs: Outputs of the model.
+        link: Function from the outputs to scores. None: the main output for losses of numbers and probabilities
+            (``mse_loss``, ``binary_cross_entropy`` and the like), its sigmoid for others.
+        loss: Loss of the objective.
+        where: The caller, for messages.
 
     Raises:
-        TypeError: It is not clear which output that is, or ``link`` returns no tensor.
+        TypeError: The main output is ambiguous, or ``link`` does not return a tensor.
     """
     if link is None or link is torch.sigmoid:
         main = main_output(outputs)
         if main is None:
             raise TypeError(
-                f"{where}: which output metrics are of is not clear from {_what(outputs)}; call it 'logits', or say "
-                f"how scores are made by Objective(link=lambda outputs: ...)"
+                f"{where}: metrics need one output, but the model returns {_what(outputs)}; name that output 'logits', "
+                f"or compute the scores by Objective(link=lambda outputs: ...)"
             )
-        return one_a_row(main if link is None and _is_of_numbers(loss) else torch.sigmoid(main))
+        return squeeze_column(main if link is None and _is_of_numbers(loss) else torch.sigmoid(main))
     scores = link(outputs)
     if not isinstance(scores, Tensor):
-        raise TypeError(f"{where}: Objective(link=) must return a tensor of scores, [B], got {described(scores)}")
-    return one_a_row(scores)
+        raise TypeError(f"{where}: Objective(link=) must return a tensor of scores, [B], got {describe_value(scores)}")
+    return squeeze_column(scores)
 
 
 def aligned(outputs: Any, labels: Tensor) -> Tensor:
-    """Return labels in the shape and dtype that losses expect for the outputs; nothing is broadcast.
+    """Return labels with the shape and dtype that losses expect for the outputs; nothing is broadcast.
 
     ======================  =====================================  ==========================
-    outputs                 labels                                 become
+    outputs                 labels                                 result
     ======================  =====================================  ==========================
     ``[B]`` or ``[B, 1]``   ``[B]`` or ``[B, 1]``, any dtype       the outputs' shape and dtype
     ``[B, K]``              ``[B, K]``, any dtype                  the outputs' dtype
@@ -169,8 +169,8 @@ def aligned(outputs: Any, labels: Tensor) -> Tensor:
     ======================  =====================================  ==========================
 
     Args:
-        outputs: What the model returned.
-        labels: The column.
+        outputs: Outputs of the model.
+        labels: Column of labels.
     """
     main = main_output(outputs)
     if main is not None:
@@ -183,7 +183,7 @@ def aligned(outputs: Any, labels: Tensor) -> Tensor:
             return labels.to(output.device, dtype).reshape(output.shape)
     whole = not labels.is_floating_point() and not labels.is_complex()
     for output in candidates:
-        flat = one_a_row(labels)
+        flat = squeeze_column(labels)
         if whole and flat.dim() == output.dim() - 1:
             return flat.to(output.device, torch.int64)
     device = candidates[0].device if candidates else labels.device
@@ -192,7 +192,7 @@ def aligned(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def _same(outputs: torch.Size, labels: torch.Size) -> bool:
-    """Whether two shapes differ by no more than a last axis of one element."""
+    """Return whether two shapes differ at most by a last axis of one element."""
     return outputs == labels or outputs == (*labels, 1) or labels == (*outputs, 1)
 
 
@@ -207,34 +207,34 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def refuse_unfit(loss: Callable[..., Any], outputs: Any, labels: Tensor, column: str, *, first: bool) -> None:
-    """Check labels of torch's own losses: shapes, and values where no synchronisation is needed.
+def check_labels(loss: Callable[..., Any], outputs: Any, labels: Tensor, column: str, *, first: bool) -> None:
+    """Check the labels of torch losses: their shape, and their values if that needs no synchronization.
 
     Args:
-        loss: A function, or a module.
-        outputs: What the loss is given.
-        labels: As :func:`aligned` returned them.
-        column: Their name.
-        first: Whether to look at values on a device that has to be waited for, too.
+        loss: A function or a module.
+        outputs: Outputs that the loss takes.
+        labels: The result of :func:`aligned`.
+        column: Their column.
+        first: Whether to check values on a GPU as well, which synchronizes.
 
     Raises:
-        ValueError: Shapes would be broadcast, or labels of a binary cross-entropy are not between 0 and 1.
+        ValueError: Shapes would be broadcast, or labels of a binary cross-entropy are outside [0, 1].
     """
     if not _is_one(loss, _ELEMENTWISE) or not isinstance(outputs, Tensor):
         return
     if outputs.shape != labels.shape:
         raise ValueError(
-            f"TorchStep: the outputs are {list(outputs.shape)} and the labels {column!r} {labels.dtype} "
-            f"{list(labels.shape)}, which {_name(loss)} would broadcast; give a label for each output, or take "
+            f"TorchStep: outputs {list(outputs.shape)} and labels {column!r} {labels.dtype} {list(labels.shape)} "
+            f"would be broadcast by {_name(loss)}; give one label per output, or use "
             f"torch.nn.functional.cross_entropy, with classes as integers"
         )
     looks = first or labels.device.type == "cpu"
     if looks and labels.numel() and _is_one(loss, _BINARY):
         least, greatest = (float(end) for end in labels.detach().aminmax())
-        if least < 0 or greatest > 1:  # neither is true of NaN, which the loss shows
+        if least < 0 or greatest > 1:  # both are false for NaN, which makes the loss NaN
             raise ValueError(
                 f"TorchStep: the labels {column!r} of {_name(loss)} must lie in [0, 1], got {least:g} to {greatest:g}; "
-                f"map them by a transform, or take another loss"
+                f"map them in a transform, or use another loss"
             )
 
 
@@ -242,11 +242,11 @@ def checked_loss(loss: Any, column: str | None) -> Tensor:
     """Return a loss as a scalar.
 
     Raises:
-        TypeError: It is no tensor.
-        ValueError: It has more elements than one.
+        TypeError: It is not a tensor.
+        ValueError: It has more than one element.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"TorchStep: the loss must be a tensor of one number, got {described(loss)}")
+        raise TypeError(f"TorchStep: the loss must be a tensor of one number, got {describe_value(loss)}")
     if loss.numel() != 1:
         of = "" if column is None else f" of the labels {column!r}"
         raise ValueError(
@@ -257,9 +257,9 @@ def checked_loss(loss: Any, column: str | None) -> Tensor:
 
 
 def shape_note(outputs: Any, labels: Tensor | None, column: str | None) -> str:
-    """Return the shapes and dtypes of a loss's arguments, for a note on its error."""
-    said = f"; labels {column!r} {labels.dtype} {list(labels.shape)}" if labels is not None else ""
-    return f"TorchStep: the loss was given outputs {_what(outputs)}{said}"
+    """Return a note for the error of a loss: the shapes and dtypes of its arguments."""
+    also = f"; labels {column!r} {labels.dtype} {list(labels.shape)}" if labels is not None else ""
+    return f"TorchStep: arguments of the loss: outputs {_what(outputs)}{also}"
 
 
 def _is_of_numbers(loss: Any) -> bool:
@@ -275,10 +275,10 @@ def _what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, Mapping):
-        return f"{described(value)} of {list(value)}"
+        return f"{describe_value(value)} of {list(value)}"
     if isinstance(value, tuple | list):
-        return f"{described(value)} of {len(value)}"
-    return described(value)
+        return f"{describe_value(value)} of {len(value)}"
+    return describe_value(value)
 
 
 def _name(loss: Any) -> str:

@@ -1,4 +1,4 @@
-"""Objectives: losses by name, and what they weigh."""
+"""Objectives: losses by name, and their weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid.pipelines.arguments import described, refuse_no_callable, refuse_no_name, refuse_no_number
+from recis_hybrid.pipelines.arguments import check_callable, check_column_name
+from recis_hybrid.pipelines.steps.trainable import parameters_of
+from recis_hybrid.validation import check_number, check_type, describe_value
 
 Loss: TypeAlias = Callable[..., Tensor]
-"""(outputs, labels) → scalar; outputs alone where there are no labels."""
+"""(outputs, labels) → scalar; outputs alone if there are no labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One thing that a model is trained for.
+    """One training objective of a model.
 
     Example:
         >>> bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -27,35 +29,35 @@ class Objective:
     """
 
     loss: Loss | None
-    """(outputs, labels) → scalar, of the outputs in float32; None where the model returns its own loss."""
+    """(outputs, labels) → scalar, with outputs in float32; None if the model returns its own loss."""
     label: str | None = "label"
-    """The column of labels; None: the loss takes the outputs alone."""
+    """Column of labels; None: the loss takes the outputs alone."""
     weight: float | Callable[[int], float] = 1.0
-    """What the loss counts in the sum: fixed, or by a function of the number of updates done."""
+    """Weight of the loss in the sum: a number, or a function of the number of updates done."""
     link: Callable[[Any], Tensor] | None = None
-    """Outputs → scores ``[B]`` that metrics take. None: a sigmoid; but outputs as they are where the loss is one of
-    torch's for numbers or probabilities, as ``mse_loss`` or ``binary_cross_entropy``."""
+    """Outputs → scores ``[B]`` for metrics. None: a sigmoid; but the outputs themselves for torch's losses of numbers
+    or probabilities, such as ``mse_loss`` or ``binary_cross_entropy``."""
     groups: str | None = None
-    """The column that says which group a row belongs to, int64 ``[B]``, for metrics by group."""
+    """Column of the group of each row, int64 ``[B]``, for metrics by group."""
 
     def __post_init__(self) -> None:
         if self.loss is not None:
-            refuse_no_callable("Objective", "loss", self.loss, "a function (outputs, labels) → scalar")
-        refuse_no_name("Objective", "label", self.label)
-        refuse_no_name("Objective", "groups", self.groups)
+            check_callable("Objective", "loss", self.loss, "a function (outputs, labels) → scalar")
+        check_column_name("Objective", "label", self.label)
+        check_column_name("Objective", "groups", self.groups)
         if self.link is not None:
-            refuse_no_callable("Objective", "link", self.link, "a function of the outputs, as torch.sigmoid")
+            check_callable("Objective", "link", self.link, "a function of the outputs, as torch.sigmoid")
         if not callable(self.weight):
-            refuse_no_number("Objective", "weight", self.weight)
+            check_number("Objective", "weight", self.weight)
 
     def weight_at(self, update: int) -> float:
-        """Return what the loss counts in an update.
+        """Return the weight of the loss in an update.
 
         Args:
-            update: How many were done before it.
+            update: Number of updates done before it.
 
         Raises:
-            ValueError: If it is not a finite number.
+            ValueError: The weight is not a finite number.
         """
         weight = float(self.weight(update)) if callable(self.weight) else self.weight
         if not math.isfinite(weight):
@@ -64,15 +66,14 @@ class Objective:
 
 
 class UncertaintyWeights(nn.Module):
-    r"""Weighs losses by learnt uncertainties.
+    r"""Weighs losses by learned uncertainties.
 
     .. math:: L = \sum_i e^{-s_i} L_i + \tfrac12 s_i
 
-    with one parameter s for each loss, the logarithm of its variance, 0 at first. Give its parameters to a dense
-    optimizer.
+    with one parameter s per loss, the logarithm of its variance, initially 0. Add the parameters to a dense optimizer.
 
     Args:
-        names: Of the objectives.
+        names: Names of the objectives.
 
     Example:
         >>> weights = UncertaintyWeights(["click", "buy"])
@@ -87,17 +88,81 @@ class UncertaintyWeights(nn.Module):
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise TypeError(f"UncertaintyWeights: names must be a sequence of names, got {described(names)}")
+            raise TypeError(f"UncertaintyWeights: names must be a sequence of names, got {describe_value(names)}")
         self.names = list(names)
         if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"UncertaintyWeights: names must be distinct, and one at least, got {self.names}")
+            raise ValueError(f"UncertaintyWeights: names must be distinct, and at least one, got {self.names}")
         self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Losses by objective → scalar."""
+        """Return the weighted sum of losses by objective, a scalar."""
         values = torch.stack([losses[name] for name in self.names])
         return ((-self.log_variances).exp() * values + self.log_variances / 2).sum()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what each loss counts now."""
+        """Return the current weight of each loss."""
         return dict(zip(self.names, (-self.log_variances.detach()).exp(), strict=True))
+
+
+def objectives_of(where: str, loss: Any, label: str | None, groups: str | None) -> dict[str, Objective]:
+    """Return a step's objectives by name; ``""`` is the only one's.
+
+    Args:
+        where: The caller, for messages.
+        loss: A function, an Objective, objectives by name, or None.
+        label: Column of labels, if ``loss`` is a function or None.
+        groups: Column of groups, if ``loss`` is a function or None.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: There is no objective, or one of several has no loss.
+    """
+    if isinstance(loss, Mapping):
+        for name, objective in loss.items():
+            check_type(where, f"loss[{name!r}]", objective, Objective, "an Objective")
+            if objective.loss is None and (name, len(loss)) != ("", 1):
+                raise ValueError(
+                    f"{where}: the objective {name!r} has no loss; only {where}(loss=None) takes the model's own"
+                )
+        if not loss:
+            raise ValueError(f"{where}: loss must have at least one objective, got an empty mapping")
+        return dict(loss)
+    if isinstance(loss, Objective):
+        return {"": loss}
+    check_column_name(where, "label", label)
+    check_column_name(where, "groups", groups)
+    if loss is not None and (isinstance(loss, type) or not callable(loss)):
+        raise TypeError(
+            f"{where}: loss must be a function (outputs, labels) → scalar, as "
+            f"torch.nn.functional.binary_cross_entropy_with_logits, an Objective, objectives by name, or None if "
+            f"the model returns its loss, got {describe_value(loss)}"
+        )
+    return {"": Objective(loss=loss, label=label, groups=groups)}
+
+
+def check_weighting(
+    where: str,
+    weighting: UncertaintyWeights,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    objectives: Mapping[str, Objective],
+) -> None:
+    """Check that a weighting suits the objectives and is trained.
+
+    Args:
+        where: The caller, for messages.
+        weighting: The argument.
+        optimizers: The step's optimizers.
+        objectives: The step's objectives.
+
+    Raises:
+        TypeError: It is not a module.
+        ValueError: Its names are not those of the objectives, or no optimizer has its parameters.
+    """
+    check_type(where, "weighting", weighting, nn.Module, "UncertaintyWeights of the objectives' names")
+    trained = {id(parameter) for optimizer in optimizers.values() for parameter in parameters_of(optimizer)}
+    if optimizers and any(id(parameter) not in trained for parameter in weighting.parameters()):
+        raise ValueError(
+            f"{where}: no optimizer has the parameters of weighting; add weighting.parameters() to a dense one"
+        )
+    if set(weighting.names) != set(objectives):
+        raise ValueError(f"{where}: weighting is for {weighting.names}, but the objectives are {list(objectives)}")

@@ -1,89 +1,87 @@
-"""Step: what a pipeline does with batches, whatever leads the program. Letters: B rows of a batch."""
+"""Step: one training step, led by torch or JAX, as pipelines see it. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recis_hybrid import distributed
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.ragged.arrays import as_column
 
-Metrics: TypeAlias = "Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]]"
-"""Metrics by name, for each objective; or by objective and name."""
-
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """Predictions and what they are to be compared with, as metrics take them."""
+class Predictions:
+    """Scores of a batch, with the labels and groups that metrics compare them with."""
 
     scores: Tensor
     """Floating ``[B]``."""
     labels: Tensor | None
-    """``[B]``; None where the step has no labels."""
+    """``[B]``; None if the step has no labels."""
     groups: Tensor | None = None
     """int64 ``[B]``: the user, session or query of each row, for metrics by group."""
 
 
 class Step(Protocol):
-    """One training step. Whatever leads the program, torch or JAX, a pipeline sees only this."""
+    """One training step. A pipeline sees only this, whether torch or JAX leads the program."""
 
     @property
     def engines(self) -> Sequence[EmbeddingEngine]:
-        """The engines whose tables it trains."""
+        """Engines whose tables the step trains."""
 
     def __call__(self, *batches: Batch) -> Mapping[str, Tensor | Metric]:
-        """Does one update from the batches: one of them, unless gradients are accumulated.
+        """Do one update from the batches; there are several if gradients are accumulated.
 
         Returns:
-            What to watch, one number each, ``"loss"`` among it, without waiting for a device; the log has its mean over
-            steps. A metric, which the step updates, is computed and reset for each line of the log.
+            Figures by name, one number each, ``"loss"`` among them, without synchronizing the device; the log shows
+            their means over steps. A metric, which the step updates, is computed and reset for each line of the log.
         """
 
-    def predict(self, batch: Batch) -> Mapping[str, Scored]:
-        """Return predictions by objective (``""`` where there is only one); changes nothing."""
+    def predict(self, batch: Batch) -> Mapping[str, Predictions]:
+        """Return predictions by objective (``""`` if there is only one), without changing any state."""
 
     def parts(self) -> Mapping[str, object]:
-        """Return what a checkpoint has to hold, by name, as ``Saver.save`` takes it."""
+        """Return the parts of a checkpoint by name, as ``Saver.save`` takes them."""
 
 
 @runtime_checkable
 class Rehearsing(Protocol):
     """A step that tries the metrics of evaluations on its first training batch."""
 
-    def rehearse(self, metrics: Metrics) -> None:
-        """Receives the metrics of evaluations before the first step."""
+    def rehearse(self, metrics: Any) -> None:
+        """Take the metrics of evaluations before the first step."""
 
 
 @runtime_checkable
 class Prefetching(Protocol):
-    """A step that is told of batches before their turn comes."""
+    """A step that accepts batches before their turn."""
 
     def prefetch(self, batch: Batch) -> None:
-        """Begins to send the batch's ids to the ranks that own them, by ``EmbeddingEngine.prefetch``.
+        """Start sending the batch's ids to the ranks that own them, by ``EmbeddingEngine.prefetch``.
 
-        In the mode, of training and of gradients, in which the step looks them up.
+        The mode of training and of gradients must be the one in which the step looks them up.
         """
 
 
 @runtime_checkable
 class Replicated(Protocol):
-    """A step that keeps its towers bitwise equal on several ranks; a Trainer of several ranks requires it."""
+    """A step that keeps its towers bitwise equal on several ranks, as a Trainer with several ranks requires."""
 
     def synchronise(self) -> None:
-        """Copy rank 0's parameters and buffers; collective, before the first step."""
+        """Copy rank 0's parameters and buffers to all ranks before the first step; collective."""
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Receives each rank's rows before each step, so that gradients can be averaged over the samples.
+        """Take the rows of all ranks before each step, so that gradients can be averaged over the samples.
 
-        A rank may have an empty batch, and no gradient.
+        A rank may have an empty batch and no gradient.
 
         Args:
             rows: For each batch of the step, its rows on each rank.
@@ -91,33 +89,62 @@ class Replicated(Protocol):
 
 
 class Observer(Protocol):
-    """Who looks on while a step runs; a step that has an attribute ``observer`` is given one."""
+    """Observes a running step; a step with an attribute ``observer`` receives one from the trainer."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what is done within as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
+        """Time the block as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
 
     def backward(self, when: Literal["before", "after"]) -> None:
-        """Is told of each backward pass."""
+        """Run before and after each backward pass."""
 
 
 class NoObserver:
-    """Looks away."""
+    """An observer that does nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time nothing."""
         return nullcontext()
 
     def backward(self, when: Literal["before", "after"]) -> None:
-        """Tells nobody."""
+        """Do nothing."""
 
 
-def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
-    """Return a dense column, ``[B]`` or ``[B, ...]``; an array of numpy or JAX, or a list, is copied into a tensor.
+def check_replicated(where: str, steps: Mapping[str, Step]) -> None:
+    """Check that all ranks train equal towers and share their tables.
+
+    Args:
+        where: The caller, for messages.
+        steps: The steps by name.
+
+    Raises:
+        ValueError: With several ranks, a step does not average gradients, or the tables of an engine are not shared.
+    """
+    ranks = distributed.world_size()
+    for name, step in steps.items() if ranks > 1 else ():
+        which = f"the step {name!r}" if name else "the step"
+        if not isinstance(step, Replicated):
+            raise ValueError(
+                f"{where}: {ranks} ranks train together, but {which} ({type(step).__name__}) has no synchronise() and "
+                f"expect(), which keep the towers of the ranks equal (pipelines.Replicated); add them, or train on one "
+                f"process"
+            )
+        for engine in step.engines:
+            shared = 1 if engine.group is None else distributed.world_size(engine.group)
+            if shared < ranks and any(not table.read_only for table in engine.tables):
+                raise ValueError(
+                    f"{where}: {ranks} ranks train together, but the tables of {which} are shared by {shared}, so that "
+                    f"ranks would train different tables; build the EmbeddingEngine after init_process_group, and "
+                    f"without group="
+                )
+
+
+def dense_column(batch: Batch, name: str, what: str = "label") -> Tensor:
+    """Return a dense column, ``[B]`` or ``[B, ...]``; a numpy or JAX array, or a list, is copied into a tensor.
 
     Args:
         batch: Columns by name.
-        name: Of the column.
-        what: It is for, for messages.
+        name: Name of the column.
+        what: Purpose of the column, for messages.
 
     Raises:
         KeyError: The batch has no such column.
@@ -131,24 +158,26 @@ def column_of(batch: Batch, name: str, what: str = "label") -> Tensor:
         column = torch.from_numpy(np.array(column))
     if isinstance(column, Tensor):
         if column.is_complex():
-            raise TypeError(f"the {what} column {name!r} must hold real numbers, got {column.dtype}; take a part of it")
+            raise TypeError(
+                f"the {what} column {name!r} must hold real numbers, got {column.dtype}; take one of their parts"
+            )
         return column
     if name not in batch:
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
     kind = f"a RaggedTensor of {column.dtype}" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
     raise TypeError(
         f"the {what} column {name!r} must be a dense column of numbers, got lists or text, {kind}; read it as Dense(), "
-        f"or make numbers of it by a transform"
+        f"or convert it to numbers in a transform"
     )
 
 
-def loss_of(watched: Mapping[str, Tensor | Metric]) -> Tensor:
+def loss_of(figures: Mapping[str, Tensor | Metric]) -> Tensor:
     """Return the loss among a step's figures.
 
     Raises:
         TypeError: There is none.
     """
-    loss = watched.get("loss") if isinstance(watched, Mapping) else None
+    loss = figures.get("loss") if isinstance(figures, Mapping) else None
     if not isinstance(loss, Tensor):
-        raise TypeError(f"a step must return a mapping with a tensor of one number as 'loss', got {watched!r}")
+        raise TypeError(f"a step must return a mapping with a tensor of one number as 'loss', got {figures!r}")
     return loss

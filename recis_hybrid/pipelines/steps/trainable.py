@@ -1,4 +1,4 @@
-"""Checks that every parameter of a step has exactly one optimizer or is frozen explicitly."""
+"""Check that every parameter of a step has exactly one optimizer or is frozen explicitly."""
 
 from __future__ import annotations
 
@@ -10,76 +10,78 @@ from torch import nn
 
 from recis_hybrid.embedding import Anchor
 
-_SHOWN = 6
+_MOST_NAMES = 6
+"""Names in a message."""
 
 
-def named_parameters(modules: Iterable[tuple[str, nn.Module | None]]) -> dict[str, nn.Parameter]:
+def named_parameters(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
     """Return the parameters of several modules by name, each once, without the names of wrappers.
 
     Args:
-        modules: Prefix and module; None for one that there is not.
+        modules: Prefix of names, and module.
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules:
-        for name, parameter in [] if module is None else module.named_parameters():
+        for name, parameter in module.named_parameters():
             plain = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_fsdp_wrapped_module"))
             found.setdefault(id(parameter), (prefix + plain.removeprefix("module."), parameter))
     return dict(found.values())
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return the parameters that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def refuse_untrained(
+def check_trained(
     parameters: Mapping[str, nn.Parameter], optimizers: Mapping[str, torch.optim.Optimizer], frozen: set[int]
 ) -> None:
     """Check that every parameter has exactly one optimizer or is frozen.
 
     Args:
-        parameters: All that the step could train, by name.
+        parameters: All parameters that the step could train, by name.
         optimizers: By name.
-        frozen: ``id()`` of the parameters that the step leaves as they are, whether they take gradients or not.
+        frozen: ``id()`` of the parameters that the step must not change, whether they require gradients or not.
 
     Raises:
-        ValueError: A parameter that takes gradients is in no optimizer, or one is in several, or an optimizer has one
-            that is not among them, or one that is frozen.
+        ValueError: A parameter that requires gradients has no optimizer or several, or an optimizer has one that is
+            frozen or not among the parameters.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    counts = Counter(id(p) for optimizer in optimizers.values() for p in held_by(optimizer))
+    counts = Counter(id(p) for optimizer in optimizers.values() for p in parameters_of(optimizer))
     twice = [p for p in parameters.values() if counts[id(p)] > 1]
     if twice:
         raise ValueError(
-            f"TorchStep: more than one optimizer has {_listed(parameters, twice)}, which would be updated by each of "
-            f"them in every step; leave them in one"
+            f"TorchStep: more than one optimizer has {_listed(parameters, twice)}, so that each step would update them "
+            f"more than once; leave them in one"
         )
     both = [p for p in parameters.values() if id(p) in frozen and counts[id(p)]]
     if both:
         raise ValueError(
-            f"TorchStep: freeze has {_listed(parameters, both)}, which an optimizer has, too; leave them out of one"
+            f"TorchStep: freeze has {_listed(parameters, both)}, but so has an optimizer; leave them out of one of the "
+            f"two"
         )
     foreign = {
         name: strangers
         for name, optimizer in optimizers.items()
-        if (strangers := [p for p in held_by(optimizer) if id(p) not in names])
+        if (strangers := [p for p in parameters_of(optimizer) if id(p) not in names])
     }
     missing = [p for p in parameters.values() if p.requires_grad and id(p) not in frozen and not counts[id(p)]]
     if missing:
         found = ", ".join(f"{name!r} has {len(found)}" for name, found in foreign.items())
-        also = f". Of parameters that are not the model's {found}: {_REBUILD}" if foreign else ""
+        also = f". Of parameters outside the model, {found}: {_REBUILD}" if foreign else ""
         raise ValueError(f"TorchStep: no optimizer has {_listed(parameters, missing)}; {_remedy(missing)}{also}")
     for name, strangers in foreign.items():
         tables = [m.name for p in strangers if isinstance(p, Anchor) for m in p.table.members]
-        what = f"the tables {_shown(tables)}" if tables else f"{len(strangers)} parameters"
+        what = f"the tables {_first(tables)}" if tables else f"{len(strangers)} parameters"
         raise ValueError(
-            f"TorchStep: the optimizer {name!r} has {what} that are not in the model, which would be trained and not "
-            f"saved: {_REBUILD}, and keep whatever it trains in the model, as self.engine = engine, or in a loss that "
-            f"is a torch.nn.Module"
+            f"TorchStep: the optimizer {name!r} has {what} outside the model, which would be trained and not saved: "
+            f"{_REBUILD}, and keep everything it trains in the model, as self.engine = engine, or in a loss that is a "
+            f"torch.nn.Module"
         )
 
 
-_REBUILD = "build each step's optimizers over its own model, after it was wrapped or copied"
+_REBUILD = "build each step's optimizers over its own model, after wrapping or copying it"
 
 
 def _remedy(missing: Sequence[nn.Parameter]) -> str:
@@ -93,8 +95,8 @@ def _remedy(missing: Sequence[nn.Parameter]) -> str:
         give.append("torch.optim.Adam(embedding.dense_parameters(model))")
         freeze.append("module.requires_grad_(False)")
     return (
-        f"add an optimizer, as {' and '.join(give)}, or say that they are frozen, by {' and '.join(freeze)}, or "
-        f"TorchStep(freeze=[module]) where another step trains them"
+        f"add an optimizer, as {' and '.join(give)}, or freeze them, by {' and '.join(freeze)}, or by "
+        f"TorchStep(freeze=[module]) if another step trains them"
     )
 
 
@@ -102,10 +104,10 @@ def _listed(parameters: Mapping[str, nn.Parameter], some: Sequence[nn.Parameter]
     names = {id(parameter): name for name, parameter in parameters.items()}
     tables = [member.name for p in some if isinstance(p, Anchor) for member in p.table.members]
     dense = [names[id(p)] for p in some if not isinstance(p, Anchor)]
-    said = [f"the tables {_shown(tables)}"] if tables else []
-    return " and ".join([*said, *([f"the parameters {_shown(dense)}"] if dense else [])])
+    found = [f"the tables {_first(tables)}"] if tables else []
+    return " and ".join([*found, *([f"the parameters {_first(dense)}"] if dense else [])])
 
 
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{list(names[:_SHOWN])}{more}"
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{list(names[:_MOST_NAMES])}{more}"

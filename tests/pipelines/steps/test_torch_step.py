@@ -210,7 +210,7 @@ def test_uncertainty_weights_are_learnt_and_saved() -> None:
     assert_near(weighting.log_variances, -0.1 * (0.5 - losses))
     assert float(watched["weight/click"]) == 1.0
     assert step.parts()["weighting"] is weighting
-    with pytest.raises(ValueError, match=r"in no optimizer; add weighting.parameters\(\)"):
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters of weighting; add weighting.parameters\(\)"):
         TorchStep(model, objectives(), [torch.optim.SGD(dense_parameters(model)), sparse], weighting=weighting)
 
 
@@ -292,7 +292,7 @@ def test_what_is_wrong_is_named() -> None:
         make_step(precision="half")
     with pytest.raises(KeyError, match="label column 'label' must be a dense column of the batch, which has"):
         make_step()({"id": torch.tensor([1, 2])})
-    with pytest.raises(KeyError, match=r"there are objectives \['buy'\] beside"):
+    with pytest.raises(KeyError, match=r"must also return outputs for \['buy'\]"):
         make_step(objectives(), ("click",))(make_batches(1)[0])
     step = make_step({"click": Objective(loss=bce, weight=lambda n: math.nan)}, ("click",))
     with pytest.raises(ValueError, match="the weight of label 'label' is nan at update 0"):

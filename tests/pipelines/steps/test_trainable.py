@@ -139,7 +139,7 @@ def test_steps_that_share_a_model_train_a_part_each() -> None:
     trainer = Trainer({"first": first, "second": second}, batches(2), batches(1), metrics={"auc": AUC()})
     trainer.fit([Train(step="first"), Train(step="second"), Evaluate()])
     with pytest.raises(
-        ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], which an optimizer"
+        ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], but so has an optimizer"
     ):
         step_of(model, sparse(model), dense(model), freeze=[model.body])
 
@@ -152,19 +152,17 @@ def test_a_parameter_that_two_optimizers_update_is_refused() -> None:
     with pytest.raises(ValueError, match=r"more than one optimizer has the tables \['id', 'other_id'\]"):
         step_of(model, sparse(model), sparse(model), dense(model))
     both = dense(model)
-    with pytest.raises(ValueError, match="an optimizer comes twice among"):
+    with pytest.raises(ValueError, match="an optimizer occurs twice among"):
         step_of(model, sparse(model), both, both)
     step_of(model, sparse(model), torch.optim.SGD(rest), torch.optim.SGD([model.head.bias]))
 
 
 def test_optimizers_of_another_model_are_refused() -> None:
     model, other = TwoTables(), TwoTables()
-    with pytest.raises(
-        ValueError, match=r"no optimizer has .* that are not the model's 'optimizer1' has 4: build each"
-    ):
+    with pytest.raises(ValueError, match=r"no optimizer has .* outside the model, 'optimizer1' has 4: build each"):
         step_of(model, sparse(model), dense(other))
     temperature = nn.Parameter(torch.ones(()))
-    with pytest.raises(ValueError, match=r"'optimizer1' has 1 parameters that are not in the model, .* not saved"):
+    with pytest.raises(ValueError, match=r"'optimizer1' has 1 parameters outside the model, .* not saved"):
         step_of(model, sparse(model), torch.optim.SGD([*dense_parameters(model), temperature], lr=0.1))
 
     class Outside(nn.Module):
@@ -178,7 +176,7 @@ def test_optimizers_of_another_model_are_refused() -> None:
             return self.tower(torch.cat(list(model.engine(batch).values()), 1))[:, 0]  # type: ignore[no-any-return]
 
     outside = Outside()
-    with pytest.raises(ValueError, match=r"'optimizer0' has the tables \['id', 'other_id'\] that are not in the model"):
+    with pytest.raises(ValueError, match=r"'optimizer0' has the tables \['id', 'other_id'\] outside the model"):
         step_of(outside, sparse(model), dense(outside))
 
 
@@ -209,7 +207,7 @@ def test_parameters_of_the_loss_and_of_weights_are_trained_and_saved() -> None:
 
     heads, weights = Heads(), UncertaintyWeights(["a", "b"])
     named = {name: Objective(loss=bce) for name in ("a", "b")}
-    with pytest.raises(ValueError, match=r"weighting are in no optimizer; add weighting.parameters\(\)"):
+    with pytest.raises(ValueError, match=r"no optimizer has the parameters of weighting; add weighting.parameters\(\)"):
         TorchStep(heads, named, [sparse(heads), dense(heads)], weighting=weights)
 
 
@@ -218,7 +216,7 @@ def test_an_optimizer_has_the_name_of_no_other_part(name: str) -> None:
     model = TwoTables()
     optimizers = {name: sparse(model), "dense": (of_tower := dense(model))}
     schedules = [torch.optim.lr_scheduler.ExponentialLR(of_tower, 0.9)]
-    with pytest.raises(ValueError, match=rf"checkpoints have other parts by the names \['{name}'\]; call the optim"):
+    with pytest.raises(ValueError, match=rf"checkpoints use the names \['{name}'\] for other parts; rename the optim"):
         TorchStep(model, bce, optimizers, schedules=schedules)
 
 
@@ -226,7 +224,7 @@ def test_a_step_without_optimizers_predicts_and_does_not_train() -> None:
     model = TwoTables()
     step = TorchStep(model, bce, [])
     assert 0 <= evaluate(step, batches(1), {"auc": AUC()})["auc"] <= 1
-    with pytest.raises(ValueError, match="built without optimizers, and only predicts; give it optimizers"):
+    with pytest.raises(ValueError, match="built without optimizers and only predicts; pass it optimizers"):
         step(batches(1)[0])
 
 

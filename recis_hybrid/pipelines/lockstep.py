@@ -1,8 +1,8 @@
-"""Turns: ranks agree on each step before it starts, so that none waits for a rank without batches.
+"""Lockstep: ranks agree on each step before it starts, so that none waits for a rank without batches.
 
-What a rank has read for a step it announces, and it looks at what the others have announced once that step's turn
-comes: a step later, as a rule, when the answers are there. A rank that has no batch left takes part with an empty one
-until all ranks have come to the end of their pass.
+A rank announces the batches that it has read for a step, and reads the announcements of the others when that step's
+turn comes: usually one step later, when they have arrived. A rank without further batches takes part with empty ones
+until all ranks have reached the end of their pass.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from recis_hybrid.embedding import ExchangeError
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.ragged import Batch, RaggedTensor
 
-_ENDED, _FAILED, _BARE, _INTERRUPTED = 1, 2, 4, 8
+# Flags of an announcement. NO_COLUMNS: the rank has read no batch yet, and cannot make an empty one.
+_ENDED, _FAILED, _NO_COLUMNS, _INTERRUPTED = 1, 2, 4, 8
 
 
 class RanksInterrupted(Exception):
-    """Some rank received a signal to end; raised on all ranks at the same turn."""
+    """A rank received a signal to end; raised on all ranks at the same step."""
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """The announcements of all ranks for a turn."""
+class Agreement:
+    """The announcements of all ranks for a step."""
 
     ended: bool
     """Whether all ranks have reached the end of their pass."""
     rows: list[list[int]]
-    """For each batch of the turn, its rows on each rank."""
+    """For each batch of the step, its rows on each rank."""
     alike: bool
     """Whether all ranks announced the digest of a batch, and the same one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Announcement:
-    """This rank's announcement, with those of the others pending."""
+    """This rank's announcement, while those of the others are pending."""
 
     batches: int
     received: Tensor
@@ -51,41 +52,39 @@ class Announcement:
     sent: Tensor
     """Kept alive until the exchange completes."""
 
-    def agreed(self, failure: Exception | None = None) -> Agreed:
-        """Wait for the other ranks.
+    def wait(self, failure: Exception | None = None) -> Agreement:
+        """Wait for the announcements of the other ranks.
 
         Args:
-            failure: What kept this rank from reading; raised, as the others raise ExchangeError.
+            failure: The error that kept this rank from reading; raised here, while the others raise ExchangeError.
 
         Raises:
-            ExchangeError: Another rank has failed or died.
-            RanksInterrupted: A signal has asked some rank to end.
-            ValueError: A rank has no batch at all, and cannot know the columns of an empty one.
+            ExchangeError: Another rank failed or died.
+            RanksInterrupted: A rank received a signal to end.
+            ValueError: A rank has no batch at all, so that the columns of an empty one are unknown.
         """
         rank = distributed.rank()
         try:
             self.work.wait()
         except RuntimeError as error:
             raise ExchangeError(
-                f"rank {rank} of {distributed.world_size()}: another rank has died or raised an error, or has not come "
-                f"to this step; see what the others say first, and start all ranks anew from a checkpoint. The "
-                f"backend says: {error}"
+                f"rank {rank} of {distributed.world_size()}: another rank died, raised an error, or did not reach this "
+                f"step; read the messages of the other ranks first, then restart all of them from a checkpoint. The "
+                f"backend reports: {error}"
             ) from error
         if failure is not None:
             raise failure
         lines: list[list[int]] = self.received.tolist()
         if failed := [other for other, line in enumerate(lines) if line[0] & _FAILED and other != rank]:
-            raise ExchangeError(f"rank {rank}: the ranks {failed} could not read their next batch; see what they say")
+            raise ExchangeError(f"rank {rank}: the ranks {failed} could not read their next batch; see their messages")
         if any(line[0] & _INTERRUPTED for line in lines):
             raise RanksInterrupted
         columns = [list(column) for column in zip(*(line[2:] for line in lines), strict=True)]
         rows = [column for column in columns if max(column) >= 0]
-        lacking = [r for r, line in enumerate(lines) if line[0] & _BARE and any(column[r] < 0 for column in rows)]
+        lacking = [r for r, line in enumerate(lines) if line[0] & _NO_COLUMNS and any(column[r] < 0 for column in rows)]
         if lacking:
-            raise ValueError(
-                f"the ranks {lacking} were given no batch at all, and others were; give every rank at least one"
-            )
-        return Agreed(
+            raise ValueError(f"the ranks {lacking} have no batch, but others do; give every rank at least one batch")
+        return Agreement(
             all(line[0] & _ENDED for line in lines),
             [[max(count, 0) for count in column] for column in rows],
             lines[0][1] != 0 and all(line[1] == lines[0][1] for line in lines),
@@ -97,23 +96,23 @@ def announce(
     most: int,
     *,
     ended: bool,
-    bare: bool = False,
+    no_columns: bool = False,
     failed: bool = False,
     interrupted: bool = False,
     digest: int = 0,
 ) -> Announcement:
-    """Announce this rank's batches of a turn to the others; collective.
+    """Announce this rank's batches of a step to the others; collective.
 
     Args:
         batches: At most ``most``.
-        most: Batches of a turn.
-        ended: Whether this rank's pass has come to its end.
-        bare: Whether this rank has met no batch yet.
+        most: Batches of a step.
+        ended: Whether this rank's pass has ended.
+        no_columns: Whether this rank has read no batch yet.
         failed: Whether it could not read.
-        interrupted: Whether a signal asks it to end.
-        digest: Of this rank's first batch, in its turn; 0 later.
+        interrupted: Whether it received a signal to end.
+        digest: Digest of this rank's first batch, in its step; 0 later.
     """
-    flags = _ENDED * ended + _FAILED * failed + _BARE * bare + _INTERRUPTED * interrupted
+    flags = _ENDED * ended + _FAILED * failed + _NO_COLUMNS * no_columns + _INTERRUPTED * interrupted
     sent = torch.tensor(
         [flags, digest, *map(_rows, batches), *[-1] * (most - len(batches))], dtype=torch.int64, device="cpu"
     )
@@ -136,10 +135,10 @@ def _rows(batch: Any) -> int:
 
 
 def without_rows(batch: Any) -> Any:
-    """Return an empty batch of the same columns, in its own memory.
+    """Return an empty batch with the same columns, in its own memory.
 
     Args:
-        batch: Columns by name, or what a transform makes them from: tensors, arrays and lists, within tuples.
+        batch: Columns by name, or the input of a transform: tensors, arrays and lists, within tuples.
     """
     if isinstance(batch, Tensor):
         return batch[:0].clone() if batch.dim() > 0 else batch
@@ -158,7 +157,7 @@ def without_rows(batch: Any) -> Any:
 
 
 def _holds_columns(values: Sequence[Any]) -> bool:
-    """Return whether a list contains columns, as (inputs, labels), and is not itself a column, as of strings."""
+    """Return whether a list contains columns, as (inputs, labels), rather than being one, as a list of strings."""
     return any(isinstance(value, RaggedTensor | Mapping) or getattr(value, "shape", None) for value in values)
 
 
@@ -183,20 +182,20 @@ def digest_of(batch: Any) -> int:
     return int.from_bytes(found.digest()[:7], "little") + 1
 
 
-def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) -> Iterator[Batch]:
+def in_lockstep(data: Iterable[Batch], interruption: Interruption | None = None) -> Iterator[Batch]:
     """Yield the batches of a pass, equally many on all ranks: empty ones once a rank has no more.
 
     Args:
         data: This rank's batches.
-        interruption: Of the training that this belongs to.
+        interruption: Interruption of the training around it.
 
     Raises:
-        ExchangeError: Another rank has failed or died.
-        RanksInterrupted: A signal has asked some rank to end.
+        ExchangeError: Another rank failed or died.
+        RanksInterrupted: A rank received a signal to end.
         ValueError: A rank has no batch at all, and others have.
-        WaitInterrupted: A signal has asked this process to end, and it is alone.
+        WaitInterrupted: This process received a signal to end, and is the only one.
     """
-    # A DataLoader draws a seed as it begins, which an evaluation is not to take from the training's generator.
+    # A DataLoader draws a seed when it starts; an evaluation must not take it from the training's generator.
     with torch.random.fork_rng(devices=[]):
         iterator = iter(data)
     alone = distributed.world_size() == 1
@@ -228,19 +227,19 @@ def in_turns(data: Iterable[Batch], interruption: Interruption | None = None) ->
             empty = without_rows(batches[0])
         interrupted = interrupted or (interruption is not None and interruption.requested is not None)
         return batches, announce(
-            batches, 1, ended=ended, bare=empty is None, failed=failure is not None, interrupted=interrupted
+            batches, 1, ended=ended, no_columns=empty is None, failed=failure is not None, interrupted=interrupted
         )
 
-    batches, announced = read()
+    batches, announcement = read()
     while batches or not alone:
         following: tuple[list[Batch], Announcement | None] | None = None
-        if announced is not None:
-            agreed = announced.agreed(failure)
-            if agreed.ended:
+        if announcement is not None:
+            agreement = announcement.wait(failure)
+            if agreement.ended:
                 return
             if not batches:
                 assert empty is not None
                 batches = [empty]
             following = read()
         yield batches[0]
-        batches, announced = following or read()
+        batches, announcement = following or read()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from recis_hybrid.pipelines.turns import _rows, digest_of, in_turns, without_rows
+from recis_hybrid.pipelines.lockstep import _rows, digest_of, in_lockstep, without_rows
 from recis_hybrid.ragged import RaggedTensor
 
 
@@ -60,6 +60,6 @@ def test_what_a_transform_makes_a_batch_of() -> None:
 def test_one_process_reads_what_there_is() -> None:
     batches = [{"id": torch.tensor([number])} for number in range(3)]
     state = torch.get_rng_state()
-    assert list(in_turns(batches)) == batches
-    assert list(in_turns([])) == []
+    assert list(in_lockstep(batches)) == batches
+    assert list(in_lockstep([])) == []
     assert torch.equal(torch.get_rng_state(), state)

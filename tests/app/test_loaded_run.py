@@ -196,9 +196,9 @@ def test_what_cannot_be_predicted_is_named_and_leaves_no_file(
         (
             [lists, "--out", str(tmp_path / "a.csv"), "--columns", "bag"],
             1,
-            "CSV holds no lists, and the columns ['bag']",
+            "CSV cannot hold lists, but the columns ['bag']",
         ),
-        ([lists, "--out", str(tmp_path / "a.csv"), "--columns", "score"], 1, "have the name of scores"),
+        ([lists, "--out", str(tmp_path / "a.csv"), "--columns", "score"], 1, "have the names of scores"),
         ([str(tmp_path / "no.csv"), "--out", str(tmp_path / "a.csv")], 1, "no.csv does not exist"),
     ):
         assert cli.main(["predict", run, *arguments]) == status, arguments

@@ -17,8 +17,9 @@ from recis_hybrid.app.config_resume import NAME, recorded_config
 from recis_hybrid.app.config_run import dataset_of, features_of, metrics_of, refuse_device, scoring_step_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import FeatureEngine
-from recis_hybrid.pipelines.evaluate import Metrics, evaluate
+from recis_hybrid.pipelines.evaluate import evaluate
 from recis_hybrid.pipelines.predict import predict
+from recis_hybrid.pipelines.steps.metrics import Metrics
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import CheckpointError, Location, Saver
