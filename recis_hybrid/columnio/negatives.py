@@ -1,6 +1,6 @@
-"""NegativeSampler: draws items that a user did not choose, for each one that the user did.
+"""Negative sampling: items that a user did not choose, for each item that the user chose.
 
-Letters: B rows of a batch, C items to draw from, D draws of all rows together, P pairs of a row and an item of its own.
+Letters: B rows of a batch, C candidate items, D draws of all rows together, P pairs of a row and an item of the row.
 """
 
 from __future__ import annotations
@@ -15,49 +15,50 @@ import numpy.typing as npt
 import torch
 
 from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.validation import check_integer
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Draws that hit an item of their own row are drawn again this often before all other items are listed for that row.
+# Attempts to redraw items of the own row, before the draw is made from a list of all other items.
 _REDRAWS = 16
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The items to draw from, and how likely each is."""
+    """Items to draw from, and their weights."""
 
     ids: Ints
-    """[C], ascending, each once."""
+    """[C], ascending and unique."""
     weights: Floats
     """[C], positive."""
 
 
 class NegativeSampler:
-    """Adds a column of negatives to a batch: for each positive `count` items that are none of the row's own.
+    """Add a column of negatives to a batch: ``count`` items for each positive, none of them the row's own.
 
-    A row's own items are its positives and what it holds in the columns `exclude` (all that the user ever chose, for
-    instance): none of them is ever drawn in that row. An item may be drawn twice in a row.
+    The own items of a row are its positives and its items in the columns ``exclude`` (such as the whole history of the
+    user); they are never drawn in that row. An item may be drawn twice in a row.
 
-    What is drawn is a function of (seed, epoch) and of the batch's positives and excluded items: the same in any thread
-    and process, and another for another batch. Use it in `transforms` of a ColumnDataset, or later.
+    The draws are a function of (seed, epoch) and of the positives and excluded items of the batch: equal in all threads
+    and processes, and different for another batch. Use it as ``transforms`` of a ColumnDataset, or later.
 
     Args:
-        positive: The column of positives: int64 [B], or a RaggedTensor of int64 values of one level.
-        count: Negatives for each positive; or a column of them, integers [B], for each positive of that row.
-        items: [C] int64, the table to draw from, each once; None draws from the batch's own positives.
-        frequencies: [C], how often each item of the table occurs, positive; None has all alike. In-batch it is how
-            often an item is a positive of the batch.
-        power: An item is drawn with a probability proportional to frequency ** power: 0 is uniform, 1 is by frequency,
-            and 0.75 is what word2vec takes.
-        exclude: Columns of further items of a row, of the same forms as `positive`.
-        name: The column of negatives.
-        seed: Not negative.
+        positive: Column of positives: int64 [B], or a RaggedTensor of int64 values with one level.
+        count: Number of negatives per positive; or a column of integers [B], the number for each positive of the row.
+        items: [C] int64, unique items to draw from; None draws from the positives of the batch.
+        frequencies: [C], positive frequencies of the items; None means equal ones. Without ``items``, the frequency of
+            an item is its number of occurrences among the positives of the batch.
+        power: Items are drawn with probability proportional to frequency ** power: 0 is uniform, 1 is by frequency, and
+            word2vec uses 0.75.
+        exclude: Columns of further own items of a row, in the same forms as ``positive``.
+        name: Name of the column of negatives.
+        seed: Seed, not negative.
 
     Raises:
-        TypeError: An argument has another type.
-        ValueError: A table is empty or has an item twice, a frequency is not positive, a number is negative, or
-            frequencies to that power are beyond float64.
+        TypeError: An argument has the wrong type.
+        ValueError: ``items`` is empty or has an item twice, a frequency is not positive, a number is negative, or
+            frequencies to that power exceed the range of float64.
 
     Example:
         >>> sampler = NegativeSampler("item", 2, items=torch.tensor([1, 2, 3]), exclude=["seen"])
@@ -89,87 +90,83 @@ class NegativeSampler:
             raise TypeError(f"NegativeSampler: count must be an integer or the name of a column, got {count!r}")
         if isinstance(count, int) and count < 1:
             raise ValueError(f"NegativeSampler: count must be at least 1, got {count}")
-        # A comparison that also fails for NaN.
+        # This comparison also fails for NaN.
         if seed < 0 or not 0 <= power < float("inf"):
             raise ValueError(
                 f"NegativeSampler: seed and power must not be negative, and power must be finite, got {seed} and "
                 f"{power}"
             )
         if items is None and frequencies is not None:
-            raise ValueError("NegativeSampler: frequencies are of the items of a table, and there is none; give items")
+            raise ValueError("NegativeSampler: frequencies belong to items, but there are none; give items too")
         self._positive, self._count, self._exclude, self._name = positive, count, tuple(exclude), name
         self._power, self._seed = power, seed
-        # In memory that the workers of a DataLoader see, which may live on from epoch to epoch.
+        # In memory shared with the workers of a DataLoader, which may persist from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._table = None if items is None else _table(items, frequencies, power)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # What a DataLoader hands to a worker is shared already; a deep copy gets memory of its own.
+        # Memory sent to a worker is shared already; a deep copy gets memory of its own.
         self._epoch.share_memory_()
 
     def __copy__(self) -> NegativeSampler:
-        made = object.__new__(type(self))
-        made.__setstate__({**self.__dict__, "_epoch": self._epoch.clone()})
-        return made
+        copy = object.__new__(type(self))
+        copy.__setstate__({**self.__dict__, "_epoch": self._epoch.clone()})
+        return copy
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next draws those of `epoch`, in the workers of a DataLoader, too; call it between passes.
+        """Draw as in ``epoch`` from now on, also in the workers of a DataLoader; call it between passes.
 
         Args:
             epoch: Not negative.
 
         Raises:
-            TypeError: It is no integer.
-            ValueError: It is negative.
+            TypeError: The epoch is not an integer.
+            ValueError: The epoch is negative.
         """
-        if not isinstance(epoch, int):
-            raise TypeError(f"NegativeSampler: epoch must be an integer, got {epoch!r}")
-        if epoch < 0:
-            raise ValueError(f"NegativeSampler: epoch must not be negative, got {epoch}")
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(check_integer("NegativeSampler", "epoch", epoch, 0))
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the column of negatives.
 
         Args:
-            batch: On the CPU.
+            batch: A batch on the CPU.
 
         Returns:
-            The batch, and int64 [B, count] negatives where positives are [B] and the count is a number; otherwise a
-            RaggedTensor of int64, row i holding the negatives of its positives one after another.
+            The batch with negatives: int64 [B, count] if positives are [B] and the count is a number; otherwise a
+            RaggedTensor of int64 whose row has the negatives of its positives one after another.
 
         Raises:
             TypeError: A column has another form.
-            ValueError: All items that could be drawn are a row's own; the column of counts is not one of counts.
+            ValueError: A column is missing, all candidates are own items of a row, or a count is negative.
         """
         rows, positives = self._pairs(batch, self._positive)
         others = [self._pairs(batch, name) for name in self._exclude]
         own_rows = np.concatenate([rows, *(each for each, _ in others)])
-        own_items = np.concatenate([positives, *(items for _, items in others)])
+        own_items = np.concatenate([positives, *(each for _, each in others)])
         counts = self._counts(batch, rows)
         generator = self._generator(own_rows, own_items, counts)
-        of_draws = np.repeat(rows, counts)
-        drawn = _draw(self._candidates(positives), of_draws, own_rows, own_items, generator, self._name)
+        draw_rows = np.repeat(rows, counts)
+        items = _draw(self._candidates(positives), draw_rows, own_rows, own_items, generator, self._name)
         column = batch[self._positive]
-        made: torch.Tensor | RaggedTensor = torch.from_numpy(drawn)
+        negatives: torch.Tensor | RaggedTensor = torch.from_numpy(items)
         if isinstance(column, torch.Tensor) and isinstance(self._count, int):
-            made = torch.from_numpy(drawn).view(-1, self._count)
+            negatives = torch.from_numpy(items).view(-1, self._count)
         else:
             size = column.batch_size if isinstance(column, RaggedTensor) else column.shape[0]
-            lengths = np.bincount(of_draws, minlength=size)
+            lengths = np.bincount(draw_rows, minlength=size)
             offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-            made = RaggedTensor(torch.from_numpy(drawn), torch.from_numpy(offsets))
-        return {**batch, self._name: made}
+            negatives = RaggedTensor(torch.from_numpy(items), torch.from_numpy(offsets))
+        return {**batch, self._name: negatives}
 
     def _pairs(self, batch: Batch, name: str) -> tuple[Ints, Ints]:
         """Return the row and the item of each value of a column."""
         if name not in batch:
-            raise ValueError(f"NegativeSampler: the batch has no column {name!r}, it has {', '.join(batch)}")
+            raise ValueError(f"NegativeSampler: the batch has no column {name!r}, only {', '.join(batch)}")
         column = batch[name]
         if column.dtype != torch.int64 or not _is_flat(column):
             raise TypeError(
-                f"NegativeSampler: column {name!r} must be int64 [B] or rows of int64 without further levels, got "
+                f"NegativeSampler: column {name!r} must be int64 [B] or a RaggedTensor of int64 with one level, got "
                 f"{column if isinstance(column, RaggedTensor) else f'{column.dtype} {list(column.shape)}'}"
             )
         if isinstance(column, torch.Tensor):
@@ -207,19 +204,19 @@ def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) 
     ids, order = np.unique(items.cpu().numpy(), return_index=True)
     if len(ids) == 0 or len(ids) != items.numel():
         raise ValueError(
-            f"NegativeSampler: items must be at least one, each once, got {items.numel()} of which {len(ids)} differ"
+            f"NegativeSampler: items must be at least one, without repetition, got {items.numel()} with {len(ids)} "
+            "distinct"
         )
     if frequencies is None:
         return Candidates(ids, np.ones(len(ids)))
     if frequencies.shape != items.shape:
         raise ValueError(
-            f"NegativeSampler: frequencies must be one for each item, got {list(frequencies.shape)} for "
-            f"{len(ids)} items"
+            f"NegativeSampler: frequencies must be one per item, got {list(frequencies.shape)} for {len(ids)} items"
         )
-    found = frequencies.cpu().to(torch.float64).numpy()[order]
-    if not (np.isfinite(found) & (found > 0)).all():
-        raise ValueError("NegativeSampler: frequencies must be positive; leave out what is never to be drawn")
-    return Candidates(ids, _weights(found, power))
+    sorted_frequencies = frequencies.cpu().to(torch.float64).numpy()[order]
+    if not (np.isfinite(sorted_frequencies) & (sorted_frequencies > 0)).all():
+        raise ValueError("NegativeSampler: frequencies must be positive; leave out items that must never be drawn")
+    return Candidates(ids, _weights(sorted_frequencies, power))
 
 
 def _weights(frequencies: Floats, power: float) -> Floats:
@@ -229,8 +226,8 @@ def _weights(frequencies: Floats, power: float) -> Floats:
     if not np.isfinite(total) or not (weights > 0).all():
         low, high = frequencies.min(), frequencies.max()
         raise ValueError(
-            f"NegativeSampler: frequencies from {low:g} to {high:g} to the power of {power:g} are beyond what float64 "
-            f"holds, and some items would never be drawn; take a smaller power, or frequencies that differ less"
+            f"NegativeSampler: frequencies from {low:g} to {high:g} to the power of {power:g} exceed the range of "
+            f"float64, and some items would never be drawn; use a smaller power, or frequencies that differ less"
         )
     return weights
 
@@ -238,9 +235,9 @@ def _weights(frequencies: Floats, power: float) -> Floats:
 def _draw(
     candidates: Candidates, rows: Ints, own_rows: Ints, own_items: Ints, generator: np.random.Generator, name: str
 ) -> Ints:
-    """Draws an item for each of rows [D] that is none of (own_rows, own_items) [P].
+    """Return an item for each of ``rows`` [D] that is not one of the pairs (own_rows, own_items) [P].
 
-    A draw that hits is drawn again: what remains has the weights of all other items, which is what is wanted.
+    Rejected draws are repeated, so that accepted ones have the weights of all other items.
     """
     count = len(candidates.ids)
     if len(rows) == 0:
@@ -249,25 +246,25 @@ def _draw(
     places = np.searchsorted(candidates.ids, own_items).clip(max=max(count - 1, 0))
     known = candidates.ids[places] == own_items
     own = np.unique(own_rows[known] * count + places[known])
-    drawn, left = np.empty(len(rows), np.int64), np.arange(len(rows))
+    indices, left = np.empty(len(rows), np.int64), np.arange(len(rows))
     for _ in range(_REDRAWS):
-        tried = np.searchsorted(edges, generator.random(len(left)) * edges[-1], side="right").clip(max=count - 1)
-        drawn[left] = tried
-        left = left[np.isin(rows[left] * count + tried, own)]
+        trial = np.searchsorted(edges, generator.random(len(left)) * edges[-1], side="right").clip(max=count - 1)
+        indices[left] = trial
+        left = left[np.isin(rows[left] * count + trial, own)]
         if len(left) == 0:
-            return candidates.ids[drawn]
+            return candidates.ids[indices]
     for row in np.unique(rows[left]):
         weights = candidates.weights.copy()
         weights[own[(own >= row * count) & (own < (row + 1) * count)] - row * count] = 0
         total = weights.sum()
         if total == 0:
             raise ValueError(
-                f"NegativeSampler: all {count} items that {name!r} could hold in row {row} of the batch are the row's "
-                f"own; draw from a larger table, or from larger batches"
+                f"NegativeSampler: all {count} candidates for {name!r} are own items of row {row} of the batch; draw "
+                f"from more items, or from larger batches"
             )
-        of_row = left[rows[left] == row]
-        drawn[of_row] = generator.choice(count, len(of_row), p=weights / total)
-    return candidates.ids[drawn]
+        draws = left[rows[left] == row]
+        indices[draws] = generator.choice(count, len(draws), p=weights / total)
+    return candidates.ids[indices]
 
 
 def _is_flat(column: torch.Tensor | RaggedTensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from recis_hybrid.validation import check_choice, check_flag, check_integer
 
 Uneven: TypeAlias = Literal["wrap", "drop", "pad"] | None
-"""How ranks get equal numbers of batches; see ``ShardOptions.uneven``."""
+"""Values of ``ShardOptions.uneven``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class CsvOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How a ``ColumnDataset`` reads its files: location, threads, memory, and damaged files.
+    """Reading of the files of a ``ColumnDataset``: location, threads, memory, and damaged files.
 
     None of them changes the rows or their order, except ``shuffle_buffer``.
 

@@ -31,9 +31,9 @@ class Opening:
     uneven: Uneven
     """See ``ShardOptions``."""
     follows_group: bool
-    """Whether rank and world size are those of torch.distributed."""
+    """True if rank and world size are those of torch.distributed."""
     together: bool
-    """Whether other ranks open the dataset too; they compare ``settings``."""
+    """True if other ranks open the dataset too and compare ``settings``."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that must be equal on all ranks, in JSON types."""
     notes: str = ""

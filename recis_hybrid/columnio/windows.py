@@ -1,4 +1,4 @@
-"""Windows: folders of files that appear one after another, to test a model on each and then train on it."""
+"""Windows: folders of files that appear one after another, to evaluate a model on each and then train on it."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Window:
-    """Files that belong together, of an hour or a day for instance."""
+    """Files that belong together, such as those of an hour or a day."""
 
     name: str
-    """What tells it from others: its folder's name, or its number in a list."""
+    """Unique name: that of the folder, or the number in a list."""
     paths: Sequence[str]
-    """What to give to a ColumnDataset."""
+    """Paths for a ColumnDataset."""
 
 
 class Windows:
-    """An endless stream of windows, in the order of their names among those that are complete.
+    """An endless stream of complete windows, in the order of their names.
 
-    A window is a folder in `source`, complete once it holds a file `marker`, which the writer makes last. One that is
-    completed late comes late, and none comes twice, even if it was removed and written anew meanwhile: the state holds
-    the names of all that are done. Names that begin with a dot or an underscore are not windows. A window counts as
-    done once the next one is asked for; a job that was ended within one begins it anew, or goes on in it with the state
+    A window is a folder in ``source``. It is complete once it contains the file ``marker``, which its writer creates
+    last. A window completed late comes late, and none comes twice, even if it was removed and written again: the state
+    has the names of all windows that are done. Names that begin with a dot or an underscore are ignored. A window is
+    done once the next one is requested; a job killed within a window starts it again, or resumes in it with the state
     of its ColumnDataset.
 
-    Where torch.distributed is initialised, all ranks must ask for the windows of a folder alike: at each look the first
-    rank says to all which one comes, by a `broadcast_object_list` of the default group in the thread that asks. The
-    others take the window of that name from their own `source`, without a look at it.
+    With torch.distributed, all ranks must request the windows of a folder together: rank 0 looks for the next window,
+    and a collective of the default group, in the requesting thread, sends its name to all. The other ranks take the
+    window of that name from their own ``source`` without looking.
 
     Args:
-        source: A folder or a URL of one, which may not be there yet; or an explicit list of windows, each a path or a
-            sequence of paths, after which the stream ends.
-        marker: The file that says that a folder is complete.
+        source: A folder or its URL, which need not exist yet; or a list of windows, each a path or a sequence of paths,
+            after which the stream ends.
+        marker: File that marks a folder as complete.
         poll_s: Seconds between two looks at the folder.
-        idle_s: After how many seconds without a new window the stream ends; None never ends it.
-        filesystem: Where `source` lies, of `pyarrow.fs` or fsspec; None takes the local one, or that of a URL.
-        sleep: Called with the seconds to wait; None waits until :meth:`stop` is called at most.
-        alone: Whether this process finds its windows by itself where torch.distributed is initialised.
+        idle_s: Seconds without a new window after which the stream ends; None never ends it.
+        filesystem: File system of ``source``, from ``pyarrow.fs`` or fsspec; None means the local one, or that of a
+            URL.
+        sleep: Called with the seconds to wait; None waits, but not longer than until :meth:`stop` is called.
+        alone: Find the windows in this process alone, even with torch.distributed.
 
     Raises:
         ValueError: A time is not positive.
@@ -57,7 +58,7 @@ class Windows:
     Example:
         >>> windows = Windows([["day-1.parquet"], ["day-2.parquet", "day-2b.parquet"]])
         >>> for window in windows:
-        ...     print(window.name, *window.paths)  # test on it, then train on it
+        ...     print(window.name, *window.paths)  # evaluate on it, then train on it
         0 day-1.parquet
         1 day-2.parquet day-2b.parquet
     """
@@ -74,10 +75,12 @@ class Windows:
         alone: bool = False,
     ) -> None:
         if poll_s <= 0 or (idle_s is not None and idle_s < 0):
-            raise ValueError(f"Windows: poll_s must be positive and idle_s not negative, got {poll_s} and {idle_s}")
+            raise ValueError(
+                f"Windows: poll_s must be positive and idle_s must not be negative, got {poll_s} and {idle_s}"
+            )
         self._source, self._marker, self._filesystem = source, marker, filesystem
         self._poll_s, self._idle_s, self._sleep = poll_s, idle_s, sleep or self._wait
-        self._stopped, self._woken = False, SimpleQueue[None]()
+        self._stopped, self._wakeups = False, SimpleQueue[None]()
         self._alone, self._is_list = alone, not isinstance(source, str | os.PathLike)
         self._done: set[str] = set()
 
@@ -87,62 +90,62 @@ class Windows:
         return f"Windows({text}; {len(self._done)} done)"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the windows that are done, as JSON could hold them."""
+        """Return the names of the windows that are done, in types that JSON can hold."""
         return {"version": _VERSION, "done": sorted(self._done)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the stream go on after the windows that were done when `state` was taken.
+        """Make the stream continue after the windows that were done when ``state`` was saved.
 
         Args:
-            state: What `state_dict` returned.
+            state: The result of ``state_dict``.
 
         Raises:
-            ValueError: It is no such state.
+            ValueError: It is not such a state.
         """
         if state.get("version") != _VERSION or not isinstance(state.get("done"), list):
-            raise ValueError(f"Windows.load_state_dict: this is no state of windows: {dict(state)}")
+            raise ValueError(f"Windows.load_state_dict: this is not a state of Windows: {dict(state)}")
         self._done = set(state["done"])
 
     def stop(self) -> None:
         """End the stream instead of waiting for another window; may be called by a signal handler.
 
-        Where several ranks ask for windows together, the first one's call ends the stream on all.
+        If several ranks request windows together, the call on rank 0 ends the stream on all.
         """
         self._stopped = True
-        self._woken.put(None)
+        self._wakeups.put(None)
 
     def _wait(self, seconds: float) -> None:
         with contextlib.suppress(Empty):
-            self._woken.get(timeout=seconds)
+            self._wakeups.get(timeout=seconds)
 
     def __iter__(self) -> Iterator[Window]:
         """Yield the windows that are not done, waiting for them to appear.
 
         Raises:
-            RuntimeError: The first rank, which chooses for all, failed.
+            RuntimeError: Rank 0, which chooses for all ranks, failed.
         """
         idle = 0.0
-        self._stopped, self._woken = False, SimpleQueue()
+        self._stopped, self._wakeups = False, SimpleQueue()
         while True:
-            # Looked at anew after each window: an earlier one may have become complete meanwhile.
+            # Look again after each window: an earlier one may have become complete meanwhile.
             look = functools.partial(self._look, idle)
             together = not self._alone and not self._is_list and has_other_ranks()
             name, ended = choose_on_first_rank(look) if together else look()
             if name is not None:
                 idle = 0.0
                 yield self._window(name)
-                # Names stay known when windows are gone: a folder that cannot be seen for a while, or a marker that is
-                # written anew, would otherwise give all its rows once more.
+                # Names are kept when windows disappear: a folder that is unreachable for a while, or a marker that is
+                # written again, would otherwise yield all its rows once more.
                 self._done.add(name)
                 continue
             if ended:
                 return
-            # The first rank says so at each look: none waits in a collective for as long as no window comes.
+            # Ranks meet at each look, so that none waits in a collective as long as no window comes.
             self._sleep(self._poll_s)
             idle += self._poll_s
 
     def _look(self, idle: float) -> tuple[str | None, bool]:
-        """Return the next window, or else whether there will be none."""
+        """Return the name of the next window, or None and whether the stream has ended."""
         if self._stopped:
             return None, True
         if isinstance(self._source, str | os.PathLike):
@@ -154,7 +157,7 @@ class Windows:
 
     def _window(self, name: str) -> Window:
         if isinstance(self._source, str | os.PathLike):
-            # A window is named as the source is, so that a URL stays one with all that it says.
+            # The query of a URL stays at its end.
             source = os.fspath(self._source)
             head, _, query = source.partition("?") if "://" in source else (source, "", "")
             return Window(name, [f"{head.rstrip('/')}/{name}" + (f"?{query}" if query else "")])
@@ -163,7 +166,7 @@ class Windows:
 
 
 def _order(name: str) -> tuple[int, str]:
-    # Numbers of a list as numbers; of folders that are numbered without zeros in front, too.
+    # Numbers sort as numbers, also without leading zeros; other names follow the alphabet and come first.
     return (int(name), "") if name.isdecimal() else (-1, name)
 
 
@@ -172,10 +175,10 @@ def _complete_folders(source: str, marker: str, filesystem: Any) -> list[str]:
 
     from recis_hybrid.columnio.files.paths import as_filesystem, locate
 
-    found, path = locate(source, None if filesystem is None else as_filesystem(filesystem))
-    infos = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    location, path = locate(source, None if filesystem is None else as_filesystem(filesystem))
+    infos = location.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     folders = [info for info in infos if info.type == pafs.FileType.Directory and info.base_name[:1] not in "._"]
     if not folders:
         return []
-    marks = found.get_file_info([f"{info.path}/{marker}" for info in folders])
+    marks = location.get_file_info([f"{info.path}/{marker}" for info in folders])
     return [info.base_name for info, mark in zip(folders, marks, strict=True) if mark.type == pafs.FileType.File]

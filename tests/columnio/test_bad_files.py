@@ -25,7 +25,7 @@ SUFFIXES = [".parquet", ".orc", ".arrow", ".csv", ".jsonl"]
 
 
 def write(path: Path, first: int = 0, rows: int = ROWS) -> None:
-    """Numbers that no codec makes small, so that a cut or a change falls into data."""
+    """Return incompressible numbers, so that a truncation or a changed byte hits data."""
     generator = torch.Generator().manual_seed(first)
     noise = torch.randint(-(2**62), 2**62, (rows,), generator=generator).tolist()
     made = pa.table({"row": pa.array(range(first, first + rows), pa.int64()), "noise": pa.array(noise, pa.int64())})
@@ -53,7 +53,7 @@ def rows_of(data: Any) -> list[int]:
 
 def cut_off(path: Path) -> None:
     content = path.read_bytes()
-    # Text is cut within a line, which is no whole one then.
+    # Text is cut within a line, which is not a complete one then.
     path.write_bytes(content[: len(content) // 2] + (b',"' if path.suffix == ".jsonl" else b",,,\n"))
 
 
@@ -66,11 +66,11 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
-def test_a_file_cut_off_is_refused_or_skipped(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
+def test_a_truncated_file_is_refused_or_skipped(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
     write(tmp_path / f"a{suffix}")
     write(tmp_path / f"b{suffix}", ROWS)
     cut_off(tmp_path / f"a{suffix}")
-    with pytest.raises(BadFileError, match=rf"a{suffix}.*write it anew, or leave it out"):
+    with pytest.raises(BadFileError, match=rf"a{suffix}.*rewrite it, or leave it out"):
         list(ColumnDataset(tmp_path, ["row", "noise"], 100, read=read))
     with pytest.warns(RuntimeWarning, match=rf"left out .*a{suffix}"):
         data = ColumnDataset(tmp_path, ["row", "noise"], 100, read=replace(read, on_bad_file="skip"))
@@ -88,21 +88,21 @@ def test_garbage_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_without_a_byte(tmp_path: Path, suffix: str) -> None:
+def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"b{suffix}")
     (tmp_path / f"a{suffix}").touch()
     if suffix in (".csv", ".jsonl"):
-        # No line is no row.
+        # A text file without lines has no rows.
         assert ColumnDataset(tmp_path, ["row"], 10).num_rows == ROWS
         with pytest.raises(ValueError, match="there is no row in"):
             ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
     else:
-        with pytest.raises(BadFileError, match=rf"a{suffix} \(0 bytes\) is no whole"):
+        with pytest.raises(BadFileError, match=rf"a{suffix} \(0 bytes\) is not a complete"):
             ColumnDataset(tmp_path, ["row"], 10)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_without_a_row(tmp_path: Path, suffix: str) -> None:
+def test_a_file_without_rows(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"b{suffix}")
     write(tmp_path / f"a{suffix}", rows=0)
     assert rows_of(ColumnDataset(tmp_path, ["row"], 100)) == list(range(ROWS))
@@ -195,7 +195,7 @@ def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
     strict = ColumnDataset(paths, ["row"], 100)
     lenient = ColumnDataset(paths, ["row"], 100, read=ReadOptions(on_bad_file="skip"))
     shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match=rf"a{suffix} was there when the data set was made and is not now"):
+    with pytest.raises(FileNotFoundError, match=rf"a{suffix} existed when the dataset was opened, but is missing now"):
         list(strict)
     with pytest.warns(RuntimeWarning, match="left out"):
         assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
@@ -214,8 +214,8 @@ def test_a_file_that_lost_rows_while_open_is_refused(tmp_path: Path, suffix: str
         list(data)
 
 
-def write_anew(path: Path, **options: Any) -> None:
-    """Write as many rows of as many bytes, some time later."""
+def rewrite(path: Path, **options: Any) -> None:
+    """Write the same number of rows and bytes at a later time."""
     before = path.stat()
     write(path, **options)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
@@ -223,41 +223,39 @@ def write_anew(path: Path, **options: Any) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
-def test_a_file_written_anew_is_not_read_as_the_one_before(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
+def test_a_rewritten_file_is_not_read_as_the_old_one(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
     path = tmp_path / f"a{suffix}"
     write(path)
     write(tmp_path / f"b{suffix}", ROWS)
     strict = ColumnDataset(tmp_path, ["row"], 100, read=read)
     lenient = ColumnDataset(tmp_path, ["row"], 100, read=replace(read, on_bad_file="skip"))
     assert rows_of(strict) == list(range(2 * ROWS))
-    write_anew(path, first=7)
-    with pytest.raises(
-        BadFileError, match=rf"a{suffix} was written anew since the data set was opened .*open the data"
-    ):
+    rewrite(path, first=7)
+    with pytest.raises(BadFileError, match=rf"a{suffix} changed since the dataset was opened .*open the dataset"):
         list(strict)
     with pytest.warns(RuntimeWarning, match="left out"):
         assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
     assert sum(each.rows for each in lenient.skipped) == ROWS
 
 
-def test_a_parquet_file_of_other_types_or_columns_is_not_read_by_the_footer_of_before(tmp_path: Path) -> None:
+def test_a_parquet_file_of_other_types_or_columns_is_not_read_by_the_old_footer(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"row": range(10)}), path)
     data = ColumnDataset(path, ["row"], 10)
     for other in ({"row": [number / 2 for number in range(10)]}, {"x": range(10)}, {"row": ["a"] * 10}):
         pq.write_table(pa.table(other), path)
         os.utime(path, ns=(0, 1))
-        with pytest.raises(BadFileError, match=r"a\.parquet was written anew since"):
+        with pytest.raises(BadFileError, match=r"a\.parquet changed since"):
             list(data)
 
 
-def test_a_file_written_anew_in_the_middle_gives_none_of_its_rows(tmp_path: Path) -> None:
+def test_a_file_rewritten_during_a_pass_yields_none_of_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write(path)
     passing = iter(ColumnDataset(path, ["row"], 100, read=ReadOptions(decoded_rows=100, prefetch=0)))
     seen = rows_of(islice(passing, 3))
-    write_anew(path, first=ROWS)
-    with pytest.raises(BadFileError, match=r"a\.parquet was written anew since"):
+    rewrite(path, first=ROWS)
+    with pytest.raises(BadFileError, match=r"a\.parquet changed since"):
         seen += rows_of(passing)
     assert seen == list(range(len(seen)))
 

@@ -127,7 +127,7 @@ def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyP
             yield batch
 
     monkeypatch.setattr(FileSet, "read", watched)
-    # Row groups of 5 (and of 3 and 2 at ends of files): batches of 1 never lie in two of them.
+    # Row groups of 5 (and of 3 and 2 at the end of files): a batch of 1 never spans two of them.
     kept = list(open_rows(folder, 1))
     pointers = [dense(batch).data_ptr() for batch in kept]
     assert pointers == [first + at for first, length in decoded for at in range(0, length, 8)]
@@ -159,7 +159,7 @@ def test_a_pass_to_the_end_moves_on_to_the_next_epoch(folder: Path) -> None:
     assert epochs[0] != epochs[1] != epochs[2]
     data.set_epoch(1)
     assert rows_of(data) == epochs[1]
-    # One that is left early does not.
+    # An interrupted one does not.
     next(iter(data))
     assert (data.epoch, rows_of(data)) == (2, epochs[2])
 
@@ -194,7 +194,7 @@ def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool
     assert [batches[:turns] for batches in got] == [
         alone[rank : turns * world_size : world_size] for rank in range(world_size)
     ]
-    # The rows of the last turn are shared out evenly.
+    # The rows of the last turn are divided evenly.
     rest = [batches[turns] for batches in got]
     assert [row for batch in rest for row in batch] == [row for batch in alone[turns * world_size :] for row in batch]
     sizes = [len(batch) for batch in rest]
@@ -296,8 +296,7 @@ def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str
 
     before, now = plan["world_sizes"]
     ranks = ranks_of("before", before)
-    # All ranks stop after as many turns, as a training job does; no rank gets more of them than the first, and in the
-    # last turn some may get nothing.
+    # All ranks stop after equally many turns, as a training job does. In the last turn some ranks may get no rows.
     turns = min(plan["turns"], len(ranks[0]))
     seen: list[list[list[int]]] = []
     for data in ranks:
@@ -318,7 +317,7 @@ def in_turns(ranks: list[list[list[int]]]) -> list[int]:
     return [row for turn in turns for rank in ranks if turn < len(rank) for row in rank[turn]]
 
 
-def test_a_state_is_resumed_in_a_new_process_which_may_end_in_the_middle(folder: Path) -> None:
+def test_a_state_is_resumed_in_a_new_process_that_may_end_early(folder: Path) -> None:
     data = open_rows(folder, shuffle=True, seed=3)
     data.set_epoch(2)
     whole = rows_of(data)
@@ -337,7 +336,7 @@ def test_a_state_is_resumed_in_a_new_process_which_may_end_in_the_middle(folder:
     assert json.loads(done.stdout) == whole[3:5]
 
 
-def test_a_state_taken_after_the_last_batch_goes_on_with_the_next_epoch(folder: Path) -> None:
+def test_a_state_after_the_last_batch_continues_with_the_next_epoch(folder: Path) -> None:
     data, twin = open_rows(folder, shuffle=True), open_rows(folder, shuffle=True)
     states = [data.state_dict() for _ in data]
     twin.load_state_dict(states[-1])
@@ -361,7 +360,7 @@ def test_a_loaded_state_counts_for_one_pass_and_its_own_epoch(folder: Path) -> N
     assert len(rows_of(data)) == 8
 
 
-def test_states_of_something_else_are_refused(folder: Path) -> None:
+def test_states_of_other_data_are_refused(folder: Path) -> None:
     state = open_rows(folder, shuffle=True, seed=1).state_dict()
     with pytest.raises(ValueError, match=r"another order than when the state was saved \(seed was 1 and is 2\)"):
         open_rows(folder, shuffle=True, seed=2).load_state_dict(state)
@@ -375,7 +374,7 @@ def test_states_of_something_else_are_refused(folder: Path) -> None:
         open_rows(folder, shuffle=True, seed=1).load_state_dict(state | {"row": 48})
 
 
-def test_a_state_is_of_files_by_their_places_below_the_common_folder(tmp_path: Path) -> None:
+def test_a_state_depends_on_paths_relative_to_the_common_folder(tmp_path: Path) -> None:
     for name, first in (("day=1/a", 0), ("day=2/a", 10), ("x/day=1/a", 0), ("x/day=2/a", 10)):
         path = tmp_path / f"{name}.parquet"
         path.parent.mkdir(parents=True)
@@ -384,7 +383,7 @@ def test_a_state_is_of_files_by_their_places_below_the_common_folder(tmp_path: P
     state = ColumnDataset([one, two], ["row"], 5).state_dict()
     with pytest.raises(ValueError, match="another order than when the state was saved .pieces was"):
         ColumnDataset([two, one], ["row"], 5).load_state_dict(state)
-    # Where the data lies does not count.
+    # The location of the data does not matter.
     ColumnDataset(tmp_path / "x", ["row"], 5).load_state_dict(state)
     relative = [os.path.relpath(path) for path in (one, two)]
     ColumnDataset(relative, ["row"], 5).load_state_dict(state)

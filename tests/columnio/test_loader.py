@@ -1,4 +1,4 @@
-"""Resuming and epochs under torch.utils.data.DataLoader, in this process, in workers, and in workers that live on."""
+"""Resuming and epochs under a DataLoader: in the main process, in workers, and in persistent workers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_state_after_the_last_batch_is_of_the_pass_that_ended(folder: Path, wo
     count = len(list(loader))
     state = data.state_dict(count)
     assert (state["epoch"], state["row"]) == (0, ROWS)
-    # And of the next one once that is said.
+    # And one of the next pass after set_epoch.
     data.set_epoch(1)
     assert (data.state_dict(0)["epoch"], data.state_dict(2)["epoch"], data.state_dict(2)["row"]) == (1, 1, 20)
 
@@ -73,13 +73,13 @@ def test_no_batch_of_a_pass_in_this_process_is_one_of_the_next(folder: Path) -> 
 
 
 @pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
-def test_workers_that_live_on_follow_epochs_and_states(folder: Path, context: str, workers: int) -> None:
+def test_persistent_workers_follow_epochs_and_states(folder: Path, context: str, workers: int) -> None:
     direct = {}
     data = opened(folder, shuffle=True, seed=1)
     for epoch in (0, 2, 5):
         data.set_epoch(epoch)
         direct[epoch] = rows_of(data)
-    # A copy has a place of its own.
+    # A copy has its own position.
     data = copy.deepcopy(opened(folder, shuffle=True, seed=1))
     other = copy.deepcopy(data)
     loader = DataLoader(
@@ -87,7 +87,7 @@ def test_workers_that_live_on_follow_epochs_and_states(folder: Path, context: st
     )
     assert rows_of(loader) == direct[0]
     other.set_epoch(3)
-    # As without such workers: an epoch comes again until another one is said.
+    # As without workers: an epoch is repeated until set_epoch.
     assert rows_of(loader) == direct[0]
     data.set_epoch(5)
     assert rows_of(loader) == direct[5]
@@ -103,7 +103,7 @@ def test_workers_that_live_on_follow_epochs_and_states(folder: Path, context: st
     assert rows_of(loader) == direct[0]
 
 
-def test_what_is_said_in_a_worker_is_its_own(folder: Path) -> None:
+def test_changes_in_a_worker_stay_there(folder: Path) -> None:
     data = opened(folder, shuffle=True)
 
     def begin(_: int) -> None:

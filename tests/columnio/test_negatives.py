@@ -1,4 +1,4 @@
-"""No accidental hits, the distribution, and that the same is drawn again."""
+"""Negatives: no own items, the distribution, and reproducible draws."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_counts_of_rows_and_several_positives_a_row() -> None:
     assert ragged(NegativeSampler("item", "count", items=items)(single)).lengths().tolist() == [2, 0, 1]
 
 
-def test_what_decides_a_draw() -> None:
+def test_draws_depend_on_seed_epoch_and_batch() -> None:
     batch: Batch = {"item": torch.tensor([1, 2, 3])}
 
     def drawn(seed: int = 0, epoch: int = 0, batch: Batch = batch) -> list[int]:
@@ -134,7 +134,7 @@ def test_what_decides_a_draw() -> None:
 
 @FORKED
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_that_live_on_draw_by_the_epoch(tmp_path: Path, context: str) -> None:
+def test_persistent_workers_draw_by_the_epoch(tmp_path: Path, context: str) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
     sampler = copy.deepcopy(NegativeSampler("item", 5, items=torch.arange(1000)))
     other = copy.deepcopy(sampler)
@@ -150,7 +150,7 @@ def test_workers_that_live_on_draw_by_the_epoch(tmp_path: Path, context: str) ->
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_readers_threads_draw_the_same(tmp_path: Path, threads: int) -> None:
+def test_the_threads_of_a_reader_draw_the_same(tmp_path: Path, threads: int) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
     sampler = NegativeSampler("item", 4, items=torch.arange(100), seed=3)
     later = [dense(sampler(batch)) for batch in ColumnDataset(tmp_path, ["item"], 7, shuffle=True)]
@@ -162,16 +162,14 @@ def test_a_readers_threads_draw_the_same(tmp_path: Path, threads: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, later, strict=True))
 
 
-def test_nothing_left_to_draw_is_refused() -> None:
+def test_rows_without_candidates_are_refused() -> None:
     batch: Batch = {"item": torch.tensor([1, 1])}
-    with pytest.raises(
-        ValueError, match="all 1 items that 'negatives' could hold in row 0 of the batch are the row's own"
-    ):
+    with pytest.raises(ValueError, match="all 1 candidates for 'negatives' are own items of row 0 of the batch"):
         NegativeSampler("item", 1)(batch)
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"count": 0}, ValueError, "count must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed and power must not be negative"),
@@ -182,7 +180,7 @@ def test_nothing_left_to_draw_is_refused() -> None:
         (
             {"items": torch.arange(3), "frequencies": torch.tensor([1e308, 1, 1], dtype=torch.float64), "power": 2},
             ValueError,
-            r"frequencies from 1 to 1e\+308 to the power of 2 are beyond what float64 holds.*take a smaller power",
+            r"frequencies from 1 to 1e\+308 to the power of 2 exceed the range of float64.*use a smaller power",
         ),
         (
             {"items": torch.arange(2), "frequencies": torch.tensor([1e-200, 1], dtype=torch.float64), "power": 2},
@@ -193,39 +191,39 @@ def test_nothing_left_to_draw_is_refused() -> None:
             # Each is finite, and their sum is not.
             {"items": torch.arange(2), "frequencies": torch.tensor([1e308, 1e308], dtype=torch.float64), "power": 1},
             ValueError,
-            "beyond what float64 holds",
+            "exceed the range of float64",
         ),
         ({"exclude": "seen"}, TypeError, r"exclude must be a sequence of columns, got a str; write \['seen'\]"),
-        ({"items": torch.tensor([1, 1])}, ValueError, "each once, got 2 of which 1 differ"),
+        ({"items": torch.tensor([1, 1])}, ValueError, "without repetition, got 2 with 1 distinct"),
         ({"items": torch.tensor([1.5])}, TypeError, r"items must be int64 \[C\]"),
-        ({"frequencies": torch.tensor([1])}, ValueError, "there is none; give items"),
+        ({"frequencies": torch.tensor([1])}, ValueError, "there are none; give items"),
         ({"items": torch.tensor([1, 2]), "frequencies": torch.tensor([1])}, ValueError, r"got \[1\] for 2 items"),
         ({"items": torch.tensor([1]), "frequencies": torch.tensor([0])}, ValueError, "must be positive; leave out"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_invalid_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         NegativeSampler("item", **({"count": 1} | options))
 
 
 def test_frequencies_in_the_batch_that_are_too_large_are_refused() -> None:
     batch: Batch = {"item": torch.tensor([1] * 40 + [2])}
-    with pytest.raises(ValueError, match="frequencies from 1 to 40 to the power of 500 are beyond"):
+    with pytest.raises(ValueError, match="frequencies from 1 to 40 to the power of 500 exceed"):
         NegativeSampler("item", 1, power=500)(batch)
 
 
 @pytest.mark.parametrize(
-    ("batch", "error", "said"),
+    ("batch", "error", "message"),
     [
-        ({"x": torch.tensor([1])}, ValueError, "no column 'item', it has x"),
+        ({"x": torch.tensor([1])}, ValueError, "no column 'item', only x"),
         ({"item": torch.tensor([1.0])}, TypeError, "column 'item' must be int64"),
-        ({"item": RaggedTensor.from_lists([[[1]]])}, TypeError, "without further levels"),
+        ({"item": RaggedTensor.from_lists([[[1]]])}, TypeError, "with one level"),
         ({"item": torch.tensor([1]), "n": torch.tensor([-1])}, ValueError, "'n' has the negative count -1"),
         ({"item": torch.tensor([1])}, TypeError, r"column 'n' must be counts, integers \[B\], got None"),
     ],
 )
-def test_columns_of_other_forms_are_refused(batch: Batch, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_columns_of_other_forms_are_refused(batch: Batch, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         NegativeSampler("item", "n", items=torch.arange(9))(batch)
-    with pytest.raises(ValueError, match="epoch must not be negative, got -1"):
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         NegativeSampler("item", 1).set_epoch(-1)

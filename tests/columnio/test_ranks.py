@@ -1,350 +1,210 @@
-"""How rows are shared: equal numbers of batches, ranks of torch.distributed, workers of a DataLoader."""
+"""Ranks that open different files: all raise and none hangs; and all ranks get the same windows."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from recis_hybrid.columnio.options import ShardOptions
+from recis_hybrid.columnio.ranks import has_other_ranks, open_on_all_ranks
+
+# Both ranks run each scenario, each with its own folder; their reports are compared below. The barrier after each
+# scenario shows that the group still works.
+_RANK = """
+import json, os, sys, time, warnings
+from pathlib import Path
 import torch
-from hypothesis import given, settings, strategies as st
-from torch.utils.data import DataLoader
-
-from recis_hybrid.columnio import ColumnDataset, ReadOptions, ShardOptions
-from recis_hybrid.columnio.ranks import open_on_all_ranks
-from recis_hybrid.columnio.read.sampler import Batches
-from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
-from recis_hybrid.ragged import Batch, RaggedTensor
-from tests.support.columns import dense
-from tests.support.workers import FEW_CORES, FORKED
-
-pytestmark = [FORKED, FEW_CORES]
-
-ROWS = 47
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranks")
-    for number, (first, stop) in enumerate([(0, 13), (13, 20), (20, ROWS)]):
-        rows = range(first, stop)
-        columns = {"row": pa.array(rows, pa.int64()), "text": [f"é{row}" for row in rows]}
-        lists = pa.array([[row] * (row % 4) for row in rows], pa.list_(pa.int64()))
-        pq.write_table(pa.table({**columns, "list": lists}), path / f"part-{number}.parquet", row_group_size=5)
-    return path
-
-
-def rows_of(batches: Any) -> list[list[int]]:
-    return [dense(batch).tolist() for batch in batches]
-
-
-# Equal numbers of batches
-
-
-@settings(max_examples=60)
-@given(
-    batch_size=st.integers(1, 60),
-    world_size=st.integers(1, 9),
-    shuffle=st.booleans(),
-    threads=st.integers(1, 2),
-    taken=st.integers(0, 3),
-    later=st.integers(1, 9),
-)
-def test_padded_batches_hold_every_row_once(
-    folder: Path, batch_size: int, world_size: int, shuffle: bool, threads: int, taken: int, later: int
-) -> None:
-    def opened(rank: int, size: int) -> ColumnDataset:
-        return ColumnDataset(
-            folder,
-            ["row"],
-            batch_size,
-            shuffle=shuffle,
-            seed=5,
-            shard=ShardOptions(rank=rank, world_size=size, uneven="pad"),
-            read=ReadOptions(num_threads=threads),
-        )
-
-    seen: list[int] = []
-    states = []
-    for rank in range(world_size):
-        data = opened(rank, world_size)
-        passing = iter(data)
-        for _ in range(min(taken, len(data))):
-            batch = next(passing)
-            assert len(dense(batch)) == len(dense(batch, "mask")) == batch_size
-            seen += dense(batch)[dense(batch, "mask")].tolist()
-        states.append(data.state_dict())
-    assert states == states[:1] * world_size
-    counts = set()
-    for rank in range(later):
-        data = opened(rank, later)
-        data.load_state_dict(states[0])
-        batches = list(data)
-        counts.add(len(batches))
-        for batch in batches:
-            assert dense(batch).shape == dense(batch, "mask").shape == (batch_size,)
-            assert set(dense(batch).tolist()) <= set(range(ROWS))
-            seen += dense(batch)[dense(batch, "mask")].tolist()
-    assert sorted(seen) == list(range(ROWS))
-    assert len(counts) == 1
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2, 5, 9])
-def test_wrapped_batches_go_on_from_the_beginning(folder: Path, shuffle: bool, world_size: int) -> None:
-    def opened(**options: Any) -> ColumnDataset:
-        return ColumnDataset(folder, ["row"], 7, shuffle=shuffle, **options)
-
-    order = list(chain.from_iterable(rows_of(opened())))
-    turns = -(-ROWS // (7 * world_size))
-    endless = order * 3
-    ranks = [opened(shard=ShardOptions(rank=rank, world_size=world_size, uneven="wrap")) for rank in range(world_size)]
-    assert [len(data) for data in ranks] == [turns] * world_size
-    got = [rows_of(data) for data in ranks]
-    for turn in range(turns):
-        for rank in range(world_size):
-            first = (turn * world_size + rank) * 7
-            assert got[rank][turn] == endless[first : first + 7]
-
-
-@given(
-    rows=st.integers(1, 200),
-    batch_size=st.integers(1, 9),
-    world_size=st.integers(2, 6),
-    start=st.integers(0, 199),
-    workers=st.integers(1, 3),
-)
-def test_ranks_get_equally_many_batches_of_about_one_size(
-    rows: int, batch_size: int, world_size: int, start: int, workers: int
-) -> None:
-    start = min(start, rows)
-
-    def ranges(begin: int, rank: int) -> list[tuple[int, int]]:
-        of_workers = [
-            list(Batches(rows, batch_size, begin, rank, world_size, False, None, w, workers)) for w in range(workers)
-        ]
-        return [each[turn] for turn in range(len(of_workers[0])) for each in of_workers if turn < len(each)]
-
-    by_rank = [ranges(start, rank) for rank in range(world_size)]
-    turns = len(by_rank[0])
-    assert [len(each) for each in by_rank] == [turns] * world_size
-    # Each row once, in one order for any number of ranks.
-    assert [row for turn in zip(*by_rank, strict=True) for low, high in turn for row in range(low, high)] == list(
-        range(start, rows)
-    )
-    sizes = [high - low for each in by_rank for low, high in each]
-    assert max(sizes, default=0) <= batch_size
-    if rows - start >= world_size and batch_size > 1:
-        assert min(sizes) > 0
-    # A run that is resumed after any turn goes on with the same batches.
-    for turn in range(turns):
-        begin = Batches(rows, batch_size, start, 0, world_size).after(turn)
-        assert [ranges(begin, rank) for rank in range(world_size)] == [each[turn:] for each in by_rank]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_dropped_turns_leave_equal_numbers(folder: Path, world_size: int) -> None:
-    alone = rows_of(ColumnDataset(folder, ["row"], 7))
-    ranks = [
-        ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=rank, world_size=world_size, uneven="drop"))
-        for rank in range(world_size)
-    ]
-    turns = len(alone) // world_size
-    got = [rows_of(data) for data in ranks]
-    assert [[len(data)] + [len(each)] for data, each in zip(ranks, got, strict=True)] == [[turns, turns]] * world_size
-    assert got == [alone[rank : turns * world_size : world_size] for rank in range(world_size)]
-    with pytest.raises(ValueError, match="uneven='drop' leaves no batch of 47 rows"):
-        ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=0, world_size=8, uneven="drop"))
-
-
-def test_filled_columns_of_every_kind(folder: Path) -> None:
-    (batch,) = ColumnDataset(folder, ["row", "text", "list"], 50, shard=ShardOptions(uneven="pad"))
-    rows = dense(batch).tolist()
-    assert rows == [*range(ROWS), 0, 1, 2]
-    text, lists = batch["text"], batch["list"]
-    assert isinstance(text, RaggedTensor)
-    assert isinstance(lists, RaggedTensor)
-    assert text.to_strings() == [f"é{row}".encode() for row in rows]
-    assert lists.to_lists() == [[row] * (row % 4) for row in rows]
-    assert dense(batch, "mask").tolist() == [True] * ROWS + [False] * 3
-
-
-@given(
-    rows=st.integers(1, 60),
-    batch_size=st.integers(1, 9),
-    start=st.integers(0, 60),
-    world_size=st.integers(1, 5),
-    uneven=st.sampled_from([None, "wrap", "drop"]),
-    drop=st.booleans(),
-    workers=st.integers(1, 4),
-    data=st.data(),
-)
-def test_what_is_wanted_is_what_batches_hold(
-    rows: int, batch_size: int, start: int, world_size: int, uneven: Any, drop: bool, workers: int, data: st.DataObject
-) -> None:
-    start = min(start, rows)
-    rank, worker = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, workers - 1))
-    batches = Batches(rows, batch_size, start, rank, world_size, drop, uneven, worker, workers)
-    assert len(list(batches)) == len(batches)
-    held = {row for low, high in batches for row in range(low, high)}
-    first = data.draw(st.integers(0, rows))
-    stop = data.draw(st.integers(first, rows))
-    assert batches.wants(first, stop) == bool(held & set(range(first, stop)))
-
-
-# Who this process is
-
-
-def test_a_rank_by_hand_is_given_with_the_world_size(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with open_on_all_ranks(ShardOptions()) as opening:
-        assert (opening.rank, opening.world_size) == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with open_on_all_ranks(ShardOptions(rank=0, world_size=2)) as opening:
-        assert (opening.rank, opening.world_size) == (0, 2)
-
-
-_DISTRIBUTED = """
-import sys
 import torch.distributed as dist
-from recis_hybrid.columnio import ColumnDataset, ShardOptions
-# Ranks other than torchrun's environment says: what is initialised counts.
-rank = 1 - int(sys.argv[2])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
-data = ColumnDataset(sys.argv[1], ["row"], 5, shard=ShardOptions(uneven="pad"))
-seen = []
-for batch in data:
-    dist.all_reduce(batch["row"].sum())
-    seen += batch["row"][batch["mask"]].tolist()
-print(rank, seen)
+from torch.utils.data import DataLoader, IterableDataset
+from recis_hybrid.columnio import ColumnDataset, ReadOptions, ShardOptions, Windows
+
+warnings.simplefilter("ignore")
+root, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://" + str(root / "store"), rank=rank, world_size=2)
+mine = root / f"rank-{rank}"
+
+def opened(name, batch_size=10, **options):
+    return ColumnDataset(mine / name, ["row"], batch_size, **options)
+
+class Lazy(IterableDataset):
+    # Opened in a worker, which inherits the group but cannot use it.
+    def __iter__(self):
+        yield from opened("same")
+
+def rows(data):
+    return sum(len(batch["row"]) for batch in data)
+
+def names(windows):
+    return [(window.name, Path(window.paths[0]).parts[-3:-1]) for window in windows]
+
+def by_hand():
+    if rank == 0:
+        return [rows(opened("same", shard=ShardOptions(rank=0, world_size=size))) for size in (1, 2)]
+
+def failing():
+    # A file system that rank 0 alone cannot read.
+    windows = Windows(mine / "hours", idle_s=0)
+    if rank == 0:
+        windows._look = lambda idle: (_ for _ in ()).throw(PermissionError("not yours"))
+    return names(windows)
+
+def late():
+    waits = []
+    def wait(seconds):
+        waits.append(seconds)
+        if rank == 0 and len(waits) == 2:
+            (mine / "later" / "a").mkdir(parents=True)
+            (mine / "later" / "a" / "_SUCCESS").touch()
+    # Alone, rank 1 would end at once.
+    windows = Windows(mine / "later", poll_s=1, idle_s=(3, 0)[rank], sleep=wait)
+    return [window.name for window in windows], len(waits)
+
+scenarios = {
+    "elsewhere": lambda: len(opened("same")),
+    "file": lambda: opened("file"),
+    "rows": lambda: opened("rows"),
+    "order": lambda: ColumnDataset([mine / "same" / f"{k}.parquet" for k in ((0, 1), (1, 0))[rank]], ["row"], 10),
+    "batch size": lambda: opened("same", 10 + rank),
+    "seed": lambda: opened("same", shuffle=True, seed=rank),
+    "memory": lambda: ColumnDataset.from_arrow({"row": [0, rank, 2]}, ["row"], 1),
+    "same memory": lambda: rows(ColumnDataset.from_arrow({"row": [0, 1, 2]}, ["row"], 1)),
+    "damaged": lambda: opened("damaged"),
+    "skip": lambda: opened("damaged", read=ReadOptions(on_bad_file="skip")),
+    "missing": lambda: opened("missing"),
+    "by hand": by_hand,
+    "workers": lambda: rows(DataLoader(opened("same"), batch_size=None, num_workers=1, multiprocessing_context="fork")),
+    "in a worker": lambda: rows(DataLoader(Lazy(), batch_size=None, num_workers=1, multiprocessing_context="fork")),
+    "windows": lambda: names(Windows(mine / "hours", idle_s=0)),
+    "alone": lambda: names(Windows(mine / "hours", idle_s=0, alone=True)) if rank else None,
+    "list": lambda: [window.name for window in Windows([["a"], ["b"]])] if rank else None,
+    "failing": failing,
+    "late": late,
+}
+reports = {}
+for name, run in scenarios.items():
+    try:
+        result = run()
+        reports[name] = result if not isinstance(result, ColumnDataset) else "opened"
+    except Exception as error:
+        reports[name] = f"{type(error).__name__}: {error}"
+    dist.barrier()
+print(json.dumps(reports))
 dist.destroy_process_group()
 """
 
 
-def test_ranks_of_torch_distributed_share_all_rows_and_no_collective_hangs(folder: Path, tmp_path: Path) -> None:
-    started = [
+def write(path: Path, first: int = 0, rows: int = 30) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"row": range(first, first + rows)}), path, row_group_size=20)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("ranks")
+    for rank in range(2):
+        mine = root / f"rank-{rank}"
+        for name in ("same", "file", "rows", "damaged"):
+            for number in range(2):
+                write(mine / name / f"{number}.parquet", number * 30)
+        for hour in ("b", *("a" * rank)):
+            (mine / "hours" / hour).mkdir(parents=True)
+            (mine / "hours" / hour / "_SUCCESS").touch()
+    # On rank 1: a file more, a rewritten file, and a file that cannot be read.
+    write(root / "rank-1" / "file" / "2.parquet")
+    write(root / "rank-1" / "rows" / "1.parquet", rows=31)
+    (root / "rank-1" / "damaged" / "0.parquet").write_bytes(b"PAR1 and no more")
+    write(root / "rank-0" / "missing" / "0.parquet")
+    ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _DISTRIBUTED, str(folder), str(number), str(tmp_path / "store")],
+            [sys.executable, "-c", _RANK, str(root), str(rank)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for rank in range(2)
     ]
-    seen: list[int] = []
-    for number, process in enumerate(started):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        rank, rows = out.strip().split(" ", 1)
-        assert int(rank) == 1 - number
-        seen += [int(row) for row in rows.strip("[]").split(",")]
-    assert sorted(seen) == list(range(ROWS))
+    try:
+        every = [process.communicate(timeout=90) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [0, 0], every
+    return [json.loads(out) for out, _ in every]
 
 
-# torch.utils.data.DataLoader
-
-
-class Watched:
-    """What a worker runs; it must be picklable."""
-
-    def __init__(self) -> None:
-        self.engine = FeatureEngine([Feature("hashed", ops=[Hash("farm"), Mod(1000)], source="text")]).reading_part()
-
-    def __call__(self, batch: Batch) -> Batch:
-        jax = any(name.split(".")[0] in ("jax", "jaxlib") for name in sys.modules)
-        return {**self.engine({**batch}), "jax": torch.tensor([jax] * len(dense(batch)))}
-
-
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
-def test_workers_share_the_batches_of_a_rank_in_order(folder: Path, workers: int, context: str | None) -> None:
-    columns = ["row", "text", "list"]
-    data = ColumnDataset(
-        folder,
-        columns,
-        4,
-        shuffle=True,
-        seed=2,
-        shard=ShardOptions(rank=1, world_size=2),
-        transforms=Watched(),
-        read=ReadOptions(prefetch=1),
-    )
-    want = list(
-        ColumnDataset(
-            folder, columns, 4, shuffle=True, seed=2, shard=ShardOptions(rank=1, world_size=2), transforms=Watched()
+@pytest.mark.parametrize(
+    ("scenario", "difference"),
+    [
+        ("file", "2.parquet has None on rank 0 and [20, 10] on rank 1"),
+        ("rows", "1.parquet has [20, 10] on rank 0 and [20, 11] on rank 1"),
+        ("order", "its files are in another order"),
+        ("batch size", "batch_size is 10 on rank 0 and 11 on rank 1"),
+        ("seed", "seed is 0 on rank 0 and 1 on rank 1"),
+        ("memory", "data in memory"),
+        ("skip", "0.parquet has [20, 10] on rank 0 and None on rank 1"),
+    ],
+)
+def test_ranks_with_different_data_all_raise(reports: list[dict[str, Any]], scenario: str, difference: str) -> None:
+    for rank in reports:
+        assert rank[scenario].startswith(
+            "ValueError: ColumnDataset: all ranks must open the same data, but rank 1 differs from rank 0: "
         )
+        assert difference in rank[scenario]
+        assert rank[scenario].endswith(
+            "; open it with the same files and options on all ranks, once all files are there"
+        )
+    assert reports[0][scenario] == reports[1][scenario]
+
+
+def test_skipped_files_are_named(reports: list[dict[str, Any]]) -> None:
+    assert "rank 1 skipped" in reports[0]["skip"]
+    assert "rank-1/damaged/0.parquet" in reports[0]["skip"]
+
+
+@pytest.mark.parametrize(("scenario", "error"), [("damaged", "BadFileError"), ("missing", "FileNotFoundError")])
+def test_a_rank_that_cannot_open_tells_the_others(reports: list[dict[str, Any]], scenario: str, error: str) -> None:
+    assert reports[1][scenario].startswith(f"{error}: ")
+    assert reports[0][scenario].startswith(f"ValueError: ColumnDataset: rank 1 could not open the dataset ({error}: ")
+
+
+def test_the_same_data_elsewhere_is_the_same(reports: list[dict[str, Any]]) -> None:
+    assert [rank["elsewhere"] for rank in reports] == [3, 3]
+    assert [rank["same memory"] for rank in reports] == [2, 1]
+
+
+def test_explicit_ranks_and_workers_do_not_communicate(reports: list[dict[str, Any]]) -> None:
+    assert [rank["by hand"] for rank in reports] == [[60, 30], None]
+    assert [rank["workers"] for rank in reports] == [30, 30]
+    assert [rank["in a worker"] for rank in reports] == [30, 30]
+
+
+def test_the_first_rank_chooses_the_windows(reports: list[dict[str, Any]]) -> None:
+    # Rank 1 has "a" too, and first; each rank opens the chosen window in its own folder.
+    assert [rank["windows"] for rank in reports] == [[["b", [f"rank-{rank}", "hours"]]] for rank in range(2)]
+    assert [rank["alone"] and [name for name, _ in rank["alone"]] for rank in reports] == [None, ["a", "b"]]
+    # An explicit list is the same everywhere.
+    assert reports[1]["list"] == ["0", "1"]
+    assert [rank["late"] for rank in reports] == [[["a"], 5], [["a"], 5]]
+
+
+def test_a_failure_on_the_first_rank_raises_on_all(reports: list[dict[str, Any]]) -> None:
+    assert reports[0]["failing"] == "PermissionError: not yours"
+    assert reports[1]["failing"].startswith(
+        "RuntimeError: columnio: rank 0, which chooses for all ranks, failed: Permission"
     )
-    loader = DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context=context)
-    assert len(loader) == len(want)
-    got = list(loader)
-    assert rows_of(got) == rows_of(want)
-    for one, other in zip(got, want, strict=True):
-        assert torch.equal(dense(one, "hashed"), dense(other, "hashed"))
-        assert isinstance(one["list"], RaggedTensor)
-        assert isinstance(other["list"], RaggedTensor)
-        assert one["list"].to_lists() == other["list"].to_lists()
-        if context == "spawn":
-            # A fresh process has only what the package brings.
-            assert not dense(one, "jax").any()
 
 
-def test_a_pass_of_a_loader_is_resumed_without_one(folder: Path) -> None:
-    def opened(**options: Any) -> ColumnDataset:
-        return ColumnDataset(folder, ["row"], 4, shuffle=True, seed=2, **options)
-
-    whole = rows_of(opened())
-    data = opened()
-    loader = iter(DataLoader(data, batch_size=None, num_workers=2))
-    assert rows_of([next(loader) for _ in range(5)]) == whole[:5]
-    state = data.state_dict(5)
-    left = opened()
-    left.load_state_dict(state)
-    assert rows_of(left) == whole[5:]
-    left = opened()
-    left.load_state_dict(state)
-    again = DataLoader(left, batch_size=None, num_workers=2)
-    assert rows_of(again) == whole[5:]
-    left.set_epoch(1)
-    data.set_epoch(1)
-    assert rows_of(again) == rows_of(data) != whole
-
-
-# Threads
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_threads_leave_order_and_results_as_they_are(folder: Path, threads: int) -> None:
-    engine = FeatureEngine([Feature("hashed", ops=[Hash("farm"), Mod(1000)], source="text"), Feature("row")])
-    later = [engine(batch) for batch in ColumnDataset(folder, ["row", "text"], 3, shuffle=True)]
-    reading, remaining = engine.reading_part(), engine.remaining_part()
-    data = ColumnDataset(
-        folder, ["row", "text"], 3, shuffle=True, transforms=reading, read=ReadOptions(num_threads=threads, prefetch=5)
-    )
-    got = [remaining(batch) for batch in data]
-    assert len(got) == len(later)
-    for one, other in zip(got, later, strict=True):
-        assert list(one) == list(other)
-        assert all(torch.equal(dense(one, name), dense(other, name)) for name in one)
-
-
-def test_device_and_pinned_memory(folder: Path) -> None:
-    (batch, *_) = ColumnDataset(folder, ["row", "list"], 50, device="meta")
-    assert {column.device.type for column in batch.values()} == {"meta"}
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="pin_memory needs a GPU that torch can use, and there is none"):
-            ColumnDataset(folder, ["row"], 50, read=ReadOptions(pin_memory=True))
-
-
-@pytest.mark.gpu
-def test_pinned_batches_arrive_on_the_gpu(folder: Path) -> None:
-    host = list(ColumnDataset(folder, ["row", "list"], 6, read=ReadOptions(pin_memory=True)))
-    assert all(column.is_pinned() for batch in host for column in batch.values())
-    there = list(ColumnDataset(folder, ["row", "list"], 6, read=ReadOptions(pin_memory=True), device="cuda"))
-    assert rows_of(there) == rows_of(host)
-    assert all(column.device.type == "cuda" for batch in there for column in batch.values())
+def test_one_process_compares_nothing() -> None:
+    assert not has_other_ranks()
+    with open_on_all_ranks(ShardOptions()) as opening:
+        assert not opening.together
+    with pytest.raises(LookupError), open_on_all_ranks(ShardOptions()):
+        raise LookupError

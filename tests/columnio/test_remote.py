@@ -1,4 +1,4 @@
-"""Files that lie elsewhere: a real S3 server on this machine, fsspec, and file systems handed in."""
+"""Remote files: a real S3 server on this machine, fsspec, and explicit file systems."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
-    """A bucket of three files in folders of days, and one file that another program keeps for itself."""
+    """A bucket of three files in folders of days, and one hidden file."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
-    # No question to the machine for who it is.
+    # Do not ask the machine for credentials.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     filesystem = pafs.S3FileSystem(
         endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
@@ -99,17 +99,17 @@ def test_a_pass_over_s3_is_resumed_and_filtered(s3: pafs.S3FileSystem) -> None:
     assert seen + rows_of(left) == whole
 
 
-def test_an_object_that_vanishes_names_itself(s3: pafs.S3FileSystem) -> None:
+def test_a_vanished_object_is_named(s3: pafs.S3FileSystem) -> None:
     data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     s3.delete_file("bucket/clicks/day=3/a.parquet")
     with pytest.raises(FileNotFoundError, match=r"clicks/day=3/a\.parquet"):
         list(data)
 
 
-def test_an_object_written_anew_names_itself(s3: pafs.S3FileSystem) -> None:
+def test_a_rewritten_object_is_named(s3: pafs.S3FileSystem) -> None:
     data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     pq.write_table(table(20, 31), "bucket/clicks/day=3/a.parquet", filesystem=s3, row_group_size=4)
-    with pytest.raises(BadFileError, match=r"clicks/day=3/a\.parquet was written anew since the data set was opened"):
+    with pytest.raises(BadFileError, match=r"clicks/day=3/a\.parquet changed since the dataset was opened"):
         list(data)
 
 

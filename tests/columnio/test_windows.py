@@ -24,7 +24,7 @@ def names(windows: Windows, count: int | None = None) -> list[str]:
 
 
 class Clock:
-    """Time that passes only where the stream waits, with what happens then."""
+    """A clock that advances only while the stream waits, with events at given times."""
 
     def __init__(self, *events: Callable[[], None]) -> None:
         self.events, self.waits = list(events), 0
@@ -35,7 +35,7 @@ class Clock:
             self.events.pop(0)()
 
 
-def test_windows_come_as_they_are_completed(tmp_path: Path) -> None:
+def test_windows_come_when_they_are_complete(tmp_path: Path) -> None:
     source = tmp_path / "hours"
     clock = Clock(
         lambda: write(source / "02", 2, complete=False),
@@ -43,7 +43,7 @@ def test_windows_come_as_they_are_completed(tmp_path: Path) -> None:
         lambda: None,
         lambda: (source / "02" / "_SUCCESS").touch(),
     )
-    # The folder is not there at first.
+    # The folder does not exist at first.
     windows = Windows(source, sleep=clock)
     got = []
     for window in islice(windows, 2):
@@ -54,7 +54,7 @@ def test_windows_come_as_they_are_completed(tmp_path: Path) -> None:
     assert clock.waits == 4
 
 
-def test_a_window_that_is_late_comes_late_and_none_twice(tmp_path: Path) -> None:
+def test_a_late_window_comes_late_and_none_comes_twice(tmp_path: Path) -> None:
     for name in ("02", "03", "_tmp", ".x"):
         write(tmp_path / name, 0)
     windows = iter(Windows(tmp_path, idle_s=1, poll_s=1, sleep=Clock()))
@@ -77,18 +77,18 @@ def test_a_stream_is_resumed_at_the_window_that_was_not_done(tmp_path: Path) -> 
         write(tmp_path / name, 0)
     windows = Windows(tmp_path, idle_s=0)
     passing = iter(windows)
-    # As numbers, where names are numbers.
+    # Names that are numbers sort as numbers.
     assert [next(passing).name, next(passing).name] == ["1", "2"]
     state = windows.state_dict()
     resumed = Windows(tmp_path, idle_s=0)
     resumed.load_state_dict(state)
     assert names(resumed) == ["2", "10"]
     assert resumed.state_dict()["done"] == ["1", "10", "2"]
-    with pytest.raises(ValueError, match="this is no state of windows"):
+    with pytest.raises(ValueError, match="this is not a state of Windows"):
         resumed.load_state_dict({"done": ["1"]})
 
 
-def test_a_source_that_is_away_for_a_while_is_no_news(tmp_path: Path) -> None:
+def test_an_unreachable_source_repeats_no_window(tmp_path: Path) -> None:
     source = tmp_path / "hours"
     for name in ("1", "2"):
         write(source / name, 0)
@@ -100,7 +100,7 @@ def test_a_source_that_is_away_for_a_while_is_no_news(tmp_path: Path) -> None:
     assert names(Windows(source, poll_s=1, idle_s=4, sleep=clock)) == ["1", "2", "3"]
 
 
-def test_a_window_that_is_removed_or_written_anew_does_not_come_again(tmp_path: Path) -> None:
+def test_a_removed_or_rewritten_window_does_not_come_again(tmp_path: Path) -> None:
     write(tmp_path / "1", 0)
     windows = Windows(tmp_path, idle_s=0)
     assert names(windows) == ["1"]
@@ -122,6 +122,6 @@ def test_an_explicit_list_ends() -> None:
     assert names(windows) == []
 
 
-def test_times_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match="poll_s must be positive and idle_s not negative, got 0 and None"):
+def test_invalid_times_are_refused() -> None:
+    with pytest.raises(ValueError, match="poll_s must be positive and idle_s must not be negative, got 0 and None"):
         Windows("x", poll_s=0)

@@ -1,4 +1,4 @@
-"""Arrow columns to tensors, without a copy where the layouts agree.
+"""Conversion of Arrow columns to tensors, without a copy if the layouts agree.
 
 All of ``columnio`` may import it; it knows no file.
 """

@@ -1,8 +1,8 @@
-"""From Arrow arrays to tensors in two steps, by the spec of a column. Imports pyarrow.
+"""Conversion of Arrow arrays to tensors in two steps, by the spec of a column. Imports pyarrow.
 
-`clean` runs while it is known which file an array came from: it refuses or fills nulls, converts, and brings the array
-to one layout, copying only what is not in order already. `tensor` runs on a batch that was cut from clean arrays: it
-only looks at the same memory in another way, so that nothing is left that could fail.
+``clean`` runs while the file of an array is known: it refuses or fills nulls, converts values, and brings the array
+into one layout, copying only if necessary. ``tensor`` runs on a batch cut from clean arrays: it returns a view of the
+same memory and cannot fail.
 
 Letters: B rows of a batch, N values over all rows, L values of each row.
 """
@@ -39,25 +39,25 @@ from recis_hybrid.ragged import RaggedTensor
 
 
 class Converter(Protocol):
-    """What a spec becomes once the column's type in the files is known."""
+    """A spec applied to the type of a column in the files."""
 
     @property
     def spec(self) -> Column:
-        """The spec, its dtype filled in."""
+        """The spec with its dtype."""
 
     @property
     def dense(self) -> bool:
-        """Whether it makes one tensor, with a row for each."""
+        """True if the result is one tensor with an entry per row."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Return the array in the layout that `tensor` takes, without nulls.
+        """Return the array in the layout of ``tensor``, without nulls.
 
         Raises:
-            ValueError: The spec does not allow for what is in it.
+            ValueError: A value is not allowed by the spec.
         """
 
     def tensor(self, array: Array) -> torch.Tensor | RaggedTensor:
-        """Return a clean array, or a slice of one, as what a batch holds, over the same memory."""
+        """Return the column of a batch for a clean array or a slice of one, over the same memory."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class DenseConverter:
     dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.numbers.clean(array, place)
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.numbers.tensor(array)
 
 
@@ -87,16 +87,16 @@ class FixedConverter:
     dense: ClassVar[bool] = True
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Converter`."""
-        # The length of a null is null, and so is its comparison: it counts neither as right nor as wrong.
+        """See ``Converter``."""
+        # The length of a null list is null, and so is its comparison; null lists are counted as missing.
         lengths = pc.list_value_length(array)
-        found = pc.not_equal(lengths, 0)
-        missing = len(found) - (pc.sum(found).as_py() or 0)
-        wrong = lengths.filter(pc.and_(found, pc.not_equal(lengths, self.length)))
+        filled = pc.not_equal(lengths, 0)
+        missing = len(filled) - (pc.sum(filled).as_py() or 0)
+        wrong = lengths.filter(pc.and_(filled, pc.not_equal(lengths, self.length)))
         if len(wrong):
             raise ValueError(
-                f"{place} has {len(wrong)} lists whose length is not {self.length} but "
-                f"{a_few(sorted(wrong.unique().to_pylist()))}; read it with Ragged(), or write lists of one length"
+                f"{place} has {len(wrong)} lists of length {a_few(sorted(wrong.unique().to_pylist()))} instead of "
+                f"{self.length}; read it with Ragged(), or write lists of one length"
             )
         if missing and self.numbers.default is None:
             kind = "null" if missing == array.null_count else "null or empty list"
@@ -104,19 +104,19 @@ class FixedConverter:
         values = self.numbers.clean(array.flatten(), place)
         if missing:
             rows = torch.full((len(array), self.length), self.numbers.default or 0, dtype=self.numbers.dtype)
-            present = from_dlpack(pc.fill_null(found, False).cast(pa.uint8())).bool()
+            present = from_dlpack(pc.fill_null(filled, False).cast(pa.uint8())).bool()
             rows[present] = self.numbers.tensor(values).view(-1, self.length)
             values = self.numbers.array(rows.view(-1))
         return pa.FixedSizeListArray.from_arrays(values, self.length)
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.numbers.tensor(array.flatten()).view(-1, self.length)
 
 
 @dataclass(frozen=True)
 class ListConverter:
-    """Values in lists of lists, as deep as `depth` says → RaggedTensor."""
+    """Values in lists nested ``depth`` times → RaggedTensor."""
 
     spec: Ragged | Text | Weighted
     leaf: Leaf
@@ -124,11 +124,11 @@ class ListConverter:
     dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self._clean(array, self.depth, place)
 
     def tensor(self, array: Array) -> RaggedTensor:
-        """See `Converter`."""
+        """See ``Converter``."""
         levels = []
         for _ in range(self.depth):
             offsets = from_dlpack(array.offsets)
@@ -137,7 +137,7 @@ class ListConverter:
             levels.append(offsets - first if first else offsets)
         values, more, weights = self.leaf.parts(array)
         levels += more
-        # What was cleaned is valid, and checking would cost more than the rest.
+        # Clean arrays are valid, and a check would cost more than the conversion.
         return RaggedTensor.unchecked(values, levels[-1], weights, tuple(levels[:-1]))
 
     def _clean(self, array: Array, depth: int, place: Place) -> Array:
@@ -167,97 +167,94 @@ class ParallelConverter:
     dense: ClassVar[bool] = False
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Converter`."""
+        """See ``Converter``."""
         there = replace(place, column=str(self.spec.weights))
         ids, weights = self.ids.clean(array.field(0), place), self.weights.clean(array.field(1), there)
         if not ids.offsets.equals(weights.offsets):
-            found, wanted = pc.list_value_length(weights), pc.list_value_length(ids)
-            row = pc.index(pc.not_equal(found, wanted), True).as_py()
+            weight_counts, id_counts = pc.list_value_length(weights), pc.list_value_length(ids)
+            row = pc.index(pc.not_equal(weight_counts, id_counts), True).as_py()
             raise ValueError(
-                f"{place} has {wanted[row]} ids in a row where its weights {self.spec.weights!r} are {found[row]} "
-                f"(the {row + 1}th of these rows); write a weight for each id"
+                f"{place} has {id_counts[row]} ids but {weight_counts[row]} weights in {self.spec.weights!r} in row "
+                f"{row} of these rows; write one weight per id"
             )
         return pa.LargeListArray.from_arrays(ids.offsets, paired(ids.values, weights.values))
 
     def tensor(self, array: Array) -> RaggedTensor:
-        """See `Converter`."""
+        """See ``Converter``."""
         assert isinstance(self.weights.leaf, NumberLeaf)
         return ListConverter(self.spec, PairLeaf(self.ids.leaf, self.weights.leaf.numbers), 1).tensor(array)
 
 
 @dataclass(frozen=True)
 class PreparedConverter:
-    """Converter of a rare layout, or of all nulls: casts to a plain type and converts that."""
+    """Converter of a less common layout, or of nulls alone: casts to a plain type first."""
 
     plain: Converter
     """Converter of the plain type."""
     target: ArrowType
-    """The plain type, with the null type replaced."""
+    """The plain type, with its null types replaced."""
 
     @property
     def spec(self) -> Column:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.plain.spec
 
     @property
     def dense(self) -> bool:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.plain.dense
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Converter`."""
+        """See ``Converter``."""
         array = plain(array)
         return self.plain.clean(array.cast(self.target) if has_null_type(array.type) else array, place)
 
     def tensor(self, array: Array) -> torch.Tensor | RaggedTensor:
-        """See `Converter`."""
+        """See ``Converter``."""
         return self.plain.tensor(array)
 
 
 def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: ArrowType | None = None) -> Converter:
-    """Find how a column of `arrow_type` is read by `spec`.
+    """Return the converter of a column.
 
     Args:
-        spec: How the user wants it; None takes what suits the type.
-        arrow_type: The column's type in the files; for a `Weighted` of two columns a struct of both.
+        spec: The spec; None for the default spec of the type.
+        arrow_type: Type of the column in the files; for a ``Weighted`` of two columns a struct of both.
         place: The column and a file, for messages.
-        like: The type in which to read what is of none, being all null; None takes what the spec says.
-
-    Returns:
-        The converter.
+        like: Type that replaces null types; None derives it from the spec.
 
     Raises:
         TypeError: A column of that type cannot be read by that spec.
-        ValueError: The default is no number of the column's dtype.
+        ValueError: The default does not fit the dtype of the column.
     """
     if spec is not None and not isinstance(spec, Column):
-        raise TypeError(f"{place} needs a Dense, Ragged, Text or Weighted for its spec, got {spec!r}")
+        raise TypeError(f"{place} needs a Dense, Ragged, Text or Weighted as its spec, got {spec!r}")
     target = plain_type(arrow_type)
     if has_null_type(target):
-        target = _typed(target, spec, place) if like is None or has_null_type(like) else plain_type(like)
+        target = _with_types(target, spec, place) if like is None or has_null_type(like) else plain_type(like)
     if target != arrow_type:
         return PreparedConverter(converter(spec, target, place), target)
-    depth, inner = _opened(arrow_type)
+    depth, inner = _unnested(arrow_type)
     if spec is None:
-        spec = _spec_for(arrow_type, depth, inner)
-    made: Converter | None = None
+        spec = _default_spec(arrow_type, depth, inner)
+    result: Converter | None = None
     if isinstance(spec, Text) and is_text(inner):
         remedy = 'Text(default="")'
-        made = ListConverter(spec, TextLeaf(spec.default, remedy), depth)
+        result = ListConverter(spec, TextLeaf(spec.default, remedy), depth)
     elif isinstance(spec, Ragged) and depth and _reads(spec, inner):
-        found = _numbers(spec, inner, place, "Ragged(default=0)")
-        made = ListConverter(replace(spec, dtype=found.dtype), NumberLeaf(found), depth)
+        values = _numbers(spec, inner, place, "Ragged(default=0)")
+        result = ListConverter(replace(spec, dtype=values.dtype), NumberLeaf(values), depth)
     elif isinstance(spec, Dense) and depth == (spec.length is not None) and _reads(spec, inner):
         length = "" if spec.length is None else f"length={spec.length}, "
-        found = _numbers(spec, inner, place, f"Dense({length}default=0)")
-        spec = replace(spec, dtype=found.dtype)
-        made = DenseConverter(spec, found) if spec.length is None else FixedConverter(spec, found, spec.length)
+        values = _numbers(spec, inner, place, f"Dense({length}default=0)")
+        spec = replace(spec, dtype=values.dtype)
+        result = DenseConverter(spec, values) if spec.length is None else FixedConverter(spec, values, spec.length)
     elif isinstance(spec, Weighted):
-        made = _weighted(spec, depth, inner, place)
-    if made is None:
-        wanted = f"{spec} does not read" if spec is not None else "no tensor is made of"
-        raise TypeError(f"{place} is {arrow_type}, which {wanted}; {_remedy(depth, inner, place.column)}")
-    return made
+        result = _weighted(spec, depth, inner, place)
+    if result is None:
+        problem = f"{spec} does not read" if spec is not None else "does not become a tensor"
+        raise TypeError(f"{place} is {arrow_type}, which {problem}; {_remedy(depth, inner, place.column)}")
+    return result
 
 
 def _reads(spec: Dense | Ragged, inner: ArrowType) -> bool:
@@ -279,8 +276,8 @@ def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) 
     )
 
 
-def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
-    """Return a plain type with its null types replaced by the spec's type."""
+def _with_types(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
+    """Return a plain type with its null types replaced by the type of the spec."""
     inner: ArrowType = None
     nest = False
     if isinstance(spec, Dense | Ragged):
@@ -291,11 +288,11 @@ def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowTyp
     elif isinstance(spec, Text):
         inner, nest = pa.string(), spec.null_as_empty
     elif isinstance(spec, Weighted):
-        return _typed_pairs(arrow_type, spec)
+        return _with_pair_types(arrow_type, spec)
     if inner is None:
         raise TypeError(
-            f"{place} is {arrow_type}: it holds nothing but nulls, and no type; give it one, as in "
-            f"Dense(torch.float32, default=0), Ragged(torch.int64, null_as_empty=True) or "
+            f"{place} is {arrow_type}: all its values are null, so its type is unknown; give it a spec with a type, as "
+            f"in Dense(torch.float32, default=0), Ragged(torch.int64, null_as_empty=True) or "
             f'Text(default=""), or leave it out'
         )
     if pa.types.is_null(arrow_type):
@@ -303,7 +300,7 @@ def _typed(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowTyp
     return _filled(arrow_type, inner)
 
 
-def _typed_pairs(arrow_type: ArrowType, spec: Weighted) -> ArrowType:
+def _with_pair_types(arrow_type: ArrowType, spec: Weighted) -> ArrowType:
     ids = ARROW_OF[spec.dtype or torch.int64]
     if spec.weights is not None:
         own, other = arrow_type.field(0).type, arrow_type.field(1).type
@@ -339,37 +336,35 @@ def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Con
     fields = (0, 1) if spec.weights is not None else _id_and_weight(inner, place)
     first, second = (inner.field(field).type for field in fields)
     if spec.weights is not None:
-        (one, first), (other, second) = _opened(first), _opened(second)
+        (one, first), (other, second) = _unnested(first), _unnested(second)
         if (one, other) != (1, 1):
             return None
     if not (is_number(second) and (is_number(first) or is_text(first))):
         return None
     leaf: Leaf = TextLeaf(None, "ids without nulls")
     if is_number(first):
-        found = numbers(spec.dtype, spec.default, first, place, "Weighted(default=0)")
-        spec, leaf = replace(spec, dtype=found.dtype), NumberLeaf(found)
+        ids = numbers(spec.dtype, spec.default, first, place, "Weighted(default=0)")
+        spec, leaf = replace(spec, dtype=ids.dtype), NumberLeaf(ids)
     if spec.weights is None:
         return ListConverter(spec, PairLeaf(leaf, weights, fields), 1)
     return ParallelConverter(spec, ListConverter(spec, leaf, 1), ListConverter(spec, NumberLeaf(weights), 1))
 
 
 def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
-    """Return which field of a struct of two is the id and which the weight: by name, else by type."""
+    """Return the positions of the id and the weight in a struct of two fields: by name, else by type."""
     names = [field.name for field in struct]
-    wanted = ("id", "weight")
     ids = {number for number in (0, 1) if names[number] == "id" or names[1 - number] == "weight"}
     if names == ["key", "value"]:
-        # A map's, or written by hand like one.
+        # A map, or a struct like its entries.
         ids = {0}
-    elif not set(names) & set(wanted):
-        # Floats are no ids, and strings no weights.
+    elif not set(names) & {"id", "weight"}:
+        # Floats cannot be ids, and strings cannot be weights.
         kinds = ["weight" if pa.types.is_floating(field.type) else "id" * is_text(field.type) for field in struct]
         ids = {number for number in (0, 1) if kinds[number] != "weight" and kinds[1 - number] != "id" and any(kinds)}
     if len(ids) != 1:
         raise TypeError(
-            f"{place} is a list of {struct}, of whose fields neither names nor types say which is the id and which the "
-            f"weight; name them id and weight, or write two columns of lists and read them by "
-            f"Weighted(weights=<the other column>)"
+            f"{place} is a list of {struct}, and neither names nor types of the fields distinguish id and weight; name "
+            f"them id and weight, or write two list columns and read them by Weighted(weights=<the other column>)"
         )
     own = ids.pop()
     return own, 1 - own
@@ -378,42 +373,42 @@ def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
 def _remedy(depth: int, inner: ArrowType, column: str) -> str:
     if inner == TOO_LARGE:
         return (
-            "write it as integers, floats or strings; integers of text files that 64 bits do not hold are read by "
+            "write it as integers, floats or strings; read integers of text files that exceed 64 bits by "
             "Dense(torch.float64)"
         )
     if is_temporal(inner):
         lists = "Ragged" if depth else "Dense"
-        return f'dates, timestamps, times and durations are read by {lists}(unit="s"), as int64 in that unit'
+        return f'read dates, timestamps, times and durations by {lists}(unit="s"), as int64 in that unit'
     if pa.types.is_decimal(inner):
         lists = "Ragged" if depth else "Dense"
-        return f"decimals are read by {lists}(torch.float64), or by {lists}(scale={inner.scale}) as integers"
+        return f"read decimals by {lists}(torch.float64), or by {lists}(scale={inner.scale}) as integers"
     if is_number(inner) and depth == 0:
-        return "numbers are read by Dense()"
+        return "read numbers by Dense()"
     if is_number(inner):
-        return "lists of numbers are read by Ragged(), or by Dense(length=...) if all have one length"
+        return "read lists of numbers by Ragged(), or by Dense(length=...) if all have one length"
     if is_text(inner):
         return (
-            'strings and lists of strings are read by Text(), lists of "id:weight" by Weighted(), and strings that are '
-            'dates or times by Dense(unit="s"), with format= if they are not written by ISO 8601'
+            'read strings and lists of strings by Text(), lists of "id:weight" by Weighted(), and strings that are '
+            'dates or times by Dense(unit="s"), with format= if they are not in ISO 8601'
         )
     if pa.types.is_struct(inner):
         names = [f"{column}.{field.name}" for field in inner]
         return (
-            f"structs are read by Weighted() where they are an id and a weight, in lists; their fields are columns of "
-            f"their own, by the names {a_few(names)}"
+            f"read lists of structs of an id and a weight by Weighted(); fields of other structs are columns with the "
+            f"names {a_few(names)}"
         )
     return "write it as numbers, strings or lists of these"
 
 
-def _opened(arrow_type: ArrowType) -> tuple[int, ArrowType]:
-    """Return how deep lists lie in lists, and the type of what is in them."""
+def _unnested(arrow_type: ArrowType) -> tuple[int, ArrowType]:
+    """Return the depth of nested lists, and the type of the innermost values."""
     depth = 0
     while is_list(arrow_type):
         arrow_type, depth = arrow_type.value_type, depth + 1
     return depth, arrow_type
 
 
-def _spec_for(arrow_type: ArrowType, depth: int, inner: ArrowType) -> Column | None:
+def _default_spec(arrow_type: ArrowType, depth: int, inner: ArrowType) -> Column | None:
     if is_text(inner):
         return Text()
     if depth and is_number(inner):

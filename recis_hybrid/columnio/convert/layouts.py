@@ -1,7 +1,8 @@
 """Conversion of Arrow's less common layouts to plain ones, and fields of structs. Imports pyarrow.
 
-Plain are numbers, dates and times, strings, structs, and lists of these: dictionaries, runs, views and extension types
-are decoded, and a map is a list of structs of `key` and `value`. What is plain already is not copied.
+Plain types are numbers, dates and times, strings, structs, and lists of these. Dictionaries, run-end encoding, views
+and extension types are decoded, and a map becomes a list of structs of ``key`` and ``value``. Plain arrays are not
+copied.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _types = pa.types
 
 @lru_cache(maxsize=4096)
 def plain_type(arrow_type: ArrowType) -> ArrowType:
-    """Return the type that `plain` gives an array of `arrow_type`."""
+    """Return the type of ``plain(array)`` for an array of ``arrow_type``."""
     if isinstance(arrow_type, pa.BaseExtensionType):
         return pa.bool_() if _is_bool8(arrow_type) else plain_type(arrow_type.storage_type)
     if _types.is_dictionary(arrow_type) or _types.is_run_end_encoded(arrow_type):
@@ -42,7 +43,7 @@ def plain_type(arrow_type: ArrowType) -> ArrowType:
 
 
 def plain(array: Array) -> Array:
-    """Return an array in the layout of `plain_type`; the array itself if it has it already."""
+    """Return an array in the layout of ``plain_type``; the array itself if it is plain already."""
     own = array.type
     if not _differs(own):
         return array
@@ -63,8 +64,8 @@ def plain(array: Array) -> Array:
         # pyarrow's own cast loses the offsets of null lists.
         offsets = pc.cumulative_sum(pc.fill_null(pc.list_value_length(array), 0))
         offsets = pa.concat_arrays([pa.array([0], offsets.type), offsets])
-        made = pa.LargeListArray if _types.is_large_list_view(own) else pa.ListArray
-        return made.from_arrays(offsets, plain(array.flatten()), mask=_mask(array))
+        array_class = pa.LargeListArray if _types.is_large_list_view(own) else pa.ListArray
+        return array_class.from_arrays(offsets, plain(array.flatten()), mask=_mask(array))
     if is_list(own):
         return _with_values(array, plain)
     return array.cast(plain_type(own))
@@ -86,7 +87,7 @@ def has_null_type(arrow_type: ArrowType) -> bool:
 
 
 def field_type(arrow_type: ArrowType, path: tuple[str, ...]) -> ArrowType | None:
-    """Return the type of the result of `field`; None if there is no such field."""
+    """Return the type of the result of ``field``; None if there is no such field."""
     if not path:
         return arrow_type
     if is_list(arrow_type):
@@ -103,11 +104,11 @@ def field(array: Array, path: tuple[str, ...]) -> Array:
     """Return a field of structs, or lists of the field for lists of structs.
 
     Args:
-        array: Plain.
-        path: Names from the outside to the inside.
+        array: A plain array.
+        path: Names of fields from the outside to the inside.
 
     Returns:
-        As many values as the array has; where a struct is null, the field is.
+        An array of the same length; the field of a null struct is null.
     """
     if not path or _types.is_null(array.type):
         return array
@@ -120,8 +121,8 @@ def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
     """Find a column by name, or a field by dotted path.
 
     Args:
-        schema: Of plain types.
-        name: A column's name, or `"column.field"`, to any depth.
+        schema: A schema of plain types.
+        name: Name of a column, or ``"column.field"`` to any depth.
 
     Returns:
         The column and the path in it; None if there is no such column.
@@ -138,24 +139,24 @@ def resolve(schema: Any, name: str) -> tuple[str, tuple[str, ...]] | None:
 
 def nested_names(schema: Any) -> list[str]:
     """Return the dotted paths of all fields of structs outside lists."""
-    found: list[str] = []
+    names: list[str] = []
 
     def below(prefix: str, arrow_type: ArrowType) -> None:
         if _types.is_struct(arrow_type):
             for each in arrow_type:
-                found.append(f"{prefix}.{each.name}")
-                below(found[-1], each.type)
+                names.append(f"{prefix}.{each.name}")
+                below(names[-1], each.type)
 
     for each in schema:
         below(each.name, each.type)
-    return [name for name in dict.fromkeys(found) if name not in schema.names]
+    return [name for name in dict.fromkeys(names) if name not in schema.names]
 
 
 def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
     while is_list(arrow_type):
         arrow_type = arrow_type.value_type
     if _types.is_null(arrow_type):
-        # Nothing but nulls has any field.
+        # The null type may have any field.
         return tuple(rest.split("."))
     if not _types.is_struct(arrow_type):
         return None
@@ -170,7 +171,7 @@ def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
 
 
 def _with_values(array: Array, change: Any) -> Array:
-    """Return lists of the same lengths with other values; values outside all lists stay untouched."""
+    """Return lists of the same lengths with changed values; only values inside lists are passed to ``change``."""
     own, mask = array.type, _mask(array)
     if _types.is_fixed_size_list(own):
         values = change(array.values.slice(array.offset * own.list_size, len(array) * own.list_size))
@@ -178,8 +179,8 @@ def _with_values(array: Array, change: Any) -> Array:
     offsets = array.offsets
     first, last = offsets[0].as_py(), offsets[-1].as_py()
     values = change(array.values.slice(first, last - first))
-    made = pa.LargeListArray if _types.is_large_list(own) else pa.ListArray
-    return made.from_arrays(pc.subtract(offsets, offsets[0]), values, mask=mask)
+    array_class = pa.LargeListArray if _types.is_large_list(own) else pa.ListArray
+    return array_class.from_arrays(pc.subtract(offsets, offsets[0]), values, mask=mask)
 
 
 def _list_of(arrow_type: ArrowType, inner: ArrowType) -> ArrowType:

@@ -1,4 +1,4 @@
-"""What lies inside lists: numbers, strings, and ids with weights. Imports pyarrow.
+"""Innermost values of columns: numbers, strings, and ids with weights. Imports pyarrow.
 
 Letters: N values, M strings.
 """
@@ -20,17 +20,17 @@ Parts: TypeAlias = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]
 
 
 class Leaf(Protocol):
-    """How the innermost values of a column become tensors."""
+    """Conversion of the innermost values of a column to tensors."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Return the array in the layout that `parts` takes, without nulls.
+        """Return the array in the layout of ``parts``, without nulls.
 
         Raises:
-            ValueError: The spec does not allow for what is in it.
+            ValueError: A value is not allowed by the spec.
         """
 
     def parts(self, array: Array) -> Parts:
-        """Return a clean array, or a slice of one, as tensors over the same memory."""
+        """Return tensors over the memory of a clean array or a slice of one."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,25 @@ class NumberLeaf:
     numbers: Numbers
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         return self.numbers.clean(array, place)
 
     def parts(self, array: Array) -> Parts:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         return self.numbers.tensor(array), [], None
 
 
 @dataclass(frozen=True)
 class TextLeaf:
-    """Strings → their bytes, and a level of offsets [M + 1]."""
+    """Strings → bytes, and a level of offsets [M + 1]."""
 
     default: str | bytes | None
     remedy: str
     """A spec that would allow nulls, for messages."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Leaf`."""
-        # Offsets of 64 bits over the same bytes.
+        """See ``Leaf``."""
+        # 64-bit offsets over the same bytes.
         array = array.cast(pa.large_binary())
         if array.null_count == 0:
             return array
@@ -67,7 +67,7 @@ class TextLeaf:
         return array.fill_null(pa.scalar(self.default, array.type))
 
     def parts(self, array: Array) -> Parts:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         _, offset_buffer, byte_buffer = array.buffers()
         offsets = from_dlpack(
             pa.Array.from_buffers(pa.int64(), len(array) + 1, [None, offset_buffer], offset=array.offset)
@@ -75,7 +75,7 @@ class TextLeaf:
             else pa.array([0], pa.int64())
         )
         first, last = int(offsets[0]), int(offsets[-1])
-        # Where all strings are empty there may be no buffer of bytes.
+        # If all strings are empty there may be no buffer of bytes.
         buffer = byte_buffer if last > first else pa.py_buffer(b"")
         values = pa.Array.from_buffers(pa.uint8(), last - first, [None, buffer], offset=first if last > first else 0)
         return from_dlpack(values), [offsets - first if first else offsets], None
@@ -83,36 +83,36 @@ class TextLeaf:
 
 @dataclass(frozen=True)
 class PairLeaf:
-    """Structs of an id and a weight → the ids' values, and weights [N] (or [M])."""
+    """Structs of an id and a weight → values of the ids, and weights [N] (or [M])."""
 
     ids: Leaf
     weights: Numbers
     fields: tuple[int, int] = (0, 1)
-    """Which field of a file's struct is the id, and which the weight."""
+    """Positions of the id and the weight in the struct of a file."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         if array.null_count:
             raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every struct")
         own, other = map(array.field, self.fields)
         return paired(self.ids.clean(own, place), self.weights.clean(other, place))
 
     def parts(self, array: Array) -> Parts:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         values, level, _ = self.ids.parts(array.field(0))
         return values, level, self.weights.tensor(array.field(1))
 
 
 @dataclass(frozen=True)
 class PairTextLeaf:
-    """Strings `"id:weight"` → ids [N] and weights [N]."""
+    """Strings ``"id:weight"`` → ids [N] and weights [N]."""
 
     ids: Numbers
     weights: Numbers
     separator: str
 
     def clean(self, array: Array, place: Place) -> Array:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         if array.null_count:
             raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every string")
         array = array.cast(pa.large_string())
@@ -121,9 +121,9 @@ class PairTextLeaf:
             if self.weights.default is None:
                 wrong = array.filter(pc.invert(whole))
                 raise ValueError(
-                    f"{place} has {len(wrong)} strings without {self.separator!r} between id and weight, "
-                    f"{a_few([repr(text) for text in wrong[:3].to_pylist()])} among them; give it "
-                    f"Weighted(default_weight=1), or the right separator"
+                    f"{place} has {len(wrong)} strings without {self.separator!r} between id and weight, such as "
+                    f"{a_few([repr(text) for text in wrong[:3].to_pylist()])}; give it Weighted(default_weight=1), or "
+                    f"the right separator"
                 )
             weight = pa.scalar(str(self.weights.default), array.type)
             joined = pc.binary_join_element_wise(array, weight, pa.scalar(self.separator, array.type))
@@ -134,16 +134,16 @@ class PairTextLeaf:
             cast = ids.cast(pa.int64()), weights.cast(pa.float32())
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f'{place} has a string that is not "id{self.separator}weight" ({error}); write an integer of 64 bits '
-                f"and a number, or structs for ids that are strings"
+                f'{place} has a string that is not "id{self.separator}weight" ({error}); write a 64-bit integer and a '
+                f"number, or structs for ids that are strings"
             ) from error
         return paired(self.ids.clean(cast[0], place), self.weights.clean(cast[1], place))
 
     def parts(self, array: Array) -> Parts:
-        """See `Leaf`."""
+        """See ``Leaf``."""
         return self.ids.tensor(array.field(0)), [], self.weights.tensor(array.field(1))
 
 
 def paired(ids: Array, weights: Array) -> Array:
-    """Return clean ids and clean weights as one array of structs over the same memory."""
+    """Return an array of structs over the memory of clean ids and clean weights."""
     return pa.StructArray.from_arrays([ids, weights], names=["id", "weight"])

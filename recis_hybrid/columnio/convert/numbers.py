@@ -1,4 +1,4 @@
-"""Plain numbers of Arrow as torch's: dtypes, nulls, and views of the same memory. Imports pyarrow."""
+"""Conversion of plain Arrow numbers: dtypes, nulls, and views of the same memory. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array: TypeAlias = Any
 ArrowType: TypeAlias = Any
 
 ARROW_OF: dict[torch.dtype, ArrowType] = {
-    # Arrow packs eight booleans into a byte and torch does not: they go through bytes.
+    # Arrow packs eight booleans into a byte and torch does not, so booleans are converted to bytes.
     torch.bool: pa.uint8(),
     torch.uint8: pa.uint8(),
     torch.int8: pa.int8(),
@@ -32,7 +32,7 @@ ARROW_OF: dict[torch.dtype, ArrowType] = {
 _DTYPE_OF: dict[ArrowType, torch.dtype] = {
     **{arrow: dtype for dtype, arrow in ARROW_OF.items() if dtype != torch.bool},
     pa.bool_(): torch.bool,
-    # torch has few operations for unsigned integers of more than a byte.
+    # torch has few operations for unsigned integers wider than a byte.
     pa.uint16(): torch.int32,
     pa.uint32(): torch.int64,
     pa.uint64(): torch.int64,
@@ -44,25 +44,25 @@ TOO_LARGE: ArrowType = pa.decimal256(76, 0)
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array came from, for messages."""
+    """Origin of an array, for messages."""
 
     column: str
-    """The column's name."""
+    """Name of the column."""
     file: str
-    """The file's path."""
+    """Path of the file."""
     rows: str = ""
-    """Which of the file's rows."""
+    """Rows of the file."""
 
     def __str__(self) -> str:
         return f"columnio: column {self.column!r} of {self.file}{self.rows and f' ({self.rows})'}"
 
 
-# The largest integer up to which a float of that type holds every one.
+# Largest n such that a float of that type holds every integer up to n.
 _EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 
 
 def is_number(arrow_type: ArrowType) -> bool:
-    """Return whether `Numbers` reads a type: numbers, decimals, dates and times."""
+    """Return whether ``Numbers`` reads a type: numbers, decimals, dates and times."""
     return arrow_type in _DTYPE_OF or pa.types.is_decimal(arrow_type) or is_temporal(arrow_type)
 
 
@@ -82,10 +82,10 @@ def dtype_of(arrow_type: ArrowType) -> torch.dtype:
 
 
 def nulls_refused(count: int, total: int, place: Place, remedy: str, kind: str = "null") -> ValueError:
-    """Return the error for nulls in a column whose spec says nothing of them."""
+    """Return the error for nulls in a column whose spec does not allow them."""
     return ValueError(
-        f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, and its spec does not allow for any; "
-        f"give it {remedy}, or write the file without nulls"
+        f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, but its spec does not allow any; give it "
+        f"{remedy}, or write the file without nulls"
     )
 
 
@@ -97,12 +97,12 @@ def a_few(things: Collection[object]) -> str:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How plain numbers, by themselves or inside lists, become a tensor."""
+    """Conversion of plain numbers, alone or inside lists, to a tensor."""
 
     dtype: torch.dtype
-    """Of the tensor."""
+    """Dtype of the tensor."""
     default: float | None
-    """What stands for a null; None refuses nulls."""
+    """Value for a null; None refuses nulls."""
     remedy: str
     """A spec that would allow nulls, for messages."""
     unit: str = "s"
@@ -110,13 +110,13 @@ class Numbers:
     format: str | None = None
     """strptime format of strings of dates or times."""
     scale: int | None = None
-    """Exponent of the power of 10 that decimals are multiplied by, or None."""
+    """Exponent of the power of 10 by which decimals are multiplied; None for no scale."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Return the numbers in their dtype, without nulls; the array itself where nothing is to be done.
+        """Return the numbers in the dtype, without nulls; the array itself if nothing changes.
 
         Raises:
-            ValueError: There is a null and no default, or an integer does not fit into the dtype.
+            ValueError: There is a null but no default, or an integer does not fit into the dtype.
         """
         array = self._cast(array, place)
         if array.null_count == 0:
@@ -126,12 +126,12 @@ class Numbers:
         return array.fill_null(pa.scalar(self.default, array.type))
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """Return clean numbers as a tensor [N] over the same memory, which it keeps alive."""
+        """Return a tensor [N] over the memory of clean numbers, which it keeps alive."""
         tensor = from_dlpack(array)
         return tensor.view(torch.bool) if self.dtype == torch.bool else tensor
 
     def array(self, tensor: torch.Tensor) -> Array:
-        """Return a tensor [N] of the dtype as clean numbers over the same memory."""
+        """Return clean numbers over the memory of a tensor [N] of the dtype."""
         return pa.array((tensor.view(torch.uint8) if self.dtype == torch.bool else tensor).numpy())
 
     def _cast(self, array: Array, place: Place) -> Array:
@@ -147,13 +147,13 @@ class Numbers:
         if pa.types.is_uint64(array.type) and self.dtype == torch.int64:
             return array.view(target)
         if pa.types.is_boolean(array.type):
-            # Arrow converts booleans to bytes, but not to every float.
+            # Arrow casts booleans to bytes, but not to every float.
             array = array.cast(pa.uint8())
         try:
-            # Only that integers fit is checked: floats are asked for where rounding is welcome.
+            # Checked for integers only: a float dtype accepts rounding.
             return array.cast(target, safe=not self.dtype.is_floating_point)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{place} does not fit into {self.dtype} ({error}); ask for a wider dtype") from error
+            raise ValueError(f"{place} does not fit into {self.dtype} ({error}); use a wider dtype") from error
 
     def _time(self, array: Array, place: Place) -> Array:
         try:
@@ -163,9 +163,9 @@ class Numbers:
                 f"{place} does not fit into int64 in the unit {self.unit!r} ({error}); give it a coarser unit"
             ) from error
         except ValueError as error:
-            written = "a date or time of ISO 8601" if self.format is None else f"written as {self.format!r}"
-            remedy = 'give it the right format=, "%d/%m/%Y" for one' if self.format is None else "give it the right one"
-            raise ValueError(f"{place} has the value {str(error)!r}, which is not {written}; {remedy}") from error
+            expected = "a date or time in ISO 8601" if self.format is None else f"in the format {self.format!r}"
+            remedy = 'set format=, such as "%d/%m/%Y"' if self.format is None else "correct the format"
+            raise ValueError(f"{place} has the value {str(error)!r}, which is not {expected}; {remedy}") from error
 
     def _whole(self, array: Array, place: Place) -> Array:
         limit = _EXACT[array.type]
@@ -175,9 +175,8 @@ class Numbers:
         wrong = array.filter(pc.invert(fits))
         if len(wrong):
             raise ValueError(
-                f"{place} is of floats and has the value {wrong[0].as_py()!r}, which is no integer that such a float "
-                f"holds exactly (at most {limit}), where its spec asks for {self.dtype}; read it as a float, or write "
-                f"integers"
+                f"{place} has the float {wrong[0].as_py()!r}, which cannot be read as {self.dtype}: it is not an "
+                f"integer that such a float holds exactly (at most {limit}); read it as a float, or write integers"
             )
         return array.cast(pa.int64())
 
@@ -190,10 +189,10 @@ class Numbers:
         except pa.ArrowInvalid as error:
             wrong = next((each for each in array.drop_null().to_pylist() if each.scaleb(scale) % 1), array[0])
             raise ValueError(
-                f"{place} is {array.type} and has the value {wrong}, which is not whole times 10**{scale}, as its spec "
-                f"asks; give it scale={array.type.scale}, or read it as torch.float64"
+                f"{place} is {array.type} and has the value {wrong}, which times 10**{scale} is not a whole number; "
+                f"give it scale={array.type.scale}, or read it as torch.float64"
             ) from error
-        # The same digits without a point.
+        # The same digits without the decimal point.
         array = pa.Array.from_buffers(pa.decimal256(76, 0), len(array), array.buffers(), offset=array.offset)
         for integer in (pa.int64(), pa.uint64()):
             try:
@@ -201,8 +200,8 @@ class Numbers:
             except pa.ArrowInvalid as error:
                 failed = error
         raise ValueError(
-            f"{place} has decimals that 64 bits do not hold ({failed}); read it as torch.float64, or write it as "
-            f"strings, which Text() reads"
+            f"{place} has decimals that do not fit into 64 bits ({failed}); read it as torch.float64, or write it as "
+            f"strings and read it by Text()"
         ) from failed
 
 
@@ -217,28 +216,28 @@ def numbers(
     format: str | None = None,
     scale: int | None = None,
 ) -> Numbers:
-    """Find how numbers of `arrow_type` are read as `dtype`.
+    """Return the conversion of numbers of a type to a dtype.
 
     Args:
-        dtype: Of the tensor; None takes the file's.
-        default: What stands for a null.
-        arrow_type: For which `is_number` holds; or strings, where a unit or format is given.
+        dtype: Dtype of the tensor; None takes that of the file.
+        default: Value for a null.
+        arrow_type: A type for which ``is_number`` holds; strings are allowed with a unit or format.
         place: The column and a file, for messages.
         remedy: A spec that would allow nulls, for messages.
-        unit: Of dates and times.
-        format: Of strings that are dates and times.
-        scale: Of decimals.
+        unit: Unit of dates and times.
+        format: Format of strings that are dates or times.
+        scale: Scale of decimals.
 
     Raises:
         TypeError: There is no conversion to that dtype, or the type has no unit, format or scale.
-        ValueError: The default is none of the dtype's numbers.
+        ValueError: The default does not fit the dtype.
     """
     temporal, decimals = is_temporal(arrow_type) or is_text(arrow_type), pa.types.is_decimal(arrow_type)
     if unit is not None and not temporal:
         raise TypeError(f"{place} is {arrow_type}, which has no unit of time; leave out unit={unit!r}")
-    # Files that hold dates as such may stand beside others whose strings are parsed.
+    # Dates are allowed with a format: other files may have them as strings.
     if format is not None and not temporal:
-        raise TypeError(f"{place} is {arrow_type}, which is not parsed; leave out format={format!r}")
+        raise TypeError(f"{place} is {arrow_type}, which needs no parsing; leave out format={format!r}")
     if scale is not None and not decimals:
         raise TypeError(f"{place} is {arrow_type}, which has no decimal places; leave out scale={scale}")
     own = torch.int64 if scale is not None else dtype_of(arrow_type)
@@ -246,16 +245,18 @@ def numbers(
     if dtype not in ARROW_OF:
         raise TypeError(f"{place} cannot be read as {dtype}; choose one of {', '.join(map(str, ARROW_OF))}")
     if own != dtype and dtype == torch.bool:
-        raise TypeError(f"{place} is {arrow_type}, which would be cut as {dtype}; read it as {own} and convert that")
-    filled = None if default is None else _default(default, dtype, place)
-    return Numbers(dtype, filled, remedy, unit or "s", format, scale)
+        raise TypeError(
+            f"{place} is {arrow_type}, which loses information as {dtype}; read it as {own} and convert the tensor"
+        )
+    converted = None if default is None else _default(default, dtype, place)
+    return Numbers(dtype, converted, remedy, unit or "s", format, scale)
 
 
 def _default(default: float, dtype: torch.dtype, place: Place) -> float:
     if dtype.is_floating_point:
         return float(default)
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    # A comparison that also fails for NaN, which int() would not take.
+    # This comparison also fails for NaN, which int() would not accept.
     if not low <= default <= high or default != int(default):
-        raise ValueError(f"{place} is read as {dtype}, and the default {default} is no such number; give another")
+        raise ValueError(f"{place} is read as {dtype}: default {default} does not fit; give another")
     return int(default)

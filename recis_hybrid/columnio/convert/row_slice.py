@@ -1,4 +1,4 @@
-"""Rows: a part of a clean RecordBatch, whose dense columns are tensors already. Imports pyarrow."""
+"""Rows of a clean RecordBatch whose dense columns are tensors already. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recis_hybrid.ragged import Batch
 
 
 class _Split:
-    """The dense columns of a RecordBatch, cut where it is cut; all cuts are made once, when the first is asked for."""
+    """Dense columns of a RecordBatch and the sizes of its parts; they are split once, when the first part is used."""
 
     def __init__(self, columns: Mapping[str, torch.Tensor], sizes: list[int]) -> None:
         self.columns = columns
@@ -24,7 +24,7 @@ class _Split:
 
     @cached_property
     def parts(self) -> dict[str, Sequence[torch.Tensor]]:
-        """Of each column its parts, tensors over its memory, which are no views of it for autograd."""
+        """Parts of each column: tensors over its memory, without autograd views."""
         return {name: torch.unsafe_split_with_sizes(column, self._sizes) for name, column in self.columns.items()}
 
 
@@ -32,20 +32,20 @@ class _Split:
 class Rows:
     """Consecutive rows of a RecordBatch.
 
-    Tensors of whole columns are made once, where the batch is decoded, and all batches that are cut from it are cut in
-    one call for each column: to slice Arrow arrays and make a tensor of each slice costs many times as much.
+    Tensors of whole columns are made once, when the batch is decoded, and split into all batches cut from it by one
+    call per column. Slicing Arrow arrays and making a tensor of each slice takes many times longer.
     """
 
     batch: Array
     """Clean columns."""
     split: _Split
-    """The columns that are tensors of a row each, over the same memory."""
+    """Dense columns as tensors over the same memory."""
     number: int
-    """Which part these rows are there."""
+    """Number of the part with these rows."""
     first: int
-    """The first of these rows."""
+    """First row in the batch."""
     num_rows: int
-    """How many these are."""
+    """Number of rows."""
 
     @classmethod
     def of(cls, batch: Array, converters: Mapping[str, Converter]) -> Rows:
@@ -60,7 +60,7 @@ class Rows:
         """Return parts of a whole RecordBatch.
 
         Args:
-            ranges: The first row of each, and the row after its last; none begins before the one before it ends.
+            ranges: First row and the row after the last; ascending and not overlapping.
         """
         ends = [0, *(end for each in ranges for end in each), self.num_rows]
         split = _Split(self.split.columns, [stop - first for first, stop in pairwise(ends)])
@@ -84,11 +84,11 @@ class Rows:
 
 
 def concat_rows(parts: Sequence[Rows], converters: Mapping[str, Converter]) -> Rows:
-    """Return the rows of all parts: those of several in memory of their own.
+    """Return the rows of all parts, copied unless one part has them all.
 
     Args:
-        parts: At least one.
-        converters: How columns become tensors.
+        parts: At least one part.
+        converters: Converters by column.
     """
     parts = [part for part in parts if part.num_rows] or parts[:1]
     if len(parts) == 1:

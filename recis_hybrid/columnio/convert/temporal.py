@@ -1,4 +1,4 @@
-"""Dates, timestamps, times of day, durations, and strings of them as int64. Imports pyarrow."""
+"""Conversion of dates, timestamps, times of day and durations, also as strings, to int64. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ArrowType = Any
 
 _ZONE = r"(:\d\d(\.\d+)?|T\d\d|\s\d\d) ?(Z|[+-]\d\d(:?\d\d)?)$"
 _TIME_OF_DAY = r"^\d\d:\d\d(:\d\d(\.\d{1,9})?)?$"
-# Directives of which each needs a date.
+# Directives that need a date.
 _DATES = re.compile(r"%[aAbBcdDeFgGhjmsuUVwWxyY]")
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -47,33 +47,33 @@ def tick_ns(arrow_type: ArrowType) -> int:
 
 
 def ticks(array: Array, unit: str) -> Array:
-    """Return a temporal array as int64 in a unit, rounded down; a view of the same memory for its own unit.
+    """Return a temporal array as int64 in a unit, rounded down; a view of the same memory for its source_ns unit.
 
     Raises:
         pyarrow.ArrowInvalid: A value does not fit into int64.
     """
-    own, wanted = tick_ns(array.type), UNITS[unit]
+    source_ns, unit_ns = tick_ns(array.type), UNITS[unit]
     narrow = pa.types.is_date32(array.type) or pa.types.is_time32(array.type)
     values = array.view(pa.int32()).cast(pa.int64()) if narrow else array.view(pa.int64())
-    if own > wanted:
-        return pc.multiply_checked(values, own // wanted)
-    return values if own == wanted else _floor_divide(values, wanted // own)
+    if source_ns > unit_ns:
+        return pc.multiply_checked(values, source_ns // unit_ns)
+    return values if source_ns == unit_ns else _floor_divide(values, unit_ns // source_ns)
 
 
 def parsed(texts: Array, unit: str, form: str | None) -> Array:
     """Return strings of dates or times as int64 in a unit, rounded down.
 
     Args:
-        texts: Strings; nulls stay nulls, and empty strings are.
-        unit: Of the result.
-        form: Directives of `datetime.strptime`; None reads ISO 8601 and times of day, `10:30:05`.
+        texts: Strings; nulls stay nulls, and empty strings become nulls.
+        unit: Unit of the result.
+        form: Directives of ``datetime.strptime``; None reads ISO 8601 and times of day, ``10:30:05``.
 
     Raises:
-        ValueError: A string is not written so; the message is the string.
+        ValueError: A string has another format; the message is the string.
         pyarrow.ArrowInvalid: A value does not fit into int64.
     """
     texts = texts.cast(pa.large_string())
-    # Text files write a null as nothing.
+    # In text files a null is an empty field.
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
     return _iso(texts, unit) if form is None else _by_format(texts, unit, form)
 
@@ -82,49 +82,49 @@ def _iso(texts: Array, unit: str) -> Array:
     none = pa.scalar(None, texts.type)
     zoned = pc.match_substring_regex(texts, _ZONE)
     timed = pc.match_substring_regex(texts, _TIME_OF_DAY)
-    made = pa.nulls(len(texts), pa.int64())
+    result = pa.nulls(len(texts), pa.int64())
     of_day = pc.if_else(timed, _of_day(texts), none)
     plain = pc.if_else(pc.or_(zoned, timed), none, texts)
-    for part, arrow_type in (
+    for part, zone in (
         (pc.if_else(zoned, texts, none), "UTC"),
         (of_day, None),
         (plain, None),
     ):
         if part.null_count < len(part):
-            made = pc.coalesce(made, _cast(part, unit, arrow_type))
-    return made
+            result = pc.coalesce(result, _cast(part, unit, zone))
+    return result
 
 
 def _cast(texts: Array, unit: str, zone: str | None) -> Array:
-    # Fractions of a second are read only by a type that holds them, and nanoseconds do not reach far.
+    # Fractions of a second need a type that has them, but nanoseconds cover a short range.
     for finest in ("us", "ns"):
         try:
             return ticks(texts.cast(pa.timestamp(finest, zone)), unit)
         except pa.ArrowInvalid as error:
             failed = error
-    found = re.search(r"Failed to parse string: '(.*)' as a scalar", str(failed), re.DOTALL)
-    if found is None:
+    match = re.search(r"Failed to parse string: '(.*)' as a scalar", str(failed), re.DOTALL)
+    if match is None:
         raise failed
-    raise ValueError(found[1])
+    raise ValueError(match[1])
 
 
 def _by_format(texts: Array, unit: str, form: str) -> Array:
     if _DATES.search(form) is None:
         texts = _of_day(texts)
         form = f"%Y-%m-%d {form}"
-    made: Array | None = None
+    times: Array | None = None
     if "%f" not in form:
         try:
-            made = pc.strptime(texts, format=form, unit="s")
+            times = pc.strptime(texts, format=form, unit="s")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            made = None
-    if made is None:
+            times = None
+    if times is None:
         exact = pc.invert(pc.is_valid(texts))
-        made = pa.nulls(len(texts), pa.timestamp("s"))
+        times = pa.nulls(len(texts), pa.timestamp("s"))
     else:
-        # Arrow reads the 31st of February as the 2nd of March. What is not written back alike is read once more.
-        exact = pc.fill_null(pc.equal(pc.strftime(made, format=form), texts), True)
-    result = ticks(made, unit)
+        # Arrow reads the 31st of February as the 2nd of March: strings that do not round-trip are parsed by Python.
+        exact = pc.fill_null(pc.equal(pc.strftime(times, format=form), texts), True)
+    result = ticks(times, unit)
     if pc.all(exact).as_py() is False:
         rest = pc.if_else(exact, pa.scalar(None, texts.type), texts).dictionary_encode()
         values = pa.array([_strptime(text, form, unit) for text in rest.dictionary.to_pylist()], pa.int64())

@@ -1,4 +1,4 @@
-"""Files before their rows are read: paths, partitions, schemas, filters, and the pieces they consist of.
+"""Opening of files: paths, partitions, schemas, filters, and pieces.
 
 ``ColumnDataset`` and ``columnio.read`` may import it; it builds on ``columnio.formats`` and ``columnio.convert``.
 """

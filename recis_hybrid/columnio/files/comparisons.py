@@ -1,7 +1,7 @@
-"""One condition (column, operator, value) as an exact expression over a column of a type. Imports pyarrow.
+"""Conditions (column, operator, value) as exact expressions over typed columns. Imports pyarrow.
 
-The value is brought to the type of the column, never the column to that of the value: a number to the steps that the
-type has (integers, digits of a decimal, ticks of a time), of which it is one or lies between two.
+The value is converted to the type of the column, never the column to that of the value. A number is expressed in the
+steps of the type (integers, digits of a decimal, ticks of a time): it is one of them, or lies between two.
 """
 
 from __future__ import annotations
@@ -48,37 +48,40 @@ def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
     """Return a condition as an expression over a column of a plain type.
 
     Args:
-        name: The column.
-        sign: One of `COMPARE`, or `"in"` or `"not in"`.
-        value: What to compare with; for `"in"` and `"not in"` a list.
-        arrow_type: Of the column.
+        name: Name of the column.
+        sign: An operator of ``COMPARE``, ``"in"`` or ``"not in"``.
+        value: Value to compare with; a list for ``"in"`` and ``"not in"``.
+        arrow_type: Type of the column.
 
     Raises:
         TypeError: The value is of another kind than the column.
-        ValueError: A null or NaN is ordered.
+        ValueError: A null or NaN is compared by order.
     """
     column = pc.field(name)
     if sign in ("in", "not in"):
-        found = _among(name, value, arrow_type)
-        return found if sign == "in" else ~found
+        matches = _among(name, value, arrow_type)
+        return matches if sign == "in" else ~matches
     if value is None:
         if sign not in ("==", "!="):
-            raise ValueError(f"ColumnDataset: the filter ({name!r}, {sign!r}, None) orders a null; use == or !=")
+            raise ValueError(
+                f"ColumnDataset: the filter ({name!r}, {sign!r}, None) compares a null by order; use == or !="
+            )
         return column.is_null() if sign == "==" else column.is_valid()
     kind = _kind(name, arrow_type)
     if kind is None:
-        # Of nothing but nulls, nothing is compared.
+        # A column of nulls alone matches no comparison.
         return pc.is_valid(column)
     if isinstance(value, float) and math.isnan(value):
         if kind.floats and sign in ("==", "!="):
             return pc.is_nan(column) if sign == "==" else ~pc.is_nan(column)
         raise ValueError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, nan) compares {arrow_type} with NaN, to which nothing is "
-            f"less, greater or equal to; use == or != for floats that are NaN"
+            f"ColumnDataset: the filter ({name!r}, {sign!r}, nan) compares {arrow_type} with NaN, which has no order; "
+            f"use == or != for floats that are NaN"
         )
     if not kind.ordered and sign not in ("==", "!="):
         raise TypeError(
-            f"ColumnDataset: the filter ({name!r}, {sign!r}, {value!r}) orders {arrow_type}; use ==, != or in"
+            f"ColumnDataset: the filter ({name!r}, {sign!r}, {value!r}) compares {arrow_type} by order; use ==, != or "
+            "in"
         )
     scalars = [None if v is None else kind.array([v])[0] for v in _bounds(kind, name, sign, value, arrow_type)]
     return _compare(_column(name, arrow_type), sign, *scalars)
@@ -86,23 +89,23 @@ def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Comparison of values with the columns of a type."""
+    """Comparison of values with columns of a type."""
 
     number: Callable[[Any], Any]
-    """Converts a Python value for comparison; None if its kind does not fit the column."""
+    """Converts a Python value for comparison; returns None if its kind does not fit the column."""
     array: Callable[[list[Any]], Any]
-    """Makes an array of converted values, in the column's type; float64 for all floats."""
+    """Makes an array of converted values in the type of the column; float64 for all floats."""
     expected: str
-    """Description of the values, for messages."""
+    """Description of accepted values, for messages."""
     ordered: bool = True
     floats: bool = False
-    """Whether the column may hold NaN."""
+    """True if the column may have NaN."""
     whole: tuple[int, int] | None = None
-    """The smallest and largest step of a type whose values are whole steps; None for others."""
+    """Smallest and largest step of a type whose values are whole steps; None for other types."""
 
 
 def _bounds(kind: _Kind, name: str, sign: str, value: Any, arrow_type: ArrowType) -> tuple[Any, Any, Any]:
-    """Return a value in the type, None if it has no exact one; then its neighbours in the type, or None."""
+    """Return the exact value in the type, or None and its neighbours in the type, each None if there is none."""
     number = kind.number(value)
     if number is None:
         raise TypeError(
@@ -142,7 +145,7 @@ def _float_bounds(number: Any) -> tuple[Any, Any, Any]:
 
 
 def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
-    """Return the comparison of a column with a scalar of its type, or with a value between two such scalars."""
+    """Return the comparison of a column with an exact scalar, or with a value between two scalars."""
     if exact is None:
         if sign in ("==", "!="):
             return pc.scalar(False) if sign == "==" else column.is_valid()
@@ -156,30 +159,30 @@ def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
 
 def _among(name: str, values: Sequence[Any], arrow_type: ArrowType) -> Any:
     kind = _kind(name, arrow_type)
-    column, found = _column(name, arrow_type), pc.scalar(False)
+    column, matches = _column(name, arrow_type), pc.scalar(False)
     if kind is not None:
-        wanted = []
+        exact_values = []
         for value in values:
             if isinstance(value, float) and math.isnan(value):
-                wanted += [value] * kind.floats
+                exact_values += [value] * kind.floats
             elif value is not None:
                 exact, _, _ = _bounds(kind, name, "in", value, arrow_type)
-                wanted += [] if exact is None else [exact]
-        if wanted:
-            found = column.isin(kind.array(wanted))
-    return found | column.is_null() if None in values else found
+                exact_values += [] if exact is None else [exact]
+        if exact_values:
+            matches = column.isin(kind.array(exact_values))
+    return matches | column.is_null() if None in values else matches
 
 
 def _column(name: str, arrow_type: ArrowType) -> Any:
     if pa.types.is_floating(arrow_type) and arrow_type != pa.float64():
-        # A narrow float is compared as the number that it is.
+        # Compare a narrow float by its exact number.
         return pc.field(name).cast(pa.float64())
     wide = _wide_decimal(arrow_type)
     return pc.field(name) if wide == arrow_type else pc.field(name).cast(wide)
 
 
 def _wide_decimal(arrow_type: ArrowType) -> ArrowType:
-    """Return the type in which decimals are compared: pyarrow does not look for the narrow ones in a list."""
+    """Return the type in which decimals are compared: pyarrow's ``is_in`` does not take the narrow ones."""
     narrow = pa.types.is_decimal32(arrow_type) or pa.types.is_decimal64(arrow_type)
     return pa.decimal128(arrow_type.precision, arrow_type.scale) if narrow else arrow_type
 
@@ -187,7 +190,7 @@ def _wide_decimal(arrow_type: ArrowType) -> ArrowType:
 def footer_decides(sign: str, value: Any, arrow_type: ArrowType) -> bool:
     """Return whether the smallest and largest value of a row group may rule it out.
 
-    Of floats they leave NaN out, which differs from everything, and do not tell 0.0 from -0.0.
+    For floats they ignore NaN, which differs from every value, and do not distinguish 0.0 from -0.0.
     """
     if not pa.types.is_floating(arrow_type):
         return True
@@ -230,13 +233,13 @@ def _kind(name: str, arrow_type: ArrowType) -> _Kind | None:
             _text if strings else _bytes, lambda vs: pa.array(vs, arrow_type), "a str" if strings else "bytes or a str"
         )
     raise TypeError(
-        f"ColumnDataset: filters compare columns of single values, and {name!r} is {arrow_type}; name a field of it, "
+        f"ColumnDataset: filters compare columns of single values, but {name!r} is {arrow_type}; name a field of it, "
         f"or give a pyarrow expression"
     )
 
 
 def _number(value: Any) -> Any:
-    """Return a number exactly: finite floats as fractions."""
+    """Return a number exactly, finite floats as fractions; None if the value is not a number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -265,7 +268,7 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
-    """Return a date, time or duration in nanoseconds: dates since 1970 in UTC, naive ones as UTC."""
+    """Return nanoseconds: of a date or timestamp since 1970 in UTC (UTC without a zone), a time or a duration."""
     kind = temporal_kind(arrow_type)
     if isinstance(value, np.datetime64 | np.timedelta64):
         if isinstance(value, np.datetime64) != (kind == "timestamp") or kind == "time":

@@ -1,4 +1,4 @@
-"""Files of any format with the same columns, as pieces in order, and the rows of a piece, clean. Imports pyarrow."""
+"""Opened files with the same columns, their pieces in order, and the clean rows of a piece. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -29,89 +29,87 @@ from recis_hybrid.columnio.files.paths import Source
 from recis_hybrid.columnio.formats import Contents, Format
 
 DAMAGE = (OSError, pa.ArrowException)
-"""What pyarrow raises for files that it cannot read."""
+"""Errors of pyarrow for files that it cannot read."""
 
 _COUNTED_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """A file whose columns are known."""
+    """A file with known columns."""
 
     file: Source
     contents: Contents
     partition: Mapping[str, ArrowType]
-    """The columns that its folders' names hold, and their types."""
+    """Columns in the names of its folders, with their types."""
     stamp: tuple[int | None, int | None] | None = None
-    """What `File.stamp` returned before its contents were looked at."""
+    """Result of ``File.stamp`` before the contents were inspected."""
     condition: BoundFilter | None = None
     """Filter of its rows; None for all."""
 
     @property
     def format(self) -> Format:
-        """How it is read; looked up, since a module cannot go to another process."""
+        """Format of the file; looked up each time, since a module cannot be pickled."""
         return self.file.format
 
     @cached_property
     def schema(self) -> ArrowType:
-        """The columns of the file, in plain types, and those of its folders' names."""
+        """Columns of the file in plain types, and those in the names of its folders."""
         own = [each.with_type(plain_type(each.type)) for each in self.contents.schema]
         names = self.contents.schema.names
         return pa.schema([*own, *(pa.field(*item) for item in self.partition.items() if item[0] not in names)])
 
     def type_of(self, name: str) -> ArrowType:
-        """Return the plain type of a column, or of a field in one.
+        """Return the plain type of a column, or of a field of a column.
 
         Raises:
-            ValueError: There is none of that name, or more than one.
+            ValueError: No column has that name, or several have.
         """
-        found = self.schema.get_all_field_indices(name)
-        if len(found) > 1:
-            raise ValueError(
-                f"columnio: {self.file} has {len(found)} columns named {name!r}; give each a name of its own"
-            )
+        indices = self.schema.get_all_field_indices(name)
+        if len(indices) > 1:
+            raise ValueError(f"columnio: {self.file} has {len(indices)} columns named {name!r}; give each another name")
         if (place := resolve(self.schema, name)) is None:
             near = [each for each in self.schema.names if each.lower() == name.lower()]
             near += [each for each in nested_names(self.schema) if each.startswith(name.partition(".")[0] + ".")]
-            meant = f" (did you mean {a_few(near)}?)" if near else ""
+            suggestion = f" (did you mean {a_few(near)}?)" if near else ""
             raise ValueError(
-                f"columnio: {self.file} has no column {name!r}{meant}, it has {a_few(self.schema.names)}; name one of "
-                f"these, or write the file anew with it"
+                f"columnio: {self.file} has no column {name!r}{suggestion}, it has {a_few(self.schema.names)}; name "
+                f"one of these, or rewrite the file with it"
             )
         return field_type(self.schema.field(place[0]).type, place[1])
 
     def type_for(self, name: str, spec: Column | None) -> ArrowType:
-        """Return the plain type that a spec reads; a struct for two columns.
+        """Return the plain type that a spec reads; a struct for a spec of two columns.
 
         Raises:
-            ValueError: There is no such column, or more than one.
+            ValueError: No column has that name, or several have.
         """
         own, *other = (self.type_of(source) for source in sources_of(name, spec))
         return pa.struct([("id", own), ("weight", other[0])]) if other else own
 
     def read(self, piece: int, columns: Sequence[str], rows: int, threads: bool) -> Iterator[Array]:
-        """Yield the rows of a piece with columns of the file, fields in them, and those of its folders' names.
+        """Yield the rows of a piece, with columns of the file, their fields, and columns in folder names.
 
         Raises:
-            BadFileError: The file was written anew since it was opened; no row that was read later is yielded.
-            ValueError: A column has another value than its folder's name says.
+            BadFileError: The file changed since it was opened; no row that was read later is yielded.
+            ValueError: A column has another value than its folder name.
         """
         places = {name: resolve(self.schema, name) or (name, ()) for name in columns}
         own = [top for top, _ in places.values() if top in self.contents.schema.names]
-        # With no column at all there would be no number of rows.
-        asked = list(dict.fromkeys(own)) or self.contents.schema.names[:1]
+        # At least one column, to know the number of rows.
+        requested = list(dict.fromkeys(own)) or self.contents.schema.names[:1]
         done = 0
-        for batch in self._unchanged(self.format.read(self.file, self.contents, piece, asked, rows, threads)):
+        for batch in self._unchanged(self.format.read(self.file, self.contents, piece, requested, rows, threads)):
             arrays = []
             for top, path in places.values():
-                if top not in asked:
+                if top not in requested:
                     value = pa.scalar(self.file.partition[top], self.partition[top])
                     arrays.append(pa.repeat(value, batch.num_rows))
                     continue
                 try:
                     array = field_of(plain(batch.column(top)), path)
                 except pa.ArrowNotImplementedError as error:
-                    # What pyarrow lacks is no damage.
+                    # A feature missing from pyarrow is not damage.
                     raise TypeError(
                         f"columnio: column {top!r} of {self.file} is {batch.column(top).type}, which this version of "
                         f"pyarrow does not decode ({error}); write it as numbers, strings or lists of these"
@@ -123,10 +121,10 @@ class OpenedFile:
             yield pa.RecordBatch.from_arrays(arrays, names=list(columns)) if columns else batch
 
     def partition_value(self, name: str) -> Any:
-        """Return a folder name's value of a column, as a scalar of the column's type.
+        """Return the value of a column in a folder name, as a scalar of the column's type.
 
         Raises:
-            ValueError: The file has a column of that name and another type.
+            ValueError: The file has a column of that name, and the value does not fit its type.
         """
         value, arrow_type = self.file.partition[name], self.schema.field(name).type
         if value is None:
@@ -143,49 +141,50 @@ class OpenedFile:
             row = pc.index(same, False).as_py()
             raise self._contradiction(name, f"is {array[row].as_py()!r} in row {first + row} of {piece}")
 
-    def _contradiction(self, name: str, said: str) -> ValueError:
+    def _contradiction(self, name: str, problem: str) -> ValueError:
         return ValueError(
-            f"columnio: column {name!r} of {self.file} {said}, and the name of its folder says "
-            f"{self.file.partition[name]!r}; write the file without that column or put it into the right folder, or "
-            f"read what the files hold alone (partitions=False)"
+            f"columnio: column {name!r} of {self.file} {problem}, but its folder name has "
+            f"{self.file.partition[name]!r}; rewrite the file without that column, move it to the right folder, or "
+            f"ignore folder names (partitions=False)"
         )
 
     def _unchanged(self, decoded: Iterator[Array]) -> Iterator[Array]:
-        """Yield what is decoded while the file is the one that was opened.
+        """Yield decoded batches as long as the file has not changed since it was opened.
 
-        Another file's bytes, read by the places and types of this one, may come out as numbers like any others.
+        The bytes of another file, read with the offsets and types of this one, may decode to plausible numbers.
         """
-        looked = False
+        checked = False
         try:
             for batch in decoded:
-                # After the bytes were read. Far away each look is a request, and objects are replaced as a whole.
-                if self.file.is_local or not looked:
+                # After the bytes were read. For remote files each check is a request, and objects are replaced as a
+                # whole.
+                if self.file.is_local or not checked:
                     self._check()
-                looked = True
+                checked = True
                 yield batch
         except BadFileError:
             raise
         except (*DAMAGE, ValueError):
-            # What cannot be read is no damage where another file was read.
+            # If the file changed, the error does not mean damage.
             self._check()
             raise
 
     def _check(self) -> None:
-        # One that was removed is what it was as long as it is open.
+        # A removed file has the same contents as long as it is open.
         if (now := self.file.stamp()) is not None and now != self.stamp:
             raise changed(str(self.file))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read at once: a row group, stripe or record batch of a file, or all of one that has none of these."""
+    """A part of a file that is read at once: a row group, stripe or record batch, or a whole text file."""
 
     opened: OpenedFile = field(repr=False)
     """The file."""
     number: int
-    """Which of the file's pieces."""
+    """Number of the piece in the file."""
     rows: int
-    """How many rows of it are wanted."""
+    """Number of its rows after the filter."""
 
     def __str__(self) -> str:
         return f"{self.opened.format.PIECE} {self.number}"
@@ -193,37 +192,37 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileSet:
-    """Files with the same columns, as pieces in order, and how to read the columns."""
+    """Files with the same columns as pieces in order, and the conversion of their columns."""
 
     pieces: Sequence[Piece]
     """All pieces that have rows, file by file."""
     converters: Mapping[str, Converter]
-    """How each column is read, by name, in the order in which a batch has them."""
+    """Converters by column, in the order of a batch."""
     cleaners: Mapping[tuple[str, ArrowType], Converter]
-    """Converters by column and by each type that the files have for it; all make the layout of `converters`."""
+    """Converters by column and type in the files; all produce the layout of ``converters``."""
     row_filter: RowFilter | None
-    """Which rows are wanted; None for all."""
+    """Filter of the rows; None for all."""
     read_columns: Sequence[str]
-    """The columns to read, those that only the filter looks at included."""
+    """Columns to read, including those of the filter alone."""
     filter_columns: Sequence[str]
-    """The columns that the filter looks at."""
+    """Columns of the filter."""
     skip: bool
-    """Whether to go on past what is damaged."""
+    """Leave out damaged files and pieces instead of raising."""
     skipped: list[Skipped] = field(default_factory=list)
-    """What was damaged and left out."""
+    """Files and pieces left out so far."""
 
     def read(self, piece: Piece, rows: int, threads: bool = False) -> Iterator[Rows]:
-        """Yield the wanted rows of a piece in order, about `rows` of them at a time.
+        """Yield the rows of a piece after the filter, in order and about ``rows`` at a time.
 
         Args:
-            piece: Which.
-            rows: How many rows to decode at a time.
-            threads: Whether Arrow may decode in its threads.
+            piece: The piece.
+            rows: Rows to decode at a time.
+            threads: Allow Arrow to decode in its threads.
 
         Raises:
-            BadFileError: The file is damaged or was changed. Where damage is skipped, the rest is left out.
-            FileNotFoundError: The file has vanished; where damage is skipped, its rows are left out.
-            ValueError: A column holds what its spec does not allow.
+            BadFileError: The file is damaged or changed; with ``skip`` the remaining rows are left out instead.
+            FileNotFoundError: The file is missing; with ``skip`` its rows are left out instead.
+            ValueError: A column has a value that its spec does not allow.
         """
         done = 0
         try:
@@ -236,8 +235,8 @@ class FileSet:
                 yield self._rows(arrays)
             if done != piece.rows:
                 raise BadFileError(
-                    f"columnio: {piece} of {piece.opened.file} has {done} rows where it had {piece.rows} when it was "
-                    f"opened; the file was changed or is damaged: write it anew, then open the dataset again"
+                    f"columnio: {piece} of {piece.opened.file} has {done} rows, but had {piece.rows} when it was "
+                    f"opened; the file changed or is damaged: rewrite it, then open the dataset again"
                 )
         except (BadFileError, FileNotFoundError) as error:
             if not self.skip:
@@ -247,7 +246,7 @@ class FileSet:
             )
 
     def no_rows(self) -> Rows:
-        """Return no rows."""
+        """Return an empty set of rows."""
         opened = self.pieces[0].opened
         none = pa.RecordBatch.from_arrays(
             [pa.array([], opened.type_of(name)) for name in self.read_columns], names=list(self.read_columns)
@@ -269,9 +268,9 @@ class FileSet:
         try:
             for batch in decoded:
                 condition = piece.opened.condition
-                wanted = batch if condition is None else condition(batch, str(piece.opened.file))
-                if wanted.num_rows:
-                    yield wanted
+                filtered = batch if condition is None else condition(batch, str(piece.opened.file))
+                if filtered.num_rows:
+                    yield filtered
         except PermissionError:
             raise
         except FileNotFoundError as error:
@@ -280,7 +279,7 @@ class FileSet:
             raise cannot_be_read(str(piece), str(piece.opened.file), error) from error
 
     def count(self, piece: Piece) -> int:
-        """Read a piece for the number of its wanted rows, and no more of it than that takes.
+        """Return the number of rows of a piece after the filter; reads only the columns that it takes.
 
         Raises:
             BadFileError: The file is damaged.
@@ -290,7 +289,7 @@ class FileSet:
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:
-    """Return the columns of a file that a column of a batch is made of."""
+    """Return the columns of a file from which a column of a batch is made."""
     return [name, spec.weights] if isinstance(spec, Weighted) and spec.weights is not None else [name]
 
 
@@ -299,7 +298,7 @@ def _source(batch: Array, name: str, spec: Column) -> Array:
     return pa.StructArray.from_arrays([own, other[0]], names=["id", "weight"]) if other else own
 
 
-def report_skipped(skipped: list[Skipped], what: Skipped) -> None:
-    """Note and reports what is left out."""
-    skipped.append(what)
-    warnings.warn(f"columnio: left out {what.piece} of {what.file}: {what.reason}", RuntimeWarning, stacklevel=3)
+def report_skipped(skipped: list[Skipped], entry: Skipped) -> None:
+    """Record a piece that is left out, and warn."""
+    skipped.append(entry)
+    warnings.warn(f"columnio: left out {entry.piece} of {entry.file}: {entry.reason}", RuntimeWarning, stacklevel=3)

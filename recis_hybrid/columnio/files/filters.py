@@ -1,4 +1,4 @@
-"""Conditions on the rows of files, and the pieces that footers and folders' names rule out. Imports pyarrow."""
+"""Conditions on rows, and the pieces that footers and folder names rule out. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from recis_hybrid.columnio.convert.numbers import ArrowType
 from recis_hybrid.columnio.files.comparisons import COMPARE, compiled, footer_decides
 
 Filters: TypeAlias = Any
-"""A `pyarrow.compute.Expression`, or a list of (column, operator, value) of which all must hold, or a list of such
-lists of which one must."""
+"""A ``pyarrow.compute.Expression``, a list of (column, operator, value) that must all hold, or a list of such lists,
+one of which must hold."""
 
 Condition: TypeAlias = tuple[str, str, Any]
 
 _OPERATORS = ("=", *COMPARE, "in", "not in")
-# What pyarrow raises for expressions that do not suit, or cannot be computed.
-_REFUSED = (pa.ArrowException, ValueError, TypeError, NotImplementedError, KeyError, OverflowError)
+# Errors of pyarrow for expressions that do not fit the columns, or cannot be computed.
+_FILTER_ERRORS = (pa.ArrowException, ValueError, TypeError, NotImplementedError, KeyError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -35,44 +35,44 @@ class BoundFilter:
     """A condition on the columns of one file."""
 
     expression: Any
-    """A `pyarrow.compute.Expression`."""
+    """A ``pyarrow.compute.Expression``."""
     columns: Sequence[str]
-    """Columns that it reads."""
+    """Columns of the expression."""
     prunes: bool
-    """Whether a footer's statistics may rule rows out; they never exclude a row that the condition keeps."""
+    """True if statistics of a footer may exclude rows; False if they could exclude a row that the condition keeps."""
     text: str
-    """The condition as it was given, for messages."""
+    """Text of the condition, for messages."""
 
     def __call__(self, batch: Any, file: str) -> Any:
         """Return the rows of a RecordBatch for which the condition holds.
 
         Raises:
-            ValueError: It cannot be computed.
+            ValueError: The condition cannot be computed.
         """
         try:
             return batch.filter(self.expression)
-        except _REFUSED as error:
+        except _FILTER_ERRORS as error:
             raise ValueError(
                 f"ColumnDataset: filters {self.text} cannot be computed for rows of {file} ({error}); change the "
-                f"expression, or write it as (column, operator, value), which brings the value to the column's type"
+                f"expression, or write it as (column, operator, value), which converts the value to the column's type"
             ) from error
 
 
 @dataclass(frozen=True)
 class RowFilter:
-    """A condition on the columns of a row, whatever their types in a file."""
+    """A condition on rows, independent of the types of the columns in a file."""
 
     expression: Any
-    """A `pyarrow.compute.Expression`; None where there are conditions."""
+    """A ``pyarrow.compute.Expression``; None if there are conditions."""
     conditions: Sequence[Sequence[Condition]]
     """A row is kept if all conditions of at least one sequence hold."""
 
     @classmethod
     def of(cls, filters: Filters) -> RowFilter | None:
-        """Read what a user wrote.
+        """Return the filter of the argument ``filters``; None for all rows.
 
         Args:
-            filters: See `Filters`; None for all rows.
+            filters: See ``Filters``.
 
         Raises:
             TypeError: It is neither an expression nor such a list.
@@ -89,8 +89,8 @@ class RowFilter:
             elif all(map(_is_condition, filters)):
                 groups = [filters]
             if all(isinstance(group, Sequence) and group and all(map(_is_condition, group)) for group in groups):
-                made = tuple(tuple(_condition(*each) for each in group) for group in groups)
-                return cls(None, made)
+                conditions = tuple(tuple(_condition(*each) for each in group) for group in groups)
+                return cls(None, conditions)
         raise TypeError(
             f"ColumnDataset: filters must be a pyarrow expression or a list of (column, operator, value), got "
             f"{filters!r}"
@@ -101,7 +101,7 @@ class RowFilter:
         if self.expression is not None:
             text = str(self.expression)
             if "..." in text:
-                # Long values are not written out; what is handed on by pickle is the whole expression.
+                # pyarrow abbreviates long values in its text, but not in the pickled expression.
                 whole = self.expression.__reduce__()[1][0]
                 text += f" #{hashlib.blake2b(memoryview(whole), digest_size=8).hexdigest()}"
             return text
@@ -109,43 +109,43 @@ class RowFilter:
         return " or ".join(groups)
 
     def bound(self, opened: Any) -> BoundFilter:
-        """Return the condition on the columns of an OpenedFile.
+        """Return the condition for the columns of an OpenedFile.
 
         Raises:
             TypeError: A value cannot be compared with its column.
-            ValueError: There is no such column, or the condition does not suit the columns.
+            ValueError: A column is missing, or the condition does not fit the columns.
         """
         if self.expression is not None:
             return self._bound_expression(opened.schema)
-        made: Any = None
+        expression: Any = None
         names: dict[str, None] = {}
         prunes = True
         for group in self.conditions:
-            together: Any = None
+            group_expression: Any = None
             for name, sign, value in group:
                 names[name] = None
                 arrow_type = opened.type_of(name)
-                # A field of a struct has no name of its own in the footer.
+                # The footer does not know fields of structs by dotted names.
                 prunes &= name in opened.schema.names and footer_decides(sign, value, arrow_type)
                 one = compiled(name, sign, value, arrow_type)
-                together = one if together is None else together & one
-            made = together if made is None else made | together
-        return BoundFilter(made, list(names), prunes, str(self))
+                group_expression = one if group_expression is None else group_expression & one
+            expression = group_expression if expression is None else expression | group_expression
+        return BoundFilter(expression, list(names), prunes, str(self))
 
     def _bound_expression(self, schema: Any) -> BoundFilter:
         nested = _nested_types(schema)
         empty = pa.schema([*schema, *nested]).empty_table()
         try:
             empty.filter(self.expression)
-        except _REFUSED as error:
+        except _FILTER_ERRORS as error:
             raise ValueError(
-                f"ColumnDataset: filters {self} do not suit the columns {schema.names} ({error})"
+                f"ColumnDataset: filters {self} do not fit the columns {schema.names} ({error}); change the expression"
             ) from error
-        # An expression does not tell which columns it names, but fails where one of them is missing.
+        # An expression does not expose its columns, but fails if one of them is missing.
         names = [
             name
             for name in dict.fromkeys(empty.schema.names)
-            if not _works(empty.drop_columns([name]), self.expression)
+            if not _is_computable(empty.drop_columns([name]), self.expression)
         ]
         prunes = all(name in schema.names for name in names)
         if prunes and any(_has_floats(schema.field(name).type) for name in names):
@@ -154,69 +154,74 @@ class RowFilter:
         return BoundFilter(self.expression, names, prunes, str(self))
 
     def possible(self, opened: Any, pieces: int) -> list[int]:
-        """Return the pieces which may hold such rows, by what the names of folders and a Parquet footer say of them.
+        """Return the pieces that may have matching rows, judged by folder names and a Parquet footer.
 
         Args:
             opened: An OpenedFile with this condition.
-            pieces: How many it has.
+            pieces: Number of its pieces.
         """
         condition, file, schema, footer = opened.condition, opened.file, opened.schema, opened.contents.footer
         if not condition.prunes or not (opened.partition or isinstance(footer, pq.FileMetaData)):
             return list(range(pieces))
-        looked_at = [name for name in opened.partition if name in condition.columns]
-        own = [name for name in looked_at if name in opened.contents.schema.names]
+        folders = [name for name in opened.partition if name in condition.columns]
+        own = [name for name in folders if name in opened.contents.schema.names]
         if not all(_holds_only(footer, name, opened.partition_value(name)) for name in own):
-            # A file that says otherwise than its folder is to be refused, not left out.
+            # A file that contradicts its folder name must be refused, not left out.
             return list(range(pieces))
         formats = ds.ParquetFileFormat()
         known = pc.scalar(True)
-        for name in looked_at:
+        for name in folders:
             value = opened.partition_value(name)
             known &= pc.field(name) == value if value.is_valid else pc.field(name).is_null()
         fragment = formats.make_fragment(file.path, file.filesystem, partition_expression=known)
-        # Only asked for what it can rule out; it opens no file for that.
-        folder = ds.FileSystemDataset([fragment], schema, formats, pafs.LocalFileSystem())
+        # Used only to evaluate the filter on statistics; it opens no file.
+        dataset = ds.FileSystemDataset([fragment], schema, formats, pafs.LocalFileSystem())
         try:
-            if not list(folder.get_fragments(filter=condition.expression)):
+            if not list(dataset.get_fragments(filter=condition.expression)):
                 return []
             if not isinstance(footer, pq.FileMetaData):
                 return list(range(pieces))
             return [group.id for group in fragment.subset(filter=condition.expression, schema=schema).row_groups]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            # An expression that cannot be computed for what a footer says: the rows themselves will tell.
+            # The expression cannot be evaluated on the statistics of the footer; read the rows.
             return list(range(pieces))
 
 
 def _holds_only(footer: Any, name: str, value: Any) -> bool:
-    """Return whether all values of a column are equal by the Parquet footer."""
+    """Return whether the Parquet footer proves that all values of a column equal ``value``."""
     if not isinstance(footer, pq.FileMetaData) or not value.is_valid:
         return False
     columns = [number for number in range(footer.num_columns) if footer.schema.column(number).path == name]
     for group in range(footer.num_row_groups):
         for number in columns:
-            found = footer.row_group(group).column(number).statistics
-            if found is None or not found.has_min_max or not found.has_null_count or found.null_count:
+            statistics = footer.row_group(group).column(number).statistics
+            if (
+                statistics is None
+                or not statistics.has_min_max
+                or not statistics.has_null_count
+                or statistics.null_count
+            ):
                 return False
-            if {found.min, found.max} != {value.as_py()}:
+            if {statistics.min, statistics.max} != {value.as_py()}:
                 return False
     return len(columns) == 1
 
 
-def _works(table: Any, expression: Any) -> bool:
+def _is_computable(table: Any, expression: Any) -> bool:
     try:
         table.filter(expression)
-    except _REFUSED:
+    except _FILTER_ERRORS:
         return False
     return True
 
 
 def _nested_types(schema: Any) -> list[Any]:
-    found = []
+    fields = []
     for name in nested_names(schema):
         place = resolve(schema, name)
         if place is not None:
-            found.append(pa.field(name, field_type(schema.field(place[0]).type, place[1])))
-    return found
+            fields.append(pa.field(name, field_type(schema.field(place[0]).type, place[1])))
+    return fields
 
 
 def _has_floats(arrow_type: ArrowType) -> bool:
@@ -232,7 +237,7 @@ def _is_condition(thing: object) -> bool:
 def _condition(name: str, sign: str, value: Any) -> Condition:
     if sign not in _OPERATORS:
         raise ValueError(
-            f"ColumnDataset: filters know the operators {', '.join(_OPERATORS)}, got {sign!r} in {(name, sign, value)}"
+            f"ColumnDataset: filters have the operators {', '.join(_OPERATORS)}, got {sign!r} in {(name, sign, value)}"
         )
     if sign not in ("in", "not in"):
         return name, "==" if sign == "=" else sign, _plain_value(value)
@@ -243,7 +248,7 @@ def _condition(name: str, sign: str, value: Any) -> Condition:
         )
     values = value.to_pylist() if isinstance(value, pa.Array | pa.ChunkedArray) else list(value)
     if isinstance(value, set | frozenset):
-        # In one order in every process.
+        # The same order in every process.
         values.sort(key=repr)
     return name, sign, [_plain_value(each) for each in values]
 
@@ -255,7 +260,7 @@ def _plain_value(value: Any) -> Any:
         return None if np.isnat(value) else value
     if isinstance(value, np.generic):
         return value.item()
-    # pandas' missing values, without pandas.
+    # Missing values of pandas, without importing pandas.
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 

@@ -1,4 +1,4 @@
-"""Data in memory, as a file of a dataset: Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
+"""Data in memory in the role of a file: Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class MemoryFile:
     """A table, or the batches of a function, in the role of a file."""
 
     table: Any
-    """A `pyarrow.Table`; None for a function's batches."""
+    """A ``pyarrow.Table``; None for the batches of a function."""
     batches: Callable[[], Iterable[Any]] | None
-    """Returns all batches, from the first, at each call."""
+    """Returns all batches from the first at each call; None for a table."""
     fingerprint: str
-    """Fingerprint of the types and of a sample of the values."""
+    """Hash of the types and of a sample of the values."""
     partition: dict[str, Any] = field(default_factory=dict)
-    """See `File`; always empty."""
+    """See ``File``; always empty."""
     is_local: ClassVar[bool] = False
 
     @classmethod
     def of(cls, data: Any) -> MemoryFile:
-        """Take what `ColumnDataset.from_arrow` takes.
+        """Return the file for data that ``ColumnDataset.from_arrow`` accepts.
 
         Raises:
             TypeError: The data is of another kind.
@@ -48,14 +48,16 @@ class MemoryFile:
             if not data:
                 raise ValueError("ColumnDataset.from_arrow: needs at least one batch, got an empty sequence")
             first = as_table(data[0])
-            return cls._of_table(pa.concat_tables([first, *(alike(as_table(each), first.schema) for each in data[1:])]))
+            return cls._of_table(
+                pa.concat_tables([first, *(like_first(as_table(each), first.schema) for each in data[1:])])
+            )
         batches = _batches_of(data)
         if batches is None:
             return cls._of_table(as_table(data))
-        made = next(iter(batches()), None)
-        if made is None:
-            raise ValueError("ColumnDataset.from_arrow: needs at least one batch, and the function made none")
-        return cls(None, batches, _fingerprint(as_table(made)))
+        first_batch = next(iter(batches()), None)
+        if first_batch is None:
+            raise ValueError("ColumnDataset.from_arrow: needs at least one batch, but the function made none")
+        return cls(None, batches, _fingerprint(as_table(first_batch)))
 
     @classmethod
     def _of_table(cls, table: Any) -> MemoryFile:
@@ -65,28 +67,28 @@ class MemoryFile:
 
     @property
     def path(self) -> str:
-        """Its place in the order of files."""
+        """Name of the data in the order of files."""
         return f"data in memory {self.fingerprint}"
 
     @property
     def name(self) -> str:
-        """See `File`."""
+        """See ``File``."""
         return str(self)
 
     @property
     def format(self) -> Format:
-        """The format of data in memory."""
+        """Format of data in memory."""
         return _TABLES
 
     def stamp(self) -> None:
-        """Return None: no other process writes it."""
+        """Return None: the data never changes."""
 
     def tables(self) -> Iterator[Any]:
-        """Yield the table, or the tables of one more call's batches, in the types of the first batch.
+        """Yield the table, or the batches of another call of the function as tables in the types of the first.
 
         Raises:
-            RuntimeError: The function failed to read something.
-            TypeError: A batch is of another kind.
+            RuntimeError: The function failed.
+            TypeError: A batch is of an unknown kind.
             ValueError: A batch has other columns than the first.
         """
         if self.batches is None:
@@ -96,7 +98,7 @@ class MemoryFile:
         for batch in _own_errors(self.batches):
             table = as_table(batch)
             schema = table.schema if schema is None else schema
-            yield alike(table, schema)
+            yield like_first(table, schema)
 
     def __str__(self) -> str:
         return "data in memory"
@@ -136,7 +138,7 @@ _TABLES: Format = _TableFormat()
 
 
 def as_table(data: Any) -> Any:
-    """Return a table, or one batch of a stream, as a `pyarrow.Table`, without a copy where possible.
+    """Return a table, or one batch of a stream, as a ``pyarrow.Table``, without a copy where possible.
 
     Raises:
         TypeError: The data is of an unknown kind, or a column has no Arrow type.
@@ -152,7 +154,7 @@ def as_table(data: Any) -> Any:
         if _is_of(data, "pandas") and hasattr(data, "columns"):
             return pa.Table.from_pandas(data, preserve_index=False)
         if hasattr(data, "with_format") and hasattr(data, "flatten_indices"):
-            # Hugging Face: what lies below holds all rows, also those that `select` left out.
+            # Hugging Face: the underlying table has all rows, even those that ``select`` left out.
             return data.with_format("arrow")[:]
         if hasattr(data, "__arrow_c_stream__"):
             return pa.table(data)
@@ -160,8 +162,8 @@ def as_table(data: Any) -> Any:
             return pa.Table.from_batches([pa.record_batch(data)])
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise TypeError(
-            f"ColumnDataset.from_arrow: this {type(data).__name__} is no table of Arrow's ({error}); give each column "
-            f"values of one type"
+            f"ColumnDataset.from_arrow: this {type(data).__name__} cannot become an Arrow table ({error}); give each "
+            f"column values of one type"
         ) from error
     lazy = "; collect() it first" if hasattr(data, "collect") else ""
     raise TypeError(
@@ -171,11 +173,11 @@ def as_table(data: Any) -> Any:
     )
 
 
-def alike(table: Any, schema: Any) -> Any:
-    """Return the columns of a batch in the first batch's order and types.
+def like_first(table: Any, schema: Any) -> Any:
+    """Return the columns of a batch in the order and types of the first batch.
 
     Raises:
-        ValueError: It has other columns, or values that those types do not hold.
+        ValueError: It has other columns, or values that do not fit those types.
     """
     if table.schema.equals(schema):
         return table
@@ -185,7 +187,7 @@ def alike(table: Any, schema: Any) -> Any:
         raise ValueError(
             f"ColumnDataset.from_arrow: all batches must have the columns of the first, "
             f"{', '.join(f'{each.name} {each.type}' for each in schema)}, and one has "
-            f"{', '.join(f'{each.name} {each.type}' for each in table.schema)} ({error}); make them alike"
+            f"{', '.join(f'{each.name} {each.type}' for each in table.schema)} ({error}); give all the same columns"
         ) from error
 
 
@@ -199,8 +201,8 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
         return None
     if hasattr(data, "__next__"):
         raise TypeError(
-            f"ColumnDataset.from_arrow: a {type(data).__name__} can be read only once, and each epoch reads the data "
-            f"anew; give the function that makes it, from_arrow(lambda: batches()), or list(...) of it"
+            f"ColumnDataset.from_arrow: a {type(data).__name__} can be read only once, but each epoch reads the data "
+            f"again; give the function that makes it, from_arrow(lambda: batches()), or list(...) of it"
         )
     if callable(data) and not isinstance(data, type):
         return _Function(data)
@@ -209,35 +211,36 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
 
 @dataclass(frozen=True)
 class _Function:
-    """A user's function, wrapped so that it can be pickled for spawned workers if the function can."""
+    """A user's function, wrapped so that spawned workers can receive it if the function can be pickled."""
 
     function: Callable[[], Any]
 
     def __call__(self) -> Iterable[Any]:
-        made = self.function()
-        if hasattr(made, "__arrow_c_stream__") and not hasattr(made, "__next__"):
-            return [made]
-        if isinstance(made, Mapping | str | bytes) or not hasattr(made, "__iter__"):
+        result = self.function()
+        if hasattr(result, "__arrow_c_stream__") and not hasattr(result, "__next__"):
+            return [result]
+        if isinstance(result, Mapping | str | bytes) or not hasattr(result, "__iter__"):
             raise TypeError(
-                f"ColumnDataset.from_arrow: the function must return an iterable of batches, got {type(made).__name__}"
+                f"ColumnDataset.from_arrow: the function must return an iterable of batches, got "
+                f"{type(result).__name__}"
             )
-        found: Iterable[Any] = made
-        return found
+        batches: Iterable[Any] = result
+        return batches
 
 
 @dataclass(frozen=True)
 class _Streamed:
-    """A streamed dataset of Hugging Face."""
+    """A streamed Hugging Face dataset."""
 
     data: Any
 
     def __call__(self) -> Iterable[Any]:
-        found: Iterable[Any] = self.data.with_format("arrow").iter(batch_size=_STREAMED)
-        return found
+        batches: Iterable[Any] = self.data.with_format("arrow").iter(batch_size=_STREAMED)
+        return batches
 
 
 def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """Yield batches; errors of the user's function are not errors of the dataset's files."""
+    """Yield batches; an error of the user's function must not pass for a damaged file."""
     try:
         yield from batches()
     except (OSError, pa.ArrowException) as error:
@@ -258,13 +261,13 @@ def _of_columns(columns: Mapping[str, Any]) -> Any:
             arrays[name] = _array(values)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise TypeError(
-                f"ColumnDataset.from_arrow: column {name!r} is no column of Arrow's ({error}); give it an array or a "
-                f"list with a value (or a list of values) for each row, all of one type; rows as dictionaries are made "
-                f"a table by pyarrow.Table.from_pylist"
+                f"ColumnDataset.from_arrow: column {name!r} cannot become an Arrow column ({error}); give it an array "
+                f"or a list with a value (or a list of values) per row, all of one type; convert rows that are "
+                f"dictionaries with pyarrow.Table.from_pylist"
             ) from error
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"ColumnDataset.from_arrow: all columns must have as many rows, got {lengths}")
+        raise ValueError(f"ColumnDataset.from_arrow: all columns must have the same number of rows, got {lengths}")
     return pa.table(arrays)
 
 
@@ -300,7 +303,7 @@ def _of_numpy(values: Any) -> Any:
     if values.dtype.kind == "M" and np.datetime_data(values.dtype)[0] in ("h", "m"):
         values = values.astype("datetime64[s]")
     mask = np.ma.getmaskarray(values).reshape(-1) if isinstance(values, np.ma.MaskedArray) else None
-    # Arrow has one order of bytes, and no strides.
+    # Arrow has native byte order and no strides.
     flat = np.ascontiguousarray(np.asarray(values).reshape(-1)).astype(values.dtype.newbyteorder("="), copy=False)
     array = pa.array(flat, mask=mask)
     for size in reversed(values.shape[1:]):
@@ -315,7 +318,7 @@ def _is_of(data: Any, package: str) -> bool:
 def _fingerprint(table: Any) -> str:
     step = max(-(-table.num_rows // _SAMPLE), 1)
     rows = range(0, table.num_rows, step)
-    found = hashlib.blake2b(repr([(each.name, str(each.type)) for each in table.schema]).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr([(each.name, str(each.type)) for each in table.schema]).encode(), digest_size=8)
     for column in table.columns:
-        found.update(repr([column[row].as_py() for row in rows]).encode())
-    return found.hexdigest()
+        digest.update(repr([column[row].as_py() for row in rows]).encode())
+    return digest.hexdigest()

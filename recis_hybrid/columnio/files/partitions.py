@@ -32,15 +32,15 @@ def partitions_of(paths: Sequence[str]) -> list[Partition]:
         >>> partitions_of(["clicks/day=7/country=fr/a.parquet", "clicks/day=8/country=a%2Fb/b.parquet"])
         [{'day': 7, 'country': 'fr'}, {'day': 8, 'country': 'a/b'}]
     """
-    found = [_texts(path) for path in paths]
+    texts_of_paths = [_texts(path) for path in paths]
     texts: dict[str, set[str]] = {}
-    for values in found:
+    for values in texts_of_paths:
         for key, value in values.items():
             texts.setdefault(key, set()).add(value)
     whole = {key for key, values in texts.items() if all(map(_is_int64, values - _NULLS))}
     return [
         {key: None if text in _NULLS else int(text) if key in whole else text for key, text in values.items()}
-        for values in found
+        for values in texts_of_paths
     ]
 
 

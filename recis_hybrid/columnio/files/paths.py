@@ -72,7 +72,7 @@ class File:
 
     @property
     def is_local(self) -> bool:
-        """Whether ``stamp`` costs next to nothing."""
+        """True if ``stamp`` costs next to nothing."""
         return _is_local(self.filesystem)
 
     def __str__(self) -> str:
@@ -182,40 +182,40 @@ def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
     if "://" not in entry:
         return pafs.LocalFileSystem(), entry
     try:
-        found, path = pafs.FileSystem.from_uri(entry)
-        return found, path
+        location, path = pafs.FileSystem.from_uri(entry)
+        return location, path
     except pa.ArrowInvalid:
         pass
     from fsspec.core import url_to_fs
 
     try:
-        made, path = url_to_fs(entry)
+        fsspec_filesystem, path = url_to_fs(entry)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"columnio: neither pyarrow nor fsspec knows a file system for {entry} ({error}); install the package "
             f"named there, or give ReadOptions(filesystem=...)"
         ) from error
-    return as_filesystem(made), path
+    return as_filesystem(fsspec_filesystem), path
 
 
 def _expand(entry: str, filesystem: Any) -> list[File]:
     if filesystem is None and "://" not in entry:
         return [File(path, pafs.LocalFileSystem()) for path in _local(entry)]
     base, pattern = _split_pattern(entry)
-    found, path = locate(base, filesystem)
+    location, path = locate(base, filesystem)
     path = path.rstrip("/")
     if pattern:
-        files = _matching(found, path, pattern)
+        files = _matching(location, path, pattern)
         if not files:
             raise FileNotFoundError(f"columnio: no file matches {entry}; check the pattern")
-        return [File(each, found) for each in files]
-    kind = found.get_file_info(path).type
+        return [File(each, location) for each in files]
+    kind = location.get_file_info(path).type
     if kind == pafs.FileType.File:
-        return [File(path, found)]
+        return [File(path, location)]
     # An empty path is the root of a file system; some report that it does not exist.
     if kind == pafs.FileType.Directory or path == "":
-        if files := list(_below(found, path)):
-            return [File(each, found) for each in files]
+        if files := list(_below(location, path)):
+            return [File(each, location) for each in files]
         raise FileNotFoundError(_no_such_file(entry))
     raise FileNotFoundError(f"columnio: {entry} does not exist; check the path")
 

@@ -1,4 +1,4 @@
-"""Joint types of columns whose types differ between files. Imports pyarrow."""
+"""Joint types of columns that have different types in different files. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recis_hybrid.columnio.convert.temporal import is_temporal, temporal_kind
 
 
 def unified_type(one: ArrowType, other: ArrowType, *, explicit: bool) -> ArrowType | None:
-    """Return a type whose tensors hold the values of two plain types, or None.
+    """Return a type whose tensors hold the values of two plain types; None if there is none.
 
     Integers join with integers, floats with floats, dates with timestamps, strings with bytes, lists with lists of any
     layout whose values join, structs with structs of the same fields, and nulls with everything.
@@ -38,7 +38,7 @@ def unified_type(one: ArrowType, other: ArrowType, *, explicit: bool) -> ArrowTy
     if is_temporal(one) and is_temporal(other) and temporal_kind(one) == temporal_kind(other):
         return one
     if not (is_number(one) and is_number(other)) or is_temporal(one) or is_temporal(other):
-        # Text files may write as strings what others hold as dates or decimals.
+        # Text files may have strings where other files have dates or decimals.
         times = (is_temporal(one) and is_text(other)) or (is_temporal(other) and is_text(one))
         return (one if is_temporal(one) else other) if explicit and times else None
     dtypes = dtype_of(one), dtype_of(other)

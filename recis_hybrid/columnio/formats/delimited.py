@@ -1,4 +1,4 @@
-"""CSV files, whole: their rows cannot be found without reading all before them. Imports pyarrow."""
+"""CSV files, as one piece: a row cannot be found without reading all rows before it. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import pyarrow.csv as pc
 
 from recis_hybrid.columnio.convert.numbers import TOO_LARGE
 from recis_hybrid.columnio.formats.protocol import Contents
-from recis_hybrid.columnio.formats.text import needs_uint64, other_type, remedy
+from recis_hybrid.columnio.formats.text import (
+    BLOCK_SIZES,
+    is_row_too_long,
+    needs_uint64,
+    other_type,
+    remedy,
+    skip_rows,
+)
 from recis_hybrid.columnio.options import CsvOptions
 
 NAME, PIECE = "CSV", "block"
@@ -24,68 +31,61 @@ _NO_VALUE = re.compile(r"In CSV column #(\d+): .*CSV conversion error to (.+?): 
 _NO_TEXT = re.compile(r"In CSV column #(\d+): .*invalid UTF8 data", re.DOTALL)
 _ROW = re.compile(r"Row #(\d+)")
 _BOOLEANS = {"true": "1", "false": "0"}
-# How much is read at a time; more where a row is longer than that.
-_BLOCKS = (1 << 20, 1 << 24, 1 << 28)
-# What pyarrow takes for nulls of numbers by itself.
+# Nulls of numbers by default.
 _NULLS = tuple(pc.ConvertOptions().null_values)
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
-    """See `Format`."""
-    # There are no lists in CSV; what asks for one is refused where the column's type is known.
+    """See ``Format``."""
+    # CSV has no lists; a spec of lists is refused once the type of the column is known.
     types = {name: arrow_type for name, arrow_type in types.items() if not pa.types.is_nested(arrow_type)}
     texts, block = set[str](), 0
     while True:
         try:
             with _Reader(file, _as_text(types, texts), block=block) as reader:
                 schema, first = reader.schema, list(islice(reader, 1))
-            # Without a line after the header nothing says of what types the columns are.
+            # Without a row the types of the columns are unknown.
             if not first or not first[0].num_rows:
                 return Contents(None, [])
             for name in texts:
                 numbers_of(file, name, first[0].column(name), types[name], 0)
                 schema = _with_type(schema, name, types[name])
             for name in schema.names:
-                # Bytes that are not UTF-8 are refused where they are read.
+                # Bytes that are not UTF-8 are refused when they are read.
                 if schema.names.count(name) == 1 and pa.types.is_binary(schema.field(name).type):
                     schema = _with_type(schema, name, pa.string())
-            return Contents(_exact(file, schema, types, block), [None])
+            return Contents(_with_large_integers(file, schema, types, block), [None])
         except UnicodeDecodeError as error:
             raise _other_encoding(file, None, error) from error
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 return Contents(None, [])
-            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+            if is_row_too_long(error) and block + 1 < len(BLOCK_SIZES):
                 block += 1
                 continue
             names = _names(file, block)
-            if (found := _value(error)) is None:
+            if (mismatch := _value(error)) is None:
                 raise _refused(file, names, error) from error
-            column, wanted, value = names[found[0]], *found[1:]
-            if wanted == "int64" and needs_uint64(value):
-                # An id is its bits.
+            column, type_name, value = names[mismatch[0]], *mismatch[1:]
+            if type_name == "int64" and needs_uint64(value):
+                # An id is its bits, signed or not.
                 types[column] = pa.uint64()
-            elif column in types and column not in texts and _is_of_another_form(wanted, value):
+            elif column in types and column not in texts and _may_be_number(type_name, value):
                 texts.add(column)
             else:
                 raise _other_type(file, names, error) from error
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
-    """See `Format`."""
-    # The types of the first block hold for all; otherwise a later one could come out as another type.
+    """See ``Format``."""
+    # The types of the first block are used for all blocks; inference could find another type in a later block.
     types = {name: contents.schema.field(name).type for name in columns}
     texts, block, done = set[str](), 0, 0
     while True:
         try:
             with _Reader(file, _as_text(types, texts), columns, threads, block) as reader:
-                skip = done
-                for batch in reader:
-                    # Begun again for what the first way does not read, it goes on where that ended.
-                    if skip >= batch.num_rows:
-                        skip -= batch.num_rows
-                        continue
-                    batch, skip = batch.slice(skip), 0
+                # After a failure the scan starts again with other types, and continues after the rows yielded so far.
+                for batch in skip_rows(reader, done):
                     for name in texts:
                         array = numbers_of(file, name, batch.column(name), types[name], done)
                         batch = batch.set_column(batch.schema.get_field_index(name), name, array)
@@ -96,11 +96,11 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
             raise _other_encoding(file, None, error) from error
         except pa.ArrowInvalid as error:
             names = contents.schema.names
-            if _is_too_long(error) and block + 1 < len(_BLOCKS):
+            if is_row_too_long(error) and block + 1 < len(BLOCK_SIZES):
                 block += 1
-            elif (found := _value(error)) is not None:
-                column = names[found[0]]
-                if column in texts or not _is_of_another_form(found[1], found[2]):
+            elif (mismatch := _value(error)) is not None:
+                column = names[mismatch[0]]
+                if column in texts or not _may_be_number(mismatch[1], mismatch[2]):
                     raise _other_type(file, names, _located(file, types, columns, block, error)) from error
                 texts.add(column)
             else:
@@ -108,17 +108,17 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
 
 
 def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
-    """Return strings as numbers; `1.0` may be an integer, and true and false are 1 and 0.
+    """Convert strings to numbers; ``1.0`` may be an integer, and true and false are 1 and 0.
 
     Args:
-        file: For messages.
-        name: The column.
-        texts: Strings.
-        arrow_type: Of the numbers.
-        first: The number of the first row, for messages.
+        file: The file, for messages.
+        name: Name of the column.
+        texts: The strings.
+        arrow_type: Type of the numbers.
+        first: Number of the first row, for messages.
 
     Raises:
-        ValueError: A string is no such number.
+        ValueError: A string is not such a number.
     """
     options = file.csv or CsvOptions()
     texts = compute.utf8_trim_whitespace(texts)
@@ -127,7 +127,7 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
     try:
         return compute.replace_substring_regex(texts, r"\.0*$", "").cast(arrow_type)
     except pa.ArrowInvalid:
-        # Not all are plain: each is looked at by itself.
+        # Some have another form: parse each distinct string.
         encoded = texts.dictionary_encode()
     values = []
     for text in encoded.dictionary.to_pylist():
@@ -138,7 +138,7 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
             raise other_type(
                 file,
                 name,
-                f"has the value {text!r} in row {row + (options.column_names is None) + 1}, which is no {arrow_type}",
+                f"has the value {text!r} in row {row + (options.column_names is None) + 1}, which is not {arrow_type}",
                 remedy(str(arrow_type), text),
             ) from None
     return pa.array(values, arrow_type).take(encoded.indices)
@@ -152,27 +152,27 @@ def _nulls_of(file: Any) -> list[str]:
 def _number(text: str, arrow_type: Any) -> Any:
     text = _BOOLEANS.get(text.lower(), text)
     if "_" in text:
-        # Python's own way to write 1_000.
+        # Python alone accepts 1_000.
         raise ValueError(text)
     if pa.types.is_floating(arrow_type):
         return float(text)
     whole = decimal.Decimal(text)
-    # Nothing of more digits fits, and writing them out could take for ever.
+    # No type holds more digits, and expanding the exponent could take very long.
     if whole and whole.adjusted() > 20 or whole % 1:
         raise ValueError(text)
     return pa.scalar(int(whole), arrow_type).as_py()
 
 
-def _is_of_another_form(wanted: str, value: str) -> bool:
-    """Return whether a value may be a number that `numbers_of` reads and pyarrow does not."""
-    if wanted in ("float", "double", "halffloat"):
+def _may_be_number(type_name: str, value: str) -> bool:
+    """Return whether a value may be a number that ``numbers_of`` reads but pyarrow does not."""
+    if type_name in ("float", "double", "halffloat"):
         return value.strip().lower() in _BOOLEANS
-    if not wanted.startswith(("int", "uint")):
+    if not type_name.startswith(("int", "uint")):
         return False
     if value.strip().lower() in _BOOLEANS:
         return True
     try:
-        # An integer that does not fit is refused as it is.
+        # A plain integer was refused because it does not fit.
         return not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value) and decimal.Decimal(value.strip()).is_finite()
     except ArithmeticError:
         return False
@@ -186,8 +186,8 @@ def _with_type(schema: Any, name: str, arrow_type: Any) -> Any:
     return schema.set(schema.get_field_index(name), pa.field(name, arrow_type))
 
 
-def _exact(file: Any, schema: Any, types: Mapping[str, Any], block: int) -> Any:
-    """Return the schema with other types for integers that were taken for floats, being too large for int64."""
+def _with_large_integers(file: Any, schema: Any, types: Mapping[str, Any], block: int) -> Any:
+    """Return the schema with integer types for columns read as floats only because int64 is too narrow."""
     floats = [
         name
         for name in schema.names
@@ -219,51 +219,47 @@ def _names(file: Any, block: int) -> list[str]:
 
 
 def _value(error: Exception) -> tuple[int, str, str] | None:
-    """Return the column's number, its type and the value which is not of it; None where a file is damaged."""
-    found = _NO_VALUE.search(str(error))
-    # Bytes that are no text were not written so.
-    if found is None or not found[3].isprintable() or "\ufffd" in found[3]:
+    """Return the number of the column, its type and the value that does not fit; None if the file is damaged."""
+    match = _NO_VALUE.search(str(error))
+    # Bytes that are not text mean damage.
+    if match is None or not match[3].isprintable() or "\ufffd" in match[3]:
         return None
-    return int(found[1]), found[2], found[3]
-
-
-def _is_too_long(error: Exception) -> bool:
-    return "straddling object straddles two block boundaries" in str(error)
+    return int(match[1]), match[2], match[3]
 
 
 def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int, error: Exception) -> Exception:
-    """Return the error with its row number, which pyarrow knows only when it reads in one thread."""
+    """Return the error with its row number, which pyarrow gives only when reading in one thread."""
     if _ROW.search(str(error)) is None:
         try:
             with _Reader(file, types, columns, block=block) as reader:
                 for _ in reader:
                     pass
         except pa.ArrowInvalid as located:
-            found: Exception = located
-            return found
+            with_row: Exception = located
+            return with_row
     return error
 
 
 def _other_type(file: Any, names: Sequence[str], error: Exception) -> ValueError:
-    found = _value(error)
-    assert found is not None
-    number, wanted, value = found
+    mismatch = _value(error)
+    assert mismatch is not None
+    number, type_name, value = mismatch
     row = _ROW.search(str(error))
-    said = f"has the value {value!r}{f' in row {row[1]}' if row else ''}, which is no {wanted}"
-    return other_type(file, names[number], said, remedy(wanted, value))
+    problem = f"has the value {value!r}{f' in row {row[1]}' if row else ''}, which is not {type_name}"
+    return other_type(file, names[number], problem, remedy(type_name, value))
 
 
 def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
-    """Return the error for text that cannot be parsed: of the options, or of a damaged file."""
-    if (found := _NO_TEXT.search(str(error))) is not None:
-        return _other_encoding(file, names[int(found[1])] if names else None, error)
-    said = " ".join(str(error).split())
-    if _is_too_long(error):
-        said = f"it has a row of more than {_BLOCKS[-1] >> 20} MiB, or a quote that is never closed"
-    advice = "delimiter, quote, escape, comment and column_names of CsvOptions say how a file is written"
+    """Return the error for text that cannot be parsed: a wrong option, or a damaged file."""
+    if (match := _NO_TEXT.search(str(error))) is not None:
+        return _other_encoding(file, names[int(match[1])] if names else None, error)
+    reason = " ".join(str(error).split())
+    if is_row_too_long(error):
+        reason = f"it has a row of more than {BLOCK_SIZES[-1] >> 20} MiB, or a quote that is never closed"
+    advice = "set delimiter, quote, escape, comment and column_names of CsvOptions as the file was written"
     if file.csv is not None:
-        return ValueError(f"columnio: {file.path} cannot be read by {file.csv} ({said}); {advice}")
-    damage: Exception = pa.ArrowInvalid(f"{said}; {advice}")
+        return ValueError(f"columnio: {file.path} cannot be read by {file.csv} ({reason}); {advice}")
+    damage: Exception = pa.ArrowInvalid(f"{reason}; {advice}")
     return damage
 
 
@@ -272,12 +268,12 @@ def _other_encoding(file: Any, column: str | None, error: Exception) -> ValueErr
     where = "" if column is None else f"column {column!r} of "
     return ValueError(
         f"columnio: {where}{file.path} is not text in {encoding} ({error}); give its encoding, as in "
-        f'csv=CsvOptions(encoding="latin-1"), or write the file anew in UTF-8'
+        f'csv=CsvOptions(encoding="latin-1"), or rewrite the file in UTF-8'
     )
 
 
 class _Reader:
-    """A reader of pyarrow, and the file that it reads."""
+    """A CSV reader of pyarrow and its open file."""
 
     def __init__(
         self,
@@ -288,7 +284,7 @@ class _Reader:
         block: int = 0,
     ) -> None:
         options = file.csv or CsvOptions()
-        # A name may end in .gz behind it.
+        # A suffix such as .gz may follow.
         tabs = ".tsv" in file.name.lower()[-8:]
         nulls = {} if options.null_values is None else {"null_values": list(options.null_values)}
         self._source = file.stream()
@@ -296,7 +292,7 @@ class _Reader:
             self._reader = pc.open_csv(
                 _Text(self._source, options),
                 read_options=pc.ReadOptions(
-                    use_threads=threads, block_size=_BLOCKS[block], column_names=list(options.column_names or [])
+                    use_threads=threads, block_size=BLOCK_SIZES[block], column_names=list(options.column_names or [])
                 ),
                 parse_options=pc.ParseOptions(
                     delimiter=options.delimiter or ("\t" if tabs else ","),
@@ -304,7 +300,7 @@ class _Reader:
                     escape_char=options.escape or False,
                     newlines_in_values=options.quote is not None or options.escape is not None,
                 ),
-                # An empty field is a null of numbers, and text is as it is unless nulls are spelled out.
+                # An empty field is a null of numbers; strings have nulls only if null_values are given.
                 convert_options=pc.ConvertOptions(
                     column_types=dict(types),
                     include_columns=columns or [],
@@ -325,10 +321,10 @@ class _Reader:
 
 
 class _Text:
-    """The bytes of a file as UTF-8 without comments, for pyarrow to read.
+    """The bytes of a file in UTF-8 and without comments, for pyarrow.
 
-    No piece that is read ends between a carriage return and a line feed: pyarrow takes a line feed at the beginning of
-    a piece for the second half of a line's end, also within quotes (its issue 51368).
+    No read ends between a carriage return and a line feed: pyarrow takes a line feed at the beginning of a read for the
+    second half of a line break, even within quotes (apache/arrow issue 51368).
     """
 
     closed = False
@@ -336,7 +332,7 @@ class _Text:
     def __init__(self, source: Any, options: CsvOptions) -> None:
         self._source, self._options = source, options
         self._decoder: codecs.IncrementalDecoder | None = None
-        self._held, self._line, self._begun, self._ended = b"", b"", False, False
+        self._rest, self._line, self._started, self._ended = b"", b"", False, False
         self._quoted = False
 
     def readable(self) -> bool:
@@ -349,23 +345,23 @@ class _Text:
         self.closed = True
 
     def read(self, size: int = -1) -> bytes:
-        """Return at most `size` bytes, fewer only at the end (or one, for a line's end)."""
-        wanted = size if size > 0 else _BLOCKS[0]
-        parts, length = [self._held], len(self._held)
-        while length < wanted and not self._ended:
-            piece = self._source.read(max(wanted - length, 1))
+        """Return ``size`` bytes; fewer only at the end of the file, or one less to keep a line break together."""
+        count = size if size > 0 else BLOCK_SIZES[0]
+        parts, length = [self._rest], len(self._rest)
+        while length < count and not self._ended:
+            piece = self._source.read(max(count - length, 1))
             self._ended = not piece
-            parts.append(self._changed(piece))
+            parts.append(self._converted(piece))
             length += len(parts[-1])
         whole = b"".join(parts)
-        made, self._held = whole[:wanted], whole[wanted:]
-        if len(made) > 1 and made.endswith(b"\r") and not (self._ended and not self._held):
-            made, self._held = made[:-1], b"\r" + self._held
-        return made
+        result, self._rest = whole[:count], whole[count:]
+        if len(result) > 1 and result.endswith(b"\r") and not (self._ended and not self._rest):
+            result, self._rest = result[:-1], b"\r" + self._rest
+        return result
 
-    def _changed(self, piece: bytes) -> bytes:
-        if not self._begun:
-            self._begun = True
+    def _converted(self, piece: bytes) -> bytes:
+        if not self._started:
+            self._started = True
             self._decoder = _decoder(piece, self._options.encoding)
         if self._decoder is not None:
             piece = self._decoder.decode(piece, final=self._ended).removeprefix("\ufeff").encode()
@@ -374,23 +370,23 @@ class _Text:
     def _without_comments(self, piece: bytes, comment: bytes) -> bytes:
         quote = (self._options.quote or "").encode()
         lines = (self._line + piece).splitlines(keepends=True)
-        # The last line may go on, and so may an end of a line that has a second character.
+        # The last line may be incomplete, and so may a line break of two characters.
         self._line = lines.pop() if lines and not self._ended else b""
-        kept = []
+        remaining = []
         for line in lines:
             if not self._quoted and line.startswith(comment):
                 continue
-            # A quote within quotes is written twice, and changes nothing.
+            # A quote inside quotes is doubled, so it does not change the parity.
             self._quoted ^= bool(quote) and line.count(quote) % 2 == 1
-            kept.append(line)
-        return b"".join(kept)
+            remaining.append(line)
+        return b"".join(remaining)
 
 
-def _decoder(begins: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
-    """Return the decoder of a file; None for UTF-8, whose byte order mark pyarrow skips."""
+def _decoder(beginning: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
+    """Return the decoder of a file by its byte order mark or encoding; None for UTF-8, which pyarrow reads."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
         return codecs.getincrementaldecoder(encoding)()
     for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"), ((b"\xff\xfe", b"\xfe\xff"), "utf-16")):
-        if begins.startswith(marks):
+        if beginning.startswith(marks):
             return codecs.getincrementaldecoder(name)()
     return None

@@ -1,4 +1,4 @@
-"""Files of Arrow's own format (IPC, also known as Feather 2), by record batch; its streams, whole. Imports pyarrow."""
+"""Arrow IPC files (also known as Feather 2), by record batch, and IPC streams as a whole. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from recis_hybrid.columnio.formats.protocol import Contents
 
 NAME, PIECE = "Arrow", "record batch"
 
-# What a stream begins with; a file begins with "ARROW1".
+# Beginning of a stream; a file begins with "ARROW1".
 _CONTINUATION = b"\xff\xff\xff\xff"
-# What a stream ends with: a message of no length.
+# End of a stream: a message of length 0.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
-    """See `Format`."""
+    """See ``Format``."""
     with file.open() as source:
         if _is_stream(source):
-            # A stream that was cut off between two batches would be a shorter one.
+            # A stream truncated between two batches would otherwise pass for a shorter one.
             source.seek(source.size() - len(_END))
             if source.read(len(_END)) != _END:
                 raise pa.ArrowInvalid("the end of the stream is missing")
             source.seek(0)
-            # Where its batches lie is known only by reading all before them.
+            # The place of a batch is known only after reading all batches before it.
             return Contents(pa.ipc.open_stream(source).schema, [None], "stream")
         reader = pa.ipc.open_file(source)
         return Contents(reader.schema, [None] * reader.num_record_batches)
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
-    """See `Format`."""
-    wanted = [contents.schema.get_field_index(name) for name in columns]
-    options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=threads)
-    # Not mapped into memory, where tensors could not be written to and a file cut short would end the process.
+    """See ``Format``."""
+    indices = [contents.schema.get_field_index(name) for name in columns]
+    options = pa.ipc.IpcReadOptions(included_fields=indices, use_threads=threads)
+    # Not memory-mapped: tensors could not be written to, and a truncated file would kill the process.
     with file.open() as source:
         if contents.footer == "stream":
             for batch in pa.ipc.open_stream(source, options=options):
@@ -53,6 +53,6 @@ def _slices(batch: Any, rows: int) -> Iterator[Any]:
 
 
 def _is_stream(source: Any) -> bool:
-    begins: bool = source.read(len(_CONTINUATION)) == _CONTINUATION
+    is_stream: bool = source.read(len(_CONTINUATION)) == _CONTINUATION
     source.seek(0)
-    return begins
+    return is_stream

@@ -13,16 +13,16 @@ NAME, PIECE = "ORC", "stripe"
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
-    """See `Format`."""
+    """See ``Format``."""
     with file.open() as source:
         orc = po.ORCFile(source)
-        # pyarrow does not tell the rows of one stripe among several.
+        # pyarrow does not give the number of rows of one stripe among several.
         sizes = [orc.nrows] if orc.nstripes == 1 else [None] * orc.nstripes
         return Contents(orc.schema, sizes)
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
-    """See `Format`."""
+    """See ``Format``."""
     with file.open() as source:
         stripe = po.ORCFile(source).read_stripe(piece, columns=columns)
     for first in range(0, stripe.num_rows, rows):

@@ -13,7 +13,7 @@ NAME, PIECE = "Parquet", "row group"
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
-    """See `Format`."""
+    """See ``Format``."""
     with file.open() as source, pq.ParquetFile(source) as parquet:
         footer = parquet.metadata
         sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
@@ -21,9 +21,9 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
-    """See `Format`."""
-    # Where a writer left checksums a changed byte is refused; without them it would come out as another number.
-    # Far away all columns are asked for at once; here a thread of Arrow's would read while this one stood still.
+    """See ``Format``."""
+    # With checksums a changed byte is refused; without them it would be read as another number. Remote files are
+    # requested in one go; for local files an Arrow thread would read while this one is idle.
     options = {"page_checksum_verification": True, "pre_buffer": not file.is_local}
     with file.open() as source, pq.ParquetFile(source, metadata=contents.footer, **options) as parquet:
         yield from parquet.iter_batches(rows, row_groups=[piece], columns=columns, use_threads=threads)

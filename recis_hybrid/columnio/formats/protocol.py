@@ -1,4 +1,4 @@
-"""What a format of files has to offer, and which format a file's name says."""
+"""The protocol of file formats, and the format of a file by its suffix."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ def compression_of(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says of itself before its rows are read."""
+    """Metadata of a file, read before its rows."""
 
     schema: Any
-    """A `pyarrow.Schema` of all columns; None of a text file without a line of values."""
+    """A ``pyarrow.Schema`` of all columns; None for a text file without rows."""
     sizes: Sequence[int | None]
-    """Of each piece the number of its rows; None where only reading it tells."""
+    """Number of rows of each piece; None if only reading the piece tells."""
     footer: Any = None
-    """What the format wants to be handed again with each read, so that it is not read from the file once more."""
+    """Metadata that the format needs for each read, kept to avoid reading it again."""
     absent: frozenset[str] = frozenset()
-    """Columns absent from all sampled rows, in formats whose rows may lack columns; read as nulls."""
+    """Columns missing from all sampled rows, in formats whose rows may lack columns; read as nulls."""
 
 
 class Format(Protocol):
-    """How files of a format are read, piece by piece; a module that has these names is one."""
+    """Reading of files of a format, piece by piece; implemented by modules."""
 
     NAME: str
-    """The format, for messages."""
+    """Name of the format, for messages."""
     PIECE: str
-    """What a piece is, for messages."""
+    """Word for a piece, for messages."""
 
     def inspect(self, file: Any, types: Mapping[str, Any]) -> Contents:
-        """Read what a file says of itself.
+        """Read the metadata of a file.
 
         Args:
-            file: With `open()`, `stream()` and `path`.
-            types: Of some columns the Arrow types in which to read them, for formats that do not hold types.
+            file: A ``File``.
+            types: Arrow types in which to read some columns, for formats without types.
 
         Raises:
             OSError: The file is damaged.
@@ -76,12 +76,12 @@ class Format(Protocol):
         """Yield the rows of a piece in order.
 
         Args:
-            file: With `open()`, `stream()` and `path`.
-            contents: What `inspect` returned.
-            piece: Which.
+            file: A ``File``.
+            contents: The result of ``inspect``.
+            piece: Number of the piece.
             columns: Top-level columns to read, at least one; a batch may have them in another order.
-            rows: About how many rows to decode at a time.
-            threads: Whether Arrow may decode in its threads.
+            rows: Approximate number of rows to decode at a time.
+            threads: Allow Arrow to decode in its threads.
 
         Raises:
             OSError: The file is damaged.
@@ -93,10 +93,10 @@ def format_of(name: str, unknown: str = "parquet") -> Format:
     """Return the format of a file by its suffix.
 
     Args:
-        name: A file's name or path.
-        unknown: The module of the format where the name says nothing.
+        name: Name or path of a file.
+        unknown: Module of the format for an unknown suffix.
     """
     lower = name.lower()
-    found = next((module for module, suffixes in _MODULES.items() if lower.endswith(suffixes)), unknown)
-    # A module for itself, since not every build of pyarrow has all formats.
-    return cast("Format", importlib.import_module(f"{__package__}.{found}"))
+    name_of_module = next((module for module, suffixes in _MODULES.items() if lower.endswith(suffixes)), unknown)
+    # Imported on demand, since not every build of pyarrow has all formats.
+    return cast("Format", importlib.import_module(f"{__package__}.{name_of_module}"))

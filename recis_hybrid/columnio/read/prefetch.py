@@ -1,4 +1,4 @@
-"""Runs an iterator ahead of its consumer, in threads."""
+"""Iterators that run ahead of their consumer in threads."""
 
 from __future__ import annotations
 
@@ -18,128 +18,127 @@ _DECODER = "recis-columnio-decode"
 def prefetched(
     source: Generator[S, None, None], work: Callable[[S], T], depth: int, threads: int = 1
 ) -> Generator[T, None, None]:
-    """Yield what `work` makes of the items of `source`, up to `depth` items ahead, in their order.
+    """Yield the results of ``work`` for the items of ``source`` in order, up to ``depth`` items ahead.
 
-    The consumer orders items one by one and threads never have more than `depth` of them to make, so that none waits
-    with an item in its hands: nothing has to be woken when the consumer leaves early, nor when the interpreter ends.
-    One thread at a time takes an item from the source, while others work on theirs. An error is raised here, as itself,
-    after the items before it. When this iterator is closed, or is no longer referenced, the threads end after at most
-    the items in work, and `source` is closed.
+    The consumer requests items one by one, and at most ``depth`` requests are open, so that no thread ever waits to
+    hand over an item: nothing has to be woken when the consumer stops early or the interpreter ends. One thread at a
+    time takes an item from the source, while others work on theirs. An error is raised here, unchanged, after the items
+    before it. When this iterator is closed or no longer referenced, the threads finish their current items, and
+    ``source`` is closed.
 
     Args:
-        source: Whatever makes the items; it is touched only by the threads until they have ended.
-        work: Called with each item, by several threads at once where there are several.
-        depth: How many items to be ahead; 0 makes them in the consumer's thread.
-        threads: How many threads; no more than `depth` are used.
+        source: The items; only the threads use it until they have ended.
+        work: Called with each item, by several threads at once if there are several.
+        depth: Number of items to be ahead; 0 works in the consumer's thread.
+        threads: Number of threads; at most ``depth`` are used.
     """
     if depth == 0:
         for item in source:
             yield work(item)
         return
     pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix=_THREAD)
-    # Shared by the threads without keeping this generator, which ends when its consumer drops it.
-    line = _Line(source, work, min(threads, depth))
+    # Shared by the threads without a reference to this generator, which ends when its consumer drops it.
+    requests = _Requests(source, work, min(threads, depth))
     interrupted = False
     try:
-        pending = deque(line.order(pool) for _ in range(depth))
-        while (made := pending.popleft().get()) is not line.end:
-            if isinstance(made, _Failed):
-                # Its traceback has this frame, which is not to keep what was made after it.
+        pending = deque(requests.add(pool) for _ in range(depth))
+        while (result := pending.popleft().get()) is not requests.end:
+            if isinstance(result, _Failure):
+                # The traceback refers to this frame, which must not keep later results alive.
                 pending.clear()
-                error = made.error
-                del made
+                error = result.error
+                del result
                 try:
                     raise error
                 finally:
                     del error
-            pending.append(line.order(pool))
-            yield made
-            # The consumer is done with it, and keeping it while the next is awaited would keep one more in memory.
-            del made
+            pending.append(requests.add(pool))
+            yield result
+            # The consumer is done with it; a reference while waiting for the next would keep one more in memory.
+            del result
     except KeyboardInterrupt:
-        interrupted = True  # whoever ends a wait for a slow store is not to wait for it here
+        interrupted = True  # a user who interrupts a slow read should not wait for it to finish
         raise
     finally:
-        line.orders.clear()
-        # The garbage collector may close this in one of the very threads that it would wait for; then they, and with
-        # them the source, end by themselves.
-        elsewhere = not interrupted and not threading.current_thread().name.startswith(_THREAD)
-        pool.shutdown(wait=elsewhere, cancel_futures=True)
-        if elsewhere:
+        requests.queues.clear()
+        # The garbage collector may close this in one of the threads that it would wait for; then they, and with them
+        # the source, end by themselves.
+        outside = not interrupted and not threading.current_thread().name.startswith(_THREAD)
+        pool.shutdown(wait=outside, cancel_futures=True)
+        if outside:
             source.close()
 
 
-class _Failed(NamedTuple):
-    """Takes the place of an item."""
+class _Failure(NamedTuple):
+    """An error in the place of an item."""
 
     error: BaseException
 
 
-class _Line(Generic[S, T]):
-    """Items that are ordered, and the threads that make them.
+class _Requests(Generic[S, T]):
+    """Requested items, and the threads that make them.
 
-    A thread goes on as long as there are orders, and an order begins a thread only where one stands still: to hand each
-    item to a thread anew, and a Future with it, takes longer than to cut a small batch.
+    A thread continues as long as there are requests, and a request starts a thread only if one is idle: submitting each
+    item to the pool, with a Future, takes longer than cutting a small batch.
     """
 
     def __init__(self, source: Generator[S, None, None], work: Callable[[S], T], threads: int) -> None:
         self.end = object()
-        self.orders: deque[SimpleQueue[Any]] = deque()
+        self.queues: deque[SimpleQueue[Any]] = deque()
         self._source, self._work = source, work
         self._idle = threads
         self._taking, self._counting = threading.Lock(), threading.Lock()
 
-    def order(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
-        """Return where the next item will be put, or a _Failed, or `end`."""
-        # As the pool says by itself where an order begins a thread; without it the end of the interpreter, which waits
-        # for the threads, would wait for a consumer that is a thread, too.
+    def add(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
+        """Request the next item; return the queue for it, for a _Failure, or for ``end``."""
+        # The pool raises this itself when a request starts a thread. Without the check, the end of the interpreter,
+        # which waits for the threads, would also wait for a consumer in a daemon thread.
         if getattr(futures, "_shutdown", False):
-            raise RuntimeError("columnio: nothing more is read, for the interpreter is shutting down")
-        place: SimpleQueue[Any] = SimpleQueue()
+            raise RuntimeError("columnio: reading stops because the interpreter is shutting down")
+        queue: SimpleQueue[Any] = SimpleQueue()
         with self._counting:
-            self.orders.append(place)
-            begins = self._idle > 0
-            self._idle -= begins
-        if begins:
+            self.queues.append(queue)
+            start = self._idle > 0
+            self._idle -= start
+        if start:
             pool.submit(self._run)
-        return place
+        return queue
 
     def _run(self) -> None:
         while self._make():
             pass
 
     def _make(self) -> bool:
-        # The next item goes to the next order, whichever thread comes first.
+        # The next item goes to the next request, whichever thread takes it.
         with self._taking:
             with self._counting:
-                if not self.orders:
+                if not self.queues:
                     self._idle += 1
                     return False
-                place = self.orders.popleft()
+                queue = self.queues.popleft()
             try:
                 item = next(self._source, self.end)
             except BaseException as error:
-                place.put(_Failed(error))
-                del place  # or the traceback would keep what keeps it
+                queue.put(_Failure(error))
+                del queue  # it refers to the error, whose traceback refers to this frame
                 return True
         try:
-            place.put(item if item is self.end else self._work(item))  # type: ignore[arg-type]
+            queue.put(item if item is self.end else self._work(item))  # type: ignore[arg-type]
         except BaseException as error:
-            place.put(_Failed(error))
-            del place, item
+            queue.put(_Failure(error))
+            del queue, item
         return True
 
 
 def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Generator[T, None, None]:
-    """Yield the items of each source, one source after the other, while threads work at the following ones.
+    """Yield the items of one source after the other, while threads work on the following sources.
 
-    As many sources as there are threads are open at a time, and of each at most one item waits. A thread that comes to
-    the end of a source begins the next one by itself: were that left to the consumer, which has the source's last items
-    to work at first, the thread would stand still as long.
+    As many sources as threads are open at a time, and at most one item of each is waiting. A thread at the end of a
+    source opens the next one itself: the consumer would first work on the last items, while the thread is idle.
 
     Args:
-        sources: Makers of items; it and each of them is touched by one thread at a time.
-        threads: How many threads; 1 makes all items in the consumer's.
+        sources: Iterators of items; one thread at a time uses ``sources``, and each of them.
+        threads: Number of threads; 1 makes all items in the consumer's thread.
     """
     if threads == 1:
         for source in sources:
@@ -148,61 +147,61 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
     pool = ThreadPoolExecutor(threads, thread_name_prefix=_DECODER)
     chain = _Chain(sources)
     try:
-        for source, place in [begun for _ in range(threads) if (begun := chain.begin()) is not None]:
-            pool.submit(chain.make, source, place)
+        for source, queue in [opened for _ in range(threads) if (opened := chain.open_next()) is not None]:
+            pool.submit(chain.make, source, queue)
         while chain.active:
-            source, place = chain.active[0]
-            while (made := place.get()) is not chain.end:
-                if isinstance(made, _Failed):
-                    raise made.error
-                place = SimpleQueue()
-                chain.active[0] = source, place
-                pool.submit(chain.make, source, place)
-                yield made
-                del made
+            source, queue = chain.active[0]
+            while (result := queue.get()) is not chain.end:
+                if isinstance(result, _Failure):
+                    raise result.error
+                queue = SimpleQueue()
+                chain.active[0] = source, queue
+                pool.submit(chain.make, source, queue)
+                yield result
+                del result
             chain.active.popleft()
     finally:
-        # Without a lock: the garbage collector may close this in a thread that holds it.
+        # Without the lock: the garbage collector may close this in a thread that holds it.
         chain.closed = True
-        elsewhere = threading.current_thread().name.rpartition("_")[0] != _DECODER
-        pool.shutdown(wait=elsewhere, cancel_futures=True)
-        if elsewhere:
+        outside = threading.current_thread().name.rpartition("_")[0] != _DECODER
+        pool.shutdown(wait=outside, cancel_futures=True)
+        if outside:
             for source, _ in chain.active:
                 source.close()
-        chain.active.clear()  # or an error's traceback would keep the items that wait there
+        chain.active.clear()  # else the traceback of an error would keep waiting items alive
 
 
 class _Chain(Generic[T]):
-    """Sources one after another, those that are open, and the threads that make their items.
+    """Successive sources, some of them open, and the threads that make their items.
 
-    Threads hand nothing to the pool, whose locks a generator that is collected in one of them would need.
+    Threads submit nothing to the pool: a generator that is collected in one of them would need the pool's locks.
     """
 
     def __init__(self, sources: Iterator[Generator[T, None, None]]) -> None:
         self.end = object()
         self.closed = False
         self.active: deque[tuple[Generator[T, None, None], SimpleQueue[Any]]] = deque()
-        """The sources that are open, in order, and where the next item of each will be put, or a _Failed, or `end`."""
-        self._sources, self._beginning = sources, threading.Lock()
+        """Open sources in order, each with the queue for its next item, for a _Failure, or for ``end``."""
+        self._sources, self._opening = sources, threading.Lock()
 
-    def begin(self) -> tuple[Generator[T, None, None], SimpleQueue[Any]] | None:
-        """Open the next source, whose first item is still to be made; None where there is none, or no more wanted."""
-        with self._beginning:
+    def open_next(self) -> tuple[Generator[T, None, None], SimpleQueue[Any]] | None:
+        """Open the next source without making an item; None if there is none, or the chain is closed."""
+        with self._opening:
             if self.closed or (source := next(self._sources, None)) is None:
                 return None
-            begun: tuple[Generator[T, None, None], SimpleQueue[Any]] = (source, SimpleQueue())
-            self.active.append(begun)
-            return begun
+            opened: tuple[Generator[T, None, None], SimpleQueue[Any]] = (source, SimpleQueue())
+            self.active.append(opened)
+            return opened
 
-    def make(self, source: Generator[T, None, None], place: SimpleQueue[Any]) -> None:
-        """Make the next item of a source; where it has ended, the first of the next source."""
-        begun: tuple[Generator[T, None, None], SimpleQueue[Any]] | None = (source, place)
-        while begun is not None:
-            source, place = begun
+    def make(self, source: Generator[T, None, None], queue: SimpleQueue[Any]) -> None:
+        """Make the next item of a source; at its end, the first item of the next source."""
+        opened: tuple[Generator[T, None, None], SimpleQueue[Any]] | None = (source, queue)
+        while opened is not None:
+            source, queue = opened
             try:
                 item = next(source, self.end)
-                begun = self.begin() if item is self.end else None
+                opened = self.open_next() if item is self.end else None
             except BaseException as error:
-                place.put(_Failed(error))
+                queue.put(_Failure(error))
                 return
-            place.put(item)
+            queue.put(item)

@@ -1,7 +1,7 @@
-"""Which rows come when: arithmetic on row numbers, which knows nothing of files.
+"""The rows of each batch: arithmetic on row numbers, without files.
 
 The rows of an epoch have one order, a function of (seed, epoch) alone. Batches are consecutive rows of it, and ranks
-take them in turn, so that the order is the same for every number of ranks.
+take them in turn, so the order is the same for every number of ranks. In a turn each rank takes one batch.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from recis_hybrid.columnio.options import Uneven
 
 
 def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:
-    """Return a random order of `count` things that only the arguments decide.
+    """Return a random permutation that depends on the arguments alone.
 
-    It sorts raw 64-bit words of PCG64, which numpy keeps the same in all versions; what its samplers make of such words
-    may change with a version.
+    It sorts raw 64-bit words of PCG64, which are the same in all versions of numpy; numpy's own samplers may change.
 
     Args:
-        count: How many things.
+        count: Number of elements.
         seed: Not negative.
-        path: Further numbers, none negative, each sequence of which gives an order independent of the others.
+        path: Further numbers, not negative; each sequence gives an independent permutation.
 
     Returns:
-        [count] int64, each of 0 to count - 1 once.
+        [count] int64, a permutation of 0 to count - 1.
     """
     words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=path)).random_raw(count)
     return np.argsort(words, kind="stable")
@@ -36,30 +35,30 @@ def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that one rank takes of the rows `start` to `rows` of an epoch, as ranges of row numbers."""
+    """The batches of one rank in the rows ``start`` to ``rows`` of an epoch, as ranges of row numbers."""
 
     rows: int
-    """Rows of the epoch, on all ranks together."""
+    """Rows of the epoch on all ranks together."""
     batch_size: int
     """Rows of a batch on one rank."""
     start: int = 0
-    """The first row that no rank has taken."""
+    """First row that no rank has taken."""
     rank: int = 0
     """This rank."""
     world_size: int = 1
-    """How many ranks take turns."""
+    """Number of ranks."""
     drop_remainder: bool = False
-    """Whether to leave out the short last batch and the turn in which not every rank gets one."""
+    """Leave out the short last batch, and the last turn unless every rank gets a full batch in it."""
     uneven: Uneven = None
-    """What happens in a last turn that has no full batch for every rank."""
+    """Last turn without a full batch for every rank; see ``ShardOptions``."""
     worker: int = 0
-    """Which of the processes that share the turns of this rank."""
+    """Number of this process among those that share the turns of the rank."""
     workers: int = 1
-    """How many processes share them."""
+    """Number of processes that share the turns."""
 
     @property
     def turns(self) -> int:
-        """How many batches the rank gets."""
+        """Number of batches of the rank."""
         left = max(self.rows - self.start, 0)
         turn = self.batch_size * self.world_size
         if self.drop_remainder:
@@ -73,14 +72,14 @@ class Batches:
 
     @cached_property
     def _shared(self) -> tuple[int, ...]:
-        """Rows of the last turns (at most two), which are split evenly for want of a full batch for every rank."""
+        """Rows of the last turns (at most two) that are divided evenly, as not every rank would get a full batch."""
         turn = self.batch_size * self.world_size
         full, rest = divmod(max(self.rows - self.start, 0), turn)
         if self.world_size == 1 or self.drop_remainder or self.uneven is not None or rest == 0:
             return ()
         if rest >= self.world_size or full == 0 or self.batch_size == 1:
             return (rest,)
-        # Too few rows for every rank to have one: the turn before, shared out with them, leaves none without.
+        # Too few rows for one per rank: divide the turn before as well, so that every rank gets a row in both.
         return (turn + rest + 1) // 2, (turn + rest) // 2
 
     def __len__(self) -> int:
@@ -94,27 +93,27 @@ class Batches:
         if turn >= self.turns - len(self._shared):
             low = self.after(turn)
             each, more = divmod(self.after(turn + 1) - low, self.world_size)
-            # The first ranks have one row more.
+            # The first ranks get one row more.
             first = low + each * self.rank + min(self.rank, more)
             return first, first + each + (self.rank < more)
         first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
         return first, min(first + self.batch_size, self.rows)
 
     def after(self, turns: int) -> int:
-        """Return the first row that no rank has taken once each has had that many turns."""
+        """Return the first row that no rank has taken after that many turns."""
         if len(self._shared) == 2 and turns == self.turns - 1:
             return self.rows - self._shared[1]
         return min(self.start + turns * self.world_size * self.batch_size, self.rows)
 
     def filling(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of rows that fill a batch up where batches are to be full: others of the same order.
+        """Yield the ranges of rows of the same order that fill a batch up.
 
-        In a last turn all missing rows are counted through, so that ranks are filled with rows that differ, from the
-        first of the epoch on, and again from there where the epoch has too few.
+        The missing rows of a turn are numbered over all ranks, so that ranks get different rows: from the first row of
+        the epoch on, and again from there if the epoch is too short.
 
         Args:
-            low: The batch's first row.
-            high: The row after its last.
+            low: First row of the batch.
+            high: Row after the last row of the batch.
         """
         missing = self.batch_size - (high - low)
         if self.uneven not in ("wrap", "pad") or missing <= 0:
@@ -130,7 +129,7 @@ class Batches:
             row = stop
 
     def wants(self, first: int, stop: int) -> bool:
-        """Return whether a batch of this rank holds one of the rows `first` to `stop` - 1."""
+        """Return whether a batch of this rank contains one of the rows ``first`` to ``stop`` - 1."""
         stop = min(stop, self.rows)
         if stop <= max(self.start, first):
             return False
@@ -141,7 +140,7 @@ class Batches:
                 return True
         low = max(first - self.start, 0) // self.batch_size
         high = (stop - 1 - self.start) // self.batch_size
-        # A batch's number is (turn * world_size + rank), of every `workers`th turn from `worker` on.
+        # A batch has the number turn * world_size + rank, in every ``workers``-th turn from ``worker`` on.
         mine, step = self.worker * self.world_size + self.rank, self.workers * self.world_size
         number = mine + (-(-(low - mine) // step) * step if low > mine else 0)
         return number <= high and number // self.world_size < regular

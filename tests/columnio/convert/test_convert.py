@@ -117,7 +117,7 @@ def test_asking_for_another_dtype() -> None:
     assert torch.equal(dense(pa.array([-7, 7]), Dense(torch.int8)), torch.tensor([-7, 7], dtype=torch.int8))
 
 
-def test_dictionaries_are_read_as_what_they_hold() -> None:
+def test_dictionaries_are_read_as_their_values() -> None:
     assert dense(pa.array([5, 6, 5]).dictionary_encode()).tolist() == [5, 6, 5]
     strings = pa.array(["a", None, "a"]).dictionary_encode()
     assert ragged(strings, Text(default="-")).to_strings() == [b"a", b"-", b"a"]
@@ -132,7 +132,7 @@ def test_any_lists_with_nulls(rows: list[list[int | None] | None], large: bool, 
     assert got.to_lists() == [[-9 if value is None else value for value in row or []] for row in rows[first:stop]]
 
 
-def test_what_lies_below_a_null_list_is_not_read() -> None:
+def test_values_below_a_null_list_are_not_read() -> None:
     offsets, values = pa.array([0, 2, 4], pa.int32()), pa.array([1, 2, 3, 4])
     array = pa.ListArray.from_arrays(offsets, values, mask=pa.array([True, False]))
     assert ragged(array, Ragged(null_as_empty=True)).to_lists() == [[], [3, 4]]
@@ -186,8 +186,8 @@ def test_strings_of_every_layout(arrow_type: Any) -> None:
     ],
 )
 def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remedy: str) -> None:
-    said = r"column 'x' of some\.parquet \(row group 0, rows 0 to 9 of it\) has 1 null in 2 values, .*"
-    with pytest.raises(ValueError, match=said + remedy):
+    message = r"column 'x' of some\.parquet \(row group 0, rows 0 to 9 of it\) has 1 null in 2 values, .*"
+    with pytest.raises(ValueError, match=message + remedy):
         read(array, spec)
 
 
@@ -195,33 +195,41 @@ def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remed
     ("array", "spec", "message"),
     [
         (pa.array(["a"]), Dense(), r"'x' of some\.parquet .* is string, which Dense.* does not read; .*by Text\(\)"),
-        (pa.array([1]), Text(), r"is int64, which Text.* does not read; numbers are read by Dense\(\)"),
+        (pa.array([1]), Text(), r"is int64, which Text.* does not read; read numbers by Dense\(\)"),
         (pa.array([1]), Dense(length=2), r"is int64, which Dense.* does not read"),
-        (pa.array([[1]]), Dense(), r"does not read; lists of numbers are read by Ragged\(\), or by Dense\(length"),
-        (pa.array([[1]]), Text(), "lists of numbers are read by"),
-        (pa.array([{"a": 1}]), None, "which no tensor is made of; structs are read by Weighted"),
-        (pa.array([None]), None, r"is null: it holds nothing but nulls, and no type; give it one, as in Dense\("),
-        (pa.array([["a"]]), Ragged(), r"strings and lists of strings are read by Text\(\)"),
-        (pa.array([1]), Dense(torch.bool), r"is int64, which would be cut as torch\.bool"),
+        (pa.array([[1]]), Dense(), r"does not read; read lists of numbers by Ragged\(\), or by Dense\(length"),
+        (pa.array([[1]]), Text(), "read lists of numbers by"),
+        (
+            pa.array([{"a": 1}]),
+            None,
+            "which does not become a tensor; read lists of structs .* by Weighted",
+        ),
+        (
+            pa.array([None]),
+            None,
+            r"is null: all its values are null, .*; give it a spec with a type, as in Dense\(",
+        ),
+        (pa.array([["a"]]), Ragged(), r"read strings and lists of strings by Text\(\)"),
+        (pa.array([1]), Dense(torch.bool), r"is int64, which loses information as torch\.bool"),
         (pa.array([1]), Dense(torch.complex64), r"cannot be read as torch\.complex64; choose one of"),
-        (pa.array([1]), "Dense", "needs a Dense, Ragged, Text or Weighted for its spec, got 'Dense'"),
+        (pa.array([1]), "Dense", "needs a Dense, Ragged, Text or Weighted as its spec, got 'Dense'"),
     ],
 )
-def test_a_spec_that_does_not_suit_is_refused(array: Any, spec: Any, message: str) -> None:
+def test_a_spec_that_does_not_fit_is_refused(array: Any, spec: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         made(array, spec)
 
 
 @pytest.mark.parametrize("default", [2**63, -0.5, float("nan"), float("inf")])
-def test_a_default_that_is_no_number_of_the_dtype_is_refused(default: float) -> None:
-    with pytest.raises(ValueError, match=r"read as torch\.int64, and the default .* is no such number; give another"):
+def test_a_default_that_does_not_fit_is_refused(default: float) -> None:
+    with pytest.raises(ValueError, match=r"read as torch\.int64, default .* does not fit; give another"):
         made(pa.array([1]), Dense(default=default))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'x' of some\.parquet .* does not fit into torch\.int8 .*wider dtype"):
         read(pa.array([1, 300]), Dense(torch.int8))
-    with pytest.raises(ValueError, match=r"has 2 lists whose length is not 2 but 1, 3; read it with Ragged\(\)"):
+    with pytest.raises(ValueError, match=r"has 2 lists of length 1, 3 instead of 2; read it with Ragged\(\)"):
         read(pa.array([[1, 2], [1], [1, 2, 3]]), Dense(length=2))
 
 
@@ -262,9 +270,12 @@ def test_ids_and_weights_of_structs_are_known_by_name_else_by_type(fields: list[
 
 
 @pytest.mark.parametrize("types", [(pa.int64(), pa.int64()), (pa.float32(), pa.float64()), (pa.string(), pa.string())])
-def test_structs_that_do_not_say_which_is_the_id_are_refused(types: tuple[Any, Any]) -> None:
+def test_structs_without_a_distinguishable_id_are_refused(types: tuple[Any, Any]) -> None:
     struct = pa.struct([("a", types[0]), ("b", types[1])])
-    with pytest.raises(TypeError, match=r"column 'x' of .* neither names nor types say .*name them id and weight, or"):
+    with pytest.raises(
+        TypeError,
+        match=r"column 'x' of .* neither names nor types .* distinguish .*name them id and weight, or",
+    ):
         made(pa.array([[]], pa.list_(struct)), Weighted())
 
 
@@ -277,7 +288,7 @@ def test_any_structs_of_ids_and_weights(rows: list[list[tuple[int, int]] | None]
     stop = data.draw(st.integers(first, len(rows)))
     structs = [row and [{"item": one, "score": other} for one, other in row] for row in rows]
     each = made(pa.array(structs, PAIRS), Weighted(null_as_empty=True))
-    # Cut before it is cleaned, and after.
+    # Sliced before and after clean.
     for got in (
         each.tensor(each.clean(pa.array(structs, PAIRS)[first:stop], PLACE)),
         each.tensor(each.clean(pa.array(structs, PAIRS), PLACE)[first:stop]),
@@ -311,12 +322,12 @@ def test_defaults_of_weighted_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "spec", "said"),
+    ("array", "spec", "message"),
     [
         (
             pa.array([["1"]]),
             Weighted(),
-            r"1 strings without ':' between id and weight, '1' among them; .*default_weight",
+            r"1 strings without ':' between id and weight, such as '1'; .*default_weight",
         ),
         (pa.array([["a:1"]]), Weighted(), r'a string that is not "id:weight" .*structs for ids that are strings'),
         (pa.array([["1:x"]]), Weighted(), r'a string that is not "id:weight"'),
@@ -327,8 +338,8 @@ def test_defaults_of_weighted_columns() -> None:
         (pa.array([None], PAIRS), None, r"Weighted\(null_as_empty=True\)"),
     ],
 )
-def test_what_weighted_columns_do_not_allow_is_refused(array: Any, spec: Column | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_weighted_columns_are_refused(array: Any, spec: Column | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(array, spec)
 
 

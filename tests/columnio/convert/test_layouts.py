@@ -1,4 +1,4 @@
-"""Rare layouts of Arrow, maps, fields of structs, nulls without a type, and types that differ from file to file."""
+"""Less common Arrow layouts, maps, fields of structs, nulls without a type, and types that differ between files."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ TENSORS = pa.FixedSizeListArray.from_arrays(pa.array(range(8), pa.float32()), 4)
         (pa.array([2.0, 4.0], pa.float16()), Dense(torch.int64), [2, 4]),
     ],
 )
-def test_layouts_that_are_read_as_what_they_hold(array: Any, spec: Column | None, want: list[Any]) -> None:
+def test_layouts_are_read_as_the_values_they_store(array: Any, spec: Column | None, want: list[Any]) -> None:
     got = read(array, spec)
     assert (lists(got) if isinstance(got, RaggedTensor) else got.tolist()) == want
 
 
-def test_what_is_plain_is_not_copied() -> None:
+def test_plain_arrays_are_not_copied() -> None:
     for array in (
         pa.array([1, 2]),
         pa.array([["a"], []]),
@@ -118,13 +118,13 @@ def test_any_slice_of_lists_of_dictionaries(rows: list[Any], data: st.DataObject
     assert made.to_pylist() == rows[first:stop]
 
 
-def test_what_is_not_read_says_why() -> None:
-    for array, said in (
-        (pa.array([{"a": 1}]), r"structs are read by Weighted\(\) .* by the names x\.a$"),
+def test_unsupported_types_are_refused_with_advice() -> None:
+    for array, message in (
+        (pa.array([{"a": 1}]), r"read lists of structs .* by Weighted\(\); .* the names x\.a$"),
         (pa.array([[(1, "a")]], pa.map_(pa.int64(), pa.string())), r"by the names x\.key, x\.value$"),
         (pa.array([(1, 2, 3)], pa.month_day_nano_interval()), r"write it as numbers, strings or lists of these$"),
     ):
-        with pytest.raises(TypeError, match=said):
+        with pytest.raises(TypeError, match=message):
             read(array)
     for array in (
         pa.array([b"ab"], pa.binary(2)),
@@ -227,7 +227,7 @@ def test_any_field_of_structs_in_lists(rows: list[Any], large: bool, data: st.Da
     assert got.to_pylist() == rows[first:]
 
 
-# Nothing but nulls
+# All nulls
 
 
 @pytest.mark.parametrize(
@@ -269,14 +269,17 @@ def test_a_column_of_nothing_but_nulls_takes_the_default(
     assert (lists(got) if isinstance(got, RaggedTensor) else got.tolist()) == want
 
 
-def test_what_has_no_type_asks_for_one(tmp_path: Path) -> None:
+def test_a_column_without_a_type_needs_a_spec(tmp_path: Path) -> None:
     for spec in (None, Dense(), Ragged(null_as_empty=True)):
-        with pytest.raises(TypeError, match=r"holds nothing but nulls, and no type; give it one, as in Dense\("):
+        with pytest.raises(
+            TypeError,
+            match=r"all its values are null, .*; give it a spec with a type, as in Dense\(",
+        ):
             read(pa.nulls(2), spec)
     with pytest.raises(ValueError, match=r"has 2 nulls in 2 values.*Dense\(default=0\)"):
         read(pa.nulls(2), Dense(torch.int64))
     assert lists(read(pa.array([[], None], pa.list_(pa.null())), Ragged(torch.int64, null_as_empty=True))) == [[], []]
-    # A file of nulls beside one that has values takes their type.
+    # A file of nulls takes the type of another file with values.
     for number, values in enumerate((pa.nulls(1), pa.array([5]), pa.nulls(2))):
         pq.write_table(pa.table({"x": values}), tmp_path / f"{number}.parquet")
     (batch,) = ColumnDataset(tmp_path, {"x": Dense(default=0)}, 10)
@@ -289,7 +292,7 @@ def test_empty_lists_count_as_missing_where_a_length_is_given() -> None:
         assert read(array, Dense(length=2, default=9)).tolist() == [[1, 2], [9, 9], [9, 9], [3, 4]]
         with pytest.raises(ValueError, match=r"has 2 null or empty lists in 4 values.*Dense\(length=2, default=0\)"):
             read(array, Dense(length=2))
-    with pytest.raises(ValueError, match=r"has 1 lists whose length is not 2 but 1"):
+    with pytest.raises(ValueError, match=r"has 1 lists of length 1 instead of 2"):
         read(pa.array([[1], []]), Dense(length=2, default=0))
 
 
@@ -315,7 +318,7 @@ def test_whole_floats_are_integers_as_far_as_they_are_exact(arrow_type: Any, bit
 
 def open_all(tmp_path: Path, arrays: Sequence[Any], spec: Column | None) -> Any:
     for number, array in enumerate(arrays):
-        # Other columns, and in another order.
+        # Different columns in another order.
         columns = {"x": array, "y": array} if number % 2 else {"z": array, "x": array}
         write(tmp_path / f"{number}.arrow", pa.table(columns))
     (batch,) = ColumnDataset(tmp_path, {"x": spec}, 100)
@@ -346,7 +349,7 @@ TOP = 2**64 - 1
         (pa.array([["a"]]), pa.array([["b"]], pa.large_list(pa.large_string())), None, [[b"a"], [b"b"]]),
     ],
 )
-def test_types_that_go_together(tmp_path: Path, one: Any, other: Any, spec: Column | None, want: list[Any]) -> None:
+def test_types_that_can_be_joined(tmp_path: Path, one: Any, other: Any, spec: Column | None, want: list[Any]) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "back").mkdir()
     assert open_all(tmp_path / "there", [one, other], spec) == want
@@ -372,7 +375,7 @@ def test_structs_with_their_fields_in_another_order(tmp_path: Path) -> None:
         (pa.array([1], pa.duration("s")), pa.array([1], pa.timestamp("s"))),
     ],
 )
-def test_types_that_do_not_go_together_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
+def test_types_that_cannot_be_joined_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
     with pytest.raises(
         ValueError, match=r"'x' is .* in .*0\.arrow and .* in .*1\.arrow; .* read the files apart, or rewrite"
     ):

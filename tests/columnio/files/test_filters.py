@@ -1,4 +1,4 @@
-"""Filters of any type are exact, also where footers and folders' names rule pieces out; what cannot be is said so."""
+"""Filters: exact for every type, also with footers and folder names that rule pieces out; errors for the rest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows_of(path: Path, filters: Any, **options: Any) -> list[int]:
 
 
 def write(path: Path, values: list[Any], arrow_type: Any) -> Path:
-    """Write every value into a row group of its own, and then all of them into one of two."""
+    """Write each value twice in a row group of its own, and then all values in row groups of two."""
     array = pa.array([value for value in values for _ in range(2)] + values * 2, arrow_type)
     pq.write_table(pa.table({"x": array, "row": range(len(array))}), path, row_group_size=2)
     return path
@@ -169,11 +169,11 @@ def test_nan_null_and_empty_lists(tmp_path: Path) -> None:
     for sign in ("<", ">="):
         with pytest.raises(ValueError, match=r"compares double with NaN"):
             rows_of(path, [("x", sign, NAN)])
-        with pytest.raises(ValueError, match=r"orders a null; use == or !="):
+        with pytest.raises(ValueError, match=r"compares a null by order; use == or !="):
             rows_of(path, [("x", sign, None)])
 
 
-def test_strings_say_dates_and_times(tmp_path: Path) -> None:
+def test_strings_of_dates_and_times(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.parquet", [datetime.datetime(2024, 1, 1), datetime.datetime(2024, 1, 2)], pa.timestamp("us")
     )
@@ -209,7 +209,7 @@ numbers = st.integers(-3, 3) | st.floats(-3, 3) | st.just(NAN) | st.none()
         max_size=2,
     ),
 )
-def test_footers_rule_nothing_out_that_is_wanted(
+def test_footers_rule_out_no_matching_row(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], groups: list[Any]
 ) -> None:
     floats = [None if value is None else float(value) for value in values]
@@ -221,7 +221,7 @@ def test_footers_rule_nothing_out_that_is_wanted(
         if left is not None and any(all(OPERATORS[sign](left, right) for _, sign, right in group) for group in groups)
     ]
     assert rows_of(path, groups) == want
-    # As an expression, of which less is known.
+    # As an expression, whose columns and operators are not visible.
     whole: Any = None
     for group in groups:
         together: Any = None
@@ -235,7 +235,7 @@ def test_footers_rule_nothing_out_that_is_wanted(
 
 
 @pytest.mark.parametrize(
-    ("filters", "said"),
+    ("filters", "message"),
     [
         ([("name", "==", 3)], r"\('name', '==', 3\) compares string with int; give it a str"),
         ([("x", "==", "3")], r"compares int64 with str; give it a number"),
@@ -245,14 +245,14 @@ def test_footers_rule_nothing_out_that_is_wanted(
         ([("x", "in", "abc")], r"needs a list, set or array of values; write \['abc'\]"),
         ([("x", "in", 3)], r"needs a list, set or array of values; write \[3\]"),
         ([("x", "in", [1, "a"])], r"compares int64 with str"),
-        ([("list", "==", 1)], r"filters compare columns of single values, and 'list' is list"),
+        ([("list", "==", 1)], r"filters compare columns of single values, but 'list' is list"),
         ([("when", "==", 5)], r"compares date32\[day\] with int; give it a datetime\.date"),
         ([("x", "==")], r"filters must be a pyarrow expression or a list of \(column, operator, value\)"),
         ([], r"filters must be a pyarrow expression or a list of"),
         ("x > 3", r"filters must be a pyarrow expression or a list of"),
     ],
 )
-def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, said: str | None) -> None:
+def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, message: str | None) -> None:
     table = {
         "row": [0, 1],
         "x": [1, 2],
@@ -262,17 +262,17 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, said: 
         "when": [datetime.date(2024, 1, 1)] * 2,
     }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    if said is None:
+    if message is None:
         assert rows_of(tmp_path, filters) == [1]
         return
     for bad in ("raise", "skip"):
-        with pytest.raises(TypeError, match=said):
+        with pytest.raises(TypeError, match=message):
             ColumnDataset(tmp_path, ["row"], 10, filters=filters, read=ReadOptions(on_bad_file=bad))  # type: ignore[arg-type]
 
 
 def test_an_unknown_operator_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"filters know the operators =, ==, .*, not in, got 'like'"):
+    with pytest.raises(ValueError, match=r"filters have the operators =, ==, .*, not in, got 'like'"):
         ColumnDataset(tmp_path, ["row"], 10, filters=[("row", "like", 3)])
     with pytest.raises(ValueError, match=r"has no column 'Row' \(did you mean 'row'|row\?\)"):
         ColumnDataset(tmp_path, ["row"], 10, filters=[("Row", "==", 3)])
@@ -285,7 +285,7 @@ def test_an_unknown_operator_is_refused(tmp_path: Path) -> None:
     [pc.scalar(1) / pc.field("x") > 0, pc.field("u") > 3],
     ids=["division by zero", "uint64 as int64"],
 )
-def test_what_cannot_be_computed_is_no_damage(tmp_path: Path, suffix: str, bad: Any, filters: Any) -> None:
+def test_a_filter_that_cannot_be_computed_is_not_damage(tmp_path: Path, suffix: str, bad: Any, filters: Any) -> None:
     table = pa.table({"row": [0, 1], "x": [1, 0], "u": pa.array([5, 2**63], pa.uint64())})
     if suffix == ".parquet":
         pq.write_table(table, tmp_path / "a.parquet")
@@ -300,10 +300,10 @@ def test_what_cannot_be_computed_is_no_damage(tmp_path: Path, suffix: str, bad: 
     assert rows_of(tmp_path, [("u", "==", 2**63)]) == [1]
 
 
-def test_expressions_that_are_no_condition_are_refused(tmp_path: Path) -> None:
+def test_expressions_that_are_not_conditions_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": [1], "name": ["a"]}), tmp_path / "a.parquet")
     for expression in (pc.field("row") + 1, pc.field("name") > 3, pc.field("row") == "a"):
-        with pytest.raises(ValueError, match=r"filters .* do not suit the columns \['row', 'name'\]"):
+        with pytest.raises(ValueError, match=r"filters .* do not fit the columns \['row', 'name'\]"):
             ColumnDataset(tmp_path, ["row"], 10, filters=expression)
 
 

@@ -1,4 +1,4 @@
-"""Data in memory: every kind of table gives the rows of a file, shuffled, shared, filtered and resumed as files are."""
+"""Data in memory: every kind of table is read, shuffled, shared, filtered and resumed like a file."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -
         assert torch.equal(dense(one), dense(other))
         assert torch.equal(dense(one, "label"), dense(other, "label"))
         assert lists(one["list"]) == lists(other["list"])
-    # Ranks, and another number of them afterwards.
+    # Ranks, and then another number of ranks.
     whole = rows_of(opened())
     ranks = [opened(shard=ShardOptions(rank=rank, world_size=2)) for rank in range(2)]
     passes = [iter(rank) for rank in ranks]
@@ -125,7 +125,7 @@ def test_tensors_share_the_memory() -> None:
 
 
 class Foreign:
-    """As an array of another framework."""
+    """Array of another framework."""
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.arange(5, 9)
@@ -207,7 +207,7 @@ def test_pandas() -> None:
     assert lists(batch["kind"]) == [b"v", b"u"]
     assert dense(batch, "when").tolist() == [19_723 * 86_400] * 2
     assert dense(batch, "maybe").tolist() == [-1, 3]
-    with pytest.raises(TypeError, match=r"this DataFrame is no table of Arrow's .*column x.*values of one type"):
+    with pytest.raises(TypeError, match=r"this DataFrame cannot become an Arrow table .*column x.*values of one type"):
         ColumnDataset.from_arrow(pd.DataFrame({"x": [1, "a"]}), ["x"], 2)
 
 
@@ -229,7 +229,7 @@ def test_polars() -> None:
     )
     specs: dict[str, Column | None] = dict.fromkeys(name for name in frame.columns if name != "pair")
     specs |= {"text": Text(default="?"), "pair.a": None}
-    # From string views, which Arrow neither takes nor sorts.
+    # From string views, for which Arrow has neither take nor sort.
     for shuffle in (False, True):
         data = ColumnDataset.from_arrow(frame, specs, 10, shuffle=shuffle, filters=[("kind", "!=", "v")])
         (batch,) = data
@@ -269,7 +269,7 @@ def test_hugging_face_datasets() -> None:
 
 
 class Selected:
-    """As a Hugging Face dataset after `select`: what lies below has more rows than it has."""
+    """A Hugging Face dataset after ``select``, whose underlying table has more rows."""
 
     def __init__(self, whole: Any, rows: list[int]) -> None:
         self.whole, self.rows, self.format = whole, rows, "python"
@@ -290,7 +290,7 @@ class Selected:
         return self.whole.__arrow_c_stream__(requested_schema)
 
 
-def test_rows_that_were_selected_are_all_that_is_read() -> None:
+def test_only_selected_rows_are_read() -> None:
     assert rows_of(ColumnDataset.from_arrow(Selected(table(), [3, 1, 9]), ["row"], 4)) == [3, 1, 9]
 
 
@@ -305,11 +305,11 @@ def test_anything_with_a_stream_of_arrow() -> None:
 # States
 
 
-def test_a_state_goes_with_its_data() -> None:
+def test_a_state_belongs_to_its_data() -> None:
     data = ColumnDataset.from_arrow(table(), ["row"], 10)
     next(iter(data))
     state = data.state_dict()
-    # Chunks and the way into memory make no difference.
+    # Chunks and the kind of table make no difference.
     for kind in ("chunks", "reader", "list"):
         same = ColumnDataset.from_arrow(KINDS[kind](), ["row", "label"], 7)
         same.load_state_dict(state)
@@ -330,16 +330,16 @@ def test_a_stream_that_changes_is_refused() -> None:
 
     def shrinking() -> Iterator[Any]:
         calls.append(0)
-        # Called for the types twice, and for the number of rows.
+        # Called twice for the types, and once for the number of rows.
         yield {"row": np.arange(10 if len(calls) < 4 else 7)}
 
     data = ColumnDataset.from_arrow(shrinking, ["row"], 5)
-    with pytest.raises(ValueError, match=r"data in memory has 7 rows where it had 10"):
+    with pytest.raises(ValueError, match=r"data in memory has 7 rows, but had 10"):
         list(data)
 
 
 @pytest.mark.parametrize("bad", ["raise", "skip"])
-def test_a_function_that_fails_is_no_damaged_file(bad: Any) -> None:
+def test_a_failing_function_is_not_a_damaged_file(bad: Any) -> None:
     fails = False
 
     def failing() -> Iterator[Any]:
@@ -353,7 +353,7 @@ def test_a_function_that_fails_is_no_damaged_file(bad: Any) -> None:
         list(data)
 
 
-def test_data_in_the_place_of_paths_says_where_it_goes() -> None:
+def test_data_instead_of_paths_is_refused_with_advice() -> None:
     for data in (table(), table().to_pandas(), {"row": [1]}, [table()]):
         with pytest.raises(TypeError, match=r"paths must be paths, got .*ColumnDataset\.from_arrow"):
             ColumnDataset(data, ["row"], 4)
@@ -376,28 +376,28 @@ def test_batches_are_brought_to_the_types_of_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "error", "said"),
+    ("data", "error", "message"),
     [
         ((row for row in ()), TypeError, r"a generator can be read only once.*from_arrow\(lambda: batches\(\)\)"),
         (iter([]), TypeError, r"a list_iterator can be read only once"),
         ("clicks.parquet", TypeError, r"takes a table .* got str"),
         (None, TypeError, r"got NoneType"),
         (np.ones((2, 2)), TypeError, r"got ndarray"),
-        ({"a": 1}, TypeError, r"column 'a' is no column of Arrow's \(it is int\)"),
-        ({"a": "abc"}, TypeError, r"column 'a' is no column of Arrow's \(it is str\)"),
+        ({"a": 1}, TypeError, r"column 'a' cannot become an Arrow column \(it is int\)"),
+        ({"a": "abc"}, TypeError, r"column 'a' cannot become an Arrow column \(it is str\)"),
         ({"a": np.array(1)}, TypeError, r"it is a single value"),
-        ({"a": [1, "b"]}, TypeError, r"column 'a' is no column of Arrow's"),
-        ({"a": np.array([1j])}, TypeError, r"column 'a' is no column of Arrow's"),
+        ({"a": [1, "b"]}, TypeError, r"column 'a' cannot become an Arrow column"),
+        ({"a": np.array([1j])}, TypeError, r"column 'a' cannot become an Arrow column"),
         ({1: [1]}, TypeError, r"names of columns must be strings, got 1"),
         ([{"a": 1}], TypeError, r"pyarrow\.Table\.from_pylist"),
-        ({"a": [1], "b": [1, 2]}, ValueError, r"all columns must have as many rows, got \{'a': 1, 'b': 2\}"),
+        ({"a": [1], "b": [1, 2]}, ValueError, r"all columns must have the same number of rows, got \{'a': 1, 'b': 2\}"),
         ({}, ValueError, "at least one column, got none"),
         ([], ValueError, "at least one batch, got an empty sequence"),
-        (lambda: iter([]), ValueError, "at least one batch, and the function made none"),
+        (lambda: iter([]), ValueError, "at least one batch, but the function made none"),
         (lambda: 7, TypeError, "the function must return an iterable of batches, got int"),
         ({"a": np.array([], np.int64)}, ValueError, r"there is no row in data in memory"),
     ],
 )
-def test_what_is_no_table_is_refused(data: Any, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_data_that_is_not_a_table_is_refused(data: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         ColumnDataset.from_arrow(data, ["a"], 10)

@@ -1,4 +1,4 @@
-"""Columns out of folders' names: one source for their values, whatever the files hold beside them."""
+"""Columns in folder names, with and without columns of the same name in the files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_keys_that_differ_by_case_are_different_columns(tmp_path: Path) -> None:
         (["a%20b", "c"], [pa.array(["a b"] * 2).dictionary_encode(), pa.array(["c"] * 2).dictionary_encode()]),
     ],
 )
-def test_a_column_that_says_the_same_as_its_folder_is_read(tmp_path: Path, keys: list[str], values: list[Any]) -> None:
+def test_a_column_that_agrees_with_its_folder_is_read(tmp_path: Path, keys: list[str], values: list[Any]) -> None:
     for number, (key, column) in enumerate(zip(keys, values, strict=True)):
         write(tmp_path, f"day={key}", row=[2 * number, 2 * number + 1], day=column)
     whole = ColumnDataset(tmp_path, ["row", "day"], 10)
@@ -94,32 +94,32 @@ def test_null_keys_and_columns_of_nulls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "said"),
+    ("column", "message"),
     [
         (
             pa.array([8, 9]),
-            r"'day' of .*day=8/a\.parquet is 9 in row 0 of row group 1, and the name of its folder says 8",
+            r"'day' of .*day=8/a\.parquet is 9 in row 0 of row group 1, but its folder name has 8",
         ),
-        (pa.array([8, None]), r"is None in row 0 of row group 1, and the name of its folder says 8"),
+        (pa.array([8, None]), r"is None in row 0 of row group 1, but its folder name has 8"),
         (pa.array(["8", "eight"]), r"is 'eight' in row 0 of row group 1"),
     ],
 )
 @pytest.mark.parametrize("bad", ["raise", "skip"])
 @pytest.mark.parametrize("filters", [None, [("day", "==", 8)], [("day", "==", 7)], [("day", "!=", 7)]])
-def test_a_column_that_says_otherwise_is_refused(
-    tmp_path: Path, column: Any, said: str, bad: Any, filters: Any
+def test_a_column_that_contradicts_its_folder_is_refused(
+    tmp_path: Path, column: Any, message: str, bad: Any, filters: Any
 ) -> None:
     text = pa.types.is_string(column.type)
     write(tmp_path, "day=7", row=[0, 1], day=pa.array([7, 7]).cast(column.type))
     write(tmp_path, "day=8", row=[2, 3], day=column)
     if text and filters is not None:
         filters = [(name, sign, str(value)) for name, sign, value in filters]
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         list(ColumnDataset(tmp_path, ["day"], 10, filters=filters, read=ReadOptions(on_bad_file=bad)))
     assert not isinstance(caught.value, BadFileError)
-    # Where nobody asks for it, it does no harm.
+    # A column that is not read is not compared.
     assert rows(ColumnDataset(tmp_path, ["row"], 10)) == [0, 1, 2, 3]
-    # The files alone are read by choice.
+    # Folder names can be ignored.
     specs: dict[str, Column | None] = {"row": None, "day": Text(default="") if text else Dense(default=-1)}
     (batch,) = ColumnDataset(tmp_path, specs, 10, read=ReadOptions(partitions=False))
     assert dense(batch).tolist() == [0, 1, 2, 3]
@@ -131,7 +131,7 @@ def test_a_column_that_says_otherwise_is_refused(
 
 def test_a_column_of_another_type_than_its_folder_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "day=monday", row=[0], day=pa.array([1]))
-    with pytest.raises(ValueError, match=r"'day' of .* is int64, and the name of its folder says 'monday'"):
+    with pytest.raises(ValueError, match=r"'day' of .* is int64, but its folder name has 'monday'"):
         list(ColumnDataset(tmp_path, ["day"], 10))
 
 
@@ -144,7 +144,7 @@ def test_a_folder_spares_reading_where_the_footer_agrees(tmp_path: Path) -> None
     assert [Path(str(piece.opened.file)).parent.name for piece in files.pieces] == ["day=8", "day=8"]
 
 
-def test_states_go_with_keys_that_are_encoded(tmp_path: Path) -> None:
+def test_states_with_url_encoded_keys(tmp_path: Path) -> None:
     for root in ("one", "two"):
         write(tmp_path / root, "a%20b=1", row=[0, 1, 2])
     first = ColumnDataset(tmp_path / "one" / "a%20b=1", ["row", "a b"], 2)

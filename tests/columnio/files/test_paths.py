@@ -49,7 +49,7 @@ def test_patterns(tree: Path) -> None:
     assert names(find_files(str(tree / "_temporary" / "*.parquet")), tree) == ["_temporary/d.parquet"]
 
 
-def test_what_is_not_there_is_refused(tree: Path) -> None:
+def test_missing_files_are_refused(tree: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist .*check the path"):
         find_files(tree / "none.parquet")
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.txtx .*check the pattern"):
@@ -62,7 +62,7 @@ def test_what_is_not_there_is_refused(tree: Path) -> None:
         find_files(empty)
 
 
-def test_what_cannot_be_meant_is_refused(tree: Path) -> None:
+def test_invalid_paths_are_refused(tree: Path) -> None:
     with pytest.raises(ValueError, match="at least one file, folder or pattern, got an empty sequence"):
         find_files([])
     with pytest.raises(ValueError, match="neither pyarrow nor fsspec knows a file system for nothing://bucket/x"):

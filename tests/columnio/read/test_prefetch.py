@@ -30,7 +30,7 @@ def gone() -> bool:
 
 
 class Source:
-    """Counts to `stop`, and remembers what happened to it."""
+    """Numbers up to ``stop``, with a record of the threads and the end of the iterator."""
 
     def __init__(self, stop: int, error: BaseException | None = None) -> None:
         self.made, self.closed = 0, False
@@ -170,14 +170,14 @@ def test_of_chained_sources_as_many_are_open_as_there_are_threads(threads: int) 
     assert [next(items) for _ in range(7)] == [0, 1, 2, 3, 4, 0, 1]
     time.sleep(0.05)
     assert [source.made > 0 for source in sources] == [number < 1 + threads for number in range(6)]
-    # Of each at most one item waits.
+    # At most one item of each is waiting.
     assert [source.made for source in sources[2:3]] == [1] * (threads - 1) + [0] * (2 - threads)
     items.close()
     assert all(source.closed == (source.made > 0) for source in sources)
     assert gone()
 
 
-def test_a_thread_whose_source_has_ended_begins_the_next_while_the_consumer_works() -> None:
+def test_a_thread_opens_the_next_source_while_the_consumer_works() -> None:
     sources = [Source(1) for _ in range(5)]
     items = chained((source.items for source in sources), 2)
     next(items)
@@ -190,19 +190,19 @@ def test_a_thread_whose_source_has_ended_begins_the_next_while_the_consumer_work
     assert gone()
 
 
-def test_threads_that_stood_still_go_on_with_the_next_order() -> None:
+def test_idle_threads_continue_with_the_next_request() -> None:
     source = Source(30)
     got = []
     for item in prefetched(source.items, same, 3, 2):
         got.append(item)
         if item % 5 == 0:
-            # All that was ordered is made, and the threads have nothing to do.
+            # All requests are served, and the threads are idle.
             time.sleep(0.01)
     assert got == list(range(30))
     assert gone()
 
 
-def test_an_error_of_a_chained_source_comes_after_those_before_it() -> None:
+def test_an_error_of_a_chained_source_comes_after_the_items_before_it() -> None:
     sources = [Source(2), Source(1, LookupError("mine")), Source(3)]
     seen = []
 
@@ -223,7 +223,7 @@ def test_a_generator_that_is_collected_in_one_of_its_threads_ends() -> None:
     def sources() -> Generator[Generator[int, None, None], None, None]:
         for number in range(4):
             if number == 2:
-                # In the thread whose source has ended, which opens the next one.
+                # In a thread at the end of its source, which opens the next one.
                 assert waiting.wait(10)
                 gc.collect()
                 collected.set()

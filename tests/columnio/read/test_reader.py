@@ -24,7 +24,7 @@ def join(parts: list[Rows]) -> Rows:
 
 
 def numbers(part: Rows) -> list[int]:
-    """Return the rows, of which the tensor and the array must agree."""
+    """Return the row numbers, on which tensor and array must agree."""
     column = part.tensors(CONVERTERS)["row"]
     assert isinstance(column, torch.Tensor)
     assert column.tolist() == part.arrow().column("row").to_pylist()
@@ -57,13 +57,13 @@ def test_a_range_inside_a_chunk_is_a_slice_of_it() -> None:
     assert numbers(part) == [3, 4, 5, 6]
 
 
-def test_chunks_after_the_last_range_are_not_asked_for() -> None:
+def test_chunks_after_the_last_range_are_not_requested() -> None:
     source = chunks([4, 4, 4])
     assert [first for first, _ in cut(source, [(1, 3), (5, 8)], join)] == [1, 5]
     assert next(source)[0] == 8
 
 
-def test_rows_that_a_stream_leaves_out_are_missing() -> None:
+def test_rows_missing_from_the_stream_are_missing() -> None:
     ranges = [(0, 3), (3, 6), (6, 7), (7, 10), (10, 14)]
     got = [numbers(part) for _, part in cut(chunks([4, 4, 4], 4), ranges, join)]
     assert got == [[0, 1, 2], [3], [], [8, 9], [10, 11]]

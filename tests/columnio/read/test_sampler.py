@@ -10,7 +10,7 @@ from recis_hybrid.columnio.read.sampler import Batches, permutation
 
 counts = st.integers(0, 60)
 sizes = st.integers(1, 9)
-# What permutation(8, 0, 0, 0) gave when it was first written.
+# permutation(8, 0, 0, 0), pinned.
 PINNED = [7, 2, 0, 4, 3, 5, 6, 1]
 
 
@@ -60,19 +60,19 @@ def test_ranks_together_take_each_row_once_in_order(
         assert max(sizes_of_turn) <= batch_size
         assert max(sizes_of_turn) - min(sizes_of_turn) <= 1
         assert sizes_of_turn == sorted(sizes_of_turn, reverse=True)
-        # A rank goes without rows only where there are too few for all, or batches are of one row.
+        # A rank gets no row only if there are fewer rows than ranks, or a batch is one row.
         assert min(sizes_of_turn) > 0 or rows - start < world_size or batch_size == 1
 
 
 @given(counts, sizes, st.integers(1, 5))
-def test_without_the_remainder_all_ranks_get_as_many_full_batches(rows: int, batch_size: int, world_size: int) -> None:
+def test_with_drop_remainder_ranks_get_equally_many_full_batches(rows: int, batch_size: int, world_size: int) -> None:
     ranks = [list(Batches(rows, batch_size, 0, rank, world_size, True)) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {rows // (batch_size * world_size)}
     assert all(stop - first == batch_size for rank in ranks for first, stop in rank)
 
 
 @given(counts, sizes, st.integers(1, 5), st.integers(1, 5), st.integers(0, 8))
-def test_after_some_turns_any_number_of_ranks_goes_on(
+def test_after_some_turns_any_number_of_ranks_continues(
     rows: int, batch_size: int, before: int, now: int, turns: int
 ) -> None:
     begun = [list(Batches(rows, batch_size, 0, rank, before))[:turns] for rank in range(before)]
@@ -95,5 +95,5 @@ def test_wants_is_whether_a_batch_overlaps(
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 100])
-def test_after_never_goes_past_the_end(turns: int) -> None:
+def test_after_is_never_past_the_end(turns: int) -> None:
     assert Batches(10, 4).after(turns) == min(4 * turns, 10)

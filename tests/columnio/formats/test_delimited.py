@@ -1,4 +1,4 @@
-"""CSV as people write it: line breaks in values, delimiters, encodings, comments, nulls, compression, bad rows."""
+"""CSV: line breaks in values, delimiters, encodings, comments, nulls, compression, bad rows, some for JSON too."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def numbers(data: ColumnDataset, name: str = "x") -> list[Any]:
 @pytest.mark.parametrize("bad", ["raise", "skip"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_line_breaks_in_values_beyond_the_first_block(tmp_path: Path, end: str, bad: Any, threads: int) -> None:
-    # Every length of the rows before it, so that some value lies across the end of every block.
+    # Rows of all lengths, so that some value spans the end of every block.
     texts = [f"{'y' * (row % 7)}{end}{'z' * (row % 11)}{end}{row}" for row in range(3 * BLOCK // 25)]
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator=end)
@@ -84,7 +84,7 @@ def test_a_row_that_is_longer_than_a_block(tmp_path: Path, suffix: str) -> None:
     data = ColumnDataset(path, {"x": None, "text": Text()}, 10)
     assert numbers(data) == [1, 2, 3]
     assert [len(text) for text in strings(data)] == [1, len(long), 1]
-    # Behind the first block as well, where rows are not to come twice.
+    # Beyond the first block as well, where rows must not be read twice.
     lines = [(row, "z" * 100) for row in range(2 * BLOCK // 100)]
     rows = [*lines, (-1, long), (-2, "c")]
     if suffix == ".csv":
@@ -143,7 +143,7 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
     specs: dict[str, Column | None] = {"x": None, f"text{word}": Text()}
     options = [CsvOptions(encoding=encoding)]
     if encoding in ("utf-16", "utf-8-sig", "utf-32"):
-        # It says so itself.
+        # The byte order mark gives the encoding.
         options.append(CsvOptions())
     for each in options:
         data = ColumnDataset(tmp_path, specs, 8192, read=ReadOptions(csv=each))
@@ -153,7 +153,7 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("bad", ["raise", "skip"])
 @pytest.mark.parametrize("first", [0, 2 * BLOCK // 4])
-def test_another_encoding_is_no_damage(tmp_path: Path, bad: Any, first: int) -> None:
+def test_another_encoding_is_not_damage(tmp_path: Path, bad: Any, first: int) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,x\n" + b"a,1\n" * first + "é,2\n".encode("latin-1"))
     for specs in ({"text": Text()}, {"text": None}):
         with pytest.raises(
@@ -182,13 +182,13 @@ def test_a_row_of_another_length_is_named(tmp_path: Path) -> None:
     path.write_text("x,y\n" + "1,2\n" * rows + "3\n")
     good = tmp_path / "b.csv"
     good.write_text("x,y\n5,6\n")
-    said = rf"Row #{rows + 2}: Expected 2 columns, got 1: 3; delimiter, quote"
-    with pytest.raises(BadFileError, match=rf"a\.csv .*{said}"):
+    message = rf"Row #{rows + 2}: Expected 2 columns, got 1: 3; set delimiter, quote"
+    with pytest.raises(BadFileError, match=rf"a\.csv .*{message}"):
         list(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(num_threads=2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert numbers(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file="skip")))[-1] == 5
-    # Where the user says how it is written, that may be what is wrong: nothing is left out.
+    # With options, the options may be wrong: nothing is left out.
     for bad in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"cannot be read by CsvOptions\(.*Expected 2 columns, got 1") as caught:
             list(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file=bad, csv=CsvOptions())))  # type: ignore[arg-type]
@@ -227,7 +227,7 @@ def test_integers_that_are_written_as_floats(tmp_path: Path, first: int) -> None
     assert numbers(data, "y") == [0] * first + [1] * len(want)
     (tmp_path / "a.csv").write_text("x\n" + "0\n" * first + "1.0\n2.5\n")
     for bad in ("raise", "skip"):
-        with pytest.raises(ValueError, match=rf"has the value '2\.5' in row {first + 3}, which is no int64"):
+        with pytest.raises(ValueError, match=rf"has the value '2\.5' in row {first + 3}, which is not int64"):
             list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 65_536, read=ReadOptions(on_bad_file=bad)))  # type: ignore[arg-type]
 
 
@@ -237,9 +237,9 @@ def test_large_ids_beside_nulls_keep_their_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["1e30", "1e999999999", "inf", "1_000", "1_0.0", "1.0.0", "."])
-def test_what_is_no_integer_of_64_bits_is_refused(tmp_path: Path, value: str) -> None:
+def test_values_that_are_not_64_bit_integers_are_refused(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.csv").write_text(f"x,y\n1,0\n{value},1\n")
-    with pytest.raises(ValueError, match=rf"has the value '{value}' in row 3, which is no int64") as caught:
+    with pytest.raises(ValueError, match=rf"has the value '{value}' in row 3, which is not int64") as caught:
         list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 10))
     assert not isinstance(caught.value, BadFileError)
 
@@ -251,7 +251,7 @@ def test_integers_of_json_that_are_written_as_floats(tmp_path: Path) -> None:
     specs: dict[str, Column | None] = {"x": Dense(torch.int64)}
     assert numbers(ColumnDataset(tmp_path, specs, 65_536)) == [0] * first + [1, 9007199254740993]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"x": 2.5, "l": []}']) + "\n")
-    with pytest.raises(ValueError, match=r"has the value '2\.5', which is no int64"):
+    with pytest.raises(ValueError, match=r"has the value '2\.5', which is not int64"):
         list(ColumnDataset(tmp_path, specs, 65_536))
 
 
@@ -290,7 +290,7 @@ def test_text_files_of_any_name_are_read_in_folders(tmp_path: Path, packed: str,
     assert numbers(data, "y") == [2, 4]
 
 
-def test_options_make_csv_of_a_name_that_says_nothing(tmp_path: Path) -> None:
+def test_with_options_an_unknown_suffix_is_csv(tmp_path: Path) -> None:
     (tmp_path / "u.data").write_text("1\t2\n3\t4\n")
     data = ColumnDataset(
         tmp_path / "u.data", ["y"], 10, read=ReadOptions(csv=CsvOptions(delimiter="\t", column_names=["x", "y"]))
@@ -298,8 +298,8 @@ def test_options_make_csv_of_a_name_that_says_nothing(tmp_path: Path) -> None:
     assert numbers(data, "y") == [2, 4]
 
 
-def test_options_that_cannot_be_meant_are_refused() -> None:
-    for options, said in (
+def test_invalid_options_are_refused() -> None:
+    for options, message in (
         ({"delimiter": ",,"}, "delimiter must be one ASCII character"),
         ({"quote": ""}, "quote must be one ASCII character"),
         ({"delimiter": "\n"}, "delimiter must not be a line break"),
@@ -309,7 +309,7 @@ def test_options_that_cannot_be_meant_are_refused() -> None:
         ({"column_names": []}, "column_names must be at least one name"),
         ({"column_names": ["a", "a"]}, "column_names must be at least one name, without repetition"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             CsvOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"csv must be a CsvOptions, got \{'delimiter': ';'\}"):
         ColumnDataset("a.csv", ["x"], 10, read=ReadOptions(csv={"delimiter": ";"}))  # type: ignore[arg-type]

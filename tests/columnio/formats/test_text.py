@@ -1,4 +1,4 @@
-"""CSV and JSON lines: values of another type than the first rows, and integers that int64 does not hold."""
+"""CSV and JSON lines: values that do not fit the type of the first rows, and integers that do not fit into int64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BIG = 2**64 - 1
 
 
 def write(path: Path, values: list[Any]) -> Path:
-    """Write a column x of values, and y of their numbers."""
+    """Write a column x of values, and a column y of row numbers."""
     if path.suffix == ".csv":
         lines = ["x,y", *(f"{value},{number}" for number, value in enumerate(values))]
     else:
@@ -43,33 +43,33 @@ def signed(value: int) -> int:
 # Values of another type
 
 
-INTEGERS = r"write integers of 64 bits as Parquet, or as strings, which Text\(\) reads"
+INTEGERS = r"write 64-bit integers as Parquet, or as strings and read them as Text\(\)"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
-    ("first", "spec", "value", "said"),
+    ("first", "spec", "value", "message"),
     [
-        (MANY, None, 0.5, r"'0\.5'.*, which is no int64; .* read it as Dense\(torch\.float32\)"),
-        (MANY, None, BIG, rf"'{BIG}'.*, which is no int64; .* {INTEGERS}"),
-        (MANY, Dense(torch.int32), 2**40, rf"'{2**40}'.*, which is no int32; .* read it as Dense\(torch\.int64\)"),
-        (0, Dense(torch.int32), 2**40, rf"'{2**40}'.*, which is no int32; .* read it as Dense\(torch\.int64\)"),
-        (0, Dense(torch.int64), 0.5, r"'0\.5'.*, which is no int64; .* read it as Dense\(torch\.float32\)"),
+        (MANY, None, 0.5, r"'0\.5'.*, which is not int64; .* read it as Dense\(torch\.float32\)"),
+        (MANY, None, BIG, rf"'{BIG}'.*, which is not int64; .* {INTEGERS}"),
+        (MANY, Dense(torch.int32), 2**40, rf"'{2**40}'.*, which is not int32; .* read it as Dense\(torch\.int64\)"),
+        (0, Dense(torch.int32), 2**40, rf"'{2**40}'.*, which is not int32; .* read it as Dense\(torch\.int64\)"),
+        (0, Dense(torch.int64), 0.5, r"'0\.5'.*, which is not int64; .* read it as Dense\(torch\.float32\)"),
     ],
 )
-def test_a_value_of_another_type_is_no_damage(
-    tmp_path: Path, suffix: str, first: int, spec: Column | None, value: Any, said: str
+def test_a_value_of_another_type_is_not_damage(
+    tmp_path: Path, suffix: str, first: int, spec: Column | None, value: Any, message: str
 ) -> None:
     path = write(tmp_path / f"a{suffix}", [*range(first), value])
     good = write(tmp_path / f"b{suffix}", [1])
     for bad in ("raise", "skip"):
-        with pytest.raises(ValueError, match=rf"column 'x' of .*a{suffix} has the value {said}") as caught:
+        with pytest.raises(ValueError, match=rf"column 'x' of .*a{suffix} has the value {message}") as caught:
             list(ColumnDataset([path, good], {"x": spec}, 1000, read=ReadOptions(on_bad_file=bad)))  # type: ignore[arg-type]
         assert not isinstance(caught.value, BadFileError)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_remedy_helps(tmp_path: Path, suffix: str) -> None:
+def test_the_remedy_works(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", [*range(MANY), 0.5])
     got = numbers_of(ColumnDataset(path, {"x": Dense(torch.float32)}, 1000))
     assert got == [*range(MANY), 0.5]
@@ -78,7 +78,7 @@ def test_the_remedy_helps(tmp_path: Path, suffix: str) -> None:
 def test_words_after_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [*range(MANY), "u7"])
     with pytest.raises(
-        ValueError, match=r"column 'x' .* has the value 'u7' in row 200002, which is no int64; .* Text\(\)"
+        ValueError, match=r"column 'x' .* has the value 'u7' in row 200002, which is not int64; .* Text\(\)"
     ):
         list(ColumnDataset(path, ["x"], 1000))
     assert sum(len(dense(batch, "y")) for batch in ColumnDataset(path, {"x": Text(), "y": None}, 1000)) == MANY + 1
@@ -89,17 +89,19 @@ def test_words_after_numbers(tmp_path: Path) -> None:
 
 def test_values_in_lists_of_json(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*([number] for number in range(MANY)), [1, 0.5]])
-    with pytest.raises(ValueError, match=r"column 'x' .* value '0\.5', which is no int64; .* Ragged\(torch\.float32\)"):
+    with pytest.raises(
+        ValueError, match=r"column 'x' .* value '0\.5', which is not int64; .* Ragged\(torch\.float32\)"
+    ):
         list(ColumnDataset(path, ["y", "x"], 1000))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_column_that_is_not_wanted_may_hold_anything_behind_the_first_rows(tmp_path: Path, suffix: str) -> None:
+def test_a_column_that_is_not_read_may_have_any_later_values(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", [*range(MANY), 0.5])
     assert ColumnDataset(path, ["y"], 1000).num_rows == MANY + 1
 
 
-def test_bytes_that_are_no_text_are_damage(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_damage(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", list(range(MANY)))
     path.write_bytes(path.read_bytes().replace(b"\n199990,", b"\n\x01\x02\x01\x02\x01\x02,"))
     good = write(tmp_path / "b.csv", [1])
@@ -110,7 +112,7 @@ def test_bytes_that_are_no_text_are_damage(tmp_path: Path) -> None:
         assert numbers_of(ColumnDataset([path, good], ["x"], 1000, read=ReadOptions(on_bad_file="skip"))) == [1]
 
 
-# Integers that int64 does not hold
+# Integers that do not fit into int64
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -126,7 +128,7 @@ def test_ids_of_64_bits_keep_them(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_files_of_small_and_of_large_ids_go_together(tmp_path: Path, suffix: str) -> None:
+def test_files_of_small_and_large_ids_are_joined(tmp_path: Path, suffix: str) -> None:
     small = write(tmp_path / f"a{suffix}", [-5, 3])
     large = write(tmp_path / f"b{suffix}", [BIG, 2**53 + 1])
     for paths, want in (([small, large], [-5, 3, -1, 2**53 + 1]), ([large, small], [-1, 2**53 + 1, -5, 3])):
@@ -136,14 +138,14 @@ def test_files_of_small_and_of_large_ids_go_together(tmp_path: Path, suffix: str
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("values", [[-1, BIG], [BIG, -1], [2**64, 5]])
-def test_integers_that_64_bits_do_not_hold_are_refused(tmp_path: Path, suffix: str, values: list[int]) -> None:
+def test_integers_beyond_64_bits_are_refused(tmp_path: Path, suffix: str, values: list[int]) -> None:
     path = write(tmp_path / f"a{suffix}", values)
-    with pytest.raises(TypeError, match=rf"column 'x' of .*a{suffix} .* are read by Dense\(torch\.float64\)"):
+    with pytest.raises(TypeError, match=rf"column 'x' of .*a{suffix} .* by Dense\(torch\.float64\)"):
         ColumnDataset(path, ["x"], 10)
     with pytest.raises(ValueError, match=r"column 'x' .* integers of 64 bits as Parquet, or as strings"):
         ColumnDataset(path, {"x": Dense(torch.int64)}, 10)
     assert numbers_of(ColumnDataset(path, {"x": Dense(torch.float64)}, 10)) == [float(value) for value in values]
-    # A column that nobody asks for does not matter.
+    # A column that is not read does not matter.
     assert ColumnDataset(path, ["y"], 10).num_rows == 2
 
 

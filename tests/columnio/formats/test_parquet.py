@@ -1,4 +1,4 @@
-"""Files that are damaged, or not what they should be."""
+"""Parquet files that are damaged, missing, or have unexpected columns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_missing_column_is_refused_with_the_ones_there(file: Path) -> None:
 
 def test_a_wrong_type_is_refused_before_any_row_is_read(tmp_path: Path) -> None:
     pq.write_table(table(name=["a"] * ROWS), tmp_path / "part.parquet")
-    with pytest.raises(TypeError, match=r"column 'name' of .*part\.parquet is string, which Dense.*read by Text\(\)"):
+    with pytest.raises(TypeError, match=r"column 'name' of .*part\.parquet is string, which Dense.*by Text\(\)"):
         ColumnDataset(tmp_path, {"name": Dense(torch.int64)}, 10)
 
 
@@ -58,7 +58,7 @@ def test_a_null_in_a_required_column_names_its_rows(tmp_path: Path, prefetch: in
 def test_a_truncated_file_is_refused(file: Path, share: float) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    message = r"part\.parquet \(\d+ bytes\) is no whole Parquet file .*write it anew, or leave it out"
+    message = r"part\.parquet \(\d+ bytes\) is not a complete Parquet file .*rewrite it, or leave it out"
     with pytest.raises(ValueError, match=message):
         ColumnDataset(file, ["id"], 10)
 
@@ -66,12 +66,12 @@ def test_a_truncated_file_is_refused(file: Path, share: float) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     path.write_text("id,label\n" + "1,0\n" * 100)
-    with pytest.raises(ValueError, match="is no whole Parquet file"):
+    with pytest.raises(ValueError, match="is not a complete Parquet file"):
         ColumnDataset(path, ["id"], 10)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_changed_byte_is_refused_where_the_file_has_checksums(file: Path, prefetch: int) -> None:
+def test_a_changed_byte_is_refused_if_the_file_has_checksums(file: Path, prefetch: int) -> None:
     start = pq.ParquetFile(file).metadata.row_group(3).column(0).data_page_offset
     content = bytearray(file.read_bytes())
     content[start + 2000] ^= 1
@@ -79,7 +79,7 @@ def test_a_changed_byte_is_refused_where_the_file_has_checksums(file: Path, pref
     passing = iter(ColumnDataset(file, ["id"], 1000, read=ReadOptions(prefetch=prefetch)))
     for _ in range(3):
         next(passing)
-    message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: write it anew, or leave it out"
+    message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: rewrite it, or leave it out"
     with pytest.raises(ValueError, match=message):
         next(passing)
 
@@ -93,8 +93,8 @@ def test_a_file_that_vanishes_names_itself(file: Path) -> None:
 
 def test_files_that_disagree_are_refused(file: Path, tmp_path: Path) -> None:
     pq.write_table(table(label=[1] * ROWS), tmp_path / "part2.parquet")
-    said = r"'label' is float in .*part\.parquet and int64 in .*part2\.parquet; .* read the files apart, or rewrite"
-    with pytest.raises(ValueError, match=said):
+    message = r"'label' is float in .*part\.parquet and int64 in .*part2\.parquet; .* read the files apart, or rewrite"
+    with pytest.raises(ValueError, match=message):
         ColumnDataset(tmp_path, ["id", "label"], 10)
     assert ColumnDataset(tmp_path, ["id"], 10).num_rows == 2 * ROWS
 
@@ -108,7 +108,7 @@ def test_a_column_missing_in_a_later_file_names_that_file(file: Path, tmp_path: 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["id", "id"])
     pq.write_table(twice, tmp_path / "part.parquet")
-    with pytest.raises(ValueError, match=r"part\.parquet has 2 columns named 'id'; give each a name of its own"):
+    with pytest.raises(ValueError, match=r"part\.parquet has 2 columns named 'id'; give each another name"):
         ColumnDataset(tmp_path, ["id"], 10)
 
 

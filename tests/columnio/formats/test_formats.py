@@ -1,4 +1,4 @@
-"""Every format gives the same rows; columns out of folders' names; filters; text formats' own ways."""
+"""All formats give the same rows; columns in folder names; filters; text formats without types."""
 
 from __future__ import annotations
 
@@ -183,14 +183,14 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, suffix: str, monkeypat
     assert {tuple(columns) for columns in asked} == {("label",), ("row", "label")}
 
 
-def test_formats_stand_side_by_side(tmp_path: Path) -> None:
+def test_formats_are_mixed_in_a_folder(tmp_path: Path) -> None:
     for number, (suffix, write) in enumerate(sorted(ALL.items())):
         write(table(number * 10, number * 10 + 10, nested=False), tmp_path / f"{number}{suffix}")
     data = ColumnDataset(tmp_path, ["row", "label", "name"], 7, shuffle=True)
     assert sorted(rows_of(data)) == list(range(10 * len(ALL)))
 
 
-def test_a_name_says_the_format() -> None:
+def test_the_suffix_determines_the_format() -> None:
     assert {format_of(f"x{suffix}").NAME for suffix in SUFFIXES} == {"Parquet", "ORC", "Arrow", "CSV", "JSON lines"}
     assert format_of("part-0").NAME == "Parquet"
 
@@ -199,7 +199,7 @@ def test_a_name_says_the_format() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_specs_say_the_types_of_text(tmp_path: Path, suffix: str) -> None:
+def test_specs_determine_the_types_of_text(tmp_path: Path, suffix: str) -> None:
     rows = [{"id": "7", "x": 1, "day": "2024-01-01"}, {"id": "08", "x": 2.5, "day": "2024-01-02"}]
     path = tmp_path / f"a{suffix}"
     lines = (
@@ -228,7 +228,7 @@ def test_text_of_many_blocks_keeps_the_types_of_the_first(tmp_path: Path, suffix
     values = [*range(count), 0.5]
     line = '{{"row": {}, "x": "abc"}}' if suffix == ".jsonl" else "{},abc"
     path.write_text("\n".join(["row,x"] * (suffix == ".csv") + [line.format(value) for value in values]) + "\n")
-    # With a float in the last line alone, far behind the first block.
+    # A single float in the last line, far beyond the first block.
     with pytest.raises(ValueError, match=rf"column 'row' of .*a{suffix} has the value '0\.5'.*Dense\(torch\.float32\)"):
         list(ColumnDataset(path, ["row"], 1000))
     data = ColumnDataset(path, {"row": Dense(torch.float64)}, 50_000)
@@ -238,7 +238,7 @@ def test_text_of_many_blocks_keeps_the_types_of_the_first(tmp_path: Path, suffix
 # Columns of folders
 
 
-def test_folders_names_are_columns(tmp_path: Path) -> None:
+def test_folder_names_are_columns(tmp_path: Path) -> None:
     for day, country, first in ((7, "fr", 0), (8, "a%2Fb", 10), (9, "__HIVE_DEFAULT_PARTITION__", 20)):
         folder = tmp_path / f"day={day}" / f"country={country}"
         folder.mkdir(parents=True)
@@ -303,13 +303,13 @@ def test_a_filter_rules_out_row_groups_and_folders_unread(tmp_path: Path, monkey
     monkeypatch.setattr(OpenedFile, "read", watched)
     data = ColumnDataset(tmp_path, ["row", "day"], 5, filters=[("day", "=", 2), ("row", ">=", 35)])
     assert rows_of(data) == list(range(35, ROWS))
-    # Once for the number of rows, and once for the rows.
+    # Read once to count rows, and once for the rows.
     assert sorted(read) == [("day=2", 3), ("day=2", 3), ("day=2", 4), ("day=2", 4), ("day=2", 5), ("day=2", 5)]
 
 
-def test_filters_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+def test_invalid_filters_are_refused(tmp_path: Path) -> None:
     write_parquet(table(), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"filters \(nowhere > 1\) do not suit the columns \['row'"):
+    with pytest.raises(ValueError, match=r"filters \(nowhere > 1\) do not fit the columns \['row'"):
         ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("nowhere") > 1)
     with pytest.raises(TypeError, match="filters must be a pyarrow expression or a list of"):
         ColumnDataset(tmp_path, ["row"], 5, filters=7)
@@ -331,7 +331,7 @@ def test_two_parallel_columns(tmp_path: Path) -> None:
     got = ragged(batch, "ids")
     assert got.weights is not None
     assert (got.to_lists(), got.weights.tolist()) == ([[1, 2], [], [3]], [0.5, 1.5, 2.0])
-    with pytest.raises(ValueError, match=r"'ids' of .* has 2 ids in a row where its weights 'short' are 1 .*each id"):
+    with pytest.raises(ValueError, match=r"'ids' of .* has 2 ids but 1 weights in 'short' in row 0 .*per id"):
         list(ColumnDataset(tmp_path, {"ids": Weighted(weights="short")}, 10))
     with pytest.raises(ValueError, match="has no column 'nowhere'"):
         ColumnDataset(tmp_path, {"ids": Weighted(weights="nowhere")}, 10)
@@ -361,17 +361,17 @@ def test_several_levels_take_null_as_empty(tmp_path: Path) -> None:
         list(ColumnDataset(tmp_path, ["tags"], 10))
 
 
-def test_a_stream_that_was_cut_off_is_damaged(tmp_path: Path) -> None:
+def test_a_truncated_stream_is_damaged(tmp_path: Path) -> None:
     write_stream(table(), tmp_path / "a.arrows")
     whole = (tmp_path / "a.arrows").read_bytes()
-    # At its very end, between two batches, and within one.
+    # At its end, between two batches, and within a batch.
     with pa.BufferReader(whole) as source:
         reader = pa.ipc.open_stream(source)
         reader.read_next_batch()
         between = source.tell()
     for size in (len(whole) - 8, between, between - 8):
         (tmp_path / "a.arrows").write_bytes(whole[:size])
-        with pytest.raises(BadFileError, match=r"a\.arrows .* is no whole Arrow file"):
+        with pytest.raises(BadFileError, match=r"a\.arrows .* is not a complete Arrow file"):
             ColumnDataset(tmp_path, ["row"], 10)
 
 
@@ -387,7 +387,7 @@ def test_arrow_files_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(OpenedFile, "read", watched)
     data = ColumnDataset(tmp_path, ["row"], 10)
-    # It was read once for the number of rows.
+    # It was read once to count rows.
     addresses.clear()
     kept = list(data)
     assert [dense(batch).data_ptr() for batch in kept] == addresses
@@ -406,7 +406,7 @@ def test_real_data_is_the_same_in_every_format(data_dir: Path, tmp_path: Path, n
     ALL[suffix](whole, tmp_path / f"a{suffix}")
     specs: dict[str, Column | None] = {}
     for field in whole.schema:
-        # Text does not tell a file's int32 or float from wider numbers, nor a string of digits from a number.
+        # Text does not distinguish int32 or float from wider numbers, nor a string of digits from a number.
         specs[field.name] = Text(default="") if pa.types.is_string(field.type) else None
     got: dict[str, list[Any]] = {name: [] for name in specs}
     for batch in ColumnDataset(tmp_path, specs, 4096, read=ReadOptions(num_threads=2)):
