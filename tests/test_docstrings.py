@@ -21,7 +21,6 @@ SOURCES = read_package(ROOT)
 UNMENDED = {
     "app",
     "checkpointing",
-    "columnio",
     "pipelines",
     "saver",
     "tests",

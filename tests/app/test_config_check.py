@@ -139,7 +139,7 @@ def test_lists_and_groups_that_do_not_fit_are_named(tmp_path: Path, capsys: pyte
         ({}, {"groups": "name"}, "data.groups 'name' must be one integer a row, got text"),
         ({}, {"groups": "bag"}, "data.groups 'bag' must be one integer a row, got lists of torch.int64"),
         ({}, {"label": "bag"}, "bag"),
-        ({"pair": {}}, {"columns": {"pair": {"length": 3}}}, "has 2 lists whose length is not 3 but 2"),
+        ({"pair": {}}, {"columns": {"pair": {"length": 3}}}, "has 2 lists of length 2 instead of 3"),
     ):
         status, said = check(
             tmp_path, capsys, data={"train": "l.parquet", **more}, features={"user": {"dim": 4}, **features}

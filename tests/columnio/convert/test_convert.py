@@ -222,7 +222,7 @@ def test_a_spec_that_does_not_fit_is_refused(array: Any, spec: Any, message: str
 
 @pytest.mark.parametrize("default", [2**63, -0.5, float("nan"), float("inf")])
 def test_a_default_that_does_not_fit_is_refused(default: float) -> None:
-    with pytest.raises(ValueError, match=r"read as torch\.int64, default .* does not fit; give another"):
+    with pytest.raises(ValueError, match=r"read as torch\.int64: default .* does not fit; give another"):
         made(pa.array([1]), Dense(default=default))
 
 
