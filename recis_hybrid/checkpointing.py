@@ -139,14 +139,15 @@ class TableState:
     """int64 [n], from 0 to 65535: the bucket that owns each id."""
 
     meta: dict[str, JSON]
-    """What the table is (dtype, dim, record layout). Must be equal when a checkpoint is loaded."""
+    """Description of the table (dtype, dim, record layout); must be equal when a checkpoint is loaded."""
 
     reader: RowReader | None = field(default=None, kw_only=True)
     """Reads the other columns, which then hold no rows and only say dtype and width; "ids" and ``buckets`` are on the
     CPU and in order, by (bucket, id)."""
     removed: TableState | None = field(default=None, kw_only=True)
     """None: the rows are all there are. Else they are those that changed since an earlier state, and this has one
-    column, "ids" int64 [m]: the ids that had a row then and may have, and have none now; none of them in `columns`."""
+    column, "ids" int64 [m]: the ids that had a row then and may have, and have none now; none of them in
+    ``columns``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +164,7 @@ class PartState:
     """State that is no tensor (step counts, seeds). Handed back as it was saved; not compared with the live object."""
 
     owned: bool = False
-    """Whether the tensors are copies that nobody will change: a save in the background need not copy them again."""
+    """True if the tensors are copies that nobody will change: a save in the background need not copy them again."""
 
 
 @runtime_checkable
@@ -197,7 +198,7 @@ class StateLoader(Protocol):
     changes: Sequence[str]
     """Descriptions of what is converted or reset by the load."""
     holds_rows: bool
-    """Whether the load replaces rows that the object has now."""
+    """True if the load replaces rows that the object has now."""
 
     def begin(self, rows: Mapping[str, int]) -> None:
         """Remove all rows.

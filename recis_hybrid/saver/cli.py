@@ -1,6 +1,6 @@
-"""The command `recis-hybrid`: looks at checkpoints, checks and compares them, makes them whole and exports them.
+"""The subcommands of ``recis-hybrid`` that inspect, verify, compare, compact and export checkpoints.
 
-Exit status: 0 if all is well, 1 if a checkpoint is damaged, differs or cannot be written, 2 for a wrong call.
+Exit status: 0 on success, 1 if a checkpoint is damaged, differs or cannot be written, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from recis_hybrid.saver.storage.step_directory import STEP
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of one command, whose errors list the valid options.
+    """An argument parser of one subcommand whose errors list the valid options.
 
     Args:
-        command: the name of the command.
-        about: what it does, beginning with a small letter.
-        options: further arguments of argparse's parser.
+        command: Name of the subcommand.
+        about: Summary in the imperative, beginning with a small letter.
+        options: Further arguments of ``argparse.ArgumentParser``.
     """
 
     def __init__(self, command: str, about: str, **options: Any) -> None:
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse the arguments of the command; options may stand between the others."""
+        """Parse the arguments of the subcommand; options may stand between positional arguments."""
         return self.parse_intermixed_args(list(arguments))
 
     def error(self, message: str) -> NoReturn:
@@ -54,10 +54,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run a subcommand.
 
     Args:
-        arguments: of the command line; None takes the process's.
+        arguments: Arguments of the command line; None takes those of the process.
 
     Returns:
         The exit status.
@@ -131,7 +131,7 @@ def _parsers() -> dict[str, Parser]:
 
 
 def _open(place: str, step: int | None = None) -> StoredCheckpoint:
-    """Find a checkpoint and read its manifest."""
+    """Open a checkpoint by its own path, or by that of its run."""
     root = storage_of(place).root
     match = STEP.fullmatch(root.name)
     if match is None:

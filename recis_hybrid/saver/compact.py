@@ -1,4 +1,4 @@
-"""Makes whole checkpoints of incremental ones, and exports for serving."""
+"""Compaction of incremental checkpoints to whole ones, and exports for serving."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 EXPORT_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-"""The dtypes that embeddings can be exported in."""
+"""Dtypes of embeddings in an export."""
 _SERVED = ("saveable", "module", "json")
 
 
 def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
-    """Write a checkpoint whole that holds just what changed.
+    """Rewrite an incremental checkpoint as a whole one.
 
-    Its files are then those that a save of the same state without `delta` writes, byte for byte.
+    The files are the same, byte for byte, as those of a save of the same state without ``delta``.
 
     Args:
-        checkpoint: what to make whole.
-        to: the directory or URL that takes it, or None to put it in the place of the incremental one, which an object
-            store cannot.
+        checkpoint: An incremental checkpoint.
+        to: Directory or URL of the whole checkpoint. None replaces the incremental one, which is not possible in an
+            object store.
 
     Returns:
         Directory of the whole checkpoint.
 
     Raises:
-        CorruptCheckpoint: it, or one that it builds on, is damaged.
-        CheckpointError: others build on it, another job saves there, or it cannot be written.
+        CorruptCheckpoint: The checkpoint, or one that it builds on, is damaged.
+        CheckpointError: Others build on it, another job saves there, or the files cannot be written.
     """
     step, parts = checkpoint.manifest.step, checkpoint.manifest.parts
     captured = {name: CapturedPart(part.kind, partial(checkpoint.read, name)) for name, part in parts.items()}
@@ -63,22 +63,22 @@ def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
 
 
 def export(checkpoint: StoredCheckpoint, out: Target, dtype: torch.dtype | None = None) -> Location:
-    """Write what serving needs of a checkpoint: ids and embeddings, modules and JSON.
+    """Write the part of a checkpoint that serving needs: ids and embeddings, modules and JSON.
 
-    Optimizers, generators, schedulers and reading positions stay behind, and so do the optimizer state and metadata of
-    rows and what admission knows. The result is a checkpoint of the same format, which `recis_hybrid.serving` reads.
+    Optimizers, generators, schedules and reading positions are left out, and so are the optimizer state and metadata of
+    rows and the counts of admission. The result is a checkpoint of the same format, for ``recis_hybrid.serving``.
 
     Args:
-        checkpoint: what to export, incremental or whole.
-        out: the directory or URL that takes it; made if it is not there.
-        dtype: of the embeddings, one of `EXPORT_DTYPES`; None for that of the table.
+        checkpoint: A checkpoint, incremental or whole.
+        out: Directory or URL of the export; made if it does not exist.
+        dtype: Dtype of the embeddings, one of ``EXPORT_DTYPES``; None for that of each table.
 
     Returns:
-        Directory of the export: `out` and the step.
+        Directory of the export: ``out`` and the step.
 
     Raises:
-        CorruptCheckpoint: the checkpoint, or one that it builds on, is damaged.
-        CheckpointError: there is such an export already, or it cannot be written.
+        CorruptCheckpoint: The checkpoint, or one that it builds on, is damaged.
+        CheckpointError: The export exists already, or cannot be written.
     """
     captured = {
         name: CapturedPart(part.kind, partial(_served, checkpoint, name, dtype))
@@ -89,7 +89,7 @@ def export(checkpoint: StoredCheckpoint, out: Target, dtype: torch.dtype | None 
 
 
 def _served(checkpoint: StoredCheckpoint, part: str, dtype: torch.dtype | None) -> PartState:
-    """A part as it is served; its tables are read one by one, for what is left out of each to go again."""
+    """Return the exported state of a part; one table at a time is read whole, so that the rest of it is freed again."""
     state = checkpoint.read(part, ())
     tables: dict[str, TableState] = {}
     for name, entry in checkpoint.manifest.parts[part].tables.items():

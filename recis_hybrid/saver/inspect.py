@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two differ, as plain data and as text."""
+"""The contents of a checkpoint, and the differences of two, as plain data and as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recis_hybrid.saver.parts.compare import state_differences
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """Return what a manifest says, as JSON can hold it: parts, tables with their rows, columns and bytes."""
+    """Return the contents of a manifest as JSON: parts, and tables with their rows, columns and bytes."""
     return {
         "step": manifest.step,
         "previous": None if manifest.previous is None else manifest.previous.step,
@@ -29,7 +29,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def summary_text(found: dict[str, Any]) -> str:
-    """Return a summary for people: a line for each part, and one for each of its tables."""
+    """Return a summary as text: a line for each part, and one for each of its tables."""
     lines = [
         f"step {found['step']}, written by {found['world_size']} process(es) at {found['meta'].get('wall_time', '?')}, "
         f"{size_text(found['bytes'])}"
@@ -46,7 +46,7 @@ def summary_text(found: dict[str, Any]) -> str:
 
 
 def size_text(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text, such as ``1.5 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -55,14 +55,14 @@ def size_text(count: float) -> str:
 
 
 def differences(first: StoredCheckpoint, second: StoredCheckpoint, reading: Callable[[str], None]) -> list[str]:
-    """Compare two checkpoints by content; step, time and how tables were cut into files do not count.
+    """Compare two checkpoints by content; steps, times and the cut of tables into files do not count.
 
-    A table of each is in memory at a time, whole.
+    One table of each is in memory at a time, whole.
 
     Args:
-        first: One.
+        first: One checkpoint.
         second: The other.
-        reading: Told the part that is read next.
+        reading: Called with the name of each part before it is read.
 
     Returns:
         One text for each difference.
@@ -105,15 +105,15 @@ def _json_differences(where: str, a: Any, b: Any) -> Iterator[str]:
 
 
 def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[str]:
-    """Cut differences to a screen of 80 columns and 24 lines.
+    """Shorten a list of differences to a screen of 80 columns and 24 lines.
 
     Args:
-        found: what :func:`differences` returned.
-        lines: how many lines at most.
-        width: of a line, in characters.
+        found: Result of :func:`differences`.
+        lines: Most lines.
+        width: Most characters of a line.
 
     Returns:
-        The differences themselves if they are few; else those of one kind in a part together, in one line.
+        The differences themselves if they are few; otherwise one line for those of one kind in a part.
 
     Example:
         >>> summarized([f"part 'model': tensor 'w{n}' differs" for n in range(100)])

@@ -1,4 +1,4 @@
-"""`Saver`: checkpoints that appear whole or not at all, and are verified before anything is changed."""
+"""``Saver``: checkpoints that appear whole or not at all, and are verified before anything is changed."""
 
 from __future__ import annotations
 
@@ -39,32 +39,33 @@ _LARGEST_STEP = 10**18 - 1
 class Saver:
     """Saves and loads the state of a training run in one directory.
 
-    A part is an object that implements `Saveable`, a `torch.nn.Module`, a `torch.optim.Optimizer`, a `torch.Generator`,
-    an object with `state_dict` and `load_state_dict` (a scheduler, a scaler, a `ColumnDataset`), or a JSON value.
-    Files are safetensors and JSON, as docs/format.md specifies; nothing that is read is ever executed.
+    A part is an object that implements ``Saveable``, a ``torch.nn.Module``, a ``torch.optim.Optimizer``, a
+    ``torch.Generator``, an object with ``state_dict`` and ``load_state_dict`` (a scheduler, a scaler, a
+    ``ColumnDataset``), or a JSON value. Files are safetensors and JSON, as docs/format.md specifies; nothing that is
+    read is ever executed.
 
     One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
 
-    In a job of several processes all of them call `save` and `load` alike, and read and write in parallel: each its own
-    buckets of tables (`recis_hybrid.checkpointing.owned_buckets`), or what the sharding of an `EmbeddingEngine` gives
-    it, whatever the world size and the sharding were when they were saved. All other parts are the same on all ranks,
-    and rank 0's are saved, but for those in a `PerRank`. If one rank fails, all raise.
-    The reading position of a `ColumnDataset` is the same on all ranks, and needs no `PerRank`.
+    In a job of several processes all of them call ``save`` and ``load`` alike, and read and write in parallel: each its
+    own buckets of tables (``recis_hybrid.checkpointing.owned_buckets``), or what the sharding of an ``EmbeddingEngine``
+    gives it, whatever the world size and the sharding were when they were saved. All other parts are the same on all
+    ranks, and rank 0's are saved, but for those in a ``PerRank``. If one rank fails, all raise.
+    The reading position of a ``ColumnDataset`` is the same on all ranks, and needs no ``PerRank``.
 
     Args:
-        path: directory of the checkpoints, which all ranks see, made at the first save; or a URL of an object store or
-            another file system that pyarrow or fsspec know, such as `s3://bucket/run`. There a checkpoint is complete
+        path: Directory of the checkpoints, which all ranks see, made at the first save; or a URL of an object store or
+            another file system that pyarrow or fsspec know, such as ``s3://bucket/run``. There a checkpoint is complete
             once its manifest is written, and who saves last takes over from a job that saved there before.
-        keep: how many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place, but for
+        keep: How many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place, but for
             those that a kept one builds on.
-        async_save: whether `save` returns once it has copied the state, which a thread then writes. The next call of
+        async_save: Whether ``save`` returns once it has copied the state, which a thread then writes. The next call of
             this saver waits for it and raises what went wrong; so does the end of the process, on stderr. The memory
             of the copy is kept for the next one.
-        group: a gloo process group of the processes that save together, used by nothing else; None makes one of all
+        group: A gloo process group of the processes that save together, used by nothing else; None makes one of all
             processes where torch.distributed has several.
 
     Raises:
-        CheckpointError: nothing is known to read such a URL, or `keep` is no positive integer.
+        CheckpointError: Nothing is known to read such a URL, or ``keep`` is no positive integer.
 
     Example:
         >>> import tempfile, torch
@@ -124,22 +125,22 @@ class Saver:
         It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
         checkpoints before it whole, and its remains are removed by the next save. All ranks call this alike.
 
-        With `delta`, tables write only rows that were looked up in training, updated, inserted or removed since this
-        saver's last save, and the checkpoint builds on that one; all else is written whole. The first save with `delta`
-        is whole, as is one whose earlier checkpoint is gone: from then on the tables note the ids that are erased,
-        evicted and inserted by hand, 8 bytes each until the next save, and a copy of admission's counts.
+        With ``delta``, tables write only rows that were looked up in training, updated, inserted or removed since this
+        saver's last save, and the checkpoint builds on that one; all else is written whole. The first save with
+        ``delta`` is whole, as is one whose earlier checkpoint is gone: from then on the tables note the ids that are
+        erased, evicted and inserted by hand, 8 bytes each until the next save, and a copy of admission's counts.
 
         Args:
-            step: number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
+            step: Number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
                 is the one that was written last.
-            parts: what to save, by name.
-            delta: whether to write just what changed, where that is possible.
+            parts: What to save, by name.
+            delta: Whether to write just what changed, where that is possible.
 
         Returns:
-            Directory of the checkpoint; with `async_save` it may not be there yet.
+            Directory of the checkpoint; with ``async_save`` it may not be there yet.
 
         Raises:
-            CheckpointError: a part cannot be saved, the step is not above the latest, another job saves in the
+            CheckpointError: A part cannot be saved, the step is not above the latest, another job saves in the
                 directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
                 this one failed in the background.
         """
@@ -188,7 +189,7 @@ class Saver:
         """Wait for a save in the background, and until the files of checkpoints that were given up are gone.
 
         Raises:
-            CheckpointError: it failed; the checkpoints before it are whole.
+            CheckpointError: It failed; the checkpoints before it are whole.
         """
         self._background.wait()
         self._deletion.wait()
@@ -213,7 +214,7 @@ class Saver:
         """Load parts of a checkpoint into live objects.
 
         The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
-        only if all is sound is anything changed. Rows of an `EmbeddingEngine` are verified as they are read: tables
+        only if all is sound is anything changed. Rows of an ``EmbeddingEngine`` are verified as they are read: tables
         that hold rows are replaced only after their files were read once for that, tables without rows take them at
         once and are empty again if a file is damaged. Parts that the checkpoint has and the call does not name are left
         alone. All ranks call this alike, and each reads the rows of its own buckets.
@@ -223,16 +224,16 @@ class Saver:
         warning tells.
 
         Args:
-            parts: the objects to load into, by the names under which they were saved. JSON is read by `read_json`.
-            step: which checkpoint; the highest complete step by default.
+            parts: The objects to load into, by the names under which they were saved. JSON is read by ``read_json``.
+            step: Which checkpoint; the highest complete step by default.
 
         Returns:
             The step that was loaded.
 
         Raises:
-            CorruptCheckpoint: a file is missing, unknown or changed.
-            CheckpointMismatch: the checkpoint is one of another model, or lacks a part.
-            CheckpointError: there is no such checkpoint, it has another format version, or a part cannot be loaded.
+            CorruptCheckpoint: A file is missing, unknown or changed.
+            CheckpointMismatch: The checkpoint is one of another model, or lacks a part.
+            CheckpointError: There is no such checkpoint, it has another format version, or a part cannot be loaded.
         """
         ranks = self._joined()
         ranks.together(self.wait)
@@ -275,28 +276,28 @@ class Saver:
     ) -> Loaded:
         """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
 
-        Names are those of tables, and of parameters and buffers. Patterns have `*`, `?` and `[...]`. All that is
+        Names are those of tables, and of parameters and buffers. Patterns have ``*``, ``?`` and ``[...]``. All that is
         selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
         their optimizer state. A table that has done no step goes on from those of its rows; else their steps become the
         table's own, as if they had just been met.
 
         Args:
-            parts: the engines and modules to load into, by the names under which they were saved.
-            step: which checkpoint; the highest complete step by default.
-            only: patterns of the names to load; None for all.
-            exclude: patterns of names to leave out.
-            rename: names in the checkpoint and in the live object, with `*`: `{"encoder.*": "tower.*"}`.
-            strict: whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
+            parts: The engines and modules to load into, by the names under which they were saved.
+            step: Which checkpoint; the highest complete step by default.
+            only: Patterns of the names to load; None for all.
+            exclude: Patterns of names to leave out.
+            rename: Names in the checkpoint and in the live object, with ``*``: ``{"encoder.*": "tower.*"}``.
+            strict: Whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
                 of the same width whatever their dtype, with the optimizer state that both have.
 
         Returns:
             What was loaded and what not.
 
         Raises:
-            CorruptCheckpoint: a file is missing, unknown or changed.
-            CheckpointMismatch: strict, and something selected does not fit; or the checkpoint lacks a part.
-            CheckpointError: there is no such checkpoint, a part is neither an engine nor a module, or a pattern of
-                `only`, `exclude` or `rename` matches no name of any part, whether strict or not.
+            CorruptCheckpoint: A file is missing, unknown or changed.
+            CheckpointMismatch: Strict, and something selected does not fit; or the checkpoint lacks a part.
+            CheckpointError: There is no such checkpoint, a part is neither an engine nor a module, or a pattern of
+                ``only``, ``exclude`` or ``rename`` matches no name of any part, whether strict or not.
         """
         ranks = self._joined()
         ranks.together(self.wait)
@@ -321,16 +322,16 @@ class Saver:
         """Read a JSON value that was saved as a part.
 
         Args:
-            name: name of the part.
-            step: which checkpoint; the highest complete step by default.
+            name: Name of the part.
+            step: Which checkpoint; the highest complete step by default.
 
         Returns:
             The value.
 
         Raises:
-            CorruptCheckpoint: a file is missing, unknown or changed.
-            CheckpointMismatch: the checkpoint has no such part, or it is no JSON value.
-            CheckpointError: there is no such checkpoint, or it has another format version.
+            CorruptCheckpoint: A file is missing, unknown or changed.
+            CheckpointMismatch: The checkpoint has no such part, or it is no JSON value.
+            CheckpointError: There is no such checkpoint, or it has another format version.
         """
         self.wait()
         found = self._resolve(step)
@@ -341,7 +342,7 @@ class Saver:
         return checkpoint.part(name, "json").meta.get("value")
 
     def _joined(self) -> Ranks:
-        """This process and the others; all of them call this alike, for the first call makes a group."""
+        """Return this process and the others; collective, as the first call makes a group."""
         if self._ranks is None:
             self._ranks = Ranks.of(self._group)
         return self._ranks

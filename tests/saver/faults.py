@@ -81,7 +81,7 @@ def train(
     asynchronous: bool = False,
     latest: int | None = None,
 ) -> None:
-    """Goes on from the latest checkpoint (or `latest`), and leaves the last state in `end`."""
+    """Goes on from the latest checkpoint (or ``latest``), and leaves the last state in ``end``."""
     run, saver = Run(data), Saver(root, keep=4, async_save=asynchronous)
     tell("l")
     wanted = saver.latest() if latest is None else latest

@@ -1,4 +1,4 @@
-"""Every fault once; `make faults` does each twenty times."""
+"""Every fault once; ``make faults`` does each twenty times."""
 
 from __future__ import annotations
 

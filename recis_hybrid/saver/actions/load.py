@@ -44,18 +44,18 @@ def load_parts(
     """Load parts, all ranks together.
 
     Args:
-        checkpoint: what to load from.
-        ranks: this rank and the others.
-        parts: by the name under which the user passed it: the adapter, the name in the checkpoint, and its entry.
-        reads: counts the bytes that are read.
+        checkpoint: What to load from.
+        ranks: This rank and the others.
+        parts: By the name under which the user passed it: the adapter, the name in the checkpoint, and its entry.
+        reads: Counts the bytes that are read.
 
     Returns:
         The parts that are not as they were saved, by the names under which the user passed them: what changes in them
         from here on cannot be put over the checkpoint.
 
     Raises:
-        CorruptCheckpoint: a file is changed.
-        CheckpointMismatch: the checkpoint is one of another model.
+        CorruptCheckpoint: A file is changed.
+        CheckpointMismatch: The checkpoint is one of another model.
     """
     ready: list[_Ready] = []
 
@@ -126,7 +126,7 @@ def _prepared(
 
 
 def _pieces(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready, reads: Reads) -> Iterator[tuple[str, Rows]]:
-    """What this rank takes of the tables of a part, piece by piece."""
+    """Yield this rank's share of the tables of a part, piece by piece."""
     for table in ready.entry.tables:
         for rows in checkpoint.pieces(ready.name, table, _wanted(ready.part, ranks, table), reads):
             yield table, rows

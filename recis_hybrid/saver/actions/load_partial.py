@@ -26,19 +26,19 @@ def load_some(
     Only files of selected tables are read. All is verified and compared before anything is changed.
 
     Args:
-        checkpoint: what to load from; holds all the parts, of these kinds.
-        ranks: this rank and the others; each takes the rows of its buckets.
-        parts: what to load into: modules, and Saveables that can take some tables.
-        selection: which names, and what the live objects call them.
-        strict: whether each selected name must have a counterpart of the same form.
+        checkpoint: What to load from; holds all the parts, of these kinds.
+        ranks: This rank and the others; each takes the rows of its buckets.
+        parts: What to load into: modules, and Saveables that can take some tables.
+        selection: Which names, and what the live objects call them.
+        strict: Whether each selected name must have a counterpart of the same form.
 
     Returns:
         What was loaded and what not.
 
     Raises:
-        CorruptCheckpoint: a file has changed.
-        CheckpointMismatch: strict, and something selected does not fit.
-        CheckpointError: a part cannot take some of a state, or a pattern matches no name.
+        CorruptCheckpoint: A file has changed.
+        CheckpointMismatch: Strict, and something selected does not fit.
+        CheckpointError: A part cannot take some of a state, or a pattern matches no name.
     """
     result = Loaded(checkpoint.manifest.step)
     actions: list[Callable[[], None]] = []
@@ -72,7 +72,7 @@ def _live_names(name: str, part: Part) -> Iterable[str]:
     """Names of a live object's tables or tensors.
 
     Raises:
-        CheckpointError: it cannot take some of a state.
+        CheckpointError: It cannot take some of a state.
     """
     if isinstance(part, ModulePart):
         return live_tensors(part.module)
@@ -106,11 +106,11 @@ def tensors_into(
     """Compare tensors with a module's parameters and buffers.
 
     Args:
-        prefix: of the names in the result.
-        module: what to load into.
-        tensors: by their names in the checkpoint.
-        selection: which of them.
-        result: takes what is found.
+        prefix: Of the names in the result.
+        module: What to load into.
+        tensors: By their names in the checkpoint.
+        selection: Which of them.
+        result: Takes what is found.
 
     Returns:
         What copies them: shapes are the same, dtypes are converted.

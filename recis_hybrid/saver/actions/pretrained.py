@@ -35,21 +35,21 @@ def load_pretrained(
     All is read and compared before anything is changed. Dtypes are converted to the module's.
 
     Args:
-        module: what to load into, such as a tower.
-        path: a safetensors file, or a folder with `model.safetensors` or with `model.safetensors.index.json` and the
-            files that it names.
-        only: patterns (`*`, `?`, `[...]`) of the names to load; None for all.
-        exclude: patterns of names to leave out.
-        rename: names in the files and in the module, with `*`: `{"bert.*": "encoder.*"}`.
-        strict: whether every selected name must be in both, with the same shape.
+        module: What to load into, such as a tower.
+        path: A safetensors file, or a folder with ``model.safetensors`` or with ``model.safetensors.index.json`` and
+            the files that it names.
+        only: Patterns (``*``, ``?``, ``[...]``) of the names to load; None for all.
+        exclude: Patterns of names to leave out.
+        rename: Names in the files and in the module, with ``*``: ``{"bert.*": "encoder.*"}``.
+        strict: Whether every selected name must be in both, with the same shape.
 
     Returns:
         What was loaded and what not.
 
     Raises:
-        CorruptCheckpoint: a file is damaged or missing, or the index is none.
-        CheckpointMismatch: strict, and something selected does not fit.
-        CheckpointError: there is no such file, or a pattern matches no name.
+        CorruptCheckpoint: A file is damaged or missing, or the index is none.
+        CheckpointMismatch: Strict, and something selected does not fit.
+        CheckpointError: There is no such file, or a pattern matches no name.
 
     Example:
         >>> import tempfile
@@ -83,7 +83,7 @@ def load_pretrained(
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:
-    """The files, with the names that are to be read of each; None for all."""
+    """Return the files, with the names that are to be read of each; None for all."""
     if path.is_file():
         return {path: None}
     if (path / INDEX).is_file():

@@ -1,13 +1,13 @@
 """Makes a checkpoint of what RecIS (github.com/alibaba/RecIS) has saved.
 
-Its folder holds safetensors files and `index`, JSON: `file_index` numbers the files, `block_index` says which has each
-block. A block of a hash table is named `<table>.<slot>/part_<rank>_<ranks>`, the slot being `id`, `embedding` or one of
-the optimizer's (`sparse_adamw_tf_exp_avg`); one of a dense tensor `<name>^ `, with a blank at the end. That is how its
-release 1.1 writes. Beside them lie two pickles, which are never opened: `model.pt` holds the towers, `extra.pt` the
-dense optimizer.
+Its folder holds safetensors files and ``index``, JSON: ``file_index`` numbers the files, ``block_index`` says which has
+each block. A block of a hash table is named ``<table>.<slot>/part_<rank>_<ranks>``, the slot being ``id``,
+``embedding`` or one of the optimizer's (``sparse_adamw_tf_exp_avg``); one of a dense tensor ``<name>^ ``, with a blank
+at the end. That is how its release 1.1 writes. Beside them lie two pickles, which are never opened: ``model.pt`` holds
+the towers, ``extra.pt`` the dense optimizer.
 
 Coalesced tables of RecIS keep the low 52 bits of an id, the others of the 64 bits say which table it is of. The steps
-of a sparse optimizer are a dense tensor of the index (`sparse_adamw_tf_step`), one for all of its tables.
+of a sparse optimizer are a dense tensor of the index (``sparse_adamw_tf_step``), one for all of its tables.
 
 Letters: n rows of a table, D dim.
 """
@@ -46,7 +46,7 @@ _MOST_BYTES = 2**30
 
 @dataclass
 class _Read:
-    """What the files hold: blocks of tables by table, slot and rank, and dense tensors."""
+    """Contents of the files: blocks of tables by table, slot and rank, and dense tensors."""
 
     tables: dict[str, dict[str, dict[int, Tensor]]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -62,34 +62,35 @@ def import_recis(
     adam_step: int | None = None,
     tables_only: bool = False,
 ) -> Location:
-    """Convert a checkpoint of RecIS: tables become the part `engine`, towers the part `model`.
+    """Convert a checkpoint of RecIS: tables become the part ``engine``, towers the part ``model``.
 
-    Optimizer state is named as torch.optim does where a slot's name ends so (`sparse_adamw_tf_exp_avg` becomes
-    `exp_avg`); other slots are left out. The steps that the sparse optimizer has done become the steps of the tables,
+    Optimizer state is named as torch.optim does where a slot's name ends so (``sparse_adamw_tf_exp_avg`` becomes
+    ``exp_avg``); other slots are left out. The steps that the sparse optimizer has done become the steps of the tables,
     from which an optimizer that is built over them counts on, and rows count as met in the last of them.
 
-    Towers are in `model.pt`, a pickle. Convert it, where it is trusted, to `model.safetensors` in the same folder, from
-    which they are taken; the error that asks for it has the command. The dense optimizer (`extra.pt`) is left out.
+    Towers are in ``model.pt``, a pickle. Convert it, where it is trusted, to ``model.safetensors`` in the same folder,
+    from which they are taken; the error that asks for it has the command. The dense optimizer (``extra.pt``) is left
+    out.
 
     Args:
-        source: the folder that RecIS wrote.
-        to: the directory or URL that takes the checkpoint; made if it is not there.
-        step: of the checkpoint.
-        slots: names of slots there, and of optimizer state here; more than is found by name.
-        adam_step: steps that the sparse optimizer has done; None for those that are saved.
-        tables_only: whether to leave towers out.
+        source: The folder that RecIS wrote.
+        to: The directory or URL that takes the checkpoint; made if it is not there.
+        step: Of the checkpoint.
+        slots: Names of slots there, and of optimizer state here; more than is found by name.
+        adam_step: Steps that the sparse optimizer has done; None for those that are saved.
+        tables_only: Whether to leave towers out.
 
     Returns:
-        Directory of the checkpoint. `Saver(to).load_some` takes tables and tensors from it, with `strict=False` where
-        the optimizer differs.
+        Directory of the checkpoint. ``Saver(to).load_some`` takes tables and tensors from it, with ``strict=False``
+        where the optimizer differs.
 
     Raises:
-        CorruptCheckpoint: a file is damaged or missing, blocks of ranks are missing, or an id comes twice.
-        CheckpointError: there is no such folder, towers are in a pickle alone, no table has a slot of `slots`, or the
+        CorruptCheckpoint: A file is damaged or missing, blocks of ranks are missing, or an id comes twice.
+        CheckpointError: There is no such folder, towers are in a pickle alone, no table has a slot of ``slots``, or the
             checkpoint is there already.
 
     Warns:
-        UserWarning: ids of a table were cut to 52 bits, so that features need `Mod(2**52)` behind their hash; moments
+        UserWarning: Ids of a table were cut to 52 bits, so that features need ``Mod(2**52)`` behind their hash; moments
             of Adam come without the steps that they are of; slots are left out.
     """
     if adam_step is not None and (type(adam_step) is not int or not 0 <= adam_step < 1 << 40):
@@ -117,10 +118,10 @@ def import_recis(
 
 
 def _read_towers(source: Path, found: _Read) -> None:
-    """Import dense tensors from `model.safetensors`.
+    """Import dense tensors from ``model.safetensors``.
 
     Raises:
-        CheckpointError: they are in the pickle alone.
+        CheckpointError: They are in the pickle alone.
     """
     if (source / _TOWERS).is_file():
         with open_tensors(source / _TOWERS, "RecIS") as opened:
@@ -239,7 +240,7 @@ def _index(source: Path) -> dict[Path, list[str]]:
 
 
 def _table(source: Path, name: str, found: _Read, names: Mapping[str, str], done: int) -> TableState:
-    """Assemble a table from the slots of all ranks. Its rows count as seen in step `done`."""
+    """Assemble a table from the slots of all ranks. Its rows count as seen in step ``done``."""
     where, ranks = f"{source}: table {name!r}", found.ranks[name]
     columns: dict[str, Tensor] = {}
     for slot, state in _wanted(found.tables[name], names):

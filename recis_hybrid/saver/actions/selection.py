@@ -1,4 +1,4 @@
-"""Which names of a checkpoint are loaded, and under which names of the live object."""
+"""Selection of the names to load, and their names in the live object."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MOST = 4
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a partial load did, by the names of the live objects but for `unused`; `part: name` each."""
+    """Result of a partial load, as ``part: name``, by the names of the live objects except for ``unused``."""
 
     step: int | None
-    """Of the checkpoint; None for files that are none."""
+    """Step of the checkpoint; None for files that are not a checkpoint."""
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """Of the live objects, selected, but not in the checkpoint: they stayed as they were."""
+    """Selected names of the live objects that the checkpoint lacks; left unchanged."""
 
     unused: list[str] = field(default_factory=list)
     """In the checkpoint, selected, but without a place in the live objects."""
@@ -34,10 +34,10 @@ class Loaded:
         """Raise if something was selected and has no counterpart, or another form.
 
         Args:
-            where: what is loaded, for the message.
+            where: What is loaded, for the message.
 
         Raises:
-            CheckpointMismatch: there is; the first four of each kind are listed.
+            CheckpointMismatch: There is; the first four of each kind are listed.
         """
         found = [
             *_some(self.unfit),
@@ -53,17 +53,18 @@ class Loaded:
 
 
 class Selection:
-    """Patterns over names: `*`, `?` and `[...]` as in file names.
+    """Patterns over names: ``*``, ``?`` and ``[...]`` as in file names.
 
     Args:
-        only: patterns of the names to take; None for all.
-        exclude: patterns of names to leave out.
-        rename: names that the checkpoint has, and those of the live object: `{"encoder.*": "tower.*"}`. The first
-            pattern that matches counts; each `*` on the right takes what the `*` on the left of the same place matched.
+        only: Patterns of the names to take; None for all.
+        exclude: Patterns of names to leave out.
+        rename: Names that the checkpoint has, and those of the live object: ``{"encoder.*": "tower.*"}``. The first
+            pattern that matches counts; each ``*`` on the right takes what the ``*`` on the left of the same place
+            matched.
 
     Raises:
-        CheckpointError: an argument is not made of strings, `only` is empty, or a name on the right has more `*` than
-            the pattern on its left.
+        CheckpointError: An argument is not made of strings, ``only`` is empty, or a name on the right has more ``*``
+            than the pattern on its left.
     """
 
     def __init__(
@@ -86,12 +87,12 @@ class Selection:
             self._rename.append((_grouped(pattern), pieces))
 
     def takes(self, name: str) -> bool:
-        """Whether a name is selected."""
+        """Return whether a name is selected."""
         chosen = self._only is None or any(fnmatchcase(name, pattern) for pattern in self._only)
         return chosen and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
 
     def live_name(self, name: str) -> str:
-        """Return the name that the live object has for what the checkpoint calls `name`."""
+        """Return the name that the live object has for what the checkpoint calls ``name``."""
         for pattern, pieces in self._rename:
             match = pattern.fullmatch(name)
             if match is not None:
@@ -104,13 +105,13 @@ class Selection:
         A name is selected by what the checkpoint calls it, or by what the live object does.
 
         Args:
-            names: all of the checkpoint.
+            names: All of the checkpoint.
 
         Returns:
             Names of the checkpoint by names of the live object.
 
         Raises:
-            CheckpointError: two get the same name.
+            CheckpointError: Two get the same name.
         """
         found: dict[str, str] = {}
         for name in names:
@@ -127,13 +128,13 @@ class Selection:
         """Raise if a pattern matches no name, or no name is selected.
 
         Args:
-            where: what is loaded, for the message.
-            saved: all names in the checkpoint, over all parts that are loaded.
-            live: all names in the live objects.
+            where: What is loaded, for the message.
+            saved: All names in the checkpoint, over all parts that are loaded.
+            live: All names in the live objects.
 
         Raises:
-            CheckpointError: a pattern of `only` or `exclude` matches neither a name in the checkpoint nor one in the
-                live objects, one of `rename` applies to no name in the checkpoint, or all names are excluded.
+            CheckpointError: A pattern of ``only`` or ``exclude`` matches neither a name in the checkpoint nor one in
+                the live objects, one of ``rename`` applies to no name in the checkpoint, or all names are excluded.
         """
         there, here = list(dict.fromkeys(saved)), list(dict.fromkeys(live))
         known = list(dict.fromkeys([*there, *(self.live_name(name) for name in there), *here]))
@@ -207,7 +208,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _grouped(pattern: str) -> re.Pattern[str]:
-    """As `fnmatch`, but what each `*` matches is a group."""
+    """As ``fnmatch``, but what each ``*`` matches is a group."""
     pieces = re.split(r"(\*|\?|\[!?\]?[^\]]*\])", pattern)
     words = {"*": "(.*)", "?": "."}
     for number, piece in enumerate(pieces):

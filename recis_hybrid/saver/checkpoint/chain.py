@@ -23,13 +23,13 @@ class StoredCheckpoint:
     """One checkpoint, whose manifest has been read and held against the folder.
 
     Args:
-        root: the directory in which it and those it builds on lie.
-        step: its step.
-        listed: whether to list its files, and those of what it builds on, which one rank does for all.
+        root: The directory in which it and those it builds on lie.
+        step: Its step.
+        listed: Whether to list its files, and those of what it builds on, which one rank does for all.
 
     Raises:
-        CorruptCheckpoint: the manifest is damaged, or a file is missing, unknown or of another size.
-        CheckpointError: it is not there, or has another format version.
+        CorruptCheckpoint: The manifest is damaged, or a file is missing, unknown or of another size.
+        CheckpointError: It is not there, or has another format version.
     """
 
     def __init__(self, root: Location, step: int, *, listed: bool = True) -> None:
@@ -40,13 +40,13 @@ class StoredCheckpoint:
         self._previous: StoredCheckpoint | None = None
 
     def previous(self) -> StoredCheckpoint:
-        """The checkpoint that this one builds on.
+        """Return the checkpoint that this one builds on.
 
         Returns:
             It, of an incremental checkpoint.
 
         Raises:
-            CorruptCheckpoint: it is missing, damaged, or another than when this one was written.
+            CorruptCheckpoint: It is missing, damaged, or another than when this one was written.
         """
         link = self.manifest.previous
         assert link is not None
@@ -67,14 +67,14 @@ class StoredCheckpoint:
         """Find a part of a kind.
 
         Args:
-            name: its name.
-            kind: one of `manifest.KINDS`.
+            name: Its name.
+            kind: One of ``manifest.KINDS``.
 
         Returns:
             What the manifest says of it.
 
         Raises:
-            CheckpointMismatch: there is no such part, or it is of another kind.
+            CheckpointMismatch: There is no such part, or it is of another kind.
         """
         parts = self.manifest.parts
         where = f"{self.directory / MANIFEST}: part {name!r}"
@@ -94,11 +94,11 @@ class StoredCheckpoint:
         """Read all files that a part needs, those of earlier checkpoints among them, and look whether they are sound.
 
         Args:
-            name: name of the part.
-            reads: counts the bytes of tables that are read.
+            name: Name of the part.
+            reads: Counts the bytes of tables that are read.
 
         Raises:
-            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing or
+            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing or
                 another one.
         """
         entry = self.manifest.parts[name]
@@ -125,16 +125,16 @@ class StoredCheckpoint:
         """Read a part; what is read is compared with its checksums.
 
         Args:
-            name: name of the part.
-            tables: the tables to read; None for all.
-            wanted: by the name of each, the first bucket to read of it, and the one after the last.
-            reads: counts the bytes of tables that are read.
+            name: Name of the part.
+            tables: The tables to read; None for all.
+            wanted: By the name of each, the first bucket to read of it, and the one after the last.
+            reads: Counts the bytes of tables that are read.
 
         Returns:
             The state, tables whole, in memory of its own.
 
         Raises:
-            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
+            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing.
         """
         entry = self.manifest.parts[name]
         whole = {
@@ -148,16 +148,16 @@ class StoredCheckpoint:
         """Read the rows of some buckets of a table in pieces, with what this checkpoint and others changed in them.
 
         Args:
-            name: name of the part.
-            table: name of the table.
-            wanted: the first bucket to read, and the one after the last.
-            reads: counts the bytes that are read.
+            name: Name of the part.
+            table: Name of the table.
+            wanted: The first bucket to read, and the one after the last.
+            reads: Counts the bytes that are read.
 
         Yields:
             Rows, in order of (bucket, id).
 
         Raises:
-            CorruptCheckpoint: a file does not hold what the manifest says, or an earlier checkpoint is missing.
+            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing.
         """
         layers = [(self, self.manifest.parts[name].tables[table]), *self._below(name, table)]
         (base, entry), later = layers[-1], layers[-2::-1]
@@ -173,7 +173,7 @@ class StoredCheckpoint:
             yield Rows(state.columns, state.buckets)
 
     def _below(self, name: str, table: str) -> Iterator[tuple[StoredCheckpoint, TableEntry]]:
-        """The earlier states of a table that are needed, newest first."""
+        """Return the earlier states of a table that are needed, newest first."""
         at, entry = self, self.manifest.parts[name].tables[table]
         while entry.removed is not None:
             at = at.previous()
@@ -191,7 +191,7 @@ class StoredCheckpoint:
 def _change(
     root: Location, name: str, table: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
 ) -> TableState:
-    """What an incremental checkpoint says of some buckets of a table: rows, and ids that went."""
+    """Return the changes of some buckets of a table in an incremental checkpoint: rows, and removed ids."""
     assert entry.removed is not None
     rows = read_table(root, name, table, entry, wanted, reads)
     return replace(rows, removed=read_table(root, name, table, entry.removed.as_table(), wanted, reads))
@@ -201,14 +201,14 @@ def link_to(root: Location, step: int) -> Link:
     """Return what an incremental checkpoint says of the one it builds on.
 
     Args:
-        root: the directory of both.
-        step: of the earlier one.
+        root: The directory of both.
+        step: Of the earlier one.
 
     Returns:
         Its step, and the SHA-256 of its manifest.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: It cannot be read.
     """
     return Link(step, hashlib.sha256((root / step_name(step) / MANIFEST).read_bytes()).hexdigest())
 
@@ -217,10 +217,10 @@ def superfluous(root: Location, steps: list[int], keep: int, links: dict[int, in
     """Find the checkpoints that are to be given up.
 
     Args:
-        root: the directory.
-        steps: the checkpoints in it, ascending.
-        keep: how many of the newest to keep, and those that they build on.
-        links: by step what it builds on, as far as it has been read; filled up.
+        root: The directory.
+        steps: The checkpoints in it, ascending.
+        keep: How many of the newest to keep, and those that they build on.
+        links: By step what it builds on, as far as it has been read; filled up.
 
     Returns:
         Their steps, each before those that it builds on: at no moment is there one that lacks what it needs.
@@ -236,7 +236,7 @@ def superfluous(root: Location, steps: list[int], keep: int, links: dict[int, in
 
 
 def _needed(root: Location, steps: list[int], links: dict[int, int | None]) -> set[int]:
-    """The steps of checkpoints that are to be loadable, and of those that they build on."""
+    """Return the steps of checkpoints that are to be loadable, and of those that they build on."""
     needed: set[int] = set()
     for step in steps:
         at: int | None = step
@@ -253,10 +253,10 @@ def other_steps(root: Location, steps: list[int], step: int, error: str) -> str:
     """Say which other checkpoints there are than a damaged one.
 
     Args:
-        root: the directory.
-        steps: the checkpoints in it.
-        step: of the damaged one.
-        error: what is wrong with it, with the path of the file.
+        root: The directory.
+        steps: The checkpoints in it.
+        step: Of the damaged one.
+        error: What is wrong with it, with the path of the file.
 
     Returns:
         A text, which names the newest of the others that has all its files and all that it builds on; checksums are not

@@ -1,4 +1,4 @@
-"""What a saver remembers between saves, for the next one to write just what has changed."""
+"""State that a saver keeps between saves, so that the next one writes only changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from recis_hybrid.saver.runtime.ranks import Ranks
 class Tracking:
     """The checkpoint that the live objects were last saved to or loaded from, and who notes what changed since.
 
-    Nothing is noted until `on` is set.
+    Nothing is noted until ``on`` is set.
 
     Args:
-        root: the directory of the checkpoints.
+        root: The directory of the checkpoints.
     """
 
     def __init__(self, root: Location) -> None:
@@ -32,8 +32,8 @@ class Tracking:
         """Take what changed, all ranks together.
 
         Args:
-            ranks: this rank and the others.
-            parts: the parts to be saved.
+            ranks: This rank and the others.
+            parts: The parts to be saved.
 
         Returns:
             What the next checkpoint can build on: None if there is nothing, or it is not there any more. And by part
@@ -75,9 +75,9 @@ class Tracking:
         """Take a checkpoint as the one that the next can build on.
 
         Args:
-            ranks: this rank and the others.
-            step: its step.
-            watches: by part, who has noted what changed since.
+            ranks: This rank and the others.
+            step: Its step.
+            watches: By part, who has noted what changed since.
         """
         self._link, self._watches = None, {}
         if self.on:

@@ -21,7 +21,7 @@ def combined(changes: list[TableState]) -> TableState:
     """Put successive changes together, so that the rows that they are put over, which are most, move once.
 
     Args:
-        changes: at least one; what changed since the state before, `removed` not None; of equal columns.
+        changes: At least one; what changed since the state before, ``removed`` not None; of equal columns.
 
     Returns:
         What changed in all. Tensors of the first may have been overwritten.
@@ -36,7 +36,7 @@ def combined(changes: list[TableState]) -> TableState:
 
 
 def between(change: TableState, first: int, stop: int) -> TableState:
-    """Return what changed in the buckets from `first` to `stop` - 1, as views."""
+    """Return what changed in the buckets from ``first`` to ``stop`` - 1, as views."""
     begin, end = torch.searchsorted(change.buckets, torch.tensor([first, stop])).tolist()
     columns = {name: column[begin:end] for name, column in change.columns.items()}
     removed = None if change.removed is None else between(change.removed, first, stop)
@@ -44,11 +44,11 @@ def between(change: TableState, first: int, stop: int) -> TableState:
 
 
 def put_over(table: TableState, change: TableState) -> TableState:
-    """Put what changed over a table, or over the rows of some of its buckets, where `change` is of the same buckets.
+    """Put what changed over a table, or over the rows of some of its buckets, where ``change`` is of the same buckets.
 
     Args:
-        table: the rows [n] before; its tensors may be overwritten.
-        change: the rows [m] that changed, and the ids [r] that went.
+        table: The rows [n] before; its tensors may be overwritten.
+        change: The rows [m] that changed, and the ids [r] that went.
 
     Returns:
         The rows [k] after.
@@ -58,7 +58,7 @@ def put_over(table: TableState, change: TableState) -> TableState:
 
 
 def _put_over(table: TableState, rows: TableState, gone: TableState) -> TableState:
-    """Give `table` the rows of `rows`, in place of its own of the same ids, and take away the ids of `gone`."""
+    """Give ``table`` the rows of ``rows``, in place of its own of the same ids, and take away the ids of ``gone``."""
     n = table.buckets.numel()
     if n == 0:
         return replace(table, columns=rows.columns, buckets=rows.buckets)
@@ -91,7 +91,7 @@ def _put_over(table: TableState, rows: TableState, gone: TableState) -> TableSta
 
 
 def _find(table: TableState, wanted: TableState) -> tuple[Tensor, Tensor]:
-    """Where each wanted row [m] is in a table, or would have to be put; and whether it is there."""
+    """Return the position of each wanted row ``[m]`` in a table, or of its insertion; and a mask of rows present."""
     ids, buckets = table.columns["ids"], table.buckets
     low = torch.searchsorted(buckets, wanted.buckets)
     high = end = torch.searchsorted(buckets, wanted.buckets, right=True)
@@ -105,5 +105,5 @@ def _find(table: TableState, wanted: TableState) -> tuple[Tensor, Tensor]:
 
 
 def _words(column: Tensor) -> Tensor:
-    """The same memory as integers, which torch can pick and put whatever the dtype is."""
+    """Return the same memory as integers, which torch can pick and put whatever the dtype is."""
     return column.view(_WORDS[column.element_size()])

@@ -46,13 +46,13 @@ class LocalTable:
         return sum(math.prod(spec.shape) * spec.itemsize for spec in self.specs.values())
 
     def cuts(self, count: int) -> tuple[list[int], list[int]]:
-        """Where `count` equal ranges of buckets begin, and the last ends: in rows, and in buckets that have some."""
+        """Return the bounds of ``count`` equal ranges of buckets, in rows and in buckets with rows."""
         edges = torch.arange(0, BUCKETS + 1, BUCKETS // count)
         places = torch.searchsorted(self.present, edges)
         return self.offsets[places].tolist(), places.tolist()
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
-        """Write rows `first` to `stop` of all columns into `out`."""
+        """Write rows ``first`` to ``stop`` of all columns into ``out``."""
         out["ids"].copy_(self.ids[first:stop])
         others = {name: out[name] for name in self.specs if name != "ids"}
         if stop > first and others:
@@ -63,15 +63,15 @@ def local_table(where: str, name: str, state: TableState) -> LocalTable:
     """Check a table's rows and put them in order.
 
     Args:
-        where: what it is, for messages.
-        name: its name.
-        state: the rows.
+        where: What it is, for messages.
+        name: Its name.
+        state: The rows.
 
     Returns:
         The rows in order; nothing is copied but what must be to sort.
 
     Raises:
-        CheckpointError: the state breaks the rules of `TableState`, or holds an id twice.
+        CheckpointError: The state breaks the rules of ``TableState``, or holds an id twice.
     """
     _check(where, state)
     if state.buckets.numel():

@@ -28,7 +28,7 @@ class CapturedPart:
     state: Callable[[], PartState]
     """Returns the state of this rank; called once, perhaps in another thread."""
     per_rank: bool = False
-    """Whether each rank writes its own state. Otherwise rank 0 writes all but the tables, which ranks share."""
+    """True if each rank writes its own state. Otherwise rank 0 writes all but the tables, which ranks share."""
 
 
 def write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> dict[str, PartEntry]:
@@ -96,15 +96,15 @@ def read_dense(root: Location, name: str, entry: PartEntry) -> dict[str, Tensor]
     """Read the dense tensors of a part, and compare their file with its checksums.
 
     Args:
-        root: directory of the checkpoint.
-        name: name of the part.
-        entry: what the manifest says of it.
+        root: Directory of the checkpoint.
+        name: Name of the part.
+        entry: What the manifest says of it.
 
     Returns:
         By name, in memory of their own.
 
     Raises:
-        CorruptCheckpoint: the file has changed, or does not hold what the manifest says.
+        CorruptCheckpoint: The file has changed, or does not hold what the manifest says.
     """
     if entry.file is None:
         return {}

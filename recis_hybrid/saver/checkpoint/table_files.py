@@ -1,4 +1,4 @@
-"""Writes the rows of tables, which all ranks hold together, to files as planned by `table_plan`; reads them back.
+"""Writes the rows of tables, which all ranks hold together, to files as planned by ``table_plan``; reads them back.
 
 A file is written by one rank, to which the others send what they have of it: at most W - 1 files of a table have rows
 of several of W ranks once there are more files than ranks, and neither several writers of one file, which file systems
@@ -37,17 +37,17 @@ def write_tables(
     """Write the tables of a part, all ranks together, and force them to the disk.
 
     Args:
-        root: directory of the checkpoint.
-        ranks: this rank and the others.
-        part: name of the part.
-        tables: this rank's rows of each table.
-        above: the folder below which they go.
+        root: Directory of the checkpoint.
+        ranks: This rank and the others.
+        part: Name of the part.
+        tables: This rank's rows of each table.
+        above: The folder below which they go.
 
     Returns:
         What the manifest says of each table.
 
     Raises:
-        CheckpointError: the ranks hold other tables, or a file cannot be written by one of them.
+        CheckpointError: The ranks hold other tables, or a file cannot be written by one of them.
     """
     if not tables:
         return {}
@@ -76,18 +76,18 @@ def read_table(
     """Read the rows of some buckets of a table, and compare what is read with its checksums.
 
     Args:
-        root: directory of the checkpoint.
-        part: name of the part.
-        name: name of the table.
-        entry: what the manifest says of it.
-        wanted: the first bucket to read, and the one after the last.
-        reads: counts the bytes that are read.
+        root: Directory of the checkpoint.
+        part: Name of the part.
+        name: Name of the table.
+        entry: What the manifest says of it.
+        wanted: The first bucket to read, and the one after the last.
+        reads: Counts the bytes that are read.
 
     Returns:
         The rows, sorted by (bucket, id), in memory of their own; each column starts at a multiple of 64 bytes.
 
     Raises:
-        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: A file does not hold what the manifest says, or its rows are not in order.
     """
     return whole_table(entry, list(read_pieces(root, part, name, entry, wanted, reads or Reads())))
 
@@ -96,8 +96,8 @@ def whole_table(entry: TableEntry, parts: Sequence[Rows]) -> TableState:
     """Put pieces of a table together.
 
     Args:
-        entry: what the manifest says of the table.
-        parts: its rows, in order.
+        entry: What the manifest says of the table.
+        parts: Its rows, in order.
 
     Returns:
         The rows, in memory of their own; each column starts at a multiple of 64 bytes.
@@ -120,18 +120,18 @@ def read_pieces(
     """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
 
     Args:
-        root: directory of the checkpoint.
-        part: name of the part.
-        name: name of the table.
-        entry: what the manifest says of it.
-        wanted: the first bucket to read, and the one after the last.
-        reads: counts the bytes that are read.
+        root: Directory of the checkpoint.
+        part: Name of the part.
+        name: Name of the table.
+        entry: What the manifest says of it.
+        wanted: The first bucket to read, and the one after the last.
+        reads: Counts the bytes that are read.
 
     Yields:
         Rows, in order of (bucket, id).
 
     Raises:
-        CorruptCheckpoint: a file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: A file does not hold what the manifest says, or its rows are not in order.
     """
     items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
 
@@ -201,7 +201,7 @@ class _Writer:
         return self._written
 
     def _received(self, file: PlannedFile) -> dict[int, Tensor]:
-        """What other ranks have of a file, by rank."""
+        """Return the rows of a file received from other ranks, by rank."""
         others = [rank for rank, rows in enumerate(file.rows) if rows and rank != self._ranks.rank]
         return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
 
@@ -256,7 +256,7 @@ class _Writer:
         out["bucket_offsets"].copy_(table.offsets[begin : end + 1] - first)
 
     def _packed(self, file: PlannedFile, rank: int) -> dict[str, Place]:
-        """How a rank's rows of a file lie in what it sends."""
+        """Return the layout of a rank's rows of a file in its message."""
         return places(file_specs(self._tables[file.table].specs, file.rows[rank], file.present[rank]))
 
 

@@ -22,13 +22,13 @@ MOST_RANGES = 1024
 
 
 def range_count(rows: int, row_bytes: int) -> int:
-    """The number of files of a table: a function of the table alone, whatever the world size.
+    """Return the number of files of a table: a function of the table alone, whatever the world size.
 
     It is the least power of two that leaves at most 64 MiB of columns to a file on average, and at most 1024.
 
     Args:
-        rows: rows of the whole table.
-        row_bytes: bytes of one row in all columns.
+        rows: Rows of the whole table.
+        row_bytes: Bytes of one row in all columns.
 
     Returns:
         A power of two; each file takes 65536 / that many buckets.
@@ -53,9 +53,9 @@ class PlannedFile:
     first_bucket: int
     last_bucket: int
     rows: tuple[int, ...]
-    """Of each rank."""
+    """Number of rows by rank."""
     present: tuple[int, ...]
-    """Of each rank: buckets that have rows. No bucket has rows of two ranks."""
+    """Number of buckets with rows by rank; no bucket has rows of two ranks."""
     writer: int
 
 
@@ -63,15 +63,15 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
     """Plan the files of some tables.
 
     Args:
-        ranks: this rank and the others.
-        part: name of the part.
-        tables: this rank's rows of each table.
+        ranks: This rank and the others.
+        part: Name of the part.
+        tables: This rank's rows of each table.
 
     Returns:
         The files, table by table and in the order of buckets.
 
     Raises:
-        CheckpointError: the ranks hold other tables, or rows of the same buckets.
+        CheckpointError: The ranks hold other tables, or rows of the same buckets.
     """
     about: list[JSON] = [
         [

@@ -1,6 +1,6 @@
 """CRC-32 of chunks, of the pages that they are made of, and of the former from the latter.
 
-zlib's `crc32_combine` is not in Python: the checksum of two pieces put together is that of the first, moved on by the
+zlib's ``crc32_combine`` is not in Python: the checksum of two pieces put together is that of the first, moved on by the
 length of the second (a linear map of 32 bits), xor that of the second. R. Williams, "A painless guide to CRC error
 detection algorithms", 1993.
 """
@@ -43,9 +43,9 @@ def chunk_sums(head: bytes, pages: Sums, size: int) -> tuple[str, ...]:
     """Return the CRC-32 of each chunk of 4 MiB of a file, from those of its pages.
 
     Args:
-        head: what lies before the pages; where the file has more than one chunk, whole pages.
-        pages: of the rest of the file.
-        size: bytes of the file.
+        head: What lies before the pages; where the file has more than one chunk, whole pages.
+        pages: Of the rest of the file.
+        size: Bytes of the file.
 
     Returns:
         8 hexadecimal digits each.
@@ -67,7 +67,7 @@ def chunk_sums(head: bytes, pages: Sums, size: int) -> tuple[str, ...]:
 
 
 def _folded(first: int, pages: Sums, size: int) -> int:
-    """The checksum of bytes whose own is `first`, followed by pages of `size` bytes together."""
+    """Return the checksum of bytes whose own is ``first``, followed by pages of ``size`` bytes together."""
     total = np.array([first], dtype=np.uint32)
     for page in pages:
         length = min(PAGE_BYTES, size)
@@ -77,7 +77,7 @@ def _folded(first: int, pages: Sums, size: int) -> int:
 
 
 def _moved(sums: Sums, length: int) -> Sums:
-    """Each checksum, as it counts with `length` more bytes after it."""
+    """Each checksum, as it counts with ``length`` more bytes after it."""
     tables = _tables(length)
     moved: Sums = tables[0][sums & 255]
     for place in range(1, 4):
@@ -87,7 +87,7 @@ def _moved(sums: Sums, length: int) -> Sums:
 
 @lru_cache(maxsize=256)
 def _tables(length: int) -> Sums:
-    """What `length` bytes do to each byte of a checksum, uint32 [4, 256]."""
+    """Return tables that advance each byte of a checksum by ``length`` bytes, uint32 ``[4, 256]``."""
     factor, square, bits = 1 << 31, 1 << 30, 8 * length  # 1 and x, reflected
     while bits:
         if bits & 1:
@@ -102,7 +102,7 @@ def _tables(length: int) -> Sums:
 
 
 def _product(a: int, b: int) -> int:
-    """The product of two reflected polynomials, modulo that of CRC-32."""
+    """Return the product of two reflected polynomials, modulo that of CRC-32."""
     result = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:

@@ -28,19 +28,19 @@ _RELATIVE_PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 
 
 def encode_name(name: str) -> str:
-    """Make a file name of any name: percent-encoded UTF-8, of letters, digits, `_`, `-`, `.`, `%` and `~`.
+    """Make a file name of any name: percent-encoded UTF-8, of letters, digits, ``_``, ``-``, ``.``, ``%`` and ``~``.
 
-    A leading dot is encoded too, so that no name is hidden, `.` or `..`. A name that would be longer than 200
-    characters keeps its first 150, followed by `~` and 32 hexadecimal digits of its SHA-256.
+    A leading dot is encoded too, so that no name is hidden, ``.`` or ``..``. A name that would be longer than 200
+    characters keeps its first 150, followed by ``~`` and 32 hexadecimal digits of its SHA-256.
 
     Args:
-        name: the name of a part or of a table; not empty.
+        name: The name of a part or of a table; not empty.
 
     Returns:
         The file name; different names give different file names.
 
     Raises:
-        CheckpointError: the name is empty, or no valid Unicode.
+        CheckpointError: The name is empty, or no valid Unicode.
 
     Example:
         >>> encode_name("user/country")
@@ -62,7 +62,7 @@ def encode_name(name: str) -> str:
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a path of a manifest stays inside the checkpoint: relative, without `..`, backslashes or hidden names."""
+    """Return whether a path of a manifest is relative, without ``..``, backslashes and hidden names."""
     return _RELATIVE_PATH.fullmatch(path) is not None
 
 
@@ -70,13 +70,13 @@ def list_files(directory: Location) -> dict[str, int]:
     """List all files below a directory, following no link.
 
     Args:
-        directory: where to look.
+        directory: Where to look.
 
     Returns:
-        Size in bytes by path relative to the directory, with `/` between names.
+        Size in bytes by path relative to the directory, with ``/`` between names.
 
     Raises:
-        CorruptCheckpoint: something there is neither a plain file nor a directory.
+        CorruptCheckpoint: Something there is neither a plain file nor a directory.
     """
     if isinstance(directory, RemotePath):
         return directory.files()
@@ -114,8 +114,8 @@ def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], Non
     """Write a new file.
 
     Args:
-        path: the file.
-        pieces: its bytes.
+        path: The file.
+        pieces: Its bytes.
 
     Returns:
         Forces the file to the disk; to be called once, in any thread.
@@ -165,7 +165,7 @@ class ChunkSums:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """Of all chunks so far."""
+        """Checksums of all chunks so far."""
         rest = [self._open] if self.size % CHUNK_BYTES else []
         return tuple(f"{each:08x}" for each in self._whole + rest)
 
@@ -174,25 +174,25 @@ def read_chunk(file: io.RawIOBase, path: object, where: str, number: int, expect
     """Read the next chunk of a file and compare it with its checksum, while it is in the cache.
 
     Args:
-        file: open at the beginning of the chunk.
-        path: the file.
-        where: what it holds, for the message.
-        number: of the chunk.
-        expected: its checksum.
+        file: Open at the beginning of the chunk.
+        path: The file.
+        where: What it holds, for the message.
+        number: Of the chunk.
+        expected: Its checksum.
         out: uint8, as many as the chunk has.
 
     Raises:
-        CorruptCheckpoint: the checksum differs.
+        CorruptCheckpoint: The checksum differs.
     """
     fill(file, out.numpy().data)
     check_sum(path, where, number * CHUNK_BYTES, expected, out)
 
 
 def fill(file: io.RawIOBase, out: memoryview) -> None:
-    """Read as many bytes as `out` has; a read may come back short.
+    """Read as many bytes as ``out`` has; a read may come back short.
 
     Raises:
-        OSError: the file ends before.
+        OSError: The file ends before.
     """
     while out:
         if isinstance(file, io.RawIOBase):
@@ -216,7 +216,7 @@ def check_size(path: object, where: str, size: int, file: io.RawIOBase) -> None:
 
 
 def check_sum(path: object, where: str, first: int, expected: str, data: Tensor) -> None:
-    """Raise CorruptCheckpoint if bytes of a file, from `first` on, have not the checksum that they must have."""
+    """Raise CorruptCheckpoint if bytes of a file, from ``first`` on, have not the checksum that they must have."""
     sums = ops.checksum.crc32_pages(data, CHUNK_BYTES).tolist()
     actual = f"{sums[0] if sums else 0:08x}"
     if actual != expected:
@@ -243,7 +243,7 @@ def sync_directory(directory: Path) -> None:
     """Force a directory's entries to the disk.
 
     Args:
-        directory: the directory.
+        directory: The directory.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -50,7 +50,7 @@ def places(specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
     """Decide where tensors lie.
 
     Args:
-        specs: dtype and shape of each, by name.
+        specs: Dtype and shape of each, by name.
 
     Returns:
         Their places, in order.
@@ -68,8 +68,8 @@ def header(found: Mapping[str, Place], tag: Mapping[str, JSON], pages: Sums | No
     """Write a header.
 
     Args:
-        found: as `places` gives them.
-        tag: what the file is of; the format version is put before it.
+        found: As ``places`` gives them.
+        tag: What the file is of; the format version is put before it.
         pages: CRC-32 of each page after the header, for a file of which parts are to be read; where the file is longer
             than a chunk, the header then is whole pages long.
 
@@ -95,16 +95,16 @@ def header(found: Mapping[str, Place], tag: Mapping[str, JSON], pages: Sums | No
 
 
 def data_bytes(found: Mapping[str, Place]) -> int:
-    """The bytes of all tensors together."""
+    """Return the bytes of all tensors together."""
     return max((place.stop for place in found.values()), default=0)
 
 
 def views(data: Tensor, found: Mapping[str, Place]) -> dict[str, Tensor]:
-    """The tensors of a file, as views.
+    """Return the tensors of a file, as views.
 
     Args:
         data: uint8, what lies after the header.
-        found: where each lies.
+        found: Where each lies.
 
     Returns:
         By name; copied where its bytes lie so that no view can be had.
@@ -113,7 +113,7 @@ def views(data: Tensor, found: Mapping[str, Place]) -> dict[str, Tensor]:
 
 
 def buffer(data: Tensor) -> memoryview:
-    """The bytes of a uint8 tensor on the CPU, as its memory."""
+    """Return the bytes of a uint8 tensor on the CPU, as its memory."""
     return data.numpy().data
 
 
@@ -129,14 +129,14 @@ def parse_header(text: bytes, size: int) -> tuple[Any, dict[str, Place]]:
     """Read a header, believing nothing.
 
     Args:
-        text: what follows the length.
-        size: bytes of the file after the header.
+        text: What follows the length.
+        size: Bytes of the file after the header.
 
     Returns:
         What the file is of (None if it does not say), and the places of its tensors.
 
     Raises:
-        ValueError: it is no header, or one of another file.
+        ValueError: It is no header, or one of another file.
     """
     document = json.loads(text)
     if not isinstance(document, dict):

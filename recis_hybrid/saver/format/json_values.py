@@ -9,21 +9,21 @@ from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import CheckpointError
 
 MOST_LEVELS = 64
-"""How deep values may be nested; Pythons differ in how much deeper they could read."""
+"""Maximum depth of nesting; versions of Python differ in how much deeper they could read."""
 
 
 def checked_json(where: str, value: object) -> JSON:
     """Return an independent copy of a value as JSON reads it back, if it is equal to the value.
 
     Args:
-        where: what the value is, for the message.
-        value: the value.
+        where: What the value is, for the message.
+        value: The value.
 
     Returns:
         The copy.
 
     Raises:
-        CheckpointError: the value, or something in it, is no JSON (a tuple, an integer key, NaN, an object).
+        CheckpointError: The value, or something in it, is no JSON (a tuple, an integer key, NaN, an object).
     """
     try:
         copy = cast(JSON, json.loads(json.dumps(value, allow_nan=False)))
@@ -38,17 +38,17 @@ def checked_json(where: str, value: object) -> JSON:
 
 
 def checked_object(where: str, value: object) -> dict[str, JSON]:
-    """`checked_json` of a dictionary with string keys.
+    """``checked_json`` of a dictionary with string keys.
 
     Args:
-        where: what the value is, for the message.
-        value: the dictionary.
+        where: What the value is, for the message.
+        value: The dictionary.
 
     Returns:
         The copy.
 
     Raises:
-        CheckpointError: the value is no dictionary, or not JSON.
+        CheckpointError: The value is no dictionary, or not JSON.
     """
     copy = checked_json(where, value)
     if not isinstance(copy, dict):
@@ -60,7 +60,7 @@ _REMEDY = "Use None, bool, int, finite float, str, list, and dict with string ke
 
 
 def _same(copy: JSON, value: object, levels: int) -> bool:
-    """Equality that tells 1 from True and 1.0, which `==` does not."""
+    """Equality that tells 1 from True and 1.0, which ``==`` does not."""
     if levels < 0:
         raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
     if isinstance(copy, dict):

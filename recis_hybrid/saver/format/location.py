@@ -14,9 +14,9 @@ class RemotePath:
     """A path in a file system of fsspec. There are no directories to make, and nothing is renamed.
 
     Args:
-        filesystem: of fsspec.
-        path: the path in it, without a slash at its end.
-        url: the path as the user would write it.
+        filesystem: Of fsspec.
+        path: The path in it, without a slash at its end.
+        url: The path as the user would write it.
     """
 
     def __init__(self, filesystem: Any, path: str, url: str) -> None:
@@ -29,7 +29,7 @@ class RemotePath:
         """Find the file system of a URL: pyarrow's own where it has one (S3, GCS, Azure, HDFS), else fsspec's.
 
         Raises:
-            CheckpointError: nothing is known to read such a URL.
+            CheckpointError: Nothing is known to read such a URL.
         """
         import fsspec
         import pyarrow as pa
@@ -68,7 +68,7 @@ class RemotePath:
         return self._url
 
     def absolute(self) -> RemotePath:
-        """The path itself."""
+        """Return the path itself."""
         return self
 
     def mkdir(self, *_: object, **__: object) -> None:
@@ -94,26 +94,26 @@ class RemotePath:
             file.write(content)
 
     def size(self) -> int:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
         self._filesystem.invalidate_cache()
         return int(self._filesystem.size(self._path))
 
     def exists(self) -> bool:
-        """Whether there is a file or anything below the path, by what the store says now."""
+        """Return whether there is a file or anything below the path, by what the store says now."""
         self._filesystem.invalidate_cache()
         return bool(self._filesystem.exists(self._path))
 
     def is_file(self) -> bool:
-        """Whether there is a file of this path."""
+        """Return whether there is a file of this path."""
         self._filesystem.invalidate_cache()
         return bool(self._filesystem.isfile(self._path))
 
     def is_dir(self) -> bool:
-        """Whether there is anything below the path."""
+        """Return whether there is anything below the path."""
         return bool(self.names())
 
     def names(self) -> list[str]:
-        """What lies below the path, by the first part of its name."""
+        """Return the entries below the path, by the first part of their names."""
         self._filesystem.invalidate_cache()
         try:
             found = self._filesystem.ls(self._path, detail=False)
@@ -144,4 +144,4 @@ class RemotePath:
 
 
 Location: TypeAlias = Path | RemotePath
-"""Where a file or a checkpoint lies."""
+"""Path of a file or a checkpoint."""

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself: the contents of `manifest.json`, and how they are written.
+"""The manifest of a checkpoint: the contents of ``manifest.json``, and how they are written.
 
-`parse.py` reads them back. docs/format.md specifies the file.
+``parse.py`` reads them back. docs/format.md specifies the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TensorSpec:
     """Dtype and shape of a tensor; of a table's column, the shape of one row."""
 
     dtype: str
-    """torch's name without `torch.`, such as `float32`."""
+    """torch's name without ``torch.``, such as ``float32``."""
 
     shape: tuple[int, ...]
 
@@ -39,8 +39,8 @@ class TensorSpec:
         """Describe a tensor.
 
         Args:
-            tensor: any tensor.
-            skip: how many leading dimensions to leave out.
+            tensor: Any tensor.
+            skip: How many leading dimensions to leave out.
 
         Returns:
             The description.
@@ -101,7 +101,7 @@ class TableEntry:
 
     rows: int
     columns: dict[str, TensorSpec]
-    """Shape of one row, by column; `ids` first."""
+    """Shape of one row, by column; ``ids`` first."""
 
     meta: dict[str, JSON]
     ranges: tuple[RangeEntry, ...]
@@ -116,12 +116,12 @@ class PartEntry:
     """One part."""
 
     kind: str
-    """One of `KINDS`."""
+    """One of ``KINDS``."""
 
     meta: dict[str, JSON]
     tensors: dict[str, TensorSpec]
     file: FileEntry | None
-    """Where the dense tensors are; None if there are none."""
+    """File of the dense tensors; None if there are none."""
 
     tables: dict[str, TableEntry]
 
@@ -132,12 +132,12 @@ class Link:
 
     step: int
     sha256: str
-    """Of its `manifest.json`, 64 hexadecimal digits."""
+    """Digest of its ``manifest.json``, 64 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`."""
+    """All of ``manifest.json``."""
 
     step: int
     world_size: int
@@ -150,12 +150,12 @@ class Manifest:
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Write a manifest as the bytes of `manifest.json`.
+    """Write a manifest as the bytes of ``manifest.json``.
 
-    The last member, `crc32`, is the CRC-32 of all bytes before the comma that precedes it.
+    The last member, ``crc32``, is the CRC-32 of all bytes before the comma that precedes it.
 
     Args:
-        manifest: the manifest.
+        manifest: The manifest.
 
     Returns:
         ASCII text that ends with a line feed.
@@ -176,10 +176,10 @@ def dump_manifest(manifest: Manifest) -> bytes:
 
 
 def seal_holds(raw: bytes) -> bool:
-    """Whether the CRC-32 at the end of a `manifest.json` is that of its text.
+    """Return whether the CRC-32 at the end of a ``manifest.json`` is that of its text.
 
     Args:
-        raw: the bytes of the file.
+        raw: The bytes of the file.
 
     Returns:
         False if a byte was changed.

@@ -1,4 +1,4 @@
-"""Reads `manifest.json`, believing nothing: every type, range, sum and path is checked before it is used."""
+"""Reads ``manifest.json``, believing nothing: every type, range, sum and path is checked before it is used."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def parse_manifest(raw: bytes, path: Location) -> Manifest:
     """Read a manifest.
 
     Args:
-        raw: the bytes of `manifest.json`.
-        path: where they come from, for messages.
+        raw: The bytes of ``manifest.json``.
+        path: Where they come from, for messages.
 
     Returns:
         The manifest, consistent in itself.
 
     Raises:
-        CorruptCheckpoint: malformed JSON, a changed byte, a missing, unknown or wrong member, an unsafe path.
-        CheckpointError: another format or format version.
+        CorruptCheckpoint: Malformed JSON, a changed byte, a missing, unknown or wrong member, an unsafe path.
+        CheckpointError: Another format or format version.
     """
     try:
         document = json.loads(raw, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
@@ -242,10 +242,10 @@ def _file(file: _Reader) -> FileEntry:
 
 
 def part_files(part: PartEntry) -> list[FileEntry]:
-    """The files of a part.
+    """Return the files of a part.
 
     Args:
-        part: the part.
+        part: The part.
 
     Returns:
         Its dense file, if any, and those of its tables.
@@ -255,10 +255,10 @@ def part_files(part: PartEntry) -> list[FileEntry]:
 
 
 def table_files(table: TableEntry) -> list[FileEntry]:
-    """The files of a table, those of the ids that went among them.
+    """Return the files of a table, those of the ids that went among them.
 
     Args:
-        table: the table.
+        table: The table.
 
     Returns:
         In bucket order, those of rows first.

@@ -63,12 +63,12 @@ class Rows:
 
 
 def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
-    """What a sparse file is of."""
+    """Return the header entry that identifies a sparse file."""
     return {"part": part, "table": table, "buckets": [first, last]}
 
 
 def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> dict[str, TensorSpec]:
-    """The tensors of a file of `rows` rows in `present` buckets."""
+    """Return the tensors of a file of ``rows`` rows in ``present`` buckets."""
     specs = {name: TensorSpec(spec.dtype, (rows, *spec.shape)) for name, spec in columns.items()}
     specs["buckets"] = TensorSpec("int32", (present,))
     specs["bucket_offsets"] = TensorSpec("int64", (present + 1,))
@@ -84,10 +84,10 @@ def write_rows(
     checksums them.
 
     Args:
-        path: the file.
-        specs: as `file_specs` gives them.
-        tag: as `row_tag` gives it.
-        write: called once, writes the tensors.
+        path: The file.
+        specs: As ``file_specs`` gives them.
+        tag: As ``row_tag`` gives it.
+        write: Called once, writes the tensors.
 
     Returns:
         Its size in bytes, the CRC-32 of each chunk of 4 MiB, and what forces it to the disk.
@@ -108,19 +108,19 @@ def read_rows(
     """Read the rows of some buckets, and compare what is read with its checksums.
 
     Args:
-        path: the file.
-        part: name of the part.
-        table: name of the table.
-        entry: what the manifest says of the table.
-        item: what it says of the file.
-        wanted: the first bucket to read, and the one after the last.
-        reads: counts.
+        path: The file.
+        part: Name of the part.
+        table: Name of the table.
+        entry: What the manifest says of the table.
+        item: What it says of the file.
+        wanted: The first bucket to read, and the one after the last.
+        reads: Counts.
 
     Returns:
         The rows; in memory that nothing else holds.
 
     Raises:
-        CorruptCheckpoint: the file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: The file does not hold what the manifest says, or its rows are not in order.
     """
     where = f"part {part!r}, table {table!r}"
     file = _File(path, where, item.file, reads)
@@ -148,7 +148,7 @@ def read_rows(
 
 
 def in_order(ids: Tensor, buckets: Tensor) -> bool:
-    """Whether rows ascend strictly by (bucket, id)."""
+    """Return whether rows ascend strictly by (bucket, id)."""
     above = buckets[1:] > buckets[:-1]
     return bool((above | ((buckets[1:] == buckets[:-1]) & (ids[1:] > ids[:-1]))).all())
 
@@ -165,7 +165,7 @@ class _File:
         self.places: dict[str, Place] = {}
 
     def open(self, handle: io.RawIOBase, whole: bool) -> None:
-        """Read the header, and all the rest too if it is wanted `whole`."""
+        """Read the header, and all the rest too if it is wanted ``whole``."""
         self._handle, size = handle, self._entry.size
         check_size(self._path, self._where, size, handle)
         if whole:
@@ -195,7 +195,7 @@ class _File:
         return views(self._image[self._start :], self.places)
 
     def some(self, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int]) -> dict[str, Tensor]:
-        """The rows of the wanted buckets, and their index."""
+        """Return the rows of the wanted buckets, and their index."""
         count = self.places["buckets"].spec.shape[0]
         # A bucket comes as late as all before it have rows, and as early as all after it have.
         lead = max(wanted[0] - item.first_bucket, 0)
@@ -218,7 +218,7 @@ class _File:
         return typed(self._data(place.first + first * width, place.first + stop * width), spec)
 
     def _data(self, first: int, stop: int) -> Tensor:
-        """Bytes `first` to `stop` after the header, uint8, in whole pages that are compared with their checksums."""
+        """Return bytes ``first`` to ``stop`` after the header, uint8, after verifying the pages they lie in."""
         page = first // PAGE_BYTES
         begin, end = page * PAGE_BYTES, min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self._entry.size - self._start)
         if first == stop:
@@ -257,7 +257,7 @@ class _File:
                 )
 
     def _length(self, prefix: bytes) -> int:
-        """The bytes of the header and of its length."""
+        """Return the bytes of the header and of its length."""
         length = int.from_bytes(prefix, "little") + 8
         if len(prefix) < 8 or not 8 < length <= min(self._entry.size, LONGEST_HEADER):
             self._fail("must be a safetensors file, but its header is longer than the file")

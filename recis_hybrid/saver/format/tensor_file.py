@@ -33,12 +33,12 @@ def check_tensor(where: str, name: str, tensor: object) -> None:
     """Check that a tensor can be saved.
 
     Args:
-        where: what the tensor belongs to, for the message.
-        name: its name.
-        tensor: the tensor.
+        where: What the tensor belongs to, for the message.
+        name: Its name.
+        tensor: The tensor.
 
     Raises:
-        CheckpointError: it is no dense tensor, or its name or dtype is one that safetensors does not take.
+        CheckpointError: It is no dense tensor, or its name or dtype is one that safetensors does not take.
     """
     if not isinstance(name, str) or name in ("", "__metadata__") or not _is_unicode(name):
         raise CheckpointError(
@@ -69,9 +69,9 @@ def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSO
     """Write tensors to a new file and force it to the disk.
 
     Args:
-        path: the file.
-        tensors: tensors by name.
-        tag: what the file is of; the format version is put before it.
+        path: The file.
+        tensors: Tensors by name.
+        tag: What the file is of; the format version is put before it.
 
     Returns:
         Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
@@ -89,18 +89,18 @@ def read_tensors(
     """Read a file in one pass, each chunk compared with its checksum before anything is believed of it.
 
     Args:
-        path: the file.
-        where: what it is of, for messages.
-        size: its bytes, by the manifest.
-        sums: the CRC-32 of each chunk.
-        specs: dtype and shape of every tensor that it must hold.
-        tag: what it must be of.
+        path: The file.
+        where: What it is of, for messages.
+        size: Its bytes, by the manifest.
+        sums: The CRC-32 of each chunk.
+        specs: Dtype and shape of every tensor that it must hold.
+        tag: What it must be of.
 
     Returns:
         By name, new tensors on the CPU, starting at multiples of 64 bytes.
 
     Raises:
-        CorruptCheckpoint: a checksum differs, or the file does not hold what it must.
+        CorruptCheckpoint: A checksum differs, or the file does not hold what it must.
     """
     tensors: dict[str, Tensor] = {}
     left: list[tuple[Place, Tensor]] = []
@@ -148,7 +148,7 @@ class TensorFile:
         self._handle = handle
 
     def names(self) -> list[str]:
-        """The names of all tensors, in order."""
+        """Return the names of all tensors, in order."""
         return sorted(self._handle.keys())
 
     def read(self, name: str) -> Tensor:
@@ -158,7 +158,7 @@ class TensorFile:
         them over without a copy, and they would change with the file.
 
         Args:
-            name: its name.
+            name: Its name.
 
         Returns:
             A new tensor on the CPU, starting at a multiple of 64 bytes.
@@ -178,15 +178,15 @@ def check_contents(
     """Compare what a file says it holds with what it must hold.
 
     Args:
-        path: the file.
-        where: what it is of, for the message.
-        found_tag: what the file says that it is of.
-        found: dtype and shape of its tensors.
-        tag: what it must be of.
-        specs: dtype and shape of every tensor that it must hold.
+        path: The file.
+        where: What it is of, for the message.
+        found_tag: What the file says that it is of.
+        found: Dtype and shape of its tensors.
+        tag: What it must be of.
+        specs: Dtype and shape of every tensor that it must hold.
 
     Raises:
-        CorruptCheckpoint: they differ.
+        CorruptCheckpoint: They differ.
     """
     expected_tag = {"format_version": FORMAT_VERSION, **tag}
     if isinstance(found_tag, dict) and "pages" in found_tag:
@@ -205,14 +205,14 @@ def open_tensors(path: Path, where: str) -> Iterator[TensorFile]:
     """Open a file for reading.
 
     Args:
-        path: the file.
-        where: what it is of, for messages.
+        path: The file.
+        where: What it is of, for messages.
 
     Yields:
         The open file.
 
     Raises:
-        CorruptCheckpoint: it is no safetensors file.
+        CorruptCheckpoint: It is no safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as handle:

@@ -32,14 +32,14 @@ def part_of(name: str, value: object) -> Part:
     """Find the adapter of a value.
 
     Args:
-        name: name of the part, for messages.
-        value: what the user passed.
+        name: Name of the part, for messages.
+        value: What the user passed.
 
     Returns:
         The adapter. An object that is both Saveable and a module is taken as Saveable.
 
     Raises:
-        CheckpointError: the value is of no kind that can be saved.
+        CheckpointError: The value is of no kind that can be saved.
     """
     if isinstance(value, PerRank):
         value = value.value
@@ -68,7 +68,7 @@ def part_of(name: str, value: object) -> Part:
 
 
 class SaveablePart(Part):
-    """An object that implements `Saveable`."""
+    """An object that implements ``Saveable``."""
 
     def __init__(self, value: Saveable) -> None:
         self.value = value
@@ -86,7 +86,7 @@ class SaveablePart(Part):
 
     @property
     def streams(self) -> bool:
-        """Whether the object takes rows as they are read, by its :meth:`loader`."""
+        """True if the object takes rows as they are read, by its :meth:`loader`."""
         return isinstance(self.value, Loadable)
 
     def loader(self, saved: PartState) -> StateLoader:
@@ -109,7 +109,7 @@ class SaveablePart(Part):
         """Hand the state to the object.
 
         Raises:
-            CorruptCheckpoint: the object refuses it.
+            CorruptCheckpoint: The object refuses it.
         """
         try:
             self.value.load_checkpoint_state(saved)
@@ -172,7 +172,7 @@ class ModulePart(Part):
 
 
 class JsonPart(Part):
-    """A JSON value; `Saver.read_json` reads it back."""
+    """A JSON value; ``Saver.read_json`` reads it back."""
 
     kind = "json"
 
@@ -181,7 +181,7 @@ class JsonPart(Part):
         self._value = value
 
     def state(self) -> PartState:
-        """The value as metadata."""
+        """Return the value as metadata."""
         return PartState(meta={"value": checked_json(f"Saver.save: part {self._name!r}", self._value)})
 
     def check(self, where: str, saved: PartState) -> None:
@@ -189,7 +189,7 @@ class JsonPart(Part):
         raise CheckpointError(f"{where} is JSON, which has no place to be loaded into. Use Saver.read_json.")
 
     def load(self, saved: PartState) -> None:
-        """Never reached, as `check` refuses."""
+        """Never reached, as ``check`` refuses."""
         raise AssertionError
 
 

@@ -18,11 +18,11 @@ def refuse_differences(where: str, differences: Iterable[str]) -> None:
     """Raise if there are differences.
 
     Args:
-        where: checkpoint and part, for the message.
-        differences: what differs, each with both values.
+        where: Checkpoint and part, for the message.
+        differences: What differs, each with both values.
 
     Raises:
-        CheckpointMismatch: there are some; the first eight are listed.
+        CheckpointMismatch: There are some; the first eight are listed.
     """
     found = list(differences)
     if found:
@@ -37,9 +37,9 @@ def named_differences(what: str, saved: Mapping[str, _T], live: Mapping[str, _T]
     """Compare two mappings by name.
 
     Args:
-        what: what the values are, such as `tensor`.
-        saved: of the checkpoint.
-        live: of the live object.
+        what: What the values are, such as ``tensor``.
+        saved: Of the checkpoint.
+        live: Of the live object.
 
     Returns:
         One text for each name that only one has, or whose values differ.
@@ -56,11 +56,11 @@ def named_differences(what: str, saved: Mapping[str, _T], live: Mapping[str, _T]
 
 
 def state_differences(saved: PartState, live: PartState) -> list[str]:
-    """Compare tables and tensors of two states; `PartState.meta` is state and may differ.
+    """Compare tables and tensors of two states; ``PartState.meta`` is state and may differ.
 
     Args:
-        saved: of the checkpoint.
-        live: of the live object.
+        saved: Of the checkpoint.
+        live: Of the live object.
 
     Returns:
         One text for each difference in names, dtypes, widths, shapes or table metadata; row counts may differ.

@@ -15,12 +15,12 @@ def own_names(module: nn.Module) -> dict[str, str]:
     """Find what the module itself calls its state.
 
     Args:
-        module: which may be, or hold, modules wrapped by DistributedDataParallel, DataParallel or torch.compile, in
+        module: Which may be, or hold, modules wrapped by DistributedDataParallel, DataParallel or torch.compile, in
             any order.
 
     Returns:
-        Names in its `state_dict`, by names without the wrappers: `tower.weight` is its `tower.module.weight`, or its
-        `tower._orig_mod.weight`.
+        Names in its ``state_dict``, by names without the wrappers: ``tower.weight`` is its ``tower.module.weight``, or
+        its ``tower._orig_mod.weight``.
     """
     with tables_apart():
         state = list(module.state_dict())
@@ -31,8 +31,8 @@ def without_wrappers(module: nn.Module, names: Sequence[str]) -> list[str]:
     """Return names of state or submodules without the names of wrappers.
 
     Args:
-        module: as for `own_names`.
-        names: the module's own.
+        module: As for ``own_names``.
+        names: The module's own.
     """
     wrapped = [
         (f"{path}." if path else "", f"{inner}.")

@@ -1,7 +1,7 @@
 """torch optimizers as a part: state tensors as tensors, scalars and parameter groups as JSON.
 
-Parameters are matched by their order in the groups, as in torch's own state_dict. Names on disk: `state.3.exp_avg` is
-of the parameter with index 3, `groups.0.lr` is a hyperparameter that is a tensor, of group 0.
+Parameters are matched by their order in the groups, as in torch's own state_dict. Names on disk: ``state.3.exp_avg`` is
+of the parameter with index 3, ``groups.0.lr`` is a hyperparameter that is a tensor, of group 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OptimizerPart(Part):
         self._optimizer = optimizer
 
     def state(self) -> PartState:
-        """The state tensors; everything else as JSON."""
+        """Return the state tensors; everything else as JSON."""
         packed = self._optimizer.state_dict()
         where = f"Saver.save: part {self._name!r}"
         tensors: dict[str, Tensor] = {}
@@ -95,7 +95,7 @@ class OptimizerPart(Part):
 
 
 def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, JSON]:
-    """Move tensors among values to `tensors`, and return the rest as JSON."""
+    """Move tensors among values to ``tensors``, and return the rest as JSON."""
     rest: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -106,7 +106,7 @@ def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, T
 
 
 def _unpack(where: str, saved: PartState) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-    """State by index of the parameter, and groups, as torch has them, but for `params` and tuples."""
+    """State by index of the parameter, and groups, as torch has them, but for ``params`` and tuples."""
     parameters = _parameters(where, saved.meta)
     count = sum(map(len, parameters))
     try:

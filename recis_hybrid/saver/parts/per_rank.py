@@ -11,11 +11,11 @@ from recis_hybrid.saver.format.manifest import Manifest
 class PerRank:
     """Marks a part of which every rank saves its own, such as a generator that is seeded by rank.
 
-    It is saved as one part for each rank, named `name[rank]`. On another world size each rank loads that of its number;
-    a rank that had none keeps what it has, with a warning.
+    It is saved as one part for each rank, named ``name[rank]``. On another world size each rank loads that of its
+    number; a rank that had none keeps what it has, with a warning.
 
     Args:
-        value: the part.
+        value: The part.
 
     Example:
         >>> import tempfile, torch
@@ -32,16 +32,16 @@ def name_of_rank(name: str, part: object, manifest: Manifest, rank: int) -> str 
     """Find the part of a checkpoint that a rank loads.
 
     Args:
-        name: as the user passed it.
-        part: what the user passed, perhaps a `PerRank`.
-        manifest: of the checkpoint.
-        rank: the rank.
+        name: As the user passed it.
+        part: What the user passed, perhaps a ``PerRank``.
+        manifest: Of the checkpoint.
+        rank: The rank.
 
     Returns:
         Its name in the checkpoint; None if there is none for this rank, of which a warning tells.
 
     Raises:
-        CheckpointMismatch: it was saved of each rank, and is to be loaded as one of all.
+        CheckpointMismatch: It was saved of each rank, and is to be loaded as one of all.
     """
     own = f"{name}[{rank}]"
     if not isinstance(part, PerRank):

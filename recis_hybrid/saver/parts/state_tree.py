@@ -1,8 +1,8 @@
-"""What a `state_dict` may hold, as tensors and JSON: dictionaries, lists, tuples and plain values, nested.
+"""Contents of a ``state_dict`` as tensors and JSON: dictionaries, lists, tuples and plain values, nested.
 
-Each container is one JSON object that names its kind: `{"dict": {...}}`, `{"pairs": [[key, value], ...]}` (keys that
-are no strings), `{"list": [...]}`, `{"tuple": [...]}`; a tensor is `{"tensor": name}`, and a number that JSON lacks is
-`{"float": "inf"}`, `"-inf"` or `"nan"`.
+Each container is one JSON object that names its kind: ``{"dict": {...}}``, ``{"pairs": [[key, value], ...]}`` (keys
+that are no strings), ``{"list": [...]}``, ``{"tuple": [...]}``; a tensor is ``{"tensor": name}``, and a number that
+JSON lacks is ``{"float": "inf"}``, ``"-inf"`` or ``"nan"``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") 
     """Split a value into tensors and JSON.
 
     Args:
-        where: what the value is, for the message.
-        value: the value.
-        tensors: takes the tensors, under the places that they have in the value.
-        path: the place of the value.
+        where: What the value is, for the message.
+        value: The value.
+        tensors: Takes the tensors, under the places that they have in the value.
+        path: The place of the value.
 
     Returns:
         The JSON.
 
     Raises:
-        CheckpointError: something in it is neither a container, nor a tensor, nor JSON.
+        CheckpointError: Something in it is neither a container, nor a tensor, nor JSON.
     """
     if isinstance(value, Tensor):
         name = path or "value"
@@ -59,15 +59,15 @@ def unpack(where: str, packed: JSON, tensors: dict[str, Tensor]) -> Any:
     """Put a value together again.
 
     Args:
-        where: what the value is, for the message.
-        packed: what `pack` returned.
-        tensors: the tensors that it took.
+        where: What the value is, for the message.
+        packed: What ``pack`` returned.
+        tensors: The tensors that it took.
 
     Returns:
         The value.
 
     Raises:
-        CorruptCheckpoint: it is nothing that `pack` makes.
+        CorruptCheckpoint: It is nothing that ``pack`` makes.
     """
     if not isinstance(packed, dict | list):
         return packed

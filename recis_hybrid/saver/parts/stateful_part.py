@@ -1,4 +1,4 @@
-"""Objects with a `state_dict` (learning-rate schedulers, scalers, reading positions) and torch generators as parts."""
+"""Objects with a ``state_dict`` (schedulers, scalers, reading positions) and torch generators as parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stateful(Protocol):
 
 
 class StatefulPart(Part):
-    """A `Stateful`."""
+    """A ``Stateful``."""
 
     kind = "stateful"
 
@@ -38,7 +38,7 @@ class StatefulPart(Part):
         self._value = value
 
     def state(self) -> PartState:
-        """The tensors in the state_dict; everything else as JSON."""
+        """Return the tensors in the state_dict; everything else as JSON."""
         tensors: dict[str, torch.Tensor] = {}
         packed = pack(f"Saver.save: part {self._name!r}", self._value.state_dict(), tensors)
         return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed})

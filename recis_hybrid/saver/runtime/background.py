@@ -1,4 +1,4 @@
-"""Work in a thread of its own, whose failure is not lost."""
+"""Work in a background thread, whose failure is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from functools import cache
 
 
 class Background:
-    """One piece of work at a time. Python waits for it at its end; an error that nobody was told goes to stderr."""
+    """A thread for one piece of work at a time.
+
+    The process waits for the work before it ends; an exception that no caller has received is printed to stderr.
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -19,14 +22,14 @@ class Background:
         self._name = ""
 
     def start(self, name: str, work: Callable[[], object]) -> None:
-        """Begin work, once what was begun before is done.
+        """Start work once the previous work is done.
 
         Args:
-            name: what it is, for the message at exit.
-            work: called in the thread.
+            name: Description of the work, for the message at exit.
+            work: Called in the thread.
 
         Raises:
-            BaseException: what the earlier work raised.
+            BaseException: The previous work raised it.
         """
         self.wait()
         self._name = name
@@ -42,7 +45,7 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the work, and raise what it raised, once."""
+        """Wait for the work; raise the exception that it raised, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -51,7 +54,7 @@ class Background:
             raise error
 
     def report(self) -> None:
-        """Print an error that nobody was told."""
+        """Print an exception that no caller has received."""
         if self._error is not None:
             print(f"recis_hybrid: {self._name} failed: {self._error}", file=sys.stderr)
             self._error = None

@@ -1,4 +1,4 @@
-"""The processes that save and load together: what they tell each other, and how all of them fail alike."""
+"""The ranks that save and load together: messages between them, and failure of all when one fails."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ERRORS = {error.__name__: error for error in (CheckpointError, CheckpointMismat
 class Ranks:
     """This process among those that save together.
 
-    Everything is exchanged as bytes and JSON: nothing that comes from another process is executed.
+    Messages are bytes and JSON: nothing received from another process is executed.
 
     Args:
-        group: a gloo group of them that nobody else uses; None for a process that is alone.
+        group: A gloo group of these processes, used by nothing else; None for a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -32,13 +32,13 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:
-        """Find the processes of a job.
+        """Return the ranks of a job.
 
         Args:
-            group: as the user gave it; None makes a group of all processes, where torch.distributed has several.
+            group: The user's group; None makes a group of all processes if torch.distributed has several.
 
         Raises:
-            CheckpointError: the group is not of gloo.
+            CheckpointError: The backend of the group is not gloo.
         """
         if group is None:
             if distributed.world_size() == 1:
@@ -54,7 +54,7 @@ class Ranks:
 
     @property
     def buckets(self) -> tuple[int, int]:
-        """The first bucket that is this rank's, and the one after its last."""
+        """The buckets that this rank owns: the first, and the one after the last."""
         return owned_buckets(self.rank, self.size)
 
     def exchange(self, value: Any) -> list[Any]:
@@ -71,17 +71,17 @@ class Ranks:
             raise self._lost(error) from error
 
     def together(self, work: Callable[[], JSON]) -> list[Any]:
-        """Call a function on every rank; if one fails, all raise, and none waits for it for ever.
+        """Call a function on every rank; if one fails, all raise, so that no rank waits for another for ever.
 
         Args:
-            work: May raise; returns what JSON can hold.
+            work: May raise; returns a value that JSON can hold.
 
         Returns:
-            The results of all ranks, by rank.
+            The results by rank.
 
         Raises:
-            CheckpointError: The function failed on another rank; the message says which and why. This rank's own
-                exception is raised as it is.
+            CheckpointError: The function failed on another rank; the message says which and why. An exception of this
+                rank is raised as it is.
         """
         if self._group is None:
             return [work()]
@@ -103,24 +103,24 @@ class Ranks:
             failure = None  # else the exception and this frame would refer to each other
 
     def send(self, data: Tensor, to: int, tag: int) -> None:
-        """Send bytes to a rank that receives them; returns when they are on their way.
+        """Send bytes to a rank that calls :meth:`receive`; return once they are on their way.
 
         Args:
-            data: uint8 [n], contiguous, on the CPU.
-            to: the rank.
-            tag: as the receiver has it.
+            data: uint8 ``[n]``, contiguous, on the CPU.
+            to: Rank of the receiver.
+            tag: The same at the receiver.
         """
         assert self._group is not None
         if data.numel():
             self._wait(lambda group: group.send([data], to, tag))
 
     def receive(self, size: int, source: int, tag: int) -> Tensor:
-        """Receive bytes, uint8 [size], that a rank sends.
+        """Receive uint8 ``[size]`` from a rank.
 
         Args:
-            size: how many.
-            source: the rank.
-            tag: as the sender has it.
+            size: Number of bytes.
+            source: Rank of the sender.
+            tag: The same at the sender.
         """
         data = torch.empty(size, dtype=torch.uint8)
         if size:

@@ -1,4 +1,4 @@
-"""A few threads that work through what they are handed."""
+"""A small pool of threads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Threads for the time of a `with` block, at whose end all work is done.
+    """Threads for the duration of a ``with`` block, at whose end all work is done.
 
-    Those of `concurrent.futures` take no work once the process is ending, when a save in the background still does.
+    Pools of ``concurrent.futures`` refuse work once the process is ending, when a background save may still be running.
 
     Args:
-        count: how many threads.
+        count: Number of threads.
     """
 
     def __init__(self, count: int) -> None:
@@ -36,13 +36,13 @@ class Workers:
             thread.join()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Hand out work.
+        """Queue work.
 
         Args:
-            work: called in one of the threads.
+            work: Called in one of the threads.
 
         Returns:
-            Waits for its result, or raises what it raised; work that is cancelled before it has begun is left out.
+            A future for its result; work that is cancelled before it starts is skipped.
         """
         future: Future[T] = Future()
         self._queue.put((future, work))

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: local directories and object stores, their leases, and how a checkpoint appears at once.
+"""Directories and object stores of checkpoints: leases, commits by one atomic step, and the listing of steps.
 
-``Saver``, ``saver.actions`` and ``saver.checkpoint`` may import it; it imports ``saver.format`` at most.
+``Saver``, ``saver.actions`` and ``saver.checkpoint`` may import it; it imports ``saver.format`` and ``saver.runtime``.
 """

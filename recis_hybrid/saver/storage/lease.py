@@ -1,4 +1,4 @@
-"""Who may save in a directory: one saver at a time."""
+"""Leases: one saver at a time may save in a directory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LEASE = ".lease"
 
 
 class Lease:
-    """The right to save in a directory, until this object is gone.
+    """The right to save in a directory, held as long as this object lives.
 
-    It is a lock of the operating system on a file, which dies with its holder, however that ends: nothing is left
-    behind that would have to be cleared by hand.
+    It is a lock of the operating system on a file. The lock ends with the process that holds it, however that process
+    ends, so nothing has to be removed by hand.
 
     Args:
-        root: the directory.
+        root: The directory.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,11 +28,11 @@ class Lease:
         self._held = False
 
     def take(self) -> None:
-        """Take the lease, unless it is held already.
+        """Take the lease, unless this object holds it already.
 
         Raises:
-            CheckpointError: another saver holds it.
-            OSError: the file cannot be made.
+            CheckpointError: Another saver holds it.
+            OSError: The file cannot be made.
         """
         if self._held:
             return

@@ -1,4 +1,4 @@
-"""A directory of checkpoints: written under a temporary name, forced to the disk, renamed."""
+"""Checkpoints in a directory: written under a temporary name, forced to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)|\.shared\.[0-9a-f]
 
 
 class LocalStorage:
-    """A directory of this machine, or one that all machines share.
+    """A directory of checkpoints, on this machine or shared by several.
 
     A checkpoint is written under a temporary name, forced to the disk, and renamed.
     """
@@ -30,7 +30,7 @@ class LocalStorage:
         self._lease = Lease(root)
 
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints, ascending."""
+        """Return the steps of complete checkpoints, ascending."""
         if not self.root.is_dir():
             return []
         names = [entry.name for entry in os.scandir(self.root) if entry.is_dir()]
@@ -38,10 +38,10 @@ class LocalStorage:
         return sorted(step for step in found if (self.root / step_name(step) / MANIFEST).is_file())
 
     def take(self) -> None:
-        """Make the directory, take the right to save in it, and remove what a crash has left.
+        """Make the directory, take the right to save in it, and remove the remains of a crash.
 
         Raises:
-            CheckpointError: another saver saves there.
+            CheckpointError: Another saver saves there.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         sync_directory(self.root.parent)
@@ -51,15 +51,15 @@ class LocalStorage:
                 remove_folder(Path(entry.path)) if entry.is_dir() else os.unlink(entry.path)
 
     def folder(self, step: int) -> Path:
-        """Where the files of a step are to be written."""
+        """Return the folder in which the files of a step are written."""
         return self.root / f".{step_name(step)}.partial"
 
     def begin(self, step: int) -> None:
-        """Make the folder of a step, for `commit` or `abandon`."""
+        """Make the folder of a step, for :meth:`commit` or :meth:`abandon`."""
         self.folder(step).mkdir()
 
     def commit(self, step: int, manifest: bytes) -> None:
-        """Make a checkpoint of the folder, whose files are on the disk, in the place of one that may be there."""
+        """Turn the synced folder into the checkpoint of its step, replacing an existing one."""
         folder = self.folder(step)
         for inner, _, _ in os.walk(folder, topdown=False):
             if inner != str(folder):
@@ -76,20 +76,20 @@ class LocalStorage:
             folder.rename(place)
 
     def finish(self, step: int) -> None:
-        """Force the rename to the disk, and remove what was in its place."""
+        """Force the rename to the disk, and remove the checkpoint that was replaced."""
         sync_directory(self.root)
         if self.folder(step).exists():
             remove_folder(self.folder(step))
 
     def abandon(self, step: int) -> None:
-        """Remove a folder that is not to become a checkpoint."""
+        """Remove the folder of a checkpoint that will not be completed."""
         shutil.rmtree(self.folder(step), ignore_errors=True)
 
     def remove(self, step: int) -> Callable[[], None]:
-        """Take a checkpoint away, at once and as a whole.
+        """Remove a checkpoint by one rename.
 
         Returns:
-            Removes its files.
+            A function that deletes its files.
         """
         # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
         doomed = self.root / f".{step_name(step)}.deleted"
@@ -100,8 +100,8 @@ class LocalStorage:
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories in one step, so that at every moment one of them is in its place.
 
-    File systems that cannot (some network ones) get two renames: a crash between them leaves both under names that the
-    next save removes.
+    File systems that cannot (some network ones) get two renames: a crash between them leaves both directories under
+    names that the next save removes.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     swap = getattr(libc, "renameat2", None)

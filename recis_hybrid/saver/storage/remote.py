@@ -15,10 +15,10 @@ from recis_hybrid.saver.storage.step_directory import STEP, step_name
 
 
 class RemoteStorage:
-    """An object store, where nothing is renamed: a step is complete once its manifest is there, which is written last.
+    """Checkpoints in an object store, where nothing can be renamed: the manifest, written last, completes a checkpoint.
 
-    There is no lock that would end with its holder either. Whoever saves leaves its mark, and looks whether it is still
-    there before it writes a manifest: a job that is started anew takes over from one that hangs, and that one fails.
+    Nor is there a lock that ends with its holder. A saver writes a mark, and checks before each manifest that the mark
+    is still its own: a restarted job takes over from one that hangs, whose next save fails.
     """
 
     def __init__(self, root: RemotePath) -> None:
@@ -26,12 +26,12 @@ class RemoteStorage:
         self._mark = b""
 
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints, ascending."""
+        """Return the steps of complete checkpoints, ascending."""
         found = [int(match[1]) for match in map(STEP.fullmatch, self.root.names()) if match]
         return sorted(step for step in found if (self.root / step_name(step) / MANIFEST).is_file())
 
     def take(self) -> None:
-        """Leave this saver's mark, unless it is there, and remove what a crash has left."""
+        """Write this saver's mark unless it is there, and remove the remains of a crash."""
         if not self._mark or self._holder() == b"":
             self._mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(16)}".encode()
             (self.root / LEASE).write_bytes(self._mark)
@@ -42,26 +42,26 @@ class RemoteStorage:
                 (self.root / match[0]).remove_below()
 
     def folder(self, step: int) -> RemotePath:
-        """Where the files of a step are to be written."""
+        """Return the folder in which the files of a step are written."""
         return self.root / step_name(step)
 
     def begin(self, step: int) -> None:
-        """Nothing: a folder is there once something is in it."""
+        """Do nothing: a folder exists once it has a file."""
 
     def commit(self, step: int, manifest: bytes) -> None:
         """Write the manifest.
 
         Raises:
-            CheckpointError: another saver has taken over.
+            CheckpointError: Another saver has taken over.
         """
         self._refuse_other()
         (self.folder(step) / MANIFEST).write_bytes(manifest)
 
     def finish(self, step: int) -> None:
-        """Nothing: what is written is there."""
+        """Do nothing: files are durable once written."""
 
     def abandon(self, step: int) -> None:
-        """Remove files that are not to become a checkpoint, as far as that can be done now; else the next save does."""
+        """Remove the files of a checkpoint that will not be completed; if that fails, the next save removes them."""
         folder = self.folder(step)
         try:
             if self._holder() == self._mark:
@@ -71,10 +71,10 @@ class RemoteStorage:
             return
 
     def remove(self, step: int) -> Callable[[], None]:
-        """Take a checkpoint away: its manifest at once.
+        """Remove a checkpoint by deleting its manifest.
 
         Returns:
-            Removes its other files.
+            A function that deletes its other files.
         """
         folder = self.root / step_name(step)
         (folder / MANIFEST).unlink()

@@ -1,4 +1,4 @@
-"""Finds the storage that a path or a URL names."""
+"""The storage that a path or a URL names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Storage: TypeAlias = LocalStorage | RemoteStorage
 
 
 def storage_of(path: str | os.PathLike[str] | RemotePath) -> Storage:
-    """Find where a path leads: a URL to a file system of fsspec or pyarrow, everything else to a directory.
+    """Return the storage of a path: a URL names a file system of pyarrow or fsspec, everything else a directory.
 
     Raises:
-        CheckpointError: nothing is known to read such a URL.
+        CheckpointError: No file system is known for the URL.
     """
     if isinstance(path, RemotePath):
         return RemoteStorage(path)

@@ -1,4 +1,4 @@
-"""Whether all ranks see the same directory: one that is each machine's own would lose most of a checkpoint."""
+"""A check that all ranks see the same directory: separate ones would lose most of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 PATIENCE_S = 5.0
-"""How long a rank looks for what rank 0 has written: file systems of several machines may show it late."""
+"""Seconds for which a rank waits for a file of rank 0; shared file systems may show it late."""
 
 
 def refuse_unshared(root: Location, ranks: Ranks) -> None:
     """Raise on all ranks if one of them does not see the directory that rank 0 sees.
 
     Args:
-        root: the directory, which rank 0 has made.
-        ranks: this rank and the others.
+        root: The directory, made by rank 0.
+        ranks: This rank and the others.
 
     Raises:
-        CheckpointError: it is not the same directory everywhere.
+        CheckpointError: The ranks see different directories.
     """
     if ranks.size == 1:
         return

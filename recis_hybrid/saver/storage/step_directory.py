@@ -1,4 +1,4 @@
-"""The directory of one checkpoint: its name, and what must lie in it."""
+"""The directory of one checkpoint: its name and its files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from recis_hybrid.saver.format.manifest import MANIFEST, Manifest
 from recis_hybrid.saver.format.manifest_reader import parse_manifest, part_files
 
 STEP = re.compile(r"step_(\d{6,18})")
-"""The name of a checkpoint's directory."""
+"""Name of a checkpoint's directory."""
 
 
 _MOST_BYTES = 2**30
-"""Of a manifest; thousands of tables of a thousand files each have less."""
+"""Limit for a manifest; thousands of tables of a thousand files each need less."""
 
 
 def step_name(step: int) -> str:
@@ -24,19 +24,19 @@ def step_name(step: int) -> str:
 
 
 def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Manifest:
-    """Read the manifest and hold it against the files that are there.
+    """Read a manifest and compare it with the files of its directory.
 
     Args:
-        directory: of the checkpoint.
-        step: its step.
-        listed: whether to list the files, which one rank does for all.
+        directory: Directory of the checkpoint.
+        step: Step of the checkpoint.
+        listed: Whether to list the files; one rank does so for all.
 
     Returns:
         The manifest.
 
     Raises:
-        CorruptCheckpoint: it is damaged, of another step, or a file is missing, of another size or not named in it.
-        CheckpointError: it has another format version.
+        CorruptCheckpoint: It is damaged or of another step, or a file is missing, of another size or not named in it.
+        CheckpointError: It has another format version.
     """
     path = directory / MANIFEST
     if (length := file_size(path)) > _MOST_BYTES:
