@@ -20,10 +20,14 @@ from typing import Any
 import torch
 
 from recis_hybrid import distributed
+from recis_hybrid.app.build import read_options, stages_of, trainer_of
+from recis_hybrid.app.check import check
 from recis_hybrid.app.config import Config, ConfigError, load_config
-from recis_hybrid.app.config_check import check
-from recis_hybrid.app.config_keys import describe_keys
-from recis_hybrid.app.config_resume import (
+from recis_hybrid.app.config.keys import describe_keys
+from recis_hybrid.app.launch import joined
+from recis_hybrid.app.loaded_run import load_run, run_and_step
+from recis_hybrid.app.report import write_report
+from recis_hybrid.app.resume import (
     NAME,
     Changes,
     allowed_changes,
@@ -31,10 +35,6 @@ from recis_hybrid.app.config_resume import (
     recorded_config,
     refuse_folder,
 )
-from recis_hybrid.app.config_run import read_options, stages_of, trainer_of
-from recis_hybrid.app.launch import joined
-from recis_hybrid.app.loaded_run import load_run, run_and_step
-from recis_hybrid.app.report import write_report
 from recis_hybrid.app.template import write_starter
 from recis_hybrid.pipelines.callback import CallbackError
 from recis_hybrid.pipelines.interruption import Terminated

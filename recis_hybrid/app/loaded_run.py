@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from recis_hybrid.app.build import dataset_of, features_of, metrics_of, refuse_device, scoring_step_of
 from recis_hybrid.app.config import Config, ConfigError, load_config
-from recis_hybrid.app.config_resume import NAME, recorded_config
-from recis_hybrid.app.config_run import dataset_of, features_of, metrics_of, refuse_device, scoring_step_of
+from recis_hybrid.app.resume import NAME, recorded_config
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.pipelines.evaluate import evaluate

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from recis_hybrid.app import cli
-from recis_hybrid.app.config import Config, ConfigError, load_config, parse
-from recis_hybrid.app.config_run import METRICS, SPARSE, trainer_of
+from recis_hybrid.app.build import METRICS, SPARSE, trainer_of
+from recis_hybrid.app.config import Config, ConfigError, load_config
+from recis_hybrid.app.config.parse import parse
 from recis_hybrid.pipelines import Trainer
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recis_hybrid import metrics as every_metric, optim
+from recis_hybrid.app.build import stages_of, trainer_of
 from recis_hybrid.app.config import load_config
-from recis_hybrid.app.config_run import stages_of, trainer_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.metrics import AUC, GAUC, MSE, LogLoss

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recis_hybrid.app import cli
+from recis_hybrid.app.build import trainer_of
 from recis_hybrid.app.config import load_config
-from recis_hybrid.app.config_run import trainer_of
 from recis_hybrid.app.launch import joined
 from recis_hybrid.app.template import write_starter
 from recis_hybrid.metrics import AUC, LogLoss, auc

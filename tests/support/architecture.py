@@ -94,6 +94,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
         "actions": {"checkpoint", "parts", "storage", "format", "runtime"},
     },
     "pipelines": {"callbacks": set(), "steps": set(), "data": {"steps"}},
+    "app": {"config": set()},
     "bridge": {"exchange": set(), "tower": {"exchange"}},
 }
 # A folder of more modules than this is cut into sub-packages.

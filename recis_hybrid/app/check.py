@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from recis_hybrid.app.build import dataset_of, features_of, read_options, refuse_device, step_of
 from recis_hybrid.app.config import Config, ConfigError, FeatureConfig
-from recis_hybrid.app.config_run import dataset_of, features_of, read_options, refuse_device, step_of
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import Feature, FeatureEngine
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard

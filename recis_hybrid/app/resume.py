@@ -13,7 +13,7 @@ import torch
 
 from recis_hybrid import distributed
 from recis_hybrid.app.config import Config, ConfigError, is_url, parse_config
-from recis_hybrid.app.config_yaml import write_yaml
+from recis_hybrid.app.config.core_yaml import write_yaml
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.stages import Run
 from recis_hybrid.ragged import Batch

@@ -10,8 +10,8 @@ import torch
 
 from recis_hybrid.app import cli, load_run
 from recis_hybrid.app.config import Config, ConfigError, load_config
-from recis_hybrid.app.config_keys import describe_keys
-from recis_hybrid.app.config_resume import allowed_changes
+from recis_hybrid.app.config.keys import describe_keys
+from recis_hybrid.app.resume import allowed_changes
 from recis_hybrid.embedding import EmbeddingEngine
 from tests.support.configs import small_config, write_csv
 

@@ -1,4 +1,4 @@
-"""YAML 1.2 core schema, with silent mistakes of YAML 1.1 refused.
+"""YAML by the core schema of version 1.2, in which duplicate keys and the surprises of YAML 1.1 are errors.
 
 References:
     YAML 1.2.2, chapter 10.3: the core schema. https://yaml.org/spec/1.2.2/
@@ -17,7 +17,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 _LIMIT = 1_000_000
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = "-+0123456789."
-# Tag, what it looks like, and the characters that it can begin with.
+# Tag, pattern, and possible first characters.
 _CORE = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -35,18 +35,18 @@ def read_yaml(text: str | bytes, name: str = "text") -> Any:
     """Return the value of a YAML document.
 
     Scalars follow YAML 1.2: ``no``, ``1:30``, ``1_000`` and dates are strings, ``012`` and ``0o14`` are 12, ``1e-3`` is
-    a number. Keys of mappings are strings as they are written. A key that is written twice in a mapping is refused, but
-    may replace one that comes from a merge key (``<<: *defaults``).
+    a number. Keys of mappings are strings as written. A duplicate key in a mapping is refused, but a key may replace
+    one from a merge key (``<<: *defaults``).
 
     Args:
         text: One document; bytes may be UTF-8 or UTF-16 with a byte order mark.
-        name: What errors call it.
+        name: Name of the document in errors.
 
     Returns:
         Plain dicts, lists, strings, ints, floats, bools and None.
 
     Raises:
-        yaml.YAMLError: The text is no such document; the message says where.
+        yaml.YAMLError: The text is not such a document; the message names the position.
 
     Example:
         >>> read_yaml("no: 1e-3, ")
@@ -86,7 +86,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Loader(yaml.SafeLoader):
-    # Built below; those of SafeLoader are of YAML 1.1.
+    # Filled below; those of SafeLoader follow YAML 1.1.
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
@@ -120,7 +120,9 @@ def _refuse_duplicates(node: MappingNode) -> None:
     seen: dict[str, Any] = {}
     for key, _ in node.value:
         if not isinstance(key, ScalarNode):
-            raise ConstructorError(None, None, "a key must be a string, this is a list or a mapping", key.start_mark)
+            raise ConstructorError(
+                None, None, "a key must be a string, but this is a list or a mapping", key.start_mark
+            )
         if key.value in seen:
             raise ConstructorError(
                 f"the key {key.value!r} is written twice in a mapping, first",
@@ -152,7 +154,7 @@ def _distinct(root: Node) -> list[Node]:
 
 
 def _refuse_expansion(root: Node) -> None:
-    """Raise if an anchor contains itself, or aliases of aliases stand for more than a million values."""
+    """Raise if an anchor contains itself, or nested aliases expand to more than a million values."""
     sizes: dict[int, int | None] = {}
 
     def size(node: Node) -> int:
@@ -166,7 +168,7 @@ def _refuse_expansion(root: Node) -> None:
             known = sizes[id(node)] = 1 + sum(map(size, _children(node)))
             if known > _LIMIT:
                 raise ConstructorError(
-                    None, None, f"aliases stand for more than {_LIMIT:,} values; write fewer", node.start_mark
+                    None, None, f"aliases expand to more than {_LIMIT:,} values; use fewer", node.start_mark
                 )
         return known
 
@@ -178,7 +180,7 @@ def _int(loader: _Loader, node: Any) -> int:
     try:
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     except ValueError:
-        raise ConstructorError(None, None, f"{text[:40]!r} is no integer", node.start_mark) from None
+        raise ConstructorError(None, None, f"{text[:40]!r} is not an integer", node.start_mark) from None
 
 
 def _float(loader: _Loader, node: Any) -> float:
@@ -186,7 +188,7 @@ def _float(loader: _Loader, node: Any) -> float:
     try:
         return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
     except ValueError:
-        raise ConstructorError(None, None, f"{text[:40]!r} is no number", node.start_mark) from None
+        raise ConstructorError(None, None, f"{text[:40]!r} is not a number", node.start_mark) from None
 
 
 def _bool(loader: _Loader, node: Any) -> bool:
@@ -198,7 +200,7 @@ def _bool(loader: _Loader, node: Any) -> bool:
 
 def _unknown(loader: _Loader, node: Any) -> None:
     raise ConstructorError(
-        None, None, f"the tag {node.tag!r} is not known; leave it out, strings are written in quotes", node.start_mark
+        None, None, f"unknown tag {node.tag!r}; leave it out, and put strings into quotes", node.start_mark
     )
 
 

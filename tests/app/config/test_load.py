@@ -10,8 +10,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from recis_hybrid.app.build import dataset_of, features_of, step_of
 from recis_hybrid.app.config import Config, ConfigError, load_config
-from recis_hybrid.app.config_run import dataset_of, features_of, step_of
 from recis_hybrid.ragged import RaggedTensor, to_arrow
 from tests.support.columns import dense
 

@@ -1,4 +1,4 @@
-"""The keys of a configuration as a text for ``--help``: what each takes, its default, and what it means."""
+"""The keys of a configuration as text for ``--help``: types, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal, Union
 
 import yaml
 
-from recis_hybrid.app.config import Config
+from recis_hybrid.app.config.schema import Config
 
 _KINDS = {int: "integer", float: "number", bool: "true | false", str: "string", types.NoneType: "null"}
 
 
 def describe_keys() -> str:
-    """Return a line for each key, and what it means below.
+    """Return a line for each key, with its meaning below.
 
     Example:
         >>> print(describe_keys().splitlines()[2])
@@ -34,7 +34,7 @@ def describe_keys() -> str:
 
 
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield each key, what it takes, what it is if nothing is said ("" if it must be given), and what it means."""
+    """Yield each key, its type, its default ("" if it is required), and its meaning."""
     hints, texts = typing.get_type_hints(cls, include_extras=True), _texts(cls)
     for each in dataclasses.fields(cls):
         hint = hints[each.name]
@@ -44,12 +44,12 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
             continue
         default = each.default if each.default_factory is MISSING else each.default_factory()
         shown = "" if default is MISSING else yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
-        text = texts[each.name].replace("``", "").replace("None", "null")  # as YAML has it
+        text = texts[each.name].replace("``", "").replace("None", "null")  # as YAML spells it
         yield f"{prefix}{each.name}", _kind(hint), shown, text
 
 
 def _texts(cls: type) -> dict[str, str]:
-    """Return the docstrings under the fields of a dataclass, which Python drops."""
+    """Return the docstrings under the fields of a dataclass, which Python discards."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     found = {}

@@ -11,8 +11,8 @@ import torch
 
 from recis_hybrid import optim
 from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
-from recis_hybrid.app.config_model import ConfigModel
-from recis_hybrid.app.config_resume import Changes, RunRecord
+from recis_hybrid.app.model import ConfigModel
+from recis_hybrid.app.resume import Changes, RunRecord
 from recis_hybrid.columnio import Column, ColumnDataset, CsvOptions, Dense, Ragged, ReadOptions, Text, Weighted
 from recis_hybrid.embedding import (
     EmbeddingConfig,

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings, strategies as st
 
-from recis_hybrid.app.config_yaml import read_yaml, write_yaml
+from recis_hybrid.app.config.core_yaml import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(
