@@ -1,4 +1,4 @@
-"""The command `recis-hybrid`: hands each subcommand to its room."""
+"""The command ``recis-hybrid``: hands each subcommand to its room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of `recis-hybrid` that train and score: init, train, evaluate, predict and report.
+"""The commands of ``recis-hybrid`` that train and score: init, train, evaluate, predict and report.
 
 Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted
 (Ctrl-C), 143 if terminated (SIGTERM): 128 + the signal's number.

@@ -1,4 +1,4 @@
-"""load_run: load a run of `recis-hybrid train` to score with it. Letters: B rows of a batch."""
+"""load_run: load a run of ``recis-hybrid train`` to score with it. Letters: B rows of a batch."""
 
 from __future__ import annotations
 

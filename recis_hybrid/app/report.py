@@ -17,7 +17,7 @@ from recis_hybrid.saver.storage.resolve import storage_of
 
 PHASES = ("data", "features", "lookup", "exchange", "towers", "update")
 TABLES = 12
-"""How many tables have a chart of their own, the largest ones."""
+"""The number of tables, the largest ones, with a chart of their own."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --dim: #667080; --paper: #f5f6f8; --card: #fff; --line: #dfe3e8;

@@ -13,7 +13,7 @@ Points: TypeAlias = "Sequence[tuple[float, float | None]]"
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
 COLORS = 8
-"""How many colours the style has."""
+"""The number of colours of the style."""
 
 
 def short(value: float) -> str:
@@ -36,7 +36,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class _Plane:
-    """Where numbers lie on the chart."""
+    """Scales from numbers to positions on the chart."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], *, from_zero: bool) -> None:
         self.x_low, self.x_high = _range(xs, pad=0.0)

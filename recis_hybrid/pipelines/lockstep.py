@@ -35,11 +35,11 @@ class Agreement:
     """The announcements of all ranks for a step."""
 
     ended: bool
-    """Whether all ranks have reached the end of their pass."""
+    """True if all ranks have reached the end of their pass."""
     rows: list[list[int]]
     """For each batch of the step, its rows on each rank."""
     alike: bool
-    """Whether all ranks announced the digest of a batch, and the same one."""
+    """True if all ranks announced the digest of a batch, and the same one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ class Progress:
     stages: int = 0
     """Stages started."""
     finished: bool = True
-    """Whether the last of these has ended."""
+    """True if the last of these has ended."""
     window: str | None = None
     """Name of that stage's window."""
     stage_steps: int = 0

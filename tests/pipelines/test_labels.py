@@ -92,7 +92,7 @@ EXPECTED: list[float] = []
 
 
 def expected() -> list[float]:
-    """The losses of labels and outputs [B] in float32, by torch alone."""
+    """Return the losses of labels and outputs [B] in float32, by torch alone."""
     if not EXPECTED:
         model = Model()
         both = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]

@@ -81,7 +81,7 @@ FIGURES = ("step", "loss", "grad_norm", "auc", "mean_output", "clicks")
 
 
 def watching(step: TorchStep) -> list[dict[str, float]]:
-    """What each call of a step returns from now on, as numbers."""
+    """Return a list that collects what each later call of a step returns, as numbers."""
     seen: list[dict[str, float]] = []
     forward = step._forward
 
@@ -130,7 +130,7 @@ def test_the_mean_of_accumulated_and_of_stages() -> None:
 
 
 def own_figures(step_of: Any = make_step, **options: Any) -> TorchStep:
-    """A step that logs figures of its own, of several kinds."""
+    """Return a step that logs additional figures of several kinds."""
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         step.log("mean_output", outputs.mean())

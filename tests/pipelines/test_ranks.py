@@ -93,7 +93,7 @@ class Asks(Callback):
 
 
 def ends_on_one_rank_end_all(trainer: Trainer, rank: int, folder: Path) -> None:
-    """What only one rank's callback wants happens on both, after the next step that is logged."""
+    """Check that a request of one rank's callback takes effect on both, after the next logged step."""
     step, batches = trainer.steps[""], make_batches(rank, 2)
     stopped = Trainer(step, batches, callbacks=[Asks(2)] if rank == 0 else [], log_every=4)
     stopped.fit([Train()])
@@ -138,7 +138,7 @@ class Notes(Dense):
 
 
 def figures_are_means_over_ranks(rank: int, folder: Path) -> None:
-    """A line of the log has means over the steps of all ranks, whichever of them logs a figure, also after a save."""
+    """Check that log lines have means over the steps of all ranks, whichever rank logs, also after a save."""
     torch.manual_seed(0)
     model, shown = Notes(rank), Records()
     model.step = TorchStep(model, bce, [torch.optim.SGD(model.parameters(), lr=0.0)], metrics={"auc": AUC()})
@@ -173,7 +173,7 @@ def configured(config: Path, rows: int) -> Trainer:
 
 
 def as_configured(rank: int, port: int, config: Path, figures: dict[str, float]) -> None:
-    """What `recis-hybrid train` does with a configuration, on two ranks."""
+    """Run ``recis-hybrid train`` on a configuration, on two ranks."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     with joined("cpu") as device:
         assert (device, dist.get_world_size(), dist.get_backend()) == ("cpu", 2, "gloo")

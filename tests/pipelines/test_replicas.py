@@ -231,7 +231,7 @@ def run(case: Case) -> dict[str, Tensor]:
 
 
 def refusals(rank: int, folder: Path) -> None:
-    """What cannot be trained on ranks is refused on all of them, and none hangs."""
+    """Check that models that cannot be trained on several ranks are refused on all, and none hangs."""
 
     def trainer(model: Model, data: Any, **options: Any) -> Trainer:
         optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]

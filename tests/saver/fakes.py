@@ -46,7 +46,7 @@ def example_shelf() -> Shelf:
 
 
 def empty_shelf() -> Shelf:
-    """The same structure without rows, as in a new process."""
+    """Return the same structure without rows, as in a new process."""
     full = example_table()
     columns = {name: column[:0] for name, column in full.columns.items()}
     table = TableState(columns, full.buckets[:0], full.meta)
@@ -54,7 +54,7 @@ def empty_shelf() -> Shelf:
 
 
 def sealed(document: dict[str, Any]) -> bytes:
-    """The bytes of a manifest with a right CRC-32, as docs/format.md says how to make it."""
+    """Return the bytes of a manifest with a correct CRC-32, made as docs/format.md specifies."""
     rest = {key: value for key, value in document.items() if key != "crc32"}
     body = json.dumps(rest, indent=1).removesuffix("\n}").encode()
     return body + b',\n "crc32": "%08x"\n}\n' % zlib.crc32(body)
@@ -69,6 +69,6 @@ def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -
 
 
 def entries(directory: Path) -> list[str]:
-    """What lies in a run's directory, but for the lock of whoever saves there, and what is being deleted."""
+    """Return the entries of a run's directory, without the lease and files being deleted."""
     names = [entry.name for entry in directory.iterdir()]
     return sorted(name for name in names if name != LEASE and not name.endswith(".deleted"))

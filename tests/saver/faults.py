@@ -190,7 +190,7 @@ class Trial:
 
 
 def refusal(call: Callable[[], object]) -> str | None:
-    """What the saver says against a call; None if nothing."""
+    """Return the saver's error for a call, or None."""
     try:
         call()
     except CheckpointError as error:
@@ -234,7 +234,7 @@ def kill_between_base_and_delta(t: Trial) -> None:
 
 
 def disk_full(t: Trial) -> None:
-    """A run whose disk fills up at a random save fails there, with what was saved before whole."""
+    """Check that a run whose disk fills up at a random save fails there, with earlier checkpoints whole."""
     t.root.mkdir()
     limit = t.draw.randrange(60_000, 400_000)
     mounted = subprocess.run(
@@ -357,7 +357,7 @@ def of_table(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def two_jobs(t: Trial) -> None:
-    """The second job is refused while the first lives; killed, that leaves no lock."""
+    """Check that a second job is refused while the first lives, and that a killed job leaves no lock."""
     first = t.child()
     assert first.wait_for("e", t.draw.randint(1, 2))
     os.kill(first.pid, signal.SIGSTOP)  # so that it does not end before the second has tried

@@ -45,7 +45,7 @@ PROGRAM = textwrap.dedent(
 
 
 def whole(root: Path, step: int) -> dict[str, dict[str, list[object]]]:
-    """The tables of a checkpoint, with whatever it builds on."""
+    """Return the tables of a checkpoint and of its base checkpoints."""
     checkpoint = StoredCheckpoint(root, step)
     for part in checkpoint.manifest.parts:
         checkpoint.verify(part)

@@ -149,7 +149,7 @@ def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:
 
 
 def written(root: Path, step: int, table: str, above: str = "sparse") -> list[int]:
-    """The ids in the files of a table."""
+    """Return the ids in the files of a table."""
     files = (root / f"step_{step:06d}" / above / "engine" / table).iterdir()
     return sorted(torch.cat([load_file(file)["ids"] for file in files]).tolist())
 

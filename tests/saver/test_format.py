@@ -23,7 +23,7 @@ from tests.saver.schema import faults
 
 @pytest.fixture(scope="module")
 def documented(root: Path) -> str:
-    """The manifest that docs/format.md shows."""
+    """Return the manifest that docs/format.md shows."""
     return (root / "docs" / "format.md").read_text().split("```json\n")[1].split("```")[0]
 
 
@@ -35,13 +35,13 @@ def schema(root: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, documented: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkpoint that docs/format.md shows, written on the documented day."""
+    """Return the checkpoint that docs/format.md shows, written on the documented day."""
     monkeypatch.setattr(writing, "_about", lambda: json.loads(documented)["meta"])
     return Saver(tmp_path).save(123, {"engine": example_shelf(), "note": {"epoch": 1}})
 
 
 def safetensors_file(header: str, *data: bytes) -> bytes:
-    """A header padded to 8 bytes, its length before it, the data after it."""
+    """Return a header padded to 8 bytes, its length before it, the data after it."""
     text = header.encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + b"".join(data)
@@ -124,7 +124,7 @@ def test_the_schema_fits_what_is_written(tmp_path: Path, schema: dict[str, Any],
 
 
 def members(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The place of every member and item, but for those whose contents are free."""
+    """Return the path of every member and item, except those with free contents."""
     if place and place[-1] in ("meta", "tensors", "tables", "parts"):
         inner = list(value.values()) if place[-1] != "meta" else []
         return [place, *(p for k, v in zip(value, inner, strict=False) for p in members(v, (*place, k)))]
@@ -144,7 +144,7 @@ def edited(document: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 def incremental(documented: str) -> str:
-    """The documented manifest as one that builds on another."""
+    """Return the documented manifest as that of an incremental checkpoint."""
     document = json.loads(documented)
     table = document["parts"]["engine"]["tables"]["user/country"]
     removed = copy.deepcopy(table["ranges"])

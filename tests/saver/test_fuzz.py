@@ -36,7 +36,7 @@ def parts() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint and one that builds on it."""
+    """Return a full checkpoint and an incremental one based on it."""
     root = tmp_path_factory.mktemp("run")
     live, saver = parts(), Saver(root)
     for step in (1, 2):

@@ -42,7 +42,7 @@ def own(ids: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def sharded(rank: int, size: int, *, filled: bool = True, **options: Any) -> EmbeddingEngine:
-    """An engine of three member tables whose rows and counts are those of its rank."""
+    """Return an engine of three member tables with the rows and counts of its rank."""
     engine = EmbeddingEngine(
         {
             "user": EmbeddingConfig(dim=4),
@@ -91,7 +91,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run written by each number of ranks, its tables cut into up to 32 files."""
+    """Return a run written by each number of ranks, its tables cut into up to 32 files."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_plan, "RANGE_BYTES", 4096)

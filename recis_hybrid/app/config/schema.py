@@ -18,7 +18,7 @@ class Range:
     below: float = math.inf
     """Exclusive upper bound."""
     above: bool = False
-    """Whether ``least`` itself is excluded."""
+    """True if ``least`` itself is excluded."""
 
     def fault(self, number: float) -> str | None:
         """Return the rule that a number breaks, or None."""
@@ -47,7 +47,7 @@ class ColumnConfig:
     length: Count | None = None
     """Length of all lists in the column; an empty list counts as missing if there is a default."""
     null_as_empty: bool = False
-    """Whether null lists are read as empty lists; false: they are refused."""
+    """True if null lists are read as empty lists; false: they are refused."""
     unit: Literal["D", "s", "ms", "us", "ns"] | None = None
     """Unit of dates, times and durations, read as integers: days to nanoseconds; None: seconds."""
     format: str | None = None
@@ -97,11 +97,11 @@ class DataConfig:
     csv: CsvConfig = CsvConfig()
     """Dialect of CSV files."""
     partitions: bool = True
-    """Whether folders named ``key=value`` add a column to their files."""
+    """True if folders named ``key=value`` add a column to their files."""
     batch_size: Count = 4096
     """Rows of a batch, on each rank."""
     shuffle: bool = True
-    """Whether each pass reads the rows in a new random order."""
+    """True if each pass reads the rows in a new random order."""
     threads: Count = 1
     """Reader threads."""
 
@@ -150,9 +150,9 @@ class ModelConfig:
     dropout: Annotated[float, Range(0, 1)] = 0.0
     """Dropout probability after each layer."""
     batch_norm: bool = False
-    """Whether layers have batch normalization."""
+    """True if layers have batch normalization."""
     compile: bool = False
-    """Whether to compile the tower with torch.compile."""
+    """True to compile the tower with torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class TrainConfig:
     )
     """Metrics of evaluations."""
     tensorboard: bool = False
-    """Whether to write the log for TensorBoard as well (needs the extra ``tensorboard``)."""
+    """True to write the log for TensorBoard as well (needs the extra ``tensorboard``)."""
 
     def __post_init__(self) -> None:
         if len(set(self.metrics)) < len(self.metrics):

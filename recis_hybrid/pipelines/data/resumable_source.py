@@ -82,7 +82,7 @@ class Reader:
 
     @property
     def ended(self) -> bool:
-        """Whether this rank has read its whole pass while others continue."""
+        """True if this rank has read its whole pass while others continue."""
         return self._ended
 
     def _keep_columns(self, batch: Batch) -> None:
@@ -110,7 +110,7 @@ class Reader:
 
     @property
     def has_cheap_position(self) -> bool:
-        """Whether taking the position is cheap enough to do it at every step, so that any wait can be interrupted."""
+        """True if taking the position is cheap enough to do it at every step, so that any wait can be interrupted."""
         return not self._stateful or type(self._source).__module__.startswith("recis_hybrid.")
 
     def set_checkpoint(self, state: dict[str, Any]) -> None:

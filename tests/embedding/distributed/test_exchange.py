@@ -153,7 +153,7 @@ def test_a_rank_outside_the_group_is_told(ranks: Ranks) -> None:
 
 
 def failing(group: dist.ProcessGroup) -> list[str]:
-    """What rank 1 does wrong, and what both say; the group goes on each time."""
+    """Return the errors of both ranks for each mistake of rank 1; the group stays usable."""
     rank, said = dist.get_rank(group), []
 
     def attempt(action: Callable[[], object]) -> None:

@@ -342,7 +342,7 @@ def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:
 
 
 def scaled(group: dist.ProcessGroup, broken: int) -> dict[str, Any]:
-    """A loss scale, and a gradient that is infinite on one rank in one step."""
+    """Train with a loss scale and a gradient that is infinite on one rank in one step."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(1.0))}, group=group, reduce="sum")
     optimizer = optim.SGD(engine.parameters(), lr=0.5)
@@ -474,7 +474,7 @@ def saved(
 
 
 def whole(states: list[PartState]) -> PartState:
-    """What all ranks hand out, together: each row once."""
+    """Return the rows that all ranks export together, each once."""
     tables = {}
     for name, first in states[0].tables.items():
         columns = {

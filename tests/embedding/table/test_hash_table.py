@@ -325,7 +325,7 @@ def test_admission_by_frequency_is_exact(device: str, unknown: str) -> None:
 
 
 def make_engine_table(config: EmbeddingConfig) -> HashTable:
-    """The table that an engine makes of a config, without admission."""
+    """Return the table that an engine builds from a config, without admission."""
     return EmbeddingEngine({"id": EmbeddingConfig(dim=config.dim, initializer=config.initializer)}).tables[0]
 
 

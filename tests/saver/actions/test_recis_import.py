@@ -152,7 +152,7 @@ def test_tables_come_without_towers_when_asked(
 
 
 def recis_adam(tmp_path: Path, steps: int, **counters: Tensor) -> tuple[Path, dict[str, Any], Tensor]:
-    """A table that Adam has trained for some steps, with a constant gradient; and what it holds."""
+    """Return a table trained by Adam with a constant gradient for some steps, and its contents."""
     ids, gradient = torch.tensor([3, 5]), torch.full((2, 4), 0.5)
     state: dict[str, Any] = {
         "embedding": torch.zeros(2, 4),

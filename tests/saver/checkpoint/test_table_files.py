@@ -188,7 +188,7 @@ def test_a_state_against_the_rules_is_refused(tmp_path: Path, change: dict[str, 
 
 
 def sealed(root: Path, entry: TableEntry) -> TableEntry:
-    """What a manifest would say of the file as it is now."""
+    """Return the manifest entry of the file as it is now."""
     (item,) = entry.ranges
     data = (root / item.file.path).read_bytes()
     file = FileEntry(item.file.path, len(data), (f"{zlib.crc32(data):08x}",))

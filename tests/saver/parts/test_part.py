@@ -237,7 +237,7 @@ def test_extra_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of this process."""
+    """Return a process group of this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
