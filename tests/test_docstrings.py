@@ -17,12 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = read_package(ROOT)
 
 
-# Rooms and folders with docstrings of another form; the list may only shrink.
-UNMENDED = {
-    "tests",
-}
-
-
 def of_bridge(module: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.jax] if module.startswith("recis_hybrid.bridge") else []
 
@@ -56,12 +50,12 @@ def test_public_names_are_documented(module: str, name: str) -> None:
 
 
 def test_the_form_of_the_package() -> None:
-    faults = [list(form_violations(source)) for source in SOURCES if source.room not in UNMENDED]
+    faults = [list(form_violations(source)) for source in SOURCES]
     assert [fault for found in faults for fault in found] == []
 
 
 def test_the_form_of_programs_and_tests() -> None:
-    folders = sorted({"benchmarks", "examples", "scripts", "tests"} - UNMENDED)
+    folders = ("benchmarks", "examples", "scripts", "tests")
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     faults = [list(form_violations(parse(path.read_text(), str(path.relative_to(ROOT))))) for path in paths]
     assert [fault for found in faults for fault in found] == []

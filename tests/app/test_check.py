@@ -1,4 +1,4 @@
-"""`recis-hybrid train --check`: what it finds in a configuration and its data."""
+"""Problems that ``recis-hybrid train --check`` finds in a configuration and its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was trained scores: load_run, Trainer.predict, and the commands evaluate and predict."""
+"""Scores of trained models: load_run, Trainer.predict, and the commands evaluate and predict."""
 
 from __future__ import annotations
 

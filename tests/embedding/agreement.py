@@ -1,4 +1,4 @@
-"""How well many ranks agree with one process: every rule, number of ranks and setting, as a table.
+"""Agreement of many ranks with one process: every rule, number of ranks and setting, as a table.
 
     python -m tests.embedding.agreement [--steps 100]
 

@@ -1,8 +1,8 @@
-"""A training of several ranks that saves every few steps and goes on from the latest checkpoint, when it is started.
+"""A training on several ranks that saves every few steps and resumes from the latest checkpoint.
 
     torchrun --nproc-per-node 2 --max-restarts 1 -m tests.embedding.restarting FOLDER STEPS [--die-after 7]
 
-`--die-after` has the last rank kill itself after that step, the first time. Each rank leaves its rows and the tower in
+``--die-after`` makes the last rank kill itself after that step, the first time. Each rank leaves its rows and the tower in
 FOLDER/end.<rank>.json.
 """
 

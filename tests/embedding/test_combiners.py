@@ -1,4 +1,4 @@
-"""What bags become, and their gradients, against plain torch on a table of ready rows."""
+"""Combined bags and their gradients against plain torch on a table of known rows."""
 
 from __future__ import annotations
 

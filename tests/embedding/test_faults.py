@@ -1,4 +1,4 @@
-"""Each way of losing a rank once; `make faults` does each twenty times."""
+"""Every way of losing a rank, once; ``make faults`` runs each twenty times."""
 
 from __future__ import annotations
 

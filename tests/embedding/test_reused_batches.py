@@ -1,4 +1,4 @@
-"""What a batch's tensors, another table's lookups and odd modes may do to a table: nothing."""
+"""Tables are independent of a batch's tensors, of other tables' lookups and of unusual modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank without a batch takes part with: a batch of the same columns, without rows, whatever they are."""
+"""Batches of ranks that have run out: the same columns without rows, whatever their types."""
 
 from __future__ import annotations
 

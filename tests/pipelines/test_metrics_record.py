@@ -1,4 +1,4 @@
-"""What the lines of the log say."""
+"""Contents of the lines of the log."""
 
 from __future__ import annotations
 

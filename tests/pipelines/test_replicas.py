@@ -138,7 +138,7 @@ class Case:
     decay: float = 0.0
     ddp: Callable[[Model], nn.Module] = lambda model: model
     close: bool = True
-    """Whether one process comes to the same numbers."""
+    """True if one process computes the same numbers."""
     prefetch: int | None = None
 
 

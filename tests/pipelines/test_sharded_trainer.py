@@ -64,7 +64,7 @@ class StopAt14(Callback):
 
 
 class Ahead(Callback):
-    """How many batches were on their way before each step, that of the step among them."""
+    """Number of batches in flight before each step, its own included."""
 
     def __init__(self) -> None:
         self.batches: set[int] = set()

@@ -1,4 +1,4 @@
-"""Where a step's time goes, and that a step which is not logged waits for nothing."""
+"""Parts of a step's time; a step that is not logged waits for nothing."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ PATIENCE_S = 120
 
 
 class Run(nn.Module):
-    """What a training program holds."""
+    """Objects of a training program."""
 
     def __init__(self, data: Path) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Child:
         self.events: list[tuple[str, float]] = []
 
     def wait_for(self, event: str, count: int = 1) -> bool:
-        """Whether an event came that often before the process ended."""
+        """Return whether an event occurred that often before the process ended."""
         while sum(e == event for e, _ in self.events) < count:
             if not select.select([self._read], [], [], PATIENCE_S)[0]:
                 self.kill()

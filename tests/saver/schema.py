@@ -9,7 +9,7 @@ _TYPES = {"object": dict, "array": list, "string": str, "null": type(None)}
 
 
 def faults(schema: dict[str, Any], value: Any, root: dict[str, Any] | None = None, place: str = "$") -> list[str]:
-    """Where a value breaks a schema."""
+    """Yield the paths at which a value violates a schema."""
     root = schema if root is None else root
     found: list[str] = []
     for word, rule in schema.items():

@@ -56,7 +56,7 @@ def copied(chain: Path, tmp_path: Path) -> Path:
 
 
 def attempt(root: Path) -> bool:
-    """Whether it loads; anything but an error of the saver goes through."""
+    """Return whether it loads; only errors of the saver are caught."""
     for load in (lambda: Saver(root).load(parts()), lambda: serve(root)):
         try:
             load()

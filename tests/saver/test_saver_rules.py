@@ -1,4 +1,4 @@
-"""What the saver does around the parts: which checkpoint, what is kept, what is written when, what is refused."""
+"""Rules of the saver around parts: choice of checkpoint, retention, times of writing, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which distinct ids a rank asks whom for: the native operator, and the same in torch, against plain Python."""
+"""Distinct ids by owning rank: the native operator and its torch equivalent against plain Python."""
 
 from __future__ import annotations
 

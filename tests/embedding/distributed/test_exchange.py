@@ -1,4 +1,4 @@
-"""What ranks send each other: how much, in which types, and what happens when one of them fails."""
+"""Messages between ranks: their sizes, their types, and failures of a rank."""
 
 from __future__ import annotations
 

@@ -396,7 +396,7 @@ def test_ranks_evict_what_one_process_would(ranks: Ranks) -> None:
 
 
 def freed(group: dist.ProcessGroup) -> list[bool]:
-    """Whether tables go with the engine, without the garbage collector."""
+    """Return whether tables are freed with the engine, without the garbage collector."""
     gc.disable()
     try:
         engine = EmbeddingEngine(sharded.configs(), group=group)
@@ -419,7 +419,7 @@ def test_tables_are_freed_with_their_engine(ranks: Ranks) -> None:
 
 
 def forgotten(group: dist.ProcessGroup) -> list[int]:
-    """How many lookups are watched after many that no step follows; some of them live on."""
+    """Return the number of lookups watched after many without a step, some still referenced."""
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, initializer=Constant(0.0))}, group=group, reduce="sum")
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     kept = engine({"id": torch.tensor([7])})["id"]

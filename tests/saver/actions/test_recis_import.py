@@ -1,4 +1,4 @@
-"""What RecIS saves, written here in its layout: names of blocks, blanks and all, by hand."""
+"""Checkpoints of RecIS, written by hand in its layout, block names with blanks included."""
 
 from __future__ import annotations
 
