@@ -134,16 +134,16 @@ class _TrainParser(Parser):
 def _train_parser() -> Parser:
     parser = _TrainParser(
         "train",
-        "train what a configuration says; the last line on stdout is JSON",
+        "train as a configuration says; the last line on stdout is JSON",
         epilog=f"Paths in a configuration are relative to its folder, those in KEY=VALUE to the current one.\n\n"
-        f"keys of a configuration, what they take, and (what they are if nothing is said):\n{describe_keys()}",
+        f"keys of a configuration, their types and (defaults):\n{describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="a YAML file, as `recis-hybrid init` writes it")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="other values, as train.epochs=5")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
+    parser.add_argument("config", type=Path, help="a YAML file, such as `recis-hybrid init` writes")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="set a key, as train.epochs=5")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
     parser.add_argument(
-        "--check", action="store_true", help="check the configuration on a sample of the data, and train nothing"
+        "--check", action="store_true", help="check the configuration on a sample of the data, without training"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

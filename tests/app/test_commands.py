@@ -86,7 +86,7 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("features.user.dims=3", r"unknown key features.user.dims; did you mean features.user.dim\?"),
         ("features.user=3", "features.user must be a mapping of keys, got 3"),
         ("data=3", "data must be a mapping of keys, got 3"),
-        ("run.x=3", "run is .*, which has no keys below it"),
+        ("run.x=3", "run is .*, which has no keys"),
         ("run", "must be KEY=VALUE, as train.epochs=3"),
         ("train.metrics=[auc, ndcg]", r"train.metrics\[1\] must be one of .*, got 'ndcg'"),
         ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: there is no operation 'hesh'"),
@@ -99,7 +99,7 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("optimizer.sparse_lr=-1e-3", "optimizer.sparse_lr must be at least 0, got -0.001"),
         ("optimizer.dense_lr=nan", "optimizer.dense_lr must be a number, got 'nan'"),
         ("features.user.dim=0", "features.user.dim must be at least 1, got 0"),
-        ("data.groups=null", "train.metrics has gauc, which is by group; name the column of groups in data.groups"),
+        ("data.groups=null", "train.metrics has gauc, which needs groups; name their column in data.groups"),
         ("features.user.dim=4", "model.kind deepfm needs one dim of at least 2 for all features"),
     ],
 )
@@ -128,9 +128,9 @@ def test_what_data_does_not_fit_is_named(config: Path, capsys: pytest.CaptureFix
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"here: the keys \['run', 'features'\] must be given"):
+    with pytest.raises(ConfigError, match=r"here: the keys \['run', 'features'\] are required"):
         parse(Config, {"data": {"train": "x"}}, "here")
-    with pytest.raises(ConfigError, match=r"data.train'\] must be given"):
+    with pytest.raises(ConfigError, match=r"data.train'\] are required"):
         parse(Config, {"run": "x", "features": {}, "data": {}}, "here")
     with pytest.raises(ConfigError, match="none.yaml: cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
@@ -269,10 +269,10 @@ def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str], confi
         cli.main(["train", "--help"])
     shown = capsys.readouterr().out
     for line in (
-        "  run: string\n        Folder for checkpoints and log.jsonl.",
-        "  train.epochs: integer, at least 1 (1)\n        Passes over the training rows;",
+        "  run: string\n        Folder or URL for checkpoints and log.jsonl.",
+        "  train.epochs: integer, at least 1 (1)\n        Passes over the training rows,",
         "  optimizer.sparse: adam | adagrad | rowwise_adagrad | sgd (adam)\n",
-        "  features.NAME.dim: integer, at least 1 | null (null)\n        Elements of its embedding; null: a number",
+        "  features.NAME.dim: integer, at least 1 | null (null)\n        Dimension of the embedding; null: a number",
         "  model.hidden: list of integer, at least 1 ([128, 64])\n",
     ):
         assert line in shown

@@ -318,7 +318,7 @@ def test_a_run_may_lie_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for arguments, message in (
         (["report", url], "is no folder of this machine; name the page, by --out"),
         (["evaluate", f"{url}-not"], "there is no such folder"),
-        (["train", str(config), f"run={url}", "train.tensorboard=true"], "train.tensorboard writes into a folder"),
+        (["train", str(config), f"run={url}", "train.tensorboard=true"], "train.tensorboard needs a folder"),
     ):
         assert cli.main(arguments) in (1, 2)
         assert message in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_a_signal_saves_and_a_resumed_run_ends_bitwise(
 
 def test_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for where, saver, said in (
-        ("before_fit", True, "no stage had begun, so there was nothing to save"),
+        ("before_fit", True, "no stage had started, so there was nothing to save"),
         ("step2", False, "there is no saver, so nothing was saved"),
     ):
         trainer = trainer_of(tmp_path / where, where, signal.SIGTERM, saver=saver)

@@ -73,14 +73,14 @@ def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_cur
         ("epochs=3", "unknown key epochs; did you mean train.epochs"),
         ("zzz=3", r"unknown key zzz\. There are \['data', 'features'"),
         ("features.user.ops=[hash]", r"features.user.ops\[0\] must be a mapping of keys, got 'hash'; write {hash: {}}"),
-        ("features.price={std: 1}", "features.price: std is of an embedding; give the feature a dim"),
-        ("features.price={table: t}", "features.price: table is of an embedding"),
-        ("features.label={dim: 2}", "features.label reads the label column 'label'"),
-        ("features.x={source: [user, label], dim: 2}", "features.x reads the label column"),
+        ("features.price={std: 1}", "features.price: std applies to embeddings only; give the feature a dim"),
+        ("features.price={table: t}", "features.price: table applies to embeddings only"),
+        ("features.label={dim: 2}", "features.label reads 'label', the label"),
+        ("features.x={source: [user, label], dim: 2}", "features.x reads 'label', the label"),
         ("data.columns={usr: {default: 0}}", "data.columns.usr is not used; did you mean user"),
         ("data.columns.user.default=[1]", "data.columns.user.default must be true or false, an integer, a number or a"),
-        ("train.metrics=[auc, auc]", "train: metrics must differ"),
-        ("train={metrics: [], patience: 2}", "train.patience waits for the first of train.metrics"),
+        ("train.metrics=[auc, auc]", "train: metrics must be distinct"),
+        ("train={metrics: [], patience: 2}", "train.patience needs a metric"),
         ("train.checkpoint_whole_every=3", "train: checkpoint_whole_every counts the checkpoints of checkpoint_steps"),
     ],
 )
@@ -128,13 +128,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for text, message in (
         ("", "the file is empty; `recis-hybrid init`"),
         ("a: [", "cannot be read as YAML"),
-        ("a:\n\tb: 1", "indent by spaces"),
+        ("a:\n\tb: 1", "indent with spaces"),
         ("a: 1\na: 1", "written twice"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(path)
-    with pytest.raises(ConfigError, match="this is a folder; did you mean .*config.yaml"):
+    with pytest.raises(ConfigError, match="must be a YAML file, but is a folder; did you mean .*config.yaml"):
         load_config(tmp_path)
 
 
