@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 --max-restarts 1 -m tests.embedding.restarting FOLDER STEPS [--die-after 7]
 
-``--die-after`` makes the last rank kill itself after that step, the first time. Each rank leaves its rows and the tower in
-FOLDER/end.<rank>.json.
+``--die-after`` makes the last rank kill itself after that step, the first time. Each rank writes its rows and the tower
+to FOLDER/end.<rank>.json.
 """
 
 from __future__ import annotations
