@@ -12,21 +12,21 @@ from importlib import metadata
 _PIPELINES, _SAVER = "recis_hybrid.app.commands", "recis_hybrid.saver.cli"
 COMMANDS = {
     "train models without a script": {
-        "init": (_PIPELINES, "write a configuration to begin with, and a small log that it runs on"),
-        "train": (_PIPELINES, "train what a configuration says"),
+        "init": (_PIPELINES, "write a configuration to start from, and a small log to run it on"),
+        "train": (_PIPELINES, "train as a configuration says"),
         "evaluate": (_PIPELINES, "compute the metrics of a run on data"),
         "predict": (_PIPELINES, "write the scores of a run on data to a file"),
-        "report": (_PIPELINES, "make one HTML page of the log of a run"),
+        "report": (_PIPELINES, "write the log of a run as one HTML page"),
     },
-    "look at checkpoints": {
-        "inspect": (_SAVER, "show what a checkpoint holds: parts, tables, rows, bytes"),
+    "look into checkpoints": {
+        "inspect": (_SAVER, "show the contents of a checkpoint: parts, tables, rows, bytes"),
         "verify": (_SAVER, "check every file of a checkpoint by its checksums"),
-        "diff": (_SAVER, "show in what two checkpoints differ, bit for bit"),
+        "diff": (_SAVER, "show the differences of two checkpoints, bit for bit"),
     },
-    "make others of them": {
-        "compact": (_SAVER, "make an incremental checkpoint whole"),
+    "convert checkpoints": {
+        "compact": (_SAVER, "turn an incremental checkpoint into a full one"),
         "export": (_SAVER, "write embeddings and towers for serving"),
-        "import-recis": (_SAVER, "make a checkpoint of what RecIS has saved"),
+        "import-recis": (_SAVER, "convert a checkpoint of RecIS"),
     },
 }
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Of the command line; None takes the process's.
+        arguments: Command line; None: that of the process.
 
     Returns:
         The exit status.
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f"; did you mean `recis-hybrid {close[0]}`?" if close else "."
         print(f"recis-hybrid: there is no {what} {given[0]!r}{meant} There are: {', '.join(rooms)}", file=sys.stderr)
         sys.exit(2)
-    # A room is loaded when one of its commands is asked for.
+    # Import a package only when one of its commands runs.
     status: int = importlib.import_module(rooms[given[0]]).main(given)
     return status
 
@@ -72,7 +72,7 @@ def _usage() -> str:
     for title, commands in COMMANDS.items():
         lines += [f"{title}:", *(f"  {name:<14}{text}" for name, (_, text) in commands.items()), ""]
     return "\n".join(
-        [*lines, "`recis-hybrid COMMAND --help` says more of one; `recis-hybrid --version` which this is."]
+        [*lines, "`recis-hybrid COMMAND --help` explains a command, `--version` prints the version."]
     )
 
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Of the command line; None takes the process's.
+        arguments: Command line; None: that of the process.
 
     Returns:
         The exit status.
@@ -107,14 +107,14 @@ def _json(figures: dict[str, Any]) -> str:
 
 
 def _init_parser() -> Parser:
-    parser = Parser("init", "write a configuration to begin with, and a small log that it runs on")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="where to (first)")
+    parser = Parser("init", "write a configuration to start from, and a small log to run it on")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="the folder to write (first)")
     return parser
 
 
 def _init(args: argparse.Namespace) -> int:
     config = write_starter(args.folder)
-    print(f"{config}: look at it, then run\n    recis-hybrid train {config}")
+    print(f"{config}: edit it, then run\n    recis-hybrid train {config}")
     return 0
 
 
@@ -127,7 +127,7 @@ class _TrainParser(Parser):
         if message.startswith("unrecognized") and (key := names.get(given.partition("=")[0].replace("-", "_"))):
             message = f"{message}; keys are set as {key}=VALUE"
         elif "required: config" in message:
-            message += "; `recis-hybrid init` writes a configuration to begin with"
+            message += "; `recis-hybrid init` writes a configuration to start from"
         super().error(message)
 
 
@@ -164,7 +164,7 @@ def _train(args: argparse.Namespace) -> int:
             return 0
         if steps and not args.resume:
             raise ConfigError(
-                f"{config.run} has checkpoints of the steps {steps} already; go on from them by --resume, or name "
+                f"{config.run} has checkpoints of the steps {steps}; continue from them with --resume, or name "
                 f"another folder by run=FOLDER"
             )
         trainer = trainer_of(here, quiet=args.quiet, changes=changes)
@@ -181,26 +181,26 @@ def _train(args: argparse.Namespace) -> int:
 def _changes(config: Config, steps: Sequence[int]) -> Changes:
     """Return and print the changes of a resumed run."""
     if not steps:
-        _say(f"{config.run} has no checkpoint yet: training begins at step 0")
+        _say(f"{config.run} has no checkpoint yet: training starts at step 0")
         return {}
     if not (storage_of(config.run).root / NAME).is_file():
-        _say(f"{config.run} has no {NAME}: changes since its start are not known")
+        _say(f"{config.run} has no {NAME}: changes since its start are unknown")
         return {}
     try:
         recorded = recorded_config(config.run)
     except ConfigError as error:
-        raise ConfigError(f"{error}; remove the file to go on without a comparison") from error
+        raise ConfigError(f"{error}; remove the file to continue without a comparison") from error
     changes = allowed_changes(recorded, config)
     if changes:
-        _say(f"{config.run} goes on from step {steps[-1]} with {changes_text(changes)}")
+        _say(f"{config.run} continues from step {steps[-1]} with {changes_text(changes)}")
     return changes
 
 
 def _finished(config: Config, trainer: Trainer) -> str:
-    where = f"{config.run}: there was nothing left to train, at step {trainer.steps_done}"
+    where = f"{config.run}: nothing is left to train at step {trainer.steps_done}"
     if trainer.stopped is not None:
-        return f"{where}: {trainer.stopped}; a larger train.patience, or null, goes on"
-    return f"{where}: all {config.train.epochs} epoch(s) are done; a larger train.epochs goes on"
+        return f"{where}: {trainer.stopped}; a larger train.patience, or null, continues"
+    return f"{where}: all {config.train.epochs} epoch(s) are done; a larger train.epochs continues"
 
 
 def _say(text: str) -> None:
@@ -210,9 +210,9 @@ def _say(text: str) -> None:
 
 def _scoring_parser(name: str, about: str) -> Parser:
     parser = Parser(name, about)
-    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run that `recis-hybrid train` has trained")
-    parser.add_argument("--step", type=int, help="the checkpoint to take (the latest)")
-    parser.add_argument("--device", help="where to compute (where it was trained)")
+    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run of `recis-hybrid train`")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (the latest)")
+    parser.add_argument("--device", help="device to compute on (that of the training)")
     return parser
 
 
@@ -240,7 +240,7 @@ def _predict_parser() -> Parser:
     parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or patterns; they need no label")
     parser.add_argument("--out", required=True, help="the file to write: .parquet or .csv")
     parser.add_argument(
-        "--columns", default="", metavar="NAME,NAME", help="columns of the data to write beside the score (none)"
+        "--columns", default="", metavar="NAME,NAME", help="columns of the data to write beside the scores (none)"
     )
     return parser
 
@@ -255,12 +255,12 @@ def _predict(args: argparse.Namespace) -> int:
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
     types = column_types(args.data, read_options(run.config))
     rows = write_predictions(args.out, run.predict(args.data, columns=columns), types)
-    print(f"{args.out}: {rows:,} rows, by step {run.step} of {run.path}")
+    print(f"{args.out}: {rows:,} rows, scored by step {run.step} of {run.path}")
     return 0
 
 
 def _report_parser() -> Parser:
-    parser = Parser("report", "make one HTML page of the log of a run")
+    parser = Parser("report", "write the log of a run as one HTML page")
     parser.add_argument("path", metavar="RUN", help="the folder or URL of a run, with log.jsonl")
     parser.add_argument("--out", type=Path, help="the page (RUN/report.html)")
     return parser

@@ -93,40 +93,44 @@ def _parsers() -> dict[str, Parser]:
             "diff",
             _diff,
             ["first", "second"],
-            "show in what two checkpoints differ, bit for bit, whatever their steps; exit with 1 if they do",
+            "show the differences of two checkpoints, bit for bit, whatever their steps; exit with 1 if any",
         ),
         (
             "compact",
             _compact,
             ["path"],
-            "put a checkpoint that holds just what changed together with those it builds on",
+            "merge an incremental checkpoint with those it builds on into a full one",
         ),
-        ("import-recis", _import_recis, [], "make a checkpoint of what RecIS has saved"),
+        ("import-recis", _import_recis, [], "convert a checkpoint of RecIS"),
         ("export", _export, ["path"], "write ids, embeddings and towers for serving, without optimizer state"),
     ):
         made[name] = command = Parser(name, about)
         for path in paths:
-            command.add_argument(
-                path, help="a run's directory or URL, of which the latest checkpoint is taken, or a step_… in it"
-            )
+            command.add_argument(path, help="directory or URL of a run (its latest checkpoint), or a step_… in it")
         if len(paths) == 1:
-            command.add_argument("--step", type=int, help="of a run's directory, the checkpoint to take")
+            command.add_argument("--step", type=int, help="step of the checkpoint, if PATH is a run")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
-    made["diff"].add_argument("--all", action="store_true", help="print every difference, whole")
-    made["compact"].add_argument("--to", help="the directory or URL that takes it (by default it replaces itself)")
-    made["import-recis"].add_argument("source", type=Path, help="the folder that RecIS saved to, with its index")
-    made["import-recis"].add_argument("out", help="the directory or URL that takes it, as step_…")
-    made["import-recis"].add_argument("--step", type=int, default=0, help="of the checkpoint (0)")
+    made["diff"].add_argument("--all", action="store_true", help="print every difference in full")
+    made["compact"].add_argument("--to", help="directory or URL to write to (default: replace the checkpoint)")
+    made["import-recis"].add_argument("source", type=Path, help="folder of the RecIS checkpoint, with its index")
+    made["import-recis"].add_argument("out", help="directory or URL to write to, as step_…")
+    made["import-recis"].add_argument("--step", type=int, default=0, help="step of the new checkpoint (0)")
     made["import-recis"].add_argument(
-        "--adam-step", type=int, metavar="N", help="steps that the sparse optimizer has done (those that are saved)"
+        "--adam-step", type=int, metavar="N", help="steps of the sparse optimizer (default: as saved)"
     )
     made["import-recis"].add_argument("--tables-only", action="store_true", help="leave the towers out")
     made["import-recis"].add_argument(
-        "--slot", action="append", default=[], metavar="SLOT=STATE", help="optimizer state of another name than ours"
+        "--slot",
+        action="append",
+        default=[],
+        metavar="SLOT=STATE",
+        help="name of an optimizer state in RecIS, and ours",
     )
-    made["export"].add_argument("out", help="the directory or URL that takes it, as step_…")
-    made["export"].add_argument("--dtype", choices=sorted(EXPORT_DTYPES), help="of embeddings (as they are)")
+    made["export"].add_argument("out", help="directory or URL to write to, as step_…")
+    made["export"].add_argument(
+        "--dtype", choices=sorted(EXPORT_DTYPES), help="dtype of the embeddings (default: unchanged)"
+    )
     return made
 
 
@@ -139,12 +143,14 @@ def _open(place: str, step: int | None = None) -> StoredCheckpoint:
         if not steps:
             raise CheckpointError(f"{place} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
         if step is not None and step not in steps:
-            raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, it holds {steps}.")
+            raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, only of {steps}.")
         return StoredCheckpoint(root, steps[-1] if step is None else step)
     if step is not None and step != int(match[1]):
-        raise CheckpointError(f"{place} is not of step {step}. Name the run's directory, or leave --step out.")
+        raise CheckpointError(
+            f"{place} is not the checkpoint of step {step}. Name the run's directory, or leave --step out."
+        )
     if not root.is_dir():
-        raise CheckpointError(f"{place} is no directory. Name a run's directory, or a step_… in it.")
+        raise CheckpointError(f"{place} is not a directory. Name a run's directory, or a step_… in it.")
     return StoredCheckpoint(root.parent, int(match[1]))
 
 
@@ -176,7 +182,7 @@ def _diff(args: argparse.Namespace) -> int:
         print(json.dumps({"first": a, "second": b, "differences": found}))
     else:
         shown = found if args.all else summarized(found)
-        print("\n".join(shown) if found else f"{a} and {b} hold the same")
+        print("\n".join(shown) if found else f"{a} and {b} are equal")
     return 1 if found else 0
 
 

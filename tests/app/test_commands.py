@@ -40,10 +40,10 @@ def test_the_starter_is_commented_runs_and_learns(config: Path, capsys: pytest.C
     run = config.parent / "run"
     assert sorted(path.name for path in run.glob("step_*")) == ["step_000030", "step_000040"]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 1
-    # Once more is refused, resumed is done already, and resumed for longer goes on.
+    # Once more is refused, resumed is done already, and resumed for longer continues.
     assert cli.main(["train", str(config), "--quiet"]) == 2
     said = capsys.readouterr().err
-    assert "has checkpoints of the steps [30, 40] already; go on from them by --resume, or name another folder" in said
+    assert "has checkpoints of the steps [30, 40]; continue from them with --resume, or name another folder" in said
     assert cli.main(["train", str(config), "--resume", "train.epochs=1", "--quiet"]) == 0
     assert last(capsys) == figures
     gc.collect()  # as the end of a process does, this lets another saver save there

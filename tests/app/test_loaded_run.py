@@ -132,7 +132,7 @@ def test_predictions_keep_the_order_of_the_rows(
     out = tmp_path / f"scores{suffix}"
     arguments = ["predict", str(folder / "run"), str(tmp_path / "data.csv"), "--out", str(out)]
     assert cli.main([*arguments, "--columns", "row,site"]) == 0
-    assert f"{out}: 50 rows, by step 8 of" in capsys.readouterr().out
+    assert f"{out}: 50 rows, scored by step 8 of" in capsys.readouterr().out
     if suffix == ".csv":
         with open(out, newline="") as file:
             rows = [{**row, "row": int(row["row"]), "score": float(row["score"])} for row in csv.DictReader(file)]
@@ -306,7 +306,7 @@ def test_a_run_may_lie_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert cli.main(["train", str(config), f"run={url}", "--quiet", "--resume", *more]) == 0
     said = capsys.readouterr()
-    assert "goes on from step 4 with optimizer.sparse_lr from 0.1 to 0.5" in said.err
+    assert "continues from step 4 with optimizer.sparse_lr from 0.1 to 0.5" in said.err
     figures = {name: value for name, value in json.loads(said.out).items() if name.startswith("eval/")}
     assert cli.main(["evaluate", url]) == 0
     assert json.loads(capsys.readouterr().out) == {"step": 8, **figures}

@@ -213,7 +213,7 @@ def test_other_settings_of_a_resumed_run_take_effect(first_epoch: Path, capsys: 
     changes = [each.replace("train.csv", str(first_epoch.parent / "train.csv")) for each in changes]
     assert train(first_epoch, "--resume", *changes) == 0
     said = capsys.readouterr()
-    assert "run goes on from step 4 with " in said.err
+    assert "run continues from step 4 with " in said.err
     assert "data.batch_size from 16 to 8" in said.err
     last = json.loads(said.out.splitlines()[-1])
     # 64 rows by 8, two batches a step: 4 steps more.
@@ -246,7 +246,7 @@ def test_a_finished_run_says_so_and_records_nothing(first_epoch: Path, capsys: p
     run = first_epoch.parent / "run"
     assert train(first_epoch, "--resume", "optimizer.sparse_lr=0.5") == 0
     said = capsys.readouterr()
-    assert "nothing left to train, at step 4: all 1 epoch(s) are done; a larger train.epochs goes on" in said.err
+    assert "nothing is left to train at step 4: all 1 epoch(s) are done; a larger train.epochs continues" in said.err
     assert json.loads(said.out)["steps"] == 4
     assert load_config(run / "config.yaml").optimizer.sparse_lr == 0.1
     assert log(run, "config") == []
@@ -254,7 +254,7 @@ def test_a_finished_run_says_so_and_records_nothing(first_epoch: Path, capsys: p
 
 def test_resuming_what_has_no_checkpoint_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config, "--resume") == 0
-    assert "run has no checkpoint yet: training begins at step 0" in capsys.readouterr().err
+    assert "run has no checkpoint yet: training starts at step 0" in capsys.readouterr().err
 
 
 def test_a_run_that_has_lost_its_record_goes_on(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:

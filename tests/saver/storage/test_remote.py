@@ -211,7 +211,7 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
         (["inspect", url], 0, "builds on step 1"),
         (["inspect", f"{url}/step_000001"], 0, "step 1, written by 1 process(es)"),
         (["verify", url], 0, f"{url}/step_000002: sound"),
-        (["diff", url, str(tmp_path / "run")], 0, "hold the same"),
+        (["diff", url, str(tmp_path / "run")], 0, "are equal"),
         (["compact", url], 1, "an object store cannot replace a checkpoint at once. Name another place with --to"),
         (["compact", url, "--to", "memory://b/whole"], 0, "memory://b/whole/step_000002 is whole"),
         (["compact", url, "--to", "memory://b/whole"], 1, "exists already"),
