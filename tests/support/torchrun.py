@@ -9,15 +9,27 @@ from pathlib import Path
 
 
 def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
-    """Write a program into a folder and run it; return the process with the output of both ranks."""
-    path = folder / "program.py"
+    """Write a program into a folder and run it; return the process, with the output of rank 0 before that of rank 1.
+
+    Each rank writes to files of its own: in a pipe that they share, their lines would run into each other.
+    """
+    path, logs = folder / "program.py", folder / "logs"
     path.write_text(program)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)],
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--log-dir", str(logs), "--redirects", "3", str(path)],
         cwd=repository,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
         env={**os.environ, "PYTHONPATH": str(repository)},
+    )
+    output = [
+        "".join(log.read_text() for log in sorted(logs.glob(f"**/{rank}/{stream}.log")))
+        for stream in ("stdout", "stderr")
+        for rank in range(2)
+    ]
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, "".join(output[:2]), "".join(output[2:]) + done.stderr
     )
