@@ -71,9 +71,7 @@ def _usage() -> str:
     lines = ["usage: recis-hybrid COMMAND ...", ""]
     for title, commands in COMMANDS.items():
         lines += [f"{title}:", *(f"  {name:<14}{text}" for name, (_, text) in commands.items()), ""]
-    return "\n".join(
-        [*lines, "`recis-hybrid COMMAND --help` explains a command, `--version` prints the version."]
-    )
+    return "\n".join([*lines, "`recis-hybrid COMMAND --help` explains a command, `--version` prints the version."])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class EngineLookup:
     "apply_gradients",
     "prefetch",
     "prefetch_rows",
+    "has_read",
     "drop_prefetched",
     "evict",
     "compact",
@@ -99,8 +100,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             of 2^-25 below 2^-14, and numbers beyond 65,504 become infinite.
         deduplicate: Send distinct ids only; False sends the id of every position. Results are the same.
         prefetch_depth: Maximum number of batches that :meth:`prefetch` sends ahead; 0 disables it. None: 2 if there is
-            or can be a process group for it, otherwise 0; and a batch that differs from the prefetched one, because a
-            model has made its columns, disables prefetching instead of raising.
+            or can be a process group for it, otherwise 0.
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: A second process group of the same ranks, for prefetching alone; None makes one, if ``group`` is
             all ranks.
@@ -190,7 +190,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         refuse_rows_in_state_dict(rows_in_state_dict)
         self.rows_in_state_dict = rows_in_state_dict
         """Form of the rows in ``state_dict``; it may be set at any time."""
-        explicit = prefetch_depth is not None
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
         self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
@@ -203,8 +202,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 depth=self.prefetch_depth,
                 staleness=staleness,
                 group=prefetch_group,
-                strict=explicit,
-                optional=self._optional,
             )
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
@@ -412,7 +409,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Start sending the ids of a later batch to the ranks that own them, and return at once.
 
         Results are the same as without it. All ranks must pass batches to the engine in the order in which they were
-        prefetched, and in the same mode. With ``prefetch_depth=0``, and on one process, nothing is done.
+        prefetched, and in the same mode. Lookups of other batches may come between. With ``prefetch_depth=0``, and on
+        one process, nothing is done.
 
         Args:
             batch: As for :meth:`forward`, which is later called with the same columns.
@@ -423,6 +421,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if self._sharded is not None and self._prefetcher is not None:
             self._sharded.router.agree()
             self._prefetcher.send(batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled())
+
+    def has_read(self, batch: Batch) -> bool:
+        """Return whether the last lookup read the columns of a batch, the same objects, so that prefetching pays.
+
+        False where nothing can be prefetched: with ``prefetch_depth=0``, and on one process.
+        """
+        return self._prefetcher is not None and self._prefetcher.has_read(batch)
 
     def drop_prefetched(self) -> None:
         """Wait for the prefetched batches, and drop them; collective."""

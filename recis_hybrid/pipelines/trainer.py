@@ -62,7 +62,8 @@ class Trainer:
         accumulate: Batches of an update.
         prefetch: Steps to read batches ahead, and to send their ids to the ranks that own them. None: as many as the
             engines' ``prefetch_depth`` allows: one step if several ranks share the tables, none on one process (a
-            ColumnDataset reads ahead anyway).
+            ColumnDataset reads ahead anyway). Ids are sent from the second update on, to engines that read the columns
+            of batches and not columns that the model computes.
         log_every: Steps between two lines of the log; each training stage also ends with one.
         seed: Seed of all random generators of the process, set when a training starts; None: they are left alone.
 

@@ -147,7 +147,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         total = torch.zeros(())
         for micro in range(job.accumulate):
             number = step * job.accumulate + micro
-            while ahead < len(batches) and ahead < number + job.prefetch:
+            while job.prefetch and ahead < min(len(batches), number + job.prefetch):
                 engine.prefetch(batches[ahead])
                 ahead += 1
             batch = batches[number]

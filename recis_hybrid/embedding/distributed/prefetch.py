@@ -7,7 +7,7 @@ ranks, whatever the training thread does meanwhile in the tables' own group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -42,9 +42,6 @@ class Prefetcher:
         depth: Maximum number of prefetched batches.
         staleness: Maximum age in steps of the rows that a batch is computed with: 0 or 1.
         group: A process group of the tables' ranks for prefetching alone; None makes one.
-        strict: Raise if a batch differs from the prefetched one. False disables prefetching instead, for models that
-            make columns of ids themselves.
-        optional: Features that a batch may lack.
 
     Raises:
         ValueError: If ``group`` is None and the tables' ranks are not all ranks, so that no group can be made here.
@@ -58,18 +55,15 @@ class Prefetcher:
         depth: int,
         staleness: int,
         group: dist.ProcessGroup | None = None,
-        strict: bool = True,
-        optional: Collection[str] = (),
     ) -> None:
         self._tables = tables
         self._features = list(features)
-        self._needed = [name for name in features if name not in optional]
         self._depth = depth
         self._staleness = staleness
-        self._strict, self._disabled = strict, False
         self.exchange = Exchange(group or _twin(tables.exchange.group), tables.exchange.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-prefetch")
         self._queue: deque[PrefetchedBatch] = deque()
+        self._last: Batch = {}
 
     def __len__(self) -> int:
         """Return the number of prefetched batches."""
@@ -87,8 +81,6 @@ class Prefetcher:
         Raises:
             RuntimeError: If ``depth`` batches are prefetched already.
         """
-        if not self._strict and (self._disabled or any(name not in batch for name in self._needed)):
-            return
         if len(self._queue) >= self._depth:
             raise RuntimeError(
                 f"prefetch: {len(self._queue)} batches are on their way, and prefetch_depth={self._depth}; call the "
@@ -120,21 +112,17 @@ class Prefetcher:
             first.lookups = self._thread.submit(lambda: self._tables.fetch(replies, self.exchange))
 
     def take(self, batch: Batch, *, train: bool, grad: bool) -> tuple[RoutedBatch, list[ShardedLookup] | None] | None:
-        """Return the routed batch, and its lookups if made early, after waiting; None if no batch is prefetched.
+        """Return the routed batch, and its lookups if made early, after waiting; None if it was not prefetched.
 
         Raises:
-            RuntimeError: If it is not the first prefetched batch, was prefetched in another mode, or its rows are too
-                old.
+            RuntimeError: If another batch was prefetched before it, it was prefetched in another mode, or its rows are
+                too old.
         """
-        if not self._queue:
+        self._last = batch
+        if not any(self._same(batch, each.batch) for each in self._queue):
             return None
         first = self._queue[0]
-        other = any(batch.get(name) is not first.batch.get(name) for name in self._features)
-        if not self._strict and (other or first.mode != (train, grad)):
-            self.drop()
-            self._disabled = True
-            return None
-        if other:
+        if not self._same(batch, first.batch):
             raise RuntimeError("prefetch: batches must come to the engine in the order in which they were prefetched")
         if first.mode != (train, grad):
             raise RuntimeError(
@@ -151,6 +139,13 @@ class Prefetcher:
                 f"prefetch_rows no earlier than before the last step"
             )
         return first.routed.result(), first.lookups.result()
+
+    def has_read(self, batch: Batch) -> bool:
+        """Return whether the last lookup read the columns of a batch, the same objects."""
+        return self._same(batch, self._last)
+
+    def _same(self, one: Batch, other: Batch) -> bool:
+        return all(one.get(name) is other.get(name) for name in self._features)
 
     def drop(self) -> None:
         """Wait for the prefetched batches, and drop them; collective."""

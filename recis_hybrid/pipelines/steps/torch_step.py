@@ -136,6 +136,8 @@ class TorchStep:
         self._sync = GradientSync([module for _, module in self._modules()], self.optimizers.values())
         self._synchronised = False
         self._expected_rows: Sequence[Sequence[int]] | None = None
+        self._prefetching: list[EmbeddingEngine] | None = None
+        """Engines that read the columns of the batches themselves, known from the first update on."""
         if weighting is not None:
             check_weighting("TorchStep", weighting, self.optimizers, self.objectives)
         self._check_trained()
@@ -233,6 +235,8 @@ class TorchStep:
                 for name, value in batch_figures.items():
                     part = value if len(batches) == 1 else value * (own[number] / max(sum(own), 1))
                     figures[name] = figures[name] + part if name in figures else part
+            if self._prefetching is None:
+                self._prefetching = [engine for engine in self.engines if engine.has_read(batches[-1])]
             self._check_new_parameters()
             with self.observer.phase("update"):
                 figures |= self._update()
@@ -286,8 +290,12 @@ class TorchStep:
         self._evaluation_metrics, self._is_rehearsed = metrics, False
 
     def prefetch(self, batch: Batch) -> None:
-        """Start sending the ids of a later batch to the ranks that own them, if several share tables."""
-        for engine in self.engines:
+        """Start sending the ids of a later batch to the ranks that own them, if several share tables.
+
+        Before the first update nothing is sent: it shows which engines read the columns of the batches, and which read
+        columns that the model computes.
+        """
+        for engine in self._prefetching or ():
             engine.train()  # the mode when the batch's turn comes
             engine.prefetch(batch)
 

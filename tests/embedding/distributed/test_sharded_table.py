@@ -299,7 +299,11 @@ def misused(group: dist.ProcessGroup) -> list[str]:
     refused(lambda: engine.eval()(first))
     engine.train()
     refused(engine.prefetch_rows)
+    apart = engine({"id": torch.arange(4)})["id"]  # a lookup between, of a batch that was not prefetched
+    assert not engine.has_read(first)
     expected = engine(dict(first))["id"]
+    assert torch.equal(expected, apart[:3])
+    assert engine.has_read(first)
     assert torch.equal(engine(second)["id"][:2], expected[1:])
     assert torch.equal(engine(first)["id"], expected)
     return said
