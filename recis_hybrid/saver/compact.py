@@ -8,9 +8,8 @@ from functools import partial
 import torch
 
 from recis_hybrid.checkpointing import PartState, TableState
-from recis_hybrid.saver.actions.write import Target, publish, write_checkpoint
+from recis_hybrid.saver.actions.write import CapturedPart, Target, publish, write_checkpoint
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-from recis_hybrid.saver.checkpoint.part_files import CapturedPart
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.location import Location, RemotePath
 from recis_hybrid.saver.runtime.ranks import Ranks

@@ -12,16 +12,15 @@ import torch
 import torch.distributed as dist
 
 from recis_hybrid.checkpointing import JSON, HostMemory
-from recis_hybrid.saver.actions.load import load_parts
+from recis_hybrid.saver.actions.load import PartToLoad, load_parts
 from recis_hybrid.saver.actions.load_partial import load_some
 from recis_hybrid.saver.actions.selection import Loaded, Selection
-from recis_hybrid.saver.actions.write import write_checkpoint
+from recis_hybrid.saver.actions.write import CapturedPart, write_checkpoint
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, other_steps, superfluous
 from recis_hybrid.saver.checkpoint.change_tracking import Tracking
-from recis_hybrid.saver.checkpoint.part_files import CapturedPart
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
-from recis_hybrid.saver.format.manifest import Link, PartEntry
+from recis_hybrid.saver.format.manifest import Link
 from recis_hybrid.saver.format.row_file import Reads
 from recis_hybrid.saver.parts.adapters import part_of
 from recis_hybrid.saver.parts.part import Part
@@ -240,7 +239,7 @@ class Saver:
         _check_parts("Saver.load", parts)
         found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         reads, opened = Reads(), list[StoredCheckpoint]()
-        chosen: dict[str, tuple[Part, str, PartEntry]] = {}
+        chosen: dict[str, PartToLoad] = {}
 
         def choose() -> None:
             opened.append(StoredCheckpoint(self._root, found, listed=ranks.rank == 0))
@@ -248,7 +247,7 @@ class Saver:
                 saved = name_of_rank(name, value, opened[0].manifest, ranks.rank)
                 if saved is not None:
                     adapter = part_of(name, value)
-                    chosen[name] = adapter, saved, opened[0].part(saved, adapter.kind)
+                    chosen[name] = PartToLoad(adapter, saved, opened[0].part(saved, adapter.kind))
 
         try:
             ranks.together(choose)
@@ -259,7 +258,7 @@ class Saver:
             self.bytes_read = reads.bytes
         # Keep tracking after loading an incremental checkpoint.
         self._tracking.on |= opened[0].manifest.previous is not None
-        same = {name: part for name, (part, *_) in chosen.items() if name not in changed}
+        same = {name: each.part for name, each in chosen.items() if name not in changed}
         self._tracking.start_from(ranks, found, self._tracking.watch(same))
         return found
 

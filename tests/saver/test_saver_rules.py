@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver
-from recis_hybrid.saver.checkpoint import part_files
+from recis_hybrid.saver.actions import write
 from tests.saver.fakes import Shelf, edit_manifest, empty_shelf, entries, example_shelf
 
 
@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(path: Path, *_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(part_files, "write_tensors", full)
+    monkeypatch.setattr(write, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left on device.*Make room"):
         saver.save(2, {"model": nn.Linear(2, 2)})
     monkeypatch.undo()

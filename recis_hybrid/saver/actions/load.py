@@ -17,14 +17,22 @@ from torch import Tensor
 
 from recis_hybrid.checkpointing import BUCKETS, JSON, PartState, StateLoader, TableState
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-from recis_hybrid.saver.checkpoint.part_files import read_dense
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
 from recis_hybrid.saver.format.manifest import MANIFEST, PartEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows
-from recis_hybrid.saver.parts.adapters import SaveablePart
 from recis_hybrid.saver.parts.compare import refuse_differences
-from recis_hybrid.saver.parts.part import Part
+from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class PartToLoad:
+    """A live object and the saved part to load into it."""
+
+    part: Part
+    name: str
+    """Name in the checkpoint."""
+    entry: PartEntry
 
 
 @dataclass
@@ -38,9 +46,7 @@ class _Ready:
     loader: StateLoader | None
 
 
-def load_parts(
-    checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, tuple[Part, str, PartEntry]], reads: Reads
-) -> set[str]:
+def load_parts(checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, PartToLoad], reads: Reads) -> set[str]:
     """Load parts, all ranks together.
 
     Args:
@@ -60,8 +66,8 @@ def load_parts(
     ready: list[_Ready] = []
 
     def prepare() -> list[JSON]:
-        for part, name, entry in parts.values():
-            ready.append(_prepared(checkpoint, ranks, part, name, entry, reads))
+        for each in parts.values():
+            ready.append(_prepared(checkpoint, ranks, each, reads))
         return [each.name for each in ready if each.loader is not None and each.loader.holds_rows]
 
     # Where one rank has rows to lose, no rank's files may turn out to be damaged later.
@@ -98,9 +104,8 @@ def load_parts(
     return {name for name, loader in loaders if loader is not None and loader.changes}
 
 
-def _prepared(
-    checkpoint: StoredCheckpoint, ranks: Ranks, part: Part, name: str, entry: PartEntry, reads: Reads
-) -> _Ready:
+def _prepared(checkpoint: StoredCheckpoint, ranks: Ranks, chosen: PartToLoad, reads: Reads) -> _Ready:
+    part, name, entry = chosen.part, chosen.name, chosen.entry
     where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
     if entry.file is not None:
         reads.add(entry.file.size)
@@ -109,7 +114,7 @@ def _prepared(
         part.check(where, state)
         return _Ready(name, part, entry, state, None)
     tables = {table: _without_rows(rows) for table, rows in entry.tables.items()}
-    saved = PartState(tables, read_dense(checkpoint.directory, name, entry), entry.meta)
+    saved = PartState(tables, checkpoint.dense(name), entry.meta)
     try:
         loader = part.loader(saved)
     except ValueError as error:

@@ -12,9 +12,9 @@ from recis_hybrid.saver.actions.selection import Loaded, Selection
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.manifest import TableEntry, TensorSpec
-from recis_hybrid.saver.parts.adapters import ModulePart, SaveablePart
+from recis_hybrid.saver.parts.adapters import ModulePart
 from recis_hybrid.saver.parts.module_names import own_names
-from recis_hybrid.saver.parts.part import Part
+from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 

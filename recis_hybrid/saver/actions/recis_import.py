@@ -28,8 +28,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON, PartState, TableState
-from recis_hybrid.saver.actions.write import Target, publish
-from recis_hybrid.saver.checkpoint.part_files import CapturedPart
+from recis_hybrid.saver.actions.write import CapturedPart, Target, publish
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.file_io import is_safe_path
 from recis_hybrid.saver.format.location import Location

@@ -6,22 +6,48 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-from recis_hybrid.checkpointing import JSON
-from recis_hybrid.saver.checkpoint.part_files import CapturedPart, write_part
+from recis_hybrid.checkpointing import JSON, PartState
+from recis_hybrid.saver.checkpoint.local_table import LocalTable, local_table
+from recis_hybrid.saver.checkpoint.table_files import write_tables
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.format.file_io import encode_name
+from recis_hybrid.saver.format.json_values import checked_object
 from recis_hybrid.saver.format.location import Location
-from recis_hybrid.saver.format.manifest import Link, Manifest, PartEntry, dump_manifest
+from recis_hybrid.saver.format.manifest import (
+    FileEntry,
+    Link,
+    Manifest,
+    PartEntry,
+    RemovedEntry,
+    TensorSpec,
+    dump_manifest,
+)
+from recis_hybrid.saver.format.tensor_file import check_tensor, part_tag, write_tensors
 from recis_hybrid.saver.runtime.ranks import Ranks
 from recis_hybrid.saver.storage.resolve import Storage, storage_of
 from recis_hybrid.saver.storage.step_directory import step_name
 
 Target: TypeAlias = str | os.PathLike[str]
 """A directory or URL that a checkpoint is written to."""
+
+
+@dataclass(frozen=True)
+class CapturedPart:
+    """A part on its way to files."""
+
+    kind: str
+    """One of ``manifest.KINDS``."""
+    state: Callable[[], PartState]
+    """Returns the state of this rank; called once, perhaps in another thread."""
+    per_rank: bool = False
+    """True if each rank writes its own state. Otherwise rank 0 writes all but the tables, which ranks share."""
 
 
 def write_checkpoint(
@@ -49,7 +75,7 @@ def write_checkpoint(
     try:
         ranks.together(lambda: storage.begin(step) if first else None)
         for name, part in parts.items():
-            entries.update(write_part(folder, ranks, name, part))
+            entries.update(_write_part(folder, ranks, name, part))
         ranks.together(commit)
     except BaseException as error:
         if first:
@@ -82,6 +108,67 @@ def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Locat
     _refuse_existing(place)
     write_checkpoint(storage, Ranks(None), step, parts)
     return place
+
+
+def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> dict[str, PartEntry]:
+    """Write the files of a part, all ranks together, and force them to the disk.
+
+    Args:
+        root: Directory of the checkpoint.
+        ranks: This rank and the others.
+        name: Name of the part.
+        part: The part.
+
+    Returns:
+        Entries of the manifest by name: one, or with ``per_rank`` one for each rank, named ``name[rank]``.
+
+    Raises:
+        CheckpointError: The state cannot be saved as it is, or cannot be written.
+    """
+    own = f"{name}[{ranks.rank}]" if part.per_rank else name
+    where = f"Saver.save: part {own!r}"
+    tables: list[LocalTable] = []
+    removed: list[LocalTable] = []
+
+    def write_dense() -> JSON:
+        state = part.state()
+        if state.tables and part.per_rank:
+            raise CheckpointError(f"{where}: ranks share tables. Pass the object without PerRank.")
+        meta = checked_object(f"{where}, meta", state.meta)
+        for tensor_name, tensor in state.tensors.items():
+            check_tensor(where, tensor_name, tensor)
+        for table, rows in state.tables.items():
+            tables.append(local_table(f"{where}, table {table!r}", table, rows))
+            if rows.removed is not None:
+                removed.append(local_table(f"{where}, table {table!r}, removed", table, rows.removed))
+        if not part.per_rank and ranks.rank != 0:
+            return None
+        specs = {tensor_name: TensorSpec.of(tensor) for tensor_name, tensor in state.tensors.items()}
+        file = _write_dense_file(root, own, state.tensors) if state.tensors else None
+        return [own, meta, [[each, spec.dtype, [*spec.shape]] for each, spec in specs.items()], file]
+
+    written = [answer for answer in ranks.together(write_dense) if answer is not None]
+    entries = write_tables(root, ranks, name, tables)
+    for table, gone in write_tables(root, ranks, name, removed, "removed").items():
+        entries[table] = replace(entries[table], removed=RemovedEntry(gone.rows, gone.ranges))
+    return {
+        each: PartEntry(
+            part.kind,
+            meta,
+            {tensor: TensorSpec(dtype, tuple(shape)) for tensor, dtype, shape in specs},
+            None if file is None else FileEntry(file[0], file[1], tuple(file[2])),
+            entries,
+        )
+        for each, meta, specs, file in written
+    }
+
+
+def _write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> list[JSON]:
+    """Write the dense tensors of a part, and return the file's path, size and checksums."""
+    relative = f"dense/{encode_name(name)}.safetensors"
+    (root / "dense").mkdir(exist_ok=True)
+    size, sums = write_tensors(root / relative, tensors, part_tag(name))
+    return [relative, size, [*sums]]
 
 
 def _refuse_existing(place: Location) -> None:

@@ -8,14 +8,16 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
+from torch import Tensor
+
 from recis_hybrid.checkpointing import BUCKETS, PartState, TableState
 from recis_hybrid.saver.checkpoint.delta import between, combined, put_over
-from recis_hybrid.saver.checkpoint.part_files import read_dense
 from recis_hybrid.saver.checkpoint.table_files import read_pieces, read_table, whole_table
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows
+from recis_hybrid.saver.format.tensor_file import part_tag, read_tensors
 from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 
@@ -102,7 +104,7 @@ class StoredCheckpoint:
                 another one.
         """
         entry = self.manifest.parts[name]
-        read_dense(self.directory, name, entry)
+        self.dense(name)
         for table in entry.tables:
             for _ in self.pieces(name, table, (0, BUCKETS), reads or Reads()):
                 pass
@@ -142,7 +144,25 @@ class StoredCheckpoint:
             for table, rows in entry.tables.items()
             if tables is None or table in tables
         }
-        return PartState(whole, read_dense(self.directory, name, entry), entry.meta)
+        return PartState(whole, self.dense(name), entry.meta)
+
+    def dense(self, name: str) -> dict[str, Tensor]:
+        """Read the dense tensors of a part and verify the checksums of their file.
+
+        Args:
+            name: Name of the part.
+
+        Returns:
+            New tensors on the CPU, by name.
+
+        Raises:
+            CorruptCheckpoint: The file has changed, or its contents differ from the manifest.
+        """
+        entry = self.manifest.parts[name]
+        if (file := entry.file) is None:
+            return {}
+        path = self.directory / file.path
+        return read_tensors(path, f"part {name!r}", file.size, file.crc32, entry.tensors, part_tag(name))
 
     def pieces(self, name: str, table: str, wanted: tuple[int, int], reads: Reads) -> Iterator[Rows]:
         """Read the rows of some buckets of a table in pieces, with what this checkpoint and others changed in them.

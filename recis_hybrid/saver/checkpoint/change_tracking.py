@@ -8,8 +8,7 @@ from recis_hybrid.checkpointing import JSON, PartState, SaveableTables
 from recis_hybrid.saver.checkpoint.chain import link_to
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link
-from recis_hybrid.saver.parts.adapters import SaveablePart
-from recis_hybrid.saver.parts.part import Part
+from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 

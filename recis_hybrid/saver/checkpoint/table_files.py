@@ -223,11 +223,11 @@ class _Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         specs = file_specs(table.specs, sum(file.rows), sum(file.present))
         tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
-        size, sums, sync = write_rows(path, specs, tag, partial(self._put, file, received))
-        self._syncing.append(disk.submit(sync))
+        written = write_rows(path, specs, tag, partial(self._put, file, received))
+        self._syncing.append(disk.submit(written.sync))
         if len(self._syncing) > 4 * WRITERS:
             self._syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
-        self._written.append([file.number, relative, size, list(sums)])
+        self._written.append([file.number, relative, written.size, list(written.crc32)])
 
     def _put(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
         """Write the rows of all ranks, one after the other, and their index."""

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import stat
-import zlib
-from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -108,66 +106,6 @@ def file_size(path: Location) -> int:
 def open_file(path: Location) -> io.RawIOBase:
     """Open a file for reading at any place, of which no more is read than is asked for."""
     return path.open("rb") if isinstance(path, RemotePath) else open(path, "rb", buffering=0)  # noqa: SIM115
-
-
-def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], None]:
-    """Write a new file.
-
-    Args:
-        path: The file.
-        pieces: Its bytes.
-
-    Returns:
-        Forces the file to the disk; to be called once, in any thread.
-    """
-    if isinstance(path, RemotePath):
-        with path.open("wb") as remote:
-            for piece in pieces:
-                remote.write(piece)
-        return lambda: None
-    file = open(path, "xb", buffering=0)  # noqa: SIM115
-    try:
-        for piece in pieces:
-            while piece:
-                piece = piece[file.write(piece) or 0 :]
-    except BaseException:
-        file.close()
-        raise
-
-    def sync() -> None:
-        with file:
-            os.fsync(file.fileno())
-
-    return sync
-
-
-class ChunkSums:
-    """CRC-32 of each chunk of 4 MiB of bytes that come in pieces, the last one shorter, as 8 hexadecimal digits."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        """Bytes so far."""
-        self._whole: list[int] = []
-        self._open = 0
-
-    def add(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-        """Hand on pieces, cut at the ends of chunks and checksummed."""
-        for piece in pieces:
-            while piece:
-                part = piece[: CHUNK_BYTES - self.size % CHUNK_BYTES]
-                self._open = zlib.crc32(part, self._open)
-                self.size += len(part)
-                if self.size % CHUNK_BYTES == 0:
-                    self._whole.append(self._open)
-                    self._open = 0
-                yield part
-                piece = piece[len(part) :]
-
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """Checksums of all chunks so far."""
-        rest = [self._open] if self.size % CHUNK_BYTES else []
-        return tuple(f"{each:08x}" for each in self._whole + rest)
 
 
 def read_chunk(file: io.RawIOBase, path: object, where: str, number: int, expected: str, out: Tensor) -> None:

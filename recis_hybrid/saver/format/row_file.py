@@ -19,7 +19,7 @@ from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
-from recis_hybrid.saver.format.file_io import check_size, check_sum, fill, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.file_io import check_size, check_sum, fill, open_file, read_chunk
 from recis_hybrid.saver.format.header import (
     LONGEST_HEADER,
     Place,
@@ -33,7 +33,7 @@ from recis_hybrid.saver.format.header import (
 )
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
-from recis_hybrid.saver.format.tensor_file import check_contents
+from recis_hybrid.saver.format.tensor_file import check_contents, write_file
 
 INDEX = ("buckets", "bucket_offsets")
 _CPU = torch.device("cpu")
@@ -62,6 +62,18 @@ class Rows:
     """int64 ``[m]``."""
 
 
+@dataclass(frozen=True)
+class RowFile:
+    """A sparse file that was written."""
+
+    size: int
+    """Bytes."""
+    crc32: tuple[str, ...]
+    """CRC-32 of each chunk of 4 MiB, 8 hexadecimal digits each."""
+    sync: Callable[[], None]
+    """Forces the file to the disk. Call once, in any thread."""
+
+
 def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
     """Return the header entry that identifies a sparse file."""
     return {"part": part, "table": table, "buckets": [first, last]}
@@ -77,7 +89,7 @@ def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> di
 
 def write_rows(
     path: Location, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
-) -> tuple[int, tuple[str, ...], Callable[[], None]]:
+) -> RowFile:
     """Write a file of rows.
 
     The file is put together in memory first, which is used again for the next: no more than one pass over its bytes
@@ -90,7 +102,7 @@ def write_rows(
         write: Called once, writes the tensors.
 
     Returns:
-        Its size in bytes, the CRC-32 of each chunk of 4 MiB, and what forces it to the disk.
+        The file, which may not be on the disk yet.
     """
     found = places(specs)
     data = ops.memory.empty_bytes(data_bytes(found), _CPU)
@@ -99,7 +111,7 @@ def write_rows(
     head = header(found, tag, pages)
     size = len(head) + data.numel()
     sync = write_file(path, [memoryview(head), buffer(data)])
-    return size, chunk_sums(head, pages, size), sync
+    return RowFile(size, chunk_sums(head, pages, size), sync)
 
 
 def read_rows(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES
-from recis_hybrid.saver.format.file_io import ChunkSums, check_size, open_file, read_chunk, write_file
+from recis_hybrid.saver.format.file_io import check_size, open_file, read_chunk
 from recis_hybrid.saver.format.header import (
     DTYPES as DTYPES,
     LONGEST_HEADER,
@@ -25,8 +27,13 @@ from recis_hybrid.saver.format.header import (
     parse_header,
     places,
 )
-from recis_hybrid.saver.format.location import Location
+from recis_hybrid.saver.format.location import Location, RemotePath
 from recis_hybrid.saver.format.manifest import FORMAT_VERSION, TensorSpec
+
+
+def part_tag(part: str) -> dict[str, JSON]:
+    """Return the header entry that identifies a dense file."""
+    return {"part": part}
 
 
 def check_tensor(where: str, name: str, tensor: object) -> None:
@@ -81,6 +88,66 @@ def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSO
     head = memoryview(header(found, tag))
     write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
     return sums.size, sums.sums
+
+
+def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], None]:
+    """Write a new file.
+
+    Args:
+        path: The file.
+        pieces: Its bytes.
+
+    Returns:
+        Forces the file to the disk; to be called once, in any thread.
+    """
+    if isinstance(path, RemotePath):
+        with path.open("wb") as remote:
+            for piece in pieces:
+                remote.write(piece)
+        return lambda: None
+    file = open(path, "xb", buffering=0)  # noqa: SIM115
+    try:
+        for piece in pieces:
+            while piece:
+                piece = piece[file.write(piece) or 0 :]
+    except BaseException:
+        file.close()
+        raise
+
+    def sync() -> None:
+        with file:
+            os.fsync(file.fileno())
+
+    return sync
+
+
+class ChunkSums:
+    """CRC-32 of each chunk of 4 MiB of bytes that come in pieces, the last one shorter, as 8 hexadecimal digits."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Bytes so far."""
+        self._whole: list[int] = []
+        self._open = 0
+
+    def add(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Hand on pieces, cut at the ends of chunks and checksummed."""
+        for piece in pieces:
+            while piece:
+                part = piece[: CHUNK_BYTES - self.size % CHUNK_BYTES]
+                self._open = zlib.crc32(part, self._open)
+                self.size += len(part)
+                if self.size % CHUNK_BYTES == 0:
+                    self._whole.append(self._open)
+                    self._open = 0
+                yield part
+                piece = piece[len(part) :]
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Checksums of all chunks so far."""
+        rest = [self._open] if self.size % CHUNK_BYTES else []
+        return tuple(f"{each:08x}" for each in self._whole + rest)
 
 
 def read_tensors(

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from recis_hybrid.checkpointing import (
-    HostMemory,
-    Loadable,
-    PartState,
-    Saveable,
-    SaveableTables,
-    StateLoader,
-    tables_apart,
-)
+from recis_hybrid.checkpointing import PartState, Saveable, tables_apart
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.json_values import checked_json
 from recis_hybrid.saver.format.manifest import KINDS, TensorSpec
-from recis_hybrid.saver.parts.compare import named_differences, refuse_differences, state_differences
+from recis_hybrid.saver.parts.compare import named_differences, refuse_differences
 from recis_hybrid.saver.parts.module_names import own_names
 from recis_hybrid.saver.parts.optimizer_part import OptimizerPart
-from recis_hybrid.saver.parts.part import Part
+from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.parts.per_rank import PerRank
 from recis_hybrid.saver.parts.stateful_part import GeneratorPart, Stateful, StatefulPart
-from recis_hybrid.saver.runtime.ranks import Ranks
 
 
 def part_of(name: str, value: object) -> Part:
@@ -65,58 +54,6 @@ def part_of(name: str, value: object) -> Part:
         f"torch.optim.Optimizer, a torch.Generator, an object with state_dict and load_state_dict, or JSON, got "
         f"{type(value).__name__}. Wrap it in one of these."
     )
-
-
-class SaveablePart(Part):
-    """An object that implements ``Saveable``."""
-
-    def __init__(self, value: Saveable) -> None:
-        self.value = value
-        self.kind: str = getattr(value, "checkpoint_kind", "saveable")
-
-    def state(self) -> PartState:
-        """Return the object's state."""
-        return self.value.checkpoint_state()
-
-    def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
-        """Return a function that returns the state; large tables copy themselves."""
-        if changes is None and isinstance(self.value, SaveableTables):
-            return self.value.checkpoint_snapshot(memory)
-        return super().capture(memory, changes)
-
-    @property
-    def streams(self) -> bool:
-        """True if the object takes rows as they are read, by its :meth:`loader`."""
-        return isinstance(self.value, Loadable)
-
-    def loader(self, saved: PartState) -> StateLoader:
-        """Return the object's loader for a saved state without rows."""
-        assert isinstance(self.value, Loadable)
-        return self.value.checkpoint_loader(saved)
-
-    def buckets(self, table: str, ranks: Ranks) -> tuple[int, int]:
-        """Return the buckets whose rows of a table this rank loads: the first, and the one after the last."""
-        own = self.value.checkpoint_buckets(table) if isinstance(self.value, SaveableTables) else None
-        return ranks.buckets if own is None else own
-
-    def check(self, where: str, saved: PartState) -> None:
-        """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
-        value = self.value
-        live = value.checkpoint_layout() if isinstance(value, SaveableTables) else value.checkpoint_state()
-        refuse_differences(where, state_differences(saved, live))
-
-    def load(self, saved: PartState) -> None:
-        """Hand the state to the object.
-
-        Raises:
-            CorruptCheckpoint: The object refuses it.
-        """
-        try:
-            self.value.load_checkpoint_state(saved)
-        except ValueError as error:
-            raise CorruptCheckpoint(
-                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
-            ) from error
 
 
 class ModulePart(Part):

@@ -9,7 +9,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from recis_hybrid.checkpointing import HostMemory, PartState, TableState
+from recis_hybrid.checkpointing import (
+    HostMemory,
+    Loadable,
+    PartState,
+    Saveable,
+    SaveableTables,
+    StateLoader,
+    TableState,
+)
+from recis_hybrid.saver.errors import OTHER_STEP, CorruptCheckpoint
+from recis_hybrid.saver.parts.compare import refuse_differences, state_differences
+from recis_hybrid.saver.runtime.ranks import Ranks
 
 
 class Part(ABC):
@@ -44,11 +55,63 @@ class Part(ABC):
         """
         if memory is None:
             return self.state if changes is None else lambda: changes
-        copy = copied(self.state() if changes is None else changes, memory)
+        copy = _copy_state(self.state() if changes is None else changes, memory)
         return lambda: copy
 
 
-def copied(state: PartState, memory: HostMemory) -> PartState:
+class SaveablePart(Part):
+    """An object that implements ``Saveable``."""
+
+    def __init__(self, value: Saveable) -> None:
+        self.value = value
+        self.kind: str = getattr(value, "checkpoint_kind", "saveable")
+
+    def state(self) -> PartState:
+        """Return the object's state."""
+        return self.value.checkpoint_state()
+
+    def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
+        """Return a function that returns the state; large tables copy themselves."""
+        if changes is None and isinstance(self.value, SaveableTables):
+            return self.value.checkpoint_snapshot(memory)
+        return super().capture(memory, changes)
+
+    @property
+    def streams(self) -> bool:
+        """True if the object takes rows as they are read, by its :meth:`loader`."""
+        return isinstance(self.value, Loadable)
+
+    def loader(self, saved: PartState) -> StateLoader:
+        """Return the object's loader for a saved state without rows."""
+        assert isinstance(self.value, Loadable)
+        return self.value.checkpoint_loader(saved)
+
+    def buckets(self, table: str, ranks: Ranks) -> tuple[int, int]:
+        """Return the buckets whose rows of a table this rank loads: the first, and the one after the last."""
+        own = self.value.checkpoint_buckets(table) if isinstance(self.value, SaveableTables) else None
+        return ranks.buckets if own is None else own
+
+    def check(self, where: str, saved: PartState) -> None:
+        """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
+        value = self.value
+        live = value.checkpoint_layout() if isinstance(value, SaveableTables) else value.checkpoint_state()
+        refuse_differences(where, state_differences(saved, live))
+
+    def load(self, saved: PartState) -> None:
+        """Hand the state to the object.
+
+        Raises:
+            CorruptCheckpoint: The object refuses it.
+        """
+        try:
+            self.value.load_checkpoint_state(saved)
+        except ValueError as error:
+            raise CorruptCheckpoint(
+                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
+            ) from error
+
+
+def _copy_state(state: PartState, memory: HostMemory) -> PartState:
     """Return a copy of a state that shares no memory with live objects.
 
     Args:

@@ -12,15 +12,14 @@ from hypothesis import example, given, strategies as st
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.checksums import CHUNK_BYTES, PAGE_BYTES, chunk_sums, page_sums
 from recis_hybrid.saver.format.file_io import (
-    ChunkSums,
     check_size,
     encode_name,
     is_safe_path,
     list_files,
     open_file,
     read_chunk,
-    write_file,
 )
+from recis_hybrid.saver.format.tensor_file import ChunkSums, write_file
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 
