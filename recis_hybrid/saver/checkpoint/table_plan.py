@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 from recis_hybrid.checkpointing import BUCKETS, JSON
 from recis_hybrid.saver.checkpoint.local_table import LocalTable
@@ -59,6 +59,18 @@ class PlannedFile:
     writer: int
 
 
+@dataclass(frozen=True)
+class _TableOfRank:
+    """A table as one rank describes it to the others."""
+
+    name: str
+    rows: int
+    buckets: tuple[int, int] | None
+    """First and last bucket with rows; None without rows."""
+    meta: JSON
+    columns: JSON
+
+
 def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[PlannedFile]:
     """Plan the files of some tables.
 
@@ -83,9 +95,9 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
         ]
         for table in tables
     ]
-    answers = ranks.exchange(about)
+    answers = [[_TableOfRank(*table) for table in answer] for answer in ranks.exchange(about)]
     _refuse_unlike(part, answers)
-    totals = [sum(answer[number][1] for answer in answers) for number in range(len(tables))]
+    totals = [sum(answer[number].rows for answer in answers) for number in range(len(tables))]
     counts = [range_count(total, table.row_bytes) for total, table in zip(totals, tables, strict=True)]
     mine: list[JSON] = []
     for table, count in zip(tables, counts, strict=True):
@@ -107,26 +119,23 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
     return plan
 
 
-def _refuse_unlike(part: str, answers: Sequence[Any]) -> None:
+def _refuse_unlike(part: str, answers: Sequence[Sequence[_TableOfRank]]) -> None:
     """Raise if ranks hold other tables, or rows that are not each in the buckets after those of the rank before."""
+    first = answers[0]
     for rank, answer in enumerate(answers):
-        if [[name, *rest] for name, _, _, *rest in answer] != [[name, *rest] for name, _, _, *rest in answers[0]]:
+        if [(t.name, t.meta, t.columns) for t in answer] != [(t.name, t.meta, t.columns) for t in first]:
             raise CheckpointError(
                 f"Saver.save: part {part!r}: all ranks must hold the same tables with the same columns and meta, rank "
-                f"{rank} differs from rank 0: {[name for name, *_ in answer]} and {[name for name, *_ in answers[0]]}. "
-                "Build the object alike on all ranks."
+                f"{rank} differs from rank 0: {[t.name for t in answer]} and {[t.name for t in first]}. Build the "
+                "object alike on all ranks."
             )
-    for number, (name, *_) in enumerate(answers[0]):
-        last = None
-        for rank, answer in enumerate(answers):
-            span = answer[number][2]
-            if span is None:
-                continue
-            if last is not None and span[0] <= last[1][1]:
+    for number, table in enumerate(first):
+        spans = [(rank, span) for rank, own in enumerate(answers) if (span := own[number].buckets) is not None]
+        for (a, before), (b, after) in pairwise(spans):
+            if after[0] <= before[1]:
                 raise CheckpointError(
-                    f"Saver.save: part {part!r}, table {name!r}: a rank must hold rows of later buckets than those "
-                    f"before it, rank {last[0]} has buckets {last[1][0]} to {last[1][1]}, rank {rank} {span[0]} to "
-                    f"{span[1]}. Shard the table by recis_hybrid.checkpointing.owned_buckets, or hand it out on one "
-                    f"rank."
+                    f"Saver.save: part {part!r}, table {table.name!r}: each rank must hold rows of later buckets than "
+                    f"the ranks before it, rank {a} has buckets {before[0]} to {before[1]}, rank {b} {after[0]} to "
+                    f"{after[1]}. Shard the table by recis_hybrid.checkpointing.owned_buckets, or return it on one "
+                    "rank only."
                 )
-            last = rank, span

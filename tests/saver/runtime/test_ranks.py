@@ -134,7 +134,7 @@ def test_ranks_that_do_not_agree(tmp_path: Path) -> None:
         (steps, "all ranks must save the same step and parts"),
         (parts, "all ranks must save the same step and parts"),
         (tables, "all ranks must hold the same tables with the same columns and meta, rank 1 differs"),
-        (foreign, "a rank must hold rows of later buckets than those before it, rank 0 has buckets"),
+        (foreign, "each rank must hold rows of later buckets than the ranks before it, rank 0 has buckets"),
     ):
         results = in_ranks(2, work)
         assert all(isinstance(result, CheckpointError) for result in results), results
