@@ -34,12 +34,12 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
-# No -ffast-math, which changes the floating point of the whole process, and no contraction, so that a*b+c rounds alike
-# on every CPU level and on CUDA.
+# No -ffast-math, which changes the floating point of the whole process, and no contraction, so that a*b+c rounds
+# identically on every CPU level and on CUDA.
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
-    # GCC's unroll-and-jam merges the loop over gradients into the loop over elements, and then vectorises neither.
+    # GCC's unroll-and-jam merges the loop over gradients into the loop over elements, and then vectorizes neither.
     "-fno-loop-unroll-and-jam",
     "-fPIC",
     "-fno-math-errno",
@@ -111,7 +111,7 @@ class Library:
         )
 
     def link(self) -> None:
-        """Link the library into a new file: processes that have the old one mapped keep it."""
+        """Link the library into a new file, because running processes may have the old one mapped."""
         print(f"  link     {self.path.name}", flush=True)
         fresh = self.path.with_suffix(".tmp")
         objects = [str(job.output) for job in self.jobs]
@@ -130,7 +130,7 @@ def torch_paths() -> tuple[Path, Path, bool]:
         import torch
     except ImportError:
         fail(
-            "torch is not installed in this environment; install it, e.g. by `pip install torch==2.13.0`, "
+            "torch is not installed in this environment; install it, e.g. with `pip install torch==2.13.0`, "
             "and build with `pip install --no-build-isolation -e .`"
         )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -144,7 +144,7 @@ def cuda_link_flags(lib: Path, objects: Path, cxx: str) -> list[str]:
     """Return the flags that link libtorch_cuda.
 
     A CPU build of torch does not have it. An empty library of that name then takes its place, so that the library built
-    here records the dependency, and finds it at load time.
+    here records the dependency, which is resolved when it is loaded.
 
     Args:
         lib: torch's library folder.
@@ -168,7 +168,7 @@ def find_nvcc(torch_has_cuda: bool) -> str | None:
     nvcc = shutil.which(named) if named else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if choice == "1" and nvcc is None:
         fail(
-            f"RECIS_CUDA=1 asks for the CUDA library, but {named or 'nvcc'} was not found; put nvcc on PATH, "
+            f"RECIS_CUDA=1 requests the CUDA library, but {named or 'nvcc'} was not found; put nvcc on PATH, "
             "set NVCC, or build with RECIS_CUDA=0"
         )
     return nvcc if choice == "1" or (choice == "auto" and torch_has_cuda) else None
@@ -202,7 +202,7 @@ class BuildNative(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         # One object folder for editable installs and in-place builds.
         objects = ROOT / "build" / "native"
-        # Messages contain names of source files: relative to the root, without paths of the build machine.
+        # Messages contain names of source files. They are relative to the root, without paths of the build machine.
         prefix = f"-ffile-prefix-map={ROOT}/="
         common = [f"-I{ROOT / 'csrc'}", "-isystem", str(include), TARGET]
         torch_link = [f"-L{lib}", "-ltorch_cpu", "-lc10"]
@@ -255,9 +255,9 @@ class BuildNative(build_ext):
 
 def run(command: list[str]) -> None:
     """Run a compiler and print its output; end the build if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    if done.returncode:
+    result = subprocess.run(command, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode:
         fail(f"`{' '.join(command)}` failed:\n{output}")
     if output.strip():
         print(output)

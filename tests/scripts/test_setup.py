@@ -32,7 +32,7 @@ def fake_torch(folder: Path, version: str) -> Path:
         (
             "2.13.0",
             {"RECIS_CUDA": "1", "NVCC": "no-such-nvcc"},
-            "RECIS_CUDA=1 asks for the CUDA library, but no-such-nvcc was not found; put nvcc on PATH, set",
+            "RECIS_CUDA=1 requests the CUDA library, but no-such-nvcc was not found; put nvcc on PATH, set",
         ),
     ],
 )
