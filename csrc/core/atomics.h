@@ -1,7 +1,8 @@
 // Atomic accesses to plain 64-bit words, the same on CPU and CUDA.
 //
 // State is held in torch tensors, so words are plain int64, and every concurrent access goes through these functions.
-// Memory order is stated at each access (acquire, release), never by fences, which ThreadSanitizer does not model.
+// Memory order is specified at each access (acquire, release) and never by fences, which ThreadSanitizer does not
+// model.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@ RECIS_HD void store_release(uint64_t* word, uint64_t value) {
 #endif
 }
 
-// Stores `desired` and returns true if the word holds `expected`; else loads the word into `expected`.
+// Stores `desired` and returns true if the word holds `expected`; otherwise loads the word into `expected`.
 RECIS_HD bool compare_exchange(uint64_t* word, uint64_t& expected, uint64_t desired) {
 #if defined(__CUDA_ARCH__)
   return cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).compare_exchange_strong(
@@ -41,7 +42,7 @@ RECIS_HD bool compare_exchange(uint64_t* word, uint64_t& expected, uint64_t desi
 #endif
 }
 
-// Adds and returns the value before, with relaxed order: for counters, which publish nothing.
+// Adds `value` and returns the previous value. The order is relaxed, for counters, which publish nothing.
 RECIS_HD int64_t fetch_add(int64_t* word, int64_t value) {
 #if defined(__CUDA_ARCH__)
   return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*word).fetch_add(value, cuda::memory_order_relaxed);

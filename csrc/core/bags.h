@@ -17,10 +17,10 @@ struct Range {
 
 // The bags of one feature. Positions count its ids from 0.
 struct Bags {
-  const int64_t* offsets;  // [bags + 1]; null: one id a bag
-  const float* weights;    // [ids], or null where every weight is 1
+  const int64_t* offsets;  // [bags + 1]; null: one id per bag
+  const float* weights;    // [ids], or null if every weight is 1
   Combiner combiner;
-  int64_t tile;  // 0; or k: a bag yields k vectors, one for each of its first k ids
+  int64_t tile;  // 0, or k: a bag yields k vectors, one for each of its first k ids
 
   // The positions of vector v; without a tile, of bag v.
   RECIS_HD Range range(int64_t v) const {
@@ -32,7 +32,7 @@ struct Bags {
 
   RECIS_HD float weight(int64_t position) const { return weights == nullptr ? 1.0f : weights[position]; }
 
-  // The factor of a bag's weighted sum. The mean under weights that sum to zero is defined as zero.
+  // The factor of a bag's weighted sum. If the weights sum to zero, the mean is defined as zero.
   RECIS_HD float norm(Range bag) const {
     if (combiner != Combiner::kMean && combiner != Combiner::kSqrtN) return 1.0f;
     float total = static_cast<float>(bag.end - bag.begin);

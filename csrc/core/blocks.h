@@ -1,4 +1,4 @@
-// Kernels of EmbeddingBlocks: first values of new rows, row metadata, plain reads and writes of one part of the
+// Kernels of EmbeddingBlocks: initial values of new rows, row metadata, plain reads and writes of one part of the
 // records.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace recis {
 
-// One part of a record after the embedding: optimizer state with a constant first value.
+// One part of a record after the embedding: optimizer state with a constant initial value.
 struct StateField {
   int64_t offset;        // bytes from the record's start
   int64_t width;         // elements
@@ -21,7 +21,7 @@ struct StateField {
 
 inline constexpr int kMaxStateFields = 8;
 
-// The first values of a record.
+// The initial values of a record.
 struct RecordStart {
   int64_t dim;
   int32_t fields;
@@ -50,8 +50,8 @@ struct RecordStart {
   }
 };
 
-// Writes the first values of the rows that a find-or-insert has just allocated. Launched over an upper bound of new
-// rows; their number is read from the counters, so the host need not know it.
+// Writes the initial values of the rows that a find-or-insert has just allocated. Launched over an upper bound on the
+// number of new rows. The exact number is read from the counters, so the host need not know it.
 template <class E>
 struct InitFreshRows {
   Segments<IdSpan> spans;  // not named `segments`, because items are new rows, not positions
@@ -94,7 +94,7 @@ struct SeeRows {
   }
 };
 
-// marks[i] = whether row i was updated or seen after `step`; one item a row, in memory order.
+// marks[i] = whether row i was updated or seen after `step`. One item per row, in memory order.
 struct MarkTouched {
   BlocksRef blocks;
   int64_t n;  // rows
@@ -115,7 +115,7 @@ struct MarkTouched {
   }
 };
 
-// Lists the ids whose rows are marked, with their member tables, in no particular order. One item a slot of the map.
+// Lists the ids whose rows are marked, with their member tables, in no particular order. One item per slot of the map.
 struct ListMarked {
   const uint64_t* slots;
   const uint8_t* marks;
@@ -133,7 +133,7 @@ struct ListMarked {
   }
 };
 
-// out[0..2][i] = updated step, seen step and frequency of rows[i] (kRead), or the reverse.
+// Copies the updated step, seen step and frequency of rows[i] to columns[0..2][i] (kRead), or back.
 template <bool kRead>
 struct CopyMeta {
   BlocksRef blocks;
@@ -155,8 +155,8 @@ struct CopyMeta {
   }
 };
 
-// values[i] = part of the record of rows[i] (kRead), or the reverse, for distinct rows. T has the size of an element:
-// bits are copied, not numbers.
+// Copies a part of the record of rows[i] to values[i] (kRead), or back; rows must be distinct. T only has the size of
+// an element, because bits are copied.
 template <class T, bool kRead>
 struct CopyField {
   BlocksRef blocks;
@@ -185,7 +185,7 @@ struct CopyField {
   }
 };
 
-// Copies whole records from rows `from` to rows `to`, which must be distinct and not among `from`.
+// Copies whole records from rows `from` to rows `to`. The rows in `to` must be distinct and must not occur in `from`.
 struct CopyRecords {
   BlocksRef blocks;
   const int64_t* from;

@@ -1,7 +1,7 @@
 // The distinct ids of a lookup, ordered by the rank that owns them: the requests to the other ranks. CPU only.
 //
 // Ids are grouped in parts as in core/group.h; the groups are then assigned to (owner, kind) in the order of their
-// parts. So the result depends on the input alone.
+// parts, so the result depends only on the input.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct IdsAsKeys {
 
 struct DistinctInputs {
   GroupInputs positions;
-  std::vector<int64_t> owners;  // the rank that owns each kind, or -1 where the bucket of an id decides
+  std::vector<int64_t> owners;  // the rank that owns each kind, or -1 if the bucket of each id decides
   int64_t ranks;
 
   int64_t owner(int64_t id, int64_t kind) const {
@@ -40,30 +40,30 @@ struct DistinctOutputs {
   int64_t* count;    // [1]
 };
 
-// Finds the distinct ids of a lookup; `out` is the same for any executor.
+// Finds the distinct ids of a lookup. The result does not depend on the executor.
 template <class Executor>
 void distinct_cpu(const Executor& executor, const DistinctInputs& in, const DistinctOutputs& out) {
   const GroupInputs& positions = in.positions;
   const int64_t n = positions.positions();
   const auto kinds = static_cast<int64_t>(in.owners.size());
   const detail::Parts parts(positions.features, n, IdsAsKeys{});
-  const detail::Sources written(positions, parts);
-  const int64_t* const sources = written.given;
+  const detail::Sources position_sources(positions, parts);
+  const int64_t* const sources = position_sources.data;
   const bool plain = sources == nullptr;
-  const detail::PartGroups found(n);
+  const detail::PartGroups part_groups(n);
   const auto owners = detail::room<int32_t>(n);            // of each group
-  std::vector<int64_t> groups(parts.count() * in.ranks);   // groups of each part and owner; later where they begin
+  std::vector<int64_t> groups(parts.count() * in.ranks);   // groups of each part and owner; later their starts
   std::vector<int64_t> members(parts.count() * in.ranks);  // positions in these groups, likewise
   std::vector<int64_t> counts(parts.count());              // groups of each part
 
-  detail::group_parts(executor, parts, IdsAsKeys{}, found, [&](int64_t part, int32_t count) {
+  detail::group_parts(executor, parts, IdsAsKeys{}, part_groups, [&](int64_t part, int32_t count) {
     const int64_t begin = parts.begins[part];
     counts[part] = count;
     for (int64_t g = begin; g < begin + count; ++g) {
-      const int64_t owner = in.owner(found.keys[g], parts.members[part]);
+      const int64_t owner = in.owner(part_groups.keys[g], parts.members[part]);
       owners[g] = static_cast<int32_t>(owner);
       ++groups[part * in.ranks + owner];
-      members[part * in.ranks + owner] += found.sizes[g];
+      members[part * in.ranks + owner] += part_groups.sizes[g];
     }
   });
 
@@ -84,27 +84,27 @@ void distinct_cpu(const Executor& executor, const DistinctInputs& in, const Dist
   }
 
   executor(parts.count(), 1, [&](int64_t begin_part, int64_t end_part) {
-    std::vector<int64_t> next;    // the place of the next position of each group
-    std::vector<int64_t> placed;  // the index into out.ids of each group
+    std::vector<int64_t> next;     // the place of the next position of each group
+    std::vector<int64_t> indices;  // the index into out.ids of each group
     for (int64_t part = begin_part; part < end_part; ++part) {
       const int64_t begin = parts.begins[part];
       const int64_t length = parts.begins[part + 1] - begin;
       next.resize(counts[part]);
-      placed.resize(counts[part]);
+      indices.resize(counts[part]);
       for (int64_t g = 0; g < counts[part]; ++g) {
         const int64_t at = part * in.ranks + owners[begin + g];
-        const int64_t to = placed[g] = groups[at]++;
+        const int64_t to = indices[g] = groups[at]++;
         next[g] = members[at];
-        members[at] += found.sizes[begin + g];
-        out.ids[to] = found.keys[begin + g];
-        out.counts[to] = found.sizes[begin + g];
+        members[at] += part_groups.sizes[begin + g];
+        out.ids[to] = part_groups.keys[begin + g];
+        out.counts[to] = part_groups.sizes[begin + g];
         out.offsets[to] = next[g];
       }
       for (int64_t i = 0; i < length; ++i) {
-        const int32_t g = found.local[begin + i];
+        const int32_t g = part_groups.local[begin + i];
         const int64_t position = parts.position(begin + i);
         const int64_t to = next[g]++;
-        out.places[position] = placed[g];
+        out.places[position] = indices[g];
         out.sources[to] = plain ? source_of(part, i) : sources[position];
         if (positions.scales != nullptr) out.scales[to] = positions.scales[position];
       }

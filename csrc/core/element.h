@@ -1,7 +1,7 @@
 // Elements of records: float32, bfloat16 and float16, converted to and from float32.
 //
-// Conversions are arithmetic on bits, the same on every CPU level and on CUDA, and without branches, so that loops over
-// them vectorise.
+// Conversions operate on bits, are identical on every CPU level and on CUDA, and have no branches, so that loops over
+// them vectorize.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ RECIS_HD float load_element(Float16 x) {
   return float_of(sign | (exponent == 0 ? bits_of(subnormal) : magnitude + shift));
 }
 
-// Stores x rounded to the nearest, ties to even.
+// Stores x rounded to nearest, ties to even.
 RECIS_HD void store_element(float* at, float x) { *at = x; }
 
 RECIS_HD void store_element(BFloat16* at, float x) {
@@ -55,7 +55,7 @@ RECIS_HD void store_element(BFloat16* at, float x) {
 
 namespace detail {
 
-// The bits of a float16, given its rounded bits for the case of a normal and of a subnormal number.
+// The bits of a float16, given the rounded bits for both cases, a normal and a subnormal number.
 RECIS_HD uint16_t float16_bits(uint32_t bits, uint32_t normal, uint32_t subnormal) {
   const uint32_t magnitude = bits & 0x7fffffff;
   uint32_t half = magnitude < 0x38800000 ? subnormal : (normal - 0x38000000) >> 13;
@@ -82,7 +82,7 @@ RECIS_HD void store_stochastic(float* at, float x, uint32_t) { *at = x; }
 RECIS_HD void store_stochastic(BFloat16* at, float x, uint32_t random) {
   const uint32_t bits = bits_of(x);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // Above the greatest finite number, rounding up would yield infinity: there x is rounded to the nearest.
+  // Above the greatest finite number, rounding up would yield infinity, so x is rounded to nearest.
   const uint32_t up = magnitude > 0x7f7f0000 ? 0x7fff + (bits >> 16 & 1) : random & 0xffff;
   const uint32_t rounded = (bits + up) >> 16;
   at->bits =
@@ -95,13 +95,13 @@ RECIS_HD void store_stochastic(Float16* at, float x, uint32_t random) {
   // In units of 2^-24, truncated after a random fraction is added. The select keeps large values out of the conversion.
   const float units = (magnitude < 0x38800000 ? float_of(magnitude) : 0.0f) * 0x1p24f;
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(units + (random & 0x1fff) * 0x1p-13f));
-  // Above the greatest finite number, 65,504, x is rounded to the nearest, as for bfloat16.
+  // Above the greatest finite number, 65,504, x is rounded to nearest, as for bfloat16.
   const uint32_t up = magnitude > 0x477fe000 ? 0xfff + (magnitude >> 13 & 1) : random & 0x1fff;
   at->bits = detail::float16_bits(bits, magnitude + up, subnormal);
 }
 
-// Random bits for rounding an element: a function of its value, the step and its place in the row, so that results
-// depend neither on row numbers, nor on threads, nor on the order of arrival.
+// Random bits for rounding an element: a function of its value, the step and its position in the row, so that results
+// do not depend on row indices, threads or the order of arrival.
 RECIS_HD uint32_t rounding_bits(uint32_t seed, uint32_t element, float x) {
   uint32_t h = bits_of(x) ^ (seed + element * 0x9e3779b9u);
   h = (h ^ (h >> 16)) * 0x21f0aaadu;  // the "lowbias32" mix of C. Wellons' hash prospector

@@ -1,7 +1,7 @@
 // The order of rows in checkpoints: by (member table, bucket, id), ids as signed numbers.
 //
-// Buckets are random and nearly equal in size, so rows are counted into buckets and each bucket is sorted by itself.
-// CPU only: it runs once a checkpoint, on a list that is on the host.
+// Buckets are random and nearly equal in size, so rows are counted into buckets and each bucket is sorted separately.
+// CPU only: it runs once per checkpoint, on a list in host memory.
 #pragma once
 
 #include <algorithm>
@@ -38,55 +38,55 @@ void order_member(const Executor& executor, int64_t n, const int64_t* ids, const
     out.rows[at] = rows[i];
   }
   executor(kBuckets, 1024, [&](int64_t begin, int64_t end) {
-    std::vector<IdAndRow> held;
+    std::vector<IdAndRow> entries;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t start = first[b], stop = first[b + 1];
-      held.clear();
-      for (int64_t i = start; i < stop; ++i) held.emplace_back(out.ids[i], out.rows[i]);
-      std::sort(held.begin(), held.end());
+      entries.clear();
+      for (int64_t i = start; i < stop; ++i) entries.emplace_back(out.ids[i], out.rows[i]);
+      std::sort(entries.begin(), entries.end());
       for (int64_t i = start; i < stop; ++i) {
-        out.ids[i] = held[i - start].first;
-        out.rows[i] = held[i - start].second;
+        out.ids[i] = entries[i - start].first;
+        out.rows[i] = entries[i - start].second;
         out.buckets[i] = b;
       }
     }
   });
 }
 
-// Does the same for so few rows that counting buckets would cost more than sorting.
+// The same for few rows, where counting buckets would cost more than sorting.
 inline void order_few(int64_t n, const int64_t* ids, const int64_t* rows, FileRows out) {
-  std::vector<std::pair<int64_t, IdAndRow>> held;
-  held.reserve(n);
-  for (int64_t i = 0; i < n; ++i) held.emplace_back(bucket_of(ids[i]), IdAndRow{ids[i], rows[i]});
-  std::sort(held.begin(), held.end());
+  std::vector<std::pair<int64_t, IdAndRow>> entries;
+  entries.reserve(n);
+  for (int64_t i = 0; i < n; ++i) entries.emplace_back(bucket_of(ids[i]), IdAndRow{ids[i], rows[i]});
+  std::sort(entries.begin(), entries.end());
   for (int64_t i = 0; i < n; ++i) {
-    out.buckets[i] = held[i].first;
-    out.ids[i] = held[i].second.first;
-    out.rows[i] = held[i].second.second;
+    out.buckets[i] = entries[i].first;
+    out.ids[i] = entries[i].second.first;
+    out.rows[i] = entries[i].second.second;
   }
 }
 
 }  // namespace detail
 
-// Puts n rows in order. Members must be in 0 .. members_count - 1.
+// Orders n rows. Members must be in 0 .. members_count - 1.
 template <class Executor>
 void file_order(const Executor& executor, int64_t n, const int64_t* ids, const int64_t* members, const int64_t* rows,
                 int64_t members_count, FileRows out) {
   std::vector<int64_t> first(members_count + 1, 0);
   for (int64_t i = 0; i < n; ++i) ++first[members[i] + 1];
   for (int64_t m = 0; m < members_count; ++m) first[m + 1] += first[m];
-  std::vector<int64_t> own_ids, own_rows;
+  std::vector<int64_t> ids_by_member, rows_by_member;
   if (members_count > 1) {
-    own_ids.resize(n);
-    own_rows.resize(n);
+    ids_by_member.resize(n);
+    rows_by_member.resize(n);
     std::vector<int64_t> next(first);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = next[members[i]]++;
-      own_ids[at] = ids[i];
-      own_rows[at] = rows[i];
+      ids_by_member[at] = ids[i];
+      rows_by_member[at] = rows[i];
     }
-    ids = own_ids.data();
-    rows = own_rows.data();
+    ids = ids_by_member.data();
+    rows = rows_by_member.data();
   }
   for (int64_t m = 0; m < members_count; ++m) {
     const int64_t start = first[m], count = first[m + 1] - start;

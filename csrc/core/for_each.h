@@ -6,12 +6,13 @@
 //   segmented  void operator()(int32_t part, int64_t i, Lanes lanes) const, with a member `segments` (segments.h)
 //
 // Items run in any order and at the same time. `lanes` is the group that works on one item: the body loops its inner
-// dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the loop is vectorised by the
-// compiler; on CUDA there are 2 to 32 threads. A kernel may offer prefetch with the same arguments less `lanes`, and
-// fetched_bytes(), what that asks for; the CPU launcher calls it some items ahead.
+// dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the compiler vectorizes the loop; on
+// CUDA there are 1 to 32 threads. A kernel may define prefetch(), with the same arguments except `lanes`, and
+// fetched_bytes(), the number of bytes that it loads; the CPU launcher calls prefetch() some items ahead.
 //
-// The executor says how CPU threads are had: it is callable as executor(n, grain, body) and calls body(begin, end) over
-// disjoint ranges that cover [0, n). torch's pool is one (ops/device.h); Serial and Threads are here.
+// The executor provides the CPU threads: it is callable as executor(n, grain, body) and calls body(begin, end) on
+// disjoint ranges that cover [0, n). TorchPool (ops/device.h) uses torch's threads; Serial and Threads are defined
+// here.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +42,7 @@ struct Serial {
   }
 };
 
-// Plain threads, for programs without torch: ThreadSanitizer understands them, and not libgomp.
+// Plain threads, for programs without torch: ThreadSanitizer supports them, but not libgomp.
 struct Threads {
   int count;
 
@@ -58,14 +59,14 @@ struct Threads {
 
 namespace detail {
 
-// Items between a prefetch and its use: enough to cover a DRAM access, and few enough that what is on its way fits well
-// into a first-level cache of 32 KiB.
+// Items between a prefetch and its use: enough to cover a DRAM access, and few enough that the data in flight fits
+// easily into an L1 cache of 32 KiB.
 template <class Kernel>
 int64_t distance(const Kernel& kernel) {
   return std::clamp<int64_t>(8192 / kernel.fetched_bytes(), 4, 32);
 }
 
-// Walks a segmented range: the part is looked up once, then followed.
+// Iterates over a segmented range: the part is looked up once and then advanced.
 template <class Parts>
 struct Cursor {
   const Parts& segments;
@@ -116,7 +117,7 @@ void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
 
 }  // namespace detail
 
-// Runs kernel over n items (a segmented kernel: over its segments.total), at least `grain` of them a task.
+// Runs kernel over n items (a segmented kernel: over its segments.total), with at least `grain` items per task.
 template <class Executor, class Kernel>
 void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kernel& kernel) {
   executor(n, grain, [&kernel](int64_t begin, int64_t end) { detail::run_range(kernel, begin, end); });
@@ -124,7 +125,7 @@ void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kern
 
 RECIS_HD float lanes_sum(float x, OneLane) { return x; }
 
-// The sum over a group of threads, known to each of them; all of them call it together.
+// The sum over a group of threads, returned to each of them. All threads of the group must call it together.
 RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
 #if defined(__CUDA_ARCH__)
   const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
@@ -134,8 +135,8 @@ RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
   return x;
 }
 
-// Loops one item's inner dimension in tiles of W consecutive elements: f(first, count), where count is Const<W> for a
-// whole tile and an int for the last, shorter one.
+// Loops over one item's inner dimension in tiles of W consecutive elements: f(first, count), where count is Const<W>
+// for a whole tile and an int for the last, shorter one.
 template <int W, class Lanes, class F>
 RECIS_HD void for_tiles(int64_t dim, Lanes lanes, F&& f) {
   int64_t d = int64_t{lanes.rank} * W;

@@ -17,7 +17,7 @@
 
 namespace recis {
 
-// Copies past the caches, for outputs too large for these anyway: a plain store would first read the line that it
+// Copies with non-temporal stores, for outputs larger than the caches: a plain store would first read the line that it
 // overwrites. `to` must be aligned to 32 bytes.
 #if defined(__AVX__) && !defined(__CUDACC__)
 template <class E, class Count>
@@ -56,21 +56,22 @@ struct BagSpan {
   int64_t first;
   int64_t first_position;
   Bags bags;
-  const int64_t* ids;  // the feature's ids, needed for the first values of unknown ones
+  const int64_t* ids;  // the feature's ids, needed for the initial values of unknown ids
   float* out;          // [vectors, dim]
-  int32_t* winners;  // max: [vectors, dim], the position in its bag of each element's id, -1 for an empty bag; or null
+  int32_t* winners;    // max: [vectors, dim], the position in the bag of the id that won each element, -1 for an empty
+                       // bag; or null
   const Initializer* init;  // null: an unknown id counts as zeros
 };
 
-// out[v] = the combined embeddings of the ids of a bag, zeros for an empty bag. An id without a row (row -1) counts
-// with the first value that it would get, or as zeros.
+// out[v] = the combined embeddings of the ids of a bag, zeros for an empty bag. An id without a row (row -1) counts as
+// the initial value that it would get, or as zeros.
 template <class E, int W>
 struct GatherBags {
   Segments<BagSpan> segments;
   BlocksRef blocks;
   const int64_t* rows;
   int64_t dim;
-  bool streams;  // whether to use stream_copy: the output is larger than the caches, and every vector aligned
+  bool streams;  // whether to use stream_copy: the output is larger than the caches, and every vector is aligned
 
   int64_t fetched_bytes() const { return dim * static_cast<int64_t>(sizeof(E)); }
 
@@ -151,7 +152,7 @@ struct GatherBags {
     });
   }
 
-  // Elements d .. d + n - 1 of the first value of the id at position p, rounded to the record's type.
+  // Elements d .. d + n - 1 of the initial value of the id at position p, rounded to the record's type.
   template <class Count>
   RECIS_HD void first(const BagSpan& span, int64_t p, int64_t d, Count n, float (&out)[W]) const {
     int64_t quad = -1;
@@ -168,9 +169,9 @@ struct GatherBags {
   }
 };
 
-// Backward of max: an id of a bag takes the gradient of the elements that it won, zero elsewhere.
+// Backward of max: each id of a bag receives the gradient of the elements that it won, and zero elsewhere.
 struct SpreadMax {
-  const int64_t* offsets;  // [bags + 1]; null: one id a bag
+  const int64_t* offsets;  // [bags + 1]; null: one id per bag
   const int32_t* winners;  // [bags, dim]
   const float* gradient;   // [bags, dim], rows `stride` apart
   int64_t stride;
@@ -188,7 +189,7 @@ struct SpreadMax {
   }
 };
 
-// The source of a position's gradient: a feature in the high bits and one of its vectors in the low ones.
+// The source of a position's gradient: a feature in the high bits and one of its vectors in the low bits.
 inline constexpr int kSourceShift = 40;
 inline constexpr int64_t kSourceVector = (int64_t{1} << kSourceShift) - 1;
 
@@ -204,7 +205,7 @@ struct SourceSpan {
 struct FillSources {
   Segments<SourceSpan> segments;
   int64_t* sources;  // [positions]
-  float* scales;     // [positions], or null where every factor is 1
+  float* scales;     // [positions], or null if every factor is 1
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t v, Lanes lanes) const {

@@ -1,12 +1,14 @@
-// Groups equal keys on the CPU, keeping input order within a group. Keys are rows, or ids, of which only the distinct
+// Groups equal keys on the CPU, keeping input order within a group. Keys are rows or ids; of ids, only the distinct
 // ones are then looked up.
 //
-// CUDA has its own grouping (cuda/group.cu, over CUB's radix sort): one source would serve neither device well.
+// CUDA has its own grouping (cuda/group.cu, based on CUB's radix sort), because one source would serve neither device
+// well.
 //
-// Positions are partitioned into parts small enough for a hash table in a near cache: by member table (keys of two are
-// never equal), and for a large table by a hash of the key. The groups of a part are ordered by their first positions.
-// So gradients are read nearly in memory order, and the result depends on the input alone, not on the number of
-// threads. (A radix sort by row took three times as long, and its order of groups made gradients be read at random.)
+// Positions are partitioned into parts whose hash tables stay in the L1 or L2 cache: by member table (keys of different
+// tables are never equal), and within a large table by a hash of the key. The groups of a part are ordered by their
+// first positions, so gradients are read nearly in memory order, and the result depends only on the input, not on the
+// number of threads. (A radix sort by row took three times as long, and with its order of groups, gradients were read
+// at random.)
 #pragma once
 
 #include <algorithm>
@@ -38,7 +40,7 @@ struct GroupInputs {
 };
 
 struct GroupOutputs {
-  int64_t* rows;             // [n]: the row of each position; null: not wanted
+  int64_t* rows;             // [n]: the row of each position; null: not written
   int64_t* unique;           // [n] upper bound: the distinct rows
   int64_t* offsets;          // [n + 1] upper bound
   int64_t* grouped_sources;  // [n]
@@ -46,8 +48,8 @@ struct GroupOutputs {
   int64_t* count;            // [1]
 };
 
-// Keys that are rows themselves. A type of keys says how a key is hashed and which row a distinct one has; positions of
-// row -1 belong to no group. It may gather the embeddings of a part once all rows of the part are known.
+// Keys that are rows. A key type defines the hash of a key and the row of a distinct key; positions with row -1 belong
+// to no group. It may also gather the embeddings of a part once all rows of the part are known.
 struct RowsAsKeys {
   static uint64_t hash(int64_t row, int64_t) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ull; }
   void prefetch(uint64_t) const {}
@@ -61,7 +63,7 @@ namespace detail {
 
 inline constexpr int64_t kPartPositions = 4096;
 
-// Uninitialised on purpose: callers write every element before they read it.
+// Uninitialized on purpose: callers write every element before they read it.
 template <class T>
 std::unique_ptr<T[]> room(int64_t n) {
   return std::unique_ptr<T[]>(new T[std::max<int64_t>(n, 1)]);
@@ -72,19 +74,19 @@ struct Parts {
   std::vector<int64_t> begins;          // [parts + 1] into the order
   std::vector<const int64_t*> keys;     // the keys of each part, in order
   std::vector<int64_t> members;         // the member table of each part
-  std::unique_ptr<int64_t[]> order;     // [n] positions, part after part; null where that is input order
+  std::unique_ptr<int64_t[]> order;     // [n] positions, part after part; null if that is input order
   std::unique_ptr<int64_t[]> in_order;  // [n] keys, likewise
 
   template <class Keys>
   Parts(const std::vector<KeySpan>& features, int64_t n, const Keys&) {
-    // The features of one member table make up 2^bits parts.
+    // The features of a member table are split into 2^bits parts.
     std::vector<int64_t> sizes;
     std::vector<size_t> of_feature(features.size());
-    std::vector<int64_t> seen;
+    std::vector<int64_t> tables;
     for (size_t f = 0; f < features.size(); ++f) {
-      const size_t at = std::find(seen.begin(), seen.end(), features[f].member) - seen.begin();
-      if (at == seen.size()) {
-        seen.push_back(features[f].member);
+      const size_t at = std::find(tables.begin(), tables.end(), features[f].member) - tables.begin();
+      if (at == tables.size()) {
+        tables.push_back(features[f].member);
         sizes.push_back(0);
       }
       of_feature[f] = at;
@@ -98,7 +100,7 @@ struct Parts {
       while (sizes[m] > kPartPositions << bits) ++bits;
       shift[m] = 64 - bits;
       first[m + 1] = first[m] + (int64_t{1} << bits);
-      members.insert(members.end(), size_t{1} << bits, seen[m]);
+      members.insert(members.end(), size_t{1} << bits, tables[m]);
       in_input_order = in_input_order && bits == 0;
     }
     begins.assign(first.back() + 1, 0);
@@ -137,24 +139,24 @@ struct Parts {
   int64_t position(int64_t i) const { return order == nullptr ? i : order[i]; }
 };
 
-// The source of each position, also where GroupInputs leaves it out.
+// The source of each position, even if GroupInputs omits it.
 struct Sources {
-  const int64_t* given;  // [n]; null: parts are features, and a source follows from its numbers
-  std::unique_ptr<int64_t[]> written;
+  const int64_t* data;  // [n]; null: each part is a feature, and source_of(part, index) applies
+  std::unique_ptr<int64_t[]> storage;
 
-  Sources(const GroupInputs& in, const Parts& parts) : given(in.sources) {
-    if (given != nullptr || parts.order == nullptr) return;
-    written = room<int64_t>(in.positions());
-    int64_t* at = written.get();
+  Sources(const GroupInputs& in, const Parts& parts) : data(in.sources) {
+    if (data != nullptr || parts.order == nullptr) return;
+    storage = room<int64_t>(in.positions());
+    int64_t* at = storage.get();
     for (size_t f = 0; f < in.features.size(); ++f) {
       for (int64_t i = 0; i < in.features[f].length; ++i) *at++ = source_of(static_cast<int64_t>(f), i);
     }
-    given = written.get();
+    data = storage.get();
   }
 };
 
-// The groups of each part before they are numbered across parts: arrays of all parts, where a part's elements start at
-// its begin.
+// The groups of each part, before they are numbered across parts. Each array covers all parts; the elements of a part
+// start at its begin.
 struct PartGroups {
   std::unique_ptr<int32_t[]> local;  // the group of each place in the order, within its part
   std::unique_ptr<int64_t[]> keys;   // of each group
@@ -163,7 +165,8 @@ struct PartGroups {
   explicit PartGroups(int64_t n) : local(room<int32_t>(n)), keys(room<int64_t>(n)), sizes(room<int32_t>(n)) {}
 };
 
-// Gathers the vectors of a part's positions. `local` is the group of each, groups being numbered by first position.
+// Gathers the vectors of a part's positions. `local` is the group of each position; groups are numbered by first
+// position.
 template <class Keys>
 void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, int64_t part, const int32_t* local,
                  const int64_t* rows, int64_t groups) {
@@ -177,15 +180,15 @@ void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, in
     const int64_t end = std::min(groups, group + at_once);
     for (; group < end; ++group) keys.fetch(rows[group]);
     for (; i < length && local[i] < end; ++i) {
-      const int64_t position = parts.position(begin + i);  // they ascend within a part
+      const int64_t position = parts.position(begin + i);  // positions ascend within a part
       while (position >= first + in.features[feature].length) first += in.features[feature++].length;
       keys.gather(rows[local[i]], static_cast<int64_t>(feature), position - first);
     }
   }
 }
 
-// Groups the keys of each part. finish(part, count) is called when the groups of a part are known, by the thread that
-// has them in its caches.
+// Groups the keys of each part. finish(part, count) is called as soon as the groups of a part are known, by the thread
+// that has them in its cache.
 template <class Executor, class Keys, class Finish>
 void group_parts(const Executor& executor, const Parts& parts, const Keys& keys, const PartGroups& out,
                  const Finish& finish) {
@@ -209,7 +212,7 @@ void group_parts(const Executor& executor, const Parts& parts, const Keys& keys,
       for (int64_t i = 0; i < length; ++i) hashes[i] = Keys::hash(part_keys[i], member);
       for (int64_t i = 0; i < length; ++i) {
         const int64_t key = part_keys[i];
-        // Lower bits than those that chose the part.
+        // The highest bits chose the part, so use lower ones.
         for (uint64_t at = hashes[i] >> 20 & mask;; at = (at + 1) & mask) {
           const int32_t group = table[at];
           if (group < 0) {
@@ -233,23 +236,23 @@ void group_parts(const Executor& executor, const Parts& parts, const Keys& keys,
 
 }  // namespace detail
 
-// Groups the positions of equal keys; `out` is the same for any executor.
+// Groups the positions of equal keys. The result does not depend on the executor.
 template <class Executor, class Keys>
 void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys, const GroupOutputs& out) {
   const int64_t n = in.positions();
   const detail::Parts parts(in.features, n, keys);
-  const detail::Sources written(in, parts);
-  const int64_t* const sources = written.given;
+  const detail::Sources position_sources(in, parts);
+  const int64_t* const sources = position_sources.data;
   const bool plain = sources == nullptr;
-  const detail::PartGroups found(n);
-  const auto& rows = found.keys;                      // the key of each group, later its row
+  const detail::PartGroups part_groups(n);
+  const auto& rows = part_groups.keys;                // the key of each group, later its row
   std::vector<int64_t> groups(parts.count() + 1, 0);  // groups with a row in each part; later in the parts before it
   std::vector<int64_t> places(parts.count() + 1, 0);  // positions in these groups, likewise
   std::vector<int64_t> counts(parts.count(), 0);      // groups of each part, with and without a row
 
-  detail::group_parts(executor, parts, keys, found, [&](int64_t part, int32_t count) {
+  detail::group_parts(executor, parts, keys, part_groups, [&](int64_t part, int32_t count) {
     int64_t* part_rows = rows.get() + parts.begins[part];
-    const int32_t* part_sizes = found.sizes.get() + parts.begins[part];
+    const int32_t* part_sizes = part_groups.sizes.get() + parts.begins[part];
     counts[part] = count;
     for (int32_t g = 0; g < count; ++g) {
       part_rows[g] = keys.row(part_rows[g], parts.members[part]);
@@ -258,7 +261,7 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
       places[part + 1] += part_sizes[g];
     }
     if (keys.gathered_at_once() > 0) {
-      detail::gather_part(keys, in, parts, part, found.local.get() + parts.begins[part], part_rows, count);
+      detail::gather_part(keys, in, parts, part, part_groups.local.get() + parts.begins[part], part_rows, count);
     }
   });
   for (int64_t part = 0; part < parts.count(); ++part) {
@@ -278,10 +281,10 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         if (rows[begin + g] < 0) continue;
         out.unique[group] = rows[begin + g];
         out.offsets[group++] = place;
-        place += found.sizes[begin + g];
+        place += part_groups.sizes[begin + g];
       }
       for (int64_t i = 0; i < length; ++i) {
-        const int32_t g = found.local[begin + i];
+        const int32_t g = part_groups.local[begin + i];
         const int64_t row = rows[begin + g];
         const int64_t position = parts.position(begin + i);
         if (out.rows != nullptr) out.rows[position] = row;

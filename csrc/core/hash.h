@@ -40,16 +40,15 @@ RECIS_HD bool with_hasher(int64_t kind, F&& f) {
 
 // out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
 //
-// A row that would lie outside the values is never read. On the CPU *refused becomes 1 + one such row, and the operator
-// raises. On CUDA the host could learn of it only by synchronising, so the kernel traps, as indexing out of bounds does
-// in torch.
+// A row outside the values is never read. On the CPU, *fault becomes 1 + such a row, and the operator raises. On CUDA
+// the host could learn of it only by synchronizing, so the kernel traps, as torch does for an index out of bounds.
 template <class Hasher>
 struct HashBytes {
   const uint8_t* values;
   int64_t total;
   const int64_t* offsets;
   int64_t* out;
-  int64_t* refused;
+  int64_t* fault;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
@@ -59,7 +58,7 @@ struct HashBytes {
 #if defined(__CUDA_ARCH__)
       assert(false && "recis::hash_bytes: offsets decrease or lie outside the values");
 #else
-      __atomic_store_n(refused, i + 1, __ATOMIC_RELAXED);
+      __atomic_store_n(fault, i + 1, __ATOMIC_RELAXED);
 #endif
       return;
     }

@@ -1,7 +1,7 @@
 // Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
-// Open addressing with linear probing from the first slot of a cache line of four. The caller keeps the load, erased
-// slots included, at or below 0.75, so a probe always reaches an empty slot.
+// Open addressing with linear probing from the first slot of a cache line of four. The caller keeps the load factor,
+// including erased slots, at or below 0.75, so a probe always reaches an empty slot.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct IdSpan {
   int64_t first;
   const int64_t* ids;
   int64_t member;
-  const int64_t* used;  // [1]: the number of ids where the host knows an upper bound only; null: all positions are used
+  const int64_t* used;  // [1]: the number of ids if the host knows only an upper bound; null: all positions are used
 
   RECIS_HD bool has(int64_t i) const { return used == nullptr || i - first < *used; }
   RECIS_HD int64_t id(int64_t i) const { return ids[i - first]; }
@@ -32,35 +32,35 @@ RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
   return (static_cast<uint64_t>(member) << kMemberShift) | (hash >> (64 - kTagBits));
 }
 
-// The unmasked number of the slot at which a probe starts.
+// The unmasked index of the slot at which a probe starts.
 RECIS_HD uint64_t probe_start(uint64_t hash) { return hash & ~(kLineSlots - 1); }
 
 // The slot of a line that holds an id, or null.
 //
 // All four slots are compared without a branch: the length of a probe is unpredictable, and a branch mispredicted while
-// its slot is still being loaded keeps the processor from starting on the ids after it.
+// its slot is still being loaded prevents the processor from starting on the next ids.
 RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
   const uint64_t full = make_entry(SlotState::kFull, key, 0);
   const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);  // both bits of the state, and the key
 #if defined(__AVX__) && !defined(__CUDACC__)
   // Processors with AVX read 16 aligned bytes at once, so an entry is read together with the id it was published with.
-  const __m128i wanted = _mm_set_epi64x(static_cast<int64_t>(full), static_cast<int64_t>(id));
+  const __m128i pattern = _mm_set_epi64x(static_cast<int64_t>(full), static_cast<int64_t>(id));
   const __m128i mask = _mm_set_epi64x(static_cast<int64_t>(compared), -1);
   const auto same = [&](int j) {
     const __m128i slot = _mm_load_si128(reinterpret_cast<const __m128i*>(line) + j);
-    return _mm_cmpeq_epi64(_mm_and_si128(slot, mask), wanted);
+    return _mm_cmpeq_epi64(_mm_and_si128(slot, mask), pattern);
   };
   const __m128i both = _mm_packs_epi16(_mm_packs_epi32(same(0), same(1)), _mm_packs_epi32(same(2), same(3)));
-  const int found = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
-  return found == 0 ? nullptr : line + 2 * __builtin_ctz(found);
+  const int match = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
+  return match == 0 ? nullptr : line + 2 * __builtin_ctz(match);
 #else
-  uint64_t found = kLineSlots;
+  uint64_t match = kLineSlots;
   for (uint64_t j = 0; j < kLineSlots; ++j) {
     const uint64_t entry = load_acquire(line + 2 * j + 1);
     const uint64_t difference = ((entry & compared) ^ full) | (load_relaxed(line + 2 * j) ^ id);
-    found = difference == 0 ? j : found;
+    match = difference == 0 ? j : match;
   }
-  return found == kLineSlots ? nullptr : line + 2 * found;
+  return match == kLineSlots ? nullptr : line + 2 * match;
 #endif
 }
 
@@ -77,19 +77,20 @@ RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
   }
 }
 
-// The result of find_or_claim: the id's slot and entry, and whether this call inserted it. No slot: the id is absent
-// and was not to be inserted.
+// The result of find_or_claim: the id's slot and entry, and whether this call inserted it. A null slot means that the
+// id is absent and was not inserted.
 struct Probe {
   uint64_t* slot;
   uint64_t entry;
   bool claimed;
 };
 
-// Finds an id or claims a slot for it. Any number of threads may look for the same id at once; one of them claims.
+// Finds an id or claims a slot for it. Any number of threads may look for the same id at once; one of them claims the
+// slot.
 //
-// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so other threads pass it
-// at once unless it is probably their own id; only then do they wait for the id to be published. The claiming thread
-// alone calls row(), which returns the row bits of the new entry.
+// A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so other threads skip it
+// immediately unless it probably holds their own id; only then do they wait for the id to be published. The claiming
+// thread alone calls row(), which returns the row bits of the new entry.
 template <class Row>
 RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row) {
   const uint64_t hash = slot_hash(id, member);
@@ -116,7 +117,7 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
   }
 }
 
-// The row that is allocated as number `number` since the last commit: from the free list first, then from the end.
+// The row of allocation `number` since the last commit: from the free list first, then from the end.
 RECIS_HD int64_t fresh_row(const int64_t* counters, const int64_t* free_rows, int64_t number) {
   const int64_t reused = counters[kFree];
   return number < reused ? free_rows[reused - 1 - number] : counters[kRows] + number - reused;
@@ -141,24 +142,24 @@ struct LookUpIds {
   }
 };
 
-// rows[i] = row of ids[i], or -1; with kSlots the number of its slot instead.
+// rows[i] = row of ids[i], or -1; with kSlots, the index of its slot instead.
 template <bool kSlots>
 struct FindIds : LookUpIds {
   int64_t* rows;
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
-    const uint64_t* found = slot(part, i);
-    rows[i] = found == nullptr ? -1 : kSlots ? (found - map.slots) / 2 : entry_row(load_acquire(found + 1));
+    const uint64_t* match = slot(part, i);
+    rows[i] = match == nullptr ? -1 : kSlots ? (match - map.slots) / 2 : entry_row(load_acquire(match + 1));
   }
 };
 
 // rows[i] = row of ids[i]; an id without a row gets one. For each new row, `fresh` receives the position that inserted
-// it, whose record then needs first values. CommitInserts must follow.
+// it; the record then needs initial values. CommitInserts must follow.
 struct FindOrInsertIds : LookUpIds {
   int64_t* counters;
   const int64_t* free_rows;  // [counters[kFree]]
-  const uint8_t* admitted;   // [n]: whether an id without a row may get one, or stays at row -1; null: all may
+  const uint8_t* admitted;   // [n]: whether an id without a row may get one; otherwise its row is -1; null: all may
   int64_t* rows;
   int64_t* fresh;
 
@@ -178,7 +179,7 @@ struct FindOrInsertIds : LookUpIds {
   }
 };
 
-// Moves every full slot of `from` into the larger, empty `to`. Ids are distinct, so no comparison is needed.
+// Moves every full slot of `from` into the empty `to`. Ids are distinct, so no comparison is needed.
 struct RehashSlots {
   const uint64_t* from;
   IdMapRef to;
@@ -199,7 +200,7 @@ struct RehashSlots {
   }
 };
 
-// Ends a find-or-insert: its fresh rows become ordinary rows. One item.
+// Completes a find-or-insert: its fresh rows become ordinary rows. One item.
 struct CommitInserts {
   int64_t* counters;
 
@@ -237,8 +238,8 @@ struct ListIds {
   }
 };
 
-// Erases the ids in the given slots (negative numbers are skipped, a repeated one counts once) and puts their rows on
-// the free list, which must have room for every row. Without a list the rows are forgotten.
+// Erases the ids in the given slots (negative indices are skipped, repeated ones count once) and adds their rows to the
+// free list, which must have space for every row. Without a list the rows are not reused.
 struct EraseSlots {
   uint64_t* slots;
   const int64_t* numbers;
@@ -324,8 +325,8 @@ struct AdmitCounted : LookUpIds {
       admitted[i] = 1;
       return;
     }
-    const uint64_t* found = slot(part, i);
-    admitted[i] = found != nullptr && entry_row(load_acquire(found + 1)) >= least;
+    const uint64_t* match = slot(part, i);
+    admitted[i] = match != nullptr && entry_row(load_acquire(match + 1)) >= least;
   }
 };
 

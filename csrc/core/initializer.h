@@ -1,4 +1,4 @@
-// First values of rows: a function of (seed, name of the member table, id), whatever the order of arrival.
+// Initial values of rows: a function of (seed, name of the member table, id), independent of the order of arrival.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Initializer {
   float high;
   float erf_low;  // truncated normal: erf of the bounds in units of sqrt(2) standard deviations from the mean
   float erf_high;
-  int32_t first_quad;  // for rows split by column: the number of the first four elements held here
+  int32_t first_quad;  // for rows split by column: the index of the first four elements of this shard
   uint64_t key;        // hash of the seed and the member table's name
 };
 static_assert(sizeof(Initializer) == 40, "Initializer is read from rows of five int64");

@@ -2,9 +2,9 @@
 //
 // An id that occurs many times in a batch is looked up once, and while a part of the ids is being grouped, the slots of
 // its distinct ids are loaded. Where each id yields one vector, the vectors of the part are written next, while its
-// records are in a near cache: one loop prefetches all of them before the first is read.
+// records are in the cache: one loop prefetches all of them before the first is read.
 //
-// On CUDA every position is looked up at once, and rows are grouped afterwards.
+// On CUDA all positions are looked up in parallel, and rows are grouped afterwards.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct PlainOutputs {
 
 inline constexpr int64_t kGathered = 256 << 10;  // bytes of embeddings to prefetch at once
 
-// Ids as keys of group_cpu: an id without a row gets one, with its first values. CommitInserts must follow.
+// Ids as keys of group_cpu: an id without a row gets one, with its initial values. CommitInserts must follow.
 template <class E>
 struct InsertKeys {
   IdMapRef map;
@@ -47,14 +47,15 @@ struct InsertKeys {
     return entry_row(load_acquire(slot + 1));
   }
 
-  // The number of records to prefetch before the first is read, all of which fit a second-level cache; 0: nothing is
+  // The number of records to prefetch before the first is read; all of them fit into the L2 cache. 0: nothing is
   // gathered.
   int64_t gathered_at_once() const {
     if (outputs.parts == nullptr) return 0;
     return std::max<int64_t>(64, kGathered / (outputs.dim * static_cast<int64_t>(sizeof(E))));
   }
 
-  // Always inlined: the compiler takes a function that only prefetches for one without effects and drops its calls.
+  // Always inlined, because the compiler treats a function that only prefetches as free of side effects and drops its
+  // calls.
   __attribute__((always_inline)) void fetch(int64_t row) const {
     const char* record = blocks.record(row);
     const int64_t bytes = outputs.dim * static_cast<int64_t>(sizeof(E));

@@ -11,8 +11,8 @@
 
 #define RECIS_RESTRICT __restrict__
 
-// Keeps a loop over 64-bit products scalar where vectors have no such product (below AVX-512): assembled from 32-bit
-// products, it takes half as long again as the scalar loop.
+// Keeps a loop over 64-bit products scalar if vectors have no such product (below AVX-512): a loop of products composed
+// of 32-bit ones takes 1.5 times as long as the scalar loop.
 #if defined(__CUDACC__) || defined(__AVX512DQ__) || !defined(__GNUC__)
 #define RECIS_ONE_BY_ONE(word)
 #else
@@ -21,7 +21,7 @@
 
 namespace recis {
 
-// A compile-time count, over which loops unroll and vectorise; a plain int in its place serves tails.
+// A compile-time count, over which loops unroll and vectorize; a plain int in its place handles tails.
 template <int N>
 struct Const {
   static constexpr int value = N;

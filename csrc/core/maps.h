@@ -86,9 +86,9 @@ RECIS_HD int64_t boundaries_below(T value, const T* boundaries, int64_t count) {
   return below;
 }
 
-// Maps of one number to another: f(x) is the result, and f.bad(x) says whether x has none.
+// Maps from one number to another: f(x) is the result, and f.bad(x) is true if x has none.
 
-// x mod the divisor, the bits of x read as an unsigned number.
+// x mod the divisor, where the bits of x are read as an unsigned integer.
 struct ModOf {
   Divisor divisor;
   RECIS_HD bool bad(int64_t) const { return false; }
@@ -146,8 +146,8 @@ struct FillOf {
   RECIS_HD T operator()(T x) const { return is_nan(x) ? value : x; }
 };
 
-// A number converted to another type. Floats are truncated towards zero on the way to integers; NaN and values outside
-// the range of int64 are bad. Integers wrap on the way to narrower ones.
+// A number converted to another type. Floats become integers by truncation toward zero; NaN and values outside the
+// range of int64 are bad. Integers wrap when they become narrower.
 template <class From, class To>
 struct CastOf {
   RECIS_HD bool bad(From x) const {

@@ -1,8 +1,9 @@
 // Standard normal numbers from uniform bits by the Box-Muller transform, in float32.
 //
 // log, sin and cos are polynomials, because the library functions of libm and CUDA differ: without contraction, every
-// step below rounds alike everywhere. Coefficients are Chebyshev fits in double precision (error of log below 2e-9 on
-// [sqrt(1/2), sqrt(2)]; of sin and cos below 2e-10 within an eighth of a turn), well under the rounding of float32.
+// step below rounds identically on all devices. Coefficients are Chebyshev fits in double precision (error of log below
+// 2e-9 on [sqrt(1/2), sqrt(2)]; of sin and cos below 2e-10 within an eighth of a turn), well under the rounding of
+// float32.
 #pragma once
 
 #include <cmath>

@@ -1,9 +1,9 @@
 // Programs of element-wise operations over many columns, run in one pass.
 //
-// A part is a chain or a tree of instructions over columns of one length. Its elements are handled in tiles of W: an
-// instruction is a loop over a tile, so it is decoded once for W elements, its loop is compiled and vectorised by
-// itself, and intermediate results stay in the first-level cache. On CUDA W is 1 and a thread keeps its tile in
-// registers; all threads of a warp run the same instruction.
+// A part is a chain or a tree of instructions over columns of one length. Its elements are processed in tiles of W: an
+// instruction is a loop over a tile, so it is decoded once for W elements, its loop is compiled and vectorized
+// separately, and intermediate results stay in the L1 cache. On CUDA W is 1 and a thread keeps its tile in registers;
+// all threads of a warp run the same instruction.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 
 namespace recis {
 
-// The order is that of STEPS in recis_hybrid/ops/program.py.
+// In the order of STEPS in recis_hybrid/ops/program.py.
 enum class Step : int64_t {
   kWiden8 = 0,
   kWiden16,
@@ -58,8 +58,8 @@ enum class Step : int64_t {
   kSecondsBetween,
 };
 
-// An operand is the number of a scratch tile, or, if negative, bound tensor -1 - operand. A string operand is tensor
-// `a` of bytes with tensor `b` of offsets.
+// An operand is the index of a scratch tile or, if negative, bound tensor -1 - operand. A string operand consists of
+// tensor `a`, its bytes, and tensor `b`, its offsets.
 struct Instruction {
   int64_t step;
   int64_t out;
@@ -69,11 +69,11 @@ struct Instruction {
 };
 
 struct ProgramPart {
-  int64_t first;  // the number of its first tile
+  int64_t first;  // the index of its first tile
   int64_t elements;
   int64_t begin;  // its instructions: [begin, end)
   int64_t end;
-  const int64_t* used;  // [1]: the number of rows in use; null: all are
+  const int64_t* used;  // [1]: the number of rows in use; null: all rows
   int64_t width;        // elements of a row
 };
 
@@ -86,7 +86,7 @@ struct RunProgram {
   const int64_t* params;
   void* const* tensors;
   const int64_t* sizes;  // elements of each tensor
-  int64_t* faults;       // for each instruction 1 + an element that it refused, or 0
+  int64_t* faults;       // for each instruction, 1 + an element that it refused, or 0
 
   // One instruction on one tile, which starts at element `start` of the part.
   struct Tile {
@@ -114,7 +114,7 @@ struct RunProgram {
       return value;
     }
 
-    // Elements after the last row in use cause no fault: on a GPU they are unspecified where rows were shortened.
+    // Elements after the last row in use cause no fault: on a GPU they are unspecified if rows were shortened.
     RECIS_HD void fault(int64_t element) const {
       if (part.used != nullptr && start + element >= *part.used * part.width) return;
       refuse(program.faults + (&instruction - program.code), start + element);
@@ -139,7 +139,7 @@ struct RunProgram {
       if (bad != 0) report<In>([&](In value) { return f.bad(value); });
     }
 
-    // Finds the bad element of a tile in which a loop has noticed one, and reports it.
+    // Finds and reports the first bad element of a tile that a loop has found to have one.
     template <class In, class F>
     RECIS_HD void report(F&& bad) const {
       const In* x = at<const In>(instruction.a);
@@ -161,8 +161,8 @@ struct RunProgram {
       for (int e = 0; e < count; ++e) bad |= is_nan(x[e]) ? 1 : 0;
       if (bad != 0) report<T>([](T value) { return is_nan(value); });
       if (W > 1 && buckets <= kFewBoundaries) {
-        // Every boundary is compared with the whole tile, so no step waits for the one before. Counters are as wide as
-        // values, so that comparison masks are added without conversion.
+        // Every boundary is compared with the whole tile, so no step depends on the previous one. Counters are as wide
+        // as values, so that comparison masks are added without conversion.
         using Counter = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
         Counter below[W];
         for (int e = 0; e < W; ++e) below[e] = 0;
@@ -326,13 +326,13 @@ struct RunProgram {
         case Step::kWrap32:
           return each<int64_t, int64_t>([](int64_t x) { return static_cast<int64_t>(static_cast<int32_t>(x)); });
         case Step::kTimePart: {
-          // p: the part; units a second; seconds ahead of UTC << 1 | whether p[3] stands for a missing time (part -1).
+          // p: the part; units per second; seconds ahead of UTC << 1 | whether p[3] marks a missing time (part -1).
           const PartOfTime of{p[0], p[1], p[2] >> 1};
           if ((p[2] & 1) == 0) return each<int64_t, int64_t>([&](int64_t x) { return of(x); });
           return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? -1 : of(x); });
         }
         case Step::kSecondsTo: {
-          // p: units a second; the other time; whether p[3] stands for a missing time, which is left as it is.
+          // p: units per second; the other time; whether p[3] marks a missing time, which is left unchanged.
           const SecondsBetween seconds{p[0]};
           if (p[2] == 0) return each<int64_t, int64_t>([&](int64_t x) { return seconds(x, p[1]); });
           return each<int64_t, int64_t>([&](int64_t x) { return x == p[3] ? x : seconds(x, p[1]); });

@@ -1,7 +1,7 @@
-// Kernels that change how many values the rows of a ragged column have.
+// Kernels that change the number of values in the rows of ragged columns.
 //
-// Each launch handles many columns: its items are the rows of all of them, or the columns. The new offsets come first
-// (a rule gives each row's new length, and the device's sum_rows adds the lengths up), then the values.
+// Each launch handles many columns: its items are the rows of all of them, or the columns. The new offsets are computed
+// first (a rule returns each row's new length, and the device's sum_rows sums the lengths), then the values.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace recis {
 
-// The rows of a column of `total` values: given by offsets, or, where these are null, of `stride` values each.
+// The rows of a column of `total` values: defined by offsets or, if these are null, of `stride` values each.
 struct Rows {
   const int64_t* offsets;
   int64_t stride;
@@ -24,19 +24,19 @@ struct Rows {
   RECIS_HD int64_t size(int64_t row) const { return offsets == nullptr ? stride : offsets[row + 1] - offsets[row]; }
 
   // Whether a row lies within the values; kernels never read a row that does not. Ends are compared, not subtracted,
-  // because offsets may hold any numbers.
+  // because offsets may hold any number and differences may overflow.
   RECIS_HD bool good(int64_t row) const {
     const int64_t from = begin(row);
     const int64_t to = offsets == nullptr ? from + stride : offsets[row + 1];
     return from >= 0 && from <= to && to <= total;
   }
 
-  // Whether a row is good and row 0 starts at value 0, which kernels need that derive places in the result from
-  // places in the source.
+  // Whether a row is good and row 0 starts at value 0, as required by kernels that derive positions in the result from
+  // positions in the source.
   RECIS_HD bool from_start(int64_t row) const { return good(row) && (row > 0 || begin(0) == 0); }
 };
 
-// Rules of lengths: size(row) is the number of values that a row of the result has, or -1 for a row that is refused.
+// Length rules: size(row) is the number of values in a row of the result, or -1 if the row is refused.
 
 // At least `least` and at most `most` values; with `strict` a longer row is refused instead of shortened.
 struct ResizeRule {
@@ -49,8 +49,8 @@ struct ResizeRule {
     if (!rows.good(row)) return -1;
     const int64_t size = rows.size(row);
     if (strict != 0 && size > most) return -1;
-    const int64_t kept = size > most ? most : size;
-    return kept < least ? least : kept;
+    const int64_t length = size > most ? most : size;
+    return length < least ? least : length;
   }
 };
 
@@ -67,7 +67,7 @@ struct CrossRule {
   }
 };
 
-// Row i of the result is row numbers[i] of a column of `count` rows, or empty where the number is negative.
+// Row i of the result is row numbers[i] of a column of `count` rows, or empty if the number is negative.
 struct TakeRule {
   Rows rows;
   int64_t count;
@@ -117,8 +117,8 @@ struct DecimalRule {
   RECIS_HD int64_t size(int64_t i) const { return digits(magnitude(i)) + (negative(i) ? 1 : 0); }
 };
 
-// Computes new offsets by a rule, one whole column an item: sums[0] is 0, sums[i + 1] the number of values in rows
-// 0 .. i. A refused row counts as empty and is reported: refused[column] becomes 1 + the row.
+// Computes new offsets by a rule, one column per item: sums[0] is 0, sums[i + 1] the number of values in rows 0 .. i. A
+// refused row counts as empty and is reported: faults[column] becomes 1 + the row.
 template <class Rule>
 struct SumPart {
   Rule rule;
@@ -129,7 +129,7 @@ struct SumPart {
 template <class Rule>
 struct SumRows {
   const SumPart<Rule>* parts;
-  int64_t* refused;
+  int64_t* faults;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t column, Lanes) const {
@@ -138,14 +138,14 @@ struct SumRows {
     part.sums[0] = 0;
     for (int64_t row = 0; row < part.rows; ++row) {
       const int64_t size = part.rule.size(row);
-      if (size < 0) refused[column] = row + 1;
+      if (size < 0) faults[column] = row + 1;
       sum += size < 0 ? 0 : size;
       part.sums[row + 1] = sum;
     }
   }
 };
 
-// Calls f with a word of `unit` bytes: values are moved as bits, whatever their type.
+// Calls f with a word of `unit` bytes: values are copied as bits, regardless of their type.
 template <class F>
 RECIS_HD void with_word(int64_t unit, F&& f) {
   switch (unit) {
@@ -161,7 +161,8 @@ RECIS_HD void with_word(int64_t unit, F&& f) {
 }
 
 // Copies `n` words. Rows are short and their lengths vary, so on the CPU few branches depend on them: long rows are
-// copied 32 bytes at a time, the last copy overlapping the one before, and rows of up to three large words as three.
+// copied 32 bytes at a time, where the last copy overlaps the previous one, and rows of one to three large words as
+// three words.
 template <class T, class Lanes>
 RECIS_HD void copy_words(const T* RECIS_RESTRICT from, T* RECIS_RESTRICT to, int64_t n, Lanes lanes) {
 #if !defined(__CUDA_ARCH__)
@@ -189,7 +190,7 @@ RECIS_HD void fill_words(T* to, T value, int64_t n, Lanes lanes) {
   for (int64_t k = lanes.rank; k < n; k += lanes.size) to[k] = value;
 }
 
-// One plane of a column (its values or its weights) and the plane that it becomes.
+// One plane of a column (its values or its weights) and the plane that it is copied to.
 struct Plane {
   const void* from;
   void* to;
@@ -205,7 +206,7 @@ struct Plane {
     });
   }
 
-  // Copies `count` values from place `source` of `from` to place `target` of `to`.
+  // Copies `count` values from position `source` of `from` to position `target` of `to`.
   template <class Lanes>
   RECIS_HD void copy(int64_t source, int64_t target, int64_t count, Lanes lanes) const {
     typed([&](const auto* in, auto* out) {
@@ -214,7 +215,7 @@ struct Plane {
   }
 };
 
-// Writes the new offset at which a row ends; row 0 also writes the leading 0. Null offsets are not wanted.
+// Writes the new offset at which a row ends; row 0 also writes the leading 0. Null offsets are skipped.
 template <class Lanes>
 RECIS_HD void write_offset(int64_t* offsets, int64_t row, int64_t end, Lanes lanes) {
   if (offsets == nullptr || lanes.rank != 0) return;
@@ -222,22 +223,22 @@ RECIS_HD void write_offset(int64_t* offsets, int64_t row, int64_t end, Lanes lan
   offsets[row + 1] = end;
 }
 
-// The kernels of values below read nothing of a refused row, and write nothing of a row for which the result has no
-// room. On the CPU the operator has raised before. On CUDA offsets are not checked before, and rows that are good one
-// by one may add up to more values than there are.
+// The kernels below copy values. They neither read a refused row nor write a row for which the result has no space. On
+// the CPU the operator has raised before they run. On CUDA offsets are not checked first, and rows that are
+// individually good may add up to more values than the result can hold.
 
-// Copies rows of one plane into rows of other lengths: values that do not fit are dropped at one end, and missing ones
-// filled in at one end.
+// Copies rows of one plane into rows of other lengths. Values that do not fit are dropped at one end, and missing
+// values are filled in at one end.
 struct CopyPart {
   int64_t first;
   Rows rows;
   int64_t count;           // of `rows`
-  const int64_t* numbers;  // the source of each new row, negative for an empty one; null: the row of the same number
+  const int64_t* numbers;  // the source of each new row, negative for an empty one; null: the row with the same index
   Rows target;
   Plane plane;
-  int64_t fill;        // the word that stands for a missing value
-  int64_t drop_first;  // whether the first values are dropped, not the last
-  int64_t pad_first;   // whether filling precedes the values, not follows them
+  int64_t fill;        // the word for a missing value
+  int64_t drop_first;  // whether the first values are dropped instead of the last
+  int64_t pad_first;   // whether padding precedes the values instead of following them
 };
 
 struct CopyRows {
@@ -248,18 +249,18 @@ struct CopyRows {
     if (!part.target.good(row)) return;
     const bool exists = source >= 0 && source < part.count && part.rows.good(source);
     const int64_t size = exists ? part.rows.size(source) : 0;
-    const int64_t wanted = part.target.size(row);
-    const int64_t kept = size < wanted ? size : wanted;
-    const int64_t skipped = part.drop_first != 0 ? size - kept : 0;
-    const int64_t padded = wanted - kept;
+    const int64_t length = part.target.size(row);
+    const int64_t count = size < length ? size : length;
+    const int64_t skip = part.drop_first != 0 ? size - count : 0;
+    const int64_t padding = length - count;
     const int64_t words = part.plane.words;
     T* to = static_cast<T*>(part.plane.to) + part.target.begin(row) * words;
     if (exists) {
-      const T* from = static_cast<const T*>(part.plane.from) + (part.rows.begin(source) + skipped) * words;
-      copy_words(from, to + (part.pad_first != 0 ? padded : 0) * words, kept * words, lanes);
+      const T* from = static_cast<const T*>(part.plane.from) + (part.rows.begin(source) + skip) * words;
+      copy_words(from, to + (part.pad_first != 0 ? padding : 0) * words, count * words, lanes);
     }
-    if (padded > 0) {
-      fill_words(to + (part.pad_first != 0 ? 0 : kept) * words, static_cast<T>(part.fill), padded * words, lanes);
+    if (padding > 0) {
+      fill_words(to + (part.pad_first != 0 ? 0 : count) * words, static_cast<T>(part.fill), padding * words, lanes);
     }
   }
 
@@ -272,8 +273,7 @@ struct CopyRows {
   }
 };
 
-// Pairs the values of two columns, the pairs of x's first value first. Weights are multiplied; a missing one counts as
-// 1.
+// Pairs the values of two columns, ordered by the value of x. Weights are multiplied; a missing weight counts as 1.
 struct CrossPart {
   int64_t first;
   Rows x;
@@ -311,33 +311,33 @@ struct CrossRows {
   }
 };
 
-// Keeps the values of a row with the greatest weights, greatest first; of equal weights the first in the row.
+// Keeps the values of a row with the greatest weights, in descending order. Equal weights keep the order of the row.
 struct TopKPart {
   int64_t first;
   Rows rows;
   Rows target;
-  Plane plane;  // of one word a value
+  Plane plane;  // with one word per value
   const float* weights;
   float* weights_out;
 };
 
 struct TopKRows {
   Segments<TopKPart> segments;
-  int64_t* refused;  // 1 + an item whose row has a weight that is NaN
+  int64_t* fault;  // 1 + an item whose row has a NaN weight
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const TopKPart& part = segments[number];
     const int64_t row = i - part.first;
     const int64_t to = part.target.begin(row);
-    const int64_t kept = part.target.size(row);
-    if (kept == 0 || !part.target.good(row)) return;
+    const int64_t count = part.target.size(row);
+    if (count == 0 || !part.target.good(row)) return;
     const int64_t begin = part.rows.begin(row);
     const int64_t size = part.rows.size(row);
     for (int64_t k = lanes.rank; k < size; k += lanes.size) {
       const float mine = part.weights[begin + k];
-      if (is_nan(mine)) refuse(refused, i);
-      // The rank of the value: how many weights are greater, or equal and further left. NaN comes last.
+      if (is_nan(mine)) refuse(fault, i);
+      // The rank of the value: the number of weights that are greater, or equal and earlier in the row. NaN ranks last.
       int64_t before = 0;
       for (int64_t j = 0; j < size; ++j) {
         const float other = part.weights[begin + j];
@@ -345,14 +345,14 @@ struct TopKRows {
         const bool equal = other == mine || (is_nan(mine) && is_nan(other));
         before += greater || (equal && j < k) ? 1 : 0;
       }
-      if (before >= kept) continue;
+      if (before >= count) continue;
       part.weights_out[to + before] = mine;
       part.plane.typed([&](const auto* in, auto* out) { out[to + before] = in[begin + k]; });
     }
   }
 };
 
-// Keeps the first of each distinct value of a row, with its weight, in their order.
+// Keeps the first occurrence of each distinct value of a row, with its weight, in the order of the row.
 struct DistinctPart {
   int64_t first;
   Rows rows;
@@ -366,7 +366,7 @@ struct DistinctPart {
 struct DistinctRows {
   Segments<DistinctPart> segments;
 
-  // By one lane: the place of a value depends on those before it.
+  // Uses one lane, because the position of a value depends on the previous values.
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     if (lanes.rank != 0) return;
@@ -388,7 +388,7 @@ struct DistinctRows {
   }
 };
 
-// Writes ids as decimal digits, one id a row of bytes.
+// Writes ids as decimal digits, one row of bytes per id.
 struct DecimalPart {
   int64_t first;
   DecimalRule rule;
@@ -415,13 +415,13 @@ struct DecimalRows {
   }
 };
 
-// Joins the rows of several columns: row i of the result is row i of each of them in turn.
+// Joins the rows of several columns: row i of the result concatenates row i of each column.
 struct ConcatPart {
   int64_t first;
   const Rows* inputs;  // of all columns
   int64_t count;       // columns
   int64_t which;       // the column that this part copies
-  Plane plane;         // `from` is null for the weights of a column without weights: ones
+  Plane plane;         // `from` is null for the weights of a column without weights, which are ones
   int64_t* offsets;    // the new offsets, written by the first column's part; or null
 
   RECIS_HD int64_t begin(int64_t row) const {
@@ -433,7 +433,7 @@ struct ConcatPart {
 
 struct ConcatRows {
   Segments<ConcatPart> segments;
-  int64_t* refused;  // 1 + an item whose row lies outside the values of a column
+  int64_t* fault;  // 1 + an item whose row lies outside the values of a column
 
   template <class T, class Lanes>
   RECIS_HD static void copy(const ConcatPart& part, int64_t row, int64_t to, Lanes lanes) {
@@ -452,7 +452,7 @@ struct ConcatRows {
     const ConcatPart& part = segments[number];
     const int64_t row = i - part.first;
     for (int64_t k = 0; k < part.count; ++k) {
-      if (!part.inputs[k].from_start(row)) return refuse(refused, i);
+      if (!part.inputs[k].from_start(row)) return refuse(fault, i);
     }
     int64_t to = part.begin(row);
     if (part.offsets != nullptr) write_offset(part.offsets, row, part.begin(row + 1), lanes);
@@ -462,7 +462,7 @@ struct ConcatRows {
   }
 };
 
-// out[row, id] += weight for each id of a row; `out` must be zero before.
+// out[row, id] += weight for each id of a row; `out` must be initialized to zero.
 struct MultiHotPart {
   int64_t first;
   Rows rows;
@@ -474,20 +474,20 @@ struct MultiHotPart {
 
 struct MultiHotRows {
   Segments<MultiHotPart> segments;
-  int64_t* refused;  // 1 + an item whose row lies outside the values or has an id that is not a class
+  int64_t* fault;  // 1 + an item whose row lies outside the values or has an id outside [0, classes)
 
-  // By one lane, so that weights are added in the order of the row.
+  // Uses one lane, so that weights are added in the order of the row.
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     if (lanes.rank != 0) return;
     const MultiHotPart& part = segments[number];
     const int64_t row = i - part.first;
-    if (!part.rows.good(row)) return refuse(refused, i);
+    if (!part.rows.good(row)) return refuse(fault, i);
     const int64_t begin = part.rows.begin(row);
     for (int64_t k = begin; k < begin + part.rows.size(row); ++k) {
       const int64_t id = part.ids[k];
       if (id < 0 || id >= part.classes) {
-        refuse(refused, i);
+        refuse(fault, i);
       } else {
         part.out[row * part.classes + id] += part.weights == nullptr ? 1.0f : part.weights[k];
       }
@@ -495,7 +495,7 @@ struct MultiHotRows {
   }
 };
 
-// Repeats every row `times` times, copies of one row adjacent.
+// Repeats every row `times` times; the copies of a row are adjacent.
 struct TilePart {
   int64_t first;
   Rows rows;
@@ -506,14 +506,14 @@ struct TilePart {
 
 struct TileRows {
   Segments<TilePart> segments;
-  int64_t* refused;  // 1 + an item whose row lies outside the values
+  int64_t* fault;  // 1 + an item whose row lies outside the values
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t number, int64_t i, Lanes lanes) const {
     const TilePart& part = segments[number];
     const int64_t target = i - part.first;
     const int64_t row = target / part.times;
-    if (!part.rows.from_start(row)) return refuse(refused, i);
+    if (!part.rows.from_start(row)) return refuse(fault, i);
     const int64_t size = part.rows.size(row);
     const int64_t to = part.rows.begin(row) * part.times + target % part.times * size;
     write_offset(part.offsets, target, to + size, lanes);

@@ -11,12 +11,12 @@ namespace recis {
 
 // The gradients of one feature's vectors.
 struct GradientSpan {
-  int64_t first;  // unused: features are found by number
+  int64_t first;  // unused: features are found by index
   const float* values;
   int64_t stride;  // elements from one vector to the next; 0 for an expanded gradient
 };
 
-// Row gradients grouped by row: row unique[u] takes the gradients sources[offsets[u] .. offsets[u + 1]), in input
+// Row gradients grouped by row: row unique[u] receives the gradients sources[offsets[u] .. offsets[u + 1]), in input
 // order. There are *count rows; the buffers are upper bounds.
 struct GroupedGradients {
   Segments<GradientSpan> features;
@@ -32,7 +32,7 @@ struct GroupedGradients {
     return feature.values + (sources[k] & kSourceVector) * feature.stride;
   }
 
-  // Gradients that prefetch starts loading; a longer group prefetches the rest as it is summed.
+  // Number of gradients that prefetch() loads; a longer group prefetches the rest as it is summed.
   static constexpr int64_t kAhead = 8;
 
   RECIS_HD void prefetch(int64_t u, int64_t dim) const {

@@ -8,9 +8,9 @@
 namespace recis {
 
 // Items [part.first, first of the next part) belong to a part; the last one ends at `total`. T is plain data with a
-// member `int64_t first`. Up to kInline parts travel inside the kernel's arguments, which needs no copy to the device,
-// so a CUDA graph can hold them; these arguments are limited to 4 KiB. Longer lists are read through `far`, which the
-// launching code has put where the kernel runs.
+// member `int64_t first`. Up to kInline parts are passed in the kernel's arguments, which needs no copy to the device
+// and works in a CUDA graph; these arguments are limited to 4 KiB. Longer lists are read through `far`, in memory that
+// the kernel can access.
 template <class T>
 struct Segments {
   static constexpr int kInline = sizeof(T) * 64 <= 3072 ? 64 : static_cast<int>(3072 / sizeof(T));

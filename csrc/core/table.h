@@ -1,16 +1,16 @@
-// The table descriptor: everything a kernel may know of a HashTable, as plain data.
+// The table descriptor: everything a kernel may know about a HashTable, as plain data.
 //
 // IDMap: slots of two words. Word 0 is the id, all 64 bits of it. Word 1 is the entry:
 //
 //     63..62 state | 61..46 member table | 45..6 row | 5..0 tag of the hash
 //
-// The state decides what a slot holds, so that every id is legal and none is reserved. States only ever go
-// kEmpty -> kClaimed -> kFull -> kErased within one slots tensor; a rehash makes a new one, without the erased.
+// The state determines what a slot holds, so that every id is legal and none is reserved. Within one slots tensor,
+// states only advance: kEmpty -> kClaimed -> kFull -> kErased. A rehash creates a new tensor without erased slots.
 //
-// Counters: int64 [kCounters] beside the slots, indexed by the names below. What a call has handed out stays in kFresh
-// until the call is committed, so that its kernels can tell new rows from old ones.
+// Counters: int64 [kCounters] beside the slots, indexed by the names below. Rows that a call allocates are counted in
+// kFresh until the call is committed, so that its kernels can tell new rows from old ones.
 //
-// EmbeddingBlocks: equal blocks of 2^block_shift records; `addresses` holds one address a block. A row never moves.
+// EmbeddingBlocks: equal blocks of 2^block_shift records; `addresses` holds one address per block. A row never moves.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ inline constexpr int kTagBits = 6;
 inline constexpr int kMemberShift = kRowBits + kTagBits;
 inline constexpr int kStateShift = 62;
 inline constexpr uint64_t kRowMask = (uint64_t{1} << kRowBits) - 1;
-// What two entries of one id have in common while one of them is being written: member and tag.
+// The bits that two entries of one id share even while one of them is being written: member and tag.
 inline constexpr uint64_t kKeyMask = (((uint64_t{1} << 16) - 1) << kMemberShift) | ((uint64_t{1} << kTagBits) - 1);
 
 RECIS_HD SlotState entry_state(uint64_t entry) { return static_cast<SlotState>(entry >> kStateShift); }
@@ -37,22 +37,18 @@ RECIS_HD uint64_t make_entry(SlotState state, uint64_t key, int64_t row) {
 }
 
 enum Counter : int { kFresh = 0, kRows = 1, kFree = 2, kUsedSlots = 3, kLive = 4, kCounters = 5 };
-// kFresh      rows handed out since the last commit
-// kRows       rows made so far: every row number is below
-// kFree       rows on the free list, to be used again
-// kUsedSlots  slots that are not empty: full or erased
-// kLive       ids that have a row
+// kFresh rows allocated since the last commit kRows rows created so far: an upper bound on every row index kFree rows
+// on the free list, to be reused kUsedSlots slots that are not empty: full or erased kLive ids that have a row
 
 // Slots of a cache line, which a probe compares at once.
 inline constexpr uint64_t kLineSlots = 4;
 
 struct IdMapRef {
-  uint64_t* slots;  // [mask + 1][2], from a multiple of 16 bytes on; at least a line
+  uint64_t* slots;  // [mask + 1][2], aligned to 16 bytes; at least one line
   uint64_t mask;    // capacity - 1, the capacity a power of two
 };
 
-// What a row keeps of its past, 16 bytes of its record: two steps of 40 bits and a frequency of 48, which stops at its
-// largest value.
+// The history of a row, 16 bytes of its record: two steps of 40 bits and a frequency of 48 bits, which saturates.
 struct RowMeta {
   uint64_t updated;  // step of the last update << 24 | the frequency's high 24 bits
   uint64_t seen;     // step of the last training lookup << 24 | the frequency's low 24 bits
@@ -86,7 +82,7 @@ struct BlocksRef {
   RECIS_HD RowMeta* meta(int64_t row) const { return reinterpret_cast<RowMeta*>(record(row) + meta_offset); }
 };
 
-// Starts loading a record, every line of it, for writing where `write`.
+// Prefetches every cache line of a record, for writing if `write`.
 template <bool write>
 RECIS_HD void prefetch_record(const BlocksRef& blocks, int64_t row, int64_t bytes) {
   prefetch_bytes<write>(blocks.record(row), bytes);

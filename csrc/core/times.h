@@ -9,7 +9,7 @@
 
 namespace recis {
 
-// The order is that of PARTS in recis_hybrid/features/ops/times.py.
+// In the order of PARTS in recis_hybrid/features/ops/times.py.
 enum class TimePart : int64_t {
   kSecond = 0,
   kMinute,
@@ -22,7 +22,7 @@ enum class TimePart : int64_t {
   kYear,
 };
 
-// x / by, rounded towards minus infinity.
+// x / by, rounded toward minus infinity.
 RECIS_HD int64_t floor_div(int64_t x, int64_t by) {
   const int64_t quotient = x / by;
   return quotient - (x % by < 0 ? 1 : 0);
@@ -34,7 +34,7 @@ RECIS_HD int64_t floor_mod(int64_t x, int64_t by) {
 }
 
 inline constexpr int64_t kDaySeconds = 86400;
-inline constexpr int64_t kCycleDays = 146097;   // of 400 years, after which weekdays repeat, too
+inline constexpr int64_t kCycleDays = 146097;   // in 400 years, after which weekdays repeat, too
 inline constexpr int64_t kCycleShift = 719468;  // days from 0000-03-01 to 1970-01-01
 
 // A part of a time, such as its hour. A unit is 1 / per_second of a second, or a day where per_second is 0. Local time
@@ -101,7 +101,7 @@ struct PartOfTime {
   }
 };
 
-// The seconds from one time to another, rounded towards minus infinity and saturated to int64.
+// The seconds from one time to another, rounded toward minus infinity and saturated to int64.
 struct SecondsBetween {
   int64_t per_second;
 
@@ -113,9 +113,9 @@ struct SecondsBetween {
       if (days < INT64_MIN / kDaySeconds) return INT64_MIN;
       return days * kDaySeconds;
     }
-    // With one unit a second nothing is borrowed; with more, the difference is far from the bounds of int64.
-    const int64_t borrowed = floor_mod(to, per_second) < floor_mod(from, per_second) ? 1 : 0;
-    return minus(floor_div(to, per_second), floor_div(from, per_second)) - borrowed;
+    // With one unit per second nothing is borrowed; with more, the difference is far from the limits of int64.
+    const int64_t borrow = floor_mod(to, per_second) < floor_mod(from, per_second) ? 1 : 0;
+    return minus(floor_div(to, per_second), floor_div(from, per_second)) - borrow;
   }
 
   // x - y, saturated; computed in unsigned arithmetic, which wraps.

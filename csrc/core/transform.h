@@ -8,13 +8,13 @@
 
 namespace recis {
 
-// Reports that element i has no result: *refused becomes 1 + i for one of those elements, and the operator raises. On
-// CUDA `refused` may be null: the host could read it only by synchronising.
-RECIS_HD void refuse(int64_t* refused, int64_t i) {
+// Reports that element i has no result: *fault becomes 1 + i for one of these elements, and the operator raises. On
+// CUDA `fault` may be null, because the host could read it only by synchronizing.
+RECIS_HD void refuse(int64_t* fault, int64_t i) {
 #if defined(__CUDA_ARCH__)
-  if (refused != nullptr) *refused = i + 1;
+  if (fault != nullptr) *fault = i + 1;
 #else
-  if (refused != nullptr) __atomic_store_n(refused, i + 1, __ATOMIC_RELAXED);
+  if (fault != nullptr) __atomic_store_n(fault, i + 1, __ATOMIC_RELAXED);
 #endif
 }
 
@@ -24,12 +24,12 @@ struct MapValues {
   const In* values;
   Map map;
   Out* out;
-  int64_t* refused;
+  int64_t* fault;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     const In value = values[i];
-    if (map.bad(value)) refuse(refused, i);
+    if (map.bad(value)) refuse(fault, i);
     out[i] = map(value);
   }
 };

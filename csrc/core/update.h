@@ -3,7 +3,7 @@
 // A rule is plain data with
 //
 //   static constexpr bool kHasState   whether it keeps state of type S for each element
-//   static constexpr bool kRowwise    whether it keeps one number a row
+//   static constexpr bool kRowwise    whether it keeps one number per row
 //   apply<E, S>(record, d, n, gradient, rounding)
 //
 // where apply updates elements d .. d + n - 1 of a record with an embedding of type E and state of type S by their
@@ -11,7 +11,7 @@
 //
 //   float advance(record, mean_square)
 //
-// which one lane calls before apply; its result is passed to apply as one more argument.
+// which one lane calls before apply; its result is passed to apply as an additional argument.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,8 @@
 
 namespace recis {
 
-// Rounds new values to the record's type, stochastically. The random bits depend on the value, the element and the step
-// alone, so equal rows that get equal gradients stay equal.
+// Rounds new values to the record's type, stochastically. The random bits depend only on the value, the element and the
+// step, so equal rows that receive equal gradients stay equal.
 struct Rounding {
   uint32_t seed;
 
@@ -80,35 +80,35 @@ struct UpdateRows {
     }
   }
 
-  // The row's number needs the whole gradient before any element is updated. A gradient of one or two tiles is kept
-  // meanwhile; a longer one is summed twice.
+  // The row's number must be advanced with the whole gradient before any element is updated. A gradient of one or two
+  // tiles is buffered; a longer one is summed twice.
   template <class Lanes>
   RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
     if (dim == W && lanes.size == 1) return one_tile(u, record);
-    float kept[2][W];
-    const bool keeps = dim <= 2 * W && lanes.size == 1;
+    float buffer[2][W];
+    const bool fits = dim <= 2 * W && lanes.size == 1;
     float squares[W];
     for (int j = 0; j < W; ++j) squares[j] = 0.0f;
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float gradient[W];
       gradients.template sum<W>(u, d, n, gradient);
       for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
-      if (keeps) {
-        for (int j = 0; j < n; ++j) kept[d / W][j] = gradient[j];
+      if (fits) {
+        for (int j = 0; j < n; ++j) buffer[d / W][j] = gradient[j];
       }
     });
     // One lane advances the row's number; the sum broadcasts its result to all lanes.
     const float mean = lanes_sum(halved(squares), lanes) / static_cast<float>(dim);
     const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      if (keeps) return rule.template apply<E, S>(record, d, n, kept[d / W], rounding, scale);
+      if (fits) return rule.template apply<E, S>(record, d, n, buffer[d / W], rounding, scale);
       float gradient[W];
       gradients.template sum<W>(u, d, n, gradient);
       rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
     });
   }
 
-  // As rowwise, for rows of one tile: the gradient stays in registers.
+  // Like rowwise, for rows of one tile: the gradient stays in registers.
   RECIS_HD void one_tile(int64_t u, char* record) const {
     float gradient[W];
     gradients.template sum<W>(u, 0, Const<W>{}, gradient);
@@ -118,7 +118,7 @@ struct UpdateRows {
     rule.template apply<E, S>(record, 0, Const<W>{}, gradient, rounding, scale);
   }
 
-  // Sums by halves: the same order whatever the processor's vector width.
+  // Sums by halves, so that the order does not depend on the processor's vector width.
   template <int N>
   RECIS_HD static float halved(const float (&x)[N]) {
     if constexpr (N == 1) {
@@ -150,7 +150,7 @@ struct SgdRule {
   }
 };
 
-// b = momentum b + g; w -= lr b. As torch.optim.SGD: its first step sets b = g, which is the same for b = 0.
+// b = momentum b + g; w -= lr b. Like torch.optim.SGD: its first step sets b = g, which is the same for b = 0.
 struct MomentumRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -170,7 +170,7 @@ struct MomentumRule {
   }
 };
 
-// Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011). As torch.optim.Adagrad.
+// Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011). Like torch.optim.Adagrad.
 struct AdagradRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -190,7 +190,7 @@ struct AdagradRule {
   }
 };
 
-// Adagrad with one float32 sum a row, of the mean squared gradient.
+// Adagrad with one float32 sum per row, of the mean squared gradient.
 struct RowwiseAdagradRule {
   static constexpr bool kHasState = false;
   static constexpr bool kRowwise = true;
@@ -210,8 +210,8 @@ struct RowwiseAdagradRule {
   }
 };
 
-// Kingma, Ba: Adam (ICLR 2015), applied to rows that have a gradient. As torch.optim.SparseAdam; with a decay below 1
-// AdamW (Loshchilov, Hutter, ICLR 2019).
+// Kingma, Ba: Adam (ICLR 2015), applied to rows that have a gradient. Like torch.optim.SparseAdam; with a decay below
+// 1, AdamW (Loshchilov, Hutter, ICLR 2019).
 struct AdamRule {
   static constexpr bool kHasState = true;
   static constexpr bool kRowwise = false;
@@ -231,8 +231,8 @@ struct AdamRule {
     for (int j = 0; j < n; ++j) {
       const float m0 = load_element(m[j]);
       const float v0 = load_element(v[j]);
-      // Exact for a beta of 0, too. torch.lerp's form, with a case for each half of the range, makes a step a third
-      // slower.
+      // Also exact for a beta of 0. The formula of torch.lerp, with a case for each half of the range, makes a step a
+      // third slower.
       const float first = (1.0f - beta1_rest) * m0 + beta1_rest * g[j];
       const float second = (1.0f - beta2_rest) * v0 + beta2_rest * (g[j] * g[j]);
       rounding.part(1).store(m + j, first, d + j);

@@ -10,15 +10,15 @@
 
 namespace recis {
 
-// A view of six header words and the arrays that follow them, all in one array of 64-bit words, so that a vocabulary
-// travels as one tensor. Positions are counted from the header:
+// A view of six header words and the arrays that follow them, all in one array of 64-bit words, so that a vocabulary is
+// passed as one tensor. Positions are relative to the header:
 //
-//   words[0] mask      number of slots - 1; a power of two of slots, more than there are entries
+//   words[0] mask      number of slots - 1; a power of two of slots, more than entries
 //   words[1] slots     position of the slots: 1 + entry, or 0 for an empty one; open addressing, linear probing
 //   words[2] keys      position of the entries' hashes (strings) or of the entries (ids)
 //   words[3] offsets   position of the entries + 1 offsets into `bytes` (strings)
 //   words[4] bytes     position of the entries' bytes (strings)
-//   words[5] unknown   the result for values that are not an entry; -1: they are refused
+//   words[5] unknown   the result for values without an entry; -1 refuses them
 struct Vocabulary {
   const int64_t* words;
 

@@ -20,7 +20,7 @@ namespace recis {
 
 inline constexpr int kThreads = 256;
 
-// A group of `lanes` threads (a power of two up to 32) works on an item; a grid-stride loop lets any n fit a grid.
+// A group of `lanes` threads (a power of two up to 32) works on an item; a grid-stride loop supports any n.
 template <class Kernel>
 __global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel, const int64_t n, const int lanes) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -62,7 +62,7 @@ class CudaDevice {
     for_each(n, width, kernel);
   }
 
-  // One thread an item: tiles, the items of these kernels, have one element on CUDA.
+  // One thread per item: the items of these kernels are tiles, which have one element on CUDA.
   template <class Kernel>
   void for_each_task(int64_t n, bool, const Kernel& kernel) const {
     for_each(n, 1, kernel);
@@ -95,13 +95,13 @@ class CudaDevice {
   // Device memory that lives until the last kernel of the operator is queued.
   Tensor scratch(int64_t bytes) {
     const int64_t sizes[] = {std::max<int64_t>(bytes, 1)};
-    held_.push_back(torch::stable::new_empty(like_, {sizes, 1}, ScalarType::Byte));
-    return held_.back();
+    buffers_.push_back(torch::stable::new_empty(like_, {sizes, 1}, ScalarType::Byte));
+    return buffers_.back();
   }
 
   int64_t items(const int64_t*, int64_t bound) const { return bound; }
 
-  // Four floats a lane, one 16-byte access, where rows are aligned.
+  // Four floats per lane, one 16-byte access, if rows are aligned.
   template <class F>
   void with_width(int64_t, bool aligned, F&& f) const {
     if (aligned) {
@@ -120,7 +120,7 @@ class CudaDevice {
   Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  std::vector<Tensor> held_;
+  std::vector<Tensor> buffers_;
 };
 
 }  // namespace recis

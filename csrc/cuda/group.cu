@@ -23,7 +23,7 @@ struct NumberPositions {
   }
 };
 
-// Leaves that last group out of the count.
+// Excludes that last group from the count.
 struct DropLastGroup {
   const int64_t* unique;
   int64_t row_bound;
@@ -72,21 +72,21 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   CudaDevice device(rows);
   const int64_t n = rows.numel();
   check_groups(n, unique, starts, sources);
-  int64_t* counted = data<int64_t>(count, "count");
+  int64_t* group_count = data<int64_t>(count, "count");
   int64_t* begins = data<int64_t>(starts, "starts");
   float* factors = data_or_null<float>(scales, "scales");
   if (n == 0) {
-    RECIS_CUDA_CHECK(cudaMemsetAsync(counted, 0, sizeof(int64_t), device.stream()));
+    RECIS_CUDA_CHECK(cudaMemsetAsync(group_count, 0, sizeof(int64_t), device.stream()));
     RECIS_CUDA_CHECK(cudaMemsetAsync(begins, 0, sizeof(int64_t), device.stream()));
     return;
   }
   const auto words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8).data_ptr()); };
-  int64_t* ungrouped = words(n);
-  float* ungrouped_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
-  fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, ungrouped, ungrouped_scales);
+  int64_t* position_sources = words(n);
+  float* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, position_sources, position_scales);
   int64_t* keys = words(n);
   int64_t* positions = words(n);
-  int64_t* sorted = words(n);
+  int64_t* sorted_keys = words(n);
   int64_t* order = words(n);
   int64_t* group_lengths = words(n + 1);
   int64_t* distinct = data<int64_t>(unique, "unique");
@@ -98,21 +98,22 @@ void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints 
   size_t encode_bytes = 0;
   size_t scan_bytes = 0;
   RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted, distinct, group_lengths, counted, n, stream));
+      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
+  RECIS_CUDA_CHECK(cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted_keys, distinct, group_lengths,
+                                                      group_count, n, stream));
   RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, group_lengths, begins, n + 1, stream));
   void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
 
   device.for_each(n, 1, NumberPositions{data<int64_t>(rows, "rows"), row_bound, keys, positions});
   RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted, distinct, group_lengths, counted, n, stream));
-  device.for_each(n + 1, 1, ClearTail{counted, group_lengths});
+      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
+  RECIS_CUDA_CHECK(cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted_keys, distinct, group_lengths,
+                                                      group_count, n, stream));
+  device.for_each(n + 1, 1, ClearTail{group_count, group_lengths});
   RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, group_lengths, begins, n + 1, stream));
-  device.for_each(n, 1, PermuteSources{order, ungrouped, ungrouped_scales, data<int64_t>(sources, "sources"), factors});
-  device.for_each(1, 1, DropLastGroup{distinct, row_bound, counted});
+  device.for_each(n, 1,
+                  PermuteSources{order, position_sources, position_scales, data<int64_t>(sources, "sources"), factors});
+  device.for_each(1, 1, DropLastGroup{distinct, row_bound, group_count});
 }
 
 void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,

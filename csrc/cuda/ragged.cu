@@ -1,4 +1,5 @@
-// Ragged columns on CUDA: one scan (CUB) computes the offsets of all columns, where the CPU sums each column by itself.
+// Ragged columns on CUDA: one scan (CUB) computes the offsets of all columns, whereas the CPU sums each column
+// separately.
 #include "ops/ragged.h"
 
 #include <cub/cub.cuh>

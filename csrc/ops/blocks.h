@@ -92,7 +92,7 @@ template <class Device>
 void copy_records(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
                   const Tensor& from, const Tensor& to) {
   Device device(from);
-  RECIS_CHECK(from.numel() == to.numel(), "source and target must have equally many rows");
+  RECIS_CHECK(from.numel() == to.numel(), "source and target must have the same number of rows");
   device.for_each(from.numel(), record_bytes / 8,
                   CopyRecords{blocks_ref(blocks, block_shift, meta_offset, record_bytes), data<int64_t>(from, "from"),
                               data<int64_t>(to, "to")});
@@ -102,9 +102,9 @@ template <class Device>
 void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, const Tensor& count,
               const Tensor& unique, const Tensor& offsets, int64_t step) {
   Device device(unique);
-  const int64_t* counted = data<int64_t>(count, "count");
-  device.for_each(device.items(counted, unique.numel()), 1,
-                  SeeRows{blocks_ref(blocks, block_shift, meta_offset, record_bytes), counted,
+  const int64_t* row_count = data<int64_t>(count, "count");
+  device.for_each(device.items(row_count, unique.numel()), 1,
+                  SeeRows{blocks_ref(blocks, block_shift, meta_offset, record_bytes), row_count,
                           data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
@@ -116,10 +116,10 @@ void list_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset
   Device device(slots);
   RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have equal sizes");
   const int64_t rows = marks.numel();
-  uint8_t* marked = data<uint8_t>(marks, "marks");
-  device.for_each(rows, 1, MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step, marked});
+  uint8_t* flags = data<uint8_t>(marks, "marks");
+  device.for_each(rows, 1, MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step, flags});
   device.for_each(slots.size(0), 1,
-                  ListMarked{id_map_ref(slots).slots, marked, data<int64_t>(ids, "ids"),
+                  ListMarked{id_map_ref(slots).slots, flags, data<int64_t>(ids, "ids"),
                              data<int64_t>(members, "members"), data<int64_t>(count, "count")});
 }
 

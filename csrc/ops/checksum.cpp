@@ -1,4 +1,4 @@
-// CRC-32 (zlib's) of the pages of a buffer.
+// CRC-32, as in zlib, of the pages of a buffer.
 //
 // Processors with carry-less multiplication fold 64 bytes at a time: V. Gopal et al., "Fast CRC Computation for Generic
 // Polynomials Using PCLMULQDQ Instruction", Intel, 2009. Others use eight tables, as do the last bytes: M. Kounavis and
@@ -66,8 +66,8 @@ uint32_t by_tables(uint32_t state, const uint8_t* data, int64_t size) {
 
 #define RECIS_CLMUL __attribute__((target("pclmul,sse4.1")))
 
-// 128 bits moved `distance` bits ahead and added to `onto`. The low half comes first, and products of reflected
-// polynomials are one bit too low, which the factors make up for.
+// Advances 128 bits by `distance` bits and adds them to `onto`. The low half comes first. Products of reflected
+// polynomials are one bit too low; the factors compensate for that.
 template <int distance>
 RECIS_CLMUL inline __m128i folded(__m128i value, __m128i onto) {
   constexpr int64_t kLow = int64_t{power_of_x(distance + 32)} << 1;
@@ -120,7 +120,7 @@ void crc32_pages(const Tensor& bytes, int64_t page_bytes, const Tensor& sums) {
   RECIS_CHECK(sums.numel() == (size + page_bytes - 1) / page_bytes, "sums must hold one element for each page");
   const uint8_t* content = data<uint8_t>(bytes, "data");
   int64_t* out = data<int64_t>(sums, "sums");
-  // On this thread only: callers that read or write files already use several threads.
+  // Single-threaded, because callers that read or write files already use several threads.
   for (int64_t begin = 0; begin < size; begin += page_bytes) {
     *out++ = crc32(content + begin, std::min(page_bytes, size - begin));
   }

@@ -1,6 +1,6 @@
 // Shared by all families of operators: short names for the stable ABI, checks, raw pointers.
 //
-// Python validates a user's arguments and raises in the user's terms; the checks here are the second line.
+// Python validates a user's arguments and raises in the user's terms; the checks here are the second line of defense.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -51,8 +51,8 @@ T* data_or_null(const std::optional<Tensor>& tensor, const char* name) {
   return tensor.has_value() ? data<T>(*tensor, name) : nullptr;
 }
 
-// Whether the offsets of `lists` lists do not decrease. Kernels follow offsets, so on the CPU, where that is cheap,
-// they are checked at every call: a caller may have written to them since they were validated.
+// Whether the offsets of `lists` lists never decrease. Kernels follow offsets, so on the CPU, where that is cheap, they
+// are checked in every call: the caller may have written to them since they were validated.
 inline bool ascend(const int64_t* offsets, int64_t lists) {
   int64_t falls = 0;
   for (int64_t b = 0; b < lists; ++b) falls += offsets[b] > offsets[b + 1] ? 1 : 0;
@@ -80,7 +80,7 @@ inline BlocksRef blocks_ref(const Tensor& addresses, int64_t block_shift, int64_
           record_bytes};
 }
 
-// Calls f with a value of an element type, given by number: 0 float32, 1 bfloat16, 2 float16.
+// Calls f with a value of an element type, given by its code: 0 float32, 1 bfloat16, 2 float16.
 template <class F>
 void with_element(int64_t type, F&& f) {
   if (type == 0) return f(float{});
@@ -89,7 +89,7 @@ void with_element(int64_t type, F&& f) {
   RECIS_CHECK(false, "unknown element type: ", type);
 }
 
-// The data of feature f in a list with one tensor a feature, or null: the list is empty where no feature has a tensor,
+// The data of feature f in a list with one tensor per feature, or null. The list is empty if no feature has a tensor,
 // and an empty tensor stands for a feature without one.
 template <class T>
 const T* optional_data(const Tensors& list, size_t f, const char* name) {

@@ -30,7 +30,7 @@ class CpuDevice {
     for_each_cpu(TorchPool{}, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
   }
 
-  // Runs a kernel over n large items, eight a task; on this thread only unless `parallel`.
+  // Runs a kernel over n large items, eight per task; only on this thread unless `parallel`.
   template <class Kernel>
   void for_each_task(int64_t n, bool parallel, const Kernel& kernel) const {
     if (parallel) {
@@ -40,7 +40,7 @@ class CpuDevice {
     }
   }
 
-  // As for_each; on this thread only unless `parallel`.
+  // Like for_each, but only on this thread unless `parallel`.
   template <class Kernel>
   void for_each(int64_t n, int64_t width, bool parallel, const Kernel& kernel) const {
     if (parallel) {
@@ -50,10 +50,10 @@ class CpuDevice {
     }
   }
 
-  // Computes the new offsets of several columns (core/ragged.h), one column an item, because a running sum is serial.
+  // Computes the new offsets of several columns (core/ragged.h), one column per item, because a running sum is serial.
   template <class Rule>
-  void sum_rows(const std::vector<SumPart<Rule>>& parts, int64_t* refused, bool parallel) const {
-    const SumRows<Rule> kernel{parts.data(), refused};
+  void sum_rows(const std::vector<SumPart<Rule>>& parts, int64_t* faults, bool parallel) const {
+    const SumRows<Rule> kernel{parts.data(), faults};
     const auto columns = static_cast<int64_t>(parts.size());
     if (parallel) {
       for_each_cpu(TorchPool{}, columns, 1, kernel);
@@ -62,7 +62,7 @@ class CpuDevice {
     }
   }
 
-  // Puts a list of plain data where kernels can read it. `list` must live until the kernel is launched (CPU: has run).
+  // Makes a list of plain data accessible to kernels. `list` must live until the kernel is launched (CPU: has run).
   template <class T>
   const T* upload(const std::vector<T>& list) const {
     return list.data();
@@ -93,7 +93,7 @@ class CpuDevice {
     }
   }
 
-  // As with_width, with one W for every dim, where the number of compiled kernels must stay small.
+  // Like with_width, but with one W for every dim, to keep the number of compiled kernels small.
   template <class F>
   void with_narrow_width(bool, F&& f) const {
     f(Const<16>{});

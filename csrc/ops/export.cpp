@@ -29,12 +29,12 @@ void blocks_export(const Tensor& blocks, int64_t block_shift, int64_t meta_offse
   const int64_t n = rows.numel();
   const int64_t* row = data<int64_t>(rows, "rows");
   RECIS_CHECK(offsets.size() == parts.size(), "there must be one offset for each part");
-  std::vector<Part> copied;
+  std::vector<Part> columns;
   for (size_t p = 0; p < parts.size(); ++p) {
     const int64_t bytes = parts[p].size(1) * static_cast<int64_t>(parts[p].element_size());
     RECIS_CHECK(parts[p].size(0) == n && parts[p].is_contiguous(), "parts must be [rows, width], contiguous");
     RECIS_CHECK(offsets[p] >= 0 && offsets[p] + bytes <= record_bytes, "the part must lie within the record");
-    copied.push_back({static_cast<char*>(parts[p].data_ptr()), offsets[p], bytes});
+    columns.push_back({static_cast<char*>(parts[p].data_ptr()), offsets[p], bytes});
   }
   RECIS_CHECK(updated.numel() == n && seen.numel() == n && frequency.numel() == n, "metadata must be [rows]");
   int64_t* updated_step = data<int64_t>(updated, "updated");
@@ -46,7 +46,7 @@ void blocks_export(const Tensor& blocks, int64_t block_shift, int64_t meta_offse
   for (int64_t i = 0; i < n; ++i) {
     if (i + kAhead < n) prefetch_record<false>(ref, row[i + kAhead], record_bytes);
     const char* record = ref.record(row[i]);
-    for (const Part& part : copied) std::memcpy(part.out + i * part.bytes, record + part.offset, part.bytes);
+    for (const Part& part : columns) std::memcpy(part.out + i * part.bytes, record + part.offset, part.bytes);
     const RowMeta& meta = *reinterpret_cast<const RowMeta*>(record + meta_offset);
     updated_step[i] = meta.updated_step();
     seen_step[i] = meta.seen_step();

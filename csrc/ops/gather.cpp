@@ -54,7 +54,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     for (const int64_t start : out_starts) parts.push_back(data<float>(*out, "out") + start);
     streams = can_stream(*out, out_starts, rows.numel(), dim);
   }
-  // Rows are committed even if an exception ends this call: every allocated row has its first values.
+  // Rows are committed even if an exception ends this call, because every allocated row has its initial values.
   struct Commit {
     int64_t* counters;
     ~Commit() { CommitInserts{counters}(0, OneLane{}); }

@@ -17,8 +17,8 @@ inline void check_offsets(const Tensor& offsets, int64_t ids) {
   if (!offsets.is_cpu() || offsets.numel() == 0) return;
   const int64_t* at = data<int64_t>(offsets, "offsets");
   const int64_t bags = offsets.numel() - 1;
-  RECIS_CHECK(at[0] >= 0 && at[bags] <= ids && ascend(at, bags), "offsets must not decrease and must lie within the ",
-              ids, " ids of their feature; were they written to after the batch was made?");
+  RECIS_CHECK(at[0] >= 0 && at[bags] <= ids && ascend(at, bags), "offsets must not decrease and must be within the ",
+              ids, " ids of their feature; were they modified after the batch was created?");
 }
 
 inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& lengths, const Ints& vectors,
@@ -27,16 +27,16 @@ inline Bags bags_of(const Tensors& offsets, const Tensors& weights, const Ints& 
   const float* factors = optional_data<float>(weights, f, "weights");
   const int64_t bags = tiles[f] == 0 ? vectors[f] : vectors[f] / tiles[f];
   RECIS_CHECK(starts == nullptr ? lengths[f] == vectors[f] && tiles[f] == 0 : offsets[f].numel() == bags + 1,
-              "offsets or ids do not fit the number of bags");
+              "offsets or ids do not match the number of bags");
   RECIS_CHECK(factors == nullptr || weights[f].numel() == lengths[f], "there must be one weight for each id");
   if (starts != nullptr) check_offsets(offsets[f], lengths[f]);
   return {starts, factors, static_cast<Combiner>(combiners[f]), tiles[f]};
 }
 
-// Outputs of more bytes than this are written past the caches.
+// Outputs of more bytes than this are written with non-temporal stores.
 inline constexpr int64_t kStreamFrom = 4 << 20;
 
-// Whether to write vectors past the caches, for which every vector must be aligned to 32 bytes.
+// Whether to write vectors with non-temporal stores, for which every vector must be aligned to 32 bytes.
 inline bool can_stream(const Tensor& out, const Ints& starts, int64_t vectors, int64_t dim) {
   bool aligned = dim % 16 == 0 && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
   for (const int64_t start : starts) aligned = aligned && start % 8 == 0;
@@ -46,7 +46,7 @@ inline bool can_stream(const Tensor& out, const Ints& starts, int64_t vectors, i
 // Checks that vectors can be gathered while ids are grouped: one for each id, without weights.
 inline void check_plain(const Tensor& out, const Ints& starts, const Ints& lengths, const Ints& vectors,
                         const Tensors& offsets, const Tensors& weights, int64_t dim) {
-  RECIS_CHECK(offsets.empty() && weights.empty(), "out: only for features of one id a vector, without weights");
+  RECIS_CHECK(offsets.empty() && weights.empty(), "out requires features with one id per vector and without weights");
   RECIS_CHECK(starts.size() == lengths.size() && vectors.size() == lengths.size(),
               "out: there must be one start for each feature");
   for (size_t f = 0; f < lengths.size(); ++f) {
@@ -117,14 +117,14 @@ void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& grad
                 static_cast<const float*>(gradient.data_ptr()), gradient.stride(0), dim, data<float>(out, "out")});
 }
 
-// The outputs of grouping; RECIS_GROUPS declares the tensors in a schema, from the letter `b` on.
+// The outputs of grouping; RECIS_GROUPS declares the tensors in a schema, starting with the letter `b`.
 #define RECIS_GROUPS "Tensor(b!) unique, Tensor(c!) starts, Tensor(d!) sources, Tensor(e!)? scales, Tensor(f!) count"
 
 inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, const Tensor& sources) {
   RECIS_CHECK(unique.numel() >= n && starts.numel() >= n + 1 && sources.numel() >= n,
               "groups: a buffer is smaller than its upper bound");
   // CUB counts runs in an int, and groups are numbered by int32 on the CPU.
-  RECIS_CHECK(n < (int64_t{1} << 31), "groups: at most 2^31 - 1 positions, got ", n);
+  RECIS_CHECK(n < (int64_t{1} << 31), "groups: there must be at most 2^31 - 1 positions, got ", n);
 }
 
 template <class Device>

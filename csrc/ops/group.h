@@ -7,7 +7,7 @@
 
 namespace recis {
 
-// Checks that the lengths of features agree with the number of positions; kernels would read outside them otherwise.
+// Checks that the lengths of features match the number of positions; otherwise kernels would read out of bounds.
 inline void check_features(int64_t positions, const Ints& members, const Ints& lengths) {
   int64_t total = 0;
   for (const int64_t length : lengths) total += length;
@@ -21,7 +21,7 @@ inline std::vector<KeySpan> key_spans(const Tensors& ids, const Ints& lengths, c
   RECIS_CHECK(ids.size() == lengths.size(), "groups: there must be one length for each list of ids");
   std::vector<KeySpan> features;
   for (size_t f = 0; f < ids.size(); ++f) {
-    RECIS_CHECK(ids[f].numel() == lengths[f], "groups: a list of ids and its length differ");
+    RECIS_CHECK(ids[f].numel() == lengths[f], "groups: each length must be the number of ids in its list");
     features.push_back({data<int64_t>(ids[f], "ids"), ids[f].numel(), members[f]});
   }
   return features;

@@ -6,7 +6,7 @@
 
 namespace recis {
 
-// As with_hasher of core/hash.h; raises if there is no such kind.
+// Like with_hasher (core/hash.h), but raises if there is no such kind.
 template <class F>
 void with_known_hasher(int64_t kind, F&& f) {
   RECIS_CHECK(with_hasher(kind, f), "unknown kind of hash: ", kind);
@@ -20,16 +20,15 @@ Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind) {
   const int64_t rows = offsets.numel() - 1;
   const int64_t sizes[] = {rows};
   Tensor out = torch::stable::new_empty(values, {sizes, 1}, ScalarType::Long);
-  int64_t refused = 0;
+  int64_t fault = 0;
   with_known_hasher(kind, [&](auto hasher) {
-    device.for_each(
-        rows, 1,
-        HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(), data<int64_t>(offsets, "offsets"),
-                                    data<int64_t>(out, "out"), &refused});
+    device.for_each(rows, 1,
+                    HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(),
+                                                data<int64_t>(offsets, "offsets"), data<int64_t>(out, "out"), &fault});
   });
   // Always 0 on CUDA, where the kernel traps instead.
-  RECIS_CHECK(refused == 0, "hash_bytes: the offsets of row ", refused - 1, " decrease or lie outside the ",
-              values.numel(), " bytes");
+  RECIS_CHECK(fault == 0, "hash_bytes: the offsets of row ", fault - 1, " decrease or lie outside the ", values.numel(),
+              " bytes");
   return out;
 }
 

@@ -9,7 +9,8 @@ namespace {
 void file_order_cpu(const Tensor& ids, const Tensor& members, const Tensor& rows, int64_t members_count,
                     const Tensor& out) {
   const int64_t n = ids.numel();
-  RECIS_CHECK(members.numel() == n && rows.numel() == n && out.numel() == 3 * n, "ids, members and rows must agree");
+  RECIS_CHECK(members.numel() == n && rows.numel() == n && out.numel() == 3 * n,
+              "members and rows must have one element for each id, and out three");
   const int64_t* numbers = data<int64_t>(members, "members");
   for (int64_t i = 0; i < n; ++i) {
     RECIS_CHECK(numbers[i] >= 0 && numbers[i] < members_count, "there is no member table ", numbers[i]);

@@ -6,8 +6,8 @@
 
 namespace recis {
 
-// The ids of all features travel as lists, one element each: `ids`, `members` (member tables) and `used` (see
-// optional_data), whose last element is the number of ids in use; the positions after these have no id.
+// The ids of all features are passed as lists with one element per feature: `ids`, `members` (member tables) and `used`
+// (see optional_data), whose last element is the number of ids in use; later positions have no id.
 #define RECIS_IDS "Tensor[] ids, int[] members, Tensor[] used"
 
 struct FeatureIds {

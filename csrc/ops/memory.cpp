@@ -1,8 +1,8 @@
 // Host memory for blocks, slots and large outputs: reused buffers on huge pages.
 //
 // A random access into ordinary 4 KiB pages misses the TLB nearly every time, and a fresh large output costs a page
-// fault every 4 KiB. So large buffers are aligned to 2 MiB and advised to huge pages, and freed ones are kept for
-// reuse.
+// fault every 4 KiB. Large buffers are therefore aligned to 2 MiB and backed by huge pages if possible, and freed ones
+// are cached for reuse.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -18,12 +18,12 @@ namespace recis {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kMostKept = size_t{1} << 30;
+constexpr size_t kMaxCached = size_t{1} << 30;
 
 class Pool {
  public:
   // Sizes are rounded up to 1/8 of a power of two, so that batches of slightly different sizes share buffers.
-  static size_t rounded(size_t bytes) {
+  static size_t round_up(size_t bytes) {
     size_t step = kHugePage;
     while (step * 16 <= bytes) step *= 2;
     return (bytes + step - 1) / step * step;
@@ -32,16 +32,16 @@ class Pool {
   void* take(size_t size) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      auto found = kept_.find(size);
-      if (found != kept_.end() && !found->second.empty()) {
-        void* memory = found->second.back();
-        found->second.pop_back();
-        kept_bytes_ -= size;
+      auto bucket = cache_.find(size);
+      if (bucket != cache_.end() && !bucket->second.empty()) {
+        void* memory = bucket->second.back();
+        bucket->second.pop_back();
+        cached_bytes_ -= size;
         return memory;
       }
     }
     void* memory = std::aligned_alloc(kHugePage, size);
-    if (memory == nullptr) {  // kept buffers of other sizes may be what uses up the memory
+    if (memory == nullptr) {  // cached buffers of other sizes may have used up the memory
       release();
       memory = std::aligned_alloc(kHugePage, size);
     }
@@ -51,19 +51,19 @@ class Pool {
 
   void release() {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [size, buffers] : kept_) {
+    for (auto& [size, buffers] : cache_) {
       for (void* buffer : buffers) std::free(buffer);
     }
-    kept_.clear();
-    kept_bytes_ = 0;
+    cache_.clear();
+    cached_bytes_ = 0;
   }
 
   void give(void* memory, size_t size) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_bytes_ + size <= kMostKept) {
-        kept_[size].push_back(memory);
-        kept_bytes_ += size;
+      if (cached_bytes_ + size <= kMaxCached) {
+        cache_[size].push_back(memory);
+        cached_bytes_ += size;
         return;
       }
     }
@@ -72,8 +72,8 @@ class Pool {
 
  private:
   std::mutex mutex_;
-  std::map<size_t, std::vector<void*>> kept_;
-  size_t kept_bytes_ = 0;
+  std::map<size_t, std::vector<void*>> cache_;
+  size_t cached_bytes_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -84,7 +84,7 @@ Pool& pool() {
 
 Tensor huge_empty(int64_t bytes) {
   RECIS_CHECK(bytes > 0, "huge_empty: bytes must be positive, got ", bytes);
-  const size_t size = Pool::rounded(static_cast<size_t>(bytes));
+  const size_t size = Pool::round_up(static_cast<size_t>(bytes));
   void* memory = pool().take(size);
   RECIS_CHECK(memory != nullptr, "out of memory: could not allocate ", size, " bytes of host memory");
   const int64_t sizes[] = {bytes};

@@ -8,7 +8,7 @@ namespace {
 // The slots of a vocabulary (core/vocabulary.h), from the hashes of its entries: 1 + entry, or 0 for an empty slot.
 Tensor vocabulary_slots(const Tensor& hashes, int64_t slots) {
   RECIS_CHECK(slots > hashes.numel() && (slots & (slots - 1)) == 0,
-              "vocabulary_slots: slots must be a power of two greater than the entries, got ", slots);
+              "vocabulary_slots: slots must be a power of two above the number of entries, got ", slots);
   const int64_t sizes[] = {slots};
   Tensor out = torch::stable::new_zeros(hashes, {sizes, 1}, ScalarType::Long);
   const int64_t* hash = data<int64_t>(hashes, "hashes");

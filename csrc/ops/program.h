@@ -6,7 +6,8 @@
 
 namespace recis {
 
-// Elements of a tile. A few tiles of 8 bytes an element fit the first-level cache beside the data that streams through.
+// Elements of a tile. A few tiles of 8 bytes per element fit into the L1 cache, along with the data streamed through
+// it.
 template <bool kCpu>
 inline constexpr int kTile = kCpu ? 256 : 1;
 
@@ -15,9 +16,9 @@ inline const char* why_refused(int64_t step) {
     case Step::kHashString:
       return "has offsets that decrease or lie outside the bytes of its column";
     case Step::kVocabularyId:
-      return "is not in the vocabulary, and none was given for unknown";
+      return "is not in the vocabulary; set unknown= to accept it";
     case Step::kVocabularyString:
-      return "is not in the vocabulary, and none was given for unknown (or its offsets are wrong)";
+      return "is not in the vocabulary; set unknown= to accept it (or correct its offsets, if they are invalid)";
     case Step::kLogF32:
     case Step::kLogF64:
       return "has no logarithm; put Clip before it, or set plus=";
@@ -29,7 +30,7 @@ inline const char* why_refused(int64_t step) {
   }
 }
 
-// Raises for the first instruction that has refused an element. Labels are lines, one for each instruction.
+// Raises for the first instruction that has refused an element. `labels` holds one line for each instruction.
 inline void raise_faults(const Ints& faults, const Instruction* code, const std::string& labels) {
   size_t line = 0;
   for (size_t k = 0; k < faults.size(); ++k) {
@@ -42,19 +43,20 @@ inline void raise_faults(const Ints& faults, const Instruction* code, const std:
 
 // Runs `code` [K, 8] (core/program.h) over `inputs`. A part is five numbers: the first and one past the last
 // instruction; the input that has the part's length; 1 if that input is offsets (one more than elements), else 0; and
-// the input of offsets whose last element is the number of rows in use, or -1. Elements after these rows refuse
-// nothing. For each element of `like` there is an output of a dtype, bound after the inputs: it has the shape of input
-// `like`, or, if negative, one element for each row of the offsets -1 - `like`.
+// the input of offsets whose last element is the number of rows in use, or -1. Elements after these rows are never
+// refused. For each element of `like` there is an output, of the dtype with the same index and bound after the inputs:
+// it has the shape of input `like` or, if negative, one element for each row of the offsets -1 - `like`.
 //
-// On the CPU an element that an instruction refuses raises, and the message names the line of `labels` of the
-// instruction. On CUDA, where that would take a synchronisation, one more output [K] holds 1 + an element that
+// On the CPU, the operator raises if an instruction refuses an element, with the line of `labels` of the instruction in
+// the message. On CUDA, where that would require a synchronization, an additional output [K] holds 1 + an element that
 // instruction k has refused, or 0. The code and its parameters must be on the device of the inputs.
 template <class Device, bool kCpu>
 Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor& params, const Ints& parts,
                         const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
   constexpr int kWidth = kTile<kCpu>;
   Device device(code);
-  RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(), "feature_program: arguments of unequal length");
+  RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(),
+              "feature_program: arguments have different lengths");
   std::vector<void*> tensors;
   Ints sizes;
   const auto bind = [&](const Tensor& tensor) {

@@ -4,13 +4,11 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
-      "ragged_resize(Tensor[] offsets, Tensor[] planes, int[] owner, int[] least, int[] most, int[] flags, int[] "
-      "fills, "
-      "str labels, bool exact, bool parallel) -> Tensor[]");
+      "ragged_resize(Tensor[] offsets, Tensor[] planes, int[] owner, int[] least, int[] most, "
+      "int[] flags, int[] fills, str labels, bool exact, bool parallel) -> Tensor[]");
   m.def(
-      "ragged_take(Tensor[] offsets, Tensor[] rows, Tensor[] planes, int[] owner, int[] bounds, str labels, bool "
-      "exact, "
-      "bool parallel) -> Tensor[]");
+      "ragged_take(Tensor[] offsets, Tensor[] rows, Tensor[] planes, int[] owner, int[] bounds, str labels, "
+      "bool exact, bool parallel) -> Tensor[]");
   m.def("ragged_cross(Tensor[] tensors, int[] index, int[] most, str labels, bool exact, bool parallel) -> Tensor[]");
   m.def(
       "ragged_topk(Tensor[] values, Tensor[] offsets, Tensor[] weights, int[] most, str labels, bool exact, "
@@ -28,7 +26,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
 namespace recis {
 namespace {
 
-// The number [1] of the first offsets that do not start at 0, decrease, or do not end at their total; -1 if there are
+// The index [1] of the first offsets that do not start at 0, decrease, or do not end at their total; -1 if there are
 // none.
 Tensor first_bad_offsets(const Tensors& offsets, const Ints& totals) {
   RECIS_CHECK(!offsets.empty() && offsets.size() == totals.size(),
@@ -41,9 +39,9 @@ Tensor first_bad_offsets(const Tensors& offsets, const Ints& totals) {
   size_t number = 0;
   while (number < offsets.size() && good(number)) ++number;
   const int64_t one[] = {1};
-  Tensor found = torch::stable::new_empty(offsets[0], {one, 1}, ScalarType::Long);
-  *data<int64_t>(found, "found") = number == offsets.size() ? -1 : static_cast<int64_t>(number);
-  return found;
+  Tensor index = torch::stable::new_empty(offsets[0], {one, 1}, ScalarType::Long);
+  *data<int64_t>(index, "index") = number == offsets.size() ? -1 : static_cast<int64_t>(number);
+  return index;
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Operators that change how many values the rows of ragged columns have (kernels: core/ragged.h).
+// Operators that change the number of values in the rows of ragged columns (kernels: core/ragged.h).
 //
-// Each takes many columns and handles them in one launch for the offsets and one for the values. Where the number of
+// Each takes many columns and handles them in one launch for the offsets and one for the values. If the number of
 // values in a result depends on data, the CPU reads the new offsets and makes the result `exact`. CUDA would have to
-// synchronise for that; there values get the size of an upper bound and are zero beyond what the offsets reach.
+// synchronize for that; there, values are allocated for an upper bound and are zero beyond the last offset.
 #pragma once
 
 #include "ops/ragged_rows.h"
@@ -11,13 +11,14 @@ namespace recis {
 
 enum ResizeFlag : int64_t { kDropFirst = 1, kPadFirst = 2, kStrict = 4, kFixed = 8 };
 
-// The rows of each column, found from its planes, which must be equally long; total is -1 for a column without planes.
+// The rows of each column, derived from its planes, which must have equal lengths; total is -1 for a column without
+// planes.
 inline std::vector<Rows> rows_of_planes(const Tensors& offsets, const Tensors& planes, const Ints& owner,
                                         const char* name) {
   std::vector<Rows> rows(offsets.size(), Rows{nullptr, 0, -1});
   for (size_t p = 0; p < planes.size(); ++p) {
     Rows& mine = rows.at(static_cast<size_t>(owner[p]));
-    RECIS_CHECK(mine.total < 0 || mine.total == planes[p].size(0), name, ": planes of unequal length");
+    RECIS_CHECK(mine.total < 0 || mine.total == planes[p].size(0), name, ": planes have different lengths");
     mine = rows_of(planes[p], &offsets[static_cast<size_t>(owner[p])]);
   }
   return rows;
@@ -35,7 +36,7 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   const size_t columns = offsets.size();
   RECIS_CHECK(least.size() == columns && most.size() == columns && flags.size() == columns &&
                   owner.size() == planes.size() && fills.size() == planes.size(),
-              "ragged_resize: arguments of unequal length");
+              "ragged_resize: arguments have different lengths");
   const std::vector<Rows> rows = rows_of_planes(offsets, planes, owner, "ragged_resize");
   Ints counts;
   std::vector<ResizeRule> rules;
@@ -45,7 +46,7 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   }
   const auto why = [&](size_t k) {
     return (flags[k] & kStrict) == 0 ? kBadOffsets
-                                     : "is longer than the length given (put Truncate before it), or its offsets "
+                                     : "is longer than length= (put Truncate before it), or its offsets "
                                        "decrease or lie outside the values";
   };
   Tensors results = sum_rows(device, offsets[0], rules, counts, labels, why, parallel);
@@ -64,7 +65,7 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
       const int64_t bound = least[k] == 0 ? min64(rows[k].total, times(counts[k], most[k])) : rows[k].total + added;
       results.push_back(new_values(planes[p], results[k], bound, exact));
     }
-    // Rows of a fixed length have their places whatever the new offsets say, in which a refused row is empty.
+    // Rows of a fixed length have fixed positions, regardless of the new offsets, in which a refused row is empty.
     const Rows target =
         fixed ? Rows{nullptr, most[k], times(counts[k], most[k])} : target_of(results[k], results.back());
     parts.add({0, rows[k], counts[k], nullptr, target, plane_of(planes[p], results.back()), fills[p],
@@ -76,8 +77,8 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
   return results;
 }
 
-// Takes rows of columns by number: rows[k] holds row numbers of column k, -1 for an empty row. Returns the new offsets,
-// then the new planes. Unless `exact`, `bounds` holds an upper bound of the values of each column.
+// Takes rows of columns by index: rows[k] holds row indices of column k, -1 for an empty row. Returns the new offsets,
+// then the new planes. Unless `exact`, `bounds` holds an upper bound on the number of values of each column.
 template <class Device>
 Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& planes, const Ints& owner,
                     const Ints& bounds, const std::string& labels, bool exact, bool parallel) {
@@ -85,7 +86,7 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
   Device device(offsets[0]);
   const size_t columns = offsets.size();
   RECIS_CHECK(rows.size() == columns && owner.size() == planes.size() && (exact || bounds.size() == columns),
-              "ragged_take: arguments of unequal length");
+              "ragged_take: arguments have different lengths");
   const std::vector<Rows> sources = rows_of_planes(offsets, planes, owner, "ragged_take");
   Ints counts;
   std::vector<TakeRule> rules;
@@ -109,16 +110,16 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
   return results;
 }
 
-// Crosses pairs of columns: `index` names x and then y, three tensor numbers each (ids; offsets or -1: one id a row;
-// weights or -1), and a row has at most `most` pairs. Returns for each pair of columns the offsets, the ids, and the
-// weights where x or y has some.
+// Crosses pairs of columns: `index` holds x and then y, three tensor indices each (ids; offsets, or -1 for one id per
+// row; weights or -1), and a row has at most `most` pairs. Returns for each pair of columns the offsets, the ids, and
+// the weights if x or y has any.
 template <class Device>
 Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const std::string& labels, bool exact,
                      bool parallel) {
   if (index.empty()) return {};
   const Tensor& like = tensors.at(static_cast<size_t>(index[0]));
   Device device(like);
-  RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments of unequal length");
+  RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments have different lengths");
   std::vector<CrossRule> rules;
   Ints counts;
   for (size_t k = 0; k < most.size(); ++k) {
@@ -126,11 +127,11 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
     const Column y(tensors, index, 6 * k + 3);
     rules.push_back({x.rows(), y.rows(), most[k]});
     counts.push_back(x.row_count());
-    RECIS_CHECK(counts[k] == y.row_count(), line_of(labels, k), ": the columns have different numbers of rows, ",
+    RECIS_CHECK(counts[k] == y.row_count(), line_of(labels, k), ": the columns must have the same number of rows, got ",
                 counts[k], " and ", y.row_count());
   }
   const auto why = [](size_t) {
-    return "makes more pairs than the limit given, or has offsets that decrease or lie outside the values";
+    return "has more pairs than limit=, or offsets that decrease or lie outside the values";
   };
   const Tensors offsets = sum_rows(device, like, rules, counts, labels, why, parallel);
   Tensors results;
@@ -171,7 +172,7 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
   if (values.empty()) return {};
   Device device(values[0]);
   RECIS_CHECK(offsets.size() == values.size() && weights.size() == values.size() && most.size() == values.size(),
-              "ragged_topk: arguments of unequal length");
+              "ragged_topk: arguments have different lengths");
   std::vector<ResizeRule> rules;
   Ints counts;
   for (size_t k = 0; k < values.size(); ++k) {
@@ -185,27 +186,27 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
   RowParts<TopKPart> parts;
   for (size_t k = 0; k < values.size(); ++k) {
     const int64_t bound = min64(values[k].size(0), times(counts[k], most[k]));
-    const Tensor kept = new_values(values[k], new_offsets[k], bound, exact);
-    const Tensor kept_weights = new_values(weights[k], new_offsets[k], bound, exact);
-    parts.add({0, rules[k].rows, target_of(new_offsets[k], kept), plane_of(values[k], kept),
-               data<float>(weights[k], "weights"), data<float>(kept_weights, "weights")},
+    const Tensor top = new_values(values[k], new_offsets[k], bound, exact);
+    const Tensor top_weights = new_values(weights[k], new_offsets[k], bound, exact);
+    parts.add({0, rules[k].rows, target_of(new_offsets[k], top), plane_of(values[k], top),
+               data<float>(weights[k], "weights"), data<float>(top_weights, "weights")},
               k, counts[k]);
-    results.insert(results.end(), {new_offsets[k], kept, kept_weights});
+    results.insert(results.end(), {new_offsets[k], top, top_weights});
   }
   parts.launch(device, TopKRows{}, 16, parallel, values[0].is_cpu(), labels,
-               "has a weight that is NaN; drop it, or give it a weight");
+               "has a NaN weight; drop the value, or set its weight");
   return results;
 }
 
-// Keeps the distinct ids of each row. weights[k] is the number among `planes` of the weights of column k, or -1.
-// Returns for each column the offsets, the ids, and the weights where it has some.
+// Keeps the distinct ids of each row. weights[k] is the index in `planes` of the weights of column k, or -1. Returns
+// for each column the offsets, the ids, and the weights if it has any.
 template <class Device>
 Tensors ragged_distinct(const Tensors& ids, const Tensors& offsets, const Tensors& planes, const Ints& weights,
                         const std::string& labels, bool exact, bool parallel) {
   if (ids.empty()) return {};
   Device device(ids[0]);
   RECIS_CHECK(offsets.size() == ids.size() && weights.size() == ids.size(),
-              "ragged_distinct: arguments of unequal length");
+              "ragged_distinct: arguments have different lengths");
   std::vector<DistinctRule> rules;
   Ints counts;
   for (size_t k = 0; k < ids.size(); ++k) {
@@ -237,13 +238,13 @@ Tensors ragged_distinct(const Tensors& ids, const Tensors& offsets, const Tensor
   return results;
 }
 
-// Writes ids [N] in decimal, with a sign where they are signed and negative. Returns for each column the offsets
-// [N + 1] of its strings and their bytes.
+// Writes ids [N] in decimal, with a sign if they are signed and negative. Returns for each column the offsets [N + 1]
+// of its strings and their bytes.
 template <class Device>
 Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact, bool parallel) {
   if (ids.empty()) return {};
   Device device(ids[0]);
-  RECIS_CHECK(is_unsigned.size() == ids.size(), "decimal_strings: arguments of unequal length");
+  RECIS_CHECK(is_unsigned.size() == ids.size(), "decimal_strings: arguments have different lengths");
   constexpr int64_t kMostDigits = 20;
   std::vector<DecimalRule> rules;
   Ints counts;
@@ -265,10 +266,10 @@ Tensors decimal_strings(const Tensors& ids, const Ints& is_unsigned, bool exact,
   return results;
 }
 
-// Joins columns row by row. `index` holds for each result the number of columns, then three tensor numbers for each of
+// Joins columns row by row. `index` holds for each result the number of columns, then three tensor indices for each of
 // them: values ([N], or [B] or [B, L] without offsets), offsets or -1, weights or -1. Returns for each result the
-// offsets, unless all columns are dense; the values ([B, sum of L] where dense); and the weights where a column has
-// some (1 for the values of columns without).
+// offsets, unless all columns are dense; the values ([B, sum of L] if dense); and the weights if a column has any (1
+// for the values of columns without).
 template <class Device>
 Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::string& labels, bool parallel) {
   if (index.empty()) return {};
@@ -276,7 +277,7 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
   Device device(like);
   Tensors results;
   RowParts<ConcatPart> parts;
-  std::vector<size_t> inputs_at;  // for each part: where its columns begin in `inputs`
+  std::vector<size_t> inputs_at;  // for each part: the index of its first column in `inputs`
   std::vector<Rows> inputs;
   size_t number = 0;
   for (size_t at = 0; at < index.size(); at += 1 + 3 * static_cast<size_t>(index[at]), ++number) {
@@ -294,9 +295,10 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
       weight_data(mine.weights, mine.values, label);
       check_all_reached(mine.values, mine.offsets, label);
       RECIS_CHECK(mine.values.scalar_type() == columns[0].values.scalar_type(),
-                  "ragged_concat: columns of unequal dtypes");
-      RECIS_CHECK(mine.row_count() == columns[0].row_count(), label, ": the columns have different numbers of rows, ",
-                  columns[0].row_count(), " and ", mine.row_count());
+                  "ragged_concat: columns have different dtypes");
+      RECIS_CHECK(mine.row_count() == columns[0].row_count(), label,
+                  ": the columns must have the same number of rows, got ", columns[0].row_count(), " and ",
+                  mine.row_count());
       inputs.push_back(mine.number_rows());
       values += mine.values.numel();
       width += inputs.back().stride;
@@ -333,7 +335,7 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
 }
 
 // Sums the weights of each class in a row (1 for each value of a column without weights): float32 [B, classes] for each
-// column. `index` holds three tensor numbers for each: ids ([N], or [B, L] without offsets), offsets or -1, weights or
+// column. `index` holds three tensor indices for each: ids ([N], or [B, L] without offsets), offsets or -1, weights or
 // -1.
 template <class Device>
 Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes, const std::string& labels,
@@ -354,12 +356,12 @@ Tensors multi_hot(const Tensors& tensors, const Ints& index, const Ints& classes
         k, rows);
   }
   parts.launch(device, MultiHotRows{}, 1, parallel, like.is_cpu(), labels,
-               "has an id that is not a class (put Mod or Clip before it), or offsets outside the values");
+               "has an id outside [0, classes) (put Mod or Clip before it), or offsets outside the values");
   return results;
 }
 
-// Repeats every row of column k times[k] times. `index` holds three tensor numbers for each column: values, offsets or
-// -1, weights or -1. Returns for each the offsets where it has some, the values, and the weights where it has some.
+// Repeats every row of column k times[k] times. `index` holds three tensor indices for each column: values, offsets or
+// -1, weights or -1. Returns for each the offsets if it has any, the values, and the weights if it has any.
 template <class Device>
 Tensors ragged_tile(const Tensors& tensors, const Ints& index, const Ints& times, const std::string& labels,
                     bool parallel) {

@@ -1,4 +1,4 @@
-// Helpers of the operators on ragged columns: columns named by tensor numbers, launches over the rows of several
+// Helpers of the operators on ragged columns: columns given by tensor indices, launches over the rows of several
 // columns, new offsets and values.
 #pragma once
 
@@ -46,12 +46,12 @@ inline const void* raw(const Tensor& tensor) {
   return tensor.data_ptr();
 }
 
-// A plane on its way into `to`, a tensor of the same dtype and value shape.
+// A plane to be copied into `to`, a tensor of the same dtype and value shape.
 inline Plane plane_of(const Tensor& from, const Tensor& to) {
   return {raw(from), to.data_ptr(), unit_of(from), words_of(from)};
 }
 
-// The rows of `values` by offsets, or, without them, one value a row.
+// The rows of `values` by offsets or, without them, one value per row.
 inline Rows rows_of(const Tensor& values, const Tensor* offsets) {
   if (offsets != nullptr) return {data<int64_t>(*offsets, "offsets"), 0, values.size(0)};
   return {nullptr, 1, values.size(0)};
@@ -68,7 +68,7 @@ inline Rows target_of(const Tensor& offsets, const Tensor& values) {
   return {data<int64_t>(offsets, "offsets"), 0, values.size(0)};
 }
 
-// A column named by three tensor numbers: its values, its offsets and its weights, the latter two -1 for none.
+// A column given by three tensor indices: its values, its offsets and its weights, the latter two -1 for none.
 struct Column {
   const Tensor& values;
   const Tensor* offsets;
@@ -85,10 +85,10 @@ struct Column {
 
   int64_t row_count() const { return recis::row_count(values, offsets); }
 
-  // Rows of values; without offsets one value a row, whatever its shape.
+  // Rows of values; without offsets one value of any shape per row.
   Rows rows() const { return rows_of(values, offsets); }
 
-  // Rows of numbers: values [N] by offsets, or [B, L] with L numbers a row.
+  // Rows of numbers: values [N] by offsets, or [B, L] with L numbers per row.
   Rows number_rows() const { return offsets != nullptr ? rows() : Rows{nullptr, words_of(values), values.numel()}; }
 };
 
@@ -100,7 +100,7 @@ inline const float* weight_data(const Tensor* weights, const Tensor& values, con
   return data<float>(*weights, "weights");
 }
 
-// a * b, or kNoBound where it overflows.
+// a * b, or kNoBound if it overflows.
 inline int64_t times(int64_t a, int64_t b) {
   int64_t product = 0;
   return __builtin_mul_overflow(a, b, &product) ? kNoBound : product;
@@ -120,8 +120,8 @@ inline std::string line_of(const std::string& labels, size_t number) {
 inline constexpr const char* kBadOffsets = "has offsets that decrease or lie outside the values";
 inline const char* bad_offsets(size_t) { return kBadOffsets; }
 
-// Raises on the CPU for offsets that do not run from the first value to the last: the result has a place for each
-// value, and the places of values that belong to no row would never be written.
+// Raises on the CPU for offsets that do not cover all values: the result has a position for each value, and the
+// positions of values that belong to no row would never be written.
 inline void check_all_reached(const Tensor& values, const Tensor* offsets, const std::string& label) {
   if (offsets == nullptr || !values.is_cpu()) return;
   const int64_t* at = data<int64_t>(*offsets, "offsets");
@@ -152,21 +152,21 @@ struct RowParts {
     device.for_each(total, width, parallel, kernel);
   }
 
-  // Runs a kernel that refuses rows; raises on the CPU if it did. On CUDA `refused` is null.
+  // Runs a kernel that may refuse rows; raises on the CPU if it did. On CUDA `fault` is null.
   template <class Device, class Kernel>
   void launch(Device& device, Kernel kernel, int64_t width, bool parallel, bool on_cpu, const std::string& labels,
               const char* why) const {
-    int64_t refused = 0;
-    kernel.refused = on_cpu ? &refused : nullptr;
+    int64_t fault = 0;
+    kernel.fault = on_cpu ? &fault : nullptr;
     launch(device, kernel, width, parallel);
-    if (refused == 0) return;
+    if (fault == 0) return;
     size_t number = 0;
-    while (number + 1 < parts.size() && parts[number + 1].first < refused) ++number;
-    RECIS_CHECK(false, line_of(labels, columns[number]), ": row ", refused - 1 - parts[number].first, " ", why);
+    while (number + 1 < parts.size() && parts[number + 1].first < fault) ++number;
+    RECIS_CHECK(false, line_of(labels, columns[number]), ": row ", fault - 1 - parts[number].first, " ", why);
   }
 };
 
-// A tensor for a kernel to fill. On CUDA it starts as zeros, because the kernel skips the rows that it refuses.
+// A tensor for a kernel to fill. On CUDA it is zero-initialized, because the kernel skips the rows that it refuses.
 inline Tensor new_to_fill(const Tensor& like, const Ints& sizes, ScalarType dtype) {
   if (like.is_cpu()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
   return torch::stable::new_zeros(like, {sizes.data(), sizes.size()}, dtype);
@@ -183,16 +183,15 @@ Tensors sum_rows(Device& device, const Tensor& like, const std::vector<Rule>& ru
     offsets.push_back(torch::stable::new_empty(like, {sizes, 1}, ScalarType::Long));
     parts.push_back({rules[k], rows[k], data<int64_t>(offsets.back(), "offsets")});
   }
-  Ints refused(rules.size(), 0);
-  device.sum_rows(parts, like.is_cpu() ? refused.data() : nullptr, parallel);
-  for (size_t k = 0; k < refused.size(); ++k) {
-    RECIS_CHECK(refused[k] == 0, line_of(labels, k), ": row ", refused[k] - 1, " ", why(k));
+  Ints faults(rules.size(), 0);
+  device.sum_rows(parts, like.is_cpu() ? faults.data() : nullptr, parallel);
+  for (size_t k = 0; k < faults.size(); ++k) {
+    RECIS_CHECK(faults[k] == 0, line_of(labels, k), ": row ", faults[k] - 1, " ", why(k));
   }
   return offsets;
 }
 
-// A tensor for the values of a result: of exactly the number that the offsets give, or of `bound`, an upper bound of
-// it.
+// A tensor for the values of a result: exactly as many as the offsets define, or `bound`, an upper bound.
 inline Tensor new_values(const Tensor& like, const Tensor& offsets, int64_t bound, bool exact) {
   Ints sizes(like.sizes().begin(), like.sizes().end());
   sizes[0] = bound;
@@ -200,7 +199,7 @@ inline Tensor new_values(const Tensor& like, const Tensor& offsets, int64_t boun
     sizes[0] = data<int64_t>(offsets, "offsets")[offsets.numel() - 1];
     return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
   }
-  RECIS_CHECK(bound != kNoBound, "the size of this result has no upper bound; a GPU needs one");
+  RECIS_CHECK(bound != kNoBound, "the size of this result has no upper bound, but a GPU requires one");
   return torch::stable::new_zeros(like, {sizes.data(), sizes.size()});
 }
 

@@ -14,16 +14,16 @@ inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
 template <class In, class Out, class Device, class Map>
 void apply_map(Device& device, const char* name, const Tensor& values, const Map& map, const Tensor& out,
                const char* why) {
-  int64_t refused = 0;
+  int64_t fault = 0;
   device.for_each(values.numel(), 1,
                   MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"),
-                                          why != nullptr && values.is_cpu() ? &refused : nullptr});
-  RECIS_CHECK(refused == 0, name, ": element ", refused - 1, " ", why == nullptr ? "" : why);
+                                          why != nullptr && values.is_cpu() ? &fault : nullptr});
+  RECIS_CHECK(fault == 0, name, ": element ", fault - 1, " ", why == nullptr ? "" : why);
 }
 
 inline Tensor new_ids(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), ScalarType::Long); }
 
-// `modulus` holds the bits of an unsigned number.
+// `modulus` holds the bits of an unsigned integer.
 template <class Device>
 Tensor mod_ids(const Tensor& ids, int64_t modulus) {
   Device device(ids);
@@ -48,7 +48,7 @@ Tensor multi_hash_ids(const Tensor& ids, int64_t multiplier, int64_t prime, int6
 template <class Device>
 Tensor cross_pairs(const Tensor& x, const Tensor& y) {
   Device device(x);
-  RECIS_CHECK(x.numel() == y.numel(), "cross_ids: x and y must hold equally many ids, got ", x.numel(), " and ",
+  RECIS_CHECK(x.numel() == y.numel(), "cross_ids: x and y must hold the same number of ids, got ", x.numel(), " and ",
               y.numel());
   Tensor out = new_ids(x);
   device.for_each(x.numel(), 1, CrossIds{data<int64_t>(x, "x"), data<int64_t>(y, "y"), data<int64_t>(out, "out")});
@@ -124,7 +124,7 @@ Tensor clip_ids(const Tensor& ids, int64_t least, int64_t most) {
   return out;
 }
 
-// float32 or float64 to int64, truncated towards zero.
+// float32 or float64 to int64, truncated toward zero.
 template <class Device>
 Tensor cast_to_ids(const Tensor& values) {
   Device device(values);

@@ -67,8 +67,8 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
 }
 
 // A table to update; RECIS_TABLE declares it in a schema. `type` and `state_type` are the element types of the
-// embedding and its state. `step` is written to the metadata of updated rows, as the step that saw them, too, if
-// `mark_seen`. `seed` is that of the stochastic rounding.
+// embedding and its state. `step` is written to the metadata of updated rows and, if `mark_seen`, also as the step in
+// which they were seen. `seed` is the seed of the stochastic rounding.
 #define RECIS_TABLE RECIS_BLOCKS_MUT ", int type, int state_type, int dim, int step, bool mark_seen, int seed"
 
 struct Table {
@@ -85,8 +85,8 @@ struct Table {
 };
 
 // Calls f with values of the types of embedding and state, and the tile width. The state is float32 or of the type of
-// the embedding; float32 for a rule without state. Types below float32 use one tile width, because each combination
-// compiles another kernel.
+// the embedding; float32 for a rule without state. Types narrower than float32 use one tile width, because each
+// combination adds a compiled kernel.
 template <class Rule, class Device, class F>
 void with_types(Device& device, const Table& table, bool aligned, F&& f) {
   RECIS_CHECK(table.state_type == 0 || table.state_type == table.type,

@@ -1,4 +1,4 @@
-// Expectations of the native tests: a failure is printed and counted, and the program goes on.
+// Expectations of the native tests: a failure is printed and counted, and the program continues.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ inline void expect(bool good, const char* what, int64_t detail) {
 }
 
 // Prints the outcome and returns the exit status of the program.
-inline int finish(const char* program, const char* covered) {
+inline int finish(const char* program, const char* scope) {
   if (failures == 0) {
-    std::printf("%s: passed: %s\n", program, covered);
+    std::printf("%s: passed: %s\n", program, scope);
   } else {
     std::printf("%s: %d failures\n", program, failures);
   }

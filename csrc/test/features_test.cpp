@@ -1,6 +1,6 @@
-// Fused programs and ragged kernels, to be run under the sanitizers: hashing strings in bulk yields the hashes of each
-// string; no offsets make a kernel read or write outside its buffers; results depend neither on tiles, nor on threads,
-// nor on the contents of scratch space.
+// Tests of fused programs and ragged kernels, to be run under the sanitizers. Hashing strings in bulk yields the hash
+// of each string, no offsets cause a kernel to read or write outside its buffers, and results do not depend on tiles,
+// threads or the contents of scratch space.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -121,10 +121,10 @@ void check_program(const Executor& executor, int64_t rows, bool good) {
     expect(pairs.data()[i] == static_cast<int64_t>(pair), "cross in a program", i);
   }
   expect(any_bad == (faults[0] != 0), "a program did not report bad offsets", faults[0]);
-  expect(faults[1] == 0 && faults[2] == 0, "a program reported what was right", faults[1]);
+  expect(faults[1] == 0 && faults[2] == 0, "a program reported a valid element", faults[1]);
 }
 
-// Resizes rows of good and of bad offsets: bad rows are refused, and good ones copied.
+// Resizes rows with good and bad offsets: bad rows are refused, and good ones are copied.
 template <class T>
 void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bool pad_first) {
   const int64_t total = rows * 3 + 1;
@@ -136,11 +136,11 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     const recis::Rows source{offsets.data(), 0, total};
     Exact<int64_t> sums(std::vector<int64_t>(static_cast<size_t>(rows) + 1, -1));
     const std::vector<recis::SumPart<recis::ResizeRule>> columns{{{source, least, most, 0}, rows, sums.data()}};
-    int64_t refused = 0;
-    recis::for_each_cpu(recis::Serial{}, 1, 1, recis::SumRows<recis::ResizeRule>{columns.data(), &refused});
+    int64_t fault = 0;
+    recis::for_each_cpu(recis::Serial{}, 1, 1, recis::SumRows<recis::ResizeRule>{columns.data(), &fault});
     bool any_bad = false;
     for (int64_t i = 0; i < rows; ++i) any_bad = any_bad || !source.good(i);
-    expect(any_bad == (refused != 0), "resize did not report bad offsets", refused);
+    expect(any_bad == (fault != 0), "resize did not report bad offsets", fault);
     Exact<T> out(std::vector<T>(static_cast<size_t>(sums.data()[rows]), 0));
     const std::vector<recis::CopyPart> parts{{0,
                                               source,
@@ -159,16 +159,16 @@ void check_resize(int64_t rows, int64_t least, int64_t most, bool drop_first, bo
     for (int64_t row = 0; row < rows; ++row) {
       // A refused row is neither read nor written. Here, as on a GPU, nothing raises.
       if (!source.good(row)) {
-        expect(sums.data()[row] == sums.data()[row + 1], "a refused row of values", row);
+        expect(sums.data()[row] == sums.data()[row + 1], "the length of a refused row", row);
         continue;
       }
       const int64_t size = source.size(row);
-      const int64_t made = std::max(least, std::min(most, size));
-      const int64_t kept = std::min(size, made);
-      for (int64_t k = 0; k < made; ++k) {
-        const int64_t at = pad_first ? k - (made - kept) : k;
-        const bool inside = at >= 0 && at < kept;
-        const int64_t place = source.begin(row) + at + (drop_first ? size - kept : 0);
+      const int64_t length = std::max(least, std::min(most, size));
+      const int64_t count = std::min(size, length);
+      for (int64_t k = 0; k < length; ++k) {
+        const int64_t at = pad_first ? k - (length - count) : k;
+        const bool inside = at >= 0 && at < count;
+        const int64_t place = source.begin(row) + at + (drop_first ? size - count : 0);
         const T want = inside ? from[static_cast<size_t>(place)] : static_cast<T>(77);
         expect(out.data()[sums.data()[row] + k] == want, "resized rows", row);
       }
@@ -189,13 +189,13 @@ template <class Rule>
 Exact<int64_t> sums_of(const Rule& rule, int64_t rows) {
   Exact<int64_t> sums(std::vector<int64_t>(static_cast<size_t>(rows) + 1, -1));
   const std::vector<recis::SumPart<Rule>> columns{{rule, rows, sums.data()}};
-  int64_t refused = 0;
-  recis::for_each_cpu(recis::Serial{}, 1, 1, recis::SumRows<Rule>{columns.data(), &refused});
+  int64_t fault = 0;
+  recis::for_each_cpu(recis::Serial{}, 1, 1, recis::SumRows<Rule>{columns.data(), &fault});
   return sums;
 }
 
-// Runs the kernels of values after rows were refused, as on a GPU, with results of the size of their upper bound:
-// nothing outside the buffers is read or written, and rows of a fixed length keep their places.
+// Runs the kernels that copy values after rows were refused, as on a GPU, with results allocated for their upper bound:
+// nothing outside the buffers is read or written, and rows of a fixed length keep their positions.
 void check_refused(int64_t rows, uint64_t seed) {
   const int64_t total = rows * 2;
   std::vector<int64_t> from(static_cast<size_t>(total));
@@ -220,15 +220,15 @@ void check_refused(int64_t rows, uint64_t seed) {
   const int64_t most = 3;
   const int64_t bound = std::min(total, rows * most);
   const Exact<int64_t> short_sums = sums_of(recis::ResizeRule{source, 0, most, 0}, rows);
-  const Exact<int64_t> kept(std::vector<int64_t>(static_cast<size_t>(bound), 0));
+  const Exact<int64_t> result(std::vector<int64_t>(static_cast<size_t>(bound), 0));
   const recis::Rows target{short_sums.data(), 0, bound};
-  const recis::Plane plane{values.data(), kept.data(), 8, 1};
+  const recis::Plane plane{values.data(), result.data(), 8, 1};
   run_rows<recis::CopyRows>(recis::CopyPart{0, source, rows, nullptr, target, plane, 0, 0, 0}, rows);
 
   const Exact<float> best_weights(std::vector<float>(static_cast<size_t>(bound), 0));
   int64_t nan = 0;
   recis::TopKRows top{};
-  top.refused = &nan;
+  top.fault = &nan;
   run_rows(recis::TopKPart{0, source, target, plane, weights.data(), best_weights.data()}, rows, top);
 
   const Exact<int64_t> pair_sums = sums_of(recis::CrossRule{source, source, 4}, rows);

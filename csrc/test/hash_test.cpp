@@ -1,6 +1,6 @@
-// Hashes: they read only the bytes of their string, at every length and alignment, each string in a heap buffer that
-// ends with it, so that AddressSanitizer reports any read beyond it. And they are the right hashes: MurmurHash64A is
-// compared with the hash of strings in GNU libstdc++, and FarmHash with a checksum over lengths.
+// Tests of hashes. They read only the bytes of their string, at every length and alignment: each string is in a heap
+// buffer that ends with it, so that AddressSanitizer reports any read beyond it. To check the values, MurmurHash64A is
+// compared with the string hash of GNU libstdc++, and both hashes with checksums over all lengths.
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -20,7 +20,7 @@ using recis::Farm;
 using recis::Murmur;
 using recis_test::expect;
 
-// Bytes i * 37 + 11, the strings with which the tests in Python pin both hashes, too.
+// Bytes i * 37 + 11: the strings with which the Python tests pin both hashes, too.
 std::vector<uint8_t> steps(int64_t size) {
   std::vector<uint8_t> bytes(static_cast<size_t>(size));
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 37 + 11);
@@ -77,7 +77,7 @@ void check_ids() {
   }
 }
 
-// Hashes rows of offsets some of which are invalid: good rows are hashed, and nothing outside the values is read.
+// Hashes rows some of whose offsets are invalid: good rows are hashed, and nothing outside the values is read.
 template <class Executor>
 void check_offsets(const Executor& executor) {
   constexpr int64_t kRows = 20'000;
@@ -86,9 +86,9 @@ void check_offsets(const Executor& executor) {
   std::memcpy(values.get(), noise(kTotal, 7).data(), kTotal);
   const auto run = [&](const std::vector<int64_t>& offsets) {
     std::vector<int64_t> out(kRows, -1);
-    int64_t refused = 0;
+    int64_t fault = 0;
     recis::for_each_cpu(executor, kRows, 64,
-                        recis::HashBytes<Farm>{values.get(), kTotal, offsets.data(), out.data(), &refused});
+                        recis::HashBytes<Farm>{values.get(), kTotal, offsets.data(), out.data(), &fault});
     bool any_bad = false;
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t begin = offsets[static_cast<size_t>(i)];
@@ -98,11 +98,11 @@ void check_offsets(const Executor& executor) {
       const uint64_t want = bad ? ~uint64_t{0} : Farm{}(Bytes{values.get() + begin, end - begin});
       expect(out[static_cast<size_t>(i)] == static_cast<int64_t>(want), "a row has the wrong hash", i);
     }
-    expect(any_bad == (refused != 0), "bad offsets were not reported", refused);
-    if (refused != 0) {
-      const size_t row = static_cast<size_t>(refused - 1);
+    expect(any_bad == (fault != 0), "bad offsets were not reported", fault);
+    if (fault != 0) {
+      const size_t row = static_cast<size_t>(fault - 1);
       expect(offsets[row] < 0 || offsets[row + 1] < offsets[row] || offsets[row + 1] > kTotal, "a good row was refused",
-             refused - 1);
+             fault - 1);
     }
   };
 

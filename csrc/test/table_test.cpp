@@ -1,5 +1,5 @@
-// Tables, to be run under the sanitizers (scripts/sanitize.sh): many threads insert the same ids at once, gather and
-// update their rows, erase them and count them.
+// Tests of tables, to be run under the sanitizers (scripts/sanitize.sh): many threads insert the same ids concurrently,
+// gather and update their rows, erase them and count them.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -90,7 +90,7 @@ void grouped_inserts() {
     for (int64_t i = 0; i < kEach; ++i) distinct.insert({member, ids[f * kEach + i]});
   }
   const int64_t n = kFeatures * kEach;
-  std::vector<int64_t> rows(n), found(n), unique(n), starts(n + 1), sources(n), before;
+  std::vector<int64_t> rows(n), lookup(n), unique(n), starts(n + 1), sources(n), before;
   int64_t groups = 0;
   for (const int tasks : {kThreads, 1}) {
     std::vector<float> vectors(n * kDim);
@@ -103,8 +103,8 @@ void grouped_inserts() {
     CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));
     for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
     CHECK(groups == static_cast<int64_t>(distinct.size()) && starts[groups] == n);
-    for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{{segments(spans, n), table.map()}, found.data()});
-    CHECK(found == rows);
+    for_each_cpu(Threads{kThreads}, n, 1, FindIds<false>{{segments(spans, n), table.map()}, lookup.data()});
+    CHECK(lookup == rows);
     for (int64_t i = 0; i < n; ++i) {
       const float* embedding = reinterpret_cast<const float*>(blocks.record(rows[i]));
       CHECK(std::equal(embedding, embedding + kDim, vectors.data() + i * kDim));
@@ -127,7 +127,7 @@ void grouped_inserts() {
   }
 }
 
-// Every thread inserts every id, for the most contention on slots.
+// Every thread inserts every id, to maximize contention on slots.
 void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   Table table(1024);
   while (table.capacity * 3 < distinct * 4) table.capacity *= 2;
@@ -154,7 +154,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   while (table.capacity * 3 < static_cast<int64_t>(keys.size()) * 4) table.capacity *= 2;
   table.slots.assign(2 * table.capacity, 0);
 
-  std::vector<int64_t> rows(n), fresh(n), found(n);
+  std::vector<int64_t> rows(n), fresh(n), lookup(n);
   const Threads threads{kThreads};
   for_each_cpu(threads, n, 1,
                FindOrInsertIds{{segments(spans, n), table.map()},
@@ -181,8 +181,8 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     table.slots = std::move(larger);
     table.capacity *= 2;
   }
-  for_each_cpu(threads, n, 1, FindIds<false>{{segments(spans, n), table.map()}, found.data()});
-  CHECK(found == rows);
+  for_each_cpu(threads, n, 1, FindIds<false>{{segments(spans, n), table.map()}, lookup.data()});
+  CHECK(lookup == rows);
   std::vector<int64_t> listed(count), listed_members(count), listed_rows(count), listed_slots(count);
   int64_t listed_count = 0;
   for_each_cpu(threads, table.capacity, 1,
@@ -287,7 +287,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(total == n);
 }
 
-// Distinct ids by owner: the same for any number of threads, and each position has the place of its id.
+// Distinct ids by owner: the same for any number of threads, and each position maps to its id.
 void distinct_by_owner() {
   constexpr int64_t n = 30000;
   constexpr int64_t kRanks = 3;
@@ -295,23 +295,23 @@ void distinct_by_owner() {
   for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(i) % 7000 + 1));
   std::vector<std::vector<int64_t>> results;
   for (const int tasks : {1, kThreads}) {
-    std::vector<int64_t> found(n), counts(n), places(n), sizes(2 * kRanks), offsets(n + 1), sources(n);
+    std::vector<int64_t> distinct(n), counts(n), places(n), sizes(2 * kRanks), offsets(n + 1), sources(n);
     int64_t count = 0;
     const std::vector<KeySpan> features{
         {ids.data(), 20000, 0}, {ids.data() + 20000, 0, 1}, {ids.data() + 20000, 10000, 1}};
     distinct_cpu(Threads{tasks}, DistinctInputs{{features, nullptr, nullptr}, {-1, 1}, kRanks},
-                 DistinctOutputs{found.data(), counts.data(), places.data(), sizes.data(), offsets.data(),
+                 DistinctOutputs{distinct.data(), counts.data(), places.data(), sizes.data(), offsets.data(),
                                  sources.data(), nullptr, &count});
     CHECK(count == 14000 && offsets[count] == n);
     int64_t place = 0;
     for (int64_t share = 0; share < 2 * kRanks; ++share) {
       for (int64_t k = 0; k < sizes[share]; ++k, ++place) {
-        CHECK(share % 2 == 1 ? share / 2 == 1 : bucket_of(found[place]) * kRanks >> 16 == share / 2);
+        CHECK(share % 2 == 1 ? share / 2 == 1 : bucket_of(distinct[place]) * kRanks >> 16 == share / 2);
         CHECK(counts[place] == offsets[place + 1] - offsets[place]);
       }
     }
     CHECK(place == count);
-    for (int64_t i = 0; i < n; ++i) CHECK(found[places[i]] == ids[i]);
+    for (int64_t i = 0; i < n; ++i) CHECK(distinct[places[i]] == ids[i]);
     results.push_back(std::move(sources));
     results.push_back(std::move(places));
   }

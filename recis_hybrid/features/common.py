@@ -1,4 +1,4 @@
-"""Checks of forms, and conversions of values, that the operations share."""
+"""Checks of forms and conversions of values, shared by the operations."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def numbers(where: str, form: Form) -> Form:
     """Return the form if its dtype is int8 to int64, float32 or float64.
 
     Raises:
-        TypeError: If it is another one.
+        TypeError: If it is none of these.
     """
     if form.dtype not in (*INTEGERS, *FLOATS):
         raise TypeError(
-            f"{where} takes int8 to int64, float32 or float64, got {form.dtype}; read strings as numbers, convert "
-            f"other columns with .float()"
+            f"{where} takes int8 to int64, float32 or float64, got {form.dtype}; read strings as numbers, or "
+            f"convert other columns with .float()"
         )
     return form
 

@@ -28,10 +28,10 @@ from recis_hybrid.ragged import Batch, RaggedTensor, arrays, checks
 
 _Known: TypeAlias = "tuple[tuple[int, Form], ...]"
 
-# Numbers of the forms that engines of this process have seen, which name their segments, and the lock for both. The
-# numbers are shared by all engines: a compiled function that looks up a segment by name then finds none in an engine
-# that has not seen the form, and is traced again. With numbers of its own, an engine could have another form's segment
-# under that name.
+# Indices of the forms that engines of this process have seen, which name their segments, and the lock for both. All
+# engines share the indices: a compiled function that looks up a segment by name finds none in an engine that has not
+# seen the form, and is traced again. If each engine numbered its forms, it could have the segment of another form under
+# that name.
 _NUMBERS: dict[_Known, int] = {}
 _LINKING = threading.RLock()
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -41,25 +41,25 @@ class FeatureEngine:
     """Computes the columns that a model takes from the columns of a reader.
 
     The returned batch holds the features in their order, then the columns that no feature reads, unchanged: labels,
-    weights, keys. Columns that features read are dropped; declare ``Feature("age")`` without operations, or list
-    them in ``keep``, to have them too. Dense tensors and RaggedTensors are transformed alike; the latter keep offsets
-    and weights. Nothing is changed in place, and results lie on the devices of their columns. Optional features are
-    omitted if the batch lacks one of their columns.
+    weights, keys. Columns that features read are dropped; declare ``Feature("age")`` without operations, or list them
+    in ``keep``, to keep them. Dense tensors and RaggedTensors are transformed in the same way; RaggedTensors keep their
+    offsets and weights. Nothing is modified in place, and results are on the devices of their columns. Optional
+    features are omitted if the batch lacks one of their columns.
 
     Equal operations on equal inputs are computed once, and a few native calls compute them all: one for the
     element-wise operations of all features, and one for each kind of operation that changes rows; see :meth:`explain`.
-    On CUDA a call of element-wise operations is one launch, and nothing waits for the GPU.
+    On CUDA a call of element-wise operations is one launch, and the host does not wait for the GPU.
 
     Args:
         features: The features, with distinct names.
-        fuse: True fuses operations. False runs each on its own, and ``"kind"`` makes a call for each kind of
-            element-wise operation; both compute the same bits more slowly, for comparison.
-        parallel: Whether native calls use torch's threads; False keeps to the calling thread, as readers need. Calls of
-            ``fuse=False`` always use them.
-        keep: Columns to keep in the batch although features read them; the batch must have them.
+        fuse: True fuses operations. For comparison, False runs each operation separately, and ``"kind"`` makes one call
+            for each kind of element-wise operation; both are slower and compute the same bits.
+        parallel: Whether native calls use torch's threads; False uses only the calling thread, as readers require. With
+            ``fuse=False``, calls always use torch's threads.
+        keep: Columns to keep in the batch even if features read them; the batch must have them.
 
     Raises:
-        TypeError: If ``features`` holds something else, or ``keep`` is not a list of names.
+        TypeError: If an element of ``features`` is not a Feature, or ``keep`` is not a list of names.
         ValueError: If two features have the same name, or an operation that joins columns has only one.
 
     Example:
@@ -126,7 +126,7 @@ class FeatureEngine:
         """Print the plan, with a line for each column and operation; ``str(engine.plan)`` is the same text.
 
         Args:
-            batch: A batch, to print also the native calls for columns of its forms.
+            batch: A batch; the native calls for columns of its forms are printed, too.
         """
         if batch is not None and self._may_lack and (absent := self._absent(batch)):
             getattr(self, self._lacking(absent)).explain(batch)
@@ -148,27 +148,27 @@ class FeatureEngine:
     def reading_part(self) -> FeatureEngine:
         """Return an engine for the features that a reader may compute in its threads.
 
-        These are the features whose operations all come with the package or have ``in_reader = True``. Pass it to the
-        reader (``ColumnDataset(..., transforms=engine.reading_part())``), and the batches of the reader to
-        :meth:`remaining_part`; together they compute the same features. It keeps the columns that the remaining part
-        reads, and runs only in the calling thread.
+        These are the features whose operations all come with the package or have ``in_reader = True``. Pass the engine
+        to the reader (``ColumnDataset(..., transforms=engine.reading_part())``), and the reader's batches to
+        :meth:`remaining_part`; together they compute the same features. The engine keeps the columns that the remaining
+        part reads, and runs only in the calling thread.
         """
         reading, _, keep = split_features(self._features)
         columns = list(dict.fromkeys([*keep, *self._keep]))
-        # Columns that it keeps for optional features may be missing as well.
+        # Columns kept for optional features may be missing, too.
         return _remake(reading, self._fuse, False, columns, self._may_lack)
 
     def remaining_part(self) -> FeatureEngine:
-        """Return an engine for what :meth:`reading_part` leaves; it returns all features in their order."""
+        """Return an engine for the features that :meth:`reading_part` omits; it returns all features in their order."""
         _, remaining, _ = split_features(self._features)
         return _remake(remaining, self._fuse, self._parallel, self._keep, self._may_lack)
 
     def check(self) -> None:
-        """Raise if element-wise operations refused a value of the last batch on a GPU; waits for it.
+        """Raise if element-wise operations refused a value of the last batch on a GPU; waits for the GPU.
 
-        They refuse NaN, wrong offsets of strings, and values that are not in a vocabulary. Operations that change rows
-        record nothing on a GPU: a row that they refuse becomes empty, and :class:`ToDense` truncates it. On the CPU the
-        call of the engine raises for both, and there is nothing to check.
+        They refuse NaN, invalid offsets of strings, and values that are not in a vocabulary. Operations that change
+        rows record nothing on a GPU: a row that they refuse becomes empty, and :class:`ToDense` truncates it. On the
+        CPU, calling the engine raises in both cases, and there is nothing to check.
 
         Raises:
             ValueError: If a value was refused; the message names the feature.
@@ -247,15 +247,15 @@ class FeatureEngine:
         """Return the columns of optional features that a batch lacks."""
         return tuple([name for name in self._may_lack if name not in batch])
 
-    # For a trace, like _link.
+    # A constant for tracing, like the result of _link.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _lacking(self, absent: tuple[str, ...]) -> str:
-        """Return the attribute name of an engine for the features that need none of some columns."""
+        """Return the attribute name of an engine for the features that do not need the absent columns."""
         if absent not in self._without:
             with _LINKING:
-                left = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]
+                remaining = [one for one in self._features if not (one.optional and set(absent) & set(one.columns))]
                 keep = [name for name in self._keep if name not in absent]
-                engine = FeatureEngine(left, fuse=self._fuse, parallel=self._parallel, keep=keep)
+                engine = FeatureEngine(remaining, fuse=self._fuse, parallel=self._parallel, keep=keep)
                 engine._dropped = self._dropped | self._plan.columns.keys()
                 name = f"_without_{'_'.join(map(str, [self._may_lack.index(column) for column in absent]))}"
                 setattr(self, name, engine)
@@ -322,11 +322,11 @@ class FeatureEngine:
             elif mine != rows:
                 raise ValueError(
                     f"{self._where(register)}: it has {mine} rows and column {first!r} has {rows} rows; all columns of "
-                    f"a batch must have the same number"
+                    f"a batch must have the same number of rows"
                 )
 
     def _check_offsets(self, columns: dict[int, Column]) -> None:
-        """Raise for offsets that were overwritten; those on a GPU, for which the host would wait, are not checked."""
+        """Raise if offsets were overwritten. Those on a GPU are not checked, because the host would have to wait."""
         offsets: list[Tensor] = []
         totals: list[int] = []
         owners: list[int] = []
@@ -346,9 +346,9 @@ class FeatureEngine:
             checks.check_content(values.shape[0], innermost, outer)
         except ValueError as error:
             raise ValueError(
-                f"{self._where(owners[bad])}: {error}. They have changed since the RaggedTensor checked them: do not "
-                f"write to the offsets of a column, build a new RaggedTensor; move results of a GPU with to('cpu'), "
-                f"without non_blocking"
+                f"{self._where(owners[bad])}: {error}. They were modified after the RaggedTensor checked them; build "
+                f"a new RaggedTensor instead of writing to the offsets of a column, and move results of a GPU with "
+                f"to('cpu'), without non_blocking"
             ) from error
 
     def _where(self, register: int) -> str:

@@ -14,7 +14,7 @@ Source: TypeAlias = "str | Feature"
 
 
 def with_ints(op: Op) -> Op:
-    """Return an operation with integers of numpy replaced by those of Python."""
+    """Return an operation with NumPy integers replaced by Python integers."""
     if isinstance(op, type) or not is_dataclass(op):
         return op
     values = {field.name: getattr(op, field.name) for field in fields(op) if field.init}
@@ -40,12 +40,12 @@ class Feature:
 
     Args:
         name: Name of the column in the batch that the engine returns.
-        ops: Operations in the order in which they apply; none returns the column unchanged.
+        ops: Operations in the order in which they apply; an empty list returns the column unchanged.
         source: The name of a column, or a list of names and features; None for the column ``name``.
         optional: Whether to omit the feature, instead of raising, if the batch lacks one of its columns.
 
     Raises:
-        TypeError: If a name is not a string, ``optional`` is not a bool, or ``ops`` holds something else.
+        TypeError: If a name is not a string, ``optional`` is not a bool, or an element of ``ops`` is not an operation.
         ValueError: If a name is empty, or a parameter of an operation is invalid.
 
     Example:
@@ -98,8 +98,8 @@ class Feature:
                 hash(op)
             except TypeError:
                 raise TypeError(
-                    f"Feature {self.name!r}: ops[{position}] must be hashable, as equal operations are computed once, "
-                    f"got {type(op).__name__}; make it a @dataclass(frozen=True) with hashable parameters"
+                    f"Feature {self.name!r}: ops[{position}] must be hashable, because equal operations are computed "
+                    f"once, got {type(op).__name__}; make it a @dataclass(frozen=True) with hashable parameters"
                 ) from None
 
     def __repr__(self) -> str:

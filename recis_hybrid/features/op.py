@@ -1,4 +1,4 @@
-"""Operations on features: comparable descriptions, and the kernels that they stand for.
+"""Operations on features: comparable descriptions, and their kernels.
 
 Letters: B rows of a batch, N values over all rows, M strings.
 """
@@ -24,7 +24,7 @@ class Column(NamedTuple):
     weights: Tensor | None = None
     """float32 ``[N]`` of a weighted ragged column; ``[M]`` if the values are the bytes of M strings in lists."""
     outer: tuple[Tensor, ...] = ()
-    """int64 offsets of the levels above, the outermost (``[B + 1]``) first."""
+    """int64 offsets of the outer levels, the outermost (``[B + 1]``) first."""
 
     @classmethod
     def of(cls, column: Tensor | RaggedTensor) -> Column:
@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
 
 Kernel: TypeAlias = Callable[[Column], Column]
-"""A function from column to column. It raises TypeError or ValueError for columns that it does not take, and the
+"""A function from column to column. It raises TypeError or ValueError for columns that it does not accept, and the
 engine adds the name of the feature."""
 
 
@@ -88,8 +88,8 @@ class Lowered(NamedTuple):
 class Op(Protocol):
     """An operation in the declaration of a feature.
 
-    Equal operations on equal inputs are computed once. So an operation must be hashable, compare by its parameters, and
-    be deterministic; a frozen dataclass is hashable and compares so. ``str()`` of it names it in the printed plan.
+    Equal operations on equal inputs are computed once, so an operation must be hashable, compare by its parameters, and
+    be deterministic. A frozen dataclass meets the first two requirements. The printed plan shows ``str(op)``.
 
     Custom operations need only these two methods. ``in_reader = True`` allows their kernels to run in the threads of a
     reader.
@@ -145,7 +145,7 @@ class Pairwise(Joining, Protocol):
     """A joining operation on two columns; several are joined from the left, one after another."""
 
     def parts(self) -> tuple[Any | None, Any]:
-        """Return the operation on each column before the join, None for none, and the join without it."""
+        """Return the operation on each column before the join, or None, and the join without it."""
 
 
 @runtime_checkable
@@ -159,7 +159,7 @@ class Compound(Protocol):
 def missing_method(op: Any) -> str | None:
     """Return the name of a required method that an operation or its class lacks, or None.
 
-    Required are ``fault``, and ``kernel`` or ``expand``.
+    Required methods are ``fault``, and ``kernel`` or ``expand``.
     """
     if not callable(getattr(op, "fault", None)):
         return "fault"

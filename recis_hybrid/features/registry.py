@@ -1,4 +1,4 @@
-"""Operations by name: those of the package, and those that users register."""
+"""Operations by name: those of the package, and those registered by users."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def register_op(name: str) -> Callable[[OpClass], OpClass]:
     Features accept unregistered classes as well; registration checks a class where it is defined.
 
     Args:
-        name: A name that no operation has.
+        name: A name that is not taken.
 
     Returns:
-        A decorator for the class, which must have ``fault`` and ``kernel`` (see :class:`Op`) and be hashable, as a
+        A decorator for the class, which must have ``fault`` and ``kernel`` (see :class:`Op`) and be hashable, such as a
         frozen dataclass.
 
     Raises:
@@ -103,15 +103,15 @@ def make_op(name: str, **parameters: Any) -> Any:
         parameters: Parameters of the class.
 
     Raises:
-        TypeError: If the class has no such parameter, or requires another one.
-        ValueError: If there is no such name.
+        TypeError: If the class does not have one of the parameters, or requires another one.
+        ValueError: If the name is not registered.
 
     Example:
         >>> make_op("mod", n=100)
         Mod(n=100)
     """
     if name not in _REGISTERED:
-        raise ValueError(f"make_op: there is no operation {name!r}; there are {sorted(_REGISTERED)}")
+        raise ValueError(f"make_op: unknown operation {name!r}; the registered operations are {sorted(_REGISTERED)}")
     known = list(inspect.signature(_REGISTERED[name]).parameters.values())
     names = [each.name for each in known if each.kind is not each.VAR_KEYWORD]
     unknown = [each for each in parameters if each not in names]

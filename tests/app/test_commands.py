@@ -89,7 +89,7 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("run.x=3", "run is .*, which has no keys"),
         ("run", "must be KEY=VALUE, as train.epochs=3"),
         ("train.metrics=[auc, ndcg]", r"train.metrics\[1\] must be one of .*, got 'ndcg'"),
-        ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: there is no operation 'hesh'"),
+        ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: unknown operation 'hesh'"),
         ("features.site.ops=[{hash: {speed: 3}}]", r"features.site.ops\[0\]: make_op: 'hash' takes no 'speed'"),
         ("train.device=tpux", "train.device must be a device of torch's, got 'tpux'"),
         ("train.epochs=0", "train.epochs must be at least 1, got 0"),

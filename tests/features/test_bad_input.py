@@ -61,24 +61,24 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([Log()], [NAN], ValueError, "element 1 has no logarithm"),
         ([Cast(torch.int64)], [NAN], ValueError, "element 1 is NaN or outside the range of int64"),
         ([Cast(torch.int64)], [torch.tensor([1e19])], ValueError, "element 0 is NaN or outside the range of int64"),
-        ([Vocabulary(["a"])], [WORDS], ValueError, "is not in the vocabulary, and none was given for unknown"),
+        ([Vocabulary(["a"])], [WORDS], ValueError, "is not in the vocabulary; set unknown= to accept it"),
         ([Vocabulary([1])], [torch.tensor([1, 2])], ValueError, "is not in the vocabulary"),
         ([Vocabulary(["a"])], [torch.tensor([1])], TypeError, "has strings as entries, and the column has torch.int64"),
         ([Vocabulary([1])], [WORDS], TypeError, "has integers as entries, and the column has strings"),
-        ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than the length given (put Truncate before it)"),
+        ([ToDense(2)], [ROWS], ValueError, "row 0 is longer than length= (put Truncate before it)"),
         (
             [ToDense(3)],
             [DECREASING],
             ValueError,
-            "offsets must not decrease, got 3 and then 2 at row 1. They have changed",
+            "offsets must not decrease, got 3 and then 2 at row 1. They were modified",
         ),
         (
             [Mod(9)],
             [DECREASING],
             ValueError,
-            "offsets must not decrease, got 3 and then 2 at row 1. They have changed since",
+            "offsets must not decrease, got 3 and then 2 at row 1. They were modified after",
         ),
-        ([], [DECREASING], ValueError, "do not write to the offsets of a column, build a new RaggedTensor"),
+        ([], [DECREASING], ValueError, "build a new RaggedTensor instead of writing to the offsets of a column"),
         ([ToDense(2)], [torch.ones(2)], TypeError, "takes ragged columns, got a dense one"),
         ([ToDense(2)], [WEIGHTED], TypeError, "would drop the weights"),
         ([ToDense(2)], [NESTED], TypeError, "got rows of lists"),
@@ -88,12 +88,12 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
         ([FillNull(0)], [torch.tensor([1])], TypeError, "a dense column of integers"),
         ([FillNull(0)], [NESTED], TypeError, "got rows of lists; use Pad"),
         ([TopK(1)], [ROWS], TypeError, "rows of weighted values"),
-        ([TopK(1)], [WEIGHTED], ValueError, "row 0 has a weight that is NaN"),
+        ([TopK(1)], [WEIGHTED], ValueError, "row 0 has a NaN weight"),
         (
             [OneHot(3)],
             [torch.tensor([0, 3])],
             ValueError,
-            "row 1 has an id that is not a class (put Mod or Clip before it)",
+            "row 1 has an id outside [0, classes) (put Mod or Clip before it)",
         ),
         ([MultiHot(3)], [ROWS], ValueError, "row "),
         ([OneHot(3)], [ROWS], TypeError, "MultiHot takes several"),
@@ -104,16 +104,16 @@ WORDS = RaggedTensor.from_strings(["a", "b"])
             [Cross()],
             [torch.tensor([1, 2]), torch.tensor([1])],
             ValueError,
-            "rows; all columns of a batch must have the same number",
+            "rows; all columns of a batch must have the same number of rows",
         ),
         ([Cross()], [ROWS, torch.tensor([1])], ValueError, "has 1 rows and column 'c0' has 2 rows"),
-        ([Cross(limit=2)], [ROWS, ROWS], ValueError, "makes more pairs than the limit given"),
+        ([Cross(limit=2)], [ROWS, ROWS], ValueError, "has more pairs than limit="),
         ([Concat()], [ROWS, torch.ones(2)], TypeError, "columns of integers, or of one float dtype"),
         ([Concat()], [ROWS, torch.tensor([1])], ValueError, "has 1 rows and column 'c0' has 2 rows"),
         ([Concat()], [ROWS, NESTED], TypeError, "put ToDense or Truncate before it"),
         ([Mod(2)], [WORDS], TypeError, "put a Hash before it"),
         ([MultiHash([5])], [torch.ones(2)], TypeError, "MultiHash takes integers"),
-        ([Clip(0.5, 1)], [torch.tensor([1])], TypeError, "takes whole bounds, got 0.5"),
+        ([Clip(0.5, 1)], [torch.tensor([1])], TypeError, "requires integer bounds, got 0.5"),
         (
             [FillNull(1e300)],
             [torch.ones(2)],
@@ -170,7 +170,7 @@ def test_kernels_that_read_rows_do_not_follow_bad_offsets(ops: list[Any], offset
 
 @pytest.mark.parametrize("op", [Tile(2), Concat()])
 @pytest.mark.parametrize(("offsets", "row"), [([1, 2, 3], 0), ([0, 1, 2], 1)])
-def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int], row: int) -> None:
+def test_kernels_refuse_offsets_that_omit_values(op: Any, offsets: list[int], row: int) -> None:
     column = Column(torch.tensor([1, 2, 3]), torch.tensor(offsets), torch.ones(3))
     with pytest.raises(ValueError, match=f"^feature 'a', .*: row {row} has offsets that decrease or lie outside"):
         run_kernels([op], *[column] * (2 if isinstance(op, Concat) else 1))
@@ -181,7 +181,7 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
     [
         (MultiHash([]), "buckets must be a list of one to 4 ints"),
         (MultiHash([0]), "buckets must be ints from 1"),
-        (StringMultiHash([1], ["farm", "djb2"]), "there must be as many buckets as kinds"),
+        (StringMultiHash([1], ["farm", "djb2"]), "buckets must hold one element for each of kinds"),
         (StringMultiHash([None], ["md5"]), "kind must be one of"),  # type: ignore[list-item]
         (Log(math.nan), "plus must be a number, got NaN"),
         (Clip(2, 1), "least must not be above most, got 2 and 1; swap them"),
@@ -204,12 +204,12 @@ def test_kernels_refuse_offsets_that_leave_values_out(op: Any, offsets: list[int
         (Vocabulary(["a"], unknown=-1), "unknown must be an int of at least 0"),
     ],
 )
-def test_bad_parameters_are_refused_with_the_features_name(op: Any, message: str) -> None:
+def test_errors_of_bad_parameters_name_the_feature(op: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Feature 'price': {type(op).__name__}: .*{message}"):
         Feature("price", ops=[op])
 
 
-def test_joins_need_several_columns() -> None:
+def test_joins_require_several_columns() -> None:
     with pytest.raises(ValueError, match=r"feature 'a': cross joins two or more columns, got one; name several"):
         FeatureEngine([Feature("a", ops=[Cross()])])
     with pytest.raises(ValueError, match=r"\['a_0'\] occur more than once"):
@@ -230,7 +230,7 @@ def test_a_custom_kernel_must_return_a_column() -> None:
         FeatureEngine([Feature("a", ops=[Wrong()])])({"a": torch.ones(1)})
 
 
-class Own:
+class Custom:
     """A custom operation with any kernel."""
 
     def __init__(self, kernel: Any) -> None:
@@ -268,13 +268,13 @@ def test_errors_of_custom_kernels_name_the_feature(
     fuse: bool, kernel: Any, error: type[Exception], message: str
 ) -> None:
     column = RaggedTensor.from_lists([[1], [2, 3]], weights=[[1], [1, 1]])
-    engine = FeatureEngine([Feature("a", ops=[Own(kernel), MultiHot(4)])], fuse=fuse)
+    engine = FeatureEngine([Feature("a", ops=[Custom(kernel), MultiHot(4)])], fuse=fuse)
     with pytest.raises(error, match=f"^feature 'a', own: .*{re.escape(message)}"):
         engine({"a": column})
 
 
 def test_an_operation_must_be_hashable() -> None:
-    class Compared(Own):
+    class Compared(Custom):
         def __eq__(self, other: object) -> bool:
             return True
 
@@ -312,7 +312,7 @@ def test_columns_that_native_code_refuses(fuse: bool, op: Any, column: RaggedTen
 def test_operations_by_name() -> None:
     assert make_op("truncate", length=3) == Truncate(3)
     assert registered_ops()["cross"] is Cross
-    with pytest.raises(ValueError, match="make_op: there is no operation 'hsah'; there are"):
+    with pytest.raises(ValueError, match="make_op: unknown operation 'hsah'; the registered operations are"):
         make_op("hsah")
     with pytest.raises(TypeError, match=r"'hash' takes no 'knd'; did you mean 'kind'\? Its parameters are \['kind'\]"):
         make_op("hash", knd="farm")

@@ -32,7 +32,7 @@ from recis_hybrid.features import (
 )
 
 
-def test_the_source_is_the_column_of_that_name() -> None:
+def test_the_default_source_is_the_column_of_the_same_name() -> None:
     assert Feature("user").columns == ("user",)
     assert Feature("user_small", source="user").columns == ("user",)
 
@@ -51,7 +51,7 @@ def test_repr_of_a_vocabulary_has_its_size(tmp_path: Path) -> None:
     assert repr(Vocabulary(tmp_path / "cities")) == f"Vocabulary('{tmp_path}/cities', 2 entries, unknown=None)"
 
 
-def test_a_feature_is_a_value() -> None:
+def test_features_compare_by_value() -> None:
     feature = Feature("user", ops=[Hash("murmur"), Mod(10)])
     assert feature.ops == (Hash("murmur"), Mod(10))
     assert feature == Feature("user", ops=(Hash("murmur"), Mod(10)), source="user")
@@ -93,7 +93,7 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
         (Mod(2**64), f"Mod: n must be an int .*, got {2**64}"),
         (Mod(1.5), "Mod: n must be an int .*, got 1.5"),  # type: ignore[arg-type]
         (Mod(True), "Mod: n must be an int .*, got True"),
-        (Bucketize([]), "Bucketize: boundaries must be at least one number, got none"),
+        (Bucketize([]), "Bucketize: boundaries must hold at least one number, got none"),
         (Bucketize([2, 1]), "Bucketize: boundaries must not decrease, got 2 and then 1 at 1; sort them"),
         (Bucketize([1.0, float("nan")]), "Bucketize: boundaries must be numbers, got NaN at 1; drop it"),
         (Bucketize([float("nan")]), "Bucketize: boundaries must be numbers, got NaN at 0"),
@@ -102,7 +102,7 @@ def test_bad_features_are_refused(arguments: dict[str, Any], error: type[Excepti
         (Bucketize(5), "Bucketize: boundaries must be a list of numbers, got 5"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_parameters_are_refused_with_the_features_name(op: Any, message: str) -> None:
+def test_errors_of_bad_parameters_name_the_feature(op: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"Feature 'price': {message}"):
         Feature("price", ops=[op])
 
@@ -142,7 +142,7 @@ def test_integer_settings_accept_only_integers(make: Any) -> None:
         assert all(not isinstance(getattr(op, field.name), np.integer) for field in dataclasses.fields(op))
 
 
-def test_vocabularies_and_masks_accept_integers_of_numpy() -> None:
+def test_vocabularies_and_masks_accept_numpy_integers() -> None:
     assert Vocabulary(np.array([3, 5])) == Vocabulary([3, 5])
     assert Mask(np.array([3, 5])) == Mask([3, 5])
     with pytest.raises(ValueError, match="right must be True or False, got 1"):

@@ -97,5 +97,5 @@ def test_vocabulary_slots_hold_every_entry_once(count: int) -> None:
     assert slots.numel() >= 2 * count
     assert sorted(slots[slots > 0].tolist()) == list(range(1, count + 1))
     torch.library.opcheck(torch.ops.recis.vocabulary_slots.default, (hashes, slots.numel()))
-    with pytest.raises(RuntimeError, match="a power of two greater than the entries"):
+    with pytest.raises(RuntimeError, match="a power of two above the number of entries"):
         torch.ops.recis.vocabulary_slots(hashes, count)

@@ -59,7 +59,7 @@ def test_others(device: str) -> None:
 
 def test_the_second_line_of_checks() -> None:
     values, offsets, weights = column("cpu")
-    with pytest.raises(RuntimeError, match="planes of unequal length"):
+    with pytest.raises(RuntimeError, match="planes have different lengths"):
         RECIS.ragged_resize([offsets], [values, weights[:2]], [0, 0], [0], [1], [0], [0, 0], "a", True, True)
     with pytest.raises(RuntimeError, match="a: row 0 is not a row of the column"):
         RECIS.ragged_take([offsets], [torch.tensor([3])], [values], [0], [], "a", True, True)

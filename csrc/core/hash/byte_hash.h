@@ -1,5 +1,5 @@
-// Two hashes with one multiplication a byte and 64-bit state: weak, but independent of the others and of each other, as
-// needed for several hashes of one string.
+// Two hashes with one multiplication per byte and 64-bit state: weak, but independent of the others and of each other,
+// as needed for several hashes of one string.
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,7 @@ struct Bytes {
 
 #if defined(__CUDA_ARCH__)
  private:
-  // A GPU faults on an unaligned access: a word is split into halves until these are aligned.
+  // A GPU faults on unaligned accesses, so a word is split into halves until they are aligned.
   template <int kSize>
   static __device__ __forceinline__ uint64_t read(const uint8_t* at) {
     if constexpr (kSize == 1) {

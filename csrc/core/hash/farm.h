@@ -77,7 +77,7 @@ struct Farm {
     uint64_t x, y, z;
     Pair v, w;
 
-    // `weight` is 1, but 9 for the last block.
+    // `weight` is 9 for the last block and 1 for the others.
     template <class Source>
     RECIS_HD void round(const Source& s, int64_t at, uint64_t multiplier, uint64_t weight) {
       x = rotate(x + y + v.first + s.word64(at + 8), 37) * multiplier;

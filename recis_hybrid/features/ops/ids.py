@@ -31,8 +31,8 @@ def id_form(where: str, form: Form) -> Form:
         return integers(where, form)
     if not form.strings:
         raise TypeError(
-            "a dense uint8 column holds no strings; build a string column with RaggedTensor.from_strings, convert "
-            "numbers with .to(torch.int64)"
+            "a dense uint8 column holds no strings; build a string column with RaggedTensor.from_strings, or "
+            "convert numbers with .to(torch.int64)"
         )
     if form.dims != 1:
         raise TypeError(
@@ -40,7 +40,7 @@ def id_form(where: str, form: Form) -> Form:
             f"columns with RaggedTensor.from_strings"
         )
     if form.weighted and form.levels == 1:
-        raise ValueError("weights on a string column would apply to single bytes; drop them")
+        raise ValueError("weights on a string column would apply to individual bytes; drop them")
     return form._replace(dtype=torch.int64, levels=form.levels - 1, dims=1)
 
 
@@ -148,9 +148,10 @@ class DecimalCall:
 
 @dataclass(frozen=True)
 class DecimalString(ShapingOp):
-    """Ids → strings of their decimal digits, as :class:`str` gives; a :class:`Hash` after it maps 7 to the id of "7".
+    """Ids → strings of their decimal digits, as :class:`str` returns them.
 
-    A column ``[B]`` becomes a string column; rows of ids become lists of strings, which keep their weights.
+    A column ``[B]`` becomes a string column; rows of ids become lists of strings, which keep their weights. A
+    :class:`Hash` after this operation maps 7 to the id of "7".
 
     Args:
         unsigned: Whether to read ids as unsigned 64-bit integers.
@@ -232,7 +233,7 @@ class MultiHashPart:
 
 @dataclass(frozen=True)
 class MultiHash:
-    """Ids → up to four columns of ids, by hashes with different primes: two ids seldom collide in all of them.
+    """Ids → up to four columns of ids, by hashes with different primes: two ids rarely collide in all of them.
 
     A feature ``f`` that ends with it becomes the columns ``f_0``, ``f_1``, and so on; later operations apply to each.
 
@@ -267,7 +268,7 @@ class MultiHash:
 
 @dataclass(frozen=True)
 class StringMultiHash:
-    """Strings → a column of ids by each of several hashes: two strings seldom collide in all of them.
+    """Strings → several columns of ids, one for each hash: two strings rarely collide in all of them.
 
     A feature ``f`` that ends with it becomes the columns ``f_0``, ``f_1``, and so on; later operations apply to each.
 
@@ -296,7 +297,7 @@ class StringMultiHash:
         if not isinstance(self.kinds, tuple) or not self.kinds:
             return f"kinds must be a list of at least one of {list(HASH_KINDS)}, got {self.kinds!r}"
         if not isinstance(self.buckets, tuple) or len(self.buckets) != len(self.kinds):
-            return f"there must be as many buckets as kinds, got {self.buckets!r} for {list(self.kinds)}"
+            return f"buckets must hold one element for each of kinds, got {self.buckets!r} for {list(self.kinds)}"
         return next((fault for chain in self.expand() for op in chain if (fault := op.fault()) is not None), None)
 
     def expand(self) -> Sequence[Sequence[Any]]:

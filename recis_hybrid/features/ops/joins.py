@@ -41,14 +41,14 @@ class CrossCall(LabeledCall):
 class Cross(ShapingOp):
     """Ids of two or more columns → an id for each pair of ids in a row: MurmurHash64A of both, x before y.
 
-    Two dense columns ``[B]`` give a dense one. Otherwise a row of the result holds all pairs of its values, ordered by
-    the value of the first column; a dense column has one value for each row. Weights are multiplied; values without
-    weights weigh 1. More than two columns are crossed from the left: the cross of the first two with the third, and so
-    on.
+    Two dense columns ``[B]`` yield a dense column. Otherwise a row of the result holds all pairs of its values, ordered
+    by the value of the first column; a dense column has one value for each row. Weights are multiplied; values without
+    weights have weight 1. More than two columns are crossed from the left: the cross of the first two with the third,
+    and so on.
 
     Args:
-        limit: The most pairs of a row; more raise on the CPU. A GPU requires it for two ragged columns, as the bound of
-            a size for which the host would otherwise have to wait.
+        limit: Maximum number of pairs in a row; a row with more raises on the CPU. Required for two ragged columns on a
+            GPU, where it bounds a size for which the host would otherwise have to wait.
         distinct: Whether an id that occurs several times in a row counts once, with the weight of its first occurrence,
             as in RecIS. Equivalent to :class:`Distinct` before the cross.
 
@@ -89,8 +89,8 @@ class Cross(ShapingOp):
         levels = max(x.levels, y.levels)
         if x.levels == y.levels == 1 and x.device.type != "cpu" and self.limit is None:
             raise TypeError(
-                "Cross of two ragged columns on a GPU requires limit=, the most pairs of a row; set it, or cross them "
-                "in the reader"
+                "Cross of two ragged columns on a GPU requires limit=, the maximum number of pairs in a row; set it, "
+                "or cross them in the reader"
             )
         return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
 
@@ -112,7 +112,7 @@ class Cross(ShapingOp):
             if x.values.shape != y.values.shape:
                 raise ValueError(
                     f"the columns have {x.values.shape[0]} and {y.values.shape[0]} rows; all columns of a batch must "
-                    f"have the same number"
+                    f"have the same number of rows"
                 )
             return Column(ops.transform.cross_ids(ids_of(x), ids_of(y)))
 
@@ -148,7 +148,7 @@ class Concat(ShapingOp):
     """Two or more columns → one: in each row the values of the first column, then of the second, and so on.
 
     Dense columns ``[B]`` and ``[B, L]`` become ``[B, sum of L]``; if one column is ragged, so is the result. Integers
-    become int64; floats must have the same dtype. If any column has weights, values of the others weigh 1.
+    become int64; floats must have the same dtype. If any column has weights, values of the others have weight 1.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor

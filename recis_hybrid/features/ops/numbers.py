@@ -18,7 +18,7 @@ from recis_hybrid.features.op import Column, Form, Kernel, Lowered, Step
 from recis_hybrid.ops.transform import MapKind
 
 
-def _as_written(value: Any) -> str | None:
+def _number_fault(value: Any) -> str | None:
     """Return what is wrong with a number passed by the user, or None."""
     if not isinstance(value, kinds_of_numbers.Real) or isinstance(value, bool):
         return f"must be a number, got {value!r}"
@@ -30,9 +30,9 @@ class Bucketize:
     """Numbers → the number of their bucket, int64 from 0 to ``len(boundaries)``.
 
     The column keeps its shape. The bucket of v is the number of boundaries b with b <= v, or with b < v if ``right`` is
-    False (``right`` as in :func:`torch.bucketize`). Integers are compared exactly, also with fractional boundaries. For
+    False (``right`` as in :func:`torch.bucketize`). Integers are compared exactly, even with fractional boundaries. For
     float32 and float64 columns the boundaries are rounded to that dtype first, so that the value 0.7 equals the
-    boundary 0.7 in both. NaN is refused; put a :class:`FillNull` before. On CUDA it goes to the last bucket, as in
+    boundary 0.7 in both. NaN is refused; put a :class:`FillNull` before it. On CUDA NaN goes to the last bucket, as in
     torch, and :meth:`FeatureEngine.check` reports it.
 
     Args:
@@ -60,12 +60,12 @@ class Bucketize:
         if not isinstance(self.boundaries, tuple):
             return f"boundaries must be a list of numbers, got {self.boundaries!r}"
         if not self.boundaries:
-            return "boundaries must be at least one number, got none; add one, as there is only one bucket without"
+            return "boundaries must hold at least one number, got none; without boundaries there is only one bucket"
         for i, boundary in enumerate(self.boundaries):
             if not isinstance(boundary, kinds_of_numbers.Real) or isinstance(boundary, bool):
                 return f"boundaries must be numbers, got {boundary!r} at {i}"
             if math.isnan(boundary):
-                return f"boundaries must be numbers, got NaN at {i}; drop it, as no value compares with NaN"
+                return f"boundaries must be numbers, got NaN at {i}; drop it, because no value compares with NaN"
         for i, (before, after) in enumerate(zip(self.boundaries, self.boundaries[1:], strict=False)):
             if after < before:
                 return f"boundaries must not decrease, got {before} and then {after} at {i + 1}; sort them"
@@ -83,7 +83,7 @@ class Bucketize:
         table = self.table(dtype)
         words = torch.cat([table, table.new_zeros(table.numel() % 2)]) if dtype.itemsize == 4 else table
         name = {torch.int64: "bucket_i64", torch.float32: "bucket_f32", torch.float64: "bucket_f64"}[dtype]
-        # Boundaries of _first_above compare with "at or above".
+        # Values are compared with the boundaries of _first_above by "at or above".
         right = self.right or dtype == torch.int64
         step = Step(name, (table.numel(), int(right)), words.view(torch.int64))
         return Lowered(form._replace(dtype=torch.int64), (step,))
@@ -108,7 +108,7 @@ class Bucketize:
 
 
 def _first_above(spec: Bucketize) -> list[int]:
-    """Return the least int64 above each boundary, or at it if ``right``; boundaries above all int64 are omitted."""
+    """Return the smallest int64 above each boundary, or at it if ``right``; boundaries above all int64 are omitted."""
     firsts: list[int] = []
     for boundary in spec.boundaries:
         if boundary == math.inf:
@@ -172,7 +172,7 @@ def _in_dtype(where: str, dtype: torch.dtype, *parameters: float) -> tuple[float
 class Log:
     """Numbers → the natural logarithm of ``x + plus``.
 
-    The column keeps its shape; integers become float32 first. The sum must be above 0.
+    The column keeps its shape; integers become float32 first. The sum must be positive.
 
     Args:
         plus: Number to add to x; 1 allows counts of 0.
@@ -182,7 +182,7 @@ class Log:
 
     def fault(self) -> str | None:
         """Return what is wrong with ``plus``, or None."""
-        fault = _as_written(self.plus)
+        fault = _number_fault(self.plus)
         return None if fault is None else f"plus {fault}"
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
@@ -201,7 +201,7 @@ class Log:
 class Clip:
     """Numbers → numbers clipped to ``[least, most]``.
 
-    The column keeps its shape. Floats keep their dtype; integers become int64 and require whole bounds.
+    The column keeps its shape. Floats keep their dtype; integers become int64 and require integer bounds.
 
     Args:
         least: Lower bound.
@@ -214,7 +214,7 @@ class Clip:
     def fault(self) -> str | None:
         """Return what is wrong with the bounds, or None."""
         for name, bound in (("least", self.least), ("most", self.most)):
-            fault = _as_written(bound)
+            fault = _number_fault(bound)
             if fault is not None:
                 return f"{name} {fault}"
         if self.least > self.most:
@@ -225,11 +225,13 @@ class Clip:
         """Return the bounds for integers.
 
         Raises:
-            TypeError: If a bound is a fraction.
+            TypeError: If a bound is not an integer.
         """
         for bound in (self.least, self.most):
             if not math.isinf(bound) and bound != int(bound):
-                raise TypeError(f"Clip of integers takes whole bounds, got {bound}; put Cast(torch.float32) before it")
+                raise TypeError(
+                    f"Clip of integers requires integer bounds, got {bound}; put Cast(torch.float32) before it"
+                )
         least = LEAST if self.least == -math.inf else min(max(int(self.least), LEAST), MOST)
         most = MOST if self.most == math.inf else min(max(int(self.most), LEAST), MOST)
         return least, most
@@ -263,7 +265,7 @@ class Normalize:
 
     Args:
         mean: Number to subtract.
-        std: Divisor, above 0.
+        std: Divisor, positive.
     """
 
     mean: float
@@ -272,7 +274,7 @@ class Normalize:
     def fault(self) -> str | None:
         """Return what is wrong with the parameters, or None."""
         for name, number in (("mean", self.mean), ("std", self.std)):
-            fault = _as_written(number)
+            fault = _number_fault(number)
             if fault is not None:
                 return f"{name} {fault}"
         if math.isinf(self.mean) or not 0 < self.std < math.inf:
@@ -303,7 +305,7 @@ class FillNan:
 
     def fault(self) -> str | None:
         """Return what is wrong with the value, or None."""
-        fault = _as_written(self.value)
+        fault = _number_fault(self.value)
         return None if fault is None else f"value {fault}"
 
     def check(self, form: Form) -> Form:
@@ -316,7 +318,7 @@ class FillNan:
         if form.dtype in INTEGERS and form.levels == 0:
             raise TypeError(
                 "FillNull takes columns that can have nulls, got a dense column of integers, which has none; set a "
-                "default where it is read, as in columnio.Dense(default=0)"
+                "default where it is read, e.g. with columnio.Dense(default=0)"
             )
         return form
 
@@ -345,7 +347,7 @@ class FillNan:
 class Cast:
     """Numbers → numbers of another dtype.
 
-    Floats become integers by truncation; NaN and values out of the range of int64 are refused. Integers keep their low
+    Floats become integers by truncation; NaN and values outside the range of int64 are refused. Integers keep their low
     32 bits as int32. Columns of bool (as 0 and 1) and dense columns of uint8 are accepted too.
 
     Args:

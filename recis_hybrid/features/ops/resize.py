@@ -20,13 +20,13 @@ SIDES = ("left", "right")
 class ResizeCall(LabeledCall):
     """All resizing operations of a stage in one native call, and one more if rows hold lists.
 
-    For rows of lists, the numbers of the lists are resized as if they were values; the second call copies the lists.
+    For rows of lists, the indices of the lists are resized as if they were values; the second call copies the lists.
     """
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         super().__init__(jobs, parallel=parallel)
         self._inner = [job.forms[0].levels == 2 and job.op.level == 1 for job in jobs]
-        self._taken_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
+        self._list_labels = "\n".join(job.label for job, inner in zip(jobs, self._inner, strict=True) if inner)
         self._dense = [bool(job.op.flags & FIXED) for job in jobs]
         self._weighted = [job.forms[0].weighted for job in jobs]
         # Weights of lists of strings belong to the strings, not to their bytes: they are resized along with the lists
@@ -36,7 +36,7 @@ class ResizeCall(LabeledCall):
             weighted and lists == inner
             for weighted, lists, inner in zip(self._weighted, of_lists, self._inner, strict=True)
         ]
-        self._weights_taken = [
+        self._list_weights = [
             weighted and inner and not lists
             for weighted, lists, inner in zip(self._weighted, of_lists, self._inner, strict=True)
         ]
@@ -45,8 +45,8 @@ class ResizeCall(LabeledCall):
         self._flags = [job.op.flags for job in jobs]
         self._owner: list[int] = []
         self._fills: list[int] = []
-        self._taken_owner: list[int] = []
-        taken = 0
+        self._list_owner: list[int] = []
+        inner_count = 0
         for k, (job, inner) in enumerate(zip(jobs, self._inner, strict=True)):
             self._owner.append(k)
             self._fills.append(-1 if inner else word(job.op.value, job.forms[0].dtype))
@@ -54,8 +54,8 @@ class ResizeCall(LabeledCall):
                 self._owner.append(k)
                 self._fills.append(word(job.op.weight, torch.float32))
             if inner:
-                self._taken_owner += [taken] * (2 if self._weights_taken[k] else 1)
-                taken += 1
+                self._list_owner += [inner_count] * (2 if self._list_weights[k] else 1)
+                inner_count += 1
 
     def __call__(self, columns: Sequence[tuple[Column, ...]]) -> list[Column]:
         """Return the column of each job."""
@@ -97,10 +97,10 @@ class ResizeCall(LabeledCall):
                 results.append(Column(values))
             else:
                 results.append(Column(values, outputs[k], weights, column.outer))
-        return self._take(columns, results, exact) if self._taken_owner else results
+        return self._take(columns, results, exact) if self._list_owner else results
 
     def _take(self, columns: Sequence[tuple[Column, ...]], results: list[Column], exact: bool) -> list[Column]:
-        """Replace the numbers of lists in the results by the lists."""
+        """Replace the indices of lists in the results with the lists."""
         which = [k for k, inner in enumerate(self._inner) if inner]
         offsets, planes = [], []
         for k in which:
@@ -108,7 +108,7 @@ class ResizeCall(LabeledCall):
             assert column.offsets is not None
             offsets.append(column.offsets.contiguous())
             planes.append(column.values.contiguous())
-            if self._weights_taken[k]:
+            if self._list_weights[k]:
                 assert column.weights is not None
                 planes.append(column.weights.contiguous())
         # Each list is copied at most once, so the number of values cannot grow.
@@ -117,9 +117,9 @@ class ResizeCall(LabeledCall):
             offsets,
             [results[k].values for k in which],
             planes,
-            self._taken_owner,
+            self._list_owner,
             bounds,
-            self._taken_labels,
+            self._list_labels,
             exact,
             self._parallel,
         )
@@ -127,14 +127,14 @@ class ResizeCall(LabeledCall):
         for number, k in enumerate(which):
             values, at = outputs[at], at + 1
             weights = results[k].weights
-            if self._weights_taken[k]:
+            if self._list_weights[k]:
                 weights, at = outputs[at], at + 1
             results[k] = Column(values, outputs[number], weights, results[k].outer)
         return results
 
 
 def _no_list_in_tail(numbers: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return numbers of lists with -1 (no list) after those that the offsets reach, where there are zeros."""
+    """Return indices of lists with -1 (no list) instead of the zeros beyond the last offset."""
     places = torch.arange(numbers.shape[0], device=numbers.device)
     return torch.where(places < offsets[-1], numbers, -1)
 
@@ -146,7 +146,7 @@ def _side_fault(side: Any) -> str | None:
 def _ragged(where: str, form: Form, level: int = -1) -> Form:
     movable(where, form)
     if form.levels == 0:
-        raise TypeError(f"{where} takes ragged columns, got a dense one; its rows already have one length")
+        raise TypeError(f"{where} takes ragged columns, got a dense one; its rows already have equal lengths")
     if form.levels > 2:
         remedy = "put a Hash before it" if form.strings else "read the column with fewer levels"
         raise TypeError(f"{where} takes rows of values or of lists, got {form.levels} levels of lists; {remedy}")
@@ -165,9 +165,9 @@ class Truncate(ShapingOp):
     """Rows → rows of at most ``length`` values, with their weights.
 
     Args:
-        length: The most values that a row keeps.
-        side: Side on which long rows are cut: ``"right"`` keeps the first values, ``"left"`` the last.
-        level: Level of the lists: 1 cuts rows (of values or lists), 2 cuts the lists in rows.
+        length: Maximum number of values in a row.
+        side: Side on which long rows are truncated: ``"right"`` keeps the first values, ``"left"`` the last.
+        level: Level of the lists: 1 truncates rows (of values or lists), 2 truncates the lists in rows.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -270,7 +270,7 @@ class FillEmpty(ShapingOp):
     Dense columns are unchanged.
 
     Args:
-        value: Value of an empty row, with the weight 1.
+        value: Value of an empty row, with weight 1.
     """
 
     value: float
@@ -305,7 +305,7 @@ class FillNull:
     """Columns with nulls → columns without: NaN, and empty rows of a ragged column, become ``value``.
 
     Args:
-        value: Replacement; in an empty row it has the weight 1.
+        value: Replacement; in an empty row it has weight 1.
 
     Example:
         >>> engine = FeatureEngine([Feature("price", ops=[FillNull(0.5)])])
@@ -331,7 +331,7 @@ class FillNull:
 class ToDense(ShapingOp):
     """Rows → a dense tensor ``[B, length, ...]``, padded with a value.
 
-    A longer row is refused on the CPU; put a :class:`Truncate` before.
+    A longer row is refused on the CPU; put a :class:`Truncate` before it.
 
     Args:
         length: Number of values of each row.

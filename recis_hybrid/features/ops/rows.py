@@ -47,10 +47,10 @@ class TopKCall(LabeledCall):
 class TopK(ShapingOp):
     """Rows of weighted values → the k values with the greatest weights of each row, in descending order.
 
-    Equal weights keep the order of the row. A NaN weight is refused. The time grows with the square of a row's length.
+    Equal weights keep the order of the row. A NaN weight is refused. The run time is quadratic in the length of a row.
 
     Args:
-        k: The most values that a row keeps.
+        k: Maximum number of values in a row.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -72,7 +72,8 @@ class TopK(ShapingOp):
         form = one(forms)
         if form.levels != 1 or not form.weighted or form.dims != 1:
             raise TypeError(
-                "TopK takes rows of weighted values, a RaggedTensor of one level with weights; read weights too"
+                "TopK takes rows of weighted values, a RaggedTensor of one level with weights; read the column with "
+                "weights"
             )
         return Form(*movable("TopK", form))
 
@@ -102,7 +103,7 @@ class DistinctCall(LabeledCall):
 class Distinct(ShapingOp):
     """Rows of ids → rows of distinct ids: the first occurrence of each, in order, with its weight.
 
-    A dense column ``[B]`` is unchanged. The time grows with the square of a row's length.
+    A dense column ``[B]`` is unchanged. The run time is quadratic in the length of a row.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -227,13 +228,13 @@ class CountOnes(ShapingOp):
 class Length:
     """Rows → their lengths, int64 ``[B]``: the number of values, of lists, or of bytes of a string.
 
-    With ``ignore``, the listed values (or strings) do not count. That gives the length of padded rows without padding,
-    also for a dense column ``[B, L]``.
+    With ``ignore``, the listed values (or strings) are not counted. This yields the length of padded rows without their
+    padding, also for a dense column ``[B, L]``.
 
     Args:
         level: Level of the lists: 1 for rows, 2 for the lists in rows, whose lengths stay in rows. With ``ignore`` the
             innermost lists are counted.
-        ignore: Numbers or strings that do not count.
+        ignore: Numbers or strings that are not counted.
 
     Example:
         >>> from recis_hybrid.ragged import RaggedTensor
@@ -283,7 +284,7 @@ class MultiHotCall(LabeledCall):
 class MultiHot(ShapingOp):
     """Rows of ids → float32 ``[B, classes]``: the number of occurrences of each id in a row, or the sum of its weights.
 
-    An id outside ``[0, classes)`` is refused on the CPU; put a :class:`Mod` or a :class:`Vocabulary` before.
+    An id outside ``[0, classes)`` is refused on the CPU; put a :class:`Mod` or a :class:`Vocabulary` before it.
 
     Args:
         classes: Number of distinct ids.
@@ -358,7 +359,7 @@ class TileCall(LabeledCall):
 
 @dataclass(frozen=True)
 class Tile(ShapingOp):
-    """Rows → every row repeated several times, as a user's row for each of their candidates.
+    """Rows → every row repeated several times, such as a user's row for each of their candidates.
 
     Args:
         times: Number of repetitions.

@@ -1,6 +1,6 @@
-"""Parts that the operations that change rows share: arguments and results of native calls, and their own kernels.
+"""Shared parts of the operations that change rows: arguments and results of native calls, and unfused kernels.
 
-A native operator on ragged columns takes all tensors of its jobs in one list, with the number of each in it.
+A native operator on ragged columns takes all tensors of its jobs in one list, with the index of each in that list.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recis_hybrid.features.op import Column, Form, Job
 
 
 class ShapingOp:
-    """Base of the operations that change rows; they run alone by the native call that runs many of them."""
+    """Base of the operations that change rows. An unfused one uses the native call for many, with one job."""
 
     def kernel(self) -> Callable[..., Column]:
         """Return the kernel of this operation alone."""
@@ -36,7 +36,7 @@ class ShapingOp:
 
 
 class LabeledCall:
-    """Base of native calls that name the operation in their errors: a label a line for each job."""
+    """Base of native calls that name the operation in their errors: one line of labels for each job."""
 
     def __init__(self, jobs: Sequence[Job], *, parallel: bool) -> None:
         self._labels = "\n".join(job.label for job in jobs)
@@ -44,7 +44,7 @@ class LabeledCall:
 
 
 class TensorList:
-    """Tensors in one list, with the number of each in it; -1 for a tensor that is None."""
+    """A list of tensors, and the index of each in it; -1 for a tensor that is None."""
 
     def __init__(self) -> None:
         self.list: list[Tensor] = []
@@ -77,7 +77,7 @@ def unpack(outputs: Iterable[Tensor], ragged: Sequence[bool], weighted: Sequence
 
 
 def exact_on(device: torch.device) -> bool:
-    """Return whether results have their exact size; on a GPU, where nothing waits for it, they have an upper bound."""
+    """Return whether results have their exact size; on a GPU they have an upper bound, to avoid synchronizing."""
     return device.type == "cpu"
 
 

@@ -96,11 +96,11 @@ class DatePart:
         offset = self.utc_offset
         if not isinstance(offset, int) or isinstance(offset, bool) or not -_DAY < offset < _DAY:
             return (
-                f"utc_offset must be seconds from {1 - _DAY} to {_DAY - 1}, or as '+08:00', got {offset!r}; for zones "
-                f"whose offset changes, convert the times where they are read"
+                f"utc_offset must be seconds from {1 - _DAY} to {_DAY - 1}, or a string such as '+08:00', got "
+                f"{offset!r}; for zones whose offset changes, convert the times where they are read"
             )
         if self.unit == "d" and (self.part in PARTS[:3] or offset):
-            return f"dates have no time of day, so part must be one of a date and utc_offset 0, got {self}"
+            return f"dates have no time of day, so part must be a part of a date and utc_offset 0, got {self}"
         return _unit_fault(self.unit) or _int_fault("missing", self.missing)
 
     def lower(self, forms: Sequence[Form]) -> Lowered:
@@ -168,7 +168,7 @@ def _floor(x: Tensor, by: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Age:
-    """Times → whole seconds from each to another time, int64; negative if that is earlier.
+    """Times → whole seconds from each time to another, int64; negative if the other is earlier.
 
     The other time comes from a second column, ``source=[time, until]``, or is a fixed time, or now. Fractions of a
     second are rounded down, and results saturate at the limits of int64. With ``until`` the column keeps its shape. Two
@@ -219,14 +219,14 @@ class Age:
             return _int_fault("missing", self.missing)
         fault = _int_fault("until", self.until)
         if fault is not None:
-            return f"{fault}; pass a datetime, a date as '2024-02-29', or 'now', or a column as the second source"
+            return f"{fault}; pass a datetime, a date such as '2024-02-29', 'now', or a column as the second source"
         return _int_fault("missing", self.missing)
 
     def check(self, forms: Sequence[Form]) -> Form:
         """Return the form of the ages.
 
         Raises:
-            TypeError: If a column does not hold integers, or two do not fit together.
+            TypeError: If a column does not hold integers, or two columns do not match.
         """
         if len(forms) != (2 if self.joins else 1):
             raise TypeError(f"Age takes two columns, got {len(forms)}; name two with source=[...], or set until=")
@@ -279,8 +279,8 @@ class Age:
             seconds = days.clamp(least, most) * _DAY
             seconds = seconds.where(days <= most, MOST).where(days >= least, LEAST)
         else:
-            borrowed = (end % per_second < start % per_second).long()
-            seconds = _minus(_floor(end, per_second), _floor(start, per_second)) - borrowed
+            borrow = (end % per_second < start % per_second).long()
+            seconds = _minus(_floor(end, per_second), _floor(start, per_second)) - borrow
         if self.missing is None:
             return seconds
         return seconds.where((start != self.missing) & (end != self.missing), self.missing)
@@ -313,12 +313,12 @@ def _side_by_side(x: Column, y: Column) -> tuple[Tensor, Tensor]:
     rows = [(one.values if one.offsets is None else (*one.outer, one.offsets)[0][1:]).shape[0] for one in (x, y)]
     if rows[0] != rows[1]:
         raise ValueError(
-            f"the columns have {rows[0]} and {rows[1]} rows; all columns of a batch must have the same number"
+            f"the columns have {rows[0]} and {rows[1]} rows; all columns of a batch must have the same number of rows"
         )
     if (x.offsets is None) != (y.offsets is None):
         ragged = y if x.offsets is None else x
         assert ragged.offsets is not None
-        # The row of each value, without waiting for a GPU; unused values count as those of the last row.
+        # The row of each value, without waiting for a GPU; unused values are assigned to the last row.
         places = torch.arange(ragged.values.shape[0], device=ragged.values.device)
         row = torch.searchsorted(ragged.offsets[1:].contiguous(), places, right=True).clamp(max=rows[0] - 1)
         return tuple(ids_of(one)[row] if one.offsets is None else ids_of(one) for one in (x, y))  # type: ignore[return-value]
@@ -329,6 +329,6 @@ def _side_by_side(x: Column, y: Column) -> tuple[Tensor, Tensor]:
     if not same:
         raise ValueError(
             f"the columns must have the same number of times in each row, got values {list(x.values.shape)} and "
-            f"{list(y.values.shape)}; pass one time for each row ([B]), or truncate both alike"
+            f"{list(y.values.shape)}; pass one time for each row ([B]), or truncate both to the same lengths"
         )
     return ids_of(x), ids_of(y)

@@ -70,8 +70,8 @@ class Vocabulary:
                 return f"entries must be 64-bit ints, got {entry} at {place}"
         if len(set(self.entries)) != len(self.entries):
             seen: set[bytes | int] = set()
-            twice = next(entry for entry in self.entries if entry in seen or seen.add(entry))  # type: ignore[func-returns-value]
-            return f"entries must be distinct, got {twice!r} twice; drop one"
+            duplicate = next(entry for entry in self.entries if entry in seen or seen.add(entry))  # type: ignore[func-returns-value]
+            return f"entries must be distinct, got {duplicate!r} twice; drop one"
         whole = isinstance(self.unknown, int) and not isinstance(self.unknown, bool)
         if self.unknown is not None and not (whole and 0 <= self.unknown <= MOST):
             return f"unknown must be an int of at least 0, or None to refuse unknown values, got {self.unknown!r}"
@@ -123,7 +123,7 @@ class Vocabulary:
         def place_of(entry: bytes | int) -> int:
             place = places.get(entry, self.unknown)
             if place is None:
-                raise ValueError(f"{entry!r} is not in the vocabulary, and none was given for unknown")
+                raise ValueError(f"{entry!r} is not in the vocabulary; set unknown= to accept it")
             return place
 
         def kernel(column: Column) -> Column:
@@ -234,7 +234,7 @@ class Mask:
         return Lowered(result, steps)
 
     def _whole(self) -> tuple[int, ...]:
-        """Return the values that are integers of 64 bits."""
+        """Return the values that are 64-bit integers."""
         whole = [int(value) for value in self.values if math.isfinite(value) and value == int(value)]  # type: ignore[arg-type]
         return tuple(dict.fromkeys(value for value in whole if LEAST <= value <= MOST))
 

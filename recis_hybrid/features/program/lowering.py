@@ -31,7 +31,7 @@ def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
     """Return the result of the kernel of one operation.
 
     Raises:
-        TypeError: If the kernel raises it, or returns no valid column; the message names the feature.
+        TypeError: If the kernel raises it, or does not return a valid column; the message names the feature.
         ValueError: Likewise.
     """
     native = isinstance(instruction.op, Elementwise | Shaping)
@@ -51,7 +51,7 @@ def run_alone(instruction: Instruction, columns: Sequence[Column]) -> Column:
 
 
 def _check_custom(result: Any) -> None:
-    """Raise if a custom kernel returned no valid column, since native code reads columns without checks."""
+    """Raise if a custom kernel did not return a valid column, because native code reads columns without checks."""
     if not isinstance(result, Column):
         raise TypeError(f"the kernel must return a Column, got {type(result).__name__}")
     values, offsets, weights, outer = result
@@ -101,7 +101,7 @@ class ProgramCall:
             if _strings_or_values(rows) != _strings_or_values(more):
                 raise ValueError(
                     f"{label}: the columns have {_strings_or_values(rows)} and {_strings_or_values(more)} rows; all "
-                    f"columns of a batch must have the same number"
+                    f"columns of a batch must have the same number of rows"
                 )
         inputs: list[Tensor] = []
         for register, plane, dtype in self._inputs:
@@ -132,7 +132,7 @@ class ProgramCall:
                 registers[register] = without_strings(base, values) if strings else base._replace(values=values)
 
     def check(self) -> None:
-        """Raise if an element was refused in the last run on a GPU; waits for it."""
+        """Raise if an element was refused in the last run on a GPU; waits for the GPU."""
         if self._faults is None:
             return
         labels = self._labels.split("\n")
@@ -140,8 +140,8 @@ class ProgramCall:
             if element:
                 self._faults = None
                 raise ValueError(
-                    f"{label}: element {element - 1} was refused: it is NaN, a string with wrong offsets, or not in a "
-                    f"vocabulary; correct the column where it is read, or put FillNull before the operation"
+                    f"{label}: element {element - 1} was refused: it is NaN, a string with invalid offsets, or not in "
+                    f"a vocabulary; correct the column where it is read, or put FillNull before the operation"
                 )
 
 
@@ -187,7 +187,7 @@ class CustomCall:
 
 
 class Segment:
-    """Consecutive native calls, up to forms that are known only after they have run."""
+    """Consecutive native calls, up to an operation whose forms are known only after they have run."""
 
     def __init__(
         self, calls: Sequence[ProgramCall | ShapesCall | CustomCall], aliases: Sequence[tuple[int, int]]
@@ -219,15 +219,15 @@ class _Linker:
         self.needed = self._needed()
 
     def _needed(self) -> set[int]:
-        """Return the registers still to be computed, without those that only led to known ones."""
+        """Return the registers still to be computed, without those needed only for known registers."""
         first = len(self.plan.columns)
         needed: set[int] = set()
-        ahead = list(self.plan.outputs.values())
-        while ahead:
-            register = ahead.pop()
+        pending = list(self.plan.outputs.values())
+        while pending:
+            register = pending.pop()
             if register not in self.forms and register not in needed:
                 needed.add(register)
-                ahead += self.plan.instructions[register - first].sources
+                pending += self.plan.instructions[register - first].sources
         return needed
 
     def link(self) -> None:

@@ -151,7 +151,7 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
     """
     for feature in features:
         if not isinstance(feature, Feature):
-            raise TypeError(f"FeatureEngine: features must be a list of Features, got {feature!r} in it")
+            raise TypeError(f"FeatureEngine: features must be a list of Features, got the element {feature!r}")
     _check_distinct(feature.name for feature in features)
     columns: dict[str, list[str]] = {}
     for feature in features:

@@ -36,13 +36,13 @@ class Node(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The place of an operand: ``"in"`` and ``"out"`` are bound tensors by number, ``"tile"`` is a scratch tile."""
+    """The place of an operand: ``"in"`` and ``"out"`` are bound tensors by index, ``"tile"`` is a scratch tile."""
 
     kind: str
     number: int
 
 
-class _Emitted(NamedTuple):
+class _PlacedStep(NamedTuple):
     step: Step
     out: Place
     a: Place
@@ -58,11 +58,11 @@ class _Value(NamedTuple):
 
     place: Place
     like: int
-    """The input with the same shape; -1 - input for one element less than these offsets."""
+    """The input with the same shape, or -1 - input for a shape of one element less than the offsets in that input."""
     root: int
     """The register with the same rows."""
     strings: bool
-    """True if its values stand for the strings of the root."""
+    """True if it has one value for each string of the root."""
 
 
 class Output(NamedTuple):
@@ -81,18 +81,18 @@ class Program:
     """A program before it is encoded."""
 
     inputs: dict[tuple[int, str], int] = field(default_factory=dict)
-    """Numbers of the bound tensors: the ``"values"`` or ``"offsets"`` of a register, or its ``"lists"``, the offsets of
+    """Indices of the bound tensors: the ``"values"`` or ``"offsets"`` of a register, or its ``"lists"``, the offsets of
     the lists that hold its values (or strings)."""
     outputs: list[Output] = field(default_factory=list)
-    emitted: list[_Emitted] = field(default_factory=list)
+    steps: list[_PlacedStep] = field(default_factory=list)
     parts: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """For each part: its first instruction and one past its last, the input with its length, 1 if that holds offsets,
-    and the input of its lists or -1."""
+    """For each part: its first instruction and one past its last, the input with its length, 1 if that input holds
+    offsets, and the input of its lists or -1."""
     same_length: list[tuple[int, int, str]] = field(default_factory=list)
     """Pairs of registers that must have the same number of rows, and the label of the operation that joins them."""
 
     def input(self, register: int, plane: str) -> int:
-        """Return the number of a bound tensor."""
+        """Return the index of a bound tensor."""
         return self.inputs.setdefault((register, plane), len(self.inputs))
 
     def encode(self) -> tuple[Tensor, Tensor, str]:
@@ -101,7 +101,7 @@ class Program:
         words: list[Tensor] = []
         size = 0
         rows: list[list[int]] = []
-        for one in self.emitted:
+        for one in self.steps:
             numbers = one.step.numbers
             if one.step.table is not None:
                 if id(one.step.table) not in tables:
@@ -113,7 +113,7 @@ class Program:
             rows.append([STEPS.index(one.step.name), *operands, *numbers, *[0] * (4 - len(numbers))])
         code = torch.tensor(rows, dtype=torch.int64).view(-1, 8)
         params = torch.cat(words) if words else torch.zeros(1, dtype=torch.int64)
-        return code, params, "\n".join(one.label for one in self.emitted)
+        return code, params, "\n".join(one.label for one in self.steps)
 
     def _operand(self, place: Place) -> int:
         if place.kind == "tile":
@@ -160,7 +160,7 @@ class _Part:
     def __init__(self, program: Program, forms: dict[int, Form], results: set[int]) -> None:
         self.program, self.forms, self.results = program, forms, results
         self.values: dict[int, _Value] = {}
-        self.emitted: list[_Emitted] = []
+        self.steps: list[_PlacedStep] = []
         self.tiles: list[torch.dtype] = []
         self.length: tuple[int, int, int] | None = None
         self.first_root = -1
@@ -168,15 +168,16 @@ class _Part:
     def build(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
             self.node(node)
-        placed = self.scratch()
-        begin = len(self.program.emitted)
-        for one in self.emitted:
-            places = [placed[p.number] if p is not None and p.kind == "tile" else p for p in (one.out, one.a, one.b)]
+        tile_places = self.scratch()
+        begin = len(self.program.steps)
+        for one in self.steps:
+            operands = one.out, one.a, one.b
+            places = [tile_places[p.number] if p is not None and p.kind == "tile" else p for p in operands]
             assert places[0] is not None
             assert places[1] is not None
-            self.program.emitted.append(one._replace(out=places[0], a=places[1], b=places[2]))
+            self.program.steps.append(one._replace(out=places[0], a=places[1], b=places[2]))
         assert self.length is not None
-        self.program.parts.append((begin, len(self.program.emitted), *self.length))
+        self.program.parts.append((begin, len(self.program.steps), *self.length))
 
     def node(self, node: Node) -> None:
         first, *others = [self.operand(source, node.label) for source in node.sources]
@@ -188,12 +189,12 @@ class _Part:
         for number, step in enumerate(node.lowered.steps, 1):
             direct = is_result and not narrow and number == len(node.lowered.steps)
             out = self.output(node.register, value, step) if direct else self.tile(step)
-            self.emitted.append(_Emitted(step, out, place, second, node.label))
+            self.steps.append(_PlacedStep(step, out, place, second, node.label))
             place, second = out, None
         if is_result and (narrow or not node.lowered.steps):
             step = Step("i64_to_i32") if narrow else _COPY
             out = self.output(node.register, value, step)
-            self.emitted.append(_Emitted(step, out, place, None, node.label))
+            self.steps.append(_PlacedStep(step, out, place, None, node.label))
         self.values[node.register] = value._replace(place=place)
 
     def operand(self, register: int, label: str) -> _Value:
@@ -217,7 +218,7 @@ class _Part:
         if form.dtype in _WIDENINGS:
             step = _WIDENINGS[form.dtype]
             tile = self.tile(step)
-            self.emitted.append(_Emitted(step, tile, value.place, None, label))
+            self.steps.append(_PlacedStep(step, tile, value.place, None, label))
             value = value._replace(place=tile)
         self.values[register] = value
         return value
@@ -233,23 +234,23 @@ class _Part:
 
     def scratch(self) -> dict[int, Place]:
         """Assign scratch tiles to intermediate results for as long as they are read, and tensors if none is free."""
-        last = {tile: at for at, one in enumerate(self.emitted) for tile in one.tiles()}
+        last = {tile: at for at, one in enumerate(self.steps) for tile in one.tiles()}
         free = list(range(SCRATCH_TILES))
-        placed: dict[int, Place] = {}
+        tile_places: dict[int, Place] = {}
         assert self.length is not None
         like = -1 - self.length[0] if self.length[1] else self.length[0]
-        for at, one in enumerate(self.emitted):
+        for at, one in enumerate(self.steps):
             if one.out.kind == "tile":
                 if free:
-                    placed[one.out.number] = Place("tile", free.pop(0))
+                    tile_places[one.out.number] = Place("tile", free.pop(0))
                 else:
-                    spilled = Output(-1, like, self.tiles[one.out.number], -1, False)
-                    self.program.outputs.append(spilled)
-                    placed[one.out.number] = Place("out", len(self.program.outputs) - 1)
+                    spill = Output(-1, like, self.tiles[one.out.number], -1, False)
+                    self.program.outputs.append(spill)
+                    tile_places[one.out.number] = Place("out", len(self.program.outputs) - 1)
             for tile in one.tiles():
-                if last[tile] == at and placed[tile].kind == "tile":
-                    free.insert(0, placed[tile].number)
-        return placed
+                if last[tile] == at and tile_places[tile].kind == "tile":
+                    free.insert(0, tile_places[tile].number)
+        return tile_places
 
 
 def _result_dtype(name: str) -> torch.dtype:
@@ -261,5 +262,5 @@ def _result_dtype(name: str) -> torch.dtype:
 
 
 def numbers_of(dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return the numbers of dtypes in native code."""
+    """Return the codes of dtypes in native code."""
     return [DTYPES[dtype] for dtype in dtypes]

@@ -32,19 +32,19 @@ def split_features(features: Sequence[Feature]) -> tuple[list[Feature], list[Fea
         reader are passed through; and the columns that the reader must keep.
     """
     names = {feature.name: list(compile_plan([feature]).outputs) for feature in features}
-    left = {feature.name for feature in features if not _in_reader(feature)}
+    remaining_names = {feature.name for feature in features if not _in_reader(feature)}
     while True:
-        keep = {column for feature in features if feature.name in left for column in feature.columns}
-        more = {name for name, outputs in names.items() if name not in left and keep.intersection(outputs)}
+        keep = {column for feature in features if feature.name in remaining_names for column in feature.columns}
+        more = {name for name, outputs in names.items() if name not in remaining_names and keep.intersection(outputs)}
         if not more:
             break
-        left |= more
-    reading = [feature for feature in features if feature.name not in left]
+        remaining_names |= more
+    reading = [feature for feature in features if feature.name not in remaining_names]
 
     def passed_through(feature: Feature) -> list[Feature]:
         return [Feature(name, optional=feature.optional) for name in names[feature.name]]
 
     remaining: list[Feature] = []
     for feature in features:
-        remaining += [feature] if feature.name in left else passed_through(feature)
+        remaining += [feature] if feature.name in remaining_names else passed_through(feature)
     return reading, remaining, sorted(keep)

@@ -39,22 +39,22 @@ def ragged(rows: Any, weights: Any = None) -> RaggedTensor:
 
 @given(rows_of_ids)
 @example([[1] * 100, [], [2, 1, 2]])
-def test_distinct_keeps_the_first_of_each(rows: list[list[int]]) -> None:
+def test_distinct_keeps_first_occurrences(rows: list[list[int]]) -> None:
     assert plain(apply(Distinct(), ragged(rows))) == [list(dict.fromkeys(row)) for row in rows]
     weights = [[float(place) for place in range(len(row))] for row in rows]
-    made = apply(Distinct(), ragged(rows, weights))
+    result = apply(Distinct(), ragged(rows, weights))
     want = [row.index(one) for row in rows for one in dict.fromkeys(row)]
-    assert made.weights.tolist() == want
+    assert result.weights.tolist() == want
 
 
 @on_devices
 def test_distinct_of_other_forms(device: str) -> None:
     column = RaggedTensor.from_lists([[3, 3], []]).to(device)
     narrow = RaggedTensor(column.values.int(), column.offsets)
-    engine = FeatureEngine([Feature("made", ops=[Distinct(), Mod(2)], source="x")])
-    assert engine({"x": narrow})["made"].to_lists() == [[1], []]  # type: ignore[union-attr]
+    engine = FeatureEngine([Feature("result", ops=[Distinct(), Mod(2)], source="x")])
+    assert engine({"x": narrow})["result"].to_lists() == [[1], []]  # type: ignore[union-attr]
     dense = torch.tensor([5, 5], device=device)
-    assert engine({"x": dense})["made"].tolist() == [1, 1]  # type: ignore[union-attr]
+    assert engine({"x": dense})["result"].tolist() == [1, 1]  # type: ignore[union-attr]
     for bad, message in (
         (dense.view(1, 2), "Distinct takes one id for each row .*from_padded"),
         (RaggedTensor.from_lists([[[1]]]), "Distinct takes one id for each row"),
@@ -65,38 +65,38 @@ def test_distinct_of_other_forms(device: str) -> None:
             engine({"x": bad})
 
 
-def crossed(x: int, y: int) -> int:
+def cross_id(x: int, y: int) -> int:
     return hashes.murmur(b"".join(one.to_bytes(8, "little", signed=True) for one in (x, y)))  # type: ignore[no-any-return]
 
 
 @given(st.lists(st.tuples(st.lists(ids, max_size=4), st.lists(ids, max_size=4)), max_size=4))
-def test_a_distinct_cross_drops_repeats_as_recis_does(pairs: list[tuple[list[int], list[int]]]) -> None:
+def test_a_distinct_cross_drops_duplicates_like_recis(pairs: list[tuple[list[int], list[int]]]) -> None:
     """Pairs of distinct ids, with the products of the weights of their first occurrences."""
     x, y = ([pair[which] for pair in pairs] for which in (0, 1))
     weights = [[[1.5 + place for place in range(len(row))] for row in rows] for rows in (x, y)]
-    made = apply(Cross(distinct=True), ragged(x, weights[0]), ragged(y, weights[1]))
-    assert made.to_lists() == [[crossed(a, b) for a in dict.fromkeys(p) for b in dict.fromkeys(q)] for p, q in pairs]
-    assert made.weights.tolist() == [
+    result = apply(Cross(distinct=True), ragged(x, weights[0]), ragged(y, weights[1]))
+    assert result.to_lists() == [[cross_id(a, b) for a in dict.fromkeys(p) for b in dict.fromkeys(q)] for p, q in pairs]
+    assert result.weights.tolist() == [
         (1.5 + p.index(a)) * (1.5 + q.index(b)) for p, q in pairs for a in dict.fromkeys(p) for b in dict.fromkeys(q)
     ]
     repeated = apply(Cross(), ragged(x), ragged(y))
-    assert repeated.to_lists() == [[crossed(a, b) for a in p for b in q] for p, q in pairs]
+    assert repeated.to_lists() == [[cross_id(a, b) for a in p for b in q] for p, q in pairs]
 
 
 def test_a_distinct_cross_of_other_columns() -> None:
     user, items = torch.tensor([1, 2]), ragged([[7, 7], [8]])
-    assert plain(apply(Cross(distinct=True), user, items)) == [[crossed(1, 7)], [crossed(2, 8)]]
-    assert plain(apply(Cross(distinct=True), user, user)) == [crossed(1, 1), crossed(2, 2)]
+    assert plain(apply(Cross(distinct=True), user, items)) == [[cross_id(1, 7)], [cross_id(2, 8)]]
+    assert plain(apply(Cross(distinct=True), user, user)) == [cross_id(1, 1), cross_id(2, 2)]
     three = apply(Cross(distinct=True), user, items, ragged([[4, 4], []]))
-    assert plain(three) == [[crossed(crossed(1, 7), 4)], []]
-    with pytest.raises(ValueError, match="row 0 makes more pairs than the limit given"):
+    assert plain(three) == [[cross_id(cross_id(1, 7), 4)], []]
+    with pytest.raises(ValueError, match="row 0 has more pairs than limit="):
         apply(Cross(limit=1), items, ragged([[1], [1]]))
     assert plain(apply(Cross(limit=1, distinct=True), items, ragged([[1, 1], [1]]))) == [
-        [crossed(7, 1)],
-        [crossed(8, 1)],
+        [cross_id(7, 1)],
+        [cross_id(8, 1)],
     ]
     kernel = Cross(distinct=True).kernel()
-    assert kernel(Column.of(user), Column.of(items)).values.tolist() == [crossed(1, 7), crossed(2, 8)]
+    assert kernel(Column.of(user), Column.of(items)).values.tolist() == [cross_id(1, 7), cross_id(2, 8)]
     for bad in (Cross(limit=True), Cross(distinct=1)):  # type: ignore[arg-type]
         assert bad.fault() is not None
 
@@ -111,22 +111,22 @@ def test_lengths(rows: list[list[int]]) -> None:
 
 @on_devices
 def test_lengths_of_every_form(device: str) -> None:
-    def made(op: Any, column: Any) -> Any:
-        engine = FeatureEngine([Feature("made", ops=[op], source="x")])
-        return plain(engine({"x": column.to(device)})["made"])
+    def lengths(op: Any, column: Any) -> Any:
+        engine = FeatureEngine([Feature("result", ops=[op], source="x")])
+        return plain(engine({"x": column.to(device)})["result"])
 
     nested = RaggedTensor.from_lists([[[1, 0], []], [], [[3]]])
-    assert made(Length(), nested) == [2, 0, 1]
-    assert made(Length(level=2), nested) == [[2, 0], [], [1]]
-    assert made(Length(level=2, ignore=[0]), nested) == [[1, 0], [], [1]]
+    assert lengths(Length(), nested) == [2, 0, 1]
+    assert lengths(Length(level=2), nested) == [[2, 0], [], [1]]
+    assert lengths(Length(level=2, ignore=[0]), nested) == [[1, 0], [], [1]]
     words = RaggedTensor.from_strings([["a", "", "0"], [], ["bb", "0"]])
-    assert made(Length(), words) == [3, 0, 2]
-    assert made(Length(ignore=["", "0"]), words) == [1, 0, 1]
-    assert made(Length(level=2), words) == [[1, 0, 1], [], [2, 1]]
-    assert made(Length(), RaggedTensor.from_strings(["abc", ""])) == [3, 0]
-    assert made(Length(ignore=[0]), torch.tensor([[1, 0, 2], [0, 0, 0]])) == [2, 0]
-    assert made(Length(ignore=[-1.5]), RaggedTensor.from_lists([[-1.5, 2.5], []])) == [1, 0]
-    assert made(Length(), RaggedTensor.from_lists([])) == []
+    assert lengths(Length(), words) == [3, 0, 2]
+    assert lengths(Length(ignore=["", "0"]), words) == [1, 0, 1]
+    assert lengths(Length(level=2), words) == [[1, 0, 1], [], [2, 1]]
+    assert lengths(Length(), RaggedTensor.from_strings(["abc", ""])) == [3, 0]
+    assert lengths(Length(ignore=[0]), torch.tensor([[1, 0, 2], [0, 0, 0]])) == [2, 0]
+    assert lengths(Length(ignore=[-1.5]), RaggedTensor.from_lists([[-1.5, 2.5], []])) == [1, 0]
+    assert lengths(Length(), RaggedTensor.from_lists([])) == []
     for op, column, message in (
         (
             Length(),
@@ -138,14 +138,14 @@ def test_lengths_of_every_form(device: str) -> None:
         (Length(ignore=[1]), torch.tensor([1]), "Length takes rows of values or strings, or dense"),
     ):
         with pytest.raises(TypeError, match=message):
-            made(op, column)
+            lengths(op, column)
 
 
 @given(st.lists(ids, min_size=1, max_size=20), st.lists(ids, min_size=1, max_size=4))
 def test_masks_of_ids(values: list[int], masked: list[int]) -> None:
-    made = apply(Mask(masked), torch.tensor(values))
-    assert made.dtype == torch.float32
-    assert made.tolist() == [float(value not in masked) for value in values]
+    result = apply(Mask(masked), torch.tensor(values))
+    assert result.dtype == torch.float32
+    assert result.tolist() == [float(value not in masked) for value in values]
 
 
 @given(st.lists(st.lists(st.sampled_from(["", "0", "a", "é", "a" * 20]), max_size=3), max_size=4))
@@ -180,7 +180,7 @@ def test_masks_of_other_columns() -> None:
 
 @given(st.lists(st.one_of(ids, st.integers(-(2**63), 2**63 - 1)), max_size=20))
 @example([-(2**63), 2**63 - 1, 0, -1, 9, 10, -10])
-def test_decimal_strings_equal_those_of_python(values: list[int]) -> None:
+def test_decimal_strings_match_python(values: list[int]) -> None:
     column = torch.tensor(values, dtype=torch.int64)
     assert plain(apply(DecimalString(), column)) == [str(value).encode() for value in values]
     assert plain(apply(DecimalString(unsigned=True), column)) == [str(value % 2**64).encode() for value in values]
@@ -199,15 +199,15 @@ def test_decimal_strings_in_rows(device: str) -> None:
             Feature("multi", ops=[DecimalString(), StringMultiHash([100, 100], ["djb2", "sdbm"])], source="x"),
         ]
     )
-    made: Any = engine({"x": rows})
-    assert made["strings"].to_strings() == [[b"7", b"-12"], [], [b"345"]]
-    assert made["strings"].weights.tolist() == [1, 2, 3]
-    assert made["hashed"].to_lists() == [[hashes.farm(b"7")], [], [hashes.farm(b"345")]]
-    assert made["hashed"].weights.tolist()[:2] == [1, 3]
-    assert made["place"].to_lists() == [[0, 9], [], [1]]
+    result: Any = engine({"x": rows})
+    assert result["strings"].to_strings() == [[b"7", b"-12"], [], [b"345"]]
+    assert result["strings"].weights.tolist() == [1, 2, 3]
+    assert result["hashed"].to_lists() == [[hashes.farm(b"7")], [], [hashes.farm(b"345")]]
+    assert result["hashed"].weights.tolist()[:2] == [1, 3]
+    assert result["place"].to_lists() == [[0, 9], [], [1]]
     words = FeatureEngine([Feature("multi", ops=[StringMultiHash([100, 100], ["djb2", "sdbm"])], source="x")])
     want: Any = words({"x": RaggedTensor.from_strings([["7", "-12"], [], ["345"]])})
-    assert made["multi_0"].to_lists() == want["multi_0"].to_lists()
+    assert result["multi_0"].to_lists() == want["multi_0"].to_lists()
     narrow = torch.tensor([-128, 127], dtype=torch.int8, device=device)
     assert engine.features[0].ops[0].fault() is None
     assert FeatureEngine([Feature("x", ops=[DecimalString()])])({"x": narrow})["x"].to_strings() == [b"-128", b"127"]  # type: ignore[union-attr]
@@ -225,7 +225,7 @@ def test_rows_compile() -> None:
         ]
     )
     batch: Any = {"x": ragged([[1, 1, 0], []]), "y": torch.tensor([5, 6])}
-    made, want = torch.compile(engine, fullgraph=True, backend="eager")(batch), engine(batch)
-    assert {name: plain(column) for name, column in made.items()} == {
+    result, want = torch.compile(engine, fullgraph=True, backend="eager")(batch), engine(batch)
+    assert {name: plain(column) for name, column in result.items()} == {
         name: plain(column) for name, column in want.items()
     }

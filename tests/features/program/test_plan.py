@@ -38,7 +38,7 @@ def test_an_operation_may_be_repeated_in_a_chain() -> None:
     assert plan.outputs == {"a": 3}
 
 
-def test_the_order_of_operations_is_that_of_their_inputs() -> None:
+def test_operations_follow_their_inputs() -> None:
     plan = FeatureEngine([Feature(str(n), ops=[Hash(), Mod(n), Bucketize([n])], source="x") for n in range(1, 9)]).plan
     for register, line in enumerate(plan.instructions, len(plan.columns)):
         assert max(line.sources) < register
@@ -67,7 +67,7 @@ def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_names_must_differ() -> None:
+def test_names_of_features_must_be_distinct() -> None:
     with pytest.raises(
         ValueError, match=r"FeatureEngine: features must have distinct names, \['a'\] occur more than once"
     ):
@@ -75,5 +75,5 @@ def test_names_must_differ() -> None:
 
 
 def test_only_features_are_accepted() -> None:
-    with pytest.raises(TypeError, match="features must be a list of Features, got 'user' in it"):
+    with pytest.raises(TypeError, match="features must be a list of Features, got the element 'user'"):
         FeatureEngine(["user"])  # type: ignore[list-item]
