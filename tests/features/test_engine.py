@@ -28,15 +28,15 @@ def batch() -> Batch:
     }
 
 
-def native_calls(built: FeatureEngine) -> list[object]:
+def native_calls(engine: FeatureEngine) -> list[object]:
     """Return the native calls of an engine that has run."""
-    return [call for name in built._segments.values() for call in getattr(built, name).calls]
+    return [call for name in engine._segments.values() for call in getattr(engine, name).calls]
 
 
 @on_devices
 def test_features_of_every_kind_of_column(device: str, batch: Batch) -> None:
     batch = {name: column.to(device) for name, column in batch.items()}
-    made = FeatureEngine(
+    result = FeatureEngine(
         [
             Feature("name", ops=[Hash("murmur")]),
             Feature("clicks", ops=[Hash(), Mod(100)]),
@@ -44,8 +44,8 @@ def test_features_of_every_kind_of_column(device: str, batch: Batch) -> None:
             Feature("age_group", ops=[Bucketize([18, 65])], source="age"),
         ]
     )(batch)
-    assert list(made) == ["name", "clicks", "user", "age_group", "label"]
-    name, clicks, user, group = (made[key] for key in list(made)[:4])
+    assert list(result) == ["name", "clicks", "user", "age_group", "label"]
+    name, clicks, user, group = (result[key] for key in list(result)[:4])
     assert isinstance(name, torch.Tensor)
     assert name.tolist() == [hashes.murmur(s) for s in (b"ann", b"", b"bob")]
     assert isinstance(clicks, RaggedTensor)
@@ -56,74 +56,74 @@ def test_features_of_every_kind_of_column(device: str, batch: Batch) -> None:
     assert user.tolist() == [2, (2**64 - 1) % 3, 2]
     assert isinstance(group, torch.Tensor)
     assert group.tolist() == [0, 1, 2]
-    assert all(column.device.type == device for column in made.values())
+    assert all(column.device.type == device for column in result.values())
 
 
-def test_columns_that_no_feature_reads_pass_through_untouched(batch: Batch) -> None:
+def test_columns_that_no_feature_reads_pass_through_unchanged(batch: Batch) -> None:
     before = dict(batch)
-    made = FeatureEngine([Feature("user_small", ops=[Mod(2)], source="user")])(batch)
-    assert list(made) == ["user_small", "name", "clicks", "age", "label"]
-    assert all(made[name] is batch[name] for name in ("name", "clicks", "age", "label"))
+    result = FeatureEngine([Feature("user_small", ops=[Mod(2)], source="user")])(batch)
+    assert list(result) == ["user_small", "name", "clicks", "age", "label"]
+    assert all(result[name] is batch[name] for name in ("name", "clicks", "age", "label"))
     assert batch == before
 
 
-def test_a_column_may_be_kept_beside_its_features(batch: Batch) -> None:
-    made = FeatureEngine([Feature("age"), Feature("adult", ops=[Bucketize([18])], source="age")])(batch)
-    assert made["age"] is batch["age"]
-    assert made["adult"].tolist() == [0, 1, 1]  # type: ignore[union-attr]
+def test_a_column_may_be_kept_along_with_its_features(batch: Batch) -> None:
+    result = FeatureEngine([Feature("age"), Feature("adult", ops=[Bucketize([18])], source="age")])(batch)
+    assert result["age"] is batch["age"]
+    assert result["adult"].tolist() == [0, 1, 1]  # type: ignore[union-attr]
 
 
-def test_a_feature_may_have_the_name_of_a_column_that_is_read(batch: Batch) -> None:
-    made = FeatureEngine([Feature("user", source="age"), Feature("age", source="user")])(batch)
-    assert made["user"] is batch["age"]
-    assert made["age"] is batch["user"]
+def test_a_feature_may_be_named_like_a_column_that_is_read(batch: Batch) -> None:
+    result = FeatureEngine([Feature("user", source="age"), Feature("age", source="user")])(batch)
+    assert result["user"] is batch["age"]
+    assert result["age"] is batch["user"]
 
 
-def test_no_features_change_nothing(batch: Batch) -> None:
+def test_an_engine_without_features_changes_nothing(batch: Batch) -> None:
     assert FeatureEngine([])(batch) == batch
 
 
-def test_no_rows() -> None:
-    made = FeatureEngine([Feature("a", ops=[Hash(), Mod(3)]), Feature("b", ops=[Bucketize([1])])])(
+def test_batches_without_rows() -> None:
+    result = FeatureEngine([Feature("a", ops=[Hash(), Mod(3)]), Feature("b", ops=[Bucketize([1])])])(
         {"a": RaggedTensor.from_strings([]), "b": torch.empty(0)}
     )
-    assert [made[name].shape for name in "ab"] == [(0,), (0,)]  # type: ignore[union-attr]
+    assert [result[name].shape for name in "ab"] == [(0,), (0,)]  # type: ignore[union-attr]
 
 
 def test_features_and_columns_of_an_engine() -> None:
-    declared = [Feature("b", source="x"), Feature("a", ops=[Mod(3)])]
-    built = FeatureEngine(declared)
-    assert built.features == tuple(declared)
-    assert built.columns == ("x", "a")
+    declarations = [Feature("b", source="x"), Feature("a", ops=[Mod(3)])]
+    engine = FeatureEngine(declarations)
+    assert engine.features == tuple(declarations)
+    assert engine.columns == ("x", "a")
 
 
 def test_repr_lists_features_with_their_operations() -> None:
     pair = Feature("pair", ops=[Hash(), Cross()], source=["user", "item"], optional=True)
-    declared = [Feature("age"), pair, Feature("clicks", ops=[Truncate(3)])]
-    assert repr(FeatureEngine(declared)).splitlines() == [
+    declarations = [Feature("age"), pair, Feature("clicks", ops=[Truncate(3)])]
+    assert repr(FeatureEngine(declarations)).splitlines() == [
         "FeatureEngine(features=3, operations=4, fused=3",
         "  age: 'age'",
         "  pair: ('user' -> hash[farm], 'item' -> hash[farm]) -> cross",
         "  clicks: 'clicks' -> truncate[3, right]",
         ")",
     ]
-    assert repr(FeatureEngine(declared, fuse=False)).startswith("FeatureEngine(features=3, operations=4, fused=0\n")
-    assert repr(FeatureEngine(declared).plan) == "Plan(features=3, columns=4, operations=4, shared=0)"
+    assert repr(FeatureEngine(declarations, fuse=False)).startswith("FeatureEngine(features=3, operations=4, fused=0\n")
+    assert repr(FeatureEngine(declarations).plan) == "Plan(features=3, columns=4, operations=4, shared=0)"
 
 
 def test_equal_operations_run_once(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     hash_ids = ops.hash.hash_ids
 
-    def counted(ids: torch.Tensor, kind: ops.hash.HashKind) -> torch.Tensor:
+    def counting_hash(ids: torch.Tensor, kind: ops.hash.HashKind) -> torch.Tensor:
         calls.append(kind)
         return hash_ids(ids, kind)
 
-    monkeypatch.setattr(ops.hash, "hash_ids", counted)
-    declared = [Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)]
-    FeatureEngine(declared, fuse=False)(batch)
+    monkeypatch.setattr(ops.hash, "hash_ids", counting_hash)
+    declarations = [Feature(f"user{n}", ops=[Hash(), Mod(n)], source="user") for n in range(1, 6)]
+    FeatureEngine(declarations, fuse=False)(batch)
     assert calls == ["farm"]
-    fused = FeatureEngine(declared)
+    fused = FeatureEngine(declarations)
     fused(batch)
     (program,) = native_calls(fused)
     assert isinstance(program, link.ProgramCall)
@@ -150,15 +150,17 @@ def one_by_one(op: Op, value: int) -> int:
     chains=st.lists(st.tuples(st.sampled_from("xy"), st.lists(operation, max_size=4)), max_size=6),
     values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
 )
-def test_features_equal_their_operations_one_by_one(chains: list[tuple[str, list[Op]]], values: list[int]) -> None:
-    declared = [Feature(f"f{i}", ops=chain, source=column) for i, (column, chain) in enumerate(chains)]
+def test_features_match_their_operations_applied_one_by_one(
+    chains: list[tuple[str, list[Op]]], values: list[int]
+) -> None:
+    declarations = [Feature(f"f{i}", ops=chain, source=column) for i, (column, chain) in enumerate(chains)]
     columns = {"x": values, "y": [v // 2**58 for v in values]}
-    made = FeatureEngine(declared)({name: torch.tensor(column) for name, column in columns.items()})
-    for one in declared:
+    result = FeatureEngine(declarations)({name: torch.tensor(column) for name, column in columns.items()})
+    for one in declarations:
         want = columns[one.columns[0]]
         for op in one.ops:
             want = [one_by_one(op, value) for value in want]
-        assert made[one.name].tolist() == want  # type: ignore[union-attr]
+        assert result[one.name].tolist() == want  # type: ignore[union-attr]
 
 
 def test_a_custom_operation(batch: Batch) -> None:
@@ -172,25 +174,25 @@ def test_a_custom_operation(batch: Batch) -> None:
         def kernel(self) -> features.Kernel:
             return lambda column: column._replace(values=column.values + self.n)
 
-    made = FeatureEngine([Feature("user", ops=[Add(6), Mod(4)])])(batch)
-    assert made["user"].tolist() == [3, 1, 3]  # type: ignore[union-attr]
+    result = FeatureEngine([Feature("user", ops=[Add(6), Mod(4)])])(batch)
+    assert result["user"].tolist() == [3, 1, 3]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="Feature 'user': Add: n must not be 0"):
         Feature("user", ops=[Add(0)])
 
 
-def test_a_missing_column_is_named(batch: Batch) -> None:
-    built = FeatureEngine([Feature("first", source="usr"), Feature("second", source="usr")])
+def test_errors_name_the_missing_column(batch: Batch) -> None:
+    engine = FeatureEngine([Feature("first", source="usr"), Feature("second", source="usr")])
     with pytest.raises(
         ValueError, match=r"feature 'first': the batch has no column 'usr' \(did you mean 'user'\?\)"
     ) as e:
-        built(batch)
+        engine(batch)
     assert "it has ['age', 'clicks', 'label', 'name', 'user']" in str(e.value)
     assert "set source=" in str(e.value)
     with pytest.raises(ValueError, match="feature 'q': the batch has no column 'q'; it has"):
         FeatureEngine([Feature("q")])(batch)
 
 
-def test_a_column_of_another_class_is_refused() -> None:
+def test_columns_of_other_classes_are_refused() -> None:
     for column, message in ((None, "NoneType"), ({1}, "set"), (len, "builtin_function_or_method")):
         with pytest.raises(
             TypeError,
@@ -199,7 +201,7 @@ def test_a_column_of_another_class_is_refused() -> None:
             FeatureEngine([Feature("a")])({"a": column})  # type: ignore[dict-item]
 
 
-def test_columns_of_a_batch_have_one_number_of_rows() -> None:
+def test_columns_of_a_batch_must_have_the_same_number_of_rows() -> None:
     engine = FeatureEngine([Feature("a", ops=[Mod(5)]), Feature("b", ops=[Hash()]), Feature("c")])
     batch = {"a": torch.tensor([1, 2]), "b": RaggedTensor.from_strings([["x"], []]), "c": torch.ones(2, 3)}
     engine(batch)
@@ -219,7 +221,7 @@ def test_a_column_that_requires_a_gradient_is_refused() -> None:
     assert FeatureEngine([Feature("price")])({"price": price})["price"] is price
 
 
-def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
+def test_errors_of_wrong_dtypes_name_the_feature(batch: Batch) -> None:
     with pytest.raises(
         TypeError, match=r"^feature 'rank', mod\[5\]: Mod takes integers, got torch.float32; put a Bucket"
     ):
@@ -233,27 +235,27 @@ def test_the_feature_of_a_wrong_dtype_is_named(batch: Batch) -> None:
 
 
 @fused_or_not
-def test_the_feature_of_bad_offsets_is_named(fuse: bool) -> None:
+def test_errors_of_bad_offsets_name_the_feature(fuse: bool) -> None:
     strings = RaggedTensor.from_strings(["ab", "cd"])
     strings.offsets[1] = 9  # after the RaggedTensor has checked them
     with pytest.raises(ValueError, match=r"^feature 'a', column 'a': .*must not decrease, got 9 and then 4 at row 1"):
         FeatureEngine([Feature("a", ops=[Hash()])], fuse=fuse)({"a": strings})
 
 
-def test_a_feature_does_not_hide_a_column(batch: Batch) -> None:
+def test_a_feature_must_not_hide_a_column(batch: Batch) -> None:
     with pytest.raises(ValueError, match="feature 'label': the batch has a column of the same name.*rename"):
         FeatureEngine([Feature("label", source="age")])(batch)
 
 
 def test_an_engine_can_be_pickled(batch: Batch) -> None:
-    built = FeatureEngine([Feature("age", ops=[Bucketize([18])]), Feature("user", ops=[Hash(), Mod(9)])])
-    copy = pickle.loads(pickle.dumps(built))
-    want, got = built(batch), copy(batch)
+    engine = FeatureEngine([Feature("age", ops=[Bucketize([18])]), Feature("user", ops=[Hash(), Mod(9)])])
+    copy = pickle.loads(pickle.dumps(engine))
+    want, got = engine(batch), copy(batch)
     assert all(torch.equal(want[name], got[name]) for name in ("age", "user"))  # type: ignore[arg-type]
 
 
-def test_threads_may_see_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = FeatureEngine([Feature("x", ops=[Mod(1000)])])
+def test_threads_may_link_forms_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine([Feature("x", ops=[Mod(1000)])])
     both = threading.Barrier(2)
     original = FeatureEngine._segment
 
@@ -267,17 +269,17 @@ def test_threads_may_see_forms_at_the_same_time(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(FeatureEngine, "_segment", slowly)
     columns = [torch.arange(5), torch.arange(5, dtype=torch.int16)]
-    threads = [threading.Thread(target=built, args=({"x": column},)) for column in columns]
+    threads = [threading.Thread(target=engine, args=({"x": column},)) for column in columns]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(built._segments.values())) == 2
-    assert [built({"x": column})["x"].tolist() for column in columns] == [[0, 1, 2, 3, 4]] * 2  # type: ignore[union-attr]
+    assert len(set(engine._segments.values())) == 2
+    assert [engine({"x": column})["x"].tolist() for column in columns] == [[0, 1, 2, 3, 4]] * 2  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("op", [Bucketize([2.0]), Mod(1000)])
-def test_compiled_with_engines_that_have_seen_other_forms(op: Op) -> None:
+def test_engines_that_have_seen_different_forms_compile(op: Op) -> None:
     wide, narrow = torch.float64, torch.float32
     if isinstance(op, Mod):
         wide, narrow = torch.int16, torch.int32
@@ -285,9 +287,9 @@ def test_compiled_with_engines_that_have_seen_other_forms(op: Op) -> None:
     engines[1]({"x": torch.arange(6).to(wide)})
 
     def step(engine: FeatureEngine, x: torch.Tensor) -> torch.Tensor:
-        made = engine({"x": x})["x"]
-        assert isinstance(made, torch.Tensor)
-        return made
+        result = engine({"x": x})["x"]
+        assert isinstance(result, torch.Tensor)
+        return result
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="eager")
@@ -297,29 +299,29 @@ def test_compiled_with_engines_that_have_seen_other_forms(op: Op) -> None:
 
 
 def test_a_program_refuses_other_dtypes() -> None:
-    built = FeatureEngine([Feature("x", ops=[Bucketize([2.0])])])
-    built({"x": torch.arange(6.0)})
-    (program,) = native_calls(built)
+    engine = FeatureEngine([Feature("x", ops=[Bucketize([2.0])])])
+    engine({"x": torch.arange(6.0)})
+    (program,) = native_calls(engine)
     assert isinstance(program, link.ProgramCall)
     with pytest.raises(TypeError, match=r"^feature 'x', .*values must be torch.float32, got torch.float64"):
         program.run({0: Column(torch.arange(6.0).double())})
 
 
-def test_a_kept_column_of_a_features_name_is_refused() -> None:
+def test_a_kept_column_must_not_have_the_name_of_a_feature() -> None:
     with pytest.raises(ValueError, match="feature 'a': .*of the same name, which keep= keeps; .*remove it from keep="):
         FeatureEngine([Feature("a", ops=[Mod(3)])], keep=["a"])({"a": torch.tensor([1])})
 
 
-def test_compiled_without_a_graph_break(batch: Batch) -> None:
-    built = FeatureEngine(
+def test_engines_compile_without_graph_breaks(batch: Batch) -> None:
+    engine = FeatureEngine(
         [
             Feature("name", ops=[Hash(), Mod(10)]),
             Feature("clicks", ops=[Hash("murmur"), Mod(10)]),
             Feature("age", ops=[Bucketize([18, 65])]),
         ]
     )
-    want = built(batch)
-    got = torch.compile(built.__call__, fullgraph=True, backend="aot_eager")(batch)
+    want = engine(batch)
+    got = torch.compile(engine.__call__, fullgraph=True, backend="aot_eager")(batch)
     assert_same(got, want)
 
 
@@ -341,33 +343,33 @@ def test_optional_features_are_omitted_if_a_column_is_missing(fuse: bool) -> Non
         "clicks": RaggedTensor.from_lists([[1, 2], []]),
         "label": torch.tensor([0.0, 1.0]),
     }
-    made = engine(whole)
-    assert list(made) == ["user", "pair", "town", "clicks", "label"]
+    result = engine(whole)
+    assert list(result) == ["user", "pair", "town", "clicks", "label"]
     for missing in (["item"], ["city", "clicks"], ["item", "city", "clicks"]):
         batch = {name: column for name, column in whole.items() if name not in missing}
         got = engine(batch)
-        gone = {"item": "pair", "city": "town"}
-        assert list(got) == [name for name in made if name not in {gone.get(one, one) for one in missing}]
-        assert all(plain(got[name]) == plain(made[name]) for name in got)
-    # A column read only by the omitted feature is dropped; the user's is read by another.
+        feature_of = {"item": "pair", "city": "town"}
+        assert list(got) == [name for name in result if name not in {feature_of.get(one, one) for one in missing}]
+        assert all(plain(got[name]) == plain(result[name]) for name in got)
+    # A column read only by an omitted feature is dropped; another feature reads ``user``.
     assert "item" not in FeatureEngine(OPTIONAL[1:2])({"item": torch.tensor([1]), "label": torch.tensor([1])})
     with pytest.raises(
         ValueError, match="feature 'user': the batch has no column 'user'.* or declare the feature optional"
     ):
         engine({"item": torch.tensor([1])})
-    assert plain(engine(whole)["pair"]) == plain(made["pair"])
+    assert plain(engine(whole)["pair"]) == plain(result["pair"])
 
 
 def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
     @dataclass(frozen=True)
-    class Own:
+    class Custom:
         def fault(self) -> None:
             return None
 
         def kernel(self) -> features.Kernel:
             return lambda column: column
 
-    engine = FeatureEngine([*OPTIONAL, Feature("own", ops=[Own()], source="extra", optional=True)], keep=["city"])
+    engine = FeatureEngine([*OPTIONAL, Feature("own", ops=[Custom()], source="extra", optional=True)], keep=["city"])
     batch: Batch = {"user": torch.tensor([11, 12]), "item": torch.tensor([5, 6])}
     want = engine(batch)
     assert list(want) == ["user", "pair"]
@@ -378,9 +380,9 @@ def test_optional_features_in_a_reader_in_a_pickle_and_compiled() -> None:
     assert list(remaining(reading(with_extra))) == list(engine(with_extra)) == ["user", "pair", "town", "own", "city"]
     compiled = torch.compile(FeatureEngine(OPTIONAL), fullgraph=True, backend="eager")
     for one in (batch, with_extra, batch):
-        made, expected = compiled(one), FeatureEngine(OPTIONAL)(one)
-        assert made.keys() == expected.keys()
-        assert all(plain(made[name]) == plain(expected[name]) for name in made)
+        result, expected = compiled(one), FeatureEngine(OPTIONAL)(one)
+        assert result.keys() == expected.keys()
+        assert all(plain(result[name]) == plain(expected[name]) for name in result)
 
 
 def test_columns_in_keep_must_exist(batch: Batch) -> None:

@@ -159,7 +159,7 @@ def batches(draw: st.DrawFn) -> Batch:
             [[value for value, _ in row] for row in weighted], dtype=torch.int64, weights=weights
         ),
         "strings": RaggedTensor.from_strings(column(st.binary(max_size=20))),
-        # Lists without rows have one level less.
+        # Lists without rows have one level fewer.
         "words": RaggedTensor.from_strings(words)
         if rows
         else RaggedTensor(torch.empty(0, dtype=torch.uint8), nothing, None, (nothing,)),
@@ -172,16 +172,16 @@ def batches(draw: st.DrawFn) -> Batch:
 @settings(max_examples=150)
 @given(st.data())
 def test_fused_and_unfused_results_are_bitwise_equal(data: st.DataObject) -> None:
-    declared = [data.draw(feature(f"x{number}")) for number in range(data.draw(st.integers(1, 6)))]
+    declarations = [data.draw(feature(f"x{number}")) for number in range(data.draw(st.integers(1, 6)))]
     batch = data.draw(batches())
     nested = batch["nested"]
     assert isinstance(nested, RaggedTensor)
     if not nested.outer:
-        declared = [one for one in declared if one.columns != ("nested",)]
+        declarations = [one for one in declarations if one.columns != ("nested",)]
     outcomes: list[Any] = []
     for fuse in (True, False, "kind"):
         try:
-            outcomes.append(FeatureEngine(declared, fuse=fuse, parallel=fuse is True)(batch))  # type: ignore[arg-type]
+            outcomes.append(FeatureEngine(declarations, fuse=fuse, parallel=fuse is True)(batch))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             outcomes.append(error)
     first = outcomes[0]
@@ -222,7 +222,7 @@ def large() -> tuple[list[Feature], Batch]:
     return features, batch
 
 
-def test_many_rows_over_many_threads() -> None:
+def test_many_rows_on_many_threads() -> None:
     features, batch = large()
     assert_same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
     assert_same(FeatureEngine(features)(batch), FeatureEngine(features, parallel=False)(batch))
@@ -234,7 +234,7 @@ def test_number_of_native_calls() -> None:
     engine(batch)
     calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
     kinds = [type(call).__name__ if isinstance(call, link.ProgramCall) else call.kind.__name__ for call in calls]
-    # Operations on changed rows follow them; all others are in the first program.
+    # Operations on resized rows run after the resizing; all others are in the first program.
     assert sorted(kinds) == [
         "CrossCall",
         "MultiHotCall",
@@ -247,13 +247,13 @@ def test_number_of_native_calls() -> None:
 
 
 def test_more_intermediate_results_than_scratch_tiles() -> None:
-    # Crosses of all hashes of one id, all of which are needed until the end.
+    # Crosses of hashes of one id; all hashes are needed until the end.
     sources = [Feature(f"h{n}", ops=[Mod(n + 1), Hash()], source="id") for n in range(20)]
-    crossed = [
+    crosses = [
         Feature(f"c{n}", ops=[Cross()], source=[sources[n], sources[19 - n], sources[(n * 7) % 20]]) for n in range(20)
     ]
     batch: Batch = {"id": torch.arange(-500, 500)}
-    assert_same(FeatureEngine(crossed)(batch), FeatureEngine(crossed, fuse=False)(batch))
+    assert_same(FeatureEngine(crosses)(batch), FeatureEngine(crosses, fuse=False)(batch))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
@@ -275,9 +275,9 @@ def test_engines_compile_within_other_code() -> None:
     table = torch.randn(100, 4)
 
     def step(ids: torch.Tensor, rows: RaggedTensor) -> torch.Tensor:
-        made = engine({"id": ids + 1, "rows": rows})
-        assert isinstance(made["id"], torch.Tensor)
-        return table[made["id"]].sum(1) + made["rows"].lengths()  # type: ignore[union-attr]
+        result = engine({"id": ids + 1, "rows": rows})
+        assert isinstance(result["id"], torch.Tensor)
+        return table[result["id"]].sum(1) + result["rows"].lengths()  # type: ignore[union-attr]
 
     rows = RaggedTensor.from_lists([[1, 2, 3], [], [4]])
     ids = torch.tensor([5, 6, 7])
@@ -313,7 +313,7 @@ def test_a_custom_operation_between_native_ones() -> None:
     assert_same(FeatureEngine(features)(batch), FeatureEngine(features, fuse=False)(batch))
 
 
-def test_results_before_a_custom_operation_are_not_computed_again() -> None:
+def test_results_before_a_custom_operation_are_computed_once() -> None:
     class Same:
         def fault(self) -> None:
             return None
@@ -329,16 +329,16 @@ def test_results_before_a_custom_operation_are_not_computed_again() -> None:
     engine = FeatureEngine(features)
     engine({"x": torch.arange(4)})
     calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
-    made = [node.label for call in calls if isinstance(call, link.ProgramCall) for node in call.nodes]
-    assert len(made) == len(set(made)) == 5, made
+    result = [node.label for call in calls if isinstance(call, link.ProgramCall) for node in call.nodes]
+    assert len(result) == len(set(result)) == 5, result
 
 
 def test_zeros_of_both_signs_are_filled_in() -> None:
     features = [Feature("a", ops=[FillNull(0.0)], source="x"), Feature("b", ops=[FillNull(-0.0)], source="x")]
     for column in (torch.tensor([math.nan]), RaggedTensor.from_lists([[]], dtype=torch.float32)):
-        made = FeatureEngine(features)({"x": column})
-        assert [Column.of(made[name]).values.signbit().tolist() for name in "ab"] == [[False], [True]]
-        assert_same(made, FeatureEngine(features, fuse=False)({"x": column}))
+        result = FeatureEngine(features)({"x": column})
+        assert [Column.of(result[name]).values.signbit().tolist() for name in "ab"] == [[False], [True]]
+        assert_same(result, FeatureEngine(features, fuse=False)({"x": column}))
 
 
 def test_an_engine_keeps_the_calls_of_earlier_forms() -> None:
@@ -359,14 +359,14 @@ def test_operations_that_change_nothing(fuse: Any) -> None:
     assert torch.equal(engine({"ids": ids})["x"], ids)
 
 
-def sent(batch: Batch, device: str) -> Batch:
+def moved_to(batch: Batch, device: str) -> Batch:
     return {name: column.to(device) for name, column in batch.items()}
 
 
-def without_rest(batch: Batch) -> Batch:
+def without_unused_values(batch: Batch) -> Batch:
     """Return a batch on the CPU, without the unused values that a GPU leaves after the last row."""
     trimmed: Batch = {}
-    for name, column in sent(batch, "cpu").items():
+    for name, column in moved_to(batch, "cpu").items():
         if isinstance(column, RaggedTensor) and not column.outer:
             count = int(column.offsets[-1])
             weights = None if column.weights is None else column.weights[:count]
@@ -379,32 +379,32 @@ def without_rest(batch: Batch) -> Batch:
 def test_devices_compute_the_same_bits(device: str) -> None:
     features, batch = large()
     engine = FeatureEngine(features)
-    assert_same(without_rest(engine(sent(batch, device))), FeatureEngine(features, fuse=False)(batch))
+    assert_same(without_unused_values(engine(moved_to(batch, device))), FeatureEngine(features, fuse=False)(batch))
     engine.check()
 
 
 @pytest.mark.gpu
 def test_a_fused_run_does_not_wait_for_the_gpu() -> None:
     features, batch = large()
-    there = sent(batch, "cuda")
+    gpu_batch = moved_to(batch, "cuda")
     engine = FeatureEngine(features)
-    engine(there)  # links the calls, uploads their programs, and allocates the memory that the next run reuses
+    engine(gpu_batch)  # links the calls, uploads their programs, and allocates the memory that the next run reuses
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda._sleep(400_000_000)
-    reached = torch.cuda.Event()
-    reached.record()
+    event = torch.cuda.Event()
+    event.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = engine(there)
+        result = engine(gpu_batch)
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert not reached.query()  # native code did not wait either: the GPU has not reached the run
+    assert not event.query()  # the GPU has not reached the event, so native code did not wait either
     engine.check()
-    assert_same(without_rest(made), FeatureEngine(features)(batch))
+    assert_same(without_unused_values(result), FeatureEngine(features)(batch))
 
 
-def launched(engine: FeatureEngine, batch: Batch) -> list[str]:
+def kernel_names(engine: FeatureEngine, batch: Batch) -> list[str]:
     """Return the names of the kernels of a run."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     engine(batch)
@@ -417,13 +417,13 @@ def launched(engine: FeatureEngine, batch: Batch) -> list[str]:
 
 
 @pytest.mark.gpu
-def test_a_fused_group_is_one_launch_however_many_features_there_are() -> None:
+def test_fused_operations_are_one_launch_for_any_number_of_features() -> None:
     features, batch = large()
     few = [feature for feature in features if not feature.name.startswith("id") or feature.name == "id3"]
     counts = []
-    for declared in (few, features):
-        engine = FeatureEngine(declared)
-        names = launched(engine, sent(batch, "cuda"))
+    for declarations in (few, features):
+        engine = FeatureEngine(declarations)
+        names = kernel_names(engine, moved_to(batch, "cuda"))
         calls = [call for name in engine._segments.values() for call in getattr(engine, name).calls]
         programs = sum(isinstance(call, link.ProgramCall) for call in calls)
         assert sum("RunProgram" in name for name in names) == programs == 2, names

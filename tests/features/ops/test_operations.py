@@ -27,7 +27,7 @@ def on_dense(op: Op, values: torch.Tensor) -> torch.Tensor:
 
 
 @on_devices
-def test_hash_of_strings_gives_an_id_for_each_row(device: str) -> None:
+def test_hash_of_strings_returns_an_id_for_each_row(device: str) -> None:
     strings = [b"", b"a", "é".encode(), b"x" * 100]
     column = RaggedTensor.from_strings(strings).to(device)
     for op, reference in ((Hash(), hashes.farm), (Hash("murmur"), hashes.murmur)):
@@ -38,7 +38,7 @@ def test_hash_of_strings_gives_an_id_for_each_row(device: str) -> None:
 
 
 @on_devices
-def test_hash_of_integers_equals_that_of_eight_bytes(device: str) -> None:
+def test_hash_of_integers_equals_the_hash_of_their_eight_bytes(device: str) -> None:
     want = [hashes.farm(i.to_bytes(8, "little", signed=True)) for i in EDGE_IDS]
     assert on_dense(Hash("farm"), torch.tensor(EDGE_IDS, device=device)).tolist() == want
     for dtype in (torch.int8, torch.int16, torch.int32):
@@ -70,7 +70,7 @@ def test_columns_without_rows(op: Op) -> None:
     assert (got.batch_size, got.values.shape) == (0, (0,))
 
 
-def test_no_strings() -> None:
+def test_hash_of_no_strings() -> None:
     assert apply(Hash(), RaggedTensor.from_strings([])).shape == (0,)  # type: ignore[union-attr]
 
 
@@ -108,7 +108,7 @@ def test_infinite_boundaries(right: bool) -> None:
 
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_decimal_equals_the_same_boundary(device: str, dtype: torch.dtype) -> None:
+def test_decimal_values_equal_the_same_boundaries(device: str, dtype: torch.dtype) -> None:
     decimals = [k / 10 for k in range(1, 30)]
     spec = Bucketize(decimals)
     values = torch.tensor(decimals, dtype=dtype, device=device)
@@ -119,7 +119,7 @@ def test_a_decimal_equals_the_same_boundary(device: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_buckets_of_floats_equal_those_of_torch(right: bool) -> None:
+def test_buckets_of_floats_match_torch(right: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(100, 3, generator=generator)
     boundaries = torch.randn(20, generator=generator).sort().values
@@ -132,7 +132,7 @@ def test_nan_is_refused() -> None:
         on_dense(Bucketize([1, 2]), torch.tensor([1.5, math.nan]))
 
 
-def test_boundaries_of_many_types() -> None:
+def test_boundaries_of_several_types() -> None:
     spec = Bucketize([0.5, 2.0])
     assert Bucketize(np.array([0.5, 2.0])) == Bucketize(torch.tensor([0.5, 2.0])) == spec  # type: ignore[arg-type]
     assert Bucketize((Fraction(1, 2), 2)) == spec  # type: ignore[arg-type]

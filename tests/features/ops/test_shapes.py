@@ -46,7 +46,7 @@ def dense(ops: list[Any], values: Any, fuse: bool = True) -> list[Any]:
 @fused_or_not
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_maps_of_floats_equal_those_of_numpy(device: str, dtype: torch.dtype, fuse: bool) -> None:
+def test_maps_of_floats_match_numpy(device: str, dtype: torch.dtype, fuse: bool) -> None:
     values = torch.linspace(-2, 5, 1001, dtype=dtype, device=device)
     x = values.cpu().numpy()
     logs = run([Log(3.0)], fuse, values)
@@ -58,7 +58,7 @@ def test_maps_of_floats_equal_those_of_numpy(device: str, dtype: torch.dtype, fu
 
 
 @fused_or_not
-def test_bounds_beyond_the_range_of_a_dtype_become_its_ends(fuse: bool) -> None:
+def test_bounds_beyond_the_range_of_a_dtype_are_clamped(fuse: bool) -> None:
     most = torch.finfo(torch.float32).max
     values = torch.tensor([-1.0, 5.0])
     assert run([Clip(0, 1e300)], fuse, values).tolist() == [0.0, 5.0]
@@ -68,9 +68,9 @@ def test_bounds_beyond_the_range_of_a_dtype_become_its_ends(fuse: bool) -> None:
 
 @fused_or_not
 def test_integers_become_float32_for_logarithms(fuse: bool) -> None:
-    made = run([Log(1)], fuse, torch.tensor([0, 1], dtype=torch.int16))
-    assert made.dtype == torch.float32
-    assert_near(made, torch.tensor([0.0, math.log(2)]), 1)
+    result = run([Log(1)], fuse, torch.tensor([0, 1], dtype=torch.int16))
+    assert result.dtype == torch.float32
+    assert_near(result, torch.tensor([0.0, math.log(2)]), 1)
 
 
 @fused_or_not
@@ -95,9 +95,9 @@ def test_casts(fuse: bool) -> None:
 def test_fill_null(fuse: bool) -> None:
     assert dense([FillNull(2.5)], torch.tensor([math.nan, 1.0]), fuse) == [2.5, 1.0]
     rows = RaggedTensor.from_lists([[1, 2], [], [3]], weights=[[0.5, 2], [], [4]])
-    made = run([FillNull(9)], fuse, rows)
-    assert made.to_lists() == [[1, 2], [9], [3]]
-    assert made.weights.tolist() == [0.5, 2, 1, 4]
+    result = run([FillNull(9)], fuse, rows)
+    assert result.to_lists() == [[1, 2], [9], [3]]
+    assert result.weights.tolist() == [0.5, 2, 1, 4]
     floats = RaggedTensor.from_lists([[math.nan], []], dtype=torch.float32)
     assert run([FillNull(0.5)], fuse, floats).to_lists() == [[0.5], [0.5]]
 
@@ -119,7 +119,7 @@ def test_truncate_and_pad(fuse: bool, rows: list[list[int]], length: int) -> Non
 
 @fused_or_not
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float32, torch.float64, torch.bool])
-def test_rows_of_every_size_of_value(fuse: bool, dtype: torch.dtype) -> None:
+def test_rows_of_values_of_every_size(fuse: bool, dtype: torch.dtype) -> None:
     rows = [[k % 2 for k in range(n)] for n in (0, 1, 3, 8, 40)]
     column = RaggedTensor.from_lists(rows, dtype=dtype)
     assert run([Truncate(33), Pad(4, 1)], fuse, column).to_lists() == [
@@ -139,15 +139,15 @@ def test_lists_in_rows(device: str, fuse: bool) -> None:
 
 
 @fused_or_not
-def test_weights_go_with_lists(fuse: bool) -> None:
+def test_lists_keep_their_weights(fuse: bool) -> None:
     rows, weights = [[[1, 2], [3]], [[4]]], [[[0.5, 1], [2]], [[3]]]
-    made = run([Truncate(1, "left")], fuse, RaggedTensor.from_lists(rows, weights=weights))
-    assert (made.to_lists(), made.weights.tolist()) == ([[[3]], [[4]]], [2, 3])
+    result = run([Truncate(1, "left")], fuse, RaggedTensor.from_lists(rows, weights=weights))
+    assert (result.to_lists(), result.weights.tolist()) == ([[[3]], [[4]]], [2, 3])
     words = RaggedTensor.from_strings([["a", "b"], ["c"]])
     weighted = RaggedTensor(words.values, words.offsets, torch.tensor([1.0, 2.0, 3.0]), words.outer)
-    made = run([Truncate(1, "left"), Hash()], fuse, weighted)
-    assert made.to_lists() == [[hashes.farm(b"b")], [hashes.farm(b"c")]]
-    assert made.weights.tolist() == [2, 3]
+    result = run([Truncate(1, "left"), Hash()], fuse, weighted)
+    assert result.to_lists() == [[hashes.farm(b"b")], [hashes.farm(b"c")]]
+    assert result.weights.tolist() == [2, 3]
 
 
 @fused_or_not
@@ -158,9 +158,9 @@ def test_cross_of_rows(device: str, fuse: bool) -> None:
 
     x = RaggedTensor.from_lists([[1, 2], [], [-3]], weights=[[0.5, 2], [], [3]]).to(device)
     y = RaggedTensor.from_lists([[7, 8, 9], [1], [4]]).to(device)
-    made = run([Cross(limit=6)], fuse, x, y)
-    assert made.to_lists() == [[pair(a, b) for a in (1, 2) for b in (7, 8, 9)], [], [pair(-3, 4)]]
-    assert made.weights[:7].tolist() == [0.5] * 3 + [2] * 3 + [3]
+    result = run([Cross(limit=6)], fuse, x, y)
+    assert result.to_lists() == [[pair(a, b) for a in (1, 2) for b in (7, 8, 9)], [], [pair(-3, 4)]]
+    assert result.weights[:7].tolist() == [0.5] * 3 + [2] * 3 + [3]
     dense = torch.tensor([5, 6, 7], device=device)
     assert run([Cross()], fuse, dense, x).to_lists() == [[pair(5, 1), pair(5, 2)], [], [pair(7, -3)]]
     assert run([Cross()], fuse, x, dense).to_lists() == [[pair(1, 5), pair(2, 5)], [], [pair(-3, 7)]]
@@ -176,10 +176,10 @@ def test_cross_of_rows(device: str, fuse: bool) -> None:
 )
 def test_top_k(fuse: bool, rows: list[list[float]], k: int) -> None:
     values = [list(range(len(row))) for row in rows]
-    made = run([TopK(k)], fuse, RaggedTensor.from_lists(values, dtype=torch.int64, weights=rows))
+    result = run([TopK(k)], fuse, RaggedTensor.from_lists(values, dtype=torch.int64, weights=rows))
     want = [sorted(range(len(row)), key=lambda i: -row[i])[:k] for row in rows]
-    assert made.to_lists() == want
-    assert made.weights.tolist() == [row[i] for row, best in zip(rows, want, strict=True) for i in best]
+    assert result.to_lists() == want
+    assert result.weights.tolist() == [row[i] for row, best in zip(rows, want, strict=True) for i in best]
 
 
 @fused_or_not
@@ -198,9 +198,9 @@ def test_concat(device: str, fuse: bool) -> None:
     a, b = torch.tensor([1, 2], device=device), torch.tensor([[3, 4], [5, 6]], device=device)
     assert run([Concat()], fuse, a, b).tolist() == [[1, 3, 4], [2, 5, 6]]
     rows = RaggedTensor.from_lists([[7], []], weights=[[0.5], []]).to(device)
-    made = run([Concat()], fuse, rows, a, b)
-    assert made.to_lists() == [[7, 1, 3, 4], [2, 5, 6]]
-    assert made.weights.tolist() == [0.5, 1, 1, 1, 1, 1, 1]
+    result = run([Concat()], fuse, rows, a, b)
+    assert result.to_lists() == [[7, 1, 3, 4], [2, 5, 6]]
+    assert result.weights.tolist() == [0.5, 1, 1, 1, 1, 1, 1]
     assert run([Concat()], fuse, torch.tensor([1.0]), torch.tensor([2.0])).tolist() == [[1, 2]]
 
 
@@ -214,9 +214,9 @@ def test_tile(device: str, fuse: bool) -> None:
         [3, 4],
     ]
     rows = RaggedTensor.from_lists([[1, 2], [], [3]], weights=[[0.5, 1], [], [2]]).to(device)
-    made = run([Tile(3)], fuse, rows)
-    assert made.to_lists() == [[1, 2]] * 3 + [[]] * 3 + [[3]] * 3
-    assert made.weights.tolist() == [0.5, 1] * 3 + [2] * 3
+    result = run([Tile(3)], fuse, rows)
+    assert result.to_lists() == [[1, 2]] * 3 + [[]] * 3 + [[3]] * 3
+    assert result.weights.tolist() == [0.5, 1] * 3 + [2] * 3
 
 
 @fused_or_not
@@ -240,7 +240,7 @@ def test_vocabulary(fuse: bool, tmp_path: Any) -> None:
     assert found.tolist() == list(range(4999, -1, -1))
 
 
-def test_lines_of_a_vocabulary_end_with_line_feeds_alone(tmp_path: Any) -> None:
+def test_lines_of_a_vocabulary_end_only_at_line_feeds(tmp_path: Any) -> None:
     path = tmp_path / "names.txt"
     for content, entries in (
         ("a\u2028b\x0cc\r\nd", ["a\u2028b\x0cc", "d"]),
@@ -252,7 +252,7 @@ def test_lines_of_a_vocabulary_end_with_line_feeds_alone(tmp_path: Any) -> None:
 
 
 @fused_or_not
-def test_no_rows(fuse: bool) -> None:
+def test_columns_without_rows(fuse: bool) -> None:
     empty = RaggedTensor.from_lists([])
     for op in (Truncate(2), Pad(2), FillNull(1), Tile(2)):
         assert run([op], fuse, empty).to_lists() == []
@@ -263,21 +263,21 @@ def test_no_rows(fuse: bool) -> None:
 
 
 def test_kernels_return_columns() -> None:
-    made = Truncate(1).kernel()(Column.of(RaggedTensor.from_lists([[1, 2]])))
-    assert made.values.tolist() == [1]
+    result = Truncate(1).kernel()(Column.of(RaggedTensor.from_lists([[1, 2]])))
+    assert result.values.tolist() == [1]
 
 
 @fused_or_not
-def test_weights_of_strings_in_lists_go_with_the_strings(fuse: bool) -> None:
+def test_strings_in_lists_keep_their_weights(fuse: bool) -> None:
     strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
     weighted = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)
     for op, want in (
         (Truncate(2, level=2), [[b"ab", b"de"], [b"f"]]),
         (Pad(2, 65, level=2), [[b"abc", b"de"], [b"fA"]]),
     ):
-        made = run([op], fuse, weighted).validate()
-        assert made.to_strings() == want
-        assert made.weights is weighted.weights
+        result = run([op], fuse, weighted).validate()
+        assert result.to_strings() == want
+        assert result.weights is weighted.weights
     first = run([Truncate(1)], fuse, weighted).validate()
     assert (first.to_strings(), first.weights.tolist()) == ([[b"abc"], [b"f"]], [1.0, 3.0])
 
@@ -288,6 +288,6 @@ def test_lists_are_copied_once_if_results_have_a_bound(ops: list[Any], monkeypat
     want = run(ops, True, column).to_lists()
     for module in (resize, rows, joins):
         monkeypatch.setattr(module, "exact_on", lambda device: False)  # as on a GPU
-    made = run(ops, True, column)
-    assert made.offsets[-1] <= made.values.shape[0]
-    assert made.to_lists() == want
+    result = run(ops, True, column)
+    assert result.offsets[-1] <= result.values.shape[0]
+    assert result.to_lists() == want

@@ -37,9 +37,9 @@ def batch() -> Batch:
 
 
 def features(in_reader: bool) -> list[Feature]:
-    own = Double(in_reader)
+    double = Double(in_reader)
     return [
-        Feature("item_double", ops=[own, Mod(7)], source="item"),
+        Feature("item_double", ops=[double, Mod(7)], source="item"),
         Feature("user", ops=[Hash(), MultiHash([100, 200])]),
         Feature("clicks", ops=[Truncate(2)]),
         Feature("item", ops=[Hash(), Mod(9)]),
@@ -47,7 +47,7 @@ def features(in_reader: bool) -> list[Feature]:
 
 
 @pytest.mark.parametrize("in_reader", [True, False])
-def test_both_parts_compute_the_whole(in_reader: bool) -> None:
+def test_both_parts_together_equal_the_whole_engine(in_reader: bool) -> None:
     engine = FeatureEngine(features(in_reader))
     reading, remaining = engine.reading_part(), engine.remaining_part()
     assert_same(remaining(reading(batch())), engine(batch()))
@@ -56,10 +56,10 @@ def test_both_parts_compute_the_whole(in_reader: bool) -> None:
     assert names == (["item_double", "user", "clicks", "item"] if in_reader else ["user", "clicks"])
 
 
-def test_both_parts_keep_the_columns_of_the_whole() -> None:
-    own = Double(False)
-    for declared in ([], [Feature("y", ops=[own], source="item")]):
-        engine = FeatureEngine([Feature("x", ops=[Mod(3)], source="item"), *declared], keep=["item"])
+def test_both_parts_keep_the_columns_of_the_whole_engine() -> None:
+    double = Double(False)
+    for others in ([], [Feature("y", ops=[double], source="item")]):
+        engine = FeatureEngine([Feature("x", ops=[Mod(3)], source="item"), *others], keep=["item"])
         both = engine.remaining_part()(engine.reading_part()(batch()))
         assert_same(both, engine(batch()))
         assert "item" in both
