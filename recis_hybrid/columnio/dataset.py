@@ -118,25 +118,23 @@ class ColumnDataset(IterableDataset[Batch]):
         shard: ShardOptions | None = None,
     ) -> None:
         # Imported with the first dataset, so that the package does not need pyarrow.
+        from recis_hybrid.columnio.files.opening import open_files
+        from recis_hybrid.columnio.read.delivery import Delivery
         from recis_hybrid.columnio.read.reader import Reader
 
+        read = read or _READ
         with open_on_all_ranks(shard or _SHARD) as opening:
             self._rank, self._world_size = opening.rank, opening.world_size
             self._follows_group = opening.follows_group
             self._drop_remainder, self._uneven = drop_remainder, opening.uneven
             self._device = None if device is None else torch.device(device)
-            self._reader = Reader.open(
-                paths,
-                columns,
-                filters,
-                read or _READ,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                seed=seed,
-                transforms=transforms,
-                mask=MASK if self._uneven == "pad" else None,
-            )
-            self._batch_size, self._num_rows = self._reader.batch_size, self._reader.num_rows
+            self._batch_size = check_integer("ColumnDataset", "batch_size", batch_size, 1)
+            seed = check_integer("ColumnDataset", "seed", seed, 0)
+            files = open_files(paths, columns, filters, read)
+            mask = MASK if self._uneven == "pad" else None
+            delivery = Delivery(files.converters, mask, transforms, read.pin_memory)
+            self._reader = Reader(files, self._batch_size, seed if shuffle else None, delivery, read)
+            self._num_rows = self._reader.num_rows
             self._shared, self._in_worker = SharedPosition(), False
             self._position, self._pass_start, self._next_row = Position(0, 0), Position(0, 0), 0
             self._check_not_empty(paths, filters)

@@ -68,18 +68,16 @@ class RowFilter:
     """A row is kept if all conditions of at least one sequence hold."""
 
     @classmethod
-    def of(cls, filters: Filters) -> RowFilter | None:
-        """Return the filter of the argument ``filters``; None for all rows.
+    def of(cls, filters: Filters) -> RowFilter:
+        """Return the filter of the argument ``filters``.
 
         Args:
-            filters: See ``Filters``.
+            filters: See ``Filters``; not None.
 
         Raises:
             TypeError: It is neither an expression nor such a list.
             ValueError: An operator is unknown.
         """
-        if filters is None:
-            return None
         if isinstance(filters, pc.Expression):
             return cls(filters, ())
         groups: Any = filters

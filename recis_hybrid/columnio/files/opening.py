@@ -56,7 +56,7 @@ def open_files(
     options = options or ReadOptions()
     specs = _specs(columns)
     files = [paths] if isinstance(paths, MemoryFile) else find_files(paths, options)
-    row_filter = RowFilter.of(filters)
+    row_filter = None if filters is None else RowFilter.of(filters)
     skip, skipped = options.on_bad_file == "skip", list[Skipped]()
     opened = _inspect(files, type_hints(specs), skip, skipped)
     if not opened:
@@ -137,6 +137,34 @@ def _check_present(opened: Sequence[OpenedFile], columns: Sequence[str]) -> None
             )
 
 
+def _types(
+    opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
+) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
+    """Return the joint type of each column, and its types in the files, each with the first such file."""
+    joint: dict[str, ArrowType] = {}
+    types_of: dict[str, dict[ArrowType, Source]] = {}
+    for name, spec in specs.items():
+        # An explicit spec reads all types that it can convert.
+        parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
+        explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
+        types = types_of[name] = {}
+        for each in opened:
+            own = each.type_for(name, spec)
+            if own in types:
+                continue
+            types[own] = each.file
+            unified = unified_type(joint[name], own, explicit=explicit) if name in joint else own
+            if unified is None:
+                other = next(file for arrow_type, file in types.items() if arrow_type != own)
+                raise ValueError(
+                    f"columnio: files must agree about their columns, but {name!r} is {next(iter(types))} in {other} "
+                    f"and {own} in {each.file}; give it a spec that reads both (Dense(torch.float64) for any numbers, "
+                    f"Text() for any text files), read the files apart, or rewrite one of them"
+                )
+            joint[name] = unified
+    return joint, types_of
+
+
 def _pieces(opened: Sequence[OpenedFile], files: FileSet) -> list[Piece]:
     candidates: list[tuple[Piece, bool]] = []
     for each in opened:
@@ -171,31 +199,3 @@ def _map_in_threads(
                     raise
                 on_bad(item, error)
     return results
-
-
-def _types(
-    opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
-) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
-    """Return the joint type of each column, and its types in the files, each with the first such file."""
-    joint: dict[str, ArrowType] = {}
-    types_of: dict[str, dict[ArrowType, Source]] = {}
-    for name, spec in specs.items():
-        # An explicit spec reads all types that it can convert.
-        parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
-        explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
-        types = types_of[name] = {}
-        for each in opened:
-            own = each.type_for(name, spec)
-            if own in types:
-                continue
-            types[own] = each.file
-            unified = unified_type(joint.setdefault(name, own), own, explicit=explicit)
-            if unified is None:
-                other = next(file for arrow_type, file in types.items() if arrow_type != own)
-                raise ValueError(
-                    f"columnio: files must agree about their columns, but {name!r} is {next(iter(types))} in {other} "
-                    f"and {own} in {each.file}; give it a spec that reads both (Dense(torch.float64) for any numbers, "
-                    f"Text() for any text files), read the files apart, or rewrite one of them"
-                )
-            joint[name] = unified
-    return joint, types_of

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from recis_hybrid.columnio.columns import Column
 from recis_hybrid.columnio.convert.row_slice import Rows, concat_rows
 from recis_hybrid.columnio.files.file_set import FileSet, Piece
-from recis_hybrid.columnio.files.filters import Filters
-from recis_hybrid.columnio.files.opening import open_files
-from recis_hybrid.columnio.files.paths import Paths, relative_paths
+from recis_hybrid.columnio.files.paths import relative_paths
 from recis_hybrid.columnio.options import ReadOptions
 from recis_hybrid.columnio.read.delivery import Delivery
 from recis_hybrid.columnio.read.prefetch import chained, prefetched
 from recis_hybrid.columnio.read.sampler import Batches, permutation
 from recis_hybrid.ragged import Batch
-from recis_hybrid.validation import check_integer
 
 # First number of the path of a permutation.
 _PIECES, _BLOCKS = 0, 1
@@ -36,8 +32,6 @@ class Reader:
 
     files: FileSet
     """The files."""
-    num_rows: int
-    """Rows of all files."""
     batch_size: int
     """Rows of a batch."""
     seed: int | None
@@ -47,46 +41,17 @@ class Reader:
     options: ReadOptions
     """Threads and memory."""
 
-    @classmethod
-    def open(
-        cls,
-        paths: Paths,
-        columns: Sequence[str] | Mapping[str, Column | None],
-        filters: Filters,
-        options: ReadOptions,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        transforms: Callable[[Batch], Batch] | None,
-        mask: str | None,
-    ) -> Reader:
-        """Open files; see ``ColumnDataset`` for the errors.
-
-        Args:
-            paths: Files, or a MemoryFile.
-            columns: Names, or specs by name.
-            filters: Rows to read.
-            options: How to read.
-            batch_size: Rows of a batch.
-            shuffle: Give each epoch a random order.
-            seed: Seed of the random order.
-            transforms: Called with each batch.
-            mask: Name of a bool column that is False for rows that fill a batch up; None for no such column.
-        """
-        batch_size = check_integer("ColumnDataset", "batch_size", batch_size, 1)
-        seed = check_integer("ColumnDataset", "seed", seed, 0)
-        files = open_files(paths, columns, filters, options)
-        delivery = Delivery(files.converters, mask, transforms, options.pin_memory)
-        num_rows = sum(piece.rows for piece in files.pieces)
-        return cls(files, num_rows, batch_size, seed if shuffle else None, delivery, options)
-
     def __repr__(self) -> str:
         order = "order of the files" if self.seed is None else f"shuffled with seed {self.seed}"
         return (
             f"Reader({len(self.file_names)} files, {len(self.files.pieces)} pieces, {self.num_rows:,} rows, {order}; "
             f"batch_size={self.batch_size}, {self.options})"
         )
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Number of rows in all files."""
+        return sum(piece.rows for piece in self.files.pieces)
 
     @property
     def file_names(self) -> list[str]:
