@@ -1,6 +1,6 @@
 """RaggedTensor, rows of unequal length in a few tensors, and Batch, the columns that every stage takes and returns.
 
-The conversions to other frameworks (``to_arrow``, ``to_jagged`` …) import them on first use.
+Conversions to other frameworks (``to_arrow``, ``to_jagged``, ...) import them on first use.
 """
 
 from __future__ import annotations

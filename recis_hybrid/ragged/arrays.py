@@ -24,13 +24,13 @@ class _ReadOnly:
 def as_column(where: str, value: Any) -> torch.Tensor | RaggedTensor:
     """Return a value of a batch as a column.
 
-    Tensors, numpy arrays (also read-only ones) in native byte order with positive strides, and arrays that support
-    DLPack, as those of JAX, share their memory with the column. Other arrays, Series of pandas or polars, and lists of
-    numbers are accepted too. uint64 becomes int64 with the same bits; uint32 and uint16 are widened. Note that JAX
+    Tensors, numpy arrays (including read-only ones) in native byte order with positive strides, and arrays that support
+    DLPack, such as those of JAX, share their memory with the column. Other arrays, pandas or polars Series, and lists
+    of numbers are also accepted. uint64 becomes int64 with the same bits; uint32 and uint16 are widened. Note that JAX
     truncates 64-bit ids to 32 bits unless ``jax_enable_x64`` is set.
 
     Args:
-        where: Start of error messages.
+        where: Prefix of error messages.
         value: The column.
 
     Raises:
@@ -61,18 +61,18 @@ def _as_tensor(where: str, value: Any) -> torch.Tensor:
         return _of_list(where, value, kind)
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         try:
-            taken: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
-            return taken
+            tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
+            return tensor
         except Exception as error:  # each library raises its own
             raise TypeError(
-                f"{where}: a {kind} cannot be imported by DLPack: {error}; give an array in a dtype that torch has, on "
-                f"one device; convert Arrow arrays of lists with ragged.from_arrow"
+                f"{where}: a {kind} cannot be imported through DLPack: {error}; pass an array on one device in a dtype "
+                f"that torch has; convert Arrow arrays of lists with ragged.from_arrow"
             ) from error
     if hasattr(value, "to_numpy") and not isinstance(value, type):
         array = np.asarray(value.to_numpy())
         if array.dtype.kind == "f" and str(getattr(value, "dtype", "")).startswith(("Int", "UInt")):
             raise TypeError(
-                f"{where} must not have missing values, got a {kind} of {value.dtype}; fill them, as .fillna(0)"
+                f"{where} must not have missing values, got a {kind} of {value.dtype}; fill them, as with .fillna(0)"
             )
         return _of_numpy(where, array, kind)
     raise TypeError(
@@ -87,7 +87,7 @@ def _of_numpy(where: str, array: np.ndarray[Any, Any], kind: str) -> torch.Tenso
             "M": "convert with .astype('datetime64[s]').astype(numpy.int64)",
             "m": "convert with .astype('timedelta64[s]').astype(numpy.int64)",
             "O": "convert strings with RaggedTensor.from_strings and lists with RaggedTensor.from_lists, and fill "
-            "missing values, as .fillna(0)",
+            "missing values, as with .fillna(0)",
         }
         remedy = remedies.get(array.dtype.kind, "convert strings with RaggedTensor.from_strings")
         raise TypeError(f"{where} must hold numbers, got a {kind} of {array.dtype}; {remedy}")
@@ -96,7 +96,7 @@ def _of_numpy(where: str, array: np.ndarray[Any, Any], kind: str) -> torch.Tenso
     if array.dtype.kind in "iu":
         array = array.view(
             f"{array.dtype.kind}{array.dtype.itemsize}"
-        )  # numpy has two types of one size, C's long and long long
+        )  # numpy has two types of the same size, C's long and long long
     if any(step < 0 for step in array.strides) or not array.flags.aligned:
         array = array.copy()
     try:
@@ -113,7 +113,7 @@ def _of_list(where: str, value: Any, kind: str) -> torch.Tensor:
         )
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return _of_numpy(where, np.asarray(value), kind)
-    # numpy infers float64 for some integers from 2^63 on.
+    # numpy infers float64 for some integers of 2^63 or more.
     for dtype in (np.int64, np.uint64):
         try:
             return _of_numpy(where, np.array(value, dtype=dtype), kind)

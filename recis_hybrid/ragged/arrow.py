@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def from_arrow(array: pa.Array | pa.ChunkedArray) -> RaggedTensor:
     """Build a RaggedTensor on the CPU from an Arrow array of lists, lists of lists, strings, or lists of strings.
 
-    Aligned numbers are shared with Arrow, not copied.
+    Aligned numbers share the memory of Arrow.
 
     Args:
         array: B rows without nulls.
@@ -43,7 +43,7 @@ def from_arrow(array: pa.Array | pa.ChunkedArray) -> RaggedTensor:
         levels.append(offsets)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    _refuse_nulls(array)
+    _check_no_nulls(array)
     if _is_string(array.type):
         values, offsets = _bytes_and_offsets(array)
         levels.append(offsets)
@@ -60,7 +60,7 @@ def from_arrow(array: pa.Array | pa.ChunkedArray) -> RaggedTensor:
 def to_arrow(ragged: RaggedTensor) -> pa.Array:
     """Return the rows as an Arrow array of large lists, or of large binaries where they are strings.
 
-    The numbers of a RaggedTensor on the CPU are shared, not copied.
+    Numbers on the CPU share the memory of the RaggedTensor.
 
     Args:
         ragged: B rows of values ``[N]``.
@@ -76,7 +76,7 @@ def to_arrow(ragged: RaggedTensor) -> pa.Array:
 
     values = ragged.values
     if ragged.weights is not None:
-        raise ValueError("to_arrow: an Arrow array cannot hold weights; convert them to an array of their own")
+        raise ValueError("to_arrow: an Arrow array cannot hold weights; convert them to a separate array")
     if values.dim() != 1:
         raise ValueError(f"to_arrow: values must be [N], got {list(values.shape)}; flatten them first")
     levels = [*ragged.outer, ragged.offsets]
@@ -90,7 +90,7 @@ def to_arrow(ragged: RaggedTensor) -> pa.Array:
     return array
 
 
-def _refuse_nulls(array: pa.Array) -> None:
+def _check_no_nulls(array: pa.Array) -> None:
     if array.null_count:
         raise ValueError(
             f"from_arrow: the array must have no nulls, got {array.null_count} among {len(array)} of {array.type}; "
@@ -113,10 +113,10 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _unnest(array: pa.Array) -> tuple[pa.Array, torch.Tensor]:
-    """Return the items of lists, and the lists' offsets."""
+    """Return the items and the offsets of lists."""
     from pyarrow import types
 
-    _refuse_nulls(array)
+    _check_no_nulls(array)
     if types.is_fixed_size_list(array.type):
         return array.flatten(), torch.arange(len(array) + 1) * array.type.list_size
     offsets = from_dlpack(array.offsets).to(torch.int64)

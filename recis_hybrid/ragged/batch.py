@@ -20,7 +20,7 @@ def batch_size(batch: Mapping[str, torch.Tensor | RaggedTensor]) -> int:
         batch: Columns by name.
 
     Raises:
-        TypeError: If a column has no rows, as a single number.
+        TypeError: If a column has no rows, such as a single number.
         ValueError: If the batch has no columns, or their numbers of rows differ.
 
     Example:
@@ -57,6 +57,6 @@ def batch_to(
     Args:
         batch: Columns by name.
         device: Target device.
-        non_blocking: As in ``torch.Tensor.to``.
+        non_blocking: See ``torch.Tensor.to``.
     """
     return {name: column.to(device, non_blocking=non_blocking) for name, column in batch.items()}

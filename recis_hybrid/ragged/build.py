@@ -35,7 +35,7 @@ def _unnest(where: str, items: list[Any]) -> tuple[list[Any], list[list[int]]]:
     while any(_is_list(item) for item in items):
         if not all(_is_list(item) for item in items):
             wrong = next(item for item in items if not _is_list(item))
-            raise ValueError(f"RaggedTensor.{where}: all lists must have the same depth, got {wrong!r} beside a list")
+            raise ValueError(f"RaggedTensor.{where}: all lists must have the same depth, got {wrong!r} and a list")
         lengths.append([len(item) for item in items])
         items = [value for item in items for value in item]
     return items, lengths
@@ -62,7 +62,7 @@ def from_strings(strings: Iterable[Any]) -> Parts:
     """Return the parts of :meth:`RaggedTensor.from_strings`."""
     items, lengths = _unnest("from_strings", list(strings))
     encoded = [item.encode() if isinstance(item, str) else bytes(item) for item in items]
-    # torch shares only writable memory, as a bytearray's.
+    # torch shares only writable memory, such as that of a bytearray.
     joined = bytearray(b"".join(encoded))
     values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     return values, offsets_of([len(string) for string in encoded]), None, tuple(map(offsets_of, lengths))

@@ -12,7 +12,7 @@ Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """Return a tensor's dtype and shape for a message, as ``int64[3]``."""
+    """Return a tensor's dtype and shape for a message, such as ``int64[3]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
@@ -68,8 +68,7 @@ def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, 
         count: Number of values, N.
         offsets: int64 ``[M + 1]``.
         outer: int64 offsets of the levels above.
-        tail: Whether there may be values (or lists) after those that the offsets reach, as operations on a GPU leave
-            them.
+        tail: Whether unused values (or lists) may follow the last offset; operations on a GPU may leave some.
 
     Raises:
         ValueError: If offsets do not start with 0, decrease, or do not end with the number of values or lists.
@@ -81,7 +80,7 @@ def check_content(count: int, offsets: torch.Tensor, outer: tuple[torch.Tensor, 
 
 
 def _check_offsets(name: str, offsets: torch.Tensor, count: int, items: str, tail: bool) -> None:
-    # A numpy view takes a tenth of the time of three torch calls, and readers build many RaggedTensors.
+    # A numpy view takes a tenth of the time of three torch calls, and readers create many RaggedTensors.
     array = offsets.numpy()
     if array[0] != 0:
         raise ValueError(

@@ -38,7 +38,7 @@ def to_padded(
             f"shorten the rows first (features.Truncate)"
         )
     padded = values.new_full((len(lengths), length, *values.shape[1:]), padding)
-    values = values[: int(offsets[-1])]  # operations on a GPU may leave unused ones after them
+    values = values[: int(offsets[-1])]  # operations on a GPU may leave unused values at the end
     rows, places = positions(offsets, values.shape[0])
     if side == "left":
         places = places + (length - lengths)[rows]
@@ -77,9 +77,7 @@ def to_nested(
     """Return the nested tensor of :meth:`RaggedTensor.to_nested`."""
     one_level("RaggedTensor.to_nested", outer)
     if weights is not None:
-        raise ValueError(
-            "RaggedTensor.to_nested: a nested tensor cannot hold weights; convert them to one of their own"
-        )
+        raise ValueError("RaggedTensor.to_nested: a nested tensor cannot hold weights; convert them to a separate one")
     return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
@@ -95,7 +93,7 @@ def from_nested(nested: torch.Tensor) -> Parts:
     values = nested.values()
     if lengths is None:
         return values, offsets, None, ()
-    # There are holes between rows: copy the values that rows reach.
+    # There are gaps between rows: copy the values that rows use.
     packed = torch.zeros_like(offsets)
     packed[1:] = lengths.cumsum(0)
     rows, places = positions(packed, int(packed[-1]))

@@ -21,9 +21,7 @@ def rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
     dims = 1 + len(outer) + values.dim()
     which = _without_ellipsis(which, dims)
     if len(which) > dims:
-        raise IndexError(
-            f"RaggedTensor: there can be at most {dims} indices, for rows, lists and values, got {len(which)}"
-        )
+        raise IndexError(f"RaggedTensor: indices must be at most {dims}, for rows, lists and values, got {len(which)}")
     result = _rows(parts, which[0] if which else slice(None))
     inner = which[1:]
     if not inner:
@@ -46,7 +44,7 @@ def _without_ellipsis(which: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
 
 
 def _number(which: Any) -> int | None:
-    """Return an index as an int if it is one, also numpy's or a tensor without dimensions; otherwise None."""
+    """Return an integer (of Python or numpy, or a tensor without dimensions) as an int; None for another index."""
     if isinstance(which, bool | np.bool_) or isinstance(which, slice | str | bytes):
         return None
     if isinstance(which, torch.Tensor | np.ndarray) and (which.ndim or not _whole(which)):
@@ -60,7 +58,7 @@ def _whole(which: torch.Tensor | np.ndarray[Any, Any]) -> bool:
     return which.dtype.kind in "iu"
 
 
-def _refused(which: Any) -> TypeError:
+def _wrong_index(which: Any) -> TypeError:
     return TypeError(
         f"RaggedTensor: an index must be an integer, a slice, a bool mask or a list of integers, got {which!r}"
     )
@@ -84,14 +82,14 @@ def _of_tensor(tensor: torch.Tensor, which: Sequence[Any], dim: int) -> torch.Te
                 tensor = tensor.index_select(dim, chosen)
             dim += 1
         else:
-            raise _no_list(index)
+            raise _wrong_inner_index(index)
     return tensor
 
 
-def _no_list(which: Any) -> Exception:
+def _wrong_inner_index(which: Any) -> Exception:
     if isinstance(which, torch.Tensor | np.ndarray | list | tuple):
         return IndexError("RaggedTensor: a list or a mask can only select rows; within rows use an integer or a slice")
-    return _refused(which)
+    return _wrong_index(which)
 
 
 def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
@@ -119,11 +117,11 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
 def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
     """Return the row numbers, int64, of a mask or a list of indices."""
     if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
-        raise _refused(which)
+        raise _wrong_index(which)
     try:
         numbers = torch.as_tensor(which, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _refused(which) from error
+        raise _wrong_index(which) from error
     if numbers.dtype == torch.bool:
         if numbers.shape != (count,):
             raise IndexError(f"RaggedTensor: a mask of rows must be [{count}], got {list(numbers.shape)}")
@@ -156,7 +154,7 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
             raise IndexError(
                 "RaggedTensor: within rows, which differ in length, an index must be an integer or a slice, got a list"
             )
-        raise _refused(index)
+        raise _wrong_index(index)
     starts, lengths = level[:-1], level[1:] - level[:-1]
     if number is not None:
         short = lengths < (number + 1 if number >= 0 else -number)
@@ -179,16 +177,17 @@ def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.T
         if weights is not None and not of_strings:
             weights = weights[taken]
     else:
-        alone = weights is not None and of_strings and depth + 2 == len(levels)  # strings, a weight each
+        by_string = weights is not None and of_strings and depth + 2 == len(levels)  # the lists are weighted strings
         below = tuple(levels[depth + 1 : -1])
-        values, inner, inner_weights, deeper = _taken((values, levels[-1], None if alone else weights, below), taken)
-        weights = weights[taken] if alone and weights is not None else inner_weights
+        lists = values, levels[-1], None if by_string else weights, below
+        values, inner, inner_weights, deeper = _taken(lists, taken)
+        weights = weights[taken] if by_string and weights is not None else inner_weights
         levels = [*levels[:depth], new_offsets, *deeper, inner]
     levels[depth] = new_offsets
     if number is None:
         result: Parts = (values, levels[-1], weights, tuple(levels[:-1]))
         return _within(result, rest, depth + 1) if rest else result
-    # A number replaces each list by one item, so its level goes.
+    # A number replaces each list by one item, which removes the level.
     del levels[depth]
     if not levels:
         return _of_tensor(values, rest, 1)
@@ -210,7 +209,7 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     def bound(index: int | None, default: torch.Tensor) -> torch.Tensor:
         if index is None:
             return default
-        # Any number beyond all lengths means the same, and these do not overflow.
+        # All numbers beyond the lengths are equivalent; clamp them so that sums do not overflow.
         index = max(min(index, 2**62), -(2**62))
         return (lengths + index if index < 0 else torch.full_like(lengths, index)).clamp(least, most)
 
@@ -222,7 +221,7 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def _between(parts: Parts, start: int, stop: int) -> Parts:
-    """Return the rows from start to stop, sharing the values."""
+    """Return the rows from start to stop; they share the values."""
     values, offsets, weights, outer = parts
     levels = []
     for level in (*outer, offsets):
@@ -258,7 +257,7 @@ def _taken(parts: Parts, numbers: torch.Tensor) -> Parts:
 def concat(parts: Sequence[Parts]) -> Parts:
     """Return the parts of :meth:`RaggedTensor.concat`."""
     if not parts:
-        raise ValueError("RaggedTensor.concat: parts must hold at least one RaggedTensor, got none")
+        raise ValueError("RaggedTensor.concat: parts must contain at least one RaggedTensor, got none")
     kinds = {
         (values.dtype, values.shape[1:], values.device, weights is not None, len(outer))
         for values, _, weights, outer in parts
@@ -268,18 +267,19 @@ def concat(parts: Sequence[Parts]) -> Parts:
             f"RaggedTensor.concat: parts must agree in dtype, shape of values, device and number of levels, and all "
             f"have weights or none, got {sorted(map(str, kinds))}"
         )
-    # Operations on a GPU may leave values after those that the offsets reach. A trace has no offsets to read.
+    # Operations on a GPU may leave unused values after the last offset; drop them. A trace has no offsets to read.
     if not torch.compiler.is_compiling():
         parts = [_between(one, 0, (*one[3], one[1])[0].shape[0] - 1) for one in parts]
     levels = [
-        _joined([(*outer, offsets)[depth] for _, offsets, _, outer in parts]) for depth in range(len(parts[0][3]) + 1)
+        _concat_offsets([(*outer, offsets)[depth] for _, offsets, _, outer in parts])
+        for depth in range(len(parts[0][3]) + 1)
     ]
     weighted = [weights for _, _, weights, _ in parts if weights is not None]
     weights = torch.cat(weighted) if weighted else None
     return torch.cat([one[0] for one in parts]), levels[-1], weights, tuple(levels[:-1])
 
 
-def _joined(offsets: Sequence[torch.Tensor]) -> torch.Tensor:
+def _concat_offsets(offsets: Sequence[torch.Tensor]) -> torch.Tensor:
     moved, before = [offsets[0][:1]], offsets[0].new_zeros(())
     for one in offsets:
         moved.append(one[1:] + before)

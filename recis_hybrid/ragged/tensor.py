@@ -20,7 +20,7 @@ class RaggedTensor:
 
     A column of strings is a RaggedTensor whose ``values`` hold the bytes of all strings as uint8; a row is a string.
 
-    Rows may hold lists, and these may hold lists again. Then ``offsets`` belongs to the innermost lists and ``outer``
+    Rows may hold lists, and these may hold further lists. Then ``offsets`` belongs to the innermost lists and ``outer``
     to the levels above: list j of the innermost level is ``values[offsets[j]:offsets[j + 1]]``, and row i of two levels
     consists of the lists ``outer[0][i]`` to ``outer[0][i + 1]``. Rows of strings have two levels.
 
@@ -29,10 +29,10 @@ class RaggedTensor:
     identity.
 
     Args:
-        values: ``[N]`` or ``[N, ...]``, any dtype: the rows one after another.
+        values: ``[N]`` or ``[N, ...]``, any dtype: the concatenated rows.
         offsets: int64 ``[M + 1]`` on the device of ``values``; starts with 0, never decreases and ends with N. M equals
             B unless there are levels above.
-        weights: float32 ``[N]`` on the device of ``values``, a weight for each value; None if all count equally. Lists
+        weights: float32 ``[N]`` on the device of ``values``, a weight for each value; None means equal weights. Lists
             of strings (uint8 with levels above) have a weight for each string, ``[M]``.
         outer: Offsets of the levels above, int64, the outermost (``[B + 1]``) first; each ends with the number of lists
             of the next level.
@@ -63,7 +63,7 @@ class RaggedTensor:
         if type(self.outer) is not tuple:
             object.__setattr__(self, "outer", tuple(self.outer))
         checks.check_form(self.values, self.offsets, self.weights, self.outer)
-        # A trace has no content to check, nor need a tensor of another class (fake, functional) have any.
+        # A trace, or a tensor of another class (fake, functional), has no content to check.
         if self.offsets.is_cpu and type(self.offsets) is torch.Tensor and not torch.compiler.is_compiling():
             checks.check_content(self.values.shape[0], self.offsets, self.outer)
 
@@ -75,15 +75,15 @@ class RaggedTensor:
         weights: torch.Tensor | None = None,
         outer: tuple[torch.Tensor, ...] = (),
     ) -> RaggedTensor:
-        """Return a RaggedTensor of tensors that are known to fit together, without checking them.
+        """Return a RaggedTensor of tensors that are known to be consistent, without checking them.
 
-        Checks cost more than a small transformation of a RaggedTensor that is already valid, and a GPU may still be
-        computing the tensors.
+        Checks cost more than a small transformation of a valid RaggedTensor, and a GPU may still be computing the
+        tensors.
         """
         if torch.compiler.is_compiling():
             return cls(values, offsets, weights, outer)
         result = object.__new__(cls)
-        # The frozen dataclass's __setattr__ refuses assignments.
+        # A frozen dataclass rejects assignments.
         result.__dict__.update(values=values, offsets=offsets, weights=weights, outer=outer)
         return result
 
@@ -162,7 +162,7 @@ class RaggedTensor:
 
     @classmethod
     def concat(cls, parts: Sequence[RaggedTensor]) -> RaggedTensor:
-        """Return the rows of several RaggedTensors one after another; waits for a GPU.
+        """Concatenate the rows of several RaggedTensors; waits for a GPU.
 
         Args:
             parts: At least one; all with the same levels, dtype and device, and all weighted or none.
@@ -188,7 +188,7 @@ class RaggedTensor:
 
     @property
     def device(self) -> torch.device:
-        """The device of all its tensors."""
+        """The device of all tensors."""
         return self.values.device
 
     @property
@@ -204,16 +204,16 @@ class RaggedTensor:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> RaggedTensor:
         """Return the same rows on ``device``; ``self`` if they are already there.
 
-        Operations on a GPU may leave unused values after the last row. They are dropped on the way to the CPU, unless
-        ``non_blocking`` is True: the number of values in use is known only after the copy.
+        Operations on a GPU may leave unused values after the last row. A copy to the CPU drops them, unless
+        ``non_blocking`` is True, because the number of values in use is known only after the copy.
 
         Args:
             device: Target device.
-            non_blocking: As in ``torch.Tensor.to``.
+            non_blocking: See ``torch.Tensor.to``.
         """
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         arrived = moved.values.is_cpu and not self.values.is_cpu and not non_blocking
-        # A trace has no numbers to read, nor has a tensor of another class (fake, functional).
+        # A trace, or a tensor of another class (fake, functional), has no numbers to read.
         readable = arrived and type(moved.offsets) is torch.Tensor and not torch.compiler.is_compiling()
         return moved._in_use() if readable else moved
 
@@ -222,7 +222,7 @@ class RaggedTensor:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
-        """Return whether all its tensors lie in pinned memory."""
+        """Return whether all tensors are in pinned memory."""
         return all(tensor.is_pinned() for tensor in self._tensors())
 
     def to_lists(self) -> list[list[Any]]:
@@ -265,16 +265,16 @@ class RaggedTensor:
         return dense.to_nested(self.values, self.offsets, self.weights, self.outer)
 
     def validate(self) -> RaggedTensor:
-        """Check all rules, including the content of offsets on a GPU, for which it waits.
+        """Check all rules, including the content of offsets; waits for a GPU.
 
-        On a GPU there may be more values than the offsets reach, as operations that shorten rows leave them.
+        On a GPU, unused values may follow the last offset; operations that shorten rows may leave some.
 
         Returns:
             ``self``.
 
         Raises:
-            TypeError: As the constructor does.
-            ValueError: As the constructor does.
+            TypeError: See the constructor.
+            ValueError: See the constructor.
         """
         checks.check_form(self.values, self.offsets, self.weights, self.outer)
         outer = tuple(level.cpu() for level in self.outer)
@@ -284,14 +284,14 @@ class RaggedTensor:
     def __getitem__(self, which: Any) -> Any:
         """Return rows, or items of rows.
 
-        The first index selects rows. Further ones, as in ``r[1:3, :2]``, select within each row, one for each level of
-        lists and then for each dimension of the values; they wait for a GPU. ``...`` stands for full slices.
+        The first index selects rows. Further indices, as in ``r[1:3, :2]``, select within each row, one for each level
+        of lists and then for each dimension of the values; they wait for a GPU. ``...`` stands for full slices.
 
         Args:
-            which: An integer gives a row: a view of its values, or a RaggedTensor of its lists (without weights if
-                these are strings). A slice, a list or tensor of integers, or a bool mask ``[B]`` gives a RaggedTensor
-                of these rows; a slice of step 1 shares the values. Within rows, a slice takes the items that each list
-                has, and an integer takes one item that every list must have.
+            which: An integer returns a row: a view of its values, or a RaggedTensor of its lists (without weights if
+                these are strings). A slice, a list or tensor of integers, or a bool mask ``[B]`` returns a RaggedTensor
+                of these rows; a slice of step 1 shares the values. Within rows, a slice selects the items that each
+                list has, and an integer selects one item that every list must have.
 
         Raises:
             IndexError: If there is no such row or item, there are more indices than levels and dimensions, or a list or

@@ -19,7 +19,7 @@ def _jagged_module(where: str) -> Any:
         from torchrec.sparse import jagged_tensor
     except ImportError as error:
         raise ImportError(
-            f"{where}: TorchRec cannot be imported ({error}); install it beside this torch, e.g. "
+            f"{where}: TorchRec cannot be imported ({error}); install a version for this torch, e.g. "
             f"`pip install --no-deps torchrec`"
         ) from error
     return jagged_tensor
@@ -62,24 +62,24 @@ def to_keyed_jagged(columns: Mapping[str, RaggedTensor]) -> Any:
         ValueError: If there are no columns, or they differ.
     """
     if not columns:
-        raise ValueError("to_keyed_jagged: columns must hold at least one column, got none")
+        raise ValueError("to_keyed_jagged: columns must contain at least one column, got none")
     for column in columns.values():
         one_level("to_keyed_jagged", column.outer)
     rows = {name: column.batch_size for name, column in columns.items()}
     weighted = {name: column.weights is not None for name, column in columns.items()}
     dtypes = {name: column.dtype for name, column in columns.items()}
-    for found in (rows, weighted, dtypes):
-        if len(set(found.values())) > 1:
+    for values in (rows, weighted, dtypes):
+        if len(set(values.values())) > 1:
             raise ValueError(
-                f"to_keyed_jagged: columns must hold one number of rows and one dtype, and all weights or none, "
-                f"got {found}"
+                f"to_keyed_jagged: columns must have the same number of rows and dtype, and all weights or none, "
+                f"got {values}"
             )
-    # Operations on a GPU may leave values after those that the offsets reach; a slice drops them.
-    reached = [column[:] for column in columns.values()]
-    weights = [column.weights for column in reached if column.weights is not None]
+    # Operations on a GPU may leave unused values after the last offset; a slice drops them.
+    trimmed = [column[:] for column in columns.values()]
+    weights = [column.weights for column in trimmed if column.weights is not None]
     return _jagged_module("to_keyed_jagged").KeyedJaggedTensor(
         keys=list(columns),
-        values=torch.cat([column.values for column in reached]),
+        values=torch.cat([column.values for column in trimmed]),
         lengths=torch.cat([column.lengths() for column in columns.values()]),
         weights=torch.cat(weights) if weights else None,
     )

@@ -1,4 +1,4 @@
-"""Columns from numpy, pandas, JAX and others: shared, copied, or refused by name."""
+"""Columns from numpy, pandas, JAX and others: shared, copied, or rejected with the name of the column."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from recis_hybrid.ragged.arrays import as_column
 IDS = np.array([3, -1, 2**63 - 1, 3], dtype=np.int64)
 
 
-def taken(value: Any) -> torch.Tensor:
-    made = as_column("column 'x'", value)
-    assert isinstance(made, torch.Tensor)
-    return made
+def tensor_of(value: Any) -> torch.Tensor:
+    column = as_column("column 'x'", value)
+    assert isinstance(column, torch.Tensor)
+    return column
 
 
 def read_only(values: Any) -> Any:
@@ -35,30 +35,30 @@ def read_only(values: Any) -> Any:
 )
 def test_numpy_arrays_share_their_memory(dtype: Any) -> None:
     values = np.array([0, 1, 1], dtype=dtype)
-    for given in (values, read_only(values), np.stack([values, values])[:, ::2], values[:0]):
-        made = taken(given)
-        assert made.numpy().dtype == dtype
-        assert np.array_equal(made.numpy(), given)
-        assert not given.size or made.data_ptr() == given.ctypes.data
+    for source in (values, read_only(values), np.stack([values, values])[:, ::2], values[:0]):
+        column = tensor_of(source)
+        assert column.numpy().dtype == dtype
+        assert np.array_equal(column.numpy(), source)
+        assert not source.size or column.data_ptr() == source.ctypes.data
 
 
 def test_read_only_memory_lives_as_long_as_its_tensor() -> None:
-    made = taken(read_only(np.arange(1_000_000)))
+    column = tensor_of(read_only(np.arange(1_000_000)))
     filler = [np.zeros(1_000_000) for _ in range(3)]
-    assert made.sum() == 499_999_500_000
+    assert column.sum() == 499_999_500_000
     assert len(filler) == 3
-    assert taken(np.frombuffer(b"\x01\x00\x00\x00\x00\x00\x00\x00", dtype=np.int64)).tolist() == [1]
+    assert tensor_of(np.frombuffer(b"\x01\x00\x00\x00\x00\x00\x00\x00", dtype=np.int64)).tolist() == [1]
 
 
 def test_copied_numpy_arrays() -> None:
     swapped = IDS.astype(IDS.dtype.newbyteorder(">"))
     misaligned = np.frombuffer(b"\0" + IDS.tobytes(), dtype=np.uint8)[1:].view(np.int64)
-    for given in (swapped, misaligned, IDS[::-1][::-1][::-1]):
-        assert taken(given).tolist() == given.tolist()
-    assert taken(np.array([2**64 - 1, 2**63, 7], dtype=np.uint64)).tolist() == [-1, -(2**63), 7]
-    assert taken(np.array([2**32 - 1], dtype=np.uint32)).dtype == torch.int64
-    assert taken(np.array([2**16 - 1], dtype=np.uint16)).tolist() == [65_535]
-    assert taken(np.array([2**64 - 1], dtype=">u8")).tolist() == [-1]
+    for source in (swapped, misaligned, IDS[::-1][::-1][::-1]):
+        assert tensor_of(source).tolist() == source.tolist()
+    assert tensor_of(np.array([2**64 - 1, 2**63, 7], dtype=np.uint64)).tolist() == [-1, -(2**63), 7]
+    assert tensor_of(np.array([2**32 - 1], dtype=np.uint32)).dtype == torch.int64
+    assert tensor_of(np.array([2**16 - 1], dtype=np.uint16)).tolist() == [65_535]
+    assert tensor_of(np.array([2**64 - 1], dtype=">u8")).tolist() == [-1]
 
 
 def test_tensors_are_returned_unchanged() -> None:
@@ -66,24 +66,24 @@ def test_tensors_are_returned_unchanged() -> None:
     assert as_column("x", column) is column
     assert as_column("x", rows) is rows
     unsigned = torch.tensor([-1]).view(torch.uint64)
-    assert taken(unsigned).tolist() == [-1]
-    assert taken(unsigned).data_ptr() == unsigned.data_ptr()
-    made = as_column("x", RaggedTensor(unsigned, torch.tensor([0, 1])))
-    assert isinstance(made, RaggedTensor)
-    assert made.to_lists() == [[-1]]
+    assert tensor_of(unsigned).tolist() == [-1]
+    assert tensor_of(unsigned).data_ptr() == unsigned.data_ptr()
+    column = as_column("x", RaggedTensor(unsigned, torch.tensor([0, 1])))
+    assert isinstance(column, RaggedTensor)
+    assert column.to_lists() == [[-1]]
 
 
 def test_lists_of_numbers() -> None:
-    assert taken([1, -2]).dtype == taken((3,)).dtype == taken([]).dtype == torch.int64
-    assert taken([0.5]).tolist() == [0.5]
-    assert taken([2**64 - 1, 1]).tolist() == [-1, 1]
-    assert taken(np.array([1, 2], dtype=np.longlong)).tolist() == taken([np.int64(1), 2]).tolist() == [1, 2]
-    assert taken([True, False]).dtype == torch.bool
+    assert tensor_of([1, -2]).dtype == tensor_of((3,)).dtype == tensor_of([]).dtype == torch.int64
+    assert tensor_of([0.5]).tolist() == [0.5]
+    assert tensor_of([2**64 - 1, 1]).tolist() == [-1, 1]
+    assert tensor_of(np.array([1, 2], dtype=np.longlong)).tolist() == tensor_of([np.int64(1), 2]).tolist() == [1, 2]
+    assert tensor_of([True, False]).dtype == torch.bool
 
 
 def test_arrow_arrays_of_numbers() -> None:
-    assert taken(pa.array([1, 2])).tolist() == [1, 2]
-    assert taken(pa.chunked_array([[1], [2]])).tolist() == [1, 2]
+    assert tensor_of(pa.array([1, 2])).tolist() == [1, 2]
+    assert tensor_of(pa.chunked_array([[1], [2]])).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -104,51 +104,51 @@ def test_arrow_arrays_of_numbers() -> None:
         ("abc", TypeError, "must be a Tensor or a RaggedTensor, .* got str; "),
         (5, TypeError, "got int;"),
         (array.array("q", [1]), TypeError, "got array.array;"),
-        (pa.array([[1]]), TypeError, "a pyarrow.ListArray cannot be imported by DLPack"),
-        (pa.array([1, None]), TypeError, "cannot be imported by DLPack"),
+        (pa.array([[1]]), TypeError, "a pyarrow.ListArray cannot be imported through DLPack"),
+        (pa.array([1, None]), TypeError, "cannot be imported through DLPack"),
     ],
 )
-def test_invalid_columns_are_refused_by_name(value: Any, error: Any, message: str) -> None:
+def test_invalid_columns_are_rejected_with_their_names(value: Any, error: Any, message: str) -> None:
     if error is None:
-        assert taken(value).is_complex()
+        assert tensor_of(value).is_complex()
         return
     with pytest.raises(error, match=message):
-        taken(value)
+        tensor_of(value)
 
 
 def test_pandas() -> None:
     pd = pytest.importorskip("pandas", reason="pandas is not installed")
     frame = pd.DataFrame({"user": [5, -6, 5], "price": [0.5, 1, 2], "name": ["a", "b", None]}, index=[7, 8, 9])
-    assert taken(frame["user"]).tolist() == [5, -6, 5]
-    assert taken(frame["user"].astype("Int64")).dtype == torch.int64
-    assert taken(frame[["user", "user"]]).shape == (3, 2)
-    for given, message in (
+    assert tensor_of(frame["user"]).tolist() == [5, -6, 5]
+    assert tensor_of(frame["user"].astype("Int64")).dtype == torch.int64
+    assert tensor_of(frame[["user", "user"]]).shape == (3, 2)
+    for source, message in (
         (frame["name"], "must hold numbers, got a pandas.Series of object; convert strings"),
         (pd.Series([1, None], dtype="Int64"), "must not have missing values, got a pandas.Series of Int64; fill them"),
         (pd.Series([pd.Timestamp("2024-01-01")]), "convert with .astype"),
     ):
         with pytest.raises(TypeError, match=message):
-            taken(given)
+            tensor_of(source)
 
 
 @pytest.mark.jax
-def test_arrays_of_jax_share_their_memory() -> None:
+def test_jax_arrays_share_their_memory() -> None:
     jax = pytest.importorskip("jax")
     ids = jax.numpy.arange(64, dtype=jax.numpy.int32)
-    made = taken(ids)
-    assert made.dtype == torch.int32
-    assert made.data_ptr() == ids.unsafe_buffer_pointer()
+    column = tensor_of(ids)
+    assert column.dtype == torch.int32
+    assert column.data_ptr() == ids.unsafe_buffer_pointer()
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=4), "y": EmbeddingConfig(dim=4)})
     same = engine({"x": ids, "y": np.arange(64)})
     assert torch.equal(same["x"], engine({"x": torch.arange(64), "y": torch.arange(64)})["x"])
     with jax.enable_x64(True):
         wide = jax.numpy.array([2**62, -5])
-        assert taken(wide).tolist() == [2**62, -5]
-        assert taken(jax.numpy.array([2**64 - 1], dtype=jax.numpy.uint64)).tolist() == [-1]
+        assert tensor_of(wide).tolist() == [2**62, -5]
+        assert tensor_of(jax.numpy.array([2**64 - 1], dtype=jax.numpy.uint64)).tolist() == [-1]
 
     def traced(ids: Any) -> Any:
         with pytest.raises(TypeError, match="column 'x' must be a Tensor .* got jax"):
-            taken(ids)
+            tensor_of(ids)
         return ids
 
     jax.jit(traced)(ids)
@@ -169,7 +169,7 @@ def test_engines_accept_arrays() -> None:
         [Feature("id", ops=[Hash(), Mod(100)]), Feature("price", ops=[Clip(0, 1)]), Feature("raw")]
     )
     batch = {"id": np.array([1, 2], dtype=np.uint64), "price": [0.5, 3.0], "raw": np.array([True, False])}
-    made = features({**batch, "label": IDS})
+    column = features({**batch, "label": IDS})
     want = features(
         {
             "id": torch.tensor([1, 2]),
@@ -177,8 +177,8 @@ def test_engines_accept_arrays() -> None:
             "raw": torch.tensor([True, False]),
         }
     )
-    assert all(torch.equal(made[name], want[name]) for name in want)
-    assert made["label"] is IDS
+    assert all(torch.equal(column[name], want[name]) for name in want)
+    assert column["label"] is IDS
     with pytest.raises(TypeError, match="feature 'id', hash.farm.: Hash takes integers, got torch.float32"):
         features({**batch, "id": np.float32([1, 2])})
     with pytest.raises(ValueError, match="column 'raw': it has 3 rows"):

@@ -32,11 +32,11 @@ def test_lists_of_lists() -> None:
     assert nested.weights.tolist() == [0.5, 1, 2]
     assert repr(nested) == "RaggedTensor(batch_size=3, levels=2, values=int64[3], weights=float32[3], device=cpu)"
     assert nested.validate() is nested
-    with pytest.raises(ValueError, match="must have the same depth, got 1 beside a list"):
+    with pytest.raises(ValueError, match="must have the same depth, got 1 and a list"):
         RaggedTensor.from_lists([[[1], 1]])
     words = RaggedTensor.from_strings([["a", "é"], [], [b""]])
     assert words.to_strings() == [[b"a", "é".encode()], [], [b""]]
-    with pytest.raises(ValueError, match="must have the same depth, got 'b' beside a list"):
+    with pytest.raises(ValueError, match="must have the same depth, got 'b' and a list"):
         RaggedTensor.from_strings([["a"], "b"])
 
 
@@ -55,7 +55,7 @@ def test_lists_of_lists() -> None:
         ([torch.tensor([0, 2]).to("meta")], ValueError, r"outer\[0\] and values must be on one device"),
     ],
 )
-def test_wrong_levels_are_refused(outer: Any, error: type[Exception], message: str) -> None:
+def test_wrong_levels_are_rejected(outer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RaggedTensor(torch.arange(3), torch.tensor([0, 1, 3]), None, outer)
 
@@ -79,7 +79,7 @@ def test_padded(device: str) -> None:
     assert RaggedTensor.from_padded(vectors.to_padded(), torch.tensor([0, 2])).to_lists() == vectors.to_lists()
 
 
-def test_padding_refuses_to_drop_values() -> None:
+def test_padding_never_drops_values() -> None:
     rows = RaggedTensor.from_lists(ROWS)
     with pytest.raises(ValueError, match=r"longest row, got 2; shorten the rows first"):
         rows.to_padded(2)
@@ -134,7 +134,7 @@ def test_arrow_of_other_kinds() -> None:
     assert to_arrow(values).values.buffers()[1].address == values.values.data_ptr()
 
 
-def test_arrow_refuses_nulls_and_weights() -> None:
+def test_arrow_rejects_nulls_and_weights() -> None:
     with pytest.raises(ValueError, match="must have no nulls, got 1 among 2"):
         from_arrow(pa.array([[1], None]))
     with pytest.raises(TypeError, match="must hold lists of numbers, strings, or lists of these, got int64"):
@@ -146,7 +146,7 @@ def test_arrow_refuses_nulls_and_weights() -> None:
 
 
 class FakeJagged:
-    """The part of TorchRec's classes that the conversions use."""
+    """The part of TorchRec's classes that conversions use."""
 
     def __init__(self, **parts: Any) -> None:
         self.parts = parts
@@ -163,14 +163,14 @@ class FakeJagged:
     def to_dict(self) -> dict[str, FakeJagged]:
         lengths = self.parts["lengths"].view(len(self.parts["keys"]), -1)
         found, begin = {}, 0
-        for key, mine in zip(self.parts["keys"], lengths, strict=True):
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mine.cumsum(0)])
+        for key, key_lengths in zip(self.parts["keys"], lengths, strict=True):
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), key_lengths.cumsum(0)])
             found[key] = FakeJagged(values=self.values()[begin : begin + int(offsets[-1])], offsets=offsets)
             begin += int(offsets[-1])
         return found
 
 
-def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrec_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(JaggedTensor=FakeJagged, KeyedJaggedTensor=FakeJagged)
     monkeypatch.setitem(__import__("sys").modules, "torchrec", SimpleNamespace())
     monkeypatch.setitem(__import__("sys").modules, "torchrec.sparse", SimpleNamespace(jagged_tensor=module))
@@ -190,7 +190,7 @@ def test_torchrec_by_its_interface(monkeypatch: pytest.MonkeyPatch) -> None:
         to_keyed_jagged({})
 
 
-def test_torchrec_itself() -> None:
+def test_installed_torchrec() -> None:
     pytest.importorskip("torchrec", reason="TorchRec is not installed")
     rows = RaggedTensor.from_lists(ROWS)
     assert from_jagged(to_jagged(rows)).to_lists() == ROWS
@@ -198,7 +198,7 @@ def test_torchrec_itself() -> None:
     assert found["b"].to_lists() == ROWS
 
 
-def test_missing_torchrec_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchrec_raises_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torchrec", "torchrec.sparse"):  # the second may already be imported
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match="TorchRec cannot be imported .*pip install --no-deps torchrec"):
@@ -215,8 +215,8 @@ def test_rows_by_number_and_slice() -> None:
     assert part.values.data_ptr() == rows.values[3:].data_ptr()
     assert rows[::-1].to_lists() == ROWS[::-1]
     assert rows[2:1].to_lists() == []
-    taken = rows[torch.tensor([2, 0, 2])]
-    assert (taken.to_lists(), taken.weights.tolist()) == ([[4], [1, 2, 3], [4]], [3, 0.5, 1, 2, 3])
+    selected = rows[torch.tensor([2, 0, 2])]
+    assert (selected.to_lists(), selected.weights.tolist()) == ([[4], [1, 2, 3], [4]], [3, 0.5, 1, 2, 3])
     assert rows[[-1]].to_lists() == [[4]]
     assert rows[torch.tensor([True, False, True])].to_lists() == [[1, 2, 3], [4]]
     nested = RaggedTensor.from_lists(NESTED)

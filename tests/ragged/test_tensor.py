@@ -42,7 +42,7 @@ def test_from_lists_accepts_a_dtype_and_weights() -> None:
     assert ragged.weights.tolist() == [0.5, 2.0, 1.0]
 
 
-def test_from_lists_refuses_weights_of_another_shape() -> None:
+def test_from_lists_rejects_weights_of_a_different_shape() -> None:
     with pytest.raises(ValueError, match=r"as many weights as values.*\[2\] values and \[1\] weights"):
         RaggedTensor.from_lists([[1, 2]], weights=[[1.0]])
 
@@ -77,7 +77,7 @@ VALUES = torch.arange(3)
         (np.array([0, 3]), TypeError, "offsets must be a torch.Tensor, got ndarray"),
     ],
 )
-def test_wrong_offsets_are_refused(offsets: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_wrong_offsets_are_rejected(offsets: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RaggedTensor(VALUES, offsets)
 
@@ -91,12 +91,12 @@ def test_wrong_offsets_are_refused(offsets: torch.Tensor, error: type[Exception]
         (torch.ones(3, device="meta"), ValueError, "values must be on one device, got meta and cpu"),
     ],
 )
-def test_wrong_weights_are_refused(weights: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_wrong_weights_are_rejected(weights: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RaggedTensor(VALUES, torch.tensor([0, 3]), weights)
 
 
-def test_other_wrong_tensors_are_refused() -> None:
+def test_other_wrong_tensors_are_rejected() -> None:
     with pytest.raises(ValueError, match="without dimensions"):
         RaggedTensor(torch.tensor(1), torch.tensor([0]))
     with pytest.raises(ValueError, match="got cpu and meta"):
@@ -111,7 +111,7 @@ def test_ragged_tensors_are_frozen_and_compare_by_identity() -> None:
         one.values = VALUES  # type: ignore[misc]
 
 
-def test_repr_shows_shapes_and_no_content() -> None:
+def test_repr_shows_shapes_but_no_content() -> None:
     assert repr(RaggedTensor.from_lists([[1.0]], weights=[[2.0]])) == (
         "RaggedTensor(batch_size=1, values=float32[1], weights=float32[1], device=cpu)"
     )
@@ -126,7 +126,7 @@ def test_to_returns_self_if_nothing_moves() -> None:
     assert moved.weights.device.type == "meta"
 
 
-def test_to_strings_refuses_numbers() -> None:
+def test_to_strings_rejects_numbers() -> None:
     with pytest.raises(TypeError, match="uint8"):
         RaggedTensor.from_lists([[1]]).to_strings()
 
@@ -156,7 +156,7 @@ def test_batch_helpers() -> None:
     assert batch_to(batch, "cpu")["id"] is batch["id"]
 
 
-def test_columns_with_different_numbers_of_rows_are_refused() -> None:
+def test_columns_with_different_numbers_of_rows_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\{'id': 3, 'clicks': 1\}"):
         batch_size({"id": VALUES, "clicks": RaggedTensor.from_lists([[7]])})
     with pytest.raises(ValueError, match="no columns"):
@@ -201,7 +201,7 @@ def test_rows_of_weighted_strings() -> None:
 
 
 def test_unused_values_are_dropped() -> None:
-    # As in results of a GPU, whose size is an upper bound.
+    # As in results from a GPU, whose size is an upper bound.
     column = RaggedTensor.unchecked(torch.tensor([1, 2, 7, 7]), torch.tensor([0, 1, 2]), torch.ones(4))
     both = RaggedTensor.concat([column, column]).validate()
     assert both.to_lists() == [[1], [2], [1], [2]]
@@ -232,11 +232,11 @@ def test_columns_shortened_on_a_gpu_are_valid_on_the_cpu() -> None:
     assert column.to("cuda") is column
 
 
-# Indices against those of nested Python lists.
+# Indices, compared with nested Python lists
 
 
-def plain(made: Any) -> Any:
-    return made.to_lists() if isinstance(made, RaggedTensor) else made.tolist()
+def plain(result: Any) -> Any:
+    return result.to_lists() if isinstance(result, RaggedTensor) else result.tolist()
 
 
 def indexed(nested: Any, which: Sequence[Any]) -> Any:
@@ -260,7 +260,7 @@ inner_index = st.one_of(slices, st.integers(-3, 3))
     st.lists(inner_index, max_size=2),
     st.booleans(),
 )
-def test_indices_are_those_of_nested_lists(rows: Any, first: Any, inner: list[Any], nested: bool) -> None:
+def test_indices_match_nested_lists(rows: Any, first: Any, inner: list[Any], nested: bool) -> None:
     values = torch.tensor([item for row in rows for part in row for item in part], dtype=torch.int64)
     offsets = build.offsets_of([len(part) for row in rows for part in row])
     outer = build.offsets_of([len(row) for row in rows])
@@ -372,7 +372,7 @@ def test_indices_out_of_range(which: Any) -> None:
         RaggedTensor.from_lists([[1, 2], [3]])[which]
 
 
-def test_a_step_of_0() -> None:
+def test_a_step_of_0_raises() -> None:
     for which in (slice(None, None, 0), (slice(None), slice(None, None, 0)), (0, slice(None, None, 0))):
         with pytest.raises(ValueError, match="step"):
             RaggedTensor.from_lists([[1]])[which]
