@@ -96,7 +96,7 @@ def _resume_hint(command: str) -> str:
 
 def _key_of_spec(text: str) -> str:
     """Return the configuration key of a Python argument in a message about a column."""
-    match = re.search(r"column '(.*?)' .*; give it \w+\((?:.*, )?(default|null_as_empty)=", text)
+    match = re.search(r"column '(.*?)' .*; use \w+\((?:.*, )?(default|null_as_empty)=", text)
     return "" if match is None else f"; in a configuration it is data.columns.{match[1]}.{match[2]}"
 
 

@@ -1,4 +1,4 @@
-"""From files to batches: read by pyarrow, and converted to tensors without a copy where possible."""
+"""Batches from files: read with pyarrow and converted to tensors, without copying where possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ColumnDataset: batches of columns from files, in an order that can be repeated and resumed."""
+"""ColumnDataset: batches of columns from files, in a reproducible and resumable order."""
 
 from __future__ import annotations
 
@@ -33,68 +33,68 @@ _READ, _SHARD = ReadOptions(), ShardOptions()
 class ColumnDataset(IterableDataset[Batch]):
     """Batches of columns from Parquet, ORC, Arrow IPC, CSV and JSON lines files, or from memory (``from_arrow``).
 
-    The order of the rows of an epoch is a function of the files and (seed, epoch). Batches are consecutive rows of that
-    order, and ranks take them in turn, so the order is the same for every number of ranks. With ``shuffle``, the pieces
-    of all files (row groups, stripes, record batches; CSV and JSON files are one piece) are put in a random order, and
-    then the rows in each block of ``shuffle_buffer`` consecutive rows. Smaller pieces and a larger buffer mix better; a
+    The order of the rows of an epoch depends only on the files and (seed, epoch). Batches are consecutive rows in that
+    order, and ranks take them in turn, so the order is the same for any number of ranks. With ``shuffle``, the pieces
+    of all files (row groups, stripes, record batches; a CSV or JSON file is one piece) are permuted first, and then the
+    rows within each block of ``shuffle_buffer`` consecutive rows. Smaller pieces and a larger buffer mix better. A
     buffer that holds all rows gives a uniform permutation.
 
-    Each ``iter()`` is one pass: from the beginning of the epoch, or from a loaded position. A complete pass advances
-    the dataset to the next epoch; an interrupted one does not.
+    Each ``iter()`` starts a pass, from the start of the epoch or from a loaded position. A complete pass advances the
+    dataset to the next epoch; an interrupted one does not.
 
-    Rows are counted after ``filters``: excluded rows have no place in the order. To count them, opening reads the
-    columns of the filters in the pieces that footers and folder names do not rule out.
+    Rows are counted after ``filters``; excluded rows are not part of the order. To count rows, opening reads the filter
+    columns of each piece that footers and folder names cannot rule out.
 
-    Numbers without nulls, read in the dtype of the file, are not copied from Arrow's decoded buffers into tensors,
-    unless they are filtered, shuffled, or in one of the few batches cut from two buffers (see
-    ``ReadOptions.decoded_rows``). Such tensors are slices of a buffer and keep all of it in memory.
+    Numbers without nulls that keep the dtype of the file share the memory of Arrow's decoded buffers, unless they are
+    filtered, shuffled, or in one of the few batches that span two buffers (see ``ReadOptions.decoded_rows``). Such
+    tensors are slices of a buffer and keep the whole buffer in memory.
 
-    Under ``torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)`` the workers share the rank's batches,
-    which arrive in the same order. Each worker has a copy of the dataset: call ``set_epoch`` before each pass, and
-    ``state_dict(batches)`` with the number of batches that the loop received in it. Persistent workers
+    With ``torch.utils.data.DataLoader(data, batch_size=None, num_workers=n)``, the workers share the rank's batches,
+    which arrive in the same order. Each worker has a copy of the dataset, so call ``set_epoch`` before each pass, and
+    pass ``state_dict(batches)`` the number of batches that the loop received in the pass. Persistent workers
     (``persistent_workers=True``) follow ``set_epoch`` and ``load_state_dict`` too.
 
     When several ranks train together, all of them must open the dataset, in the same order relative to their other
-    collectives (unless ``ShardOptions`` gives an explicit rank). Processes started by a launcher such as torchrun join
-    the default group if the program has not done so. Opening ends with a collective in which the ranks compare what
-    they found: if one failed, or found other files or rows, all raise. Each row is read by one rank, and all ranks get
-    equally many batches: the rows of a last turn without a full batch for every rank are divided evenly (see
-    ``ShardOptions.uneven``). Passes and workers of a DataLoader do not communicate.
+    collectives (unless ``ShardOptions`` sets an explicit rank). Processes started by a launcher such as torchrun join
+    the default group if the program has not initialized it. Opening ends with a collective in which the ranks compare
+    what they found. If one of them failed, or found different files or rows, all raise. Each row is read by one rank,
+    and all ranks get the same number of batches: if the last turn cannot fill a batch for every rank, its rows are
+    divided evenly (see ``ShardOptions.uneven``). Passes and DataLoader workers do not communicate.
 
     Args:
-        paths: A file, a folder (all files below it with a known suffix, by name), a pattern, a URL of these
-            (``s3://bucket/clicks``, and whatever else pyarrow or fsspec knows), or a sequence of them. Text files may
-            be compressed (``.csv.gz``, ``.bz2``, ``.zst``, ``.lz4``). Folders named ``key=value`` give their files a
-            column ``key``; files with a column of that name must agree with the folder, otherwise they are refused.
-        columns: Columns to read: names, with specs derived from the types in the files, or specs by name (None derives
-            the spec). A batch has them in this order. A dotted path is a field of a struct (``user.age``), of structs
-            in a list, or the ``key`` or ``value`` of a map; the latter give lists. A column may have different types in
-            different files if one spec reads all of them: integers of any width, dates and timestamps, any list layout,
-            all nulls; with a dtype in the spec, numbers of any kind.
-        batch_size: Rows of a batch on one rank.
-        shuffle: Give each epoch a random order of its own.
+        paths: A file, a folder (all files below it with a known suffix, sorted by name), a glob pattern, a URL of any
+            of these (``s3://bucket/clicks``, or any other scheme that pyarrow or fsspec supports), or a sequence of
+            them. Text files may be compressed (``.csv.gz``, ``.bz2``, ``.zst``, ``.lz4``). Folders named ``key=value``
+            add a column ``key`` to their files. A file with its own column of that name must agree with the folder.
+        columns: Columns to read, in the order of a batch: names, with specs inferred from the types in the files, or
+            specs by name (None infers the spec). A dotted path selects a field of a struct (``user.age``) or of structs
+            in a list, or the ``key`` or ``value`` of a map; fields of lists and maps become lists. A column may have
+            different types in different files if one spec reads all of them: integers of any width, dates and
+            timestamps, any list layout, all nulls; with a dtype in the spec, any kind of number.
+        batch_size: Rows per batch on one rank.
+        shuffle: Read each epoch in a different random order.
         seed: Seed of the random order, not negative.
-        drop_remainder: Leave out the short last batch; with several ranks, the last turn unless every rank gets a full
-            batch in it.
-        filters: Rows to read: a ``pyarrow.compute`` expression, a list of (column, operator, value) that must all hold,
-            or a list of such lists, one of which must hold. Operators are ==, !=, <, <=, >, >=, ``in`` and ``not in``.
-            Values are compared exactly, whatever the type of the column: numbers, strings, bytes, booleans, dates and
-            times as ``datetime`` or ISO 8601 (UTC without a zone), decimals. A null matches ``== None``, ``in`` with
-            None, and ``not in`` without None; NaN matches ``== nan``, ``!=``, ``in`` with NaN and ``not in`` without.
-        transforms: Called with each batch in the reader's threads, possibly several at once; its result replaces the
-            batch.
-        device: Device of the batches, to which they are copied without blocking; None leaves them on the CPU.
-        read: How files are read: threads, prefetching, memory, file system, CSV dialect.
-        shard: Rank and world size, and the last turn of an epoch.
+        drop_remainder: Drop the short last batch; with several ranks, drop the last turn unless it fills a batch for
+            every rank.
+        filters: Rows to read: a ``pyarrow.compute`` expression, a list of (column, operator, value) conditions that
+            must all hold, or a list of such lists, of which at least one must hold. Operators are ==, !=, <, <=, >, >=,
+            ``in`` and ``not in``. Values are compared exactly, whatever the type of the column: numbers, strings,
+            bytes, booleans, decimals, and dates and times as ``datetime`` or ISO 8601 (UTC without a zone). A null
+            matches ``== None``, ``in`` with None, and ``not in`` without None; NaN matches ``== nan``, ``!=``, ``in``
+            with NaN and ``not in`` without.
+        transforms: Applied to each batch in the reader's threads, possibly concurrently; the result replaces the batch.
+        device: Device to which batches are copied without blocking; None leaves them on the CPU.
+        read: Options for reading files: threads, prefetching, memory, file system, CSV dialect.
+        shard: Rank, world size, and handling of an incomplete last turn.
 
     Raises:
         BadFileError: A file is damaged (a ValueError).
         FileNotFoundError: A file does not exist.
-        RuntimeError: A launcher started several processes and they cannot be joined.
-        TypeError: A column cannot be read by its spec, or an argument has the wrong type.
-        ValueError: A column is missing, files disagree about a column, there are no rows (or with ``drop_remainder`` or
-            ``uneven="drop"`` no batches), or an argument is out of range; or another rank could not open the dataset,
-            or found other files, rows or settings.
+        RuntimeError: A launcher started several processes, but they cannot form a process group.
+        TypeError: A spec cannot read its column, or an argument has the wrong type.
+        ValueError: A column is missing, files disagree on the type of a column, there are no rows (or no batches, with
+            ``drop_remainder`` or ``uneven="drop"``), or an argument is out of range; or another rank could not open the
+            dataset, or found different files, rows or settings.
 
     Example:
         >>> data = ColumnDataset("clicks/", ["user", "item", "label"], 4096, shuffle=True)  # doctest: +SKIP
@@ -147,26 +147,26 @@ class ColumnDataset(IterableDataset[Batch]):
     def from_arrow(
         cls, data: Any, columns: Sequence[str] | Mapping[str, Column | None], batch_size: int, **options: Any
     ) -> ColumnDataset:
-        """Read data in memory like a file, with the same arguments.
+        """Read in-memory data like a file, with the same arguments.
 
-        Tensors share the memory of ``data`` as they do with files, so write neither to them nor to ``data``. A reading
-        position can be loaded with data of the same number of rows, types and sampled values (up to 1,024 rows of each
-        column); other changes are not detected. Workers of a DataLoader that are not forked get a copy.
+        Tensors share the memory of ``data``, so write to neither. A reading position can be loaded for data with the
+        same number of rows, the same types and the same sampled values (up to 1,024 rows per column); other changes are
+        not detected. DataLoader workers that are not forked get a copy.
 
         Args:
             data: A ``pyarrow.Table``, RecordBatch or RecordBatchReader, a pandas or polars DataFrame, a Hugging Face
                 dataset, or anything else with ``__arrow_c_stream__``; a dictionary of columns, each a numpy array [B]
-                or [B, L], a tensor, a RaggedTensor or a list; or a list of any of these, read one after another. A
-                pandas index is ignored, and NaN of pandas is a null.
+                or [B, L], a tensor, a RaggedTensor or a list; or a list of any of these, read in sequence. A pandas
+                index is ignored, and a pandas NaN is a null.
 
-                Or a function without arguments that returns an iterable of such batches, the same at each call (or an
+                Or a function without arguments that returns an iterable of such batches, the same on each call (or an
                 iterable that can be iterated repeatedly, such as a streamed Hugging Face dataset). It is called twice
-                at opening, for the types and the number of rows, then once a pass, and only a few batches are in memory
-                at a time. Its batches are one piece, read by one thread: a resumed pass, and each rank and worker,
-                reads from the first batch and drops what it does not need.
+                on opening, for the types and the number of rows, then once per pass, and only a few batches are in
+                memory at a time. Its batches form one piece, read by one thread: a resumed pass, and each rank and
+                worker, reads from the first batch and discards what it does not need.
             columns: See ``ColumnDataset``.
             batch_size: See ``ColumnDataset``.
-            options: The other arguments of ``ColumnDataset``.
+            options: Other arguments of ``ColumnDataset``.
 
         Raises:
             TypeError: ``data`` is of an unknown kind, or an iterator, which can be read only once.
@@ -183,7 +183,7 @@ class ColumnDataset(IterableDataset[Batch]):
         return cls(source, columns, batch_size, **options)
 
     def __copy__(self) -> ColumnDataset:
-        """Return a dataset of the same rows at the start of the same epoch, with a reading position of its own."""
+        """Return a dataset of the same rows with an independent reading position, at the start of the epoch."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy._shared, copy._in_worker = SharedPosition(), False
@@ -200,17 +200,17 @@ class ColumnDataset(IterableDataset[Batch]):
         )
 
     def _check_not_empty(self, paths: Paths, filters: Filters) -> None:
-        """Raise if there is no row, or no batch."""
+        """Raise if there are no rows or no batches."""
         if self._num_rows == 0:
-            matching = "" if filters is None else f" that matches the filters {filters}"
+            matching = "" if filters is None else f" that match the filters {filters}"
             raise ValueError(
-                f"ColumnDataset: there is no row{matching} in {paths}; check the files and what wrote them"
+                f"ColumnDataset: there are no rows{matching} in {paths}; check the files and the job that wrote them"
             )
         if (self._drop_remainder or self._uneven == "drop") and len(self) == 0:
             option = "drop_remainder" if self._drop_remainder else "uneven='drop'"
             raise ValueError(
-                f"ColumnDataset: {option} leaves no batch of {self._num_rows} rows, as {self._world_size} ranks take "
-                f"{self._batch_size} rows each in a turn; choose a smaller batch_size"
+                f"ColumnDataset: {option} leaves no batch of {self._num_rows} rows, because {self._world_size} ranks "
+                f"take {self._batch_size} rows each per turn; choose a smaller batch_size"
             )
 
     def __len__(self) -> int:
@@ -229,16 +229,16 @@ class ColumnDataset(IterableDataset[Batch]):
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Damaged files and pieces that this process has left out so far."""
+        """Damaged files and pieces that this process has skipped so far."""
         return list(self._reader.files.skipped)
 
     @property
     def epoch(self) -> int:
-        """Epoch of the current pass, or of the next one if none is under way."""
+        """Epoch of the current pass, or of the next one if none is running."""
         return self._position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass read the whole of ``epoch``; a loaded state of that epoch is kept.
+        """Make the next pass read all of ``epoch``; a loaded state of the same epoch is kept.
 
         Args:
             epoch: Not negative.
@@ -254,15 +254,15 @@ class ColumnDataset(IterableDataset[Batch]):
             self._pass_start = replace(self._position)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Return the reading position, in types that JSON can hold; call it between any two batches.
+        """Return the reading position in JSON types; may be called between any two batches.
 
-        A batch counts as consumed once the loop over the dataset received it, however far the reader is ahead. The
-        state is the same on all ranks that received equally many batches.
+        A batch counts as consumed once the loop over the dataset has received it, no matter how far the reader is
+        ahead. The state is the same on all ranks that have received the same number of batches.
 
         Args:
             batches: Number of batches of the pass that the loop received from a DataLoader, whose workers read with
-                copies of this dataset; None if it iterates over the dataset itself. The pass is the last one started
-                since ``load_state_dict``, or since ``set_epoch`` with another epoch.
+                copies of this dataset; None if the loop iterates over the dataset itself. The pass is the last one
+                started since ``load_state_dict``, or since ``set_epoch`` with a different epoch.
         """
         position = self._position
         if batches is not None:
@@ -274,15 +274,15 @@ class ColumnDataset(IterableDataset[Batch]):
         return position.state(self._reader.order)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next pass yield exactly the rows that were left when ``state`` was saved.
+        """Make the next pass yield exactly the rows that remained when ``state`` was saved.
 
-        Batch size, number of ranks, columns, threads and prefetching may differ from then.
+        Batch size, number of ranks, columns, threads and prefetching may differ.
 
         Args:
             state: The result of ``state_dict``.
 
         Raises:
-            ValueError: It is not such a state, or one of other files, filters or another order of rows.
+            ValueError: ``state`` is not a reading position, or belongs to different files, filters or row order.
         """
         self._start_at(Position.from_state(state, self._reader.order))
 
@@ -298,7 +298,7 @@ class ColumnDataset(IterableDataset[Batch]):
                 raise RuntimeError(
                     f"ColumnDataset: opened as rank {self._rank} of {self._world_size}, before torch.distributed was "
                     f"initialized, but this is rank {now[0]} of {now[1]}; call init_process_group before opening the "
-                    f"dataset, or give it shard=ShardOptions(rank=..., world_size=...)"
+                    f"dataset, or pass shard=ShardOptions(rank=..., world_size=...)"
                 )
         in_worker = get_worker_info() is not None
         if in_worker and self._in_worker:
@@ -331,7 +331,7 @@ class ColumnDataset(IterableDataset[Batch]):
                 position.row = batches.after(turns)
                 # Copied on the consumer's current stream, so that the consumer needs no synchronization.
                 yield batch if self._device is None else batch_to(batch, self._device, non_blocking=True)
-                # The consumer is done with it; a reference here would keep one more batch in memory.
+                # A reference here would keep one more batch in memory while waiting for the next.
                 del batch
         if self._follows_group and worker is None:
             warn_gradients_not_averaged()

@@ -1,4 +1,4 @@
-"""Errors of damaged files, and the record of what was left out because of damage."""
+"""Errors for damaged files, and the record of what was skipped."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class BadFileError(ValueError):
-    """A file is damaged, has another format than its name says, or changed while it was read."""
+    """A file is damaged, does not have the format of its suffix, or changed while it was being read."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file, or a piece of one, left out because it is damaged."""
+    """A file, or a piece of one, that was skipped because it is damaged."""
 
     file: str
     """Path of the file."""
@@ -24,34 +24,34 @@ class Skipped:
     """Message of the error."""
 
 
-def not_whole(file: Any, name: str, error: Exception) -> BadFileError:
+def incomplete_file(file: Any, name: str, error: Exception) -> BadFileError:
     """Return the error for a file that cannot be opened."""
     size = file.filesystem.get_file_info(file.path).size
     return BadFileError(
-        f"columnio: {file} ({size or 0} bytes) is not a complete {name} file ({error}); it was truncated while written "
-        f'or copied, or has another format: rewrite it, or leave it out (on_bad_file="skip")'
+        f"columnio: {file} ({size or 0} bytes) is not a complete {name} file ({error}); it was truncated during "
+        f'writing or copying, or has another format: rewrite it, or skip it (on_bad_file="skip")'
     )
 
 
-def vanished(file: str, error: Exception) -> FileNotFoundError:
+def missing_file(file: str, error: Exception) -> FileNotFoundError:
     """Return the error for a file that existed when the dataset was opened."""
     return FileNotFoundError(
-        f"columnio: {file} existed when the dataset was opened, but is missing now ({error}); restore it, or leave it "
-        f'out (on_bad_file="skip")'
+        f"columnio: {file} existed when the dataset was opened, but is missing now ({error}); restore it, or skip it "
+        f'(on_bad_file="skip")'
     )
 
 
-def changed(file: str) -> BadFileError:
+def changed_file(file: str) -> BadFileError:
     """Return the error for a file that changed since the dataset was opened."""
     return BadFileError(
-        f"columnio: {file} changed since the dataset was opened (its size or modification time differs); open the "
-        f'dataset again, or continue without its rows (on_bad_file="skip")'
+        f"columnio: {file} changed since the dataset was opened (its size or modification time differs); reopen the "
+        f'dataset, or continue without its rows (on_bad_file="skip")'
     )
 
 
-def cannot_be_read(piece: str, file: str, error: Exception) -> BadFileError:
+def unreadable_piece(piece: str, file: str, error: Exception) -> BadFileError:
     """Return the error for a damaged piece of a file."""
     return BadFileError(
-        f"columnio: {piece} of {file} cannot be read ({error}); the file is damaged: rewrite it, or leave it out "
+        f"columnio: {piece} of {file} cannot be read ({error}); the file is damaged: rewrite it, or skip it "
         f'(on_bad_file="skip")'
     )

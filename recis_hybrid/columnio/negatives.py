@@ -1,4 +1,4 @@
-"""Negative sampling: items that a user did not choose, for each item that the user chose.
+"""Negative sampling: for each item that a user chose, items that the user did not choose.
 
 Letters: B rows of a batch, C candidate items, D draws of all rows together, P pairs of a row and an item of the row.
 """
@@ -20,7 +20,7 @@ from recis_hybrid.validation import check_integer
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Attempts to redraw items of the own row, before the draw is made from a list of all other items.
+# Number of redraws of a row's own items, before drawing from an explicit list of all other items.
 _REDRAWS = 16
 
 
@@ -37,27 +37,27 @@ class Candidates:
 class NegativeSampler:
     """Add a column of negatives to a batch: ``count`` items for each positive, none of them the row's own.
 
-    The own items of a row are its positives and its items in the columns ``exclude`` (such as the whole history of the
-    user); they are never drawn in that row. An item may be drawn twice in a row.
+    A row's own items are its positives and its items in the columns ``exclude`` (such as the user's whole history);
+    they are never drawn for that row. Another item may be drawn more than once for a row.
 
-    The draws are a function of (seed, epoch) and of the positives and excluded items of the batch: equal in all threads
-    and processes, and different for another batch. Use it as ``transforms`` of a ColumnDataset, or later.
+    The draws depend only on (seed, epoch) and on the positives and excluded items of the batch, so they are the same in
+    all threads and processes. Use the sampler as ``transforms`` of a ColumnDataset, or call it later.
 
     Args:
         positive: Column of positives: int64 [B], or a RaggedTensor of int64 values with one level.
-        count: Number of negatives per positive; or a column of integers [B], the number for each positive of the row.
+        count: Number of negatives per positive, or the name of a column of integers [B] with that number for each row.
         items: [C] int64, unique items to draw from; None draws from the positives of the batch.
-        frequencies: [C], positive frequencies of the items; None means equal ones. Without ``items``, the frequency of
-            an item is its number of occurrences among the positives of the batch.
+        frequencies: [C], positive frequencies of the items; None means equal frequencies. Without ``items``, the
+            frequency of an item is its number of occurrences among the positives of the batch.
         power: Items are drawn with probability proportional to frequency ** power: 0 is uniform, 1 is by frequency, and
             word2vec uses 0.75.
-        exclude: Columns of further own items of a row, in the same forms as ``positive``.
+        exclude: Columns with further own items of a row, of the same types as ``positive``.
         name: Name of the column of negatives.
         seed: Seed, not negative.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: ``items`` is empty or has an item twice, a frequency is not positive, a number is negative, or
+        ValueError: ``items`` is empty or has duplicates, a frequency is not positive, a number is negative, or
             frequencies to that power exceed the range of float64.
 
     Example:
@@ -97,16 +97,16 @@ class NegativeSampler:
                 f"{power}"
             )
         if items is None and frequencies is not None:
-            raise ValueError("NegativeSampler: frequencies belong to items, but there are none; give items too")
+            raise ValueError("NegativeSampler: frequencies need items, but items is None; pass items too")
         self._positive, self._count, self._exclude, self._name = positive, count, tuple(exclude), name
         self._power, self._seed = power, seed
-        # In memory shared with the workers of a DataLoader, which may persist from epoch to epoch.
+        # Shared with the workers of a DataLoader, which may persist across epochs.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._table = None if items is None else _table(items, frequencies, power)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # Memory sent to a worker is shared already; a deep copy gets memory of its own.
+        # Memory sent to a worker is already shared; a deep copy has new memory.
         self._epoch.share_memory_()
 
     def __copy__(self) -> NegativeSampler:
@@ -115,7 +115,7 @@ class NegativeSampler:
         return copy
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw as in ``epoch`` from now on, also in the workers of a DataLoader; call it between passes.
+        """Use the draws of ``epoch`` from now on, in DataLoader workers too; call it between passes.
 
         Args:
             epoch: Not negative.
@@ -134,11 +134,11 @@ class NegativeSampler:
 
         Returns:
             The batch with negatives: int64 [B, count] if positives are [B] and the count is a number; otherwise a
-            RaggedTensor of int64 whose row has the negatives of its positives one after another.
+            RaggedTensor of int64, in which a row holds the negatives of its positives in order.
 
         Raises:
-            TypeError: A column has another form.
-            ValueError: A column is missing, all candidates are own items of a row, or a count is negative.
+            TypeError: A column has the wrong type.
+            ValueError: A column is missing, all candidates are excluded in a row, or a count is negative.
         """
         rows, positives = self._pairs(batch, self._positive)
         others = [self._pairs(batch, name) for name in self._exclude]
@@ -204,8 +204,7 @@ def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) 
     ids, order = np.unique(items.cpu().numpy(), return_index=True)
     if len(ids) == 0 or len(ids) != items.numel():
         raise ValueError(
-            f"NegativeSampler: items must be at least one, without repetition, got {items.numel()} with {len(ids)} "
-            "distinct"
+            f"NegativeSampler: items must be unique and at least one, got {items.numel()} with {len(ids)} distinct"
         )
     if frequencies is None:
         return Candidates(ids, np.ones(len(ids)))
@@ -215,7 +214,7 @@ def _table(items: torch.Tensor, frequencies: torch.Tensor | None, power: float) 
         )
     sorted_frequencies = frequencies.cpu().to(torch.float64).numpy()[order]
     if not (np.isfinite(sorted_frequencies) & (sorted_frequencies > 0)).all():
-        raise ValueError("NegativeSampler: frequencies must be positive; leave out items that must never be drawn")
+        raise ValueError("NegativeSampler: frequencies must be positive; omit items that must never be drawn")
     return Candidates(ids, _weights(sorted_frequencies, power))
 
 
@@ -237,32 +236,33 @@ def _draw(
 ) -> Ints:
     """Return an item for each of ``rows`` [D] that is not one of the pairs (own_rows, own_items) [P].
 
-    Rejected draws are repeated, so that accepted ones have the weights of all other items.
+    Rejected draws are repeated, so accepted ones follow the weights of the remaining items.
     """
     count = len(candidates.ids)
     if len(rows) == 0:
         return np.empty(0, np.int64)
-    edges = candidates.weights.cumsum()
-    places = np.searchsorted(candidates.ids, own_items).clip(max=max(count - 1, 0))
-    known = candidates.ids[places] == own_items
-    own = np.unique(own_rows[known] * count + places[known])
-    indices, left = np.empty(len(rows), np.int64), np.arange(len(rows))
+    cumulative = candidates.weights.cumsum()
+    positions = np.searchsorted(candidates.ids, own_items).clip(max=max(count - 1, 0))
+    known = candidates.ids[positions] == own_items
+    excluded = np.unique(own_rows[known] * count + positions[known])
+    indices, pending = np.empty(len(rows), np.int64), np.arange(len(rows))
     for _ in range(_REDRAWS):
-        trial = np.searchsorted(edges, generator.random(len(left)) * edges[-1], side="right").clip(max=count - 1)
-        indices[left] = trial
-        left = left[np.isin(rows[left] * count + trial, own)]
-        if len(left) == 0:
+        uniform = generator.random(len(pending)) * cumulative[-1]
+        trial = np.searchsorted(cumulative, uniform, side="right").clip(max=count - 1)
+        indices[pending] = trial
+        pending = pending[np.isin(rows[pending] * count + trial, excluded)]
+        if len(pending) == 0:
             return candidates.ids[indices]
-    for row in np.unique(rows[left]):
+    for row in np.unique(rows[pending]):
         weights = candidates.weights.copy()
-        weights[own[(own >= row * count) & (own < (row + 1) * count)] - row * count] = 0
+        weights[excluded[(excluded >= row * count) & (excluded < (row + 1) * count)] - row * count] = 0
         total = weights.sum()
         if total == 0:
             raise ValueError(
-                f"NegativeSampler: all {count} candidates for {name!r} are own items of row {row} of the batch; draw "
+                f"NegativeSampler: all {count} candidates for {name!r} are excluded in row {row} of the batch; draw "
                 f"from more items, or from larger batches"
             )
-        draws = left[rows[left] == row]
+        draws = pending[rows[pending] == row]
         indices[draws] = generator.choice(count, len(draws), p=weights / total)
     return candidates.ids[indices]
 

@@ -1,4 +1,4 @@
-"""Options of ``ColumnDataset``: how files are read, how rows are shared, and the dialect of CSV files."""
+"""Options of ``ColumnDataset``: reading of files, sharing of rows, and the dialect of CSV files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Uneven: TypeAlias = Literal["wrap", "drop", "pad"] | None
 class CsvOptions:
     r"""Dialect of CSV files, for ``ReadOptions(csv=...)``.
 
-    With these options, files with an unknown suffix are read as CSV, and a row with another number of fields is an
-    error of the options (a ValueError), not damage that ``on_bad_file="skip"`` leaves out.
+    With these options, files with an unknown suffix are read as CSV. A row with a wrong number of fields is then an
+    error in the options (a ValueError), not damage that ``on_bad_file="skip"`` skips.
 
     Raises:
         TypeError: ``column_names`` or ``null_values`` is a single string.
@@ -40,12 +40,12 @@ class CsvOptions:
     column_names: Sequence[str] | None = None
     """Column names of files without a header; None takes them from the first line."""
     comment: str | None = None
-    """Prefix of lines to ignore, such as ``"#"``; None ignores no line."""
+    """Prefix of lines to ignore, such as ``"#"``; None keeps all lines."""
     encoding: str = "utf-8"
     """Encoding, by a name that Python knows: ``"latin-1"``, ``"utf-16"``. A byte order mark is ignored."""
     null_values: Sequence[str] | None = None
-    r"""Spellings of a null, in strings too: ``["", "NA", r"\N"]``. None takes the empty field and the usual spellings
-    (``NA``, ``NULL``, ``nan``, ...) as nulls of numbers and dates, and reads strings unchanged."""
+    r"""Spellings of null, also in string columns: ``["", "NA", r"\N"]``. None treats empty fields and the usual
+    spellings (``NA``, ``NULL``, ``nan``, ...) as nulls in columns of numbers and dates, and reads strings unchanged."""
 
     def __post_init__(self) -> None:
         characters = {"delimiter": self.delimiter, "quote": self.quote, "escape": self.escape}
@@ -62,9 +62,7 @@ class CsvOptions:
             if isinstance(values, str):
                 raise TypeError(f"CsvOptions: {name} must be a sequence of strings, got a str; write [{values!r}]")
         if self.column_names is not None and len(set(self.column_names)) < max(len(self.column_names), 1):
-            raise ValueError(
-                f"CsvOptions: column_names must be at least one name, without repetition, got {self.column_names}"
-            )
+            raise ValueError(f"CsvOptions: column_names must be unique and at least one, got {self.column_names}")
         if self.comment is not None and (not self.comment or "\n" in self.comment or "\r" in self.comment):
             raise ValueError(f"CsvOptions: comment must be a prefix of a line, got {self.comment!r}")
         try:
@@ -77,9 +75,9 @@ class CsvOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """Reading of the files of a ``ColumnDataset``: location, threads, memory, and damaged files.
+    """Options for reading the files of a ``ColumnDataset``: location, threads, memory, and damaged files.
 
-    None of them changes the rows or their order, except ``shuffle_buffer``.
+    Of the options for threads, prefetching and memory, only ``shuffle_buffer`` changes the order of the rows.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -91,13 +89,13 @@ class ReadOptions:
     """
 
     num_threads: int = 1
-    """Threads that each decode one piece (row group, stripe, ...), and as many that run ``transforms`` or pin memory.
-    If there are fewer pieces than threads, or ``prefetch`` is 0, Arrow decodes columns in its own threads, as many as
-    ``pyarrow.set_cpu_count`` says."""
+    """Number of threads that each decode one piece (row group, stripe, ...), and of further threads that run
+    ``transforms`` or pin memory. If there are fewer pieces than threads, or ``prefetch`` is 0, Arrow decodes columns in
+    its own threads, whose number ``pyarrow.set_cpu_count`` sets."""
     prefetch: int = 2
-    """Batches prepared ahead in threads; 0 reads in the consumer's thread. Memory holds at most this many batches, the
-    decoded rows they are cut from (``num_threads`` + 3 times ``decoded_rows``), the blocks of ``shuffle_buffer``, and
-    for each decoder what pyarrow keeps of its row group, or a whole stripe, record batch or text file."""
+    """Batches prefetched by threads; 0 reads in the consumer's thread. Memory holds at most this many batches,
+    the decoded rows they are cut from (``num_threads`` + 3 times ``decoded_rows``), the blocks of ``shuffle_buffer``,
+    and, for each decoding thread, pyarrow's buffers of a row group, or a whole stripe, record batch or text file."""
     decoded_rows: int = 65_536
     """Rows decoded at a time, rounded up to whole batches. Fewer rows take less memory (more so with small row groups)
     and more time per row. The order of rows and the reading position do not depend on it."""
@@ -106,9 +104,9 @@ class ReadOptions:
     pin_memory: bool = False
     """Copy batches to pinned memory, from which a GPU copies without blocking the host."""
     on_bad_file: Literal["raise", "skip"] = "raise"
-    """``"skip"`` continues past files that are damaged, missing, or changed since they were opened; each is reported by
-    a RuntimeWarning and in ``ColumnDataset.skipped``. Rows lost during a pass make batches shorter, even empty, so that
-    the other rows keep their places and the ranks their numbers of batches."""
+    """``"skip"`` skips files that are damaged, missing, or changed since they were opened, and reports each by a
+    RuntimeWarning and in ``ColumnDataset.skipped``. Rows lost during a pass make batches shorter, or even empty, so
+    that the other rows keep their positions and all ranks keep their numbers of batches."""
     filesystem: Any = None
     """File system of the paths, from ``pyarrow.fs`` or fsspec; None means the local one, or that of a URL."""
     partitions: bool = True
@@ -128,7 +126,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """The share of the rows that a process reads, and the shape of the last batches of the ranks.
+    """The share of the rows that a process reads, and the handling of an incomplete last turn.
 
     Raises:
         TypeError: The rank or the world size is not an integer.
@@ -140,19 +138,19 @@ class ShardOptions:
     """
 
     rank: int | None = None
-    """Rank of this process among those that share the data; None means that of torch.distributed, or 0 in a single
-    process. With an explicit rank, ranks do not compare what they opened."""
+    """Rank of this process among those that share the data; None means the rank in torch.distributed, or 0 in a single
+    process. With an explicit rank, ranks do not check that they opened the same data."""
     world_size: int | None = None
     """Number of processes that share the data; None as for ``rank``."""
     uneven: Uneven = None
-    """Last turn of an epoch when the rows do not fill a batch for every rank. All ranks get equally many batches in any
-    case.
+    """Handling of the last turn of an epoch if its rows do not fill a batch for every rank. All ranks get the same
+    number of batches in any case.
 
-    - None: every row is read once, in short batches of about equal size. If some rank would get no row, the turn before
+    - None: every row is read once, in short batches of about equal size. If a rank would get no row, the previous turn
       is divided as well. (Empty batches occur only if ``batch_size`` is 1 or there are fewer rows than ranks.)
-    - ``"wrap"``: batches are filled up with rows from the beginning of the epoch's order.
-    - ``"pad"``: as ``"wrap"``, with a bool column ``mask`` [B] that is False for the added rows.
-    - ``"drop"``: the turn is left out unless every rank gets a batch in it.
+    - ``"wrap"``: batches are filled with rows from the start of the epoch.
+    - ``"pad"``: like ``"wrap"``, with a bool column ``mask`` [B] that is False for the added rows.
+    - ``"drop"``: the turn is dropped unless every rank gets a batch in it.
     """
 
     def __post_init__(self) -> None:
@@ -162,7 +160,7 @@ class ShardOptions:
         if self.rank is None or self.world_size is None:
             raise ValueError(
                 f"ShardOptions: rank and world_size must be given together, got {self.rank} and {self.world_size}; "
-                f"leave both out to take those of torch.distributed"
+                f"omit both to use those of torch.distributed"
             )
         check_integer("ShardOptions", "rank", self.rank, 0)
         check_integer("ShardOptions", "world_size", self.world_size, 1)

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed: the share of each, and the check that all of them opened the same data."""
+"""Rank and world size of a dataset, and the check that all ranks opened the same data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from recis_hybrid import distributed
 from recis_hybrid.columnio.options import ShardOptions, Uneven
 
 T = TypeVar("T")
-# Number of files in a message, and of characters of each value.
+# Maximum number of files in a message, and of characters per value.
 _SHOWN, _LENGTH = 5, 80
 
 
 @dataclass
 class Opening:
-    """A dataset that ranks open together, or one process alone."""
+    """A dataset being opened, by all ranks together or by one process alone."""
 
     rank: int
     """Rank of this process."""
@@ -37,7 +37,7 @@ class Opening:
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that must be equal on all ranks, in JSON types."""
     notes: str = ""
-    """Text to show if the settings differ; may differ itself."""
+    """Text shown if the settings differ; not compared."""
 
 
 def _rank_and_world_size(shard: ShardOptions) -> tuple[int, int]:
@@ -50,13 +50,13 @@ def _rank_and_world_size(shard: ShardOptions) -> tuple[int, int]:
 
 
 def has_other_ranks() -> bool:
-    """Return whether collectives reach other ranks; in a DataLoader's worker they do not."""
+    """Return whether collectives reach other ranks; False in a DataLoader worker."""
     return get_worker_info() is None and distributed.world_size() > 1
 
 
 @cache
 def warn_gradients_not_averaged() -> None:
-    """Warn once if a loop written for one process runs on several, each reading its share of the rows."""
+    """Warn once if a loop written for one process runs on several ranks that do not average gradients."""
     if distributed.averages_no_gradients():
         warnings.warn(
             f"ColumnDataset: rank {distributed.rank()} of {distributed.world_size()} read its share of the rows, but "
@@ -69,21 +69,21 @@ def warn_gradients_not_averaged() -> None:
 
 @contextmanager
 def open_on_all_ranks(shard: ShardOptions) -> Iterator[Opening]:
-    """Open a dataset in a block that all ranks run: all succeed with equal settings, or all raise. Collective.
+    """Run a block on all ranks to open a dataset: all succeed with equal settings, or all raise. Collective.
 
-    Without an explicit rank, that of torch.distributed counts: if a launcher started several processes, the default
-    group is initialized; in a worker of a DataLoader, the launcher's environment variables count, and nothing is
-    compared. A process with an explicit rank may open the dataset alone, so nothing is compared either.
+    Without an explicit rank, the rank of torch.distributed is used; if a launcher started several processes, the
+    default group is initialized first. A DataLoader worker takes its rank from the launcher's environment variables and
+    compares nothing. A process with an explicit rank compares nothing either, because it may open the dataset alone.
 
     Args:
         shard: Rank and world size, if explicit.
 
     Yields:
-        The rank and world size, and a place for the settings.
+        The rank and world size; the block fills in the settings.
 
     Raises:
-        RuntimeError: The launcher's processes cannot be joined.
-        ValueError: Another rank failed, or has other settings; or the environment holds no valid rank and world size.
+        RuntimeError: The launched processes cannot form a process group.
+        ValueError: Another rank failed or has different settings, or the environment has no valid rank and world size.
     """
     follows_group = shard.rank is None
     opening = Opening(
@@ -106,7 +106,7 @@ def _compare(failure: Exception | None, settings: Mapping[str, Any], notes: str)
     except distributed.OtherRankError as error:
         raise ValueError(
             f"ColumnDataset: rank {error.rank} could not open the dataset ({error.kind}: {error.text}); all ranks must "
-            f"open the same data, so none continues"
+            f"open the same data, so all of them stop"
         ) from error
     finally:
         failure = None  # else the exception and this frame would refer to each other
@@ -122,13 +122,13 @@ def _compare(failure: Exception | None, settings: Mapping[str, Any], notes: str)
 
 
 def choose_on_first_rank(choose: Callable[[], T]) -> T:
-    """Return on all ranks the choice of rank 0; collective.
+    """Return the choice of rank 0 on all ranks; collective.
 
     Args:
-        choose: Called on rank 0 alone; returns a value that JSON can hold.
+        choose: Called on rank 0 only; returns a value in JSON types.
 
     Raises:
-        RuntimeError: It failed on rank 0, which raises the error itself.
+        RuntimeError: ``choose`` failed on rank 0, which raises the original error.
     """
     choice: T | None = None
     failure: Exception | None = None
@@ -161,7 +161,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any], rank: int)
             for key in keys[:_SHOWN]
         ]
         texts += [f"{len(keys) - _SHOWN} more"] * (len(keys) > _SHOWN)
-    return ", ".join(texts) or "its files are in another order"
+    return ", ".join(texts) or "its files are in a different order"
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Windows: folders of files that appear one after another, to evaluate a model on each and then train on it."""
+"""Windows: folders of files that arrive over time; a model is evaluated on each and then trained on it."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Windows:
     """An endless stream of complete windows, in the order of their names.
 
     A window is a folder in ``source``. It is complete once it contains the file ``marker``, which its writer creates
-    last. A window completed late comes late, and none comes twice, even if it was removed and written again: the state
-    has the names of all windows that are done. Names that begin with a dot or an underscore are ignored. A window is
-    done once the next one is requested; a job killed within a window starts it again, or resumes in it with the state
-    of its ColumnDataset.
+    last. A window completed late is yielded late. No window is yielded twice, even if it is removed and rewritten,
+    because the state records the names of all finished windows. Names that begin with a dot or an underscore are
+    ignored. A window is finished once the next one is requested. A job killed within a window restarts that window, or
+    resumes within it from the state of its ColumnDataset.
 
-    With torch.distributed, all ranks must request the windows of a folder together: rank 0 looks for the next window,
-    and a collective of the default group, in the requesting thread, sends its name to all. The other ranks take the
-    window of that name from their own ``source`` without looking.
+    With torch.distributed, all ranks must request the windows of a folder together. Rank 0 polls for the next window
+    and sends its name to all ranks by a collective of the default group, in the requesting thread. The other ranks take
+    the window of that name from their own ``source`` without polling.
 
     Args:
         source: A folder or its URL, which need not exist yet; or a list of windows, each a path or a sequence of paths,
             after which the stream ends.
         marker: File that marks a folder as complete.
-        poll_s: Seconds between two looks at the folder.
-        idle_s: Seconds without a new window after which the stream ends; None never ends it.
+        poll_s: Seconds between two polls of the folder.
+        idle_s: End the stream after this many seconds without a new window; None never ends it.
         filesystem: File system of ``source``, from ``pyarrow.fs`` or fsspec; None means the local one, or that of a
             URL.
-        sleep: Called with the seconds to wait; None waits, but not longer than until :meth:`stop` is called.
-        alone: Find the windows in this process alone, even with torch.distributed.
+        sleep: Called with the seconds to wait; None waits that long, or until :meth:`stop` is called.
+        alone: Poll in this process alone, even with torch.distributed.
 
     Raises:
-        ValueError: A time is not positive.
+        ValueError: ``poll_s`` is not positive, or ``idle_s`` is negative.
 
     Example:
         >>> windows = Windows([["day-1.parquet"], ["day-2.parquet", "day-2b.parquet"]])
@@ -90,26 +90,26 @@ class Windows:
         return f"Windows({text}; {len(self._done)} done)"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the windows that are done, in types that JSON can hold."""
+        """Return the names of the finished windows, in JSON types."""
         return {"version": _VERSION, "done": sorted(self._done)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the stream continue after the windows that were done when ``state`` was saved.
+        """Continue after the windows that were finished when ``state`` was saved.
 
         Args:
             state: The result of ``state_dict``.
 
         Raises:
-            ValueError: It is not such a state.
+            ValueError: ``state`` is not a state of Windows.
         """
         if state.get("version") != _VERSION or not isinstance(state.get("done"), list):
             raise ValueError(f"Windows.load_state_dict: this is not a state of Windows: {dict(state)}")
         self._done = set(state["done"])
 
     def stop(self) -> None:
-        """End the stream instead of waiting for another window; may be called by a signal handler.
+        """End the stream instead of waiting for another window; may be called from a signal handler.
 
-        If several ranks request windows together, the call on rank 0 ends the stream on all.
+        If several ranks request windows together, a call on rank 0 ends the stream on all of them.
         """
         self._stopped = True
         self._wakeups.put(None)
@@ -119,7 +119,7 @@ class Windows:
             self._wakeups.get(timeout=seconds)
 
     def __iter__(self) -> Iterator[Window]:
-        """Yield the windows that are not done, waiting for them to appear.
+        """Yield the windows that are not finished, waiting for new ones to appear.
 
         Raises:
             RuntimeError: Rank 0, which chooses for all ranks, failed.
@@ -127,25 +127,25 @@ class Windows:
         idle = 0.0
         self._stopped, self._wakeups = False, SimpleQueue()
         while True:
-            # Look again after each window: an earlier one may have become complete meanwhile.
-            look = functools.partial(self._look, idle)
+            # Poll again after each window: an earlier one may have been completed in the meantime.
+            poll = functools.partial(self._poll, idle)
             together = not self._alone and not self._is_list and has_other_ranks()
-            name, ended = choose_on_first_rank(look) if together else look()
+            name, ended = choose_on_first_rank(poll) if together else poll()
             if name is not None:
                 idle = 0.0
                 yield self._window(name)
-                # Names are kept when windows disappear: a folder that is unreachable for a while, or a marker that is
-                # written again, would otherwise yield all its rows once more.
+                # Names are kept even if windows disappear. Otherwise a temporarily unreachable folder, or a rewritten
+                # marker, would yield all its rows again.
                 self._done.add(name)
                 continue
             if ended:
                 return
-            # Ranks meet at each look, so that none waits in a collective as long as no window comes.
+            # All ranks take part in each poll, so that none waits in a collective until a window appears.
             self._sleep(self._poll_s)
             idle += self._poll_s
 
-    def _look(self, idle: float) -> tuple[str | None, bool]:
-        """Return the name of the next window, or None and whether the stream has ended."""
+    def _poll(self, idle: float) -> tuple[str | None, bool]:
+        """Return the name of the next window or None, and whether the stream has ended."""
         if self._stopped:
             return None, True
         if isinstance(self._source, str | os.PathLike):
@@ -166,7 +166,7 @@ class Windows:
 
 
 def _order(name: str) -> tuple[int, str]:
-    # Numbers sort as numbers, also without leading zeros; other names follow the alphabet and come first.
+    # Numbers sort by value, even without leading zeros. Other names sort alphabetically, before all numbers.
     return (int(name), "") if name.isdecimal() else (-1, name)
 
 
@@ -180,5 +180,9 @@ def _complete_folders(source: str, marker: str, filesystem: Any) -> list[str]:
     folders = [info for info in infos if info.type == pafs.FileType.Directory and info.base_name[:1] not in "._"]
     if not folders:
         return []
-    marks = location.get_file_info([f"{info.path}/{marker}" for info in folders])
-    return [info.base_name for info, mark in zip(folders, marks, strict=True) if mark.type == pafs.FileType.File]
+    markers = location.get_file_info([f"{info.path}/{marker}" for info in folders])
+    return [
+        info.base_name
+        for info, marker_info in zip(folders, markers, strict=True)
+        if marker_info.type == pafs.FileType.File
+    ]

@@ -42,7 +42,7 @@ def test_a_sound_configuration_is_said_so(tmp_path: Path, capsys: pytest.Capture
         ({"user": {"dim": 4}, "site": {"dim": 4}}, "features.site is text: its ids must be integers; hash it, by ops"),
         ({"user": {"dim": 4}, "site": {}}, "features.site is text, and has no dim: hash it and give it a dim"),
         ({"price": {"dim": 4}}, "features.price is torch.float64: its ids must be integers; bucketize it"),
-        ({"user": {"dim": 4}, "prize": {}}, "has no column 'prize', it has user, site, price, label"),
+        ({"user": {"dim": 4}, "prize": {}}, "has no column 'prize'; it has user, site, price, label"),
         (
             {"user": {"dim": 4, "ops": [{"hash": 3}]}},
             "features.user.ops[0].hash must be a mapping of parameters, got 3",

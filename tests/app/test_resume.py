@@ -236,7 +236,7 @@ def test_what_is_refused_leaves_the_run_as_it_was(first_epoch: Path, capsys: pyt
     write_csv(first_epoch.parent / "more.csv", rows=70)
     more = f"data.train={first_epoch.parent / 'more.csv'}"
     assert train(first_epoch, "--resume", "train.epochs=2", "optimizer.sparse_lr=0.5", more) == 1
-    assert "the rows are in another order than when the state was saved" in capsys.readouterr().err
+    assert "the rows are in a different order than when the state was saved" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lease"} == {
         path: data for path, data in before.items() if path.name != ".lease"
     }

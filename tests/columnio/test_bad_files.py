@@ -1,4 +1,4 @@
-"""Damage in every format: refused with its place, or skipped, counted and reported."""
+"""Damage in every format: rejected with its location, or skipped, counted and reported."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SUFFIXES = [".parquet", ".orc", ".arrow", ".csv", ".jsonl"]
 
 
 def write(path: Path, first: int = 0, rows: int = ROWS) -> None:
-    """Return incompressible numbers, so that a truncation or a changed byte hits data."""
+    """Write incompressible numbers, so that a truncation or a changed byte hits data."""
     generator = torch.Generator().manual_seed(first)
     noise = torch.randint(-(2**62), 2**62, (rows,), generator=generator).tolist()
-    made = pa.table({"row": pa.array(range(first, first + rows), pa.int64()), "noise": pa.array(noise, pa.int64())})
+    table = pa.table({"row": pa.array(range(first, first + rows), pa.int64()), "noise": pa.array(noise, pa.int64())})
     if path.suffix == ".parquet":
-        pq.write_table(made, path, row_group_size=1000, use_dictionary=False, write_page_checksum=True)
+        pq.write_table(table, path, row_group_size=1000, use_dictionary=False, write_page_checksum=True)
     elif path.suffix == ".orc":
-        po.write_table(made, path)
+        po.write_table(table, path)
     elif path.suffix == ".arrow":
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
-            writer.write_table(made, 1000)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, 1000)
     elif path.suffix == ".csv":
         path.write_text("row,noise\n" + "".join(f"{first + k},{value}\n" for k, value in enumerate(noise)))
     else:
@@ -51,9 +51,9 @@ def rows_of(data: Any) -> list[int]:
     return list(chain.from_iterable(row(batch) for batch in data))
 
 
-def cut_off(path: Path) -> None:
+def truncate(path: Path) -> None:
     content = path.read_bytes()
-    # Text is cut within a line, which is not a complete one then.
+    # Text is cut within a line, so that the line is incomplete.
     path.write_bytes(content[: len(content) // 2] + (b',"' if path.suffix == ".jsonl" else b",,,\n"))
 
 
@@ -66,13 +66,13 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
-def test_a_truncated_file_is_refused_or_skipped(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
+def test_a_truncated_file_is_rejected_or_skipped(tmp_path: Path, suffix: str, read: ReadOptions) -> None:
     write(tmp_path / f"a{suffix}")
     write(tmp_path / f"b{suffix}", ROWS)
-    cut_off(tmp_path / f"a{suffix}")
-    with pytest.raises(BadFileError, match=rf"a{suffix}.*rewrite it, or leave it out"):
+    truncate(tmp_path / f"a{suffix}")
+    with pytest.raises(BadFileError, match=rf"a{suffix}.*rewrite it, or skip it"):
         list(ColumnDataset(tmp_path, ["row", "noise"], 100, read=read))
-    with pytest.warns(RuntimeWarning, match=rf"left out .*a{suffix}"):
+    with pytest.warns(RuntimeWarning, match=rf"skipped .*a{suffix}"):
         data = ColumnDataset(tmp_path, ["row", "noise"], 100, read=replace(read, on_bad_file="skip"))
     assert rows_of(data) == list(range(ROWS, 2 * ROWS))
     (skipped,) = data.skipped
@@ -80,7 +80,7 @@ def test_a_truncated_file_is_refused_or_skipped(tmp_path: Path, suffix: str, rea
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_garbage_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_garbage_is_rejected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(bytes(range(256)) * 10)
     with pytest.raises(ValueError, match=rf"a{suffix}"):
@@ -94,7 +94,7 @@ def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
     if suffix in (".csv", ".jsonl"):
         # A text file without lines has no rows.
         assert ColumnDataset(tmp_path, ["row"], 10).num_rows == ROWS
-        with pytest.raises(ValueError, match="there is no row in"):
+        with pytest.raises(ValueError, match="there are no rows in"):
             ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
     else:
         with pytest.raises(BadFileError, match=rf"a{suffix} \(0 bytes\) is not a complete"):
@@ -106,14 +106,14 @@ def test_a_file_without_rows(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"b{suffix}")
     write(tmp_path / f"a{suffix}", rows=0)
     assert rows_of(ColumnDataset(tmp_path, ["row"], 100)) == list(range(ROWS))
-    with pytest.raises(ValueError, match="there is no row in"):
+    with pytest.raises(ValueError, match="there are no rows in"):
         ColumnDataset(tmp_path / f"a{suffix}", ["row"], 10)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_unknown_column_and_one_that_changes_its_type(tmp_path: Path, suffix: str) -> None:
+def test_an_unknown_column_and_a_column_of_another_type(tmp_path: Path, suffix: str) -> None:
     write(tmp_path / f"a{suffix}")
-    with pytest.raises(ValueError, match=rf"a{suffix} has no column 'user', it has row, noise; name one of these"):
+    with pytest.raises(ValueError, match=rf"a{suffix} has no column 'user'; it has row, noise: use one of these"):
         ColumnDataset(tmp_path, ["user"], 10)
     other = tmp_path / f"b{suffix}"
     write(other)
@@ -130,17 +130,17 @@ def test_an_unknown_column_and_one_that_changes_its_type(tmp_path: Path, suffix:
     else:
         writers[suffix]()
     with pytest.raises(
-        ValueError, match=rf"files must agree about their columns, but 'row' is int64 in .*a{suffix} and"
+        ValueError, match=rf"files must agree on the type of a column, but 'row' is int64 in .*a{suffix} and"
     ):
         ColumnDataset(tmp_path, ["row"], 10)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("read", [ReadOptions(), ReadOptions(num_threads=2), ReadOptions(prefetch=0)])
-def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(tmp_path: Path, shuffle: bool, read: ReadOptions) -> None:
+def test_only_the_damaged_row_group_is_skipped(tmp_path: Path, shuffle: bool, read: ReadOptions) -> None:
     write(tmp_path / "a.parquet")
     flip(tmp_path / "a.parquet")
-    left = [*range(3000), *range(4000, ROWS)]
+    remaining = [*range(3000), *range(4000, ROWS)]
 
     def opened(**more: Any) -> ColumnDataset:
         return ColumnDataset(
@@ -153,10 +153,10 @@ def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(tmp_path: Path, shuffl
         )
 
     data = opened()
-    with pytest.warns(RuntimeWarning, match=r"left out row group 3 of .*a\.parquet: .*cannot be read"):
+    with pytest.warns(RuntimeWarning, match=r"skipped row group 3 of .*a\.parquet: .*cannot be read"):
         got = list(data)
-    assert sorted(rows_of(got)) == left
-    # Batches keep their places, so that ranks keep their numbers of batches.
+    assert sorted(rows_of(got)) == remaining
+    # Batches keep their positions, so that ranks keep their numbers of batches.
     assert len(got) == len(data) == -(-ROWS // 300)
     (skipped,) = data.skipped
     assert (skipped.piece, skipped.rows) == ("row group 3", 1000)
@@ -167,10 +167,10 @@ def test_a_damaged_row_group_in_mid_scan_is_skipped_alone(tmp_path: Path, shuffl
         seen = [next(each) for _ in range(4) for each in passes]
         rest = opened()
         rest.load_state_dict(ranks[0].state_dict())
-        assert sorted(rows_of(seen) + rows_of(rest)) == left
+        assert sorted(rows_of(seen) + rows_of(rest)) == remaining
 
 
-def test_damage_in_mid_scan_is_named_and_raised(tmp_path: Path) -> None:
+def test_damage_during_a_pass_is_raised(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     flip(tmp_path / "a.parquet")
     seen: list[int] = []
@@ -186,7 +186,7 @@ def test_damage_in_mid_scan_is_named_and_raised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
+def test_a_folder_that_is_removed(tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "day"
     folder.mkdir()
     write(folder / f"a{suffix}")
@@ -197,7 +197,7 @@ def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=rf"a{suffix} existed when the dataset was opened, but is missing now"):
         list(strict)
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="skipped"):
         assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
     assert sum(each.rows for each in lenient.skipped) == ROWS
     with pytest.raises(FileNotFoundError, match="day does not exist"):
@@ -205,7 +205,7 @@ def test_a_folder_that_vanishes(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_lost_rows_while_open_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_file_rewritten_with_fewer_rows_is_rejected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     write(path)
     data = ColumnDataset(path, ["row"], 100)
@@ -233,12 +233,12 @@ def test_a_rewritten_file_is_not_read_as_the_old_one(tmp_path: Path, suffix: str
     rewrite(path, first=7)
     with pytest.raises(BadFileError, match=rf"a{suffix} changed since the dataset was opened .*open the dataset"):
         list(strict)
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="skipped"):
         assert rows_of(lenient) == list(range(ROWS, 2 * ROWS))
     assert sum(each.rows for each in lenient.skipped) == ROWS
 
 
-def test_a_parquet_file_of_other_types_or_columns_is_not_read_by_the_old_footer(tmp_path: Path) -> None:
+def test_a_rewritten_parquet_file_is_not_read_with_the_old_footer(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"row": range(10)}), path)
     data = ColumnDataset(path, ["row"], 10)
@@ -260,7 +260,7 @@ def test_a_file_rewritten_during_a_pass_yields_none_of_its_rows(tmp_path: Path) 
     assert seen == list(range(len(seen)))
 
 
-def test_a_file_removed_while_it_is_open_is_read_to_the_end_of_its_piece(tmp_path: Path) -> None:
+def test_a_file_removed_during_a_pass_is_read_to_the_end_of_its_piece(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write(path, rows=1000)
     passing = iter(ColumnDataset(path, ["row"], 100, read=ReadOptions(decoded_rows=100, prefetch=0)))

@@ -14,11 +14,11 @@ def test_a_default_must_be_a_number(spec: Any) -> None:
 
 
 def test_a_length_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="length must be at least 1, got 0; leave it out"):
+    with pytest.raises(ValueError, match="length must be at least 1, got 0; omit it"):
         Dense(length=0)
 
 
-def test_a_default_of_text_must_be_a_string() -> None:
+def test_a_text_default_must_be_a_string() -> None:
     wrong: Any = 0
     with pytest.raises(TypeError, match="Text: default must be str or bytes, got 0"):
         Text(default=wrong)

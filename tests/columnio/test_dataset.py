@@ -1,4 +1,4 @@
-"""The order of rows, resuming, zero-copy, threads, and the real data."""
+"""The order of rows, resuming, zero-copy, threads, and real data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 47
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows 0 to 46 in four files (one of them empty) of row groups of 5: id, a list and a string made of the number."""
+    """Rows 0 to 46 in four files (one empty) with row groups of 5; lists and strings are made of the row number."""
     path = tmp_path_factory.mktemp("data")
     for number, (first, stop) in enumerate([(0, 13), (13, 13), (13, 20), (20, ROWS)]):
         rows = range(first, stop)
@@ -66,7 +66,7 @@ def no_reader_is_left() -> bool:
     return False
 
 
-# What a batch is
+# Batches
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
@@ -96,13 +96,13 @@ def test_sizes(folder: Path) -> None:
     assert rows_of(open_rows(folder, 1000)) == [list(range(ROWS))]
 
 
-def test_specs_are_shown_with_their_dtypes(folder: Path) -> None:
+def test_columns_show_specs_with_dtypes(folder: Path) -> None:
     data = ColumnDataset(folder, {"row": Dense(torch.int32), "list": None, "text": None}, 6)
     assert data.columns == {"row": Dense(torch.int32), "list": Ragged(torch.int64), "text": Text()}
     assert dense(next(iter(data))).dtype == torch.int32
 
 
-def test_transforms_run_in_the_readers_thread(folder: Path) -> None:
+def test_transforms_run_in_a_reader_thread(folder: Path) -> None:
     threads: set[str] = set()
 
     def double(batch: Batch) -> Batch:
@@ -117,7 +117,7 @@ def test_transforms_run_in_the_readers_thread(folder: Path) -> None:
 # Zero-copy
 
 
-def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_share_the_memory_of_arrow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, int]] = []
     read = FileSet.read
 
@@ -128,16 +128,16 @@ def test_numbers_are_arrows_own_memory(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(FileSet, "read", watched)
     # Row groups of 5 (and of 3 and 2 at the end of files): a batch of 1 never spans two of them.
-    kept = list(open_rows(folder, 1))
-    pointers = [dense(batch).data_ptr() for batch in kept]
+    batches = list(open_rows(folder, 1))
+    pointers = [dense(batch).data_ptr() for batch in batches]
     assert pointers == [first + at for first, length in decoded for at in range(0, length, 8)]
-    assert [row for rows in rows_of(iter(kept)) for row in rows] == list(range(ROWS))
+    assert [row for rows in rows_of(iter(batches)) for row in rows] == list(range(ROWS))
 
 
 # Order
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
+def test_the_order_depends_on_seed_and_epoch(folder: Path) -> None:
     def order(seed: int, epoch: int, **options: Any) -> list[int]:
         data = open_rows(folder, seed=seed, shuffle=True, **options)
         data.set_epoch(epoch)
@@ -152,19 +152,19 @@ def test_the_order_is_a_function_of_seed_and_epoch(folder: Path) -> None:
     assert small not in (first, list(range(ROWS)))
 
 
-def test_a_pass_to_the_end_moves_on_to_the_next_epoch(folder: Path) -> None:
+def test_a_complete_pass_advances_to_the_next_epoch(folder: Path) -> None:
     data = open_rows(folder, shuffle=True)
     epochs = [rows_of(data) for _ in range(3)]
     assert data.epoch == 3
     assert epochs[0] != epochs[1] != epochs[2]
     data.set_epoch(1)
     assert rows_of(data) == epochs[1]
-    # An interrupted one does not.
+    # An interrupted pass does not.
     next(iter(data))
     assert (data.epoch, rows_of(data)) == (2, epochs[2])
 
 
-def test_an_older_pass_no_longer_moves_the_dataset(folder: Path) -> None:
+def test_an_older_pass_does_not_advance_the_dataset(folder: Path) -> None:
     data = open_rows(folder)
     older = iter(data)
     next(older)
@@ -174,7 +174,7 @@ def test_an_older_pass_no_longer_moves_the_dataset(folder: Path) -> None:
     assert (data.epoch, data.state_dict()["row"]) == (0, 6)
 
 
-def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
+def test_each_block_has_a_different_order(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": range(80)}), tmp_path / "part.parquet")
     blocks = rows_of(open_rows(tmp_path, 20, shuffle=True, read=ReadOptions(shuffle_buffer=20)))
     assert [sorted(block) for block in blocks] == [list(range(first, first + 20)) for first in range(0, 80, 20)]
@@ -183,7 +183,7 @@ def test_each_block_has_an_order_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3, 9, 60])
-def test_ranks_take_the_batches_of_one_order_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:
+def test_ranks_take_batches_in_turn(folder: Path, shuffle: bool, world_size: int) -> None:
     alone = rows_of(open_rows(folder, 4, shuffle=shuffle))
     ranks = [
         open_rows(folder, 4, shuffle=shuffle, shard=ShardOptions(rank=rank, world_size=world_size))
@@ -211,39 +211,39 @@ def test_row_groups_of_other_ranks_are_not_read(folder: Path, monkeypatch: pytes
         return read(self, piece, *how)
 
     monkeypatch.setattr(FileSet, "read", watched)
-    # 24 and 23 rows to two ranks: the first needs only the row groups that begin before row 24.
+    # Two ranks get 24 and 23 rows: the first needs only the row groups that begin before row 24.
     assert rows_of(open_rows(folder, 24, shard=ShardOptions(rank=0, world_size=2))) == [list(range(24))]
     assert sum(piece.rows for piece in pieces) == 25
 
 
 @pytest.mark.parametrize(
-    ("prefetch", "num_threads", "arrows_own"),
+    ("prefetch", "num_threads", "arrow_threads"),
     [(2, 1, False), (2, 11, False), (2, 12, True), (0, 1, False), (0, 2, True)],
 )
-def test_arrow_decodes_in_its_threads_where_ours_are_fewer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int, num_threads: int, arrows_own: bool
+def test_arrow_threads_decode_if_pieces_are_fewer_than_threads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int, num_threads: int, arrow_threads: bool
 ) -> None:
-    asked: set[bool] = set()
+    requested: set[bool] = set()
     read = FileSet.read
 
     def watched(self: FileSet, piece: Piece, rows: int, threads: bool) -> Iterator[Any]:
-        asked.add(threads)
+        requested.add(threads)
         return read(self, piece, rows, threads)
 
     monkeypatch.setattr(FileSet, "read", watched)
     # The files have 3, 0, 2 and 6 row groups.
     data = open_rows(folder, read=ReadOptions(num_threads=num_threads, prefetch=prefetch))
     assert [row for rows in rows_of(data) for row in rows] == list(range(ROWS))
-    assert asked == {arrows_own}
+    assert requested == {arrow_threads}
 
 
-@pytest.mark.parametrize(("decoded_rows", "held"), [(1, 6), (12, 12), (13, 18), (1000, 30)])
-def test_decoded_rows_bound_what_a_batch_keeps_in_memory(tmp_path: Path, decoded_rows: int, held: int) -> None:
+@pytest.mark.parametrize(("decoded_rows", "chunk_rows"), [(1, 6), (12, 12), (13, 18), (1000, 30)])
+def test_decoded_rows_bound_the_memory_of_a_batch(tmp_path: Path, decoded_rows: int, chunk_rows: int) -> None:
     pq.write_table(pa.table({"row": pa.array(range(30), pa.int64())}), tmp_path / "part.parquet")
     data = open_rows(tmp_path, 6, read=ReadOptions(decoded_rows=decoded_rows, prefetch=0))
     files = data._reader.files
     chunks = [rows.num_rows for rows in files.read(files.pieces[0], data._reader.decoded_rows)]
-    assert max(chunks) == held
+    assert max(chunks) == chunk_rows
     assert rows_of(data) == [list(range(first, first + 6)) for first in range(0, 30, 6)]
 
 
@@ -277,7 +277,7 @@ def _reading() -> st.SearchStrategy[dict[str, int]]:
 
 @settings(max_examples=80)
 @given(plan=plans())
-def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str, Any]) -> None:
+def test_a_resumed_pass_yields_exactly_the_remaining_rows(folder: Path, plan: dict[str, Any]) -> None:
     def ranks_of(when: str, world_size: int) -> list[ColumnDataset]:
         reading = dict(plan[when])
         batch_size = reading.pop("batch_size")
@@ -296,7 +296,7 @@ def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str
 
     before, now = plan["world_sizes"]
     ranks = ranks_of("before", before)
-    # All ranks stop after equally many turns, as a training job does. In the last turn some ranks may get no rows.
+    # All ranks stop after the same number of turns, as in a training job. In the last turn some ranks may get no rows.
     turns = min(plan["turns"], len(ranks[0]))
     seen: list[list[list[int]]] = []
     for data in ranks:
@@ -304,12 +304,12 @@ def test_a_resumed_pass_gives_exactly_what_was_left(folder: Path, plan: dict[str
         seen.append(rows_of(islice(iter(data), turns)))
     state = json.loads(json.dumps(ranks[0].state_dict()))
 
-    left: list[list[list[int]]] = []
+    remaining: list[list[list[int]]] = []
     for data in ranks_of("now", now):
         data.load_state_dict(state)
-        left.append(rows_of(iter(data)))
+        remaining.append(rows_of(iter(data)))
         assert data.epoch == plan["epoch"] + 1
-    assert in_turns(seen) + in_turns(left) == expected
+    assert in_turns(seen) + in_turns(remaining) == expected
 
 
 def in_turns(ranks: list[list[list[int]]]) -> list[int]:
@@ -317,7 +317,7 @@ def in_turns(ranks: list[list[list[int]]]) -> list[int]:
     return [row for turn in turns for rank in ranks if turn < len(rank) for row in rank[turn]]
 
 
-def test_a_state_is_resumed_in_a_new_process_that_may_end_early(folder: Path) -> None:
+def test_a_new_process_resumes_and_may_exit_early(folder: Path) -> None:
     data = open_rows(folder, shuffle=True, seed=3)
     data.set_epoch(2)
     whole = rows_of(data)
@@ -346,7 +346,7 @@ def test_a_state_after_the_last_batch_continues_with_the_next_epoch(folder: Path
     assert rows_of(twin) == rows_of(data)
 
 
-def test_a_loaded_state_counts_for_one_pass_and_its_own_epoch(folder: Path) -> None:
+def test_a_loaded_state_applies_to_one_pass_of_its_epoch(folder: Path) -> None:
     data = open_rows(folder)
     for _ in islice(iter(data), 7):
         state = data.state_dict()
@@ -360,9 +360,9 @@ def test_a_loaded_state_counts_for_one_pass_and_its_own_epoch(folder: Path) -> N
     assert len(rows_of(data)) == 8
 
 
-def test_states_of_other_data_are_refused(folder: Path) -> None:
+def test_states_of_other_data_are_rejected(folder: Path) -> None:
     state = open_rows(folder, shuffle=True, seed=1).state_dict()
-    with pytest.raises(ValueError, match=r"another order than when the state was saved \(seed was 1 and is 2\)"):
+    with pytest.raises(ValueError, match=r"a different order than when the state was saved \(seed was 1 and is 2\)"):
         open_rows(folder, shuffle=True, seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match="shuffle_buffer was 262144 and is None"):
         open_rows(folder).load_state_dict(state)
@@ -381,7 +381,7 @@ def test_a_state_depends_on_paths_relative_to_the_common_folder(tmp_path: Path) 
         pq.write_table(pa.table({"row": range(first, first + 10)}), path)
     one, two = tmp_path / "day=1", tmp_path / "day=2"
     state = ColumnDataset([one, two], ["row"], 5).state_dict()
-    with pytest.raises(ValueError, match="another order than when the state was saved .pieces was"):
+    with pytest.raises(ValueError, match="a different order than when the state was saved .pieces was"):
         ColumnDataset([two, one], ["row"], 5).load_state_dict(state)
     # The location of the data does not matter.
     ColumnDataset(tmp_path / "x", ["row"], 5).load_state_dict(state)
@@ -397,7 +397,7 @@ def test_a_state_depends_on_paths_relative_to_the_common_folder(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_error_of_a_transform_arrives_as_itself(folder: Path, prefetch: int) -> None:
+def test_an_error_in_a_transform_is_raised_unchanged(folder: Path, prefetch: int) -> None:
     error = LookupError("mine")
 
     def transform(batch: Batch) -> Batch:
@@ -433,7 +433,7 @@ def test_breaking_out_of_the_loop_ends_the_thread(folder: Path) -> None:
     assert len(rows_of(data)) == ROWS
 
 
-def test_a_dataset_and_its_reader_show_what_they_read(folder: Path) -> None:
+def test_repr_of_a_dataset_and_its_reader(folder: Path) -> None:
     data = open_rows(folder, shard=ShardOptions(rank=1, world_size=2))
     assert repr(data).startswith(f"ColumnDataset(3 files from {folder}")
     assert repr(data).endswith("; 47 rows; batch_size=6, rank 1 of 2; columns {row: Dense(torch.int64)})")
@@ -452,12 +452,12 @@ def test_a_dataset_and_its_reader_show_what_they_read(folder: Path) -> None:
         ({"batch_size": 48, "drop_remainder": True}, "drop_remainder leaves no batch of 47 rows.*smaller batch_size"),
     ],
 )
-def test_arguments_out_of_range_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_rejected(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_rows(folder, **options)
 
 
-def test_arguments_of_wrong_types_are_refused(folder: Path) -> None:
+def test_arguments_of_wrong_types_are_rejected(folder: Path) -> None:
     wrong: Any = 2.5
     with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
         open_rows(folder, wrong)
@@ -468,13 +468,13 @@ def test_arguments_of_wrong_types_are_refused(folder: Path) -> None:
         ColumnDataset(folder, "row", 6)
     with pytest.raises(ValueError, match="columns must name at least one column, got none"):
         ColumnDataset(folder, [], 6)
-    with pytest.raises(ValueError, match=r"columns must be named once each, got \['row', 'row'\]"):
+    with pytest.raises(ValueError, match=r"columns must be unique, got \['row', 'row'\]"):
         ColumnDataset(folder, ["row", "row"], 6)
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         open_rows(folder).set_epoch(-1)
 
 
-def test_a_missing_path_is_refused(folder: Path) -> None:
+def test_a_missing_path_is_rejected(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_rows(folder / "nowhere")
 
@@ -484,7 +484,7 @@ def test_a_missing_path_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["x1", "strings"])
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_frappe_is_read_as_pyarrow_reads_it(data_dir: Path, kind: str, split: str) -> None:
+def test_frappe_matches_pyarrow(data_dir: Path, kind: str, split: str) -> None:
     whole = pq.read_table(data_dir / "frappe" / kind / split)
     batches = list(ColumnDataset(data_dir / "frappe" / kind / split, whole.column_names, 4096))
     assert whole.num_rows == {"train": 202_027, "valid": 57_722, "test": 28_860}[split]

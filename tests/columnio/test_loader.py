@@ -39,7 +39,7 @@ def rows_of(batches: Any) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_resumed_pass_is_resumed_once_more(folder: Path, workers: int, shuffle: bool) -> None:
+def test_a_resumed_pass_is_resumed_again(folder: Path, workers: int, shuffle: bool) -> None:
     whole = rows_of(opened(folder, shuffle=shuffle))
     data = opened(folder, shuffle=shuffle)
     data.load_state_dict({**data.state_dict(), "row": 100})
@@ -54,18 +54,18 @@ def test_a_resumed_pass_is_resumed_once_more(folder: Path, workers: int, shuffle
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_state_after_the_last_batch_is_of_the_pass_that_ended(folder: Path, workers: int) -> None:
+def test_a_state_after_the_last_batch_belongs_to_the_finished_pass(folder: Path, workers: int) -> None:
     data = opened(folder, shuffle=True)
     loader = DataLoader(data, batch_size=None, num_workers=workers)
     count = len(list(loader))
     state = data.state_dict(count)
     assert (state["epoch"], state["row"]) == (0, ROWS)
-    # And one of the next pass after set_epoch.
+    # After set_epoch, it belongs to the next pass.
     data.set_epoch(1)
     assert (data.state_dict(0)["epoch"], data.state_dict(2)["epoch"], data.state_dict(2)["row"]) == (1, 1, 20)
 
 
-def test_no_batch_of_a_pass_in_this_process_is_one_of_the_next(folder: Path) -> None:
+def test_a_state_of_no_batches_after_a_complete_pass_belongs_to_the_next(folder: Path) -> None:
     data = opened(folder)
     list(data)
     state = data.state_dict(0)
@@ -87,7 +87,7 @@ def test_persistent_workers_follow_epochs_and_states(folder: Path, context: str,
     )
     assert rows_of(loader) == direct[0]
     other.set_epoch(3)
-    # As without workers: an epoch is repeated until set_epoch.
+    # An epoch is repeated until set_epoch.
     assert rows_of(loader) == direct[0]
     data.set_epoch(5)
     assert rows_of(loader) == direct[5]
@@ -103,7 +103,7 @@ def test_persistent_workers_follow_epochs_and_states(folder: Path, context: str,
     assert rows_of(loader) == direct[0]
 
 
-def test_changes_in_a_worker_stay_there(folder: Path) -> None:
+def test_changes_in_a_worker_do_not_reach_the_main_process(folder: Path) -> None:
     data = opened(folder, shuffle=True)
 
     def begin(_: int) -> None:

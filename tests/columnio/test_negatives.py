@@ -43,7 +43,7 @@ def ragged(batch: Batch, name: str = "negatives") -> RaggedTensor:
 def test_a_rows_own_items_are_never_drawn(table: list[int], seed: int, count: int, in_batch: bool, data: Any) -> None:
     size = data.draw(st.integers(12, 20)) if in_batch else data.draw(st.integers(0, 6))
     item = st.sampled_from(table)
-    # In the batch all of twelve items are there, of which a row excludes at most seven.
+    # The batch contains all of twelve items, of which a row excludes at most seven.
     positives = [*table[:12], *data.draw(st.lists(item, min_size=size - 12, max_size=size - 12))] if in_batch else None
     if positives is None:
         positives = data.draw(st.lists(item, min_size=size, max_size=size))
@@ -89,11 +89,11 @@ def test_items_are_drawn_by_frequency_to_a_power(power: float, in_batch: bool) -
     weights = {item: count**power for item, count in frequencies.items() if item not in (7, 8)}
     for item, weight in weights.items():
         share = weight / sum(weights.values())
-        # Five standard deviations, of draws that the seed fixes.
+        # Five standard deviations; the seed fixes the draws.
         assert Counter(drawn)[item] / len(drawn) == pytest.approx(share, abs=5 * (share / len(drawn)) ** 0.5)
 
 
-def test_a_row_that_leaves_one_unlikely_item_gets_it() -> None:
+def test_the_only_remaining_item_is_drawn_even_if_unlikely() -> None:
     items = torch.arange(1000)
     frequencies = torch.ones(1000)
     frequencies[5] = 1e-12
@@ -105,7 +105,7 @@ def test_a_row_that_leaves_one_unlikely_item_gets_it() -> None:
     assert 2 not in drawn[1]
 
 
-def test_counts_of_rows_and_several_positives_a_row() -> None:
+def test_counts_per_row_and_several_positives_per_row() -> None:
     items = torch.arange(50)
     batch: Batch = {
         "item": RaggedTensor.from_lists([[1, 2], [], [3]]),
@@ -134,7 +134,7 @@ def test_draws_depend_on_seed_epoch_and_batch() -> None:
 
 @FORKED
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_persistent_workers_draw_by_the_epoch(tmp_path: Path, context: str) -> None:
+def test_persistent_workers_follow_the_epoch(tmp_path: Path, context: str) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
     sampler = copy.deepcopy(NegativeSampler("item", 5, items=torch.arange(1000)))
     other = copy.deepcopy(sampler)
@@ -150,7 +150,7 @@ def test_persistent_workers_draw_by_the_epoch(tmp_path: Path, context: str) -> N
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_threads_of_a_reader_draw_the_same(tmp_path: Path, threads: int) -> None:
+def test_reader_threads_draw_the_same_items(tmp_path: Path, threads: int) -> None:
     pq.write_table(pa.table({"item": range(100)}), tmp_path / "a.parquet")
     sampler = NegativeSampler("item", 4, items=torch.arange(100), seed=3)
     later = [dense(sampler(batch)) for batch in ColumnDataset(tmp_path, ["item"], 7, shuffle=True)]
@@ -162,9 +162,9 @@ def test_the_threads_of_a_reader_draw_the_same(tmp_path: Path, threads: int) -> 
     assert all(torch.equal(one, other) for one, other in zip(got, later, strict=True))
 
 
-def test_rows_without_candidates_are_refused() -> None:
+def test_rows_without_candidates_are_rejected() -> None:
     batch: Batch = {"item": torch.tensor([1, 1])}
-    with pytest.raises(ValueError, match="all 1 candidates for 'negatives' are own items of row 0 of the batch"):
+    with pytest.raises(ValueError, match="all 1 candidates for 'negatives' are excluded in row 0 of the batch"):
         NegativeSampler("item", 1)(batch)
 
 
@@ -188,25 +188,25 @@ def test_rows_without_candidates_are_refused() -> None:
             "some items would never be drawn",
         ),
         (
-            # Each is finite, and their sum is not.
+            # Each is finite, but their sum is not.
             {"items": torch.arange(2), "frequencies": torch.tensor([1e308, 1e308], dtype=torch.float64), "power": 1},
             ValueError,
             "exceed the range of float64",
         ),
         ({"exclude": "seen"}, TypeError, r"exclude must be a sequence of columns, got a str; write \['seen'\]"),
-        ({"items": torch.tensor([1, 1])}, ValueError, "without repetition, got 2 with 1 distinct"),
+        ({"items": torch.tensor([1, 1])}, ValueError, "must be unique and at least one, got 2 with 1 distinct"),
         ({"items": torch.tensor([1.5])}, TypeError, r"items must be int64 \[C\]"),
-        ({"frequencies": torch.tensor([1])}, ValueError, "there are none; give items"),
+        ({"frequencies": torch.tensor([1])}, ValueError, "but items is None; pass items"),
         ({"items": torch.tensor([1, 2]), "frequencies": torch.tensor([1])}, ValueError, r"got \[1\] for 2 items"),
-        ({"items": torch.tensor([1]), "frequencies": torch.tensor([0])}, ValueError, "must be positive; leave out"),
+        ({"items": torch.tensor([1]), "frequencies": torch.tensor([0])}, ValueError, "must be positive; omit"),
     ],
 )
-def test_invalid_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_arguments_are_rejected(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         NegativeSampler("item", **({"count": 1} | options))
 
 
-def test_frequencies_in_the_batch_that_are_too_large_are_refused() -> None:
+def test_too_large_frequencies_in_the_batch_are_rejected() -> None:
     batch: Batch = {"item": torch.tensor([1] * 40 + [2])}
     with pytest.raises(ValueError, match="frequencies from 1 to 40 to the power of 500 exceed"):
         NegativeSampler("item", 1, power=500)(batch)
@@ -222,7 +222,7 @@ def test_frequencies_in_the_batch_that_are_too_large_are_refused() -> None:
         ({"item": torch.tensor([1])}, TypeError, r"column 'n' must be counts, integers \[B\], got None"),
     ],
 )
-def test_columns_of_other_forms_are_refused(batch: Batch, error: type[Exception], message: str) -> None:
+def test_columns_of_wrong_types_are_rejected(batch: Batch, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         NegativeSampler("item", "n", items=torch.arange(9))(batch)
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):

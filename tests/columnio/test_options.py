@@ -1,4 +1,4 @@
-"""ReadOptions and ShardOptions: what they refuse; CsvOptions are tested with the CSV format."""
+"""Validation of ReadOptions and ShardOptions; CsvOptions are tested with the CSV format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recis_hybrid.columnio import CsvOptions, ReadOptions, ShardOptions
         ({"on_bad_file": "sometimes"}, "on_bad_file must be one of 'raise', 'skip', got 'sometimes'"),
     ],
 )
-def test_read_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+def test_read_options_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"ReadOptions: {message}"):
         ReadOptions(**options)
 
@@ -34,7 +34,7 @@ def test_read_options_out_of_range_are_refused(options: dict[str, Any], message:
         ({"csv": {"delimiter": ";"}}, "csv must be a CsvOptions, got {'delimiter': ';'}"),
     ],
 )
-def test_read_options_of_wrong_types_are_refused(options: dict[str, Any], message: str) -> None:
+def test_read_options_of_wrong_types_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"ReadOptions: {message}"):
         ReadOptions(**options)
 
@@ -45,16 +45,16 @@ def test_read_options_of_wrong_types_are_refused(options: dict[str, Any], messag
         ({"rank": 0, "world_size": 0}, "world_size must be at least 1, got 0"),
         ({"rank": -1, "world_size": 2}, "rank must be at least 0, got -1"),
         ({"rank": 2, "world_size": 2}, "rank must be less than world_size, got 2 of 2; ranks count from 0"),
-        ({"rank": 1}, "rank and world_size must be given together, got 1 and None; leave both out"),
+        ({"rank": 1}, "rank and world_size must be given together, got 1 and None; omit both"),
         ({"uneven": "sometimes"}, "uneven must be one of None, 'wrap', 'drop', 'pad', got 'sometimes'"),
     ],
 )
-def test_shard_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+def test_shard_options_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"ShardOptions: {message}"):
         ShardOptions(**options)
 
 
-def test_integers_of_numpy_are_accepted() -> None:
+def test_numpy_integers_are_accepted() -> None:
     assert ReadOptions(num_threads=np.int64(2)).num_threads == 2  # type: ignore[arg-type]
     assert ShardOptions(rank=np.int64(0), world_size=np.int64(2)).world_size == 2  # type: ignore[arg-type]
 

@@ -49,10 +49,10 @@ def by_hand():
         return [rows(opened("same", shard=ShardOptions(rank=0, world_size=size))) for size in (1, 2)]
 
 def failing():
-    # A file system that rank 0 alone cannot read.
+    # A file system that only rank 0 cannot read.
     windows = Windows(mine / "hours", idle_s=0)
     if rank == 0:
-        windows._look = lambda idle: (_ for _ in ()).throw(PermissionError("not yours"))
+        windows._poll = lambda idle: (_ for _ in ()).throw(PermissionError("not yours"))
     return names(windows)
 
 def late():
@@ -62,7 +62,7 @@ def late():
         if rank == 0 and len(waits) == 2:
             (mine / "later" / "a").mkdir(parents=True)
             (mine / "later" / "a" / "_SUCCESS").touch()
-    # Alone, rank 1 would end at once.
+    # Alone, rank 1 would end immediately.
     windows = Windows(mine / "later", poll_s=1, idle_s=(3, 0)[rank], sleep=wait)
     return [window.name for window in windows], len(waits)
 
@@ -116,7 +116,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for hour in ("b", *("a" * rank)):
             (mine / "hours" / hour).mkdir(parents=True)
             (mine / "hours" / hour / "_SUCCESS").touch()
-    # On rank 1: a file more, a rewritten file, and a file that cannot be read.
+    # On rank 1: an extra file, a rewritten file, and an unreadable file.
     write(root / "rank-1" / "file" / "2.parquet")
     write(root / "rank-1" / "rows" / "1.parquet", rows=31)
     (root / "rank-1" / "damaged" / "0.parquet").write_bytes(b"PAR1 and no more")
@@ -145,7 +145,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     [
         ("file", "2.parquet has None on rank 0 and [20, 10] on rank 1"),
         ("rows", "1.parquet has [20, 10] on rank 0 and [20, 11] on rank 1"),
-        ("order", "its files are in another order"),
+        ("order", "its files are in a different order"),
         ("batch size", "batch_size is 10 on rank 0 and 11 on rank 1"),
         ("seed", "seed is 0 on rank 0 and 1 on rank 1"),
         ("memory", "data in memory"),
@@ -170,12 +170,14 @@ def test_skipped_files_are_named(reports: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("scenario", "error"), [("damaged", "BadFileError"), ("missing", "FileNotFoundError")])
-def test_a_rank_that_cannot_open_tells_the_others(reports: list[dict[str, Any]], scenario: str, error: str) -> None:
+def test_a_failure_on_one_rank_is_reported_on_the_others(
+    reports: list[dict[str, Any]], scenario: str, error: str
+) -> None:
     assert reports[1][scenario].startswith(f"{error}: ")
     assert reports[0][scenario].startswith(f"ValueError: ColumnDataset: rank 1 could not open the dataset ({error}: ")
 
 
-def test_the_same_data_elsewhere_is_the_same(reports: list[dict[str, Any]]) -> None:
+def test_the_same_data_in_another_folder_matches(reports: list[dict[str, Any]]) -> None:
     assert [rank["elsewhere"] for rank in reports] == [3, 3]
     assert [rank["same memory"] for rank in reports] == [2, 1]
 
@@ -187,7 +189,7 @@ def test_explicit_ranks_and_workers_do_not_communicate(reports: list[dict[str, A
 
 
 def test_the_first_rank_chooses_the_windows(reports: list[dict[str, Any]]) -> None:
-    # Rank 1 has "a" too, and first; each rank opens the chosen window in its own folder.
+    # Rank 1 also has "a", which sorts first; each rank opens the chosen window in its own folder.
     assert [rank["windows"] for rank in reports] == [[["b", [f"rank-{rank}", "hours"]]] for rank in range(2)]
     assert [rank["alone"] and [name for name, _ in rank["alone"]] for rank in reports] == [None, ["a", "b"]]
     # An explicit list is the same everywhere.

@@ -43,7 +43,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
-    """A bucket of three files in folders of days, and one hidden file."""
+    """A bucket with three files in day folders, and one hidden file."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
     # Do not ask the machine for credentials.
@@ -61,7 +61,7 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
     return filesystem
 
 
-def test_a_folder_and_a_pattern_of_s3(s3: pafs.S3FileSystem, server: str) -> None:
+def test_a_folder_and_a_pattern_on_s3(s3: pafs.S3FileSystem, server: str) -> None:
     where = f"?endpoint_override={server}&scheme=http&region=us-east-1"
     for path in ("s3://bucket/clicks", "s3://bucket/clicks/day=*/*.parquet", "s3://bucket/clicks/**/a.parquet"):
         data = ColumnDataset(path + where, ["row", "day", "text"], 7, read=ReadOptions(num_threads=2))
@@ -94,26 +94,26 @@ def test_a_pass_over_s3_is_resumed_and_filtered(s3: pafs.S3FileSystem) -> None:
     data = opened()
     passing = iter(data)
     seen = [row for _ in range(2) for row in next(passing)["row"].tolist()]  # type: ignore[union-attr]
-    left = opened(prefetch=0)
-    left.load_state_dict(data.state_dict())
-    assert seen + rows_of(left) == whole
+    resumed = opened(prefetch=0)
+    resumed.load_state_dict(data.state_dict())
+    assert seen + rows_of(resumed) == whole
 
 
-def test_a_vanished_object_is_named(s3: pafs.S3FileSystem) -> None:
+def test_a_removed_object_is_named_in_the_error(s3: pafs.S3FileSystem) -> None:
     data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     s3.delete_file("bucket/clicks/day=3/a.parquet")
     with pytest.raises(FileNotFoundError, match=r"clicks/day=3/a\.parquet"):
         list(data)
 
 
-def test_a_rewritten_object_is_named(s3: pafs.S3FileSystem) -> None:
+def test_a_rewritten_object_is_named_in_the_error(s3: pafs.S3FileSystem) -> None:
     data = ColumnDataset("bucket/clicks/day=3", ["row"], 3, read=ReadOptions(filesystem=s3))
     pq.write_table(table(20, 31), "bucket/clicks/day=3/a.parquet", filesystem=s3, row_group_size=4)
     with pytest.raises(BadFileError, match=r"clicks/day=3/a\.parquet changed since the dataset was opened"):
         list(data)
 
 
-def test_windows_of_s3(s3: pafs.S3FileSystem, server: str) -> None:
+def test_windows_on_s3(s3: pafs.S3FileSystem, server: str) -> None:
     for day in (1, 3):
         with s3.open_output_stream(f"bucket/clicks/day={day}/_SUCCESS") as sink:
             sink.write(b"")

@@ -1,4 +1,4 @@
-"""Shares of the rows: equal numbers of batches, ranks of torch.distributed, workers of a DataLoader, threads."""
+"""Sharing of rows: equal numbers of batches, ranks of torch.distributed, workers of a DataLoader, threads."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def rows_of(batches: Any) -> list[list[int]]:
     world_size=st.integers(1, 9),
     shuffle=st.booleans(),
     threads=st.integers(1, 2),
-    taken=st.integers(0, 3),
+    consumed=st.integers(0, 3),
     later=st.integers(1, 9),
 )
-def test_padded_batches_hold_every_row_once(
-    folder: Path, batch_size: int, world_size: int, shuffle: bool, threads: int, taken: int, later: int
+def test_padded_batches_contain_every_row_once(
+    folder: Path, batch_size: int, world_size: int, shuffle: bool, threads: int, consumed: int, later: int
 ) -> None:
     def opened(rank: int, size: int) -> ColumnDataset:
         return ColumnDataset(
@@ -74,7 +74,7 @@ def test_padded_batches_hold_every_row_once(
     for rank in range(world_size):
         data = opened(rank, world_size)
         passing = iter(data)
-        for _ in range(min(taken, len(data))):
+        for _ in range(min(consumed, len(data))):
             batch = next(passing)
             assert len(dense(batch)) == len(dense(batch, "mask")) == batch_size
             seen += dense(batch)[dense(batch, "mask")].tolist()
@@ -96,7 +96,7 @@ def test_padded_batches_hold_every_row_once(
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 5, 9])
-def test_wrapped_batches_continue_from_the_beginning(folder: Path, shuffle: bool, world_size: int) -> None:
+def test_wrapped_batches_continue_from_the_start(folder: Path, shuffle: bool, world_size: int) -> None:
     def opened(**options: Any) -> ColumnDataset:
         return ColumnDataset(folder, ["row"], 7, shuffle=shuffle, **options)
 
@@ -119,7 +119,7 @@ def test_wrapped_batches_continue_from_the_beginning(folder: Path, shuffle: bool
     start=st.integers(0, 199),
     workers=st.integers(1, 3),
 )
-def test_ranks_get_equally_many_batches_of_about_one_size(
+def test_ranks_get_the_same_number_of_batches_of_similar_size(
     rows: int, batch_size: int, world_size: int, start: int, workers: int
 ) -> None:
     start = min(start, rows)
@@ -141,14 +141,14 @@ def test_ranks_get_equally_many_batches_of_about_one_size(
     assert max(sizes, default=0) <= batch_size
     if rows - start >= world_size and batch_size > 1:
         assert min(sizes) > 0
-    # A run that is resumed after any turn goes on with the same batches.
+    # A run resumed after any turn continues with the same batches.
     for turn in range(turns):
         begin = Batches(rows, batch_size, start, 0, world_size).after(turn)
         assert [ranges(begin, rank) for rank in range(world_size)] == [each[turn:] for each in by_rank]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_dropped_turns_leave_equal_numbers(folder: Path, world_size: int) -> None:
+def test_dropping_a_turn_leaves_equal_numbers_of_batches(folder: Path, world_size: int) -> None:
     alone = rows_of(ColumnDataset(folder, ["row"], 7))
     ranks = [
         ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=rank, world_size=world_size, uneven="drop"))
@@ -162,7 +162,7 @@ def test_dropped_turns_leave_equal_numbers(folder: Path, world_size: int) -> Non
         ColumnDataset(folder, ["row"], 7, shard=ShardOptions(rank=0, world_size=8, uneven="drop"))
 
 
-def test_filled_columns_of_every_kind(folder: Path) -> None:
+def test_padding_of_every_kind_of_column(folder: Path) -> None:
     (batch,) = ColumnDataset(folder, ["row", "text", "list"], 50, shard=ShardOptions(uneven="pad"))
     rows = dense(batch).tolist()
     assert rows == [*range(ROWS), 0, 1, 2]
@@ -184,20 +184,20 @@ def test_filled_columns_of_every_kind(folder: Path) -> None:
     workers=st.integers(1, 4),
     data=st.data(),
 )
-def test_what_is_wanted_is_what_batches_hold(
+def test_wants_exactly_the_rows_of_its_batches(
     rows: int, batch_size: int, start: int, world_size: int, uneven: Any, drop: bool, workers: int, data: st.DataObject
 ) -> None:
     start = min(start, rows)
     rank, worker = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, workers - 1))
     batches = Batches(rows, batch_size, start, rank, world_size, drop, uneven, worker, workers)
     assert len(list(batches)) == len(batches)
-    held = {row for low, high in batches for row in range(low, high)}
+    contained = {row for low, high in batches for row in range(low, high)}
     first = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(first, rows))
-    assert batches.wants(first, stop) == bool(held & set(range(first, stop)))
+    assert batches.wants(first, stop) == bool(contained & set(range(first, stop)))
 
 
-# Who this process is
+# Ranks
 
 
 def test_an_explicit_rank_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -215,7 +215,7 @@ _DISTRIBUTED = """
 import sys
 import torch.distributed as dist
 from recis_hybrid.columnio import ColumnDataset, ShardOptions
-# Ranks that differ from the environment of torchrun: the initialized group counts.
+# The ranks differ from the environment of torchrun: the initialized group takes precedence.
 rank = 1 - int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
 data = ColumnDataset(sys.argv[1], ["row"], 5, shard=ShardOptions(uneven="pad"))
@@ -290,11 +290,11 @@ def test_workers_share_the_batches_of_a_rank_in_order(folder: Path, workers: int
         assert isinstance(other["list"], RaggedTensor)
         assert one["list"].to_lists() == other["list"].to_lists()
         if context == "spawn":
-            # A fresh process imports only the package's own dependencies.
+            # A fresh process imports only the package's dependencies.
             assert not dense(one, "jax").any()
 
 
-def test_a_pass_of_a_loader_is_resumed_without_one(folder: Path) -> None:
+def test_a_pass_of_a_loader_is_resumed_without_a_loader(folder: Path) -> None:
     def opened(**options: Any) -> ColumnDataset:
         return ColumnDataset(folder, ["row"], 4, shuffle=True, seed=2, **options)
 
@@ -303,14 +303,14 @@ def test_a_pass_of_a_loader_is_resumed_without_one(folder: Path) -> None:
     loader = iter(DataLoader(data, batch_size=None, num_workers=2))
     assert rows_of([next(loader) for _ in range(5)]) == whole[:5]
     state = data.state_dict(5)
-    left = opened()
-    left.load_state_dict(state)
-    assert rows_of(left) == whole[5:]
-    left = opened()
-    left.load_state_dict(state)
-    again = DataLoader(left, batch_size=None, num_workers=2)
+    resumed = opened()
+    resumed.load_state_dict(state)
+    assert rows_of(resumed) == whole[5:]
+    resumed = opened()
+    resumed.load_state_dict(state)
+    again = DataLoader(resumed, batch_size=None, num_workers=2)
     assert rows_of(again) == whole[5:]
-    left.set_epoch(1)
+    resumed.set_epoch(1)
     data.set_epoch(1)
     assert rows_of(again) == rows_of(data) != whole
 
@@ -337,7 +337,7 @@ def test_device_and_pinned_memory(folder: Path) -> None:
     (batch, *_) = ColumnDataset(folder, ["row", "list"], 50, device="meta")
     assert {column.device.type for column in batch.values()} == {"meta"}
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="pin_memory needs a GPU that torch can use, and there is none"):
+        with pytest.raises(ValueError, match="pin_memory needs a GPU that torch can use, but there is none"):
             ColumnDataset(folder, ["row"], 50, read=ReadOptions(pin_memory=True))
 
 

@@ -24,7 +24,7 @@ def names(windows: Windows, count: int | None = None) -> list[str]:
 
 
 class Clock:
-    """A clock that advances only while the stream waits, with events at given times."""
+    """A clock that advances only while the stream waits, with an event at each wait."""
 
     def __init__(self, *events: Callable[[], None]) -> None:
         self.events, self.waits = list(events), 0
@@ -35,7 +35,7 @@ class Clock:
             self.events.pop(0)()
 
 
-def test_windows_come_when_they_are_complete(tmp_path: Path) -> None:
+def test_windows_are_yielded_once_they_are_complete(tmp_path: Path) -> None:
     source = tmp_path / "hours"
     clock = Clock(
         lambda: write(source / "02", 2, complete=False),
@@ -54,7 +54,7 @@ def test_windows_come_when_they_are_complete(tmp_path: Path) -> None:
     assert clock.waits == 4
 
 
-def test_a_late_window_comes_late_and_none_comes_twice(tmp_path: Path) -> None:
+def test_a_late_window_is_yielded_late_and_none_twice(tmp_path: Path) -> None:
     for name in ("02", "03", "_tmp", ".x"):
         write(tmp_path / name, 0)
     windows = iter(Windows(tmp_path, idle_s=1, poll_s=1, sleep=Clock()))
@@ -63,7 +63,7 @@ def test_a_late_window_comes_late_and_none_comes_twice(tmp_path: Path) -> None:
     assert [window.name for window in windows] == ["01", "03"]
 
 
-def test_another_marker_and_the_end(tmp_path: Path) -> None:
+def test_another_marker_and_the_end_of_the_stream(tmp_path: Path) -> None:
     write(tmp_path / "a", 0)
     write(tmp_path / "b", 0, complete=False)
     (tmp_path / "b" / "done").touch()
@@ -72,12 +72,12 @@ def test_another_marker_and_the_end(tmp_path: Path) -> None:
     assert clock.waits == 3
 
 
-def test_a_stream_is_resumed_at_the_window_that_was_not_done(tmp_path: Path) -> None:
+def test_a_stream_is_resumed_at_the_unfinished_window(tmp_path: Path) -> None:
     for name in ("1", "2", "10"):
         write(tmp_path / name, 0)
     windows = Windows(tmp_path, idle_s=0)
     passing = iter(windows)
-    # Names that are numbers sort as numbers.
+    # Names that are numbers sort by value.
     assert [next(passing).name, next(passing).name] == ["1", "2"]
     state = windows.state_dict()
     resumed = Windows(tmp_path, idle_s=0)
@@ -100,7 +100,7 @@ def test_an_unreachable_source_repeats_no_window(tmp_path: Path) -> None:
     assert names(Windows(source, poll_s=1, idle_s=4, sleep=clock)) == ["1", "2", "3"]
 
 
-def test_a_removed_or_rewritten_window_does_not_come_again(tmp_path: Path) -> None:
+def test_a_removed_or_rewritten_window_is_not_yielded_again(tmp_path: Path) -> None:
     write(tmp_path / "1", 0)
     windows = Windows(tmp_path, idle_s=0)
     assert names(windows) == ["1"]
@@ -122,6 +122,6 @@ def test_an_explicit_list_ends() -> None:
     assert names(windows) == []
 
 
-def test_invalid_times_are_refused() -> None:
+def test_invalid_times_are_rejected() -> None:
     with pytest.raises(ValueError, match="poll_s must be positive and idle_s must not be negative, got 0 and None"):
         Windows("x", poll_s=0)

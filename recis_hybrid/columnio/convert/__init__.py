@@ -1,4 +1,4 @@
-"""Conversion of Arrow columns to tensors, without a copy if the layouts agree.
+"""Conversion of Arrow columns to tensors, without copying if the layouts agree.
 
-All of ``columnio`` may import it; it knows no file.
+All of ``columnio`` may import it; it does not depend on files.
 """

@@ -1,8 +1,8 @@
-"""Conversion of Arrow arrays to tensors in two steps, by the spec of a column. Imports pyarrow.
+"""Conversion of Arrow arrays to tensors in two steps, according to the spec of a column. Imports pyarrow.
 
-``clean`` runs while the file of an array is known: it refuses or fills nulls, converts values, and brings the array
-into one layout, copying only if necessary. ``tensor`` runs on a batch cut from clean arrays: it returns a view of the
-same memory and cannot fail.
+``clean`` runs while the file of an array is known. It rejects or fills nulls, converts values, and produces a single
+layout, copying only if necessary. ``tensor`` runs on a batch cut from clean arrays. It returns a view of the same
+memory and cannot fail.
 
 Letters: B rows of a batch, N values over all rows, L values of each row.
 """
@@ -30,7 +30,7 @@ from recis_hybrid.columnio.convert.numbers import (
     a_few,
     is_number,
     is_text,
-    nulls_refused,
+    null_error,
     numbers,
 )
 from recis_hybrid.columnio.convert.spec_types import value_type
@@ -50,14 +50,14 @@ class Converter(Protocol):
         """True if the result is one tensor with an entry per row."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Return the array in the layout of ``tensor``, without nulls.
+        """Return the array without nulls, in the layout that ``tensor`` takes.
 
         Raises:
-            ValueError: A value is not allowed by the spec.
+            ValueError: The spec does not allow a value.
         """
 
     def tensor(self, array: Array) -> torch.Tensor | RaggedTensor:
-        """Return the column of a batch for a clean array or a slice of one, over the same memory."""
+        """Return the column of a batch for a clean array or a slice of one, sharing its memory."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class FixedConverter:
 
     def clean(self, array: Array, place: Place) -> Array:
         """See ``Converter``."""
-        # The length of a null list is null, and so is its comparison; null lists are counted as missing.
+        # The length of a null list is null, and so is its comparison, so null lists count as missing.
         lengths = pc.list_value_length(array)
         filled = pc.not_equal(lengths, 0)
         missing = len(filled) - (pc.sum(filled).as_py() or 0)
@@ -100,7 +100,7 @@ class FixedConverter:
             )
         if missing and self.numbers.default is None:
             kind = "null" if missing == array.null_count else "null or empty list"
-            raise nulls_refused(missing, len(array), place, self.numbers.remedy, kind)
+            raise null_error(missing, len(array), place, self.numbers.remedy, kind)
         values = self.numbers.clean(array.flatten(), place)
         if missing:
             rows = torch.full((len(array), self.length), self.numbers.default or 0, dtype=self.numbers.dtype)
@@ -145,14 +145,14 @@ class ListConverter:
             return self.leaf.clean(array, place)
         if array.null_count and not self.spec.null_as_empty:
             remedy = f"{type(self.spec).__name__}(null_as_empty=True)"
-            raise nulls_refused(array.null_count, len(array), place, remedy)
+            raise null_error(array.null_count, len(array), place, remedy)
         offsets = torch.zeros(len(array) + 1, dtype=torch.int64)
         if array.null_count or pa.types.is_fixed_size_list(array.type):
             lengths = pc.list_value_length(array).fill_null(0)
             torch.cumsum(from_dlpack(lengths), 0, dtype=torch.int64, out=offsets[1:])
         else:
-            own = from_dlpack(array.offsets)
-            torch.sub(own, own[0], out=offsets)
+            file_offsets = from_dlpack(array.offsets)
+            torch.sub(file_offsets, file_offsets[0], out=offsets)
         values = self._clean(array.flatten(), depth - 1, place)
         return pa.LargeListArray.from_arrays(pa.array(offsets.numpy()), values)
 
@@ -187,7 +187,7 @@ class ParallelConverter:
 
 @dataclass(frozen=True)
 class PreparedConverter:
-    """Converter of a less common layout, or of nulls alone: casts to a plain type first."""
+    """Converter of a less common layout, or of only nulls: casts to a plain type first."""
 
     plain: Converter
     """Converter of the plain type."""
@@ -224,7 +224,7 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: Ar
         like: Type that replaces null types; None derives it from the spec.
 
     Raises:
-        TypeError: A column of that type cannot be read by that spec.
+        TypeError: The spec cannot read a column of that type.
         ValueError: The default does not fit the dtype of the column.
     """
     if spec is not None and not isinstance(spec, Column):
@@ -252,7 +252,7 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: Ar
     elif isinstance(spec, Weighted):
         result = _weighted(spec, depth, inner, place)
     if result is None:
-        problem = f"{spec} does not read" if spec is not None else "does not become a tensor"
+        problem = f"{spec} cannot read" if spec is not None else "cannot become a tensor"
         raise TypeError(f"{place} is {arrow_type}, which {problem}; {_remedy(depth, inner, place.column)}")
     return result
 
@@ -291,9 +291,9 @@ def _with_types(arrow_type: ArrowType, spec: Column | None, place: Place) -> Arr
         return _with_pair_types(arrow_type, spec)
     if inner is None:
         raise TypeError(
-            f"{place} is {arrow_type}: all its values are null, so its type is unknown; give it a spec with a type, as "
+            f"{place} is {arrow_type}: all its values are null, so its type is unknown; use a spec with a type, as "
             f"in Dense(torch.float32, default=0), Ragged(torch.int64, null_as_empty=True) or "
-            f'Text(default=""), or leave it out'
+            f'Text(default=""), or omit the column'
         )
     if pa.types.is_null(arrow_type):
         return pa.list_(inner) if nest else inner
@@ -303,10 +303,10 @@ def _with_types(arrow_type: ArrowType, spec: Column | None, place: Place) -> Arr
 def _with_pair_types(arrow_type: ArrowType, spec: Weighted) -> ArrowType:
     ids = ARROW_OF[spec.dtype or torch.int64]
     if spec.weights is not None:
-        own, other = arrow_type.field(0).type, arrow_type.field(1).type
+        id_type, weight_type = arrow_type.field(0).type, arrow_type.field(1).type
         parts = [
             pa.list_(inner) if pa.types.is_null(each) else _filled(each, inner)
-            for each, inner in ((own, ids), (other, pa.float32()))
+            for each, inner in ((id_type, ids), (weight_type, pa.float32()))
         ]
         return pa.struct([("id", parts[0]), ("weight", parts[1])])
     pair = pa.struct([("id", ids), ("weight", pa.float32())])
@@ -364,38 +364,38 @@ def _id_and_weight(struct: ArrowType, place: Place) -> tuple[int, int]:
     if len(ids) != 1:
         raise TypeError(
             f"{place} is a list of {struct}, and neither names nor types of the fields distinguish id and weight; name "
-            f"them id and weight, or write two list columns and read them by Weighted(weights=<the other column>)"
+            f"them id and weight, or write two list columns and read them with Weighted(weights=<the other column>)"
         )
-    own = ids.pop()
-    return own, 1 - own
+    number = ids.pop()
+    return number, 1 - number
 
 
 def _remedy(depth: int, inner: ArrowType, column: str) -> str:
     if inner == TOO_LARGE:
         return (
-            "write it as integers, floats or strings; read integers of text files that exceed 64 bits by "
+            "write it as integers, floats or strings; read integers of text files that exceed 64 bits with "
             "Dense(torch.float64)"
         )
     if is_temporal(inner):
         lists = "Ragged" if depth else "Dense"
-        return f'read dates, timestamps, times and durations by {lists}(unit="s"), as int64 in that unit'
+        return f'read dates, timestamps, times and durations with {lists}(unit="s"), as int64 in that unit'
     if pa.types.is_decimal(inner):
         lists = "Ragged" if depth else "Dense"
-        return f"read decimals by {lists}(torch.float64), or by {lists}(scale={inner.scale}) as integers"
+        return f"read decimals with {lists}(torch.float64), or as integers with {lists}(scale={inner.scale})"
     if is_number(inner) and depth == 0:
-        return "read numbers by Dense()"
+        return "read numbers with Dense()"
     if is_number(inner):
-        return "read lists of numbers by Ragged(), or by Dense(length=...) if all have one length"
+        return "read lists of numbers with Ragged(), or with Dense(length=...) if all have the same length"
     if is_text(inner):
         return (
-            'read strings and lists of strings by Text(), lists of "id:weight" by Weighted(), and strings that are '
-            'dates or times by Dense(unit="s"), with format= if they are not in ISO 8601'
+            'read strings and lists of strings with Text(), lists of "id:weight" with Weighted(), and strings that are '
+            'dates or times with Dense(unit="s"), and format= if they are not in ISO 8601'
         )
     if pa.types.is_struct(inner):
         names = [f"{column}.{field.name}" for field in inner]
         return (
-            f"read lists of structs of an id and a weight by Weighted(); fields of other structs are columns with the "
-            f"names {a_few(names)}"
+            f"read lists of structs of an id and a weight with Weighted(), and fields of other structs as columns "
+            f"named {a_few(names)}"
         )
     return "write it as numbers, strings or lists of these"
 

@@ -1,4 +1,4 @@
-"""Conversion of Arrow's less common layouts to plain ones, and fields of structs. Imports pyarrow.
+"""Conversion of Arrow's less common layouts to plain ones, and access to fields of structs. Imports pyarrow.
 
 Plain types are numbers, dates and times, strings, structs, and lists of these. Dictionaries, run-end encoding, views
 and extension types are decoded, and a map becomes a list of structs of ``key`` and ``value``. Plain arrays are not
@@ -44,31 +44,31 @@ def plain_type(arrow_type: ArrowType) -> ArrowType:
 
 def plain(array: Array) -> Array:
     """Return an array in the layout of ``plain_type``; the array itself if it is plain already."""
-    own = array.type
-    if not _differs(own):
+    array_type = array.type
+    if not _differs(array_type):
         return array
-    if isinstance(own, pa.BaseExtensionType):
-        return pc.not_equal(array.storage, 0) if _is_bool8(own) else plain(array.storage)
-    if _types.is_dictionary(own):
+    if isinstance(array_type, pa.BaseExtensionType):
+        return pc.not_equal(array.storage, 0) if _is_bool8(array_type) else plain(array.storage)
+    if _types.is_dictionary(array_type):
         values = array.dictionary
         decodable = pa.DictionaryArray.from_arrays(array.indices, plain(values)) if _differs(values.type) else array
         return decodable.dictionary_decode()
-    if _types.is_run_end_encoded(own):
+    if _types.is_run_end_encoded(array_type):
         return plain(pc.run_end_decode(array))
-    if _types.is_map(own):
-        return plain(array.cast(pa.list_(_pair(own.key_type, own.item_type))))
-    if _types.is_struct(own):
-        children = [plain(array.field(number)) for number in range(own.num_fields)]
-        return pa.StructArray.from_arrays(children, fields=list(plain_type(own)), mask=_mask(array))
-    if _types.is_list_view(own) or _types.is_large_list_view(own):
-        # pyarrow's own cast loses the offsets of null lists.
+    if _types.is_map(array_type):
+        return plain(array.cast(pa.list_(_pair(array_type.key_type, array_type.item_type))))
+    if _types.is_struct(array_type):
+        children = [plain(array.field(number)) for number in range(array_type.num_fields)]
+        return pa.StructArray.from_arrays(children, fields=list(plain_type(array_type)), mask=_mask(array))
+    if _types.is_list_view(array_type) or _types.is_large_list_view(array_type):
+        # A cast by pyarrow loses the offsets of null lists.
         offsets = pc.cumulative_sum(pc.fill_null(pc.list_value_length(array), 0))
         offsets = pa.concat_arrays([pa.array([0], offsets.type), offsets])
-        array_class = pa.LargeListArray if _types.is_large_list_view(own) else pa.ListArray
+        array_class = pa.LargeListArray if _types.is_large_list_view(array_type) else pa.ListArray
         return array_class.from_arrays(offsets, plain(array.flatten()), mask=_mask(array))
-    if is_list(own):
+    if is_list(array_type):
         return _with_values(array, plain)
-    return array.cast(plain_type(own))
+    return array.cast(plain_type(array_type))
 
 
 def is_list(arrow_type: ArrowType) -> bool:
@@ -105,7 +105,7 @@ def field(array: Array, path: tuple[str, ...]) -> Array:
 
     Args:
         array: A plain array.
-        path: Names of fields from the outside to the inside.
+        path: Names of fields, the outermost first.
 
     Returns:
         An array of the same length; the field of a null struct is null.
@@ -156,7 +156,7 @@ def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
     while is_list(arrow_type):
         arrow_type = arrow_type.value_type
     if _types.is_null(arrow_type):
-        # The null type may have any field.
+        # A column of only nulls may have any field.
         return tuple(rest.split("."))
     if not _types.is_struct(arrow_type):
         return None
@@ -172,14 +172,14 @@ def _path(arrow_type: ArrowType, rest: str) -> tuple[str, ...] | None:
 
 def _with_values(array: Array, change: Any) -> Array:
     """Return lists of the same lengths with changed values; only values inside lists are passed to ``change``."""
-    own, mask = array.type, _mask(array)
-    if _types.is_fixed_size_list(own):
-        values = change(array.values.slice(array.offset * own.list_size, len(array) * own.list_size))
-        return pa.FixedSizeListArray.from_arrays(values, own.list_size, mask=mask)
+    array_type, mask = array.type, _mask(array)
+    if _types.is_fixed_size_list(array_type):
+        values = change(array.values.slice(array.offset * array_type.list_size, len(array) * array_type.list_size))
+        return pa.FixedSizeListArray.from_arrays(values, array_type.list_size, mask=mask)
     offsets = array.offsets
     first, last = offsets[0].as_py(), offsets[-1].as_py()
     values = change(array.values.slice(first, last - first))
-    array_class = pa.LargeListArray if _types.is_large_list(own) else pa.ListArray
+    array_class = pa.LargeListArray if _types.is_large_list(array_type) else pa.ListArray
     return array_class.from_arrays(pc.subtract(offsets, offsets[0]), values, mask=mask)
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from recis_hybrid.columnio.convert.numbers import Array, Numbers, Place, a_few, nulls_refused
+from recis_hybrid.columnio.convert.numbers import Array, Numbers, Place, a_few, null_error
 
 Parts: TypeAlias = tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]
 """Values, the offsets of one more level if there is one, and weights if there are any."""
@@ -23,14 +23,14 @@ class Leaf(Protocol):
     """Conversion of the innermost values of a column to tensors."""
 
     def clean(self, array: Array, place: Place) -> Array:
-        """Return the array in the layout of ``parts``, without nulls.
+        """Return the array without nulls, in the layout that ``parts`` takes.
 
         Raises:
-            ValueError: A value is not allowed by the spec.
+            ValueError: The spec does not allow a value.
         """
 
     def parts(self, array: Array) -> Parts:
-        """Return tensors over the memory of a clean array or a slice of one."""
+        """Return tensors that share the memory of a clean array or a slice of one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TextLeaf:
         if array.null_count == 0:
             return array
         if self.default is None:
-            raise nulls_refused(array.null_count, len(array), place, self.remedy)
+            raise null_error(array.null_count, len(array), place, self.remedy)
         return array.fill_null(pa.scalar(self.default, array.type))
 
     def parts(self, array: Array) -> Parts:
@@ -75,7 +75,7 @@ class TextLeaf:
             else pa.array([0], pa.int64())
         )
         first, last = int(offsets[0]), int(offsets[-1])
-        # If all strings are empty there may be no buffer of bytes.
+        # If all strings are empty, the buffer of bytes may be missing.
         buffer = byte_buffer if last > first else pa.py_buffer(b"")
         values = pa.Array.from_buffers(pa.uint8(), last - first, [None, buffer], offset=first if last > first else 0)
         return from_dlpack(values), [offsets - first if first else offsets], None
@@ -93,9 +93,9 @@ class PairLeaf:
     def clean(self, array: Array, place: Place) -> Array:
         """See ``Leaf``."""
         if array.null_count:
-            raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every struct")
-        own, other = map(array.field, self.fields)
-        return paired(self.ids.clean(own, place), self.weights.clean(other, place))
+            raise null_error(array.null_count, len(array), place, "an id and a weight in every struct")
+        ids, weights = map(array.field, self.fields)
+        return paired(self.ids.clean(ids, place), self.weights.clean(weights, place))
 
     def parts(self, array: Array) -> Parts:
         """See ``Leaf``."""
@@ -114,7 +114,7 @@ class PairTextLeaf:
     def clean(self, array: Array, place: Place) -> Array:
         """See ``Leaf``."""
         if array.null_count:
-            raise nulls_refused(array.null_count, len(array), place, "an id and a weight in every string")
+            raise null_error(array.null_count, len(array), place, "an id and a weight in every string")
         array = array.cast(pa.large_string())
         whole = pc.match_substring(array, self.separator)
         if pc.any(pc.invert(whole)).as_py():
@@ -122,8 +122,8 @@ class PairTextLeaf:
                 wrong = array.filter(pc.invert(whole))
                 raise ValueError(
                     f"{place} has {len(wrong)} strings without {self.separator!r} between id and weight, such as "
-                    f"{a_few([repr(text) for text in wrong[:3].to_pylist()])}; give it Weighted(default_weight=1), or "
-                    f"the right separator"
+                    f"{a_few([repr(text) for text in wrong[:3].to_pylist()])}; use Weighted(default_weight=1), or "
+                    f"the correct separator"
                 )
             weight = pa.scalar(str(self.weights.default), array.type)
             joined = pc.binary_join_element_wise(array, weight, pa.scalar(self.separator, array.type))

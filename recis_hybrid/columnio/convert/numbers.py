@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from recis_hybrid.columnio.convert.temporal import is_temporal, parsed, ticks
+from recis_hybrid.columnio.convert.temporal import is_temporal, parse_times, ticks
 
-# pyarrow ships no types.
+# pyarrow ships no type stubs.
 Array: TypeAlias = Any
 ArrowType: TypeAlias = Any
 
@@ -39,7 +39,7 @@ _DTYPE_OF: dict[ArrowType, torch.dtype] = {
 }
 
 TOO_LARGE: ArrowType = pa.decimal256(76, 0)
-"""Type of a column of integers in a text file that no 64-bit type holds; no spec reads it without a dtype."""
+"""Type of a text file's column of integers that no 64-bit type holds; only a spec with a dtype reads it."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ def dtype_of(arrow_type: ArrowType) -> torch.dtype:
     return torch.int64 if is_temporal(arrow_type) or is_text(arrow_type) else _DTYPE_OF[arrow_type]
 
 
-def nulls_refused(count: int, total: int, place: Place, remedy: str, kind: str = "null") -> ValueError:
+def null_error(count: int, total: int, place: Place, remedy: str, kind: str = "null") -> ValueError:
     """Return the error for nulls in a column whose spec does not allow them."""
     return ValueError(
-        f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, but its spec does not allow any; give it "
+        f"{place} has {count} {kind}{'s'[: count > 1]} in {total} values, but its spec does not allow any; use "
         f"{remedy}, or write the file without nulls"
     )
 
 
-def a_few(things: Collection[object]) -> str:
-    """Return the first things of a collection, for messages."""
-    shown = ", ".join(str(thing) for thing in list(things)[:5])
-    return shown + (f" and {len(things) - 5} more" if len(things) > 5 else "")
+def a_few(items: Collection[object]) -> str:
+    """Return the first items of a collection as text, for messages."""
+    text = ", ".join(str(item) for item in list(items)[:5])
+    return text + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Numbers:
     dtype: torch.dtype
     """Dtype of the tensor."""
     default: float | None
-    """Value for a null; None refuses nulls."""
+    """Value for a null; None rejects nulls."""
     remedy: str
     """A spec that would allow nulls, for messages."""
     unit: str = "s"
     """Unit of dates and times."""
     format: str | None = None
-    """strptime format of strings of dates or times."""
+    """``strptime`` format of strings that are dates or times."""
     scale: int | None = None
     """Exponent of the power of 10 by which decimals are multiplied; None for no scale."""
 
@@ -122,16 +122,16 @@ class Numbers:
         if array.null_count == 0:
             return array
         if self.default is None:
-            raise nulls_refused(array.null_count, len(array), place, self.remedy)
+            raise null_error(array.null_count, len(array), place, self.remedy)
         return array.fill_null(pa.scalar(self.default, array.type))
 
     def tensor(self, array: Array) -> torch.Tensor:
-        """Return a tensor [N] over the memory of clean numbers, which it keeps alive."""
+        """Return a tensor [N] that shares the memory of clean numbers and keeps it alive."""
         tensor = from_dlpack(array)
         return tensor.view(torch.bool) if self.dtype == torch.bool else tensor
 
     def array(self, tensor: torch.Tensor) -> Array:
-        """Return clean numbers over the memory of a tensor [N] of the dtype."""
+        """Return clean numbers that share the memory of a tensor [N] of the dtype."""
         return pa.array((tensor.view(torch.uint8) if self.dtype == torch.bool else tensor).numpy())
 
     def _cast(self, array: Array, place: Place) -> Array:
@@ -147,20 +147,20 @@ class Numbers:
         if pa.types.is_uint64(array.type) and self.dtype == torch.int64:
             return array.view(target)
         if pa.types.is_boolean(array.type):
-            # Arrow casts booleans to bytes, but not to every float.
+            # Arrow casts booleans to bytes, but not to every float type.
             array = array.cast(pa.uint8())
         try:
-            # Checked for integers only: a float dtype accepts rounding.
+            # Checked only for integers: a float dtype accepts rounding.
             return array.cast(target, safe=not self.dtype.is_floating_point)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{place} does not fit into {self.dtype} ({error}); use a wider dtype") from error
 
     def _time(self, array: Array, place: Place) -> Array:
         try:
-            return ticks(array, self.unit) if is_temporal(array.type) else parsed(array, self.unit, self.format)
+            return ticks(array, self.unit) if is_temporal(array.type) else parse_times(array, self.unit, self.format)
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"{place} does not fit into int64 in the unit {self.unit!r} ({error}); give it a coarser unit"
+                f"{place} does not fit into int64 in the unit {self.unit!r} ({error}); use a coarser unit"
             ) from error
         except ValueError as error:
             expected = "a date or time in ISO 8601" if self.format is None else f"in the format {self.format!r}"
@@ -190,7 +190,7 @@ class Numbers:
             wrong = next((each for each in array.drop_null().to_pylist() if each.scaleb(scale) % 1), array[0])
             raise ValueError(
                 f"{place} is {array.type} and has the value {wrong}, which times 10**{scale} is not a whole number; "
-                f"give it scale={array.type.scale}, or read it as torch.float64"
+                f"set scale={array.type.scale}, or read it as torch.float64"
             ) from error
         # The same digits without the decimal point.
         array = pa.Array.from_buffers(pa.decimal256(76, 0), len(array), array.buffers(), offset=array.offset)
@@ -201,7 +201,7 @@ class Numbers:
                 failed = error
         raise ValueError(
             f"{place} has decimals that do not fit into 64 bits ({failed}); read it as torch.float64, or write it as "
-            f"strings and read it by Text()"
+            f"strings and read it with Text()"
         ) from failed
 
 
@@ -216,10 +216,10 @@ def numbers(
     format: str | None = None,
     scale: int | None = None,
 ) -> Numbers:
-    """Return the conversion of numbers of a type to a dtype.
+    """Return the conversion of numbers from a type to a dtype.
 
     Args:
-        dtype: Dtype of the tensor; None takes that of the file.
+        dtype: Dtype of the tensor; None keeps that of the file.
         default: Value for a null.
         arrow_type: A type for which ``is_number`` holds; strings are allowed with a unit or format.
         place: The column and a file, for messages.
@@ -234,19 +234,20 @@ def numbers(
     """
     temporal, decimals = is_temporal(arrow_type) or is_text(arrow_type), pa.types.is_decimal(arrow_type)
     if unit is not None and not temporal:
-        raise TypeError(f"{place} is {arrow_type}, which has no unit of time; leave out unit={unit!r}")
+        raise TypeError(f"{place} is {arrow_type}, which has no unit of time; omit unit={unit!r}")
     # Dates are allowed with a format: other files may have them as strings.
     if format is not None and not temporal:
-        raise TypeError(f"{place} is {arrow_type}, which needs no parsing; leave out format={format!r}")
+        raise TypeError(f"{place} is {arrow_type}, which needs no parsing; omit format={format!r}")
     if scale is not None and not decimals:
-        raise TypeError(f"{place} is {arrow_type}, which has no decimal places; leave out scale={scale}")
-    own = torch.int64 if scale is not None else dtype_of(arrow_type)
-    dtype = own if dtype is None else dtype
+        raise TypeError(f"{place} is {arrow_type}, which has no decimal places; omit scale={scale}")
+    file_dtype = torch.int64 if scale is not None else dtype_of(arrow_type)
+    dtype = file_dtype if dtype is None else dtype
     if dtype not in ARROW_OF:
         raise TypeError(f"{place} cannot be read as {dtype}; choose one of {', '.join(map(str, ARROW_OF))}")
-    if own != dtype and dtype == torch.bool:
+    if file_dtype != dtype and dtype == torch.bool:
         raise TypeError(
-            f"{place} is {arrow_type}, which loses information as {dtype}; read it as {own} and convert the tensor"
+            f"{place} is {arrow_type}, which loses information as {dtype}; read it as {file_dtype} and convert the "
+            f"tensor"
         )
     converted = None if default is None else _default(default, dtype, place)
     return Numbers(dtype, converted, remedy, unit or "s", format, scale)
@@ -258,5 +259,5 @@ def _default(default: float, dtype: torch.dtype, place: Place) -> float:
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     # This comparison also fails for NaN, which int() would not accept.
     if not low <= default <= high or default != int(default):
-        raise ValueError(f"{place} is read as {dtype}: default {default} does not fit; give another")
+        raise ValueError(f"{place} is read as {dtype}: default {default} does not fit; use another")
     return int(default)

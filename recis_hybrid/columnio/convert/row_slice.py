@@ -1,4 +1,4 @@
-"""Rows of a clean RecordBatch whose dense columns are tensors already. Imports pyarrow."""
+"""Rows of a clean RecordBatch whose dense columns are already tensors. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recis_hybrid.ragged import Batch
 
 
 class _Split:
-    """Dense columns of a RecordBatch and the sizes of its parts; they are split once, when the first part is used."""
+    """Dense columns of a RecordBatch and the sizes of its parts; all are split at once, on first use of a part."""
 
     def __init__(self, columns: Mapping[str, torch.Tensor], sizes: list[int]) -> None:
         self.columns = columns
@@ -24,7 +24,7 @@ class _Split:
 
     @cached_property
     def parts(self) -> dict[str, Sequence[torch.Tensor]]:
-        """Parts of each column: tensors over its memory, without autograd views."""
+        """Parts of each column: tensors that share its memory, without autograd views."""
         return {name: torch.unsafe_split_with_sizes(column, self._sizes) for name, column in self.columns.items()}
 
 
@@ -32,8 +32,8 @@ class _Split:
 class Rows:
     """Consecutive rows of a RecordBatch.
 
-    Tensors of whole columns are made once, when the batch is decoded, and split into all batches cut from it by one
-    call per column. Slicing Arrow arrays and making a tensor of each slice takes many times longer.
+    Tensors of whole columns are created once, when the batch is decoded, and split into batches with one call per
+    column. Slicing Arrow arrays and converting each slice to a tensor would take many times longer.
     """
 
     batch: Array
@@ -60,7 +60,7 @@ class Rows:
         """Return parts of a whole RecordBatch.
 
         Args:
-            ranges: First row and the row after the last; ascending and not overlapping.
+            ranges: First row and end of each part, ascending and not overlapping.
         """
         ends = [0, *(end for each in ranges for end in each), self.num_rows]
         split = _Split(self.split.columns, [stop - first for first, stop in pairwise(ends)])

@@ -1,4 +1,4 @@
-"""Arrow types that specs ask for, in formats without types and for columns of nulls. Imports pyarrow."""
+"""Arrow types implied by specs, for formats without types and for columns of only nulls. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.columnio.convert.numbers import ARROW_OF, ArrowType
 
 
 def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
-    """Return the types in which to read columns of formats without types, for the specs that determine one.
+    """Return the types in which formats without types read columns, for the specs that imply one.
 
     Args:
         columns: Specs by column.
@@ -30,9 +30,9 @@ def type_hints(columns: Mapping[str, Column | None]) -> dict[str, ArrowType]:
 
 
 def value_type(spec: Dense | Ragged) -> ArrowType | None:
-    """Return the type of the values that a spec determines; None if it follows from the file."""
+    """Return the type of the values that a spec implies; None if the file determines it."""
     if spec.unit is not None or spec.format is not None:
-        # Dates and times are parsed from their text, whatever the first rows look like.
+        # Dates and times are parsed from text, whatever the first rows look like.
         return pa.string()
     if spec.scale is not None:
         return pa.decimal128(38, spec.scale)

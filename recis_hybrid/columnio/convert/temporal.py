@@ -1,4 +1,4 @@
-"""Conversion of dates, timestamps, times of day and durations, also as strings, to int64. Imports pyarrow."""
+"""Conversion of dates, timestamps, times of day and durations, or strings of them, to int64. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ArrowType = Any
 
 _ZONE = r"(:\d\d(\.\d+)?|T\d\d|\s\d\d) ?(Z|[+-]\d\d(:?\d\d)?)$"
 _TIME_OF_DAY = r"^\d\d:\d\d(:\d\d(\.\d{1,9})?)?$"
-# Directives that need a date.
+# Directives of dates.
 _DATES = re.compile(r"%[aAbBcdDeFgGhjmsuUVwWxyY]")
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -33,7 +33,7 @@ def is_temporal(arrow_type: ArrowType) -> bool:
 
 
 def temporal_kind(arrow_type: ArrowType) -> str:
-    """Return ``"time"``, ``"duration"`` or ``"timestamp"`` (of a date, too) for a temporal type."""
+    """Return ``"time"``, ``"duration"`` or ``"timestamp"`` (also for a date) for a temporal type."""
     if pa.types.is_time(arrow_type):
         return "time"
     return "duration" if pa.types.is_duration(arrow_type) else "timestamp"
@@ -47,7 +47,7 @@ def tick_ns(arrow_type: ArrowType) -> int:
 
 
 def ticks(array: Array, unit: str) -> Array:
-    """Return a temporal array as int64 in a unit, rounded down; a view of the same memory for its source_ns unit.
+    """Return a temporal array as int64 in a unit, rounded down; a view of the same memory if the unit is its own.
 
     Raises:
         pyarrow.ArrowInvalid: A value does not fit into int64.
@@ -60,22 +60,22 @@ def ticks(array: Array, unit: str) -> Array:
     return values if source_ns == unit_ns else _floor_divide(values, unit_ns // source_ns)
 
 
-def parsed(texts: Array, unit: str, form: str | None) -> Array:
+def parse_times(texts: Array, unit: str, time_format: str | None) -> Array:
     """Return strings of dates or times as int64 in a unit, rounded down.
 
     Args:
         texts: Strings; nulls stay nulls, and empty strings become nulls.
         unit: Unit of the result.
-        form: Directives of ``datetime.strptime``; None reads ISO 8601 and times of day, ``10:30:05``.
+        time_format: Format for ``datetime.strptime``; None reads ISO 8601 and times of day, ``10:30:05``.
 
     Raises:
-        ValueError: A string has another format; the message is the string.
+        ValueError: A string does not have the format; the message is the string.
         pyarrow.ArrowInvalid: A value does not fit into int64.
     """
     texts = texts.cast(pa.large_string())
     # In text files a null is an empty field.
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
-    return _iso(texts, unit) if form is None else _by_format(texts, unit, form)
+    return _iso(texts, unit) if time_format is None else _by_format(texts, unit, time_format)
 
 
 def _iso(texts: Array, unit: str) -> Array:
@@ -96,7 +96,7 @@ def _iso(texts: Array, unit: str) -> Array:
 
 
 def _cast(texts: Array, unit: str, zone: str | None) -> Array:
-    # Fractions of a second need a type that has them, but nanoseconds cover a short range.
+    # Fractions of a second need a fine unit, but nanoseconds cover only a short range.
     for finest in ("us", "ns"):
         try:
             return ticks(texts.cast(pa.timestamp(finest, zone)), unit)
@@ -108,14 +108,14 @@ def _cast(texts: Array, unit: str, zone: str | None) -> Array:
     raise ValueError(match[1])
 
 
-def _by_format(texts: Array, unit: str, form: str) -> Array:
-    if _DATES.search(form) is None:
+def _by_format(texts: Array, unit: str, time_format: str) -> Array:
+    if _DATES.search(time_format) is None:
         texts = _of_day(texts)
-        form = f"%Y-%m-%d {form}"
+        time_format = f"%Y-%m-%d {time_format}"
     times: Array | None = None
-    if "%f" not in form:
+    if "%f" not in time_format:
         try:
-            times = pc.strptime(texts, format=form, unit="s")
+            times = pc.strptime(texts, format=time_format, unit="s")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             times = None
     if times is None:
@@ -123,18 +123,18 @@ def _by_format(texts: Array, unit: str, form: str) -> Array:
         times = pa.nulls(len(texts), pa.timestamp("s"))
     else:
         # Arrow reads the 31st of February as the 2nd of March: strings that do not round-trip are parsed by Python.
-        exact = pc.fill_null(pc.equal(pc.strftime(times, format=form), texts), True)
+        exact = pc.fill_null(pc.equal(pc.strftime(times, format=time_format), texts), True)
     result = ticks(times, unit)
     if pc.all(exact).as_py() is False:
         rest = pc.if_else(exact, pa.scalar(None, texts.type), texts).dictionary_encode()
-        values = pa.array([_strptime(text, form, unit) for text in rest.dictionary.to_pylist()], pa.int64())
+        values = pa.array([_strptime(text, time_format, unit) for text in rest.dictionary.to_pylist()], pa.int64())
         result = pc.if_else(exact, result, values.take(rest.indices))
     return result
 
 
-def _strptime(text: str, form: str, unit: str) -> int:
+def _strptime(text: str, time_format: str, unit: str) -> int:
     try:
-        when = datetime.datetime.strptime(text, form)
+        when = datetime.datetime.strptime(text, time_format)
     except ValueError as error:
         raise ValueError(text) from error
     when = when if when.tzinfo is not None else when.replace(tzinfo=datetime.UTC)

@@ -1,7 +1,7 @@
 """Conditions (column, operator, value) as exact expressions over typed columns. Imports pyarrow.
 
-The value is converted to the type of the column, never the column to that of the value. A number is expressed in the
-steps of the type (integers, digits of a decimal, ticks of a time): it is one of them, or lies between two.
+The value is converted to the type of the column, never the column to the type of the value. A number is expressed in
+steps of the column type (integers, digits of a decimal, ticks of a time): it is either a step, or between two steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _EXPECTED = {
 }
 
 
-def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
+def condition_expression(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
     """Return a condition as an expression over a column of a plain type.
 
     Args:
@@ -54,12 +54,12 @@ def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
         arrow_type: Type of the column.
 
     Raises:
-        TypeError: The value is of another kind than the column.
-        ValueError: A null or NaN is compared by order.
+        TypeError: The value cannot be compared with the type of the column.
+        ValueError: An ordering operator is applied to a null or NaN.
     """
     column = pc.field(name)
     if sign in ("in", "not in"):
-        matches = _among(name, value, arrow_type)
+        matches = _membership(name, value, arrow_type)
         return matches if sign == "in" else ~matches
     if value is None:
         if sign not in ("==", "!="):
@@ -69,7 +69,7 @@ def compiled(name: str, sign: str, value: Any, arrow_type: ArrowType) -> Any:
         return column.is_null() if sign == "==" else column.is_valid()
     kind = _kind(name, arrow_type)
     if kind is None:
-        # A column of nulls alone matches no comparison.
+        # A column of only nulls matches no comparison.
         return pc.is_valid(column)
     if isinstance(value, float) and math.isnan(value):
         if kind.floats and sign in ("==", "!="):
@@ -92,9 +92,9 @@ class _Kind:
     """Comparison of values with columns of a type."""
 
     number: Callable[[Any], Any]
-    """Converts a Python value for comparison; returns None if its kind does not fit the column."""
+    """Converts a Python value for comparison; returns None if the column cannot be compared with it."""
     array: Callable[[list[Any]], Any]
-    """Makes an array of converted values in the type of the column; float64 for all floats."""
+    """Builds an array of converted values in the type of the column; float64 for all float types."""
     expected: str
     """Description of accepted values, for messages."""
     ordered: bool = True
@@ -105,12 +105,12 @@ class _Kind:
 
 
 def _bounds(kind: _Kind, name: str, sign: str, value: Any, arrow_type: ArrowType) -> tuple[Any, Any, Any]:
-    """Return the exact value in the type, or None and its neighbours in the type, each None if there is none."""
+    """Return the exact value in the type, or None and its neighbors in the type, each None if out of range."""
     number = kind.number(value)
     if number is None:
         raise TypeError(
             f"ColumnDataset: the filter ({name!r}, {sign!r}, {value!r}) compares {arrow_type} with "
-            f"{type(value).__name__}; give it {kind.expected}"
+            f"{type(value).__name__}; use {kind.expected}"
         )
     if kind.floats:
         return _float_bounds(number)
@@ -157,7 +157,7 @@ def _compare(column: Any, sign: str, exact: Any, low: Any, high: Any) -> Any:
     return COMPARE[sign](column, exact)
 
 
-def _among(name: str, values: Sequence[Any], arrow_type: ArrowType) -> Any:
+def _membership(name: str, values: Sequence[Any], arrow_type: ArrowType) -> Any:
     kind = _kind(name, arrow_type)
     column, matches = _column(name, arrow_type), pc.scalar(False)
     if kind is not None:
@@ -175,7 +175,7 @@ def _among(name: str, values: Sequence[Any], arrow_type: ArrowType) -> Any:
 
 def _column(name: str, arrow_type: ArrowType) -> Any:
     if pa.types.is_floating(arrow_type) and arrow_type != pa.float64():
-        # Compare a narrow float by its exact number.
+        # Compare the exact value of a narrow float.
         return pc.field(name).cast(pa.float64())
     wide = _wide_decimal(arrow_type)
     return pc.field(name) if wide == arrow_type else pc.field(name).cast(wide)
@@ -188,7 +188,7 @@ def _wide_decimal(arrow_type: ArrowType) -> ArrowType:
 
 
 def footer_decides(sign: str, value: Any, arrow_type: ArrowType) -> bool:
-    """Return whether the smallest and largest value of a row group may rule it out.
+    """Return whether the minimum and maximum of a row group may rule it out.
 
     For floats they ignore NaN, which differs from every value, and do not distinguish 0.0 from -0.0.
     """
@@ -234,7 +234,7 @@ def _kind(name: str, arrow_type: ArrowType) -> _Kind | None:
         )
     raise TypeError(
         f"ColumnDataset: filters compare columns of single values, but {name!r} is {arrow_type}; name a field of it, "
-        f"or give a pyarrow expression"
+        f"or pass a pyarrow expression"
     )
 
 
@@ -268,7 +268,7 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _nanoseconds(value: Any, arrow_type: ArrowType) -> int | None:
-    """Return nanoseconds: of a date or timestamp since 1970 in UTC (UTC without a zone), a time or a duration."""
+    """Return the nanoseconds of a time or duration, or of a date or timestamp (UTC without a zone) since 1970."""
     kind = temporal_kind(arrow_type)
     if isinstance(value, np.datetime64 | np.timedelta64):
         if isinstance(value, np.datetime64) != (kind == "timestamp") or kind == "time":

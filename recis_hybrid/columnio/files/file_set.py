@@ -1,4 +1,4 @@
-"""Opened files with the same columns, their pieces in order, and the clean rows of a piece. Imports pyarrow."""
+"""Opened files with the same columns: their pieces in order, and the rows of each piece. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recis_hybrid.columnio.convert.layouts import (
 )
 from recis_hybrid.columnio.convert.numbers import Array, ArrowType, Place, a_few
 from recis_hybrid.columnio.convert.row_slice import Rows
-from recis_hybrid.columnio.errors import BadFileError, Skipped, cannot_be_read, changed, vanished
+from recis_hybrid.columnio.errors import BadFileError, Skipped, changed_file, missing_file, unreadable_piece
 from recis_hybrid.columnio.files.filters import BoundFilter, RowFilter
 from recis_hybrid.columnio.files.paths import Source
 from recis_hybrid.columnio.formats import Contents, Format
@@ -41,7 +41,7 @@ class OpenedFile:
     file: Source
     contents: Contents
     partition: Mapping[str, ArrowType]
-    """Columns in the names of its folders, with their types."""
+    """Types of the columns in its folder names, by column."""
     stamp: tuple[int | None, int | None] | None = None
     """Result of ``File.stamp`` before the contents were inspected."""
     condition: BoundFilter | None = None
@@ -49,15 +49,15 @@ class OpenedFile:
 
     @property
     def format(self) -> Format:
-        """Format of the file; looked up each time, since a module cannot be pickled."""
+        """Format of the file; looked up each time, because a module cannot be pickled."""
         return self.file.format
 
     @cached_property
     def schema(self) -> ArrowType:
-        """Columns of the file in plain types, and those in the names of its folders."""
-        own = [each.with_type(plain_type(each.type)) for each in self.contents.schema]
+        """Columns of the file in plain types, followed by the columns in its folder names."""
+        fields = [each.with_type(plain_type(each.type)) for each in self.contents.schema]
         names = self.contents.schema.names
-        return pa.schema([*own, *(pa.field(*item) for item in self.partition.items() if item[0] not in names)])
+        return pa.schema([*fields, *(pa.field(*item) for item in self.partition.items() if item[0] not in names)])
 
     def type_of(self, name: str) -> ArrowType:
         """Return the plain type of a column, or of a field of a column.
@@ -67,13 +67,15 @@ class OpenedFile:
         """
         indices = self.schema.get_all_field_indices(name)
         if len(indices) > 1:
-            raise ValueError(f"columnio: {self.file} has {len(indices)} columns named {name!r}; give each another name")
+            raise ValueError(
+                f"columnio: {self.file} has {len(indices)} columns named {name!r}; give each a unique name"
+            )
         if (place := resolve(self.schema, name)) is None:
             near = [each for each in self.schema.names if each.lower() == name.lower()]
             near += [each for each in nested_names(self.schema) if each.startswith(name.partition(".")[0] + ".")]
             suggestion = f" (did you mean {a_few(near)}?)" if near else ""
             raise ValueError(
-                f"columnio: {self.file} has no column {name!r}{suggestion}, it has {a_few(self.schema.names)}; name "
+                f"columnio: {self.file} has no column {name!r}{suggestion}; it has {a_few(self.schema.names)}: use "
                 f"one of these, or rewrite the file with it"
             )
         return field_type(self.schema.field(place[0]).type, place[1])
@@ -84,20 +86,20 @@ class OpenedFile:
         Raises:
             ValueError: No column has that name, or several have.
         """
-        own, *other = (self.type_of(source) for source in sources_of(name, spec))
-        return pa.struct([("id", own), ("weight", other[0])]) if other else own
+        first, *second = (self.type_of(source) for source in sources_of(name, spec))
+        return pa.struct([("id", first), ("weight", second[0])]) if second else first
 
     def read(self, piece: int, columns: Sequence[str], rows: int, threads: bool) -> Iterator[Array]:
-        """Yield the rows of a piece, with columns of the file, their fields, and columns in folder names.
+        """Yield the rows of a piece, with columns of the file, fields of these, and columns in folder names.
 
         Raises:
-            BadFileError: The file changed since it was opened; no row that was read later is yielded.
-            ValueError: A column has another value than its folder name.
+            BadFileError: The file changed since it was opened; rows read after the change are not yielded.
+            ValueError: A column contradicts its folder name.
         """
         places = {name: resolve(self.schema, name) or (name, ()) for name in columns}
-        own = [top for top, _ in places.values() if top in self.contents.schema.names]
+        in_file = [top for top, _ in places.values() if top in self.contents.schema.names]
         # At least one column, to know the number of rows.
-        requested = list(dict.fromkeys(own)) or self.contents.schema.names[:1]
+        requested = list(dict.fromkeys(in_file)) or self.contents.schema.names[:1]
         done = 0
         for batch in self._unchanged(self.format.read(self.file, self.contents, piece, requested, rows, threads)):
             arrays = []
@@ -109,7 +111,7 @@ class OpenedFile:
                 try:
                     array = field_of(plain(batch.column(top)), path)
                 except pa.ArrowNotImplementedError as error:
-                    # A feature missing from pyarrow is not damage.
+                    # A type that pyarrow cannot decode is not damage.
                     raise TypeError(
                         f"columnio: column {top!r} of {self.file} is {batch.column(top).type}, which this version of "
                         f"pyarrow does not decode ({error}); write it as numbers, strings or lists of these"
@@ -151,13 +153,13 @@ class OpenedFile:
     def _unchanged(self, decoded: Iterator[Array]) -> Iterator[Array]:
         """Yield decoded batches as long as the file has not changed since it was opened.
 
-        The bytes of another file, read with the offsets and types of this one, may decode to plausible numbers.
+        The bytes of a rewritten file, read with the old offsets and types, may decode to plausible numbers.
         """
         checked = False
         try:
             for batch in decoded:
-                # After the bytes were read. For remote files each check is a request, and objects are replaced as a
-                # whole.
+                # Check after the bytes were read. Remote files are checked only once, because each check is a request
+                # and objects are replaced as a whole.
                 if self.file.is_local or not checked:
                     self._check()
                 checked = True
@@ -170,14 +172,14 @@ class OpenedFile:
             raise
 
     def _check(self) -> None:
-        # A removed file has the same contents as long as it is open.
+        # A removed file keeps its contents while it is open.
         if (now := self.file.stamp()) is not None and now != self.stamp:
-            raise changed(str(self.file))
+            raise changed_file(str(self.file))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file that is read at once: a row group, stripe or record batch, or a whole text file."""
+    """The unit of reading: a row group, stripe or record batch, or a whole text file."""
 
     opened: OpenedFile = field(repr=False)
     """The file."""
@@ -192,7 +194,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileSet:
-    """Files with the same columns as pieces in order, and the conversion of their columns."""
+    """Files with the same columns: their pieces in order, and the conversion of their columns."""
 
     pieces: Sequence[Piece]
     """All pieces that have rows, file by file."""
@@ -207,12 +209,12 @@ class FileSet:
     filter_columns: Sequence[str]
     """Columns of the filter."""
     skip: bool
-    """Leave out damaged files and pieces instead of raising."""
+    """Skip damaged files and pieces instead of raising."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Files and pieces left out so far."""
+    """Files and pieces skipped so far."""
 
     def read(self, piece: Piece, rows: int, threads: bool = False) -> Iterator[Rows]:
-        """Yield the rows of a piece after the filter, in order and about ``rows`` at a time.
+        """Yield the rows of a piece after the filter, in order, about ``rows`` at a time.
 
         Args:
             piece: The piece.
@@ -220,8 +222,8 @@ class FileSet:
             threads: Allow Arrow to decode in its threads.
 
         Raises:
-            BadFileError: The file is damaged or changed; with ``skip`` the remaining rows are left out instead.
-            FileNotFoundError: The file is missing; with ``skip`` its rows are left out instead.
+            BadFileError: The file is damaged or changed; with ``skip``, the remaining rows are skipped instead.
+            FileNotFoundError: The file is missing; with ``skip``, its rows are skipped instead.
             ValueError: A column has a value that its spec does not allow.
         """
         done = 0
@@ -236,7 +238,7 @@ class FileSet:
             if done != piece.rows:
                 raise BadFileError(
                     f"columnio: {piece} of {piece.opened.file} has {done} rows, but had {piece.rows} when it was "
-                    f"opened; the file changed or is damaged: rewrite it, then open the dataset again"
+                    f"opened; the file changed or is damaged: rewrite it, then reopen the dataset"
                 )
         except (BadFileError, FileNotFoundError) as error:
             if not self.skip:
@@ -274,12 +276,12 @@ class FileSet:
         except PermissionError:
             raise
         except FileNotFoundError as error:
-            raise vanished(str(piece.opened.file), error) from error
+            raise missing_file(str(piece.opened.file), error) from error
         except DAMAGE as error:
-            raise cannot_be_read(str(piece), str(piece.opened.file), error) from error
+            raise unreadable_piece(str(piece), str(piece.opened.file), error) from error
 
     def count(self, piece: Piece) -> int:
-        """Return the number of rows of a piece after the filter; reads only the columns that it takes.
+        """Return the number of rows of a piece after the filter; reads only the columns needed to count them.
 
         Raises:
             BadFileError: The file is damaged.
@@ -289,16 +291,16 @@ class FileSet:
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:
-    """Return the columns of a file from which a column of a batch is made."""
+    """Return the columns of a file that form a column of a batch."""
     return [name, spec.weights] if isinstance(spec, Weighted) and spec.weights is not None else [name]
 
 
 def _source(batch: Array, name: str, spec: Column) -> Array:
-    own, *other = (batch.column(source) for source in sources_of(name, spec))
-    return pa.StructArray.from_arrays([own, other[0]], names=["id", "weight"]) if other else own
+    first, *second = (batch.column(source) for source in sources_of(name, spec))
+    return pa.StructArray.from_arrays([first, second[0]], names=["id", "weight"]) if second else first
 
 
 def report_skipped(skipped: list[Skipped], entry: Skipped) -> None:
-    """Record a piece that is left out, and warn."""
+    """Record a skipped piece, and warn."""
     skipped.append(entry)
-    warnings.warn(f"columnio: left out {entry.piece} of {entry.file}: {entry.reason}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"columnio: skipped {entry.piece} of {entry.file}: {entry.reason}", RuntimeWarning, stacklevel=3)

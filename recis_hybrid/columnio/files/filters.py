@@ -17,16 +17,16 @@ import pyarrow.parquet as pq
 
 from recis_hybrid.columnio.convert.layouts import field_type, nested_names, resolve
 from recis_hybrid.columnio.convert.numbers import ArrowType
-from recis_hybrid.columnio.files.comparisons import COMPARE, compiled, footer_decides
+from recis_hybrid.columnio.files.comparisons import COMPARE, condition_expression, footer_decides
 
 Filters: TypeAlias = Any
-"""A ``pyarrow.compute.Expression``, a list of (column, operator, value) that must all hold, or a list of such lists,
-one of which must hold."""
+"""A ``pyarrow.compute.Expression``, a list of (column, operator, value) conditions that must all hold, or a list of
+such lists, of which at least one must hold."""
 
 Condition: TypeAlias = tuple[str, str, Any]
 
 _OPERATORS = ("=", *COMPARE, "in", "not in")
-# Errors of pyarrow for expressions that do not fit the columns, or cannot be computed.
+# Errors that pyarrow raises for expressions that do not fit the columns or cannot be computed.
 _FILTER_ERRORS = (pa.ArrowException, ValueError, TypeError, NotImplementedError, KeyError, OverflowError)
 
 
@@ -39,7 +39,7 @@ class BoundFilter:
     columns: Sequence[str]
     """Columns of the expression."""
     prunes: bool
-    """True if statistics of a footer may exclude rows; False if they could exclude a row that the condition keeps."""
+    """True if footer statistics may rule out pieces; False if they could rule out a row that the condition keeps."""
     text: str
     """Text of the condition, for messages."""
 
@@ -75,7 +75,7 @@ class RowFilter:
             filters: See ``Filters``; not None.
 
         Raises:
-            TypeError: It is neither an expression nor such a list.
+            TypeError: ``filters`` is neither an expression nor such a list.
             ValueError: An operator is unknown.
         """
         if isinstance(filters, pc.Expression):
@@ -100,10 +100,12 @@ class RowFilter:
             text = str(self.expression)
             if "..." in text:
                 # pyarrow abbreviates long values in its text, but not in the pickled expression.
-                whole = self.expression.__reduce__()[1][0]
-                text += f" #{hashlib.blake2b(memoryview(whole), digest_size=8).hexdigest()}"
+                pickled = self.expression.__reduce__()[1][0]
+                text += f" #{hashlib.blake2b(memoryview(pickled), digest_size=8).hexdigest()}"
             return text
-        groups = [" and ".join(f"({name} {sign} {_shown(value)})" for name, sign, value in g) for g in self.conditions]
+        groups = [
+            " and ".join(f"({name} {sign} {_abbreviated(value)})" for name, sign, value in g) for g in self.conditions
+        ]
         return " or ".join(groups)
 
     def bound(self, opened: Any) -> BoundFilter:
@@ -123,9 +125,9 @@ class RowFilter:
             for name, sign, value in group:
                 names[name] = None
                 arrow_type = opened.type_of(name)
-                # The footer does not know fields of structs by dotted names.
+                # The footer does not list fields of structs by dotted names.
                 prunes &= name in opened.schema.names and footer_decides(sign, value, arrow_type)
-                one = compiled(name, sign, value, arrow_type)
+                one = condition_expression(name, sign, value, arrow_type)
                 group_expression = one if group_expression is None else group_expression & one
             expression = group_expression if expression is None else expression | group_expression
         return BoundFilter(expression, list(names), prunes, str(self))
@@ -151,8 +153,8 @@ class RowFilter:
             prunes = "!=" not in text and set(re.findall(r"(\w+)\(", text)) <= {"and_kleene", "or_kleene"}
         return BoundFilter(self.expression, names, prunes, str(self))
 
-    def possible(self, opened: Any, pieces: int) -> list[int]:
-        """Return the pieces that may have matching rows, judged by folder names and a Parquet footer.
+    def possible_pieces(self, opened: Any, pieces: int) -> list[int]:
+        """Return the pieces that may have matching rows, according to folder names and the Parquet footer.
 
         Args:
             opened: An OpenedFile with this condition.
@@ -162,9 +164,9 @@ class RowFilter:
         if not condition.prunes or not (opened.partition or isinstance(footer, pq.FileMetaData)):
             return list(range(pieces))
         folders = [name for name in opened.partition if name in condition.columns]
-        own = [name for name in folders if name in opened.contents.schema.names]
-        if not all(_holds_only(footer, name, opened.partition_value(name)) for name in own):
-            # A file that contradicts its folder name must be refused, not left out.
+        in_file = [name for name in folders if name in opened.contents.schema.names]
+        if not all(_holds_only(footer, name, opened.partition_value(name)) for name in in_file):
+            # A file that contradicts its folder name must raise, not be skipped.
             return list(range(pieces))
         formats = ds.ParquetFileFormat()
         known = pc.scalar(True)
@@ -228,14 +230,14 @@ def _has_floats(arrow_type: ArrowType) -> bool:
     return bool(pa.types.is_floating(arrow_type))
 
 
-def _is_condition(thing: object) -> bool:
-    return isinstance(thing, list | tuple) and len(thing) == 3 and all(isinstance(each, str) for each in thing[:2])
+def _is_condition(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(each, str) for each in value[:2])
 
 
 def _condition(name: str, sign: str, value: Any) -> Condition:
     if sign not in _OPERATORS:
         raise ValueError(
-            f"ColumnDataset: filters have the operators {', '.join(_OPERATORS)}, got {sign!r} in {(name, sign, value)}"
+            f"ColumnDataset: filters must use one of {', '.join(_OPERATORS)}, got {sign!r} in {(name, sign, value)}"
         )
     if sign not in ("in", "not in"):
         return name, "==" if sign == "=" else sign, _plain_value(value)
@@ -246,7 +248,7 @@ def _condition(name: str, sign: str, value: Any) -> Condition:
         )
     values = value.to_pylist() if isinstance(value, pa.Array | pa.ChunkedArray) else list(value)
     if isinstance(value, set | frozenset):
-        # The same order in every process.
+        # Use the same order in every process.
         values.sort(key=repr)
     return name, sign, [_plain_value(each) for each in values]
 
@@ -262,7 +264,7 @@ def _plain_value(value: Any) -> Any:
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = repr(value)
     if len(text) <= 200:
         return text

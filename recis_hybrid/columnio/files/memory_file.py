@@ -1,4 +1,4 @@
-"""Data in memory in the role of a file: Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
+"""In-memory data read like a file: Arrow, pandas, polars, Hugging Face and numpy. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch
 from recis_hybrid.columnio.formats import Contents, Format
 from recis_hybrid.ragged import RaggedTensor, to_arrow
 
-# Rows whose values are part of a fingerprint.
+# Maximum number of rows sampled for a fingerprint.
 _SAMPLE = 1024
-# Rows of a batch of a streamed Hugging Face dataset.
+# Rows per batch of a streamed Hugging Face dataset.
 _STREAMED = 1024
-# Rows of a piece, however a table is chunked: the order of an epoch is the same for the same rows.
+# Rows per piece, whatever the chunks of a table, so that the order of an epoch depends only on the rows.
 _PIECE_ROWS = 65_536
 
 
 @dataclass(frozen=True, repr=False)
 class MemoryFile:
-    """A table, or the batches of a function, in the role of a file."""
+    """A table, or the batches of a function, read like a file."""
 
     table: Any
     """A ``pyarrow.Table``; None for the batches of a function."""
     batches: Callable[[], Iterable[Any]] | None
-    """Returns all batches from the first at each call; None for a table."""
+    """Returns all batches from the first on each call; None for a table."""
     fingerprint: str
     """Hash of the types and of a sample of the values."""
     partition: dict[str, Any] = field(default_factory=dict)
@@ -38,11 +38,11 @@ class MemoryFile:
 
     @classmethod
     def of(cls, data: Any) -> MemoryFile:
-        """Return the file for data that ``ColumnDataset.from_arrow`` accepts.
+        """Return a MemoryFile of data that ``ColumnDataset.from_arrow`` accepts.
 
         Raises:
-            TypeError: The data is of another kind.
-            ValueError: It has no columns, or columns of different lengths.
+            TypeError: The data is of an unknown kind.
+            ValueError: The data has no columns, or columns of different lengths.
         """
         if isinstance(data, list | tuple):
             if not data:
@@ -56,7 +56,7 @@ class MemoryFile:
             return cls._of_table(as_table(data))
         first_batch = next(iter(batches()), None)
         if first_batch is None:
-            raise ValueError("ColumnDataset.from_arrow: needs at least one batch, but the function made none")
+            raise ValueError("ColumnDataset.from_arrow: needs at least one batch, but the function returned none")
         return cls(None, batches, _fingerprint(as_table(first_batch)))
 
     @classmethod
@@ -84,18 +84,18 @@ class MemoryFile:
         """Return None: the data never changes."""
 
     def tables(self) -> Iterator[Any]:
-        """Yield the table, or the batches of another call of the function as tables in the types of the first.
+        """Yield the table, or the batches of a new call of the function as tables in the types of the first.
 
         Raises:
             RuntimeError: The function failed.
             TypeError: A batch is of an unknown kind.
-            ValueError: A batch has other columns than the first.
+            ValueError: The columns of a batch differ from those of the first.
         """
         if self.batches is None:
             yield self.table
             return
         schema = None
-        for batch in _own_errors(self.batches):
+        for batch in _user_batches(self.batches):
             table = as_table(batch)
             schema = table.schema if schema is None else schema
             yield like_first(table, schema)
@@ -107,7 +107,7 @@ class MemoryFile:
 
 
 class _TableFormat:
-    """Format of a MemoryFile: tables in slices, and the batches of a function as a whole."""
+    """Format of a MemoryFile: a table is read in slices, the batches of a function as one piece."""
 
     NAME, PIECE = "in-memory", "piece"
 
@@ -129,7 +129,7 @@ class _TableFormat:
                 selected = selected.slice(piece * _PIECE_ROWS, _PIECE_ROWS)
             for first in range(0, selected.num_rows, rows):
                 part = selected.slice(first, rows)
-                # Small chunks are combined once, not again for each batch that spans several.
+                # Combine small chunks once, not for each batch that spans several.
                 chunks = max(column.num_chunks for column in part.columns)
                 yield from (part if chunks == 1 else part.combine_chunks()).to_batches()
 
@@ -138,11 +138,11 @@ _TABLES: Format = _TableFormat()
 
 
 def as_table(data: Any) -> Any:
-    """Return a table, or one batch of a stream, as a ``pyarrow.Table``, without a copy where possible.
+    """Return a table, or one batch of a stream, as a ``pyarrow.Table``, without copying where possible.
 
     Raises:
         TypeError: The data is of an unknown kind, or a column has no Arrow type.
-        ValueError: Its columns have different lengths.
+        ValueError: The columns have different lengths.
     """
     if isinstance(data, pa.Table):
         return data
@@ -154,7 +154,7 @@ def as_table(data: Any) -> Any:
         if _is_of(data, "pandas") and hasattr(data, "columns"):
             return pa.Table.from_pandas(data, preserve_index=False)
         if hasattr(data, "with_format") and hasattr(data, "flatten_indices"):
-            # Hugging Face: the underlying table has all rows, even those that ``select`` left out.
+            # Hugging Face: the underlying table has all rows, even those that ``select`` dropped.
             return data.with_format("arrow")[:]
         if hasattr(data, "__arrow_c_stream__"):
             return pa.table(data)
@@ -177,7 +177,7 @@ def like_first(table: Any, schema: Any) -> Any:
     """Return the columns of a batch in the order and types of the first batch.
 
     Raises:
-        ValueError: It has other columns, or values that do not fit those types.
+        ValueError: The columns differ, or a value does not fit its type.
     """
     if table.schema.equals(schema):
         return table
@@ -186,8 +186,9 @@ def like_first(table: Any, schema: Any) -> Any:
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise ValueError(
             f"ColumnDataset.from_arrow: all batches must have the columns of the first, "
-            f"{', '.join(f'{each.name} {each.type}' for each in schema)}, and one has "
-            f"{', '.join(f'{each.name} {each.type}' for each in table.schema)} ({error}); give all the same columns"
+            f"{', '.join(f'{each.name} {each.type}' for each in schema)}, but one has "
+            f"{', '.join(f'{each.name} {each.type}' for each in table.schema)} ({error}); give all of them the same "
+            f"columns"
         ) from error
 
 
@@ -202,7 +203,7 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
     if hasattr(data, "__next__"):
         raise TypeError(
             f"ColumnDataset.from_arrow: a {type(data).__name__} can be read only once, but each epoch reads the data "
-            f"again; give the function that makes it, from_arrow(lambda: batches()), or list(...) of it"
+            f"again; pass the function that creates it, from_arrow(lambda: batches()), or a list of its batches"
         )
     if callable(data) and not isinstance(data, type):
         return _Function(data)
@@ -211,7 +212,7 @@ def _batches_of(data: Any) -> Callable[[], Iterable[Any]] | None:
 
 @dataclass(frozen=True)
 class _Function:
-    """A user's function, wrapped so that spawned workers can receive it if the function can be pickled."""
+    """A user's function, wrapped so that it can be sent to spawned workers if the function can be pickled."""
 
     function: Callable[[], Any]
 
@@ -239,8 +240,8 @@ class _Streamed:
         return batches
 
 
-def _own_errors(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """Yield batches; an error of the user's function must not pass for a damaged file."""
+def _user_batches(batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """Yield batches; an error in the user's function must not be mistaken for a damaged file."""
     try:
         yield from batches()
     except (OSError, pa.ArrowException) as error:
@@ -252,16 +253,16 @@ def _of_columns(columns: Mapping[str, Any]) -> Any:
     for name, values in columns.items():
         if hasattr(values, "flatten_indices"):
             raise TypeError(
-                f"ColumnDataset.from_arrow: got several datasets, {', '.join(map(repr, columns))}; give one of them, "
+                f"ColumnDataset.from_arrow: got several datasets, {', '.join(map(repr, columns))}; pass one of them, "
                 f"data[{name!r}]"
             )
         if not isinstance(name, str):
-            raise TypeError(f"ColumnDataset.from_arrow: names of columns must be strings, got {name!r}")
+            raise TypeError(f"ColumnDataset.from_arrow: column names must be strings, got {name!r}")
         try:
             arrays[name] = _array(values)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise TypeError(
-                f"ColumnDataset.from_arrow: column {name!r} cannot become an Arrow column ({error}); give it an array "
+                f"ColumnDataset.from_arrow: column {name!r} cannot become an Arrow column ({error}); use an array "
                 f"or a list with a value (or a list of values) per row, all of one type; convert rows that are "
                 f"dictionaries with pyarrow.Table.from_pylist"
             ) from error
@@ -303,7 +304,7 @@ def _of_numpy(values: Any) -> Any:
     if values.dtype.kind == "M" and np.datetime_data(values.dtype)[0] in ("h", "m"):
         values = values.astype("datetime64[s]")
     mask = np.ma.getmaskarray(values).reshape(-1) if isinstance(values, np.ma.MaskedArray) else None
-    # Arrow has native byte order and no strides.
+    # Arrow arrays have native byte order and no strides.
     flat = np.ascontiguousarray(np.asarray(values).reshape(-1)).astype(values.dtype.newbyteorder("="), copy=False)
     array = pa.array(flat, mask=mask)
     for size in reversed(values.shape[1:]):

@@ -1,4 +1,4 @@
-"""Opening: the columns and pieces of files before their rows are read. Imports pyarrow."""
+"""Opening of files: their columns and pieces, before any row is read. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recis_hybrid.columnio.columns import Column, Dense, Ragged, Weighted
 from recis_hybrid.columnio.convert.convert import converter
 from recis_hybrid.columnio.convert.numbers import ArrowType, Place, a_few
 from recis_hybrid.columnio.convert.spec_types import type_hints
-from recis_hybrid.columnio.errors import BadFileError, Skipped, not_whole
+from recis_hybrid.columnio.errors import BadFileError, Skipped, incomplete_file
 from recis_hybrid.columnio.files.file_set import DAMAGE, FileSet, OpenedFile, Piece, report_skipped, sources_of
 from recis_hybrid.columnio.files.filters import Filters, RowFilter
 from recis_hybrid.columnio.files.memory_file import MemoryFile
@@ -25,7 +25,7 @@ from recis_hybrid.columnio.options import ReadOptions
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Threads that wait for footers, many of which may be remote.
+# Number of threads that read footers, which may be remote.
 _OPENERS = 8
 
 
@@ -37,21 +37,21 @@ def open_files(
 ) -> FileSet:
     """Find the columns and pieces of all files.
 
-    Of Parquet files only footers are read. More is read where it takes that to count rows: the columns of the filters,
-    unless footers and folder names rule a piece out; and one column of Arrow, CSV and JSON files, and of ORC files with
-    several stripes.
+    Of Parquet files, only the footers are read. Counting rows may take more: the filter columns of each piece that
+    footers and folder names cannot rule out, and one column of Arrow, CSV and JSON files, and of ORC files with several
+    stripes.
 
     Args:
         paths: Files, or data in memory.
-        columns: Names, or specs by name; None instead of a spec takes the default spec of the column's type.
+        columns: Names, or specs by name; None means the default spec of the column's type.
         filters: Rows to read; None for all.
         options: How to read.
 
     Raises:
         BadFileError: A file is damaged.
         FileNotFoundError: A file does not exist.
-        TypeError: A column cannot be read by its spec.
-        ValueError: A column is missing, or files disagree about the type of a column.
+        TypeError: A spec cannot read its column.
+        ValueError: A column is missing, or files disagree on the type of a column.
     """
     options = options or ReadOptions()
     specs = _specs(columns)
@@ -70,18 +70,18 @@ def open_files(
     joint, types_of = _types(opened, specs)
     converters = {name: converter(spec, joint[name], Place(name, str(opened[0].file))) for name, spec in specs.items()}
     cleaners = {
-        (name, own): converters[name]
-        if own == joint[name]
-        else converter(converters[name].spec, own, Place(name, str(file)), joint[name])
+        (name, file_type): converters[name]
+        if file_type == joint[name]
+        else converter(converters[name].spec, file_type, Place(name, str(file)), joint[name])
         for name, types in types_of.items()
-        for own, file in types.items()
+        for file_type, file in types.items()
     }
     file_set = FileSet((), converters, cleaners, row_filter, read_columns, filter_columns, skip, skipped)
     return replace(file_set, pieces=[piece for piece in _pieces(opened, file_set) if piece.rows])
 
 
 def _specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Column | None]:
-    """Return the spec of each column; None for a spec that follows from the file."""
+    """Return the spec of each column; None for a spec that is inferred from the file."""
     if isinstance(columns, str):
         raise TypeError(f"ColumnDataset: columns must be names, or specs by name, got a str; write [{columns!r}]")
     names = list(columns) if isinstance(columns, Iterable) else None
@@ -94,7 +94,7 @@ def _specs(columns: Sequence[str] | Mapping[str, Column | None]) -> dict[str, Co
     if not specs:
         raise ValueError("ColumnDataset: columns must name at least one column, got none")
     if len(specs) != len(names):
-        raise ValueError(f"ColumnDataset: columns must be named once each, got {names}")
+        raise ValueError(f"ColumnDataset: columns must be unique, got {names}")
     return specs
 
 
@@ -115,32 +115,32 @@ def _inspect(
         except (FileNotFoundError, PermissionError):
             raise
         except DAMAGE as error:
-            raise not_whole(file, file_format.NAME, error) from error
+            raise incomplete_file(file, file_format.NAME, error) from error
         return OpenedFile(file, contents, {name: partition[name] for name in file.partition}, stamp)
 
     def on_bad(file: Source, error: Exception) -> None:
         report_skipped(skipped, Skipped(str(file), "all", 0, str(error)))
 
-    # A text file without rows has no columns, and need not have those of the others.
+    # A text file without rows has no columns, and is not required to have those of the others.
     opened = _map_in_threads(inspect, files, on_bad if skip else None)
     return [each for each in opened if each.contents.schema is not None]
 
 
 def _check_present(opened: Sequence[OpenedFile], columns: Sequence[str]) -> None:
-    """Raise if no sampled row of any file has one of the columns."""
+    """Raise if the sampled rows of all files lack one of the columns."""
     for name in columns:
         if all(name in each.contents.absent for each in opened):
             names = [each for each in opened[0].contents.schema.names if each not in opened[0].contents.absent]
             raise ValueError(
                 f"columnio: no row at the beginning of {opened[0].file} or of the other files has a column {name!r}; "
-                f"name one of {a_few(names)}"
+                f"use one of {a_few(names)}"
             )
 
 
 def _types(
     opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
 ) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
-    """Return the joint type of each column, and its types in the files, each with the first such file."""
+    """Return the joint type of each column, and its types in the files, each with the first file that has it."""
     joint: dict[str, ArrowType] = {}
     types_of: dict[str, dict[ArrowType, Source]] = {}
     for name, spec in specs.items():
@@ -149,17 +149,17 @@ def _types(
         explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
         types = types_of[name] = {}
         for each in opened:
-            own = each.type_for(name, spec)
-            if own in types:
+            file_type = each.type_for(name, spec)
+            if file_type in types:
                 continue
-            types[own] = each.file
-            unified = unified_type(joint[name], own, explicit=explicit) if name in joint else own
+            types[file_type] = each.file
+            unified = unified_type(joint[name], file_type, explicit=explicit) if name in joint else file_type
             if unified is None:
-                other = next(file for arrow_type, file in types.items() if arrow_type != own)
+                first_type, first_file = next(iter(types.items()))
                 raise ValueError(
-                    f"columnio: files must agree about their columns, but {name!r} is {next(iter(types))} in {other} "
-                    f"and {own} in {each.file}; give it a spec that reads both (Dense(torch.float64) for any numbers, "
-                    f"Text() for any text files), read the files apart, or rewrite one of them"
+                    f"columnio: files must agree on the type of a column, but {name!r} is {first_type} in {first_file} "
+                    f"and {file_type} in {each.file}; use a spec that reads both (Dense(torch.float64) for any "
+                    f"numbers, Text() for any text files), read the files separately, or rewrite one of them"
                 )
             joint[name] = unified
     return joint, types_of
@@ -169,7 +169,7 @@ def _pieces(opened: Sequence[OpenedFile], files: FileSet) -> list[Piece]:
     candidates: list[tuple[Piece, bool]] = []
     for each in opened:
         sizes = each.contents.sizes
-        numbers = range(len(sizes)) if files.row_filter is None else files.row_filter.possible(each, len(sizes))
+        numbers = range(len(sizes)) if files.row_filter is None else files.row_filter.possible_pieces(each, len(sizes))
         for number in numbers:
             size = None if files.row_filter is not None else sizes[number]
             candidates.append((Piece(each, number, size or 0), size is None))
@@ -188,7 +188,7 @@ def _pieces(opened: Sequence[OpenedFile], files: FileSet) -> list[Piece]:
 def _map_in_threads(
     function: Callable[[T], R], items: Sequence[T], on_bad: Callable[[T, Exception], None] | None
 ) -> list[R]:
-    """Return the results of a function in order, without those of damaged files; ``on_bad=None`` raises instead."""
+    """Return the results of a function in order, without damaged files, which go to ``on_bad``; None raises instead."""
     results = []
     with ThreadPoolExecutor(_OPENERS, thread_name_prefix="recis-columnio-open") as pool:
         for item, future in [(item, pool.submit(function, item)) for item in items]:

@@ -1,4 +1,4 @@
-"""Columns in folder names, as Hive writes them: ``day=7/country=fr/part-0.parquet``."""
+"""Columns in folder names in the style of Hive: ``day=7/country=fr/part-0.parquet``."""
 
 from __future__ import annotations
 

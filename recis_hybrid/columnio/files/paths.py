@@ -1,4 +1,4 @@
-"""Files named by a path, a folder, a pattern, a URL or a list of these, in a fixed order. Imports pyarrow."""
+"""Files of a path, a folder, a pattern, a URL or a list of these, in a fixed order. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recis_hybrid.columnio.formats import SUFFIXES, Format, compression_of, form
 from recis_hybrid.columnio.options import CsvOptions, ReadOptions
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a folder, a pattern or a URL of one, or a sequence of these."""
+"""A file, a folder, a pattern, a URL of any of these, or a sequence of them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class File:
         """Open the file for random access.
 
         Raises:
-            OSError: It does not exist, or cannot be read.
+            OSError: The file does not exist or cannot be read.
         """
         return self.filesystem.open_input_file(self.path)
 
@@ -57,12 +57,12 @@ class File:
         """Open the file for sequential reading, decompressed according to its suffix.
 
         Raises:
-            OSError: It does not exist, or cannot be read.
+            OSError: The file does not exist or cannot be read.
         """
         return self.filesystem.open_input_stream(self.path, compression=compression_of(self.name))
 
     def stamp(self) -> tuple[int | None, int | None] | None:
-        """Return size [bytes] and modification time [ns], None if the file system has none; None for no such file.
+        """Return size [bytes] and modification time [ns] (None if unknown); None if the file does not exist.
 
         Raises:
             OSError: The file system cannot be reached.
@@ -72,7 +72,7 @@ class File:
 
     @property
     def is_local(self) -> bool:
-        """True if ``stamp`` costs next to nothing."""
+        """True if the file system is local, so that ``stamp`` is cheap."""
         return _is_local(self.filesystem)
 
     def __str__(self) -> str:
@@ -84,12 +84,12 @@ Source: TypeAlias = File | MemoryFile
 
 
 def find_files(paths: Paths, options: ReadOptions | None = None) -> list[File]:
-    """Return the files that ``paths`` names.
+    """Return the files of ``paths``.
 
-    A folder gives all files below it with a suffix of ``formats.SUFFIXES``, by name. A pattern of ``glob`` (with ``**``
-    for any depth; in a URL ``*`` and ``[...]``) gives the matching files and folders, by name. Both ignore names that
-    begin with a dot or an underscore, which other programs reserve (``_SUCCESS``, ``_temporary``, ``.part.crc``). A
-    sequence keeps its order.
+    A folder contributes all files below it with a suffix of ``formats.SUFFIXES``, sorted by name. A ``glob`` pattern
+    (``**`` for any depth; in a URL, only ``*`` and ``[...]``) contributes the matching files and folders, sorted by
+    name. Both ignore names that begin with a dot or an underscore, which other programs reserve (``_SUCCESS``,
+    ``_temporary``, ``.part.crc``). A sequence keeps its order.
 
     Args:
         paths: The paths. A URL (``s3://bucket/folder``) is opened by pyarrow's file system for it, or by fsspec's.
@@ -97,7 +97,7 @@ def find_files(paths: Paths, options: ReadOptions | None = None) -> list[File]:
 
     Raises:
         FileNotFoundError: A path does not exist, a pattern matches nothing, or a folder has no such file.
-        TypeError: ``paths`` are not paths.
+        TypeError: ``paths``, or an entry of it, is not a path.
         ValueError: ``paths`` is empty, a file is named twice, or no known file system reads the URL.
     """
     options = options or ReadOptions()
@@ -119,7 +119,7 @@ def find_files(paths: Paths, options: ReadOptions | None = None) -> list[File]:
     files = [file for entry in entries for file in _expand(os.fspath(entry), filesystem)]
     seen: set[tuple[str, str]] = set()
     for file in files:
-        # A link is the same file as its target.
+        # A symbolic link is the same file as its target.
         real = os.path.realpath(file.path) if _is_local(file.filesystem) else file.path
         if (file.filesystem.type_name, real) in seen:
             raise ValueError(
@@ -138,7 +138,7 @@ def find_files(paths: Paths, options: ReadOptions | None = None) -> list[File]:
 def relative_paths(files: Sequence[Source]) -> list[str]:
     """Return the path of each file relative to the common folder, preceded by the folders above it that are columns.
 
-    The result does not depend on where the data is mounted or copied to.
+    The result does not depend on the location of the data.
 
     Example:
         >>> relative_paths([File("/data/day-1/a.csv", None), File("/data/day-2/a.csv", None)])
@@ -154,10 +154,10 @@ def relative_paths(files: Sequence[Source]) -> list[str]:
 
 
 def as_filesystem(filesystem: Any) -> Any:
-    """Return a file system of pyarrow or fsspec as pyarrow's.
+    """Return a file system of pyarrow or fsspec as one of pyarrow.
 
     Raises:
-        TypeError: It is neither of them.
+        TypeError: ``filesystem`` is neither of these.
     """
     if isinstance(filesystem, pafs.FileSystem):
         return filesystem
@@ -166,7 +166,7 @@ def as_filesystem(filesystem: Any) -> Any:
     if isinstance(filesystem, AbstractFileSystem):
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem))
     raise TypeError(
-        f"columnio: filesystem must come from pyarrow.fs or fsspec, got {type(filesystem).__name__}; give one of "
+        f"columnio: filesystem must come from pyarrow.fs or fsspec, got {type(filesystem).__name__}; pass one of "
         f"these, or a URL as path"
     )
 
@@ -192,8 +192,8 @@ def locate(entry: str, filesystem: Any = None) -> tuple[Any, str]:
         fsspec_filesystem, path = url_to_fs(entry)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"columnio: neither pyarrow nor fsspec knows a file system for {entry} ({error}); install the package "
-            f"named there, or give ReadOptions(filesystem=...)"
+            f"columnio: neither pyarrow nor fsspec has a file system for {entry} ({error}); install the package "
+            f"named there, or pass ReadOptions(filesystem=...)"
         ) from error
     return as_filesystem(fsspec_filesystem), path
 
@@ -212,7 +212,7 @@ def _expand(entry: str, filesystem: Any) -> list[File]:
     kind = location.get_file_info(path).type
     if kind == pafs.FileType.File:
         return [File(path, location)]
-    # An empty path is the root of a file system; some report that it does not exist.
+    # An empty path is the root, which some file systems report as missing.
     if kind == pafs.FileType.Directory or path == "":
         if files := list(_below(location, path)):
             return [File(each, location) for each in files]
@@ -281,7 +281,7 @@ def _files_below(folder: Path) -> list[str]:
 def _no_such_file(folder: str) -> str:
     return (
         f"columnio: the folder {folder} has no file with a suffix of {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; "
-        f"name files with other suffixes by a pattern, such as {os.path.join(folder, '*')}"
+        f"use a pattern for files with other suffixes, such as {os.path.join(folder, '*')}"
     )
 
 

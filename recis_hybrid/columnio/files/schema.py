@@ -9,7 +9,7 @@ import pyarrow as pa
 from recis_hybrid.columnio.columns import Column
 from recis_hybrid.columnio.convert.convert import converter
 from recis_hybrid.columnio.convert.numbers import Place
-from recis_hybrid.columnio.errors import not_whole
+from recis_hybrid.columnio.errors import incomplete_file
 from recis_hybrid.columnio.files.file_set import DAMAGE
 from recis_hybrid.columnio.files.paths import Paths, find_files
 from recis_hybrid.columnio.options import ReadOptions
@@ -37,7 +37,7 @@ def column_types(paths: Paths, options: ReadOptions | None = None) -> dict[str, 
         except (FileNotFoundError, PermissionError):
             raise
         except DAMAGE as error:
-            raise not_whole(file, file.format.NAME, error) from error
+            raise incomplete_file(file, file.format.NAME, error) from error
         if schema is not None:
             folders = {k: pa.int64() if isinstance(v, int) else pa.string() for k, v in file.partition.items()}
             return {**folders, **{field.name: field.type for field in schema}}
@@ -45,7 +45,7 @@ def column_types(paths: Paths, options: ReadOptions | None = None) -> dict[str, 
 
 
 def default_spec(name: str, arrow_type: Any) -> Column | None:
-    """Return the default spec of a column type; None if no tensor can be made of it.
+    """Return the default spec of a column type; None if it cannot become a tensor.
 
     Args:
         name: Name of the column.

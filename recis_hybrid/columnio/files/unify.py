@@ -1,4 +1,4 @@
-"""Joint types of columns that have different types in different files. Imports pyarrow."""
+"""Joint types of columns whose types differ between files. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def unified_type(one: ArrowType, other: ArrowType, *, explicit: bool) -> ArrowTy
 
     Args:
         one: A plain type.
-        other: Another.
-        explicit: Whether the spec gives the dtype, so that numbers of any kind, and strings to parse, can be joined.
+        other: Another plain type.
+        explicit: Whether the spec sets the dtype, so that any kind of numbers, and strings to parse, can be joined.
     """
     if one == other or pa.types.is_null(other):
         return one

@@ -1,6 +1,7 @@
 """File formats, one module each, behind the protocol ``Format``.
 
-``columnio.files`` may import it; it builds on the Arrow types of ``columnio.convert`` and knows no batch and no tensor.
+``columnio.files`` may import it; it builds on the Arrow types of ``columnio.convert`` but not on
+batches or tensors.
 """
 
 from __future__ import annotations

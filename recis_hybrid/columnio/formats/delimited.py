@@ -18,8 +18,8 @@ from recis_hybrid.columnio.formats.protocol import Contents
 from recis_hybrid.columnio.formats.text import (
     BLOCK_SIZES,
     is_row_too_long,
+    mixed_types_error,
     needs_uint64,
-    other_type,
     remedy,
     skip_rows,
 )
@@ -31,13 +31,13 @@ _NO_VALUE = re.compile(r"In CSV column #(\d+): .*CSV conversion error to (.+?): 
 _NO_TEXT = re.compile(r"In CSV column #(\d+): .*invalid UTF8 data", re.DOTALL)
 _ROW = re.compile(r"Row #(\d+)")
 _BOOLEANS = {"true": "1", "false": "0"}
-# Nulls of numbers by default.
+# Default nulls of columns of numbers.
 _NULLS = tuple(pc.ConvertOptions().null_values)
 
 
 def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See ``Format``."""
-    # CSV has no lists; a spec of lists is refused once the type of the column is known.
+    # CSV has no lists; a spec of lists is rejected once the type of the column is known.
     types = {name: arrow_type for name, arrow_type in types.items() if not pa.types.is_nested(arrow_type)}
     texts, block = set[str](), 0
     while True:
@@ -48,15 +48,15 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
             if not first or not first[0].num_rows:
                 return Contents(None, [])
             for name in texts:
-                numbers_of(file, name, first[0].column(name), types[name], 0)
+                parse_numbers(file, name, first[0].column(name), types[name], 0)
                 schema = _with_type(schema, name, types[name])
             for name in schema.names:
-                # Bytes that are not UTF-8 are refused when they are read.
+                # Bytes that are not UTF-8 are rejected when they are read.
                 if schema.names.count(name) == 1 and pa.types.is_binary(schema.field(name).type):
                     schema = _with_type(schema, name, pa.string())
             return Contents(_with_large_integers(file, schema, types, block), [None])
         except UnicodeDecodeError as error:
-            raise _other_encoding(file, None, error) from error
+            raise _encoding_error(file, None, error) from error
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 return Contents(None, [])
@@ -64,16 +64,16 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
                 block += 1
                 continue
             names = _names(file, block)
-            if (mismatch := _value(error)) is None:
-                raise _refused(file, names, error) from error
+            if (mismatch := _mismatch(error)) is None:
+                raise _parse_error(file, names, error) from error
             column, type_name, value = names[mismatch[0]], *mismatch[1:]
             if type_name == "int64" and needs_uint64(value):
-                # An id is its bits, signed or not.
+                # Ids keep their 64 bits, signed or not.
                 types[column] = pa.uint64()
             elif column in types and column not in texts and _may_be_number(type_name, value):
                 texts.add(column)
             else:
-                raise _other_type(file, names, error) from error
+                raise _value_error(file, names, error) from error
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
@@ -84,30 +84,30 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     while True:
         try:
             with _Reader(file, _as_text(types, texts), columns, threads, block) as reader:
-                # After a failure the scan starts again with other types, and continues after the rows yielded so far.
+                # After a failure, restart the scan with other types, and skip the rows that were already yielded.
                 for batch in skip_rows(reader, done):
                     for name in texts:
-                        array = numbers_of(file, name, batch.column(name), types[name], done)
+                        array = parse_numbers(file, name, batch.column(name), types[name], done)
                         batch = batch.set_column(batch.schema.get_field_index(name), name, array)
                     done += batch.num_rows
                     yield batch
             return
         except UnicodeDecodeError as error:
-            raise _other_encoding(file, None, error) from error
+            raise _encoding_error(file, None, error) from error
         except pa.ArrowInvalid as error:
             names = contents.schema.names
             if is_row_too_long(error) and block + 1 < len(BLOCK_SIZES):
                 block += 1
-            elif (mismatch := _value(error)) is not None:
+            elif (mismatch := _mismatch(error)) is not None:
                 column = names[mismatch[0]]
                 if column in texts or not _may_be_number(mismatch[1], mismatch[2]):
-                    raise _other_type(file, names, _located(file, types, columns, block, error)) from error
+                    raise _value_error(file, names, _located(file, types, columns, block, error)) from error
                 texts.add(column)
             else:
-                raise _refused(file, names, _located(file, types, columns, block, error)) from error
+                raise _parse_error(file, names, _located(file, types, columns, block, error)) from error
 
 
-def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
+def parse_numbers(file: Any, name: str, texts: Any, arrow_type: Any, first: int) -> Any:
     """Convert strings to numbers; ``1.0`` may be an integer, and true and false are 1 and 0.
 
     Args:
@@ -118,7 +118,7 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
         first: Number of the first row, for messages.
 
     Raises:
-        ValueError: A string is not such a number.
+        ValueError: A string is not a number of that type.
     """
     options = file.csv or CsvOptions()
     texts = compute.utf8_trim_whitespace(texts)
@@ -127,7 +127,7 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
     try:
         return compute.replace_substring_regex(texts, r"\.0*$", "").cast(arrow_type)
     except pa.ArrowInvalid:
-        # Some have another form: parse each distinct string.
+        # Some are written differently: parse each distinct string.
         encoded = texts.dictionary_encode()
     values = []
     for text in encoded.dictionary.to_pylist():
@@ -135,7 +135,7 @@ def numbers_of(file: Any, name: str, texts: Any, arrow_type: Any, first: int) ->
             values.append(_number(text, arrow_type))
         except (ValueError, ArithmeticError, pa.ArrowInvalid):
             row = first + compute.index(texts, pa.scalar(text, texts.type)).as_py()
-            raise other_type(
+            raise mixed_types_error(
                 file,
                 name,
                 f"has the value {text!r} in row {row + (options.column_names is None) + 1}, which is not {arrow_type}",
@@ -152,7 +152,7 @@ def _nulls_of(file: Any) -> list[str]:
 def _number(text: str, arrow_type: Any) -> Any:
     text = _BOOLEANS.get(text.lower(), text)
     if "_" in text:
-        # Python alone accepts 1_000.
+        # Only Python accepts 1_000.
         raise ValueError(text)
     if pa.types.is_floating(arrow_type):
         return float(text)
@@ -164,7 +164,7 @@ def _number(text: str, arrow_type: Any) -> Any:
 
 
 def _may_be_number(type_name: str, value: str) -> bool:
-    """Return whether a value may be a number that ``numbers_of`` reads but pyarrow does not."""
+    """Return whether a value may be a number that ``parse_numbers`` reads but pyarrow does not."""
     if type_name in ("float", "double", "halffloat"):
         return value.strip().lower() in _BOOLEANS
     if not type_name.startswith(("int", "uint")):
@@ -172,7 +172,7 @@ def _may_be_number(type_name: str, value: str) -> bool:
     if value.strip().lower() in _BOOLEANS:
         return True
     try:
-        # A plain integer was refused because it does not fit.
+        # A plain integer was rejected because it does not fit.
         return not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value) and decimal.Decimal(value.strip()).is_finite()
     except ArithmeticError:
         return False
@@ -218,17 +218,17 @@ def _names(file: Any, block: int) -> list[str]:
         return []
 
 
-def _value(error: Exception) -> tuple[int, str, str] | None:
+def _mismatch(error: Exception) -> tuple[int, str, str] | None:
     """Return the number of the column, its type and the value that does not fit; None if the file is damaged."""
     match = _NO_VALUE.search(str(error))
-    # Bytes that are not text mean damage.
+    # Bytes that are not text indicate damage.
     if match is None or not match[3].isprintable() or "\ufffd" in match[3]:
         return None
     return int(match[1]), match[2], match[3]
 
 
 def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int, error: Exception) -> Exception:
-    """Return the error with its row number, which pyarrow gives only when reading in one thread."""
+    """Return the error with its row number, which pyarrow reports only when reading in one thread."""
     if _ROW.search(str(error)) is None:
         try:
             with _Reader(file, types, columns, block=block) as reader:
@@ -240,19 +240,19 @@ def _located(file: Any, types: Mapping[str, Any], columns: list[str], block: int
     return error
 
 
-def _other_type(file: Any, names: Sequence[str], error: Exception) -> ValueError:
-    mismatch = _value(error)
+def _value_error(file: Any, names: Sequence[str], error: Exception) -> ValueError:
+    mismatch = _mismatch(error)
     assert mismatch is not None
     number, type_name, value = mismatch
     row = _ROW.search(str(error))
     problem = f"has the value {value!r}{f' in row {row[1]}' if row else ''}, which is not {type_name}"
-    return other_type(file, names[number], problem, remedy(type_name, value))
+    return mixed_types_error(file, names[number], problem, remedy(type_name, value))
 
 
-def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
-    """Return the error for text that cannot be parsed: a wrong option, or a damaged file."""
+def _parse_error(file: Any, names: Sequence[str], error: Exception) -> Exception:
+    """Return the error for text that cannot be parsed, because of a wrong option or a damaged file."""
     if (match := _NO_TEXT.search(str(error))) is not None:
-        return _other_encoding(file, names[int(match[1])] if names else None, error)
+        return _encoding_error(file, names[int(match[1])] if names else None, error)
     reason = " ".join(str(error).split())
     if is_row_too_long(error):
         reason = f"it has a row of more than {BLOCK_SIZES[-1] >> 20} MiB, or a quote that is never closed"
@@ -263,11 +263,11 @@ def _refused(file: Any, names: Sequence[str], error: Exception) -> Exception:
     return damage
 
 
-def _other_encoding(file: Any, column: str | None, error: Exception) -> ValueError:
+def _encoding_error(file: Any, column: str | None, error: Exception) -> ValueError:
     encoding = (file.csv or CsvOptions()).encoding
     where = "" if column is None else f"column {column!r} of "
     return ValueError(
-        f"columnio: {where}{file.path} is not text in {encoding} ({error}); give its encoding, as in "
+        f"columnio: {where}{file.path} is not text in {encoding} ({error}); set its encoding, as in "
         f'csv=CsvOptions(encoding="latin-1"), or rewrite the file in UTF-8'
     )
 
@@ -300,7 +300,7 @@ class _Reader:
                     escape_char=options.escape or False,
                     newlines_in_values=options.quote is not None or options.escape is not None,
                 ),
-                # An empty field is a null of numbers; strings have nulls only if null_values are given.
+                # An empty field is a null in a column of numbers; strings have nulls only if null_values is set.
                 convert_options=pc.ConvertOptions(
                     column_types=dict(types),
                     include_columns=columns or [],
@@ -323,7 +323,7 @@ class _Reader:
 class _Text:
     """The bytes of a file in UTF-8 and without comments, for pyarrow.
 
-    No read ends between a carriage return and a line feed: pyarrow takes a line feed at the beginning of a read for the
+    No read ends between a carriage return and a line feed: pyarrow treats a line feed at the start of a read as the
     second half of a line break, even within quotes (apache/arrow issue 51368).
     """
 
@@ -383,7 +383,7 @@ class _Text:
 
 
 def _decoder(beginning: bytes, encoding: str) -> codecs.IncrementalDecoder | None:
-    """Return the decoder of a file by its byte order mark or encoding; None for UTF-8, which pyarrow reads."""
+    """Return the decoder of a file by its byte order mark or encoding; None for UTF-8, which pyarrow reads itself."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
         return codecs.getincrementaldecoder(encoding)()
     for marks, name in (((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"), ((b"\xff\xfe", b"\xfe\xff"), "utf-16")):

@@ -26,7 +26,7 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
             if source.read(len(_END)) != _END:
                 raise pa.ArrowInvalid("the end of the stream is missing")
             source.seek(0)
-            # The place of a batch is known only after reading all batches before it.
+            # The position of a batch is known only after reading all batches before it.
             return Contents(pa.ipc.open_stream(source).schema, [None], "stream")
         reader = pa.ipc.open_file(source)
         return Contents(reader.schema, [None] * reader.num_record_batches)
@@ -36,7 +36,7 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     """See ``Format``."""
     indices = [contents.schema.get_field_index(name) for name in columns]
     options = pa.ipc.IpcReadOptions(included_fields=indices, use_threads=threads)
-    # Not memory-mapped: tensors could not be written to, and a truncated file would kill the process.
+    # Not memory-mapped: tensors would be read-only, and truncating the file would kill the process.
     with file.open() as source:
         if contents.footer == "stream":
             for batch in pa.ipc.open_stream(source, options=options):

@@ -16,10 +16,10 @@ from recis_hybrid.columnio.formats.text import (
     BLOCK_SIZES,
     is_row_too_long,
     is_whole,
+    mixed_types_error,
     needs_uint64,
-    other_type,
     remedy,
-    replaced,
+    replace_type,
     skip_rows,
 )
 
@@ -27,7 +27,7 @@ NAME, PIECE = "JSON lines", "block"
 
 _NO_VALUE = re.compile(r"Failed to convert JSON to (.+?), couldn't parse:(.*)", re.DOTALL)
 _OTHER_KIND = re.compile(r"Column\(/([^/)]*).*\) changed from (\w+) to (\w+)")
-# Holds every 64-bit integer, even written as 1.0.
+# Holds every 64-bit integer, even if written as 1.0.
 _NUMBER = pa.decimal128(38, 15)
 
 
@@ -41,12 +41,12 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
             schema = first.schema
             for name in loose:
                 schema = schema.set(schema.get_field_index(name), pa.field(name, types[name]))
-            # pyarrow makes a column for each given type, even if no row has one of that name.
+            # pyarrow creates a column for each given type, even if no row has one of that name.
             absent = {name for name in types if name in schema.names and first.column(name).null_count == len(first)}
             if absent:
                 present = {key for row in _first_rows(file, BLOCK_SIZES[block]) for key in row}
                 absent -= present
-                # A dotted name may be a field of an object, which is a column of its own.
+                # A dotted name may be a field of an object, which is itself a column.
                 nested = {name for name in absent if name.partition(".")[0] in present}
                 schema, absent = pa.schema([each for each in schema if each.name not in nested]), absent - nested
             return Contents(_with_large_integers(file, schema, types), [None], absent=frozenset(absent))
@@ -59,15 +59,15 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
             match = _NO_VALUE.search(str(error))
             column = None if match is None else _column(file, {**types, **loose}, str(error))
             if match is not None and column is not None and match[1] == "int64" and needs_uint64(match[2]):
-                # An id is its bits, signed or not.
-                types[column] = replaced(types[column], pa.int64(), lambda *_: pa.uint64())
+                # Ids keep their 64 bits, signed or not.
+                types[column] = replace_type(types[column], pa.int64(), lambda *_: pa.uint64())
             elif (looser := _loose(file, types, loose, error)) is not None:
                 loose |= looser
             elif (deeper := _OTHER_KIND.search(str(error))) is not None and deeper[3] == "array" and deeper[1] in types:
-                # A spec does not give the depth of nested lists.
+                # A spec does not state the depth of nested lists.
                 types[deeper[1]] = pa.list_(types[deeper[1]])
             else:
-                raise _refused(file, types, loose, error) or error from error
+                raise _value_error(file, types, loose, error) or error from error
 
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
@@ -77,7 +77,7 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
     loose, block, done = dict[str, Any](), 0, 0
     while True:
         try:
-            # After a failure the scan starts again with other types, and continues after the rows yielded so far.
+            # After a failure, restart the scan with other types, and skip the rows that were already yielded.
             for batch in skip_rows(_batches(file, {**types, **loose}, threads, block), done):
                 for name in loose:
                     array = _strict(file, name, batch.column(name), types[name])
@@ -91,7 +91,7 @@ def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: in
             elif (looser := _loose(file, types, loose, error)) is not None:
                 loose |= looser
             else:
-                raise _refused(file, types, loose, error) or error from error
+                raise _value_error(file, types, loose, error) or error from error
 
 
 def _batches(file: Any, types: Mapping[str, Any], threads: bool = False, block: int = 0) -> Iterator[Any]:
@@ -130,7 +130,7 @@ def _strict(file: Any, name: str, array: Any, arrow_type: Any) -> Any:
     """Cast numbers from the type of ``_loose`` to the type of the column.
 
     Raises:
-        ValueError: One does not fit.
+        ValueError: A number does not fit.
     """
     try:
         return array.cast(arrow_type)
@@ -145,8 +145,8 @@ def _strict(file: Any, name: str, array: Any, arrow_type: Any) -> Any:
         except pa.ArrowInvalid:
             text = f"{value.normalize():f}"
             advice = remedy(str(arrow_type), text, lists=lists, quoted=False)
-            raise other_type(file, name, f"has the value {text!r}, which is not {arrow_type}", advice) from None
-    raise AssertionError(f"no value of {name} is to blame")
+            raise mixed_types_error(file, name, f"has the value {text!r}, which is not {arrow_type}", advice) from None
+    raise AssertionError(f"every value of {name} fits")
 
 
 def _with_large_integers(file: Any, schema: Any, types: Mapping[str, Any]) -> Any:
@@ -167,7 +167,7 @@ def _with_large_integers(file: Any, schema: Any, types: Mapping[str, Any]) -> An
     def field(each: Any) -> Any:
         if each.name in types:
             return each
-        return each.with_type(replaced(each.type, pa.float64(), lambda *found: exact(each.name, *found)))
+        return each.with_type(replace_type(each.type, pa.float64(), lambda *found: exact(each.name, *found)))
 
     return pa.schema([field(each) for each in schema])
 
@@ -204,12 +204,12 @@ def _column(file: Any, types: Mapping[str, Any], message: str) -> str | None:
     return None
 
 
-def _refused(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> ValueError | None:
+def _value_error(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], error: Exception) -> ValueError | None:
     """Return the error for a value that does not fit its column; None if the file is damaged."""
     if (kinds := _OTHER_KIND.search(str(error))) is not None:
         problem = f"has both a JSON {kinds[2]} and a JSON {kinds[3]}"
         text = "read it as Text() if all are strings, or " if kinds[3] == "string" else ""
-        return other_type(file, kinds[1], problem, f"{text}rewrite the file with one type")
+        return mixed_types_error(file, kinds[1], problem, f"{text}rewrite the file with one type")
     if (match := _NO_VALUE.search(str(error))) is None:
         return None
     name = _column(file, {**types, **loose}, str(error))
@@ -218,7 +218,7 @@ def _refused(file: Any, types: Mapping[str, Any], loose: Mapping[str, Any], erro
     type_name, value = match[1], match[2]
     lists = pa.types.is_list(types[name])
     advice = remedy(type_name, value, lists=lists, quoted=False)
-    return other_type(file, name, f"has the value {value!r}, which is not {type_name}", advice)
+    return mixed_types_error(file, name, f"has the value {value!r}, which is not {type_name}", advice)
 
 
 def _read(block: int, threads: bool = False) -> Any:

@@ -16,7 +16,7 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
     """See ``Format``."""
     with file.open() as source:
         orc = po.ORCFile(source)
-        # pyarrow does not give the number of rows of one stripe among several.
+        # pyarrow reports the number of rows of the file only, not of each stripe.
         sizes = [orc.nrows] if orc.nstripes == 1 else [None] * orc.nstripes
         return Contents(orc.schema, sizes)
 

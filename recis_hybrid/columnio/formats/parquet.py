@@ -22,8 +22,8 @@ def inspect(file: Any, types: Mapping[str, Any]) -> Contents:
 
 def read(file: Any, contents: Contents, piece: int, columns: list[str], rows: int, threads: bool) -> Iterator[Any]:
     """See ``Format``."""
-    # With checksums a changed byte is refused; without them it would be read as another number. Remote files are
-    # requested in one go; for local files an Arrow thread would read while this one is idle.
+    # Checksums reject a changed byte, which would otherwise be read as a different number. Pre-buffering requests a
+    # remote file at once; for a local file, an Arrow thread would read while this one is idle.
     options = {"page_checksum_verification": True, "pre_buffer": not file.is_local}
     with file.open() as source, pq.ParquetFile(source, metadata=contents.footer, **options) as parquet:
         yield from parquet.iter_batches(rows, row_groups=[piece], columns=columns, use_threads=threads)

@@ -32,7 +32,7 @@ def is_known(name: str) -> bool:
 
 
 def compression_of(name: str) -> str | None:
-    """Return pyarrow's name of a file's compression, by its suffix; None if uncompressed."""
+    """Return pyarrow's name of the compression of a file, by its suffix; None if uncompressed."""
     return next((codec for end, codec in _COMPRESSIONS.items() if name.lower().endswith(end)), None)
 
 
@@ -43,7 +43,7 @@ class Contents:
     schema: Any
     """A ``pyarrow.Schema`` of all columns; None for a text file without rows."""
     sizes: Sequence[int | None]
-    """Number of rows of each piece; None if only reading the piece tells."""
+    """Number of rows of each piece; None if it is known only after reading the piece."""
     footer: Any = None
     """Metadata that the format needs for each read, kept to avoid reading it again."""
     absent: frozenset[str] = frozenset()
@@ -63,7 +63,7 @@ class Format(Protocol):
 
         Args:
             file: A ``File``.
-            types: Arrow types in which to read some columns, for formats without types.
+            types: Arrow types of some columns, for formats without types.
 
         Raises:
             OSError: The file is damaged.
@@ -98,5 +98,5 @@ def format_of(name: str, unknown: str = "parquet") -> Format:
     """
     lower = name.lower()
     name_of_module = next((module for module, suffixes in _MODULES.items() if lower.endswith(suffixes)), unknown)
-    # Imported on demand, since not every build of pyarrow has all formats.
+    # Imported on demand, because not every build of pyarrow has all formats.
     return cast("Format", importlib.import_module(f"{__package__}.{name_of_module}"))

@@ -21,7 +21,7 @@ def is_row_too_long(error: Exception) -> bool:
 
 
 def skip_rows(batches: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield batches without their first rows, to continue a scan that was started again with other types."""
+    """Yield batches without their first ``count`` rows, to continue a scan that was restarted with other types."""
     for batch in batches:
         if count >= batch.num_rows:
             count -= batch.num_rows
@@ -40,19 +40,19 @@ def needs_uint64(value: str) -> bool:
     return is_whole(value) and 2**63 <= int(value) < 2**64
 
 
-def replaced(arrow_type: Any, old: Any, choose: Callable[[Any, tuple[str, ...]], Any]) -> Any:
+def replace_type(arrow_type: Any, old: Any, choose: Callable[[Any, tuple[str, ...]], Any]) -> Any:
     """Return a type in which a value type is replaced at any depth.
 
     Args:
         arrow_type: A type, possibly nested in lists and structs.
         old: The value type to replace.
-        choose: Returns the new value type at one place; called with the whole type as it would be with uint64 there,
-            and with the path to the place: names of fields, and ``"[]"`` for the values of a list.
+        choose: Returns the new value type at one place. It is called with the whole type as it would be with uint64
+            there, and with the path to the place: names of fields, and ``"[]"`` for the values of a list.
     """
-    return _replaced(arrow_type, old, choose, lambda new: new, ())
+    return _replace_type(arrow_type, old, choose, lambda new: new, ())
 
 
-def _replaced(
+def _replace_type(
     arrow_type: Any,
     old: Any,
     choose: Callable[[Any, tuple[str, ...]], Any],
@@ -62,7 +62,9 @@ def _replaced(
     if arrow_type == old:
         return choose(whole(pa.uint64()), path)
     if pa.types.is_list(arrow_type):
-        return pa.list_(_replaced(arrow_type.value_type, old, choose, lambda new: whole(pa.list_(new)), (*path, "[]")))
+        return pa.list_(
+            _replace_type(arrow_type.value_type, old, choose, lambda new: whole(pa.list_(new)), (*path, "[]"))
+        )
     if not pa.types.is_struct(arrow_type):
         return arrow_type
     fields = list(arrow_type)
@@ -71,12 +73,12 @@ def _replaced(
         def with_field(new: Any, number: int = number, field: Any = field) -> Any:
             return whole(pa.struct([*fields[:number], field.with_type(new), *fields[number + 1 :]]))
 
-        new = _replaced(field.type, old, choose, with_field, (*path, field.name))
+        new = _replace_type(field.type, old, choose, with_field, (*path, field.name))
         fields[number] = field.with_type(new)
     return pa.struct(fields)
 
 
-def other_type(file: Any, column: str, problem: str, remedy: str) -> ValueError:
+def mixed_types_error(file: Any, column: str, problem: str, remedy: str) -> ValueError:
     """Return the error for a column with values of several types; the file is not damaged, so it is never skipped.
 
     Args:
@@ -86,8 +88,8 @@ def other_type(file: Any, column: str, problem: str, remedy: str) -> ValueError:
         remedy: Advice to the user.
     """
     return ValueError(
-        f"columnio: column {column!r} of {file} {problem}; a column of a text file has the type of its spec, or else "
-        f"that of its first rows: {remedy}"
+        f"columnio: column {column!r} of {file} {problem}; a column of a text file has the type of its spec, or "
+        f"otherwise that of its first rows: {remedy}"
     )
 
 
@@ -112,7 +114,7 @@ def remedy(type_name: str, value: str, *, lists: bool = False, quoted: bool = Tr
         return f"all values before it are nulls, so the spec must give a type: {number}(torch.int64), or Text()"
     if not quoted:
         return "rewrite the file with one type"
-    return f'read it as Text(), or by {number}(unit="s") if it is a date or time, or rewrite the file with one type'
+    return f'read it as Text(), or as {number}(unit="s") if it is a date or time, or rewrite the file with one type'
 
 
 def _is_number(value: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading in an order that can be repeated and resumed: sampling, decoding, prefetching, delivery, position.
+"""Reading in a reproducible and resumable order: sampling, decoding, prefetching, delivery, position.
 
 ``ColumnDataset`` may import it; it builds on ``columnio.files`` and ``columnio.convert``.
 """

@@ -14,7 +14,7 @@ from recis_hybrid.ragged import Batch
 
 @dataclass(frozen=True)
 class Delivery:
-    """Make the batch of the consumer from rows.
+    """Convert rows to the batch that the consumer receives.
 
     Raises:
         ValueError: Pinned memory is not available, or a column has the mask's name.
@@ -23,16 +23,16 @@ class Delivery:
     converters: Mapping[str, Converter]
     """Converters of the columns."""
     mask: str | None
-    """Name of a bool column that is False for rows that fill a batch up; None for no such column."""
+    """Name of a bool column that is False for padding rows; None adds no column."""
     transforms: Callable[[Batch], Batch] | None
-    """Called with each batch."""
+    """Applied to each batch."""
     pin_memory: bool
     """Copy tensors to pinned memory."""
 
     def __post_init__(self) -> None:
         if self.pin_memory and not torch.cuda.is_available():
             raise ValueError(
-                "ColumnDataset: pin_memory needs a GPU that torch can use, and there is none; leave it out"
+                "ColumnDataset: pin_memory needs a GPU that torch can use, but there is none; omit pin_memory"
             )
         if self.mask in self.converters:
             raise ValueError(
@@ -40,16 +40,16 @@ class Delivery:
                 f"uneven='wrap', or rename the column"
             )
 
-    def __call__(self, cut: tuple[Rows, int]) -> Batch:
-        """Make a batch from its rows and the number of rows before those that fill it up.
+    def __call__(self, rows_and_count: tuple[Rows, int]) -> Batch:
+        """Return a batch, given its rows and the number of rows before the padding.
 
         Raises:
-            TypeError: The transforms return something else than a batch.
+            TypeError: The transforms do not return a batch.
         """
-        rows, own = cut
+        rows, count = rows_and_count
         batch = rows.tensors(self.converters)
         if self.mask is not None:
-            batch[self.mask] = torch.arange(rows.num_rows) < own
+            batch[self.mask] = torch.arange(rows.num_rows) < count
         if self.transforms is not None:
             batch = self.transforms(batch)
             if not isinstance(batch, dict):

@@ -1,4 +1,4 @@
-"""Reading position: a row in the order of an epoch, in a form that JSON can hold."""
+"""Reading position: a row in the order of an epoch, in JSON types."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Position:
     """First row of the epoch's order that no rank has consumed."""
 
     def state(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the position together with the settings that determine the order of the rows."""
+        """Return the position, together with the settings that determine the order of the rows."""
         return {"version": _VERSION, "epoch": self.epoch, "row": self.row, "order": dict(order)}
 
     @classmethod
@@ -30,10 +30,10 @@ class Position:
 
         Args:
             state: The result of ``state``.
-            order: The settings that determine the order of the rows now.
+            order: The current settings that determine the order of the rows.
 
         Raises:
-            ValueError: It is not such a state, or its rows had another order.
+            ValueError: ``state`` is not a reading position, or its rows had a different order.
         """
         if state.get("version") != _VERSION or not {"epoch", "row", "order"} <= state.keys():
             raise ValueError(f"ColumnDataset.load_state_dict: this is not a reading position: {dict(state)}")
@@ -41,7 +41,7 @@ class Position:
         if different := [name for name in order if before.get(name) != order[name]]:
             differences = ", ".join(f"{name} was {before.get(name)!r} and is {order[name]!r}" for name in different)
             raise ValueError(
-                f"ColumnDataset.load_state_dict: the rows are in another order than when the state was saved "
+                f"ColumnDataset.load_state_dict: the rows are in a different order than when the state was saved "
                 f"({differences}); open the dataset with the same files and options, or start from the beginning"
             )
         epoch, row = int(state["epoch"]), int(state["row"])
@@ -56,7 +56,7 @@ class Position:
 class SharedPosition:
     """Start of the next pass, in memory shared with the workers of a DataLoader.
 
-    Persistent workers keep the copy of the dataset that they were started with; through this memory they follow
+    Persistent workers keep the copy of the dataset that they were started with. Through this memory, they follow
     ``set_epoch`` and ``load_state_dict`` of the main process.
     """
 
@@ -68,12 +68,12 @@ class SharedPosition:
         self._numbers.copy_(torch.tensor([position.epoch, position.row]))
 
     def get(self) -> Position:
-        """Return the position that was stored last."""
+        """Return the position stored last."""
         return Position(*self._numbers.tolist())
 
     def __getstate__(self) -> torch.Tensor:
         return self._numbers
 
     def __setstate__(self, numbers: torch.Tensor) -> None:
-        # Memory sent to a worker is shared already; a copy of a dataset gets memory of its own.
+        # Memory sent to a worker is already shared; a copy of a dataset has new memory.
         self._numbers = numbers.share_memory_()

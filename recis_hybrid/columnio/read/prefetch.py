@@ -20,16 +20,16 @@ def prefetched(
 ) -> Generator[T, None, None]:
     """Yield the results of ``work`` for the items of ``source`` in order, up to ``depth`` items ahead.
 
-    The consumer requests items one by one, and at most ``depth`` requests are open, so that no thread ever waits to
-    hand over an item: nothing has to be woken when the consumer stops early or the interpreter ends. One thread at a
-    time takes an item from the source, while others work on theirs. An error is raised here, unchanged, after the items
+    The consumer requests items one by one, and at most ``depth`` requests are open, so a thread never waits to deliver
+    an item, and none needs to be woken when the consumer stops early or the interpreter exits. One thread at a time
+    takes an item from the source, while the others work on theirs. An error is raised here unchanged, after the items
     before it. When this iterator is closed or no longer referenced, the threads finish their current items, and
     ``source`` is closed.
 
     Args:
-        source: The items; only the threads use it until they have ended.
-        work: Called with each item, by several threads at once if there are several.
-        depth: Number of items to be ahead; 0 works in the consumer's thread.
+        source: The items; used only by the threads until they end.
+        work: Called with each item, concurrently if there are several threads.
+        depth: Number of items to prefetch; 0 works in the consumer's thread.
         threads: Number of threads; at most ``depth`` are used.
     """
     if depth == 0:
@@ -37,7 +37,7 @@ def prefetched(
             yield work(item)
         return
     pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix=_THREAD)
-    # Shared by the threads without a reference to this generator, which ends when its consumer drops it.
+    # The threads share this object. It does not refer to this generator, which must end when its consumer drops it.
     requests = _Requests(source, work, min(threads, depth))
     interrupted = False
     try:
@@ -54,15 +54,15 @@ def prefetched(
                     del error
             pending.append(requests.add(pool))
             yield result
-            # The consumer is done with it; a reference while waiting for the next would keep one more in memory.
+            # A reference here would keep one more item in memory while waiting for the next.
             del result
     except KeyboardInterrupt:
         interrupted = True  # a user who interrupts a slow read should not wait for it to finish
         raise
     finally:
         requests.queues.clear()
-        # The garbage collector may close this in one of the threads that it would wait for; then they, and with them
-        # the source, end by themselves.
+        # The garbage collector may close this generator in one of its own threads, which cannot wait for itself. The
+        # threads, and with them the source, then end on their own.
         outside = not interrupted and not threading.current_thread().name.startswith(_THREAD)
         pool.shutdown(wait=outside, cancel_futures=True)
         if outside:
@@ -70,13 +70,13 @@ def prefetched(
 
 
 class _Failure(NamedTuple):
-    """An error in the place of an item."""
+    """An error instead of an item."""
 
     error: BaseException
 
 
 class _Requests(Generic[S, T]):
-    """Requested items, and the threads that make them.
+    """Requested items, and the threads that produce them.
 
     A thread continues as long as there are requests, and a request starts a thread only if one is idle: submitting each
     item to the pool, with a Future, takes longer than cutting a small batch.
@@ -91,8 +91,8 @@ class _Requests(Generic[S, T]):
 
     def add(self, pool: ThreadPoolExecutor) -> SimpleQueue[Any]:
         """Request the next item; return the queue for it, for a _Failure, or for ``end``."""
-        # The pool raises this itself when a request starts a thread. Without the check, the end of the interpreter,
-        # which waits for the threads, would also wait for a consumer in a daemon thread.
+        # The pool itself raises this only when a request starts a thread. Without this check, the interpreter, which
+        # waits for the threads on exit, would also wait for a consumer in a daemon thread.
         if getattr(futures, "_shutdown", False):
             raise RuntimeError("columnio: reading stops because the interpreter is shutting down")
         queue: SimpleQueue[Any] = SimpleQueue()
@@ -105,10 +105,10 @@ class _Requests(Generic[S, T]):
         return queue
 
     def _run(self) -> None:
-        while self._make():
+        while self._produce():
             pass
 
-    def _make(self) -> bool:
+    def _produce(self) -> bool:
         # The next item goes to the next request, whichever thread takes it.
         with self._taking:
             with self._counting:
@@ -131,14 +131,14 @@ class _Requests(Generic[S, T]):
 
 
 def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Generator[T, None, None]:
-    """Yield the items of one source after the other, while threads work on the following sources.
+    """Yield the items of the sources in sequence, while threads work on the following sources.
 
-    As many sources as threads are open at a time, and at most one item of each is waiting. A thread at the end of a
-    source opens the next one itself: the consumer would first work on the last items, while the thread is idle.
+    One source per thread is open at a time, with at most one waiting item each. A thread at the end of a source opens
+    the next one itself. Otherwise it would be idle until the consumer is done with the last items.
 
     Args:
-        sources: Iterators of items; one thread at a time uses ``sources``, and each of them.
-        threads: Number of threads; 1 makes all items in the consumer's thread.
+        sources: Iterators of items; ``sources``, and each iterator, is used by one thread at a time.
+        threads: Number of threads; 1 produces all items in the consumer's thread.
     """
     if threads == 1:
         for source in sources:
@@ -148,7 +148,7 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
     chain = _Chain(sources)
     try:
         for source, queue in [opened for _ in range(threads) if (opened := chain.open_next()) is not None]:
-            pool.submit(chain.make, source, queue)
+            pool.submit(chain.produce, source, queue)
         while chain.active:
             source, queue = chain.active[0]
             while (result := queue.get()) is not chain.end:
@@ -156,7 +156,7 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
                     raise result.error
                 queue = SimpleQueue()
                 chain.active[0] = source, queue
-                pool.submit(chain.make, source, queue)
+                pool.submit(chain.produce, source, queue)
                 yield result
                 del result
             chain.active.popleft()
@@ -172,9 +172,9 @@ def chained(sources: Iterator[Generator[T, None, None]], threads: int) -> Genera
 
 
 class _Chain(Generic[T]):
-    """Successive sources, some of them open, and the threads that make their items.
+    """Successive sources, some of them open, and the threads that produce their items.
 
-    Threads submit nothing to the pool: a generator that is collected in one of them would need the pool's locks.
+    Threads submit nothing to the pool: a generator garbage-collected in one of them would need the pool's locks.
     """
 
     def __init__(self, sources: Iterator[Generator[T, None, None]]) -> None:
@@ -185,7 +185,7 @@ class _Chain(Generic[T]):
         self._sources, self._opening = sources, threading.Lock()
 
     def open_next(self) -> tuple[Generator[T, None, None], SimpleQueue[Any]] | None:
-        """Open the next source without making an item; None if there is none, or the chain is closed."""
+        """Open the next source without producing an item; None if there is none, or the chain is closed."""
         with self._opening:
             if self.closed or (source := next(self._sources, None)) is None:
                 return None
@@ -193,8 +193,8 @@ class _Chain(Generic[T]):
             self.active.append(opened)
             return opened
 
-    def make(self, source: Generator[T, None, None], queue: SimpleQueue[Any]) -> None:
-        """Make the next item of a source; at its end, the first item of the next source."""
+    def produce(self, source: Generator[T, None, None], queue: SimpleQueue[Any]) -> None:
+        """Produce the next item of a source or, at its end, the first item of the next source."""
         opened: tuple[Generator[T, None, None], SimpleQueue[Any]] | None = (source, queue)
         while opened is not None:
             source, queue = opened

@@ -1,4 +1,4 @@
-"""From pieces of files to the rows of batches: decoding, shuffling, cutting. Imports pyarrow."""
+"""Rows of batches from the pieces of files: decoding, shuffling, cutting. Imports pyarrow."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Reader:
     @cached_property
     def order(self) -> dict[str, Any]:
         """Settings that, together with the epoch, determine the order of the rows."""
-        # Paths are relative to the common folder, so that the data may be elsewhere when a job is resumed.
+        # Paths are relative to the common folder, so that the data may have moved when a job is resumed.
         pieces = [(path, piece.number, piece.rows) for path, piece in self._paths_and_pieces()]
         row_filter, shuffled = self.files.row_filter, self.seed is not None
         order: dict[str, Any] = {
@@ -76,12 +76,12 @@ class Reader:
         """Return the settings that must be equal on all ranks, readable in messages.
 
         Args:
-            settings: Further settings.
+            settings: Settings to include.
         """
         files: dict[str, tuple[int, ...]] = {}
         for path, piece in self._paths_and_pieces():
             files[path] = (*files.get(path, ()), piece.rows)
-        # The rows by file say more than the hash of the pieces.
+        # The rows by file are more informative than the hash of the pieces.
         order = {name: value for name, value in self.order.items() if name != "pieces"}
         return {"rows by file": files, **settings, **order}
 
@@ -91,7 +91,7 @@ class Reader:
         return [(paths[piece.opened.file.path], piece) for piece in self.files.pieces]
 
     def batches(self, epoch: int, ranges: Batches) -> Generator[Batch, None, None]:
-        """Return the batches of a pass, prepared ahead in threads; close it to end them.
+        """Return the batches of a pass, prefetched by threads; close the generator to end the threads.
 
         Pieces that no batch needs are not read.
 
@@ -99,7 +99,7 @@ class Reader:
             epoch: The epoch.
             ranges: The rows of each batch.
         """
-        # Making tensors over existing memory is so cheap that several threads would only wait for each other.
+        # Creating tensors over existing memory is so cheap that several threads would only wait for each other.
         work = self.delivery.transforms is not None or self.delivery.pin_memory
         threads = self.options.num_threads if work else 1
         return prefetched(self._rows(epoch, ranges), self.delivery, self.options.prefetch, threads)
@@ -108,15 +108,15 @@ class Reader:
         """Yield the rows of each batch.
 
         Yields:
-            The rows, and how many of them belong to the batch; the rest fills it up.
+            The rows, and how many of them belong to the batch; the rest is padding.
         """
-        own = self._cut(epoch, ranges)
+        chunks = self._cut(epoch, ranges)
         for low, high in ranges:
-            rows = next(own)[1] if high > low else self.files.no_rows()
+            rows = next(chunks)[1] if high > low else self.files.no_rows()
             count = rows.num_rows
             parts = [rows]
-            for fill in ranges.filling(low, high):
-                parts += [part for _, part in self._cut(epoch, Batches(fill[1], fill[1] - fill[0], fill[0]))]
+            for first, stop in ranges.padding(low, high):
+                parts += [part for _, part in self._cut(epoch, Batches(stop, stop - first, first))]
             yield concat_rows(parts, self.files.converters), count
 
     def _cut(self, epoch: int, ranges: Batches) -> Chunks:
@@ -136,7 +136,7 @@ class Reader:
 
     @property
     def _decoders(self) -> int:
-        """Number of pieces to decode at once."""
+        """Number of pieces to decode concurrently."""
         return self.options.num_threads if self.options.prefetch else 1
 
     def _sources(self, epoch: int, wants: Callable[[int, int], bool]) -> Iterator[Chunks]:
@@ -145,8 +145,8 @@ class Reader:
             if wants(first, first + piece.rows):
                 wanted.append((piece, first))
             first += piece.rows
-        # One thread of ours per piece is faster than Arrow's threads, which wait for each other at each column; both
-        # together would be more threads than cores.
+        # One thread per piece is faster than Arrow's threads, which wait for each other at each column. Both together
+        # would be more threads than cores.
         threads = self.options.num_threads > min(self._decoders, len(wanted))
         for piece, first in wanted:
             yield self._numbered(piece, first, threads)
@@ -161,7 +161,7 @@ class Reader:
         blocks = Batches(self.num_rows, block)
 
         def wants(first: int, stop: int) -> bool:
-            # A row may move to any place of its block, so whole blocks are needed.
+            # A row may move anywhere within its block, so whole blocks are needed.
             return ranges.wants(first // block * block, min(-(-stop // block) * block, self.num_rows))
 
         wanted = (each for each in blocks if ranges.wants(*each))
@@ -184,33 +184,33 @@ def cut(chunks: Chunks, ranges: Iterable[tuple[int, int]], concat: Callable[[lis
 
     Args:
         chunks: All rows of all ranges, except those that could not be read.
-        ranges: First row and the row after the last; ascending, not empty, not overlapping.
+        ranges: First row and end of each range; ascending, not empty, not overlapping.
         concat: Concatenates the parts of a range; the list is empty if no row could be read.
 
     Yields:
         For each range its first row and its rows.
     """
     wanted = iter(ranges)
-    now = next(wanted, None)
+    current = next(wanted, None)
     parts: list[Rows] = []
-    while now is not None:
+    while current is not None:
         if (item := next(chunks, None)) is None:
-            # The rest of the ranges could not be read.
-            yield now[0], concat(parts)
-            parts, now = [], next(wanted, None)
+            # The remaining ranges could not be read.
+            yield current[0], concat(parts)
+            parts, current = [], next(wanted, None)
             continue
         first, chunk = item
         stop = first + chunk.num_rows
-        here = []
-        while now is not None and now[0] < stop:
-            here.append(now)
-            if now[1] > stop:
+        started = []
+        while current is not None and current[0] < stop:
+            started.append(current)
+            if current[1] > stop:
                 break
-            now = next(wanted, None)
+            current = next(wanted, None)
         # All rows of a range may be missing before this chunk; its part of the chunk is then empty.
-        ends = [(max(low, first), max(min(high, stop), low, first)) for low, high in here]
+        ends = [(max(low, first), max(min(high, stop), low, first)) for low, high in started]
         slices = chunk.slices([(begin - first, end - first) for begin, end in ends])
-        for (low, high), part in zip(here, slices, strict=True):
+        for (low, high), part in zip(started, slices, strict=True):
             parts.append(part)
             if high <= stop:
                 yield low, concat(parts)

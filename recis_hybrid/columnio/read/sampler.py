@@ -1,7 +1,7 @@
 """The rows of each batch: arithmetic on row numbers, without files.
 
-The rows of an epoch have one order, a function of (seed, epoch) alone. Batches are consecutive rows of it, and ranks
-take them in turn, so the order is the same for every number of ranks. In a turn each rank takes one batch.
+The rows of an epoch have one order, which depends only on (seed, epoch). Batches are consecutive rows in that order,
+and ranks take them in turn, so the order is the same for any number of ranks. In a turn, each rank takes one batch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from recis_hybrid.columnio.options import Uneven
 
 
 def permutation(count: int, seed: int, *path: int) -> npt.NDArray[np.int64]:
-    """Return a random permutation that depends on the arguments alone.
+    """Return a random permutation that depends only on the arguments.
 
     It sorts raw 64-bit words of PCG64, which are the same in all versions of numpy; numpy's own samplers may change.
 
     Args:
         count: Number of elements.
         seed: Not negative.
-        path: Further numbers, not negative; each sequence gives an independent permutation.
+        path: Further numbers, not negative; different sequences give independent permutations.
 
     Returns:
         [count] int64, a permutation of 0 to count - 1.
@@ -48,9 +48,9 @@ class Batches:
     world_size: int = 1
     """Number of ranks."""
     drop_remainder: bool = False
-    """Leave out the short last batch, and the last turn unless every rank gets a full batch in it."""
+    """Drop the short last batch, and the last turn unless it fills a batch for every rank."""
     uneven: Uneven = None
-    """Last turn without a full batch for every rank; see ``ShardOptions``."""
+    """Handling of a last turn that does not fill a batch for every rank; see ``ShardOptions``."""
     worker: int = 0
     """Number of this process among those that share the turns of the rank."""
     workers: int = 1
@@ -72,14 +72,14 @@ class Batches:
 
     @cached_property
     def _shared(self) -> tuple[int, ...]:
-        """Rows of the last turns (at most two) that are divided evenly, as not every rank would get a full batch."""
+        """Rows of the last turns (at most two) divided evenly, because not every rank would get a full batch."""
         turn = self.batch_size * self.world_size
         full, rest = divmod(max(self.rows - self.start, 0), turn)
         if self.world_size == 1 or self.drop_remainder or self.uneven is not None or rest == 0:
             return ()
         if rest >= self.world_size or full == 0 or self.batch_size == 1:
             return (rest,)
-        # Too few rows for one per rank: divide the turn before as well, so that every rank gets a row in both.
+        # Fewer rows than ranks: divide the previous turn as well, so that every rank gets a row in both.
         return (turn + rest + 1) // 2, (turn + rest) // 2
 
     def __len__(self) -> int:
@@ -93,27 +93,27 @@ class Batches:
         if turn >= self.turns - len(self._shared):
             low = self.after(turn)
             each, more = divmod(self.after(turn + 1) - low, self.world_size)
-            # The first ranks get one row more.
+            # The first ranks get one extra row.
             first = low + each * self.rank + min(self.rank, more)
             return first, first + each + (self.rank < more)
         first = min(self.start + (turn * self.world_size + self.rank) * self.batch_size, self.rows)
         return first, min(first + self.batch_size, self.rows)
 
     def after(self, turns: int) -> int:
-        """Return the first row that no rank has taken after that many turns."""
+        """Return the first row that no rank has taken after a number of turns."""
         if len(self._shared) == 2 and turns == self.turns - 1:
             return self.rows - self._shared[1]
         return min(self.start + turns * self.world_size * self.batch_size, self.rows)
 
-    def filling(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of rows of the same order that fill a batch up.
+    def padding(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of rows that pad a batch.
 
-        The missing rows of a turn are numbered over all ranks, so that ranks get different rows: from the first row of
-        the epoch on, and again from there if the epoch is too short.
+        The missing rows of a turn are numbered over all ranks, so that ranks get different rows. They start at the
+        first row of the epoch, and wrap around if the epoch is too short.
 
         Args:
             low: First row of the batch.
-            high: Row after the last row of the batch.
+            high: End of the batch.
         """
         missing = self.batch_size - (high - low)
         if self.uneven not in ("wrap", "pad") or missing <= 0:

@@ -1,4 +1,4 @@
-"""Arrow arrays by their specs; what they hold is compared with pyarrow's own to_pylist."""
+"""Conversion of Arrow arrays by spec; values are compared with to_pylist of pyarrow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PLACE = Place("x", "some.parquet", "row group 0, rows 0 to 9 of it")
 int64s = st.integers(-(2**63), 2**63 - 1)
 
 
-def made(array: Any, spec: Column | None = None) -> Converter:
+def converter_of(array: Any, spec: Column | None = None) -> Converter:
     return converter(spec, array.type, PLACE)
 
 
 def read(array: Any, spec: Column | None = None) -> torch.Tensor | RaggedTensor:
-    each = made(array, spec)
+    each = converter_of(array, spec)
     return each.tensor(each.clean(array, PLACE))
 
 
@@ -61,7 +61,7 @@ def test_a_number_is_read_in_the_dtype_of_the_file(arrow_type: Any, dtype: torch
     array = pa.array([0, 1, 1, 0, 1], pa.int64()).cast(pa.uint8()).cast(arrow_type)
     assert torch.equal(dense(array), torch.tensor([0, 1, 1, 0, 1], dtype=dtype))
     assert dense(array[:0]).tolist() == []
-    assert made(array).spec == Dense(dtype)
+    assert converter_of(array).spec == Dense(dtype)
     if arrow_type != pa.float16():
         filled = dense(pa.array([None, *array.to_pylist()], arrow_type), Dense(default=1))
         assert torch.equal(filled, torch.tensor([1, 0, 1, 1, 0, 1], dtype=dtype))
@@ -76,7 +76,7 @@ def test_numbers_are_not_copied() -> None:
     assert dense(floats).data_ptr() == floats.buffers()[1].address
 
 
-def test_lists_and_strings_are_not_copied_either() -> None:
+def test_lists_and_strings_are_not_copied() -> None:
     lists = pa.array([[1, 2], [], [3]], pa.large_list(pa.int64()))
     assert ragged(lists).values.data_ptr() == lists.values.buffers()[1].address
     fixed = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2))
@@ -110,7 +110,7 @@ def test_unsigned_ids_keep_their_bits() -> None:
     assert dense(pa.array([0, 2**63, 2**64 - 1], pa.uint64())).tolist() == [0, -(2**63), -1]
 
 
-def test_asking_for_another_dtype() -> None:
+def test_another_dtype() -> None:
     assert torch.equal(dense(pa.array([1, 3]), Dense(torch.float32)), torch.tensor([1.0, 3.0]))
     assert torch.equal(dense(pa.array([True, False]), Dense(torch.float32)), torch.tensor([1.0, 0.0]))
     assert torch.equal(dense(pa.array([0.1]), Dense(torch.float32)), torch.tensor([0.1]))
@@ -148,9 +148,9 @@ def test_any_lists_of_one_length(rows: list[list[int | None] | None], fixed: boo
     assert got.tolist() == want
 
 
-def test_a_cut_out_of_clean_lists() -> None:
+def test_a_slice_of_clean_lists() -> None:
     for array in (pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2)), pa.array([[1], [2, 3], [4]])):
-        each = made(array)
+        each = converter_of(array)
         got = each.tensor(each.clean(array, PLACE).slice(1, 2))
         rows = got.to_lists() if isinstance(got, RaggedTensor) else got.tolist()
         assert rows == array.to_pylist()[1:]
@@ -161,7 +161,7 @@ def test_any_strings_with_nulls(rows: list[bytes | None], data: st.DataObject) -
     arrow_type = data.draw(st.sampled_from([pa.binary(), pa.large_binary()]))
     first = data.draw(st.integers(0, len(rows)))
     array = pa.array(rows, arrow_type)
-    each = made(array, Text(default="é"))
+    each = converter_of(array, Text(default="é"))
     want = ["é".encode() if row is None else row for row in rows]
     assert ragged(array[first:], Text(default="é")).to_strings() == want[first:]
     cut = each.tensor(each.clean(array, PLACE)[first:])
@@ -178,14 +178,14 @@ def test_strings_of_every_layout(arrow_type: Any) -> None:
 @pytest.mark.parametrize(
     ("array", "spec", "remedy"),
     [
-        (pa.array([1, None]), None, r"give it Dense\(default=0\)"),
-        (pa.array(["a", None]), None, r'give it Text\(default=""\)'),
-        (pa.array([[1], None]), None, r"give it Ragged\(null_as_empty=True\)"),
-        (pa.array([[1], [None]]), Ragged(), r"give it Ragged\(default=0\)"),
-        (pa.array([[1], None]), Dense(length=1), r"give it Dense\(length=1, default=0\)"),
+        (pa.array([1, None]), None, r"use Dense\(default=0\)"),
+        (pa.array(["a", None]), None, r'use Text\(default=""\)'),
+        (pa.array([[1], None]), None, r"use Ragged\(null_as_empty=True\)"),
+        (pa.array([[1], [None]]), Ragged(), r"use Ragged\(default=0\)"),
+        (pa.array([[1], None]), Dense(length=1), r"use Dense\(length=1, default=0\)"),
     ],
 )
-def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remedy: str) -> None:
+def test_nulls_are_rejected_unless_allowed(array: Any, spec: Column | None, remedy: str) -> None:
     message = r"column 'x' of some\.parquet \(row group 0, rows 0 to 9 of it\) has 1 null in 2 values, .*"
     with pytest.raises(ValueError, match=message + remedy):
         read(array, spec)
@@ -194,39 +194,39 @@ def test_nulls_are_refused_unless_allowed(array: Any, spec: Column | None, remed
 @pytest.mark.parametrize(
     ("array", "spec", "message"),
     [
-        (pa.array(["a"]), Dense(), r"'x' of some\.parquet .* is string, which Dense.* does not read; .*by Text\(\)"),
-        (pa.array([1]), Text(), r"is int64, which Text.* does not read; read numbers by Dense\(\)"),
-        (pa.array([1]), Dense(length=2), r"is int64, which Dense.* does not read"),
-        (pa.array([[1]]), Dense(), r"does not read; read lists of numbers by Ragged\(\), or by Dense\(length"),
-        (pa.array([[1]]), Text(), "read lists of numbers by"),
+        (pa.array(["a"]), Dense(), r"'x' of some\.parquet .* is string, which Dense.* cannot read; .*with Text\(\)"),
+        (pa.array([1]), Text(), r"is int64, which Text.* cannot read; read numbers with Dense\(\)"),
+        (pa.array([1]), Dense(length=2), r"is int64, which Dense.* cannot read"),
+        (pa.array([[1]]), Dense(), r"cannot read; read lists of numbers with Ragged\(\), or with Dense\(length"),
+        (pa.array([[1]]), Text(), "read lists of numbers with"),
         (
             pa.array([{"a": 1}]),
             None,
-            "which does not become a tensor; read lists of structs .* by Weighted",
+            "which cannot become a tensor; read lists of structs .* with Weighted",
         ),
         (
             pa.array([None]),
             None,
-            r"is null: all its values are null, .*; give it a spec with a type, as in Dense\(",
+            r"is null: all its values are null, .*; use a spec with a type, as in Dense\(",
         ),
-        (pa.array([["a"]]), Ragged(), r"read strings and lists of strings by Text\(\)"),
+        (pa.array([["a"]]), Ragged(), r"read strings and lists of strings with Text\(\)"),
         (pa.array([1]), Dense(torch.bool), r"is int64, which loses information as torch\.bool"),
         (pa.array([1]), Dense(torch.complex64), r"cannot be read as torch\.complex64; choose one of"),
         (pa.array([1]), "Dense", "needs a Dense, Ragged, Text or Weighted as its spec, got 'Dense'"),
     ],
 )
-def test_a_spec_that_does_not_fit_is_refused(array: Any, spec: Any, message: str) -> None:
+def test_a_spec_that_does_not_fit_is_rejected(array: Any, spec: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        made(array, spec)
+        converter_of(array, spec)
 
 
 @pytest.mark.parametrize("default", [2**63, -0.5, float("nan"), float("inf")])
-def test_a_default_that_does_not_fit_is_refused(default: float) -> None:
-    with pytest.raises(ValueError, match=r"read as torch\.int64: default .* does not fit; give another"):
-        made(pa.array([1]), Dense(default=default))
+def test_a_default_that_does_not_fit_is_rejected(default: float) -> None:
+    with pytest.raises(ValueError, match=r"read as torch\.int64: default .* does not fit; use another"):
+        converter_of(pa.array([1]), Dense(default=default))
 
 
-def test_values_that_do_not_fit_are_refused() -> None:
+def test_values_that_do_not_fit_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"'x' of some\.parquet .* does not fit into torch\.int8 .*wider dtype"):
         read(pa.array([1, 300]), Dense(torch.int8))
     with pytest.raises(ValueError, match=r"has 2 lists of length 1, 3 instead of 2; read it with Ragged\(\)"):
@@ -241,7 +241,7 @@ def weighted(array: Any, spec: Column | None = None) -> tuple[list[Any], list[fl
 
 
 @pytest.mark.parametrize(
-    ("fields", "own"),
+    ("fields", "id_field"),
     [
         ([("weight", pa.float32()), ("id", pa.int64())], 1),
         ([("weight", pa.int64()), ("id", pa.int64())], 1),
@@ -254,14 +254,16 @@ def weighted(array: Any, spec: Column | None = None) -> tuple[list[Any], list[fl
         ([("item", pa.uint64()), ("score", pa.float16())], 0),
     ],
 )
-def test_ids_and_weights_of_structs_are_known_by_name_else_by_type(fields: list[tuple[str, Any]], own: int) -> None:
-    text = pa.types.is_string(fields[own][1])
-    (name, _), (other, _) = fields[own], fields[1 - own]
+def test_ids_and_weights_of_structs_are_recognized_by_name_or_type(
+    fields: list[tuple[str, Any]], id_field: int
+) -> None:
+    text = pa.types.is_string(fields[id_field][1])
+    (name, _), (other, _) = fields[id_field], fields[1 - id_field]
     pairs = [[(99, 7)], [], [(3, 2)]]
     rows = [[{name: str(one) if text else one, other: two} for one, two in row] for row in pairs]
     array = pa.array(rows, pa.list_(pa.struct(fields)))
     for spec in (None, Weighted()):
-        each = made(array, spec)
+        each = converter_of(array, spec)
         got = each.tensor(each.clean(array, PLACE))
         assert isinstance(got, RaggedTensor)
         assert got.weights is not None
@@ -270,13 +272,13 @@ def test_ids_and_weights_of_structs_are_known_by_name_else_by_type(fields: list[
 
 
 @pytest.mark.parametrize("types", [(pa.int64(), pa.int64()), (pa.float32(), pa.float64()), (pa.string(), pa.string())])
-def test_structs_without_a_distinguishable_id_are_refused(types: tuple[Any, Any]) -> None:
+def test_structs_without_a_distinguishable_id_are_rejected(types: tuple[Any, Any]) -> None:
     struct = pa.struct([("a", types[0]), ("b", types[1])])
     with pytest.raises(
         TypeError,
         match=r"column 'x' of .* neither names nor types .* distinguish .*name them id and weight, or",
     ):
-        made(pa.array([[]], pa.list_(struct)), Weighted())
+        converter_of(pa.array([[]], pa.list_(struct)), Weighted())
 
 
 PAIRS = pa.list_(pa.struct([("item", pa.int64()), ("score", pa.float64())]))
@@ -287,7 +289,7 @@ def test_any_structs_of_ids_and_weights(rows: list[list[tuple[int, int]] | None]
     first = data.draw(st.integers(0, len(rows)))
     stop = data.draw(st.integers(first, len(rows)))
     structs = [row and [{"item": one, "score": other} for one, other in row] for row in rows]
-    each = made(pa.array(structs, PAIRS), Weighted(null_as_empty=True))
+    each = converter_of(pa.array(structs, PAIRS), Weighted(null_as_empty=True))
     # Sliced before and after clean.
     for got in (
         each.tensor(each.clean(pa.array(structs, PAIRS)[first:stop], PLACE)),
@@ -308,7 +310,7 @@ def test_any_text_of_ids_and_weights(rows: list[list[tuple[int, int]]]) -> None:
     assert weights == [other / 4 for row in rows for _, other in row]
 
 
-def test_ids_that_are_strings_have_weights_too() -> None:
+def test_string_ids_have_weights() -> None:
     array = pa.array([[{"id": "a", "weight": 1.0}, {"id": "", "weight": 2.0}], [], [{"id": "é", "weight": 3.0}]])
     assert weighted(array) == ([[b"a", b""], [], ["é".encode()]], [1.0, 2.0, 3.0])
     assert weighted(array[1:]) == ([[], ["é".encode()]], [3.0])
@@ -338,7 +340,7 @@ def test_defaults_of_weighted_columns() -> None:
         (pa.array([None], PAIRS), None, r"Weighted\(null_as_empty=True\)"),
     ],
 )
-def test_invalid_weighted_columns_are_refused(array: Any, spec: Column | None, message: str) -> None:
+def test_invalid_weighted_columns_are_rejected(array: Any, spec: Column | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(array, spec)
 
@@ -348,7 +350,7 @@ def test_any_lists_of_lists(rows: list[list[list[int]]], data: st.DataObject) ->
     first = data.draw(st.integers(0, len(rows)))
     stop = data.draw(st.integers(first, len(rows)))
     array = pa.array(rows, pa.list_(pa.large_list(pa.int64())))
-    each = made(array)
+    each = converter_of(array)
     assert ragged(array[first:stop]).to_lists() == rows[first:stop]
     got = each.tensor(each.clean(array, PLACE)[first:stop])
     assert isinstance(got, RaggedTensor)
@@ -359,7 +361,7 @@ def test_any_lists_of_lists(rows: list[list[list[int]]], data: st.DataObject) ->
 def test_any_lists_of_strings(rows: list[list[bytes]], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(rows)))
     array = pa.array(rows, pa.list_(pa.binary()))
-    each = made(array)
+    each = converter_of(array)
     got = each.tensor(each.clean(array, PLACE)[first:])
     assert isinstance(got, RaggedTensor)
     assert got.validate().to_strings() == rows[first:]

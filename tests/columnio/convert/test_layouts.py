@@ -27,8 +27,8 @@ int64s = st.integers(-(2**63), 2**63 - 1)
 
 
 def read(array: Any, spec: Column | None = None) -> Any:
-    made = converter(spec, array.type, PLACE)
-    return made.tensor(made.clean(array, PLACE))
+    conversion = converter(spec, array.type, PLACE)
+    return conversion.tensor(conversion.clean(array, PLACE))
 
 
 def write(path: Path, table: Any) -> Path:
@@ -112,16 +112,16 @@ def test_any_slice_of_lists_of_dictionaries(rows: list[Any], data: st.DataObject
     first = data.draw(st.integers(0, len(rows)))
     stop = data.draw(st.integers(first, len(rows)))
     array = pa.array(rows, pa.list_(pa.dictionary(pa.int8(), pa.string())))[first:stop]
-    made = plain(array)
-    made.validate(full=True)
-    assert made.type == plain_type(array.type)
-    assert made.to_pylist() == rows[first:stop]
+    decoded = plain(array)
+    decoded.validate(full=True)
+    assert decoded.type == plain_type(array.type)
+    assert decoded.to_pylist() == rows[first:stop]
 
 
-def test_unsupported_types_are_refused_with_advice() -> None:
+def test_unsupported_types_are_rejected_with_a_remedy() -> None:
     for array, message in (
-        (pa.array([{"a": 1}]), r"read lists of structs .* by Weighted\(\); .* the names x\.a$"),
-        (pa.array([[(1, "a")]], pa.map_(pa.int64(), pa.string())), r"with the names x\.key, x\.value$"),
+        (pa.array([{"a": 1}]), r"read lists of structs .* with Weighted\(\), .* columns named x\.a$"),
+        (pa.array([[(1, "a")]], pa.map_(pa.int64(), pa.string())), r"columns named x\.key, x\.value$"),
         (pa.array([(1, 2, 3)], pa.month_day_nano_interval()), r"write it as numbers, strings or lists of these$"),
     ):
         with pytest.raises(TypeError, match=message):
@@ -131,14 +131,14 @@ def test_unsupported_types_are_refused_with_advice() -> None:
         pa.array(["a"], pa.string_view()),
         pa.array(["a"]).dictionary_encode(),
     ):
-        with pytest.raises(TypeError, match=r"by Text\(\)"):
+        with pytest.raises(TypeError, match=r"with Text\(\)"):
             read(array, Dense())
 
 
 # Maps and structs
 
 
-def test_specs_of_json_do_not_make_columns(tmp_path: Path) -> None:
+def test_json_specs_do_not_create_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"u": {"id": 1.0, "n": "01"}, "tags": ["a", "b"], "deep": [[1], []]}\n')
     (tmp_path / "b.jsonl").write_text('{"u": null, "tags": [], "deep": [[2]], "rare": 5}\n')
     specs: dict[str, Column | None] = {
@@ -247,9 +247,7 @@ def test_any_field_of_structs_in_lists(rows: list[Any], large: bool, data: st.Da
     ],
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".csv", ".jsonl"])
-def test_a_column_of_nothing_but_nulls_takes_the_default(
-    tmp_path: Path, suffix: str, spec: Column, want: list[Any]
-) -> None:
+def test_a_column_of_only_nulls_takes_the_default(tmp_path: Path, suffix: str, spec: Column, want: list[Any]) -> None:
     path = tmp_path / f"a{suffix}"
     table = pa.table({"x": pa.nulls(2), "y": [1, 2]})
     if suffix == ".parquet":
@@ -262,7 +260,7 @@ def test_a_column_of_nothing_but_nulls_takes_the_default(
         path.write_text("x,y\n,1\n,2\n")
     else:
         if spec == Text(null_as_empty=True):
-            pytest.skip("text of JSON is no list unless it is written as one")
+            pytest.skip("null_as_empty needs lists, and JSON text is not a list")
         path.write_text('{"x": null, "y": 1}\n{"x": null, "y": 2}\n')
     (batch,) = ColumnDataset(path, {"x": spec}, 10)
     got = batch["x"]
@@ -273,7 +271,7 @@ def test_a_column_without_a_type_needs_a_spec(tmp_path: Path) -> None:
     for spec in (None, Dense(), Ragged(null_as_empty=True)):
         with pytest.raises(
             TypeError,
-            match=r"all its values are null, .*; give it a spec with a type, as in Dense\(",
+            match=r"all its values are null, .*; use a spec with a type, as in Dense\(",
         ):
             read(pa.nulls(2), spec)
     with pytest.raises(ValueError, match=r"has 2 nulls in 2 values.*Dense\(default=0\)"):
@@ -286,7 +284,7 @@ def test_a_column_without_a_type_needs_a_spec(tmp_path: Path) -> None:
     assert dense(batch, "x").tolist() == [0, 5, 0, 0]
 
 
-def test_empty_lists_count_as_missing_where_a_length_is_given() -> None:
+def test_empty_lists_count_as_missing_if_a_length_is_set() -> None:
     for arrow_type in (pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_view(pa.int64())):
         array = pa.array([[1, 2], [], None, [3, 4]], arrow_type)
         assert read(array, Dense(length=2, default=9)).tolist() == [[1, 2], [9, 9], [9, 9], [3, 4]]
@@ -300,7 +298,7 @@ def test_empty_lists_count_as_missing_where_a_length_is_given() -> None:
 
 
 @pytest.mark.parametrize(("arrow_type", "bits"), [(pa.float16(), 11), (pa.float32(), 24), (pa.float64(), 53)])
-def test_whole_floats_are_integers_as_far_as_they_are_exact(arrow_type: Any, bits: int) -> None:
+def test_whole_floats_become_integers_if_they_are_exact(arrow_type: Any, bits: int) -> None:
     fits = [0.0, -3.0, float(2**bits), None]
     assert read(pa.array(fits, arrow_type), Dense(torch.int64, default=-1)).tolist() == [0, -3, 2**bits, -1]
     assert lists(read(pa.array([[1.0], []], pa.list_(arrow_type)), Ragged(torch.int64))) == [[1], []]
@@ -318,7 +316,7 @@ def test_whole_floats_are_integers_as_far_as_they_are_exact(arrow_type: Any, bit
 
 def open_all(tmp_path: Path, arrays: Sequence[Any], spec: Column | None) -> Any:
     for number, array in enumerate(arrays):
-        # Different columns in another order.
+        # Different columns, in a different order.
         columns = {"x": array, "y": array} if number % 2 else {"z": array, "x": array}
         write(tmp_path / f"{number}.arrow", pa.table(columns))
     (batch,) = ColumnDataset(tmp_path, {"x": spec}, 100)
@@ -356,7 +354,7 @@ def test_types_that_can_be_joined(tmp_path: Path, one: Any, other: Any, spec: Co
     assert open_all(tmp_path / "back", [other, one], spec) == want[::-1]
 
 
-def test_structs_with_their_fields_in_another_order(tmp_path: Path) -> None:
+def test_structs_with_fields_in_a_different_order(tmp_path: Path) -> None:
     one = pa.array([[{"id": 1, "weight": 0.5}]])
     other = pa.array(
         [[{"weight": 0.25, "id": 3}]], pa.large_list(pa.struct([("weight", pa.float32()), ("id", pa.uint64())]))
@@ -375,8 +373,8 @@ def test_structs_with_their_fields_in_another_order(tmp_path: Path) -> None:
         (pa.array([1], pa.duration("s")), pa.array([1], pa.timestamp("s"))),
     ],
 )
-def test_types_that_cannot_be_joined_are_refused(tmp_path: Path, one: Any, other: Any) -> None:
+def test_types_that_cannot_be_joined_are_rejected(tmp_path: Path, one: Any, other: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"'x' is .* in .*0\.arrow and .* in .*1\.arrow; .* read the files apart, or rewrite"
+        ValueError, match=r"'x' is .* in .*0\.arrow and .* in .*1\.arrow; .* read the files separately, or rewrite"
     ):
         open_all(tmp_path, [one, other], None)

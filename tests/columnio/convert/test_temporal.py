@@ -1,4 +1,4 @@
-"""Dates, timestamps, times, durations and decimals as numbers; the values are computed by datetime and decimal."""
+"""Dates, timestamps, times, durations and decimals as numbers, compared with datetime and decimal."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Decimal = decimal.Decimal
 
 
 def read(array: Any, spec: Column | None = None) -> Any:
-    made = converter(spec, array.type, PLACE)
-    return made.tensor(made.clean(array, PLACE))
+    conversion = converter(spec, array.type, PLACE)
+    return conversion.tensor(conversion.clean(array, PLACE))
 
 
 def ticks(microseconds: int, unit: str | None) -> int:
@@ -40,19 +40,19 @@ moments = st.datetimes(datetime.datetime(1700, 1, 1), datetime.datetime(2200, 1,
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@given(values=st.lists(moments, min_size=1, max_size=8), own=st.sampled_from(["s", "ms", "us", "ns"]))
+@given(values=st.lists(moments, min_size=1, max_size=8), file_unit=st.sampled_from(["s", "ms", "us", "ns"]))
 def test_timestamps_are_counted_since_1970_and_rounded_down(
-    unit: str | None, values: list[datetime.datetime], own: str
+    unit: str | None, values: list[datetime.datetime], file_unit: str
 ) -> None:
-    # Values as the type of the file stores them.
-    step = MICROSECONDS.get(own, 1)
-    held = [(value - EPOCH) // MICROSECOND // step * step for value in values]
+    # The values that the type of the file can store.
+    step = MICROSECONDS.get(file_unit, 1)
+    stored = [(value - EPOCH) // MICROSECOND // step * step for value in values]
     for zone in (None, "UTC", "Asia/Kolkata"):
-        array = pa.array(held, pa.int64()).cast(pa.timestamp("us")).cast(pa.timestamp(own)).cast(pa.int64())
-        array = array.cast(pa.timestamp(own, zone))
+        array = pa.array(stored, pa.int64()).cast(pa.timestamp("us")).cast(pa.timestamp(file_unit)).cast(pa.int64())
+        array = array.cast(pa.timestamp(file_unit, zone))
         got = read(array, Dense(unit=unit) if unit else None)
         assert got.dtype == torch.int64
-        assert got.tolist() == [ticks(value, unit) for value in held]
+        assert got.tolist() == [ticks(value, unit) for value in stored]
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -71,12 +71,12 @@ def test_times_are_counted_since_midnight(unit: str | None, arrow_type: Any) -> 
     assert read(pa.array(times, arrow_type), Dense(unit=unit)).tolist() == want
 
 
-@pytest.mark.parametrize("own", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("file_unit", ["s", "ms", "us", "ns"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_durations(unit: str | None, own: str) -> None:
+def test_durations(unit: str | None, file_unit: str) -> None:
     values = [datetime.timedelta(seconds=-1), datetime.timedelta(days=2, seconds=3)]
     want = [ticks(value // MICROSECOND, unit) for value in values]
-    assert read(pa.array(values, pa.duration(own)), Dense(unit=unit)).tolist() == want
+    assert read(pa.array(values, pa.duration(file_unit)), Dense(unit=unit)).tolist() == want
 
 
 def test_seconds_of_timestamps_in_seconds_are_not_copied() -> None:
@@ -108,7 +108,7 @@ def test_nulls_lists_and_other_dtypes() -> None:
 # Strings
 
 
-def test_strings_of_iso_8601_are_read_by_choice() -> None:
+def test_strings_of_iso_8601_are_read_with_a_unit() -> None:
     texts = ["2024-01-01", "2024-01-01 10:00:00", "2024-01-01T10:00:00.25Z", "2024-01-01T10:00+02:00", "10:00:01", ""]
     want = [
         int((datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC) - EPOCH) / datetime.timedelta(milliseconds=1)) + more
@@ -116,7 +116,7 @@ def test_strings_of_iso_8601_are_read_by_choice() -> None:
     ]
     got = read(pa.array(texts), Dense(unit="ms", default=-1))
     assert got.tolist() == [*want, 36_001_000, -1]
-    with pytest.raises(TypeError, match=r"is string, which Dense.* strings that are dates or times by Dense\(unit="):
+    with pytest.raises(TypeError, match=r"is string, which Dense.* strings that are dates or times with Dense\(unit="):
         read(pa.array(texts), Dense())
     with pytest.raises(ValueError, match=r"has the value '1 May', which is not a date or time in ISO 8601; .*format="):
         read(pa.array(["1 May"]), Dense(unit="s"))
@@ -124,18 +124,18 @@ def test_strings_of_iso_8601_are_read_by_choice() -> None:
 
 @given(st.lists(moments.map(lambda value: value.replace(microsecond=0)), min_size=1, max_size=5))
 def test_strings_of_any_format(values: list[datetime.datetime]) -> None:
-    for form, exact in (
+    for time_format, exact in (
         ("%d/%m/%Y %H:%M:%S", 1),
         ("%Y%m%d", 86_400),
         ("%d.%m.%Y %H:%M:%S.%f", 1),
         ("%d %b %Y %H:%M:%S %z", 1),
     ):
-        texts = [value.strftime(form) for value in values]
+        texts = [value.strftime(time_format) for value in values]
         want = [(value - EPOCH) // datetime.timedelta(seconds=1) // exact * exact for value in values]
-        assert read(pa.array([*texts, None]), Dense(format=form, default=0)).tolist() == [*want, 0]
+        assert read(pa.array([*texts, None]), Dense(format=time_format, default=0)).tolist() == [*want, 0]
 
 
-def test_an_invalid_day_is_refused() -> None:
+def test_an_invalid_day_is_rejected() -> None:
     assert read(pa.array(["1/2/2024", "01/02/2024"]), Dense(format="%d/%m/%Y", unit="D")).tolist() == [19_754] * 2
     with pytest.raises(ValueError, match=r"has the value '31/02/2024', which is not in the format '%d/%m/%Y'"):
         read(pa.array(["01/02/2024", "31/02/2024"]), Dense(format="%d/%m/%Y"))
@@ -158,10 +158,10 @@ def test_dates_in_text_files(tmp_path: Path, suffix: str) -> None:
     assert isinstance(batch["day"], RaggedTensor) == (suffix == ".csv")
 
 
-def test_options_that_do_not_fit_a_column_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"is int64, which has no unit of time; leave out unit='s'"):
+def test_options_that_do_not_fit_a_column_are_rejected() -> None:
+    with pytest.raises(TypeError, match=r"is int64, which has no unit of time; omit unit='s'"):
         read(pa.array([1]), Dense(unit="s"))
-    with pytest.raises(TypeError, match=r"is int64, which has no decimal places; leave out scale=2"):
+    with pytest.raises(TypeError, match=r"is int64, which has no decimal places; omit scale=2"):
         read(pa.array([1]), Dense(scale=2))
     with pytest.raises(ValueError, match=r"unit must be one of 'D', 's', 'ms', 'us', 'ns', got 'min'"):
         Dense(unit="min")
@@ -186,7 +186,7 @@ def test_decimals_are_floats_or_scaled_integers(arrow_type: Any) -> None:
     assert read(array[1:], Dense(scale=2, default=-1)).tolist() == [-350, -1, 7]
     assert read(array, Dense(scale=4, default=-1)).tolist() == [12_500, -35_000, -1, 700]
     assert read(array, Dense(torch.float32, default=0)).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"has the value 1\.25, which times 10\*\*1 is not a whole .*give it scale=2"):
+    with pytest.raises(ValueError, match=r"has the value 1\.25, which times 10\*\*1 is not a whole .*set scale=2"):
         read(array, Dense(scale=1, default=0))
     with pytest.raises(ValueError, match=r"has the value 1\.25, which times 10\*\*0 is not a whole"):
         read(array, Dense(torch.int64, default=0))
@@ -198,7 +198,7 @@ def test_decimals_without_places_are_integers() -> None:
     assert read(pa.array([Decimal(top), Decimal(5)], pa.decimal128(38, 0))).tolist() == [-1, 5]
     assert read(pa.array([Decimal("7.00")])).tolist() == [7.0]
     assert read(pa.array([Decimal("7.00")]), Dense(torch.int64)).tolist() == [7]
-    with pytest.raises(ValueError, match=r"decimals that do not fit into 64 bits .*read it by Text\(\)"):
+    with pytest.raises(ValueError, match=r"decimals that do not fit into 64 bits .*read it with Text\(\)"):
         read(pa.array([Decimal(2**64)], pa.decimal128(38, 0)))
 
 
@@ -209,7 +209,7 @@ def test_decimals_of_csv_keep_their_digits(tmp_path: Path) -> None:
     assert dense(batch, "x").tolist() == [115, 7, 1234567890123456]
 
 
-def test_decimals_of_several_files_go_together(tmp_path: Path) -> None:
+def test_decimals_of_several_files_are_joined(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n1.25\n")
     pq.write_table(pa.table({"x": pa.array([Decimal("2.5")])}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"x": pa.array([Decimal("3")], pa.decimal64(9, 0))}), tmp_path / "c.parquet")
@@ -219,7 +219,7 @@ def test_decimals_of_several_files_go_together(tmp_path: Path) -> None:
     assert dense(batch, "x").tolist() == [1.25, 2.5, 3.0]
 
 
-def test_dates_and_timestamps_of_several_files_go_together(tmp_path: Path) -> None:
+def test_dates_and_timestamps_of_several_files_are_joined(tmp_path: Path) -> None:
     day = datetime.date(2024, 1, 1)
     moment = datetime.datetime(2024, 1, 1, 10, 0, 0, 500_000)
     pq.write_table(pa.table({"x": pa.array([day])}), tmp_path / "a.parquet")

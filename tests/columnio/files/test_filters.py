@@ -1,4 +1,4 @@
-"""Filters: exact for every type, also with footers and folder names that rule pieces out; errors for the rest."""
+"""Filters: exact for every type, also with footers and folder names that rule pieces out; errors for other types."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def rows_of(path: Path, filters: Any, **options: Any) -> list[int]:
     try:
         data = ColumnDataset(path, ["row"], 1000, filters=filters, **options)
     except ValueError as error:
-        if "there is no row" not in str(error):
+        if "there are no rows" not in str(error):
             raise
         return []
     return list(chain.from_iterable(dense(batch).tolist() for batch in data))
 
 
 def write(path: Path, values: list[Any], arrow_type: Any) -> Path:
-    """Write each value twice in a row group of its own, and then all values in row groups of two."""
+    """Write each value twice, in its own row group, and then all values in row groups of two."""
     array = pa.array([value for value in values for _ in range(2)] + values * 2, arrow_type)
     pq.write_table(pa.table({"x": array, "row": range(len(array))}), path, row_group_size=2)
     return path
@@ -179,7 +179,7 @@ def test_strings_of_dates_and_times(tmp_path: Path) -> None:
     )
     assert rows_of(path, [("x", ">", "2024-01-01")]) == [2, 3, 5, 7]
     assert rows_of(path, [("x", "==", "2024-01-01T02:00:00+02:00")]) == [0, 1, 4, 6]
-    with pytest.raises(TypeError, match=r"compares timestamp\[us\] with str; give it a datetime\.date"):
+    with pytest.raises(TypeError, match=r"compares timestamp\[us\] with str; use a datetime\.date"):
         rows_of(path, [("x", ">", "yesterday")])
 
 
@@ -237,22 +237,22 @@ def test_footers_rule_out_no_matching_row(
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
-        ([("name", "==", 3)], r"\('name', '==', 3\) compares string with int; give it a str"),
-        ([("x", "==", "3")], r"compares int64 with str; give it a number"),
-        ([("x", ">", True)], r"compares int64 with bool; give it a number"),
-        ([("flag", "==", 1)], r"compares bool with int; give it True or False"),
+        ([("name", "==", 3)], r"\('name', '==', 3\) compares string with int; use a str"),
+        ([("x", "==", "3")], r"compares int64 with str; use a number"),
+        ([("x", ">", True)], r"compares int64 with bool; use a number"),
+        ([("flag", "==", 1)], r"compares bool with int; use True or False"),
         ([("flag", "<", True)], None),
         ([("x", "in", "abc")], r"needs a list, set or array of values; write \['abc'\]"),
         ([("x", "in", 3)], r"needs a list, set or array of values; write \[3\]"),
         ([("x", "in", [1, "a"])], r"compares int64 with str"),
         ([("list", "==", 1)], r"filters compare columns of single values, but 'list' is list"),
-        ([("when", "==", 5)], r"compares date32\[day\] with int; give it a datetime\.date"),
+        ([("when", "==", 5)], r"compares date32\[day\] with int; use a datetime\.date"),
         ([("x", "==")], r"filters must be a pyarrow expression or a list of \(column, operator, value\)"),
         ([], r"filters must be a pyarrow expression or a list of"),
         ("x > 3", r"filters must be a pyarrow expression or a list of"),
     ],
 )
-def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, message: str | None) -> None:
+def test_values_of_wrong_types_are_rejected(tmp_path: Path, filters: Any, message: str | None) -> None:
     table = {
         "row": [0, 1],
         "x": [1, 2],
@@ -270,9 +270,9 @@ def test_values_of_another_kind_are_refused(tmp_path: Path, filters: Any, messag
             ColumnDataset(tmp_path, ["row"], 10, filters=filters, read=ReadOptions(on_bad_file=bad))  # type: ignore[arg-type]
 
 
-def test_an_unknown_operator_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_operator_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"filters have the operators =, ==, .*, not in, got 'like'"):
+    with pytest.raises(ValueError, match=r"filters must use one of =, ==, .*, not in, got 'like'"):
         ColumnDataset(tmp_path, ["row"], 10, filters=[("row", "like", 3)])
     with pytest.raises(ValueError, match=r"has no column 'Row' \(did you mean 'row'|row\?\)"):
         ColumnDataset(tmp_path, ["row"], 10, filters=[("Row", "==", 3)])
@@ -300,7 +300,7 @@ def test_a_filter_that_cannot_be_computed_is_not_damage(tmp_path: Path, suffix: 
     assert rows_of(tmp_path, [("u", "==", 2**63)]) == [1]
 
 
-def test_expressions_that_are_not_conditions_are_refused(tmp_path: Path) -> None:
+def test_expressions_that_are_not_conditions_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": [1], "name": ["a"]}), tmp_path / "a.parquet")
     for expression in (pc.field("row") + 1, pc.field("name") > 3, pc.field("row") == "a"):
         with pytest.raises(ValueError, match=r"filters .* do not fit the columns \['row', 'name'\]"):
@@ -323,7 +323,7 @@ def test_fields_of_structs(tmp_path: Path) -> None:
     assert dense(batch, "user.age").tolist() == [-1, 9]
 
 
-def test_types_that_differ_from_file_to_file(tmp_path: Path) -> None:
+def test_types_that_differ_between_files(tmp_path: Path) -> None:
     for number, arrow_type in enumerate((pa.int8(), pa.uint64(), pa.int64())):
         table = pa.table({"x": pa.array([number, 100], arrow_type), "row": [2 * number, 2 * number + 1]})
         pq.write_table(table, tmp_path / f"{number}.parquet")
@@ -331,7 +331,7 @@ def test_types_that_differ_from_file_to_file(tmp_path: Path) -> None:
     assert rows_of(tmp_path, [("x", "<", 300)]) == list(range(6))
 
 
-def test_keys_of_folders_by_value(tmp_path: Path) -> None:
+def test_folder_keys_are_compared_by_value(tmp_path: Path) -> None:
     for number, day in enumerate(("7", "8", "__HIVE_DEFAULT_PARTITION__")):
         folder = tmp_path / f"day={day}"
         folder.mkdir()
@@ -350,7 +350,7 @@ def test_keys_of_folders_by_value(tmp_path: Path) -> None:
         rows_of(tmp_path, [("day", "==", "7")])
 
 
-def test_a_footer_spares_reading(tmp_path: Path) -> None:
+def test_a_footer_rules_out_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": [float(row) for row in range(100)]}), path, row_group_size=10)
     for filters, groups in (([("x", ">", 75)], 3), (pc.field("x") > 75, 3), ([("x", "==", 5)], 1)):
@@ -358,7 +358,7 @@ def test_a_footer_spares_reading(tmp_path: Path) -> None:
         assert len(files.pieces) == groups
 
 
-def test_states_tell_filters_apart(tmp_path: Path) -> None:
+def test_states_distinguish_filters(tmp_path: Path) -> None:
     pq.write_table(pa.table({"row": range(5000)}), tmp_path / "a.parquet")
 
     def opened(filters: Any) -> ColumnDataset:
@@ -373,7 +373,7 @@ def test_states_tell_filters_apart(tmp_path: Path) -> None:
     ):
         state = opened(one).state_dict()
         opened(one).load_state_dict(state)
-        with pytest.raises(ValueError, match="the rows are in another order than when the state was saved"):
+        with pytest.raises(ValueError, match="the rows are in a different order than when the state was saved"):
             opened(two).load_state_dict(state)
     # A set has no order.
     opened([("row", "in", {3, 1, 2})]).load_state_dict(opened([("row", "in", {2, 3, 1})]).state_dict())

@@ -1,4 +1,4 @@
-"""Data in memory: every kind of table is read, shuffled, shared, filtered and resumed like a file."""
+"""In-memory data: every kind of table is read, shuffled, shared, filtered and resumed like a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ KINDS: dict[str, Any] = {
 @FEW_CORES
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -> None:
+def test_in_memory_data_is_read_like_a_file(tmp_path: Path, kind: str, shuffle: bool) -> None:
     pq.write_table(table(), tmp_path / "a.parquet")
 
     def opened(**options: Any) -> ColumnDataset:
@@ -99,8 +99,8 @@ def test_memory_is_read_as_a_file_is(tmp_path: Path, kind: str, shuffle: bool) -
     assert rows_of(rest) == whole[24:]
     rest.set_epoch(1)
     assert sorted(rows_of(rest)) == list(range(ROWS))
-    kept = rows_of(opened(filters=[("row", ">", 50)], transforms=lambda batch: {"row": batch["row"] + 1}))
-    assert sorted(kept) == [52, 53]
+    filtered = rows_of(opened(filters=[("row", ">", 50)], transforms=lambda batch: {"row": batch["row"] + 1}))
+    assert sorted(filtered) == [52, 53]
     loader = DataLoader(opened(), batch_size=None, num_workers=2)
     assert [row for batch in loader for row in batch["row"].tolist()] == whole
 
@@ -113,7 +113,7 @@ def test_workers_that_are_not_forked_get_a_copy() -> None:
         assert [row for batch in loader for row in batch["row"].tolist()] == list(range(ROWS))
 
 
-def test_tensors_share_the_memory() -> None:
+def test_tensors_share_memory() -> None:
     numbers = np.arange(1000)
     (batch,) = ColumnDataset.from_arrow({"x": numbers}, ["x"], 1000)
     assert dense(batch, "x").data_ptr() == numbers.ctypes.data
@@ -229,7 +229,7 @@ def test_polars() -> None:
     )
     specs: dict[str, Column | None] = dict.fromkeys(name for name in frame.columns if name != "pair")
     specs |= {"text": Text(default="?"), "pair.a": None}
-    # From string views, for which Arrow has neither take nor sort.
+    # The strings are views, for which Arrow has neither take nor sort.
     for shuffle in (False, True):
         data = ColumnDataset.from_arrow(frame, specs, 10, shuffle=shuffle, filters=[("kind", "!=", "v")])
         (batch,) = data
@@ -261,10 +261,10 @@ def test_hugging_face_datasets() -> None:
         (data.filter(lambda row: row["row"] > 6), [7, 8, 9]),
         (data.to_iterable_dataset(num_shards=2), list(range(10))),
     ):
-        made = ColumnDataset.from_arrow(each, ["row", "text"], 4)
-        assert rows_of(made) == want
-        assert [text for batch in made for text in lists(batch["text"])] == [str(row).encode() for row in want]
-    with pytest.raises(TypeError, match=r"got several datasets, 'train'; give one of them, data\['train'\]"):
+        dataset = ColumnDataset.from_arrow(each, ["row", "text"], 4)
+        assert rows_of(dataset) == want
+        assert [text for batch in dataset for text in lists(batch["text"])] == [str(row).encode() for row in want]
+    with pytest.raises(TypeError, match=r"got several datasets, 'train'; pass one of them, data\['train'\]"):
         ColumnDataset.from_arrow(datasets.DatasetDict({"train": data}), ["row"], 4)
 
 
@@ -275,9 +275,9 @@ class Selected:
         self.whole, self.rows, self.format = whole, rows, "python"
 
     def with_format(self, name: str) -> Selected:
-        made = Selected(self.whole, self.rows)
-        made.format = name
-        return made
+        formatted = Selected(self.whole, self.rows)
+        formatted.format = name
+        return formatted
 
     def flatten_indices(self) -> None: ...
 
@@ -294,9 +294,11 @@ def test_only_selected_rows_are_read() -> None:
     assert rows_of(ColumnDataset.from_arrow(Selected(table(), [3, 1, 9]), ["row"], 4)) == [3, 1, 9]
 
 
-def test_anything_with_a_stream_of_arrow() -> None:
-    made = type("Relation", (), {"__arrow_c_stream__": lambda self, schema=None: table().__arrow_c_stream__(schema)})()
-    assert rows_of(ColumnDataset.from_arrow(made, ["row"], 10)) == list(range(ROWS))
+def test_any_object_with_an_arrow_stream() -> None:
+    relation = type(
+        "Relation", (), {"__arrow_c_stream__": lambda self, schema=None: table().__arrow_c_stream__(schema)}
+    )()
+    assert rows_of(ColumnDataset.from_arrow(relation, ["row"], 10)) == list(range(ROWS))
     batch = table().combine_chunks().to_batches()[0]
     array = type("Batch", (), {"__arrow_c_array__": lambda self, schema=None: batch.__arrow_c_array__(schema)})()
     assert rows_of(ColumnDataset.from_arrow(array, ["row"], 10)) == list(range(ROWS))
@@ -321,11 +323,11 @@ def test_a_state_belongs_to_its_data() -> None:
         table().drop_columns(["list"]),
         table().rename_columns(["row", "l", "list"]),
     ):
-        with pytest.raises(ValueError, match="the rows are in another order than when the state was saved"):
+        with pytest.raises(ValueError, match="the rows are in a different order than when the state was saved"):
             ColumnDataset.from_arrow(other, ["row"], 10).load_state_dict(state)
 
 
-def test_a_stream_that_changes_is_refused() -> None:
+def test_a_stream_that_changes_is_rejected() -> None:
     calls: list[int] = []
 
     def shrinking() -> Iterator[Any]:
@@ -353,23 +355,23 @@ def test_a_failing_function_is_not_a_damaged_file(bad: Any) -> None:
         list(data)
 
 
-def test_data_instead_of_paths_is_refused_with_advice() -> None:
+def test_data_instead_of_paths_is_rejected_with_a_remedy() -> None:
     for data in (table(), table().to_pandas(), {"row": [1]}, [table()]):
         with pytest.raises(TypeError, match=r"paths must be paths, got .*ColumnDataset\.from_arrow"):
             ColumnDataset(data, ["row"], 4)
 
 
-def test_batches_are_brought_to_the_types_of_the_first() -> None:
-    made = [
+def test_batches_are_cast_to_the_types_of_the_first() -> None:
+    batches_of_types = [
         {"a": np.array([1, 2]), "b": ["x", "y"]},
         {"b": ["z"], "a": np.array([3], np.int32)},
         {"a": [4.0], "b": ["w"]},
     ]
-    for data in (made, lambda: iter(made)):
+    for data in (batches_of_types, lambda: iter(batches_of_types)):
         (batch,) = ColumnDataset.from_arrow(data, ["a", "b"], 10)
         assert dense(batch, "a").tolist() == [1, 2, 3, 4]
         assert lists(batch["b"]) == [b"x", b"y", b"z", b"w"]
-    with pytest.raises(ValueError, match=r"all batches must have the columns of the first, a int64, and one has b"):
+    with pytest.raises(ValueError, match=r"all batches must have the columns of the first, a int64, but one has b"):
         ColumnDataset.from_arrow([{"a": [1]}, {"b": [1]}], ["a"], 10)
     with pytest.raises(ValueError, match=r"all batches must have the columns of the first"):
         ColumnDataset.from_arrow([{"a": [1]}, {"a": [1.5]}], ["a"], 10)
@@ -388,16 +390,16 @@ def test_batches_are_brought_to_the_types_of_the_first() -> None:
         ({"a": np.array(1)}, TypeError, r"it is a single value"),
         ({"a": [1, "b"]}, TypeError, r"column 'a' cannot become an Arrow column"),
         ({"a": np.array([1j])}, TypeError, r"column 'a' cannot become an Arrow column"),
-        ({1: [1]}, TypeError, r"names of columns must be strings, got 1"),
+        ({1: [1]}, TypeError, r"column names must be strings, got 1"),
         ([{"a": 1}], TypeError, r"pyarrow\.Table\.from_pylist"),
         ({"a": [1], "b": [1, 2]}, ValueError, r"all columns must have the same number of rows, got \{'a': 1, 'b': 2\}"),
         ({}, ValueError, "at least one column, got none"),
         ([], ValueError, "at least one batch, got an empty sequence"),
-        (lambda: iter([]), ValueError, "at least one batch, but the function made none"),
+        (lambda: iter([]), ValueError, "at least one batch, but the function returned none"),
         (lambda: 7, TypeError, "the function must return an iterable of batches, got int"),
-        ({"a": np.array([], np.int64)}, ValueError, r"there is no row in data in memory"),
+        ({"a": np.array([], np.int64)}, ValueError, r"there are no rows in data in memory"),
     ],
 )
-def test_data_that_is_not_a_table_is_refused(data: Any, error: type[Exception], message: str) -> None:
+def test_data_that_is_not_a_table_is_rejected(data: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ColumnDataset.from_arrow(data, ["a"], 10)

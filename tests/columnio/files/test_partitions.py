@@ -106,7 +106,7 @@ def test_null_keys_and_columns_of_nulls(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("bad", ["raise", "skip"])
 @pytest.mark.parametrize("filters", [None, [("day", "==", 8)], [("day", "==", 7)], [("day", "!=", 7)]])
-def test_a_column_that_contradicts_its_folder_is_refused(
+def test_a_column_that_contradicts_its_folder_is_rejected(
     tmp_path: Path, column: Any, message: str, bad: Any, filters: Any
 ) -> None:
     text = pa.types.is_string(column.type)
@@ -123,19 +123,19 @@ def test_a_column_that_contradicts_its_folder_is_refused(
     specs: dict[str, Column | None] = {"row": None, "day": Text(default="") if text else Dense(default=-1)}
     (batch,) = ColumnDataset(tmp_path, specs, 10, read=ReadOptions(partitions=False))
     assert dense(batch).tolist() == [0, 1, 2, 3]
-    own = strings(batch["day"]) if text else dense(batch, "day").tolist()
-    assert own == (
+    days = strings(batch["day"]) if text else dense(batch, "day").tolist()
+    assert days == (
         [b"7", b"7", b"8", b"eight"] if text else [7, 7, *(v if v is not None else -1 for v in column.to_pylist())]
     )
 
 
-def test_a_column_of_another_type_than_its_folder_is_refused(tmp_path: Path) -> None:
+def test_a_column_of_another_type_than_its_folder_is_rejected(tmp_path: Path) -> None:
     write(tmp_path, "day=monday", row=[0], day=pa.array([1]))
     with pytest.raises(ValueError, match=r"'day' of .* is int64, but its folder name has 'monday'"):
         list(ColumnDataset(tmp_path, ["day"], 10))
 
 
-def test_a_folder_spares_reading_where_the_footer_agrees(tmp_path: Path) -> None:
+def test_a_folder_name_rules_out_files_if_the_footer_agrees(tmp_path: Path) -> None:
     from recis_hybrid.columnio.files.opening import open_files
 
     write(tmp_path, "day=7", row=[0, 1], day=pa.array([7, 7]))

@@ -29,11 +29,11 @@ def names(files: list[File], tree: Path) -> list[str]:
     return [str(Path(file.path).relative_to(tree)) for file in files]
 
 
-def test_a_folder_gives_its_files_by_name_and_no_hidden_ones(tree: Path) -> None:
+def test_a_folder_yields_its_visible_files_by_name(tree: Path) -> None:
     assert names(find_files(tree), tree) == ["a.parquet", "b.parquet", "day=1/c.pq"]
 
 
-def test_a_file_is_itself_whatever_its_name(tree: Path) -> None:
+def test_a_file_may_have_any_name(tree: Path) -> None:
     assert names(find_files(str(tree / "x.txt")), tree) == ["x.txt"]
 
 
@@ -49,7 +49,7 @@ def test_patterns(tree: Path) -> None:
     assert names(find_files(str(tree / "_temporary" / "*.parquet")), tree) == ["_temporary/d.parquet"]
 
 
-def test_missing_files_are_refused(tree: Path) -> None:
+def test_missing_files_are_rejected(tree: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist .*check the path"):
         find_files(tree / "none.parquet")
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.txtx .*check the pattern"):
@@ -62,10 +62,10 @@ def test_missing_files_are_refused(tree: Path) -> None:
         find_files(empty)
 
 
-def test_invalid_paths_are_refused(tree: Path) -> None:
+def test_invalid_paths_are_rejected(tree: Path) -> None:
     with pytest.raises(ValueError, match="at least one file, folder or pattern, got an empty sequence"):
         find_files([])
-    with pytest.raises(ValueError, match="neither pyarrow nor fsspec knows a file system for nothing://bucket/x"):
+    with pytest.raises(ValueError, match="neither pyarrow nor fsspec has a file system for nothing://bucket/x"):
         find_files("nothing://bucket/x")
     with pytest.raises(ValueError, match=r"a\.parquet is named twice, so its rows would be read twice"):
         find_files([tree, tree / "a.parquet"])

@@ -61,7 +61,7 @@ def test_line_breaks_in_values_beyond_the_first_block(tmp_path: Path, end: str, 
 
 
 @pytest.mark.parametrize("sizes", [[1], [2], [3], [5, 1], [7]])
-def test_no_piece_ends_within_the_end_of_a_line(sizes: list[int]) -> None:
+def test_no_read_splits_a_line_break(sizes: list[int]) -> None:
     raw = b'a,b\r\n"x\r\ny",1\r\r\n\n"\r\n"\r\n'
     text = _Text(io.BytesIO(raw), CsvOptions())
     pieces = []
@@ -72,7 +72,7 @@ def test_no_piece_ends_within_the_end_of_a_line(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_row_that_is_longer_than_a_block(tmp_path: Path, suffix: str) -> None:
+def test_a_row_longer_than_a_block(tmp_path: Path, suffix: str) -> None:
     long = "a" * (3 * BLOCK)
     path = tmp_path / f"a{suffix}"
     if suffix == ".csv":
@@ -120,13 +120,13 @@ def test_dialects(tmp_path: Path, text: str, options: CsvOptions, want: list[byt
 def test_comments_beyond_the_first_block(tmp_path: Path) -> None:
     lines = [f'{row},"q\n# {row}"' if row % 3 else f"# {row}" for row in range(BLOCK // 10)]
     (tmp_path / "a.csv").write_text("x,text\n" + "\n".join(lines) + "\n")
-    kept = [row for row in range(len(lines)) if row % 3]
+    data_rows = [row for row in range(len(lines)) if row % 3]
     data = ColumnDataset(tmp_path, {"x": None, "text": Text()}, 8192, read=ReadOptions(csv=CsvOptions(comment="#")))
-    assert numbers(data) == kept
-    assert strings(data) == [f"q\n# {row}".encode() for row in kept]
+    assert numbers(data) == data_rows
+    assert strings(data) == [f"q\n# {row}".encode() for row in data_rows]
 
 
-def test_nulls_of_numbers_as_they_are_spelled(tmp_path: Path) -> None:
+def test_spellings_of_nulls_of_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x\n1\n\\N\n-\n")
     data = ColumnDataset(
         tmp_path, {"x": Dense(torch.int64, default=0)}, 10, read=ReadOptions(csv=CsvOptions(null_values=["\\N", "-"]))
@@ -143,7 +143,7 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
     specs: dict[str, Column | None] = {"x": None, f"text{word}": Text()}
     options = [CsvOptions(encoding=encoding)]
     if encoding in ("utf-16", "utf-8-sig", "utf-32"):
-        # The byte order mark gives the encoding.
+        # The byte order mark determines the encoding.
         options.append(CsvOptions())
     for each in options:
         data = ColumnDataset(tmp_path, specs, 8192, read=ReadOptions(csv=each))
@@ -176,7 +176,7 @@ def test_another_encoding_is_not_damage(tmp_path: Path, bad: Any, first: int) ->
 # Bad rows
 
 
-def test_a_row_of_another_length_is_named(tmp_path: Path) -> None:
+def test_a_row_of_wrong_length_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     rows = BLOCK // 2
     path.write_text("x,y\n" + "1,2\n" * rows + "3\n")
@@ -188,7 +188,7 @@ def test_a_row_of_another_length_is_named(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert numbers(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file="skip")))[-1] == 5
-    # With options, the options may be wrong: nothing is left out.
+    # With options, the options may be wrong, so nothing is skipped.
     for bad in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"cannot be read by CsvOptions\(.*Expected 2 columns, got 1") as caught:
             list(ColumnDataset([path, good], ["x"], 8192, read=ReadOptions(on_bad_file=bad, csv=CsvOptions())))  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def test_a_value_of_another_type_is_named_with_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [0, BLOCK])
-def test_integers_that_are_written_as_floats(tmp_path: Path, first: int) -> None:
+def test_integers_written_as_floats(tmp_path: Path, first: int) -> None:
     values = ["1.0", "2", "", "3.000", "4.", "5e2", " 6.0 ", "9007199254740993.0", "-7.0"]
     want = [1, 2, -1, 3, 4, 500, 6, 9007199254740993, -7]
     (tmp_path / "a.csv").write_text("x,y\n" + "0,0\n" * first + "".join(f"{value},1\n" for value in values))
@@ -237,14 +237,14 @@ def test_large_ids_beside_nulls_keep_their_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["1e30", "1e999999999", "inf", "1_000", "1_0.0", "1.0.0", "."])
-def test_values_that_are_not_64_bit_integers_are_refused(tmp_path: Path, value: str) -> None:
+def test_values_that_are_not_64_bit_integers_are_rejected(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.csv").write_text(f"x,y\n1,0\n{value},1\n")
     with pytest.raises(ValueError, match=rf"has the value '{value}' in row 3, which is not int64") as caught:
         list(ColumnDataset(tmp_path, {"x": Dense(torch.int64)}, 10))
     assert not isinstance(caught.value, BadFileError)
 
 
-def test_integers_of_json_that_are_written_as_floats(tmp_path: Path) -> None:
+def test_json_integers_written_as_floats(tmp_path: Path) -> None:
     first = BLOCK // 8
     lines = ['{"x": 0, "l": [1]}'] * first + ['{"x": 1.0, "l": [2.0, 3]}', '{"x": 9007199254740993, "l": []}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
@@ -257,7 +257,7 @@ def test_integers_of_json_that_are_written_as_floats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, None])
-def test_labels_that_are_true_and_false(tmp_path: Path, suffix: str, dtype: Any) -> None:
+def test_boolean_labels(tmp_path: Path, suffix: str, dtype: Any) -> None:
     lines = ["x", "true", "false"] if suffix == ".csv" else ['{"x": true}', '{"x": false}']
     (tmp_path / f"a{suffix}").write_text("\n".join(lines) + "\n")
     (batch,) = ColumnDataset(tmp_path, {"x": Dense(dtype)}, 10)
@@ -298,7 +298,7 @@ def test_with_options_an_unknown_suffix_is_csv(tmp_path: Path) -> None:
     assert numbers(data, "y") == [2, 4]
 
 
-def test_invalid_options_are_refused() -> None:
+def test_invalid_options_are_rejected() -> None:
     for options, message in (
         ({"delimiter": ",,"}, "delimiter must be one ASCII character"),
         ({"quote": ""}, "quote must be one ASCII character"),
@@ -306,8 +306,8 @@ def test_invalid_options_are_refused() -> None:
         ({"delimiter": '"'}, "delimiter, quote and escape must differ"),
         ({"comment": ""}, "comment must be a prefix of a line"),
         ({"encoding": "latin-99"}, "encoding must be one that Python knows"),
-        ({"column_names": []}, "column_names must be at least one name"),
-        ({"column_names": ["a", "a"]}, "column_names must be at least one name, without repetition"),
+        ({"column_names": []}, "column_names must be unique and at least one"),
+        ({"column_names": ["a", "a"]}, "column_names must be unique and at least one"),
     ):
         with pytest.raises(ValueError, match=message):
             CsvOptions(**options)  # type: ignore[arg-type]

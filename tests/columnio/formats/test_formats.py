@@ -1,4 +1,4 @@
-"""All formats give the same rows; columns in folder names; filters; text formats without types."""
+"""All formats yield the same rows; columns in folder names; filters; text formats without types."""
 
 from __future__ import annotations
 
@@ -55,44 +55,44 @@ def table(first: int = 0, stop: int = ROWS, nested: bool = True) -> Any:
     return pa.table(flat | lists if nested else flat)
 
 
-def write_parquet(made: Any, path: Path) -> None:
-    pq.write_table(made, path, row_group_size=10)
+def write_parquet(content: Any, path: Path) -> None:
+    pq.write_table(content, path, row_group_size=10)
 
 
-def write_orc(made: Any, path: Path) -> None:
-    po.write_table(made, path)
+def write_orc(content: Any, path: Path) -> None:
+    po.write_table(content, path)
 
 
-def write_arrow(made: Any, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
-        writer.write_table(made, 10)
+def write_arrow(content: Any, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
+        writer.write_table(content, 10)
 
 
-def write_stream(made: Any, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
-        writer.write_table(made, 10)
+def write_stream(content: Any, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
+        writer.write_table(content, 10)
 
 
-def write_csv(made: Any, path: Path) -> None:
-    pcsv.write_csv(made, path)
+def write_csv(content: Any, path: Path) -> None:
+    pcsv.write_csv(content, path)
 
 
-def write_json(made: Any, path: Path) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made.to_pylist()))
+def write_json(content: Any, path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content.to_pylist()))
 
 
-def write_csv_gz(made: Any, path: Path) -> None:
+def write_csv_gz(content: Any, path: Path) -> None:
     with gzip.open(path, "wb") as sink:
-        pcsv.write_csv(made, sink)
+        pcsv.write_csv(content, sink)
 
 
-def write_tsv(made: Any, path: Path) -> None:
-    pcsv.write_csv(made, path, write_options=pcsv.WriteOptions(delimiter="\t"))
+def write_tsv(content: Any, path: Path) -> None:
+    pcsv.write_csv(content, path, write_options=pcsv.WriteOptions(delimiter="\t"))
 
 
-def write_json_gz(made: Any, path: Path) -> None:
+def write_json_gz(content: Any, path: Path) -> None:
     with gzip.open(path, "wt") as sink:
-        sink.write("".join(json.dumps(row) + "\n" for row in made.to_pylist()))
+        sink.write("".join(json.dumps(row) + "\n" for row in content.to_pylist()))
 
 
 Writer = Callable[[Any, Path], None]
@@ -122,7 +122,7 @@ def rows_of(data: ColumnDataset) -> list[int]:
 
 @pytest.mark.parametrize("suffix", sorted(NESTED))
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_format_gives_every_kind_of_column(tmp_path: Path, suffix: str, threads: int) -> None:
+def test_every_format_supports_every_kind_of_column(tmp_path: Path, suffix: str, threads: int) -> None:
     NESTED[suffix](table(0, 20), tmp_path / f"a{suffix}")
     NESTED[suffix](table(20, ROWS), tmp_path / f"b{suffix}")
     data = ColumnDataset(tmp_path, table().column_names, 7, read=ReadOptions(num_threads=threads))
@@ -156,23 +156,23 @@ def test_every_format_is_resumed_on_another_number_of_ranks(tmp_path: Path, suff
     ranks = [opened(shard=ShardOptions(rank=rank, world_size=2)) for rank in range(2)]
     passes = [iter(rank) for rank in ranks]
     seen = [dense(next(each)).tolist() for _ in range(3) for each in passes]
-    left = [opened(shard=ShardOptions(rank=rank, world_size=3)) for rank in range(3)]
-    for rank in left:
+    resumed = [opened(shard=ShardOptions(rank=rank, world_size=3)) for rank in range(3)]
+    for rank in resumed:
         rank.load_state_dict(ranks[1].state_dict())
-    rest = [rows_of(rank) for rank in left]
+    rest = [rows_of(rank) for rank in resumed]
     assert list(chain.from_iterable(seen)) == whole[:24]
     assert sorted(chain.from_iterable(rest)) == sorted(whole[24:])
 
 
 @pytest.mark.parametrize("suffix", sorted(ALL))
-def test_only_the_wanted_columns_are_read(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_columns_are_read(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ALL[suffix](table(nested=False), tmp_path / f"a{suffix}")
-    asked: list[list[str]] = []
+    requested: list[list[str]] = []
     used = format_of(f"a{suffix}")
     read = used.read
 
     def watched(file: Any, contents: Any, piece: int, columns: list[str], *rest: Any) -> Any:
-        asked.append(columns)
+        requested.append(columns)
         for batch in read(file, contents, piece, columns, *rest):
             assert set(batch.schema.names) == set(columns)
             yield batch
@@ -180,7 +180,7 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, suffix: str, monkeypat
     monkeypatch.setattr(used, "read", watched)
     data = ColumnDataset(tmp_path, ["row"], 10, filters=pc.field("label") > 0)
     assert rows_of(data) == list(range(1, ROWS, 2))
-    assert {tuple(columns) for columns in asked} == {("label",), ("row", "label")}
+    assert {tuple(columns) for columns in requested} == {("label",), ("row", "label")}
 
 
 def test_formats_are_mixed_in_a_folder(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_suffix_determines_the_format() -> None:
     assert format_of("part-0").NAME == "Parquet"
 
 
-# Text formats hold no types
+# Text formats have no types
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -252,7 +252,7 @@ def test_folder_names_are_columns(tmp_path: Path) -> None:
     assert dense(only, "day").tolist() == [7] * 10 + [8] * 10 + [9] * 10
 
 
-def test_a_column_that_one_folder_lacks_names_its_file(tmp_path: Path) -> None:
+def test_a_column_missing_from_one_folder_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "day=7").mkdir()
     pq.write_table(table(), tmp_path / "day=7" / "a.parquet")
     pq.write_table(table(), tmp_path / "b.parquet")
@@ -289,7 +289,7 @@ def test_rows_are_counted_after_the_filter(tmp_path: Path, suffix: str, filters:
     assert sorted([*chain.from_iterable(seen), *rows_of(data)]) == want
 
 
-def test_a_filter_rules_out_row_groups_and_folders_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filter_rules_out_row_groups_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for day in (1, 2):
         (tmp_path / f"day={day}").mkdir()
         write_parquet(table(), tmp_path / f"day={day}" / "a.parquet")
@@ -307,13 +307,13 @@ def test_a_filter_rules_out_row_groups_and_folders_unread(tmp_path: Path, monkey
     assert sorted(read) == [("day=2", 3), ("day=2", 3), ("day=2", 4), ("day=2", 4), ("day=2", 5), ("day=2", 5)]
 
 
-def test_invalid_filters_are_refused(tmp_path: Path) -> None:
+def test_invalid_filters_are_rejected(tmp_path: Path) -> None:
     write_parquet(table(), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"filters \(nowhere > 1\) do not fit the columns \['row'"):
         ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("nowhere") > 1)
     with pytest.raises(TypeError, match="filters must be a pyarrow expression or a list of"):
         ColumnDataset(tmp_path, ["row"], 5, filters=7)
-    with pytest.raises(ValueError, match=r"there is no row that matches the filters \(row > 99\)"):
+    with pytest.raises(ValueError, match=r"there are no rows that match the filters \(row > 99\)"):
         ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("row") > 99)
     state = ColumnDataset(tmp_path, ["row"], 5, filters=pc.field("row") > 1).state_dict()
     with pytest.raises(ValueError, match=r"filters was '\(row > 1\)' and is '\(row >= 2\)'"):
@@ -324,8 +324,8 @@ def test_invalid_filters_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_parallel_columns(tmp_path: Path) -> None:
-    made = pa.table({"ids": [[1, 2], [], [3]], "w": [[0.5, 1.5], [], [2.0]], "short": [[1.0], [], [1.0]]})
-    pq.write_table(made, tmp_path / "a.parquet")
+    columns = pa.table({"ids": [[1, 2], [], [3]], "w": [[0.5, 1.5], [], [2.0]], "short": [[1.0], [], [1.0]]})
+    pq.write_table(columns, tmp_path / "a.parquet")
     (batch,) = ColumnDataset(tmp_path, {"ids": Weighted(weights="w")}, 10)
     assert list(batch) == ["ids"]
     got = ragged(batch, "ids")
@@ -351,13 +351,13 @@ def test_text_of_ids_and_weights(tmp_path: Path, suffix: str, shuffle: bool) -> 
 
 
 def test_several_levels_take_null_as_empty(tmp_path: Path) -> None:
-    made = pa.table({"deep": pa.array([[[1], None], None], pa.list_(pa.list_(pa.int64()))), "tags": [["a"], None]})
-    pq.write_table(made, tmp_path / "a.parquet")
+    columns = pa.table({"deep": pa.array([[[1], None], None], pa.list_(pa.list_(pa.int64()))), "tags": [["a"], None]})
+    pq.write_table(columns, tmp_path / "a.parquet")
     specs: dict[str, Column | None] = {"deep": Ragged(null_as_empty=True), "tags": Text(null_as_empty=True)}
     (batch,) = ColumnDataset(tmp_path, specs, 10)
     assert ragged(batch, "deep").to_lists() == [[[1], []], []]
     assert ragged(batch, "tags").to_strings() == [[b"a"], []]
-    with pytest.raises(ValueError, match=r"'tags' .* has 1 null .*give it Text\(null_as_empty=True\)"):
+    with pytest.raises(ValueError, match=r"'tags' .* has 1 null .*use Text\(null_as_empty=True\)"):
         list(ColumnDataset(tmp_path, ["tags"], 10))
 
 
@@ -387,10 +387,10 @@ def test_arrow_files_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(OpenedFile, "read", watched)
     data = ColumnDataset(tmp_path, ["row"], 10)
-    # It was read once to count rows.
+    # Opening has read it once, to count rows.
     addresses.clear()
-    kept = list(data)
-    assert [dense(batch).data_ptr() for batch in kept] == addresses
+    batches = list(data)
+    assert [dense(batch).data_ptr() for batch in batches] == addresses
 
 
 # Real data

@@ -29,14 +29,14 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_missing_column_is_refused_with_the_ones_there(file: Path) -> None:
-    with pytest.raises(ValueError, match=r"part\.parquet has no column 'user', it has id, label; name one of these"):
+def test_a_missing_column_is_rejected_with_the_existing_ones(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"part\.parquet has no column 'user'; it has id, label: use one of these"):
         ColumnDataset(file, ["id", "user"], 10)
 
 
-def test_a_wrong_type_is_refused_before_any_row_is_read(tmp_path: Path) -> None:
+def test_a_wrong_type_is_rejected_before_any_row_is_read(tmp_path: Path) -> None:
     pq.write_table(table(name=["a"] * ROWS), tmp_path / "part.parquet")
-    with pytest.raises(TypeError, match=r"column 'name' of .*part\.parquet is string, which Dense.*by Text\(\)"):
+    with pytest.raises(TypeError, match=r"column 'name' of .*part\.parquet is string, which Dense.*with Text\(\)"):
         ColumnDataset(tmp_path, {"name": Dense(torch.int64)}, 10)
 
 
@@ -55,15 +55,15 @@ def test_a_null_in_a_required_column_names_its_rows(tmp_path: Path, prefetch: in
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9999])
-def test_a_truncated_file_is_refused(file: Path, share: float) -> None:
+def test_a_truncated_file_is_rejected(file: Path, share: float) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    message = r"part\.parquet \(\d+ bytes\) is not a complete Parquet file .*rewrite it, or leave it out"
+    message = r"part\.parquet \(\d+ bytes\) is not a complete Parquet file .*rewrite it, or skip it"
     with pytest.raises(ValueError, match=message):
         ColumnDataset(file, ["id"], 10)
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def test_another_format_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "part.parquet"
     path.write_text("id,label\n" + "1,0\n" * 100)
     with pytest.raises(ValueError, match="is not a complete Parquet file"):
@@ -71,7 +71,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_changed_byte_is_refused_if_the_file_has_checksums(file: Path, prefetch: int) -> None:
+def test_a_changed_byte_is_rejected_if_the_file_has_checksums(file: Path, prefetch: int) -> None:
     start = pq.ParquetFile(file).metadata.row_group(3).column(0).data_page_offset
     content = bytearray(file.read_bytes())
     content[start + 2000] ^= 1
@@ -79,21 +79,23 @@ def test_a_changed_byte_is_refused_if_the_file_has_checksums(file: Path, prefetc
     passing = iter(ColumnDataset(file, ["id"], 1000, read=ReadOptions(prefetch=prefetch)))
     for _ in range(3):
         next(passing)
-    message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: rewrite it, or leave it out"
+    message = r"row group 3 of .*part\.parquet cannot be read .*; the file is damaged: rewrite it, or skip it"
     with pytest.raises(ValueError, match=message):
         next(passing)
 
 
-def test_a_file_that_vanishes_names_itself(file: Path) -> None:
+def test_a_removed_file_is_named_in_the_error(file: Path) -> None:
     data = ColumnDataset(file, ["id"], 1000)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"part\.parquet"):
         list(data)
 
 
-def test_files_that_disagree_are_refused(file: Path, tmp_path: Path) -> None:
+def test_files_that_disagree_are_rejected(file: Path, tmp_path: Path) -> None:
     pq.write_table(table(label=[1] * ROWS), tmp_path / "part2.parquet")
-    message = r"'label' is float in .*part\.parquet and int64 in .*part2\.parquet; .* read the files apart, or rewrite"
+    message = (
+        r"'label' is float in .*part\.parquet and int64 in .*part2\.parquet; .* read the files separately, or rewrite"
+    )
     with pytest.raises(ValueError, match=message):
         ColumnDataset(tmp_path, ["id", "label"], 10)
     assert ColumnDataset(tmp_path, ["id"], 10).num_rows == 2 * ROWS
@@ -101,19 +103,21 @@ def test_files_that_disagree_are_refused(file: Path, tmp_path: Path) -> None:
 
 def test_a_column_missing_in_a_later_file_names_that_file(file: Path, tmp_path: Path) -> None:
     pq.write_table(table().select(["id"]), tmp_path / "part2.parquet")
-    with pytest.raises(ValueError, match=r"part2\.parquet has no column 'label', it has id; "):
+    with pytest.raises(ValueError, match=r"part2\.parquet has no column 'label'; it has id: "):
         ColumnDataset(tmp_path, ["id", "label"], 10)
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_of_one_name_are_rejected(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["id", "id"])
     pq.write_table(twice, tmp_path / "part.parquet")
-    with pytest.raises(ValueError, match=r"part\.parquet has 2 columns named 'id'; give each another name"):
+    with pytest.raises(ValueError, match=r"part\.parquet has 2 columns named 'id'; give each a unique name"):
         ColumnDataset(tmp_path, ["id"], 10)
 
 
-def test_no_rows_are_refused_and_an_empty_file_among_others_is_not(file: Path, tmp_path: Path) -> None:
+def test_an_empty_file_is_rejected_unless_another_has_rows(file: Path, tmp_path: Path) -> None:
     pq.write_table(table().slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(ValueError, match=r"there is no row in .*empty\.parquet; check the files and what wrote them"):
+    with pytest.raises(
+        ValueError, match=r"there are no rows in .*empty\.parquet; check the files and the job that wrote them"
+    ):
         ColumnDataset(tmp_path / "empty.parquet", ["id"], 10)
     assert ColumnDataset(tmp_path, ["id"], 10).num_rows == ROWS

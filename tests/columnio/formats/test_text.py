@@ -120,7 +120,7 @@ def test_bytes_that_are_not_text_are_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("spec", [None, Dense(), Dense(torch.int64)])
 @given(values=st.lists(st.integers(0, BIG), min_size=1, max_size=20))
-def test_ids_of_64_bits_keep_them(
+def test_64_bit_ids_keep_their_bits(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, spec: Column | None, values: list[int]
 ) -> None:
     path = write(tmp_path_factory.mktemp("ids") / f"a{suffix}", values)
@@ -140,9 +140,9 @@ def test_files_of_small_and_large_ids_are_joined(tmp_path: Path, suffix: str) ->
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("values", [[-1, BIG], [BIG, -1], [2**64, 5]])
-def test_integers_beyond_64_bits_are_refused(tmp_path: Path, suffix: str, values: list[int]) -> None:
+def test_integers_beyond_64_bits_are_rejected(tmp_path: Path, suffix: str, values: list[int]) -> None:
     path = write(tmp_path / f"a{suffix}", values)
-    with pytest.raises(TypeError, match=rf"column 'x' of .*a{suffix} .* by Dense\(torch\.float64\)"):
+    with pytest.raises(TypeError, match=rf"column 'x' of .*a{suffix} .* with Dense\(torch\.float64\)"):
         ColumnDataset(path, ["x"], 10)
     with pytest.raises(ValueError, match=r"column 'x' .* 64-bit integers as Parquet, or as strings"):
         ColumnDataset(path, {"x": Dense(torch.int64)}, 10)

@@ -30,10 +30,10 @@ def gone() -> bool:
 
 
 class Source:
-    """Numbers up to ``stop``, with a record of the threads and the end of the iterator."""
+    """Numbers up to ``stop``; records the threads and the end of the iterator."""
 
     def __init__(self, stop: int, error: BaseException | None = None) -> None:
-        self.made, self.closed = 0, False
+        self.produced, self.closed = 0, False
         self.threads: set[int] = set()
         self.items = self._items(stop, error)
 
@@ -41,7 +41,7 @@ class Source:
         try:
             for number in range(stop):
                 self.threads.add(threading.get_ident())
-                self.made += 1
+                self.produced += 1
                 yield number
             if error is not None:
                 raise error
@@ -50,7 +50,7 @@ class Source:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 100])
-def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
+def test_items_are_in_order_and_the_thread_ends(depth: int) -> None:
     source = Source(20)
     assert list(prefetched(source.items, same, depth)) == list(range(20))
     assert source.closed
@@ -59,16 +59,16 @@ def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_the_thread_is_never_further_ahead_than_depth(depth: int) -> None:
+def test_the_thread_is_at_most_depth_items_ahead(depth: int) -> None:
     source = Source(50)
     for taken, _ in enumerate(prefetched(source.items, same, depth), start=1):
         time.sleep(0.002)
-        assert source.made <= taken + depth
-    assert source.made == 50
+        assert source.produced <= taken + depth
+    assert source.produced == 50
 
 
 @pytest.mark.parametrize("depth", [0, 1, 4])
-def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> None:
+def test_an_error_is_raised_unchanged_after_the_preceding_items(depth: int) -> None:
     error = LookupError("mine")
     source = Source(3, error)
     seen: list[int] = []
@@ -85,14 +85,14 @@ def test_an_error_arrives_as_itself_after_the_items_before_it(depth: int) -> Non
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-def test_leaving_early_ends_the_thread_and_closes_the_source(depth: int) -> None:
+def test_closing_early_ends_the_thread_and_closes_the_source(depth: int) -> None:
     source = Source(1000)
     ahead = prefetched(source.items, same, depth)
     assert [next(ahead), next(ahead)] == [0, 1]
     ahead.close()
     assert source.closed
     assert not readers()
-    assert source.made <= 2 + depth
+    assert source.produced <= 2 + depth
 
 
 def test_dropping_the_iterator_ends_the_thread() -> None:
@@ -134,7 +134,7 @@ def test_several_threads_keep_the_order(threads: int) -> None:
     assert gone()
 
 
-def test_an_error_of_the_work_arrives_in_its_place() -> None:
+def test_an_error_in_the_work_is_raised_in_order() -> None:
     error = LookupError("mine")
 
     def work(item: int) -> int:
@@ -156,7 +156,7 @@ def test_an_error_of_the_work_arrives_in_its_place() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_chained_sources_come_one_after_the_other(threads: int) -> None:
+def test_chained_sources_are_read_in_sequence(threads: int) -> None:
     sources = [Source(size) for size in (3, 0, 1, 7, 2)]
     assert list(chained((source.items for source in sources), threads)) == [0, 1, 2, 0, *range(7), 0, 1]
     assert all(source.closed for source in sources)
@@ -164,16 +164,16 @@ def test_chained_sources_come_one_after_the_other(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_of_chained_sources_as_many_are_open_as_there_are_threads(threads: int) -> None:
+def test_one_chained_source_per_thread_is_open(threads: int) -> None:
     sources = [Source(5) for _ in range(6)]
     items = chained((source.items for source in sources), threads)
     assert [next(items) for _ in range(7)] == [0, 1, 2, 3, 4, 0, 1]
     time.sleep(0.05)
-    assert [source.made > 0 for source in sources] == [number < 1 + threads for number in range(6)]
+    assert [source.produced > 0 for source in sources] == [number < 1 + threads for number in range(6)]
     # At most one item of each is waiting.
-    assert [source.made for source in sources[2:3]] == [1] * (threads - 1) + [0] * (2 - threads)
+    assert [source.produced for source in sources[2:3]] == [1] * (threads - 1) + [0] * (2 - threads)
     items.close()
-    assert all(source.closed == (source.made > 0) for source in sources)
+    assert all(source.closed == (source.produced > 0) for source in sources)
     assert gone()
 
 
@@ -182,11 +182,11 @@ def test_a_thread_opens_the_next_source_while_the_consumer_works() -> None:
     items = chained((source.items for source in sources), 2)
     next(items)
     deadline = time.monotonic() + 10
-    while not (sources[1].made and sources[2].made) and time.monotonic() < deadline:
+    while not (sources[1].produced and sources[2].produced) and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert [source.made for source in sources] == [1, 1, 1, 0, 0]
+    assert [source.produced for source in sources] == [1, 1, 1, 0, 0]
     items.close()
-    assert all(source.closed == (source.made > 0) for source in sources)
+    assert all(source.closed == (source.produced > 0) for source in sources)
     assert gone()
 
 
@@ -202,7 +202,7 @@ def test_idle_threads_continue_with_the_next_request() -> None:
     assert gone()
 
 
-def test_an_error_of_a_chained_source_comes_after_the_items_before_it() -> None:
+def test_an_error_in_a_chained_source_is_raised_after_the_preceding_items() -> None:
     sources = [Source(2), Source(1, LookupError("mine")), Source(3)]
     seen = []
 
@@ -218,7 +218,7 @@ def test_an_error_of_a_chained_source_comes_after_the_items_before_it() -> None:
 
 def test_a_generator_that_is_collected_in_one_of_its_threads_ends() -> None:
     collected = threading.Event()
-    made = []
+    produced = []
 
     def sources() -> Generator[Generator[int, None, None], None, None]:
         for number in range(4):
@@ -227,8 +227,8 @@ def test_a_generator_that_is_collected_in_one_of_its_threads_ends() -> None:
                 assert waiting.wait(10)
                 gc.collect()
                 collected.set()
-            made.append(Source(1))
-            yield made[-1].items
+            produced.append(Source(1))
+            yield produced[-1].items
 
     waiting = threading.Event()
     items = chained(sources(), 2)
@@ -262,7 +262,7 @@ def test_the_interpreter_does_not_wait_for_a_consumer_in_a_daemon_thread() -> No
     subprocess.run([sys.executable, "-c", SHUTDOWN], check=True, timeout=20, capture_output=True)
 
 
-def test_an_error_that_was_dropped_keeps_no_items() -> None:
+def test_a_dropped_error_keeps_no_items_alive() -> None:
     class Item:
         pass
 

@@ -31,10 +31,10 @@ def numbers(part: Rows) -> list[int]:
     return column.tolist()
 
 
-def chunks(sizes: list[int], *left_out: int) -> Generator[tuple[int, Rows], None, None]:
+def chunks(sizes: list[int], *missing: int) -> Generator[tuple[int, Rows], None, None]:
     first = 0
     for size in sizes:
-        if first not in left_out:
+        if first not in missing:
             yield first, rows(first, first + size)
         first += size
 
@@ -63,7 +63,7 @@ def test_chunks_after_the_last_range_are_not_requested() -> None:
     assert next(source)[0] == 8
 
 
-def test_rows_missing_from_the_stream_are_missing() -> None:
+def test_rows_missing_from_the_stream_are_missing_from_ranges() -> None:
     ranges = [(0, 3), (3, 6), (6, 7), (7, 10), (10, 14)]
     got = [numbers(part) for _, part in cut(chunks([4, 4, 4], 4), ranges, join)]
     assert got == [[0, 1, 2], [3], [], [8, 9], [10, 11]]

@@ -15,11 +15,11 @@ PINNED = [7, 2, 0, 4, 3, 5, 6, 1]
 
 
 @given(counts, st.integers(0, 2**70), st.lists(st.integers(0, 9), max_size=3))
-def test_a_permutation_has_each_number_once(count: int, seed: int, path: list[int]) -> None:
+def test_a_permutation_contains_each_number_once(count: int, seed: int, path: list[int]) -> None:
     assert sorted(permutation(count, seed, *path).tolist()) == list(range(count))
 
 
-def test_a_permutation_is_decided_by_all_of_its_arguments() -> None:
+def test_a_permutation_depends_on_all_arguments() -> None:
     first = permutation(100, 1, 2, 3)
     assert np.array_equal(first, permutation(100, 1, 2, 3))
     for other in (permutation(100, 2, 2, 3), permutation(100, 1, 3, 3), permutation(100, 1, 2, 4)):
@@ -34,7 +34,7 @@ def test_a_permutation_stays_the_same_in_all_versions() -> None:
 
 
 def test_a_permutation_is_near_uniform() -> None:
-    # 6 orders of 3 things in 6,000 draws: 1,000 each, of standard deviation 29.
+    # 6 orders of 3 elements in 6,000 draws: 1,000 each, with a standard deviation of 29.
     seen: dict[tuple[int, ...], int] = {}
     for seed in range(6000):
         order = tuple(permutation(3, seed).tolist())
@@ -65,25 +65,27 @@ def test_ranks_together_take_each_row_once_in_order(
 
 
 @given(counts, sizes, st.integers(1, 5))
-def test_with_drop_remainder_ranks_get_equally_many_full_batches(rows: int, batch_size: int, world_size: int) -> None:
+def test_with_drop_remainder_ranks_get_the_same_number_of_full_batches(
+    rows: int, batch_size: int, world_size: int
+) -> None:
     ranks = [list(Batches(rows, batch_size, 0, rank, world_size, True)) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {rows // (batch_size * world_size)}
     assert all(stop - first == batch_size for rank in ranks for first, stop in rank)
 
 
 @given(counts, sizes, st.integers(1, 5), st.integers(1, 5), st.integers(0, 8))
-def test_after_some_turns_any_number_of_ranks_continues(
+def test_any_number_of_ranks_continues_after_some_turns(
     rows: int, batch_size: int, before: int, now: int, turns: int
 ) -> None:
-    begun = [list(Batches(rows, batch_size, 0, rank, before))[:turns] for rank in range(before)]
+    consumed = [list(Batches(rows, batch_size, 0, rank, before))[:turns] for rank in range(before)]
     row = Batches(rows, batch_size, 0, 0, before).after(turns)
-    left = [list(Batches(rows, batch_size, row, rank, now)) for rank in range(now)]
-    taken = sorted(chain.from_iterable(begun + left))
-    assert list(chain.from_iterable(range(*each) for each in taken)) == list(range(rows))
+    remaining = [list(Batches(rows, batch_size, row, rank, now)) for rank in range(now)]
+    ranges = sorted(chain.from_iterable(consumed + remaining))
+    assert list(chain.from_iterable(range(*each) for each in ranges)) == list(range(rows))
 
 
 @given(st.integers(1, 60), sizes, st.integers(1, 5), st.booleans(), st.data())
-def test_wants_is_whether_a_batch_overlaps(
+def test_wants_rows_that_overlap_a_batch(
     rows: int, batch_size: int, world_size: int, drop: bool, data: st.DataObject
 ) -> None:
     start = data.draw(st.integers(0, rows))
