@@ -160,9 +160,9 @@ class ColumnDataset(IterableDataset[Batch]):
                 index is ignored, and a pandas NaN is a null.
 
                 Or a function without arguments that returns an iterable of such batches, the same on each call (or an
-                iterable that can be iterated repeatedly, such as a streamed Hugging Face dataset). It is called twice
-                on opening, for the types and the number of rows, then once per pass, and only a few batches are in
-                memory at a time. Its batches form one piece, read by one thread: a resumed pass, and each rank and
+                iterable that can be iterated repeatedly, such as a streamed Hugging Face dataset). It is called three
+                times on opening, for the types and the number of rows, then once per pass, and only a few batches are
+                in memory at a time. Its batches form one piece, read by one thread: a resumed pass, and each rank and
                 worker, reads from the first batch and discards what it does not need.
             columns: See ``ColumnDataset``.
             batch_size: See ``ColumnDataset``.
