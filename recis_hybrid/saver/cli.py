@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse the arguments of the subcommand; options may stand between positional arguments."""
+        """Parse the arguments of the subcommand; options may appear between positional arguments."""
         return self.parse_intermixed_args(list(arguments))
 
     def error(self, message: str) -> NoReturn:
@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parsers = _parsers()
-    if not given or given[0] not in parsers:
-        print(f"recis-hybrid: the first argument must be one of {', '.join(parsers)}, got {given[:1]}", file=sys.stderr)
+    if not words or words[0] not in parsers:
+        print(f"recis-hybrid: the first argument must be one of {', '.join(parsers)}, got {words[:1]}", file=sys.stderr)
         sys.exit(2)
-    args = parsers[given[0]].parse(given[1:])
+    args = parsers[words[0]].parse(words[1:])
     try:
         status: int = args.run(args)
     except (CheckpointError, OSError) as error:
@@ -80,14 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parsers() -> dict[str, Parser]:
-    made: dict[str, Parser] = {}
+    parsers: dict[str, Parser] = {}
     for name, run, paths, about in (
         ("inspect", _inspect, ["path"], "show what a checkpoint holds: parts, tables, rows, columns, bytes"),
         (
             "verify",
             _verify,
             ["path"],
-            "check that every file is as it was written: sizes, checksums, headers, row order",
+            "verify the sizes, checksums, headers and row order of all files",
         ),
         (
             "diff",
@@ -104,34 +104,34 @@ def _parsers() -> dict[str, Parser]:
         ("import-recis", _import_recis, [], "convert a checkpoint of RecIS"),
         ("export", _export, ["path"], "write ids, embeddings and towers for serving, without optimizer state"),
     ):
-        made[name] = command = Parser(name, about)
+        parsers[name] = command = Parser(name, about)
         for path in paths:
             command.add_argument(path, help="directory or URL of a run (its latest checkpoint), or a step_… in it")
         if len(paths) == 1:
             command.add_argument("--step", type=int, help="step of the checkpoint, if PATH is a run")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.set_defaults(run=run)
-    made["diff"].add_argument("--all", action="store_true", help="print every difference in full")
-    made["compact"].add_argument("--to", help="directory or URL to write to (default: replace the checkpoint)")
-    made["import-recis"].add_argument("source", type=Path, help="folder of the RecIS checkpoint, with its index")
-    made["import-recis"].add_argument("out", help="directory or URL to write to, as step_…")
-    made["import-recis"].add_argument("--step", type=int, default=0, help="step of the new checkpoint (0)")
-    made["import-recis"].add_argument(
+    parsers["diff"].add_argument("--all", action="store_true", help="print every difference in full")
+    parsers["compact"].add_argument("--to", help="directory or URL to write to (default: replace the checkpoint)")
+    parsers["import-recis"].add_argument("source", type=Path, help="folder of the RecIS checkpoint, with its index")
+    parsers["import-recis"].add_argument("out", help="directory or URL to write to, as step_…")
+    parsers["import-recis"].add_argument("--step", type=int, default=0, help="step of the new checkpoint (0)")
+    parsers["import-recis"].add_argument(
         "--adam-step", type=int, metavar="N", help="steps of the sparse optimizer (default: as saved)"
     )
-    made["import-recis"].add_argument("--tables-only", action="store_true", help="leave the towers out")
-    made["import-recis"].add_argument(
+    parsers["import-recis"].add_argument("--tables-only", action="store_true", help="skip the towers")
+    parsers["import-recis"].add_argument(
         "--slot",
         action="append",
         default=[],
         metavar="SLOT=STATE",
-        help="name of an optimizer state in RecIS, and ours",
+        help="optimizer slot in RecIS, and its state here",
     )
-    made["export"].add_argument("out", help="directory or URL to write to, as step_…")
-    made["export"].add_argument(
+    parsers["export"].add_argument("out", help="directory or URL to write to, as step_…")
+    parsers["export"].add_argument(
         "--dtype", choices=sorted(EXPORT_DTYPES), help="dtype of the embeddings (default: unchanged)"
     )
-    return made
+    return parsers
 
 
 def _open(place: str, step: int | None = None) -> StoredCheckpoint:
@@ -147,7 +147,7 @@ def _open(place: str, step: int | None = None) -> StoredCheckpoint:
         return StoredCheckpoint(root, steps[-1] if step is None else step)
     if step is not None and step != int(match[1]):
         raise CheckpointError(
-            f"{place} is not the checkpoint of step {step}. Name the run's directory, or leave --step out."
+            f"{place} is not the checkpoint of step {step}. Name the run's directory, or omit --step."
         )
     if not root.is_dir():
         raise CheckpointError(f"{place} is not a directory. Name a run's directory, or a step_… in it.")
@@ -188,13 +188,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _compact(args: argparse.Namespace) -> int:
     checkpoint = _open(args.path, args.step)
-    return _made(args, compact(checkpoint, args.to), "is whole")
+    return _report(args, compact(checkpoint, args.to), "is a full checkpoint")
 
 
 def _export(args: argparse.Namespace) -> int:
     checkpoint = _open(args.path, args.step)
     dtype = None if args.dtype is None else EXPORT_DTYPES[args.dtype]
-    return _made(args, export(checkpoint, args.out, dtype), "is written")
+    return _report(args, export(checkpoint, args.out, dtype), "is written")
 
 
 def _import_recis(args: argparse.Namespace) -> int:
@@ -204,16 +204,16 @@ def _import_recis(args: argparse.Namespace) -> int:
         path = import_recis(
             args.source, args.out, args.step, slots=slots, adam_step=args.adam_step, tables_only=args.tables_only
         )
-    return _made(args, path, "is written", [str(note.message) for note in notes])
+    return _report(args, path, "is written", [str(note.message) for note in notes])
 
 
-def _made(args: argparse.Namespace, path: Location, what: str, notes: Sequence[str] = ()) -> int:
+def _report(args: argparse.Namespace, path: Location, what: str, notes: Sequence[str] = ()) -> int:
     step = STEP.fullmatch(path.name)
     assert step is not None
     found = summary(StoredCheckpoint(path.parent, int(step[1])).manifest)
     if args.json:
-        told = {"notes": list(notes)} if notes else {}
-        print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"], **told}))
+        extra = {"notes": list(notes)} if notes else {}
+        print(json.dumps({"path": str(path), "step": found["step"], "bytes": found["bytes"], **extra}))
     else:
         print(f"{path} {what}, {size_text(found['bytes'])}")
         for note in notes:

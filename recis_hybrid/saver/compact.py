@@ -1,4 +1,4 @@
-"""Compaction of incremental checkpoints to whole ones, and exports for serving."""
+"""Compaction of incremental checkpoints into full ones, and exports for serving."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 EXPORT_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """Dtypes of embeddings in an export."""
-_SERVED = ("saveable", "module", "json")
+_EXPORTED_KINDS = ("saveable", "module", "json")
 
 
 def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
-    """Rewrite an incremental checkpoint as a whole one.
+    """Rewrite an incremental checkpoint as a full one.
 
-    The files are the same, byte for byte, as those of a save of the same state without ``delta``.
+    The files have the same bytes as those of a full save of the same state.
 
     Args:
         checkpoint: An incremental checkpoint.
-        to: Directory or URL of the whole checkpoint. None replaces the incremental one, which is not possible in an
-            object store.
+        to: Directory or URL of the full checkpoint. None replaces the incremental one, which object stores do not
+            support.
 
     Returns:
-        Directory of the whole checkpoint.
+        Directory of the full checkpoint.
 
     Raises:
         CorruptCheckpoint: The checkpoint, or one that it builds on, is damaged.
-        CheckpointError: Others build on it, another job saves there, or the files cannot be written.
+        CheckpointError: Other checkpoints build on it, another job saves there, or the files cannot be written.
     """
     step, parts = checkpoint.manifest.step, checkpoint.manifest.parts
     captured = {name: CapturedPart(part.kind, partial(checkpoint.read, name)) for name, part in parts.items()}
@@ -45,8 +45,8 @@ def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
     if checkpoint.manifest.previous is not None:
         if isinstance(checkpoint.root, RemotePath):
             raise CheckpointError(
-                f"{checkpoint.directory}: an object store cannot replace a checkpoint at once. Name another place with "
-                "--to."
+                f"{checkpoint.directory}: an object store cannot replace a checkpoint atomically. Name another "
+                "location with --to."
             )
         storage = storage_of(checkpoint.root)
         storage.take()
@@ -54,41 +54,44 @@ def compact(checkpoint: StoredCheckpoint, to: Target | None = None) -> Location:
             link = read_manifest(storage.root / step_name(later), later).previous
             if link is not None and link.step == step:
                 raise CheckpointError(
-                    f"{checkpoint.directory}: step {later} builds on it as it is. Compact the last step that does, or "
-                    "write elsewhere with --to."
+                    f"{checkpoint.directory}: step {later} builds on it. Compact the newest step that does, or write "
+                    "elsewhere with --to."
                 )
         write_checkpoint(storage, Ranks(None), step, captured)
     return checkpoint.directory
 
 
 def export(checkpoint: StoredCheckpoint, out: Target, dtype: torch.dtype | None = None) -> Location:
-    """Write the part of a checkpoint that serving needs: ids and embeddings, modules and JSON.
+    """Write the contents of a checkpoint that serving needs: ids and embeddings, modules and JSON.
 
-    Optimizers, generators, schedules and reading positions are left out, and so are the optimizer state and metadata of
-    rows and the counts of admission. The result is a checkpoint of the same format, for ``recis_hybrid.serving``.
+    Optimizers, generators, schedules and reading positions are omitted, as are the optimizer state and metadata of rows
+    and the admission counts. The result is a checkpoint in the same format, for ``recis_hybrid.serving``.
 
     Args:
-        checkpoint: A checkpoint, incremental or whole.
-        out: Directory or URL of the export; made if it does not exist.
-        dtype: Dtype of the embeddings, one of ``EXPORT_DTYPES``; None for that of each table.
+        checkpoint: A checkpoint, incremental or full.
+        out: Directory or URL of the export; created if missing.
+        dtype: Dtype of the embeddings, one of ``EXPORT_DTYPES``; None keeps that of each table.
 
     Returns:
-        Directory of the export: ``out`` and the step.
+        Directory of the export, named after the step, in ``out``.
 
     Raises:
         CorruptCheckpoint: The checkpoint, or one that it builds on, is damaged.
         CheckpointError: The export exists already, or cannot be written.
     """
     captured = {
-        name: CapturedPart(part.kind, partial(_served, checkpoint, name, dtype))
+        name: CapturedPart(part.kind, partial(_exported_state, checkpoint, name, dtype))
         for name, part in checkpoint.manifest.parts.items()
-        if part.kind in _SERVED
+        if part.kind in _EXPORTED_KINDS
     }
     return publish(out, checkpoint.manifest.step, captured)
 
 
-def _served(checkpoint: StoredCheckpoint, part: str, dtype: torch.dtype | None) -> PartState:
-    """Return the exported state of a part; one table at a time is read whole, so that the rest of it is freed again."""
+def _exported_state(checkpoint: StoredCheckpoint, part: str, dtype: torch.dtype | None) -> PartState:
+    """Return the exported state of a part.
+
+    Tables are read one at a time, so that the columns that are not exported are freed before the next.
+    """
     state = checkpoint.read(part, ())
     tables: dict[str, TableState] = {}
     for name, entry in checkpoint.manifest.parts[part].tables.items():

@@ -1,4 +1,4 @@
-"""The errors of the saver. Each message says where, the rule, the values found, and the remedy."""
+"""Errors of the saver. Each message says where, the rule, the values found, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class CheckpointError(ValueError):
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A checkpoint is not as it was written: bytes, files or structure are wrong."""
+    """A checkpoint is damaged: bytes, files or structure are wrong."""
 
 
 class CheckpointMismatch(CheckpointError):

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint, and the differences of two, as plain data and as text."""
+"""Contents of a checkpoint, and differences between two, as plain data and as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "previous": None if manifest.previous is None else manifest.previous.step,
         "world_size": manifest.world_size,
         "bytes": sum(_part_bytes(part) for part in manifest.parts.values()),
-        "parts": {name: _part(part) for name, part in sorted(manifest.parts.items())},
+        "parts": {name: _part_summary(part) for name, part in sorted(manifest.parts.items())},
         "meta": manifest.meta,
     }
 
@@ -35,7 +35,7 @@ def summary_text(found: dict[str, Any]) -> str:
         f"{size_text(found['bytes'])}"
     ]
     if found["previous"] is not None:
-        lines.append(f"builds on step {found['previous']}: tables say what changed since")
+        lines.append(f"builds on step {found['previous']}: tables list the changes since then")
     for name, part in found["parts"].items():
         lines.append(f"{part['kind']:<10} {name}  {part['tensors']} tensors, {size_text(part['bytes'])}")
         for table, rows in part["tables"].items():
@@ -55,9 +55,9 @@ def size_text(count: float) -> str:
 
 
 def differences(first: StoredCheckpoint, second: StoredCheckpoint, reading: Callable[[str], None]) -> list[str]:
-    """Compare two checkpoints by content; steps, times and the cut of tables into files do not count.
+    """Compare two checkpoints by content; steps, times and the split of tables into files are ignored.
 
-    One table of each is in memory at a time, whole.
+    One part of each is in memory at a time.
 
     Args:
         first: One checkpoint.
@@ -65,7 +65,7 @@ def differences(first: StoredCheckpoint, second: StoredCheckpoint, reading: Call
         reading: Called with the name of each part before it is read.
 
     Returns:
-        One text for each difference.
+        One text per difference.
     """
     a, b = first.manifest, second.manifest
     found = []
@@ -109,11 +109,11 @@ def summarized(found: Sequence[str], lines: int = 20, width: int = 79) -> list[s
 
     Args:
         found: Result of :func:`differences`.
-        lines: Most lines.
-        width: Most characters of a line.
+        lines: Maximum number of lines.
+        width: Maximum number of characters per line.
 
     Returns:
-        The differences themselves if they are few; otherwise one line for those of one kind in a part.
+        The differences themselves if they are few; otherwise one line per kind and part.
 
     Example:
         >>> summarized([f"part 'model': tensor 'w{n}' differs" for n in range(100)])
@@ -136,17 +136,17 @@ _NAMED = {
 
 
 def _grouped(texts: Sequence[str], kind: str, width: int) -> list[str]:
-    """Merge differences of one kind in a part, at the place of the first."""
+    """Merge differences of one kind in a part, in the place of the first."""
     pattern, several = _NAMED[kind]
     groups: dict[str, list[tuple[str, str]]] = {}
     for text in texts:
         match = pattern.match(text)
         groups.setdefault(match[1] + "\n" if match else text, []).append((match[2] if match else "", text))
     result = []
-    for part, of in groups.items():
-        names = list(dict.fromkeys(name for name, _ in of))
-        one = len(of) == 1
-        result.append(of[0][1] if one else _list(f"{part.strip()}: {len(names)} {several} differ: ", names, width))
+    for part, members in groups.items():
+        names = list(dict.fromkeys(name for name, _ in members))
+        one = len(members) == 1
+        result.append(members[0][1] if one else _list(f"{part.strip()}: {len(names)} {several} differ: ", names, width))
     return result
 
 
@@ -174,11 +174,11 @@ def _row_differences(a: TableState, b: TableState) -> Iterator[str]:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # Bit for bit: NaN is equal to itself, and 0.0 is not -0.0.
+    # Bitwise: NaN equals itself, and 0.0 differs from -0.0.
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
-def _part(part: PartEntry) -> dict[str, Any]:
+def _part_summary(part: PartEntry) -> dict[str, Any]:
     return {
         "kind": part.kind,
         "tensors": len(part.tensors),

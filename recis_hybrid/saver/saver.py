@@ -1,4 +1,4 @@
-"""``Saver``: checkpoints that appear whole or not at all, and are verified before anything is changed."""
+"""``Saver``: atomic checkpoints, verified before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recis_hybrid.saver.actions.load import PartToLoad, load_parts
 from recis_hybrid.saver.actions.load_partial import load_some
 from recis_hybrid.saver.actions.selection import Loaded, Selection
 from recis_hybrid.saver.actions.write import CapturedPart, write_checkpoint
-from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, other_steps, superfluous
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, obsolete_steps, other_steps
 from recis_hybrid.saver.checkpoint.change_tracking import Tracking
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
@@ -40,31 +40,36 @@ class Saver:
 
     A part is an object that implements ``Saveable``, a ``torch.nn.Module``, a ``torch.optim.Optimizer``, a
     ``torch.Generator``, an object with ``state_dict`` and ``load_state_dict`` (a scheduler, a scaler, a
-    ``ColumnDataset``), or a JSON value. Files are safetensors and JSON, as docs/format.md specifies; nothing that is
+    ``ColumnDataset``), or a JSON value. Files are safetensors and JSON, as specified in docs/format.md. Nothing that is
     read is ever executed.
 
-    One job saves in a directory at a time; a second is refused until the first has ended or its saver is gone.
+    Only one job at a time can save to a directory. A second one is refused until the first has ended or its saver is
+    deleted.
 
-    In a job of several processes all of them call ``save`` and ``load`` alike, and read and write in parallel: each its
-    own buckets of tables (``recis_hybrid.checkpointing.owned_buckets``), or what the sharding of an ``EmbeddingEngine``
-    gives it, whatever the world size and the sharding were when they were saved. All other parts are the same on all
-    ranks, and rank 0's are saved, but for those in a ``PerRank``. If one rank fails, all raise.
-    The reading position of a ``ColumnDataset`` is the same on all ranks, and needs no ``PerRank``.
+    In a distributed job, all ranks call ``save`` and ``load`` with the same step and part names, and read and write in
+    parallel. Each rank handles its own buckets of tables (``recis_hybrid.checkpointing.owned_buckets``), or the rows
+    that the sharding of an ``EmbeddingEngine`` assigns to it. World size and sharding may differ between save and load.
+    All other parts must be the same on all ranks: only those of rank 0 are saved, unless they are wrapped in
+    ``PerRank``. The reading position of a ``ColumnDataset`` is the same on all ranks and needs no ``PerRank``. If one
+    rank fails, all raise.
 
     Args:
-        path: Directory of the checkpoints, which all ranks see, made at the first save; or a URL of an object store or
-            another file system that pyarrow or fsspec know, such as ``s3://bucket/run``. There a checkpoint is complete
-            once its manifest is written, and who saves last takes over from a job that saved there before.
-        keep: How many checkpoints to keep, or None for all; the oldest are deleted after a new one is in place, but for
-            those that a kept one builds on.
-        async_save: Whether ``save`` returns once it has copied the state, which a thread then writes. The next call of
-            this saver waits for it and raises what went wrong; so does the end of the process, on stderr. The memory
-            of the copy is kept for the next one.
-        group: A gloo process group of the processes that save together, used by nothing else; None makes one of all
-            processes where torch.distributed has several.
+        path: Directory of the checkpoints, shared by all ranks and created by the first save; or a URL of an object
+            store or another file system that pyarrow or fsspec supports, such as ``s3://bucket/run``. There, a
+            checkpoint is complete once its manifest is written, and a new job takes over from the one that saved there
+            before.
+        keep: Number of checkpoints to keep, or None for all. The oldest are deleted once a new one is complete, except
+            those that a kept checkpoint builds on.
+        async_save: Whether ``save`` returns as soon as the state is copied, and a thread writes the copy. The next call
+            of this saver waits for the thread and raises its exception, if any; an exception that no call has raised is
+            printed to stderr when the process ends. The next save reuses the memory of the copy.
+        group: A gloo process group of the ranks that save together, used by nothing else. None creates a group of all
+            ranks if torch.distributed has several.
 
     Raises:
-        CheckpointError: Nothing is known to read such a URL, or ``keep`` is no positive integer.
+        CheckpointError: No file system is known for the URL.
+        TypeError: ``keep`` is not an integer.
+        ValueError: ``keep`` is below 1.
 
     Example:
         >>> import tempfile, torch
@@ -99,51 +104,45 @@ class Saver:
         self._tracking = Tracking(self._root)
         self._links: dict[int, int | None] = {}
         self.bytes_read = 0
-        """Bytes of files that this process read in the last load."""
+        """Bytes that this process read from files in the last load."""
 
     def steps(self) -> list[int]:
-        """Find the complete checkpoints.
-
-        Returns:
-            Their steps, ascending.
-        """
+        """Return the steps of the complete checkpoints, ascending."""
         return self._storage.steps()
 
     def latest(self) -> int | None:
-        """Find the newest complete checkpoint.
-
-        Returns:
-            Its step, the highest one; None if there is none.
-        """
+        """Return the highest step of a complete checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     @torch.inference_mode(False)
     def save(self, step: int, parts: Mapping[str, object], *, delta: bool = False) -> Location:
-        """Save the parts as one checkpoint.
+        """Save the parts as one checkpoint; collective.
 
-        It is written under a temporary name, forced to the disk, and renamed: a crash at any moment leaves the
-        checkpoints before it whole, and its remains are removed by the next save. All ranks call this alike.
+        The checkpoint is written under a temporary name, synced to disk, and renamed. A crash at any moment leaves
+        earlier checkpoints intact, and the next save removes what it left behind.
 
-        With ``delta``, tables write only rows that were looked up in training, updated, inserted or removed since this
-        saver's last save, and the checkpoint builds on that one; all else is written whole. The first save with
-        ``delta`` is whole, as is one whose earlier checkpoint is gone: from then on the tables note the ids that are
-        erased, evicted and inserted by hand, 8 bytes each until the next save, and a copy of admission's counts.
+        With ``delta``, the checkpoint is incremental: tables write only rows that were looked up in training, updated,
+        inserted or removed since the last save of this saver, and the checkpoint builds on that one. Everything else is
+        written in full. The first save with ``delta`` is full, and so is one whose base checkpoint is missing. From the
+        first one on, the tables record the ids that are erased, evicted and inserted manually, 8 bytes each until the
+        next save, and keep a copy of the admission counts.
 
         Args:
-            step: Number of the step, from 0 to 10**18 - 1, above all steps saved in the directory, so that the latest
-                is the one that was written last.
-            parts: What to save, by name.
-            delta: Whether to write just what changed, where that is possible.
+            step: Training step, from 0 to 10**18 - 1. It must be above all steps saved in the directory, so that the
+                latest checkpoint is also the newest.
+            parts: Objects to save, by name.
+            delta: Whether to save only changes where possible.
 
         Returns:
-            Directory of the checkpoint; with ``async_save`` it may not be there yet.
+            Directory of the checkpoint. With ``async_save`` it may not exist yet.
 
         Raises:
             CheckpointError: A part cannot be saved, the step is not above the latest, another job saves in the
-                directory, not all ranks see it, the files cannot be written, another rank failed, or the save before
-                this one failed in the background.
+                directory, not all ranks see it, the files cannot be written, another rank failed, or the previous save
+                failed in the background.
+            TypeError: ``delta`` is not a bool.
         """
-        ranks = self._joined()
+        ranks = self._get_ranks()
         ranks.together(self.wait)
         adapters: dict[str, Part] = {}
 
@@ -158,11 +157,11 @@ class Saver:
 
         answers = ranks.together(prepare)
         if any(answer != answers[0] for answer in answers):
-            raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, they save {answers}.")
+            raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, got {answers}.")
         if not self._is_shared:
             refuse_unshared(self._root, ranks)
             self._is_shared = True
-        self._tracking.on |= delta
+        self._tracking.enabled |= delta
         link, changes = self._tracking.changes(ranks, adapters) if delta else (None, {})
         captured: dict[str, CapturedPart] = {}
         watches: dict[str, object] = {}
@@ -185,10 +184,10 @@ class Saver:
 
     @torch.inference_mode(False)
     def wait(self) -> None:
-        """Wait for a save in the background, and until the files of checkpoints that were given up are gone.
+        """Wait until the background save and the deletion of old checkpoints are done.
 
         Raises:
-            CheckpointError: It failed; the checkpoints before it are whole.
+            CheckpointError: One of them failed. Other checkpoints are intact.
         """
         self._background.wait()
         self._deletion.wait()
@@ -196,53 +195,54 @@ class Saver:
     def _write(
         self, step: int, parts: Mapping[str, CapturedPart], link: Link | None, watches: dict[str, object]
     ) -> None:
-        ranks = self._joined()
+        ranks = self._get_ranks()
         write_checkpoint(self._storage, ranks, step, parts, link)
         self._tracking.start_from(ranks, step, watches)
         self._links[step] = None if link is None else link.step
 
         def delete_oldest() -> None:
             if ranks.rank == 0 and self._keep is not None:
-                for old in superfluous(self._root, self.steps(), self._keep, self._links):
+                for old in obsolete_steps(self._root, self.steps(), self._keep, self._links):
                     self._deletion.start(f"the deletion of step {old} in {self._root}", self._storage.remove(old))
 
         ranks.together(delete_oldest)
 
     @torch.inference_mode(False)
     def load(self, parts: Mapping[str, object], step: int | Literal["latest"] = "latest") -> int:
-        """Load parts of a checkpoint into live objects.
+        """Load parts of a checkpoint into live objects; collective.
 
-        The files of the parts are verified first (list, sizes, checksums, structure), then compared with the objects;
-        only if all is sound is anything changed. Rows of an ``EmbeddingEngine`` are verified as they are read: tables
-        that hold rows are replaced only after their files were read once for that, tables without rows take them at
-        once and are empty again if a file is damaged. Parts that the checkpoint has and the call does not name are left
-        alone. All ranks call this alike, and each reads the rows of its own buckets.
+        The files of the parts are verified (names, sizes, checksums, structure) and compared with the objects before
+        anything is changed. Rows of an ``EmbeddingEngine`` are verified as they are read: tables that hold rows are
+        replaced only after their files have been read once for verification. Empty tables are filled immediately, and
+        cleared again if a file is damaged. Parts of the checkpoint that are not in ``parts`` are ignored. Each rank
+        reads only the rows of its own buckets.
 
-        Tables may be of another placement, dtype, coalescing or optimizer than they were: values are converted,
-        optimizer state is taken where name and width agree, and what is missing starts with its first value, of which a
-        warning tells.
+        Placement, dtype, coalescing and optimizer of tables may differ from those saved. Values are converted,
+        optimizer state is loaded where name and width agree, and missing state starts with its first value, with a
+        warning.
 
         Args:
-            parts: The objects to load into, by the names under which they were saved. JSON is read by ``read_json``.
-            step: Which checkpoint; the highest complete step by default.
+            parts: Objects to load into, by the names under which they were saved. Use ``read_json`` for JSON values.
+            step: Step to load; the latest complete checkpoint by default.
 
         Returns:
-            The step that was loaded.
+            The loaded step.
 
         Raises:
             CorruptCheckpoint: A file is missing, unknown or changed.
-            CheckpointMismatch: The checkpoint is one of another model, or lacks a part.
-            CheckpointError: There is no such checkpoint, it has another format version, or a part cannot be loaded.
+            CheckpointMismatch: The checkpoint belongs to another model, or lacks a part.
+            CheckpointError: The checkpoint does not exist, its format version is not supported, or a part cannot be
+                loaded.
         """
-        ranks = self._joined()
+        ranks = self._get_ranks()
         ranks.together(self.wait)
         _check_parts("Saver.load", parts)
-        found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
+        resolved: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         reads, opened = Reads(), list[StoredCheckpoint]()
         chosen: dict[str, PartToLoad] = {}
 
         def choose() -> None:
-            opened.append(StoredCheckpoint(self._root, found, listed=ranks.rank == 0))
+            opened.append(StoredCheckpoint(self._root, resolved, listed=ranks.rank == 0))
             for name, value in parts.items():
                 saved = name_of_rank(name, value, opened[0].manifest, ranks.rank)
                 if saved is not None:
@@ -253,14 +253,14 @@ class Saver:
             ranks.together(choose)
             changed = load_parts(opened[0], ranks, chosen, reads)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), resolved, str(error))}") from error
         finally:
             self.bytes_read = reads.bytes
         # Keep tracking after loading an incremental checkpoint.
-        self._tracking.on |= opened[0].manifest.previous is not None
+        self._tracking.enabled |= opened[0].manifest.previous is not None
         same = {name: each.part for name, each in chosen.items() if name not in changed}
-        self._tracking.start_from(ranks, found, self._tracking.watch(same))
-        return found
+        self._tracking.start_from(ranks, resolved, self._tracking.watch(same))
+        return resolved
 
     @torch.inference_mode(False)
     def load_some(
@@ -273,41 +273,42 @@ class Saver:
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
     ) -> Loaded:
-        """Load some tables of an engine and some tensors of modules, from a checkpoint of this or of another model.
+        """Load some tables of engines and some tensors of modules, possibly from a checkpoint of another model.
 
-        Names are those of tables, and of parameters and buffers. Patterns have ``*``, ``?`` and ``[...]``. All that is
-        selected is verified and compared before anything is changed; what is not selected stays as it was. Rows keep
-        their optimizer state. A table that has done no step goes on from those of its rows; else their steps become the
-        table's own, as if they had just been met.
+        Names are those of tables, parameters and buffers. Patterns may contain ``*``, ``?`` and ``[...]``. Everything
+        selected is verified and compared before anything is changed; everything else stays unchanged. Rows keep their
+        optimizer state. A table that has done no step continues from the steps of its rows. Otherwise the rows get the
+        table's step, as if they had just been looked up.
 
         Args:
-            parts: The engines and modules to load into, by the names under which they were saved.
-            step: Which checkpoint; the highest complete step by default.
+            parts: Engines and modules to load into, by the names under which they were saved.
+            step: Step to load; the latest complete checkpoint by default.
             only: Patterns of the names to load; None for all.
-            exclude: Patterns of names to leave out.
-            rename: Names in the checkpoint and in the live object, with ``*``: ``{"encoder.*": "tower.*"}``.
-            strict: Whether every selected name must be in both, in the same form. Else what fits is loaded: embeddings
-                of the same width whatever their dtype, with the optimizer state that both have.
+            exclude: Patterns of names to skip.
+            rename: Maps names in the checkpoint to names in the live object, with ``*``: ``{"encoder.*": "tower.*"}``.
+            strict: Whether every selected name must exist on both sides with the same dtypes and shapes. Otherwise
+                whatever fits is loaded: embeddings of the same width in any dtype, with the optimizer state that both
+                sides have.
 
         Returns:
-            What was loaded and what not.
+            Names that were loaded, and those that were not.
 
         Raises:
             CorruptCheckpoint: A file is missing, unknown or changed.
             CheckpointMismatch: Strict, and something selected does not fit; or the checkpoint lacks a part.
-            CheckpointError: There is no such checkpoint, a part is neither an engine nor a module, or a pattern of
+            CheckpointError: The checkpoint does not exist, a part is neither an engine nor a module, or a pattern of
                 ``only``, ``exclude`` or ``rename`` matches no name of any part, whether strict or not.
         """
-        ranks = self._joined()
+        ranks = self._get_ranks()
         ranks.together(self.wait)
         _check_parts("Saver.load_some", parts)
         selection = Selection(only, exclude, rename)
-        found: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
+        resolved: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
         adapters = {name: part_of(name, value) for name, value in parts.items()}
         opened: list[StoredCheckpoint] = []
 
         def find() -> None:
-            opened.append(StoredCheckpoint(self._root, found, listed=ranks.rank == 0))
+            opened.append(StoredCheckpoint(self._root, resolved, listed=ranks.rank == 0))
             for name, part in adapters.items():
                 opened[0].part(name, part.kind)
 
@@ -315,33 +316,33 @@ class Saver:
             ranks.together(find)
             return load_some(opened[0], ranks, adapters, selection, strict)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), resolved, str(error))}") from error
 
     def read_json(self, name: str, step: int | Literal["latest"] = "latest") -> JSON:
         """Read a JSON value that was saved as a part.
 
         Args:
             name: Name of the part.
-            step: Which checkpoint; the highest complete step by default.
+            step: Step to read; the latest complete checkpoint by default.
 
         Returns:
             The value.
 
         Raises:
             CorruptCheckpoint: A file is missing, unknown or changed.
-            CheckpointMismatch: The checkpoint has no such part, or it is no JSON value.
-            CheckpointError: There is no such checkpoint, or it has another format version.
+            CheckpointMismatch: The checkpoint has no such part, or it is not a JSON value.
+            CheckpointError: The checkpoint does not exist, or its format version is not supported.
         """
         self.wait()
-        found = self._resolve(step)
+        resolved = self._resolve(step)
         try:
-            checkpoint = StoredCheckpoint(self._root, found)
+            checkpoint = StoredCheckpoint(self._root, resolved)
         except CorruptCheckpoint as error:
-            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), found, str(error))}") from error
+            raise CorruptCheckpoint(f"{error} {other_steps(self._root, self.steps(), resolved, str(error))}") from error
         return checkpoint.part(name, "json").meta.get("value")
 
-    def _joined(self) -> Ranks:
-        """Return this process and the others; collective, as the first call makes a group."""
+    def _get_ranks(self) -> Ranks:
+        """Return the ranks; collective, because the first call may create a group."""
         if self._ranks is None:
             self._ranks = Ranks.of(self._group)
         return self._ranks
@@ -349,7 +350,7 @@ class Saver:
     def _checked_step(self, step: int) -> int:
         if not isinstance(step, Integral) or isinstance(step, bool) or not 0 <= step <= _LARGEST_STEP:
             raise CheckpointError(f"Saver.save: step must be an integer from 0 to {_LARGEST_STEP}, got {step!r}.")
-        latest = self.latest() if self._joined().rank == 0 else None
+        latest = self.latest() if self._get_ranks().rank == 0 else None
         if latest is not None and step <= latest:
             raise CheckpointError(
                 f"Saver.save: step must be above the latest one in {self._root}, {latest}, got {step}. Save to another "
@@ -365,17 +366,18 @@ class Saver:
         if wanted is None or wanted not in steps:
             raise CheckpointError(
                 f"Saver.load: {self._root} must hold a complete checkpoint of step {step!r}, it holds {steps}. Save "
-                "first, or name one of these."
+                "first, or choose one of these."
             )
         return wanted
 
 
 def _check_parts(where: str, parts: object) -> None:
-    """Raise CheckpointError unless parts are a mapping from names to objects, of one at least."""
+    """Raise CheckpointError unless ``parts`` is a non-empty mapping from names to objects."""
     if not isinstance(parts, Mapping) or not parts or not all(isinstance(name, str) for name in parts):
         got = list(parts) if isinstance(parts, Mapping) else type(parts).__name__
         raise CheckpointError(
-            f"{where}: parts must be a mapping from one name or more to objects, as {{'model': model}}, got {got}."
+            f"{where}: parts must be a mapping from at least one name to an object, such as {{'model': model}}, got "
+            f"{got}."
         )
 
 

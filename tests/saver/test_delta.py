@@ -18,7 +18,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequenc
 from recis_hybrid.embedding.table.change_log import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-from recis_hybrid.saver.checkpoint.delta import combined, put_over
+from recis_hybrid.saver.checkpoint.delta import apply_changes, merge_changes
 from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 
@@ -377,7 +377,7 @@ def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
         expected = {i: v for i, v in (expected | rows).items() if i not in gone}
     found, wanted = states[0], table_state(expected, None)
     if len(states) > 1:
-        found = put_over(found, combined(states[1:]))
+        found = apply_changes(found, merge_changes(states[1:]))
     assert torch.equal(found.buckets, wanted.buckets)
     assert all(torch.equal(found.columns[name], column) for name, column in wanted.columns.items())
 

@@ -31,7 +31,7 @@ PROGRAM = textwrap.dedent(
         saver.save(30, {'engine': example_shelf(), 'model': nn.Linear(2, 2), 'note': 30})
         saver.wait()
 
-    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (saver_module, "superfluous")]
+    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (saver_module, "obsolete_steps")]
     kill_at_every_moment(work, *sys.argv[1:], calls)
     """
 )

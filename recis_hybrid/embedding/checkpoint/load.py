@@ -172,9 +172,9 @@ def load_tables_state(
 def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableState]) -> None:
     """Replace the rows of some member tables with those of another run; the seed and other tables stay.
 
-    A table that has done no step takes the steps of its rows (``step`` in the state's meta), so that an optimizer
-    continues from where their moments are. Otherwise its steps stay, and the rows' steps are clamped to them, as if the
-    rows had just been looked up. Optimizer state that is missing starts as in a new row.
+    A table that has done no step takes the step of its rows (``step`` in the state's meta), so that an optimizer
+    continues from the step of their moments. Otherwise its step stays, and the steps of rows are clamped to it, as if
+    they had just been looked up. Missing optimizer state starts as in a new row.
 
     Args:
         tables: The logical tables.

@@ -34,8 +34,8 @@ class CheckpointedTables:
         """Return a function that returns :meth:`checkpoint_state` with rows that are read while they are written.
 
         Args:
-            memory: Takes a copy of every row; the function may then be called in any thread. None: rows are read where
-                they are, and none may change before.
+            memory: Holds a copy of every row, so that the function can be called in any thread. None copies nothing,
+                and no row may change before the call.
         """
         if memory is None:
             return partial(rows_state, self.tables, self._shares)
@@ -46,7 +46,7 @@ class CheckpointedTables:
         return TablesLoader(self.tables, saved)
 
     def watch_checkpoint_changes(self) -> object:
-        """Return logs of the tables' changes from now on, filled as long as they live; see :meth:`HashTable.watch`."""
+        """Return logs of changes from now on, filled as long as they live; see :meth:`HashTable.watch`."""
         return watch_tables(self.tables)
 
     def checkpoint_changes(self, since: object, whole: Collection[str] = ()) -> PartState | None:
@@ -60,7 +60,7 @@ class CheckpointedTables:
             table: Name in the checkpoint.
 
         Returns:
-            The first bucket, and the end after the last; None if ranks do not share the tables.
+            The first bucket, and the one after the last; None if ranks do not share the tables.
         """
         if self._shares is None:
             return None
@@ -72,7 +72,7 @@ class CheckpointedTables:
         return (0, 0) if place is None else self._shares.loaded(*place)
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Replace every member table's rows; of several ranks, each takes its own from a state that has them all."""
+        """Replace the rows of every member table; with several ranks, each loads its own from all rows."""
         load_tables_state(self.tables, state, self.checkpoint_buckets)
 
     @property

@@ -20,7 +20,7 @@ from recis_hybrid.embedding.distributed.exchange import Exchange
 from recis_hybrid.embedding.distributed.id_exchange import TableRouting
 
 Buckets: TypeAlias = tuple[int, int]
-"""The first bucket of a range, and the end after its last."""
+"""The first bucket of a range, and the one after its last."""
 
 ALL: Buckets = (0, BUCKETS)
 

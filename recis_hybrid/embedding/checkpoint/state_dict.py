@@ -32,12 +32,12 @@ _KEY = "tables"
 _SEED_BITS = 62
 _REMEDY = (
     "load them with Saver before the state_dict, build the engine with rows_in_state_dict='record' before it is saved, "
-    "or load the rest alone with strict=False"
+    "or load only the rest with strict=False"
 )
 
 
 def refuse_rows_in_state_dict(value: object) -> None:
-    """Raise ValueError unless a value is a form of rows, or None."""
+    """Raise ValueError unless a value is valid for ``rows_in_state_dict``."""
     if value is not None and value not in get_args(RowsInStateDict):
         raise ValueError(
             f"EmbeddingEngine: rows_in_state_dict must be one of {[None, *get_args(RowsInStateDict)]}, got {value!r}"
@@ -100,7 +100,7 @@ def save_rows(
         if exchange is not None:
             columns = _of_all_ranks(columns, exchange)
         for column, values in columns.items():
-            # Memory of its own: safetensors refuses tensors that share memory, and torch.save writes all of it.
+            # Copied: safetensors refuses tensors that share memory, and torch.save writes all of it.
             shares = values.untyped_storage().nbytes() != values.nbytes
             destination[f"{prefix}{_KEY}.{name}.{column}"] = values.clone() if shares else values
 
@@ -113,11 +113,11 @@ def load_rows(
     missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Load rows from a state_dict; report missing keys if it has none and the tables are not at its step.
+    """Load rows from a state_dict; report missing keys if it has none and the tables are at another step.
 
     Args:
         tables: This rank's tables.
-        state_dict: As :func:`save_rows` or :func:`save_key` wrote it, or without a key of tables.
+        state_dict: Result of :func:`save_rows` or :func:`save_key`, or a state_dict without keys of tables.
         prefix: Prefix of the engine's keys.
         buckets_of: Returns, for the name of a table in the state, the buckets that this rank loads; None for all.
         missing_keys: As in ``nn.Module``: fails a strict load.
@@ -136,14 +136,16 @@ def load_rows(
     if isinstance(header, Tensor) and header.shape == (4,):
         step, rows, *_ = header.tolist()
         if rows and not _rows(tables) and not _step(tables):
-            missing_keys.append(f"{key} (its {rows} rows are not in the state_dict, and here are none; {_REMEDY})")
+            missing_keys.append(
+                f"{key} (its {rows} rows are not in the state_dict, and the tables are empty; {_REMEDY})"
+            )
         elif step != _step(tables):
             missing_keys.append(
-                f"{key} (the state_dict was taken after step {step}, without rows, and the tables here have done "
+                f"{key} (the state_dict was taken after step {step}, without rows, and the tables are at step "
                 f"{_step(tables)}; {_REMEDY})"
             )
     elif not _rows(tables) and not _step(tables):
-        missing_keys.append(f"{key} (rows are not in the state_dict, and here are none; {_REMEDY})")
+        missing_keys.append(f"{key} (rows are not in the state_dict, and the tables are empty; {_REMEDY})")
 
 
 def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], header: Tensor | None, buckets_of: Any) -> None:
@@ -164,7 +166,7 @@ def _load(tables: Sequence[HashTable], found: Mapping[str, Tensor], header: Tens
         if len(set(lengths.values())) > 1:
             raise ValueError(f"table {name!r}: columns must have one length, got {lengths}")
         if 0 < sum(column in columns for column in META) < len(META):
-            raise ValueError(f"table {name!r}: {list(META)} come together or not at all, got {sorted(columns)}")
+            raise ValueError(f"table {name!r}: all or none of {list(META)} are required, got {sorted(columns)}")
         if ids.unique().numel() < ids.numel():
             raise ValueError(f"table {name!r}: ids must be distinct")
         columns = {"ids": ids, **columns}

@@ -1,4 +1,4 @@
-"""Actions on checkpoints: write, load, load in part, select, import.
+"""Actions on checkpoints: write, load, load partially, import.
 
 ``Saver`` and the commands may import it; it builds on all other packages of ``saver``.
 """

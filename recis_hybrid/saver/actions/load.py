@@ -1,8 +1,8 @@
-"""Loads parts of a checkpoint: everything is found sound and fitting before anything is changed.
+"""Loads parts of a checkpoint; everything is verified before anything is changed.
 
-Rows of large tables are not held in memory for that. Tables that hold rows are replaced only after all files have been
-read once for their checksums; tables without rows take them as they are read and checked, and are emptied again if a
-file turns out to be damaged.
+Verification does not hold the rows of large tables in memory. Tables that hold rows are replaced only after all files
+have been read once to verify their checksums. Empty tables are filled while files are read and verified, and cleared
+again if a file turns out to be damaged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PartToLoad:
 
 @dataclass
 class _Ready:
-    """A part that fits, and what is to be loaded into it."""
+    """A part that passed the checks, and the state to load into it."""
 
     name: str
     part: Part
@@ -47,44 +47,44 @@ class _Ready:
 
 
 def load_parts(checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, PartToLoad], reads: Reads) -> set[str]:
-    """Load parts, all ranks together.
+    """Load parts; collective.
 
     Args:
-        checkpoint: What to load from.
+        checkpoint: Checkpoint to load from.
         ranks: This rank and the others.
-        parts: By the name under which the user passed it: the adapter, the name in the checkpoint, and its entry.
+        parts: Parts to load, by the name that the user passed.
         reads: Counts the bytes that are read.
 
     Returns:
-        The parts that are not as they were saved, by the names under which the user passed them: what changes in them
-        from here on cannot be put over the checkpoint.
+        Names, as the user passed them, of parts that now differ from the checkpoint, so that later changes to them
+        cannot be saved as a delta.
 
     Raises:
-        CorruptCheckpoint: A file is changed.
-        CheckpointMismatch: The checkpoint is one of another model.
+        CorruptCheckpoint: A file has changed.
+        CheckpointMismatch: The checkpoint belongs to another model.
     """
     ready: list[_Ready] = []
 
     def prepare() -> list[JSON]:
         for each in parts.values():
-            ready.append(_prepared(checkpoint, ranks, each, reads))
+            ready.append(_prepare(checkpoint, ranks, each, reads))
         return [each.name for each in ready if each.loader is not None and each.loader.holds_rows]
 
-    # Where one rank has rows to lose, no rank's files may turn out to be damaged later.
+    # If one rank has rows to lose, all ranks verify their files before any rank replaces rows.
     holding = {name for answer in ranks.together(prepare) for name in answer}
 
     def verify() -> None:
         for each in ready:
             if each.loader is not None and each.name in holding:
                 for table, rows in _pieces(checkpoint, ranks, each, reads):
-                    _told(checkpoint, each, partial(each.loader.check, table, rows.columns))
+                    _attempt(checkpoint, each, partial(each.loader.check, table, rows.columns))
 
     def stream() -> None:
         for each in ready:
             if each.loader is not None:
-                each.loader.begin(_expected(checkpoint, ranks, each))
+                each.loader.begin(_expected_rows(checkpoint, ranks, each))
                 for table, rows in _pieces(checkpoint, ranks, each, reads):
-                    _told(checkpoint, each, partial(each.loader.load, table, rows.columns))
+                    _attempt(checkpoint, each, partial(each.loader.load, table, rows.columns))
 
     if holding:
         ranks.together(verify)
@@ -104,13 +104,13 @@ def load_parts(checkpoint: StoredCheckpoint, ranks: Ranks, parts: Mapping[str, P
     return {name for name, loader in loaders if loader is not None and loader.changes}
 
 
-def _prepared(checkpoint: StoredCheckpoint, ranks: Ranks, chosen: PartToLoad, reads: Reads) -> _Ready:
+def _prepare(checkpoint: StoredCheckpoint, ranks: Ranks, chosen: PartToLoad, reads: Reads) -> _Ready:
     part, name, entry = chosen.part, chosen.name, chosen.entry
     where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
     if entry.file is not None:
         reads.add(entry.file.size)
     if not isinstance(part, SaveablePart) or not part.streams:
-        state = checkpoint.read(name, wanted=partial(_wanted, part, ranks), reads=reads)
+        state = checkpoint.read(name, wanted=partial(_wanted_buckets, part, ranks), reads=reads)
         part.check(where, state)
         return _Ready(name, part, entry, state, None)
     tables = {table: _without_rows(rows) for table, rows in entry.tables.items()}
@@ -131,29 +131,29 @@ def _prepared(checkpoint: StoredCheckpoint, ranks: Ranks, chosen: PartToLoad, re
 
 
 def _pieces(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready, reads: Reads) -> Iterator[tuple[str, Rows]]:
-    """Yield this rank's share of the tables of a part, piece by piece."""
+    """Yield this rank's share of the tables of a part, in pieces."""
     for table in ready.entry.tables:
-        for rows in checkpoint.pieces(ready.name, table, _wanted(ready.part, ranks, table), reads):
+        for rows in checkpoint.pieces(ready.name, table, _wanted_buckets(ready.part, ranks, table), reads):
             yield table, rows
 
 
-def _wanted(part: Part, ranks: Ranks, table: str) -> tuple[int, int]:
+def _wanted_buckets(part: Part, ranks: Ranks, table: str) -> tuple[int, int]:
     return part.buckets(table, ranks) if isinstance(part, SaveablePart) else ranks.buckets
 
 
-def _expected(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready) -> dict[str, int]:
-    """By table, about how many rows this rank takes."""
+def _expected_rows(checkpoint: StoredCheckpoint, ranks: Ranks, ready: _Ready) -> dict[str, int]:
+    """Estimate the number of rows that this rank loads, by table."""
     rows: dict[str, int] = {}
     for table in ready.entry.tables:
-        first, stop = _wanted(ready.part, ranks, table)
-        # Buckets differ by chance in how many rows they have.
+        first, stop = _wanted_buckets(ready.part, ranks, table)
+        # 2 % of slack, because the number of rows varies between buckets.
         share = min(1.02 * (stop - first) / BUCKETS, 1)
         rows[table] = int(checkpoint.rows(ready.name, table) * share)
     return rows
 
 
-def _told(checkpoint: StoredCheckpoint, ready: _Ready, work: Callable[[], None]) -> None:
-    """Has rows looked at or loaded; what the loader refuses is no good checkpoint."""
+def _attempt(checkpoint: StoredCheckpoint, ready: _Ready, work: Callable[[], None]) -> None:
+    """Check or load rows; raise a ValueError of the loader as CorruptCheckpoint."""
     try:
         work()
     except ValueError as error:

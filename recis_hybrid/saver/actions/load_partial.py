@@ -1,4 +1,4 @@
-"""Loads some of a checkpoint into live objects that need not be those that were saved."""
+"""Loads selected tables and tensors of a checkpoint into live objects, possibly of another model."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def load_some(
 ) -> Loaded:
     """Load the selected tables and tensors.
 
-    Only files of selected tables are read. All is verified and compared before anything is changed.
+    Only files of selected tables are read. Everything is verified and compared before anything is changed.
 
     Args:
-        checkpoint: What to load from; holds all the parts, of these kinds.
-        ranks: This rank and the others; each takes the rows of its buckets.
-        parts: What to load into: modules, and Saveables that can take some tables.
-        selection: Which names, and what the live objects call them.
-        strict: Whether each selected name must have a counterpart of the same form.
+        checkpoint: Checkpoint to load from; it has all parts, of the same kinds.
+        ranks: This rank and the others; each loads the rows of its buckets.
+        parts: Parts to load into: modules, and Saveables that support loading some tables.
+        selection: The selected names, and their names in the live objects.
+        strict: Whether each selected name must have a counterpart with the same dtypes and shapes.
 
     Returns:
-        What was loaded and what not.
+        Names that were loaded, and those that were not.
 
     Raises:
         CorruptCheckpoint: A file has changed.
         CheckpointMismatch: Strict, and something selected does not fit.
-        CheckpointError: A part cannot take some of a state, or a pattern matches no name.
+        CheckpointError: A part does not support partial loading, or a pattern matches no name.
     """
     result = Loaded(checkpoint.manifest.step)
     actions: list[Callable[[], None]] = []
@@ -55,10 +55,10 @@ def load_some(
         selection.refuse_unmatched(str(checkpoint.directory), saved, live)
         for name, part in parts.items():
             if isinstance(part, ModulePart):
-                actions.append(tensors_into(f"{name}: ", part.module, dense[name], selection, result))
+                actions.append(prepare_tensors(f"{name}: ", part.module, dense[name], selection, result))
             else:
                 assert isinstance(part, SaveablePart)
-                actions.append(_tables(checkpoint, ranks, name, part, selection, strict, result))
+                actions.append(_prepare_tables(checkpoint, ranks, name, part, selection, strict, result))
         if strict:
             result.refuse(str(checkpoint.directory))
 
@@ -69,17 +69,17 @@ def load_some(
 
 
 def _live_names(name: str, part: Part) -> Iterable[str]:
-    """Names of a live object's tables or tensors.
+    """Return the names of a live object's tables or tensors.
 
     Raises:
-        CheckpointError: It cannot take some of a state.
+        CheckpointError: The object does not support partial loading.
     """
     if isinstance(part, ModulePart):
         return live_tensors(part.module)
     if isinstance(part, SaveablePart):
         return _owner(name, part).checkpoint_layout().tables
     raise CheckpointError(
-        f"Saver.load_some: part {name!r} is of the kind {part.kind}, of which some cannot be loaded. Load it with "
+        f"Saver.load_some: part {name!r} is of kind {part.kind}, which cannot be loaded partially. Load it with "
         "Saver.load."
     )
 
@@ -87,8 +87,8 @@ def _live_names(name: str, part: Part) -> Iterable[str]:
 def _owner(name: str, part: SaveablePart) -> SaveableTables:
     if not isinstance(part.value, SaveableTables):
         raise CheckpointError(
-            f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, so that it "
-            "cannot take some tables. Load it whole with Saver.load."
+            f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, which "
+            "loading some tables requires. Load all of it with Saver.load."
         )
     return part.value
 
@@ -100,20 +100,20 @@ def live_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: state[own] for name, own in own_names(module).items() if isinstance(state[own], Tensor)}
 
 
-def tensors_into(
+def prepare_tensors(
     prefix: str, module: torch.nn.Module, tensors: Mapping[str, Tensor], selection: Selection, result: Loaded
 ) -> Callable[[], None]:
     """Compare tensors with a module's parameters and buffers.
 
     Args:
-        prefix: Of the names in the result.
-        module: What to load into.
-        tensors: By their names in the checkpoint.
-        selection: Which of them.
-        result: Takes what is found.
+        prefix: Prefix of the names in the result.
+        module: Module to load into.
+        tensors: Tensors of the checkpoint, by name.
+        selection: Selects tensors.
+        result: Receives the names that fit, and those that do not.
 
     Returns:
-        What copies them: shapes are the same, dtypes are converted.
+        A function that copies the tensors that fit and converts their dtypes.
     """
     live = live_tensors(module)
     names = selection.live_names(tensors)
@@ -137,7 +137,7 @@ def tensors_into(
     return copy
 
 
-def _tables(
+def _prepare_tables(
     checkpoint: StoredCheckpoint,
     ranks: Ranks,
     name: str,
@@ -164,21 +164,21 @@ def _tables(
     if strict and (result.missing or result.unused or result.unfit):
         return lambda: None
     tables = set(fitting.values())
-    # The ranks share a table as it is called here.
+    # The buckets of this rank depend on the live name of a table.
     live_names = {saved: live_name for live_name, saved in fitting.items()}
     state = checkpoint.read(name, tables, wanted=lambda table: part.buckets(live_names[table], ranks))
     states, steps = state.tables, state.meta.get("steps")
 
     def load() -> None:
-        taken = {}
+        loaded = {}
         for live_name, saved in fitting.items():
-            rows, kept = states.pop(saved), live[live_name].columns
-            columns = {column: values for column, values in rows.columns.items() if column in kept}
+            rows, live_columns = states.pop(saved), live[live_name].columns
+            columns = {column: values for column, values in rows.columns.items() if column in live_columns}
             step = steps.get(saved) if isinstance(steps, dict) else None
             if type(step) is not int or not 0 <= step < 1 << 40:
                 step = None
-            taken[live_name] = TableState(columns, rows.buckets, rows.meta | {"step": step})
-        owner.load_checkpoint_tables(taken)
+            loaded[live_name] = TableState(columns, rows.buckets, rows.meta | {"step": step})
+        owner.load_checkpoint_tables(loaded)
 
     return load
 
@@ -189,9 +189,9 @@ def _state_columns(table: TableEntry) -> set[object]:
 
 
 def _difference(saved: TableEntry, live: TableState, strict: bool) -> str | None:
-    """Return how columns differ. Unless strict, dtypes may differ and either side may lack columns.
+    """Return how columns differ, or None. Unless strict, dtypes may differ and either side may lack columns.
 
-    A live table that keeps no optimizer state, as a read-only one, does without that of the checkpoint either way.
+    A live table without optimizer state, such as a read-only one, never needs that of the checkpoint.
     """
     own = {column: TensorSpec.of(values, skip=1) for column, values in live.columns.items()}
     common = [column for column in saved.columns if column in own]

@@ -1,4 +1,4 @@
-"""Loads safetensors files as the Hugging Face hub has them into torch modules."""
+"""Loads safetensors files in the layout of the Hugging Face Hub into torch modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recis_hybrid.saver.actions.load_partial import live_tensors, tensors_into
+from recis_hybrid.saver.actions.load_partial import live_tensors, prepare_tensors
 from recis_hybrid.saver.actions.selection import Loaded, Selection
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.file_io import is_safe_path
@@ -32,24 +32,24 @@ def load_pretrained(
 ) -> Loaded:
     """Load tensors into a module's parameters and buffers of the same names.
 
-    All is read and compared before anything is changed. Dtypes are converted to the module's.
+    All tensors are read and compared before anything is changed. Values are converted to the module's dtypes.
 
     Args:
-        module: What to load into, such as a tower.
+        module: Module to load into, such as a tower.
         path: A safetensors file, or a folder with ``model.safetensors`` or with ``model.safetensors.index.json`` and
             the files that it names.
         only: Patterns (``*``, ``?``, ``[...]``) of the names to load; None for all.
-        exclude: Patterns of names to leave out.
-        rename: Names in the files and in the module, with ``*``: ``{"bert.*": "encoder.*"}``.
-        strict: Whether every selected name must be in both, with the same shape.
+        exclude: Patterns of names to skip.
+        rename: Maps names in the files to names in the module, with ``*``: ``{"bert.*": "encoder.*"}``.
+        strict: Whether every selected name must exist on both sides with the same shape.
 
     Returns:
-        What was loaded and what not.
+        Names that were loaded, and those that were not.
 
     Raises:
-        CorruptCheckpoint: A file is damaged or missing, or the index is none.
+        CorruptCheckpoint: A file is damaged or missing, or the index is invalid.
         CheckpointMismatch: Strict, and something selected does not fit.
-        CheckpointError: There is no such file, or a pattern matches no name.
+        CheckpointError: The file does not exist, or a pattern matches no name.
 
     Example:
         >>> import tempfile
@@ -62,20 +62,21 @@ def load_pretrained(
     """
     selection, root = Selection(only, exclude, rename), Path(path)
     tensors: dict[str, Tensor] = {}
-    held: list[str] = []
+    saved: list[str] = []
     for file, names in _files(root).items():
         with open_tensors(file, "pretrained") as opened:
             found = opened.names()
             if names is not None and not names <= set(found):
-                raise CorruptCheckpoint(f"{file}: must hold {sorted(names - set(found))} by its index. Get it again.")
+                missing = sorted(names - set(found))
+                raise CorruptCheckpoint(f"{file}: must hold {missing}, as the index says. Get it again.")
             listed = found if names is None else sorted(names)
-            held += listed
+            saved += listed
             for name in listed:
                 if selection.live_names([name]):
                     tensors[name] = opened.read(name)
-    selection.refuse_unmatched(str(root), held, live_tensors(module))
+    selection.refuse_unmatched(str(root), saved, live_tensors(module))
     result = Loaded(None)
-    copy = tensors_into("", module, tensors, selection, result)
+    copy = prepare_tensors("", module, tensors, selection, result)
     if strict:
         result.refuse(str(root))
     copy()
@@ -83,7 +84,7 @@ def load_pretrained(
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:
-    """Return the files, with the names that are to be read of each; None for all."""
+    """Return the names to read from each file; None for all."""
     if path.is_file():
         return {path: None}
     if (path / INDEX).is_file():
@@ -109,6 +110,6 @@ def _indexed(path: Path) -> dict[Path, set[str] | None]:
             names.add(name)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(
-            f"{path / INDEX}: must say in weight_map which file beside it has each tensor, but {error}. Get it again."
+            f"{path / INDEX}: weight_map must name the file beside it for each tensor, but {error}. Get it again."
         ) from error
     return found

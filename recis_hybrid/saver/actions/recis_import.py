@@ -1,13 +1,13 @@
-"""Makes a checkpoint of what RecIS (github.com/alibaba/RecIS) has saved.
+"""Converts checkpoints of RecIS (github.com/alibaba/RecIS).
 
-Its folder holds safetensors files and ``index``, JSON: ``file_index`` numbers the files, ``block_index`` says which has
-each block. A block of a hash table is named ``<table>.<slot>/part_<rank>_<ranks>``, the slot being ``id``,
-``embedding`` or one of the optimizer's (``sparse_adamw_tf_exp_avg``); one of a dense tensor ``<name>^ ``, with a blank
-at the end. That is how its release 1.1 writes. Beside them lie two pickles, which are never opened: ``model.pt`` holds
-the towers, ``extra.pt`` the dense optimizer.
+A folder of RecIS 1.1 has safetensors files and ``index``, a JSON file: ``file_index`` numbers the files, and
+``block_index`` maps each block to its file. Blocks of hash tables are named ``<table>.<slot>/part_<rank>_<ranks>``,
+where the slot is ``id``, ``embedding`` or one of the optimizer's (``sparse_adamw_tf_exp_avg``). Blocks of dense tensors
+are named ``<name>^ ``, with a trailing blank. The folder also has two pickles, which are never opened: ``model.pt``
+with the towers and ``extra.pt`` with the dense optimizer.
 
-Coalesced tables of RecIS keep the low 52 bits of an id, the others of the 64 bits say which table it is of. The steps
-of a sparse optimizer are a dense tensor of the index (``sparse_adamw_tf_step``), one for all of its tables.
+Coalesced tables of RecIS keep the low 52 bits of an id; the other bits identify the table. The step of a sparse
+optimizer is a dense tensor of the index (``sparse_adamw_tf_step``), one for all of its tables.
 
 Letters: n rows of a table, D dim.
 """
@@ -36,7 +36,7 @@ from recis_hybrid.saver.format.tensor_file import open_tensors
 
 _BLOCK = re.compile(r"(?P<table>.+)\.(?P<slot>[^./]+)/part_(?P<part>\d+)_(?P<parts>\d+)", re.DOTALL)
 _STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum")
-# What a sparse optimizer keeps for all of its tables: the steps done, and the products of its betas over them.
+# State of a sparse optimizer for all of its tables: the number of steps, and the powers of its betas.
 _COUNTER = re.compile(r"sparse_\w+_(step|beta1|beta2)")
 _ID_BITS = 52
 _PICKLE, _TOWERS = "model.pt", "model.safetensors"
@@ -44,7 +44,7 @@ _MOST_BYTES = 2**30
 
 
 @dataclass
-class _Read:
+class _Contents:
     """Contents of the files: blocks of tables by table, slot and rank, and dense tensors."""
 
     tables: dict[str, dict[str, dict[int, Tensor]]] = field(default_factory=dict)
@@ -63,44 +63,44 @@ def import_recis(
 ) -> Location:
     """Convert a checkpoint of RecIS: tables become the part ``engine``, towers the part ``model``.
 
-    Optimizer state is named as torch.optim does where a slot's name ends so (``sparse_adamw_tf_exp_avg`` becomes
-    ``exp_avg``); other slots are left out. The steps that the sparse optimizer has done become the steps of the tables,
-    from which an optimizer that is built over them counts on, and rows count as met in the last of them.
+    Optimizer state is named as in torch.optim if a slot's name ends that way (``sparse_adamw_tf_exp_avg`` becomes
+    ``exp_avg``). Other slots are skipped. The step of the sparse optimizer becomes the step of the tables, from which
+    an optimizer built over them continues. All rows count as looked up in that step.
 
-    Towers are in ``model.pt``, a pickle. Convert it, where it is trusted, to ``model.safetensors`` in the same folder,
-    from which they are taken; the error that asks for it has the command. The dense optimizer (``extra.pt``) is left
-    out.
+    Towers are in ``model.pt``, a pickle. If you trust it, convert it to ``model.safetensors`` in the same folder, from
+    which the towers are imported; the error message has the command. The dense optimizer (``extra.pt``) is not
+    imported.
 
     Args:
-        source: The folder that RecIS wrote.
-        to: The directory or URL that takes the checkpoint; made if it is not there.
-        step: Of the checkpoint.
-        slots: Names of slots there, and of optimizer state here; more than is found by name.
-        adam_step: Steps that the sparse optimizer has done; None for those that are saved.
-        tables_only: Whether to leave towers out.
+        source: Folder that RecIS wrote.
+        to: Directory or URL of the new checkpoint; created if missing.
+        step: Step of the new checkpoint.
+        slots: Names of optimizer states by slot of RecIS, in addition to those recognized by name.
+        adam_step: Number of steps of the sparse optimizer; None uses the saved number.
+        tables_only: Whether to skip towers.
 
     Returns:
-        Directory of the checkpoint. ``Saver(to).load_some`` takes tables and tensors from it, with ``strict=False``
-        where the optimizer differs.
+        Directory of the checkpoint. ``Saver(to).load_some`` loads tables and tensors from it, with ``strict=False`` if
+        the optimizer differs.
 
     Raises:
-        CorruptCheckpoint: A file is damaged or missing, blocks of ranks are missing, or an id comes twice.
-        CheckpointError: There is no such folder, towers are in a pickle alone, no table has a slot of ``slots``, or the
-            checkpoint is there already.
+        CorruptCheckpoint: A file is damaged or missing, blocks of some ranks are missing, or an id is duplicated.
+        CheckpointError: The folder does not exist, towers are only in a pickle, no table has a slot of ``slots``, or
+            the checkpoint exists already.
 
     Warns:
-        UserWarning: Ids of a table were cut to 52 bits, so that features need ``Mod(2**52)`` behind their hash; moments
-            of Adam come without the steps that they are of; slots are left out.
+        UserWarning: Ids of a table were truncated to 52 bits, so that features need ``Mod(2**52)`` after their hash;
+            moments of Adam have no step; or slots were skipped.
     """
     if adam_step is not None and (type(adam_step) is not int or not 0 <= adam_step < 1 << 40):
         raise CheckpointError(f"import_recis: adam_step must be an integer from 0 to 2**40 - 1, got {adam_step!r}.")
     found = _read(source)
     if not tables_only:
         _read_towers(source, found)
-    there = sorted({slot for table in found.tables.values() for slot in table})
-    unknown = sorted(set(slots or {}) - set(there))
+    present = sorted({slot for table in found.tables.values() for slot in table})
+    unknown = sorted(set(slots or {}) - set(present))
     if unknown:
-        raise CheckpointError(f"{source}: slots: no table has {unknown}, the tables have {there}. Name one of these.")
+        raise CheckpointError(f"{source}: slots: no table has {unknown}, the tables have {present}. Name one of these.")
     names = {**{name: name for name in ("id", "embedding")}, **(slots or {})}
     counters = {name: found.dense.pop(name) for name in list(found.dense) if _COUNTER.fullmatch(name)}
     done = adam_step if adam_step is not None else _steps(source, counters)
@@ -111,16 +111,17 @@ def import_recis(
     if tables_only:
         del parts["model"]
     place = publish(to, step, parts)
-    for note in _notes(tables, done, [slot for slot in there if not any(s == slot for s, _ in _wanted(there, names))]):
+    used = {slot for slot, _ in _columns(present, names)}
+    for note in _notes(tables, done, [slot for slot in present if slot not in used]):
         warnings.warn(note, stacklevel=2)
     return place
 
 
-def _read_towers(source: Path, found: _Read) -> None:
-    """Import dense tensors from ``model.safetensors``.
+def _read_towers(source: Path, found: _Contents) -> None:
+    """Read dense tensors from ``model.safetensors``.
 
     Raises:
-        CheckpointError: They are in the pickle alone.
+        CheckpointError: They are only in the pickle.
     """
     if (source / _TOWERS).is_file():
         with open_tensors(source / _TOWERS, "RecIS") as opened:
@@ -135,29 +136,29 @@ def _read_towers(source: Path, found: _Read) -> None:
             "s.save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, 'model.safetensors')"
         )
         raise CheckpointError(
-            f"{source / _PICKLE}: holds the towers as a pickle, which is never opened here, since it can run code. If "
-            f'you trust it, convert it by\n  cd {shlex.quote(str(source))} && python -c "{code}"\n'
-            "and import again; or leave the towers out with tables_only=True (--tables-only)."
+            f"{source / _PICKLE}: holds the towers as a pickle, which is never opened, because it can run code. If you "
+            f'trust it, convert it with\n  cd {shlex.quote(str(source))} && python -c "{code}"\n'
+            "and import again, or skip the towers with tables_only=True (--tables-only)."
         )
 
 
 def _steps(source: Path, counters: Mapping[str, Tensor]) -> int | None:
-    """Step of the sparse optimizers; None if unknown."""
+    """Return the step of the sparse optimizers; None if unknown."""
     steps = {name: tensor for name, tensor in counters.items() if name.endswith("_step")}
     found: list[int] = []
     for name, tensor in steps.items():
         value = tensor.item() if tensor.numel() == 1 else None
         if value is None or value != int(value) or not 0 <= value < 1 << 40:
             raise CorruptCheckpoint(
-                f"{source}: {name!r} must be one integer from 0 to 2**40 - 1, is {tensor.flatten()[:3].tolist()} of "
-                f"shape {list(tensor.shape)}. Copy it again, or give the steps by adam_step."
+                f"{source}: {name!r} must be one integer from 0 to 2**40 - 1, got {tensor.flatten()[:3].tolist()} of "
+                f"shape {list(tensor.shape)}. Copy it again, or pass adam_step."
             )
         found.append(int(value))
     return max(found, default=None)
 
 
-def _notes(tables: Mapping[str, TableState], done: int | None, left_out: list[str]) -> Iterator[str]:
-    """Note for users of the checkpoint, one text each."""
+def _notes(tables: Mapping[str, TableState], done: int | None, skipped: list[str]) -> Iterator[str]:
+    """Yield warnings for the user of the checkpoint."""
     hashed: list[str] = []
     narrow: list[str] = []
     for name, table in tables.items():
@@ -166,49 +167,49 @@ def _notes(tables: Mapping[str, TableState], done: int | None, left_out: list[st
             (hashed if int(ids.max()) >= 1 << 32 else narrow).append(name)
     if hashed:
         yield (
-            f"import_recis: the ids of the tables {hashed} lie within 52 bits: RecIS keeps id & (2**52 - 1) of "
-            "coalesced tables. Features that read them must do the same, or no id is met again: put Mod(2**52) last, "
-            "behind the hash, as in ops=[Hash('farm'), Mod(2**52)]."
+            f"import_recis: the ids of the tables {hashed} fit in 52 bits: RecIS keeps id & (2**52 - 1) in coalesced "
+            "tables. Features must do the same, or their ids are not in the tables: put Mod(2**52) last, after the "
+            "hash, as in ops=[Hash('farm'), Mod(2**52)]."
         )
     if narrow and hashed:
         yield (
-            f"import_recis: the ids of the tables {narrow} are below 2**32. If features give them ids below 0 or from "
-            "2**52 on, put Mod(2**52) there, too."
+            f"import_recis: the ids of the tables {narrow} are below 2**32. If features produce ids below 0 or "
+            "from 2**52 on, put Mod(2**52) there, too."
         )
     moments = [name for name, table in tables.items() if "exp_avg" in table.columns]
     if moments and done is None:
         yield (
-            f"import_recis: the tables {moments} have moments of Adam, and the steps that they are of are not saved: "
-            "its bias correction starts at step 0, as if they were new. Give the steps by adam_step (--adam-step)."
+            f"import_recis: the tables {moments} have moments of Adam, but their number of steps is not saved: bias "
+            "correction starts at step 0, as if they were new. Pass the steps as adam_step (--adam-step)."
         )
-    if left_out:
-        yield f"import_recis: slots {left_out} are left out; `slots` names those that are optimizer state."
+    if skipped:
+        yield f"import_recis: slots {skipped} are skipped. Name those that are optimizer state with `slots`."
 
 
-def _read(source: Path) -> _Read:
-    found = _Read()
+def _read(source: Path) -> _Contents:
+    found = _Contents()
     for file, names in _index(source).items():
         with open_tensors(file, "RecIS") as opened:
-            held = {_plain(name): name for name in opened.names()}
+            held = {_stripped(name): name for name in opened.names()}
             for name in sorted(names):
-                if _plain(name) not in held:
-                    raise CorruptCheckpoint(f"{file}: must hold the block {name!r} by the index. Copy it again.")
-                _sort(source, _plain(name), opened.read(held[_plain(name)]), found)
+                if _stripped(name) not in held:
+                    raise CorruptCheckpoint(f"{file}: must hold the block {name!r}, as the index says. Copy it again.")
+                _collect(source, _stripped(name), opened.read(held[_stripped(name)]), found)
     return found
 
 
-def _plain(name: str) -> str:
+def _stripped(name: str) -> str:
     return name.rstrip(" ")
 
 
-def _sort(source: Path, name: str, tensor: Tensor, found: _Read) -> None:
+def _collect(source: Path, name: str, tensor: Tensor, found: _Contents) -> None:
     match = _BLOCK.fullmatch(name)
     if match is None:
         found.dense[name.removesuffix("^")] = tensor
         return
     table, rank, ranks = match["table"], int(match["part"]), int(match["parts"])
     if found.ranks.setdefault(table, ranks) != ranks:
-        raise CorruptCheckpoint(f"{source}: table {table!r} is in blocks of {found.ranks[table]} and of {ranks} ranks.")
+        raise CorruptCheckpoint(f"{source}: table {table!r} has blocks of {found.ranks[table]} and of {ranks} ranks.")
     found.tables.setdefault(table, {}).setdefault(match["slot"], {})[rank] = tensor
 
 
@@ -232,24 +233,24 @@ def _index(source: Path) -> dict[Path, list[str]]:
             found.setdefault(files[number], []).append(block)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(
-            f"{path}: must be JSON that says by file_index and block_index which file has each block, but {error!r}. "
-            "Copy the folder again."
+            f"{path}: must be JSON whose file_index and block_index name the file of each block, but {error!r}. Copy "
+            "the folder again."
         ) from error
     return found
 
 
-def _table(source: Path, name: str, found: _Read, names: Mapping[str, str], done: int) -> TableState:
+def _table(source: Path, name: str, found: _Contents, names: Mapping[str, str], done: int) -> TableState:
     """Assemble a table from the slots of all ranks. Its rows count as seen in step ``done``."""
     where, ranks = f"{source}: table {name!r}", found.ranks[name]
     columns: dict[str, Tensor] = {}
-    for slot, state in _wanted(found.tables[name], names):
+    for slot, state in _columns(found.tables[name], names):
         blocks = found.tables[name][slot]
         if sorted(blocks) != list(range(ranks)):
             raise CorruptCheckpoint(f"{where}, slot {slot!r}: must have blocks of {ranks} ranks, has {sorted(blocks)}.")
         try:
             column = torch.cat([blocks[rank] for rank in range(ranks)])
         except (RuntimeError, TypeError) as error:
-            raise CorruptCheckpoint(f"{where}, slot {slot!r}: blocks do not go together: {error}.") from error
+            raise CorruptCheckpoint(f"{where}, slot {slot!r}: blocks cannot be concatenated: {error}.") from error
         columns["ids" if slot == "id" else state] = column if slot == "id" else column.reshape(column.size(0), -1)
     ids = columns.get("ids")
     if ids is None or "embedding" not in columns or ids.dtype != torch.int64 or ids.dim() != 1:
@@ -262,13 +263,13 @@ def _table(source: Path, name: str, found: _Read, names: Mapping[str, str], done
     embedding = columns["embedding"]
     state_meta: list[JSON] = [[column, values.size(1), _dtype(values)] for column, values in list(columns.items())[2:]]
     meta: dict[str, JSON] = {"dim": embedding.size(1), "dtype": _dtype(embedding), "optimizer_state": state_meta}
-    met = torch.full((ids.numel(),), done, dtype=torch.int64)
-    columns |= {"updated_step": met, "seen_step": met.clone(), "frequency": torch.zeros_like(met)}
+    seen = torch.full((ids.numel(),), done, dtype=torch.int64)
+    columns |= {"updated_step": seen, "seen_step": seen.clone(), "frequency": torch.zeros_like(seen)}
     return TableState(columns, ops.id_map.bucket_of(ids), meta)
 
 
-def _wanted(slots: Collection[str], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Slots with the names of their columns: ids, embedding, then what is optimizer state."""
+def _columns(slots: Collection[str], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield slots and the names of their columns: ids, embedding, then optimizer state."""
     yield from ((slot, slot) for slot in ("id", "embedding") if slot in slots)
     for slot in sorted(slots):
         state = names.get(slot) or next((s for s in _STATE if slot == s or slot.endswith(f"_{s}")), None)

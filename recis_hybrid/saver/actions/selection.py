@@ -15,7 +15,7 @@ _MOST = 4
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of a partial load, as ``part: name``, by the names of the live objects except for ``unused``."""
+    """Result of a partial load. Entries are ``part: name``, with live names except in ``unused``."""
 
     step: int | None
     """Step of the checkpoint; None for files that are not a checkpoint."""
@@ -25,30 +25,29 @@ class Loaded:
     """Selected names of the live objects that the checkpoint lacks; left unchanged."""
 
     unused: list[str] = field(default_factory=list)
-    """In the checkpoint, selected, but without a place in the live objects."""
+    """Selected names of the checkpoint that the live objects lack."""
 
     unfit: list[str] = field(default_factory=list)
-    """In both, but of another form, which is said: they stayed as they were."""
+    """Present in both, but shapes, dtypes or columns differ, as described; left unchanged."""
 
     def refuse(self, where: str) -> None:
-        """Raise if something was selected and has no counterpart, or another form.
+        """Raise if a selected name has no counterpart, or one that does not fit.
 
         Args:
-            where: What is loaded, for the message.
+            where: Source of the load, for the message.
 
         Raises:
-            CheckpointMismatch: There is; the first four of each kind are listed.
+            CheckpointMismatch: There are such names; the first four of each kind are listed.
         """
         found = [
-            *_some(self.unfit),
-            *_some(self.unused, "in the checkpoint only"),
-            *_some(self.missing, "in the live object only"),
+            *_first_few(self.unfit),
+            *_first_few(self.unused, "in the checkpoint only"),
+            *_first_few(self.missing, "in the live object only"),
         ]
         if found:
             raise CheckpointMismatch(
-                f"{where} does not fit the live objects: {'; '.join(found)}. Nothing was loaded. Leave "
-                "out what is not meant by `only` or `exclude`, give names by `rename`, or take what fits with "
-                "strict=False."
+                f"{where} does not fit the live objects: {'; '.join(found)}. Nothing was loaded. Narrow "
+                "the selection with `only` or `exclude`, map names with `rename`, or load what fits with strict=False."
             )
 
 
@@ -56,15 +55,15 @@ class Selection:
     """Patterns over names: ``*``, ``?`` and ``[...]`` as in file names.
 
     Args:
-        only: Patterns of the names to take; None for all.
-        exclude: Patterns of names to leave out.
-        rename: Names that the checkpoint has, and those of the live object: ``{"encoder.*": "tower.*"}``. The first
-            pattern that matches counts; each ``*`` on the right takes what the ``*`` on the left of the same place
-            matched.
+        only: Patterns of the names to load; None for all.
+        exclude: Patterns of names to skip.
+        rename: Maps names in the checkpoint to names in the live object: ``{"encoder.*": "tower.*"}``. The first
+            pattern that matches applies. Each ``*`` on the right stands for the text that the corresponding ``*`` on
+            the left matched.
 
     Raises:
-        CheckpointError: An argument is not made of strings, ``only`` is empty, or a name on the right has more ``*``
-            than the pattern on its left.
+        CheckpointError: An argument has values that are not strings, ``only`` is empty, or a name on the right has more
+            ``*`` than the pattern on its left.
     """
 
     def __init__(
@@ -73,17 +72,19 @@ class Selection:
         self._only = None if only is None else _listed("only", only)
         self._exclude = _listed("exclude", exclude)
         if self._only == []:
-            raise CheckpointError("only: must have at least one pattern, got none. Leave it out to load everything.")
+            raise CheckpointError("only: must have at least one pattern, got none. Omit it to load everything.")
         if rename is not None and not (
             isinstance(rename, Mapping) and all(isinstance(text, str) for pair in rename.items() for text in pair)
         ):
-            raise CheckpointError(f"rename: must map names to names, as {{'old.*': 'new.*'}}, got {rename!r}.")
+            raise CheckpointError(f"rename: must map names to names, such as {{'old.*': 'new.*'}}, got {rename!r}.")
         self._renamed = dict(rename or {})
         self._rename: list[tuple[re.Pattern[str], list[str]]] = []
         for pattern, name in self._renamed.items():
             pieces = name.split("*")
             if pattern.count("*") < len(pieces) - 1:
-                raise CheckpointError(f"rename: {name!r} must have at most as many '*' as {pattern!r}. Write it out.")
+                raise CheckpointError(
+                    f"rename: {name!r} must have at most as many '*' as {pattern!r}. Write the name out."
+                )
             self._rename.append((_grouped(pattern), pieces))
 
     def takes(self, name: str) -> bool:
@@ -92,7 +93,7 @@ class Selection:
         return chosen and not any(fnmatchcase(name, pattern) for pattern in self._exclude)
 
     def live_name(self, name: str) -> str:
-        """Return the name that the live object has for what the checkpoint calls ``name``."""
+        """Return the live object's name for a name in the checkpoint."""
         for pattern, pieces in self._rename:
             match = pattern.fullmatch(name)
             if match is not None:
@@ -100,18 +101,18 @@ class Selection:
         return name
 
     def live_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Map selected names of a checkpoint.
+        """Map the selected names of a checkpoint to the live object.
 
-        A name is selected by what the checkpoint calls it, or by what the live object does.
+        A name is selected by its name in the checkpoint or by its name in the live object.
 
         Args:
-            names: All of the checkpoint.
+            names: All names in the checkpoint.
 
         Returns:
-            Names of the checkpoint by names of the live object.
+            Names in the checkpoint, by name in the live object.
 
         Raises:
-            CheckpointError: Two get the same name.
+            CheckpointError: Two names have the same name in the live object.
         """
         found: dict[str, str] = {}
         for name in names:
@@ -128,16 +129,16 @@ class Selection:
         """Raise if a pattern matches no name, or no name is selected.
 
         Args:
-            where: What is loaded, for the message.
-            saved: All names in the checkpoint, over all parts that are loaded.
+            where: Source of the load, for the message.
+            saved: All names in the checkpoint, of all parts to load.
             live: All names in the live objects.
 
         Raises:
-            CheckpointError: A pattern of ``only`` or ``exclude`` matches neither a name in the checkpoint nor one in
-                the live objects, one of ``rename`` applies to no name in the checkpoint, or all names are excluded.
+            CheckpointError: A pattern of ``only`` or ``exclude`` matches no name in the checkpoint or in the live
+                objects, one of ``rename`` applies to no name in the checkpoint, or all names are excluded.
         """
-        there, here = list(dict.fromkeys(saved)), list(dict.fromkeys(live))
-        known = list(dict.fromkeys([*there, *(self.live_name(name) for name in there), *here]))
+        saved_names, live_names = list(dict.fromkeys(saved)), list(dict.fromkeys(live))
+        known = list(dict.fromkeys([*saved_names, *(self.live_name(name) for name in saved_names), *live_names]))
         for argument, patterns in (("only", self._only or []), ("exclude", self._exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in known):
@@ -145,24 +146,24 @@ class Selection:
                         f"{where}: {argument}={pattern!r} matches no name in the checkpoint or in the live objects"
                         f"{_near(pattern, known)}. Nothing was loaded."
                     )
-        left = set(there)
+        unmatched = set(saved_names)
         for pattern, (compiled, _) in zip(self._renamed, self._rename, strict=True):
-            matched = {name for name in there if compiled.fullmatch(name)}
+            matched = {name for name in saved_names if compiled.fullmatch(name)}
             if not matched:
                 raise CheckpointError(
-                    f"{where}: rename={pattern!r} matches no name in the checkpoint{_near(pattern, there)}. Nothing "
-                    "was loaded."
+                    f"{where}: rename={pattern!r} matches no name in the checkpoint"
+                    f"{_near(pattern, saved_names)}. Nothing was loaded."
                 )
-            if not matched & left:
+            if not matched & unmatched:
                 raise CheckpointError(
-                    f"{where}: rename={pattern!r} renames nothing, since patterns before it match the same names: the "
-                    "first that matches counts. Put it before them, or leave it out. Nothing was loaded."
+                    f"{where}: rename={pattern!r} renames nothing, because earlier patterns match the same names and "
+                    "the first match applies. Move it before them, or remove it. Nothing was loaded."
                 )
-            left -= matched
+            unmatched -= matched
         if (
             known
-            and not any(self._chosen(name, self.live_name(name)) for name in there)
-            and not any(self.takes(name) for name in here)
+            and not any(self._chosen(name, self.live_name(name)) for name in saved_names)
+            and not any(self.takes(name) for name in live_names)
         ):
             raise CheckpointError(
                 f"{where}: only={self._only} and exclude={self._exclude} select none of {len(known)} names"
@@ -174,7 +175,7 @@ class Selection:
         return wanted and not any(fnmatchcase(n, p) for n in (name, live) for p in self._exclude)
 
 
-def _some(names: list[str], where: str = "") -> list[str]:
+def _first_few(names: list[str], where: str = "") -> list[str]:
     shown = [f"{name} is {where}" if where else name for name in names[:_MOST]]
     return shown + ([f"and {len(names) - _MOST} more like these"] if len(names) > _MOST else [])
 
@@ -183,20 +184,20 @@ def _listed(argument: str, patterns: str | Iterable[str]) -> list[str]:
     listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else None
     if listed is None or not all(isinstance(pattern, str) for pattern in listed):
         raise CheckpointError(
-            f"{argument}: must be a pattern or a list of patterns, as ['user', 'tower.*'], got {patterns!r}."
+            f"{argument}: must be a pattern or a list of patterns, such as ['user', 'tower.*'], got {patterns!r}."
         )
     return listed
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """Return near names as the end of a sentence; prefixes of a name up to a dot count too."""
+    """Return similar names as the end of a sentence; prefixes of a name up to a dot count, too."""
     wanted = pattern.lower().rstrip("*.")
-    beginnings: dict[str, list[str]] = {}
+    prefixes: dict[str, list[str]] = {}
     for name in names:
         for end in [*(match.start() for match in re.finditer(r"\.", name)), len(name)]:
-            beginnings.setdefault(name[:end].lower(), []).append(name)
-    close = difflib.get_close_matches(wanted, beginnings, n=_MOST)
-    near = list(dict.fromkeys(name for beginning in close for name in beginnings[beginning]))
+            prefixes.setdefault(name[:end].lower(), []).append(name)
+    close = difflib.get_close_matches(wanted, prefixes, n=_MOST)
+    near = list(dict.fromkeys(name for prefix in close for name in prefixes[prefix]))
     if near:
         return f"; similar names: {_shown(near)}"
     return f"; there are {_shown(names)}" if names else "; there are none"
@@ -208,7 +209,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _grouped(pattern: str) -> re.Pattern[str]:
-    """As ``fnmatch``, but what each ``*`` matches is a group."""
+    """Compile a pattern of ``fnmatch``, with a group for each ``*``."""
     pieces = re.split(r"(\*|\?|\[!?\]?[^\]]*\])", pattern)
     words = {"*": "(.*)", "?": "."}
     for number, piece in enumerate(pieces):

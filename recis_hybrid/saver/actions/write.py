@@ -1,4 +1,4 @@
-"""Writes a whole checkpoint, all ranks together: apart from the others, forced to the disk, then put in its place."""
+"""Writes a checkpoint: all ranks write and sync files in a separate folder, then rank 0 commits it."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ from recis_hybrid.saver.storage.resolve import Storage, storage_of
 from recis_hybrid.saver.storage.step_directory import step_name
 
 Target: TypeAlias = str | os.PathLike[str]
-"""A directory or URL that a checkpoint is written to."""
+"""A directory or URL to write a checkpoint to."""
 
 
 @dataclass(frozen=True)
 class CapturedPart:
-    """A part on its way to files."""
+    """The captured state of a part, ready to be written."""
 
     kind: str
     """One of ``manifest.KINDS``."""
     state: Callable[[], PartState]
-    """Returns the state of this rank; called once, perhaps in another thread."""
+    """Returns this rank's state. Called once, possibly in another thread."""
     per_rank: bool = False
-    """True if each rank writes its own state. Otherwise rank 0 writes all but the tables, which ranks share."""
+    """True if each rank writes its own state. Otherwise rank 0 writes everything but tables, which ranks share."""
 
 
 def write_checkpoint(
     storage: Storage, ranks: Ranks, step: int, parts: Mapping[str, CapturedPart], link: Link | None = None
 ) -> None:
-    """Write a checkpoint; if that fails, nothing of it is left.
+    """Write a checkpoint; collective. If it fails, none of its files remain.
 
     Args:
-        storage: Where checkpoints lie; the caller has taken it.
+        storage: Storage of the checkpoints, which the caller has taken.
         ranks: This rank and the others.
-        step: Step of the checkpoint; one that exists is replaced.
-        parts: Its parts by name, the same names and kinds on all ranks.
+        step: Step of the checkpoint; an existing one is replaced.
+        parts: Parts by name; the same names and kinds on all ranks.
         link: The checkpoint that it builds on.
 
     Raises:
-        CheckpointError: It cannot be written, or another rank failed.
+        CheckpointError: The checkpoint cannot be written, or another rank failed.
     """
     folder, first = storage.folder(step), ranks.rank == 0
     entries: dict[str, PartEntry] = {}
@@ -87,12 +87,12 @@ def write_checkpoint(
 
 
 def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Location:
-    """Write a checkpoint whose states do not come from live objects, by this process alone.
+    """Write a checkpoint from states that are not those of live objects, by this process alone.
 
     Args:
-        root: Directory or URL of the checkpoint; made if it does not exist.
+        root: Directory or URL of the checkpoint; created if missing.
         step: Step of the checkpoint.
-        parts: Its parts by name.
+        parts: Parts by name.
 
     Returns:
         Directory of the checkpoint.
@@ -102,7 +102,7 @@ def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Locat
     """
     storage = storage_of(root)
     place = storage.root / step_name(step)
-    # Before the storage is taken, which may end another job's saves, and again when no other job can write to it.
+    # Before the storage is taken, which may stop another job's saves, and again once no other job can write to it.
     _refuse_existing(place)
     storage.take()
     _refuse_existing(place)
@@ -111,7 +111,7 @@ def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Locat
 
 
 def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> dict[str, PartEntry]:
-    """Write the files of a part, all ranks together, and force them to the disk.
+    """Write and sync the files of a part; collective.
 
     Args:
         root: Directory of the checkpoint.
@@ -120,10 +120,10 @@ def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> 
         part: The part.
 
     Returns:
-        Entries of the manifest by name: one, or with ``per_rank`` one for each rank, named ``name[rank]``.
+        Manifest entries by name: one, or with ``per_rank`` one per rank, named ``name[rank]``.
 
     Raises:
-        CheckpointError: The state cannot be saved as it is, or cannot be written.
+        CheckpointError: The state is not valid, or cannot be written.
     """
     own = f"{name}[{ranks.rank}]" if part.per_rank else name
     where = f"Saver.save: part {own!r}"
@@ -149,8 +149,8 @@ def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> 
 
     written = [answer for answer in ranks.together(write_dense) if answer is not None]
     entries = write_tables(root, ranks, name, tables)
-    for table, gone in write_tables(root, ranks, name, removed, "removed").items():
-        entries[table] = replace(entries[table], removed=RemovedEntry(gone.rows, gone.ranges))
+    for table, ids in write_tables(root, ranks, name, removed, "removed").items():
+        entries[table] = replace(entries[table], removed=RemovedEntry(ids.rows, ids.ranges))
     return {
         each: PartEntry(
             part.kind,
@@ -164,7 +164,7 @@ def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> 
 
 
 def _write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> list[JSON]:
-    """Write the dense tensors of a part, and return the file's path, size and checksums."""
+    """Write the dense tensors of a part, and return the path, size and checksums of the file."""
     relative = f"dense/{encode_name(name)}.safetensors"
     (root / "dense").mkdir(exist_ok=True)
     size, sums = write_tensors(root / relative, tensors, part_tag(name))

@@ -1,4 +1,4 @@
-"""A checkpoint on disk with those it builds on: an incremental one has only what changed since the one before."""
+"""A checkpoint on disk and the chain it builds on: an incremental one holds changes since the one before."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from recis_hybrid.checkpointing import BUCKETS, PartState, TableState
-from recis_hybrid.saver.checkpoint.delta import between, combined, put_over
-from recis_hybrid.saver.checkpoint.table_files import read_pieces, read_table, whole_table
+from recis_hybrid.saver.checkpoint.delta import apply_changes, between, merge_changes
+from recis_hybrid.saver.checkpoint.table_files import concatenate, read_pieces, read_table
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
@@ -22,16 +22,16 @@ from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
 
 
 class StoredCheckpoint:
-    """One checkpoint, whose manifest has been read and held against the folder.
+    """A checkpoint whose manifest has been read and compared with its directory.
 
     Args:
-        root: The directory in which it and those it builds on lie.
-        step: Its step.
-        listed: Whether to list its files, and those of what it builds on, which one rank does for all.
+        root: Directory that contains it and those it builds on.
+        step: Step of the checkpoint.
+        listed: Whether to list its files, and those of the checkpoints it builds on. One rank does so for all.
 
     Raises:
         CorruptCheckpoint: The manifest is damaged, or a file is missing, unknown or of another size.
-        CheckpointError: It is not there, or has another format version.
+        CheckpointError: The checkpoint does not exist, or its format version is not supported.
     """
 
     def __init__(self, root: Location, step: int, *, listed: bool = True) -> None:
@@ -42,19 +42,16 @@ class StoredCheckpoint:
         self._previous: StoredCheckpoint | None = None
 
     def previous(self) -> StoredCheckpoint:
-        """Return the checkpoint that this one builds on.
-
-        Returns:
-            It, of an incremental checkpoint.
+        """Return the checkpoint that this incremental one builds on.
 
         Raises:
-            CorruptCheckpoint: It is missing, damaged, or another than when this one was written.
+            CorruptCheckpoint: That checkpoint is missing or damaged, or has changed since this one was written.
         """
         link = self.manifest.previous
         assert link is not None
         if self._previous is None:
             path = self.root / step_name(link.step) / MANIFEST
-            where = f"{self.directory}: holds what changed since step {link.step}, which"
+            where = f"{self.directory}: holds changes since step {link.step}, which"
             if not path.is_file():
                 raise CorruptCheckpoint(f"{where} is missing in {self.root}. Put it back, or load another step.")
             found = link_to(self.root, link.step)
@@ -66,17 +63,14 @@ class StoredCheckpoint:
         return self._previous
 
     def part(self, name: str, kind: str) -> PartEntry:
-        """Find a part of a kind.
+        """Return the manifest entry of a part of a kind.
 
         Args:
-            name: Its name.
+            name: Name of the part.
             kind: One of ``manifest.KINDS``.
 
-        Returns:
-            What the manifest says of it.
-
         Raises:
-            CheckpointMismatch: There is no such part, or it is of another kind.
+            CheckpointMismatch: The part does not exist, or is of another kind.
         """
         parts = self.manifest.parts
         where = f"{self.directory / MANIFEST}: part {name!r}"
@@ -84,24 +78,23 @@ class StoredCheckpoint:
             near = difflib.get_close_matches(name, parts, n=1)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise CheckpointMismatch(
-                f"{where} must be in the checkpoint, which has {sorted(parts)}{meant}. Leave it out, or save it first."
+                f"{where} must be in the checkpoint, which has {sorted(parts)}{meant}. Omit it, or save it first."
             )
         found = parts[name].kind
         if found != kind:
             remedy = "Use Saver.read_json." if found == "json" else "Pass the object that was saved under this name."
-            raise CheckpointMismatch(f"{where} was saved from a {found}, but a {kind} was asked for. {remedy}")
+            raise CheckpointMismatch(f"{where} was saved from a {found}, but a {kind} was requested. {remedy}")
         return parts[name]
 
     def verify(self, name: str, reads: Reads | None = None) -> None:
-        """Read all files that a part needs, those of earlier checkpoints among them, and look whether they are sound.
+        """Read and verify all files that a part needs, including those of earlier checkpoints.
 
         Args:
             name: Name of the part.
             reads: Counts the bytes of tables that are read.
 
         Raises:
-            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing or
-                another one.
+            CorruptCheckpoint: A file differs from the manifest, or an earlier checkpoint is missing or has changed.
         """
         entry = self.manifest.parts[name]
         self.dense(name)
@@ -110,9 +103,12 @@ class StoredCheckpoint:
                 pass
 
     def rows(self, name: str, table: str) -> int:
-        """About how many rows a table has, but never more than its files can hold, whatever the manifest says."""
+        """Estimate the number of rows of a table.
+
+        The estimate is limited to what the files can hold, whatever the manifest says.
+        """
         entry = self.manifest.parts[name].tables[table]
-        layers = [entry, *(below for _, below in self._below(name, table))]
+        layers = [entry, *(below for _, below in self._earlier(name, table))]
         width = sum(math.prod(spec.shape) * spec.itemsize for spec in entry.columns.values())
         return sum(min(item.rows, item.file.size // width) for layer in layers for item in layer.ranges)
 
@@ -124,23 +120,23 @@ class StoredCheckpoint:
         wanted: Callable[[str], tuple[int, int]] = lambda _: (0, BUCKETS),
         reads: Reads | None = None,
     ) -> PartState:
-        """Read a part; what is read is compared with its checksums.
+        """Read a part and verify its checksums.
 
         Args:
             name: Name of the part.
-            tables: The tables to read; None for all.
-            wanted: By the name of each, the first bucket to read of it, and the one after the last.
+            tables: Tables to read; None for all.
+            wanted: Returns, for the name of a table, the first bucket to read and the one after the last.
             reads: Counts the bytes of tables that are read.
 
         Returns:
-            The state, tables whole, in memory of its own.
+            The state, with all changes of the chain applied to its tables, in new memory.
 
         Raises:
-            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing.
+            CorruptCheckpoint: A file differs from the manifest, or an earlier checkpoint is missing.
         """
         entry = self.manifest.parts[name]
         whole = {
-            table: whole_table(rows, list(self.pieces(name, table, wanted(table), reads or Reads())))
+            table: concatenate(rows, list(self.pieces(name, table, wanted(table), reads or Reads())))
             for table, rows in entry.tables.items()
             if tables is None or table in tables
         }
@@ -165,7 +161,7 @@ class StoredCheckpoint:
         return read_tensors(path, f"part {name!r}", file.size, file.crc32, entry.tensors, part_tag(name))
 
     def pieces(self, name: str, table: str, wanted: tuple[int, int], reads: Reads) -> Iterator[Rows]:
-        """Read the rows of some buckets of a table in pieces, with what this checkpoint and others changed in them.
+        """Read the rows of some buckets of a table in pieces, with all changes of the chain applied.
 
         Args:
             name: Name of the part.
@@ -177,23 +173,23 @@ class StoredCheckpoint:
             Rows, in order of (bucket, id).
 
         Raises:
-            CorruptCheckpoint: A file does not hold what the manifest says, or an earlier checkpoint is missing.
+            CorruptCheckpoint: A file differs from the manifest, or an earlier checkpoint is missing.
         """
-        layers = [(self, self.manifest.parts[name].tables[table]), *self._below(name, table)]
+        layers = [(self, self.manifest.parts[name].tables[table]), *self._earlier(name, table)]
         (base, entry), later = layers[-1], layers[-2::-1]
         pieces = read_pieces(base.directory, name, table, entry, wanted, reads)
         if not later:
             yield from pieces
             return
-        change = combined([_change(at.directory, name, table, rows, wanted, reads) for at, rows in later])
+        change = merge_changes([_change(at.directory, name, table, rows, wanted, reads) for at, rows in later])
         items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
         for item, rows in zip(items, pieces, strict=True):
             part = between(change, max(item.first_bucket, wanted[0]), min(item.last_bucket + 1, wanted[1]))
-            state = put_over(TableState(rows.columns, rows.buckets, {}), part)
+            state = apply_changes(TableState(rows.columns, rows.buckets, {}), part)
             yield Rows(state.columns, state.buckets)
 
-    def _below(self, name: str, table: str) -> Iterator[tuple[StoredCheckpoint, TableEntry]]:
-        """Return the earlier states of a table that are needed, newest first."""
+    def _earlier(self, name: str, table: str) -> Iterator[tuple[StoredCheckpoint, TableEntry]]:
+        """Yield the earlier states that a table builds on, newest first."""
         at, entry = self, self.manifest.parts[name].tables[table]
         while entry.removed is not None:
             at = at.previous()
@@ -211,52 +207,52 @@ class StoredCheckpoint:
 def _change(
     root: Location, name: str, table: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
 ) -> TableState:
-    """Return the changes of some buckets of a table in an incremental checkpoint: rows, and removed ids."""
+    """Return the changes of some buckets of a table in an incremental checkpoint: rows and removed ids."""
     assert entry.removed is not None
     rows = read_table(root, name, table, entry, wanted, reads)
     return replace(rows, removed=read_table(root, name, table, entry.removed.as_table(), wanted, reads))
 
 
 def link_to(root: Location, step: int) -> Link:
-    """Return what an incremental checkpoint says of the one it builds on.
+    """Return the link by which an incremental checkpoint refers to the one it builds on.
 
     Args:
-        root: The directory of both.
-        step: Of the earlier one.
+        root: Directory of both.
+        step: Step of the earlier one.
 
     Returns:
         Its step, and the SHA-256 of its manifest.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The manifest cannot be read.
     """
     return Link(step, hashlib.sha256((root / step_name(step) / MANIFEST).read_bytes()).hexdigest())
 
 
-def superfluous(root: Location, steps: list[int], keep: int, links: dict[int, int | None]) -> list[int]:
-    """Find the checkpoints that are to be given up.
+def obsolete_steps(root: Location, steps: list[int], keep: int, links: dict[int, int | None]) -> list[int]:
+    """Return the steps of the checkpoints to delete.
 
     Args:
-        root: The directory.
-        steps: The checkpoints in it, ascending.
-        keep: How many of the newest to keep, and those that they build on.
-        links: By step what it builds on, as far as it has been read; filled up.
+        root: Directory of the checkpoints.
+        steps: Steps of all checkpoints, ascending.
+        keep: Number of newest checkpoints to keep, together with those that they build on.
+        links: The step that each checkpoint builds on, as far as known; extended.
 
     Returns:
-        Their steps, each before those that it builds on: at no moment is there one that lacks what it needs.
+        Steps to delete, each before those that it builds on, so that no checkpoint ever lacks what it needs.
     """
     if len(steps) <= keep:
         return []
     try:
         needed = _needed(root, steps[-keep:], links)
     except CheckpointError:
-        # What a damaged one builds on is not known: nothing goes until it has left the newest.
+        # Delete nothing while a damaged checkpoint is among the newest `keep`: what it builds on is unknown.
         return []
     return [step for step in reversed(steps[:-keep]) if step not in needed]
 
 
 def _needed(root: Location, steps: list[int], links: dict[int, int | None]) -> set[int]:
-    """Return the steps of checkpoints that are to be loadable, and of those that they build on."""
+    """Return the steps of the given checkpoints, and of all that they build on."""
     needed: set[int] = set()
     for step in steps:
         at: int | None = step
@@ -270,22 +266,22 @@ def _needed(root: Location, steps: list[int], links: dict[int, int | None]) -> s
 
 
 def other_steps(root: Location, steps: list[int], step: int, error: str) -> str:
-    """Say which other checkpoints there are than a damaged one.
+    """Describe the other checkpoints, for the error message of a damaged one.
 
     Args:
-        root: The directory.
-        steps: The checkpoints in it.
-        step: Of the damaged one.
-        error: What is wrong with it, with the path of the file.
+        root: Directory of the checkpoints.
+        steps: Steps of all checkpoints.
+        step: Step of the damaged one.
+        error: Its error message, with the path of the damaged file.
 
     Returns:
-        A text, which names the newest of the others that has all its files and all that it builds on; checksums are not
-        looked at.
+        A text that names the newest other checkpoint that has all its files and all that it builds on. Checksums are
+        not verified.
     """
     others = [other for other in steps if other != step]
     if not others:
         return f"There is no other step in {root}."
-    # A file that the message names may be of an earlier one, on which others build too.
+    # The damaged file may belong to an earlier checkpoint that others build on, too.
     whole = (other for other in sorted(others, reverse=True) if f"{root / step_name(other)}/" not in error)
     last = next((other for other in whole if _is_complete(root, other)), None)
     offer = "none of them has all its files" if last is None else f"the last one with all its files is {last}"

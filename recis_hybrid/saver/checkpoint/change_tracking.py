@@ -1,4 +1,4 @@
-"""State that a saver keeps between saves, so that the next one writes only changes."""
+"""State that a saver keeps between saves, so that the next one can write only changes."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from recis_hybrid.saver.runtime.ranks import Ranks
 
 
 class Tracking:
-    """The checkpoint that the live objects were last saved to or loaded from, and who notes what changed since.
+    """The checkpoint of the last save or load, and records of what has changed in the live objects since.
 
-    Nothing is noted until ``on`` is set.
+    Nothing is recorded until ``enabled`` is set.
 
     Args:
-        root: The directory of the checkpoints.
+        root: Directory of the checkpoints.
     """
 
     def __init__(self, root: Location) -> None:
-        self.on = False
+        self.enabled = False
         self._root = root
         self._link: Link | None = None
         self._watches: dict[str, object] = {}
 
     def changes(self, ranks: Ranks, parts: Mapping[str, Part]) -> tuple[Link | None, dict[str, PartState]]:
-        """Take what changed, all ranks together.
+        """Return the changes since the last checkpoint; collective.
 
         Args:
             ranks: This rank and the others.
-            parts: The parts to be saved.
+            parts: The parts to save.
 
         Returns:
-            What the next checkpoint can build on: None if there is nothing, or it is not there any more. And by part
-            what changed since then; a part for which that cannot be told is left out.
+            The checkpoint that the next one can build on, None if there is none or it no longer exists; and the changes
+            by part, without parts whose changes are unknown.
         """
-        if not ranks.together(lambda: ranks.rank == 0 and self._is_there())[0]:
+        if not ranks.together(lambda: ranks.rank == 0 and self._base_exists())[0]:
             return None, {}
         found: dict[str, PartState] = {}
         whole: dict[str, set[str]] = {name: set() for name in self._watches.keys() & parts.keys()}
 
         def take() -> dict[str, JSON]:
             for name in sorted(whole):
-                source = _source(parts[name])
+                source = _tables_of(parts[name])
                 state = None if source is None else source.checkpoint_changes(self._watches[name], whole[name])
                 if state is not None:
                     found[name] = state
@@ -55,7 +55,7 @@ class Tracking:
             }
 
         answers = ranks.together(take)
-        # A part is told of by all ranks or by none, and a table is whole on all ranks or on none.
+        # All ranks or none must know the changes of a part, and a table must be whole on all ranks or on none.
         common = set.intersection(*(set(answer) for answer in answers))
         for name in found.keys() - common:
             del found[name]
@@ -66,30 +66,30 @@ class Tracking:
         return self._link, found
 
     def watch(self, parts: Mapping[str, Part]) -> dict[str, object]:
-        """Begin to note what changes in parts, for the checkpoint that is made of them now; by part, who notes."""
-        sources = {name: _source(part) for name, part in parts.items()} if self.on else {}
+        """Start to record changes of parts, and return the records by part; empty unless enabled."""
+        sources = {name: _tables_of(part) for name, part in parts.items()} if self.enabled else {}
         return {name: source.watch_checkpoint_changes() for name, source in sources.items() if source is not None}
 
     def start_from(self, ranks: Ranks, step: int, watches: dict[str, object]) -> None:
-        """Take a checkpoint as the one that the next can build on.
+        """Set the checkpoint that the next one can build on.
 
         Args:
             ranks: This rank and the others.
             step: Its step.
-            watches: By part, who has noted what changed since.
+            watches: Records of the changes since then, by part.
         """
         self._link, self._watches = None, {}
-        if self.on:
-            # Other machines may see the manifest late.
+        if self.enabled:
+            # Rank 0 reads the manifest, because other machines may see it late.
             sha256 = ranks.together(lambda: link_to(self._root, step).sha256 if ranks.rank == 0 else None)[0]
             self._link, self._watches = Link(step, sha256), watches
 
-    def _is_there(self) -> bool:
+    def _base_exists(self) -> bool:
         try:
             return self._link is not None and link_to(self._root, self._link.step) == self._link
         except OSError:
             return False
 
 
-def _source(part: Part) -> SaveableTables | None:
+def _tables_of(part: Part) -> SaveableTables | None:
     return part.value if isinstance(part, SaveablePart) and isinstance(part.value, SaveableTables) else None

@@ -1,7 +1,7 @@
-"""Puts what changed in a table over what it was.
+"""Applies changes to tables.
 
-Legend: n rows of the earlier state, m rows that changed, r ids that went, k rows of the later state. All of them are
-sorted by (bucket, id).
+Legend: n rows of the earlier state, m changed rows, r removed ids, k rows of the later state. All of them are sorted by
+(bucket, id).
 """
 
 from __future__ import annotations
@@ -17,63 +17,63 @@ from recis_hybrid.checkpointing import TableState
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def combined(changes: list[TableState]) -> TableState:
-    """Put successive changes together, so that the rows that they are put over, which are most, move once.
+def merge_changes(changes: list[TableState]) -> TableState:
+    """Merge successive changes, so that the rows of the base, usually by far the most, move only once.
 
     Args:
-        changes: At least one; what changed since the state before, ``removed`` not None; of equal columns.
+        changes: Changes since the state before, at least one; ``removed`` is not None, and columns are equal.
 
     Returns:
-        What changed in all. Tensors of the first may have been overwritten.
+        All changes. Tensors of the first may have been overwritten.
     """
     total = changes[0]
     for later in changes[1:]:
         assert total.removed is not None
         assert later.removed is not None
-        gone = _put_over(total.removed, later.removed, later)
-        total = replace(_put_over(total, later, later.removed), removed=gone)
+        removed_ids = _apply(total.removed, later.removed, later)
+        total = replace(_apply(total, later, later.removed), removed=removed_ids)
     return total
 
 
 def between(change: TableState, first: int, stop: int) -> TableState:
-    """Return what changed in the buckets from ``first`` to ``stop`` - 1, as views."""
+    """Return the changes in the buckets from ``first`` to ``stop`` - 1, as views."""
     begin, end = torch.searchsorted(change.buckets, torch.tensor([first, stop])).tolist()
     columns = {name: column[begin:end] for name, column in change.columns.items()}
     removed = None if change.removed is None else between(change.removed, first, stop)
     return TableState(columns, change.buckets[begin:end], change.meta, removed=removed)
 
 
-def put_over(table: TableState, change: TableState) -> TableState:
-    """Put what changed over a table, or over the rows of some of its buckets, where ``change`` is of the same buckets.
+def apply_changes(table: TableState, change: TableState) -> TableState:
+    """Apply changes to a table, or to the rows of some buckets if ``change`` has the same buckets.
 
     Args:
         table: The rows [n] before; its tensors may be overwritten.
-        change: The rows [m] that changed, and the ids [r] that went.
+        change: The changed rows [m], and the removed ids [r].
 
     Returns:
         The rows [k] after.
     """
     assert change.removed is not None
-    return _put_over(table, change, change.removed)
+    return _apply(table, change, change.removed)
 
 
-def _put_over(table: TableState, rows: TableState, gone: TableState) -> TableState:
-    """Give ``table`` the rows of ``rows``, in place of its own of the same ids, and take away the ids of ``gone``."""
+def _apply(table: TableState, rows: TableState, removed_ids: TableState) -> TableState:
+    """Replace or insert ``rows`` in ``table``, and remove the ids of ``removed_ids``."""
     n = table.buckets.numel()
     if n == 0:
         return replace(table, columns=rows.columns, buckets=rows.buckets)
-    at, there = _find(table, rows)
-    leaving, leaves = _find(table, gone)
+    place, exists = _find(table, rows)
+    removed_place, is_removed = _find(table, removed_ids)
     for name, column in table.columns.items():
-        _words(column)[at[there]] = _words(rows.columns[name])[there]
-    fresh = (~there).nonzero().view(-1)
-    if fresh.numel() == 0 and not bool(leaves.any()):
+        _words(column)[place[exists]] = _words(rows.columns[name])[exists]
+    fresh = (~exists).nonzero().view(-1)
+    if fresh.numel() == 0 and not bool(is_removed.any()):
         return table
-    stays = np.ones(n + fresh.numel(), dtype=bool)
-    stays[leaving[leaves].numpy()] = False
-    # Where each row of the result comes from: a row of the table, or n + the number of a fresh one.
-    source = np.insert(np.arange(n), at[fresh].numpy(), np.arange(n, n + fresh.numel()))
-    chosen = torch.from_numpy(source[stays[source]])
+    is_kept = np.ones(n + fresh.numel(), dtype=bool)
+    is_kept[removed_place[is_removed].numpy()] = False
+    # Source of each row of the result: a row of the table, or n + the number of a new one.
+    source = np.insert(np.arange(n), place[fresh].numpy(), np.arange(n, n + fresh.numel()))
+    chosen = torch.from_numpy(source[is_kept[source]])
     new = (chosen >= n).nonzero().view(-1)
     picked = fresh[chosen[new] - n]
     chosen[new] = 0
@@ -83,7 +83,7 @@ def _put_over(table: TableState, rows: TableState, gone: TableState) -> TableSta
         result[new] = _words(of_rows)[picked]
         return result.view(column.dtype)
 
-    # One column at a time, the old one given up at once: memory for one more of them is needed.
+    # One column at a time, freeing the old one, so that only one more column is in memory.
     columns = dict(table.columns)
     for name in columns:
         columns[name] = joined(columns[name], rows.columns[name])
@@ -105,5 +105,5 @@ def _find(table: TableState, wanted: TableState) -> tuple[Tensor, Tensor]:
 
 
 def _words(column: Tensor) -> Tensor:
-    """Return the same memory as integers, which torch can pick and put whatever the dtype is."""
+    """Return the same memory as integers, which torch can index whatever the dtype."""
     return column.view(_WORDS[column.element_size()])

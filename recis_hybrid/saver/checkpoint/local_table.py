@@ -1,6 +1,6 @@
-"""This rank's rows of a table, checked and in the order of files: by (bucket, id).
+"""This rank's rows of a table, checked and sorted by (bucket, id), as in files.
 
-Legend: n rows of this rank, K buckets that have rows.
+Legend: n rows of this rank, K buckets with rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class LocalTable:
     """Dtype and shape of one row, by column; "ids" first."""
     meta: dict[str, JSON]
     ids: Tensor
-    """int64 ``[n]``, in order."""
+    """int64 ``[n]``, sorted."""
     present: Tensor
-    """int64 ``[K]``, ascending: the buckets that have rows."""
+    """int64 ``[K]``, ascending: buckets with rows."""
     offsets: Tensor
-    """int64 ``[K + 1]``: rows ``offsets[k]`` to ``offsets[k + 1]`` are of ``present[k]``."""
+    """int64 ``[K + 1]``: rows ``offsets[k]`` to ``offsets[k + 1]`` belong to ``present[k]``."""
     reader: RowReader
     """Reads the other columns."""
 
@@ -60,34 +60,34 @@ class LocalTable:
 
 
 def local_table(where: str, name: str, state: TableState) -> LocalTable:
-    """Check a table's rows and put them in order.
+    """Check a table's rows and sort them.
 
     Args:
-        where: What it is, for messages.
-        name: Its name.
+        where: Part and table, for messages.
+        name: Name of the table.
         state: The rows.
 
     Returns:
-        The rows in order; nothing is copied but what must be to sort.
+        The sorted rows; columns are not copied.
 
     Raises:
-        CheckpointError: The state breaks the rules of ``TableState``, or holds an id twice.
+        CheckpointError: The state breaks the rules of ``TableState``, or has an id twice.
     """
     _check(where, state)
     if state.buckets.numel():
         least, most = (int(bucket) for bucket in state.buckets.aminmax())
         if not 0 <= least <= most < BUCKETS:
             raise CheckpointError(
-                f"{where}: buckets must be from 0 to {BUCKETS - 1}, got {least} to {most}. Hand out the bucket of each "
+                f"{where}: buckets must be from 0 to {BUCKETS - 1}, got {least} to {most}. Return the bucket of each "
                 "id."
             )
     specs = {column: TensorSpec.of(tensor, skip=1) for column, tensor in state.columns.items()}
     meta = checked_object(f"{where}, meta", state.meta)
     ids, buckets, reader = state.columns["ids"].detach().cpu(), state.buckets.cpu(), state.reader
     ordered = in_order(ids, buckets)
-    # In order by reader means strictly so: such ids are distinct, for an id has one bucket.
+    # Strictly ascending rows have distinct ids, because an id has only one bucket.
     if reader is None or not ordered:
-        _refuse_twice(where, ids)
+        _refuse_duplicates(where, ids)
     if reader is None:
         order = None
         if not ordered:
@@ -97,14 +97,14 @@ def local_table(where: str, name: str, state: TableState) -> LocalTable:
             ids = ids[order]
         reader = _Columns(state.columns, order)
     elif not ordered:
-        raise CheckpointError(f"{where}: rows must be in order, by (bucket, id), where a reader reads them.")
+        raise CheckpointError(f"{where}: rows must be sorted by (bucket, id) if they have a reader. Sort them.")
     present, sizes = torch.unique_consecutive(buckets, return_counts=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     return LocalTable(name, specs, meta, ids, present, offsets, reader)
 
 
 class _Columns:
-    """Rows of columns that are in memory."""
+    """Reads rows of columns in memory."""
 
     def __init__(self, columns: Mapping[str, Tensor], order: Tensor | None) -> None:
         self._columns = columns
@@ -116,18 +116,18 @@ class _Columns:
             if self._order is None:
                 target.copy_(column[first:stop])
                 continue
-            signed = _SIGNED.get(column.dtype, column.dtype)  # torch cannot pick unsigned words
+            signed = _SIGNED.get(column.dtype, column.dtype)  # torch cannot index unsigned integers
             chosen = self._order[first:stop].to(column.device)
             target.copy_(column.view(signed).index_select(0, chosen).view(column.dtype))
 
 
-def _refuse_twice(where: str, ids: Tensor) -> None:
-    # numpy sorts plain numbers in vectors.
+def _refuse_duplicates(where: str, ids: Tensor) -> None:
+    # numpy's sort is vectorized.
     ascending = torch.from_numpy(np.sort(ids.numpy()))
-    twice = ascending[1:] == ascending[:-1]
-    if bool(twice.any()):
-        example = int(ascending[1:][twice][0])
-        raise CheckpointError(f"{where}: an id must have one row, {example} has more. Hand out each id once.")
+    duplicate = ascending[1:] == ascending[:-1]
+    if bool(duplicate.any()):
+        example = int(ascending[1:][duplicate][0])
+        raise CheckpointError(f"{where}: an id must have one row, {example} has more. Return each id once.")
 
 
 def _check(where: str, state: TableState) -> None:
@@ -141,15 +141,15 @@ def _check(where: str, state: TableState) -> None:
     for tensor_name, tensor in (("ids", ids), ("buckets", state.buckets)):
         if tensor.dtype != torch.int64 or tuple(tensor.shape) != (rows,):
             raise CheckpointError(
-                f"{where}: {tensor_name} must be int64 [n], one for each row, got {TensorSpec.of(tensor)} beside ids "
-                f"{TensorSpec.of(ids)}. Hand out one per row."
+                f"{where}: {tensor_name} must be int64 [n], one per row, got {TensorSpec.of(tensor)} with ids "
+                f"{TensorSpec.of(ids)}. Return one per row."
             )
     for column, tensor in state.columns.items():
         if column in INDEX:
-            raise CheckpointError(f"{where}: a column must not be named {column!r}, files use it. Rename it.")
+            raise CheckpointError(f"{where}: a column must not be named {column!r}, which files use. Rename it.")
         expected = 0 if state.reader is not None and column != "ids" else rows
         if tensor.dim() == 0 or tensor.shape[0] != expected:
             raise CheckpointError(
-                f"{where}: column {column!r} must have {expected} rows as 'ids' has, got {TensorSpec.of(tensor)}. Hand "
-                "out one per row."
+                f"{where}: column {column!r} must have {expected} rows as 'ids' has, got {TensorSpec.of(tensor)}. "
+                "Return one per row."
             )

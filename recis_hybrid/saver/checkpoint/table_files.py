@@ -1,8 +1,9 @@
-"""Writes the rows of tables, which all ranks hold together, to files as planned by ``table_plan``; reads them back.
+"""Writes the rows of tables to files as planned by ``table_plan``, and reads them back.
 
-A file is written by one rank, to which the others send what they have of it: at most W - 1 files of a table have rows
-of several of W ranks once there are more files than ranks, and neither several writers of one file, which file systems
-of several machines keep apart by whole pages only, nor object stores, which know no writing at a place, get in the way.
+Each file is written by one rank, to which the others send their rows. Once a table has more files than ranks, at most W
+- 1 of its files have rows of several of the W ranks. With one writer per file, neither network file systems, which
+separate concurrent writers only by whole pages, nor object stores, which cannot write at an offset, need special
+treatment.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ from recis_hybrid.saver.runtime.ranks import Ranks
 from recis_hybrid.saver.runtime.workers import Workers
 
 WRITERS = 2
-"""Threads that put files together and write them, and as many that wait for the disk: it is never without work."""
+"""Threads that assemble and write files, and as many that wait for the disk, so that it is never idle."""
 
 
 def write_tables(
-    root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], above: str = "sparse"
+    root: Location, ranks: Ranks, part: str, tables: Sequence[LocalTable], folder: str = "sparse"
 ) -> dict[str, TableEntry]:
-    """Write the tables of a part, all ranks together, and force them to the disk.
+    """Write and sync the tables of a part; collective.
 
     Args:
         root: Directory of the checkpoint.
         ranks: This rank and the others.
         part: Name of the part.
         tables: This rank's rows of each table.
-        above: The folder below which they go.
+        folder: Folder in ``root`` for the files.
 
     Returns:
-        What the manifest says of each table.
+        Manifest entries by table.
 
     Raises:
-        CheckpointError: The ranks hold other tables, or a file cannot be written by one of them.
+        CheckpointError: The ranks hold different tables, or one of them cannot write a file.
     """
     if not tables:
         return {}
     plan = plan_files(ranks, part, tables)
-    written = ranks.together(lambda: _Writer(root, ranks, part, tables, plan, above).write())
+    written = ranks.together(lambda: _Writer(root, ranks, part, tables, plan, folder).write())
     entries = {
         number: FileEntry(path, size, tuple(sums)) for of_rank in written for number, path, size, sums in of_rank
     }
@@ -73,57 +74,57 @@ def read_table(
     wanted: tuple[int, int] = (0, BUCKETS),
     reads: Reads | None = None,
 ) -> TableState:
-    """Read the rows of some buckets of a table, and compare what is read with its checksums.
+    """Read the rows of some buckets of a table and verify their checksums.
 
     Args:
         root: Directory of the checkpoint.
         part: Name of the part.
         name: Name of the table.
-        entry: What the manifest says of it.
+        entry: Manifest entry of the table.
         wanted: The first bucket to read, and the one after the last.
         reads: Counts the bytes that are read.
 
     Returns:
-        The rows, sorted by (bucket, id), in memory of their own; each column starts at a multiple of 64 bytes.
+        The rows, sorted by (bucket, id), in new memory; each column starts at a multiple of 64 bytes.
 
     Raises:
-        CorruptCheckpoint: A file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: A file differs from the manifest, or its rows are not sorted.
     """
-    return whole_table(entry, list(read_pieces(root, part, name, entry, wanted, reads or Reads())))
+    return concatenate(entry, list(read_pieces(root, part, name, entry, wanted, reads or Reads())))
 
 
-def whole_table(entry: TableEntry, parts: Sequence[Rows]) -> TableState:
-    """Put pieces of a table together.
+def concatenate(entry: TableEntry, pieces: Sequence[Rows]) -> TableState:
+    """Concatenate pieces of a table.
 
     Args:
-        entry: What the manifest says of the table.
-        parts: Its rows, in order.
+        entry: Manifest entry of the table.
+        pieces: Rows of the table, in order.
 
     Returns:
-        The rows, in memory of their own; each column starts at a multiple of 64 bytes.
+        The rows, in new memory; each column starts at a multiple of 64 bytes.
     """
     columns: dict[str, Tensor] = {}
     for column, spec in entry.columns.items():
-        # Whole numbers of bytes: torch cannot put every dtype together.
-        pieces = [piece.columns[column].reshape(-1).view(torch.uint8) for piece in parts]
-        size = sum(piece.numel() for piece in pieces)
-        data = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
-        rows = size // max(math.prod(spec.shape) * spec.itemsize, 1) if size else sum(p.buckets.numel() for p in parts)
+        # As bytes, because torch cannot concatenate every dtype.
+        data_of = [piece.columns[column].reshape(-1).view(torch.uint8) for piece in pieces]
+        size = sum(data.numel() for data in data_of)
+        data = torch.cat(data_of) if data_of else torch.empty(0, dtype=torch.uint8)
+        rows = size // max(math.prod(spec.shape) * spec.itemsize, 1) if size else sum(p.buckets.numel() for p in pieces)
         columns[column] = data.view(getattr(torch, spec.dtype)).view(rows, *spec.shape)
-    buckets = torch.cat([piece.buckets for piece in parts]) if parts else torch.empty(0, dtype=torch.int64)
+    buckets = torch.cat([piece.buckets for piece in pieces]) if pieces else torch.empty(0, dtype=torch.int64)
     return TableState(columns, buckets, entry.meta)
 
 
 def read_pieces(
     root: Location, part: str, name: str, entry: TableEntry, wanted: tuple[int, int], reads: Reads
 ) -> Iterator[Rows]:
-    """Read the rows of some buckets of a table file by file, the next one while the caller works on the last.
+    """Read the rows of some buckets of a table file by file; prefetch the next file.
 
     Args:
         root: Directory of the checkpoint.
         part: Name of the part.
         name: Name of the table.
-        entry: What the manifest says of it.
+        entry: Manifest entry of the table.
         wanted: The first bucket to read, and the one after the last.
         reads: Counts the bytes that are read.
 
@@ -131,7 +132,7 @@ def read_pieces(
         Rows, in order of (bucket, id).
 
     Raises:
-        CorruptCheckpoint: A file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: A file differs from the manifest, or its rows are not sorted.
     """
     items = [item for item in entry.ranges if item.first_bucket < wanted[1] and wanted[0] <= item.last_bucket]
 
@@ -145,14 +146,14 @@ def read_pieces(
                 rows = (ahead or pool.submit(partial(read, item))).result()
                 ahead = pool.submit(partial(read, items[number + 1])) if number + 1 < len(items) else None
                 yield rows
-                del rows  # so that the memory is used again
+                del rows  # so that the memory can be reused
         finally:
             if ahead is not None:
                 ahead.cancel()
 
 
 class _Writer:
-    """Writes this rank's files of a plan; a failure is raised only after all that others wait for has been sent."""
+    """Writes this rank's files of a plan. Failures are raised only after all rows for other ranks are sent."""
 
     def __init__(
         self,
@@ -161,9 +162,9 @@ class _Writer:
         part: str,
         tables: Sequence[LocalTable],
         plan: Sequence[PlannedFile],
-        above: str,
+        folder: str,
     ) -> None:
-        self._above = above
+        self._folder = folder
         self._root, self._ranks, self._part, self._tables, self._plan = root, ranks, part, tables, plan
         counts = Counter(file.table for file in plan)
         self._cuts = [table.cuts(counts[number]) for number, table in enumerate(tables)]
@@ -179,34 +180,34 @@ class _Writer:
         failures: list[BaseException] = []
         running: list[Future[None]] = []
         with Workers(WRITERS) as disk, Workers(WRITERS) as pool:
-            # Those of several ranks first, in the same order everywhere: nobody waits for one who writes its own.
+            # Files of several ranks first, in the same order everywhere: no rank waits for one that writes its own.
             for file in sorted(self._plan, key=lambda file: (sum(rows > 0 for rows in file.rows) < 2, file.number)):
                 if file.writer == self._ranks.rank:
-                    received = self._received(file)
+                    received = self._receive(file)
                     if not failures:
                         running.append(pool.submit(partial(self._write_file, file, received, disk)))
                     if len(running) > WRITERS:
-                        failures += _failed([running.pop(0)])
+                        failures += _errors([running.pop(0)])
                 elif file.rows[self._ranks.rank]:
                     failures += self._send(file)
-            failures += _failed(running)
-        failures += _failed(self._syncing)
+            failures += _errors(running)
+        failures += _errors(self._syncing)
         try:
             if failures:
                 raise failures[0]
-        finally:  # or the error and this frame would keep each other, and the saver's lease with them
+        finally:  # break the cycle of the error and this frame, which keeps the saver's lease alive
             failures.clear()
             running.clear()
             self._syncing.clear()
         return self._written
 
-    def _received(self, file: PlannedFile) -> dict[int, Tensor]:
-        """Return the rows of a file received from other ranks, by rank."""
+    def _receive(self, file: PlannedFile) -> dict[int, Tensor]:
+        """Receive the rows of a file from other ranks; return them by rank."""
         others = [rank for rank, rows in enumerate(file.rows) if rows and rank != self._ranks.rank]
         return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
 
     def _send(self, file: PlannedFile) -> list[BaseException]:
-        """Send what this rank has of a file; what goes wrong before that is returned, and no rows are sent."""
+        """Send this rank's rows of a file, and return errors of reading them, after which zeros are sent."""
         found, failures = self._packed(file, self._ranks.rank), []
         data = torch.zeros(_size(found), dtype=torch.uint8)
         try:
@@ -218,19 +219,19 @@ class _Writer:
 
     def _write_file(self, file: PlannedFile, received: dict[int, Tensor], disk: Workers) -> None:
         table = self._tables[file.table]
-        relative = _path(self._above, self._part, table.name, file)
+        relative = _path(self._folder, self._part, table.name, file)
         path = self._root / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         specs = file_specs(table.specs, sum(file.rows), sum(file.present))
         tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
-        written = write_rows(path, specs, tag, partial(self._put, file, received))
+        written = write_rows(path, specs, tag, partial(self._assemble, file, received))
         self._syncing.append(disk.submit(written.sync))
         if len(self._syncing) > 4 * WRITERS:
-            self._syncing[-4 * WRITERS].exception()  # no more files are open than the disk takes in a while
+            self._syncing[-4 * WRITERS].exception()  # limits the number of open files
         self._written.append([file.number, relative, written.size, list(written.crc32)])
 
-    def _put(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
-        """Write the rows of all ranks, one after the other, and their index."""
+    def _assemble(self, file: PlannedFile, received: dict[int, Tensor], out: dict[str, Tensor]) -> None:
+        """Write the rows of all ranks in order, and their index."""
         row = bucket = 0
         out["bucket_offsets"][:1] = 0
         for rank, (rows, present) in enumerate(zip(file.rows, file.present, strict=True)):
@@ -244,7 +245,7 @@ class _Writer:
             else:
                 for name, values in views(received[rank], self._packed(file, rank)).items():
                     part[name].copy_(values)
-            part["bucket_offsets"] += row  # counted from the rank's own first row until now
+            part["bucket_offsets"] += row  # until now relative to the rank's own first row
             row, bucket = row + rows, bucket + present
 
     def _read(self, file: PlannedFile, out: dict[str, Tensor]) -> None:
@@ -260,7 +261,7 @@ class _Writer:
         return places(file_specs(self._tables[file.table].specs, file.rows[rank], file.present[rank]))
 
 
-def _failed(futures: Sequence[Future[None]]) -> list[BaseException]:
+def _errors(futures: Sequence[Future[None]]) -> list[BaseException]:
     errors = [future.exception() for future in futures]
     return [error for error in errors if error is not None]
 
@@ -269,6 +270,6 @@ def _size(found: dict[str, Place]) -> int:
     return max(place.stop for place in found.values())
 
 
-def _path(above: str, part: str, table: str, file: PlannedFile) -> str:
-    folder = f"{above}/{encode_name(part)}/{encode_name(table)}"
-    return f"{folder}/{file.first_bucket:05d}-{file.last_bucket:05d}.safetensors"
+def _path(folder: str, part: str, table: str, file: PlannedFile) -> str:
+    table_folder = f"{folder}/{encode_name(part)}/{encode_name(table)}"
+    return f"{table_folder}/{file.first_bucket:05d}-{file.last_bucket:05d}.safetensors"

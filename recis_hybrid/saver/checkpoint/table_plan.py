@@ -1,9 +1,7 @@
-"""Decides which files the rows of a table go into, and which rank writes each: on every rank the same.
+"""Plans the files of tables, and the rank that writes each; all ranks compute the same plan.
 
-Legend: R ranges.
-
-Where a file begins and ends depends on the whole table alone, so that equal tables give equal bytes on any number of
-ranks, wherever their rows lie.
+The boundaries of files depend only on the whole table, so that equal tables give equal bytes on any number of ranks,
+however their rows are distributed.
 """
 
 from __future__ import annotations
@@ -22,16 +20,16 @@ MOST_RANGES = 1024
 
 
 def range_count(rows: int, row_bytes: int) -> int:
-    """Return the number of files of a table: a function of the table alone, whatever the world size.
+    """Return the number of files of a table, which depends on the table only, not on the world size.
 
-    It is the least power of two that leaves at most 64 MiB of columns to a file on average, and at most 1024.
+    It is the smallest power of two with at most 64 MiB of columns per file on average, but at most 1024.
 
     Args:
         rows: Rows of the whole table.
         row_bytes: Bytes of one row in all columns.
 
     Returns:
-        A power of two; each file takes 65536 / that many buckets.
+        A power of two; each file has 65536 / that many buckets.
 
     Example:
         >>> range_count(1000, 776), range_count(5_000_000, 776)
@@ -45,7 +43,7 @@ def range_count(rows: int, row_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file, as all ranks plan it alike."""
+    """A file in the plan."""
 
     number: int
     table: int
@@ -72,7 +70,7 @@ class _TableOfRank:
 
 
 def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[PlannedFile]:
-    """Plan the files of some tables.
+    """Plan the files of some tables; collective.
 
     Args:
         ranks: This rank and the others.
@@ -80,10 +78,10 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
         tables: This rank's rows of each table.
 
     Returns:
-        The files, table by table and in the order of buckets.
+        The files, table by table, in the order of buckets.
 
     Raises:
-        CheckpointError: The ranks hold other tables, or rows of the same buckets.
+        CheckpointError: The ranks hold different tables, or rows of the same buckets.
     """
     about: list[JSON] = [
         [
@@ -111,16 +109,16 @@ def plan_files(ranks: Ranks, part: str, tables: Sequence[LocalTable]) -> list[Pl
         of_ranks = [{i: (rows, present) for i, rows, present in share[number]} for share in shares]
         for i in range(count):
             first, last = i * BUCKETS // count, (i + 1) * BUCKETS // count - 1
-            of_each, held = zip(*(of_rank.get(i, (0, 0)) for of_rank in of_ranks), strict=True)
-            # Those who have rows of it take turns, or all: the files of many small tables are not all rank 0's.
-            able = [rank for rank, rows in enumerate(of_each) if rows] or list(range(ranks.size))
-            writer = able[len(plan) % len(able)]
-            plan.append(PlannedFile(len(plan), number, i, first, last, of_each, held, writer))
+            rows_of, present_of = zip(*(of_rank.get(i, (0, 0)) for of_rank in of_ranks), strict=True)
+            # Round-robin over the ranks with rows, or over all, so that rank 0 does not write all small tables.
+            writers = [rank for rank, rows in enumerate(rows_of) if rows] or list(range(ranks.size))
+            writer = writers[len(plan) % len(writers)]
+            plan.append(PlannedFile(len(plan), number, i, first, last, rows_of, present_of, writer))
     return plan
 
 
 def _refuse_unlike(part: str, answers: Sequence[Sequence[_TableOfRank]]) -> None:
-    """Raise if ranks hold other tables, or rows that are not each in the buckets after those of the rank before."""
+    """Raise if tables differ between ranks, or a rank has rows of buckets before those of an earlier rank."""
     first = answers[0]
     for rank, answer in enumerate(answers):
         if [(t.name, t.meta, t.columns) for t in answer] != [(t.name, t.meta, t.columns) for t in first]:

@@ -1,6 +1,6 @@
-"""CRC-32 of chunks, of the pages that they are made of, and of the former from the latter.
+"""CRC-32 of chunks and pages, and of chunks from the checksums of their pages.
 
-zlib's ``crc32_combine`` is not in Python: the checksum of two pieces put together is that of the first, moved on by the
+Python lacks zlib's ``crc32_combine``. The checksum of two concatenated pieces is that of the first, advanced by the
 length of the second (a linear map of 32 bits), xor that of the second. R. Williams, "A painless guide to CRC error
 detection algorithms", 1993.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 from recis_hybrid import ops
 
 CHUNK_BYTES = 4 * 2**20
-"""Bytes under one checksum of the manifest."""
+"""Bytes per checksum in the manifest."""
 PAGE_BYTES = 2**14
-"""Bytes under one checksum of a sparse file's header, so that a rank reads little more than its own rows."""
+"""Bytes per checksum in the header of a sparse file; small, so that a rank reads little more than its own rows."""
 
 _POLYNOMIAL = 0xEDB88320
 
@@ -28,61 +28,61 @@ Sums = NDArray[np.uint32]
 
 
 def page_sums(data: Tensor) -> Sums:
-    """Return the CRC-32 of each page of 16 KiB, the last one shorter.
+    """Return the CRC-32 of each page of 16 KiB; the last page may be shorter.
 
     Args:
         data: uint8 ``[n]``, on the CPU.
 
     Returns:
-        uint32, one a page.
+        uint32, one per page.
     """
     return ops.checksum.crc32_pages(data, PAGE_BYTES).numpy().astype(np.uint32)
 
 
 def chunk_sums(head: bytes, pages: Sums, size: int) -> tuple[str, ...]:
-    """Return the CRC-32 of each chunk of 4 MiB of a file, from those of its pages.
+    """Compute the CRC-32 of each chunk of 4 MiB of a file from those of its pages.
 
     Args:
-        head: What lies before the pages; where the file has more than one chunk, whole pages.
-        pages: Of the rest of the file.
+        head: Bytes before the pages; whole pages if the file has more than one chunk.
+        pages: Checksums of the pages of the rest of the file.
         size: Bytes of the file.
 
     Returns:
         8 hexadecimal digits each.
     """
     if size <= CHUNK_BYTES:
-        sums = [_folded(zlib.crc32(head), pages, size - len(head))]
+        sums = [_append_pages(zlib.crc32(head), pages, size - len(head))]
     else:
         per_chunk = CHUNK_BYTES // PAGE_BYTES
         units = np.concatenate([page_sums(torch.frombuffer(bytearray(head), dtype=torch.uint8)), pages])
         whole = size // CHUNK_BYTES
         level, length = units[: whole * per_chunk].reshape(whole, per_chunk), PAGE_BYTES
-        while level.shape[1] > 1:  # neighbours, then pairs of neighbours, and so on
-            level, length = _moved(level[:, ::2], length) ^ level[:, 1::2], length * 2
+        while level.shape[1] > 1:  # neighbors, then pairs of neighbors, and so on
+            level, length = _advance(level[:, ::2], length) ^ level[:, 1::2], length * 2
         sums = level[:, 0].tolist()
         if size % CHUNK_BYTES:
             rest = units[whole * per_chunk :]
-            sums.append(_folded(0, rest, size % CHUNK_BYTES))
+            sums.append(_append_pages(0, rest, size % CHUNK_BYTES))
     return tuple(f"{each:08x}" for each in sums)
 
 
-def _folded(first: int, pages: Sums, size: int) -> int:
-    """Return the checksum of bytes whose own is ``first``, followed by pages of ``size`` bytes together."""
+def _append_pages(first: int, pages: Sums, size: int) -> int:
+    """Return the checksum of bytes with the checksum ``first`` followed by pages of ``size`` bytes in total."""
     total = np.array([first], dtype=np.uint32)
     for page in pages:
         length = min(PAGE_BYTES, size)
-        total = _moved(total, length) ^ page
+        total = _advance(total, length) ^ page
         size -= length
     return int(total[0])
 
 
-def _moved(sums: Sums, length: int) -> Sums:
-    """Each checksum, as it counts with ``length`` more bytes after it."""
+def _advance(sums: Sums, length: int) -> Sums:
+    """Advance each checksum by ``length`` bytes that follow it."""
     tables = _tables(length)
-    moved: Sums = tables[0][sums & 255]
+    advanced: Sums = tables[0][sums & 255]
     for place in range(1, 4):
-        moved = moved ^ tables[place][(sums >> np.uint32(8 * place)) & 255]
-    return moved
+        advanced = advanced ^ tables[place][(sums >> np.uint32(8 * place)) & 255]
+    return advanced
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""File names, paths, checksums and durability."""
+"""File names, safe paths, verified reads, and durability."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _RELATIVE_PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 
 
 def encode_name(name: str) -> str:
-    """Make a file name of any name: percent-encoded UTF-8, of letters, digits, ``_``, ``-``, ``.``, ``%`` and ``~``.
+    """Encode any name as a file name: percent-encoded UTF-8, of letters, digits, ``_``, ``-``, ``.``, ``%`` and ``~``.
 
-    A leading dot is encoded too, so that no name is hidden, ``.`` or ``..``. A name that would be longer than 200
+    A leading dot is encoded, too, so that no name is hidden, ``.`` or ``..``. A name that would be longer than 200
     characters keeps its first 150, followed by ``~`` and 32 hexadecimal digits of its SHA-256.
 
     Args:
-        name: The name of a part or of a table; not empty.
+        name: Name of a part or table; not empty.
 
     Returns:
-        The file name; different names give different file names.
+        The file name; different names have different file names.
 
     Raises:
-        CheckpointError: The name is empty, or no valid Unicode.
+        CheckpointError: The name is empty, or not valid Unicode.
 
     Example:
         >>> encode_name("user/country")
@@ -47,11 +47,11 @@ def encode_name(name: str) -> str:
         '%2E.'
     """
     if not name:
-        raise CheckpointError("saver: a name of a part or table must not be empty, got ''. Give it a name.")
+        raise CheckpointError("saver: the name of a part or table must not be empty, got ''. Name it.")
     try:
         encoded = quote(name, safe="").replace("~", "%7E")
     except UnicodeEncodeError as error:
-        raise CheckpointError(f"saver: the name {name!r} is no valid Unicode ({error}). Rename it.") from error
+        raise CheckpointError(f"saver: the name {name!r} is not valid Unicode ({error}). Rename it.") from error
     if encoded.startswith("."):
         encoded = "%2E" + encoded[1:]
     if len(encoded) > _LONGEST_NAME:
@@ -60,21 +60,21 @@ def encode_name(name: str) -> str:
 
 
 def is_safe_path(path: str) -> bool:
-    """Return whether a path of a manifest is relative, without ``..``, backslashes and hidden names."""
+    """Return whether a path in a manifest is relative and has no ``..``, backslashes or hidden names."""
     return _RELATIVE_PATH.fullmatch(path) is not None
 
 
 def list_files(directory: Location) -> dict[str, int]:
-    """List all files below a directory, following no link.
+    """List all files below a directory; links are not followed.
 
     Args:
-        directory: Where to look.
+        directory: The directory.
 
     Returns:
         Size in bytes by path relative to the directory, with ``/`` between names.
 
     Raises:
-        CorruptCheckpoint: Something there is neither a plain file nor a directory.
+        CorruptCheckpoint: An entry is neither a plain file nor a directory.
     """
     if isinstance(directory, RemotePath):
         return directory.files()
@@ -92,32 +92,32 @@ def list_files(directory: Location) -> dict[str, int]:
                     found[path] = entry.stat(follow_symlinks=False).st_size
                 else:
                     raise CorruptCheckpoint(
-                        f"{directory / path}: a checkpoint holds plain files and directories, this is neither (mode "
-                        f"{stat.filemode(mode)}). Remove it, or load another step."
+                        f"{directory / path}: a checkpoint must hold only plain files and directories, got mode "
+                        f"{stat.filemode(mode)}. Remove it, or load another step."
                     )
     return found
 
 
 def file_size(path: Location) -> int:
-    """Return the bytes that a file has."""
+    """Return the size of a file in bytes."""
     return path.size() if isinstance(path, RemotePath) else path.stat().st_size
 
 
 def open_file(path: Location) -> io.RawIOBase:
-    """Open a file for reading at any place, of which no more is read than is asked for."""
+    """Open a file for reading at any offset; no more is read than requested."""
     return path.open("rb") if isinstance(path, RemotePath) else open(path, "rb", buffering=0)  # noqa: SIM115
 
 
 def read_chunk(file: io.RawIOBase, path: object, where: str, number: int, expected: str, out: Tensor) -> None:
-    """Read the next chunk of a file and compare it with its checksum, while it is in the cache.
+    """Read the next chunk of a file and verify its checksum while it is in the cache.
 
     Args:
-        file: Open at the beginning of the chunk.
-        path: The file.
-        where: What it holds, for the message.
-        number: Of the chunk.
-        expected: Its checksum.
-        out: uint8, as many as the chunk has.
+        file: Open file, at the start of the chunk.
+        path: Path of the file.
+        where: Part and table of the file, for the message.
+        number: Number of the chunk.
+        expected: Expected checksum.
+        out: uint8, of the size of the chunk; written.
 
     Raises:
         CorruptCheckpoint: The checksum differs.
@@ -127,10 +127,10 @@ def read_chunk(file: io.RawIOBase, path: object, where: str, number: int, expect
 
 
 def fill(file: io.RawIOBase, out: memoryview) -> None:
-    """Read as many bytes as ``out`` has; a read may come back short.
+    """Fill ``out`` with the next bytes of a file; a short read is continued.
 
     Raises:
-        OSError: The file ends before.
+        OSError: The file ends early.
     """
     while out:
         if isinstance(file, io.RawIOBase):
@@ -145,28 +145,30 @@ def fill(file: io.RawIOBase, out: memoryview) -> None:
 
 
 def check_size(path: object, where: str, size: int, file: io.RawIOBase) -> None:
-    """Raise CorruptCheckpoint if an open file, at its beginning, has not the size that the manifest says."""
+    """Raise CorruptCheckpoint if the size of an open file, at its start, differs from the manifest."""
     found = file.seek(0, os.SEEK_END)
     found = file.tell() if found is None else found
     file.seek(0)
     if found != size:
-        raise CorruptCheckpoint(f"{path} ({where}): must have {size} bytes by the manifest, has {found}. {OTHER_STEP}")
+        raise CorruptCheckpoint(
+            f"{path} ({where}): must have {size} bytes, as the manifest says, has {found}. {OTHER_STEP}"
+        )
 
 
 def check_sum(path: object, where: str, first: int, expected: str, data: Tensor) -> None:
-    """Raise CorruptCheckpoint if bytes of a file, from ``first`` on, have not the checksum that they must have."""
+    """Raise CorruptCheckpoint if the checksum of bytes of a file, from ``first`` on, is not the expected one."""
     sums = ops.checksum.crc32_pages(data, CHUNK_BYTES).tolist()
     actual = f"{sums[0] if sums else 0:08x}"
     if actual != expected:
         raise CorruptCheckpoint(
-            f"{path} ({where}): bytes {first} to {first + data.numel() - 1} must have the CRC-32 {expected} by the "
-            f"manifest, have {actual}. {OTHER_STEP}"
+            f"{path} ({where}): bytes {first} to {first + data.numel() - 1} must have the CRC-32 {expected}, as "
+            f"the manifest says, have {actual}. {OTHER_STEP}"
         )
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a directory and all that is below it, following no link; what another removes meanwhile is no error."""
-    with Workers(2) as pool:  # a file system takes its time to give up large files
+    """Remove a directory with all contents; links are not followed, and concurrent removal is no error."""
+    with Workers(2) as pool:  # deleting large files takes long
         for path in folder.rglob("*.safetensors"):
             if not path.is_dir():
                 pool.submit(partial(path.unlink, missing_ok=True))
@@ -178,11 +180,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Force a directory's entries to the disk.
-
-    Args:
-        directory: The directory.
-    """
+    """Sync a directory's entries to disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

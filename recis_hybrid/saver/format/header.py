@@ -1,7 +1,7 @@
-"""The header of a safetensors file: where each tensor lies, and what the file is of.
+"""The header of a safetensors file: the places of its tensors, and a tag that identifies the file.
 
-As the safetensors library writes it, so that the bytes are the same whoever wrote them: a length of 8 bytes, JSON
-without white space, padded with blanks; tensors by their dtype, then by name. What it holds is checked, not believed.
+Headers have the same bytes as those of the safetensors library: a length of 8 bytes, then JSON without white space,
+padded with blanks; tensors are sorted by dtype, then by name. Nothing in a header is trusted when it is read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ NAMES = {
     **{"bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16"},
     **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
 }
-"""By torch's name of a dtype, that of the files; in the order in which tensors of a file lie."""
+"""Names of dtypes in files by torch's names, in the order in which files store tensors."""
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NAMES}
-"""The dtypes that files may hold, by torch's name."""
+"""Dtypes that files may hold, by torch's name."""
 
 _ORDER = {name: number for number, name in enumerate(NAMES)}
 _TORCH_NAMES = {short: name for name, short in NAMES.items()}
@@ -39,7 +39,7 @@ _TORCH_NAMES = {short: name for name, short in NAMES.items()}
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor, and where its bytes lie, counted from the end of the header."""
+    """A tensor, and the place of its bytes, counted from the end of the header."""
 
     spec: TensorSpec
     first: int
@@ -47,13 +47,13 @@ class Place:
 
 
 def places(specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
-    """Decide where tensors lie.
+    """Compute the places of tensors.
 
     Args:
-        specs: Dtype and shape of each, by name.
+        specs: Dtype and shape of each tensor, by name.
 
     Returns:
-        Their places, in order.
+        Their places by name, in order.
     """
     found: dict[str, Place] = {}
     at = 0
@@ -65,16 +65,13 @@ def places(specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
 
 
 def header(found: Mapping[str, Place], tag: Mapping[str, JSON], pages: Sums | None = None) -> bytes:
-    """Write a header.
+    """Return the bytes of a header, starting with its length.
 
     Args:
-        found: As ``places`` gives them.
-        tag: What the file is of; the format version is put before it.
-        pages: CRC-32 of each page after the header, for a file of which parts are to be read; where the file is longer
-            than a chunk, the header then is whole pages long.
-
-    Returns:
-        The bytes, with the length at the beginning.
+        found: Result of :func:`places`.
+        tag: Identifies the file; the format version is prepended.
+        pages: CRC-32 of each page after the header, for a file that is read in parts. If the file is longer than a
+            chunk, the header is padded to whole pages.
     """
     about: dict[str, JSON] = {"format_version": FORMAT_VERSION, **tag}
     if pages is not None:
@@ -95,30 +92,30 @@ def header(found: Mapping[str, Place], tag: Mapping[str, JSON], pages: Sums | No
 
 
 def data_bytes(found: Mapping[str, Place]) -> int:
-    """Return the bytes of all tensors together."""
+    """Return the bytes of all tensors in total."""
     return max((place.stop for place in found.values()), default=0)
 
 
 def views(data: Tensor, found: Mapping[str, Place]) -> dict[str, Tensor]:
-    """Return the tensors of a file, as views.
+    """Return the tensors of a file as views; misaligned ones are copied.
 
     Args:
-        data: uint8, what lies after the header.
-        found: Where each lies.
+        data: uint8, the bytes after the header.
+        found: Places of the tensors.
 
     Returns:
-        By name; copied where its bytes lie so that no view can be had.
+        Tensors by name.
     """
     return {name: typed(data[place.first : place.stop], place.spec) for name, place in found.items()}
 
 
 def buffer(data: Tensor) -> memoryview:
-    """Return the bytes of a uint8 tensor on the CPU, as its memory."""
+    """Return the memory of a uint8 tensor on the CPU."""
     return data.numpy().data
 
 
 def typed(data: Tensor, spec: TensorSpec) -> Tensor:
-    """Bytes (uint8, as many as the tensor has) as the tensor that they are."""
+    """Return bytes (uint8, of the size of the tensor) as a tensor; copied if misaligned."""
     dtype = DTYPES[spec.dtype]
     if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
         data = data.clone()
@@ -126,21 +123,21 @@ def typed(data: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def parse_header(text: bytes, size: int) -> tuple[Any, dict[str, Place]]:
-    """Read a header, believing nothing.
+    """Parse a header without trusting it.
 
     Args:
-        text: What follows the length.
+        text: The header after its length.
         size: Bytes of the file after the header.
 
     Returns:
-        What the file is of (None if it does not say), and the places of its tensors.
+        The tag of the file, None if there is none; and the places of its tensors.
 
     Raises:
-        ValueError: It is no header, or one of another file.
+        ValueError: The header is not valid, or belongs to another file.
     """
     document = json.loads(text)
     if not isinstance(document, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     metadata = document.pop("__metadata__", {})
     about = metadata.get(METADATA_KEY, "null") if isinstance(metadata, dict) else "null"
     found: dict[str, Place] = {}
@@ -148,10 +145,10 @@ def parse_header(text: bytes, size: int) -> tuple[Any, dict[str, Place]]:
         dtype = _TORCH_NAMES.get(str(item["dtype"]), str(item["dtype"]))
         shape, offsets = item["shape"], item["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)) or len(offsets) != 2:
-            raise ValueError(f"the header says no sizes of {name!r}")
+            raise ValueError(f"the header has no valid sizes of {name!r}")
         place = Place(TensorSpec(dtype, tuple(shape)), *offsets)
         if dtype in DTYPES and _bytes(place.spec) != place.stop - place.first or not place.first <= place.stop <= size:
-            raise ValueError(f"{name!r} lies outside the file, or is not as large as it should be")
+            raise ValueError(f"{name!r} is outside the file, or has the wrong size")
         found[name] = place
     try:
         tag = json.loads(about)

@@ -1,4 +1,4 @@
-"""JSON with nothing lost: what is written reads back equal, or is refused."""
+"""Lossless JSON: values that do not read back equal are refused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ MOST_LEVELS = 64
 
 
 def checked_json(where: str, value: object) -> JSON:
-    """Return an independent copy of a value as JSON reads it back, if it is equal to the value.
+    """Return an independent copy of a value, which is as JSON reads it back and equal to the value.
 
     Args:
-        where: What the value is, for the message.
+        where: Name of the value, for the message.
         value: The value.
 
     Returns:
         The copy.
 
     Raises:
-        CheckpointError: The value, or something in it, is no JSON (a tuple, an integer key, NaN, an object).
+        CheckpointError: The value, or something in it, is not JSON (a tuple, an integer key, NaN, an object).
     """
     try:
         copy = cast(JSON, json.loads(json.dumps(value, allow_nan=False)))
@@ -38,17 +38,17 @@ def checked_json(where: str, value: object) -> JSON:
 
 
 def checked_object(where: str, value: object) -> dict[str, JSON]:
-    """``checked_json`` of a dictionary with string keys.
+    """Return :func:`checked_json` of a dictionary with string keys.
 
     Args:
-        where: What the value is, for the message.
+        where: Name of the value, for the message.
         value: The dictionary.
 
     Returns:
         The copy.
 
     Raises:
-        CheckpointError: The value is no dictionary, or not JSON.
+        CheckpointError: The value is not a dictionary, or not JSON.
     """
     copy = checked_json(where, value)
     if not isinstance(copy, dict):
@@ -60,9 +60,9 @@ _REMEDY = "Use None, bool, int, finite float, str, list, and dict with string ke
 
 
 def _same(copy: JSON, value: object, levels: int) -> bool:
-    """Equality that tells 1 from True and 1.0, which ``==`` does not."""
+    """Return whether values are equal; unlike ``==``, this distinguishes 1 from True and 1.0."""
     if levels < 0:
-        raise ValueError(f"it is nested in more than {MOST_LEVELS} levels")
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
     if isinstance(copy, dict):
         if not isinstance(value, dict) or copy.keys() != value.keys():
             return False

@@ -1,4 +1,4 @@
-"""Paths of object stores and other file systems that fsspec or pyarrow know, as much of pathlib's as the saver uses."""
+"""Paths in file systems of fsspec or pyarrow, with the part of pathlib's interface that the saver uses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from recis_hybrid.saver.errors import CheckpointError
 
 
 class RemotePath:
-    """A path in a file system of fsspec. There are no directories to make, and nothing is renamed.
+    """A path in an fsspec file system. There are no directories to create, and nothing is renamed.
 
     Args:
-        filesystem: Of fsspec.
-        path: The path in it, without a slash at its end.
+        filesystem: The fsspec file system.
+        path: The path in it, without a trailing slash.
         url: The path as the user would write it.
     """
 
@@ -26,10 +26,10 @@ class RemotePath:
 
     @classmethod
     def of(cls, url: str) -> RemotePath:
-        """Find the file system of a URL: pyarrow's own where it has one (S3, GCS, Azure, HDFS), else fsspec's.
+        """Find the file system of a URL: pyarrow's if there is one (S3, GCS, Azure, HDFS), otherwise fsspec's.
 
         Raises:
-            CheckpointError: Nothing is known to read such a URL.
+            CheckpointError: No file system is known for the URL.
         """
         import fsspec
         import pyarrow as pa
@@ -72,48 +72,48 @@ class RemotePath:
         return self
 
     def mkdir(self, *_: object, **__: object) -> None:
-        """Nothing: what has a name with slashes needs no directories."""
+        """Do nothing: object stores need no directories."""
 
     def open(self, mode: str) -> io.RawIOBase:
-        """Open for writing ("wb"), or for reading at any place ("rb"), where no more is read than is asked for."""
+        """Open for writing ("wb"), or for reading at any offset ("rb"), where no more is read than requested."""
         options: dict[str, object] = {"cache_type": "none"} if mode == "rb" else {}
-        if type(self._filesystem).__name__ == "ArrowFSWrapper":  # it reads what it is asked for, and takes no options
+        if type(self._filesystem).__name__ == "ArrowFSWrapper":  # it reads only what is requested, and has no options
             options = {}
         opened: io.RawIOBase = self._filesystem.open(self._path, mode, **options)
         return opened
 
     def read_bytes(self) -> bytes:
-        """All of a file."""
+        """Return the contents of the file."""
         with self.open("rb") as file:
             content: bytes = file.read()
             return content
 
     def write_bytes(self, content: bytes) -> None:
-        """Write a file, which appears whole or not at all."""
+        """Write the file atomically."""
         with self.open("wb") as file:
             file.write(content)
 
     def size(self) -> int:
-        """Return the bytes of a file."""
+        """Return the size of the file in bytes."""
         self._filesystem.invalidate_cache()
         return int(self._filesystem.size(self._path))
 
     def exists(self) -> bool:
-        """Return whether there is a file or anything below the path, by what the store says now."""
+        """Return whether the file, or anything below the path, exists now in the store."""
         self._filesystem.invalidate_cache()
         return bool(self._filesystem.exists(self._path))
 
     def is_file(self) -> bool:
-        """Return whether there is a file of this path."""
+        """Return whether the path is a file."""
         self._filesystem.invalidate_cache()
         return bool(self._filesystem.isfile(self._path))
 
     def is_dir(self) -> bool:
-        """Return whether there is anything below the path."""
+        """Return whether anything exists below the path."""
         return bool(self.names())
 
     def names(self) -> list[str]:
-        """Return the entries below the path, by the first part of their names."""
+        """Return the names of the entries directly below the path."""
         self._filesystem.invalidate_cache()
         try:
             found = self._filesystem.ls(self._path, detail=False)
@@ -123,7 +123,7 @@ class RemotePath:
         return sorted(names - {self.name, ""})
 
     def files(self) -> dict[str, int]:
-        """Size in bytes of every file below the path, by its name from there."""
+        """Return the size in bytes of every file below the path, by its name from there."""
         self._filesystem.invalidate_cache()
         try:
             found = self._filesystem.find(self._path, detail=True)
@@ -133,12 +133,12 @@ class RemotePath:
         return {name.lstrip("/")[start:]: int(about["size"]) for name, about in found.items()}
 
     def unlink(self, *, missing_ok: bool = False) -> None:
-        """Remove a file."""
+        """Remove the file."""
         with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
             self._filesystem.rm_file(self._path)
 
     def remove_below(self) -> None:
-        """Remove everything below the path, and what some file systems put there for an empty directory."""
+        """Remove everything below the path, including the markers of empty directories."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm(self._path, recursive=True)
 

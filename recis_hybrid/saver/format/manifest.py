@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: the contents of ``manifest.json``, and how they are written.
 
-``parse.py`` reads them back. docs/format.md specifies the file.
+``manifest_reader.py`` reads them back. docs/format.md specifies the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAIL_BYTES = len(_TAIL.format(0))
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Dtype and shape of a tensor; of a table's column, the shape of one row."""
+    """Dtype and shape of a tensor; for a table's column, the shape of one row."""
 
     dtype: str
     """torch's name without ``torch.``, such as ``float32``."""
@@ -36,14 +36,11 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor, skip: int = 0) -> TensorSpec:
-        """Describe a tensor.
+        """Return the dtype and shape of a tensor.
 
         Args:
             tensor: Any tensor.
-            skip: How many leading dimensions to leave out.
-
-        Returns:
-            The description.
+            skip: Number of leading dimensions to omit.
         """
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[skip:]))
 
@@ -76,7 +73,7 @@ class RangeEntry:
 
     first_bucket: int
     last_bucket: int
-    """The last bucket of the range, itself in it."""
+    """The last bucket of the range, inclusive."""
 
     rows: int
     file: FileEntry
@@ -84,14 +81,14 @@ class RangeEntry:
 
 @dataclass(frozen=True)
 class RemovedEntry:
-    """The ids that went since the previous checkpoint."""
+    """Ids that were removed since the previous checkpoint."""
 
     rows: int
     ranges: tuple[RangeEntry, ...]
-    """In bucket order, together all buckets."""
+    """In bucket order; together they cover all buckets."""
 
     def as_table(self) -> TableEntry:
-        """Return them as a table of one column, which is how their files are written."""
+        """Return the ids as a table of one column, the form in which their files are written."""
         return TableEntry(self.rows, {"ids": TensorSpec("int64", ())}, {}, self.ranges)
 
 
@@ -105,10 +102,10 @@ class TableEntry:
 
     meta: dict[str, JSON]
     ranges: tuple[RangeEntry, ...]
-    """In bucket order, together all buckets."""
+    """In bucket order; together they cover all buckets."""
 
     removed: RemovedEntry | None = None
-    """None: these are all rows. Else they are put over those of the previous checkpoint, without the removed ones."""
+    """None: these are all rows. Otherwise rows and removed ids are changes to the previous checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +140,14 @@ class Manifest:
     world_size: int
     parts: dict[str, PartEntry]
     meta: dict[str, JSON]
-    """Wall time and library versions: for people, never compared."""
+    """Wall time and library versions; informational, never compared."""
 
     previous: Link | None = None
-    """None: nothing else is needed to load this one."""
+    """None if no other checkpoint is needed to load this one."""
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Write a manifest as the bytes of ``manifest.json``.
+    """Return the bytes of ``manifest.json``.
 
     The last member, ``crc32``, is the CRC-32 of all bytes before the comma that precedes it.
 
@@ -175,14 +172,11 @@ def dump_manifest(manifest: Manifest) -> bytes:
     return body + _TAIL.format(zlib.crc32(body)).encode("ascii")
 
 
-def seal_holds(raw: bytes) -> bool:
-    """Return whether the CRC-32 at the end of a ``manifest.json`` is that of its text.
+def seal_is_valid(raw: bytes) -> bool:
+    """Return whether the CRC-32 at the end of a ``manifest.json`` matches its text.
 
     Args:
-        raw: The bytes of the file.
-
-    Returns:
-        False if a byte was changed.
+        raw: Contents of the file.
     """
     body, tail = raw[:-TAIL_BYTES], raw[-TAIL_BYTES:]
     return tail == _TAIL.format(zlib.crc32(body)).encode("ascii")

@@ -1,4 +1,4 @@
-"""Reads ``manifest.json``, believing nothing: every type, range, sum and path is checked before it is used."""
+"""Reads ``manifest.json`` without trusting it: every type, range, sum and path is checked before use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recis_hybrid.saver.format.manifest import (
     RemovedEntry,
     TableEntry,
     TensorSpec,
-    seal_holds,
+    seal_is_valid,
 )
 from recis_hybrid.saver.format.tensor_file import DTYPES
 
@@ -34,14 +34,14 @@ _LARGEST = 2**63 - 1
 
 
 def parse_manifest(raw: bytes, path: Location) -> Manifest:
-    """Read a manifest.
+    """Parse a manifest.
 
     Args:
-        raw: The bytes of ``manifest.json``.
-        path: Where they come from, for messages.
+        raw: Contents of ``manifest.json``.
+        path: Path of the file, for messages.
 
     Returns:
-        The manifest, consistent in itself.
+        The manifest; it is consistent.
 
     Raises:
         CorruptCheckpoint: Malformed JSON, a changed byte, a missing, unknown or wrong member, an unsafe path.
@@ -61,8 +61,8 @@ def parse_manifest(raw: bytes, path: Location) -> Manifest:
             f"{path}: this library reads format version {FORMAT_VERSION}, the checkpoint has {version}. Load it with "
             f"the version of recis_hybrid that wrote it (see meta.versions), or save it again with this one."
         )
-    if not seal_holds(raw):
-        raise CorruptCheckpoint(f"{path}: the CRC-32 at its end is not that of its text. {OTHER_STEP}")
+    if not seal_is_valid(raw):
+        raise CorruptCheckpoint(f"{path}: the CRC-32 at its end does not match its text. {OTHER_STEP}")
     previous = _previous(root)
     root.members(
         *("format", "format_version", "step", "world_size", "buckets", "checksum", "parts", "meta", "crc32"),
@@ -82,7 +82,7 @@ def parse_manifest(raw: bytes, path: Location) -> Manifest:
 
 
 class _Reader:
-    """One JSON object of the manifest, with its place in it for messages."""
+    """One JSON object of the manifest, and its place in it for messages."""
 
     def __init__(self, document: Any, path: Location, place: str) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class _Reader:
     def text(self, key: str) -> str:
         found = self.value(key)
         if not isinstance(found, str) or not found:
-            _Reader({}, self.path, self.at(key)).fail("must be a string that is not empty", found)
+            _Reader({}, self.path, self.at(key)).fail("must be a non-empty string", found)
         return found
 
     def array(self, key: str) -> list[Any]:
@@ -158,7 +158,7 @@ def _previous(root: _Reader) -> Link | None:
         link.fail("must have a sha256 of 64 hexadecimal digits", sha256)
     step = link.integer("step", 0)
     if step >= root.integer("step", 0):
-        link.fail("must be of a step below the checkpoint's own", step)
+        link.fail("must have a step below the checkpoint's own", step)
     return Link(step, sha256)
 
 
@@ -166,7 +166,7 @@ def _part(part: _Reader, previous: Link | None) -> PartEntry:
     part.members("kind", "meta", "tensors", "file", "tables")
     kind = part.text("kind")
     if kind not in KINDS:
-        part.fail(f"must be of a kind of {KINDS}", kind)
+        part.fail(f"must have a kind of {KINDS}", kind)
     entry = PartEntry(
         kind=kind,
         meta=part.child("meta").document,
@@ -175,7 +175,7 @@ def _part(part: _Reader, previous: Link | None) -> PartEntry:
         tables={name: _table(table, previous) for name, table in part.child("tables").children()},
     )
     if bool(entry.tensors) != (entry.file is not None):
-        part.fail("must have a file exactly if it has tensors", part.value("file"))
+        part.fail("must have a file if and only if it has tensors", part.value("file"))
     return entry
 
 
@@ -193,7 +193,7 @@ def _table(table: _Reader, previous: Link | None) -> TableEntry:
     for column in table.items("columns"):
         name = column.text("name")
         if name in columns:
-            column.fail("must have a name of its own", name)
+            column.fail("must have a unique name", name)
         columns[name] = _tensor(column, "name", "dtype", "shape")
     if next(iter(columns.items()), None) != ("ids", TensorSpec("int64", ())):
         table.fail("must have 'ids', int64 with shape [], as its first column", table.value("columns"))
@@ -213,9 +213,9 @@ def _ranges(table: _Reader) -> tuple[int, tuple[RangeEntry, ...]]:
     expected = [0] + [r.last_bucket + 1 for r in ranges]
     if firsts != expected or any(r.first_bucket > r.last_bucket for r in ranges):
         found = [[r.first_bucket, r.last_bucket] for r in ranges]
-        table.fail(f"must have ranges that follow each other from bucket 0 to {BUCKETS - 1}", found)
+        table.fail(f"must have contiguous ranges from bucket 0 to {BUCKETS - 1}", found)
     if sum(r.rows for r in ranges) != rows:
-        table.fail(f"must have ranges of {rows} rows together", [r.rows for r in ranges])
+        table.fail(f"must have ranges of {rows} rows in total", [r.rows for r in ranges])
     return rows, ranges
 
 
@@ -242,27 +242,13 @@ def _file(file: _Reader) -> FileEntry:
 
 
 def part_files(part: PartEntry) -> list[FileEntry]:
-    """Return the files of a part.
-
-    Args:
-        part: The part.
-
-    Returns:
-        Its dense file, if any, and those of its tables.
-    """
+    """Return the files of a part: its dense file, if any, and those of its tables."""
     dense = [] if part.file is None else [part.file]
     return dense + [file for table in part.tables.values() for file in table_files(table)]
 
 
 def table_files(table: TableEntry) -> list[FileEntry]:
-    """Return the files of a table, those of the ids that went among them.
-
-    Args:
-        table: The table.
-
-    Returns:
-        In bucket order, those of rows first.
-    """
+    """Return the files of a table in bucket order: those of its rows, then those of removed ids."""
     return [r.file for r in (*table.ranges, *(() if table.removed is None else table.removed.ranges))]
 
 
@@ -271,16 +257,18 @@ def _check_paths_differ(manifest: Manifest, path: Location) -> None:
     for part in manifest.parts.values():
         for file in part_files(part):
             if file.path in seen:
-                raise CorruptCheckpoint(f"{path}: a file must be named once, {file.path!r} is again. {OTHER_STEP}")
+                raise CorruptCheckpoint(
+                    f"{path}: each file must be named once, {file.path!r} is repeated. {OTHER_STEP}"
+                )
             seen.add(file.path)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError(f"an object has a member twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"an object has duplicate members among {[key for key, _ in pairs]}")
     return result
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

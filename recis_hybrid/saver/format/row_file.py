@@ -1,6 +1,6 @@
-"""Writes and reads one sparse file: the rows of a contiguous range of buckets, whole or some of them.
+"""Writes one sparse file, the rows of a contiguous range of buckets, and reads all or some of its rows.
 
-Legend: m rows of the file, K buckets of it that have rows.
+Legend: m rows of the file, K buckets with rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Reads:
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        """Count bytes that were read."""
+        """Add the size of a read."""
         with self._lock:
             self.bytes += count
 
@@ -64,14 +64,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowFile:
-    """A sparse file that was written."""
+    """A sparse file that has been written, but perhaps not synced."""
 
     size: int
     """Bytes."""
     crc32: tuple[str, ...]
     """CRC-32 of each chunk of 4 MiB, 8 hexadecimal digits each."""
     sync: Callable[[], None]
-    """Forces the file to the disk. Call once, in any thread."""
+    """Syncs the file to disk. Call once, in any thread."""
 
 
 def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
@@ -80,7 +80,7 @@ def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
 
 
 def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> dict[str, TensorSpec]:
-    """Return the tensors of a file of ``rows`` rows in ``present`` buckets."""
+    """Return the tensors of a file with ``rows`` rows in ``present`` buckets."""
     specs = {name: TensorSpec(spec.dtype, (rows, *spec.shape)) for name, spec in columns.items()}
     specs["buckets"] = TensorSpec("int32", (present,))
     specs["bucket_offsets"] = TensorSpec("int64", (present + 1,))
@@ -92,14 +92,14 @@ def write_rows(
 ) -> RowFile:
     """Write a file of rows.
 
-    The file is put together in memory first, which is used again for the next: no more than one pass over its bytes
-    checksums them.
+    The file is first assembled in memory, which is reused for the next file, so that checksums need only one pass over
+    its bytes.
 
     Args:
-        path: The file.
-        specs: As ``file_specs`` gives them.
-        tag: As ``row_tag`` gives it.
-        write: Called once, writes the tensors.
+        path: Path of the file.
+        specs: Result of :func:`file_specs`.
+        tag: Result of :func:`row_tag`.
+        write: Called once to write the tensors.
 
     Returns:
         The file, which may not be on the disk yet.
@@ -117,22 +117,22 @@ def write_rows(
 def read_rows(
     path: Location, part: str, table: str, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int], reads: Reads
 ) -> Rows:
-    """Read the rows of some buckets, and compare what is read with its checksums.
+    """Read the rows of some buckets and verify their checksums.
 
     Args:
-        path: The file.
+        path: Path of the file.
         part: Name of the part.
         table: Name of the table.
-        entry: What the manifest says of the table.
-        item: What it says of the file.
+        entry: Manifest entry of the table.
+        item: Manifest entry of the file.
         wanted: The first bucket to read, and the one after the last.
-        reads: Counts.
+        reads: Counts the bytes that are read.
 
     Returns:
-        The rows; in memory that nothing else holds.
+        The rows, in new memory.
 
     Raises:
-        CorruptCheckpoint: The file does not hold what the manifest says, or its rows are not in order.
+        CorruptCheckpoint: The file differs from the manifest, or its rows are not sorted.
     """
     where = f"part {part!r}, table {table!r}"
     file = _File(path, where, item.file, reads)
@@ -143,7 +143,7 @@ def read_rows(
         present = file.places["buckets"].spec.shape[:1] if "buckets" in file.places else ()
         specs = file_specs(entry.columns, item.rows, *(present or (0,)))
         check_contents(path, where, file.tag, {name: place.spec for name, place in file.places.items()}, tag, specs)
-        rows = file.all(entry) if whole else file.some(entry, item, wanted)
+        rows = file.all() if whole else file.some(entry, item, wanted)
     found, offsets = rows.pop("buckets").long(), rows.pop("bucket_offsets")
     inside = not found.numel() or item.first_bucket <= int(found[0]) <= int(found[-1]) <= item.last_bucket
     ascending = bool((found[1:] > found[:-1]).all()) and bool((offsets[1:] > offsets[:-1]).all())
@@ -166,7 +166,7 @@ def in_order(ids: Tensor, buckets: Tensor) -> bool:
 
 
 class _File:
-    """An open sparse file; what is read of it is compared with its checksums at once."""
+    """An open sparse file; everything read from it is verified immediately."""
 
     def __init__(self, path: Location, where: str, entry: FileEntry, reads: Reads) -> None:
         self._path = path
@@ -177,7 +177,7 @@ class _File:
         self.places: dict[str, Place] = {}
 
     def open(self, handle: io.RawIOBase, whole: bool) -> None:
-        """Read the header, and all the rest too if it is wanted ``whole``."""
+        """Read the header, and with ``whole`` also the rest."""
         self._handle, size = handle, self._entry.size
         check_size(self._path, self._where, size, handle)
         if whole:
@@ -202,14 +202,14 @@ class _File:
         if not whole:
             self._check_pages(head)
 
-    def all(self, entry: TableEntry) -> dict[str, Tensor]:
-        """Everything, as views of the file as it lies in memory."""
+    def all(self) -> dict[str, Tensor]:
+        """Return all tensors, as views of the file in memory."""
         return views(self._image[self._start :], self.places)
 
     def some(self, entry: TableEntry, item: RangeEntry, wanted: tuple[int, int]) -> dict[str, Tensor]:
         """Return the rows of the wanted buckets, and their index."""
         count = self.places["buckets"].spec.shape[0]
-        # A bucket comes as late as all before it have rows, and as early as all after it have.
+        # A bucket's position is highest if all buckets before it have rows, and lowest if all after it do.
         lead = max(wanted[0] - item.first_bucket, 0)
         first = max(0, count - (item.last_bucket - item.first_bucket + 1 - lead))
         stop = min(count, wanted[1] - item.first_bucket)
@@ -249,7 +249,7 @@ class _File:
         return data[first - begin : stop - begin]
 
     def _check_pages(self, head: bytes) -> None:
-        """Compare the checksums of the pages, which the header has, with those of the chunks that they make."""
+        """Verify the checksums of pages, from the header, against those of chunks, from the manifest."""
         text = self.tag.get("pages") if isinstance(self.tag, dict) else None
         size = self._entry.size
         try:
@@ -265,11 +265,11 @@ class _File:
         ):
             if found != expected:
                 self._fail(
-                    f"chunk {chunk} must have the CRC-32 {expected} by the manifest, by its pages it has {found}"
+                    f"chunk {chunk} must have the CRC-32 {expected}, as the manifest says, its pages give {found}"
                 )
 
     def _length(self, prefix: bytes) -> int:
-        """Return the bytes of the header and of its length."""
+        """Return the bytes of the header, including its length."""
         length = int.from_bytes(prefix, "little") + 8
         if len(prefix) < 8 or not 8 < length <= min(self._entry.size, LONGEST_HEADER):
             self._fail("must be a safetensors file, but its header is longer than the file")

@@ -1,4 +1,4 @@
-"""Writes and reads one safetensors file of whole tensors, with what it is of in its header."""
+"""Writes and reads one safetensors file of complete tensors, with a tag in its header that identifies it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check_tensor(where: str, name: str, tensor: object) -> None:
     """Check that a tensor can be saved.
 
     Args:
-        where: What the tensor belongs to, for the message.
-        name: Its name.
+        where: Owner of the tensor, for the message.
+        name: Name of the tensor.
         tensor: The tensor.
 
     Raises:
-        CheckpointError: It is no dense tensor, or its name or dtype is one that safetensors does not take.
+        CheckpointError: The value is not a dense tensor, or safetensors does not support its name or dtype.
     """
     if not isinstance(name, str) or name in ("", "__metadata__") or not _is_unicode(name):
         raise CheckpointError(
@@ -57,7 +57,7 @@ def check_tensor(where: str, name: str, tensor: object) -> None:
     if tensor.layout != torch.strided or tensor.is_meta:
         raise CheckpointError(
             f"{where}: tensor {name!r} must be dense and have memory, got layout {tensor.layout} on {tensor.device}. "
-            "Make it dense, or initialise it, before saving."
+            "Make it dense, or initialize it, before saving."
         )
     if DTYPES.get(TensorSpec.of(tensor).dtype) != tensor.dtype:
         raise CheckpointError(
@@ -66,19 +66,19 @@ def check_tensor(where: str, name: str, tensor: object) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in the order of its elements, without a copy where it lies so on the CPU."""
-    # A lazy conjugate or negative is resolved: files hold the memory as it lies.
+    """Return the bytes of a tensor in the order of its elements; copied unless contiguous on the CPU."""
+    # Resolve lazy conjugation and negation, because files hold raw memory.
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return buffer(plain.view(-1).view(torch.uint8))
 
 
 def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
-    """Write tensors to a new file and force it to the disk.
+    """Write tensors to a new file and sync it to disk.
 
     Args:
-        path: The file.
+        path: Path of the file.
         tensors: Tensors by name.
-        tag: What the file is of; the format version is put before it.
+        tag: Identifies the file; the format version is prepended.
 
     Returns:
         Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
@@ -94,11 +94,11 @@ def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], Non
     """Write a new file.
 
     Args:
-        path: The file.
-        pieces: Its bytes.
+        path: Path of the file.
+        pieces: Contents of the file.
 
     Returns:
-        Forces the file to the disk; to be called once, in any thread.
+        A function that syncs the file to disk. Call it once, in any thread.
     """
     if isinstance(path, RemotePath):
         with path.open("wb") as remote:
@@ -122,7 +122,10 @@ def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], Non
 
 
 class ChunkSums:
-    """CRC-32 of each chunk of 4 MiB of bytes that come in pieces, the last one shorter, as 8 hexadecimal digits."""
+    """CRC-32 of each chunk of 4 MiB of a stream of bytes, as 8 hexadecimal digits.
+
+    The last chunk may be shorter.
+    """
 
     def __init__(self) -> None:
         self.size = 0
@@ -131,7 +134,7 @@ class ChunkSums:
         self._open = 0
 
     def add(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-        """Hand on pieces, cut at the ends of chunks and checksummed."""
+        """Yield pieces, split at the ends of chunks, and update the checksums."""
         for piece in pieces:
             while piece:
                 part = piece[: CHUNK_BYTES - self.size % CHUNK_BYTES]
@@ -153,21 +156,21 @@ class ChunkSums:
 def read_tensors(
     path: Location, where: str, size: int, sums: tuple[str, ...], specs: dict[str, TensorSpec], tag: dict[str, JSON]
 ) -> dict[str, Tensor]:
-    """Read a file in one pass, each chunk compared with its checksum before anything is believed of it.
+    """Read a file in one pass; each chunk is verified before its contents are used.
 
     Args:
-        path: The file.
-        where: What it is of, for messages.
-        size: Its bytes, by the manifest.
-        sums: The CRC-32 of each chunk.
-        specs: Dtype and shape of every tensor that it must hold.
-        tag: What it must be of.
+        path: Path of the file.
+        where: Part of the file, for messages.
+        size: Bytes of the file, from the manifest.
+        sums: CRC-32 of each chunk.
+        specs: Dtype and shape of every expected tensor.
+        tag: Expected tag.
 
     Returns:
-        By name, new tensors on the CPU, starting at multiples of 64 bytes.
+        New tensors on the CPU by name, starting at multiples of 64 bytes.
 
     Raises:
-        CorruptCheckpoint: A checksum differs, or the file does not hold what it must.
+        CorruptCheckpoint: A checksum differs, or the file does not hold the expected tensors.
     """
     tensors: dict[str, Tensor] = {}
     left: list[tuple[Place, Tensor]] = []
@@ -219,13 +222,13 @@ class TensorFile:
         return sorted(self._handle.keys())
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own.
+        """Read a tensor into new memory.
 
-        The library's tensors are views of the mapped file, 24 bytes past a multiple of 64: no framework could take
-        them over without a copy, and they would change with the file.
+        The library's tensors are views of the mapped file, 24 bytes past a multiple of 64: no framework could adopt
+        them without a copy, and they would change with the file.
 
         Args:
-            name: Its name.
+            name: Name of the tensor.
 
         Returns:
             A new tensor on the CPU, starting at a multiple of 64 bytes.
@@ -242,15 +245,15 @@ def check_contents(
     tag: dict[str, JSON],
     specs: dict[str, TensorSpec],
 ) -> None:
-    """Compare what a file says it holds with what it must hold.
+    """Compare the contents of a file with the expected ones.
 
     Args:
-        path: The file.
-        where: What it is of, for the message.
-        found_tag: What the file says that it is of.
+        path: Path of the file.
+        where: Part and table of the file, for the message.
+        found_tag: Tag of the file.
         found: Dtype and shape of its tensors.
-        tag: What it must be of.
-        specs: Dtype and shape of every tensor that it must hold.
+        tag: Expected tag.
+        specs: Dtype and shape of every expected tensor.
 
     Raises:
         CorruptCheckpoint: They differ.
@@ -272,14 +275,14 @@ def open_tensors(path: Path, where: str) -> Iterator[TensorFile]:
     """Open a file for reading.
 
     Args:
-        path: The file.
-        where: What it is of, for messages.
+        path: Path of the file.
+        where: Origin of the file, for messages.
 
     Yields:
         The open file.
 
     Raises:
-        CorruptCheckpoint: It is no safetensors file.
+        CorruptCheckpoint: The file is not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as handle:

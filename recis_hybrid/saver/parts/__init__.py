@@ -1,4 +1,4 @@
 """Live objects as parts of a checkpoint: modules, optimizers, anything with a ``state_dict``.
 
-``Saver``, ``saver.actions`` and ``saver.checkpoint`` may import it; it knows no file.
+``Saver``, ``saver.actions`` and ``saver.checkpoint`` may import it; it does not access files.
 """

@@ -1,4 +1,4 @@
-"""Turns what a user passes to the saver into states and back."""
+"""Adapters for the objects that a user passes to the saver."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from recis_hybrid.saver.parts.stateful_part import GeneratorPart, Stateful, Stat
 
 
 def part_of(name: str, value: object) -> Part:
-    """Find the adapter of a value.
+    """Return the adapter of a value.
 
     Args:
         name: Name of the part, for messages.
-        value: What the user passed.
+        value: Object that the user passed.
 
     Returns:
-        The adapter. An object that is both Saveable and a module is taken as Saveable.
+        The adapter. An object that is both a Saveable and a module is treated as a Saveable.
 
     Raises:
-        CheckpointError: The value is of no kind that can be saved.
+        CheckpointError: The value cannot be saved.
     """
     if isinstance(value, PerRank):
         value = value.value
@@ -36,7 +36,7 @@ def part_of(name: str, value: object) -> Part:
         part = SaveablePart(value)
         if part.kind not in KINDS:
             raise CheckpointError(
-                f"Saver: part {name!r}: checkpoint_kind must be one of {list(KINDS)}, got {part.kind!r}. Leave it out."
+                f"Saver: part {name!r}: checkpoint_kind must be one of {list(KINDS)}, got {part.kind!r}. Omit it."
             )
         return part
     if isinstance(value, torch.nn.Module):
@@ -59,8 +59,8 @@ def part_of(name: str, value: object) -> Part:
 class ModulePart(Part):
     """A module, by its state_dict: tensors under their names, other values (extra state) as JSON.
 
-    DistributedDataParallel and torch.compile leave no trace in the names, so that towers go from any number of ranks to
-    any other, compiled or not. Tables within the module are left out: their engine is a part of its own.
+    Names omit the wrappers of DistributedDataParallel and torch.compile, so that a module can be loaded on any number
+    of ranks, compiled or not. Tables within the module are omitted: their engine is a separate part.
     """
 
     kind = "module"
@@ -70,7 +70,7 @@ class ModulePart(Part):
         self.module = module
 
     def state(self) -> PartState:
-        """Parameters and buffers, detached."""
+        """Return parameters and buffers, detached."""
         tensors: dict[str, Tensor] = {}
         other: dict[str, object] = {}
         for key, value in self._entries().items():
@@ -89,7 +89,7 @@ class ModulePart(Part):
         refuse_differences(where, named_differences("tensor", found, live))
 
     def load(self, saved: PartState) -> None:
-        """Copy into the parameters and buffers; they stay the same tensors."""
+        """Copy into the parameters and buffers, which stay the same tensors."""
         own = own_names(self.module)
         state = {**saved.tensors, **_extra("the module", saved)}
         with tables_apart():
@@ -100,7 +100,7 @@ class ModulePart(Part):
         lazy += [k for k, b in self.module.named_buffers() if torch.nn.parameter.is_lazy(b)]
         if lazy:
             raise CheckpointError(
-                f"Saver: part {self._name!r}: parameters and buffers must be initialised, {lazy} are not. Run the "
+                f"Saver: part {self._name!r}: parameters and buffers must be initialized, {lazy} are not. Run the "
                 "module once on a batch."
             )
         with tables_apart():
@@ -122,11 +122,11 @@ class JsonPart(Part):
         return PartState(meta={"value": checked_json(f"Saver.save: part {self._name!r}", self._value)})
 
     def check(self, where: str, saved: PartState) -> None:
-        """Refuse: there is no object to load into."""
-        raise CheckpointError(f"{where} is JSON, which has no place to be loaded into. Use Saver.read_json.")
+        """Raise CheckpointError, because there is no object to load into."""
+        raise CheckpointError(f"{where} is JSON, which cannot be loaded into an object. Use Saver.read_json.")
 
     def load(self, saved: PartState) -> None:
-        """Never reached, as ``check`` refuses."""
+        """Never called, because :meth:`check` raises."""
         raise AssertionError
 
 

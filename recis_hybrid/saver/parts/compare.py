@@ -1,4 +1,4 @@
-"""Compares a saved state with the live object it is to be loaded into."""
+"""Compares a saved state with the live object to load it into."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def refuse_differences(where: str, differences: Iterable[str]) -> None:
 
     Args:
         where: Checkpoint and part, for the message.
-        differences: What differs, each with both values.
+        differences: Descriptions of the differences, each with both values.
 
     Raises:
-        CheckpointMismatch: There are some; the first eight are listed.
+        CheckpointMismatch: There are differences; the first eight are listed.
     """
     found = list(differences)
     if found:
@@ -37,12 +37,12 @@ def named_differences(what: str, saved: Mapping[str, _T], live: Mapping[str, _T]
     """Compare two mappings by name.
 
     Args:
-        what: What the values are, such as ``tensor``.
-        saved: Of the checkpoint.
-        live: Of the live object.
+        what: Kind of the values, such as ``tensor``.
+        saved: Values of the checkpoint.
+        live: Values of the live object.
 
     Returns:
-        One text for each name that only one has, or whose values differ.
+        One text for each name that is on one side only, or whose values differ.
     """
     texts: list[str] = []
     for name in sorted(saved.keys() | live.keys()):
@@ -56,14 +56,14 @@ def named_differences(what: str, saved: Mapping[str, _T], live: Mapping[str, _T]
 
 
 def state_differences(saved: PartState, live: PartState) -> list[str]:
-    """Compare tables and tensors of two states; ``PartState.meta`` is state and may differ.
+    """Compare tables and tensors of two states; ``PartState.meta`` may differ.
 
     Args:
-        saved: Of the checkpoint.
-        live: Of the live object.
+        saved: State of the checkpoint.
+        live: State of the live object.
 
     Returns:
-        One text for each difference in names, dtypes, widths, shapes or table metadata; row counts may differ.
+        One text per difference in names, dtypes, widths, shapes or table metadata. Numbers of rows may differ.
     """
     texts = named_differences(
         "tensor",
@@ -89,5 +89,5 @@ def _described(table: TableState) -> str:
 
 
 def _meta(table: TableState) -> dict[str, str]:
-    """As text, in which 1, 1.0 and true differ."""
+    """Return values as text, in which 1, 1.0 and true differ."""
     return {name: json.dumps(value, sort_keys=True) for name, value in table.meta.items()}

@@ -1,4 +1,4 @@
-"""Names of a module's parameters and buffers, the same whether or not the module is wrapped."""
+"""Names of a module's parameters and buffers, whether or not the module is wrapped."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from recis_hybrid.checkpointing import tables_apart
 
 
 def own_names(module: nn.Module) -> dict[str, str]:
-    """Find what the module itself calls its state.
+    """Map names without wrappers to the names in a module's own ``state_dict``.
 
     Args:
-        module: Which may be, or hold, modules wrapped by DistributedDataParallel, DataParallel or torch.compile, in
-            any order.
+        module: May be, or contain, modules wrapped by DistributedDataParallel, DataParallel or torch.compile, in any
+            order.
 
     Returns:
-        Names in its ``state_dict``, by names without the wrappers: ``tower.weight`` is its ``tower.module.weight``, or
-        its ``tower._orig_mod.weight``.
+        Keys of its ``state_dict`` by name without wrappers: ``tower.weight`` maps to ``tower.module.weight``, or to
+        ``tower._orig_mod.weight``.
     """
     with tables_apart():
         state = list(module.state_dict())
@@ -28,18 +28,18 @@ def own_names(module: nn.Module) -> dict[str, str]:
 
 
 def without_wrappers(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return names of state or submodules without the names of wrappers.
+    """Remove the names of wrappers from names of state or submodules.
 
     Args:
-        module: As for ``own_names``.
-        names: The module's own.
+        module: As for :func:`own_names`.
+        names: The module's own names.
     """
     wrapped = [
         (f"{path}." if path else "", f"{inner}.")
         for path, each in module.named_modules(remove_duplicate=False)
         if (inner := _inner(each))
     ]
-    # The inner ones first, whose paths the outer ones are part of.
+    # Inner wrappers first, because their paths contain those of the outer ones.
     wrapped.sort(key=lambda pair: len(pair[0]), reverse=True)
     found = []
     for name in names:
@@ -62,6 +62,6 @@ def _inner(module: nn.Module) -> str | None:
     """Return the attribute by which a wrapper holds its module; None if the module is not a wrapper."""
     if isinstance(module, DistributedDataParallel | DataParallel):
         return "module"
-    # Its class is there as soon as anything was compiled; it is not loaded for this.
+    # The class exists once anything has been compiled; torch._dynamo is not imported just for this check.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if compiler is not None and isinstance(module, compiler.OptimizedModule) else None

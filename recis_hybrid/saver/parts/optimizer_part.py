@@ -1,7 +1,7 @@
 """torch optimizers as a part: state tensors as tensors, scalars and parameter groups as JSON.
 
-Parameters are matched by their order in the groups, as in torch's own state_dict. Names on disk: ``state.3.exp_avg`` is
-of the parameter with index 3, ``groups.0.lr`` is a hyperparameter that is a tensor, of group 0.
+Parameters are matched by their order in the groups, as in torch's own state_dict. Names on disk: ``state.3.exp_avg``
+belongs to the parameter with index 3, and ``groups.0.lr`` is a tensor hyperparameter of group 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recis_hybrid.saver.parts.part import Part
 
 
 class OptimizerPart(Part):
-    """An optimizer; what it holds is restored bit for bit, step counts included."""
+    """An optimizer, restored bit for bit, including its step counts."""
 
     kind = "optimizer"
 
@@ -65,7 +65,7 @@ class OptimizerPart(Part):
         _unpack(where, saved)
 
     def load(self, saved: PartState) -> None:
-        """Take over hyperparameters and state; tensors go to the devices of their parameters."""
+        """Load hyperparameters and state; tensors are moved to the devices of their parameters."""
         state, groups = _unpack("the optimizer", saved)
         first = 0
         for group, live in zip(groups, self._optimizer.param_groups, strict=True):
@@ -78,10 +78,10 @@ class OptimizerPart(Part):
         self._undo_casts(state)
 
     def _undo_casts(self, state: dict[int, dict[str, Any]]) -> None:
-        """Put back what torch cast to the parameter's dtype, as it does with float32 moments of a bfloat16 one."""
+        """Undo torch's casts to a parameter's dtype, as of float32 moments of a bfloat16 parameter."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for index, values in state.items():
-            # One that keeps its state elsewhere (OptaxOptimizer) casts nothing.
+            # An optimizer that keeps its state elsewhere (OptaxOptimizer) casts nothing.
             live = self._optimizer.state.get(parameters[index], {})
             for key, tensor in values.items():
                 if isinstance(tensor, Tensor) and key in live and live[key].dtype != tensor.dtype:
@@ -95,7 +95,7 @@ class OptimizerPart(Part):
 
 
 def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, JSON]:
-    """Move tensors among values to ``tensors``, and return the rest as JSON."""
+    """Move tensors from ``values`` to ``tensors``, and return the rest as JSON."""
     rest: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Tensor):
@@ -106,7 +106,7 @@ def _split(where: str, prefix: str, values: dict[str, Any], tensors: dict[str, T
 
 
 def _unpack(where: str, saved: PartState) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-    """State by index of the parameter, and groups, as torch has them, but for ``params`` and tuples."""
+    """Return state by parameter index, and groups, in torch's form except for ``params`` and tuples."""
     parameters = _parameters(where, saved.meta)
     count = sum(map(len, parameters))
     try:
@@ -119,7 +119,7 @@ def _unpack(where: str, saved: PartState) -> tuple[dict[int, dict[str, Any]], li
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CorruptCheckpoint(f"{where}: groups, state and tensors of the optimizer do not agree. {OTHER_STEP}")
+        raise CorruptCheckpoint(f"{where}: groups, state and tensors of the optimizer are inconsistent. {OTHER_STEP}")
     return state, groups
 
 

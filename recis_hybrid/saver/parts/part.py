@@ -24,7 +24,7 @@ from recis_hybrid.saver.runtime.ranks import Ranks
 
 
 class Part(ABC):
-    """An object that is saved and loaded under a name; subclasses adapt the kinds of objects that there are."""
+    """An object that is saved and loaded under a name; subclasses adapt the supported kinds of objects."""
 
     kind: str
     """One of ``manifest.KINDS``."""
@@ -43,15 +43,15 @@ class Part(ABC):
 
     @abstractmethod
     def load(self, saved: PartState) -> None:
-        """Replace the state by a saved one that fits."""
+        """Replace the state with a saved one that fits."""
 
     def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
-        """Return a function that returns the state of now, or what changed in it.
+        """Return a function that returns the current state, or changes of it.
 
         Args:
-            memory: Takes a copy, so that the function may be called in another thread and the object may change. None:
-                nothing is copied, and the object must not change before the call.
-            changes: What changed, in place of the whole state.
+            memory: Holds a copy, so that the function can be called in another thread while the object changes. None
+                copies nothing, and the object must not change before the call.
+            changes: Changes to capture instead of the whole state.
         """
         if memory is None:
             return self.state if changes is None else lambda: changes
@@ -71,14 +71,14 @@ class SaveablePart(Part):
         return self.value.checkpoint_state()
 
     def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
-        """Return a function that returns the state; large tables copy themselves."""
+        """Return a function that returns the state; objects with large tables make their own copies."""
         if changes is None and isinstance(self.value, SaveableTables):
             return self.value.checkpoint_snapshot(memory)
         return super().capture(memory, changes)
 
     @property
     def streams(self) -> bool:
-        """True if the object takes rows as they are read, by its :meth:`loader`."""
+        """True if the object loads rows as they are read, through its :meth:`loader`."""
         return isinstance(self.value, Loadable)
 
     def loader(self, saved: PartState) -> StateLoader:
@@ -92,22 +92,22 @@ class SaveablePart(Part):
         return ranks.buckets if own is None else own
 
     def check(self, where: str, saved: PartState) -> None:
-        """Compare with the state of now: names, dtypes, widths, shapes and table metadata."""
+        """Compare names, dtypes, widths, shapes and table metadata with the current state."""
         value = self.value
         live = value.checkpoint_layout() if isinstance(value, SaveableTables) else value.checkpoint_state()
         refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
-        """Hand the state to the object.
+        """Pass the state to the object.
 
         Raises:
-            CorruptCheckpoint: The object refuses it.
+            CorruptCheckpoint: The object rejects the state.
         """
         try:
             self.value.load_checkpoint_state(saved)
         except ValueError as error:
             raise CorruptCheckpoint(
-                f"{type(self.value).__name__}: refuses what was saved: {error}. {OTHER_STEP}"
+                f"{type(self.value).__name__}: rejects the saved state: {error}. {OTHER_STEP}"
             ) from error
 
 
@@ -115,15 +115,15 @@ def _copy_state(state: PartState, memory: HostMemory) -> PartState:
     """Return a copy of a state that shares no memory with live objects.
 
     Args:
-        state: The state; tensors that it owns and that are on the CPU are not copied.
-        memory: Takes the copies.
+        state: The state. Tensors on the CPU that it owns are not copied.
+        memory: Memory for the copies.
     """
 
     def copy(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         if state.owned and tensor.is_cpu:
             return tensor
-        if tensor.layout != torch.strided or tensor.is_meta:  # refused when it is written
+        if tensor.layout != torch.strided or tensor.is_meta:  # raises when it is written
             return tensor
         target = memory.take(tensor.numel() * tensor.itemsize, pinned=tensor.is_cuda)
         return target.view(tensor.dtype).view(tensor.shape).copy_(tensor)

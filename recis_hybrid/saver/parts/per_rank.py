@@ -1,4 +1,4 @@
-"""Parts that are not the same on every rank."""
+"""Parts that differ between ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from recis_hybrid.saver.format.manifest import Manifest
 
 
 class PerRank:
-    """Marks a part of which every rank saves its own, such as a generator that is seeded by rank.
+    """Marks a part of which every rank saves its own state, such as a generator that is seeded by rank.
 
-    It is saved as one part for each rank, named ``name[rank]``. On another world size each rank loads that of its
-    number; a rank that had none keeps what it has, with a warning.
+    It is saved as one part per rank, named ``name[rank]``. With another world size, each rank loads the part of its
+    number. A rank without one leaves the object unchanged, with a warning.
 
     Args:
         value: The part.
@@ -29,32 +29,32 @@ class PerRank:
 
 
 def name_of_rank(name: str, part: object, manifest: Manifest, rank: int) -> str | None:
-    """Find the part of a checkpoint that a rank loads.
+    """Return the name of the saved part that a rank loads.
 
     Args:
-        name: As the user passed it.
-        part: What the user passed, perhaps a ``PerRank``.
-        manifest: Of the checkpoint.
+        name: Name that the user passed.
+        part: Object that the user passed, possibly a ``PerRank``.
+        manifest: Manifest of the checkpoint.
         rank: The rank.
 
     Returns:
-        Its name in the checkpoint; None if there is none for this rank, of which a warning tells.
+        The name in the checkpoint; None, with a warning, if it has none for this rank.
 
     Raises:
-        CheckpointMismatch: It was saved of each rank, and is to be loaded as one of all.
+        CheckpointMismatch: The part was saved per rank, and is loaded without ``PerRank``.
     """
     own = f"{name}[{rank}]"
     if not isinstance(part, PerRank):
         if name not in manifest.parts and f"{name}[0]" in manifest.parts:
             raise CheckpointMismatch(
-                f"Saver.load: part {name!r} was saved of each rank, {name + '[0]'!r} and so on. Pass it in a "
+                f"Saver.load: part {name!r} was saved per rank, as {name + '[0]'!r} and so on. Wrap it in "
                 "PerRank, or load one of them by its name."
             )
         return name
     if own in manifest.parts or f"{name}[0]" not in manifest.parts:
         return own if own in manifest.parts else name
     warnings.warn(
-        f"Saver.load: part {name!r} was saved by {manifest.world_size} ranks and is left as it is on rank {rank}.",
+        f"Saver.load: part {name!r} was saved by {manifest.world_size} ranks and stays unchanged on rank {rank}.",
         stacklevel=5,
     )
     return None

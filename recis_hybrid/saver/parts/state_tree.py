@@ -1,7 +1,7 @@
-"""Contents of a ``state_dict`` as tensors and JSON: dictionaries, lists, tuples and plain values, nested.
+"""Contents of a ``state_dict`` as tensors and JSON: nested dictionaries, lists, tuples and plain values.
 
 Each container is one JSON object that names its kind: ``{"dict": {...}}``, ``{"pairs": [[key, value], ...]}`` (keys
-that are no strings), ``{"list": [...]}``, ``{"tuple": [...]}``; a tensor is ``{"tensor": name}``, and a number that
+that are not strings), ``{"list": [...]}``, ``{"tuple": [...]}``. A tensor is ``{"tensor": name}``, and a number that
 JSON lacks is ``{"float": "inf"}``, ``"-inf"`` or ``"nan"``.
 """
 
@@ -21,20 +21,20 @@ def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") 
     """Split a value into tensors and JSON.
 
     Args:
-        where: What the value is, for the message.
+        where: Name of the value, for the message.
         value: The value.
-        tensors: Takes the tensors, under the places that they have in the value.
-        path: The place of the value.
+        tensors: Receives the tensors, named by their place in the value.
+        path: Place of the value.
 
     Returns:
         The JSON.
 
     Raises:
-        CheckpointError: Something in it is neither a container, nor a tensor, nor JSON.
+        CheckpointError: A nested value is not a container, a tensor or JSON.
     """
     if isinstance(value, Tensor):
         name = path or "value"
-        while name in tensors:  # of another place that is written alike
+        while name in tensors:  # another place has the same name
             name += "'"
         tensors[name] = value.detach()
         return {"tensor": name}
@@ -56,18 +56,18 @@ def pack(where: str, value: object, tensors: dict[str, Tensor], path: str = "") 
 
 
 def unpack(where: str, packed: JSON, tensors: dict[str, Tensor]) -> Any:
-    """Put a value together again.
+    """Reassemble a value from tensors and JSON.
 
     Args:
-        where: What the value is, for the message.
-        packed: What ``pack`` returned.
-        tensors: The tensors that it took.
+        where: Name of the value, for the message.
+        packed: Result of :func:`pack`.
+        tensors: The tensors that it split off.
 
     Returns:
         The value.
 
     Raises:
-        CorruptCheckpoint: It is nothing that ``pack`` makes.
+        CorruptCheckpoint: :func:`pack` does not return such JSON.
     """
     if not isinstance(packed, dict | list):
         return packed

@@ -17,10 +17,10 @@ from recis_hybrid.saver.parts.state_tree import pack, unpack
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An object that hands out its state and takes it back, as much of torch does."""
+    """An object that returns and accepts its state, as many classes of torch do."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Hand out the state."""
+        """Return the state."""
         ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
@@ -44,21 +44,21 @@ class StatefulPart(Part):
         return PartState(tensors=tensors, meta={"class": type(self._value).__name__, "state": packed})
 
     def check(self, where: str, saved: PartState) -> None:
-        """Compare the class; what the state may be is the object's to know."""
+        """Compare the class; only the object itself can check the rest."""
         live = type(self._value).__name__
         if saved.meta.get("class") != live:
             refuse_differences(where, [f"class: checkpoint {saved.meta.get('class')}, live object {live}"])
         self._unpacked(where, saved)
 
     def load(self, saved: PartState) -> None:
-        """Hand the state to the object."""
+        """Pass the state to the object."""
         self._value.load_state_dict(self._unpacked("the object", saved))
 
     def _unpacked(self, where: str, saved: PartState) -> dict[str, Any]:
         state = unpack(where, saved.meta.get("state"), saved.tensors)
         if not isinstance(state, dict):
             raise CorruptCheckpoint(f"{where}: meta.state must be a dictionary, got {state!r}. {OTHER_STEP}")
-        # MultiStepLR counts its milestones; JSON knows one kind of dictionary only.
+        # MultiStepLR has a Counter of milestones; JSON has only one kind of dictionary.
         counters = {key for key, value in self._value.state_dict().items() if isinstance(value, Counter)}
         return {key: Counter(value) if key in counters else value for key, value in state.items()}
 
@@ -72,15 +72,15 @@ class GeneratorPart(Part):
         self._generator = generator
 
     def state(self) -> PartState:
-        """Its state, as torch hands it out."""
+        """Return the state of the generator."""
         return PartState(tensors={"state": self._generator.get_state()}, owned=True)
 
     def check(self, where: str, saved: PartState) -> None:
-        """Compare the size of the state, which tells generators of a CPU from those of a GPU."""
+        """Compare the size of the state, which differs between generators of CPUs and GPUs."""
         live = {"state": TensorSpec.of(self._generator.get_state())}
         found = {name: TensorSpec.of(tensor) for name, tensor in saved.tensors.items()}
         refuse_differences(where, named_differences("tensor", found, live))
 
     def load(self, saved: PartState) -> None:
-        """Take over the state."""
+        """Set the state of the generator."""
         self._generator.set_state(saved.tensors["state"])

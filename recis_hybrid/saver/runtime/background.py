@@ -1,4 +1,4 @@
-"""Work in a background thread, whose failure is reported."""
+"""Work in a background thread; failures are reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Background:
         def run() -> None:
             try:
                 work()
-            except BaseException as error:  # handed to whoever waits
+            except BaseException as error:  # raised by wait()
                 self._error = error
 
         self._thread = threading.Thread(target=run, name=name)

@@ -1,4 +1,4 @@
-"""The ranks that save and load together: messages between them, and failure of all when one fails."""
+"""The ranks that save and load together: they exchange messages, and all raise if one fails."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Ranks:
         if group is None:
             if distributed.world_size() == 1:
                 return cls(None)
-            # A group of its own: a save in the background must not meet the collectives of the training.
+            # A separate group: background saves must not interfere with the collectives of training.
             group = dist.new_group(backend="gloo", use_local_synchronization=True)
         if not hasattr(group, "name") or group.name() != "gloo":
             raise CheckpointError(
                 f"Saver: group must be a gloo process group that nothing else uses, got {group!r}. Make one with "
-                "torch.distributed.new_group(ranks, backend='gloo'), or leave it out."
+                "torch.distributed.new_group(ranks, backend='gloo'), or omit it."
             )
         return cls(group)
 
@@ -71,7 +71,7 @@ class Ranks:
             raise self._lost(error) from error
 
     def together(self, work: Callable[[], JSON]) -> list[Any]:
-        """Call a function on every rank; if one fails, all raise, so that no rank waits for another for ever.
+        """Call a function on every rank; if it fails on one, all raise, so that no rank waits forever.
 
         Args:
             work: May raise; returns a value that JSON can hold.
@@ -80,8 +80,8 @@ class Ranks:
             The results by rank.
 
         Raises:
-            CheckpointError: The function failed on another rank; the message says which and why. An exception of this
-                rank is raised as it is.
+            CheckpointError: The function failed on another rank; the message says which and why. An exception on this
+                rank is raised unchanged.
         """
         if self._group is None:
             return [work()]
@@ -89,7 +89,7 @@ class Ranks:
         failure: BaseException | None = None
         try:
             value = work()
-        except BaseException as error:  # raised again below, once the others know
+        except BaseException as error:  # raised below, once the other ranks know
             failure = error
         try:
             return distributed.all_succeed_or_raise(failure, value, self._group)
@@ -100,10 +100,10 @@ class Ranks:
                 raise
             raise self._lost(error) from error
         finally:
-            failure = None  # else the exception and this frame would refer to each other
+            failure = None  # break the cycle of the exception and this frame
 
     def send(self, data: Tensor, to: int, tag: int) -> None:
-        """Send bytes to a rank that calls :meth:`receive`; return once they are on their way.
+        """Send bytes to a rank that calls :meth:`receive`; return once they are sent.
 
         Args:
             data: uint8 ``[n]``, contiguous, on the CPU.
@@ -136,5 +136,5 @@ class Ranks:
     def _lost(self, error: RuntimeError) -> CheckpointError:
         return CheckpointError(
             f"Saver: rank {self.rank} of {self.size} lost the connection to another ({error}). See that rank's last "
-            "messages; earlier checkpoints are whole."
+            "messages; earlier checkpoints are intact."
         )

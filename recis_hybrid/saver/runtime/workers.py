@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Workers:
     """Threads for the duration of a ``with`` block, at whose end all work is done.
 
-    Pools of ``concurrent.futures`` refuse work once the process is ending, when a background save may still be running.
+    Pools of ``concurrent.futures`` refuse work during the exit of the process, when a background save may still be
+    running.
 
     Args:
         count: Number of threads.
@@ -55,6 +56,6 @@ class Workers:
                 continue
             try:
                 future.set_result(work())
-            except BaseException as error:  # raised where the result is waited for
+            except BaseException as error:  # raised by Future.result()
                 future.set_exception(error)
-            del item, future, work  # so that nothing of it lives until the next
+            del item, future, work  # free them before waiting for the next

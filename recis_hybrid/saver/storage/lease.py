@@ -16,8 +16,8 @@ LEASE = ".lease"
 class Lease:
     """The right to save in a directory, held as long as this object lives.
 
-    It is a lock of the operating system on a file. The lock ends with the process that holds it, however that process
-    ends, so nothing has to be removed by hand.
+    It is an operating system's lock on a file. The lock ends with the process that holds it, however that process ends,
+    so nothing has to be removed manually.
 
     Args:
         root: The directory.
@@ -28,11 +28,11 @@ class Lease:
         self._held = False
 
     def take(self) -> None:
-        """Take the lease, unless this object holds it already.
+        """Take the lease, unless this object already holds it.
 
         Raises:
             CheckpointError: Another saver holds it.
-            OSError: The file cannot be made.
+            OSError: The file cannot be created.
         """
         if self._held:
             return
@@ -40,7 +40,7 @@ class Lease:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(file, 256).decode(errors="replace") or "one that is not known"
+            holder = os.read(file, 256).decode(errors="replace") or "an unknown process"
             os.close(file)
             raise CheckpointError(
                 f"{self._root}: another saver saves here ({holder}). Save to another directory, or end the other job."

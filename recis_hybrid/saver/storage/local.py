@@ -1,4 +1,4 @@
-"""Checkpoints in a directory: written under a temporary name, forced to the disk, renamed."""
+"""Checkpoints in a directory: written under a temporary name, synced to disk, renamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEFTOVER = re.compile(r"\.step_\d{6,18}\.(?:partial|deleted)|\.shared\.[0-9a-f]
 class LocalStorage:
     """A directory of checkpoints, on this machine or shared by several.
 
-    A checkpoint is written under a temporary name, forced to the disk, and renamed.
+    A checkpoint is written under a temporary name, synced to disk, and renamed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -38,10 +38,10 @@ class LocalStorage:
         return sorted(step for step in found if (self.root / step_name(step) / MANIFEST).is_file())
 
     def take(self) -> None:
-        """Make the directory, take the right to save in it, and remove the remains of a crash.
+        """Create the directory, take its lease, and remove what a crash left behind.
 
         Raises:
-            CheckpointError: Another saver saves there.
+            CheckpointError: Another saver holds the lease.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         sync_directory(self.root.parent)
@@ -51,11 +51,11 @@ class LocalStorage:
                 remove_folder(Path(entry.path)) if entry.is_dir() else os.unlink(entry.path)
 
     def folder(self, step: int) -> Path:
-        """Return the folder in which the files of a step are written."""
+        """Return the folder for the files of a step while they are written."""
         return self.root / f".{step_name(step)}.partial"
 
     def begin(self, step: int) -> None:
-        """Make the folder of a step, for :meth:`commit` or :meth:`abandon`."""
+        """Create the folder of a step, for :meth:`commit` or :meth:`abandon`."""
         self.folder(step).mkdir()
 
     def commit(self, step: int, manifest: bytes) -> None:
@@ -76,7 +76,7 @@ class LocalStorage:
             folder.rename(place)
 
     def finish(self, step: int) -> None:
-        """Force the rename to the disk, and remove the checkpoint that was replaced."""
+        """Sync the rename to disk, and remove the checkpoint that was replaced."""
         sync_directory(self.root)
         if self.folder(step).exists():
             remove_folder(self.folder(step))
@@ -91,17 +91,17 @@ class LocalStorage:
         Returns:
             A function that deletes its files.
         """
-        # Renamed first: a crash within the deletion leaves no checkpoint that looks whole and is not.
+        # Rename first: a crash during deletion must not leave a checkpoint that looks complete but is not.
         doomed = self.root / f".{step_name(step)}.deleted"
         (self.root / step_name(step)).rename(doomed)
         return partial(_remove, doomed)
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two directories in one step, so that at every moment one of them is in its place.
+    """Swap two directories atomically, so that one of them is always in place.
 
-    File systems that cannot (some network ones) get two renames: a crash between them leaves both directories under
-    names that the next save removes.
+    File systems that do not support this (some network ones) need two renames. A crash between them leaves both
+    directories under names that the next save removes.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     swap = getattr(libc, "renameat2", None)
@@ -122,4 +122,4 @@ def _remove(folder: Path) -> None:
     try:
         remove_folder(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: could not be removed ({error}). Remove it by hand.") from error
+        raise CheckpointError(f"{folder}: could not be removed ({error}). Remove it manually.") from error

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: complete once the manifest is there, which is written last."""
+"""Checkpoints in an object store: complete once the manifest, which is written last, exists."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from recis_hybrid.saver.storage.step_directory import STEP, step_name
 class RemoteStorage:
     """Checkpoints in an object store, where nothing can be renamed: the manifest, written last, completes a checkpoint.
 
-    Nor is there a lock that ends with its holder. A saver writes a mark, and checks before each manifest that the mark
-    is still its own: a restarted job takes over from one that hangs, whose next save fails.
+    Object stores also have no lock that ends with its holder. A saver writes a mark instead, and checks before each
+    manifest that the mark is still its own. A restarted job thus takes over from one that hangs, whose next save fails.
     """
 
     def __init__(self, root: RemotePath) -> None:
@@ -31,7 +31,7 @@ class RemoteStorage:
         return sorted(step for step in found if (self.root / step_name(step) / MANIFEST).is_file())
 
     def take(self) -> None:
-        """Write this saver's mark unless it is there, and remove the remains of a crash."""
+        """Write this saver's mark unless it exists, and remove what a crash left behind."""
         if not self._mark or self._holder() == b"":
             self._mark = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(16)}".encode()
             (self.root / LEASE).write_bytes(self._mark)
@@ -42,7 +42,7 @@ class RemoteStorage:
                 (self.root / match[0]).remove_below()
 
     def folder(self, step: int) -> RemotePath:
-        """Return the folder in which the files of a step are written."""
+        """Return the folder for the files of a step."""
         return self.root / step_name(step)
 
     def begin(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""A check that all ranks see the same directory: separate ones would lose most of a checkpoint."""
+"""A check that all ranks see the same directory; otherwise most of a checkpoint would be lost."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 PATIENCE_S = 5.0
-"""Seconds for which a rank waits for a file of rank 0; shared file systems may show it late."""
+"""Seconds to wait for the file of rank 0, which shared file systems may show late."""
 
 
 def refuse_unshared(root: Location, ranks: Ranks) -> None:
-    """Raise on all ranks if one of them does not see the directory that rank 0 sees.
+    """Raise on all ranks if one of them does not see the directory of rank 0; collective.
 
     Args:
-        root: The directory, made by rank 0.
+        root: The directory, created by rank 0.
         ranks: This rank and the others.
 
     Raises:
@@ -42,7 +42,7 @@ def refuse_unshared(root: Location, ranks: Ranks) -> None:
             if time.monotonic() > until:
                 raise CheckpointError(
                     f"{root}: all ranks must see the same directory, rank {ranks.rank} on {socket.gethostname()} does "
-                    "not find what rank 0 wrote there. Save to a file system that all machines share, or to an object "
+                    "not find the file of rank 0. Save to a file system that all machines share, or to an object "
                     "store."
                 )
             time.sleep(0.05)

@@ -35,8 +35,8 @@ def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Man
         The manifest.
 
     Raises:
-        CorruptCheckpoint: It is damaged or of another step, or a file is missing, of another size or not named in it.
-        CheckpointError: It has another format version.
+        CorruptCheckpoint: The manifest is damaged or of another step, or a file is missing, unknown or of another size.
+        CheckpointError: Its format version is not supported.
     """
     path = directory / MANIFEST
     if (length := file_size(path)) > _MOST_BYTES:
@@ -44,8 +44,8 @@ def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Man
     manifest = parse_manifest(path.read_bytes(), path)
     if manifest.step != step:
         raise CorruptCheckpoint(
-            f"{path}: a directory has the name of its step, {directory.name} has step {manifest.step}. Rename it to "
-            f"{step_name(manifest.step)}, or load another step."
+            f"{path}: a directory must be named after its step, {directory.name} has step {manifest.step}. Rename it "
+            f"to {step_name(manifest.step)}, or load another step."
         )
     if not listed:
         return manifest
@@ -58,8 +58,8 @@ def read_manifest(directory: Location, step: int, *, listed: bool = True) -> Man
                 raise CorruptCheckpoint(f"{directory / file.path} (part {name!r}): the file is missing. {OTHER_STEP}")
             if size != file.size:
                 raise CorruptCheckpoint(
-                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes by the manifest, has "
-                    f"{size}. {OTHER_STEP}"
+                    f"{directory / file.path} (part {name!r}): must have {file.size} bytes, as the manifest "
+                    f"says, has {size}. {OTHER_STEP}"
                 )
     if found:
         raise CorruptCheckpoint(
