@@ -116,6 +116,6 @@ def test_an_accelerate_state_without_rows_is_refused(page: Any) -> None:
     with pytest.warns(UserWarning, match="save them with recis_hybrid.saver.Saver"):
         accelerator.save_state("none")
     with pytest.raises(
-        RuntimeError, match=r"engine.tables \(its \d+ rows are not in the state_dict, and here are none"
+        RuntimeError, match=r"engine.tables \(its \d+ rows are not in the state_dict, and the tables are empty"
     ):
         names["accelerated"]()[0].load_state("none")

@@ -1,4 +1,4 @@
-"""A Saveable of given state, and edits of checkpoints that keep their checksums right."""
+"""A Saveable with a given state, and edits of checkpoints with correct checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
 
 class Shelf:
-    """Hands out the state it was given, and keeps the one it is asked to load."""
+    """Returns a given state, and keeps the one that it loads."""
 
     def __init__(self, state: PartState) -> None:
         self.state = state
@@ -31,7 +31,7 @@ class Shelf:
 
 
 def example_table() -> TableState:
-    """Five rows that are in no order."""
+    """Return five unsorted rows."""
     ids = torch.tensor([HIGHEST, 5, -1, 0, LOWEST])
     embedding = torch.tensor([[4.0, 40.0], [2.0, 20.0], [0.0, -0.0], [1.0, 10.0], [3.0, 30.0]])
     moments = torch.tensor([[0.5], [0.25], [0.0], [0.125], [0.375]], dtype=torch.bfloat16)
@@ -40,7 +40,7 @@ def example_table() -> TableState:
 
 
 def example_shelf() -> Shelf:
-    """One table, one dense tensor, some JSON."""
+    """Return one table, one dense tensor and some JSON."""
     counts = torch.tensor([3, 1], dtype=torch.int32)
     return Shelf(PartState({"user/country": example_table()}, {"counts": counts}, {"seed": 1}))
 

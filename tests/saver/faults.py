@@ -1,10 +1,10 @@
-"""Faults that checkpoints must survive, each many times at random moments: a table of tried and survived.
+"""Faults that checkpoints must survive, each at many random moments; prints a table of tried and survived.
 
     python -m tests.saver.faults [--times 20] [--seed 0] [--only kill_in_save] [--json]
 
-A small training run (tables, Adam, a tower, a reading position) saves every other step, whole or what changed. It is
-disturbed, begun again by loading the latest checkpoint, and must end in the bytes in which an undisturbed run ends.
-Each run is forked from this process, which never uses threads, so that torch is imported once.
+A small training run (tables, Adam, a tower, a reading position) saves every other step, in full or incrementally. It is
+disturbed and resumed from the latest checkpoint, and must end bitwise identical to an undisturbed run. Each run is
+forked from this process, which never uses threads, so that torch is imported only once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def train(
     asynchronous: bool = False,
     latest: int | None = None,
 ) -> None:
-    """Goes on from the latest checkpoint (or ``latest``), and leaves the last state in ``end``."""
+    """Resume from the latest checkpoint (or ``latest``), and save the final state to ``end``."""
     run, saver = Run(data), Saver(root, keep=4, async_save=asynchronous)
     tell("l")
     wanted = saver.latest() if latest is None else latest
@@ -150,7 +150,7 @@ class Child:
 
 
 class Trial:
-    """One disturbance: its folder and its dice."""
+    """One disturbance, with its folder and its random generator."""
 
     def __init__(self, folder: Path, data: Path, expected: Path, times: dict[str, float], seed: str) -> None:
         self.root, self.end = folder / "run", folder / "end"
@@ -161,26 +161,26 @@ class Trial:
         return Child(lambda tell: train(self.root, self.data, self.end, tell, **options))
 
     def kill(self, event: str, within: str, count: int, **options: Any) -> None:
-        """Kills a run a random time after an event."""
+        """Kill a run a random time after an event."""
         child = self.child(**options)
         if child.wait_for(event, count):
             time.sleep(self.draw.uniform(0, 1.3 * self.times[within]))
         child.kill()
         self.sound()
-        shutil.rmtree(self.end, ignore_errors=True)  # of a run that was quicker than the dice
+        shutil.rmtree(self.end, ignore_errors=True)  # of a run that ended before the kill
 
     def sound(self) -> None:
-        """Every checkpoint that is listed is whole."""
+        """Verify every listed checkpoint."""
         for step in Saver(self.root).steps():
             checkpoint = StoredCheckpoint(self.root, step)
             for part in checkpoint.manifest.parts:
                 checkpoint.verify(part)
 
     def finish(self, **options: Any) -> None:
-        """Goes on undisturbed; the end is that of the undisturbed run, byte for byte."""
-        assert self.child(**options).ended() == 0, "the run that went on failed"
-        assert contents(self.end) == contents(self.expected), "the end is another"
-        # Remains of a run that was killed after its last save are for the next one to remove.
+        """Resume undisturbed, and check that the run ends bitwise identical to the undisturbed run."""
+        assert self.child(**options).ended() == 0, "the resumed run failed"
+        assert contents(self.end) == contents(self.expected), "the final state differs"
+        # The next save removes what a run killed after its last save left behind.
         assert Child(lambda _: Saver(self.root, keep=None).save(10**6, {"note": 1})).ended() == 0, (
             "nothing can be saved"
         )
@@ -223,7 +223,7 @@ def kill_in_load(t: Trial) -> None:
 
 def kill_between_base_and_delta(t: Trial) -> None:
     child = t.child()
-    assert child.wait_for("e", 1)  # step 2 is whole, step 4 would build on it
+    assert child.wait_for("e", 1)  # step 2 is full, and step 4 would build on it
     child.kill()
     assert StoredCheckpoint(t.root, 2).manifest.previous is None
     t.sound()
@@ -242,7 +242,7 @@ def disk_full(t: Trial) -> None:
     )
 
     def limited(tell: Callable[[str], object]) -> None:
-        if mounted.returncode != 0:  # no file may get longer, which is an error of writing too
+        if mounted.returncode != 0:  # limit the size of files, which is also a write error
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             limit = t.draw.randrange(1000, 20_000)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -254,7 +254,7 @@ def disk_full(t: Trial) -> None:
         status = Child(limited).ended()
         assert status in (0, 7), f"exit status {status}"
         t.sound()
-        if mounted.returncode == 0:  # more room, and on
+        if mounted.returncode == 0:  # continue with more space
             again = t.folder / "copied"
             shutil.copytree(t.root, again)
     finally:
@@ -267,7 +267,7 @@ def disk_full(t: Trial) -> None:
 
 
 def damaged_file(t: Trial) -> None:
-    """Any file of a chain, harmed in any way: refused by name, and the run goes on from the step that is offered."""
+    """Check that a damaged file of a chain is refused by name, and that the run resumes from an intact step."""
     child = t.child()
     assert child.wait_for("e", t.draw.randint(4, 7))
     child.kill()
@@ -292,11 +292,11 @@ def damaged_file(t: Trial) -> None:
         path.write_bytes(t.draw.randbytes(len(data)))
     table = path.parent.name if path.parent.parent.name == "engine" else None
     text = refusal(lambda: Saver(t.root).load(Run(t.data).parts(), steps[-1]))
-    assert text is not None, f"{path} was {harm}, and nobody minded"
-    # A file is named, with its table; a chain by the link that does not hold.
+    assert text is not None, f"{path} was {harm}, but loaded"
+    # The error names the file and its table, or the broken link of the chain.
     link = f"step {int(path.parent.name[5:])}, which" if path.name == "manifest.json" else path.name
-    gone = chain[0] / "manifest.json"  # without which there is no checkpoint of that step
-    assert any(name in text for name in (path.name, "notes.txt", link)) or path == gone, text
+    manifest = chain[0] / "manifest.json"  # without it there is no checkpoint of that step
+    assert any(name in text for name in (path.name, "notes.txt", link)) or path == manifest, text
     assert table is None or harm in ("foreign", "missing", "truncated") or f"table {table!r}" in text, text
     sound = next((s for s in reversed(steps) if readable(t.root, s)), None)
     assert sound is not None or path.is_relative_to(chain[-1]), "nothing is left"
@@ -317,7 +317,7 @@ def readable(root: Path, step: int) -> bool:
 
 
 def malicious_manifest(t: Trial) -> None:
-    """Well-sealed manifests that lie: refused, with nothing read outside and no memory taken."""
+    """Check that false manifests with correct seals are refused without reading other files or allocating memory."""
     child = t.child()
     assert child.wait_for("e", 2)
     child.kill()
@@ -343,10 +343,10 @@ def malicious_manifest(t: Trial) -> None:
     run = Run(t.data)
     weights = run.tower[0].weight.detach().clone()
     text = refusal(lambda: Saver(t.root).load(run.parts()))
-    assert text is not None, "a lie was believed"
+    assert text is not None, "a false manifest was loaded"
     assert "secret" not in text
     assert torch.equal(weights, run.tower[0].weight)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "memory was taken"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "memory was allocated"
     shutil.rmtree(directory)
     t.finish()
 
@@ -360,7 +360,7 @@ def two_jobs(t: Trial) -> None:
     """Check that a second job is refused while the first lives, and that a killed job leaves no lock."""
     first = t.child()
     assert first.wait_for("e", t.draw.randint(1, 2))
-    os.kill(first.pid, signal.SIGSTOP)  # so that it does not end before the second has tried
+    os.kill(first.pid, signal.SIGSTOP)  # so that it does not end before the second job saves
 
     def second(_: Callable[[str], object]) -> None:
         assert "another saver saves here" in (refusal(lambda: Saver(t.root).save(1000, {"note": 1})) or "")
@@ -381,7 +381,7 @@ FAULTS = {
 
 
 def undisturbed(folder: Path, data: Path) -> dict[str, float]:
-    """Make what all others are to end in. Returns the seconds that saves and load take, for dice."""
+    """Run undisturbed to get the expected end. Returns the seconds of saves and loads, for random kills."""
     times = {}
     for name, asynchronous in (("save", False), ("async", True)):
         child = Child(
@@ -391,7 +391,7 @@ def undisturbed(folder: Path, data: Path) -> dict[str, float]:
         at = {event: [when for e, when in child.events if e == event] for event in "sel"}
         spans = [e - s for s, e in zip(at["s"], at["e"], strict=True)]
         times[name] = sum(spans) / len(spans)
-    times["async"] = times["save"]  # which then go on for as long as the others took
+    times["async"] = times["save"]  # the background save continues for as long as a synchronous one
     assert contents(folder / "endFalse") == contents(folder / "endTrue")
     child = Child(lambda tell: train(folder / "False", data, folder / "again", tell))
     assert child.ended() == 0
@@ -404,14 +404,14 @@ def main() -> int:
     """Run the faults. Returns 1 if one was not survived."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=20, help="trials of each fault")
-    parser.add_argument("--seed", default="0", help="of the random moments")
+    parser.add_argument("--seed", default="0", help="seed of the random moments")
     parser.add_argument("--only", choices=sorted(FAULTS), help="one fault")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as made:
-        base = Path(made)
+    with tempfile.TemporaryDirectory() as folder_name:
+        base = Path(folder_name)
         data = base / "data.parquet"
         assert Child(lambda _: write_data(data)).ended() == 0
         times = undisturbed(base, data)

@@ -1,4 +1,4 @@
-"""The few words of JSON Schema that docs/manifest.schema.json uses; any other word is an error, not ignored."""
+"""The keywords of JSON Schema that docs/manifest.schema.json uses; other keywords raise."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ _TYPES = {"object": dict, "array": list, "string": str, "null": type(None)}
 
 
 def faults(schema: dict[str, Any], value: Any, root: dict[str, Any] | None = None, place: str = "$") -> list[str]:
-    """Yield the paths at which a value violates a schema."""
+    """Return the paths at which a value violates a schema."""
     root = schema if root is None else root
     found: list[str] = []
-    for word, rule in schema.items():
-        if not _WORDS[word](schema, rule, value, root):
-            found.append(f"{place}: {word} {rule!r}")
-        elif word == "$ref":
+    for keyword, rule in schema.items():
+        if not _KEYWORDS[keyword](schema, rule, value, root):
+            found.append(f"{place}: {keyword} {rule!r}")
+        elif keyword == "$ref":
             found += faults(root["$defs"][rule.removeprefix("#/$defs/")], value, root, place)
-        elif word == "properties":
+        elif keyword == "properties":
             found += [
                 f for key in rule.keys() & value.keys() for f in faults(rule[key], value[key], root, f"{place}.{key}")
             ]
-        elif word == "additionalProperties" and rule is not False:
+        elif keyword == "additionalProperties" and rule is not False:
             rest = value.keys() - schema.get("properties", {}).keys()
             found += [f for key in rest for f in faults(rule, value[key], root, f"{place}.{key}")]
-        elif word == "items":
+        elif keyword == "items":
             found += [f for i, item in enumerate(value) for f in faults(rule, item, root, f"{place}[{i}]")]
-        if found and word == "type":
-            break  # the other words would stumble over a value of the wrong type
+        if found and keyword == "type":
+            break  # the other keywords would fail on a value of the wrong type
     return found
 
 
@@ -35,7 +35,7 @@ def _is(name: str, value: Any) -> bool:
     return type(value) is int if name == "integer" else isinstance(value, _TYPES[name])
 
 
-_WORDS = {
+_KEYWORDS = {
     "$schema": lambda s, rule, v, root: rule == "https://json-schema.org/draft/2020-12/schema",
     "$defs": lambda s, rule, v, root: True,
     "$ref": lambda s, rule, v, root: rule.startswith("#/$defs/"),

@@ -13,21 +13,21 @@ from tests.saver.fakes import example_shelf
 from tests.support.toy import Toy
 
 
-def test_a_save_in_the_background_has_the_state_of_its_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_save_has_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy, saver = Toy(), Saver(tmp_path / "run", async_save=True)
     toy.train_steps(3)
     before = toy.predictions()
-    go_on, write = threading.Event(), Saver._write
+    may_write, write = threading.Event(), Saver._write
 
-    def held_up(self: Saver, *args: object) -> None:
-        assert go_on.wait(60)
+    def delayed(self: Saver, *args: object) -> None:
+        assert may_write.wait(60)
         write(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Saver, "_write", held_up)
+    monkeypatch.setattr(Saver, "_write", delayed)
     saver.save(3, {**toy.parts(), "note": {"epoch": 1}})
     assert saver.steps() == []
     toy.train_steps(3)
-    go_on.set()
+    may_write.set()
     saver.wait()
     assert saver.steps() == [3]
     again = Toy(seed=4)
@@ -38,31 +38,31 @@ def test_a_save_in_the_background_has_the_state_of_its_call(tmp_path: Path, monk
         assert file.read_bytes() == (tmp_path / "run" / file.relative_to(tmp_path / "sync")).read_bytes()
 
 
-def test_what_a_part_lends_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf, go_on, write = example_shelf(), threading.Event(), Saver._write
-    lent = shelf.checkpoint_state()
-    assert not lent.owned
-    tensor = next(iter(lent.tensors.values()))
-    kept = tensor.clone()
+def test_state_that_is_not_owned_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, may_write, write = example_shelf(), threading.Event(), Saver._write
+    borrowed = shelf.checkpoint_state()
+    assert not borrowed.owned
+    tensor = next(iter(borrowed.tensors.values()))
+    original = tensor.clone()
 
-    def held_up(self: Saver, *args: object) -> None:
-        assert go_on.wait(60)
+    def delayed(self: Saver, *args: object) -> None:
+        assert may_write.wait(60)
         write(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Saver, "_write", held_up)
-    monkeypatch.setattr(shelf, "checkpoint_state", lambda: lent)
+    monkeypatch.setattr(Saver, "_write", delayed)
+    monkeypatch.setattr(shelf, "checkpoint_state", lambda: borrowed)
     saver = Saver(tmp_path, async_save=True)
     saver.save(1, {"shelf": shelf})
     tensor.zero_()
-    go_on.set()
+    may_write.set()
     saver.wait()
-    tensor.copy_(kept)
+    tensor.copy_(original)
     Saver(tmp_path / "sync").save(1, {"shelf": shelf})
     for file in (tmp_path / "sync" / "step_000001").rglob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / file.relative_to(tmp_path / "sync")).read_bytes()
 
 
-def test_a_failure_surfaces_at_the_next_call_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_raised_once_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, async_save=True)
     saver.save(1, {"shelf": example_shelf()})
     saver.wait()
@@ -77,14 +77,14 @@ def test_a_failure_surfaces_at_the_next_call_once(tmp_path: Path, monkeypatch: p
     assert saver.steps() == [1, 3]
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_the_end_of_the_process_waits_and_tells(kept: bool, tmp_path: Path, root: Path) -> None:
+@pytest.mark.parametrize("saver_lives", [True, False])
+def test_process_exit_waits_and_reports(saver_lives: bool, tmp_path: Path, root: Path) -> None:
     code = (
         "import sys, time, pathlib\nfrom recis_hybrid.saver import Saver\nfrom tests.saver.fakes import example_shelf\n"
         "saver = Saver(sys.argv[1], async_save=True)\nsaver.save(1, {'shelf': example_shelf()})\nsaver.wait()\n"
         "def fail(*_):\n    time.sleep(0.3)\n    raise OSError(28, 'No space left on device')\n"
         "saver.save(2, {'shelf': example_shelf()})\nsaver.wait()\npathlib.Path.rename = fail\n"
-        "saver.save(3, {'shelf': example_shelf()})\n" + ("" if kept else "del saver\n")
+        "saver.save(3, {'shelf': example_shelf()})\n" + ("" if saver_lives else "del saver\n")
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False, timeout=120
@@ -94,7 +94,7 @@ def test_the_end_of_the_process_waits_and_tells(kept: bool, tmp_path: Path, root
     assert Saver(tmp_path).steps() == [1, 2]
 
 
-def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, root: Path) -> None:
+def test_a_second_job_is_refused_while_the_first_runs(tmp_path: Path, root: Path) -> None:
     code = (
         "import sys\nfrom recis_hybrid.saver import Saver\nfrom tests.saver.fakes import example_shelf\n"
         "saver = Saver(sys.argv[1])\nsaver.save(1, {'shelf': example_shelf()})\nprint('saved', flush=True)\ninput()\n"
@@ -107,7 +107,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, root: Pat
         assert job.stdout.readline() == "saved\n"
         with pytest.raises(CheckpointError, match=rf"another saver saves here \(process {job.pid} on "):
             Saver(tmp_path).save(2, {"shelf": example_shelf()})
-        assert Saver(tmp_path).load({"shelf": example_shelf()}) == 1  # reading is for all
+        assert Saver(tmp_path).load({"shelf": example_shelf()}) == 1  # loading needs no lease
     finally:
         job.kill()
         job.communicate()

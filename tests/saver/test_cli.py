@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_inspect_tells_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_the_contents(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run)]) == 0
     text = capsys.readouterr().out
     assert "step 4, written by 1 process(es)" in text
@@ -77,7 +77,7 @@ def test_diff_compares_content(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert "embedding differs in" in capsys.readouterr().out
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 1
     assert f"{tmp_path} holds no complete checkpoint" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "step_000003")]) == 1
@@ -99,7 +99,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("as_json", [False, True])
-def test_errors_are_told(command: str, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_printed(command: str, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(tmp_path)] * (1 if command in ("inspect", "verify", "compact") else 2)
     assert main([command, *paths, *(["--json"] if as_json else [])]) == 1
     found = capsys.readouterr()
@@ -120,7 +120,7 @@ def test_an_error_ends_the_process_without_a_traceback(tmp_path: Path, root: Pat
     assert done.stderr.startswith(f"recis-hybrid: {tmp_path} holds no complete checkpoint")
 
 
-def test_a_step_is_taken_by_its_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_is_selected_by_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run), "--step", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2
     assert main(["verify", str(run), "--step", "3"]) == 1
@@ -159,12 +159,12 @@ def test_differences_fit_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert shown[0].startswith("part 'model': 99 tensors differ: '0.bias', '0.weight', '1.weight', ")
     assert main(["diff", str(first), str(second), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["differences"] == whole
-    # A few are shown as they are.
+    # No differences: nothing to shorten.
     few = save("few", 0)
     assert main(["diff", str(first), str(few)]) == 0
 
 
-def test_long_differences_are_cut() -> None:
+def test_long_differences_are_truncated() -> None:
     texts = [f"part {'x' * 200!r} is in the first only", "part '{}': meta.a: 1 and 2"]
     shown = summarized(texts)
     assert [len(line) for line in shown] == [79, 26, 15]

@@ -1,4 +1,4 @@
-"""Whole checkpoints of incremental ones, and exports, by the command."""
+"""Full checkpoints from incremental ones, and exports, by the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, Toy]:
-    """Step 2 (whole), 4 and 6; step 7 is 6 once more, whole, of another saver."""
+    """Return a run with steps 2 (full), 4 and 6; ``whole`` has step 6 in full, from another saver."""
     toy, saver = Toy(), Saver(tmp_path / "run")
     for step in (2, 4, 6):
         toy.train_steps(2)
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> tuple[Path, Toy]:
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_compact_gives_the_bytes_of_a_whole_save(
+def test_compact_writes_the_bytes_of_a_full_save(
     run: tuple[Path, Toy], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], swaps: bool
 ) -> None:
     root = run[0]
@@ -45,7 +45,7 @@ def test_compact_gives_the_bytes_of_a_whole_save(
     assert "removed" in {path.parts[-4] for path in (root / "step_000006").rglob("*.safetensors")}
     assert main(["diff", str(root), str(root.parent / "whole")]) == 0
     assert main(["compact", str(root)]) == 0
-    assert "step_000006 is whole" in capsys.readouterr().out
+    assert "step_000006 is a full checkpoint" in capsys.readouterr().out
     assert files(root / "step_000006") == files(root.parent / "whole" / "step_000006")
     ours, theirs = (json.loads((p / "step_000006/manifest.json").read_bytes()) for p in (root, root.parent / "whole"))
     assert ours["parts"] == theirs["parts"]
@@ -61,13 +61,13 @@ def test_compact_gives_the_bytes_of_a_whole_save(
     assert entries(root) == ["step_000007"]
 
 
-def test_compact_elsewhere_and_of_a_step(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compact_a_step_to_another_directory(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
     root = run[0]
     assert main(["compact", str(root), "--step", "4"]) == 1
-    assert "step 6 builds on it as it is" in capsys.readouterr().err
+    assert "step 6 builds on it" in capsys.readouterr().err
     saver = Saver(root, keep=None)
     saver.save(8, {"note": 1})
-    assert main(["compact", str(root)]) == 0  # it is whole as it is
+    assert main(["compact", str(root)]) == 0  # it is full already
     assert main(["compact", str(root), "--step", "6"]) == 1
     assert "another saver saves here" in capsys.readouterr().err
     assert main(["compact", "--json", str(root / "step_000004"), "--to", str(root.parent / "out")]) == 0
@@ -78,7 +78,7 @@ def test_compact_elsewhere_and_of_a_step(run: tuple[Path, Toy], capsys: pytest.C
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_damaged_link_is_named_and_nothing_written(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_base_is_named_and_nothing_written(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
     root = run[0]
     path = next((root / "step_000002" / "sparse" / "engine" / "item").iterdir())
     data = bytearray(path.read_bytes())
@@ -91,7 +91,7 @@ def test_a_damaged_link_is_named_and_nothing_written(run: tuple[Path, Toy], caps
     assert entries(root.parent / "out") == []
 
 
-def test_inspect_tells_what_changed(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_changes(run: tuple[Path, Toy], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run[0])]) == 0
     text = capsys.readouterr().out
     assert "builds on step 4" in text
@@ -102,7 +102,7 @@ def test_inspect_tells_what_changed(run: tuple[Path, Toy], capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None) -> None:
+def test_export_omits_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None) -> None:
     config = EmbeddingConfig(dim=2, admission=MinFrequency(2))
     engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam)
     tower = nn.Linear(2, 1)
@@ -138,12 +138,12 @@ def test_export_leaves_optimizers_behind(tmp_path: Path, capsys: pytest.CaptureF
     assert "exists already" in capsys.readouterr().err
 
 
-def test_an_exchange_that_fails_in_the_middle_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_exchange_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = tmp_path / "step_000004", tmp_path / ".step_000004.partial"
     for folder in (old, new):
         folder.mkdir()
         (folder / "name").write_text(folder.name)
-    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: None)  # no exchange in one step
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: None)  # no atomic exchange
     rename = Path.rename
 
     def full(self: Path, target: Path) -> Path:

@@ -1,4 +1,4 @@
-"""SIGKILL at every moment of a compaction, and of an incremental save, at which something on the disk changes."""
+"""SIGKILL at every change on disk of a compaction, and of an incremental save."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PROGRAM = textwrap.dedent(
 
 
 def whole(root: Path, step: int) -> dict[str, dict[str, list[object]]]:
-    """Return the tables of a checkpoint and of its base checkpoints."""
+    """Return the tables of a checkpoint, with the changes of its chain applied."""
     checkpoint = StoredCheckpoint(root, step)
     for part in checkpoint.manifest.parts:
         checkpoint.verify(part)

@@ -1,4 +1,4 @@
-"""Incremental checkpoints: base and deltas load exactly as the table was."""
+"""Incremental checkpoints: base and deltas restore tables exactly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def engine_of(seed: int = 0, coalesce: bool = True) -> EmbeddingEngine:
 
 
 def rows_of(state: PartState) -> dict[str, Any]:
-    """Every column of every table, by id, as plain numbers; and all else."""
+    """Return every column of every table by id, as plain numbers, and the meta."""
     tables = {}
     for name, table in state.tables.items():
         order = table.columns["ids"].argsort()
@@ -46,7 +46,7 @@ def rows_of(state: PartState) -> dict[str, Any]:
 
 
 def same(saver: Saver, engine: EmbeddingEngine, step: int) -> None:
-    """Into another engine, whose own rows go."""
+    """Check that loading into another engine replaces its rows by those of ``engine``."""
     other = engine_of(seed=9)
     other.train()({name: torch.tensor([5, 77]) for name in NAMES})
     saver.load({"engine": other}, step)
@@ -140,7 +140,7 @@ TestDeltas.settings = settings(
 
 
 def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:
-    """Each step meets ten ids of its own."""
+    """Train; each step looks up ten new ids."""
     optimizer = optim.Adam(engine.parameters(), lr=0.1)
     for step in range(first, first + steps):
         ids = torch.arange(10 * step, 10 * step + 10)
@@ -154,13 +154,13 @@ def written(root: Path, step: int, table: str, above: str = "sparse") -> list[in
     return sorted(torch.cat([load_file(file)["ids"] for file in files]).tolist())
 
 
-def test_only_what_changed_is_written(tmp_path: Path) -> None:
+def test_only_changes_are_written(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     trained(engine, 5)
-    saver.save(5, {"engine": engine}, delta=True)  # the first is whole
+    saver.save(5, {"engine": engine}, delta=True)  # the first is full
     assert written(tmp_path, 5, "a") == list(range(50))
     trained(engine, 1, first=5)
-    engine.evict(Unused(4))  # what steps 1 and 2 met
+    engine.evict(Unused(4))  # rows last seen in steps 1 and 2
     engine.tables[0].erase(0, torch.tensor([31, 999]))
     engine.tables[0].insert(0, torch.tensor([45]), {"embedding": torch.ones(1, 3)})
     saver.save(6, {"engine": engine}, delta=True)
@@ -170,21 +170,21 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     same(Saver(tmp_path), engine, 6)
     saver.save(7, {"engine": engine}, delta=True)
     assert written(tmp_path, 7, "b") == []
-    # Of the last step before a save, whose rows it has, none is written again.
+    # Rows of the last step before a save are in that save, and not written again.
     same(Saver(tmp_path), engine, 7)
 
 
-def test_counts_of_admission_go_and_come(tmp_path: Path) -> None:
+def test_admission_counts_are_added_and_removed(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     none = torch.empty(0, dtype=torch.int64)
 
-    def meet(*ids: int) -> None:
+    def look_up(*ids: int) -> None:
         engine.train()({"a": none, "b": none, "counted": torch.tensor(ids)})
 
-    meet(1, 2, 3)
+    look_up(1, 2, 3)
     saver.save(1, {"engine": engine}, delta=True)
     assert written(tmp_path, 1, "counted.admission") == [1, 2, 3]
-    meet(2, 9)  # 2 gets its row
+    look_up(2, 9)  # 2 gets its row
     saver.save(2, {"engine": engine}, delta=True)
     assert written(tmp_path, 2, "counted.admission") == [9]
     assert written(tmp_path, 2, "counted.admission", "removed") == [2]
@@ -195,31 +195,31 @@ def test_counts_of_admission_go_and_come(tmp_path: Path) -> None:
     same(Saver(tmp_path), engine, 3)
 
 
-def test_nothing_is_noted_before_the_first_delta_and_little_after(tmp_path: Path) -> None:
+def test_nothing_is_recorded_before_the_first_delta_and_little_after(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     table = engine.tables[0]
     saver.save(1, {"engine": engine})
     assert len(table.change_logs) == 0
     saver.save(2, {"engine": engine}, delta=True)
-    (noted,) = table.change_logs
-    for _ in range(20):  # the same ids come and go
+    (log,) = table.change_logs
+    for _ in range(20):  # the same ids are inserted and erased
         table.insert(0, torch.arange(_FEW))
         table.erase(0, torch.arange(_FEW))
-    assert sum(part.numel() for part in noted._ids[0]) <= 2 * _FEW
-    assert noted.ids(0).tolist() == list(range(_FEW))
-    # More ids than the table has rows: writing it whole is no more than they are.
+    assert sum(part.numel() for part in log._ids[0]) <= 2 * _FEW
+    assert log.ids(0).tolist() == list(range(_FEW))
+    # More ids than the table has rows: writing the whole table is cheaper.
     table.erase(0, torch.arange(3 * _FEW))
-    assert noted.whole == {0}
-    assert noted.ids(0).numel() == 0
+    assert log.whole == {0}
+    assert log.ids(0).numel() == 0
     table.insert(0, torch.arange(5))
     saver.save(3, {"engine": engine}, delta=True)
     assert StoredCheckpoint(tmp_path, 3).manifest.parts["engine"].tables["a"].removed is None
     same(Saver(tmp_path), engine, 3)
-    del noted, saver
+    del log, saver
     assert len(table.change_logs) == 0
 
 
-def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
+def test_two_savers_are_independent(tmp_path: Path) -> None:
     engine, one, two = engine_of(), Saver(tmp_path / "one"), Saver(tmp_path / "two")
     for step in range(1, 5):
         trained(engine, 1, first=step)
@@ -227,7 +227,7 @@ def test_two_savers_do_not_mind_each_other(tmp_path: Path) -> None:
         one.save(step, {"engine": engine}, delta=True)
         if step % 2:
             two.save(step, {"engine": engine}, delta=True)
-    same(one, engine, 4)  # replaces rows, in another engine
+    same(one, engine, 4)  # replaces the rows of another engine
     same(Saver(tmp_path / "one"), engine, 4)
     two.save(5, {"engine": engine}, delta=True)
     same(Saver(tmp_path / "two"), engine, 5)
@@ -245,7 +245,7 @@ def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.Monke
         trained(engine, 1, first=2)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            with pytest.raises(CheckpointError, match="No space left"):  # noqa: PT012 - the one or the other
+            with pytest.raises(CheckpointError, match="No space left"):  # noqa: PT012 - either of the two
                 saver.save(2, {"engine": engine}, delta=True)
                 saver.wait()
         trained(engine, 1, first=3)
@@ -257,7 +257,7 @@ def test_a_failed_save_loses_no_change(tmp_path: Path, monkeypatch: pytest.Monke
         same(Saver(root), engine, 3)
 
 
-def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
+def test_keep_spares_base_checkpoints(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=2)
     saver.save(1, {"note": 1})
     for step in range(2, 6):
@@ -271,7 +271,7 @@ def test_keep_leaves_what_is_built_on(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["step_000006", "step_000007"]
 
 
-def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_deleted_before_their_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=1)
     for step in range(1, 4):
         saver.save(step, {"engine": engine}, delta=True)
@@ -287,7 +287,7 @@ def test_what_builds_on_another_goes_before_it(tmp_path: Path, monkeypatch: pyte
     assert seen == [[1, 2, 3, 4], [1, 2, 4], [1, 4], [4]]
 
 
-def test_a_part_that_is_new_or_other_is_written_whole(tmp_path: Path) -> None:
+def test_new_or_replaced_parts_are_written_in_full(tmp_path: Path) -> None:
     engine, other, saver = engine_of(), engine_of(seed=2), Saver(tmp_path)
     trained(engine), trained(other, 2)
     saver.save(1, {"engine": engine}, delta=True)
@@ -308,7 +308,7 @@ def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
     middle = tmp_path / "step_000003"
     if harm == "missing":
         shutil.rmtree(middle)
-    elif harm == "changed":  # by one of another run
+    elif harm == "changed":  # by a checkpoint of another run
         shutil.rmtree(middle)
         again = Saver(tmp_path / "other")
         again.save(2, {"engine": engine}, delta=True)
@@ -324,18 +324,18 @@ def test_a_chain_with_a_bad_link_is_refused(tmp_path: Path, harm: str) -> None:
         Saver(tmp_path).load({"engine": fresh})
     message = str(caught.value)
     assert {
-        "missing": f"{tmp_path / 'step_000004'}: holds what changed since step 3, which is missing in",
-        "changed": f"{tmp_path / 'step_000004'}: holds what changed since step 3, which has changed: the SHA-256 of",
+        "missing": f"{tmp_path / 'step_000004'}: holds changes since step 3, which is missing in",
+        "changed": f"{tmp_path / 'step_000004'}: holds changes since step 3, which has changed: the SHA-256 of",
         "file": f"{middle}/sparse/engine/a/00000-65535.safetensors (part 'engine', table 'a'): bytes 0 to",
         "truncated": f"{middle}/sparse/engine/a/00000-65535.safetensors (part 'engine'): must have",
     }[harm] in message
     assert "Of these, the last one with all its files is 2." in message
     assert len(fresh.tables[0]) == 0
-    assert Saver(tmp_path).read_json("note", step=4) == 4  # what is whole needs no other
+    assert Saver(tmp_path).read_json("note", step=4) == 4  # JSON needs no base checkpoint
     assert Saver(tmp_path).load({"engine": fresh}, 2) == 2
 
 
-def test_after_a_load_deltas_go_on(tmp_path: Path) -> None:
+def test_deltas_continue_after_a_load(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     for step in (1, 2):
         trained(engine, 1, first=step)
@@ -348,33 +348,33 @@ def test_after_a_load_deltas_go_on(tmp_path: Path) -> None:
     assert written(tmp_path, 3, "a") == list(range(30, 40))
     same(Saver(tmp_path), engine, 3)
     shutil.rmtree(tmp_path / "step_000003")
-    saver.save(4, {"engine": engine}, delta=True)  # what it would build on is gone
+    saver.save(4, {"engine": engine}, delta=True)  # its base is gone
     assert StoredCheckpoint(tmp_path, 4).manifest.previous is None
 
 
 def table_state(rows: dict[int, float], removed: list[int] | None) -> TableState:
     ids = torch.tensor(sorted(rows), dtype=torch.int64)
-    gone = None
+    removed_state = None
     if removed is not None:
         r = torch.tensor(sorted(removed, key=lambda i: (i % 7, i)), dtype=torch.int64)
-        gone = TableState({"ids": r}, r % 7, {})
+        removed_state = TableState({"ids": r}, r % 7, {})
     columns = {"ids": ids, "x": torch.tensor([rows[i] for i in ids.tolist()], dtype=torch.bfloat16)[:, None]}
     columns["flag"] = columns["x"][:, 0] > 50
     order = (ids % 7 * 1000 + ids).argsort()
-    return TableState({n: c[order] for n, c in columns.items()}, (ids % 7)[order], {}, removed=gone)
+    return TableState({n: c[order] for n, c in columns.items()}, (ids % 7)[order], {}, removed=removed_state)
 
 
 @given(st.data())
-def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
+def test_applied_changes_equal_a_dictionary(data: st.DataObject) -> None:
     ids, values = st.integers(0, 60), st.integers(0, 100).map(float)
     expected = data.draw(st.dictionaries(ids, values))
     states = [table_state(expected, None)]
     expected = dict(expected)
     for _ in range(data.draw(st.integers(0, 4))):
         rows = data.draw(st.dictionaries(ids, values))
-        gone = [i for i in data.draw(st.lists(ids, unique=True)) if i not in rows]
-        states.append(table_state(rows, gone))
-        expected = {i: v for i, v in (expected | rows).items() if i not in gone}
+        erased = [i for i in data.draw(st.lists(ids, unique=True)) if i not in rows]
+        states.append(table_state(rows, erased))
+        expected = {i: v for i, v in (expected | rows).items() if i not in erased}
     found, wanted = states[0], table_state(expected, None)
     if len(states) > 1:
         found = apply_changes(found, merge_changes(states[1:]))
@@ -382,7 +382,7 @@ def test_merged_is_what_a_dictionary_holds(data: st.DataObject) -> None:
     assert all(torch.equal(found.columns[name], column) for name, column in wanted.columns.items())
 
 
-def test_a_step_that_is_saved_anew_may_build_on_another(tmp_path: Path) -> None:
+def test_a_step_that_is_saved_again_may_have_another_base(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path, keep=1)
     saver.save(1, {"engine": engine}, delta=True)
     saver.save(2, {"engine": engine})
@@ -391,7 +391,7 @@ def test_a_step_that_is_saved_anew_may_build_on_another(tmp_path: Path) -> None:
     Saver(tmp_path / "aside").save(2, {"engine": engine})
     (tmp_path / "aside" / "step_000002").rename(tmp_path / "step_000002")
     saver.load({"engine": engine}, 2)
-    saver.save(3, {"engine": engine}, delta=True)  # before, it built on nothing
+    saver.save(3, {"engine": engine}, delta=True)  # the first step 3 had no base
     saver.wait()
     assert saver.steps() == [2, 3]
     same(Saver(tmp_path), engine, 3)

@@ -1,4 +1,4 @@
-"""Every fault once; ``make faults`` does each twenty times."""
+"""Runs every fault once; ``make faults`` runs each twenty times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.mark.slow
 def test_every_fault_is_survived(root: Path) -> None:
-    # In a process of its own, which forks before it has threads.
+    # In a separate process, which forks before it has threads.
     command = [sys.executable, "-m", "tests.saver.faults", "--times", "1", "--seed", "ci", "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Pins the format: docs/format.md, the schema and the bytes on disk are one."""
+"""Pins the format: docs/format.md, the schema and the bytes on disk agree."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def checkpoint(tmp_path: Path, documented: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def safetensors_file(header: str, *data: bytes) -> bytes:
-    """Return a header padded to 8 bytes, its length before it, the data after it."""
+    """Return the bytes of a file: length of the header, the header padded to 8 bytes, then the data."""
     text = header.encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + b"".join(data)
 
 
 def bfloat16(*values: float) -> bytes:
-    return b"".join(struct.pack("<f", value)[2:] for value in values)  # of values that it holds exactly
+    return b"".join(struct.pack("<f", value)[2:] for value in values)  # values must be exact in bfloat16
 
 
-def test_the_files_are_these(checkpoint: Path) -> None:
+def test_the_names_of_the_files(checkpoint: Path) -> None:
     found = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     assert found == [
         "dense/engine.safetensors",
@@ -95,7 +95,6 @@ def test_every_byte_of_a_dense_file(checkpoint: Path) -> None:
 
 def test_every_byte_of_the_manifest(checkpoint: Path, documented: str) -> None:
     assert (checkpoint / "manifest.json").read_text() == documented
-    # Its checksums, computed here.
     body = documented.encode()[: documented.rindex(',\n "crc32"')]
     assert json.loads(documented)["crc32"] == f"{zlib.crc32(body):08x}"
     file = json.loads(documented)["parts"]["engine"]["file"]
@@ -111,7 +110,7 @@ def test_plain_safetensors_reads_it(checkpoint: Path) -> None:
     assert buckets.tolist() == [0, 7, 7, 65535, 65535]
 
 
-def test_the_schema_fits_what_is_written(tmp_path: Path, schema: dict[str, Any], documented: str) -> None:
+def test_written_manifests_match_the_schema(tmp_path: Path, schema: dict[str, Any], documented: str) -> None:
     assert faults(schema, json.loads(documented)) == []
     module = torch.nn.Linear(2, 1)
     optimizer = torch.optim.Adam(module.parameters())
@@ -154,7 +153,7 @@ def incremental(documented: str) -> str:
     return json.dumps(document)
 
 
-def test_an_incremental_manifest_is_read_as_it_was_written(schema: dict[str, Any], documented: str) -> None:
+def test_an_incremental_manifest_round_trips(schema: dict[str, Any], documented: str) -> None:
     document = json.loads(incremental(documented))
     assert faults(schema, document) == []
     manifest = parse_manifest(sealed(document), Path("manifest.json"))
@@ -172,13 +171,13 @@ def test_an_incremental_manifest_is_read_as_it_was_written(schema: dict[str, Any
     [
         (lambda d, t: d.pop("previous"), "must have the members"),
         (lambda d, t: t.pop("removed"), "must have the members"),
-        (lambda d, t: d["previous"].update(step=123), "must be of a step below the checkpoint's own, got 123"),
+        (lambda d, t: d["previous"].update(step=123), "must have a step below the checkpoint's own, got 123"),
         (lambda d, t: d["previous"].update(sha256="0"), "must have a sha256 of 64 hexadecimal digits"),
-        (lambda d, t: t["removed"].update(rows=4), "must have ranges of 4 rows together"),
-        (lambda d, t: t["removed"]["ranges"][0]["file"].update(t["ranges"][0]["file"]), "a file must be named once"),
+        (lambda d, t: t["removed"].update(rows=4), "must have ranges of 4 rows in total"),
+        (lambda d, t: t["removed"]["ranges"][0]["file"].update(t["ranges"][0]["file"]), "each file must be named once"),
     ],
 )
-def test_an_incremental_manifest_against_the_rules(documented: str, change: Any, message: str) -> None:
+def test_invalid_incremental_manifests_are_refused(documented: str, change: Any, message: str) -> None:
     document = json.loads(incremental(documented))
     change(document, document["parts"]["engine"]["tables"]["user/country"])
     with pytest.raises(CheckpointError, match=message):
@@ -186,8 +185,8 @@ def test_an_incremental_manifest_against_the_rules(documented: str, change: Any,
 
 
 @pytest.mark.parametrize("make", [str, incremental])
-def test_schema_and_reader_refuse_alike(schema: dict[str, Any], documented: str, make: Any) -> None:
-    # Every member of the documented manifest is replaced by each of these; what the schema refuses, the reader does.
+def test_the_reader_refuses_what_the_schema_refuses(schema: dict[str, Any], documented: str, make: Any) -> None:
+    # Each of these replaces every member of the documented manifest: the reader must refuse what the schema refuses.
     document = json.loads(make(documented))
     strange = [None, True, -1, 0, 1.5, 2**63, "", "../x", "/x", "x", [], [0], {}, {"x": 1}]
     refused = 0

@@ -1,4 +1,4 @@
-"""Whatever the bytes of a checkpoint are, a load ends with an error of the saver or with a state, and soon."""
+"""Loads of arbitrary bytes end soon, with a state or an error of the saver."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copied(chain: Path, tmp_path: Path) -> Path:
+def run(chain: Path, tmp_path: Path) -> Path:
     shutil.copytree(chain, tmp_path / "run")
     return tmp_path / "run"
 
@@ -74,7 +74,7 @@ def serve(root: Path) -> None:
 
 
 def reseal(directory: Path, path: Path) -> None:
-    """Give a changed file the checksums and the size that the manifest says."""
+    """Update size and checksums of a changed file in the manifest."""
     data = path.read_bytes()
     sums = [f"{zlib.crc32(data[i : i + CHUNK_BYTES]):08x}" for i in range(0, len(data), CHUNK_BYTES)]
     relative = path.relative_to(directory).as_posix()
@@ -106,7 +106,7 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
             del result[place : place + draw.randint(1, 40)]
         elif kind == 3:
             result[place:place] = draw.randbytes(draw.randint(1, 40))
-        else:  # a number of the header becomes another
+        else:  # replace a number in the header
             text = str(draw.choice([-1, 0, 1, 2**31, 2**63, 2**64, 10**30])).encode()
             result[place : place + len(text)] = text
         if not result:
@@ -114,7 +114,7 @@ def mutated(draw: random.Random, data: bytes) -> bytes:
     return bytes(result)
 
 
-def test_headers_and_data_that_lie_under_right_checksums(chain: Path, tmp_path: Path) -> None:
+def test_false_headers_and_data_with_correct_checksums(chain: Path, tmp_path: Path) -> None:
     assert attempt(chain)
     draw = random.Random(0)
     files = sorted(path.relative_to(chain) for path in chain.rglob("*.safetensors"))
@@ -126,12 +126,12 @@ def test_headers_and_data_that_lie_under_right_checksums(chain: Path, tmp_path: 
         path.write_bytes(mutated(draw, path.read_bytes()))
         directory = root / path.relative_to(root).parts[0]
         reseal(directory, path)
-        if directory.name == "step_000001":  # the link, too
+        if directory.name == "step_000001":  # and the link to it
             sha256 = hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
             edit_manifest(root / "step_000002", lambda d, s=sha256: d["previous"].update(sha256=s))  # type: ignore[misc]
         loaded += attempt(root)
         shutil.rmtree(root)
-    assert 0 < loaded < 90  # other numbers in place of numbers are a state like any other
+    assert 0 < loaded < 90  # a state with other numbers is valid
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -140,14 +140,14 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place, *(p for key, item in items for p in places(item, (*place, key)))]
 
 
-# Columns that a manifest lacks, or says to be empty, are those of another optimizer: it loads with a warning.
+# A manifest with missing or empty columns looks like one of another optimizer, which loads with a warning.
 @pytest.mark.filterwarnings("ignore:.* is loaded into tables of another kind:UserWarning")
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_manifests_of_any_members_under_a_right_seal(copied: Path, data: st.DataObject) -> None:
-    path = copied / data.draw(st.sampled_from(["step_000001", "step_000002"])) / "manifest.json"
-    kept = path.read_bytes()
-    document = json.loads(kept)
+def test_arbitrary_members_with_a_correct_seal(run: Path, data: st.DataObject) -> None:
+    path = run / data.draw(st.sampled_from(["step_000001", "step_000002"])) / "manifest.json"
+    original = path.read_bytes()
+    document = json.loads(original)
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from([p for p in places(document) if p]))
         at = document
@@ -156,13 +156,13 @@ def test_manifests_of_any_members_under_a_right_seal(copied: Path, data: st.Data
         at[place[-1]] = copy.deepcopy(data.draw(st.sampled_from(STRANGE)))
     path.write_bytes(sealed(document))
     try:
-        attempt(copied)
+        attempt(run)
     finally:
-        path.write_bytes(kept)
+        path.write_bytes(original)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_as_a_manifest(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+def test_arbitrary_bytes_as_a_manifest(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     root = tmp_path_factory.mktemp("run")
     (root / "step_000001").mkdir()
     (root / "step_000001" / "manifest.json").write_bytes(raw)
@@ -172,7 +172,7 @@ def test_any_bytes_as_a_manifest(tmp_path_factory: pytest.TempPathFactory, raw: 
         Reader(root)
 
 
-def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
+def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "step_000001").mkdir()
     with open(tmp_path / "step_000001" / "manifest.json", "wb") as file:
         file.truncate(2**40)  # a hole
@@ -190,10 +190,10 @@ def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
         (lambda d: d["meta"]["steps"].update(a=-1), "must have the steps of"),
     ],
 )
-def test_a_state_that_tables_refuse_changes_nothing(copied: Path, change: Any, message: str) -> None:
-    edit_manifest(copied / "step_000002", lambda d: change(d["parts"]["engine"]))
+def test_a_rejected_state_changes_nothing(run: Path, change: Any, message: str) -> None:
+    edit_manifest(run / "step_000002", lambda d: change(d["parts"]["engine"]))
     live = parts()
     live["engine"]({"a": torch.tensor([7]), "b": torch.tensor([7])})
     with pytest.raises(CorruptCheckpoint, match=message):
-        Saver(copied).load(live)
+        Saver(run).load(live)
     assert len(live["engine"].tables[0]) == 1

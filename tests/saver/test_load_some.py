@@ -1,4 +1,4 @@
-"""Some tables and towers, other names, other models, and files of the Hugging Face hub."""
+"""Partial loads: selected tables and towers, other names and models, and files of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def towers(*names: str, seed: int = 0) -> nn.ModuleDict:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, EmbeddingEngine, nn.ModuleDict]:
-    """Twenty steps of the tables user, item and shop, and of two towers; the last save is incremental."""
+    """Return a run of twenty steps with three tables and two towers; the last save is incremental."""
     engine, model = engine_of("user", "item", "shop"), towers("ctr", "cvr")
     saver = Saver(tmp_path / "run")
     train(engine, 19)
@@ -70,7 +70,7 @@ def test_one_table_and_one_tower(saved: tuple[Path, EmbeddingEngine, nn.ModuleDi
     assert (loaded.missing, loaded.unused, loaded.unfit) == ([], [], [])
     mine, theirs = rows(other, "user"), rows(engine, "user")
     assert equal(mine, theirs, "ids", "embedding", "exp_avg", "exp_avg_sq", "frequency")
-    # Steps are those of this run, of which two are done: rows from elsewhere are evicted no later than its own.
+    # This run has done two steps, and loaded rows are not evicted later than its own.
     assert mine["seen_step"].tolist() == [2] * 15
     assert equal(rows(other, "item"), before)
     for name, value in tower.state_dict().items():
@@ -79,7 +79,7 @@ def test_one_table_and_one_tower(saved: tuple[Path, EmbeddingEngine, nn.ModuleDi
     assert other.evict(Unused(3)) > 0
 
 
-def test_only_files_that_are_needed_are_read(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
+def test_only_required_files_are_read(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
     root = saved[0]
     for step in (1, 2):
         path = next((root / f"step_{step:06d}" / "sparse" / "engine" / "item").iterdir())
@@ -105,7 +105,7 @@ def test_other_names(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None
         Saver(root).load_some({"engine": other}, rename={"user": "*"})
 
 
-def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
+def test_strict_names_mismatches_and_changes_nothing(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
     root = saved[0]
     other, tower = engine_of("user", "brand", dim=2, seed=4), towers("ctr", "new", seed=4)
     train(other, 1)
@@ -118,7 +118,7 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, E
         "engine: item is in the checkpoint only",
         "engine: brand is in the live object only",
         "and 5 more like these; engine: brand",
-        "and 4 more like these. Nothing was loaded. Leave out",
+        "and 4 more like these. Nothing was loaded. Narrow the",
     ):
         assert expected in text
     assert equal(rows(other, "user"), before)
@@ -131,7 +131,7 @@ def test_strict_names_what_does_not_fit_and_changes_nothing(saved: tuple[Path, E
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_a_model_of_other_optimizer_and_dtype_starts_warm(
+def test_warm_start_with_another_optimizer_and_dtype(
     saved: tuple[Path, EmbeddingEngine, nn.ModuleDict], exported: bool
 ) -> None:
     root, engine, _ = saved
@@ -146,11 +146,11 @@ def test_a_model_of_other_optimizer_and_dtype_starts_warm(
         assert loaded.loaded == ["engine: user"]
         mine, theirs = rows(other, "user"), rows(engine, "user")
         assert torch.equal(mine["embedding"], theirs["embedding"].to(dtype))
-        assert mine["sum"].unique().numel() == 1  # as in new rows
+        assert mine["sum"].unique().numel() == 1  # the first value of new rows
         assert mine["frequency"].tolist() == ([0] * 15 if exported else theirs["frequency"].tolist())
 
 
-def test_counts_of_admission_come_when_they_are_named(tmp_path: Path) -> None:
+def test_admission_counts_are_loaded_if_selected(tmp_path: Path) -> None:
     engine = engine_of("user", admission=MinFrequency(2))
     engine({"user": torch.tensor([1, 2, 2])})
     Saver(tmp_path).save(1, {"engine": engine})
@@ -163,7 +163,7 @@ def test_counts_of_admission_come_when_they_are_named(tmp_path: Path) -> None:
         assert gate.state_dict(0)["ids"].numel() == known
 
 
-def test_after_some_was_loaded_a_delta_is_exact(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
+def test_deltas_are_exact_after_a_partial_load(saved: tuple[Path, EmbeddingEngine, nn.ModuleDict]) -> None:
     root = saved[0]
     other, saver = engine_of("user", "item", seed=4), Saver(root.parent / "mine")
     train(other, 3, torch.arange(100, 120))
@@ -175,7 +175,7 @@ def test_after_some_was_loaded_a_delta_is_exact(saved: tuple[Path, EmbeddingEngi
     assert all(equal(rows(again, name), rows(other, name)) for name in ("user", "item"))
 
 
-def test_parts_that_cannot_take_some(tmp_path: Path) -> None:
+def test_parts_without_partial_loading_are_refused(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     adam = torch.optim.Adam(model.parameters())
     Saver(tmp_path).save(1, {"shelf": example_shelf(), "adam": adam, "model": model})
@@ -183,7 +183,7 @@ def test_parts_that_cannot_take_some(tmp_path: Path) -> None:
     assert isinstance(shelf, Shelf)
     with pytest.raises(CheckpointError, match=r"part 'shelf' \(Shelf\) has no load_checkpoint_tables"):
         Saver(tmp_path).load_some({"shelf": shelf})
-    with pytest.raises(CheckpointError, match="part 'adam' is of the kind optimizer, of which some cannot be loaded"):
+    with pytest.raises(CheckpointError, match="part 'adam' is of kind optimizer, which cannot be loaded partially"):
         Saver(tmp_path).load_some({"adam": adam})
 
 
@@ -208,7 +208,7 @@ def test_rename(rename: dict[str, str], name: str, live: str) -> None:
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_any_pattern_is_one(pattern: str, name: str) -> None:
+def test_any_text_is_a_pattern(pattern: str, name: str) -> None:
     selection = Selection(pattern, (), {pattern: "x"})
     assert (selection.live_name(name) == "x") >= selection.takes(name) or name == "x"
 
@@ -236,7 +236,7 @@ def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEn
         with pytest.raises(CheckpointError, match=message):
             Saver(saved[0]).load_some({"engine": other, "model": tower}, strict=number % 2 == 0, **arguments)
     assert equal(rows(other, "user"), before)
-    # A name may be one of any of the parts, of the checkpoint, or of the live objects.
+    # A name may belong to any part, in the checkpoint or in the live objects.
     loaded = Saver(saved[0]).load_some(
         {"engine": other, "model": tower},
         only=["user", "ctr.*", "member"],
@@ -247,7 +247,7 @@ def test_patterns_that_select_nothing_are_refused(saved: tuple[Path, EmbeddingEn
     assert loaded.loaded == ["engine: user", "model: ctr.0.bias", "model: ctr.0.weight"]
 
 
-def test_patterns_that_match_nothing_in_pretrained_files(tmp_path: Path) -> None:
+def test_unmatched_patterns_of_pretrained_files_are_refused(tmp_path: Path) -> None:
     save_file(bert(), tmp_path / "model.safetensors")
     model = towers("enc", "pool", seed=8)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -261,7 +261,7 @@ def test_patterns_that_match_nothing_in_pretrained_files(tmp_path: Path) -> None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# Files of the Hugging Face hub
+# Files of the Hugging Face Hub
 
 
 def bert() -> dict[str, torch.Tensor]:
@@ -305,24 +305,24 @@ def test_pretrained(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"{", "must say in weight_map"),
-        (b"[]", "must say in weight_map"),
-        (b'{"weight_map": 3}', "must say in weight_map"),
+        (b"{", "weight_map must name the file"),
+        (b"[]", "weight_map must name the file"),
+        (b'{"weight_map": 3}', "weight_map must name the file"),
         (b'{"weight_map": {"a": "../model.safetensors"}}', "leads to '../model.safetensors'"),
         (b'{"weight_map": {"a": "/etc/passwd"}}', "leads to '/etc/passwd'"),
-        (b'{"weight_map": {"a": 3}}', "must say in weight_map"),
+        (b'{"weight_map": {"a": 3}}', "weight_map must name the file"),
         (b'{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors is missing"),
-        (b'{"weight_map": {"a": "here.safetensors"}}', r"must hold \['a'\] by its index"),
+        (b'{"weight_map": {"a": "here.safetensors"}}', r"must hold \['a'\], as the index says"),
     ],
 )
-def test_an_index_that_is_none(tmp_path: Path, index: bytes, message: str) -> None:
+def test_invalid_indexes_are_refused(tmp_path: Path, index: bytes, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
     save_file({"b": torch.zeros(1)}, tmp_path / "here.safetensors")
     with pytest.raises(CorruptCheckpoint, match=message):
         load_pretrained(nn.Linear(1, 1), tmp_path)
 
 
-def test_no_pretrained_file(tmp_path: Path) -> None:
+def test_invalid_pretrained_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="must be a safetensors file, or a folder with"):
         load_pretrained(nn.Linear(1, 1), tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"no")

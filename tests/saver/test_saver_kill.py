@@ -1,4 +1,4 @@
-"""SIGKILL at every moment of a save at which something on the disk changes."""
+"""SIGKILL at every change on disk of a save."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
     base = tmp_path / "base"
     for step in (10, 20):
         Saver(base).save(step, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": step})
-    # Remains of an earlier crash, which the save is to remove.
+    # Leftovers of an earlier crash, which the save must remove.
     shutil.copytree(base / "step_000010", base / ".step_000025.partial")
     (base / ".step_000005.deleted").mkdir()
     runs = killed(PROGRAM, root, str(tmp_path / "run"), str(base))
     assert runs > 25
 
-    ways: set[tuple[int, ...]] = set()
+    outcomes: set[tuple[int, ...]] = set()
     for moment in range(runs):
         found = Saver(tmp_path / f"base.{moment}", keep=2)
         steps = found.steps()
-        ways.add(tuple(steps))
-        # Never fewer than before, never one that only looks whole.
+        outcomes.add(tuple(steps))
+        # Never fewer than before, and never an incomplete one.
         assert 20 in steps
         assert all(sound(tmp_path / f"base.{moment}", step) for step in steps), moment
         found.save(31, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": 31})
@@ -75,4 +75,4 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path: Path, root: Path) -> None:
         after = entries(tmp_path / f"base.{moment}")
         assert after == [f"step_{step:06d}" for step in found.steps()]
         assert found.steps() == [max(steps), 31]
-    assert ways == {(10, 20), (10, 20, 30), (20, 30)}
+    assert outcomes == {(10, 20), (10, 20, 30), (20, 30)}

@@ -1,4 +1,4 @@
-"""Rules of the saver around parts: choice of checkpoint, retention, times of writing, refusals."""
+"""Rules of the saver: choice of checkpoint, retention, order of writes, refusals."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_json_values_are_read_back(tmp_path: Path) -> None:
         saver.read_json("reader")
 
 
-def test_some_parts_are_loaded_and_others_left(tmp_path: Path) -> None:
+def test_only_requested_parts_are_loaded(tmp_path: Path) -> None:
     directory = Saver(tmp_path).save(1, {"engine": example_shelf(), "model": nn.Linear(2, 2), "note": 1})
-    # A part that is not asked for is not read: only its list of files and their sizes is held against the folder.
+    # A part that is not requested is not read; only the names and sizes of its files are checked.
     path = directory / "dense" / "model.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
     engine = empty_shelf()
@@ -47,7 +47,7 @@ def test_some_parts_are_loaded_and_others_left(tmp_path: Path) -> None:
         Saver(tmp_path).load({"model": nn.Linear(2, 2)})
 
 
-def test_any_name_will_do(tmp_path: Path) -> None:
+def test_any_name_is_accepted(tmp_path: Path) -> None:
     names = ["a/b", "..", "城", "%2F", "~", "x" * 300, "self.x", " "]
     saved = {name: Shelf(PartState(tensors={"t": torch.tensor(float(i))})) for i, name in enumerate(names)}
     Saver(tmp_path).save(1, saved)
@@ -79,25 +79,25 @@ def test_the_highest_complete_step_is_the_latest(tmp_path: Path) -> None:
         saver.read_json("note", step=10)
 
 
-def test_all_are_kept_if_asked(tmp_path: Path) -> None:
+def test_all_checkpoints_are_kept_on_request(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
     for step in range(8):
         saver.save(step, {"note": step})
     assert saver.steps() == list(range(8))
-    del saver  # who lives keeps others from saving
+    del saver  # a live saver holds the lease
     saver = Saver(tmp_path, keep=1)
     saver.save(8, {"note": 8})
     assert saver.steps() == [8]
 
 
-def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_is_deleted_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, keep=1)
     saver.save(1, {"note": 1})
     seen: list[list[int]] = []
     rmtree = shutil.rmtree
 
     def watched(path: Any, **options: Any) -> None:
-        if tmp_path in Path(path).parents:  # threads of other tests may still delete theirs
+        if tmp_path in Path(path).parents:  # threads of other tests may still delete files
             seen.append(saver.steps())
         rmtree(path, **options)
 
@@ -109,7 +109,7 @@ def test_the_oldest_goes_only_after_the_new_one_is_there(tmp_path: Path, monkeyp
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_what_cannot_be_deleted_is_told_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_deletion_is_raised_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = Saver(tmp_path, keep=1)
     saver.save(1, {"note": 1})
 
@@ -128,12 +128,12 @@ def test_what_cannot_be_deleted_is_told_by_the_next_call(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, True, "1", 10**18])
-def test_steps_that_are_none(tmp_path: Path, step: Any) -> None:
+def test_invalid_steps_are_refused(tmp_path: Path, step: Any) -> None:
     with pytest.raises(CheckpointError, match="step must be an integer from 0 to"):
         Saver(tmp_path).save(step, {"note": 1})
 
 
-def test_steps_only_rise(tmp_path: Path) -> None:
+def test_steps_must_increase(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     saver.save(5, {"note": 5})
     for step in (5, 4):
@@ -143,18 +143,18 @@ def test_steps_only_rise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "5"])
-def test_keep_must_keep_something(tmp_path: Path, keep: Any) -> None:
+def test_keep_must_be_positive(tmp_path: Path, keep: Any) -> None:
     error, rule = (ValueError, "at least 1") if type(keep) is int else (TypeError, "an integer")
     with pytest.raises(error, match=f"Saver: keep must be {rule}, got"):
         Saver(tmp_path, keep=keep)
 
 
-def test_a_url_that_nothing_reads_is_refused() -> None:
+def test_an_unknown_url_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no file system is known for 'nowhere://bucket/run' .*Install fsspec's"):
         Saver("nowhere://bucket/run")
 
 
-def test_nothing_is_refused_as_an_argument(tmp_path: Path) -> None:
+def test_invalid_parts_are_refused(tmp_path: Path) -> None:
     Saver(tmp_path).save(1, {"note": 1})
     parts: Any
     for parts, got in (({}, r"\[\]"), (nn.Linear(2, 2), "Linear"), ({1: 1}, r"\[1\]"), (None, "NoneType")):
@@ -163,7 +163,7 @@ def test_nothing_is_refused_as_an_argument(tmp_path: Path) -> None:
                 call(parts)  # type: ignore[operator]
 
 
-def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saver = Saver("run")
     (tmp_path / "elsewhere").mkdir()
@@ -173,7 +173,7 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
 
 
 class Failing(Shelf):
-    """Fails while its state is handed out."""
+    """Fails to return its state."""
 
     def checkpoint_state(self) -> PartState:
         raise RuntimeError("out of luck")
@@ -196,7 +196,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     saver.save(2, {"model": nn.Linear(2, 2)})
 
 
-def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Path.mkdir
 
     def no_folder(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +209,7 @@ def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path: Path, monkey
     assert entries(tmp_path) == []
 
 
-def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -230,7 +230,7 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytes
     at = events.index("rename")
     assert set(events[:at]) == written | {str(tmp_path)}
     assert events[at + 1 :] == [str(root)]
-    # A folder after what is in it, the manifest after all other files.
+    # A folder is synced after its contents, and the manifest after all other files.
     for path in written:
         inside = [events.index(other) for other in written if other.startswith(f"{path}/")]
         assert all(index < events.index(path) for index in inside)
@@ -273,7 +273,7 @@ def test_swapped_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match=r"a.safetensors \(part 'a'\): bytes 0 to \d+ must have the CRC-32"):
         Saver(tmp_path).load({"a": empty_shelf()})
 
-    # Named in each other's place by the manifest too, their own metadata tells.
+    # If the manifest swaps them, too, their metadata reveals it.
     def swap(document: dict[str, Any]) -> None:
         parts = document["parts"]
         parts["a"]["file"], parts["b"]["file"] = (
@@ -292,7 +292,7 @@ def test_a_renamed_folder_is_refused(tmp_path: Path) -> None:
         Saver(tmp_path).read_json("note")
 
 
-def test_a_link_that_leads_outside_is_not_followed(tmp_path: Path) -> None:
+def test_a_symlink_is_not_followed(tmp_path: Path) -> None:
     directory = Saver(tmp_path / "run").save(1, {"model": nn.Linear(2, 2)})
     path = directory / "dense" / "model.safetensors"
     path.rename(tmp_path / "outside.safetensors")

@@ -1,4 +1,4 @@
-"""The numpy reader beside the engine whose export it reads."""
+"""The numpy reader, compared with the engine whose export it reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine_of(dtype: torch.dtype = torch.float32) -> EmbeddingEngine:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lookups_are_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_lookups_equal_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 8192)  # several files
     engine, tower = engine_of(dtype), nn.Linear(5, 2).to(dtype)
     Saver(tmp_path / "run").save(1, {"engine": engine, "tower": tower, "sparse": optim.Adam(engine.parameters())})
@@ -57,11 +57,11 @@ def test_lookups_are_those_of_the_engine(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(found, expected.numpy())
     weights = reader.dense("tower")
     assert np.array_equal(weights["weight"], tower.weight.detach().float().numpy())
-    # The training checkpoint itself can be served, too.
+    # The training checkpoint can be served, too.
     assert np.array_equal(Reader(tmp_path / "run").lookup("user", ids.numpy()), found)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_unknown_ids_tables_and_parts(tmp_path: Path) -> None:
     Saver(tmp_path).save(1, {"engine": engine_of()})
     reader = Reader(tmp_path)
     unknown = np.array([1, 7, 2**40, -9])
@@ -81,7 +81,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=50))
-def test_buckets_are_those_of_the_native_library(ids: list[int]) -> None:
+def test_buckets_equal_those_of_the_native_library(ids: list[int]) -> None:
     tensor = torch.tensor(ids, dtype=torch.int64)
     assert bucket_of(tensor.numpy()).tolist() == ops.id_map.bucket_of(tensor).tolist()
 
@@ -101,7 +101,7 @@ def test_neither_torch_nor_the_library_is_imported(tmp_path: Path, root: Path) -
     assert done.returncode == 0, done.stderr
 
 
-def test_an_incremental_one_is_refused(tmp_path: Path) -> None:
+def test_an_incremental_checkpoint_is_refused(tmp_path: Path) -> None:
     engine, saver = engine_of(), Saver(tmp_path)
     saver.save(1, {"engine": engine}, delta=True)
     saver.save(2, {"engine": engine}, delta=True)
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, change: Callable[[bytearray], o
     assert str(path) in str(caught.value)
 
 
-def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_on_request(tmp_path: Path) -> None:
     path = damage(Saver(tmp_path).save(1, {"engine": engine_of()}), lambda d: d.__setitem__(-1, d[-1] ^ 1))
     Reader(tmp_path)
     with pytest.raises(ServingError, match="has changed since it was written") as caught:
@@ -145,7 +145,7 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_a_manifest_that_leads_outside_or_is_none(tmp_path: Path) -> None:
+def test_unsafe_and_invalid_manifests_are_refused(tmp_path: Path) -> None:
     directory = Saver(tmp_path).save(1, {"engine": engine_of()})
     shutil.copy(directory / "manifest.json", tmp_path / "kept")
 

@@ -1,4 +1,4 @@
-"""Checkpoints of tables that ranks share: from any number of ranks, and any sharding, to any other."""
+"""Checkpoints of sharded tables move between any numbers of ranks and any shardings."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHARDINGS = ["row", "table", "replicated", "mixed"]
 
 @pytest.fixture(scope="module")
 def eight() -> Iterator[Ranks]:
-    """Process that are ranks of a group."""
-    started = Ranks(timeout_s=60, ranks=8)  # of which few have a core
+    """Return processes that are ranks of a group."""
+    started = Ranks(timeout_s=60, ranks=8)  # few of them have a core
     yield started
     started.close()
 
@@ -42,7 +42,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def runs(eight: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, Path]]:
-    """By number of ranks that wrote it: how they share the tables, and where the run is."""
+    """Return sharding and directory of a run, by the number of ranks that wrote it."""
     found = {}
     for number, size in enumerate(SIZES):
         sharding, root = SHARDINGS[number % 4], tmp_path_factory.mktemp(f"of{size}")
@@ -51,7 +51,7 @@ def runs(eight: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
     return found
 
 
-def test_chains_say_what_changed(runs: dict[int, tuple[str, Path]]) -> None:
+def test_chains_hold_changes(runs: dict[int, tuple[str, Path]]) -> None:
     for size, (_, root) in runs.items():
         assert entries(root / "run") == ["step_000001", "step_000002", "step_000003"]
         last = StoredCheckpoint(root / "run", 3)
@@ -71,7 +71,7 @@ def test_chains_say_what_changed(runs: dict[int, tuple[str, Path]]) -> None:
 
 @pytest.mark.parametrize("readers", SIZES)
 @pytest.mark.parametrize("writers", SIZES)
-def test_any_ranks_load_what_any_others_saved(
+def test_any_number_of_ranks_loads_any_checkpoint(
     eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, writers: int, readers: int
 ) -> None:
     root = runs[writers][1]
@@ -84,7 +84,7 @@ def test_any_ranks_load_what_any_others_saved(
 
 
 @pytest.mark.parametrize(("size", "sharding"), [(2, "mixed"), (3, "table"), (2, "replicated"), (4, "row")])
-def test_training_overtakes_a_save_in_the_background(eight: Ranks, tmp_path: Path, size: int, sharding: str) -> None:
+def test_training_continues_during_a_background_save(eight: Ranks, tmp_path: Path, size: int, sharding: str) -> None:
     eight.run(size, overtaken, sharding, str(tmp_path))
     for step in (1, 2, 3):
         whole, background = StoredCheckpoint(tmp_path / "first", step), StoredCheckpoint(tmp_path / "background", step)
@@ -95,7 +95,7 @@ def test_training_overtakes_a_save_in_the_background(eight: Ranks, tmp_path: Pat
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_a_resumed_run_is_bitwise_the_undisturbed_one(eight: Ranks, tmp_path: Path, sharding: str) -> None:
+def test_a_resumed_run_is_bitwise_identical(eight: Ranks, tmp_path: Path, sharding: str) -> None:
     eight.run(2, resumed, sharding, str(tmp_path))
     assert files(tmp_path / "resumed") == files(tmp_path / "undisturbed")
 
@@ -113,7 +113,7 @@ def test_damage_changes_nothing_on_any_rank(
             target.write_bytes(path.read_bytes())
     path = max((root / "step_000003" / "sparse" / "engine" / "user").iterdir())
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # of the last bucket, which one rank alone reads where tables are spread
+    data[-1] ^= 1  # in the last bucket, which only one rank reads if tables are sharded
     path.write_bytes(data)
     for answer in eight.run(2, damaged, sharding, str(root)):
         assert len(answer) == 1
@@ -131,7 +131,7 @@ def test_a_table_is_whole_on_all_ranks_if_it_is_on_one(eight: Ranks, tmp_path: P
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_some_tables_go_to_ranks_that_share_them_otherwise(
+def test_some_tables_load_into_another_sharding(
     eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, size: int
 ) -> None:
     source = runs[2][1] / "whole"
@@ -148,7 +148,7 @@ def test_some_tables_go_to_ranks_that_share_them_otherwise(
         (2, "column", 2, "mixed"),
     ],
 )
-def test_some_tables_go_to_ranks_that_split_rows_by_column(
+def test_some_tables_load_into_a_split_by_column(
     eight: Ranks, tmp_path: Path, writers: int, sharding: str, readers: int, others: str
 ) -> None:
     eight.run(writers, saved_wide, sharding, str(tmp_path / "one"))

@@ -1,4 +1,4 @@
-"""Any number of ranks writes the same bytes, and any other number reads them, each its own rows."""
+"""Any number of ranks writes the same bytes, and any number reads them, each its own rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def member(engine: EmbeddingEngine, name: str) -> tuple[Any, int]:
 
 
 def rows_of(engine: EmbeddingEngine) -> dict[str, dict[int, list[list[float]]]]:
-    """By table, by id, all columns."""
+    """Return all columns by table and id."""
     found = {}
     for name, table in engine.checkpoint_state().tables.items():
         ids, *columns = (
@@ -91,7 +91,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run written by each number of ranks, its tables cut into up to 32 files."""
+    """Return a run for each number of ranks, with tables of up to 32 files."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_plan, "RANGE_BYTES", 4096)
@@ -130,7 +130,7 @@ def test_equal_tables_give_equal_bytes_at_any_world_size(runs: Path) -> None:
 
 @pytest.mark.parametrize("readers", SIZES)
 @pytest.mark.parametrize("writers", SIZES)
-def test_any_world_size_loads_what_any_other_wrote(runs: Path, writers: int, readers: int) -> None:
+def test_any_world_size_loads_any_checkpoint(runs: Path, writers: int, readers: int) -> None:
     expected = rows_of(sharded(0, 1))
 
     def read(rank: int, group: dist.ProcessGroup) -> EmbeddingEngine:
@@ -138,7 +138,7 @@ def test_any_world_size_loads_what_any_other_wrote(runs: Path, writers: int, rea
         parts: dict[str, object] = {"engine": engine, "model": model}
         if rank < writers:
             parts["rng"] = PerRank(rng)
-        # Ranks name the same parts where all of them can have them.
+        # All ranks must load the same parts, so the generator only if each rank has one.
         if readers <= writers:
             assert Saver(runs / str(writers), group=group).load(parts) == 1
             assert torch.equal(rng.get_state(), torch.Generator().manual_seed(100 + rank).get_state())
@@ -157,7 +157,7 @@ def test_any_world_size_loads_what_any_other_wrote(runs: Path, writers: int, rea
     assert found == expected
 
 
-def test_a_rank_without_its_own_keeps_what_it_has(runs: Path) -> None:
+def test_a_rank_without_its_own_part_stays_unchanged(runs: Path) -> None:
     rng = torch.Generator().manual_seed(7)
     state = rng.get_state()
 
@@ -166,12 +166,12 @@ def test_a_rank_without_its_own_keeps_what_it_has(runs: Path) -> None:
         if rank == 0:
             saver.load({"rng": PerRank(torch.Generator())})
         else:
-            with pytest.warns(UserWarning, match="part 'rng' was saved by 1 ranks and is left as it is on rank 1"):
+            with pytest.warns(UserWarning, match="part 'rng' was saved by 1 ranks and stays unchanged on rank 1"):
                 saver.load({"rng": PerRank(rng)})
 
     all_of(2, read)
     assert torch.equal(rng.get_state(), state)
-    with pytest.raises(CheckpointError, match="part 'rng' was saved of each rank, .*Pass it in a PerRank"):
+    with pytest.raises(CheckpointError, match="part 'rng' was saved per rank, .*Wrap it in PerRank"):
         Saver(runs / "2").load({"rng": rng})
     Saver(runs / "2").load({"rng[1]": rng})
     assert torch.equal(rng.get_state(), torch.Generator().manual_seed(101).get_state())
@@ -211,10 +211,8 @@ def test_a_rank_reads_little_more_than_its_own_rows(
 
 
 @pytest.mark.parametrize("changed", ["page", "header", "other"])
-def test_what_a_rank_reads_is_compared_with_its_checksums(
-    tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # One file of two chunks, of which each rank reads a part.
+def test_partial_reads_are_verified(tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One file of two chunks; each rank reads a part of it.
     Saver(tmp_path).save(1, {"shelf": large(0, 1)})
     path = next((tmp_path / "step_000001").rglob("*.safetensors"))
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Tables in the state_dict of a model: by choice their rows, else a key that stands for them."""
+"""Tables in the state_dict of a model: their rows on request, otherwise a placeholder key."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_without_rows_a_state_dict_warns_once_and_fresh_tables_refuse_it() -> No
     fresh = Model()
     with pytest.raises(RuntimeError, match=rf"engine.tables \(its {rows} rows are not in .* load them with Saver"):
         fresh.load_state_dict(state)
-    told = fresh.load_state_dict(state, strict=False)
-    assert [key.split(" ")[0] for key in told.missing_keys] == ["engine.tables"]
+    result = fresh.load_state_dict(state, strict=False)
+    assert [key.split(" ")[0] for key in result.missing_keys] == ["engine.tables"]
     assert torch.equal(fresh.tower.weight, model.tower.weight)
 
 
@@ -120,8 +120,8 @@ def test_tables_at_the_same_step_accept_a_state_dict_without_rows() -> None:
     restored.load_state_dict(state)
     assert_equal(everything(restored), everything(model))
     train(model, optimizers, range(3, 5))
-    with pytest.raises(RuntimeError, match="taken after step 3, without rows, and the tables here have done 5"):
-        model.load_state_dict(state)  # towers would go back, and tables not
+    with pytest.raises(RuntimeError, match="taken after step 3, without rows, and the tables are at step 5"):
+        model.load_state_dict(state)  # would restore towers but not tables
 
 
 def test_tables_without_rows_miss_no_keys() -> None:
@@ -135,10 +135,10 @@ def test_state_dicts_without_the_key(anchors: bool) -> None:
     state: dict[str, Tensor] = {f"tower.{name}": p.detach() for name, p in model.tower.named_parameters()}
     if anchors:
         state |= {f"engine.{name}": torch.zeros(1) for name, _ in model.engine.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"engine.tables \(rows are not in the state_dict, and here are none; load"):
+    with pytest.raises(RuntimeError, match=r"engine.tables \(rows are not in the state_dict, and the tables are empty"):
         Model().load_state_dict(state)
     before = everything(model)
-    model.load_state_dict(state)  # whose tables came from elsewhere
+    model.load_state_dict(state)  # its tables were loaded separately
     assert_equal(everything(model), before)
 
 
@@ -157,7 +157,7 @@ def test_records_in_a_state_dict_resume_training_bitwise() -> None:
     assert [table.step for table in restored.engine.tables] == [6, 6, 6]
 
 
-def test_embeddings_alone_predict_the_same_and_start_optimizer_state_anew() -> None:
+def test_embeddings_alone_predict_the_same_with_fresh_optimizer_state() -> None:
     model, _ = trained(rows_in_state_dict="embedding")
     state = model.state_dict()
     assert sorted(key.rpartition(".")[2] for key in state if key.startswith("engine.tables.wide")) == [
@@ -171,11 +171,11 @@ def test_embeddings_alone_predict_the_same_and_start_optimizer_state_anew() -> N
     restored.eval()
     assert torch.equal(model(batch_of(9)), restored(batch_of(9)))
     assert not rows_of(restored.engine)["wide"]["exp_avg"].any()
-    restored.load_state_dict(state)  # over rows that are there
+    restored.load_state_dict(state)  # replaces existing rows
     assert torch.equal(model(batch_of(9)), restored(batch_of(9)))
 
 
-def test_a_state_that_does_not_fit_is_named_and_changes_no_row() -> None:
+def test_a_mismatched_state_is_named_and_changes_no_row() -> None:
     model, _ = trained(rows_in_state_dict="record")
     good = model.state_dict()
     before = everything(model)
@@ -203,7 +203,7 @@ def test_a_state_that_does_not_fit_is_named_and_changes_no_row() -> None:
 
 
 class Scaled(EmbeddingEngine):
-    """An engine with a parameter and a module of its own."""
+    """An engine with its own parameter and module."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -227,9 +227,9 @@ def test_a_subclass_keeps_its_own_state() -> None:
 
 def test_errors_of_copies_and_pickles_name_a_remedy() -> None:
     model = Model()
-    for copied in (copy.deepcopy, pickle.dumps, AveragedModel, lambda model: torch.save(model, io.BytesIO())):
+    for duplicate in (copy.deepcopy, pickle.dumps, AveragedModel, lambda model: torch.save(model, io.BytesIO())):
         with pytest.raises(TypeError, match=r"rows_in_state_dict='record'.*AveragedModel\(model.tower\)"):
-            copied(model)
+            duplicate(model)
     assert torch.equal(AveragedModel(model.tower).module.weight, model.tower.weight)
 
 
@@ -256,7 +256,7 @@ def on_ranks(group: dist.ProcessGroup, rows: Any, state: dict[str, Tensor] | Non
 
 
 def by_id(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return rows in the order of their ids, without the number on this process."""
+    """Return rows sorted by id, without the placeholder key of this process."""
     found = {}
     for key, value in state.items():
         ids = state.get(f"{key.rpartition('.')[0]}.ids")
@@ -264,7 +264,7 @@ def by_id(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in found.items() if key != "0.tables"}
 
 
-def test_ranks_gather_all_rows_and_any_number_of_ranks_loads_them(ranks: Ranks) -> None:
+def test_ranks_gather_all_rows_for_any_number_of_ranks(ranks: Ranks) -> None:
     first, second = ranks.run(2, on_ranks, "record", None)
     assert_equal(by_id(first["state"]), by_id(second["state"]))
     merged = sharded.merged([first, second])

@@ -1,4 +1,4 @@
-"""Tables take rows of tables that are not quite their own; a damaged file leaves them as they were."""
+"""Loads into tables that differ from those saved; a damaged file leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.saver.test_world_sizes import member, rows_of, sharded
 
 
 def column(engine: EmbeddingEngine, table: str, name: str) -> torch.Tensor:
-    """By ascending id."""
+    """Return a column, by ascending id."""
     state = engine.checkpoint_state().tables[table]
     return state.columns[name][state.columns["ids"].argsort()]
 
@@ -52,7 +52,7 @@ def test_coalescing_seed_and_placement_do_not_matter(run: Path, options: dict[st
     live = engine(**options)
     Saver(run).load({"engine": live})
     assert rows_of(live) == rows_of(sharded(0, 1))
-    # Ids that are new from here on start as they would have in the run that was saved.
+    # New ids start with the same values as in the saved run.
     batch = {name: torch.tensor([777_777]) for name in ("user", "item", "query")}
     assert all(torch.equal(live(batch)[name], value) for name, value in sharded(0, 1)(batch).items())
 
@@ -68,7 +68,7 @@ def test_values_are_converted_to_another_dtype(run: Path) -> None:
         assert torch.equal(column(live, table, "frequency"), column(saved, table, "frequency"))
 
 
-def test_another_optimizer_keeps_what_it_knows_and_starts_the_rest(run: Path) -> None:
+def test_another_optimizer_loads_common_state_and_starts_the_rest(run: Path) -> None:
     live, saved = engine(optim.Adagrad), sharded(0, 1)
     with pytest.warns(UserWarning, match="'exp_avg' is in the checkpoint only.*'sum' is in the live object only"):
         Saver(run).load({"engine": live})
@@ -76,7 +76,7 @@ def test_another_optimizer_keeps_what_it_knows_and_starts_the_rest(run: Path) ->
     assert torch.equal(column(live, "user", "seen_step"), column(saved, "user", "seen_step"))
     first = optim.Adagrad.row_state()[0].first_value
     assert (column(live, "user", "sum") == first).all()
-    # And back: Adam's moments start anew, sums are dropped.
+    # And back: Adam's moments start fresh, sums are dropped.
     Saver(run / "adagrad").save(1, {"engine": live})
     again = engine()
     with pytest.warns(UserWarning, match="starts with its first value"):
@@ -85,14 +85,14 @@ def test_another_optimizer_keeps_what_it_knows_and_starts_the_rest(run: Path) ->
     assert (column(again, "user", "exp_avg") == 0).all()
 
 
-def test_state_of_another_width_starts_anew(run: Path, tmp_path: Path) -> None:
+def test_state_of_another_width_starts_fresh(run: Path, tmp_path: Path) -> None:
     Saver(tmp_path).save(1, {"engine": engine(optim.RowwiseAdagrad)})
     live = engine(optim.Adagrad)
     with pytest.warns(UserWarning, match="'sum': checkpoint float32 .1., live object float32 .4."):
         Saver(tmp_path).load({"engine": live})
 
 
-def test_a_table_that_admits_otherwise_says_so(run: Path) -> None:
+def test_another_admission_warns(run: Path) -> None:
     live = engine(query={})
     with pytest.warns(UserWarning, match="table 'query.admission' is in the checkpoint only"):
         Saver(run).load({"engine": live})
@@ -114,7 +114,7 @@ def test_another_width_is_refused(run: Path) -> None:
 
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("number", [0, -1])
-def test_a_damaged_file_leaves_the_tables_as_they_were(
+def test_a_damaged_file_leaves_the_tables_unchanged(
     tmp_path: Path, filled: bool, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
@@ -135,7 +135,7 @@ def test_a_damaged_file_leaves_the_tables_as_they_were(
 
 
 @pytest.mark.parametrize("rows", [2**60, 2**33])
-def test_a_manifest_that_lies_about_rows_takes_no_memory(run: Path, tmp_path: Path, rows: int) -> None:
+def test_false_row_counts_allocate_no_memory(run: Path, tmp_path: Path, rows: int) -> None:
     shutil.copytree(run, tmp_path / "run")
 
     def lie(document: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def test_a_manifest_that_lies_about_rows_takes_no_memory(run: Path, tmp_path: Pa
     assert all(len(table) == 0 for table in live.tables)
 
 
-def test_what_is_loaded_in_inference_mode_trains_outside_of_it(tmp_path: Path) -> None:
+def test_state_loaded_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
     def step(model: torch.nn.Linear, dense: torch.optim.Optimizer) -> None:
         model(torch.ones(1, 2)).sum().backward()
         dense.step()
@@ -167,7 +167,7 @@ def test_what_is_loaded_in_inference_mode_trains_outside_of_it(tmp_path: Path) -
         with torch.inference_mode(within):
             saver.save(1, {"model": model, "dense": dense})
         step(model, dense)
-        saver.save(2, {"model": model, "dense": dense})  # into the memory of the copy before
+        saver.save(2, {"model": model, "dense": dense})  # reuses the memory of the first copy
         model = torch.nn.Linear(2, 2)
         dense = torch.optim.Adam(model.parameters())
         with torch.inference_mode(within):

@@ -1,4 +1,4 @@
-"""Checkpoints of RecIS, written by hand in its layout, block names with blanks included."""
+"""Checkpoints in the layout of RecIS, including the blanks in names of blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.tensor([-(2**62), 0, 7, 123456789, 5])
 
 
 def write_file(path: Path, blocks: dict[str, Tensor]) -> None:
-    """As its writer does: one after another in order, the header padded with blanks to a multiple of 8 beyond it."""
+    """Write a file as RecIS does: blocks in order, the header padded with 1 to 8 blanks to a multiple of 8."""
     header: dict[str, Any] = {}
     data = b""
     for name, tensor in blocks.items():
@@ -50,7 +50,7 @@ def write(folder: Path, files: list[dict[str, Tensor]]) -> Path:
     index = {"block_index": block_index, "file_index": {name: n for n, name in enumerate(names)}}
     (folder / "index").write_text(json.dumps(index))
     (folder / "tensorkey.json").write_text("{}")
-    (folder / "extra.pt").write_bytes(b"a pickle, which nobody opens")
+    (folder / "extra.pt").write_bytes(b"a pickle, which is never opened")
     return folder
 
 
@@ -68,7 +68,7 @@ def tables() -> dict[str, Tensor]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two ranks, two files each; the table user on both, item with nothing on the second."""
+    """Return a checkpoint of two ranks: table user on both, item with no rows on the second."""
     t = tables()
 
     def blocks(table: str, rank: int, rows: slice) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "recis", [one | {"tower.weight^ ": t["w"]}, three, two | four, {"tower.bias^ ": t["b"]}])
 
 
-def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_towers_are_imported(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import-recis", "--json", str(source), str(tmp_path / "run"), "--step", "7"]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "run" / "step_000007")
     assert main(["verify", str(tmp_path / "run")]) == 0
@@ -103,7 +103,7 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
         assert len(engine.tables[0].ids(member)) == rows.stop - rows.start
         for column in ("embedding", "exp_avg", "exp_avg_sq"):
             assert torch.equal(found[column], t[column][rows])
-    # Under another name, and for another optimizer.
+    # Under another name, for another optimizer.
     other = EmbeddingEngine({"member": config}, optimizer=optim.Adagrad)
     with pytest.raises(CheckpointError, match=r"rename='user' matches no name in the checkpoint; .* 'emb.user'"):
         Saver(tmp_path / "run").load_some({"engine": other}, rename={"emb.*": "*", "user": "member"}, strict=False)
@@ -112,7 +112,7 @@ def test_tables_and_towers_come_over(source: Path, tmp_path: Path, capsys: pytes
 
 
 def save_towers(source: Path, tensors: dict[str, Tensor]) -> str:
-    """As RecIS does, into a pickle; returns the command that the refusal gives."""
+    """Save towers as a pickle, as RecIS does; return the command in the error message."""
     torch.save(tensors, source / "model.pt")
     with pytest.raises(
         CheckpointError, match="model.pt: holds the towers as a pickle, which is never opened"
@@ -124,7 +124,7 @@ def save_towers(source: Path, tensors: dict[str, Tensor]) -> str:
     return command[1]
 
 
-def test_towers_are_in_a_pickle_which_is_converted_first(source: Path, tmp_path: Path) -> None:
+def test_towers_in_a_pickle_are_converted_first(source: Path, tmp_path: Path) -> None:
     shared = torch.randn(3, 4)
     towers = {"first": shared, "second": shared, "turned": torch.randn(4, 3).t(), "steps": torch.tensor(7)}
     command = save_towers(source, towers).replace("python -c", f"{sys.executable} -c")
@@ -134,13 +134,13 @@ def test_towers_are_in_a_pickle_which_is_converted_first(source: Path, tmp_path:
     loaded = Saver(tmp_path / "run").load_some({"model": model}, exclude=["tower.*"])
     assert loaded.loaded == [f"model: {name}" for name in sorted(towers)]
     assert all(torch.equal(model[name], value) for name, value in towers.items())
-    # A name in both places is no towers of one model.
+    # A name in both places is ambiguous.
     save_file({"tower.bias": torch.zeros(2)}, source / "model.safetensors")
     with pytest.raises(CorruptCheckpoint, match="'tower.bias' is in the index and in model.safetensors"):
         import_recis(source, tmp_path / "again", adam_step=7)
 
 
-def test_tables_come_without_towers_when_asked(
+def test_tables_are_imported_without_towers_on_request(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_towers(source, {"a": torch.ones(1)})
@@ -172,7 +172,7 @@ def recis_adam(tmp_path: Path, steps: int, **counters: Tensor) -> tuple[Path, di
 
 
 def adam_step(state: dict[str, Any], gradient: Tensor, step: int) -> None:
-    """Adam as Kingma and Ba have it before their section 2, in float64."""
+    """Do a step of Adam (Kingma and Ba, end of section 2) in float64."""
     for name in state:
         state[name] = state[name].double()
     state["exp_avg"] = 0.9 * state["exp_avg"] + 0.1 * gradient
@@ -184,11 +184,11 @@ def adam_step(state: dict[str, Any], gradient: Tensor, step: int) -> None:
 
 
 @pytest.mark.parametrize("way", ["saved", "given", "some"])
-def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) -> None:
+def test_adam_continues_from_the_step_of_its_moments(tmp_path: Path, way: str) -> None:
     saved = {"sparse_adamw_tf_step": torch.tensor([7]), "sparse_adamw_tf_beta1": torch.tensor(0.9**7)}
     source, state, gradient = recis_adam(tmp_path, 7, **({} if way == "given" else saved))
     if way == "given":
-        with pytest.warns(UserWarning, match=r"the tables \['user'\] have moments of Adam, and the steps"):
+        with pytest.warns(UserWarning, match=r"the tables \['user'\] have moments of Adam, but their number of steps"):
             import_recis(source, tmp_path / "without")
     import_recis(source, tmp_path / "run", adam_step=7 if way == "given" else None)
     name = "member" if way == "some" else "user"
@@ -199,7 +199,7 @@ def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) ->
     else:
         Saver(tmp_path / "run").load({"engine": engine})
     assert engine.tables[0].step == 7
-    # Rows count as met when they came, so that the first eviction leaves them.
+    # Rows count as seen at import, so that the first eviction keeps them.
     assert engine.evict(Unused(1)) == 0
     for step in range(8, 11):
         adam_step(state, gradient, step)
@@ -211,7 +211,7 @@ def test_adam_goes_on_from_the_steps_of_its_moments(tmp_path: Path, way: str) ->
     assert optimizer.checkpoint_state().meta["tables"][name]["step"] == 10  # type: ignore[index,call-overload]
 
 
-def test_what_the_optimizer_counts_is_no_tower(tmp_path: Path) -> None:
+def test_step_counters_are_not_towers(tmp_path: Path) -> None:
     source, _, _ = recis_adam(tmp_path, 3, sparse_adamw_tf_step=torch.tensor([3]), head=torch.ones(2))
     directory = import_recis(source, tmp_path / "run")
     model = json.loads((directory / "manifest.json").read_text())["parts"]["model"]
@@ -224,7 +224,7 @@ def test_what_the_optimizer_counts_is_no_tower(tmp_path: Path) -> None:
         import_recis(source, tmp_path / "other", adam_step=-1)
 
 
-def test_hashed_ids_are_met_again_behind_a_modulus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hashed_ids_are_found_after_a_modulus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"user {number}" for number in range(200)]
     strings = RaggedTensor.from_strings(words)
     hashed = FeatureEngine([Feature("user", ops=[Hash("murmur")])])({"user": strings})["user"]
@@ -235,19 +235,19 @@ def test_hashed_ids_are_met_again_behind_a_modulus(tmp_path: Path, capsys: pytes
     source = write(tmp_path / "recis", [blocks])
     assert main(["import-recis", str(source), str(tmp_path / "run"), "--json"]) == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
-    assert "the ids of the tables ['user'] lie within 52 bits" in note
-    assert "put Mod(2**52) last, behind the hash" in note
+    assert "the ids of the tables ['user'] fit in 52 bits" in note
+    assert "put Mod(2**52) last, after the hash" in note
     features = FeatureEngine([Feature("user", ops=[Hash("murmur"), Mod(2**52)])])
     engine = EmbeddingEngine({"user": EmbeddingConfig(dim=4)}).eval()
     Saver(tmp_path / "run").load({"engine": engine})
     assert torch.equal(engine(features({"user": strings}))["user"], torch.arange(800.0).view(200, 4))
 
 
-def test_slots_that_no_table_has(source: Path, tmp_path: Path) -> None:
+def test_unknown_slots_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"slots: no table has \['beta'\], the tables have \['embedding', 'id'"):
         import_recis(source, tmp_path / "run", slots={"beta": "sum"})
     assert main(["import-recis", str(source), str(tmp_path / "run"), "--slot", "beta=sum"]) == 1
-    with pytest.warns(UserWarning, match=r"slots \['step'\] are left out"):
+    with pytest.warns(UserWarning, match=r"slots \['step'\] are skipped"):
         import_recis(source, tmp_path / "run", adam_step=3)
 
 
@@ -274,7 +274,7 @@ def test_other_slots_by_name_and_tables_with_dots(tmp_path: Path) -> None:
         ({"t.id/part_1_3": IDS}, "blocks of"),
     ],
 )
-def test_blocks_that_are_no_table(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
+def test_invalid_blocks_are_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
     t = tables()
     blocks = {"t.id/part_0_1": t["ids"], "t.embedding/part_0_1": t["embedding"], **change}
     source = write(tmp_path / "recis", [{name: tensor for name, tensor in blocks.items() if tensor is not None}])
@@ -286,21 +286,21 @@ def test_blocks_that_are_no_table(tmp_path: Path, change: dict[str, Tensor | Non
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "must be JSON that says"),
-        ("[]", "must be JSON that says"),
+        ("{", "must be JSON whose file_index"),
+        ("[]", "must be JSON whose file_index"),
         ('{"file_index": {"../x": 0}, "block_index": {}}', "leads to '../x'"),
         ('{"file_index": {"absent": 0}, "block_index": {}}', "absent is missing"),
-        ('{"file_index": {}, "block_index": {"a": 1}}', "must be JSON that says"),
+        ('{"file_index": {}, "block_index": {"a": 1}}', "must be JSON whose file_index"),
         ('{"file_index": {"index": 0}, "block_index": {"a": 0}}', "must be a safetensors file"),
     ],
 )
-def test_an_index_that_is_none(tmp_path: Path, index: str, message: str) -> None:
+def test_invalid_indexes_are_refused(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / "index").write_text(index)
     with pytest.raises(CorruptCheckpoint, match=message):
         import_recis(tmp_path, tmp_path / "run")
 
 
-def test_what_is_no_checkpoint_of_recis(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import-recis", str(tmp_path / "none"), str(tmp_path / "run")]) == 1
     assert "holds no file 'index'" in capsys.readouterr().err
     (source / "model-000001-of-000004.safetensors").write_bytes(b"12345678")

@@ -58,11 +58,11 @@ def files_of(root: Path) -> dict[str, bytes]:
         (2**50, 1, 1024),
     ],
 )
-def test_the_rule_of_the_cut(rows: int, row_bytes: int, count: int) -> None:
+def test_the_number_of_files(rows: int, row_bytes: int, count: int) -> None:
     assert range_count(rows, row_bytes) == count
 
 
-def test_rows_come_back_sorted(tmp_path: Path) -> None:
+def test_rows_are_read_sorted(tmp_path: Path) -> None:
     table = example_table()
     entry = write_table(tmp_path, "engine", "user", table)
     assert entry.rows == 5
@@ -106,9 +106,9 @@ def test_equal_tables_give_equal_bytes(
     )
 
 
-def test_a_large_table_is_cut_at_fixed_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_table_is_split_at_fixed_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
-    table = table_of(1000)  # 20 bytes a row: five times 4096, so eight ranges
+    table = table_of(1000)  # 20 bytes per row: five times 4096, so eight ranges
     entry = write_table(tmp_path, "engine", "t", table)
     assert [(item.first_bucket, item.last_bucket) for item in entry.ranges] == [
         (first, first + 8191) for first in range(0, 65536, 8192)
@@ -130,7 +130,7 @@ def test_a_large_table_is_cut_at_fixed_buckets(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(back.buckets[order], table.buckets[live])
 
 
-def test_no_rows_at_all(tmp_path: Path) -> None:
+def test_an_empty_table(tmp_path: Path) -> None:
     entry = write_table(tmp_path, "engine", "t", table_of(0))
     back = read_table(tmp_path, "engine", "t", entry)
     assert back.columns["embedding"].shape == (0, 3)
@@ -138,7 +138,7 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     table = table_of(9)
     item = torch.empty((), dtype=DTYPES[dtype]).element_size()
     raw = torch.arange(9 * 2 * item, dtype=torch.uint8).reshape(9, -1)
@@ -182,13 +182,13 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
         ({"meta": {"dim": (1,)}}, r"meta must be JSON that reads back equal"),
     ],
 )
-def test_a_state_against_the_rules_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_states_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"part 'engine', table 't'.*{message}"):
         write_table(tmp_path, "engine", "t", replace(table_of(2), **change))
 
 
 def sealed(root: Path, entry: TableEntry) -> TableEntry:
-    """Return the manifest entry of the file as it is now."""
+    """Return the manifest entry of the current file."""
     (item,) = entry.ranges
     data = (root / item.file.path).read_bytes()
     file = FileEntry(item.file.path, len(data), (f"{zlib.crc32(data):08x}",))
@@ -196,7 +196,7 @@ def sealed(root: Path, entry: TableEntry) -> TableEntry:
 
 
 def rewrite(root: Path, entry: TableEntry, change: dict[str, Tensor], drop: str = "") -> TableEntry:
-    """Put other tensors into the file, the metadata as it was, and seals it."""
+    """Replace tensors of the file, keep its metadata, and return its new manifest entry."""
     path = root / entry.ranges[0].file.path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -248,7 +248,7 @@ def test_a_file_of_another_table_is_refused(tmp_path: Path) -> None:
         read_table(tmp_path, "engine", "item", entry)
 
 
-def test_rows_that_only_the_manifest_claims_are_never_allocated(tmp_path: Path) -> None:
+def test_false_row_counts_allocate_no_memory(tmp_path: Path) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
     huge = replace(entry, rows=2**60, ranges=(replace(entry.ranges[0], rows=2**60),))
     with pytest.raises(CorruptCheckpoint, match="must hold"):
@@ -256,7 +256,7 @@ def test_rows_that_only_the_manifest_claims_are_never_allocated(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("data", [b"", b"12345678", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}", b"\x01\0\0\0\0\0\0\0["])
-def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     entry = write_table(tmp_path, "engine", "user", example_table())
     (tmp_path / entry.ranges[0].file.path).write_bytes(data)
     entry = sealed(tmp_path, entry)
@@ -264,7 +264,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> 
         read_table(tmp_path, "engine", "user", entry)
 
 
-def test_rows_that_come_in_order_are_written_as_those_that_do_not(tmp_path: Path) -> None:
+def test_sorted_and_unsorted_rows_give_equal_files(tmp_path: Path) -> None:
     table = example_table()
     order = torch.tensor([2, 3, 1, 4, 0])  # by (bucket, id)
     columns = {name: column[order] for name, column in table.columns.items()}

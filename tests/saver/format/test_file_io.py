@@ -45,7 +45,7 @@ def test_names(name: str, encoded: str) -> None:
 @example("x" * 201, "x" * 202)
 @example("..", "%2E.")
 @example("城" * 300, "城" * 301)
-def test_any_name_is_one_safe_segment_of_its_own(a: str, b: str) -> None:
+def test_any_name_is_one_unique_safe_segment(a: str, b: str) -> None:
     for name in (a, b):
         file_name = f"{encode_name(name)}.safetensors"
         assert is_safe_path(f"dense/{file_name}")
@@ -55,7 +55,7 @@ def test_any_name_is_one_safe_segment_of_its_own(a: str, b: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "\ud800"])
-def test_names_that_are_none(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="saver: "):
         encode_name(name)
 
@@ -64,7 +64,7 @@ def test_names_that_are_none(name: str) -> None:
     "path",
     ["", "/", "/etc/passwd", "..", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", ".a", "a\\b", "a\0", "a\n"],
 )
-def test_paths_that_are_not_safe(path: str) -> None:
+def test_unsafe_paths_are_found(path: str) -> None:
     assert not is_safe_path(path)
 
 
@@ -109,7 +109,7 @@ def test_every_chunk_has_a_checksum(tmp_path: Path) -> None:
         (PAGE_BYTES, 2 * CHUNK_BYTES - PAGE_BYTES),
     ],
 )
-def test_checksums_of_chunks_follow_from_those_of_pages(head: int, data: int) -> None:
+def test_chunk_checksums_are_computed_from_page_checksums(head: int, data: int) -> None:
     file = os.urandom(head + data)
     pages = page_sums(torch.frombuffer(bytearray(file), dtype=torch.uint8)[head:])
     assert [zlib.crc32(file[i : i + PAGE_BYTES]) for i in range(head, len(file), PAGE_BYTES)] == pages.tolist()

@@ -15,7 +15,7 @@ values = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(st.
 
 
 @given(values)
-def test_a_value_comes_back_equal_and_of_its_types(value: Any) -> None:
+def test_a_copy_is_equal_in_value_and_type(value: Any) -> None:
     copy = checked_json("it", value)
     assert repr(copy) == repr(value)  # tells 1 from 1.0 and True, 0.0 from -0.0
 
@@ -38,18 +38,18 @@ def nested(depth: int) -> list[Any]:
     "value",
     [(1, 2), [(1,)], {1: 2}, {None: 1}, {"a": {True: 0}}, math.nan, [math.inf], torch.zeros(1), {1}, b"a", object()],
 )
-def test_what_is_no_json_is_refused(value: Any) -> None:
+def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"the note must be JSON .* Use None, bool"):
         checked_json("the note", value)
 
 
 @pytest.mark.parametrize("depth", [65, 500, 5_000, 200_000])
-def test_depth_without_end_is_refused(depth: int) -> None:
+def test_excessive_depth_is_refused(depth: int) -> None:
     with pytest.raises(CheckpointError, match="the note must be JSON"):
         checked_json("the note", nested(depth))
     assert checked_json("the note", nested(64)) == nested(64)
 
 
-def test_an_object_is_asked_for() -> None:
+def test_an_object_is_required() -> None:
     with pytest.raises(CheckpointError, match=r"the meta must be a dictionary, got \[1\]"):
         checked_object("the meta", [1])

@@ -31,7 +31,7 @@ def train(net: nn.Module, optimizer: Optimizer, steps: int) -> None:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Equal in type, and tensors in every bit."""
+    """Assert equal types, and bitwise equal tensors."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -62,11 +62,11 @@ BUILDS: dict[str, Build] = {
 
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("name", BUILDS)
-def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, name: str, steps: int) -> None:
+def test_an_optimizer_is_restored_bit_for_bit(tmp_path: Path, name: str, steps: int) -> None:
     net, live = model(), model(1)
     optimizer, restored = BUILDS[name](net.parameters()), BUILDS[name](live.parameters())
     train(net, optimizer, steps)
-    train(live, restored, 2)  # what it has is replaced
+    train(live, restored, 2)  # this state is replaced
     for group in restored.param_groups:
         group["lr"] = 77.0
     Saver(tmp_path).save(1, {"net": net, "optimizer": optimizer})
@@ -80,7 +80,7 @@ def test_an_optimizer_comes_back_bit_for_bit(tmp_path: Path, name: str, steps: i
     assert_same(restored.state_dict(), optimizer.state_dict())
 
 
-def test_files_have_torchs_names(tmp_path: Path) -> None:
+def test_files_use_the_names_of_torch(tmp_path: Path) -> None:
     net = model()
     optimizer = Adam(net.parameters(), lr=torch.tensor(0.01))
     train(net, optimizer, 2)
@@ -99,7 +99,7 @@ def test_groups_keep_their_own_values(tmp_path: Path) -> None:
     net, live = model(), model(1)
     optimizer, restored = SGD(groups_of(net), momentum=0.9), SGD(groups_of(live), momentum=0.9)
     optimizer.param_groups[1]["lr"] = 0.25
-    optimizer.param_groups[0]["initial_lr"] = 0.5  # as schedulers leave it
+    optimizer.param_groups[0]["initial_lr"] = 0.5  # set by schedulers
     train(net, optimizer, 2)
     Saver(tmp_path).save(1, {"net": net, "optimizer": optimizer})
     Saver(tmp_path).load({"net": live, "optimizer": restored})
@@ -189,7 +189,7 @@ def test_state_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
         lambda meta: meta.update(parameters=[3]),
     ],
 )
-def test_a_forged_part_is_refused_before_anything_changes(tmp_path: Path, change: Callable[[Any], object]) -> None:
+def test_a_forged_part_is_refused_before_any_change(tmp_path: Path, change: Callable[[Any], object]) -> None:
     net = model()
     optimizer = Adam(net.parameters())
     train(net, optimizer, 2)

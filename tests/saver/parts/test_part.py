@@ -44,7 +44,7 @@ class Odd(nn.Module):
         self.note = state
 
 
-def test_a_module_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_module_is_restored_bit_for_bit(tmp_path: Path) -> None:
     saved, live = Odd(1), Odd(2)
     with torch.no_grad():
         saved.first.view(torch.int32)[0, 0] = 0x7FC00123  # a NaN with a payload
@@ -72,14 +72,14 @@ def test_modules_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="part 'm', extra state of the module must be JSON"):
         Saver(tmp_path).save(1, {"m": OtherExtra(1)})
     with pytest.raises(
-        CheckpointError, match=r"part 'm': parameters and buffers must be initialised, \['weight', 'bias'\]"
+        CheckpointError, match=r"part 'm': parameters and buffers must be initialized, \['weight', 'bias'\]"
     ):
         Saver(tmp_path).save(1, {"m": nn.LazyLinear(3)})
     with pytest.raises(CheckpointError, match=r"part 'm': tensor 'weight' must be dense and have memory"):
         Saver(tmp_path).save(1, {"m": nn.Linear(2, 2, device="meta")})
 
 
-def test_a_module_of_other_shape_names_both(tmp_path: Path) -> None:
+def test_mismatched_modules_name_both_shapes(tmp_path: Path) -> None:
     Saver(tmp_path).save(1, {"model": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))})
     live = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1, bias=False).double(), nn.BatchNorm1d(1))
     before = [bits(value) for value in live.state_dict().values()]
@@ -98,7 +98,7 @@ def test_a_module_of_other_shape_names_both(tmp_path: Path) -> None:
     assert [bits(value) for value in live.state_dict().values()] == before
 
 
-def test_a_saveable_gets_what_it_gave(tmp_path: Path) -> None:
+def test_a_saveable_receives_its_saved_state(tmp_path: Path) -> None:
     shelf, live = example_shelf(), empty_shelf()
     assert isinstance(shelf, Saveable)
     Saver(tmp_path).save(1, {"engine": shelf})
@@ -111,7 +111,7 @@ def test_a_saveable_gets_what_it_gave(tmp_path: Path) -> None:
     assert live.loaded.meta == {"seed": 1}
     for tensor in (*table.columns.values(), table.buckets, *live.loaded.tensors.values()):
         assert tensor.data_ptr() % 64 == 0
-    # Memory of its own: it neither changes the files nor changes with them.
+    # New memory: changing it does not change the files.
     table.columns["embedding"].zero_()
     Saver(tmp_path).load({"engine": live})
     assert live.loaded.tables["user/country"].columns["embedding"][4, 1] == 40
@@ -178,7 +178,7 @@ def test_tables_of_another_model_are_named(tmp_path: Path, live: PartState, mess
     assert shelf.loaded is None
 
 
-def test_one_part_that_does_not_fit_stops_all(tmp_path: Path) -> None:
+def test_one_mismatched_part_stops_all(tmp_path: Path) -> None:
     Saver(tmp_path).save(1, {"a": example_shelf(), "b": nn.Linear(2, 2), "c": example_shelf()})
     first, second, third = empty_shelf(), nn.Linear(3, 2), empty_shelf()
     before = bits(second.weight)
@@ -190,7 +190,7 @@ def test_one_part_that_does_not_fit_stops_all(tmp_path: Path) -> None:
 
 
 class Both(nn.Linear):
-    """A module that says itself what its state is."""
+    """A module that implements Saveable."""
 
     def checkpoint_state(self) -> PartState:
         return PartState(tensors={"w": self.weight.detach()})
@@ -200,7 +200,7 @@ class Both(nn.Linear):
             self.weight.copy_(state.tensors["w"])
 
 
-def test_what_is_saveable_is_not_taken_as_a_module(tmp_path: Path) -> None:
+def test_a_saveable_module_is_treated_as_a_saveable(tmp_path: Path) -> None:
     saved, live = Both(2, 2), Both(2, 2)
     directory = Saver(tmp_path).save(1, {"both": saved})
     assert set(load_file(directory / "dense" / "both.safetensors")) == {"w"}
@@ -209,26 +209,26 @@ def test_what_is_saveable_is_not_taken_as_a_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2), object(), nn.Linear, Shelf, (1, 2), b"bytes"])
-def test_what_is_no_part(tmp_path: Path, value: object) -> None:
+def test_other_values_are_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointError, match=r"part 'it' must be a Saveable .* got \w+"):
         Saver(tmp_path).save(1, {"it": value})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_of_another_kind(tmp_path: Path) -> None:
+def test_another_kind_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     Saver(tmp_path).save(1, {"model": model, "note": 3})
-    with pytest.raises(CheckpointMismatch, match=r"part 'model' was saved from a module, but a saveable was asked for"):
+    with pytest.raises(CheckpointMismatch, match=r"part 'model' was saved from a module, but a saveable was requested"):
         Saver(tmp_path).load({"model": example_shelf()})
     with pytest.raises(CheckpointMismatch, match=r"part 'note' was saved from a json, .* Use Saver.read_json"):
         Saver(tmp_path).load({"note": model})
-    with pytest.raises(CheckpointMismatch, match="part 'model' was saved from a module, but a json was asked for"):
+    with pytest.raises(CheckpointMismatch, match="part 'model' was saved from a module, but a json was requested"):
         Saver(tmp_path).read_json("model")
     with pytest.raises(CheckpointError, match=r"part 'note' is JSON, .* Use Saver.read_json"):
         Saver(tmp_path).load({"note": 4})
 
 
-def test_extra_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
+def test_extra_state_must_be_an_object(tmp_path: Path) -> None:
     directory = Saver(tmp_path).save(1, {"model": nn.Linear(2, 2)})
     edit_manifest(directory, lambda d: d["parts"]["model"]["meta"].update(extra=[1]))
     with pytest.raises(CheckpointError, match=r"meta.extra must be an object, got \[1\]"):
@@ -237,7 +237,7 @@ def test_extra_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """Return a process group of this process."""
+    """Set up a process group with this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -265,7 +265,7 @@ def test_names_do_not_depend_on_distributed_data_parallel(tmp_path: Path, alone:
     ]
 
 
-def test_the_kind_of_a_saveable_is_one_that_can_be_read_back(tmp_path: Path) -> None:
+def test_the_kind_of_a_saveable_must_be_known(tmp_path: Path) -> None:
     shelf = example_shelf()
     shelf.checkpoint_kind = "shelf"  # type: ignore[attr-defined]
     with pytest.raises(
@@ -280,7 +280,7 @@ def towers(seed: int) -> nn.ModuleDict:
 
 
 def wrapped_in(how: str, model: nn.ModuleDict) -> nn.Module:
-    """Wrap the model, or its tower (lower case), or what is in that, inner ones first."""
+    """Wrap the model (upper case) or its tower (lower case), innermost wrapper first."""
     for letter in how:
         wrap = {"c": lambda each: torch.compile(each, backend="eager"), "d": DistributedDataParallel}[letter.lower()]
         if letter.isupper():

@@ -24,7 +24,7 @@ SCHEDULERS = [
 ]
 
 
-def made(make: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def scheduler_of(make: Any, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.3)
     scheduler = make(optimizer)
     advance(optimizer, scheduler, steps)
@@ -41,17 +41,17 @@ def advance(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> lis
 
 
 @pytest.mark.parametrize("make", SCHEDULERS)
-def test_schedulers_go_on_where_they_were(make: Any, tmp_path: Path) -> None:
-    optimizer, scheduler = made(make, 4)
+def test_schedulers_resume(make: Any, tmp_path: Path) -> None:
+    optimizer, scheduler = scheduler_of(make, 4)
     Saver(tmp_path).save(4, {"optimizer": optimizer, "scheduler": scheduler})
-    again, other = made(make, 1)
+    again, other = scheduler_of(make, 1)
     Saver(tmp_path).load({"optimizer": again, "scheduler": other})
     assert other.state_dict() == scheduler.state_dict()
     assert {k: type(v) for k, v in vars(other).items()} == {k: type(v) for k, v in vars(scheduler).items()}
     assert advance(again, other, 5) == advance(optimizer, scheduler, 5)
 
 
-def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_generators_resume(tmp_path: Path) -> None:
     generator, other = torch.Generator().manual_seed(3), torch.Generator()
     torch.rand(5, generator=generator)
     Saver(tmp_path).save(1, {"generator": generator})
@@ -60,7 +60,7 @@ def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(5, generator=other), expected)
 
 
-def test_a_reading_position_comes_back(tmp_path: Path) -> None:
+def test_a_reading_position_is_restored(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -75,10 +75,10 @@ def test_a_reading_position_comes_back(tmp_path: Path) -> None:
 
 
 def test_another_class_is_refused(tmp_path: Path) -> None:
-    _, scheduler = made(SCHEDULERS[0], 1)
+    _, scheduler = scheduler_of(SCHEDULERS[0], 1)
     Saver(tmp_path).save(1, {"scheduler": scheduler})
     with pytest.raises(CheckpointMismatch, match="class: checkpoint StepLR, live object CosineAnnealingLR"):
-        Saver(tmp_path).load({"scheduler": made(SCHEDULERS[2], 1)[1]})
+        Saver(tmp_path).load({"scheduler": scheduler_of(SCHEDULERS[2], 1)[1]})
 
 
 class Holder:
@@ -92,7 +92,7 @@ class Holder:
         self.state = state_dict
 
 
-def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
+def test_state_that_is_not_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="part 'it'.*a.1 cannot be saved"):
         Saver(tmp_path).save(1, {"it": Holder({"a": [1, object()]})})
     assert Saver(tmp_path).steps() == []
@@ -122,13 +122,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(trees)
-def test_nested_state_comes_back_as_it_was(value: Any) -> None:
+def test_nested_state_round_trips(value: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     packed = pack("it", value, tensors)
     assert same(unpack("it", packed, tensors), value)
 
 
-def test_numbers_that_json_lacks_come_back() -> None:
+def test_numbers_that_json_lacks_round_trip() -> None:
     packed = pack("it", [math.inf, -math.inf, math.nan], {})
     assert str(unpack("it", packed, {})) == "[inf, -inf, nan]"
 
@@ -136,6 +136,6 @@ def test_numbers_that_json_lacks_come_back() -> None:
 @pytest.mark.parametrize(
     "packed", [[1], {}, {"dict": [1]}, {"list": {}}, {"pairs": [[1]]}, {"tensor": "x"}, {"float": "1"}, {"eval": "1"}]
 )
-def test_what_no_save_writes_is_refused(packed: Any) -> None:
+def test_invalid_packed_state_is_refused(packed: Any) -> None:
     with pytest.raises(CorruptCheckpoint, match="it: its state is not as it was written"):
         unpack("it", packed, {})

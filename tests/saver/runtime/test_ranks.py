@@ -1,4 +1,4 @@
-"""Ranks fail alike: whatever goes wrong on one of them, all raise, nobody hangs, and no checkpoint is left."""
+"""If one rank fails, all raise, none hangs, and no checkpoint is left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shelf(rank: int, size: int, rows: int = 400) -> Shelf:
 
 
 def refused(path: Path, results: list[Any], message: str, failing: int = 1) -> None:
-    """All ranks raise; those that did not fail themselves say which did, and why; nothing is left."""
+    """Check that all ranks raise, that the others name the failing rank and its error, and that nothing is left."""
     for rank, result in enumerate(results):
         assert isinstance(result, Exception), result
         assert message in str(result)
@@ -50,7 +50,7 @@ class Failing(Shelf):
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_state_that_is_not_handed_out(tmp_path: Path, async_save: bool) -> None:
+def test_a_state_that_raises(tmp_path: Path, async_save: bool) -> None:
     def save(rank: int, group: dist.ProcessGroup) -> None:
         part = Failing(PartState()) if rank == 1 else shelf(rank, 3)
         saver = Saver(tmp_path, group=group, async_save=async_save)
@@ -62,7 +62,7 @@ def test_a_state_that_is_not_handed_out(tmp_path: Path, async_save: bool) -> Non
 
 @pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("failing", [0, 2])
-def test_a_disk_that_is_full(tmp_path: Path, async_save: bool, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 1024)
     write_file, plan, owners = row_file.write_file, table_files.plan_files, {}
 
@@ -98,8 +98,8 @@ class BadReader:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_rows_that_cannot_be_read_are_still_waited_for_by_nobody(tmp_path: Path, failing: int) -> None:
-    # One file of both ranks: one sends, the other receives and writes.
+def test_no_rank_waits_for_rows_that_cannot_be_read(tmp_path: Path, failing: int) -> None:
+    # A file with rows of both ranks: one sends, the other receives and writes.
     def save(rank: int, group: dist.ProcessGroup) -> None:
         part = shelf(rank, 2)
         if rank == failing:
@@ -142,7 +142,7 @@ def test_ranks_that_do_not_agree(tmp_path: Path) -> None:
         assert entries(tmp_path) == []
 
 
-def test_tables_are_no_parts_of_each_rank(tmp_path: Path) -> None:
+def test_tables_per_rank_are_refused(tmp_path: Path) -> None:
     results = in_ranks(2, lambda rank, group: Saver(tmp_path, group=group).save(1, {"t": PerRank(shelf(rank, 2))}))
     assert all("ranks share tables. Pass the object without PerRank" in str(result) for result in results)
 
@@ -165,11 +165,11 @@ def test_a_model_of_another_shape_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert [part.loaded for part in loaded] == [None, None]
 
 
-def test_a_directory_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_separate_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_check, "PATIENCE_S", 0.2)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
-        # The same path on another machine: there, another directory.
+        # Like the same path on different machines.
         (tmp_path / str(rank)).mkdir(exist_ok=True)
         Saver(tmp_path / str(rank), group=group).save(1, {"shelf": shelf(rank, 3)})
 
@@ -181,7 +181,7 @@ def test_a_directory_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pyt
         assert entries(tmp_path / str(rank)) == []
 
 
-def test_one_lease_is_held_for_all(tmp_path: Path) -> None:
+def test_all_ranks_share_one_lease(tmp_path: Path) -> None:
     savers: list[Saver] = []
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
@@ -227,7 +227,7 @@ else:
     saver.save(1, {'shelf': part})
     if what == "async":
         x = torch.ones(1)
-        for _ in range(20):  # the training goes on with collectives of its own
+        for _ in range(20):  # training continues with its own collectives
             dist.all_reduce(x)
     saver.wait()
 dist.destroy_process_group()

@@ -46,7 +46,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Return a URL in a bucket, with nothing below it."""
+    """Return the URL of an empty directory in a bucket."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -73,7 +73,7 @@ def test_a_run_is_saved_and_resumed(store: str, tmp_path: Path, request: pytest.
     assert reader.load(again.parts()) == 3
     assert torch.equal(again.predictions(), toy.predictions())
     assert reader.read_json("note", step=2) == {"step": 2}
-    # The same bytes as on a disk, and nothing else.
+    # The same bytes as on disk, and nothing else.
     Saver(tmp_path).save(3, {**toy.parts(), "note": {"step": 3}})
     local, root = tmp_path / "step_000003", RemotePath.of(url)
     remote = (root / "step_000003").files()
@@ -115,14 +115,14 @@ def test_a_rank_fetches_little_more_than_its_own_rows(s3: str) -> None:
 
 
 class Cut(io.BytesIO):
-    """A file that cannot be written to its end."""
+    """A file that cannot be written."""
 
     def write(self, data: Any) -> int:
         raise OSError("connection lost")
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "safetensors"])
-def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+def test_an_interrupted_save_is_not_a_checkpoint(memory: Any, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     url = "memory://b/run"
     Saver(url).save(1, {"shelf": example_shelf()})
     opened = RemotePath.open
@@ -136,7 +136,7 @@ def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytes
             Saver(url).save(2, {"shelf": example_shelf()})
     assert Saver(url).steps() == [1]
     assert (RemotePath.of(url) / "step_000002").files() == {}
-    # What a crash leaves is removed by the next save, and no loader looks at it.
+    # Loads ignore what a crash leaves behind, and the next save removes it.
     (RemotePath.of(url) / "step_000005" / "dense" / "x.safetensors").write_bytes(b"half")
     assert Saver(url).latest() == 1
     Saver(url).save(6, {"shelf": example_shelf()})
@@ -144,7 +144,7 @@ def test_a_save_that_is_cut_off_is_no_checkpoint(memory: Any, monkeypatch: pytes
     assert (RemotePath.of(url) / "step_000005").files() == {}
 
 
-def test_the_manifest_goes_first_when_a_checkpoint_is_given_up(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_deleted_first(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, removed = "memory://b/run", []
     saver = Saver(url, keep=1)
     saver.save(1, {"shelf": example_shelf()})
@@ -157,7 +157,7 @@ def test_the_manifest_goes_first_when_a_checkpoint_is_given_up(memory: Any, monk
     assert (RemotePath.of(url) / "step_000001").files() == {}
 
 
-def test_the_last_who_came_saves(memory: Any) -> None:
+def test_the_newest_saver_takes_over(memory: Any) -> None:
     first, second = Saver("memory://b/run"), Saver("memory://b/run")
     first.save(1, {"shelf": example_shelf()})
     second.save(2, {"shelf": example_shelf()})
@@ -186,7 +186,7 @@ def test_damage_is_found(memory: Any, harm: str) -> None:
     assert shelf.loaded is None
 
 
-def test_a_store_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_separate_stores_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from recis_hybrid.saver.storage import shared_check
 
     monkeypatch.setattr(shared_check, "PATIENCE_S", 0.2)
@@ -200,7 +200,7 @@ def test_a_store_of_each_machine_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert all("all ranks must see the same directory" in str(result) for result in results)
 
 
-def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, toy = "memory://b/run", Toy()
     saver, local = Saver(url), Saver(tmp_path / "run")
     for step in (1, 2):
@@ -212,8 +212,8 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
         (["inspect", f"{url}/step_000001"], 0, "step 1, written by 1 process(es)"),
         (["verify", url], 0, f"{url}/step_000002: sound"),
         (["diff", url, str(tmp_path / "run")], 0, "are equal"),
-        (["compact", url], 1, "an object store cannot replace a checkpoint at once. Name another place with --to"),
-        (["compact", url, "--to", "memory://b/whole"], 0, "memory://b/whole/step_000002 is whole"),
+        (["compact", url], 1, "cannot replace a checkpoint atomically. Name another location with --to"),
+        (["compact", url, "--to", "memory://b/whole"], 0, "memory://b/whole/step_000002 is a full checkpoint"),
         (["compact", url, "--to", "memory://b/whole"], 1, "exists already"),
         (["export", url, "memory://b/out"], 0, "memory://b/out/step_000002 is written"),
         (["verify", "memory://b/out"], 0, "sound"),
@@ -224,14 +224,14 @@ def test_commands_take_urls(memory: Any, tmp_path: Path, capsys: pytest.CaptureF
         output = capsys.readouterr()
         assert said in output.out + output.err
     assert RemotePath.of(url).names() == [".lease", "step_000001", "step_000002"]
-    saver.save(3, toy.parts())  # nobody has taken over here
+    saver.save(3, toy.parts())  # no other saver has taken over
     assert main(["diff", "memory://b/whole", str(tmp_path / "run")]) == 0
     with pytest.raises(ServingError, match="memory://b/out: files are mapped.*Copy the export to a directory"):
         Reader("memory://b/out")
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])
-def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_save_changes(store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     fixture = request.getfixturevalue(store)
     url = fixture if store == "s3" else "memory://b/run"
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 4096)
@@ -241,8 +241,8 @@ def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, mon
         saver = Saver(url, group=group, async_save=True)
         saver.save(1, {"engine": engine}, delta=True)
         table, number = member(engine, "user")
-        kept = table.ids(number)
-        table.erase(number, kept[::3].clone())
+        ids = table.ids(number)
+        table.erase(number, ids[::3].clone())
         table.insert(number, own(torch.arange(10**6, 10**6 + 50), rank, 3))
         saver.save(2, {"engine": engine}, delta=True)
         saver.wait()
@@ -251,7 +251,7 @@ def test_ranks_save_what_changed(store: str, request: pytest.FixtureRequest, mon
     saved = all_of(3, save)
     changed = StoredCheckpoint(RemotePath.of(url), 2).manifest
     assert changed.previous is not None
-    assert 50 <= changed.parts["engine"].tables["user"].rows < 150  # and those that were seen in a step to come
+    assert 50 <= changed.parts["engine"].tables["user"].rows < 150  # and those whose seen step is in the future
 
     def load(rank: int, group: dist.ProcessGroup) -> Any:
         engine = sharded(rank, 2, filled=False)
