@@ -35,7 +35,7 @@ class _Source:
     live: int
     handle: ops.blocks.Blocks
     memory: tuple[Tensor, ...]
-    """Memory that ``handle`` points into, held as long."""
+    """Memory that ``handle`` points into, kept alive with it."""
     device: torch.device
     """Device whose kernels read the records."""
     counts: tuple[dict[str, Tensor], ...]
@@ -121,7 +121,7 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
     pairs: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks.blocks):
         rows = min(max(used - number * blocks.block_rows, 0), blocks.block_rows)
-        # Memory for the whole block, so that it fits the next save too.
+        # Memory for the whole block, so that the next save can reuse it.
         target = memory.take(blocks.block_rows * layout.record_bytes, pinned=pinned)
         bytes_used = rows * layout.record_bytes
         pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))

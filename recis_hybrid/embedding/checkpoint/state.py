@@ -60,7 +60,7 @@ def tables_changes(
     Args:
         tables: The tables.
         since: The logs that :func:`watch_tables` returned.
-        whole: Names of member tables of which all rows are wanted.
+        whole: Names of member tables whose rows are all returned.
         shares: Buckets that this rank saves, if there are several ranks.
 
     Returns:
@@ -74,13 +74,13 @@ def tables_changes(
         for number, member in enumerate(table.members):
             if member.name in whole:
                 changes.note_whole(number)
-        for number, (member, (columns, gone)) in enumerate(
+        for number, (member, (columns, removed_ids)) in enumerate(
             zip(table.members, table.changed_rows(changes), strict=True)
         ):
             buckets = ALL
             if shares is not None:
                 buckets, columns = shares.saved(place, number), shares.whole(place, columns)
-            states[member.name] = _state(columns, table_meta(table.layout), buckets, gone)
+            states[member.name] = _state(columns, table_meta(table.layout), buckets, removed_ids)
             if table.store.gate is not None:
                 known = table.store.gate.state_dict(number)
                 forgotten = None
@@ -91,9 +91,9 @@ def tables_changes(
 
 
 def _state(
-    columns: dict[str, Tensor], meta: dict[str, JSON], wanted: Buckets, gone: Tensor | None = None
+    columns: dict[str, Tensor], meta: dict[str, JSON], wanted: Buckets, removed_ids: Tensor | None = None
 ) -> TableState:
-    removed = None if gone is None else _state({"ids": gone}, {}, wanted)
+    removed = None if removed_ids is None else _state({"ids": removed_ids}, {}, wanted)
     buckets = ops.id_map.bucket_of(columns["ids"].contiguous())
     columns = within(buckets, wanted, {**columns, "buckets": buckets})
     return TableState(columns, columns.pop("buckets"), meta, removed=removed)

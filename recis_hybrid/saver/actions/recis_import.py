@@ -190,11 +190,11 @@ def _read(source: Path) -> _Contents:
     found = _Contents()
     for file, names in _index(source).items():
         with open_tensors(file, "RecIS") as opened:
-            held = {_stripped(name): name for name in opened.names()}
+            stored = {_stripped(name): name for name in opened.names()}
             for name in sorted(names):
-                if _stripped(name) not in held:
+                if _stripped(name) not in stored:
                     raise CorruptCheckpoint(f"{file}: must hold the block {name!r}, as the index says. Copy it again.")
-                _collect(source, _stripped(name), opened.read(held[_stripped(name)]), found)
+                _collect(source, _stripped(name), opened.read(stored[_stripped(name)]), found)
     return found
 
 

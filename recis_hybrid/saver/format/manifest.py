@@ -193,8 +193,8 @@ def _part(part: PartEntry, previous: Link | None) -> dict[str, Any]:
 
 
 def _table(table: TableEntry, previous: Link | None) -> dict[str, Any]:
-    gone = table.removed
-    removed = None if gone is None else {"rows": gone.rows, "ranges": _ranges(gone.ranges)}
+    ids = table.removed
+    removed = None if ids is None else {"rows": ids.rows, "ranges": _ranges(ids.ranges)}
     return {
         "rows": table.rows,
         "columns": [{"name": name, "dtype": c.dtype, "shape": c.shape} for name, c in table.columns.items()],

@@ -200,9 +200,9 @@ def _table(table: _Reader, previous: Link | None) -> TableEntry:
     rows, ranges = _ranges(table)
     removed = None
     if previous is not None and table.value("removed") is not None:
-        gone = table.child("removed")
-        gone.members("rows", "ranges")
-        removed = RemovedEntry(*_ranges(gone))
+        ids = table.child("removed")
+        ids.members("rows", "ranges")
+        removed = RemovedEntry(*_ranges(ids))
     return TableEntry(rows, columns, table.child("meta").document, ranges, removed)
 
 

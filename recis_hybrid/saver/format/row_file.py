@@ -230,7 +230,7 @@ class _File:
         return typed(self._data(place.first + first * width, place.first + stop * width), spec)
 
     def _data(self, first: int, stop: int) -> Tensor:
-        """Return bytes ``first`` to ``stop`` after the header, uint8, after verifying the pages they lie in."""
+        """Return bytes ``first`` to ``stop`` after the header, uint8, after verifying their pages."""
         page = first // PAGE_BYTES
         begin, end = page * PAGE_BYTES, min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self._entry.size - self._start)
         if first == stop:
