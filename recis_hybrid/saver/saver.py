@@ -157,7 +157,9 @@ class Saver:
 
         answers = ranks.together(prepare)
         if any(answer != answers[0] for answer in answers):
-            raise CheckpointError(f"Saver.save: all ranks must save the same step and parts, got {answers}.")
+            raise CheckpointError(
+                f"Saver.save: all ranks must save the same step and parts, got {answers}. Pass the same on every rank."
+            )
         if not self._is_shared:
             refuse_unshared(self._root, ranks)
             self._is_shared = True
