@@ -123,7 +123,7 @@ def _copy_state(state: PartState, memory: HostMemory) -> PartState:
         tensor = tensor.detach()
         if state.owned and tensor.is_cpu:
             return tensor
-        if tensor.layout != torch.strided or tensor.is_meta:  # raises when it is written
+        if tensor.layout != torch.strided or tensor.is_meta:  # writing it raises
             return tensor
         target = memory.take(tensor.numel() * tensor.itemsize, pinned=tensor.is_cuda)
         return target.view(tensor.dtype).view(tensor.shape).copy_(tensor)

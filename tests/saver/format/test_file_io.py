@@ -125,7 +125,7 @@ def test_a_changed_chunk_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match=rf"f \(part 'p'\): bytes {CHUNK_BYTES} to {CHUNK_BYTES + 9} must have"):
         read_file(tmp_path / "f", *seal)
     (tmp_path / "f").write_bytes(data[:-1])
-    with pytest.raises(CorruptCheckpoint, match=f"must have {CHUNK_BYTES + 10} bytes .* has {CHUNK_BYTES + 9}"):
+    with pytest.raises(CorruptCheckpoint, match=f"must have {CHUNK_BYTES + 10} bytes, .* has {CHUNK_BYTES + 9}"):
         read_file(tmp_path / "f", *seal)
 
 
